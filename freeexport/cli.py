@@ -1,0 +1,109 @@
+"""The `freeexport` command: one module a verb, imported when it is called, and the one place where errors become text.
+
+A verb is a module `freeexport/<verb>.py` with a click command named `command`, and a line in VERBS.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import importlib.util
+import traceback
+from typing import Any
+
+import click
+
+from freeexport import __version__
+from freeexport.extras import extra_of, install_command
+from runtime.errors import FreeExportError
+
+# In the order of use. A verb whose module this installation lacks is not listed.
+VERBS: dict[str, str] = {
+    "train": "Fine-tune a checkpoint for an early exit.",
+    "calibrate": "Fit the exit threshold on a calibration set.",
+    "convert": "Convert a checkpoint to a bundle of ONNX engines.",
+    "verify": "Check a bundle against the checkpoint it came from.",
+    "generate": "Generate text with a bundle.",
+    "bench": "Measure the speed of a bundle.",
+    "inspect": "Show what a bundle holds.",
+    "doctor": "Check this installation and machine.",
+    "demo": "Convert a small model, generate, and compare speeds.",
+}
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class Verbs(click.Group):
+    """A group that imports a command only to run it: `--help` is fast and needs no extra."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [verb for verb in VERBS if importlib.util.find_spec(f"freeexport.{verb}")]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command: click.Command = importlib.import_module(f"freeexport.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, VERBS[verb]) for verb in self.list_commands(ctx)])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.UsageError, click.exceptions.Exit, BrokenPipeError):
+            raise  # click's own exit codes: 2, the command's, and a quiet 1
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            click.echo(f"error: {describe(error)}", err=True)
+            ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
+
+
+def describe(error: BaseException) -> str:
+    """What went wrong and what to do about it, on one line, without the leading `error:`."""
+    return " ".join(line.strip() for line in _explain(error).splitlines() if line.strip())
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, FreeExportError):
+        return str(error)
+    if isinstance(error, (KeyboardInterrupt, click.Abort)):
+        return "interrupted"
+    if isinstance(error, click.ClickException):
+        return error.format_message()
+    if isinstance(error, MemoryError):
+        detail = f" ({error})" if str(error) else ""
+        return f"out of memory{detail}; free some memory, or lower --capacity, and run again"
+    if isinstance(error, OSError):
+        return _explain_os_error(error)
+    if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
+        package = (error.name or "").partition(".")[0]
+        return f"{package} is not installed; run: {install_command(extra_of(package))}"
+    return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
+
+
+def _explain_os_error(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full while writing {error.filename or 'the output'}; free some space and run again"
+    if error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return error.strerror or str(error) or type(error).__name__
+
+
+def _is_foreign(module: str | None) -> bool:
+    return module is not None and module.partition(".")[0] not in ("freeexport", "graphs", "runtime")
+
+
+@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="freeexport", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, envvar="FREEEXPORT_DEBUG", help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Early-exit decoding (FREE) as ONNX engines.
+
+    \b
+    Example:
+      freeexport convert path/to/checkpoint bundle --exit-layer 10
+      freeexport generate bundle "Once upon a time"
+    """

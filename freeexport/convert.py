@@ -1,0 +1,193 @@
+"""`freeexport convert`: a checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from freeexport import __version__
+from freeexport.checkpoint import Checkpoint, open_checkpoint
+from freeexport.output_directory import output_directory
+from freeexport.progress import progress
+from freeexport.tokenizer_files import write_tokenizer
+from freeexport.verification import verify_in_child
+from graphs.description import Description
+from graphs.engines import EngineBuilder, EngineOptions, engine_names
+from graphs.errors import GraphError
+from graphs.families import describe
+from graphs.weights import WeightFile
+from runtime.bundle import VERIFICATION, sha256_of
+from runtime.manifest import MANIFEST, SCHEMA_VERSION, ConfidenceMeasure, Dialect, File, Manifest, Precision
+
+WEIGHTS = "weights.data"
+# Long enough for most uses, short enough that a slot of the KV cache is no surprise.
+DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
+VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What a user decides about a bundle. None for a capacity is the model's limit, at most 2048."""
+
+    exit_layer: int
+    precision: Precision = "fp32"
+    dialect: Dialect = "ort"
+    confidence: ConfidenceMeasure = "softmax"
+    capacity: int | None = None
+    encoder_capacity: int | None = None
+    max_pending: int = 16
+    verify: bool = True
+    overwrite: bool = False
+
+
+def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
+    """Write the bundle of `model` to `out`, complete or not at all, and return its manifest.
+
+    Raises CheckpointError, UnsupportedModelError, GraphError, and FreeExportError where `out` is in the way or
+    verification fails.
+    """
+    checkpoint = open_checkpoint(model)
+    description = describe(checkpoint.config, checkpoint)
+    engine_options = _engine_options(description, options)
+    engine_options.check(description)
+    with output_directory(out, MANIFEST, options.overwrite) as directory:
+        weight_bytes = _write_engines(checkpoint, description, engine_options, directory)
+        write_tokenizer(checkpoint, directory)
+        manifest = _manifest(checkpoint, description, engine_options, options, weight_bytes, directory)
+        _write_manifest(manifest, directory)
+        if options.verify:
+            manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
+            _write_manifest(manifest, directory)
+    return manifest
+
+
+def _engine_options(description: Description, options: ConvertOptions) -> EngineOptions:
+    limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    return EngineOptions(
+        exit_layer=options.exit_layer,
+        capacity=options.capacity or min(limit, DEFAULT_CAPACITY),
+        max_pending=options.max_pending,
+        precision=options.precision,
+        dialect=options.dialect,
+        confidence=options.confidence,
+    )
+
+
+def _write_engines(checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path) -> int:
+    """Bytes of the weights."""
+    names = engine_names(description)
+    with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
+        builder = EngineBuilder(description, options, checkpoint, weights, directory)
+        for name in names:
+            getattr(builder, name)()
+            advance()
+        return weights.bytes
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    description: Description,
+    engines: EngineOptions,
+    options: ConvertOptions,
+    weight_bytes: int,
+    directory: Path,
+) -> Manifest:
+    generation, attention = checkpoint.generation_config, description.attention
+    encoder_capacity = options.encoder_capacity or DEFAULT_ENCODER_CAPACITY
+    start = generation.get("decoder_start_token_id")
+    if description.encoder and start is None:
+        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=description.family,
+        dialect=engines.dialect,
+        precision=engines.precision,
+        layers=len(description.decoder.layers),
+        exit_layer=engines.exit_layer,
+        hidden_size=description.hidden_size,
+        vocab_size=description.vocab_size,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        capacity=engines.capacity,
+        max_pending=engines.max_pending,
+        encoder_capacity=encoder_capacity if description.encoder else 0,
+        confidence=engines.confidence,
+        threshold=1.0,
+        eos_token_ids=_token_ids(generation.get("eos_token_id")),
+        bos_token_id=generation.get("bos_token_id"),
+        pad_token_id=generation.get("pad_token_id"),
+        decoder_start_token_id=start if description.encoder else None,
+        verified=False,
+        source=checkpoint.name,
+        source_sha256=checkpoint.sha256,
+        weight_bytes=weight_bytes,
+        files=_files(directory),
+        versions=_versions(),
+    )
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+
+
+def _files(directory: Path) -> dict[str, File]:
+    """Every file but the manifest, and the report about these files."""
+    paths = sorted(p for p in directory.iterdir() if p.name not in (MANIFEST, VERIFICATION))
+    return {path.name: File(path.stat().st_size, sha256_of(path)) for path in paths}
+
+
+def _versions() -> dict[str, str]:
+    found = {"freeexport": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _write_manifest(manifest: Manifest, directory: Path) -> None:
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--exit-layer", type=int, required=True, help="The exit stands after this layer, 1 to L - 1.")
+@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
+@click.option("--dialect", type=click.Choice(get_args(Dialect)), default="ort", show_default=True,
+              help="ONNX Runtime's fused operators, or ONNX opset 24 only.")  # fmt: skip
+@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True)
+@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
+@click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
+@click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
+@click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def command(model: str, out: Path, no_verify: bool, as_json: bool, **options: Any) -> None:
+    """Convert MODEL to a bundle of ONNX engines at OUT.
+
+    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
+
+    \b
+    Example:
+      freeexport convert path/to/checkpoint bundle --exit-layer 10
+    """
+    from freeexport.cost import break_even_line
+
+    manifest = convert(model, out, ConvertOptions(verify=not no_verify, **options))
+    if as_json:
+        click.echo(manifest.to_json(), nl=False)
+        return
+    click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
+    click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}")
+    click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
+    click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
+    click.echo("threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold")
+    click.echo(break_even_line(out))

@@ -1,0 +1,172 @@
+"""`freeexport inspect`: what a bundle holds, checked in full, on one page or as JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from freeexport.page import human_bytes, pairs, print_page, table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.bundle import Bundle
+    from runtime.manifest import Manifest
+
+NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
+
+# Longer lists in verification.json are counted, not printed; `--json` has them whole.
+_LONGEST_LIST = 8
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest, derived sizes and verification as JSON.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds, after checking the sha256 of every file.
+
+    \b
+    Example:
+      freeexport inspect path/to/bundle
+    """
+    from runtime.bundle import Bundle
+
+    opened = Bundle.open(bundle, verify="full")
+    if as_json:
+        click.echo(json.dumps(bundle_as_dict(opened), indent=2))
+    else:
+        print_page(bundle_tables(opened))
+
+
+def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
+    """The manifest with what follows from it (bytes), the verification's figures, and the bundle's own hash."""
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.path),
+        "sha256": bundle.sha256,
+        "manifest": json.loads(manifest.to_json()),
+        "calibrated": calibrated(manifest),
+        "bundle_bytes": bundle_bytes(manifest),
+        "kv_bytes_per_token": manifest.kv_bytes_per_token,
+        "kv_bytes_per_sequence": manifest.kv_bytes_per_sequence,
+        "verification": bundle.verification,
+    }
+
+
+def bundle_tables(bundle: Bundle) -> list[Table]:
+    """The page: a table a topic."""
+    manifest = bundle.manifest
+    return [
+        pairs("Bundle", _origin(bundle)),
+        pairs("Model", _model(manifest)),
+        pairs("Exit", _exit(manifest)),
+        pairs("KV cache", _cache(manifest)),
+        pairs("Verification", _verification(bundle)),
+        table("Files", ("name", "size#", "sha256"), _files(manifest)),
+        table("Weights that stand more than once", ("tensor", "size#", "reason"), _copies(manifest)),
+        pairs("Written with", sorted(manifest.versions.items())),
+    ]
+
+
+def calibrated(manifest: Manifest) -> bool:
+    """Whether any token can exit at the bundle's own threshold."""
+    return manifest.threshold < 1.0
+
+
+def bundle_bytes(manifest: Manifest) -> int:
+    """Bytes of all files that the manifest lists."""
+    return sum(file.size for file in manifest.files.values())
+
+
+def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
+    """Nested JSON data as (dotted name, text) rows; long lists become a count."""
+    if isinstance(value, dict):
+        return [row for key, item in value.items() for row in flatten(item, f"{name}.{key}" if name else str(key))]
+    if isinstance(value, list) and len(value) > _LONGEST_LIST:
+        return [(name, f"{len(value)} entries")]
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return [row for index, item in enumerate(value) for row in flatten(item, f"{name}[{index}]")]
+    if isinstance(value, list):
+        return [(name, ", ".join(map(_scalar, value)) or "none")]
+    return [(name, _scalar(value))]
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "none" if value is None else str(value)
+
+
+def _origin(bundle: Bundle) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    return [
+        ("path", str(bundle.path)),
+        ("sha256", bundle.sha256),
+        ("made from", manifest.source),
+        ("its sha256", manifest.source_sha256),
+        ("size", f"{human_bytes(bundle_bytes(manifest))}, weights {human_bytes(manifest.weight_bytes)}"),
+    ]
+
+
+def _model(manifest: Manifest) -> list[tuple[str, str]]:
+    kind = "encoder-decoder" if manifest.encoder_decoder else "decoder-only"
+    heads = f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"
+    return [
+        ("family", f"{manifest.family} ({kind})"),
+        (
+            "decoder layers",
+            f"{manifest.layers}: shallow {_span(manifest.shallow_layers)}, deep {_span(manifest.deep_layers)}",
+        ),
+        ("hidden size", str(manifest.hidden_size)),
+        ("heads", heads),
+        ("vocabulary", str(manifest.vocab_size)),
+        ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
+        ("dialect", manifest.dialect),
+        ("precision", manifest.precision),
+    ]
+
+
+def _span(layers: range) -> str:
+    """Layer numbers as people count them, from 1."""
+    return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
+
+
+def _exit(manifest: Manifest) -> list[tuple[str, str]]:
+    threshold = f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED
+    break_even = flatten(manifest.break_even) or [("", "not measured")]
+    return [
+        ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
+        ("confidence", manifest.confidence),
+        ("threshold", threshold),
+        ("most pending tokens", str(manifest.max_pending)),
+        *((f"break-even {name}".replace("_", " ").rstrip(), text) for name, text in break_even),
+    ]
+
+
+def _cache(manifest: Manifest) -> list[tuple[str, str]]:
+    rows = [
+        ("capacity", f"{manifest.capacity} tokens"),
+        ("per token", human_bytes(manifest.kv_bytes_per_token)),
+        ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
+    ]
+    if manifest.encoder_decoder:
+        rows.insert(1, ("longest prompt", f"{manifest.encoder_capacity} tokens"))
+    return rows
+
+
+def _verification(bundle: Bundle) -> list[tuple[str, str]]:
+    status = "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}"
+    return [("verified", status), *flatten(bundle.verification or {})]
+
+
+def _files(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [(name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())]
+
+
+def _copies(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [(copy.tensor, human_bytes(copy.bytes), copy.reason) for copy in manifest.copies]

@@ -1,0 +1,51 @@
+"""Readable pages for a terminal: titled tables of plain text, and numbers in human units."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
+    """Rows of text under a title; columns whose name ends in `#` are aligned to the right, without the `#`."""
+    from rich.table import Table
+    from rich.text import Text
+
+    result = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=header, pad_edge=False)
+    for name in columns:
+        justify: Literal["left", "right"] = "right" if name.endswith("#") else "left"
+        result.add_column(name.rstrip("#"), justify=justify, overflow="fold")
+    for row in rows:
+        # Text, not str: square brackets in a value are not markup.
+        result.add_row(*(Text(cell) for cell in row))
+    return result
+
+
+def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Names and values, one pair a line, under a title."""
+    return table(title, ("", ""), rows, header=False)
+
+
+def print_page(tables: Iterable[Table]) -> None:
+    """Print tables on stdout, a blank line after each; those without rows are left out."""
+    from rich.console import Console
+
+    # Without a terminal there is no width to fit: long paths and hashes stay on one line.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for item in tables:
+        if item.row_count:
+            console.print(item)
+            console.print()
+
+
+def human_bytes(count: float) -> str:
+    """`count` bytes in decimal units, three digits: 999 B, 1.23 kB, 45.6 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(count) < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"

@@ -1,0 +1,222 @@
+"""Parity of a bundle's engines with the checkpoint they came from, measured on padded text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from freeexport.engine_pair import EnginePair
+from runtime.bundle import Bundle
+from runtime.encoder import Encoder
+from runtime.engines.onnx import OnnxEngine
+from runtime.machine import usable_cores
+from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+SYNC_SIZES = (1, 2, 3, 5, 8, 16)
+MAX_TEXT = 48
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: the largest difference of `tensor`, as a share of its largest value."""
+
+    name: str
+    tensor: str
+    error: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.error <= self.tolerance)  # NaN fails
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids int64 [B, n] and their lengths [B]; for an encoder-decoder also the prompts."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
+
+
+def sample_texts() -> list[str]:
+    return files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+
+
+def sample_batch(bundle: Bundle) -> Batch:
+    """The sample texts as a padded batch; random ids where the bundle has no tokenizer, or another vocabulary's."""
+    manifest = bundle.manifest
+    sequences = sample_ids(bundle)
+    limit = max(1, min(MAX_TEXT, manifest.capacity - 1))
+    if not manifest.encoder_decoder:
+        return Batch(*pad([ids[:limit] for ids in sequences]))
+    # What the decoder reads need not answer the prompt: any text will do.
+    start = [manifest.decoder_start_token_id or 0]
+    targets = [start + ids[: limit - 1] for ids in sequences[1:] + sequences[:1]]
+    prompts = [ids[: min(MAX_TEXT, manifest.encoder_capacity)] for ids in sequences]
+    return Batch(*pad(targets), *pad(prompts))
+
+
+def sample_ids(bundle: Bundle) -> list[list[int]]:
+    tokenizer, vocabulary = Tokenizer.load(bundle.path), bundle.manifest.vocab_size
+    if tokenizer is not None:
+        sequences = [tokenizer.encode(text) for text in sample_texts()]
+        if all(0 <= token < vocabulary for ids in sequences for token in ids):
+            return sequences
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocabulary, size).tolist() for size in (37, 11, 24, 5)]
+
+
+def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in sequences], np.int32)
+
+
+def engine_checks(bundle: Bundle, model: PreTrainedModel | None, batch: Batch) -> Iterator[Check]:
+    """Engines against the reference model, if there is one, and against themselves called otherwise."""
+    tolerance = TOLERANCE[bundle.manifest.precision]
+    cross, encoded = encode(bundle, batch)
+    reference = Reference.of(model, bundle.manifest.exit_layer, batch) if model is not None else None
+    if reference is not None and encoded is not None and reference.encoded is not None:
+        valid = rows_of(batch.prompt_lengths, encoded.shape[1])
+        yield Check(
+            "encoder", "encoder hidden", _error(_flat(encoded)[valid], _flat(reference.encoded)[valid]), tolerance
+        )
+    pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
+    valid = rows_of(batch.lengths, batch.tokens.shape[1])
+    shallow = pair.shallow(batch.tokens, batch.lengths)
+    deep = pair.deep(shallow["hidden"], batch.lengths)
+    if reference is not None:
+        pairs = [
+            ("shallow hidden", _flat(shallow["hidden"]), _flat(reference.hidden)),
+            ("shallow logits", shallow["logits"], _flat(reference.shallow_logits)),
+            ("deep logits", deep["logits"], _flat(reference.logits)),
+        ]
+        for tensor, ours, theirs in pairs:
+            yield Check("prefill", tensor, _error(ours[valid], theirs[valid]), tolerance)
+    yield from _stepping(pair, batch, shallow, deep, tolerance)
+    yield from _sync_passes(pair, shallow["hidden"], tolerance)
+
+
+def _stepping(
+    pair: EnginePair, batch: Batch, shallow: dict[str, np.ndarray], deep: dict[str, np.ndarray], tolerance: float
+) -> Iterator[Check]:
+    """One token at a time, in rows of different lengths, against all at once."""
+    pair.trim(0)
+    width = batch.tokens.shape[1]
+    worst = {"shallow hidden": 0.0, "deep logits": 0.0}
+    for column in range(width):
+        active = (batch.lengths > column).astype(np.int32)
+        step = pair.shallow(batch.tokens[:, column : column + 1], active)
+        logits = pair.deep(step["hidden"], active)["logits"]
+        rows = np.flatnonzero(active)
+        for tensor, ours, theirs in (
+            ("shallow hidden", step["hidden"][:, 0], shallow["hidden"][:, column]),
+            ("deep logits", logits, deep["logits"][np.arange(len(active)) * width + column]),
+        ):
+            worst[tensor] = max(worst[tensor], _error(ours[rows], theirs[rows]))
+    for tensor, error in worst.items():
+        yield Check("stepping against prefill", tensor, error, tolerance)
+
+
+def _sync_passes(pair: EnginePair, hidden: np.ndarray, tolerance: float) -> Iterator[Check]:
+    """A deep pass over k rows against k passes over one row, with a past before them."""
+    past = max(1, hidden.shape[1] // 3)
+    ones = np.ones(pair.rows, np.int32)
+    for size in SYNC_SIZES:
+        if size > min(pair.manifest.max_pending, hidden.shape[1] - past):
+            break
+        pair.trim(0)
+        pair.deep(hidden[:, :past], ones * past)
+        together = pair.deep(hidden[:, past : past + size], ones * size)["logits"].reshape(pair.rows, size, -1)
+        pair.trim(past)
+        singles = [pair.deep(hidden[:, past + row : past + row + 1], ones)["logits"] for row in range(size)]
+        yield Check(f"sync pass of {size}", "deep logits", _error(together, np.stack(singles, axis=1)), tolerance)
+
+
+def encode(bundle: Bundle, batch: Batch) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
+    if batch.prompts is None or batch.prompt_lengths is None:
+        return {}, None
+    engines = [OnnxEngine(bundle.engine(name), usable_cores()) for name in ("encoder", "prologue")]
+    return Encoder(*engines).run_padded(batch.prompts, batch.prompt_lengths)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What transformers computes: logits [B, n, V], those of the model cut after the exit layer, and the states
+    [B, n, d] after it; for an encoder-decoder its encoder's output [B, E, d]."""
+
+    logits: np.ndarray
+    shallow_logits: np.ndarray
+    hidden: np.ndarray
+    encoded: np.ndarray | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch) -> Reference:
+        out = _forward(model, batch)
+        stack, name = _layer_list(model)
+        layers = getattr(stack, name)
+        setattr(stack, name, layers[:exit_layer])
+        try:
+            shallow = _forward(model, batch)
+        finally:
+            setattr(stack, name, layers)
+        states = out.get("decoder_hidden_states", out.get("hidden_states"))
+        encoded = out.get("encoder_last_hidden_state")
+        return cls(
+            out["logits"].numpy(),
+            shallow["logits"].numpy(),
+            states[exit_layer].numpy(),
+            None if encoded is None else encoded.numpy(),
+        )
+
+
+def _layer_list(model: Any) -> tuple[Any, str]:
+    """The module that holds the decoder layers, and under which name."""
+    decoder = model.get_decoder()
+    return decoder, "block" if hasattr(decoder, "block") else "layers"
+
+
+def _forward(model: Any, batch: Batch) -> Any:
+    import torch
+
+    tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(_mask(batch.lengths, batch.tokens.shape[1]))
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if batch.prompts is not None and batch.prompt_lengths is not None:
+        prompt_mask = torch.from_numpy(_mask(batch.prompt_lengths, batch.prompts.shape[1]))
+        inputs = {"input_ids": torch.from_numpy(batch.prompts), "attention_mask": prompt_mask}
+        inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    # T5's cache fails where the decoder is deeper than the encoder.
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True, use_cache=False)
+
+
+def _mask(lengths: np.ndarray, width: int) -> np.ndarray:
+    return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
+
+
+def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
+    """Flat indices of the valid rows of a padded batch."""
+    assert lengths is not None
+    return np.flatnonzero(_mask(lengths, width))
+
+
+def _flat(states: np.ndarray) -> np.ndarray:
+    return states.reshape(-1, states.shape[-1]).astype(np.float32)
+
+
+def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))

@@ -1,0 +1,30 @@
+"""The checkpoint as transformers runs it: what every engine is compared with."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from freeexport.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The Hugging Face model of the checkpoint, float32, in evaluation mode. Takes 4 bytes of memory a parameter."""
+    import torch
+    import transformers
+
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    seq2seq = checkpoint.config.get("is_encoder_decoder")
+    loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
+    source, options = checkpoint.path, {}
+    if checkpoint.path.is_file():
+        source, options = checkpoint.path.parent, {"gguf_file": checkpoint.path.name}
+    # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
+    model = loader.from_pretrained(
+        source, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **options
+    )
+    return model.eval()

@@ -1,0 +1,125 @@
+"""Verification of a bundle: run the checks, write the report, and do both in a child process after a conversion."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from freeexport.checkpoint import Checkpoint, open_checkpoint
+from runtime.bundle import VERIFICATION, Bundle
+from runtime.errors import FreeExportError
+from runtime.machine import available_memory
+from runtime.manifest import Manifest
+
+
+class VerificationError(FreeExportError):
+    """A bundle does not compute what its checkpoint computes."""
+
+
+def verify(bundle: Bundle, model: str | None) -> dict[str, Any]:
+    """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells."""
+    from freeexport.parity import engine_checks, sample_batch
+
+    checkpoint = None if model is None else _checkpoint_of(bundle, model)
+    reference = None if checkpoint is None else _reference(checkpoint)
+    checks = list(engine_checks(bundle, reference, sample_batch(bundle)))
+    report: dict[str, Any] = {
+        "against": None if checkpoint is None else checkpoint.name,
+        "source_sha256": bundle.manifest.source_sha256,
+        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+    }
+    passed = all(check.passed for check in checks)
+    if reference is not None:
+        report["greedy"] = _greedy(bundle, reference, max(c.error for c in checks if c.tensor == "deep logits"))
+        passed = passed and report["greedy"]["passed"]
+    return {"passed": passed, **report}
+
+
+def failure(report: dict[str, Any]) -> str:
+    """What is wrong, in a line that names the tensor."""
+    for check in report["checks"]:
+        if not check["passed"]:
+            return (
+                f"{check['name']}: {check['tensor']} differs by {check['error']:.2e} of its largest value, "
+                f"the tolerance is {check['tolerance']:.0e}"
+            )
+    first = next(c for c in report["greedy"]["prompts"] if not c["passed"])
+    return f"greedy decoding: token ids of prompt {first['prompt']} differ from position {first['first_difference']}"
+
+
+def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
+    path = bundle.path / VERIFICATION
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    """Verify a new bundle in a process of its own, so that its memory goes back to the system.
+
+    False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
+    """
+    need = _memory_needed(checkpoint, manifest)
+    available = available_memory()
+    click.echo(f"verifying against {checkpoint.name}: needs about {need / 1e9:.1f} GB of memory", err=True)
+    if available is not None and need > available:
+        click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
+        return False
+    command = [sys.executable, "-m", "freeexport", "verify", str(directory), "--against", model, "--json"]
+    root = str(Path(__file__).resolve().parent.parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = lines[-1].removeprefix("error: ") if lines else f"the child process ended with {done.returncode}"
+        raise VerificationError(reason)
+    return True
+
+
+def _memory_needed(checkpoint: Checkpoint, manifest: Manifest) -> int:
+    parameters = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
+    # The reference in fp32, the engines with their packed copies twice over, and room for libraries and activations.
+    return 4 * parameters + 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence + 10**9
+
+
+def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
+    checkpoint = open_checkpoint(model)
+    if checkpoint.sha256 != bundle.manifest.source_sha256:
+        raise VerificationError(
+            f"{checkpoint.name} is not the checkpoint that this bundle was made from ({bundle.manifest.source}); "
+            "give that one, or convert this one"
+        )
+    return checkpoint
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    from freeexport.reference import reference_model
+
+    return reference_model(checkpoint)
+
+
+def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
+    from freeexport.greedy import NEW_TOKENS, TIE, compare
+    from freeexport.parity import MAX_TEXT, sample_ids
+    from runtime import Session
+
+    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
+    prompts = [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
+    with Session(bundle.path, slots=1) as session:
+        comparisons = compare(session, model, prompts)
+    # Lower precisions move logits by as much as was just measured: closer than twice that is a tie.
+    tie = TIE if bundle.manifest.precision == "fp32" else 2 * logits_error * 100
+    return {
+        "tokens": NEW_TOKENS,
+        "tie": tie,
+        "passed": all(c.passed(tie) for c in comparisons),
+        "prompts": [{**asdict(c), "passed": c.passed(tie)} for c in comparisons],
+    }

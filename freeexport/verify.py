@@ -1,0 +1,59 @@
+"""`freeexport verify`: does a bundle compute what its checkpoint computes?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from freeexport.verification import VerificationError, failure, verify, write_report
+from runtime.bundle import Bundle
+from runtime.manifest import MANIFEST
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The checkpoint the bundle was made from.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def command(bundle: Path, against: str | None, as_json: bool) -> None:
+    """Check every byte of BUNDLE, and its engines: against the checkpoint, and called in one piece and in many.
+
+    With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
+
+    \b
+    Example:
+      freeexport verify bundle --against path/to/checkpoint
+    """
+    opened = Bundle.open(bundle, verify="full")
+    report = verify(opened, against)
+    if against is not None:
+        write_report(opened, report)
+        _mark(opened, report["passed"])
+    if as_json:
+        click.echo(json.dumps(report))
+    if not report["passed"]:
+        raise VerificationError(failure(report))
+    if not as_json:
+        _print(report)
+
+
+def _mark(bundle: Bundle, passed: bool) -> None:
+    """Say in the manifest whether the bundle is verified."""
+    if bundle.manifest.verified == passed:
+        return
+    partial = bundle.path / f"{MANIFEST}.partial"
+    partial.write_text(replace(bundle.manifest, verified=passed).to_json(), encoding="utf-8")
+    partial.replace(bundle.path / MANIFEST)
+
+
+def _print(report: dict) -> None:
+    for check in report["checks"]:
+        click.echo(
+            f"ok  {check['name']}: {check['tensor']} within {check['error']:.1e} (at most {check['tolerance']:.0e})"
+        )
+    if "greedy" in report:
+        prompts = report["greedy"]["prompts"]
+        same = sum(prompt["first_difference"] is None for prompt in prompts)
+        click.echo(f"ok  greedy decoding: ids of {same} of {len(prompts)} prompts equal, the others differ at a tie")

@@ -1,0 +1,139 @@
+"""A model described as data: what each layer is made of, and which checkpoint tensors hold its weights.
+
+Families (`graphs/families/`) write descriptions; builders turn them into graphs. A weight is named by its key in the
+checkpoint. Linear weights are [outputs, inputs], as PyTorch stores them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T + b. `weight` [outputs, inputs], `bias` [outputs]."""
+
+    weight: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMS norm over the last axis, scaled by `weight` [d]; no mean, no bias."""
+
+    weight: str
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions on halves (not interleaved). `inverse_frequencies` [head_dim / 2], radians per position;
+    `scale` multiplies cosine and sine (YaRN's attention factor)."""
+
+    inverse_frequencies: tuple[float, ...]
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RelativeBias:
+    """T5's bias by bucketed distance; `table` [buckets, heads]. Causal unless `bidirectional`."""
+
+    table: str
+    buckets: int
+    max_distance: int
+    bidirectional: bool
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d].
+
+    `window` is the number of newest positions a query sees, itself included; None is all.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    rotary: Rotary | None = None
+    relative_bias: RelativeBias | None = None
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class MLP:
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate.
+
+    `fp32` keeps `down` in float32 at every precision (T5's overflows in fp16).
+    """
+
+    activation: Activation
+    up: Linear
+    down: Linear
+    gate: Linear | None = None
+    fp32: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Pre-norm residual blocks, in this order: self-attention, cross-attention (if any), MLP."""
+
+    attention_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: MLP
+    cross_norm: Norm | None = None
+    cross: Attention | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = scale * norm(hidden) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor."""
+
+    norm: Norm
+    weight: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Bidirectional layers over the prompt, ending in a norm. `embedding` [vocab, d]."""
+
+    embedding: str
+    layers: tuple[Layer, ...]
+    norm: Norm
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """L causal layers with one head. `embedding` [vocab, d]; `max_positions` None where positions are relative."""
+
+    embedding: str
+    layers: tuple[Layer, ...]
+    head: Head
+    max_positions: int | None = None
+
+
+@dataclass(frozen=True)
+class Description:
+    """A whole model. `encoder` is None for decoder-only families; sizes are those of the decoder."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    decoder: Decoder
+    encoder: Encoder | None = None
+
+    @property
+    def attention(self) -> Attention:
+        """Any decoder layer's self-attention: heads and head size are the same in all of them."""
+        return self.decoder.layers[0].attention

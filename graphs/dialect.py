@@ -1,0 +1,149 @@
+"""What differs between the two ways to write a decoder in ONNX: norms, attention and the KV cache.
+
+Activations are flat: [M, d] with M = batch * rows. `ort` uses ONNX Runtime's fused operators, `standard` ONNX opset 24.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.description import Attention, Linear, Norm, RelativeBias, Rotary
+from graphs.graph import Graph
+from graphs.relative_bias import by_distance
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of an engine call that attention needs. Lengths are int32 [B]; `size` is int64 [2]: B and rows.
+
+    In an encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts.
+    """
+
+    size: ir.Value
+    query_lengths: ir.Value
+    past_lengths: ir.Value | None = None
+    cross_lengths: ir.Value | None = None
+
+
+class Dialect(Protocol):
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
+        """RMS norm over the last axis, computed in fp32. `x` and the result are float32 [M, d]."""
+        ...
+
+    def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
+        """x + delta, and its norm; all float32 [M, d]."""
+        ...
+
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+        """Causal attention over the KV cache of a layer, which it extends in place. [M, d] -> [M, heads * head_dim]."""
+        ...
+
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+        """Attention over the prompt's keys and values of a layer. [M, d] -> [M, heads * head_dim]."""
+        ...
+
+    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        """Attention of all prompt positions to each other. [M, d] -> [M, heads * head_dim]."""
+        ...
+
+
+def linear(graph: Graph, x: ir.Value, layer: Linear, outputs: int, inputs: int) -> ir.Value:
+    """[M, inputs] -> [M, outputs], in the compute type."""
+    return stacked_linear(graph, x, [layer], [outputs], inputs)
+
+
+def stacked_linear(
+    graph: Graph, x: ir.Value, layers: Sequence[Linear], outputs: Sequence[int], inputs: int
+) -> ir.Value:
+    """Several linear layers of one input as one product: [M, inputs] -> [M, sum(outputs)]."""
+    weight = graph.stacked_weight([layer.weight for layer in layers], [(rows, inputs) for rows in outputs])
+    biases = [layer.bias for layer in layers if layer.bias is not None]
+    if not biases:
+        return graph.op("Gemm", [x, weight], transB=1)
+    if len(biases) == len(layers):
+        bias = graph.stacked_weight(biases, [(rows,) for rows in outputs])
+        return graph.op("Gemm", [x, weight, bias], transB=1)
+    products = [linear(graph, x, layer, rows, inputs) for layer, rows in zip(layers, outputs, strict=True)]
+    return graph.op("Concat", products, axis=-1)
+
+
+def query_key_value(graph: Graph, x: ir.Value, attention: Attention, width: int) -> ir.Value:
+    """[M, width] -> [M, (heads + 2 kv_heads) * head_dim], query first."""
+    sizes = [attention.heads, attention.kv_heads, attention.kv_heads]
+    layers = [attention.query, attention.key, attention.value]
+    return stacked_linear(graph, x, layers, [count * attention.head_dim for count in sizes], width)
+
+
+def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:
+    """[M, heads * head_dim] -> [B, heads, rows, head_dim]."""
+    shape = graph.op("Concat", [call.size, graph.constant([heads, head_dim])], axis=0)
+    return graph.op("Transpose", [graph.op("Reshape", [x, shape])], perm=[0, 2, 1, 3])
+
+
+def in_rows(graph: Graph, x: ir.Value, call: Call) -> ir.Value:
+    """[M, n] -> [B, rows, n]."""
+    return graph.op("Reshape", [x, graph.op("Concat", [call.size, graph.constant([-1])], axis=0)])
+
+
+def flat(graph: Graph, x: ir.Value, width: int) -> ir.Value:
+    """[B, rows, width] -> [M, width]."""
+    return graph.op("Reshape", [x, graph.constant([-1, width])])
+
+
+def head_norm(graph: Graph, dialect: Dialect, x: ir.Value, norm: Norm | None, heads: int, head_dim: int) -> ir.Value:
+    """The norm of each head on its own (Qwen3). [M, heads * head_dim] -> the same."""
+    if norm is None:
+        return x
+    heads_in_rows = graph.op("Reshape", [graph.to_float(x), graph.constant([-1, head_dim])])
+    normed = graph.to_compute(dialect.norm(heads_in_rows, norm))
+    return graph.op("Reshape", [normed, graph.constant([-1, heads * head_dim])])
+
+
+def rotary_tables(graph: Graph, rotary: Rotary, positions: int) -> tuple[ir.Value, ir.Value]:
+    """Cosine and sine of every position, [positions, head_dim / 2]."""
+    # Angles in float32, as the models were trained and as Hugging Face computes them.
+    frequencies = np.asarray(rotary.inverse_frequencies, np.float32)
+    angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
+    key = f"rotary.{positions}.{hash_of(frequencies, rotary.scale)}"
+    return (
+        graph.table(f"{key}.cos", (np.cos(angles) * np.float32(rotary.scale)).astype(np.float32)),
+        graph.table(f"{key}.sin", (np.sin(angles) * np.float32(rotary.scale)).astype(np.float32)),
+    )
+
+
+def hash_of(array: np.ndarray, scale: float) -> str:
+    """A short name for a table: equal tables share it."""
+    return hashlib.sha256(array.tobytes() + repr(scale).encode()).hexdigest()[:8]
+
+
+def query_positions(graph: Graph, call: Call) -> ir.Value:
+    """Absolute position of each row, int64 [B, rows]."""
+    rows = graph.op("Squeeze", [graph.op("Slice", [call.size, graph.constant([1]), graph.constant([2])])])
+    steps = graph.op("Range", [graph.constant(np.int64(0)), rows, graph.constant(np.int64(1))])
+    if call.past_lengths is None:
+        return graph.op("Unsqueeze", [steps, graph.constant([0])])
+    past = graph.op("Unsqueeze", [graph.cast(call.past_lengths, ir.DataType.INT64), graph.constant([1])])
+    return graph.op("Add", [past, steps])
+
+
+def bias_of_distances(graph: Graph, bias: RelativeBias, heads: int, queries: ir.Value, keys: ir.Value) -> ir.Value:
+    """Relative bias [B, heads, rows, T] for query positions int64 [B, rows] and key positions int64 [T]."""
+    reach = bias.max_distance
+    name = f"{bias.table}.by_distance"
+    # The table is tiny and read at once: its expansion replaces it in the bundle.
+    expanded = by_distance(graph.read(bias.table, (bias.buckets, heads)), bias)
+    table = graph.table(name, expanded)
+    distance = graph.op("Sub", [graph.op("Unsqueeze", [queries, graph.constant([2])]), keys])  # [B, rows, T]
+    if bias.bidirectional:
+        low, high = np.int64(-reach), np.int64(reach)
+        index = graph.op("Clip", [graph.op("Neg", [distance]), graph.constant(low), graph.constant(high)])
+        index = graph.op("Add", [index, graph.constant(np.int64(reach))])
+    else:
+        index = graph.op("Clip", [distance, graph.constant(np.int64(0)), graph.constant(np.int64(reach))])
+    return graph.op("Transpose", [graph.op("Gather", [table, index], axis=0)], perm=[0, 3, 1, 2])

@@ -1,0 +1,164 @@
+"""The graphs of a bundle: shallow and deep decoder, and for encoder-decoders the encoder and the prologue.
+
+Inputs and outputs are the engine contract of docs/architecture.md. B rows of a batch, q or k tokens each, R head rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from graphs.description import Description, Layer
+from graphs.dialect import Call, Dialect, in_heads, linear
+from graphs.errors import GraphError
+from graphs.graph import Dimension, Graph
+from graphs.head import head_outputs
+from graphs.layers import decoder_layers, encoder_layers
+from graphs.ort_dialect import OrtDialect
+from graphs.standard_dialect import StandardDialect
+from graphs.weights import WeightFile, Weights
+from runtime.manifest import ConfidenceMeasure, Precision
+from runtime.manifest import Dialect as DialectName
+
+FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What is decided when engines are built. GraphError where a value is out of range."""
+
+    exit_layer: int
+    capacity: int
+    max_pending: int = 16
+    precision: Precision = "fp32"
+    dialect: DialectName = "ort"
+    confidence: ConfidenceMeasure = "softmax"
+
+    def check(self, description: Description) -> None:
+        layers = len(description.decoder.layers)
+        if not 1 <= self.exit_layer < layers:
+            raise GraphError(
+                f"exit layer {self.exit_layer} is out of range; this model has {layers} decoder layers, "
+                f"choose 1 to {layers - 1}"
+            )
+        limit = description.decoder.max_positions
+        if self.capacity < 1 or (limit is not None and self.capacity > limit):
+            raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
+        if not 1 <= self.max_pending <= 256:
+            raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
+
+    @property
+    def compute(self) -> ir.DataType:
+        return FLOAT if self.precision == "fp32" else ir.DataType.FLOAT16
+
+
+class EngineBuilder:
+    """Builds the graphs of one model into one directory; they share one weight file."""
+
+    def __init__(
+        self, description: Description, options: EngineOptions, source: Weights, weights: WeightFile, directory: Path
+    ) -> None:
+        options.check(description)
+        self.description, self.options = description, options
+        self._source, self._weights, self._directory = source, weights, directory
+
+    def shallow(self) -> None:
+        """shallow.onnx: embedding, layers 1..S and the head."""
+        graph = self._graph("shallow")
+        tokens = graph.input("input_ids", INT64, ["B", "q"])
+        call = self._decoder_call(graph, tokens)
+        dialect = self._dialect(graph, call)
+        layers = self.description.decoder.layers[: self.options.exit_layer]
+        x = self._embed(graph, tokens, self.description.decoder.embedding)
+        hidden = self._layers(graph, dialect, x, layers, 0)
+        self._head(graph, dialect, hidden, None)
+        self._output_hidden(graph, hidden, call, FLOAT, "q")
+        graph.save(self._directory / "shallow.onnx")
+
+    def deep(self) -> None:
+        """deep.onnx: layers S+1..L and the head."""
+        graph = self._graph("deep")
+        width = self.description.hidden_size
+        stacked = graph.input("hidden", FLOAT, ["B", "k", width])
+        call = self._decoder_call(graph, stacked)
+        dialect = self._dialect(graph, call)
+        layers = self.description.decoder.layers[self.options.exit_layer :]
+        x = graph.op("Reshape", [stacked, graph.constant([-1, width])])
+        hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
+        self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]))
+        graph.save(self._directory / "deep.onnx")
+
+    def encoder(self) -> None:
+        """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]."""
+        encoder = self.description.encoder
+        assert encoder is not None
+        graph = self._graph("encoder")
+        tokens = graph.input("input_ids", INT64, ["B", "E"])
+        lengths = graph.input("lengths", INT32, ["B"])
+        call = Call(_size(graph, tokens), lengths)
+        dialect = self._dialect(graph, call)
+        x = self._embed(graph, tokens, encoder.embedding)
+        hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm, self.description.hidden_size)
+        self._output_hidden(graph, hidden, call, graph.compute, "E")
+        graph.save(self._directory / "encoder.onnx")
+
+    def prologue(self) -> None:
+        """prologue.onnx: `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all layers."""
+        graph = self._graph("prologue")
+        width = self.description.hidden_size
+        hidden = graph.input("hidden", graph.compute, ["B", "E", width])
+        call = Call(_size(graph, hidden), hidden)
+        x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
+        for number, layer in enumerate(self.description.decoder.layers):
+            assert layer.cross is not None
+            heads, head_dim = layer.cross.kv_heads, layer.cross.head_dim
+            shape: list[Dimension] = ["B", heads, "E", head_dim]
+            for part, projection in (("key", layer.cross.key), ("value", layer.cross.value)):
+                rows = linear(graph, x, projection, heads * head_dim, width)
+                graph.output(
+                    f"cross.{number}.{part}", in_heads(graph, rows, call, heads, head_dim), graph.compute, shape
+                )
+        graph.save(self._directory / "prologue.onnx")
+
+    def _graph(self, name: str) -> Graph:
+        return Graph(name, self._source, self._weights, self.options.compute)
+
+    def _dialect(self, graph: Graph, call: Call) -> Dialect:
+        kind = OrtDialect if self.options.dialect == "ort" else StandardDialect
+        rows = self.options.capacity + self.options.max_pending
+        return kind(graph, call, self.description.hidden_size, rows)
+
+    def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
+        past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))
+        cross = graph.input("cross_lengths", INT32, ["B"]) if self.description.encoder else None
+        return Call(_size(graph, rows), query, past, cross)
+
+    def _embed(self, graph: Graph, tokens: ir.Value, name: str) -> ir.Value:
+        """int64 [B, q] -> float32 [M, d]."""
+        table = graph.weight(name, (self.description.vocab_size, self.description.hidden_size))
+        flat = graph.op("Reshape", [tokens, graph.constant([-1])])
+        return graph.to_float(graph.op("Gather", [table, flat], axis=0))
+
+    def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
+        return decoder_layers(graph, dialect, x, layers, first, self.description.hidden_size)
+
+    def _head(self, graph: Graph, dialect: Dialect, hidden: ir.Value, emitted: ir.Value | None) -> None:
+        size = (self.description.vocab_size, self.description.hidden_size)
+        head_outputs(graph, dialect, hidden, self.description.decoder.head, size, self.options.confidence, emitted)
+
+    def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:
+        width = self.description.hidden_size
+        shape = graph.op("Concat", [call.size, graph.constant([width])], axis=0)
+        graph.output("hidden", graph.op("Reshape", [hidden, shape]), dtype, ["B", rows, width])
+
+
+def _size(graph: Graph, x: ir.Value) -> ir.Value:
+    """int64 [2]: the first two dimensions of `x`."""
+    return graph.op("Shape", [x], start=0, end=2)
+
+
+def engine_names(description: Description) -> list[str]:
+    """The engines of a model, in the order in which they are built and run."""
+    return (["encoder", "prologue"] if description.encoder else []) + ["shallow", "deep"]

@@ -1,0 +1,13 @@
+"""What a checkpoint or a graph can be refused for."""
+
+from __future__ import annotations
+
+from runtime.errors import FreeExportError
+
+
+class UnsupportedModelError(FreeExportError):
+    """The checkpoint's architecture, or an option of its configuration, has no description here."""
+
+
+class GraphError(FreeExportError):
+    """A graph cannot be built as asked: an exit layer out of range, a weight of the wrong shape or out of range."""

@@ -1,0 +1,138 @@
+"""One ONNX graph in the making: named inputs and outputs, recorded operators, weights by reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from graphs.errors import GraphError
+from graphs.weights import WeightFile, Weights
+
+Dimension = int | str
+MICROSOFT = "com.microsoft"
+# Opset 24 has TensorScatter and Attention with valid lengths; IR version 11 is the first that carries it everywhere.
+OPSET, IR_VERSION = 24, 11
+
+
+class Graph:
+    """Records operators. `compute` is the type of weights and activations between the fp32 islands."""
+
+    def __init__(self, name: str, source: Weights, weights: WeightFile, compute: ir.DataType) -> None:
+        self.name = name
+        self.compute = compute
+        self._source, self._weights = source, weights
+        self._tape = Tape()
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._initializers: dict[str, ir.Value] = {}
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[Dimension]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self._inputs.append(value)
+        return value
+
+    def output(self, name: str, value: ir.Value, dtype: ir.DataType, shape: Sequence[Dimension]) -> None:
+        if value.name in {output.name for output in self._outputs} or value in self._inputs:
+            value = self.op("Identity", [value])
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        self._outputs.append(value)
+
+    def op(self, kind: str, inputs: Sequence[ir.Value | None], domain: str = "", **attributes: Any) -> ir.Value:
+        """An operator with one output."""
+        return self._tape.op(kind, inputs=inputs, attributes=attributes, domain=domain)
+
+    def ops(
+        self, kind: str, inputs: Sequence[ir.Value | None], outputs: int, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """An operator with several outputs."""
+        return self._tape.op_multi_out(kind, inputs=inputs, attributes=attributes, domain=domain, num_outputs=outputs)
+
+    def constant(self, array: np.ndarray | np.generic | Sequence[int]) -> ir.Value:
+        """A small constant inside the graph; equal ones are one. Lists of integers are int64."""
+        data = np.asarray(array, dtype=np.int64 if isinstance(array, list) else None)
+        name = f"constant.{data.dtype}.{list(data.shape)}.{data.tobytes().hex()}"
+        if len(name) > 80:
+            raise GraphError(f"a constant of {data.nbytes} bytes belongs in the weight file")
+        return self._initializer(name, ir.tensor(data, name=name))
+
+    def table(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
+        """A computed table, stored with the weights."""
+        return self._external(self._weights.add(name, dtype or self.compute, lambda: array))
+
+    def weight(self, name: str, shape: Sequence[int] | None = None, dtype: ir.DataType | None = None) -> ir.Value:
+        """A checkpoint tensor; GraphError where its shape is not the expected one."""
+        return self.stacked_weight([name], [shape], dtype)
+
+    def stacked_weight(
+        self, names: Sequence[str], shapes: Sequence[Sequence[int] | None], dtype: ir.DataType | None = None
+    ) -> ir.Value:
+        """Checkpoint tensors joined along their first axis."""
+        for name, shape in zip(names, shapes, strict=True):
+            if shape is not None:
+                self._check_shape(name, shape)
+
+        def produce() -> np.ndarray:
+            parts = [self._source.read(name) for name in names]
+            return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+        return self._external(self._weights.add("+".join(names), dtype or self.compute, produce))
+
+    def read(self, name: str, shape: Sequence[int]) -> np.ndarray:
+        """A checkpoint tensor as float32, to compute a table from."""
+        self._check_shape(name, shape)
+        return self._source.read(name)
+
+    def rows(self, name: str) -> int:
+        """First dimension of a checkpoint tensor."""
+        return self._source.shape(name)[0]
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """`value` as `dtype`."""
+        return self.op("Cast", [value], to=int(dtype))
+
+    def to_compute(self, value: ir.Value) -> ir.Value:
+        """An fp32 value in the compute type."""
+        return value if self.compute == ir.DataType.FLOAT else self.cast(value, self.compute)
+
+    def to_float(self, value: ir.Value) -> ir.Value:
+        """A value of the compute type in fp32."""
+        return value if self.compute == ir.DataType.FLOAT else self.cast(value, ir.DataType.FLOAT)
+
+    def save(self, path: Path) -> None:
+        """Write the graph; its weights stay where `WeightFile` put them, beside it."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._tape.nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports={"": OPSET, **({MICROSOFT: 1} if self._uses_microsoft() else {})},
+            name=self.name,
+        )
+        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport"), path)
+
+    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
+        found = self._source.shape(name)
+        if found != tuple(shape):
+            raise GraphError(f"weight {name} is {list(found)}, the configuration says {list(shape)}")
+
+    def _uses_microsoft(self) -> bool:
+        return any(node.domain == MICROSOFT for node in self._tape.nodes)
+
+    def _external(self, tensor: ir.ExternalTensor) -> ir.Value:
+        assert tensor.name is not None
+        return self._initializer(tensor.name, tensor)
+
+    def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        if name not in self._initializers:
+            self._initializers[name] = ir.Value(
+                name=name,
+                type=ir.TensorType(tensor.dtype),
+                shape=ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
+                const_value=tensor,
+            )
+        return self._initializers[name]

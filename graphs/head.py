@@ -1,0 +1,70 @@
+"""The LM head with arg max and confidence: a few bytes per token leave the graph."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.description import Head
+from graphs.dialect import Dialect
+from graphs.graph import Graph
+from runtime.manifest import ConfidenceMeasure
+
+
+def head_outputs(
+    graph: Graph,
+    dialect: Dialect,
+    hidden: ir.Value,
+    head: Head,
+    size: tuple[int, int],
+    confidence: ConfidenceMeasure,
+    emitted: ir.Value | None = None,
+) -> None:
+    """Outputs `token` int64, `confidence` and `logits` for the rows that `head_rows` int64 [R] picks of `hidden`
+    float32 [M, d]; with `emitted` int64 [R] also `nll`, in nats. `size` is (vocabulary, d)."""
+    vocabulary, _ = size
+    rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
+    logits = _logits(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size)
+    log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]
+    _, top = graph.ops("TopK", [logits, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)  # [R, 2]
+    token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
+    graph.output("token", token, ir.DataType.INT64, ["R"])
+    measured = _confidence(graph, log_probabilities, top, confidence, vocabulary)
+    graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
+    if emitted is not None:
+        index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
+        chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
+        nll = graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
+        graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
+    graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
+
+
+def _logits(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, size: tuple[int, int]) -> ir.Value:
+    """float32 [R, d] -> float32 [R, V]."""
+    normed = dialect.norm(hidden, head.norm)
+    if head.scale != 1.0:
+        normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
+    weight = graph.weight(head.weight, size)
+    return graph.to_float(graph.op("Gemm", [graph.to_compute(normed), weight], transB=1))
+
+
+def _confidence(
+    graph: Graph, log_probabilities: ir.Value, top: ir.Value, measure: ConfidenceMeasure, vocabulary: int
+) -> ir.Value:
+    """[R] in [0, 1], higher is surer."""
+    if measure == "entropy":
+        terms = graph.op("Mul", [graph.op("Exp", [log_probabilities]), log_probabilities])
+        negative = graph.op("ReduceSum", [terms, graph.constant([1])], keepdims=0)
+        scaled = graph.op("Div", [negative, graph.constant(np.float32(np.log(vocabulary)))])
+        return _clip(graph, graph.op("Add", [scaled, graph.constant(np.float32(1))]))
+    best_two = graph.op("Exp", [graph.op("GatherElements", [log_probabilities, top], axis=1)])
+    best = graph.op("Gather", [best_two, graph.constant(np.int64(0))], axis=1)
+    if measure == "max-prob":
+        return _clip(graph, best)
+    second = graph.op("Gather", [best_two, graph.constant(np.int64(1))], axis=1)
+    return _clip(graph, graph.op("Sub", [best, second]))
+
+
+def _clip(graph: Graph, x: ir.Value) -> ir.Value:
+    """Rounding may step over the ends of [0, 1]; the contract does not."""
+    return graph.op("Clip", [x, graph.constant(np.float32(0)), graph.constant(np.float32(1))])

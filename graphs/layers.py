@@ -1,0 +1,100 @@
+"""Transformer layers, pre-norm, on a residual stream that stays in fp32."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from graphs.description import MLP, Activation, Attention, Layer, Linear, Norm
+from graphs.dialect import Dialect, linear
+from graphs.graph import Graph
+
+
+class Residual:
+    """The residual stream: a sum whose last term is added together with the norm that reads it."""
+
+    def __init__(self, graph: Graph, dialect: Dialect, x: ir.Value) -> None:
+        self.graph, self.dialect = graph, dialect
+        self._x, self._delta = x, None
+
+    _delta: ir.Value | None
+
+    def normed(self, norm: Norm) -> ir.Value:
+        """The stream's norm, in the compute type."""
+        if self._delta is None:
+            normed = self.dialect.norm(self._x, norm)
+        else:
+            self._x, normed = self.dialect.add_norm(self._x, self._delta, norm)
+            self._delta = None
+        return self.graph.to_compute(normed)
+
+    def add(self, delta: ir.Value) -> None:
+        self._delta = delta
+
+    def value(self) -> ir.Value:
+        """The stream itself, float32 [M, d]."""
+        if self._delta is not None:
+            self._x, self._delta = self.graph.op("Add", [self._x, self._delta]), None
+        return self._x
+
+
+def decoder_layers(
+    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], first: int, width: int
+) -> ir.Value:
+    """Hidden states float32 [M, width] after `layers`, the first of which is number `first` of the model."""
+    stream = Residual(graph, dialect, x)
+    for number, layer in enumerate(layers, first):
+        attended = dialect.self_attention(stream.normed(layer.attention_norm), layer.attention, number)
+        stream.add(project(graph, attended, layer.attention, width))
+        if layer.cross is not None and layer.cross_norm is not None:
+            attended = dialect.cross_attention(stream.normed(layer.cross_norm), layer.cross, number)
+            stream.add(project(graph, attended, layer.cross, width))
+        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp, width))
+    return stream.value()
+
+
+def encoder_layers(
+    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm, width: int
+) -> ir.Value:
+    """Hidden states in the compute type [M, width] after `layers` and `norm`."""
+    stream = Residual(graph, dialect, x)
+    for layer in layers:
+        attended = dialect.encoder_attention(stream.normed(layer.attention_norm), layer.attention)
+        stream.add(project(graph, attended, layer.attention, width))
+        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp, width))
+    return stream.normed(norm)
+
+
+def project(graph: Graph, attended: ir.Value, attention: Attention, width: int) -> ir.Value:
+    """[M, heads * head_dim] -> float32 [M, width]."""
+    return graph.to_float(linear(graph, attended, attention.output, width, attention.heads * attention.head_dim))
+
+
+def mlp(graph: Graph, x: ir.Value, layer: MLP, width: int) -> ir.Value:
+    """[M, width] -> float32 [M, width]."""
+    inner = graph.rows(layer.up.weight)
+    up = linear(graph, x, layer.up, inner, width)
+    if layer.gate is None:
+        hidden = activate(graph, up, layer.activation)
+    else:
+        hidden = graph.op("Mul", [activate(graph, linear(graph, x, layer.gate, inner, width), layer.activation), up])
+    if not layer.fp32:
+        return graph.to_float(linear(graph, hidden, layer.down, width, inner))
+    return fp32_linear(graph, graph.to_float(hidden), layer.down, width, inner)
+
+
+def fp32_linear(graph: Graph, x: ir.Value, layer: Linear, outputs: int, inputs: int) -> ir.Value:
+    """A linear layer that stays in fp32 at every precision."""
+    parameters = [graph.weight(layer.weight, (outputs, inputs), ir.DataType.FLOAT)]
+    if layer.bias is not None:
+        parameters.append(graph.weight(layer.bias, (outputs,), ir.DataType.FLOAT))
+    return graph.op("Gemm", [x, *parameters], transB=1)
+
+
+def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:
+    if activation == "relu":
+        return graph.op("Relu", [x])
+    if activation == "silu":
+        return graph.op("Mul", [x, graph.op("Sigmoid", [x])])
+    return graph.op("Gelu", [x], approximate="tanh" if activation == "gelu-tanh" else "none")

@@ -1,0 +1,135 @@
+"""ONNX Runtime's fused operators (com.microsoft): attention reads and extends the KV cache in place."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.description import Attention, Norm, RelativeBias
+from graphs.dialect import (
+    Call,
+    bias_of_distances,
+    flat,
+    head_norm,
+    in_rows,
+    linear,
+    query_key_value,
+    query_positions,
+    rotary_tables,
+)
+from graphs.graph import MICROSOFT, Dimension, Graph
+
+
+class OrtDialect:
+    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has."""
+
+    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0) -> None:
+        self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
+        self._biases: dict[str, ir.Value] = {}
+        if call.past_lengths is not None:
+            total = graph.op("Add", [call.past_lengths, call.query_lengths])
+            one, zero = graph.constant(np.int32(1)), graph.constant(np.int32(0))
+            # An idle row has nothing before it and nothing new: the operator wants 0 there, not -1.
+            self._last = graph.op("Max", [graph.op("Sub", [total, one]), zero])
+            self._longest = graph.op("ReduceMax", [total, graph.constant([0])], keepdims=0)
+
+    def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
+        weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
+        return self.graph.op("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=norm.epsilon, stash_type=1)
+
+    def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
+        weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
+        normed, _, _, total = self.graph.ops(
+            "SkipSimplifiedLayerNormalization", [x, delta, weight], 4, MICROSOFT, epsilon=norm.epsilon
+        )
+        return total, normed
+
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+        graph, call = self.graph, self.call
+        heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
+        packed = query_key_value(graph, x, attention, self.width)
+        query, key, value = self._split(packed, attention)
+        cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
+        shape: list[Dimension] = ["B", kv_heads, "cache", size]
+        past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        inputs = [query, key, value, *past, self._last, self._longest, cos, sin, None, self._bias(attention)]
+        inputs += [None] * 5 + [call.query_lengths]
+        out, *present = graph.ops(
+            "GroupQueryAttention",
+            inputs,
+            3,
+            MICROSOFT,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            scale=attention.scale,
+            do_rotary=int(attention.rotary is not None),
+            local_window_size=attention.window or -1,
+        )
+        for part, written in zip(("key", "value"), present, strict=True):
+            graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
+        return flat(graph, out, heads * size)
+
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+        graph, call = self.graph, self.call
+        width = attention.heads * attention.head_dim
+        query = in_rows(graph, linear(graph, x, attention.query, width, self.width), call)
+        shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
+        key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
+        out = self._attend(query, key, value, attention, call.cross_lengths, None)
+        return flat(graph, out, width)
+
+    def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
+        graph, call = self.graph, self.call
+        width = attention.heads * attention.head_dim
+        packed = query_key_value(graph, x, attention, self.width)
+        parts = graph.ops("Split", [packed], 3, axis=-1, num_outputs=3)
+        query, key, value = (in_rows(graph, part, call) for part in parts)
+        out = self._attend(query, key, value, attention, call.query_lengths, self._bias(attention))
+        return flat(graph, out, width)
+
+    def _split(self, packed: ir.Value, attention: Attention) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        """GroupQueryAttention takes query, key and value packed, unless a norm stands in between."""
+        graph, call, size = self.graph, self.call, attention.head_dim
+        if attention.query_norm is None and attention.key_norm is None:
+            return in_rows(graph, packed, call), None, None
+        widths = [attention.heads * size, attention.kv_heads * size, attention.kv_heads * size]
+        query, key, value = graph.ops("Split", [packed, graph.constant(widths)], 3, axis=-1)
+        query = head_norm(graph, self, query, attention.query_norm, attention.heads, size)
+        key = head_norm(graph, self, key, attention.key_norm, attention.kv_heads, size)
+        return in_rows(graph, query, call), in_rows(graph, key, call), in_rows(graph, value, call)
+
+    def _attend(
+        self,
+        query: ir.Value,
+        key: ir.Value,
+        value: ir.Value,
+        attention: Attention,
+        lengths: ir.Value | None,
+        bias: ir.Value | None,
+    ) -> ir.Value:
+        return self.graph.op(
+            "MultiHeadAttention",
+            [query, key, value, None, lengths, bias],
+            MICROSOFT,
+            num_heads=attention.heads,
+            scale=attention.scale,
+        )
+
+    def _bias(self, attention: Attention) -> ir.Value | None:
+        """Relative bias over all keys of the call; layers that share a table share the result."""
+        bias = attention.relative_bias
+        if bias is None:
+            return None
+        if bias.table not in self._biases:
+            self._biases[bias.table] = self._expand(bias, attention.heads)
+        return self._biases[bias.table]
+
+    def _expand(self, bias: RelativeBias, heads: int) -> ir.Value:
+        graph = self.graph
+        queries = query_positions(graph, self.call)
+        if self.call.past_lengths is None:
+            keys = graph.op("Squeeze", [queries, graph.constant([0])])
+        else:
+            last = graph.cast(self._longest, ir.DataType.INT64)
+            keys = graph.op("Range", [graph.constant(np.int64(0)), last, graph.constant(np.int64(1))])
+        return bias_of_distances(graph, bias, heads, queries, keys)

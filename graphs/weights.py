@@ -1,0 +1,79 @@
+"""The weights of a bundle: read one tensor at a time, written once to one file that all graphs name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.errors import GraphError
+
+# Big tensors start on a page, so that a memory map needs no copy; small ones on a cache line.
+PAGE, CACHE_LINE, BIG = 4096, 64, 1 << 20
+
+
+class Weights(Protocol):
+    """A checkpoint as the builders see it."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as float32. Raises where it is missing or holds NaN."""
+        ...
+
+
+class WeightFile:
+    """Writes tensors to one external-data file; what is asked for twice is written once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0  # of tensors, without padding
+        self._file = path.open("wb")
+        self._tensors: dict[tuple[str, ir.DataType], ir.ExternalTensor] = {}
+        self._places: dict[tuple[bytes, ir.DataType, tuple[int, ...]], int] = {}
+
+    def __enter__(self) -> WeightFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, name: str, dtype: ir.DataType, produce: Callable[[], np.ndarray]) -> ir.ExternalTensor:
+        """The tensor of this name and type, produced and written on first use."""
+        key = (name, dtype)
+        if key not in self._tensors:
+            self._tensors[key] = self._write(f"{name}.{dtype.name.lower()}", dtype, produce())
+        return self._tensors[key]
+
+    def _write(self, name: str, dtype: ir.DataType, array: np.ndarray) -> ir.ExternalTensor:
+        array = np.ascontiguousarray(_cast(name, array, dtype))
+        # By content too: checkpoints store tied weights under several names.
+        content = (hashlib.sha256(array.data).digest(), dtype, array.shape)
+        if content not in self._places:
+            self._places[content] = self._append(array)
+        shape = ir.Shape(array.shape)
+        return ir.ExternalTensor(self.path.name, self._places[content], array.nbytes, dtype, shape=shape, name=name)
+
+    def _append(self, array: np.ndarray) -> int:
+        align = PAGE if array.nbytes >= BIG else CACHE_LINE
+        self._file.write(b"\0" * (-self._file.tell() % align))
+        offset = self._file.tell()
+        self._file.write(array.data)
+        self.bytes += array.nbytes
+        return offset
+
+
+def _cast(name: str, array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = array.astype(dtype.numpy(), copy=False)
+    if cast is not array and dtype == ir.DataType.FLOAT16 and not np.isfinite(cast).all():
+        raise GraphError(f"weight {name} reaches {np.abs(array).max():.3g}, out of range of fp16; use --precision fp32")
+    return cast

@@ -1,0 +1,38 @@
+"""Embed early-exit decoding: `Session` opens a bundle and generates. Needs no torch.
+
+from runtime import Session
+
+with Session("bundle") as session:
+    print(session.generate("The capital of France is", max_new_tokens=32).text)
+"""
+
+from runtime.bundle import Bundle
+from runtime.errors import (
+    BundleError,
+    CapacityError,
+    EngineError,
+    FreeExportError,
+    OptionError,
+    PromptError,
+)
+from runtime.options import GenerationOptions, SessionOptions
+from runtime.result import GenerationResult, Stats, Token
+from runtime.session import Session
+from runtime.stream import Stream
+
+__all__ = [
+    "Bundle",
+    "BundleError",
+    "CapacityError",
+    "EngineError",
+    "FreeExportError",
+    "GenerationOptions",
+    "GenerationResult",
+    "OptionError",
+    "PromptError",
+    "Session",
+    "SessionOptions",
+    "Stats",
+    "Stream",
+    "Token",
+]

@@ -1,0 +1,76 @@
+"""An engine on ONNX Runtime: one session a graph, and calls whose inputs and outputs stay bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import EngineError
+
+
+class OnnxEngine:
+    """One graph of a bundle, loaded on the CPU provider with `threads` threads. Safe to call from many threads."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        ort = _onnxruntime()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
+
+    def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """One call with arrays of any shape, copied in and out."""
+        results: list[np.ndarray] = self.session.run(outputs, dict(inputs))
+        return results
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+        """A call on fixed buffers: numpy arrays, or values made by `value`."""
+        return Call(self.session, inputs, outputs)
+
+
+class Call:
+    """One engine call with everything bound: change the arrays in place, run, read the arrays."""
+
+    def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        # Bound memory belongs to the arrays: they must live as long as the call.
+        self._keep = (inputs, outputs)
+        for name, item in inputs.items():
+            self._binding.bind_ortvalue_input(name, value(item))
+        for name, item in outputs.items():
+            self._binding.bind_ortvalue_output(name, value(item))
+
+    def run(self) -> None:
+        self._session.run_with_iobinding(self._binding)
+
+
+def value(item: Any) -> Any:
+    """An array as a value of ONNX Runtime, on the same memory; values pass through."""
+    ort = _onnxruntime()
+    return ort.OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"ONNX Runtime cannot be imported ({_first_line(error)}); install one wheel: pip install 'freeexport[cpu]'"
+        ) from error
+    if not hasattr(onnxruntime, "InferenceSession"):
+        raise EngineError("the ONNX Runtime package is damaged (two wheels over each other?); run freeexport doctor")
+    return onnxruntime
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:300]

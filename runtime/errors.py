@@ -1,0 +1,27 @@
+"""What can go wrong, as types. Every message says what was wrong, the value, and what to do."""
+
+from __future__ import annotations
+
+
+class FreeExportError(Exception):
+    """Base of every error this project raises on purpose; its text is one line for a person."""
+
+
+class BundleError(FreeExportError):
+    """A bundle is missing, incomplete, altered, or written by a newer version."""
+
+
+class PromptError(FreeExportError):
+    """A prompt is empty, too long, not valid text, or holds token ids out of range."""
+
+
+class CapacityError(FreeExportError):
+    """The KV cache asked for does not fit the bundle or the machine's memory."""
+
+
+class OptionError(FreeExportError):
+    """A generation or session option is out of range or contradicts another."""
+
+
+class EngineError(FreeExportError):
+    """ONNX Runtime is missing, or an engine could not be loaded or run."""

@@ -1,0 +1,51 @@
+"""The KV cache of one engine: one array per layer and part, a row per slot, written in place by the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from runtime.errors import CapacityError
+
+PARTS = ("key", "value")
+
+
+class KVCache:
+    """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
+
+    What lies behind the valid rows is unspecified and never read.
+    """
+
+    def __init__(
+        self, layers: range, slots: int, kv_heads: int, rows: int, head_dim: int, dtype: np.dtype | type
+    ) -> None:
+        self.rows = rows
+        self.lengths = np.zeros(slots, np.int32)
+        # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
+        self.arrays = {
+            f"{layer}.{part}": np.zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
+        }
+
+    def slot(self, slot: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Name and view [1, kv_heads, rows, head_dim] of every array of a slot."""
+        for name, array in self.arrays.items():
+            yield name, array[slot : slot + 1]
+
+    def extend(self, slot: int, count: int) -> None:
+        """Count the rows that an engine has just written. CapacityError where they are more than there is room for."""
+        length = int(self.lengths[slot]) + count
+        if length > self.rows:
+            raise CapacityError(f"a sequence of {length} positions does not fit a KV cache of {self.rows} rows")
+        self.lengths[slot] = length
+
+    def trim(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` rows: the only way back."""
+        self.lengths[slot] = min(int(self.lengths[slot]), length)
+
+    def copy_rows(self, source: int, target: int) -> None:
+        """Make slot `target` a copy of slot `source`."""
+        length = int(self.lengths[source])
+        for array in self.arrays.values():
+            array[target, :, :length] = array[source, :, :length]
+        self.lengths[target] = length

@@ -1,0 +1,57 @@
+"""What this process may use of the machine: cores and memory, as the kernel and its cgroup allow."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
+
+
+def usable_cores() -> int:
+    """Physical cores this process may run on, at least 1: its affinity, less a cgroup's quota."""
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+    except AttributeError:
+        return max(1, (os.cpu_count() or 1) // 2)
+    cores = {(_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}") for cpu in cpus}
+    return max(1, min(len(cores), _quota() or len(cores)))
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None where the system does not say."""
+    limits = [_meminfo(), _cgroup_memory()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _topology(cpu: int, name: str) -> str | None:
+    return _first_line(Path(_TOPOLOGY.format(cpu, name)))
+
+
+def _quota() -> int | None:
+    fields = (_first_line(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
+    return None if fields[0] == "max" or len(fields) < 2 else max(1, math.floor(int(fields[0]) / int(fields[1])))
+
+
+def _meminfo() -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _cgroup_memory() -> int | None:
+    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
+    used = _first_line(Path("/sys/fs/cgroup/memory.current"))
+    return int(limit) - int(used) if limit and used and limit != "max" else None
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().split("\n")[0].strip()
+    except OSError:
+        return None

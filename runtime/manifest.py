@@ -1,0 +1,191 @@
+"""The manifest of a bundle: the one schema that `graphs` and `freeexport` write and `runtime` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST = "freeexport.json"
+HASH = "manifest_sha256"
+
+ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
+Precision = Literal["fp32", "fp16"]
+Dialect = Literal["ort", "standard"]
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle: size in bytes, and the sha256 of its content in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DeclaredCopy:
+    """Bytes of weights that stand in the bundle a second time on purpose, and why."""
+
+    tensor: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `runtime` must know about a bundle before it loads an engine. Lengths count tokens.
+
+    `capacity` is the most valid positions of a decoder's KV cache; the cache itself has `max_pending` more rows.
+    `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
+    `threshold` 1.0 means not calibrated: nothing exits.
+    """
+
+    schema_version: int
+    family: str
+    dialect: Dialect
+    precision: Precision
+    layers: int
+    exit_layer: int
+    hidden_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    capacity: int
+    max_pending: int
+    encoder_capacity: int
+    confidence: ConfidenceMeasure
+    threshold: float
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    pad_token_id: int | None
+    decoder_start_token_id: int | None
+    verified: bool
+    source: str
+    source_sha256: str
+    weight_bytes: int
+    files: dict[str, File]
+    versions: dict[str, str] = field(default_factory=dict)
+    copies: tuple[DeclaredCopy, ...] = ()
+    break_even: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def encoder_decoder(self) -> bool:
+        return self.encoder_capacity > 0
+
+    @property
+    def shallow_layers(self) -> range:
+        return range(self.exit_layer)
+
+    @property
+    def deep_layers(self) -> range:
+        return range(self.exit_layer, self.layers)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes one position takes in the self-attention caches of all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.precision == "fp16" else 4)
+
+    @property
+    def kv_bytes_per_sequence(self) -> int:
+        """Bytes of one slot: self-attention caches, and the cross-attention cache at full encoder capacity."""
+        return self.kv_bytes_per_token * (self.capacity + self.max_pending + self.encoder_capacity)
+
+    def to_json(self) -> str:
+        """The manifest as text, with a hash of itself."""
+        content = dataclasses.asdict(self)
+        return json.dumps({**content, HASH: _hash(content)}, indent=2, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: Path | str = MANIFEST) -> Manifest:
+        """Parse and check a manifest. Raises BundleError naming the field that is wrong."""
+        try:
+            raw = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{where} is not JSON ({error}); convert the checkpoint again") from None
+        if not isinstance(raw, dict):
+            raise BundleError(f"{where} holds {type(raw).__name__}, not an object; convert the checkpoint again")
+        version = raw.get("schema_version")
+        if isinstance(version, int) and version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{where} has schema version {version}, this freeexport reads up to {SCHEMA_VERSION}; upgrade it"
+            )
+        digest = raw.pop(HASH, None)
+        if digest != _hash(raw):
+            raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
+        manifest: Manifest = _read(cls, raw, str(where))
+        manifest._check(str(where))
+        return manifest
+
+    def _check(self, where: str) -> None:
+        rules = [
+            (self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version),
+            (self.layers >= 2, "layers", self.layers),
+            (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
+            (min(self.hidden_size, self.vocab_size, self.heads, self.kv_heads, self.head_dim) > 0, "sizes", 0),
+            (self.capacity > 0, "capacity", self.capacity),
+            (self.max_pending >= 1, "max_pending", self.max_pending),
+            (self.encoder_capacity >= 0, "encoder_capacity", self.encoder_capacity),
+            (0.0 <= self.threshold <= 1.0, "threshold", self.threshold),
+            (not self.encoder_decoder or self.decoder_start_token_id is not None, "decoder_start_token_id", None),
+            (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
+        ]
+        for holds, name, value in rules:
+            if not holds:
+                raise BundleError(f"{where}: {name} = {value!r} is out of range; convert the checkpoint again")
+        for name in self.files:
+            check_relative(name, where)
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def check_relative(name: str, where: str) -> None:
+    """Refuse a file name that could leave the bundle's directory."""
+    path = Path(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise BundleError(f"{where} names {name!r}, which leaves the bundle; do not use this bundle")
+
+
+def _read(annotation: Any, value: Any, where: str) -> Any:
+    """`value` (parsed JSON) as the annotated type; BundleError names the place where it does not fit."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+        return _read_dataclass(annotation, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is Literal and value in arguments:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else _read(arguments[0], value, where)
+    if annotation is float and type(value) in (int, float):
+        return float(value)
+    if annotation in (int, str, bool) and type(value) is annotation:
+        return value
+    wanted = (
+        "one of " + ", ".join(map(repr, arguments)) if origin is Literal else getattr(annotation, "__name__", origin)
+    )
+    raise BundleError(f"{where} is {str(value)[:80]!r}, expected {wanted}; convert the checkpoint again")
+
+
+def _read_dataclass(annotation: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise BundleError(f"{where} is not an object; convert the checkpoint again")
+    hints = typing.get_type_hints(annotation)
+    fields = {item.name: item for item in dataclasses.fields(annotation)}
+    required = {name for name, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING}
+    for problem, names in (("lacks", required - value.keys()), ("has unknown fields", value.keys() - fields.keys())):
+        if names:
+            raise BundleError(f"{where} {problem} {', '.join(sorted(names))}; convert the checkpoint again")
+    return annotation(**{name: _read(hints[name], item, f"{where}: {name}") for name, item in value.items()})

@@ -1,0 +1,76 @@
+"""What a request returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["eos", "stop", "length", "cancelled"]
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts and seconds of one request.
+
+    `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
+    `sync_sizes[k]` is how many deep passes ran over k rows. `seconds` is wall time from prompt to last token;
+    encode, prefill, shallow and deep are the engine calls in it.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    exits: int = 0
+    forced: int = 0
+    sync_sizes: Counter[int] = field(default_factory=Counter)
+    seconds: float = 0.0
+    encode_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    shallow_seconds: float = 0.0
+    deep_seconds: float = 0.0
+
+    @property
+    def exit_rate(self) -> float:
+        """Share of the tokens after the first that exited."""
+        return self.exits / max(1, self.tokens - 1)
+
+    @property
+    def sync_passes(self) -> int:
+        return self.sync_sizes.total()
+
+    @property
+    def overhead_seconds(self) -> float:
+        """Time spent outside the engine calls."""
+        return self.seconds - (self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens after the first, per second of decoding; prompt processing is not in it."""
+        decoding = self.seconds - self.encode_seconds - self.prefill_seconds
+        return max(0, self.tokens - 1) / decoding if decoding > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of a stream. `text` is what became certain with it, often "" and then more than one token's worth.
+
+    `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None in "full".
+    """
+
+    id: int
+    text: str
+    exited: bool
+    confidence: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationResult:
+    """A finished request. `token_ids` are the generated ones, end of sequence included; `exited` and `confidence` run
+    parallel to them. `text` has no special tokens and no stop string."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    exited: tuple[bool, ...]
+    confidence: tuple[float | None, ...]
+    finish_reason: FinishReason
+    stats: Stats

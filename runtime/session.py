@@ -1,0 +1,170 @@
+"""A session: a bundle loaded once, decoding for many threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.decode import Step, free, full
+from runtime.decoder import Decoder, Lane
+from runtime.encoder import Encoder
+from runtime.engines.onnx import OnnxEngine
+from runtime.errors import CapacityError, OptionError
+from runtime.kv_cache import KVCache
+from runtime.machine import available_memory, usable_cores
+from runtime.manifest import Manifest
+from runtime.options import GenerationOptions, SessionOptions
+from runtime.prompt import Prompt, encode_prompt
+from runtime.result import GenerationResult
+from runtime.stream import Start, Stream
+from runtime.text_stream import TextStream
+from runtime.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class Session:
+    """Loads a bundle and generates. Thread-safe: each request has a slot of the KV cache to itself, and its result
+    does not depend on what else runs.
+
+    Keyword arguments are those of SessionOptions. Raises BundleError, CapacityError, EngineError, OptionError.
+    """
+
+    def __init__(self, bundle: Path | str, **options: Any) -> None:
+        self.options = SessionOptions(**_known(SessionOptions, options))
+        self.bundle = Bundle.open(bundle, self.options.verify)
+        manifest = self.bundle.manifest
+        self.capacity = _capacity(manifest, self.options.capacity)
+        self._tokenizer = Tokenizer.load(self.bundle.path)
+        self._check_memory(manifest)
+        self.threads = self.options.threads or usable_cores()
+        shallow = self._lane("shallow", manifest.shallow_layers)
+        deep = self._lane("deep", manifest.deep_layers)
+        self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
+        self._slots: queue.LifoQueue[Decoder] = queue.LifoQueue()
+        for slot in range(self.options.slots):
+            self._slots.put(Decoder(shallow, deep, slot, manifest.hidden_size, manifest.max_pending))
+        self._closed = threading.Event()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The bundle's tokenizer; None where it has none, and prompts must be token ids."""
+        return self._tokenizer
+
+    def generate(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> GenerationResult:
+        """Decode one prompt to its end. Keyword arguments are those of GenerationOptions.
+
+        `prompt` is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
+        ends it after the next token. Raises PromptError, OptionError.
+        """
+        stream = self.stream(prompt, cancel=cancel, **options)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
+        """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
+        chosen = GenerationOptions(**_known(GenerationOptions, options))
+        if self._closed.is_set():
+            raise OptionError("the session is closed; open a new one")
+        manifest = self.manifest
+        if chosen.max_pending is not None and chosen.max_pending > manifest.max_pending:
+            raise OptionError(
+                f"max_pending is {chosen.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+            )
+        limit = manifest.encoder_capacity or self.capacity
+        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
+        start, room = self._start(tokens, chosen)
+        return Stream(
+            self._slots,
+            start,
+            TextStream(self._tokenizer, tuple(chosen.stop)),
+            chosen,
+            frozenset(manifest.eos_token_ids),
+            room,
+            lambda: self._closed.is_set() or (cancel is not None and cancel.is_set()),
+        )
+
+    def close(self) -> None:
+        """Refuse new requests and end running ones after their next token. Idempotent."""
+        self._closed.set()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self, tokens: np.ndarray, options: GenerationOptions) -> tuple[Start, int]:
+        """What begins a request once it has a slot, and how many tokens it has room for."""
+        manifest = self.manifest
+        threshold = manifest.threshold if options.threshold is None else float(options.threshold)
+        max_pending = options.max_pending or manifest.max_pending
+        encoder, begin = self._encoder, np.array([manifest.decoder_start_token_id or 0], np.int64)
+
+        def start(decoder: Decoder) -> Iterator[Step]:
+            decoder.stats.prompt_tokens = len(tokens)
+            if encoder is not None:
+                began = perf_counter()
+                decoder.attend(encoder.run(tokens))
+                decoder.stats.encode_seconds = perf_counter() - began
+            prompt = tokens if encoder is None else begin
+            return full(decoder, prompt) if options.mode == "full" else free(decoder, prompt, threshold, max_pending)
+
+        # The newest token is never read back, so it needs no position.
+        return start, self.capacity - (len(tokens) if encoder is None else 1) + 1
+
+    def _engine(self, name: str) -> OnnxEngine:
+        return OnnxEngine(self.bundle.engine(name), self.threads)
+
+    def _lane(self, name: str, layers: range) -> Lane:
+        manifest = self.manifest
+        dtype = np.float16 if manifest.precision == "fp16" else np.float32
+        rows = self.capacity + manifest.max_pending
+        cache = KVCache(layers, self.options.slots, manifest.kv_heads, rows, manifest.head_dim, dtype)
+        return Lane(self._engine(name), cache)
+
+    def _check_memory(self, manifest: Manifest) -> None:
+        rows = self.capacity + manifest.max_pending
+        need = manifest.kv_bytes_per_token * rows * self.options.slots
+        what = f"{self.options.slots} slots x {rows} positions x {manifest.kv_bytes_per_token} bytes"
+        logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
+        available = available_memory()
+        if available is not None and need > available:
+            raise CapacityError(
+                f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
+                "lower capacity or slots"
+            )
+
+
+def _capacity(manifest: Manifest, asked: int | None) -> int:
+    if asked is not None and asked > manifest.capacity:
+        raise CapacityError(
+            f"capacity {asked} is more than the {manifest.capacity} positions this bundle was converted for; "
+            "lower it, or convert with --capacity"
+        )
+    return asked or manifest.capacity
+
+
+def _known(options: type, given: dict[str, Any]) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(options)]
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
+    return given

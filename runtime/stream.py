@@ -1,0 +1,96 @@
+"""One request: it takes a slot, decodes until something ends it, and gives the slot back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from queue import Queue
+from time import perf_counter
+
+from runtime.decode import Step
+from runtime.decoder import Decoder
+from runtime.options import GenerationOptions
+from runtime.result import FinishReason, GenerationResult, Stats, Token
+from runtime.text_stream import TextStream
+
+Start = Callable[[Decoder], Iterator[Step]]
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one request, as they become final. `result` is complete once the stream has ended."""
+
+    def __init__(
+        self,
+        slots: Queue[Decoder],
+        start: Start,
+        text: TextStream,
+        options: GenerationOptions,
+        eos: frozenset[int],
+        room: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        self._slots, self._start, self._text, self._cancelled = slots, start, text, cancelled
+        self._eos = frozenset() if options.ignore_eos else eos
+        self._limit = min(options.max_new_tokens, room)
+        self._steps: list[Step] = []
+        self._stats = Stats()
+        self._finish: FinishReason | None = None
+        self._tokens = self._run()
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        """End the request and give its slot back. Idempotent."""
+        self._tokens.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def result(self) -> GenerationResult:
+        """The tokens so far; `finish_reason` is "cancelled" unless the stream came to its end."""
+        return GenerationResult(
+            text=self._text.text,
+            token_ids=tuple(step.token for step in self._steps),
+            exited=tuple(step.exited for step in self._steps),
+            confidence=tuple(step.confidence for step in self._steps),
+            finish_reason=self._finish or "cancelled",
+            stats=self._stats,
+        )
+
+    def _run(self) -> Generator[Token, None, None]:
+        decoder = self._slots.get()
+        try:
+            began = perf_counter()
+            decoder.reset()
+            self._stats = decoder.stats
+            for step in self._start(decoder):
+                token = self._accept(step)
+                self._stats.seconds += perf_counter() - began
+                yield token
+                if self._finish is not None:
+                    return
+                began = perf_counter()
+        finally:
+            self._slots.put(decoder)
+
+    def _accept(self, step: Step) -> Token:
+        self._steps.append(step)
+        self._stats.tokens += 1
+        text = "" if step.token in self._eos else self._text.push(step.token)
+        self._finish = self._reason(step)
+        if self._finish is not None:
+            text += self._text.finish()
+        return Token(step.token, text, step.exited, step.confidence)
+
+    def _reason(self, step: Step) -> FinishReason | None:
+        if step.token in self._eos:
+            return "eos"
+        if self._text.stopped:
+            return "stop"
+        if len(self._steps) >= self._limit:
+            return "length"
+        return "cancelled" if self._cancelled() else None

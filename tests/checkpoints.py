@@ -1,0 +1,274 @@
+"""Tiny random checkpoints of every family, as Hugging Face directories: the same weights on every transformers release.
+
+Weights are drawn tensor by tensor, seeded by case and tensor name, and scaled so that greedy output wanders instead of
+collapsing into one token and so that shallow confidences spread over [0, 1].
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCAB_SIZE = 288  # more than the 259 ids of the tokenizer, as in T5
+
+# Prompts as token ids, valid in every case. They stay clear of special tokens: 0 is padding in T5.
+PROMPTS: tuple[tuple[int, ...], ...] = (
+    (87, 104, 101, 44, 35, 100, 115, 35, 118),
+    (35,),
+    tuple(3 + (37 * step + 11) % 250 for step in range(45)),
+)
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</{{ message['role'] }}>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+# How much each kind of block writes into the residual stream, as a multiple of what the embedding holds: depth then
+# changes some predictions and not all. Cross-attention says much the same at every step, so it gets the least.
+SELF_ATTENTION, CROSS_ATTENTION, MLP = 1.2, 0.3, 1.5
+LOGIT_SPREAD = 4.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One checkpoint: `build(directory)` writes it (config, float32 safetensors, tokenizer, generation config).
+
+    `exit_layers` are those worth testing, ascending; the first is 1 and the last is L - 1.
+    """
+
+    name: str
+    build: Callable[[Path], None]
+    exit_layers: tuple[int, ...]
+
+    @property
+    def layers(self) -> int:
+        """L, the number of decoder layers."""
+        return self.exit_layers[-1] + 1
+
+
+def load(directory: Path) -> Any:
+    """The checkpoint's Hugging Face model, in float32 and evaluation mode."""
+    import torch
+    import transformers
+
+    (architecture,) = json.loads((directory / "config.json").read_text())["architectures"]
+    model = getattr(transformers, architecture).from_pretrained(directory, dtype=torch.float32)
+    return model.eval()
+
+
+def _llama(
+    name: str, exit_layers: tuple[int, ...], model: str = "Llama", legacy_rope: bool = False, **options: Any
+) -> Case:
+    config = {
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "vocab_size": VOCAB_SIZE,
+        "num_hidden_layers": exit_layers[-1] + 1,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **options,
+    }
+    blueprint = _Blueprint(name, f"{model}Config", f"{model}ForCausalLM", config, t5=False, legacy_rope=legacy_rope)
+    return Case(name, partial(_write, blueprint), exit_layers)
+
+
+def _t5(name: str, exit_layers: tuple[int, ...], model: str = "T5", **options: Any) -> Case:
+    config = {
+        "vocab_size": VOCAB_SIZE,
+        "d_model": 32,
+        "d_kv": 8,
+        "num_heads": 4,
+        "d_ff": 64,
+        "num_layers": exit_layers[-1] + 1,
+        "num_decoder_layers": exit_layers[-1] + 1,
+        # Few buckets and a short range, so that short sequences reach the logarithmic buckets and the last one.
+        "relative_attention_num_buckets": 16,
+        "relative_attention_max_distance": 40,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        **options,
+    }
+    blueprint = _Blueprint(name, f"{model}Config", f"{model}ForConditionalGeneration", config, t5=True)
+    return Case(name, partial(_write, blueprint), exit_layers)
+
+
+@dataclass(frozen=True)
+class _Blueprint:
+    """What `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4."""
+
+    name: str
+    config_class: str
+    model_class: str
+    options: dict[str, Any]
+    t5: bool
+    legacy_rope: bool = False
+
+    @property
+    def tied(self) -> bool:
+        return bool(self.options["tie_word_embeddings"])
+
+
+def _write(blueprint: _Blueprint, directory: Path) -> None:
+    import transformers
+    from safetensors.numpy import save_file
+
+    config = getattr(transformers, blueprint.config_class)(**copy.deepcopy(blueprint.options))
+    config.architectures = [blueprint.model_class]
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {name: _draw(blueprint, name, shape) for name, shape in _shapes(blueprint, config).items()}
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    transformers.GenerationConfig.from_model_config(config).save_pretrained(directory)
+    config.save_pretrained(directory)
+    _write_published_keys(blueprint, directory / "config.json")
+    _write_tokenizer(blueprint, directory)
+
+
+def _shapes(blueprint: _Blueprint, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that published checkpoints hold: a shared tensor once, under its first name."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        model = getattr(transformers, blueprint.model_class)(config)
+    shared = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    if blueprint.tied:
+        shared.add("lm_head.weight")
+    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in shared}
+
+
+def _draw(blueprint: _Blueprint, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    noise = np.random.default_rng(zlib.crc32(f"{blueprint.name}/{name}".encode())).standard_normal(shape)
+    if name in ("model.norm.weight", "decoder.final_layer_norm.weight"):
+        # Random signs: a tied head would otherwise answer every token with itself.
+        value = np.where(noise > 0, 1, -1) * (1 + 0.2 * np.abs(noise))
+    elif name.endswith("norm.weight"):
+        value = 1 + 0.2 * noise
+    elif name.endswith(("relative_attention_bias.weight", ".bias")):
+        value = noise * (2.0 if "relative" in name else 0.3)
+    elif name in ("shared.weight", "model.embed_tokens.weight", "lm_head.weight"):
+        value = noise * _vocabulary_scale(blueprint, name, shape[1])
+    else:
+        value = noise * _gain(blueprint, name) / math.sqrt(shape[1])
+    return value.astype(np.float32)
+
+
+def _vocabulary_scale(blueprint: _Blueprint, name: str, width: int) -> float:
+    """Standard deviation of embedding and head rows that gives logits one of LOGIT_SPREAD."""
+    heads = name == "lm_head.weight" or blueprint.tied
+    if not heads:
+        return 1.0
+    return LOGIT_SPREAD if blueprint.tied and blueprint.t5 else LOGIT_SPREAD / math.sqrt(width)
+
+
+def _gain(blueprint: _Blueprint, name: str) -> float:
+    """Standard deviation of a linear layer's outputs over that of its inputs."""
+    if not name.endswith((".o.weight", ".wo.weight", ".o_proj.weight", ".down_proj.weight")):
+        return 1.3
+    width = blueprint.options["d_model" if blueprint.t5 else "hidden_size"]
+    if "EncDecAttention" in name:
+        share = CROSS_ATTENTION
+    else:
+        share = SELF_ATTENTION if "SelfAttention" in name or "self_attn" in name else MLP
+    return share * _vocabulary_scale(blueprint, "shared.weight", width)
+
+
+def _write_published_keys(blueprint: _Blueprint, path: Path) -> None:
+    """Say what published checkpoints say: transformers 5 would call every T5 tied, and renames rope_scaling."""
+    config = json.loads(path.read_text())
+    config["tie_word_embeddings"] = blueprint.tied
+    config.pop("scale_decoder_outputs", None)
+    if blueprint.legacy_rope:
+        config.pop("rope_parameters", None)
+        config["rope_theta"] = blueprint.options["rope_theta"]
+        config["rope_scaling"] = blueprint.options.get("rope_scaling")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _write_tokenizer(blueprint: _Blueprint, directory: Path) -> None:
+    """Byte-level BPE without merges: three special tokens, then one id a byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "</s>", "<unk>"] if blueprint.t5 else ["<unk>", "<s>", "</s>"]
+    symbols = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[]))
+    tokenizer.add_special_tokens(special)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>" if blueprint.t5 else "<s> $A",
+        special_tokens=[("</s>", 1)] if blueprint.t5 else [("<s>", 1)],
+    )
+    names = {"eos_token": "</s>", "unk_token": "<unk>"} | (
+        {"pad_token": "<pad>"} if blueprint.t5 else {"bos_token": "<s>"}
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    if not blueprint.t5:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(directory)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+# Few rotations, so that the ramp between the two kinds of frequencies lies inside a small head.
+YARN_ROPE = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 8.0, "original_max_position_embeddings": 128}
+LINEAR_ROPE = {"type": "linear", "factor": 2.5}  # the key that checkpoints of 2023 use
+
+CASES: tuple[Case, ...] = (
+    _t5("t5-relu-tied", (1, 2, 3), feed_forward_proj="relu", tie_word_embeddings=True),
+    _t5("t5-gated-untied", (1, 3)),
+    _t5("t5-gated-tied", (1, 2), tie_word_embeddings=True),
+    _t5("t5-deep-decoder", (1, 3, 5), num_layers=2, feed_forward_proj="relu", tie_word_embeddings=True),
+    _t5("t5-wide-heads", (1, 2), d_kv=16, num_heads=3),
+    _t5("byt5-deep-encoder", (1, 2), num_layers=6, d_model=40, d_ff=104),
+    _t5("mt5", (1, 3), model="MT5", num_heads=2, d_kv=16),
+    _t5("umt5", (1, 3), model="UMT5"),
+    _llama("llama-tied", (1, 2, 4), tie_word_embeddings=True),
+    _llama("llama-untied-many-eos", (1, 3), eos_token_id=[2, *range(40, 50)]),
+    _llama(
+        "llama-grouped-llama3-rope",
+        (1, 3),
+        num_key_value_heads=2,
+        rope_theta=5e5,
+        rope_scaling=LLAMA3_ROPE,
+        legacy_rope=True,
+    ),
+    _llama("llama-linear-rope", (1, 2), rope_scaling=LINEAR_ROPE, rope_theta=1e4, legacy_rope=True),
+    _llama("llama-yarn-rope", (1, 3), rope_scaling=YARN_ROPE, num_key_value_heads=1, head_dim=24),
+    _llama("llama-biases", (1, 2), attention_bias=True, mlp_bias=True),
+    _llama("llama-head-dim", (1, 3), head_dim=20, num_key_value_heads=2),
+    _llama(
+        "mistral-window",
+        (1, 3),
+        model="Mistral",
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=11,
+        rope_theta=1e4,
+        legacy_rope=True,
+    ),
+    _llama("qwen2-tied", (1, 2, 3), model="Qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    _llama("qwen3", (1, 3), model="Qwen3", num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6),
+)

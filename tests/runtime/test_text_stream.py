@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import pytest
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
+from runtime.errors import OptionError
+from runtime.text_stream import TextStream
+from runtime.tokenizer import Tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LLAMA_STEPS = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+
+
+def vocabulary(*tokens: str) -> dict[str, int]:
+    return {token: index for index, token in enumerate([*SPECIAL, *tokens])}
+
+
+def built(backend: tokenizers.Tokenizer, decoder: decoders.Decoder | None) -> Tokenizer:
+    backend.add_special_tokens(SPECIAL)
+    if decoder is not None:
+        backend.decoder = decoder
+    return Tokenizer(backend)
+
+
+def byte_level() -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    euro, face = "âĤ¬", "ðŁĺĢ"  # the bytes of € and of a smiley, as letters
+    merges = [("Ċ", "Ċ"), ("h", "e"), (euro[0], euro[1]), (euro[1], euro[2]), (face[2], face[3]), (euro[2], euro[0])]
+    vocab = vocabulary(*alphabet, *("".join(pair) for pair in merges))
+    backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    backend.add_tokens([AddedToken("<tool call>"), AddedToken("é"), AddedToken("日本")])
+    return built(backend, decoders.ByteLevel())
+
+
+def byte_fallback(*steps: decoders.Decoder) -> Tokenizer:
+    tokens = ["▁", "a", "b", "ab", "▁a", "▁▁", "é", "�", "<0x+A>", "<0xZZ>", "..."]
+    model = models.BPE(vocab=vocabulary(*BYTES, *tokens), merges=[], byte_fallback=True, unk_token="<unk>")
+    return built(tokenizers.Tokenizer(model), decoders.Sequence(list(steps or LLAMA_STEPS)))
+
+
+def unigram(decoder: decoders.Decoder) -> Tokenizer:
+    tokens = ["▁", "a", "b", "▁a", "ab", "▁▁", "a▁b", "▁é", "<0x41>", "日本"]
+    pieces = [(token, -float(index)) for index, token in enumerate([*SPECIAL, *tokens])]
+    return built(tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0)), decoder)
+
+
+def word_level(decoder: decoders.Decoder | None) -> Tokenizer:
+    tokens = ["a", "b", "##a", "ab", ".", "n't", "", "a</w>", "b</w>", "|", "日本"]
+    return built(tokenizers.Tokenizer(models.WordLevel(vocabulary(*tokens), unk_token="<unk>")), decoder)
+
+
+TOKENIZERS: dict[str, Callable[[], Tokenizer]] = {
+    "byte-level": byte_level,
+    "llama-2": byte_fallback,
+    "gemma": lambda: byte_fallback(*LLAMA_STEPS[:3]),
+    "byte-fallback-unfused": lambda: byte_fallback(*LLAMA_STEPS[:2]),
+    "strip-three": lambda: byte_fallback(*LLAMA_STEPS[:3], decoders.Strip(" ", 3, 0)),
+    "t5": lambda: unigram(decoders.Metaspace()),
+    "metaspace-never": lambda: unigram(decoders.Metaspace(prepend_scheme="never")),
+    "metaspace-fused": lambda: unigram(decoders.Sequence([decoders.Metaspace(), decoders.Fuse()])),
+    "word-level": lambda: word_level(None),
+    "word-piece": lambda: word_level(decoders.WordPiece()),
+}
+# Decoders whose text is only known at the end.
+ODD: dict[str, Callable[[], Tokenizer]] = {
+    "ctc": lambda: word_level(decoders.CTC("|", "a", True)),
+    "bpe-suffix": lambda: word_level(decoders.BPEDecoder()),
+    "fused-regex": lambda: word_level(decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex("ab+"), "x")])),
+    "fallback-last": lambda: byte_fallback(decoders.Replace("▁", " "), decoders.Fuse(), decoders.ByteFallback()),
+}
+BUILT = {name: build() for name, build in (TOKENIZERS | ODD).items()}
+# Bytes that begin, continue, complete and break UTF-8 characters; letters of the stop strings; spaces.
+TELLING = "<0xC3> <0xA9> <0xE2> <0x82> <0xAC> <0xFF> <0x0A> <0x20> <0x61> <0x62> <0xED> <0xA0> <0xF0> <0x9F>".split()
+TELLING += "Ã ł Ċ âĤ ¬ ¬â ĤĤ Ĥ¬ ĺĢ ð Ł ÿ Ġ a b ab ▁ ▁a ▁▁ </s> <s> a</w> ##a . | � é".split()
+
+
+def ids_of(name: str) -> st.SearchStrategy[list[int]]:
+    tokenizer = BUILT[name]
+    telling = [index for index in range(tokenizer.vocab_size) if tokenizer.token(index) in TELLING]
+    return st.lists(st.sampled_from(telling) | st.integers(0, tokenizer.vocab_size + 3), max_size=40)
+
+
+@st.composite
+def named_ids(draw: st.DrawFn, names: Sequence[str] = tuple(BUILT)) -> tuple[str, list[int]]:
+    name = draw(st.sampled_from(sorted(names)))
+    return name, draw(ids_of(name))
+
+
+stops = st.lists(st.text("ab \né€.", min_size=1, max_size=4) | st.sampled_from(["aba", "ab", "abab", " a"]), max_size=4)
+
+
+def expected(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> tuple[str, int | None]:
+    """The text up to the stop string that is complete first, and how many tokens that takes (None: not stopped)."""
+    for count in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:count])
+        spans = [(text.find(word) + len(word), text.find(word)) for word in stop if word in text]
+        if spans:
+            return text[: min(spans)[1]], count
+    return tokenizer.decode(ids), None
+
+
+def run(stream: TextStream, ids: list[int]) -> tuple[list[str], int | None]:
+    """The pieces, the last of them from `finish`, and the number of tokens when the stream stopped."""
+    pieces, count = [], None
+    for index, token_id in enumerate(ids, start=1):
+        pieces.append(stream.push(token_id))
+        if stream.stopped and count is None:
+            count = index
+    return [*pieces, stream.finish()], count
+
+
+@settings(max_examples=600, deadline=None)
+@given(named_ids())
+def test_pieces_join_to_the_decoded_text(case: tuple[str, list[int]]) -> None:
+    name, ids = case
+    stream = TextStream(BUILT[name], [])
+    pieces, _ = run(stream, ids)
+    assert "".join(pieces) == stream.text == BUILT[name].decode(ids)
+
+
+@settings(max_examples=600, deadline=None)
+@given(named_ids(), stops)
+def test_text_ends_before_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
+    name, ids = case
+    stream = TextStream(BUILT[name], stop)
+    pieces, count = run(stream, ids)
+    assert ("".join(pieces), count) == expected(BUILT[name], ids, stop)
+    assert stream.text == "".join(pieces)
+    assert stream.stopped == (count is not None)
+
+
+@settings(max_examples=300, deadline=None)
+@given(named_ids(tuple(TOKENIZERS)), stops)
+def test_what_was_handed_out_stays_true(case: tuple[str, list[int]], stop: list[str]) -> None:
+    name, ids = case
+    stream = TextStream(BUILT[name], stop)
+    final, _ = expected(BUILT[name], ids, stop)
+    for token_id in ids:
+        stream.push(token_id)
+        assert final.startswith(stream.text)
+
+
+@given(st.binary(max_size=30))
+@example(b"\xe2\x82\xff\xf0\x9f\x98\x80\xed\xa0\x80")
+@example(b"\xf4\x90\x80\x80\xc0\x80\xe0\x80\x80")
+def test_any_bytes_stream_as_they_decode(content: bytes) -> None:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelt = {"byte-level": [letters.index(letter) for letter in _letters(content)], "llama-2": list(content)}
+    for name, offsets in spelt.items():
+        ids = [len(SPECIAL) + offset for offset in offsets]
+        pieces, _ = run(TextStream(BUILT[name]), ids)
+        assert "".join(pieces) == BUILT[name].decode(ids)
+
+
+def _letters(content: bytes) -> str:
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return "".join(chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in content)
+
+
+def spelt(name: str, *tokens: str) -> list[int]:
+    tokenizer = BUILT[name]
+    index = {tokenizer.token(i): i for i in range(tokenizer.vocab_size)}
+    return [index[token] for token in tokens]
+
+
+def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> list[str]:
+    return run(TextStream(BUILT[name], stop), spelt(name, *tokens))[0]
+
+
+def test_a_character_is_never_cut() -> None:
+    assert pieces_of("byte-level", ["a", "â", "Ĥ¬", "ð", "Ł", "a"]) == ["a", "", "€", "", "", "\ufffda", ""]
+
+
+def test_an_incomplete_character_comes_out_at_the_end() -> None:
+    assert pieces_of("byte-level", ["a", "â", "Ĥ"]) == ["a", "", "", "\ufffd"]
+
+
+def test_a_run_of_byte_tokens_waits_for_its_end() -> None:
+    valid, broken = ["<0xC3>", "<0xA9>"], ["<0xC3>", "<0xA9>", "<0xFF>"]
+    assert pieces_of("llama-2", ["a", *valid, "b"]) == ["a", "", "", "éb", ""]
+    assert pieces_of("llama-2", ["a", *broken, "b"]) == ["a", "", "", "", "\ufffd\ufffd\ufffdb", ""]
+
+
+def test_spaces_between_words_are_kept_and_the_first_one_is_dropped() -> None:
+    for name in ("llama-2", "t5"):
+        assert pieces_of(name, ["</s>", "▁a", "</s>", "▁a", "▁", "b"]) == ["", "a", "", " a", " ", "b", ""]
+
+
+def test_a_decoder_that_may_change_all_of_its_text_gives_it_at_the_end() -> None:
+    assert pieces_of("bpe-suffix", ["a</w>", "b</w>"]) == ["", "", "a b"]
+    assert pieces_of("bpe-suffix", ["a</w>", "b</w>", "a"], ["a b"]) == ["", "", "", ""]
+
+
+def test_a_stop_string_across_tokens_is_withheld_and_dropped() -> None:
+    stream = TextStream(BUILT["byte-level"], ["b\nb"])
+    ids = spelt("byte-level", "a", "b", "Ċ", "b", "a")
+    assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "", ""]
+    assert stream.stopped
+    assert stream.finish() == ""
+    assert stream.text == "a"
+
+
+def test_a_beginning_that_does_not_go_on_is_handed_out() -> None:
+    assert pieces_of("byte-level", ["a", "b", "Ċ", "a"], ["b\nb"]) == ["a", "", "", "b\na", ""]
+    assert pieces_of("byte-level", ["a", "b", "Ċ"], ["b\nb"]) == ["a", "", "", "b\n"]
+
+
+def test_a_stop_string_that_overlaps_itself_is_found() -> None:
+    assert pieces_of("byte-level", list("abaabab"), ["abab"]) == ["", "", "", "aba", "", "", "", ""]
+
+
+@pytest.mark.parametrize("tokens", [["a", "b", "h", "a"], ["a", "b", "h"], ["a", "b"]])
+def test_a_stop_string_that_begins_another_ends_the_text_first(tokens: list[str]) -> None:
+    assert "".join(pieces_of("byte-level", ["h", *tokens], ["abh", "ab"])) == "h"
+
+
+def test_of_two_stop_strings_the_one_complete_first_counts_whatever_the_tokens() -> None:
+    stop = ["he lo", "e"]
+    assert "".join(pieces_of("byte-level", ["a", "he", "Ġ", "l", "o"], stop)) == "ah"
+    assert "".join(pieces_of("byte-level", ["a", "h", "e", "Ġ", "l", "o"], stop)) == "ah"
+    assert "".join(pieces_of("byte-level", ["a", "he"], ["he", "e"])) == "a"
+
+
+def test_a_stop_string_spelt_in_byte_tokens_stops_at_its_last_byte() -> None:
+    stream = TextStream(BUILT["llama-2"], ["\n"])
+    first, newline = spelt("llama-2", "▁a", "<0x0A>")
+    assert stream.push(first) == "a"
+    assert not stream.stopped
+    stream.push(newline)
+    assert stream.stopped
+    assert stream.text == "a"
+
+
+def test_without_a_tokenizer_there_is_no_text() -> None:
+    stream = TextStream(None, [])
+    assert (stream.push(7), stream.finish(), stream.text, stream.stopped) == ("", "", "", False)
+    with pytest.raises(OptionError, match="no tokenizer"):
+        TextStream(None, ["a"])
+
+
+@pytest.mark.parametrize("stop", ["word", [""], [3], ["a", None]])
+def test_stop_strings_that_are_none_are_refused(stop: object) -> None:
+    with pytest.raises(OptionError, match="stop"):
+        TextStream(BUILT["byte-level"], stop)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["byte-level", "llama-2", "t5"])
+def test_a_push_costs_the_same_late_in_a_long_text(name: str) -> None:
+    ids = [i for i in range(BUILT[name].vocab_size) if (BUILT[name].token(i) or "") in ("a", "b", "▁a", "Ġ")]
+
+    def seconds(stream: TextStream) -> float:
+        """Of 500 pushes, the fastest of three such runs."""
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            for index in range(500):
+                stream.push(ids[index % len(ids)])
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    stream = TextStream(BUILT[name], ["never", "either"])
+    early = seconds(stream)
+    for index in range(20_000):
+        stream.push(ids[index % len(ids)])
+    assert seconds(stream) < 4 * early

@@ -1,0 +1,256 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
+from reference import (
+    Mode,
+    Reference,
+    Run,
+    assert_same_tokens,
+    confidence_of,
+    cut_after,
+    free_decode,
+    replay,
+    separating_threshold,
+)
+
+Model = Callable[[Case], Any]
+TOKENS = 48
+BY_NAME = {case.name: case for case in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+few_cases = pytest.mark.parametrize("name", ["t5-deep-decoder", "umt5", "llama-tied", "mistral-window"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These models are too small to gain from threads, which wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def generate(model: Any, prompt: tuple[int, ...], tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        use_cache=False,
+        max_new_tokens=tokens,
+        pad_token_id=0,
+    )
+    return output[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
+
+
+@each_case
+def test_threshold_one_is_greedy_decoding_of_the_full_model(case: Case, source_model: Model) -> None:
+    model = source_model(case)
+    reference = free_decode(model, PROMPTS[0], case.exit_layers[0], 1.0, TOKENS)
+    assert reference.token_ids == generate(model, PROMPTS[0], TOKENS)
+    assert not any(reference.exited)
+    assert reference.sync_sizes == [1] * (len(reference.token_ids) - 1)
+
+
+@each_case
+def test_greedy_output_wanders(case: Case, source_model: Model) -> None:
+    for prompt in PROMPTS:
+        tokens = free_decode(source_model(case), prompt, 1, 1.0, TOKENS).token_ids
+        assert len(tokens) >= 16
+        assert len(set(tokens)) >= min(10, len(tokens) // 2), tokens
+
+
+@each_case
+def test_a_separating_threshold_makes_exits_and_sync_passes(case: Case, source_model: Model) -> None:
+    model = source_model(case)
+    tokens = free_decode(model, PROMPTS[2], 1, 1.0, TOKENS, eos_ids=()).token_ids
+    for exit_layer in case.exit_layers:
+        recorded = replay(model, PROMPTS[2], tokens, exit_layer, 1.0)
+        values = [value for value in recorded.confidence if value is not None]
+        assert max(values) - min(values) > 0.4
+        threshold = separating_threshold(recorded)
+        assert min(abs(value - threshold) for value in values) > 1e-4
+        reference = free_decode(model, PROMPTS[2], exit_layer, threshold, 24, eos_ids=())
+        assert 4 <= sum(reference.exited) <= 20
+        assert max(reference.sync_sizes) > 1
+
+
+@each_case
+def test_threshold_zero_exits_everything_but_the_first_and_forced_tokens(case: Case, source_model: Model) -> None:
+    reference = free_decode(source_model(case), PROMPTS[0], case.exit_layers[-1], 0.0, 14, max_pending=4, eos_ids=())
+    assert reference.exited == ([False] + [True] * 3 + ([False] + [True] * 3) * 3)[:14]
+    assert reference.forced == [step > 0 and not exited for step, exited in enumerate(reference.exited)]
+    assert reference.sync_sizes == [4, 4, 4]
+    assert reference.stacked == [step % 4 for step in range(14)]
+
+
+@few_cases
+def test_exited_tokens_come_from_the_shallow_decoder_and_the_others_from_the_deep_one(
+    name: str, source_model: Model
+) -> None:
+    case, model = BY_NAME[name], source_model(BY_NAME[name])
+    exit_layer = case.exit_layers[1]
+    reference = free_decode(model, PROMPTS[0], exit_layer, 0.3, 24)
+    shallow, deep = Run(model, PROMPTS[0], exit_layer).logits(reference.token_ids[:-1])
+    choices = torch.where(torch.tensor(reference.exited), shallow.argmax(-1), deep.argmax(-1))
+    assert reference.token_ids == choices.tolist()
+    assert any(shallow.argmax(-1) != deep.argmax(-1))
+
+
+@few_cases
+@pytest.mark.parametrize("mode", ["free", "full"])
+def test_replay_of_the_reference_is_the_reference(name: str, mode: Mode, source_model: Model) -> None:
+    case, model = BY_NAME[name], source_model(BY_NAME[name])
+    reference = free_decode(model, PROMPTS[2], case.exit_layers[1], 0.3, 24, max_pending=3, mode=mode)
+    again = replay(model, PROMPTS[2], reference.token_ids, case.exit_layers[1], 0.3, max_pending=3, mode=mode)
+    assert assert_same_tokens(again, reference) is None
+    assert (again.sync_sizes, again.forced) == (reference.sync_sizes, reference.forced)
+    assert again.gaps == pytest.approx(reference.gaps, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "qwen3", "t5-relu-tied", "t5-gated-untied", "umt5", "mt5"])
+def test_the_cut_model_is_norm_and_head_on_the_state_after_the_exit_layer(name: str, source_model: Model) -> None:
+    case, model = BY_NAME[name], source_model(BY_NAME[name])
+    ids = torch.tensor([PROMPTS[2]])
+    inputs = {"input_ids": ids, "decoder_input_ids": ids} if model.config.is_encoder_decoder else {"input_ids": ids}
+    with torch.no_grad():
+        whole = model(**inputs, use_cache=False, output_hidden_states=True)
+        with cut_after(model, case.exit_layers[0]):
+            cut = model(**inputs, use_cache=False).logits
+        states = whole.decoder_hidden_states if model.config.is_encoder_decoder else whole.hidden_states
+        norm = model.get_decoder().final_layer_norm if model.config.is_encoder_decoder else model.get_decoder().norm
+        scale = 32**-0.5 if name == "t5-relu-tied" else 1.0
+        expected = scale * norm(states[case.exit_layers[0]]) @ model.lm_head.weight.T
+    torch.testing.assert_close(cut, expected, atol=1e-4, rtol=1e-4)
+    assert len(states) == case.layers + 1
+    assert not torch.allclose(cut, whole.logits, atol=1e-2)
+
+
+def test_full_mode_records_no_confidence_and_emits_the_deep_tokens(source_model: Model) -> None:
+    model = source_model(BY_NAME["llama-tied"])
+    full = free_decode(model, PROMPTS[0], 2, 0.0, 12, mode="full")
+    assert full.token_ids == free_decode(model, PROMPTS[0], 2, 1.0, 12).token_ids
+    assert full.confidence == [None] * 12
+    assert not any(full.exited)
+
+
+def test_max_pending_one_never_exits(source_model: Model) -> None:
+    reference = free_decode(source_model(BY_NAME["qwen3"]), PROMPTS[0], 1, 0.0, 8, max_pending=1)
+    assert reference.exited == [False] * 8
+    assert reference.forced == [False] + [True] * 7
+
+
+def test_eos_is_emitted_and_ends_decoding(source_model: Model) -> None:
+    model = source_model(BY_NAME["llama-tied"])
+    endless = free_decode(model, PROMPTS[0], 2, 0.3, 12).token_ids
+    ended = free_decode(model, PROMPTS[0], 2, 0.3, 12, eos_ids=[endless[5]])
+    first = endless.index(endless[5])
+    assert ended.token_ids == endless[: first + 1]
+    assert ended.finish_reason == "eos"
+
+
+def test_a_list_of_eos_ids_is_read_from_the_generation_config(source_model: Model) -> None:
+    reference = free_decode(source_model(BY_NAME["llama-untied-many-eos"]), PROMPTS[0], 1, 1.0, TOKENS)
+    assert reference.finish_reason == "eos"
+    assert reference.token_ids[-1] in range(40, 50)
+
+
+def test_stop_ends_decoding_after_the_token_that_it_saw_last(source_model: Model) -> None:
+    model = source_model(BY_NAME["llama-tied"])
+    reference = free_decode(model, PROMPTS[0], 2, 0.3, 12, stop=lambda ids: len(ids) == 7)
+    assert (len(reference.token_ids), reference.finish_reason) == (7, "stop")
+
+
+def test_confidence_is_the_difference_of_the_two_best_probabilities() -> None:
+    assert confidence_of(torch.tensor([0.7, 0.1, 0.2]).log()) == pytest.approx(0.5)
+    assert confidence_of(torch.tensor([3.0, 3.0, 1.0])) == 0.0
+
+
+def _reference() -> Reference:
+    return Reference(
+        threshold=0.5,
+        mode="free",
+        token_ids=[5, 6, 7],
+        exited=[False, True, False],
+        confidence=[0.9, 0.500005, 0.2],
+        gaps=[1.0, 0.00005, 1.0],
+    )
+
+
+def test_a_tie_of_logits_is_forgiven_once_and_ends_the_comparison() -> None:
+    assert assert_same_tokens(replace(_reference(), token_ids=[5, 9, 1]), _reference()) == 1
+
+
+def test_a_confidence_at_the_threshold_forgives_a_differing_exit() -> None:
+    assert assert_same_tokens(replace(_reference(), exited=[False, False, False]), _reference()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": [4, 6, 7]}, "ids differ at token 0"),
+        ({"token_ids": [5, 6, 8]}, "ids differ at token 2"),
+        ({"exited": [False, True, True]}, "exit flags differ at token 2"),
+        ({"confidence": [0.9, 0.5, 0.25]}, "confidence differ at token 2"),
+        ({"confidence": [0.9, None, 0.2]}, "confidence differ at token 1"),
+        ({"token_ids": [5, 6]}, "2 tokens, the reference has 3"),
+    ],
+)
+def test_any_other_difference_fails(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        assert_same_tokens(replace(_reference(), **change), _reference())
+
+
+def test_cases_cover_the_first_and_the_last_exit_layer_and_have_names_of_their_own(source_model: Model) -> None:
+    assert len(BY_NAME) == len(CASES) >= 16
+    for case in CASES:
+        layers = source_model(case).config.num_hidden_layers
+        assert case.exit_layers[0] == 1
+        assert getattr(source_model(case).config, "num_decoder_layers", layers) - 1 == case.exit_layers[-1]
+
+
+@pytest.mark.parametrize("name", ["t5-relu-tied", "t5-gated-untied", "mt5", "llama-tied", "llama-biases"])
+def test_checkpoints_hold_a_head_only_where_it_is_not_tied(
+    name: str, source_model: Model, checkpoint: Callable[[Case], Path]
+) -> None:
+    model = source_model(BY_NAME[name])
+    tied = name in ("t5-relu-tied", "llama-tied")
+    assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight) == tied
+    assert json.loads((checkpoint(BY_NAME[name]) / "config.json").read_text())["tie_word_embeddings"] == tied
+
+
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_the_tokenizer_reads_back_what_it_encodes(name: str, checkpoint: Callable[[Case], Path]) -> None:
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(checkpoint(BY_NAME[name]) / "tokenizer.json"))
+    ids = tokenizer.encode("Grüße, 世界\n").ids
+    assert max(ids) < tokenizer.get_vocab_size() < VOCAB_SIZE
+    assert (ids[-1] == 1) if name.startswith("t5") else (ids[0] == 1)
+    assert tokenizer.decode(ids) == "Grüße, 世界\n"
+
+
+def test_building_twice_gives_the_same_files(tmp_path: Path) -> None:
+    for directory in (tmp_path / "one", tmp_path / "two"):
+        CASES[0].build(directory)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_every_case_can_be_loaded_with_nothing_missing(source_model: Model, checkpoint: Callable[[Case], Path]) -> None:
+    for case in CASES:
+        model_class = type(source_model(case))
+        _, report = model_class.from_pretrained(checkpoint(case), output_loading_info=True)
+        assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), case.name
+
+
+def test_there_are_twenty_prompts_for_smollm2(prompts: list[str]) -> None:
+    assert len(set(prompts)) == 20
+    assert all(prompt == prompt.strip() != "" for prompt in prompts)
