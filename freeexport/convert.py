@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +13,7 @@ import click
 
 from freeexport import __version__
 from freeexport.checkpoint import Checkpoint, open_checkpoint
+from freeexport.child import run_child
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
@@ -42,6 +44,7 @@ class ConvertOptions:
     encoder_capacity: int | None = None
     max_pending: int = 16
     verify: bool = True
+    measure: bool = True
     overwrite: bool = False
 
 
@@ -62,7 +65,9 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         _write_manifest(manifest, directory)
         if options.verify:
             manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
-            _write_manifest(manifest, directory)
+        if options.measure:
+            manifest = replace(manifest, break_even=json.loads(run_child("freeexport.cost", str(directory))))
+        _write_manifest(manifest, directory)
     return manifest
 
 
@@ -168,9 +173,10 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
 @click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
+@click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(model: str, out: Path, no_verify: bool, as_json: bool, **options: Any) -> None:
+def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: bool, **options: Any) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
@@ -179,9 +185,7 @@ def command(model: str, out: Path, no_verify: bool, as_json: bool, **options: An
     Example:
       freeexport convert path/to/checkpoint bundle --exit-layer 10
     """
-    from freeexport.cost import break_even_line
-
-    manifest = convert(model, out, ConvertOptions(verify=not no_verify, **options))
+    manifest = convert(model, out, ConvertOptions(verify=not no_verify, measure=not no_measure, **options))
     if as_json:
         click.echo(manifest.to_json(), nl=False)
         return
@@ -190,4 +194,16 @@ def command(model: str, out: Path, no_verify: bool, as_json: bool, **options: An
     click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
     click.echo("threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold")
-    click.echo(break_even_line(out))
+    click.echo(_break_even(manifest))
+
+
+def _break_even(manifest: Manifest) -> str:
+    costs = manifest.break_even
+    if not costs:
+        return "break-even exit rate: not measured"
+    if "exit_rate" not in costs:
+        return "break-even exit rate: none, exits do not pay at this exit layer on this machine"
+    return (
+        f"break-even exit rate: {costs['exit_rate']:.1%} on this machine; at 80 % exits {costs['speedup_at_80']:.2f}x "
+        "the speed of mode full (predicted)"
+    )

@@ -1,8 +1,113 @@
-"""What engine calls cost, and from which exit rate on exits pay."""
+"""What engine calls cost on this machine, and from which exit rate on exits pay.
+
+The model of docs/method.md: a token costs a shallow step, and its share of the sync pass that its run of exits ends in.
+"""
 
 from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from runtime import Session
+from runtime.decoder import Decoder
+
+SIZES = (1, 2, 4, 8, 16)
+CONTEXT, ROUNDS = 128, 7
 
 
-def break_even_line(bundle: Path) -> str:
-    return "TODO"
+@dataclass(frozen=True)
+class Costs:
+    """Seconds: a shallow step with and without the head, and a deep pass over k rows at each measured k."""
+
+    shallow: float
+    shallow_without_head: float
+    deep: dict[int, float]
+
+    @property
+    def full(self) -> float:
+        """A token without exits: the shallow layers without their head, and a deep pass over one row."""
+        return self.shallow_without_head + self.deep[1]
+
+    def deep_pass(self, rows: int) -> float:
+        """A deep pass over `rows`, between measured sizes by interpolation."""
+        return float(np.interp(rows, list(self.deep), list(self.deep.values())))
+
+    def free(self, exit_rate: float, max_pending: int) -> float:
+        """A token where each exits with probability `exit_rate`, independently, and a full stack forces a sync."""
+        rows = np.arange(1, max_pending + 1)
+        chance = exit_rate ** (rows - 1) * (1 - exit_rate)
+        chance[-1] = exit_rate ** (max_pending - 1)
+        passes = np.array([self.deep_pass(int(k)) for k in rows])
+        return self.shallow + float(chance @ passes) / float(chance @ rows)
+
+    def speedup(self, exit_rate: float, max_pending: int) -> float:
+        return self.full / self.free(exit_rate, max_pending)
+
+    def break_even(self, max_pending: int) -> float | None:
+        """The exit rate from which on exits make decoding faster, to 0.1 %; None if they never do."""
+        rates = np.linspace(0, 1, 1001)
+        paying = [rate for rate in rates if self.speedup(float(rate), max_pending) >= 1]
+        return float(paying[0]) if paying else None
+
+    def as_manifest(self, max_pending: int) -> dict[str, float]:
+        """What a bundle records: milliseconds, and the predictions; no break_even where exits never pay."""
+        rate = self.break_even(max_pending)
+        return {
+            "shallow_ms": 1e3 * self.shallow,
+            "shallow_without_head_ms": 1e3 * self.shallow_without_head,
+            **{f"deep_{k}_ms": 1e3 * seconds for k, seconds in self.deep.items()},
+            **{f"speedup_at_{percent}": self.speedup(percent / 100, max_pending) for percent in (50, 80, 90)},
+            **({} if rate is None else {"exit_rate": rate}),
+        }
+
+
+def measure(session: Session, context: int = CONTEXT, rounds: int = ROUNDS) -> Costs:
+    """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`."""
+    manifest = session.manifest
+    sizes = [size for size in SIZES if size <= manifest.max_pending]
+    context = max(1, min(context, session.capacity - max(sizes) * 2))
+    times: dict[tuple[str, int], list[float]] = defaultdict(list)
+    with session.decoder() as decoder:
+        decoder.prefill(_tokens(context, manifest.vocab_size), head=False)
+        for turn in range(rounds + 1):
+            for size in sizes:
+                for head in (True, False):
+                    shallow, deep = _timed(decoder, size, head)
+                    decoder.trim(context)
+                    if turn:  # the first turn binds and warms up
+                        times["head" if head else "bare", 1].append(shallow)
+                        times["deep", size].append(deep)
+    return Costs(
+        median(times["head", 1]), median(times["bare", 1]), {size: median(times["deep", size]) for size in sizes}
+    )
+
+
+def _timed(decoder: Decoder, size: int, head: bool) -> tuple[float, float]:
+    """Seconds of a shallow step, the mean of `size`, and of the deep pass over them."""
+    stats = decoder.stats
+    shallow, deep = stats.shallow_seconds, stats.deep_seconds
+    for token in range(size):
+        decoder.step(token, head)
+    decoder.sync()
+    return (stats.shallow_seconds - shallow) / size, stats.deep_seconds - deep
+
+
+def _tokens(count: int, vocabulary: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, count)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Print the costs of the bundle named first as JSON."""
+    with Session(Path(arguments[0]), slots=1) as session:
+        print(json.dumps(measure(session).as_manifest(session.manifest.max_pending)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import click
 import numpy as np
 
 from freeexport.checkpoint import Checkpoint, open_checkpoint
+from freeexport.child import ChildError, run_child
 from runtime.bundle import VERIFICATION, Bundle
 from runtime.errors import FreeExportError
 from runtime.machine import available_memory
@@ -73,14 +71,10 @@ def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifes
     if available is not None and need > available:
         click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
         return False
-    command = [sys.executable, "-m", "freeexport", "verify", str(directory), "--against", model, "--json"]
-    root = str(Path(__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1].removeprefix("error: ") if lines else f"the child process ended with {done.returncode}"
-        raise VerificationError(reason)
+    try:
+        run_child("freeexport", "verify", str(directory), "--against", model, "--json")
+    except ChildError as error:
+        raise VerificationError(str(error)) from None
     return True
 
 

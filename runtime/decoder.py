@@ -42,9 +42,14 @@ class Decoder:
 
     def reset(self) -> None:
         """Begin a new sequence."""
-        self.stats, self.stacked = Stats(), 0
-        self._shallow.cache.trim(self._slot, 0)
-        self._deep.cache.trim(self._slot, 0)
+        self.stats = Stats()
+        self.trim(0)
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on, and what is stacked."""
+        self.stacked = 0
+        self._shallow.cache.trim(self._slot, length)
+        self._deep.cache.trim(self._slot, length)
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""

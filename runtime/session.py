@@ -7,6 +7,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -98,6 +99,19 @@ class Session:
             room,
             lambda: self._closed.is_set() or (cancel is not None and cancel.is_set()),
         )
+
+    @contextmanager
+    def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
+        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what an encoder-decoder's
+        cross-attention reads, by default one token."""
+        decoder = self._slots.get()
+        try:
+            decoder.reset()
+            if self._encoder is not None:
+                decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt))
+            yield decoder
+        finally:
+            self._slots.put(decoder)
 
     def close(self) -> None:
         """Refuse new requests and end running ones after their next token. Idempotent."""

@@ -127,20 +127,14 @@ def _decoding_of(tokenizer: Tokenizer) -> _Decoding:
 
 
 def _token_by_token(tokenizer: Tokenizer, names: list[str]) -> bool:
-    # Per-token steps, then ByteFallback, then Fuse; after that a Strip at the left touches only the first token.
-    before, after = names, list[str]()
-    for joint in ("ByteFallback", "Fuse"):
-        if joint in names:
-            before, after = names[: names.index(joint)], names[names.index(joint) :]
-            break
-    steps = tokenizer.decoder_steps[len(before) :]
-    strips = [step for step in steps if step["type"] == "Strip"]
-    joined = [name for name in after if name != "Strip"]
+    # Per-token steps, then ByteFallback, then Fuse; after that, a Strip at the left touches only the first text.
+    join = next((index for index, name in enumerate(names) if name in ("ByteFallback", "Fuse")), len(names))
+    before, after = names[:join], names[join:]
+    strips = [step for step in tokenizer.decoder_steps[join:] if step["type"] == "Strip"]
+    joined = after[: len(after) - len(strips)]
     return (
         _PER_TOKEN.issuperset(before)
         and joined in ([], ["ByteFallback"], ["ByteFallback", "Fuse"], ["Fuse"])
-        and after == joined + ["Strip"] * len(strips)
-        and (not strips or joined[-1:] == ["Fuse"])
         and all(step["stop"] == 0 for step in strips)
     )
 
@@ -215,7 +209,7 @@ class _TokenByToken:
 
     def draft(self) -> str:
         text = self._run_text() if self._run else ""
-        return "" if "\ufffd" in text else text
+        return text
 
     def flush(self) -> str:
         text = self._run_text() if self._run else ""

@@ -1,0 +1,135 @@
+"""`freeexport generate`: text from a bundle, for one prompt or a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from freeexport.jsonl import BrokenLine, Request, ResultWriter, read_requests
+from freeexport.progress import progress
+from runtime import FreeExportError, GenerationResult, PromptError, Session
+from runtime.options import Mode
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@click.option("--input", "source", type=click.Path(path_type=Path), help="JSON lines with an `input` each.")
+@click.option("--output", "target", type=click.Path(path_type=Path), help="Where the results go, a line each.")
+@click.option("--resume", is_flag=True, help="Go on with the lines that OUTPUT does not have yet.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True)
+@click.option("--threshold", type=float, help="Exit above this confidence.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True)
+@click.option("--max-pending", type=int, help="Most rows of a sync pass.  [default: the bundle's]")
+@click.option("--stop", multiple=True, help="End before this string; may be given several times.")
+@click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
+@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
+def command(
+    bundle: Path,
+    prompt: str | None,
+    source: Path | None,
+    target: Path | None,
+    resume: bool,
+    overwrite: bool,
+    chat: bool,
+    threads: int | None,
+    capacity: int | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate with BUNDLE: for PROMPT (or standard input), or for each line of --input.
+
+    \b
+    Example:
+      freeexport generate bundle "The capital of France is" --max-new-tokens 32
+      freeexport generate bundle --input prompts.jsonl --output results.jsonl
+    """
+    if source is not None and (prompt is not None or target is None):
+        raise click.UsageError("--input goes with --output and without PROMPT")
+    if source is None and (target is not None or resume or overwrite):
+        raise click.UsageError("--output, --resume and --overwrite go with --input")
+    with _session(bundle, threads, capacity) as session:
+        if source is not None and target is not None:
+            _generate_file(session, source, target, resume, overwrite, chat, options)
+        else:
+            _generate_one(session, sys.stdin.read() if prompt is None else prompt, chat, as_json, options)
+
+
+@contextmanager
+def _session(bundle: Path, threads: int | None, capacity: int | None) -> Iterator[Session]:
+    with Session(bundle, threads=threads, capacity=capacity, slots=1) as session:
+        manifest = session.manifest
+        if sys.stderr.isatty():
+            rows = session.capacity + manifest.max_pending
+            click.echo(f"KV cache: {manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+        yield session
+
+
+def _generate_one(session: Session, text: str, chat: bool, as_json: bool, options: dict[str, Any]) -> None:
+    with session.stream(_prompt(text, chat), **options) as stream:
+        for token in stream:
+            if not as_json:
+                click.echo(token.text, nl=False)
+                sys.stdout.flush()
+    if as_json:
+        click.echo(json.dumps(_fields(stream.result), ensure_ascii=False))
+        return
+    click.echo()
+    stats = stream.result.stats
+    click.echo(
+        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
+        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
+        err=True,
+    )
+
+
+def _generate_file(
+    session: Session, source: Path, target: Path, resume: bool, overwrite: bool, chat: bool, options: dict[str, Any]
+) -> None:
+    """Every line that can be answered is; broken ones are reported, and make the exit code 1."""
+    requests = list(read_requests(source))
+    with (
+        ResultWriter(target, resume=resume, overwrite=overwrite) as writer,
+        progress("generating", len(requests)) as advance,
+    ):
+        for request in requests:
+            if not writer.skip(request):
+                _answer(session, request, writer, chat, options)
+            advance()
+        failures = writer.failures
+    if failures:
+        raise FreeExportError(f"{failures} of {len(requests)} lines of {source} failed; {target} says why")
+
+
+def _answer(
+    session: Session, request: Request | BrokenLine, writer: ResultWriter, chat: bool, options: dict[str, Any]
+) -> None:
+    try:
+        if isinstance(request, BrokenLine):
+            raise PromptError(request.reason)
+        writer.write(request, **_fields(session.generate(_prompt(request.input, chat), **options)))
+    except PromptError as error:
+        click.echo(f"line {request.line_number}: {error}", err=True)
+        writer.write_error(request, str(error))
+
+
+def _prompt(text: Any, chat: bool) -> Any:
+    return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
+
+
+def _fields(result: GenerationResult) -> dict[str, Any]:
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "exited": list(result.exited),
+        "finish_reason": result.finish_reason,
+    }
