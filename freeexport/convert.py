@@ -24,7 +24,16 @@ from graphs.errors import GraphError
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle import VERIFICATION, sha256_of
-from runtime.manifest import MANIFEST, SCHEMA_VERSION, ConfidenceMeasure, Dialect, File, Manifest, Precision
+from runtime.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    ConfidenceMeasure,
+    DeclaredCopy,
+    Dialect,
+    File,
+    Manifest,
+    Precision,
+)
 
 WEIGHTS = "weights.data"
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
@@ -134,7 +143,15 @@ def _manifest(
         weight_bytes=weight_bytes,
         files=_files(directory),
         versions=_versions(),
+        copies=_copies(description, engines),
     )
+
+
+def _copies(description: Description, engines: EngineOptions) -> tuple[DeclaredCopy, ...]:
+    """What stands in memory a second time while a session is open; the bundle has every tensor once."""
+    size = description.vocab_size * description.hidden_size * engines.compute.itemsize
+    name = description.decoder.head.weight
+    return (DeclaredCopy(name, int(size), "head, packed by ONNX Runtime for the deep engine (in memory)"),)
 
 
 def _token_ids(value: Any) -> tuple[int, ...]:

@@ -49,7 +49,7 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield _parse(number, line)
+                    yield _parse(number, line.rstrip(b"\r\n"))
 
     return lines()
 

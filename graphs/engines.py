@@ -16,7 +16,7 @@ from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import head_outputs
 from graphs.layers import decoder_layers, encoder_layers
-from graphs.ort_dialect import OrtDialect
+from graphs.ort_dialect import OrtDialect, check_head_size
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision
@@ -48,6 +48,8 @@ class EngineOptions:
             raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
         if not 1 <= self.max_pending <= 256:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
+        if self.dialect == "ort":
+            check_head_size(description.attention)
 
     @property
     def compute(self) -> ir.DataType:
@@ -146,7 +148,10 @@ class EngineBuilder:
 
     def _head(self, graph: Graph, dialect: Dialect, hidden: ir.Value, emitted: ir.Value | None) -> None:
         size = (self.description.vocab_size, self.description.hidden_size)
-        head_outputs(graph, dialect, hidden, self.description.decoder.head, size, self.options.confidence, emitted)
+        # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
+        packed = emitted is not None or self.options.dialect != "ort"
+        head = self.description.decoder.head
+        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:
         width = self.description.hidden_size

@@ -68,6 +68,16 @@ class Graph:
         """A checkpoint tensor; GraphError where its shape is not the expected one."""
         return self.stacked_weight([name], [shape], dtype)
 
+    def unpacked_weight(self, name: str, shape: Sequence[int]) -> ir.Value:
+        """A checkpoint tensor that ONNX Runtime must use where it stands in the file, without a packed copy.
+
+        An initializer that is also an input may be overridden, so it is no constant, and only constants are packed.
+        """
+        value = self.weight(name, shape)
+        if value not in self._inputs:
+            self._inputs.append(value)
+        return value
+
     def stacked_weight(
         self, names: Sequence[str], shapes: Sequence[Sequence[int] | None], dtype: ir.DataType | None = None
     ) -> ir.Value:

@@ -19,12 +19,16 @@ def head_outputs(
     size: tuple[int, int],
     confidence: ConfidenceMeasure,
     emitted: ir.Value | None = None,
+    packed: bool = True,
 ) -> None:
-    """Outputs `token` int64, `confidence` and `logits` for the rows that `head_rows` int64 [R] picks of `hidden`
-    float32 [M, d]; with `emitted` int64 [R] also `nll`, in nats. `size` is (vocabulary, d)."""
+    """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
+
+    `head_rows` int64 [R] picks their rows of `hidden` float32 [M, d]; `size` is (vocabulary, d). Not `packed`, the
+    head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
+    """
     vocabulary, _ = size
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
-    logits = _logits(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size)
+    logits = _logits(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size, packed)
     log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]
     _, top = graph.ops("TopK", [logits, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)  # [R, 2]
     token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
@@ -39,12 +43,14 @@ def head_outputs(
     graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
 
 
-def _logits(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, size: tuple[int, int]) -> ir.Value:
+def _logits(
+    graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, size: tuple[int, int], packed: bool
+) -> ir.Value:
     """float32 [R, d] -> float32 [R, V]."""
     normed = dialect.norm(hidden, head.norm)
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
-    weight = graph.weight(head.weight, size)
+    weight = graph.weight(head.weight, size) if packed else graph.unpacked_weight(head.weight, size)
     return graph.to_float(graph.op("Gemm", [graph.to_compute(normed), weight], transB=1))
 
 

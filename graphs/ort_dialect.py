@@ -17,7 +17,18 @@ from graphs.dialect import (
     query_positions,
     rotary_tables,
 )
+from graphs.errors import GraphError
 from graphs.graph import MICROSOFT, Dimension, Graph
+
+
+def check_head_size(attention: Attention) -> None:
+    """GraphError where GroupQueryAttention has no kernel for heads of this size."""
+    step = 16 if attention.rotary else 8
+    if attention.head_dim % step:
+        raise GraphError(
+            f"attention heads of size {attention.head_dim} do not fit the ort dialect, whose operator needs "
+            f"a multiple of {step}; choose --dialect standard"
+        )
 
 
 class OrtDialect:

@@ -32,7 +32,7 @@ class File:
 
 @dataclass(frozen=True)
 class DeclaredCopy:
-    """Bytes of weights that stand in the bundle a second time on purpose, and why."""
+    """Bytes of weights that stand a second time on purpose, and why."""
 
     tensor: str
     bytes: int

@@ -209,7 +209,7 @@ class _TokenByToken:
 
     def draft(self) -> str:
         text = self._run_text() if self._run else ""
-        return text
+        return "" if "\ufffd" in text else text
 
     def flush(self) -> str:
         text = self._run_text() if self._run else ""

@@ -87,8 +87,9 @@ class Tokenizer:
             raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
         import jinja2
 
+        template = self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=[dict(message) for message in messages],
                 tools=None,
                 documents=None,

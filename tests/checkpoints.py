@@ -69,7 +69,7 @@ def _llama(
     name: str, exit_layers: tuple[int, ...], model: str = "Llama", legacy_rope: bool = False, **options: Any
 ) -> Case:
     config = {
-        "hidden_size": 48,
+        "hidden_size": 64,
         "intermediate_size": 96,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
@@ -246,7 +246,7 @@ CASES: tuple[Case, ...] = (
     _t5("mt5", (1, 3), model="MT5", num_heads=2, d_kv=16),
     _t5("umt5", (1, 3), model="UMT5"),
     _llama("llama-tied", (1, 2, 4), tie_word_embeddings=True),
-    _llama("llama-untied-many-eos", (1, 3), eos_token_id=[2, *range(40, 50)]),
+    _llama("llama-untied-many-eos", (1, 3), eos_token_id=[2, *range(223, 233)]),
     _llama(
         "llama-grouped-llama3-rope",
         (1, 3),
@@ -256,9 +256,9 @@ CASES: tuple[Case, ...] = (
         legacy_rope=True,
     ),
     _llama("llama-linear-rope", (1, 2), rope_scaling=LINEAR_ROPE, rope_theta=1e4, legacy_rope=True),
-    _llama("llama-yarn-rope", (1, 3), rope_scaling=YARN_ROPE, num_key_value_heads=1, head_dim=24),
+    _llama("llama-yarn-rope", (1, 3), rope_scaling=YARN_ROPE, num_key_value_heads=1, head_dim=32),
     _llama("llama-biases", (1, 2), attention_bias=True, mlp_bias=True),
-    _llama("llama-head-dim", (1, 3), head_dim=20, num_key_value_heads=2),
+    _llama("llama-head-dim", (1, 3), head_dim=32, num_key_value_heads=2),
     _llama(
         "mistral-window",
         (1, 3),

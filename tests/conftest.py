@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 from checkpoints import Case, load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+class Bundles(Protocol):
+    """A case's bundle; options are those of ConvertOptions. Tests must not write into it."""
+
+    def __call__(self, case: Case, exit_layer: int = 1, **options: Any) -> Path: ...
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +45,36 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
         return loaded[case.name]
 
     return model
+
+
+@pytest.fixture(scope="session")
+def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    """Converts a case once for each exit layer and options, neither verified nor measured."""
+    from freeexport.convert import ConvertOptions, convert
+
+    converted: dict[Any, Path] = {}
+
+    def build(case: Case, exit_layer: int = 1, **options: Any) -> Path:
+        key = (case.name, exit_layer, *sorted(options.items()))
+        if key not in converted:
+            out = tmp_path_factory.mktemp("bundle") / case.name
+            defaults = {"capacity": 128, "encoder_capacity": 128, "verify": False, "measure": False}
+            convert(str(checkpoint(case)), out, ConvertOptions(exit_layer, **{**defaults, **options}))
+            converted[key] = out
+        return converted[key]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """These models are too small to gain from threads, which wait for each other on a busy machine."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import datetime
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from runtime.errors import BundleError, PromptError
+from runtime.tokenizer import Tokenizer
+
+WORDS = ["<unk>", "<s>", "</s>", "<pad>", "hello", "world", "user", ":"]
+CHAT = [{"role": "user", "content": "hello"}]
+
+
+def word_level() -> tokenizers.Tokenizer:
+    vocab = {word: index for index, word in enumerate(WORDS)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["<s>", "</s>", "<pad>"])
+    backend.add_tokens([AddedToken("<tool>")])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return backend
+
+
+def bundle(
+    directory: Path,
+    backend: tokenizers.Tokenizer | None = None,
+    template: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    (backend or word_level()).save(str(directory / "tokenizer.json"))
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    if config is not None:
+        (directory / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return directory
+
+
+def loaded(directory: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(directory)
+    assert tokenizer is not None
+    return tokenizer
+
+
+def rendered(template: str, messages: Sequence[Mapping[str, Any]] = CHAT, **special: str) -> str:
+    return Tokenizer(word_level(), template, special).render_chat(messages)
+
+
+def test_a_bundle_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_text("x")
+    assert Tokenizer.load(tmp_path) is None
+
+
+def test_text_gets_the_special_tokens_and_chat_does_not(tmp_path: Path) -> None:
+    template = "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}{% endfor %}{{ eos_token }}"
+    tokenizer = loaded(bundle(tmp_path, template=template, config={"bos_token": "<s>", "eos_token": "</s>"}))
+    assert tokenizer.encode("hello world") == [1, 4, 5]
+    assert tokenizer.encode("hello", special=False) == [4]
+    assert tokenizer.encode_chat(CHAT) == [1, 6, 7, 4, 2]
+
+
+def test_decoding_leaves_out_special_tokens_and_unknown_ids(tmp_path: Path) -> None:
+    tokenizer = loaded(bundle(tmp_path))
+    assert tokenizer.decode([1, 4, 8, 99, 3, 5, 2]) == "hello <tool> world"
+    assert tokenizer.special_ids == {1, 2, 3}
+    assert tokenizer.vocab_size == 9
+    assert (tokenizer.token(4), tokenizer.token(99)) == ("hello", None)
+
+
+def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
+    backend = word_level()
+    backend.enable_truncation(2)
+    backend.enable_padding(length=8, pad_id=3, pad_token="<pad>")
+    assert loaded(bundle(tmp_path, backend)).encode("hello world hello") == [1, 4, 5, 4]
+
+
+@pytest.mark.parametrize(
+    ("decoder", "names"),
+    [
+        (None, []),
+        (decoders.ByteLevel(), ["ByteLevel"]),
+        (
+            decoders.Sequence([decoders.Sequence([decoders.Fuse()]), decoders.Strip(" ", 1, 0)]),
+            ["Fuse", "Strip"],
+        ),
+    ],
+)
+def test_decoder_steps_are_listed_flat(tmp_path: Path, decoder: decoders.Decoder | None, names: list[str]) -> None:
+    backend = word_level()
+    if decoder is not None:
+        backend.decoder = decoder
+    assert [step["type"] for step in loaded(bundle(tmp_path, backend)).decoder_steps] == names
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": "1.0", "model"', b"\xff\xfe", b'{"model": 3}'])
+def test_a_broken_tokenizer_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read .*convert the checkpoint again"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3"])
+def test_a_broken_configuration_is_a_bundle_error(tmp_path: Path, content: str) -> None:
+    bundle(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(BundleError, match=r"tokenizer_config\.json cannot be read"):
+        Tokenizer.load(tmp_path)
+
+
+def test_special_tokens_are_strings_or_objects_with_content(tmp_path: Path) -> None:
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "pad_token": None, "other": "x"}
+    assert loaded(bundle(tmp_path, config=config)).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+TEMPLATES = {
+    "whitespace": "{%- for m in messages %}\n    {{ m['role'] }}\n    {% if true %}\n  x\n{% endif %}\n{% endfor %}\n",
+    "generation prompt": "{% if add_generation_prompt %}<assistant>{% endif %}",
+    "tojson": "{{ messages | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation block": "{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "tools": "{% if tools is not none %}T{% endif %}{% if documents %}D{% endif %}{{ bos_token }}{{ unknown }}",
+    "methods": "{{ messages[0].content.split('l')[0].strip() | upper }}{{ messages[-1].get('name', '-') }}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_render_as_in_transformers(name: str) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    messages = [*CHAT, {"role": "assistant", "content": "<b>é</b> & \n more", "name": "it"}]
+    ours = rendered(TEMPLATES[name], messages, bos_token="<s>")
+    theirs, _ = render_jinja_template(
+        [messages], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>"
+    )
+    assert ours == theirs[0]
+    assert ours
+
+
+def test_templates_know_the_date() -> None:
+    assert rendered("{{ strftime_now('%Y') }}") in {str(datetime.date.today().year + days) for days in (0, 1)}
+
+
+def test_chat_without_a_template_is_refused() -> None:
+    with pytest.raises(PromptError, match="no chat template; pass the prompt as text or token ids"):
+        Tokenizer(word_level()).encode_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
+        ("{{ messages[0].absent.deeper }}", "absent"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_that_refuses_the_messages_is_a_prompt_error(template: str, reason: str) -> None:
+    with pytest.raises(PromptError, match=reason) as caught:
+        rendered(template)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_that_is_not_valid_is_a_bundle_error() -> None:
+    with pytest.raises(BundleError, match=r"chat_template\.jinja line 2 is not a valid template"):
+        rendered("x\n{% for %}")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ '{0.__class__.__mro__}'.format('') }}",
+        "{{ messages.append(1) }}",
+        "{% for i in range(10000000) %}x{% endfor %}",
+    ],
+)
+def test_a_template_cannot_leave_its_sandbox(template: str) -> None:
+    with pytest.raises(PromptError):
+        rendered(template)
+
+
+def test_rendering_leaves_the_messages_alone() -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    with pytest.raises(PromptError):
+        rendered("{{ messages[0].update({'content': 'x'}) }}", messages)
+    assert messages == CHAT
+
+
+def test_text_the_tokenizer_has_no_token_for_is_a_prompt_error() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"hello": 0}, unk_token="<unk>"))
+    with pytest.raises(PromptError, match="cannot encode the text"):
+        Tokenizer(backend).encode("world")
+
+
+def test_loading_does_not_import_jinja2_or_torch() -> None:
+    modules = "runtime.tokenizer, runtime.prompt, runtime.text_stream"
+    code = f"import sys, {modules}; print({{'jinja2', 'torch', 'transformers'}} & {{*sys.modules}})"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "set()"

@@ -1,0 +1,150 @@
+"""Token ids, exit flags and confidences of `runtime.Session` against a slow reference on Hugging Face modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from checkpoints import CASES, PROMPTS, Case
+from conftest import Bundles
+from reference import Reference, assert_same_tokens, free_decode, replay, separating_threshold
+
+from runtime import GenerationResult, Session
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Callable[[Case], Any]
+TOKENS = 24
+BY_NAME = {case.name: case for case in CASES}
+STANDARD = ("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-window", "qwen3", "llama-yarn-rope")
+
+
+def settings(case: Case) -> Iterator[Any]:
+    """Every exit layer worth testing in the ort dialect, the first and last in the standard dialect for some."""
+    for exit_layer in case.exit_layers:
+        yield pytest.param(case, exit_layer, "ort", id=f"{case.name}-{exit_layer}")
+    if case.name in STANDARD:
+        for exit_layer in (case.exit_layers[0], case.exit_layers[-1]):
+            yield pytest.param(case, exit_layer, "standard", id=f"{case.name}-{exit_layer}-standard")
+
+
+each_setting = pytest.mark.parametrize(
+    ("case", "exit_layer", "dialect"), [setting for case in CASES for setting in settings(case)]
+)
+
+
+@contextmanager
+def opened(bundle: Bundles, case: Case, exit_layer: int, dialect: str) -> Iterator[Session]:
+    with Session(bundle(case, exit_layer, dialect=dialect), slots=1, threads=1) as session:
+        yield session
+
+
+def assert_same_run(ours: GenerationResult, reference: Reference) -> None:
+    """Equal tokens, flags and confidences, and where no tie got in the way also the same sync passes."""
+    if assert_same_tokens(ours, reference) is not None:
+        return
+    stats = ours.stats
+    assert stats.sync_sizes == Counter(reference.sync_sizes)
+    assert stats.exits == sum(reference.exited)
+    assert stats.forced == sum(reference.forced)
+    assert stats.tokens == len(reference.token_ids)
+
+
+@each_setting
+def test_threshold_one_and_mode_full_are_greedy_decoding(
+    case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
+    model = source_model(case)
+    with opened(bundle, case, exit_layer, dialect) as session:
+        for prompt in PROMPTS:
+            free = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS)
+            full = session.generate(prompt, mode="full", max_new_tokens=TOKENS)
+            assert full.token_ids == free.token_ids
+            assert set(full.confidence) == {None}
+            assert not any(full.exited + free.exited)
+            assert_same_run(free, replay(model, prompt, free.token_ids, exit_layer, 1.0))
+        # The last prompt once more without its ids as a guide: end of sequence and length are the reference's own.
+        reference = free_decode(model, prompt, exit_layer, 1.0, TOKENS)
+        assert_same_run(free, reference)
+        assert free.finish_reason == reference.finish_reason
+
+
+@each_setting
+def test_exits_and_sync_passes_are_those_of_the_reference(
+    case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
+    model = source_model(case)
+    with opened(bundle, case, exit_layer, dialect) as session:
+        for prompt in PROMPTS:
+            guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
+            threshold = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0))
+            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
+            reference = replay(model, prompt, ours.token_ids, exit_layer, threshold)
+            assert any(reference.exited)
+            assert any(size > 1 for size in reference.sync_sizes)
+            assert_same_run(ours, reference)
+        assert_same_run(ours, free_decode(model, prompt, exit_layer, threshold, TOKENS, eos_ids=()))
+
+
+@pytest.mark.parametrize("max_pending", [1, 2, 3])
+@each_setting
+def test_a_full_stack_forces_the_sync_passes_of_the_reference(
+    case: Case, exit_layer: int, dialect: str, max_pending: int, bundle: Bundles, source_model: Model
+) -> None:
+    model, prompt = source_model(case), PROMPTS[0]
+    with opened(bundle, case, exit_layer, dialect) as session:
+        guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
+        threshold = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0), quantile=0.1)
+        options = {"threshold": threshold, "max_pending": max_pending}
+        ours = session.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True, **options)
+        reference = replay(model, prompt, ours.token_ids, exit_layer, **options)
+    assert any(reference.forced)
+    assert max(reference.sync_sizes) == max_pending
+    assert_same_run(ours, reference)
+
+
+@pytest.mark.parametrize("name", ["llama-untied-many-eos", "t5-gated-untied"])
+def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
+    name: str, bundle: Bundles, source_model: Model
+) -> None:
+    case = BY_NAME[name]
+    model = source_model(case)
+    endings = set()
+    with opened(bundle, case, 1, "ort") as session:
+        for threshold in (0.0, 0.1, 0.3, 0.6):
+            for prompt in PROMPTS:
+                ours = session.generate(prompt, threshold=threshold, max_new_tokens=48)
+                reference = free_decode(model, prompt, 1, threshold, 48)
+                if assert_same_tokens(ours, reference) is None:
+                    assert ours.finish_reason == reference.finish_reason
+                    endings.add((ours.finish_reason, ours.exited[-1]))
+    print(endings)
+    assert 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_verification_passes(case: Case, bundle: Bundles, checkpoint: Callable[[Case], Any]) -> None:
+    assert_verified(bundle(case, case.exit_layers[-1]), checkpoint(case))
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+@pytest.mark.parametrize("name", ["t5-relu-tied", "t5-deep-decoder", "llama-tied", "mistral-window", "qwen3"])
+def test_verification_passes_in_fp16(
+    name: str, dialect: str, bundle: Bundles, checkpoint: Callable[[Case], Any]
+) -> None:
+    case = BY_NAME[name]
+    assert_verified(bundle(case, 1, dialect=dialect, precision="fp16"), checkpoint(case))
+
+
+def assert_verified(path: Any, model: Any) -> None:
+    from freeexport.verification import failure, verify
+    from runtime import Bundle
+
+    report = verify(Bundle.open(path), str(model))
+    assert report["passed"], failure(report)
+    names = {check["name"] for check in report["checks"]}
+    assert {"prefill", "stepping against prefill", "sync pass of 16"} <= names
+    assert len(report["greedy"]["prompts"]) > 1
