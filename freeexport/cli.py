@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import os
+import sys
 import traceback
 from typing import Any
 
@@ -107,3 +109,6 @@ def main(debug: bool) -> None:
       freeexport convert path/to/checkpoint bundle --exit-layer 10
       freeexport generate bundle "Once upon a time"
     """
+    if not sys.stderr.isatty():
+        # transformers' GGUF reader asks nobody whether to draw its bar; children inherit this.
+        os.environ.setdefault("TQDM_DISABLE", "1")

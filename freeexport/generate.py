@@ -57,6 +57,8 @@ def command(
         raise click.UsageError("--input goes with --output and without PROMPT")
     if source is None and (target is not None or resume or overwrite):
         raise click.UsageError("--output, --resume and --overwrite go with --input")
+    if source is not None and target is not None and target.exists() and target.samefile(source):
+        raise click.UsageError("--output is the same file as --input")
     with _session(bundle, threads, capacity) as session:
         if source is not None and target is not None:
             _generate_file(session, source, target, resume, overwrite, chat, options)

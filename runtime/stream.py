@@ -76,6 +76,7 @@ class Stream(Iterator[Token]):
                 began = perf_counter()
         finally:
             self._slots.put(decoder)
+            self._text.finish()
 
     def _accept(self, step: Step) -> Token:
         self._steps.append(step)

@@ -1,0 +1,223 @@
+"""Engines against themselves and against numpy: sync passes, confidences, ragged batches, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import CASES, VOCAB_SIZE, Case
+from conftest import Bundles
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.engine_pair import EnginePair
+from freeexport.parity import encode, pad, sample_batch
+from graphs.description import Description
+from graphs.engines import EngineOptions, engine_names
+from graphs.errors import GraphError
+from graphs.families import describe
+from runtime.bundle import Bundle
+
+BY_NAME = {case.name: case for case in CASES}
+SELECTION = ("t5-relu-tied", "umt5", "llama-yarn-rope", "llama-biases", "mistral-window", "qwen3")
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_dialect = pytest.mark.parametrize("dialect", ["ort", "standard"])
+
+
+def pair_of(path: Path, rows: int) -> EnginePair:
+    """Engines over `rows` sequences that all read the first sample prompt, where there is an encoder."""
+    bundle = Bundle.open(path)
+    batch = sample_batch(bundle)
+    if batch.prompts is not None and batch.prompt_lengths is not None:
+        width = int(batch.prompt_lengths[0])
+        prompts, lengths = np.repeat(batch.prompts[:1, :width], rows, 0), np.full(rows, width, np.int32)
+        batch = replace(batch, prompts=prompts, prompt_lengths=lengths)
+    return EnginePair(bundle, rows, 1, encode(bundle, batch)[0])
+
+
+def tokens(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random right-padded token ids int64 [B, n] and their lengths int32 [B]."""
+    generator = np.random.default_rng(0)
+    return pad([generator.integers(3, VOCAB_SIZE, length).tolist() for length in lengths])
+
+
+def every(rows: int, count: int) -> np.ndarray:
+    return np.full(rows, count, np.int32)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+@each_dialect
+@each_case
+def test_a_sync_pass_of_any_size_equals_single_deep_steps(case: Case, dialect: str, bundle: Bundles) -> None:
+    pair = pair_of(bundle(case, case.exit_layers[0], dialect=dialect), rows=1)
+    past, longest = 21, 16
+    hidden = pair.shallow(*tokens(past + longest))["hidden"]
+    pair.deep(hidden[:, :past], every(1, past))
+    singles = [pair.deep(hidden[:, row : row + 1], every(1, 1))["logits"][0] for row in range(past, past + longest)]
+    for size in range(1, longest + 1):
+        pair.trim(past)
+        together = pair.deep(hidden[:, past : past + size], every(1, size))["logits"]
+        np.testing.assert_allclose(together, singles[:size], atol=1e-4, rtol=0)
+        # What it left in the cache serves the next step.
+        if size < longest:
+            after = pair.deep(hidden[:, past + size : past + size + 1], every(1, 1))["logits"][0]
+            np.testing.assert_allclose(after, singles[size], atol=1e-4, rtol=0)
+
+
+@each_dialect
+@pytest.mark.parametrize("name", SELECTION)
+def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], 1, dialect=dialect)
+    ids, lengths = tokens(9, 4, 17)
+    pair = pair_of(path, rows=3)
+    hidden = pair.shallow(ids, lengths)["hidden"]
+    pair.deep(hidden, lengths)
+    # Another call on top of different pasts, in which the middle row is idle.
+    new, counts = tokens(3, 1, 2)[0], np.array([3, 0, 2], np.int32)
+    deep = pair.deep(pair.shallow(new, counts)["hidden"], counts)["logits"].reshape(3, 3, -1)
+    # And one more that shows that the idle row kept its cache.
+    last, ones = tokens(1, 1, 1)[0], every(3, 1)
+    final = pair.deep(pair.shallow(last, ones)["hidden"], ones)["logits"]
+    for row in range(3):
+        alone = pair_of(path, rows=1)
+        first = alone.shallow(ids[row : row + 1, : lengths[row]], lengths[row : row + 1])["hidden"]
+        alone.deep(first, lengths[row : row + 1])
+        np.testing.assert_allclose(hidden[row, : lengths[row]], first[0], atol=1e-4, rtol=0)
+        if count := int(counts[row]):
+            again = alone.shallow(new[row : row + 1, :count], every(1, count))["hidden"]
+            logits = alone.deep(again, every(1, count))["logits"]
+            np.testing.assert_allclose(deep[row, :count], logits, atol=1e-4, rtol=0)
+        ended = alone.deep(alone.shallow(last[row : row + 1], every(1, 1))["hidden"], every(1, 1))["logits"]
+        np.testing.assert_allclose(final[row], ended[0], atol=1e-4, rtol=0)
+
+
+CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": lambda p: np.sort(p)[:, -1] - np.sort(p)[:, -2],
+    "max-prob": lambda p: p.max(-1),
+    "entropy": lambda p: 1 + (p * np.log(np.maximum(p, 1e-300))).sum(-1) / np.log(p.shape[-1]),
+}
+
+
+@each_dialect
+@pytest.mark.parametrize("measure", list(CONFIDENCES))
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
+def test_token_and_confidence_are_those_of_the_logits(
+    name: str, measure: str, dialect: str, bundle: Bundles
+) -> None:
+    pair = pair_of(bundle(BY_NAME[name], 1, dialect=dialect, confidence=measure), rows=1)
+    ids, lengths = tokens(40)
+    shallow = pair.shallow(ids, lengths)
+    for outputs in (shallow, pair.deep(shallow["hidden"], lengths)):
+        expected = CONFIDENCES[measure](np.exp(log_softmax(outputs["logits"])))
+        assert np.ptp(expected) > 0.1
+        np.testing.assert_allclose(outputs["confidence"], expected, atol=1e-5, rtol=0)
+        np.testing.assert_array_equal(outputs["token"], outputs["logits"].argmax(-1))
+        assert (outputs["confidence"] >= 0).all()
+        assert (outputs["confidence"] <= 1).all()
+
+
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
+def test_nll_is_that_of_the_emitted_token(name: str, bundle: Bundles) -> None:
+    pair = pair_of(bundle(BY_NAME[name]), rows=1)
+    ids, lengths = tokens(12)
+    outputs = pair.deep(pair.shallow(ids, lengths)["hidden"], lengths)
+    # The pair asks for token 0.
+    np.testing.assert_allclose(outputs["nll"], -log_softmax(outputs["logits"])[:, 0], atol=1e-4, rtol=0)
+
+
+@each_case
+@each_dialect
+def test_graphs_keep_the_engine_contract(case: Case, dialect: str, bundle: Bundles) -> None:
+    path = bundle(case, case.exit_layers[-1], dialect=dialect)
+    manifest = Bundle.open(path).manifest
+    for name, layers, first in (
+        ("shallow", manifest.shallow_layers, "input_ids"),
+        ("deep", manifest.deep_layers, "hidden"),
+    ):
+        graph = onnx.load(path / f"{name}.onnx", load_external_data=False).graph
+        held = {tensor.name for tensor in graph.initializer}
+        inputs = {value.name for value in graph.input} - held
+        parts = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        cross = {"cross_lengths", *(f"cross.{part}" for part in parts)} if manifest.encoder_decoder else set()
+        emitted = {"emitted"} if name == "deep" else set()
+        past = {f"past.{part}" for part in parts}
+        assert inputs == {first, "past_lengths", "query_lengths", "head_rows"} | emitted | past | cross
+        extra = {"nll"} if name == "deep" else set()
+        present = {f"present.{part}" for part in parts}
+        outputs = {value.name for value in graph.output} - {"hidden"}
+        assert outputs == {"token", "confidence", "logits"} | extra | present
+        assert not {node.op_type for node in graph.node} & {"If", "Loop", "Scan"}
+
+
+@each_dialect
+def test_the_standard_dialect_alone_has_no_operator_of_onnx_runtime(dialect: str, bundle: Bundles) -> None:
+    for name in ("t5-relu-tied", "qwen3"):
+        path = bundle(BY_NAME[name], dialect=dialect)
+        for file in path.glob("*.onnx"):
+            domains = {opset.domain for opset in onnx.load(file, load_external_data=False).opset_import}
+            assert domains == {""} or (dialect == "ort" and domains == {"", "com.microsoft"})
+
+
+def test_all_graphs_name_one_weight_file_by_a_relative_name(bundle: Bundles) -> None:
+    path = bundle(BY_NAME["t5-relu-tied"])
+    for file in path.glob("*.onnx"):
+        tensors = onnx.load(file, load_external_data=False).graph.initializer
+        locations = {entry.value for t in tensors for entry in t.external_data if entry.key == "location"}
+        assert locations == {"weights.data"}
+        assert all(len(t.raw_data) < 200 for t in tensors)
+
+
+@pytest.fixture
+def llama(checkpoint: Callable[[Case], Path]) -> Description:
+    source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
+    return describe(source.config, source)
+
+
+@pytest.mark.parametrize("exit_layer", [-1, 0, 5, 99])
+def test_an_exit_layer_outside_the_model_is_refused_with_the_range(exit_layer: int, llama: Description) -> None:
+    with pytest.raises(GraphError, match=f"exit layer {exit_layer} .*5 decoder layers.*choose 1 to 4"):
+        EngineOptions(exit_layer, capacity=64).check(llama)
+
+
+@pytest.mark.parametrize("exit_layer", [1, 4])
+def test_the_ends_of_the_range_are_exit_layers(exit_layer: int, llama: Description) -> None:
+    EngineOptions(exit_layer, capacity=64).check(llama)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"capacity": 0}, "capacity 0 .*1 to 512"),
+        ({"capacity": 513}, "capacity 513 .*1 to 512"),
+        ({"capacity": 64, "max_pending": 0}, "max_pending 0 .*1 to 256"),
+        ({"capacity": 64, "max_pending": 257}, "max_pending 257 .*1 to 256"),
+    ],
+)
+def test_options_out_of_range_are_refused_with_the_range(
+    options: dict[str, Any], message: str, llama: Description
+) -> None:
+    with pytest.raises(GraphError, match=message):
+        EngineOptions(1, **options).check(llama)
+
+
+@pytest.mark.parametrize("head_dim", [12, 24, 100])
+def test_head_sizes_that_the_fused_operator_has_no_kernel_for_are_refused(head_dim: int, llama: Description) -> None:
+    layer = replace(llama.decoder.layers[0], attention=replace(llama.attention, head_dim=head_dim))
+    odd = replace(llama, decoder=replace(llama.decoder, layers=(layer, *llama.decoder.layers[1:])))
+    with pytest.raises(GraphError, match=f"size {head_dim} .*--dialect standard"):
+        EngineOptions(1, capacity=64).check(odd)
+    EngineOptions(1, capacity=64, dialect="standard").check(odd)
+
+
+def test_engines_are_named_in_the_order_they_run(llama: Description, checkpoint: Callable[[Case], Path]) -> None:
+    assert engine_names(llama) == ["shallow", "deep"]
+    source = open_checkpoint(str(checkpoint(BY_NAME["t5-relu-tied"])))
+    assert engine_names(describe(source.config, source)) == ["encoder", "prologue", "shallow", "deep"]

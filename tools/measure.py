@@ -1,0 +1,119 @@
+"""Measure what the engine contract promises: no copy of the cache, small overhead, bounded memory.
+
+    python tools/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256, same valid length
+    python tools/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
+    python tools/measure.py memory BUNDLE        resident memory of an open session after decoding
+
+Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` a tiny one.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import click
+import numpy as np
+
+from freeexport.idle import require_idle
+from runtime import Session
+from runtime.decoder import Decoder
+from runtime.machine import usable_cores
+
+LENGTH = 128  # valid positions at which deep calls are compared
+
+
+@click.group(help=__doc__)
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--rows", type=int, default=1, show_default=True, help="Rows of the deep call.")
+@click.option("--rounds", type=int, default=60, show_default=True)
+@click.option("--force", is_flag=True)
+def capacity(bundle: Path, rows: int, rounds: int, force: bool) -> None:
+    """The ratio should be 1: an engine that copies its cache would take longer at the larger capacity."""
+    idle = require_idle(force)
+    sessions = {size: Session(bundle, capacity=size, slots=1) for size in (256, 2048)}
+    times: dict[int, list[float]] = {size: [] for size in sessions}
+    decoders: dict[int, Decoder] = {}
+    contexts = [session.decoder() for session in sessions.values()]
+    for size, context in zip(sessions, contexts, strict=True):
+        decoders[size] = context.__enter__()
+        prompt = np.random.default_rng(0).integers(0, sessions[size].manifest.vocab_size, LENGTH)
+        decoders[size].prefill(prompt, head=False)
+    for turn in range(rounds + 3):
+        for size, decoder in decoders.items():
+            for token in range(rows):
+                decoder.step(token, head=False)
+            before = decoder.stats.deep_seconds
+            decoder.sync()
+            if turn >= 3:
+                times[size].append(decoder.stats.deep_seconds - before)
+            decoder.trim(LENGTH)
+    small, large = (median(times[size]) for size in (256, 2048))
+    click.echo(
+        f"deep call, {rows} rows, {LENGTH} valid positions, {usable_cores()} threads, median of {rounds}: "
+        f"capacity 256 {1e3 * small:.2f} ms, capacity 2048 {1e3 * large:.2f} ms, ratio {large / small:.3f}"
+        + ("" if idle else " (busy machine)")
+    )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--tokens", type=int, default=200, show_default=True)
+@click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--force", is_flag=True)
+def overhead(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
+    """Time outside the engine calls: the loop, the text stream, the bookkeeping."""
+    idle = require_idle(force)
+    with Session(bundle, slots=1) as session:
+        prompt = [5] * 4
+        for mode, threshold in (("full", None), ("free", 1.0), ("free", 0.0)):
+            spent = []
+            for _ in range(rounds):
+                result = session.generate(
+                    prompt, mode=mode, threshold=threshold, max_new_tokens=tokens, ignore_eos=True
+                )
+                spent.append(result.stats.overhead_seconds / result.stats.tokens)
+            name = mode if threshold is None else f"{mode} at threshold {threshold:g}"
+            click.echo(
+                f"{name}: {1e6 * median(spent):.1f} microseconds a token outside the engines, {tokens} tokens, "
+                f"median of {rounds}" + ("" if idle else " (busy machine)")
+            )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+def memory(bundle: Path) -> None:
+    """Resident memory of a process that opened the bundle and decoded, against the size of the bundle."""
+    # A process of its own: this one has imported more than an application would.
+    subprocess.run([sys.executable, "-c", MEMORY_PROBE, str(bundle)], check=True)
+
+
+MEMORY_PROBE = """
+import sys
+from pathlib import Path
+from runtime import Session
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+session = Session(sys.argv[1], slots=1)
+for mode in ("full", "free"):
+    session.generate([1, 2, 3, 4], mode=mode, threshold=0.5 if mode == "free" else None, max_new_tokens=64, ignore_eos=True)
+size = sum(path.stat().st_size for path in Path(sys.argv[1]).iterdir())
+limit = 1.3 * size + 200e6
+now, peak = resident("VmRSS"), resident("VmHWM")
+print(f"bundle {size / 1e6:.0f} MB; resident {now / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB; "
+      f"1.3 x bundle + 200 MB = {limit / 1e6:.0f} MB: {'within' if peak <= limit else 'ABOVE'}")
+"""
+
+
+if __name__ == "__main__":
+    main()
