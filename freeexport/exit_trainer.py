@@ -1,0 +1,236 @@
+"""`transformers.Trainer` for a model with an exit: row-exact losses, batches by length, evaluation of both exits."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from freeexport.training_batches import LengthBatches, loader
+from freeexport.training_options import Schedule, TrainingOptions
+
+ENDLESS = 1_000_000_000  # steps, where only the time ends a run
+ELAPSED = "elapsed.json"
+
+
+def training_arguments(options: TrainingOptions, directory: Path, steps_an_epoch: int) -> TrainingArguments:
+    """Trainer's arguments; checkpoints go to `directory`. Raises ValueError where the machine lacks bf16."""
+    steps = step_count(options, steps_an_epoch)
+    every = options.evaluate_every or min(500, max(1, steps // 10))
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.rate,
+        weight_decay=options.weight_decay,
+        optim="adamw_torch_fused",
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_find_unused_parameters=False,
+        gradient_checkpointing=options.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        average_tokens_across_devices=True,
+        seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+def step_count(options: TrainingOptions, steps_an_epoch: int) -> int:
+    if options.steps is not None:
+        return options.steps
+    return ENDLESS if options.epoch_count is None else max(1, math.ceil(options.epoch_count * steps_an_epoch))
+
+
+def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
+    """The learning rate as a share of its peak, at `progress` in [0, 1] of a run; `warmup` is a share of the run."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse-sqrt":
+        return math.sqrt(max(warmup, 1e-3) / max(progress, warmup, 1e-3))
+    rest = (min(progress, 1.0) - warmup) / max(1.0 - warmup, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * rest)) if schedule == "cosine" else 1.0 - rest
+
+
+class Clock:
+    """Seconds of training, those before a resumed checkpoint included; `limit` in seconds or None."""
+
+    def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:
+        self.limit = limit
+        self._start = time.monotonic() - elapsed
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def share(self) -> float:
+        """Of the limit; 0 without one."""
+        return 0.0 if self.limit is None else self.elapsed / self.limit
+
+
+class ExitTrainer(Trainer):
+    """Trains a module that gives a `loss` summed over rows, and sums of measures in evaluation mode."""
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        arguments: TrainingArguments,
+        options: TrainingOptions,
+        clock: Clock,
+        collate: Callable[[Any], dict[str, torch.Tensor]],
+        training: Sequence[Any],
+        validation: Sequence[Any],
+        lengths: tuple[Sequence[int], Sequence[int]],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.options = options
+        self.clock = clock
+        self.tokens_seen: torch.Tensor | int = 0
+        self.batches = self._length_batches(lengths[0], options, arguments)
+        self._validation_lengths = lengths[1]
+        super().__init__(
+            model=module,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=training,
+            eval_dataset=validation,
+            callbacks=[*callbacks, _Epochs(self.batches)],
+        )
+
+    @staticmethod
+    def _length_batches(lengths: Sequence[int], options: TrainingOptions, where: TrainingArguments) -> LengthBatches:
+        return LengthBatches(
+            lengths, options.batch_size, options.batch_tokens, options.seed, where.process_index, where.world_size
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Each process cuts its own share of the batches, so accelerate has nothing to shard.
+        return loader(self.train_dataset, self.batches, self.data_collator, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean over the rows of the whole step, all micro-batches and devices."""
+        outputs = model(**inputs)
+        if "attention_mask" in inputs:
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum().detach()
+        self.tokens_seen = self.tokens_seen + (inputs["labels"] != -100).sum().detach()
+        rows = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        # Data parallelism averages gradients over processes: undo it, since `rows` already counts those of all.
+        loss = outputs["loss"] / rows * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the rows of the validation examples, and which share of rows each exit says right."""
+        model, where = self.model_wrapped if self.is_in_train else self.model, self.args
+        was_training = model.training
+        model.eval()
+        batches = LengthBatches(self._validation_lengths, self.options.batch_size, self.options.batch_tokens, seed=0)
+        sums: dict[str, torch.Tensor] = {}
+        rows = torch.zeros((), device=where.device)
+        for number, batch in enumerate(loader(self.eval_dataset, batches, self.data_collator)):
+            if number % where.world_size != where.process_index:
+                continue
+            batch = self._prepare_inputs(batch)
+            with self.accelerator.autocast():
+                outputs = self.accelerator.unwrap_model(model)(**batch)
+            rows += (batch["labels"] != -100).sum()
+            for name, value in outputs.items():
+                sums[name] = sums.get(name, 0) + value.float()
+        model.train(was_training)
+        metrics = self._means(sums, rows, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _means(self, sums: dict[str, torch.Tensor], rows: torch.Tensor, prefix: str) -> dict[str, float]:
+        names = list(sums)
+        stacked = torch.stack([rows, *(sums[name] for name in names)])
+        if self.args.world_size > 1:
+            stacked = self.accelerator.reduce(stacked, "sum")
+        total, *values = stacked.tolist()
+        return {f"{prefix}_{name}": value / total for name, value in zip(names, values, strict=True)}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """By steps, or by time where the time limit comes first."""
+        options, clock = self.options, self.clock
+
+        def factor(step: int) -> float:
+            progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
+            return rate_factor(options.schedule, options.warmup, progress)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Only what is trained, each shared tensor once."""
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = dict(self.model.named_parameters()) if state_dict is None else state_dict
+        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        kept = {name: value.detach().contiguous() for name, value in tensors.items() if name in trained}
+        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Frozen parameters are missing from a checkpoint on purpose."""
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the batches which epoch begins."""
+
+    def __init__(self, batches: LengthBatches) -> None:
+        self._batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._batches.set_epoch(int(state.epoch or 0))
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of an interrupted run."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _complete(path)), None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    # Trainer writes its state last.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(os.path.exists(checkpoint / name) for name in ("model.safetensors", "optimizer.pt", ELAPSED))

@@ -1,0 +1,69 @@
+"""Where an unfinished training run keeps its checkpoints and metrics: OUT.training, beside OUT."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from freeexport.exit_file import EXIT_FILE
+from freeexport.output_directory import OutputError
+from freeexport.training_options import TrainingOptions
+from runtime.errors import OptionError
+
+OPTIONS = "training_options.json"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+
+
+class TrainingDirectory:
+    """The state of one run. Opening it checks that nothing of value is in the way, and that a continued run has the
+    options of the one before; `remove` ends it. Only `writer` (one process of a run) changes anything on disk."""
+
+    def __init__(self, out: Path, model: str, options: TrainingOptions, writer: bool = True) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.path = self.out.parent / f"{self.out.name}.training"
+        record = json.loads(json.dumps({"model": _name(model), **options.recorded()}))
+        if writer:
+            self._check_out(options.overwrite)
+            self._open(record, options)
+
+    def _check_out(self, overwrite: bool) -> None:
+        """Hours of training would otherwise end in an error."""
+        if not os.path.lexists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
+            return
+        if self.out.is_symlink() or not (self.out / EXIT_FILE).is_file():
+            raise OutputError(f"{self.out} exists and is not what train writes (no {EXIT_FILE}); choose another path")
+        if not overwrite:
+            raise OutputError(f"{self.out} exists; choose another path, or replace it with --overwrite")
+
+    def _open(self, record: dict[str, object], options: TrainingOptions) -> None:
+        recorded = self.path / OPTIONS
+        if options.resume:
+            if not recorded.is_file():
+                raise OptionError(f"{self.path} holds no run to resume; start one without --resume")
+            before = json.loads(recorded.read_text(encoding="utf-8"))
+            changed = sorted(name for name in record if record[name] != before.get(name))
+            if changed:
+                name = changed[0]
+                raise OptionError(
+                    f"the run in {self.path} had {name} {before.get(name)!r}, not {record[name]!r}; "
+                    "resume with the same options, or start anew with --overwrite"
+                )
+            return
+        if self.path.exists():
+            if not recorded.is_file() and any(self.path.iterdir()):
+                raise OutputError(f"{self.path} is in the way and no training run; move it, or choose another OUT")
+            if not options.overwrite:
+                raise OutputError(f"{self.path} holds an interrupted run; go on with --resume, or drop it: --overwrite")
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True)
+        recorded.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _name(model: str) -> str:
+    return str(Path(model).absolute()) if Path(model).exists() else model

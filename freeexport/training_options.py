@@ -1,0 +1,147 @@
+"""What a user decides about a training run, and which choices go together."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from runtime.errors import OptionError
+
+LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd"]
+Tune = Literal["full", "lora", "exit"]
+Schedule = Literal["linear", "cosine", "constant", "inverse-sqrt"]
+
+# What a frozen backbone leaves to train: its layers' hidden states do not move, so only their last one is a target.
+EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd", "kd-last")
+DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
+RANDOM_WEIGHTS_RATE = 1e-3
+DEFAULT_EPOCHS = 3.0
+DEFAULT_ADAPTER_RANK = 64
+# May differ between a run and its continuation without changing the loss curve of the steps they share.
+_FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Rank, numerator of the scale, and names of the linear layers ("all-linear": every one but the head)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    targets: tuple[str, ...] = ("all-linear",)
+    dropout: float = 0.0
+
+
+# `paper-t5-3b`: the LoRA setting of FREE's T5-3B.
+LORA_PRESETS: dict[str, LoraOptions] = {"paper-t5-3b": LoraOptions(rank=64, alpha=128.0)}
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """One run of `freeexport train`. None stands for a default that depends on other options.
+
+    `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, and replaces `batch_size`
+    (examples); both are of one device and one micro-batch. `validation_share` is used without a validation file.
+    Raises OptionError for values out of range and for choices that contradict each other.
+    """
+
+    data: Path
+    exit_layer: int
+    validation: Path | None = None
+    validation_share: float = 0.02
+    loss: LossName | None = None
+    loss_alpha: float = 0.5
+    tune: Tune = "full"
+    lora: LoraOptions = LoraOptions()
+    adapter_rank: int = DEFAULT_ADAPTER_RANK
+    from_config: bool = False
+    steps: int | None = None
+    epochs: float | None = None
+    time_limit: float | None = None
+    batch_size: int = 32
+    batch_tokens: int | None = None
+    accumulate: int = 1
+    learning_rate: float | None = None
+    schedule: Schedule = "linear"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    dropout: float | None = None
+    train_on_input: bool = False
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    max_tokens: int | None = None
+    evaluate_every: int | None = None
+    log_every: int = 10
+    patience: int = 5
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _choice("loss", self.loss_name, get_args(LossName))
+        _choice("tune", self.tune, get_args(Tune))
+        _choice("schedule", self.schedule, get_args(Schedule))
+        for name in ("batch_size", "accumulate", "evaluate_every", "log_every", "steps", "batch_tokens", "max_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise OptionError(f"{_flag(name)} is {value}; give at least 1")
+        for name in ("epochs", "time_limit", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise OptionError(f"{_flag(name)} is {value}; give a number above 0")
+        for name in ("loss_alpha", "warmup", "weight_decay", "adapter_rank", "patience"):
+            if not getattr(self, name) >= 0:
+                raise OptionError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise OptionError(f"--dropout is {self.dropout}; give a number from 0 to below 1")
+        if not 0 < self.validation_share < 1:
+            raise OptionError(f"--validation-share is {self.validation_share}; give a number between 0 and 1")
+        if self.lora.rank < 1 or not self.lora.alpha > 0:
+            raise OptionError(f"LoRA rank {self.lora.rank} and alpha {self.lora.alpha} must be above 0")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise OptionError("--steps and --epochs contradict each other; choose one")
+        if self.tune == "exit" and self.loss_name not in EXIT_LOSSES:
+            raise OptionError(
+                f"--loss {self.loss_name} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
+            )
+        if self.from_config and self.tune != "full":
+            raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
+        if self.resume and self.overwrite:
+            raise OptionError("--resume and --overwrite contradict each other; choose one")
+
+    @property
+    def loss_name(self) -> LossName:
+        """The loss asked for, or kd-dyn (logit-kd where the backbone is frozen)."""
+        return self.loss or ("logit-kd" if self.tune == "exit" else "kd-dyn")
+
+    @property
+    def rate(self) -> float:
+        """Peak learning rate."""
+        return self.learning_rate or (RANDOM_WEIGHTS_RATE if self.from_config else DEFAULT_RATES[self.tune])
+
+    @property
+    def epoch_count(self) -> float | None:
+        """Passes over the data; None where steps or the time limit alone end the run."""
+        if self.steps is not None or (self.epochs is None and self.time_limit is not None):
+            return None
+        return self.epochs or DEFAULT_EPOCHS
+
+    def recorded(self) -> dict[str, Any]:
+        """What a continued run must share with the run that it continues, as JSON values."""
+        values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
+        for name in ("data", "validation"):
+            values[name] = None if values[name] is None else str(Path(values[name]).absolute())
+        values["lora"]["targets"] = list(values["lora"]["targets"])
+        return values
+
+
+def _choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise OptionError(f"--{name} {value!r} is unknown; choose {', '.join(known)}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from graphs.errors import UnsupportedModelError
+from graphs.families.rotary import rotary
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+SCALINGS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 2.5},
+    "llama3": LLAMA3,
+    "llama3-short": {**LLAMA3, "original_max_position_embeddings": 64, "factor": 32.0},
+    "yarn": YARN,
+    "yarn-betas": {**YARN, "beta_fast": 8.0, "beta_slow": 2.0},
+    "yarn-not-truncated": {**YARN, "truncate": False},
+    "yarn-attention-factor": {**YARN, "attention_factor": 1.25},
+    "yarn-mscales": {**YARN, "mscale": 0.8, "mscale_all_dim": 0.5},
+}
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+@pytest.mark.parametrize("theta", [1e4, 5e5])
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_frequencies_and_scale_are_those_of_transformers(
+    scaling: dict[str, Any] | None, theta: float, head_dim: int
+) -> None:
+    config = LlamaConfig(
+        hidden_size=4 * head_dim,
+        num_attention_heads=4,
+        max_position_embeddings=2048,
+        rope_theta=theta,
+        rope_scaling=dict(scaling) if scaling else None,
+    )
+    theirs = LlamaRotaryEmbedding(config)
+    ours = rotary(config.to_dict(), head_dim)
+    np.testing.assert_allclose(ours.inverse_frequencies, theirs.inv_freq.numpy(), rtol=2e-6)
+    assert ours.scale == pytest.approx(theirs.attention_scaling)
+    angles = torch.outer(torch.arange(2048).float(), torch.tensor(ours.inverse_frequencies))
+    cos, _ = theirs(torch.zeros(1), torch.arange(2048)[None])
+    np.testing.assert_allclose(angles.cos().numpy() * ours.scale, cos[0, :, : head_dim // 2].numpy(), atol=2e-3)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS.values(), ids=SCALINGS)
+def test_keys_of_older_checkpoints_mean_the_same(scaling: dict[str, Any] | None) -> None:
+    new = {"max_position_embeddings": 2048, "rope_parameters": {**(scaling or {}), "rope_theta": 5e5}}
+    old: dict[str, Any] = {"max_position_embeddings": 2048, "rope_theta": 5e5, "rope_scaling": scaling}
+    assert rotary(old, 64) == rotary(new, 64)
+    if scaling:
+        named = {"type" if key == "rope_type" else key: value for key, value in scaling.items()}
+        assert rotary({**old, "rope_scaling": named}, 64) == rotary(new, 64)
+
+
+def test_an_unknown_scaling_rule_is_refused_with_those_known() -> None:
+    with pytest.raises(UnsupportedModelError, match="'longrope' .*default, linear, llama3, yarn"):
+        rotary({"rope_parameters": {"rope_type": "longrope"}}, 64)
+
+
+@pytest.mark.parametrize("where", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
+def test_partial_rotary_positions_are_refused(where: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor"):
+        rotary(where, 64)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphs.errors import GraphError
+from graphs.weights import BIG, CACHE_LINE, PAGE, WeightFile
+
+FLOAT, HALF, INT64 = ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[WeightFile]:
+    with WeightFile(tmp_path / "weights.data") as file:
+        yield file
+
+
+def never() -> np.ndarray:
+    raise AssertionError("produced a second time")
+
+
+def array(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def giving(value: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: value
+
+
+def read(weights: WeightFile, tensor: ir.ExternalTensor) -> np.ndarray:
+    """The tensor as it stands in the file."""
+    weights._file.flush()
+    assert tensor.offset is not None
+    assert tensor.length is not None
+    data = weights.path.read_bytes()[tensor.offset : tensor.offset + tensor.length]
+    return np.frombuffer(data, tensor.dtype.numpy()).reshape([int(size) for size in tensor.shape])
+
+
+def test_a_tensor_stands_in_the_file_as_it_was_given(weights: WeightFile) -> None:
+    first, second = array(3, 5), array(7, seed=1)
+    tensors = [weights.add("a", FLOAT, giving(first)), weights.add("b", FLOAT, giving(second))]
+    np.testing.assert_array_equal(read(weights, tensors[0]), first)
+    np.testing.assert_array_equal(read(weights, tensors[1]), second)
+    assert weights.bytes == first.nbytes + second.nbytes
+    assert tensors[0].location == "weights.data"
+
+
+def test_a_name_is_produced_once(weights: WeightFile) -> None:
+    tensor = weights.add("a", FLOAT, giving(array(3, 5)))
+    assert weights.add("a", FLOAT, never) is tensor
+
+
+def test_equal_tensors_under_two_names_are_written_once(weights: WeightFile) -> None:
+    tied, other = array(30, 5), array(30, 5, seed=1)
+    head = weights.add("lm_head", FLOAT, giving(tied))
+    embedding = weights.add("embedding", FLOAT, giving(tied.copy()))
+    assert head.offset == embedding.offset
+    assert head.name != embedding.name
+    assert weights.add("other", FLOAT, giving(other)).offset != head.offset
+    assert weights.bytes == tied.nbytes + other.nbytes
+
+
+def test_equal_bytes_of_another_shape_or_type_are_not_shared(weights: WeightFile) -> None:
+    zeros = [np.zeros((4, 6), np.float32), np.zeros((6, 4), np.float32)]
+    tensors = [weights.add(f"z{index}", FLOAT, giving(value)) for index, value in enumerate(zeros)]
+    tensors.append(weights.add("integers", INT64, giving(np.zeros((2, 6), np.int64))))
+    assert len({tensor.offset for tensor in tensors}) == 3
+
+
+def test_one_name_in_two_precisions_is_two_tensors(weights: WeightFile) -> None:
+    value = array(3, 5)
+    full, half = weights.add("a", FLOAT, giving(value)), weights.add("a", HALF, giving(value))
+    assert full.name != half.name
+    np.testing.assert_array_equal(read(weights, full), value)
+    np.testing.assert_array_equal(read(weights, half), value.astype(np.float16))
+
+
+def test_a_transposed_array_is_written_in_row_order(weights: WeightFile) -> None:
+    value = array(3, 5).T
+    np.testing.assert_array_equal(read(weights, weights.add("a", FLOAT, giving(value))), value)
+
+
+@settings(max_examples=20, deadline=None)
+@given(sizes=st.lists(st.integers(1, 300) | st.just(BIG // 4), min_size=1, max_size=8))
+def test_tensors_are_aligned_and_do_not_overlap(sizes: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
+    with WeightFile(tmp_path_factory.mktemp("weights") / "weights.data") as weights:
+        end = 0
+        for index, size in enumerate(sizes):
+            tensor = weights.add(str(index), FLOAT, giving(array(size, seed=index)))
+            assert tensor.offset is not None
+            assert tensor.offset >= end
+            assert tensor.offset % (PAGE if size * 4 >= BIG else CACHE_LINE) == 0
+            end = tensor.offset + size * 4
+
+
+@pytest.mark.parametrize("value", [7e4, -1e30, np.finfo(np.float32).max])
+def test_a_weight_out_of_range_of_fp16_is_refused(value: float, weights: WeightFile) -> None:
+    large = np.array([1.0, value], np.float32)
+    with pytest.raises(GraphError, match="weight layer.weight.* reaches .*--precision fp32"):
+        weights.add("layer.weight", HALF, giving(large))
+    weights.add("layer.weight", FLOAT, giving(large))
+
+
+def test_the_largest_value_of_fp16_is_kept(weights: WeightFile) -> None:
+    tensor = weights.add("a", HALF, giving(np.array([65504.0], np.float32)))
+    assert read(weights, tensor).tolist() == [65504.0]
