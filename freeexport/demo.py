@@ -74,7 +74,7 @@ def _generate(bundle: Path, threads: int | None) -> None:
 
 def _compare(bundle: Path, checkpoint: Path, threads: int) -> None:
     idle = require_idle(force=True)
-    specs = [
+    specs: list[Ours | Transformers] = [
         Transformers(str(checkpoint), threads),
         Ours(bundle, threads, "full"),
         Ours(bundle, threads, "free", THRESHOLD),

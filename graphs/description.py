@@ -96,12 +96,22 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """h + up(silu(down(norm(h)))), in fp32. `down` [rank, d], `up` [d, rank]."""
+
+    norm: Norm
+    down: Linear
+    up: Linear
+
+
+@dataclass(frozen=True)
 class Head:
-    """logits = scale * norm(hidden) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor."""
+    """logits = scale * norm(adapter(hidden)) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor."""
 
     norm: Norm
     weight: str
     scale: float = 1.0
+    adapter: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -115,12 +125,16 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Decoder:
-    """L causal layers with one head. `embedding` [vocab, d]; `max_positions` None where positions are relative."""
+    """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
+
+    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`.
+    """
 
     embedding: str
     layers: tuple[Layer, ...]
     head: Head
     max_positions: int | None = None
+    exit_head: Head | None = None
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,8 @@ class EngineBuilder:
         size = (self.description.vocab_size, self.description.hidden_size)
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
-        head = self.description.decoder.head
+        decoder = self.description.decoder
+        head = decoder.head if emitted is not None else decoder.exit_head or decoder.head
         head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Head
+from graphs.description import Adapter, Head
 from graphs.dialect import Dialect
 from graphs.graph import Graph
+from graphs.layers import activate, fp32_linear
 from runtime.manifest import ConfidenceMeasure
 
 
@@ -47,11 +48,21 @@ def _logits(
     graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, size: tuple[int, int], packed: bool
 ) -> ir.Value:
     """float32 [R, d] -> float32 [R, V]."""
+    if head.adapter is not None:
+        hidden = _adapted(graph, dialect, hidden, head.adapter, size[1])
     normed = dialect.norm(hidden, head.norm)
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     weight = graph.weight(head.weight, size) if packed else graph.unpacked_weight(head.weight, size)
     return graph.to_float(graph.op("Gemm", [graph.to_compute(normed), weight], transB=1))
+
+
+def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter, width: int) -> ir.Value:
+    """float32 [R, width] -> the same."""
+    rank = graph.rows(adapter.down.weight)
+    inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down, rank, width)
+    outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up, width, rank)
+    return graph.op("Add", [hidden, outer])
 
 
 def _confidence(

@@ -109,9 +109,7 @@ CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 @each_dialect
 @pytest.mark.parametrize("measure", list(CONFIDENCES))
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
-def test_token_and_confidence_are_those_of_the_logits(
-    name: str, measure: str, dialect: str, bundle: Bundles
-) -> None:
+def test_token_and_confidence_are_those_of_the_logits(name: str, measure: str, dialect: str, bundle: Bundles) -> None:
     pair = pair_of(bundle(BY_NAME[name], 1, dialect=dialect, confidence=measure), rows=1)
     ids, lengths = tokens(40)
     shallow = pair.shallow(ids, lengths)

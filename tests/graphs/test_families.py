@@ -21,7 +21,7 @@ class Names:
     """Weights of which only names and shapes are known."""
 
     def __init__(self, *names: str) -> None:
-        self.held = {name: (VOCAB_SIZE, 64) for name in ("model.embed_tokens.weight", "shared.weight", *names)}
+        self.held = dict.fromkeys(("model.embed_tokens.weight", "shared.weight", *names), (VOCAB_SIZE, 64))
 
     def __contains__(self, name: str) -> bool:
         return name in self.held
@@ -101,7 +101,7 @@ def test_another_architecture_is_refused_with_those_supported(model_type: str | 
 
 @pytest.mark.parametrize("refused", [{"hidden_act": "quick_gelu"}, {"rope_scaling": {"rope_type": "longrope"}}])
 def test_an_unknown_option_of_a_llama_is_refused_by_name(refused: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedModelError, match="quick_gelu|longrope"):
+    with pytest.raises(UnsupportedModelError, match=r"quick_gelu|longrope"):
         llama(**refused)
 
 
@@ -163,5 +163,7 @@ def test_a_t5_decoder_may_be_deeper_than_its_encoder() -> None:
 @pytest.mark.parametrize(("model_type", "tables"), [("t5", 1), ("umt5", 3)])
 def test_t5_has_one_bias_table_a_stack_and_umt5_one_a_layer(model_type: str, tables: int) -> None:
     description = t5(model_type=model_type)
-    found = {layer.attention.relative_bias.table for layer in description.decoder.layers if layer.attention.relative_bias}
+    found = {
+        layer.attention.relative_bias.table for layer in description.decoder.layers if layer.attention.relative_bias
+    }
     assert len(found) == tables

@@ -66,7 +66,7 @@ def test_keys_of_older_checkpoints_mean_the_same(scaling: dict[str, Any] | None)
 
 
 def test_an_unknown_scaling_rule_is_refused_with_those_known() -> None:
-    with pytest.raises(UnsupportedModelError, match="'longrope' .*default, linear, llama3, yarn"):
+    with pytest.raises(UnsupportedModelError, match=r"'longrope' .*default, linear, llama3, yarn"):
         rotary({"rope_parameters": {"rope_type": "longrope"}}, 64)
 
 

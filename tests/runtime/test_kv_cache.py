@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from runtime.errors import CapacityError
+from runtime.kv_cache import KVCache
+
+LAYERS, KV_HEADS, HEAD_DIM = range(2, 4), 2, 3
+SLOTS = st.integers(0, 2)
+
+
+def cache_of(rows: int = 8, slots: int = 3) -> KVCache:
+    return KVCache(LAYERS, slots, KV_HEADS, rows, HEAD_DIM, np.float32)
+
+
+class Ledger(RuleBasedStateMachine):
+    """A cache beside a list a slot of what was written at each position."""
+
+    @initialize(rows=st.integers(1, 12))
+    def begin(self, rows: int) -> None:
+        self.cache = cache_of(rows)
+        self.expected: list[list[float]] = [[], [], []]
+        self.written = 0.0
+
+    @rule(slot=SLOTS, count=st.integers(0, 5))
+    def extend(self, slot: int, count: int) -> None:
+        """As an engine does: rows behind the valid ones are written first, then counted."""
+        length = len(self.expected[slot])
+        fits = length + count <= self.cache.rows
+        new = [self.written + step for step in range(min(count, self.cache.rows - length))]
+        for _, view in self.cache.slot(slot):
+            view[0, :, length : length + len(new)] = np.array(new, np.float32)[:, None]
+        self.written += count
+        if fits:
+            self.cache.extend(slot, count)
+            self.expected[slot] += new
+        else:
+            with pytest.raises(CapacityError, match=f"{length + count} positions .* {self.cache.rows} rows"):
+                self.cache.extend(slot, count)
+
+    @rule(slot=SLOTS, length=st.integers(0, 14))
+    def trim(self, slot: int, length: int) -> None:
+        self.cache.trim(slot, length)
+        del self.expected[slot][length:]
+
+    @rule(source=SLOTS, copy=SLOTS)
+    def copy_rows(self, source: int, copy: int) -> None:
+        self.cache.copy_rows(source, copy)
+        self.expected[copy] = list(self.expected[source])
+
+    @invariant()
+    def valid_rows_are_those_of_the_ledger(self) -> None:
+        for slot, expected in enumerate(self.expected):
+            assert self.cache.lengths[slot] == len(expected)
+            for _, view in self.cache.slot(slot):
+                for head in range(KV_HEADS):
+                    assert view[0, head, : len(expected), -1].tolist() == expected
+
+
+Ledger.TestCase.settings = settings(max_examples=50, stateful_step_count=20, deadline=None)
+TestLedger = Ledger.TestCase
+
+
+def test_arrays_are_named_by_layer_and_part_and_have_a_row_for_each_slot() -> None:
+    cache = cache_of(rows=8, slots=3)
+    assert set(cache.arrays) == {"2.key", "2.value", "3.key", "3.value"}
+    assert {array.shape for array in cache.arrays.values()} == {(3, KV_HEADS, 8, HEAD_DIM)}
+    assert {array.dtype for array in cache.arrays.values()} == {np.dtype(np.float32)}
+
+
+def test_a_slot_is_a_view_of_the_cache() -> None:
+    cache = cache_of()
+    for name, view in cache.slot(1):
+        assert view.base is cache.arrays[name]
+        assert view.shape == (1, KV_HEADS, 8, HEAD_DIM)
+        view[:] = 7
+    assert all((array[1] == 7).all() and not array[[0, 2]].any() for array in cache.arrays.values())
+
+
+def test_lengths_are_int32_and_stay_in_place() -> None:
+    cache = cache_of()
+    # An engine binds this memory once.
+    counter = cache.lengths[1:2]
+    cache.extend(1, 5)
+    assert counter.dtype == np.int32
+    assert counter.tolist() == [5]
+    cache.trim(1, 2)
+    assert counter.tolist() == [2]
+
+
+def test_a_refused_extension_changes_nothing() -> None:
+    cache = cache_of(rows=4)
+    cache.extend(0, 3)
+    with pytest.raises(CapacityError):
+        cache.extend(0, 2)
+    assert cache.lengths.tolist() == [3, 0, 0]
