@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
 
-# Longer lists in verification.json are counted, not printed; `--json` has them whole.
-_LONGEST_LIST = 8
-
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -81,27 +78,6 @@ def bundle_bytes(manifest: Manifest) -> int:
     return sum(file.size for file in manifest.files.values())
 
 
-def flatten(value: Any, name: str = "") -> list[tuple[str, str]]:
-    """Nested JSON data as (dotted name, text) rows; long lists become a count."""
-    if isinstance(value, dict):
-        return [row for key, item in value.items() for row in flatten(item, f"{name}.{key}" if name else str(key))]
-    if isinstance(value, list) and len(value) > _LONGEST_LIST:
-        return [(name, f"{len(value)} entries")]
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        return [row for index, item in enumerate(value) for row in flatten(item, f"{name}[{index}]")]
-    if isinstance(value, list):
-        return [(name, ", ".join(map(_scalar, value)) or "none")]
-    return [(name, _scalar(value))]
-
-
-def _scalar(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "none" if value is None else str(value)
-
-
 def _origin(bundle: Bundle) -> list[tuple[str, str]]:
     manifest = bundle.manifest
     return [
@@ -137,15 +113,27 @@ def _span(layers: range) -> str:
 
 
 def _exit(manifest: Manifest) -> list[tuple[str, str]]:
-    threshold = f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED
-    break_even = flatten(manifest.break_even) or [("", "not measured")]
     return [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         ("confidence", manifest.confidence),
-        ("threshold", threshold),
+        ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
         ("most pending tokens", str(manifest.max_pending)),
-        *((f"break-even {name}".replace("_", " ").rstrip(), text) for name, text in break_even),
+        *_break_even(manifest.break_even),
     ]
+
+
+def _break_even(costs: dict[str, float]) -> list[tuple[str, str]]:
+    """The costs measured at convert, on the machine that converted."""
+    if not costs:
+        return [("break-even", "not measured")]
+    rate = f"{costs['exit_rate']:.1%}" if "exit_rate" in costs else "none: exits do not pay"
+    rows = [("break-even exit rate", rate)]
+    for name, cost in sorted(costs.items()):
+        if name.startswith("speedup_at_"):
+            rows.append((f"speedup at {name.removeprefix('speedup_at_')} % exits", f"{cost:.2f}x (predicted)"))
+        elif name.endswith("_ms"):
+            rows.append((name.removesuffix("_ms").replace("_", " "), f"{cost:.2f} ms"))
+    return rows
 
 
 def _cache(manifest: Manifest) -> list[tuple[str, str]]:
@@ -160,8 +148,19 @@ def _cache(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def _verification(bundle: Bundle) -> list[tuple[str, str]]:
-    status = "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}"
-    return [("verified", status), *flatten(bundle.verification or {})]
+    """A line for each check, and one for greedy decoding; `--json` has all figures."""
+    report = bundle.verification or {}
+    rows = [("verified", "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}")]
+    rows += [("against", str(report["against"]))] if report.get("against") else []
+    for check in report.get("checks", []):
+        verdict = "" if check["passed"] else "  FAILED"
+        figures = f"{check['error']:.1e}, at most {check['tolerance']:.0e}{verdict}"
+        rows.append((f"{check['name']}: {check['tensor']}", figures))
+    prompts = report.get("greedy", {}).get("prompts", [])
+    if prompts:
+        equal = sum(prompt["first_difference"] is None for prompt in prompts)
+        rows.append((f"greedy ids, {report['greedy']['tokens']} tokens", f"{equal} of {len(prompts)} prompts equal"))
+    return rows
 
 
 def _files(manifest: Manifest) -> list[tuple[str, str, str]]:

@@ -9,10 +9,11 @@ from typing import Any
 from click.testing import CliRunner, Result
 
 from freeexport import cli
-from freeexport.inspect import flatten
 from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
 
-VERIFICATION = {"passed": True, "tolerance": {"logits": 1e-4}, "shallow": {"logits": {"largest_difference": 3.25e-6}}}
+CHECK = {"name": "prefill", "tensor": "deep logits", "error": 3.25e-6, "tolerance": 1e-4, "passed": True}
+PROMPTS = [{"first_difference": None}, {"first_difference": 7}]
+VERIFICATION = {"passed": True, "against": "model", "checks": [CHECK], "greedy": {"tokens": 64, "prompts": PROMPTS}}
 
 
 def write_bundle(folder: Path, **changes: Any) -> Path:
@@ -89,16 +90,24 @@ def test_uncalibrated_threshold_says_that_nothing_exits(tmp_path: Path) -> None:
 
 
 def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
-    result = inspect(write_bundle(tmp_path / "bundle", threshold=0.8125, break_even={"exit_rate": 0.317}))
+    result = inspect(
+        write_bundle(
+            tmp_path / "bundle",
+            threshold=0.8125,
+            break_even={"exit_rate": 0.317, "speedup_at_80": 1.5, "deep_1_ms": 20.0},
+        )
+    )
     assert row(result, "threshold") == "0.8125"
-    assert row(result, "break-even exit rate") == "0.317"
+    assert row(result, "break-even exit rate") == "31.7%"
+    assert row(result, "speedup at 80 % exits") == "1.50x (predicted)"
+    assert row(result, "deep 1") == "20.00 ms"
 
 
 def test_verification_shows_tolerances_and_figures(tmp_path: Path) -> None:
     result = inspect(write_bundle(tmp_path / "bundle"))
     assert row(result, "verified") == "yes"
-    assert row(result, "tolerance.logits") == "0.0001"
-    assert row(result, "shallow.logits.largest_difference") == "3.25e-06"
+    assert row(result, "prefill: deep logits") == "3.2e-06, at most 1e-04"
+    assert row(result, "greedy ids, 64 tokens") == "1 of 2 prompts equal"
 
 
 def test_unverified_bundle_says_what_to_run(tmp_path: Path) -> None:
@@ -141,15 +150,3 @@ def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     result = inspect(tmp_path / "nowhere")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
-
-
-def test_nested_figures_become_rows() -> None:
-    nested = {"a": {"b": [1, 2.5, None], "c": []}, "ok": True, "many": list(range(99)), "runs": [{"k": 1}, {"k": 2}]}
-    assert flatten(nested) == [
-        ("a.b", "1, 2.5, none"),
-        ("a.c", "none"),
-        ("ok", "yes"),
-        ("many", "99 entries"),
-        ("runs[0].k", "1"),
-        ("runs[1].k", "2"),
-    ]
