@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from freeexport.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file
 from freeexport.gguf_file import GGUFFile
+from freeexport.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.weight_files import CheckpointError as CheckpointError
 from freeexport.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
 
@@ -27,6 +29,9 @@ class Checkpoint:
 
     `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
     `config` has every value that transformers knows for the model type, `generation_config` only what is set.
+    `exit` is what exit.json beside the weights says, None where there is none; parameters of the exit's own are
+    tensors like the others, under the names of freeexport.exit_file. `adapter` is the directory of a LoRA adapter,
+    merged into what is read; `path` is then its base.
     """
 
     def __init__(
@@ -37,12 +42,16 @@ class Checkpoint:
         generation_config: dict[str, Any],
         files: Sequence[WeightFile],
         tensors: dict[str, WeightFile] | None = None,
+        exit_file: ExitFile | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.path = path
         self.name = name
         self.config = config
         self.generation_config = generation_config
         self.files = tuple(files)
+        self.exit = exit_file
+        self.adapter = adapter
         self._tensors = {key: file for file in files for key in file.names()} if tensors is None else tensors
 
     @property
@@ -57,13 +66,24 @@ class Checkpoint:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash over config.json and the weight files, in hexadecimal. Reads every byte on the first call."""
-        paths = sorted({file.path for file in self.files})
+        """Hash over config.json and the weight files, in hexadecimal, and over the exit's parameters and the adapter's
+        configuration where there are any. Reads every byte on the first call.
+
+        Raises CheckpointError where the exit's parameters were trained on other weights.
+        """
+        paths = sorted({file.path for file in self.files if file.path.name != EXIT_WEIGHTS})
         digest = hashlib.sha256()
-        for path in paths if self.path.is_file() else [self.path / "config.json", *paths]:
-            with path.open("rb") as file:
-                while block := file.read(_HASH_BLOCK):
-                    digest.update(block)
+        _digest(digest, paths if self.path.is_file() else [self.path / "config.json", *paths])
+        if self.adapter is not None:
+            _digest(digest, [self.adapter / ADAPTER_CONFIG])
+        if self.exit is None or not self.exit.has_parameters:
+            return digest.hexdigest()
+        if digest.hexdigest() != self.exit.base_sha256:
+            raise CheckpointError(
+                f"{self.name}: its exit was trained on other weights (sha256 {self.exit.base_sha256[:12]}..., "
+                f"these have {digest.hexdigest()[:12]}...); put the exit beside the weights it belongs to"
+            )
+        _digest(digest, [file.path for file in self.files if file.path.name == EXIT_WEIGHTS])
         return digest.hexdigest()
 
     def __contains__(self, name: object) -> bool:
@@ -92,15 +112,23 @@ class Checkpoint:
         return self._tensors[name]
 
 
+def _digest(digest: hashlib._Hash, paths: Iterable[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BLOCK):
+                digest.update(block)
+
+
 def open_checkpoint(model: str) -> Checkpoint:
-    """Open a Hugging Face checkpoint directory, a GGUF file, or a model of the hub (downloaded unless cached).
+    """Open a Hugging Face checkpoint directory, a GGUF file (or a directory with one and an exit.json), a directory
+    with a LoRA adapter of peft, or a model of the hub (downloaded unless cached).
 
     Reads the configuration and the headers of the weight files. Raises CheckpointError when the checkpoint cannot be
     had, is incomplete or damaged, or is stored quantised other than as GGUF.
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        return _open_directory(path, path.resolve().name)
+        return _open_local(path)
     if path.suffix == ".gguf":
         return _open_gguf(path)
     if path.exists():
@@ -108,12 +136,57 @@ def open_checkpoint(model: str) -> Checkpoint:
     return _open_directory(_download(model), model)
 
 
+def _open_local(path: Path) -> Checkpoint:
+    if (path / ADAPTER_CONFIG).is_file():
+        return _open_adapter(path)
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) == 1 and (path / EXIT_FILE).is_file() and not (path / "config.json").is_file():
+        return _open_gguf(gguf[0])
+    return _open_directory(path, path.resolve().name)
+
+
+def _open_adapter(path: Path) -> Checkpoint:
+    adapter = LoraAdapter(path)
+    base = open_checkpoint(adapter.base)
+    merged = adapter.merged(base)
+    tensors = {name: base._file(name) for name in base.names()} | dict.fromkeys(merged.names(), merged)
+    files = [*base.files, adapter.weights]
+    exit_file = read_exit_file(path)
+    return Checkpoint(
+        base.path, path.resolve().name, base.config, base.generation_config, files, tensors, exit_file, path
+    )
+
+
+def _with_exit(
+    directory: Path, config: dict[str, Any], files: list[WeightFile], tensors: dict[str, WeightFile]
+) -> ExitFile | None:
+    """exit.json of the directory; the exit's own tensors join `files` and `tensors`."""
+    exit_file = read_exit_file(directory)
+    if exit_file is None or not exit_file.has_parameters:
+        return exit_file
+    path = directory / EXIT_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
+    file = SafetensorsFile(path)
+    width = int(config.get("d_model") or config["hidden_size"])
+    for name, shape in exit_file.shapes(width).items():
+        if name not in file.names() or file.shape(name) != shape:
+            found = list(file.shape(name)) if name in file.names() else "missing"
+            raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
+    files.append(file)
+    tensors.update(dict.fromkeys(exit_file.shapes(width), file))
+    return exit_file
+
+
 def _open_gguf(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the path of the GGUF file")
     file = GGUFFile(path)
     config = _config(path.parent, str(path), gguf_file=path.name)
-    return Checkpoint(path, path.name, config, _derived_generation_config(config), [file])
+    files: list[WeightFile] = [file]
+    tensors: dict[str, WeightFile] = dict.fromkeys(file.names(), file)
+    exit_file = _with_exit(path.parent, config, files, tensors)
+    return Checkpoint(path, path.name, config, _derived_generation_config(config), files, tensors, exit_file)
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
@@ -124,7 +197,8 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
     config = _config(path, str(path))
     files, tensors = _weight_files(path)
-    return Checkpoint(path, name, config, _generation_config(path, config), files, tensors)
+    exit_file = _with_exit(path, config, files, tensors)
+    return Checkpoint(path, name, config, _generation_config(path, config), files, tensors, exit_file)
 
 
 def _download(model: str) -> Path:

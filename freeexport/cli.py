@@ -1,6 +1,7 @@
 """The `freeexport` command: one module a verb, imported when it is called, and the one place where errors become text.
 
-A verb is a module `freeexport/<verb>.py` with a click command named `command`, and a line in VERBS.
+A verb is a module `freeexport/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of the verb
+is an underscore in its module's name.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from runtime.errors import FreeExportError
 # In the order of use. A verb whose module this installation lacks is not listed.
 VERBS: dict[str, str] = {
     "train": "Fine-tune a checkpoint for an early exit.",
+    "evaluate-exits": "Compare the layers of a checkpoint as exits.",
     "calibrate": "Fit the exit threshold on a calibration set.",
     "convert": "Convert a checkpoint to a bundle of ONNX engines.",
     "verify": "Check a bundle against the checkpoint it came from.",
@@ -39,12 +41,12 @@ class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [verb for verb in VERBS if importlib.util.find_spec(f"freeexport.{verb}")]
+        return [verb for verb in VERBS if importlib.util.find_spec(_module(verb))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = importlib.import_module(f"freeexport.{cmd_name}").command
+        command: click.Command = importlib.import_module(_module(cmd_name)).command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -61,6 +63,10 @@ class Verbs(click.Group):
                 traceback.print_exc()
             click.echo(f"error: {describe(error)}", err=True)
             ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
+
+
+def _module(verb: str) -> str:
+    return f"freeexport.{verb.replace('-', '_')}"
 
 
 def describe(error: BaseException) -> str:

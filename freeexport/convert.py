@@ -18,7 +18,7 @@ from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
 from freeexport.verification import verify_in_child
-from graphs.description import Description
+from graphs.description import Description, ForeignEncoder
 from graphs.engines import EngineBuilder, EngineOptions, engine_names
 from graphs.errors import GraphError
 from graphs.families import describe
@@ -67,10 +67,12 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     description = describe(checkpoint.config, checkpoint)
     engine_options = _engine_options(description, options)
     engine_options.check(description)
+    if _encoder_capacity(options) < 1:
+        raise GraphError(f"encoder capacity {options.encoder_capacity} is out of range; choose 1 or more")
     with output_directory(out, MANIFEST, options.overwrite) as directory:
-        weight_bytes = _write_engines(checkpoint, description, engine_options, directory)
+        weight_bytes, copies = _write_engines(checkpoint, description, engine_options, directory)
         write_tokenizer(checkpoint, directory)
-        manifest = _manifest(checkpoint, description, engine_options, options, weight_bytes, directory)
+        manifest = _manifest(checkpoint, description, engine_options, options, weight_bytes, copies, directory)
         _write_manifest(manifest, directory)
         if options.verify:
             manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
@@ -84,7 +86,7 @@ def _engine_options(description: Description, options: ConvertOptions) -> Engine
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     return EngineOptions(
         exit_layer=options.exit_layer,
-        capacity=options.capacity or min(limit, DEFAULT_CAPACITY),
+        capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=options.precision,
         dialect=options.dialect,
@@ -92,15 +94,32 @@ def _engine_options(description: Description, options: ConvertOptions) -> Engine
     )
 
 
-def _write_engines(checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path) -> int:
-    """Bytes of the weights."""
+def _write_engines(
+    checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path
+) -> tuple[int, tuple[DeclaredCopy, ...]]:
+    """Bytes of the weights, and what stands in memory a second time while a session is open."""
+    copies = [_packed_head(description, options)]
     names = engine_names(description)
     with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
         builder = EngineBuilder(description, options, checkpoint, weights, directory)
         for name in names:
-            getattr(builder, name)()
+            if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
+                copies += _export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
+            else:
+                getattr(builder, name)()
             advance()
-        return weights.bytes
+        return weights.bytes, tuple(copies)
+
+
+def _export_encoder(
+    checkpoint: Checkpoint, encoder: ForeignEncoder, weights: WeightFile, directory: Path, precision: Precision
+) -> list[DeclaredCopy]:
+    # torch takes a second to import, and only these encoders need it here.
+    from freeexport.encoder_export import export_encoder
+
+    widened = export_encoder(checkpoint, encoder, weights, directory, precision)
+    reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
+    return [DeclaredCopy("encoder", widened, reason)] if widened else []
 
 
 def _manifest(
@@ -109,10 +128,10 @@ def _manifest(
     engines: EngineOptions,
     options: ConvertOptions,
     weight_bytes: int,
+    copies: tuple[DeclaredCopy, ...],
     directory: Path,
 ) -> Manifest:
     generation, attention = checkpoint.generation_config, description.attention
-    encoder_capacity = options.encoder_capacity or DEFAULT_ENCODER_CAPACITY
     start = generation.get("decoder_start_token_id")
     if description.encoder and start is None:
         raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
@@ -130,10 +149,10 @@ def _manifest(
         head_dim=attention.head_dim,
         capacity=engines.capacity,
         max_pending=engines.max_pending,
-        encoder_capacity=encoder_capacity if description.encoder else 0,
+        encoder_capacity=_encoder_capacity(options) if description.encoder else 0,
         confidence=engines.confidence,
         threshold=1.0,
-        eos_token_ids=_token_ids(generation.get("eos_token_id")),
+        eos_token_ids=_token_ids(generation.get("eos_token_id"), description.vocab_size),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
         decoder_start_token_id=start if description.encoder else None,
@@ -143,19 +162,24 @@ def _manifest(
         weight_bytes=weight_bytes,
         files=_files(directory),
         versions=_versions(),
-        copies=_copies(description, engines),
+        copies=copies,
     )
 
 
-def _copies(description: Description, engines: EngineOptions) -> tuple[DeclaredCopy, ...]:
-    """What stands in memory a second time while a session is open; the bundle has every tensor once."""
+def _packed_head(description: Description, engines: EngineOptions) -> DeclaredCopy:
     size = description.vocab_size * description.hidden_size * engines.compute.itemsize
     name = description.decoder.head.weight
-    return (DeclaredCopy(name, int(size), "head, packed by ONNX Runtime for the deep engine (in memory)"),)
+    return DeclaredCopy(name, int(size), "head, packed by ONNX Runtime for the deep engine (in memory)")
 
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    return () if value is None else tuple(value) if isinstance(value, list) else (int(value),)
+def _encoder_capacity(options: ConvertOptions) -> int:
+    return DEFAULT_ENCODER_CAPACITY if options.encoder_capacity is None else options.encoder_capacity
+
+
+def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:
+    """One id or a list of them; those that the model has no row for never come, so they end nothing."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    return tuple(int(token) for token in ids if 0 <= token < vocabulary)
 
 
 def _files(directory: Path) -> dict[str, File]:

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from freeexport.training_batches import LengthBatches, loader
+from freeexport.training_directory import ELAPSED
 from freeexport.training_options import Schedule, TrainingOptions
+from freeexport.tuning import Tuning
 
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
-ELAPSED = "elapsed.json"
 
 
-def training_arguments(options: TrainingOptions, directory: Path, steps_an_epoch: int) -> TrainingArguments:
-    """Trainer's arguments; checkpoints go to `directory`. Raises ValueError where the machine lacks bf16."""
-    steps = step_count(options, steps_an_epoch)
+def training_arguments(options: TrainingOptions, directory: Path, lengths: Sequence[int]) -> TrainingArguments:
+    """Trainer's arguments; checkpoints go to `directory`. `lengths` are those of the examples, in tokens."""
+    steps = _step_count(options, lengths)
     every = options.evaluate_every or min(500, max(1, steps // 10))
     return TrainingArguments(
         output_dir=str(directory),
@@ -36,7 +37,7 @@ def training_arguments(options: TrainingOptions, directory: Path, steps_an_epoch
         optim="adamw_torch_fused",
         bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -60,10 +61,14 @@ def training_arguments(options: TrainingOptions, directory: Path, steps_an_epoch
     )
 
 
-def step_count(options: TrainingOptions, steps_an_epoch: int) -> int:
+def _step_count(options: TrainingOptions, lengths: Sequence[int]) -> int:
     if options.steps is not None:
         return options.steps
-    return ENDLESS if options.epoch_count is None else max(1, math.ceil(options.epoch_count * steps_an_epoch))
+    if options.epoch_count is None:
+        return ENDLESS
+    processes = PartialState().num_processes
+    batches = len(LengthBatches(lengths, options.batch_size, options.batch_tokens, options.seed, devices=processes))
+    return max(1, math.ceil(options.epoch_count * -(-batches // options.accumulate)))
 
 
 def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
@@ -95,34 +100,37 @@ class Clock:
         return 0.0 if self.limit is None else self.elapsed / self.limit
 
 
+def resumed_clock(options: TrainingOptions, checkpoint: Path | None) -> Clock:
+    """A clock that goes on where the checkpoint's stood."""
+    elapsed = 0.0 if checkpoint is None else float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
+    return Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
+
+
 class ExitTrainer(Trainer):
     """Trains a module that gives a `loss` summed over rows, and sums of measures in evaluation mode."""
 
     def __init__(
         self,
-        module: torch.nn.Module,
+        tuning: Tuning,
         arguments: TrainingArguments,
         options: TrainingOptions,
         clock: Clock,
-        collate: Callable[[Any], dict[str, torch.Tensor]],
-        training: Sequence[Any],
-        validation: Sequence[Any],
-        lengths: tuple[Sequence[int], Sequence[int]],
         callbacks: list[TrainerCallback],
     ) -> None:
         self.options = options
         self.clock = clock
         self.tokens_seen: torch.Tensor | int = 0
-        self.batches = self._length_batches(lengths[0], options, arguments)
-        self._validation_lengths = lengths[1]
+        training_lengths, self._validation_lengths = tuning.lengths
+        self.batches = self._length_batches(training_lengths, options, arguments)
         super().__init__(
-            model=module,
+            model=tuning.module,
             args=arguments,
-            data_collator=collate,
-            train_dataset=training,
-            eval_dataset=validation,
+            data_collator=tuning.collate,
+            train_dataset=tuning.training,
+            eval_dataset=tuning.validation,
             callbacks=[*callbacks, _Epochs(self.batches)],
         )
+        self.remove_callback(PrinterCallback)  # metrics go to a file
 
     @staticmethod
     def _length_batches(lengths: Sequence[int], options: TrainingOptions, where: TrainingArguments) -> LengthBatches:
@@ -197,6 +205,12 @@ class ExitTrainer(Trainer):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def best(self) -> tuple[int, dict[str, float]]:
+        """Step and measures of the best evaluation."""
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        best = min(evaluations, key=lambda entry: entry["eval_loss"])
+        return int(best["step"]), {name: value for name, value in best.items() if name.startswith("eval_")}
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Only what is trained, each shared tensor once."""
         directory = Path(output_dir or str(self.args.output_dir))
@@ -219,18 +233,3 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._batches.set_epoch(int(state.epoch or 0))
-
-
-def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of an interrupted run."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if _complete(path)), None)
-
-
-def _complete(checkpoint: Path) -> bool:
-    # Trainer writes its state last.
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return all(os.path.exists(checkpoint / name) for name in ("model.safetensors", "optimizer.pt", ELAPSED))

@@ -19,6 +19,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "sentencepiece",
         "protobuf",
     ),
+    "bench": ("matplotlib",),
+    "train": ("peft", "tensorboard"),
     "optimum": ("optimum-onnx",),
 }
 
@@ -27,6 +29,8 @@ PURPOSES: dict[str, str] = {
     "gpu": "decode on an NVIDIA GPU",
     "tensorrt": "build and run TensorRT engines (NVIDIA GPU)",
     "convert": "convert and verify checkpoints",
+    "train": "train LoRA adapters, and record in TensorBoard",
+    "bench": "plot what was measured",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,9 +23,9 @@ def output_directory(out: Path, marker: str, overwrite: bool) -> Iterator[Path]:
     What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`. Raises OutputError.
     """
     out = Path(os.path.abspath(out))
+    _remove_abandoned(out)
     _check_free(out, marker, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(out)
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
@@ -61,7 +62,7 @@ def _swap(partial: Path, out: Path) -> None:
 
 def _remove_abandoned(out: Path) -> None:
     """Clear away what killed processes left; put back an old directory whose replacement never came."""
-    for path in out.parent.glob(f".{out.name}.*-*"):
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*-*"):
         kind, _, process = path.name.removeprefix(f".{out.name}.").rpartition("-")
         if kind not in ("partial", "old") or not process.isdigit() or _alive(int(process)):
             continue
@@ -72,6 +73,9 @@ def _remove_abandoned(out: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Whether another process has this id; in a container the next run has its predecessor's own."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

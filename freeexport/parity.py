@@ -126,7 +126,8 @@ def _stepping(
             ("shallow hidden", step["hidden"][:, 0], shallow["hidden"][:, column]),
             ("deep logits", logits, deep["logits"][np.arange(len(active)) * width + column]),
         ):
-            worst[tensor] = max(worst[tensor], _error(ours[rows], theirs[rows]))
+            # Unlike max, this keeps NaN.
+            worst[tensor] = float(np.maximum(worst[tensor], _error(ours[rows], theirs[rows])))
     for tensor, error in worst.items():
         yield Check("stepping against prefill", tensor, error, tolerance)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from freeexport.checkpoint import Checkpoint
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The Hugging Face model of the checkpoint, float32, in evaluation mode. Takes 4 bytes of memory a parameter."""
+    """The Hugging Face model of the checkpoint, float32, in evaluation mode; peft merges a LoRA adapter into it.
+
+    Takes 4 bytes of memory a parameter. An exit's own parameters are not part of it.
+    """
     import torch
     import transformers
 
@@ -27,4 +31,11 @@ def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
     model = loader.from_pretrained(
         source, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **options
     )
-    return model.eval()
+    return (model if checkpoint.adapter is None else _merged(model, checkpoint.adapter)).eval()
+
+
+def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    return merged

@@ -39,7 +39,7 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
     """
     files = {"generation_config.json": _json(checkpoint.generation_config)}
     if has_tokenizer(checkpoint):
-        tokenizer = _load(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
         files["tokenizer_config.json"] = _json(_special_tokens(tokenizer, checkpoint))
         template = _chat_template(tokenizer)
@@ -57,7 +57,8 @@ def has_tokenizer(checkpoint: Checkpoint) -> bool:
     return any((checkpoint.path / name).is_file() for name in _SOURCES)
 
 
-def _load(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers reads it. Raises CheckpointError when it cannot be read."""
     from transformers import AutoTokenizer
 
     source, options = checkpoint.path, {}

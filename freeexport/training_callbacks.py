@@ -58,8 +58,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
             )
         if "loss" in values:
             values["tokens_per_second"] = self._tokens_per_second()
-        record = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **values}
-        record["elapsed"] = round(self._clock.elapsed, 2)
+        record = {"step": state.global_step, **values, "elapsed": round(self._clock.elapsed, 2)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
@@ -89,6 +88,7 @@ class Bar(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._shown = clock, 0.0
+        self._context: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._timed = state.max_steps >= ENDLESS
@@ -101,5 +101,6 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         self._advance(now - self._shown)
         self._shown = now
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._context.__exit__(None, None, None)
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)

@@ -13,8 +13,24 @@ from freeexport.training_options import TrainingOptions
 from runtime.errors import OptionError
 
 OPTIONS = "training_options.json"
+ELAPSED = "elapsed.json"  # seconds of training, in a checkpoint
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+
+
+def last_checkpoint(directory: Path) -> Path | None:
+    """The newest complete checkpoint of an interrupted run."""
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    return next((path for path in found if _complete(path)), None)
+
+
+def _complete(checkpoint: Path) -> bool:
+    # Trainer writes its state last.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return all(os.path.exists(checkpoint / name) for name in ("model.safetensors", "optimizer.pt", ELAPSED))
 
 
 class TrainingDirectory:
@@ -55,11 +71,24 @@ class TrainingDirectory:
         if self.path.exists():
             if not recorded.is_file() and any(self.path.iterdir()):
                 raise OutputError(f"{self.path} is in the way and no training run; move it, or choose another OUT")
-            if not options.overwrite:
+            if last_checkpoint(self.path) and not options.overwrite:
                 raise OutputError(f"{self.path} holds an interrupted run; go on with --resume, or drop it: --overwrite")
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         recorded.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    def keep_records(self, directory: Path) -> None:
+        """Copy options and metrics of the run to the result."""
+        for name in (METRICS, TENSORBOARD):
+            if (self.path / name).is_dir():
+                shutil.copytree(self.path / name, directory / name)
+            elif (self.path / name).exists():
+                shutil.copyfile(self.path / name, directory / name)
+
+    def remove_unless_resumable(self) -> None:
+        """After a failure: what holds no checkpoint is of no use."""
+        if last_checkpoint(self.path) is None:
+            self.remove()
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -10,6 +10,7 @@ from runtime.errors import OptionError
 
 LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd"]
 Tune = Literal["full", "lora", "exit"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "inverse-sqrt"]
 
 # What a frozen backbone leaves to train: its layers' hidden states do not move, so only their last one is a target.
@@ -68,6 +69,7 @@ class TrainingOptions:
     dropout: float | None = None
     train_on_input: bool = False
     bf16: bool = False
+    dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
     max_tokens: int | None = None
     evaluate_every: int | None = None

@@ -56,4 +56,5 @@ def _print(report: dict) -> None:
     if "greedy" in report:
         prompts = report["greedy"]["prompts"]
         same = sum(prompt["first_difference"] is None for prompt in prompts)
-        click.echo(f"ok  greedy decoding: ids of {same} of {len(prompts)} prompts equal, the others differ at a tie")
+        rest = "" if same == len(prompts) else ", the others first differ at a tie"
+        click.echo(f"ok  greedy decoding: ids of {same} of {len(prompts)} prompts equal{rest}")

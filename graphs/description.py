@@ -124,6 +124,16 @@ class Encoder:
 
 
 @dataclass(frozen=True)
+class ForeignEncoder:
+    """An encoder that no builder knows: its graph is exported from the model's own code.
+
+    That code wants prompts padded to a multiple of `block` tokens.
+    """
+
+    block: int = 1
+
+
+@dataclass(frozen=True)
 class Decoder:
     """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
 
@@ -145,7 +155,7 @@ class Description:
     vocab_size: int
     hidden_size: int
     decoder: Decoder
-    encoder: Encoder | None = None
+    encoder: Encoder | ForeignEncoder | None = None
 
     @property
     def attention(self) -> Attention:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from graphs.description import Description, Layer
+from graphs.description import Description, Encoder, Layer
 from graphs.dialect import Call, Dialect, in_heads, linear
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
@@ -63,6 +63,7 @@ class EngineBuilder:
         self, description: Description, options: EngineOptions, source: Weights, weights: WeightFile, directory: Path
     ) -> None:
         options.check(description)
+        check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
 
@@ -95,7 +96,7 @@ class EngineBuilder:
     def encoder(self) -> None:
         """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]."""
         encoder = self.description.encoder
-        assert encoder is not None
+        assert isinstance(encoder, Encoder)
         graph = self._graph("encoder")
         tokens = graph.input("input_ids", INT64, ["B", "E"])
         lengths = graph.input("lengths", INT32, ["B"])
@@ -158,6 +159,28 @@ class EngineBuilder:
         width = self.description.hidden_size
         shape = graph.op("Concat", [call.size, graph.constant([width])], axis=0)
         graph.output("hidden", graph.op("Reshape", [hidden, shape]), dtype, ["B", rows, width])
+
+
+def check_norms(description: Description, weights: Weights) -> None:
+    """GraphError where a norm's weight has not one value for each channel: no operator's shape shows that."""
+    width, size = description.hidden_size, description.attention.head_dim
+    sizes, layers = {description.decoder.head.norm.weight: width}, description.decoder.layers
+    if isinstance(description.encoder, Encoder):
+        sizes[description.encoder.norm.weight] = width
+        layers += description.encoder.layers
+    for layer in layers:
+        for norm, expected in (
+            (layer.attention_norm, width),
+            (layer.cross_norm, width),
+            (layer.mlp_norm, width),
+            (layer.attention.query_norm, size),
+            (layer.attention.key_norm, size),
+        ):
+            if norm is not None:
+                sizes[norm.weight] = expected
+    for name, expected in sizes.items():
+        if weights.shape(name) != (expected,):
+            raise GraphError(f"weight {name} is {list(weights.shape(name))}, the configuration says {[expected]}")
 
 
 def _size(graph: Graph, x: ir.Value) -> ir.Value:

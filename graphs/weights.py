@@ -46,6 +46,10 @@ class WeightFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
+    def flush(self) -> None:
+        """Make what was added readable, so that a graph that names it can be loaded."""
+        self._file.flush()
+
     def add(self, name: str, dtype: ir.DataType, produce: Callable[[], np.ndarray]) -> ir.ExternalTensor:
         """The tensor of this name and type, produced and written on first use."""
         key = (name, dtype)

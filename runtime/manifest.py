@@ -109,7 +109,7 @@ class Manifest:
         """Parse and check a manifest. Raises BundleError naming the field that is wrong."""
         try:
             raw = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleError(f"{where} is not JSON ({error}); convert the checkpoint again") from None
         if not isinstance(raw, dict):
             raise BundleError(f"{where} holds {type(raw).__name__}, not an object; convert the checkpoint again")

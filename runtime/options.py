@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Literal
 
 from runtime.errors import OptionError
@@ -61,11 +62,10 @@ class GenerationOptions:
         _in_range("max_pending", self.max_pending, 1, None)
         if self.mode not in MODES:
             raise OptionError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.threshold is not None and not (
-            isinstance(self.threshold, int | float) and 0.0 <= self.threshold <= 1.0
-        ):
+        if self.threshold is not None and not (isinstance(self.threshold, Real) and 0.0 <= self.threshold <= 1.0):
             raise OptionError(f"threshold is {self.threshold!r}; choose a number from 0 (exit always) to 1 (never)")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        single = isinstance(self.stop, str) or not isinstance(self.stop, Iterable)
+        stop = (self.stop,) if single else tuple(self.stop)
         if not all(isinstance(text, str) and text for text in stop):
             raise OptionError(f"stop is {self.stop!r}; give strings that are not empty")
         object.__setattr__(self, "stop", stop)
@@ -74,5 +74,5 @@ class GenerationOptions:
 def _in_range(name: str, value: int | None, low: int, high: int | None) -> None:
     if value is None:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
         raise OptionError(f"{name} is {value!r}; choose a whole number from {low}" + (f" to {high}" if high else ""))

@@ -272,3 +272,13 @@ CASES: tuple[Case, ...] = (
     _llama("qwen2-tied", (1, 2, 3), model="Qwen2", num_key_value_heads=2, tie_word_embeddings=True),
     _llama("qwen3", (1, 3), model="Qwen3", num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6),
 )
+
+# Large enough that tables, graphs and padding are small beside the weights.
+LARGER: tuple[Case, ...] = (
+    _llama(
+        "llama-larger-tied", (1, 2), vocab_size=4096, hidden_size=256, intermediate_size=512, tie_word_embeddings=True
+    ),
+    _llama("llama-larger-untied", (1, 2), vocab_size=4096, hidden_size=256, intermediate_size=512),
+    _t5("t5-larger-tied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512, tie_word_embeddings=True),
+    _t5("t5-larger-untied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512),
+)

@@ -27,8 +27,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         raise UnsupportedModelError(
             f"hidden_act {config['hidden_act']!r} is not supported; known are {list(ACTIVATIONS)}"
         )
-    tied = bool(config.get("tie_word_embeddings")) or "lm_head.weight" not in weights
-    head = Head(_norm(config, "model.norm"), EMBEDDING if tied else "lm_head.weight")
+    head = Head(_norm(config, "model.norm"), EMBEDDING if config.get("tie_word_embeddings") else "lm_head.weight")
     layers = tuple(_layer(config, weights, number) for number in range(config["num_hidden_layers"]))
     return Description(
         family="llama",
@@ -56,7 +55,7 @@ def _layer(config: Mapping[str, Any], weights: Weights, number: int) -> Layer:
 def _attention(config: Mapping[str, Any], weights: Weights, number: int, name: str) -> Attention:
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or config["hidden_size"] // heads)
-    normed = f"{name}.q_norm.weight" in weights
+    normed = config["model_type"] == "qwen3"
     return Attention(
         heads=heads,
         kv_heads=int(config.get("num_key_value_heads") or heads),

@@ -1,16 +1,29 @@
-"""T5 and its kin: T5 v1.0 and v1.1, Flan-T5, mT5, UMT5, ByT5."""
+"""T5 and its kin: T5 v1.0 and v1.1, Flan-T5, mT5, UMT5, ByT5, and LongT5, whose encoder has no description."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from graphs.description import MLP, Activation, Attention, Decoder, Description, Encoder, Head, Layer, Linear, Norm
+from graphs.description import (
+    MLP,
+    Activation,
+    Attention,
+    Decoder,
+    Description,
+    Encoder,
+    ForeignEncoder,
+    Head,
+    Layer,
+    Linear,
+    Norm,
+)
 from graphs.description import RelativeBias as Bias
 from graphs.errors import UnsupportedModelError
 from graphs.weights import Weights
 
-MODEL_TYPES = ("t5", "mt5", "umt5")
+MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
 # One matrix, under whichever of its names the checkpoint kept.
 EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 ACTIVATIONS: dict[str, Activation] = {
@@ -38,12 +51,21 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         vocab_size=weights.shape(embedding)[0],
         hidden_size=width,
         decoder=Decoder(embedding, tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
-        encoder=Encoder(
-            embedding,
-            tuple(_layer(config, "encoder", n) for n in range(config["num_layers"])),
-            _norm(config, "encoder.final_layer_norm"),
-        ),
+        encoder=_foreign_encoder(config) if config["model_type"] == "longt5" else _encoder(config, embedding),
     )
+
+
+def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder:
+    layers = tuple(_layer(config, "encoder", n) for n in range(config["num_layers"]))
+    return Encoder(embedding, layers, _norm(config, "encoder.final_layer_norm"))
+
+
+def _foreign_encoder(config: Mapping[str, Any]) -> ForeignEncoder:
+    """LongT5 attends within blocks of local_radius + 1 tokens, and globally to sums over blocks of another length."""
+    block = int(config["local_radius"]) + 1
+    if config["encoder_attention_type"] == "transient-global":
+        block = math.lcm(block, int(config["global_block_size"]))
+    return ForeignEncoder(block)
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:

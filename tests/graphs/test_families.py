@@ -96,7 +96,7 @@ def test_another_architecture_is_refused_with_those_supported(model_type: str | 
         describe({"model_type": model_type}, Names())
     assert repr(model_type) in str(refused.value)
     assert all(name in str(refused.value) for name in supported())
-    assert supported() == ["llama", "mistral", "mt5", "qwen2", "qwen3", "t5", "umt5"]
+    assert supported() == ["llama", "longt5", "mistral", "mt5", "qwen2", "qwen3", "t5", "umt5"]
 
 
 @pytest.mark.parametrize("refused", [{"hidden_act": "quick_gelu"}, {"rope_scaling": {"rope_type": "longrope"}}])
@@ -134,9 +134,10 @@ def test_sizes_that_a_llama_configuration_leaves_out_are_derived() -> None:
     assert (attention.heads, attention.kv_heads, attention.head_dim, attention.scale) == (4, 2, 32, 32**-0.5)
 
 
-def test_a_llama_without_head_weights_is_tied_whatever_it_says() -> None:
-    assert llama(tie_word_embeddings=False).decoder.head.weight == "model.embed_tokens.weight"
-    assert llama("lm_head.weight", tie_word_embeddings=False).decoder.head.weight == "lm_head.weight"
+@pytest.mark.parametrize("names", [(), ("lm_head.weight",)])
+def test_a_llama_is_tied_where_it_says_so(names: tuple[str, ...]) -> None:
+    assert llama(*names).decoder.head.weight == "model.embed_tokens.weight"
+    assert llama(*names, tie_word_embeddings=False).decoder.head.weight == "lm_head.weight"
 
 
 @pytest.mark.parametrize(

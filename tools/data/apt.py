@@ -1,4 +1,4 @@
-"""Debian's package index and packages, fetched by apt into a directory of one's own: the machine's apt is not touched."""
+"""Debian's package index and packages, fetched by apt into a directory of one's own."""
 
 from __future__ import annotations
 

@@ -99,7 +99,9 @@ def build(words: Sequence[Word], sizes: Sizes, seed: int, references: bool) -> d
         number, singles = (sizes.phrases, sizes.words) if train else (sizes.held_out_phrases, sizes.held_out_words)
         if not members and number:
             raise DataError(f"no word falls into split {name}; a dictionary of {len(words)} words is too small")
-        chosen = [(word,) for word in shuffled(members, seed, lambda word: word.spelling)[:singles]]
+        chosen: list[tuple[Word, ...]] = [
+            (word,) for word in shuffled(members, seed, lambda word: word.spelling)[:singles]
+        ]
         chosen += phrases(members, number, sizes.shortest, sizes.longest, seed)
         lines = [example(item, references) for item in chosen]
         splits[name] = shuffled(lines, seed, lambda line: line.input)
@@ -133,7 +135,9 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 @click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, show_default=True, help="Words a phrase.")
 @click.option("--longest", type=click.IntRange(2), default=Sizes.longest, show_default=True, help="Words a phrase.")
 @click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
-@click.option("--seed", default=0, show_default=True, help="Of the order and the phrases; the splits do not depend on it.")
+@click.option(
+    "--seed", default=0, show_default=True, help="Of the order and the phrases; the splits do not depend on it."
+)
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(
     out: Path,

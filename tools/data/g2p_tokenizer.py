@@ -23,8 +23,11 @@ from tools.data.g2p import PREFIX, SEPARATOR
 from tools.data.splits import run
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
-VOWELS = "AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW".split()
-CONSONANTS = "B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH".split()
+VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
+CONSONANTS = (
+    *("B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N"),
+    *("NG", "P", "R", "S", "SH", "T", "TH", "V", "W", "Y", "Z", "ZH"),
+)
 MARKER = "config.json"
 
 
@@ -43,7 +46,7 @@ class Sizes:
 
 def phonemes(stress: bool = False) -> list[str]:
     """The phonemes of the dictionary, 39; with `stress` the vowels stand in three forms each, 69."""
-    return [vowel + mark for vowel in VOWELS for mark in ("012" if stress else [""])] + CONSONANTS
+    return [vowel + mark for vowel in VOWELS for mark in ("012" if stress else ("",))] + [*CONSONANTS]
 
 
 def vocabulary(stress: bool = False) -> list[str]:

@@ -1,0 +1,123 @@
+"""`--tune exit`: only the exit's own norm and adapter are trained, on cached states of the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from freeexport import losses
+from freeexport.checkpoint import Checkpoint
+from freeexport.exit_file import EXIT_WEIGHTS
+from freeexport.exit_module import Exit
+from freeexport.shallow_deep import Metrics, SharedHead, ShallowDeep, measures
+from freeexport.teacher_states import cached_states, collate_states
+from freeexport.training_data import Example
+from freeexport.training_options import LossName, TrainingOptions
+from freeexport.tuning import Tuning, collator, copy_tokenizer, link_or_copy, trainable_model
+from graphs.description import Description
+from runtime.errors import OptionError
+
+
+class FrozenExit(nn.Module):
+    """An exit over cached hidden states, with the frozen norm and head of its model."""
+
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_save: tuple[str, ...] | None = None
+
+    def __init__(self, own: Exit, head: SharedHead, layers: tuple[int, int], loss: LossName, alpha: float) -> None:
+        """`layers` are the exit layer and the last one."""
+        super().__init__()
+        self.exit = own
+        self.head = head.requires_grad_(False).eval()
+        self.exit_layer, self.layers = layers
+        self.loss_name, self.alpha = loss, alpha
+
+    def train(self, mode: bool = True) -> FrozenExit:
+        super().train(mode)
+        self.head.eval()  # no dropout between the exit and its teacher
+        return self
+
+    def forward(self, shallow: torch.Tensor, deep: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        """Hidden states [N, d] after the exit layer and the last one, labels [N]."""
+        adapted = self.exit.adapted(shallow)
+        said = self.head.read(self.exit.norm(adapted))
+        with torch.no_grad():
+            meant = self.head(deep)
+        if not self.training:
+            return measures(said, meant, labels, self.exit_layer, self.layers)
+        exits = {
+            self.exit_layer: losses.cross_entropy(said, labels),
+            self.layers: losses.cross_entropy(meant, labels),  # a constant, so that losses compare with other modes
+        }
+        loss = losses.by_depth(exits)
+        if self.loss_name == "logit-kd":
+            loss = loss + self.alpha * losses.logit_distillation(meant, said)
+        elif self.loss_name == "kd-last":
+            states = {self.exit_layer: adapted, self.layers: deep}
+            loss = loss + self.alpha * losses.hidden_distillation(states, [(self.exit_layer, self.layers)])
+        return {"loss": loss}
+
+
+def tune_exit(
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    cache: Path,
+) -> Tuning:
+    """The model is run once over the data; `cache` takes 4 d bytes a trained token. Raises OptionError for an adapter.
+
+    Of several processes, the first must be through before the others call this: they find the cache filled.
+    """
+    if checkpoint.adapter is not None:
+        raise OptionError(f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint")
+    model = trainable_model(checkpoint, options).requires_grad_(False)
+    whole = ShallowDeep(model, description, options.exit_layer, "ce")
+    if torch.cuda.is_available():
+        whole.to("cuda")
+    collate = collator(checkpoint, options)
+    states = [
+        cached_states(cache, name, whole, examples, collate, options.bf16)
+        for name, examples in (("training", training), ("validation", validation))
+    ]
+    whole.to("cpu")
+    torch.manual_seed(options.seed)
+    norm = description.decoder.head.norm
+    own = Exit(whole.head.norm.weight, norm.epsilon, options.adapter_rank)
+    # The norm and the head alone: the layers' memory goes back.
+    head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
+    layers = (options.exit_layer, len(description.decoder.layers))
+    module = FrozenExit(own, head, layers, options.loss_name, options.loss_alpha)
+
+    def write(directory: Path) -> None:
+        tensors = {f"exit.{name}": value.detach().float().cpu() for name, value in own.state_dict().items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, directory / EXIT_WEIGHTS)
+        link_base(checkpoint, directory)
+
+    return Tuning(
+        module=module,
+        training=states[0],
+        validation=states[1],
+        lengths=(states[0].lengths, states[1].lengths),
+        collate=collate_states,
+        write=write,
+        exit_norm=True,
+        adapter_rank=options.adapter_rank,
+    )
+
+
+def link_base(checkpoint: Checkpoint, directory: Path) -> None:
+    """The base's weights, configuration and tokenizer, unchanged."""
+    for path in sorted({file.path for file in checkpoint.files}):
+        link_or_copy(path, directory / path.name)
+    if checkpoint.path.is_file():
+        return
+    for index in checkpoint.path.glob("*.index.json"):
+        link_or_copy(index, directory / index.name)
+    link_or_copy(checkpoint.path / "config.json", directory / "config.json")
+    copy_tokenizer(checkpoint, directory)

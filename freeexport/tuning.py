@@ -1,0 +1,136 @@
+"""What a run trains, by `--tune`: the module that is stepped, its batches, and how the result is written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from freeexport.checkpoint import Checkpoint
+from freeexport.reference import reference_model
+from freeexport.shallow_deep import ShallowDeep
+from freeexport.tokenizer_files import write_tokenizer
+from freeexport.training_batches import Collator
+from freeexport.training_data import Example
+from freeexport.training_options import TrainingOptions
+from graphs.description import Description
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a checkpoint directory holds of its tokenizer, beside the weights and the configuration.
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template.*",
+    "generation_config.json",
+)
+
+
+@dataclass
+class Tuning:
+    """`module` is stepped on batches that `collate` makes of `training`; `lengths` in tokens run parallel to the
+    two sets. `write` puts the trained weights into an empty directory."""
+
+    module: torch.nn.Module
+    training: Sequence[Any]
+    validation: Sequence[Any]
+    lengths: tuple[list[int], list[int]]
+    collate: Callable[[Any], dict[str, torch.Tensor]]
+    write: Callable[[Path], None]
+    exit_norm: bool = False
+    adapter_rank: int = 0
+
+
+def tune_full(
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+) -> Tuning:
+    """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs."""
+    model = trainable_model(checkpoint, options)
+    module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha)
+
+    def write(directory: Path) -> None:
+        model.to(getattr(torch, options.dtype)).save_pretrained(directory)
+        copy_tokenizer(checkpoint, directory)
+
+    return on_examples(module, checkpoint, options, training, validation, write)
+
+
+def on_examples(
+    module: torch.nn.Module,
+    checkpoint: Checkpoint,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    write: Callable[[Path], None],
+) -> Tuning:
+    """A tuning that runs the whole model on text."""
+    return Tuning(
+        module=module,
+        training=training,
+        validation=validation,
+        lengths=(token_counts(training), token_counts(validation)),
+        collate=collator(checkpoint, options),
+        write=write,
+    )
+
+
+def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:
+    """The checkpoint's model in float32 and training mode, with the dropout asked for."""
+    model = reference_model(checkpoint).train()
+    _fuse_gelu(model)
+    if options.dropout is not None:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = options.dropout
+            for name in ("dropout", "attention_dropout"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, options.dropout)
+    return model
+
+
+def _fuse_gelu(model: torch.nn.Module) -> None:
+    """T5's gelu is written in six elementwise operations, a fifth of a step of a small model on a CPU."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+
+
+def collator(checkpoint: Checkpoint, options: TrainingOptions) -> Collator:
+    return Collator(checkpoint.generation_config.get("decoder_start_token_id"), options.train_on_input)
+
+
+def token_counts(examples: Sequence[Example]) -> list[int]:
+    return [len(example.prompt) + len(example.target) for example in examples]
+
+
+def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+    """The tokenizer and generation settings of the base, byte for byte where it has them as files."""
+    if checkpoint.path.is_file():
+        write_tokenizer(checkpoint, directory)
+        return
+    for pattern in _TOKENIZER_FILES:
+        for path in checkpoint.path.glob(pattern):
+            shutil.copyfile(path, directory / path.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the file's bytes where the file system can, else a copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)

@@ -1,0 +1,117 @@
+"""An encoder's graph from another exporter, given the contract of an encoder engine and the weights of the bundle."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from onnx_ir.tape import Tape
+
+from graphs.errors import GraphError
+from graphs.weights import WeightFile
+
+# Scalars and short constants stay in the graph.
+SMALL = 1024
+FP16_MAX = 65504.0
+
+
+def adapt_encoder(model: ir.Model, block: int, weights: WeightFile, compute: ir.DataType) -> int:
+    """Change an exported encoder, in place, into the encoder engine of a bundle.
+
+    Before: `input_ids` and `attention_mask` int64 [B, N], N a multiple of `block` -> one output float32 [B, N, d].
+    After: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d] in the compute type.
+
+    Its weights go to `weights`, where those that the decoder has too stand once. In fp16 they are stored as fp16 and
+    widened: the layers compute in fp32, because code that was written for fp32 masks with values out of fp16's range.
+    Returns the bytes of the widened weights. GraphError where the inputs or outputs are others.
+    """
+    graph = model.graph
+    found = sorted(str(value.name) for value in graph.inputs)
+    if found != ["attention_mask", "input_ids"] or len(graph.outputs) != 1:
+        raise GraphError(f"the exported encoder has the inputs {', '.join(found)}, not input_ids and attention_mask")
+    # Exporters leave stack traces of the machine they ran on.
+    ClearMetadataAndDocStringPass()(model)
+    graph.name = "encoder"
+    width = _pad_inputs(graph, block)
+    _cut_output(graph, width, compute)
+    return _move_weights(graph, weights, compute)
+
+
+def _pad_inputs(graph: ir.Graph, block: int) -> ir.Value:
+    """Compute the padded ids and their mask from the new inputs. Returns E, int64 [1]."""
+    old = {value.name: value for value in graph.inputs}
+    tokens = _input("input_ids", ir.DataType.INT64, ["B", "E"])
+    lengths = _input("lengths", ir.DataType.INT32, ["B"])
+    old["input_ids"].name, old["attention_mask"].name = "padded_ids", "mask"
+    tape = Tape()
+    zero, one, size = (_constant(graph, f"block.{name}", n) for name, n in (("zero", 0), ("one", 1), ("size", block)))
+    width = tape.op("Shape", [tokens], {"start": 1, "end": 2})
+    # ceil(E / block) * block - E, without a ceiling
+    missing = tape.op("Mod", [tape.op("Neg", [width]), size])
+    pads = tape.op("Concat", [zero, zero, zero, missing], {"axis": 0})
+    padded = tape.op("Pad", [tokens, pads])
+    total = tape.op("Squeeze", [tape.op("Add", [width, missing]), zero])
+    positions = tape.op("Range", [tape.op("Squeeze", [zero, zero]), total, tape.op("Squeeze", [one, zero])])
+    valid = tape.op("Less", [positions, tape.op("Cast", [tape.op("Unsqueeze", [lengths, one])], {"to": 7})])
+    mask = tape.op("Cast", [valid], {"to": int(ir.DataType.INT64)})
+    graph.insert_before(graph[0], tape.nodes)
+    for name, value in (("input_ids", padded), ("attention_mask", mask)):
+        ir.convenience.replace_all_uses_with(old[name], value)
+    graph.inputs[:] = [tokens, lengths]
+    return width
+
+
+def _cut_output(graph: ir.Graph, width: ir.Value, compute: ir.DataType) -> None:
+    """The first E rows, in the compute type."""
+    padded = graph.outputs[0]
+    assert padded.shape is not None
+    zero, one = graph.initializers["block.zero"], graph.initializers["block.one"]
+    tape = Tape()
+    hidden = tape.op("Slice", [padded, zero, width, one])
+    hidden = hidden if compute == ir.DataType.FLOAT else tape.op("Cast", [hidden], {"to": int(compute)})
+    padded.name, hidden.name = "padded_hidden", "hidden"
+    hidden.type, hidden.shape = ir.TensorType(compute), ir.Shape(["B", "E", padded.shape[2]])
+    graph.extend(tape.nodes)
+    graph.outputs[:] = [hidden]
+
+
+def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) -> int:
+    """Replace big initializers by tensors of the weight file. Returns the bytes of those that are widened."""
+    widened = 0
+    for value in list(graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes < SMALL:
+            continue
+        array = tensor.numpy()
+        narrow = tensor.dtype == ir.DataType.FLOAT != compute and float(np.abs(array).max()) <= FP16_MAX
+        stored = weights.add(f"encoder/{value.name}", compute if narrow else tensor.dtype, partial(np.asarray, array))
+        replacement = _external(graph, stored)
+        if narrow:
+            widened += tensor.nbytes
+            cast = ir.node("Cast", [replacement], {"to": int(tensor.dtype)})
+            graph.insert_before(graph[0], cast)
+            replacement = cast.outputs[0]
+        ir.convenience.replace_all_uses_with(value, replacement)
+        del graph.initializers[str(value.name)]
+    return widened
+
+
+def _external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    shape = ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
+    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
+    """int64 [1]."""
+    tensor = ir.tensor(np.array([number], np.int64), name=name)
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
+    graph.register_initializer(value)
+    return value
+
+
+def _input(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

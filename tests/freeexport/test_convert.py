@@ -1,0 +1,419 @@
+"""`freeexport convert` as a command: what it writes, what it refuses, and what it leaves behind when it fails."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, LARGER, Case
+from click.testing import CliRunner, Result
+from conftest import Bundles
+from safetensors.numpy import load_file, save_file
+
+from freeexport.cli import main
+from graphs.families import supported
+from graphs.weights import WeightFile
+from runtime import Bundle, Session
+from runtime.manifest import MANIFEST
+
+ROOT = Path(__file__).parents[2]
+BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
+LLAMA = BY_NAME["llama-tied"]
+FAST = ("--no-verify", "--no-measure", "--capacity", "64")
+
+Checkpoint = Callable[[Case], Path]
+Change = Callable[[dict[str, np.ndarray], dict[str, Any]], None]
+
+
+def convert(model: Path, out: Path, *arguments: str, exit_layer: int = 1) -> Result:
+    return CliRunner().invoke(main, ["convert", str(model), str(out), "--exit-layer", str(exit_layer), *arguments])
+
+
+def failed(result: Result) -> str:
+    """The one error line of a failed command."""
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert "this is a bug" not in line
+    return line
+
+
+def digest(directory: Path) -> dict[str, str]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.fixture
+def changed(checkpoint: Checkpoint, tmp_path: Path) -> Callable[[Case, Change], Path]:
+    """A copy of a case's checkpoint with its tensors and configuration changed."""
+
+    def build(case: Case, change: Change) -> Path:
+        directory = Path(shutil.copytree(checkpoint(case), tmp_path / "changed"))
+        tensors = load_file(directory / "model.safetensors")
+        config = json.loads((directory / "config.json").read_text())
+        change(tensors, config)
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    return build
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """An empty directory for OUT: nothing but OUT may ever stay in it."""
+    (tmp_path / "place").mkdir()
+    return tmp_path / "place"
+
+
+# What is written
+
+
+def test_a_verified_bundle_says_so_and_generates(checkpoint: Checkpoint, place: Path) -> None:
+    result = convert(checkpoint(LLAMA), place / "out", "--capacity", "128", exit_layer=2)
+    assert result.exit_code == 0, result.stderr
+    assert "verified: yes" in result.stdout
+    assert "exit after layer 2 of 5" in result.stdout
+    bundle = Bundle.open(place / "out", verify="full")
+    assert bundle.manifest.verified
+    assert bundle.verification is not None
+    assert bundle.verification["passed"]
+    assert f"{bundle.manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence" in result.stdout
+    assert os.listdir(place) == ["out"]
+    with Session(place / "out") as session:
+        assert session.generate("Hello", max_new_tokens=4).stats.tokens == 4
+
+
+def test_json_is_the_manifest(checkpoint: Checkpoint, place: Path) -> None:
+    result = convert(checkpoint(LLAMA), place / "out", *FAST, "--json", "--max-pending", "3", "--confidence", "entropy")
+    assert result.stdout == (place / "out" / MANIFEST).read_text()
+    manifest = json.loads(result.stdout)
+    wanted = {"exit_layer": 1, "capacity": 64, "max_pending": 3, "confidence": "entropy", "verified": False,
+              "precision": "fp32", "dialect": "ort", "threshold": 1.0}  # fmt: skip
+    assert {name: manifest[name] for name in wanted} == wanted
+
+
+def test_the_capacity_is_the_models_limit_unless_given(checkpoint: Checkpoint, place: Path) -> None:
+    assert convert(checkpoint(LLAMA), place / "out", "--no-verify", "--no-measure").exit_code == 0
+    assert Bundle.open(place / "out").manifest.capacity == 512
+    t5 = checkpoint(BY_NAME["t5-relu-tied"])
+    assert convert(t5, place / "t5", "--no-verify", "--no-measure", "--encoder-capacity", "99").exit_code == 0
+    manifest = Bundle.open(place / "t5").manifest
+    assert (manifest.capacity, manifest.encoder_capacity) == (2048, 99)
+
+
+def test_converting_twice_gives_the_same_bytes(checkpoint: Checkpoint, place: Path) -> None:
+    for out in ("a", "b"):
+        assert convert(checkpoint(LLAMA), place / out, *FAST).exit_code == 0
+    assert digest(place / "a") == digest(place / "b")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("case", LARGER, ids=lambda case: case.name)
+def test_weights_stand_once(case: Case, precision: str, checkpoint: Checkpoint, bundle: Bundles) -> None:
+    path = bundle(case, precision=precision)
+    tensors = load_file(checkpoint(case) / "model.safetensors")
+    # T5's `wo` stays fp32: it overflows in fp16.
+    needed = sum(t.size * (4 if precision == "fp32" or ".wo." in name else 2) for name, t in tensors.items())
+    sizes = {file.name: file.stat().st_size for file in path.iterdir()}
+    assert 0.99 * needed < sizes["weights.data"] < 1.05 * needed
+    assert sum(sizes.values()) - sizes["weights.data"] < 300_000
+    assert Bundle.open(path).manifest.weight_bytes <= sizes["weights.data"]
+
+
+# Checkpoints that are refused
+
+
+def drop(name: str) -> Change:
+    def change(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        del tensors[name]
+
+    return change
+
+
+def put(name: str, value: Callable[[np.ndarray], np.ndarray]) -> Change:
+    def change(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+        tensors[name] = value(tensors[name]).astype(np.float32)
+
+    return change
+
+
+def spoil(number: float) -> Callable[[np.ndarray], np.ndarray]:
+    def spoiled(array: np.ndarray) -> np.ndarray:
+        array.reshape(-1)[-1] = number
+        return array
+
+    return spoiled
+
+
+UP = "model.layers.2.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("llama-tied", put(UP, spoil(np.nan)), f"tensor {UP} holds NaN or infinity"),
+        ("llama-tied", put("model.norm.weight", spoil(-np.inf)), "tensor model.norm.weight holds NaN or infinity"),
+        ("t5-relu-tied", put("shared.weight", spoil(np.nan)), "tensor shared.weight holds NaN or infinity"),
+        ("llama-tied", drop(UP), f"has no tensor {UP}"),
+        ("llama-tied", drop("model.embed_tokens.weight"), "has no tensor model.embed_tokens.weight"),
+        ("llama-untied-many-eos", drop("lm_head.weight"), "has no tensor lm_head.weight"),
+        ("qwen3", drop("model.layers.1.self_attn.k_norm.weight"), "has no tensor model.layers.1.self_attn.k_norm"),
+        ("t5-relu-tied", drop("decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+         "has no tensor decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"),
+        ("llama-tied", put(UP, lambda a: a[:, :-1]), f"weight {UP} is [96, 63], the configuration says [96, 64]"),
+        ("llama-tied", put(UP, lambda a: a[:-1]), "the configuration says"),
+        ("llama-tied", put("model.layers.0.self_attn.k_proj.weight", lambda a: a[:-16]),
+         "weight model.layers.0.self_attn.k_proj.weight is [48, 64], the configuration says [64, 64]"),
+        ("llama-tied", put("model.layers.3.input_layernorm.weight", lambda a: a[:-1]),
+         "weight model.layers.3.input_layernorm.weight is [63], the configuration says [64]"),
+        ("qwen3", put("model.layers.1.self_attn.q_norm.weight", lambda a: a[:-1]),
+         "weight model.layers.1.self_attn.q_norm.weight is [15], the configuration says [16]"),
+        ("t5-relu-tied", put("encoder.final_layer_norm.weight", lambda a: a[:-1]),
+         "weight encoder.final_layer_norm.weight is [31], the configuration says [32]"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_with_a_wrong_tensor_is_refused_by_its_name(
+    case: str, change: Change, message: str, changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    line = failed(convert(changed(BY_NAME[case], change), place / "out", *FAST))
+    assert message in line
+    assert os.listdir(place) == []
+
+
+def test_a_weight_out_of_range_of_fp16_is_refused_by_its_name(
+    changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    model = changed(LLAMA, put(UP, spoil(1e6)))
+    line = failed(convert(model, place / "out", *FAST, "--precision", "fp16"))
+    assert UP in line
+    assert "--precision fp32" in line
+    assert os.listdir(place) == []
+    assert convert(model, place / "out", *FAST).exit_code == 0
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "bert"])
+def test_another_architecture_is_refused_with_those_supported(
+    model_type: str, changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    model = changed(LLAMA, lambda tensors, config: config.update(model_type=model_type, architectures=["Other"]))
+    line = failed(convert(model, place / "out", *FAST))
+    assert f"'{model_type}' is not supported" in line
+    assert all(name in line for name in supported())
+    assert os.listdir(place) == []
+
+
+def test_a_truncated_weight_file_is_refused(checkpoint: Checkpoint, tmp_path: Path, place: Path) -> None:
+    model = Path(shutil.copytree(checkpoint(LLAMA), tmp_path / "changed"))
+    content = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(content[: len(content) // 2])
+    assert "model.safetensors is truncated" in failed(convert(model, place / "out", *FAST))
+    assert os.listdir(place) == []
+
+
+def test_end_tokens_that_the_model_has_no_row_for_end_nothing(
+    changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    model = changed(LLAMA, lambda tensors, config: None)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 288, 999, -1]}))
+    assert convert(model, place / "out", *FAST).exit_code == 0
+    assert Bundle.open(place / "out").manifest.eos_token_ids == (2,)
+
+
+# Options that are refused
+
+
+@pytest.mark.parametrize("exit_layer", [0, 5, 99, -1])
+def test_an_exit_layer_out_of_range_is_refused_with_the_range(
+    exit_layer: int, checkpoint: Checkpoint, place: Path
+) -> None:
+    line = failed(convert(checkpoint(LLAMA), place / "out", *FAST, exit_layer=exit_layer))
+    assert f"exit layer {exit_layer} is out of range" in line
+    assert "choose 1 to 4" in line
+    assert os.listdir(place) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--capacity", "0"), "capacity 0 is out of range; choose 1 to 512"),
+        (("--capacity", "513"), "capacity 513 is out of range; choose 1 to 512"),
+        (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
+        (("--max-pending", "0"), "max_pending 0 is out of range"),
+    ],
+)
+def test_a_size_out_of_range_is_refused_with_the_range(
+    arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, place: Path
+) -> None:
+    assert message in failed(convert(checkpoint(LLAMA), place / "out", *FAST, *arguments))
+    assert os.listdir(place) == []
+
+
+# What stands at OUT
+
+
+def test_a_bundle_is_replaced_only_when_asked(checkpoint: Checkpoint, place: Path) -> None:
+    out = place / "out"
+    assert convert(checkpoint(LLAMA), out, *FAST).exit_code == 0
+    before = digest(out)
+    assert "--overwrite" in failed(convert(checkpoint(LLAMA), out, *FAST, exit_layer=2))
+    assert digest(out) == before
+    assert convert(checkpoint(LLAMA), out, *FAST, "--overwrite", exit_layer=2).exit_code == 0
+    assert Bundle.open(out, verify="full").manifest.exit_layer == 2
+    assert os.listdir(place) == ["out"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--overwrite",)])
+def test_what_is_no_bundle_is_never_touched(arguments: tuple[str, ...], checkpoint: Checkpoint, place: Path) -> None:
+    out = place / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    assert f"no {MANIFEST}" in failed(convert(checkpoint(LLAMA), out, *FAST, *arguments))
+    assert os.listdir(out) == ["thesis.txt"]
+    # Nor the checkpoint itself, given twice.
+    model = Path(shutil.copytree(checkpoint(LLAMA), place / "model"))
+    before = digest(model)
+    failed(convert(model, model, *FAST, *arguments))
+    assert digest(model) == before
+
+
+def test_a_failed_replacement_leaves_the_old_bundle(
+    checkpoint: Checkpoint, changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    out = place / "out"
+    assert convert(checkpoint(LLAMA), out, *FAST).exit_code == 0
+    before = digest(out)
+    failed(convert(changed(LLAMA, put(UP, spoil(np.nan))), out, *FAST, "--overwrite"))
+    assert digest(out) == before
+    assert os.listdir(place) == ["out"]
+
+
+def test_missing_parents_are_made(checkpoint: Checkpoint, place: Path) -> None:
+    assert convert(checkpoint(LLAMA), place / "a" / "b" / "out", *FAST).exit_code == 0
+    Bundle.open(place / "a" / "b" / "out")
+
+
+def test_a_parent_that_is_a_file_is_an_error(checkpoint: Checkpoint, place: Path) -> None:
+    (place / "file").write_text("x")
+    assert str(place / "file") in failed(convert(checkpoint(LLAMA), place / "file" / "out", *FAST))
+    assert os.listdir(place) == ["file"]
+
+
+# Interruptions
+
+
+@pytest.mark.parametrize("allowed", [0, 7])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    old: bool, allowed: int, checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = place / "out"
+    if old:
+        assert convert(checkpoint(LLAMA), out, *FAST).exit_code == 0
+    before = digest(place)
+    append, written = WeightFile._append, 0
+
+    def full(file: WeightFile, array: np.ndarray) -> int:
+        nonlocal written
+        written += 1
+        if written > allowed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return append(file, array)
+
+    monkeypatch.setattr(WeightFile, "_append", full)
+    assert "disk full" in failed(convert(checkpoint(LLAMA), out, *FAST, "--overwrite"))
+    assert digest(place) == before
+    assert os.listdir(place) == (["out"] if old else [])
+
+
+def test_a_failed_verification_leaves_nothing(
+    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from freeexport.verification import VerificationError
+
+    def wrong(*_: object) -> bool:
+        raise VerificationError("prefill: deep logits differs")
+
+    monkeypatch.setattr("freeexport.convert.verify_in_child", wrong)
+    assert "deep logits" in failed(convert(checkpoint(LLAMA), place / "out"))
+    assert os.listdir(place) == []
+
+
+SLOW_CONVERT = """
+import signal, sys, time
+# A shell that starts this in the background may have it ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from graphs.weights import WeightFile
+append = WeightFile._append
+def slow(file, array):
+    time.sleep(0.2)
+    return append(file, array)
+WeightFile._append = slow
+from freeexport.cli import main
+main(sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def begun(checkpoint: Checkpoint, place: Path) -> Iterator[subprocess.Popen[str]]:
+    """A conversion over the bundle `place / "out"` that is in the middle of writing weights."""
+    assert convert(checkpoint(LLAMA), place / "out", *FAST).exit_code == 0
+    arguments = ["convert", str(checkpoint(LLAMA)), str(place / "out"), "--exit-layer", "2", "--overwrite", *FAST]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW_CONVERT, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not list(place.glob(".out.partial-*/weights.data")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_killed_conversion_leaves_the_old_bundle_and_the_next_one_clears_up(
+    begun: subprocess.Popen[str], checkpoint: Checkpoint, place: Path
+) -> None:
+    before = digest(place / "out")
+    begun.send_signal(signal.SIGKILL)
+    begun.wait(timeout=30)
+    assert digest(place / "out") == before
+    assert Bundle.open(place / "out", verify="full").manifest.exit_layer == 1
+    assert len(os.listdir(place)) == 2
+    assert convert(checkpoint(LLAMA), place / "out", *FAST, "--overwrite", exit_layer=3).exit_code == 0
+    assert os.listdir(place) == ["out"]
+    assert Bundle.open(place / "out", verify="full").manifest.exit_layer == 3
+
+
+def test_an_interrupted_conversion_leaves_the_old_bundle_alone(begun: subprocess.Popen[str], place: Path) -> None:
+    before = digest(place / "out")
+    begun.send_signal(signal.SIGINT)
+    _, errors = begun.communicate(timeout=30)
+    assert begun.returncode == 130
+    assert errors.splitlines()[-1] == "error: interrupted"
+    assert "Traceback" not in errors
+    assert os.listdir(place) == ["out"]
+    assert digest(place / "out") == before
+
+
+def test_another_conversion_to_the_same_place_does_not_disturb(
+    begun: subprocess.Popen[str], checkpoint: Checkpoint, place: Path
+) -> None:
+    assert convert(checkpoint(LLAMA), place / "out", *FAST, "--overwrite", exit_layer=3).exit_code == 0
+    assert begun.poll() is None
+    assert Bundle.open(place / "out", verify="full").manifest.exit_layer == 3
+    assert len(list(place.glob(".out.partial-*/weights.data"))) == 1

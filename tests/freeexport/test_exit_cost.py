@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import CASES, Case
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.exit_cost import StepCosts, analytic, measured
+from graphs.families import describe
+from runtime.errors import OptionError
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "head"),
+    [
+        ("llama-tied", 4 * 64 * 64 + 3 * 64 * 96, 288 * 64),
+        # Cross-attention without keys and values, and a gated MLP.
+        ("t5-gated-tied", 6 * 32 * 32 + 3 * 32 * 64, 288 * 32),
+    ],
+)
+def test_analytic_costs_are_the_bytes_a_step_reads(
+    name: str, layer: int, head: int, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
+    costs = analytic(describe(opened.config, opened), opened)
+    assert (costs.layer, costs.head) == (4 * layer, 4 * head)
+    assert costs.growth[1] == 1
+    assert costs.growth[8] == pytest.approx(1.9)
+    assert not costs.measured
+
+
+def test_costs_at_a_layer_split_the_model() -> None:
+    costs = StepCosts(layer=2, head=3, growth={1: 1, 4: 1.5}, measured=False).at(4, 10)
+    assert (costs.shallow, costs.shallow_without_head) == (11, 8)
+    assert costs.deep == {1: 15, 4: 22.5}
+    assert costs.full == 10 * 2 + 3
+
+
+def test_an_early_exit_that_always_exits_is_faster_than_a_late_one() -> None:
+    costs = StepCosts(layer=2, head=3, growth={1: 1, 16: 2}, measured=False)
+    assert costs.at(2, 10).speedup(0.95, 16) > costs.at(8, 10).speedup(0.95, 16) > 1
+    assert costs.at(2, 10).speedup(0, 16) < 1
+
+
+def test_measured_costs_reproduce_the_bundle_at_its_own_layer() -> None:
+    times = {"shallow_ms": 5.0, "shallow_without_head_ms": 4.0, "deep_1_ms": 9.0, "deep_8_ms": 18.0}
+    costs = measured(SimpleNamespace(break_even=times, layers=12))  # type: ignore[arg-type]
+    assert (costs.layer, costs.head, costs.growth) == (1.0, 1.0, {1: 1.0, 8: 2.0})
+    assert costs.at(4, 12).shallow == 5
+    assert costs.at(4, 12).deep == {1: 9, 8: 18}
+
+
+def test_a_bundle_without_measurements_is_refused() -> None:
+    with pytest.raises(OptionError, match="--no-measure"):
+        measured(SimpleNamespace(break_even={}, layers=12))  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.jsonl import Request
+from freeexport.tokenizer_files import load_tokenizer
+from freeexport.training_batches import Collator, LengthBatches
+from freeexport.training_data import DataError, Example, TextFormat, encode, read_lines, split
+
+T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
+
+
+@pytest.fixture
+def form(checkpoint: Callable[[Case], Path]) -> Callable[[Case, int], TextFormat]:
+    def of(case: Case, limit: int) -> TextFormat:
+        tokenizer = load_tokenizer(open_checkpoint(str(checkpoint(case))))
+        return TextFormat(tokenizer, tokenizer.eos_token_id, limit, case is T5)
+
+    return of
+
+
+def written(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason"),
+    [
+        ([], "has no examples"),
+        (["", "  "], "has no examples"),
+        ([{"input": "a", "target": "b"}, {"input": "a"}], "line 2: 'target' is missing"),
+        ([{"target": "b"}], "line 1: 'input' is missing"),
+        ([{"input": "a", "target": 3}], "line 1: 'target' is int"),
+        ([{"input": "a", "target": "b"}, "", "{broken"], "line 3: not JSON"),
+    ],
+)
+def test_broken_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        read_lines(written(tmp_path / "data.jsonl", *lines))
+
+
+def test_split_is_stable_and_keeps_equal_inputs_together(tmp_path: Path) -> None:
+    requests = [Request(n, f"text {n % 500}", "x") for n in range(1000)]
+    training, validation = split(requests, 0.1, tmp_path)
+    assert {r.input for r in training}.isdisjoint(r.input for r in validation)
+    assert 20 < len({str(r.input) for r in validation}) < 90
+    _, of_half = split(requests[::2], 0.1, tmp_path)
+    assert {r.input for r in of_half} <= {r.input for r in validation}
+
+
+def test_split_of_few_lines_has_both_parts_and_of_one_input_is_refused(tmp_path: Path) -> None:
+    training, validation = split([Request(1, "a", "x"), Request(2, "b", "x")], 0.02, tmp_path)
+    assert len(training) == len(validation) == 1
+    with pytest.raises(DataError, match="one distinct input"):
+        split([Request(1, "a", "x"), Request(2, "a", "y")], 0.02, tmp_path)
+
+
+def test_too_long_examples_are_counted_and_left_out_not_cut(form: Any, tmp_path: Path) -> None:
+    requests = [Request(4, "ab", "c"), Request(5, "a", "d" * 20), Request(9, "e" * 20, "f")]
+    for case, kept in ((T5, [4]), (LLAMA, [4])):
+        examples, left_out = encode(requests, form(case, 10), tmp_path / "data.jsonl")
+        assert [example.line for example in examples] == kept
+        assert left_out is not None
+        assert (left_out.count, left_out.total, left_out.first_line, left_out.limit) == (2, 3, 5, 10)
+        assert "2 of 3 examples" in str(left_out)
+    with pytest.raises(DataError, match="none of the 1 examples fits 10"):
+        encode(requests[1:2], form(T5, 10), tmp_path)
+
+
+def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:
+    requests = [Request(1, "abcdef", "ghijkl")]
+    assert encode(requests, form(T5, 7), tmp_path)[1] is None  # 7 tokens each, with their end
+    assert encode(requests, form(LLAMA, 14), tmp_path)[1] is None
+    with pytest.raises(DataError):
+        encode(requests, form(LLAMA, 13), tmp_path)
+
+
+def test_encoding_is_what_the_runtime_feeds(form: Any, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    text, chat = encode([Request(1, "ab", "c"), Request(2, messages, "d")], form(LLAMA, 99), tmp_path)[0]
+    tokenizer = form(LLAMA, 99).tokenizer
+    assert text.prompt.tolist() == tokenizer("ab")["input_ids"]
+    assert text.target.tolist() == [*tokenizer("c", add_special_tokens=False)["input_ids"], 2]
+    rendered = "<user>hi</user>\n<assistant>"
+    assert chat.prompt.tolist() == tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    with pytest.raises(DataError, match="chat template"):
+        encode([Request(1, messages, "c")], form(T5, 99), tmp_path)
+
+
+def example(prompt: list[int], target: list[int]) -> Example:
+    return Example(np.array(prompt, np.int32), np.array(target, np.int32), 1)
+
+
+def test_encoder_decoder_batch_shifts_the_target_and_pads_on_the_right() -> None:
+    batch = Collator(start=0)([example([5, 6, 1], [7, 1]), example([8, 1], [9, 10, 1])])
+    assert batch["input_ids"].tolist() == [[5, 6, 1], [8, 1, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 7, 0], [0, 9, 10]]
+    assert batch["labels"].tolist() == [[7, 1, -100], [9, 10, 1]]
+
+
+def test_decoder_only_batch_predicts_the_target_alone_unless_asked() -> None:
+    examples = [example([1, 5, 6], [7, 2]), example([1, 5], [2])]
+    batch = Collator(start=None)(examples)
+    assert batch["input_ids"].tolist() == [[1, 5, 6, 7], [1, 5, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 7, 2], [-100, 2, -100, -100]]
+    assert Collator(start=None, train_on_input=True)(examples)["labels"].tolist() == [[5, 6, 7, 2], [5, 2, -100, -100]]
+
+
+@pytest.mark.parametrize(("size", "tokens", "devices"), [(8, None, 1), (5, None, 3), (99, 400, 1), (99, 300, 4)])
+def test_batches_cover_every_example_each_epoch(size: int, tokens: int | None, devices: int) -> None:
+    lengths = np.random.default_rng(1).integers(1, 90, 501).tolist()
+    orders = []
+    for epoch in (0, 1):
+        shares = [LengthBatches(lengths, size, tokens, 3, device, devices) for device in range(devices)]
+        for share in shares:
+            share.set_epoch(epoch)
+        batches = [list(share) for share in shares]
+        assert len({len(share) for share in batches} | {len(shares[0])}) == 1
+        seen = [index for share in batches for batch in share for index in batch]
+        assert set(seen) == set(range(501))
+        assert len(seen) - 501 <= (devices - 1) * max(len(batch) for share in batches for batch in share)
+        for batch in (batch for share in batches for batch in share):
+            assert len(batch) <= size
+            assert tokens is None or len(batch) * max(lengths[index] for index in batch) <= tokens
+        orders.append(batches)
+    assert orders[0] != orders[1]
+    again = LengthBatches(lengths, size, tokens, 3, 0, devices)
+    assert list(again) == orders[0][0]
+
+
+def test_batches_hold_little_padding() -> None:
+    lengths = np.random.default_rng(1).integers(1, 300, 4000)
+    batches = list(LengthBatches(lengths.tolist(), 32, None, 0))
+    padded = sum(len(batch) * lengths[batch].max() for batch in batches)
+    assert padded / lengths.sum() < 1.1
+
+
+def test_an_example_longer_than_the_tokens_of_a_batch_stands_alone() -> None:
+    batches = list(LengthBatches([10, 10, 50], 99, 20, 0))
+    assert sorted(map(sorted, batches)) == [[0, 1], [2]]

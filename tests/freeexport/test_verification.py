@@ -1,0 +1,202 @@
+"""Verification that must fail: wrong weights in a bundle, another checkpoint, NaN, greedy ids that differ."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import CASES, Case
+from click.testing import CliRunner, Result
+from conftest import Bundles
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.cli import main
+from freeexport.greedy import TIE, Comparison
+from freeexport.parity import Check
+from freeexport.verification import VerificationError, failure, verify, verify_in_child
+from runtime.bundle import VERIFICATION, Bundle, sha256_of
+from runtime.manifest import MANIFEST, File
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
+
+Checkpoint = Callable[[Case], Path]
+Copy = Callable[..., Path]
+
+
+@pytest.fixture
+def copy(bundle: Bundles, tmp_path: Path) -> Copy:
+    """A bundle that a test may damage."""
+    return lambda case=LLAMA: Path(shutil.copytree(bundle(case, 2), tmp_path / "copy"))
+
+
+def scale_weight(path: Path, engine: str, name: str, factor: float) -> None:
+    """Multiply a tensor of a bundle, and list the changed file in the manifest as if it were right."""
+    tensors = onnx.load(path / f"{engine}.onnx", load_external_data=False).graph.initializer
+    tensor = next(t for t in tensors if t.name.startswith(name))
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    start, length = int(place["offset"]), int(place["length"])
+    content = bytearray((path / "weights.data").read_bytes())
+    scaled = np.frombuffer(bytes(content[start : start + length]), np.float32) * np.float32(factor)
+    content[start : start + length] = scaled.tobytes()
+    (path / "weights.data").write_bytes(content)
+    manifest = Bundle.open(path).manifest
+    files = {**manifest.files, "weights.data": File(len(content), sha256_of(path / "weights.data"))}
+    (path / MANIFEST).write_text(replace(manifest, files=files).to_json())
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["verify", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("case", "engine", "weight", "where"),
+    [
+        (LLAMA, "shallow", "model.layers.0.mlp.down_proj", "prefill: shallow hidden"),
+        (LLAMA, "deep", "model.layers.4.mlp.down_proj", "prefill: deep logits"),
+        (LLAMA, "shallow", "model.norm", "prefill: shallow logits"),
+        (T5, "encoder", "encoder.block.1.layer.1.DenseReluDense.wo", "encoder: encoder hidden"),
+        (T5, "prologue", "decoder.block.0.layer.1.EncDecAttention.v", "prefill: shallow hidden"),
+        (T5, "prologue", "decoder.block.3.layer.1.EncDecAttention.v", "prefill: deep logits"),
+    ],
+)
+def test_a_wrong_weight_fails_at_the_first_tensor_it_reaches(
+    case: Case, engine: str, weight: str, where: str, copy: Copy, checkpoint: Checkpoint
+) -> None:
+    path = copy(case)
+    scale_weight(path, engine, weight, 1.01)
+    report = verify(Bundle.open(path), str(checkpoint(case)))
+    assert not report["passed"]
+    assert failure(report).startswith(f"{where} differs by ")
+    # Without the checkpoint, the engines agree with themselves all the same.
+    assert verify(Bundle.open(path), None)["passed"]
+
+
+def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copy: Copy) -> None:
+    path = copy()
+    scale_weight(path, "deep", "model.layers.4.mlp.down_proj", math.nan)
+    report = verify(Bundle.open(path), None)
+    assert not report["passed"]
+    assert {check["name"] for check in report["checks"] if not check["passed"]} >= {"stepping against prefill"}
+
+
+def test_nan_and_what_is_over_the_tolerance_do_not_pass() -> None:
+    assert Check("a", "b", 1e-4, 1e-4).passed
+    assert not Check("a", "b", 1.1e-4, 1e-4).passed
+    assert not Check("a", "b", math.nan, 1e-4).passed
+
+
+@pytest.mark.parametrize(
+    ("comparison", "passed"),
+    [
+        (Comparison(0, 64), True),
+        (Comparison(0, 64, 3, TIE / 2), True),
+        (Comparison(0, 64, 3, TIE * 2), False),
+        (Comparison(0, 64, 3, None), False),
+    ],
+)
+def test_a_first_difference_is_forgiven_at_a_tie_only(comparison: Comparison, passed: bool) -> None:
+    assert comparison.passed(TIE) == passed
+
+
+def test_a_greedy_difference_is_named_by_prompt_and_position() -> None:
+    prompts = [{"prompt": 0, "passed": True}, {"prompt": 1, "passed": False, "first_difference": 7}]
+    report: dict[str, Any] = {"checks": [], "greedy": {"prompts": prompts}}
+    assert failure(report) == "greedy decoding: token ids of prompt 1 differ from position 7"
+
+
+def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    import freeexport.greedy
+
+    original = freeexport.greedy.reference_ids
+
+    def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
+        ids, gaps = original(*arguments)
+        return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
+
+    monkeypatch.setattr(freeexport.greedy, "reference_ids", one_id_off)
+    report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)))
+    assert all(check["passed"] for check in report["checks"])
+    assert not report["passed"]
+    assert failure(report) == "greedy decoding: token ids of prompt 0 differ from position 5"
+
+
+def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copy: Copy, checkpoint: Checkpoint) -> None:
+    with pytest.raises(VerificationError, match=r"qwen2-tied is not the checkpoint .*made from \(llama-tied\)"):
+        verify(Bundle.open(copy()), str(checkpoint(BY_NAME["qwen2-tied"])))
+
+
+def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoint: Checkpoint) -> None:
+    path = copy()
+    result = run(str(path), "--against", str(checkpoint(LLAMA)))
+    assert result.exit_code == 0, result.output
+    assert "deep logits" in result.stdout
+    assert "greedy decoding" in result.stdout
+    opened = Bundle.open(path, verify="full")
+    assert opened.manifest.verified
+    assert opened.verification is not None
+    assert opened.verification["passed"]
+    assert opened.verification["against"] == LLAMA.name
+    # And takes the mark back where the engines are wrong.
+    scale_weight(path, "deep", "model.layers.4.mlp.down_proj", 1.01)
+    result = run(str(path), "--against", str(checkpoint(LLAMA)))
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: prefill: deep logits differs by ")
+    opened = Bundle.open(path)
+    assert not opened.manifest.verified
+    assert opened.verification is not None
+    assert not opened.verification["passed"]
+
+
+def test_without_a_checkpoint_the_command_changes_nothing(copy: Copy) -> None:
+    path = copy()
+    before = (path / MANIFEST).read_bytes()
+    result = run(str(path), "--json")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    assert report["passed"]
+    assert report["against"] is None
+    assert "greedy" not in report
+    assert (path / MANIFEST).read_bytes() == before
+    assert not (path / VERIFICATION).exists()
+
+
+def test_the_command_checks_every_byte_first(copy: Copy) -> None:
+    path = copy()
+    content = bytearray((path / "weights.data").read_bytes())
+    content[-1] ^= 1
+    (path / "weights.data").write_bytes(content)
+    result = run(str(path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: weights.data is not the file that was written")
+
+
+def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
+    copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("freeexport.verification.available_memory", lambda: 10**9)
+    monkeypatch.setattr("freeexport.verification.run_child", lambda *_: pytest.fail("started"))
+    path, model = copy(), str(checkpoint(LLAMA))
+    assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest)
+    errors = capsys.readouterr().err
+    assert "needs about 1.0 GB" in errors
+    assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
+
+
+def test_a_failed_child_is_the_reason(copy: Copy, checkpoint: Checkpoint) -> None:
+    path, model = copy(), str(checkpoint(LLAMA))
+    manifest = Bundle.open(path).manifest
+    (path / "deep.onnx").unlink()
+    with pytest.raises(VerificationError, match=r"^deep\.onnx is missing"):
+        verify_in_child(path, model, open_checkpoint(model), manifest)

