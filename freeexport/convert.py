@@ -21,6 +21,7 @@ from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
 from graphs.engines import EngineBuilder, EngineOptions, engine_names
 from graphs.errors import GraphError
+from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle import VERIFICATION, sha256_of
@@ -43,9 +44,10 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What a user decides about a bundle. None for a capacity is the model's limit, at most 2048."""
+    """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
+    capacity is the model's limit, at most 2048."""
 
-    exit_layer: int
+    exit_layer: int | None = None
     precision: Precision = "fp32"
     dialect: Dialect = "ort"
     confidence: ConfidenceMeasure = "softmax"
@@ -64,7 +66,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     verification fails.
     """
     checkpoint = open_checkpoint(model)
-    description = describe(checkpoint.config, checkpoint)
+    description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
+    options = replace(options, exit_layer=_exit_layer(checkpoint, description, options.exit_layer))
     engine_options = _engine_options(description, options)
     engine_options.check(description)
     if _encoder_capacity(options) < 1:
@@ -82,10 +85,22 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     return manifest
 
 
+def _exit_layer(checkpoint: Checkpoint, description: Description, asked: int | None) -> int:
+    """Where the exit stands: as trained, if the checkpoint was trained for one."""
+    trained = None if checkpoint.exit is None else checkpoint.exit.exit_layer
+    if trained is not None and asked not in (None, trained):
+        raise GraphError(f"{checkpoint.name} was trained to exit after layer {trained}, not {asked}; leave it out")
+    chosen = trained if asked is None else asked
+    if chosen is None:
+        last = len(description.decoder.layers) - 1
+        raise GraphError(f"{checkpoint.name} has no exit.json; choose --exit-layer, from 1 to {last}")
+    return chosen
+
+
 def _engine_options(description: Description, options: ConvertOptions) -> EngineOptions:
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     return EngineOptions(
-        exit_layer=options.exit_layer,
+        exit_layer=options.exit_layer or 0,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=options.precision,
@@ -205,7 +220,7 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--exit-layer", type=int, required=True, help="The exit stands after this layer, 1 to L - 1.")
+@click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
 @click.option("--dialect", type=click.Choice(get_args(Dialect)), default="ort", show_default=True,
               help="ONNX Runtime's fused operators, or ONNX opset 24 only.")  # fmt: skip

@@ -48,6 +48,8 @@ def export_encoder(
     try:
         with _quiet(), torch.no_grad():
             exported = _export(module, encoder.block, directory)
+    except OSError:  # a full disk says nothing about the model
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {_first_line(error)}; "

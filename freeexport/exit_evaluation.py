@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from freeexport.checkpoint import Checkpoint, CheckpointError
-from freeexport.exit_file import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 from freeexport.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from freeexport.tokenizer_files import has_tokenizer, load_tokenizer
 from freeexport.training_batches import Collator
 from freeexport.training_data import Example, TextFormat
 from graphs.description import Description
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 
 if TYPE_CHECKING:
     from freeexport.progress import Advance

@@ -9,14 +9,10 @@ from typing import Any, get_args
 
 from freeexport.training_options import LossName, Tune
 from freeexport.weight_files import CheckpointError, one_line
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1
-# Tensors of an exit's own, float32, in EXIT_WEIGHTS: shallow logits = head(norm(h + up(silu(down(adapter_norm(h)))))).
-EXIT_NORM = "exit.norm.weight"  # [d]
-ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
-ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
-ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
 
 
 @dataclass(frozen=True)

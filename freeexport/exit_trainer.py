@@ -7,15 +7,17 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from freeexport.shallow_deep import IGNORED, MEASURES
 from freeexport.training_batches import LengthBatches, loader
 from freeexport.training_directory import ELAPSED
 from freeexport.training_options import Schedule, TrainingOptions
@@ -39,8 +41,6 @@ def training_arguments(options: TrainingOptions, directory: Path, lengths: Seque
         use_cpu=not torch.cuda.is_available(),
         ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
         ddp_find_unused_parameters=False,
-        gradient_checkpointing=options.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         average_tokens_across_devices=True,
         seed=options.seed,
         eval_strategy="steps",
@@ -84,20 +84,24 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
 
 
 class Clock:
-    """Seconds of training, those before a resumed checkpoint included; `limit` in seconds or None."""
+    """Seconds of training, those before a resumed checkpoint included; `limit` in seconds or None.
+
+    `share` of the limit (0 without one) is what it was at the last `tick`, and the same in every process: they must
+    stop at the same step, and agree on the learning rate.
+    """
 
     def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:
         self.limit = limit
+        self.share = 0.0 if limit is None else elapsed / limit
         self._start = time.monotonic() - elapsed
 
     @property
     def elapsed(self) -> float:
         return time.monotonic() - self._start
 
-    @property
-    def share(self) -> float:
-        """Of the limit; 0 without one."""
-        return 0.0 if self.limit is None else self.elapsed / self.limit
+    def tick(self) -> None:
+        if self.limit is not None:
+            [self.share] = broadcast_object_list([self.elapsed / self.limit])
 
 
 def resumed_clock(options: TrainingOptions, checkpoint: Path | None) -> Clock:
@@ -153,8 +157,8 @@ class ExitTrainer(Trainer):
         outputs = model(**inputs)
         if "attention_mask" in inputs:
             self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum().detach()
-        self.tokens_seen = self.tokens_seen + (inputs["labels"] != -100).sum().detach()
-        rows = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
+        self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum().detach()
+        rows = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != IGNORED).sum()
         # Data parallelism averages gradients over processes: undo it, since `rows` already counts those of all.
         loss = outputs["loss"] / rows * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
         return (loss, outputs) if return_outputs else loss
@@ -164,21 +168,21 @@ class ExitTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Means over the rows of the validation examples, and which share of rows each exit says right."""
-        model, where = self.model_wrapped if self.is_in_train else self.model, self.args
+        model, where = cast(torch.nn.Module, self.model), self.args
         was_training = model.training
         model.eval()
         batches = LengthBatches(self._validation_lengths, self.options.batch_size, self.options.batch_tokens, seed=0)
-        sums: dict[str, torch.Tensor] = {}
-        rows = torch.zeros((), device=where.device)
+        rows, *zeros = torch.zeros(1 + len(MEASURES), dtype=torch.float64, device=where.device)
+        sums = dict(zip(MEASURES, zeros, strict=True))  # of a process without batches too
         for number, batch in enumerate(loader(self.eval_dataset, batches, self.data_collator)):
             if number % where.world_size != where.process_index:
                 continue
             batch = self._prepare_inputs(batch)
             with self.accelerator.autocast():
-                outputs = self.accelerator.unwrap_model(model)(**batch)
-            rows += (batch["labels"] != -100).sum()
-            for name, value in outputs.items():
-                sums[name] = sums.get(name, 0) + value.float()
+                outputs = model(**batch)
+            rows += (batch["labels"] != IGNORED).sum()
+            for name in MEASURES:
+                sums[name] += outputs[name].double()
         model.train(was_training)
         metrics = self._means(sums, rows, metric_key_prefix)
         self.log(metrics)
@@ -201,9 +205,21 @@ class ExitTrainer(Trainer):
             progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
             return rate_factor(options.schedule, options.warmup, progress)
 
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), factor)
         self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the start or from `checkpoint`; the module then has the weights of the best evaluation."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.args.max_steps and self.clock.share < 1:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self.state = state  # it was killed between its last step and the end
+        self._load_best_model()
 
     def best(self) -> tuple[int, dict[str, float]]:
         """Step and measures of the best evaluation."""
@@ -215,8 +231,9 @@ class ExitTrainer(Trainer):
         """Only what is trained, each shared tensor once."""
         directory = Path(output_dir or str(self.args.output_dir))
         directory.mkdir(parents=True, exist_ok=True)
-        tensors = dict(self.model.named_parameters()) if state_dict is None else state_dict
-        trained = {name for name, value in self.model.named_parameters() if value.requires_grad}
+        parameters = dict(cast(torch.nn.Module, self.model).named_parameters())
+        tensors = parameters if state_dict is None else state_dict
+        trained = {name for name, value in parameters.items() if value.requires_grad}
         kept = {name: value.detach().contiguous() for name, value in tensors.items() if name in trained}
         save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
         (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")

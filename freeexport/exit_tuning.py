@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
@@ -13,7 +14,7 @@ from freeexport import losses
 from freeexport.checkpoint import Checkpoint
 from freeexport.exit_file import EXIT_WEIGHTS
 from freeexport.exit_module import Exit
-from freeexport.shallow_deep import Metrics, SharedHead, ShallowDeep, measures
+from freeexport.shallow_deep import Metrics, ShallowDeep, SharedHead, measures
 from freeexport.teacher_states import cached_states, collate_states
 from freeexport.training_data import Example
 from freeexport.training_options import LossName, TrainingOptions
@@ -75,7 +76,9 @@ def tune_exit(
     Of several processes, the first must be through before the others call this: they find the cache filled.
     """
     if checkpoint.adapter is not None:
-        raise OptionError(f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint")
+        raise OptionError(
+            f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
+        )
     model = trainable_model(checkpoint, options).requires_grad_(False)
     whole = ShallowDeep(model, description, options.exit_layer, "ce")
     if torch.cuda.is_available():
@@ -88,7 +91,7 @@ def tune_exit(
     whole.to("cpu")
     torch.manual_seed(options.seed)
     norm = description.decoder.head.norm
-    own = Exit(whole.head.norm.weight, norm.epsilon, options.adapter_rank)
+    own = Exit(cast(torch.Tensor, whole.head.norm.weight), norm.epsilon, options.adapter_rank)
     # The norm and the head alone: the layers' memory goes back.
     head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
     layers = (options.exit_layer, len(description.decoder.layers))

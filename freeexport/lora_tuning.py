@@ -37,7 +37,7 @@ def tune_lora(
     path = Path(model_name)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
         target_modules=targets,
         lora_dropout=lora.dropout,
         base_model_name_or_path=str(path.resolve()) if path.exists() else model_name,
@@ -54,7 +54,7 @@ def tune_lora(
     module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha)
 
     def write(directory: Path) -> None:
-        adapted.save_pretrained(directory)
+        adapted.save_pretrained(str(directory))
         (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
 
     return on_examples(module, checkpoint, options, training, validation, write)

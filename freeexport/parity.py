@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,10 @@ from runtime.machine import usable_cores
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+    ExitHead = Callable[[torch.Tensor], torch.Tensor]
 
 # Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
@@ -84,11 +87,16 @@ def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, np.array([len(ids) for ids in sequences], np.int32)
 
 
-def engine_checks(bundle: Bundle, model: PreTrainedModel | None, batch: Batch) -> Iterator[Check]:
-    """Engines against the reference model, if there is one, and against themselves called otherwise."""
+def engine_checks(
+    bundle: Bundle, model: PreTrainedModel | None, batch: Batch, exit_head: ExitHead | None = None
+) -> Iterator[Check]:
+    """Engines against the reference model, if there is one, and against themselves called otherwise.
+
+    `exit_head` is the reference of an exit with parameters of its own: hidden states [N, d] -> logits [N, V].
+    """
     tolerance = TOLERANCE[bundle.manifest.precision]
     cross, encoded = encode(bundle, batch)
-    reference = Reference.of(model, bundle.manifest.exit_layer, batch) if model is not None else None
+    reference = Reference.of(model, bundle.manifest.exit_layer, batch, exit_head) if model is not None else None
     if reference is not None and encoded is not None and reference.encoded is not None:
         valid = rows_of(batch.prompt_lengths, encoded.shape[1])
         yield Check(
@@ -166,23 +174,24 @@ class Reference:
     encoded: np.ndarray | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch) -> Reference:
+    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> Reference:
         out = _forward(model, batch)
-        stack, name = _layer_list(model)
-        layers = getattr(stack, name)
-        setattr(stack, name, layers[:exit_layer])
-        try:
-            shallow = _forward(model, batch)
-        finally:
-            setattr(stack, name, layers)
-        states = out.get("decoder_hidden_states", out.get("hidden_states"))
+        states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
+        shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
         encoded = out.get("encoder_last_hidden_state")
-        return cls(
-            out["logits"].numpy(),
-            shallow["logits"].numpy(),
-            states[exit_layer].numpy(),
-            None if encoded is None else encoded.numpy(),
-        )
+        return cls(out["logits"].numpy(), shallow.numpy(), states.numpy(), None if encoded is None else encoded.numpy())
+
+
+def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.Tensor:
+    """Logits [B, n, V] of the model cut after the exit layer."""
+    stack, name = _layer_list(model)
+    layers = getattr(stack, name)
+    setattr(stack, name, layers[:exit_layer])
+    try:
+        logits: torch.Tensor = _forward(model, batch)["logits"]
+        return logits
+    finally:
+        setattr(stack, name, layers)
 
 
 def _layer_list(model: Any) -> tuple[Any, str]:

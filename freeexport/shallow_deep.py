@@ -13,6 +13,7 @@ from freeexport.training_options import LossName
 from graphs.description import Description
 
 Metrics = dict[str, torch.Tensor]
+MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -127,22 +128,14 @@ class ShallowDeep(nn.Module):
         # One layer's logits in memory at a time, or L times the vocabulary would be.
         return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=gradient_checkpointing_kwargs)
-
 
 def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
-    """Sums over rows: `loss` (cross-entropies by depth), those of each exit, and hits; logits [N, V], targets [N]."""
+    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth; logits [N, V], targets [N]."""
     shallow_loss, deep_loss = losses.cross_entropy(shallow, targets), losses.cross_entropy(deep, targets)
     said, meant = shallow.argmax(-1), deep.argmax(-1)
-    return {
-        "loss": losses.by_depth({exit_layer: shallow_loss, layers: deep_loss}),
-        "shallow_loss": shallow_loss,
-        "deep_loss": deep_loss,
-        "shallow_accuracy": (said == targets).sum(),
-        "deep_accuracy": (meant == targets).sum(),
-        "agreement": (said == meant).sum(),
-    }
+    loss = losses.by_depth({exit_layer: shallow_loss, layers: deep_loss})
+    hits = ((said == targets).sum(), (meant == targets).sum(), (said == meant).sum())
+    return dict(zip(MEASURES, (loss, shallow_loss, deep_loss, *hits), strict=True))
 
 
 def decoder_layers(model: Any, description: Description) -> nn.ModuleList:

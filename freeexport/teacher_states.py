@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -53,7 +54,9 @@ def cached_states(
     if not (directory / f"{name}.starts.npy").exists():
         directory.mkdir(parents=True, exist_ok=True)
         _compute(directory, name, model, examples, collate, bf16)
-    return TeacherStates(*(_open(directory / f"{name}.{part}.npy") for part in ("states", "scales", "labels", "starts")))
+    return TeacherStates(
+        *(_open(directory / f"{name}.{part}.npy") for part in ("states", "scales", "labels", "starts"))
+    )
 
 
 def _open(path: Path) -> np.ndarray:
@@ -68,7 +71,7 @@ def _compute(
     counts = [int((collate([example])["labels"] != IGNORED).sum()) for example in examples]
     starts = np.concatenate([[0], np.cumsum(counts)])
     device = next(model.parameters()).device
-    width = model.head.norm.weight.shape[0]
+    width = int(cast(torch.Tensor, model.head.norm.weight).shape[0])
     states = _create(directory / f"{name}.states.npy", np.float16, (int(starts[-1]), 2, width))
     scales = _create(directory / f"{name}.scales.npy", np.float32, (int(starts[-1]), 2))
     labels = _create(directory / f"{name}.labels.npy", np.int32, (int(starts[-1]),))

@@ -196,7 +196,7 @@ def _run(
     if metrics is not None:
         metrics.trainer = trainer
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.run(checkpoint)
     finally:
         bar.close()
     best_step, best = trainer.best()
@@ -230,7 +230,9 @@ def _write(
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
 @click.option("--exit-layer", type=int, required=True, help="The exit stands after this layer, 1 to L - 1.")
 @click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: a share of DATA]")
-@click.option("--validation-share", type=float, default=0.02, show_default=True, help="Of DATA, by a hash of the input.")
+@click.option(
+    "--validation-share", type=float, default=0.02, show_default=True, help="Of DATA, by a hash of the input."
+)
 @click.option("--loss", type=click.Choice(get_args(LossName)), help="[default: kd-dyn; logit-kd for --tune exit]")
 @click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True, help="What is trained.")
@@ -257,8 +259,12 @@ def _write(
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
               help="Of the weights of --tune full.")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
-@click.option("--max-tokens", type=int, help="Longer examples are left out.  [default: the model's limit, at most 2048]")
-@click.option("--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]")
+@click.option(
+    "--max-tokens", type=int, help="Longer examples are left out.  [default: the model's limit, at most 2048]"
+)
+@click.option(
+    "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
+)
 @click.option("--log-every", type=int, default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
 @click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without progress; 0 never stops.")
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -278,12 +284,23 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """
     lora = _lora_options(**{name: options.pop(name) for name in tuple(options) if name.startswith("lora_")})
     trained = train(model, out, TrainingOptions(lora=lora, **options))
+    if not _leave_group():
+        return
     if as_json:
         click.echo(json.dumps(asdict(trained)))
         return
     click.echo(f"{out}: step {trained.best_step} of {trained.steps}, {trained.seconds:.0f} s")
     for name, value in trained.metrics.items():
         click.echo(f"{name.removeprefix('eval_').replace('_', ' ')}: {value:.4f}")
+
+
+def _leave_group() -> bool:
+    """Whether this process speaks for the run. Gloo aborts processes that end while they are in a group."""
+    from accelerate import PartialState
+
+    process = PartialState()
+    process.destroy_process_group()
+    return bool(process.is_main_process)
 
 
 def _lora_options(
@@ -294,6 +311,11 @@ def _lora_options(
     lora_dropout: float | None,
 ) -> LoraOptions:
     """The preset, or the default, with what was given."""
-    given = {"rank": lora_rank, "alpha": lora_alpha, "targets": lora_targets or None, "dropout": lora_dropout}
+    given: dict[str, Any] = {
+        "rank": lora_rank,
+        "alpha": lora_alpha,
+        "targets": lora_targets or None,
+        "dropout": lora_dropout,
+    }
     base = LORA_PRESETS[lora_preset] if lora_preset else LoraOptions()
     return replace(base, **{name: value for name, value in given.items() if value is not None})

@@ -26,6 +26,9 @@ class StopInTime(TrainerCallback):  # type: ignore[misc]
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._clock.tick()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps or self._clock.share >= 1:
             control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -36,14 +36,20 @@ _TOKENIZER_FILES = (
 )
 
 
+class Dataset(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
 @dataclass
 class Tuning:
     """`module` is stepped on batches that `collate` makes of `training`; `lengths` in tokens run parallel to the
     two sets. `write` puts the trained weights into an empty directory."""
 
     module: torch.nn.Module
-    training: Sequence[Any]
-    validation: Sequence[Any]
+    training: Dataset
+    validation: Dataset
     lengths: tuple[list[int], list[int]]
     collate: Callable[[Any], dict[str, torch.Tensor]]
     write: Callable[[Path], None]
@@ -92,6 +98,9 @@ def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrai
     """The checkpoint's model in float32 and training mode, with the dropout asked for."""
     model = reference_model(checkpoint).train()
     _fuse_gelu(model)
+    if options.gradient_checkpointing:
+        # Here rather than by Trainer: the model is not what it steps.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if options.dropout is not None:
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):

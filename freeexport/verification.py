@@ -12,6 +12,7 @@ import numpy as np
 
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
+from graphs.families import describe
 from runtime.bundle import VERIFICATION, Bundle
 from runtime.errors import FreeExportError
 from runtime.machine import available_memory
@@ -28,7 +29,8 @@ def verify(bundle: Bundle, model: str | None) -> dict[str, Any]:
 
     checkpoint = None if model is None else _checkpoint_of(bundle, model)
     reference = None if checkpoint is None else _reference(checkpoint)
-    checks = list(engine_checks(bundle, reference, sample_batch(bundle)))
+    exit_head = None if checkpoint is None else _exit_head(checkpoint, reference)
+    checks = list(engine_checks(bundle, reference, sample_batch(bundle), exit_head))
     report: dict[str, Any] = {
         "against": None if checkpoint is None else checkpoint.name,
         "source_sha256": bundle.manifest.source_sha256,
@@ -98,6 +100,19 @@ def _reference(checkpoint: Checkpoint) -> Any:
     from freeexport.reference import reference_model
 
     return reference_model(checkpoint)
+
+
+def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
+    """The reference of an exit that has parameters of its own; None where it reads through the model's head."""
+    if checkpoint.exit is None or not checkpoint.exit.has_parameters:
+        return None
+    import torch
+
+    from freeexport.exit_evaluation import own_head
+    from freeexport.shallow_deep import shared_head
+
+    description = describe(checkpoint.config, checkpoint)
+    return torch.no_grad()(own_head(checkpoint, description, shared_head(model, description)))
 
 
 def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:

@@ -54,8 +54,9 @@ def _pad_inputs(graph: ir.Graph, block: int) -> ir.Value:
     padded = tape.op("Pad", [tokens, pads])
     total = tape.op("Squeeze", [tape.op("Add", [width, missing]), zero])
     positions = tape.op("Range", [tape.op("Squeeze", [zero, zero]), total, tape.op("Squeeze", [one, zero])])
-    valid = tape.op("Less", [positions, tape.op("Cast", [tape.op("Unsqueeze", [lengths, one])], {"to": 7})])
-    mask = tape.op("Cast", [valid], {"to": int(ir.DataType.INT64)})
+    to_int64 = {"to": int(ir.DataType.INT64)}
+    ends = tape.op("Cast", [tape.op("Unsqueeze", [lengths, one])], to_int64)
+    mask = tape.op("Cast", [tape.op("Less", [positions, ends])], to_int64)
     graph.insert_before(graph[0], tape.nodes)
     for name, value in (("input_ids", padded), ("attention_mask", mask)):
         ir.convenience.replace_all_uses_with(old[name], value)

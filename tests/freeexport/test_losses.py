@@ -43,9 +43,7 @@ def test_cross_entropy_of_both_exits_equals_numpy(exit_layer: int, layers: int) 
 def test_cross_entropy_of_all_layers_is_weighted_by_depth() -> None:
     logits, labels = RANDOM.normal(size=(4, 9, 13)), RANDOM.integers(0, 13, 9)
     expected = sum((n / 10) * cross_entropy(logits[n - 1], labels) for n in range(1, 5))
-    ours = losses.by_depth(
-        {n: losses.cross_entropy(tensor(logits[n - 1]), torch.tensor(labels)) for n in range(1, 5)}
-    )
+    ours = losses.by_depth({n: losses.cross_entropy(tensor(logits[n - 1]), torch.tensor(labels)) for n in range(1, 5)})
     assert float(ours.detach()) == pytest.approx(expected, rel=1e-5)
 
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import CASES, Case
-from graphs.exit_head import ADAPTER_NORM as INNER
-from graphs.exit_head import DOWN, NORM, UP, with_exit_head
 
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.engine_pair import EnginePair
 from graphs.engines import EngineBuilder, EngineOptions
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle import Bundle
@@ -29,10 +28,10 @@ class WithExit:
         generator = np.random.default_rng(3)
         self.checkpoint = checkpoint
         self.exit = {
-            NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
-            INNER: generator.uniform(0.5, 1.5, width).astype(np.float32),
-            DOWN: generator.standard_normal((4, width)).astype(np.float32),
-            UP: generator.standard_normal((width, 4)).astype(np.float32),
+            EXIT_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
+            ADAPTER_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
+            ADAPTER_DOWN: generator.standard_normal((4, width)).astype(np.float32),
+            ADAPTER_UP: generator.standard_normal((width, 4)).astype(np.float32),
         }
 
     def __contains__(self, name: str) -> bool:
@@ -72,9 +71,9 @@ def test_the_shallow_head_has_the_exits_norm_and_adapter(
     pair = EnginePair(Bundle(tmp_path, manifest, ""), 1, 1)
     out = pair.shallow(np.array([[5, 9, 7]]), np.array([3]))
     hidden = out["hidden"][0]
-    inner = rms(hidden, source.exit[INNER], head.norm.epsilon) @ source.exit[DOWN].T
-    adapted = hidden + (inner / (1 + np.exp(-inner))) @ source.exit[UP].T
-    expected = rms(adapted, source.exit[NORM], head.norm.epsilon) @ plain.read(head.weight).T
+    inner = rms(hidden, source.exit[ADAPTER_NORM], head.norm.epsilon) @ source.exit[ADAPTER_DOWN].T
+    adapted = hidden + (inner / (1 + np.exp(-inner))) @ source.exit[ADAPTER_UP].T
+    expected = rms(adapted, source.exit[EXIT_NORM], head.norm.epsilon) @ plain.read(head.weight).T
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-4, atol=1e-4)
 
 

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from safetensors.numpy import save_file
+
+from freeexport.checkpoint import CheckpointError, open_checkpoint
+from freeexport.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, write_exit_file
+from freeexport.tuning import link_or_copy
+
+LLAMA = next(case for case in CASES if case.name == "llama-tied")
+WIDTH = 64
+PLAIN = ExitFile(2, False, 0, "0" * 64, "kd-dyn", "full")
+
+
+@pytest.fixture
+def with_exit(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Callable[..., Path]:
+    """A checkpoint with an exit of its own; `change` replaces tensors, None drops one."""
+
+    def build(base_sha256: str | None = None, **change: np.ndarray | None) -> Path:
+        directory = tmp_path / "exit"
+        directory.mkdir()
+        for path in checkpoint(LLAMA).iterdir():
+            link_or_copy(path, directory / path.name)
+        base = open_checkpoint(str(directory)).sha256
+        exit_file = ExitFile(2, True, 3, base_sha256 or base, "logit-kd", "exit")
+        tensors: dict[str, Any] = {
+            name: np.full(shape, 0.5, np.float32) for name, shape in exit_file.shapes(WIDTH).items()
+        }
+        tensors.update(change)
+        save_file({name: value for name, value in tensors.items() if value is not None}, directory / EXIT_WEIGHTS)
+        write_exit_file(directory, exit_file)
+        return directory
+
+    return build
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    assert read_exit_file(tmp_path) is None
+    write_exit_file(tmp_path, PLAIN)
+    assert read_exit_file(tmp_path) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"schema_version": 2}, "schema version 2"),
+        ({"exit_layer": 0}, "'exit_layer' is '0'"),
+        ({"exit_layer": True}, "'exit_layer' is 'True'"),
+        ({"exit_norm": 1}, "'exit_norm'"),
+        ({"adapter_rank": -1}, "'adapter_rank'"),
+        ({"base_sha256": "ab"}, "'base_sha256'"),
+        ({"loss": "hinge"}, "'loss' is 'hinge'"),
+        ({"tune": None}, "'tune'"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    write_exit_file(tmp_path, PLAIN)
+    values = json.loads((tmp_path / EXIT_FILE).read_text()) | change
+    (tmp_path / EXIT_FILE).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=reason):
+        read_exit_file(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "reason"), [("{", "cannot be read"), ("[]", "holds list"), ("{}", "schema version")])
+def test_what_is_no_exit_file_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / EXIT_FILE).write_text(text)
+    with pytest.raises(CheckpointError, match=reason):
+        read_exit_file(tmp_path)
+
+
+def test_missing_field_is_named(tmp_path: Path) -> None:
+    write_exit_file(tmp_path, PLAIN)
+    values = json.loads((tmp_path / EXIT_FILE).read_text())
+    del values["tune"]
+    (tmp_path / EXIT_FILE).write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="'tune' is missing"):
+        read_exit_file(tmp_path)
+
+
+def test_checkpoint_reads_the_exits_tensors_and_hashes_them(
+    with_exit: Callable[..., Path], checkpoint: Callable[[Case], Path]
+) -> None:
+    directory = with_exit()
+    opened = open_checkpoint(str(directory))
+    assert opened.exit is not None
+    assert opened.exit.adapter_rank == 3
+    assert opened.shape("exit.adapter.up.weight") == (WIDTH, 3)
+    assert np.array_equal(opened.read("exit.norm.weight"), np.full(WIDTH, 0.5, np.float32))
+    plain = open_checkpoint(str(checkpoint(LLAMA)))
+    assert plain.exit is None
+    assert "exit.norm.weight" not in plain
+    assert opened.sha256 != plain.sha256
+    changed = {name: opened.read(name) for name in opened.exit.shapes(WIDTH)}
+    changed["exit.norm.weight"][0] = 0.25
+    save_file(changed, directory / EXIT_WEIGHTS)
+    assert open_checkpoint(str(directory)).sha256 != opened.sha256
+
+
+def test_exit_of_other_weights_is_refused(with_exit: Callable[..., Path]) -> None:
+    opened = open_checkpoint(str(with_exit(base_sha256="f" * 64)))
+    with pytest.raises(CheckpointError, match="trained on other weights"):
+        _ = opened.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"exit.norm.weight": None}, "exit.norm.weight is missing"),
+        ({"exit.adapter.up.weight": np.zeros((3, WIDTH), np.float32)}, rf"is \[3, {WIDTH}\], not \[{WIDTH}, 3\]"),
+    ],
+)
+def test_exit_weights_that_do_not_fit_are_refused(
+    with_exit: Callable[..., Path], change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(str(with_exit(**change)))
+
+
+def test_missing_exit_weights_are_refused(with_exit: Callable[..., Path]) -> None:
+    directory = with_exit()
+    (directory / EXIT_WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=f"{EXIT_WEIGHTS} is missing"):
+        open_checkpoint(str(directory))
