@@ -16,15 +16,12 @@ from freeexport.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.output_directory import output_directory
 from freeexport.training_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
 from freeexport.training_options import LORA_PRESETS, LoraOptions, LossName, Schedule, TrainingOptions, Tune
-from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint
-    from freeexport.training_data import Example, TextFormat
+    from freeexport.training_data import Example
     from freeexport.tuning import Tuning
     from graphs.description import Description
-
-DEFAULT_MAX_TOKENS = 2048  # as convert's capacity
 
 
 @dataclass(frozen=True)
@@ -62,10 +59,12 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
+    from freeexport.training_inputs import described, examples
+
     with process.main_process_first():
         checkpoint = _base(model, options, directory, process.is_main_process)
-    description = _described(checkpoint, options)
-    training, validation, left_out = _examples(checkpoint, description, options)
+    description = described(checkpoint, options)
+    training, validation, left_out = examples(checkpoint, description, options)
     if process.is_main_process:
         for line in left_out:
             click.echo(f"warning: {line}", err=True)
@@ -102,52 +101,6 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
     if checkpoint.exit is not None and checkpoint.exit.has_parameters:
         raise CheckpointError(f"{model} has an exit of its own already; give the checkpoint that it was trained on")
     return checkpoint
-
-
-def _described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
-    from graphs.families import describe
-
-    description = describe(checkpoint.config, checkpoint)
-    layers = len(description.decoder.layers)
-    if not 1 <= options.exit_layer < layers:
-        raise OptionError(f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: 1 to {layers - 1}")
-    return description
-
-
-def _examples(
-    checkpoint: Checkpoint, description: Description, options: TrainingOptions
-) -> tuple[list[Example], list[Example], list[str]]:
-    from freeexport.training_data import DataError, encode, read_lines, split
-
-    form = _text_format(checkpoint, description, options)
-    training = read_lines(options.data)
-    if len(training) < 2:
-        raise DataError(f"{options.data} has one example; give at least two")
-    if options.validation is None:
-        training, validation = split(training, options.validation_share, options.data)
-    else:
-        validation = read_lines(options.validation)
-    first, left_out = encode(training, form, options.data)
-    second, also_left_out = encode(validation, form, options.validation or options.data)
-    return first, second, [str(part) for part in (left_out, also_left_out) if part is not None]
-
-
-def _text_format(checkpoint: Checkpoint, description: Description, options: TrainingOptions) -> TextFormat:
-    from freeexport.checkpoint import CheckpointError
-    from freeexport.tokenizer_files import has_tokenizer, load_tokenizer
-    from freeexport.training_data import TextFormat
-
-    if not has_tokenizer(checkpoint):
-        raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
-    tokenizer = load_tokenizer(checkpoint)
-    ends = checkpoint.generation_config.get("eos_token_id")
-    ends = ends if isinstance(ends, list) else [tokenizer.eos_token_id if ends is None else ends]
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    if end is None:
-        raise CheckpointError(f"{checkpoint.name} names no eos_token_id; add it to its generation_config.json")
-    capacity = description.decoder.max_positions
-    limit = min(filter(None, (capacity, options.max_tokens or DEFAULT_MAX_TOKENS)))
-    return TextFormat(tokenizer, int(end), limit, description.encoder is not None)
 
 
 def _tuning(
@@ -221,7 +174,16 @@ def _write(
         tuning.write(partial)
         write_exit_file(partial, exit_file)
         directory.keep_records(partial)
+        _open_to_readers(partial)
     directory.remove()
+
+
+def _open_to_readers(directory: Path) -> None:
+    """safetensors creates files that their owner alone may read."""
+    mode = (directory / EXIT_FILE).stat().st_mode & 0o777
+    for path in directory.glob("*.safetensors"):
+        if path.stat().st_nlink == 1:  # a link's mode is its base's
+            path.chmod(mode)
 
 
 @click.command()

@@ -269,7 +269,9 @@ CASES: tuple[Case, ...] = (
         rope_theta=1e4,
         legacy_rope=True,
     ),
-    _llama("qwen2-tied", (1, 2, 3), model="Qwen2", num_key_value_heads=2, tie_word_embeddings=True),
+    _llama(
+        "qwen2-tied", (1, 2, 3), model="Qwen2", num_key_value_heads=2, tie_word_embeddings=True, intermediate_size=112
+    ),
     _llama("qwen3", (1, 3), model="Qwen3", num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6),
 )
 

@@ -98,9 +98,10 @@ def test_a_full_stack_forces_the_sync_passes_of_the_reference(
     with opened(bundle, case, exit_layer, dialect) as session:
         guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
         threshold = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0), quantile=0.1)
-        options = {"threshold": threshold, "max_pending": max_pending}
-        ours = session.generate(prompt, max_new_tokens=TOKENS, ignore_eos=True, **options)
-        reference = replay(model, prompt, ours.token_ids, exit_layer, **options)
+        ours = session.generate(
+            prompt, threshold=threshold, max_pending=max_pending, max_new_tokens=TOKENS, ignore_eos=True
+        )
+        reference = replay(model, prompt, ours.token_ids, exit_layer, threshold, max_pending)
     assert any(reference.forced)
     assert max(reference.sync_sizes) == max_pending
     assert_same_run(ours, reference)

@@ -159,7 +159,7 @@ def test_eos_is_emitted_and_ends_decoding(source_model: Model) -> None:
 def test_a_list_of_eos_ids_is_read_from_the_generation_config(source_model: Model) -> None:
     reference = free_decode(source_model(BY_NAME["llama-untied-many-eos"]), PROMPTS[0], 1, 1.0, TOKENS)
     assert reference.finish_reason == "eos"
-    assert reference.token_ids[-1] in range(40, 50)
+    assert reference.token_ids[-1] in range(223, 233)
 
 
 def test_stop_ends_decoding_after_the_token_that_it_saw_last(source_model: Model) -> None:

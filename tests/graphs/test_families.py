@@ -10,7 +10,7 @@ import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 
 from freeexport.checkpoint import open_checkpoint
-from graphs.description import Description
+from graphs.description import Description, Encoder
 from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported
 
@@ -157,7 +157,7 @@ def test_the_scale_of_a_t5_head(config: dict[str, Any], scale: float) -> None:
 
 def test_a_t5_decoder_may_be_deeper_than_its_encoder() -> None:
     description = t5(num_decoder_layers=5)
-    assert description.encoder is not None
+    assert isinstance(description.encoder, Encoder)
     assert (len(description.encoder.layers), len(description.decoder.layers)) == (3, 5)
 
 

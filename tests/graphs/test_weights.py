@@ -39,7 +39,7 @@ def read(weights: WeightFile, tensor: ir.ExternalTensor) -> np.ndarray:
     assert tensor.offset is not None
     assert tensor.length is not None
     data = weights.path.read_bytes()[tensor.offset : tensor.offset + tensor.length]
-    return np.frombuffer(data, tensor.dtype.numpy()).reshape([int(size) for size in tensor.shape])
+    return np.frombuffer(data, tensor.dtype.numpy()).reshape(tensor.shape.numpy())
 
 
 def test_a_tensor_stands_in_the_file_as_it_was_given(weights: WeightFile) -> None:

@@ -74,7 +74,7 @@ def decoder_of(
     for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
         cache = KVCache(layers, 1, 1, rows, 1, np.float32)
         lanes.append(Lane(Recorder(cache, name, trace), cache))  # type: ignore[arg-type]
-    decoder = Decoder(*lanes, slot=0, hidden_size=WIDTH, max_pending=max_pending)
+    decoder = Decoder(lanes[0], lanes[1], slot=0, hidden_size=WIDTH, max_pending=max_pending)
     return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from safetensors.numpy import load_file, save_file
+
+from freeexport.checkpoint import CheckpointError, open_checkpoint
+from freeexport.lora_adapter import LoraAdapter
+
+LLAMA = next(case for case in CASES if case.name == "llama-tied")
+QUERY, VALUE = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v"))
+
+
+@pytest.fixture
+def adapter(checkpoint: Callable[[Case], Path], tmp_path: Path) -> Path:
+    """Rank 2 on two layers, all entries random."""
+    base = open_checkpoint(str(checkpoint(LLAMA)))
+    random, tensors = np.random.default_rng(0), {}
+    for module in (QUERY, VALUE):
+        outputs, inputs = base.shape(f"{module}.weight")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = random.normal(size=(2, inputs)).astype(np.float32)
+        tensors[f"base_model.model.{module}.lora_B.weight"] = random.normal(size=(outputs, 2)).astype(np.float32)
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "lora_alpha": 6, "r": 2, "base_model_name_or_path": str(checkpoint(LLAMA))}
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
+def configure(adapter: Path, **change: Any) -> None:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+
+
+@pytest.mark.parametrize(("rslora", "scale"), [(False, 3.0), (True, 6 / math.sqrt(2))])
+def test_weights_are_merged_when_read(
+    adapter: Path, checkpoint: Callable[[Case], Path], rslora: bool, scale: float
+) -> None:
+    configure(adapter, use_rslora=rslora)
+    base, merged = open_checkpoint(str(checkpoint(LLAMA))), open_checkpoint(str(adapter))
+    stored = load_file(adapter / "adapter_model.safetensors")
+    assert merged.adapter == adapter
+    assert set(merged.names()) == set(base.names())
+    for name in base.names():
+        module = name.removesuffix(".weight")
+        expected = base.read(name)
+        if module in (QUERY, VALUE):
+            a, b = (stored[f"base_model.model.{module}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+            expected = expected + scale * (b @ a)
+        assert np.allclose(merged.read(name), expected, atol=1e-5), name
+        assert merged.shape(name) == base.shape(name)
+
+
+def test_weights_stored_transposed_are_merged_transposed() -> None:
+    class Base:
+        name = "base"
+
+        def __contains__(self, name: object) -> bool:
+            return name == "fc.weight"
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return (3, 4)  # [inputs, outputs]
+
+        def read(self, name: str) -> np.ndarray:
+            return np.zeros((3, 4), np.float32)
+
+    class Weights:
+        path, nbytes = Path("adapter"), 0
+
+        def __init__(self) -> None:
+            self.tensors = {
+                "base_model.model.fc.lora_A.weight": np.arange(3, dtype=np.float32).reshape(1, 3),
+                "base_model.model.fc.lora_B.weight": np.arange(4, dtype=np.float32).reshape(4, 1),
+            }
+
+        def names(self) -> Any:
+            return self.tensors.keys()
+
+        def shape(self, name: str) -> tuple[int, ...]:
+            return self.tensors[name].shape
+
+        def read(self, name: str) -> np.ndarray:
+            return self.tensors[name]
+
+    adapter = LoraAdapter.__new__(LoraAdapter)
+    adapter.directory, adapter.weights = Path("adapter"), Weights()
+    adapter._alpha, adapter._rank_scaled, adapter._transposed = 2.0, False, True
+    assert np.array_equal(adapter.merged(Base()).read("fc.weight"), 2 * np.outer(np.arange(3), np.arange(4)))
+
+
+def test_hash_depends_on_base_adapter_and_settings(adapter: Path) -> None:
+    hashes = {open_checkpoint(str(adapter)).sha256}
+    configure(adapter, lora_alpha=7)
+    hashes.add(open_checkpoint(str(adapter)).sha256)
+    stored = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: value * 2 for name, value in stored.items()}, adapter / "adapter_model.safetensors")
+    hashes.add(open_checkpoint(str(adapter)).sha256)
+    assert len(hashes) == 3
+
+
+def test_base_may_stand_beside_the_adapter(adapter: Path, checkpoint: Callable[[Case], Path]) -> None:
+    shutil.copytree(checkpoint(LLAMA), adapter.parent / "base")
+    configure(adapter, base_model_name_or_path="../base")
+    assert open_checkpoint(str(adapter)).path.resolve() == (adapter.parent / "base").resolve()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"peft_type": "IA3"}, "adapters of type IA3"),
+        ({"peft_type": None}, "adapters of type None"),
+        ({"use_dora": True}, "use_dora is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save is not supported"),
+        ({"alpha_pattern": {"q_proj": 3}}, "alpha_pattern is not supported"),
+        ({"bias": "all"}, "trained biases"),
+        ({"init_lora_weights": "pissa"}, "'pissa' changes the base"),
+        ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
+        ({"base_model_name_or_path": "."}, "names itself"),
+        ({"base_model_name_or_path": "no where/at/all"}, "does not exist"),
+    ],
+)
+def test_other_adapters_are_refused(adapter: Path, change: dict[str, Any], reason: str) -> None:
+    configure(adapter, **change)
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(str(adapter))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("base_model.model.absent.lora_A.weight", np.zeros((2, 3), np.float32), "only half of absent"),
+        ("base_model.model.model.norm.weight", np.zeros(3, np.float32), "no LoRA of a linear layer"),
+        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((2, 5), np.float32), "check its base"),
+    ],
+)
+def test_adapter_weights_that_do_not_fit_are_refused(adapter: Path, name: str, value: np.ndarray, reason: str) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file(load_file(path) | {name: value}, path)
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(str(adapter))
+
+
+def test_damaged_adapter_is_refused(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        open_checkpoint(str(adapter))
+    (adapter / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(str(adapter))
