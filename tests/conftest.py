@@ -11,6 +11,8 @@ import pytest
 from checkpoints import Case, load
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models are tiny: two threads that wait for each other are slower than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 class Bundles(Protocol):

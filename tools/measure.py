@@ -106,7 +106,7 @@ def resident(name):
 
 session = Session(sys.argv[1], slots=1)
 for mode in ("full", "free"):
-    session.generate([1, 2, 3, 4], mode=mode, threshold=0.5 if mode == "free" else None, max_new_tokens=64, ignore_eos=True)
+    session.generate([1, 2, 3, 4], mode=mode, threshold=0.5, max_new_tokens=64, ignore_eos=True)
 size = sum(path.stat().st_size for path in Path(sys.argv[1]).iterdir())
 limit = 1.3 * size + 200e6
 now, peak = resident("VmRSS"), resident("VmHWM")

@@ -1,0 +1,55 @@
+"""What `train` writes goes through `convert` and `verify`, for every tune mode."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from checkpoints import CASES, Case
+from click.testing import CliRunner
+
+from freeexport.cli import main
+from freeexport.verification import verify
+from runtime.bundle import Bundle
+
+LLAMA = next(case for case in CASES if case.name == "llama-tied")
+T5 = next(case for case in CASES if case.name.startswith("t5"))
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    lines = [json.dumps({"input": f"word {n} is", "target": f"{n % 7} and {n % 5}"}) for n in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("case", "tune"), [(T5, "full"), (LLAMA, "lora"), (LLAMA, "exit"), (T5, "exit")])
+def test_a_trained_exit_converts_at_its_layer_and_verifies(
+    case: Case, tune: str, data: Path, tmp_path: Path, checkpoint: Callable[[Case], Path]
+) -> None:
+    trained, out = tmp_path / "trained", tmp_path / "bundle"
+    run("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
+        "--batch-size", 8, "--adapter-rank", 4, "--lora-rank", 4, "--learning-rate", 0.01)  # fmt: skip
+    run("convert", trained, out, "--no-verify", "--no-measure")
+    bundle = Bundle.open(out)
+    assert bundle.manifest.exit_layer == 2
+    report = verify(bundle, str(trained))
+    assert report["passed"], report
+    result = CliRunner().invoke(main, ["convert", str(trained), str(tmp_path / "other"), "--exit-layer", "1"])
+    assert result.exit_code == 1
+    assert "was trained to exit after layer 2, not 1" in result.output
+
+
+def test_a_checkpoint_without_an_exit_needs_one_named(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
+    result = CliRunner().invoke(main, ["convert", str(checkpoint(LLAMA)), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"from 1 to {LLAMA.layers - 1}" in result.output
