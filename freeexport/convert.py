@@ -16,6 +16,7 @@ from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import run_child
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
+from freeexport.text_format import end_ids
 from freeexport.tokenizer_files import write_tokenizer
 from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
@@ -167,7 +168,8 @@ def _manifest(
         encoder_capacity=_encoder_capacity(options) if description.encoder else 0,
         confidence=engines.confidence,
         threshold=1.0,
-        eos_token_ids=_token_ids(generation.get("eos_token_id"), description.vocab_size),
+        # Ids that the model has no row for never come, so they end nothing.
+        eos_token_ids=tuple(token for token in end_ids(checkpoint) if 0 <= token < description.vocab_size),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
         decoder_start_token_id=start if description.encoder else None,
@@ -189,12 +191,6 @@ def _packed_head(description: Description, engines: EngineOptions) -> DeclaredCo
 
 def _encoder_capacity(options: ConvertOptions) -> int:
     return DEFAULT_ENCODER_CAPACITY if options.encoder_capacity is None else options.encoder_capacity
-
-
-def _token_ids(value: Any, vocabulary: int) -> tuple[int, ...]:
-    """One id or a list of them; those that the model has no row for never come, so they end nothing."""
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(int(token) for token in ids if 0 <= token < vocabulary)
 
 
 def _files(directory: Path) -> dict[str, File]:

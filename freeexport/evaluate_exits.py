@@ -83,8 +83,9 @@ def evaluate_exits(model: str, data: Path, options: Options) -> Report:
     """
     from freeexport.checkpoint import open_checkpoint
     from freeexport.exit_cost import analytic
-    from freeexport.exit_evaluation import evaluate, greedy_outputs, text_format
+    from freeexport.exit_evaluation import evaluate, greedy_outputs
     from freeexport.reference import reference_model
+    from freeexport.text_format import text_format
     from freeexport.training_data import DataError
     from graphs.families import describe
 

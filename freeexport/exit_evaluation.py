@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from freeexport.checkpoint import Checkpoint, CheckpointError
+from freeexport.checkpoint import Checkpoint
 from freeexport.shallow_deep import IGNORED, ShallowDeep, SharedHead
-from freeexport.tokenizer_files import has_tokenizer, load_tokenizer
+from freeexport.text_format import end_ids
 from freeexport.training_batches import Collator
-from freeexport.training_data import Example, TextFormat
+from freeexport.training_data import Example
 from graphs.description import Description
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 
@@ -56,21 +56,6 @@ class Evaluation:
         return float((self.layers[layer - 1].prediction == self.targets).mean())
 
 
-def text_format(checkpoint: Checkpoint, description: Description, limit: int) -> TextFormat:
-    """How the checkpoint's text becomes ids, at most `limit` a sequence. Raises CheckpointError without a tokenizer."""
-    if not has_tokenizer(checkpoint):
-        raise CheckpointError(f"{checkpoint.name} has no tokenizer, which text needs; add its tokenizer files")
-    tokenizer = load_tokenizer(checkpoint)
-    ends = _end_ids(checkpoint)
-    if not ends and tokenizer.eos_token_id is not None:
-        ends = [tokenizer.eos_token_id]
-    if not ends:
-        raise CheckpointError(f"{checkpoint.name} names no eos_token_id; add it to its generation_config.json")
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id in ends else ends[0]
-    limit = min(limit, description.decoder.max_positions or limit)
-    return TextFormat(tokenizer, int(end), limit, description.encoder is not None)
-
-
 @torch.no_grad()
 def greedy_outputs(
     model: Any, checkpoint: Checkpoint, examples: Sequence[Example], new_tokens: int, batch_size: int, advance: Advance
@@ -94,7 +79,7 @@ def _generate(model: Any, checkpoint: Checkpoint, batch: Sequence[Example], new_
         # A decoder continues at the right end; an encoder's positions count from the left.
         place = slice(0, len(example.prompt)) if seq2seq else slice(width - len(example.prompt), width)
         ids[row, place], mask[row, place] = example.prompt, 1
-    ends = _end_ids(checkpoint)
+    ends = end_ids(checkpoint)
     # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
     cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
     values = checkpoint.generation_config
@@ -124,11 +109,6 @@ def _generate(model: Any, checkpoint: Checkpoint, batch: Sequence[Example], new_
 def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
     found = np.flatnonzero(np.isin(ids, ends))
     return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)
-
-
-def _end_ids(checkpoint: Checkpoint) -> list[int]:
-    ends = checkpoint.generation_config.get("eos_token_id")
-    return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
 
 
 @torch.no_grad()

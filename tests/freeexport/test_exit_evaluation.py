@@ -16,7 +16,7 @@ from checkpoints import CASES, PROMPTS, Case, load
 from safetensors.numpy import save_file
 
 from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.exit_evaluation import evaluate, greedy_outputs, text_format
+from freeexport.exit_evaluation import evaluate, greedy_outputs
 from freeexport.exit_file import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, ExitFile, write_exit_file
 from freeexport.greedy import reference_ids
 from freeexport.training_data import Example
