@@ -19,6 +19,7 @@ from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from freeexport.exit_evaluation import evaluate, greedy_outputs
 from freeexport.exit_file import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, ExitFile, write_exit_file
 from freeexport.greedy import reference_ids
+from freeexport.text_format import text_format
 from freeexport.training_data import Example
 from graphs.families import describe
 
