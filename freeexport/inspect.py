@@ -154,7 +154,8 @@ def _verification(bundle: Bundle) -> list[tuple[str, str]]:
     rows += [("against", str(report["against"]))] if report.get("against") else []
     for check in report.get("checks", []):
         verdict = "" if check["passed"] else "  FAILED"
-        figures = f"{check['error']:.1e}, at most {check['tolerance']:.0e}{verdict}"
+        error = "not a number" if check["error"] is None else f"{check['error']:.1e}"
+        figures = f"{error}, at most {check['tolerance']:.0e}{verdict}"
         rows.append((f"{check['name']}: {check['tensor']}", figures))
     prompts = report.get("greedy", {}).get("prompts", [])
     if prompts:

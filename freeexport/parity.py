@@ -30,12 +30,13 @@ MAX_TEXT = 48
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest difference of `tensor`, as a share of its largest value."""
+    """One comparison: the largest difference of `tensor`, as a share of its largest value, or of 1, whichever is more: `scale`."""
 
     name: str
     tensor: str
     error: float
     tolerance: float
+    scale: float = 1.0
 
     @property
     def passed(self) -> bool:
@@ -113,7 +114,7 @@ def engine_checks(
             ("deep logits", deep["logits"], _flat(reference.logits)),
         ]
         for tensor, ours, theirs in pairs:
-            yield Check("prefill", tensor, _error(ours[valid], theirs[valid]), tolerance)
+            yield Check("prefill", tensor, _error(ours[valid], theirs[valid]), tolerance, _scale(theirs[valid]))
     yield from _stepping(pair, batch, shallow, deep, tolerance)
     yield from _sync_passes(pair, shallow["hidden"], tolerance)
 
@@ -229,4 +230,8 @@ def _flat(states: np.ndarray) -> np.ndarray:
 
 
 def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / max(1.0, float(np.abs(theirs).max())))
+    return float(np.abs(ours - theirs).max() / _scale(theirs))
+
+
+def _scale(theirs: np.ndarray) -> float:
+    return max(1.0, float(np.abs(theirs).max()))

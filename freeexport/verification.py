@@ -38,7 +38,9 @@ def verify(bundle: Bundle, model: str | None) -> dict[str, Any]:
     }
     passed = all(check.passed for check in checks)
     if reference is not None:
-        report["greedy"] = _greedy(bundle, reference, max(c.error for c in checks if c.tensor == "deep logits"))
+        report["greedy"] = _greedy(
+            bundle, reference, max(c.error * c.scale for c in checks if c.tensor == "deep logits")
+        )
         passed = passed and report["greedy"]["passed"]
     return {"passed": passed, **report}
 
@@ -58,7 +60,9 @@ def failure(report: dict[str, Any]) -> str:
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
     path = bundle.path / VERIFICATION
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    # NaN is no JSON: a check that gave it is recorded with null, and as failed.
+    finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    partial.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -125,7 +129,7 @@ def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
     with Session(bundle.path, slots=1) as session:
         comparisons = compare(session, model, prompts)
     # Lower precisions move logits by as much as was just measured: closer than twice that is a tie.
-    tie = TIE if bundle.manifest.precision == "fp32" else 2 * logits_error * 100
+    tie = TIE if bundle.manifest.precision == "fp32" else 2 * logits_error
     return {
         "tokens": NEW_TOKENS,
         "tie": tie,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from queue import Queue
+from queue import Empty, Queue
 from time import perf_counter
 
 from runtime.decode import Step
@@ -11,6 +11,9 @@ from runtime.decoder import Decoder
 from runtime.options import GenerationOptions
 from runtime.result import FinishReason, GenerationResult, Stats, Token
 from runtime.text_stream import TextStream
+
+# Seconds between looks at whether a waiting request was cancelled.
+WAIT = 0.05
 
 Start = Callable[[Decoder], Iterator[Step]]
 
@@ -62,7 +65,9 @@ class Stream(Iterator[Token]):
         )
 
     def _run(self) -> Generator[Token, None, None]:
-        decoder = self._slots.get()
+        decoder = self._slot()
+        if decoder is None:
+            return
         try:
             began = perf_counter()
             decoder.reset()
@@ -77,6 +82,15 @@ class Stream(Iterator[Token]):
         finally:
             self._slots.put(decoder)
             self._text.finish()
+
+    def _slot(self) -> Decoder | None:
+        """The next free slot; None where the request is cancelled, or the session closed, while it waits."""
+        while True:
+            try:
+                return self._slots.get(timeout=WAIT)
+            except Empty:
+                if self._cancelled():
+                    return None
 
     def _accept(self, step: Step) -> Token:
         self._steps.append(step)

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,9 +21,9 @@ from freeexport.checkpoint import open_checkpoint
 from freeexport.cli import main
 from freeexport.greedy import TIE, Comparison
 from freeexport.parity import Check
-from freeexport.verification import VerificationError, failure, verify, verify_in_child
+from freeexport.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle import VERIFICATION, Bundle, sha256_of
-from runtime.manifest import MANIFEST, File
+from runtime.manifest import MANIFEST, File, Manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -200,3 +200,9 @@ def test_a_failed_child_is_the_reason(copy: Copy, checkpoint: Checkpoint) -> Non
     (path / "deep.onnx").unlink()
     with pytest.raises(VerificationError, match=r"^deep\.onnx is missing"):
         verify_in_child(path, model, open_checkpoint(model), manifest)
+
+
+def test_nan_is_written_as_null(tmp_path: Path) -> None:
+    manifest = cast(Manifest, None)
+    write_report(Bundle(tmp_path, manifest, ""), {"passed": False, "checks": [{"error": math.nan}]})
+    assert json.loads((tmp_path / "verification.json").read_text())["checks"] == [{"error": None}]

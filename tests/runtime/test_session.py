@@ -520,3 +520,14 @@ def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
     with pytest.raises(EngineError, match="freeexport doctor"):
         open_session()
+
+
+def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) -> None:
+    session = open_session()
+    with session.stream(PROMPT, max_new_tokens=8) as holder:
+        next(holder)
+        cancel = threading.Event()
+        cancel.set()
+        waiting = session.generate(PROMPT, max_new_tokens=8, cancel=cancel)
+    assert (waiting.finish_reason, waiting.token_ids) == ("cancelled", ())
+    assert session.generate(PROMPT, max_new_tokens=8).token_ids
