@@ -30,7 +30,7 @@ MAX_TEXT = 48
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest difference of `tensor`, as a share of its largest value, or of 1, whichever is more: `scale`."""
+    """One comparison: the largest difference of `tensor`, as a share of `scale`: its largest value, at least 1."""
 
     name: str
     tensor: str
