@@ -35,7 +35,7 @@ class Decoder:
         self._token = np.zeros((1, 1), np.int64)
         self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._answer = np.zeros(1, np.int64)
-        self._past = {id(lane): {name: value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)}
+        self._past = {lane: {name: value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)}
         self._cross: dict[str, np.ndarray] = {}
         self._steps: dict[bool, Call] = {}
         self._syncs: dict[int, Call] = {}
@@ -120,7 +120,7 @@ class Decoder:
     def _bind(
         self, lane: Lane, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], rows: int, heads: int
     ) -> Call:
-        past = self._past[id(lane)]
+        past = self._past[lane]
         shared = {
             # The cache's own counter: the engine reads it where `extend` and `trim` write it.
             "past_lengths": lane.cache.lengths[self._slot : self._slot + 1],
