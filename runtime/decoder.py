@@ -15,7 +15,7 @@ from runtime.result import Stats
 PREFILL_ROWS = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lane:
     """An engine and its KV cache."""
 
