@@ -68,8 +68,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     """
     checkpoint = open_checkpoint(model)
     description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
-    options = replace(options, exit_layer=_exit_layer(checkpoint, description, options.exit_layer))
-    engine_options = _engine_options(description, options)
+    exit_layer = _exit_layer(checkpoint, description, options.exit_layer)
+    engine_options = _engine_options(description, options, exit_layer)
     engine_options.check(description)
     if _encoder_capacity(options) < 1:
         raise GraphError(f"encoder capacity {options.encoder_capacity} is out of range; choose 1 or more")
@@ -98,10 +98,10 @@ def _exit_layer(checkpoint: Checkpoint, description: Description, asked: int | N
     return chosen
 
 
-def _engine_options(description: Description, options: ConvertOptions) -> EngineOptions:
+def _engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     return EngineOptions(
-        exit_layer=options.exit_layer or 0,
+        exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=options.precision,

@@ -16,9 +16,8 @@ class Residual:
 
     def __init__(self, graph: Graph, dialect: Dialect, x: ir.Value) -> None:
         self.graph, self.dialect = graph, dialect
-        self._x, self._delta = x, None
-
-    _delta: ir.Value | None
+        self._x = x
+        self._delta: ir.Value | None = None
 
     def normed(self, norm: Norm) -> ir.Value:
         """The stream's norm, in the compute type."""

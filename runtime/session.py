@@ -101,14 +101,13 @@ class Session:
         )
 
     @contextmanager
-    def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
-        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what an encoder-decoder's
-        cross-attention reads, by default one token."""
+    def decoder(self) -> Iterator[Decoder]:
+        """A slot of the session, to drive by hand: for measurements. An encoder-decoder's prompt is one token."""
         decoder = self._slots.get()
         try:
             decoder.reset()
             if self._encoder is not None:
-                decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt))
+                decoder.attend(self._encoder.run(np.zeros(1, np.int64)))
             yield decoder
         finally:
             self._slots.put(decoder)
