@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +20,6 @@ import numpy as np
 
 from freeexport.idle import require_idle
 from runtime import Session
-from runtime.decoder import Decoder
 from runtime.machine import usable_cores
 
 LENGTH = 128  # valid positions at which deep calls are compared
@@ -40,21 +40,20 @@ def capacity(bundle: Path, rows: int, rounds: int, force: bool) -> None:
     idle = require_idle(force)
     sessions = {size: Session(bundle, capacity=size, slots=1) for size in (256, 2048)}
     times: dict[int, list[float]] = {size: [] for size in sessions}
-    decoders: dict[int, Decoder] = {}
-    contexts = [session.decoder() for session in sessions.values()]
-    for size, context in zip(sessions, contexts, strict=True):
-        decoders[size] = context.__enter__()
-        prompt = np.random.default_rng(0).integers(0, sessions[size].manifest.vocab_size, LENGTH)
-        decoders[size].prefill(prompt, head=False)
-    for turn in range(rounds + 3):
+    with ExitStack() as stack:
+        decoders = {size: stack.enter_context(session.decoder()) for size, session in sessions.items()}
         for size, decoder in decoders.items():
-            for token in range(rows):
-                decoder.step(token, head=False)
-            before = decoder.stats.deep_seconds
-            decoder.sync()
-            if turn >= 3:
-                times[size].append(decoder.stats.deep_seconds - before)
-            decoder.trim(LENGTH)
+            prompt = np.random.default_rng(0).integers(0, sessions[size].manifest.vocab_size, LENGTH)
+            decoder.prefill(prompt, head=False)
+        for turn in range(rounds + 3):
+            for size, decoder in decoders.items():
+                for token in range(rows):
+                    decoder.step(token, head=False)
+                before = decoder.stats.deep_seconds
+                decoder.sync()
+                if turn >= 3:
+                    times[size].append(decoder.stats.deep_seconds - before)
+                decoder.trim(LENGTH)
     small, large = (median(times[size]) for size in (256, 2048))
     click.echo(
         f"deep call, {rows} rows, {LENGTH} valid positions, {usable_cores()} threads, median of {rounds}: "
@@ -97,6 +96,7 @@ def memory(bundle: Path) -> None:
 
 MEMORY_PROBE = """
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from runtime import Session
 
