@@ -20,7 +20,7 @@ class RMSNorm(nn.Module):
 
 
 class Adapter(nn.Module):
-    """h + up(silu(down(norm(h)))); nothing is added before training."""
+    """h + up(silu(down(norm(h)))); nothing is added until `up` is set or trained."""
 
     def __init__(self, width: int, rank: int, epsilon: float) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from freeexport.shallow_deep import Metrics, ShallowDeep, SharedHead, measures
 from freeexport.teacher_states import cached_states, collate_states
 from freeexport.training_data import Example
 from freeexport.training_options import LossName, TrainingOptions
+from freeexport.translator import begin_linear
 from freeexport.tuning import Tuning, collator, copy_tokenizer, link_or_copy, trainable_model
 from graphs.description import Description
 from runtime.errors import OptionError
@@ -91,7 +92,10 @@ def tune_exit(
     whole.to("cpu")
     torch.manual_seed(options.seed)
     norm = description.decoder.head.norm
-    own = Exit(cast(torch.Tensor, whole.head.norm.weight), norm.epsilon, options.adapter_rank)
+    weight = cast(torch.Tensor, whole.head.norm.weight)
+    own = Exit(weight, norm.epsilon, options.adapter_rank)
+    if own.adapter is not None:
+        begin_linear(own.adapter, states[0], weight.detach().float().numpy())
     # The norm and the head alone: the layers' memory goes back.
     head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
     layers = (options.exit_layer, len(description.decoder.layers))
