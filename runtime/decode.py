@@ -44,3 +44,14 @@ def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
         decoder.step(token, head=False)
         token = decoder.sync()
         yield Step(token, False, None)
+
+
+def shallow(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
+    """Static exiting: after the first token, which is the deep decoder's, the shallow decoder goes on alone."""
+    token, confidence = decoder.prefill(prompt, head=True)
+    yield Step(token, False, confidence)
+    while True:
+        token, confidence = decoder.step(token, head=True)
+        decoder.drop_stack()
+        decoder.stats.exits += 1
+        yield Step(token, True, confidence)

@@ -24,7 +24,7 @@ class Lane:
 
 
 class Decoder:
-    """Invariant: shallow length = deep length + stacked. `hidden_size` is d, `max_pending` the rows of the stack."""
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `max_pending` the rows of the stack."""
 
     def __init__(self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, max_pending: int) -> None:
         self.stats = Stats()
@@ -50,6 +50,10 @@ class Decoder:
         self.stacked = 0
         self._shallow.cache.trim(self._slot, length)
         self._deep.cache.trim(self._slot, length)
+
+    def drop_stack(self) -> None:
+        """Never show the deep decoder what is stacked: its cache stays behind for the rest of the sequence."""
+        self.stacked = 0
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""

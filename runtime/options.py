@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal
+from typing import Literal, get_args
 
 from runtime.errors import OptionError
 
-Mode = Literal["free", "full"]
-MODES: tuple[Mode, ...] = ("free", "full")
+Mode = Literal["free", "full", "shallow"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,8 @@ class GenerationOptions:
     """How one request is decoded. OptionError names a value that is out of range.
 
     max_new_tokens: most tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
-    mode: "free" exits early, "full" never does and runs no shallow head.
+    mode: "free" exits early; "full" never does and runs no shallow head; "shallow" always does and runs the deep
+        decoder on the prompt alone (static exiting, to compare with).
     threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's.
     stop: generation ends before the first of these strings appears in the text.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.decode import Step, free, full
+from runtime.decode import Step, free, full, shallow
 from runtime.decoder import Decoder, Lane
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
@@ -138,7 +138,9 @@ class Session:
                 decoder.attend(encoder.run(tokens))
                 decoder.stats.encode_seconds = perf_counter() - began
             prompt = tokens if encoder is None else begin
-            return full(decoder, prompt) if options.mode == "full" else free(decoder, prompt, threshold, max_pending)
+            if options.mode == "free":
+                return free(decoder, prompt, threshold, max_pending)
+            return full(decoder, prompt) if options.mode == "full" else shallow(decoder, prompt)
 
         # The newest token is never read back, so it needs no position.
         return start, self.capacity - (len(tokens) if encoder is None else 1) + 1

@@ -148,3 +148,16 @@ def assert_verified(path: Any, model: Any) -> None:
     names = {check["name"] for check in report["checks"]}
     assert {"prefill", "stepping against prefill", "sync pass of 16"} <= names
     assert len(report["greedy"]["prompts"]) > 1
+
+
+@each_setting
+def test_mode_shallow_is_exiting_at_every_token(
+    case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
+) -> None:
+    model = source_model(case)
+    with opened(bundle, case, exit_layer, dialect) as session:
+        ours = session.generate(PROMPTS[0], mode="shallow", max_new_tokens=TOKENS)
+    reference = replay(model, PROMPTS[0], ours.token_ids, exit_layer, -1.0, max_pending=TOKENS + 1)
+    assert_same_tokens(ours, reference)
+    assert ours.exited == (False, *[True] * (len(ours.token_ids) - 1))
+    assert not ours.stats.sync_sizes
