@@ -33,9 +33,7 @@ def begin_linear(adapter: Adapter, states: TeacherStates, norm_weight: np.ndarra
         weight.narrow(axis, 0, pair.shape[axis]).copy_(pair)
 
 
-def low_rank(
-    square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int
-) -> tuple[np.ndarray, np.ndarray]:
+def low_rank(square: np.ndarray, product: np.ndarray, weight: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
     """Factors [r, d], [d, r] of the map of rank r that minimises the squared error of its outputs times `weight` [d]
     (reduced-rank ridge regression). `square` [d, d] is the mean of x x', `product` [d, d] that of y x'."""
     width = len(square)
