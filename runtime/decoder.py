@@ -24,7 +24,8 @@ class Lane:
 
 
 class Decoder:
-    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `max_pending` the rows of the stack."""
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `max_pending` the
+    rows of the stack."""
 
     def __init__(self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, max_pending: int) -> None:
         self.stats = Stats()
