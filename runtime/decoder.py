@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,23 +25,39 @@ class Lane:
     cache: KVCache
 
 
-class Decoder:
-    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `max_pending` the
-    rows of the stack."""
+class Prediction(NamedTuple):
+    """What a decoder says comes after a row: its arg max; `confidence` of the shallow decoder in [0, 1], None where its
+    head did not run; `nll` in nats of the token that was drafted there, of the deep decoder; `logits` float32 [V] where
+    they were asked for: a view, valid until the same engine's next call."""
 
-    def __init__(self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, max_pending: int) -> None:
+    token: int
+    confidence: float | None = None
+    nll: float | None = None
+    logits: np.ndarray | None = None
+
+
+class Decoder:
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
+    `max_pending` the rows of the stack. `want_logits` makes predictions carry logits."""
+
+    def __init__(
+        self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+    ) -> None:
         self.stats = Stats()
         self.stacked = 0
         self._shallow, self._deep, self._slot = shallow, deep, slot
+        self._vocab_size, self._max_pending = vocab_size, max_pending
         self._stack = np.zeros((max_pending, hidden_size), np.float32)
         self._hidden = np.zeros((1, 1, hidden_size), np.float32)
         self._token = np.zeros((1, 1), np.int64)
         self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self._answer = np.zeros(1, np.int64)
+        self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
+        self._drafted = np.zeros(max_pending, np.int64)
+        self._logits: dict[Lane, np.ndarray] = {}
         self._past = {lane: {name: value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)}
         self._cross: dict[str, np.ndarray] = {}
         self._steps: dict[bool, Call] = {}
-        self._syncs: dict[int, Call] = {}
+        self._syncs: dict[tuple[int, int], Call] = {}
 
     def reset(self) -> None:
         """Begin a new sequence."""
@@ -59,21 +77,28 @@ class Decoder:
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
         self._cross = cross
-        self._steps.clear()
-        self._syncs.clear()
+        self._forget_calls()
 
-    def prefill(self, tokens: np.ndarray, head: bool) -> tuple[int, float | None]:
-        """Both engines over the prompt, int64 [n]. The deep token after it, and the shallow confidence if `head`."""
+    def want_logits(self, wanted: bool) -> None:
+        """Whether predictions carry logits: they are copied out of the engines only then."""
+        if wanted == bool(self._logits):
+            return
+        rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
+        self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
+        self._forget_calls()
+
+    def prefill(self, tokens: np.ndarray, head: bool) -> Prediction:
+        """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`."""
         began = perf_counter()
         for start in range(0, len(tokens), PREFILL_ROWS):
             piece = tokens[None, start : start + PREFILL_ROWS]
             last = start + piece.shape[1] == len(tokens)
             self._prefill_piece(piece, head and last, last)
         self.stats.prefill_seconds += perf_counter() - began
-        return int(self._answer[0]), float(self._confidence[0]) if head else None
+        return self._answer(0)._replace(confidence=self._sureness(head))
 
-    def step(self, token: int, head: bool) -> tuple[int, float | None]:
-        """Shallow decoder on one token, onto the stack. Its prediction and confidence, if `head`."""
+    def step(self, token: int, head: bool) -> Prediction:
+        """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
         if head not in self._steps:
             self._steps[head] = self._bind_shallow(self._token, self._hidden, head)
         self._token[0, 0] = token
@@ -83,32 +108,53 @@ class Decoder:
         self._shallow.cache.extend(self._slot, 1)
         self._stack[self.stacked] = self._hidden[0, 0]
         self.stacked += 1
-        return int(self._guess[0]), float(self._confidence[0]) if head else None
+        logits = self._logits.get(self._shallow) if head else None
+        guess = int(self._guess[0]) if head else -1
+        return Prediction(guess, self._sureness(head), logits=None if logits is None else logits[0])
 
-    def sync(self) -> int:
-        """Deep decoder on all stacked tokens; the token it says comes after the newest."""
+    def sync(self, heads: int = 1, drafts: Sequence[int] = ()) -> list[Prediction]:
+        """Deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
+
+        `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`.
+        """
         rows = self.stacked
-        if rows not in self._syncs:
-            self._syncs[rows] = self._bind_deep(self._stack[None, :rows], True)
+        if (rows, heads) not in self._syncs:
+            self._syncs[rows, heads] = self._bind_deep(self._stack[None, :rows], heads)
+        self._drafted[: len(drafts)] = drafts
         began = perf_counter()
-        self._syncs[rows].run()
+        self._syncs[rows, heads].run()
         self.stats.deep_seconds += perf_counter() - began
         self.stats.sync_sizes[rows] += 1
         self._deep.cache.extend(self._slot, rows)
         self.stacked = 0
-        return int(self._answer[0])
+        return [self._answer(row, row < len(drafts)) for row in range(heads)]
 
     def lengths(self) -> tuple[int, int]:
         """Valid positions of the shallow and of the deep cache."""
         return int(self._shallow.cache.lengths[self._slot]), int(self._deep.cache.lengths[self._slot])
+
+    def _sureness(self, head: bool) -> float | None:
+        return float(self._confidence[0]) if head else None
+
+    def _answer(self, row: int, drafted: bool = False) -> Prediction:
+        logits = self._logits.get(self._deep)
+        return Prediction(
+            int(self._answers[row]),
+            nll=float(self._nll[row]) if drafted else None,
+            logits=None if logits is None else logits[row],
+        )
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows = piece.shape[1]
         hidden = np.empty((1, rows, self._stack.shape[1]), np.float32)
         self._bind_shallow(np.ascontiguousarray(piece), hidden, shallow_head).run()
         self._shallow.cache.extend(self._slot, rows)
-        self._bind_deep(hidden, deep_head).run()
+        self._bind_deep(hidden, int(deep_head)).run()
         self._deep.cache.extend(self._slot, rows)
+
+    def _forget_calls(self) -> None:
+        self._steps.clear()
+        self._syncs.clear()
 
     def _bind_shallow(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Call:
         """A shallow call on tokens [1, q]; `head` for its last row, or for none."""
@@ -116,14 +162,14 @@ class Decoder:
         outputs = {"hidden": hidden, "token": self._guess[:count], "confidence": self._confidence[:count]}
         return self._bind(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
 
-    def _bind_deep(self, hidden: np.ndarray, head: bool) -> Call:
-        """A deep call on hidden states [1, k, d]; `head` for its last row, or for none."""
-        count = int(head)
-        inputs = {"hidden": hidden, "emitted": np.zeros(count, np.int64)}
-        return self._bind(self._deep, inputs, {"token": self._answer[:count]}, hidden.shape[1], count)
+    def _bind_deep(self, hidden: np.ndarray, heads: int) -> Call:
+        """A deep call on hidden states [1, k, d]; the head for its last `heads` rows."""
+        inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
+        outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
+        return self._bind(self._deep, inputs, outputs, hidden.shape[1], heads)
 
     def _bind(
-        self, lane: Lane, inputs: dict[str, np.ndarray], outputs: dict[str, np.ndarray], rows: int, heads: int
+        self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int
     ) -> Call:
         past = self._past[lane]
         shared = {
@@ -134,7 +180,8 @@ class Decoder:
         }
         layers = {name.split(".")[0] for name in past}
         cross = {n: v for n, v in self._cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+        logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
         return lane.engine.bind(
             {**inputs, **shared, **cross, **{f"past.{name}": item for name, item in past.items()}},
-            {**outputs, **{f"present.{name}": item for name, item in past.items()}},
+            {**outputs, **logits, **{f"present.{name}": item for name, item in past.items()}},
         )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from runtime.errors import OptionError
+from runtime.sampling import LogitsProcessor
 
-Mode = Literal["free", "full", "shallow"]
+Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
@@ -40,36 +42,140 @@ class SessionOptions:
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """How one request is decoded. OptionError names a value that is out of range.
+    """How one request is decoded. OptionError names a value that is out of range, and options that contradict.
 
     max_new_tokens: most tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
-    mode: "free" exits early; "full" never does and runs no shallow head; "shallow" always does and runs the deep
-        decoder on the prompt alone (static exiting, to compare with).
+    mode: "free": exits are final. "rollback": the next deep pass takes back those it finds unlikely. "lossless": exits
+        are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
+        and runs the deep decoder on the prompt alone (static exiting, to compare with).
     threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
+    rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
+
+    The others have the names and meaning of transformers' GenerationConfig, but for `seed`. Sampling is opt-in: with
+    `do_sample` or a `temperature` above 0, None takes the value of the bundle's generation_config.json, then the
+    default: temperature 1, top_k 50 (0 is off), top_p 1, min_p 0, repetition_penalty 1.
+
+    seed: the same seed gives the same tokens; None is another one each time.
+    sequence_bias: nats added to a token ({42: -5.0}), or to the last of a sequence of tokens ({(7, 42): 2.0}).
+    logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
+        depend on its arguments alone. One, or several in order.
+    output_logprobs: also return the log-probability of each token, in nats, before any processing.
+    num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. length_penalty: a finished
+        beam's log-probability is divided by its length to this power. early_stopping: as in transformers.
     """
 
     max_new_tokens: int = 256
     mode: Mode = "free"
     threshold: float | None = None
+    rollback_threshold: float | None = None
     max_pending: int | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    min_new_tokens: int = 0
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    sequence_bias: Mapping[Any, float] | None = None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()
+    output_logprobs: bool = False
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
         _in_range("max_new_tokens", self.max_new_tokens, 1, None)
         _in_range("max_pending", self.max_pending, 1, None)
+        _in_range("min_new_tokens", self.min_new_tokens, 0, None)
+        _in_range("top_k", self.top_k, 0, None)
+        _in_range("seed", self.seed, 0, 2**64 - 1)
+        _in_range("num_beams", self.num_beams, 1, 256)
         if self.mode not in MODES:
             raise OptionError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.threshold is not None and not (isinstance(self.threshold, Real) and 0.0 <= self.threshold <= 1.0):
-            raise OptionError(f"threshold is {self.threshold!r}; choose a number from 0 (exit always) to 1 (never)")
-        single = isinstance(self.stop, str) or not isinstance(self.stop, Iterable)
-        stop = (self.stop,) if single else tuple(self.stop)
-        if not all(isinstance(text, str) and text for text in stop):
-            raise OptionError(f"stop is {self.stop!r}; give strings that are not empty")
-        object.__setattr__(self, "stop", stop)
+        _real("threshold", self.threshold, 0.0 <= _number(self.threshold) <= 1.0, "from 0 (exit always) to 1 (never)")
+        _real("rollback_threshold", self.rollback_threshold, _number(self.rollback_threshold) >= 0, "of nats from 0")
+        _real("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "from 0 (greedy)")
+        _real("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, up to 1 (all tokens)")
+        _real("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 (all tokens) to 1")
+        positive = 0 < _number(self.repetition_penalty) < math.inf
+        _real("repetition_penalty", self.repetition_penalty, positive, "above 0; 1 is none")
+        _real("length_penalty", self.length_penalty, math.isfinite(_number(self.length_penalty)), "")
+        if self.early_stopping not in (True, False, "never"):
+            raise OptionError(f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'")
+        object.__setattr__(self, "stop", _strings(self.stop))
+        object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
+        object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
+        self._check_together()
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn; temperature 0 is greedy."""
+        return bool(self.do_sample or self.temperature) and self.temperature != 0
+
+    def _check_together(self) -> None:
+        if self.do_sample is False and self.temperature:
+            raise OptionError(f"do_sample is False and temperature is {self.temperature!r}; leave one of them out")
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None and not self.samples:
+                raise OptionError(
+                    f"{name} is {getattr(self, name)!r}, but nothing is sampled; "
+                    "add do_sample=True or a temperature above 0"
+                )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise OptionError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
+            )
+        if self.num_beams > 1 and self.mode != "full":
+            raise OptionError(
+                f"num_beams is {self.num_beams} in mode {self.mode}: exits do not go with beams; take mode 'full'"
+            )
+        if self.num_beams > 1 and self.samples:
+            raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
+
+
+def _number(value: Any) -> float:
+    """NaN, which is in no range, where it is not a real number."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+
+
+def _real(name: str, value: Any, holds: bool, range_: str) -> None:
+    if value is not None and not holds:
+        raise OptionError(f"{name} is {value!r}; choose a number {range_}".rstrip())
+
+
+def _strings(stop: Any) -> tuple[str, ...]:
+    single = isinstance(stop, str) or not isinstance(stop, Iterable)
+    strings = (stop,) if single else tuple(stop)
+    if not all(isinstance(text, str) and text for text in strings):
+        raise OptionError(f"stop is {stop!r}; give strings that are not empty")
+    return strings
+
+
+def _biases(given: Any) -> dict[tuple[int, ...], float] | None:
+    if given is None:
+        return None
+    problem = f"sequence_bias is {str(given)[:80]}; give {{token: bias}} or {{(token, token): bias}}, biases finite"
+    if not isinstance(given, Mapping):
+        raise OptionError(problem)
+    biases: dict[tuple[Any, ...], Any] = {tuple(key) if isinstance(key, Iterable) else (key,): bias for key, bias in given.items()}
+    for sequence, bias in biases.items():
+        whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in sequence)
+        if not sequence or not whole or min(sequence) < 0 or not math.isfinite(_number(bias)):
+            raise OptionError(problem)
+    return biases
+
+
+def _processors(given: Any) -> tuple[LogitsProcessor, ...]:
+    processors = (given,) if callable(given) else tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(callable(processor) for processor in processors):
+        raise OptionError(f"logits_processor is {str(given)[:80]!r}; give a callable, or a list of them")
+    return processors
 
 
 def _in_range(name: str, value: int | None, low: int, high: int | None) -> None:

@@ -14,6 +14,7 @@ class Stats:
     """Counts and seconds of one request.
 
     `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
+    `rejected` counts drafts that a sync pass discarded ("rollback", "lossless").
     `sync_sizes[k]` is how many deep passes ran over k rows. `seconds` is wall time from prompt to last token;
     encode, prefill, shallow and deep are the engine calls in it.
     """
@@ -22,6 +23,7 @@ class Stats:
     tokens: int = 0
     exits: int = 0
     forced: int = 0
+    rejected: int = 0
     sync_sizes: Counter[int] = field(default_factory=Counter)
     seconds: float = 0.0
     encode_seconds: float = 0.0
@@ -33,6 +35,11 @@ class Stats:
     def exit_rate(self) -> float:
         """Share of the tokens after the first that exited."""
         return self.exits / max(1, self.tokens - 1)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of the exits that were kept: 1 in "free", where every exit is final, and where none was tried."""
+        return self.exits / (self.exits + self.rejected) if self.rejected else 1.0
 
     @property
     def sync_passes(self) -> int:
@@ -54,19 +61,21 @@ class Stats:
 class Token:
     """One token of a stream. `text` is what became certain with it, often "" and then more than one token's worth.
 
-    `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None in "full".
+    `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its
+    head did not run: in "full", and in "lossless" where no draft followed. `logprob` in nats, None unless asked for.
     """
 
     id: int
     text: str
     exited: bool
     confidence: float | None
+    logprob: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A finished request. `token_ids` are the generated ones, end of sequence included; `exited` and `confidence` run
-    parallel to them. `text` has no special tokens and no stop string."""
+    """A finished request. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence` and
+    `logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop string."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -74,3 +83,4 @@ class GenerationResult:
     confidence: tuple[float | None, ...]
     finish_reason: FinishReason
     stats: Stats
+    logprobs: tuple[float, ...] | None = None

@@ -6,32 +6,37 @@ import dataclasses
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import perf_counter
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.decode import Step, free, full, shallow
 from runtime.decoder import Decoder, Lane
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
+from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.kv_cache import KVCache
 from runtime.machine import available_memory, usable_cores
 from runtime.manifest import Manifest
 from runtime.options import GenerationOptions, SessionOptions
+from runtime.pace import Pace
 from runtime.prompt import Prompt, encode_prompt
+from runtime.request import Request, threshold_of
 from runtime.result import GenerationResult
-from runtime.stream import Start, Stream
+from runtime.stream import Start, Stream, take
 from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+# Thresholds for which a session remembers how long drafts should be.
+MOST_PACES = 64
 
 
 class Session:
@@ -54,8 +59,9 @@ class Session:
         self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
         self._slots: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for slot in range(self.options.slots):
-            self._slots.put(Decoder(shallow, deep, slot, manifest.hidden_size, manifest.max_pending))
+            self._slots.put(self._decoder(shallow, deep, slot))
         self._closed = threading.Event()
+        self._paces: dict[tuple[float, bool], Pace] = {}
 
     @property
     def manifest(self) -> Manifest:
@@ -79,26 +85,39 @@ class Session:
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
-        chosen = GenerationOptions(**_known(GenerationOptions, options))
-        if self._closed.is_set():
-            raise OptionError("the session is closed; open a new one")
-        manifest = self.manifest
-        if chosen.max_pending is not None and chosen.max_pending > manifest.max_pending:
+        request = self._request(prompt, options)
+        return self._stream(self._slots, request.start, request, cancel)
+
+    def generate_best(
+        self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
+    ) -> list[GenerationResult]:
+        """Sample as many continuations of one prompt, which is read once. Best first: by log-probability per token.
+
+        Other arguments as for `generate`, which must ask for sampling. Cancelled, it returns those that ended before.
+        Raises as `generate` does.
+        """
+        request = self._request(prompt, {**options, "output_logprobs": True})
+        if not request.options.samples or num_return_sequences < 1:
             raise OptionError(
-                f"max_pending is {chosen.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+                f"num_return_sequences is {num_return_sequences!r}; choose 1 or more, "
+                "with do_sample=True or a temperature above 0"
             )
-        limit = manifest.encoder_capacity or self.capacity
-        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
-        start, room = self._start(tokens, chosen)
-        return Stream(
-            self._slots,
-            start,
-            TextStream(self._tokenizer, tuple(chosen.stop)),
-            chosen,
-            frozenset(manifest.eos_token_ids),
-            room,
-            lambda: self._closed.is_set() or (cancel is not None and cancel.is_set()),
-        )
+        decoder = take(self._slots, lambda: self._cancelled(cancel))
+        if decoder is None:
+            return []
+        own: queue.Queue[Decoder] = queue.Queue()
+        own.put(decoder)
+        results: list[GenerationResult] = []
+        try:
+            for start in request.samples(num_return_sequences):
+                stream = self._stream(own, start, request, cancel)
+                deque(stream, maxlen=0)
+                if stream.result.finish_reason == "cancelled":
+                    break
+                results.append(stream.result)
+        finally:
+            self._slots.put(decoder)
+        return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
 
     @contextmanager
     def decoder(self) -> Iterator[Decoder]:
@@ -108,6 +127,7 @@ class Session:
             decoder.reset()
             if self._encoder is not None:
                 decoder.attend(self._encoder.run(np.zeros(1, np.int64)))
+            decoder.want_logits(False)
             yield decoder
         finally:
             self._slots.put(decoder)
@@ -124,26 +144,40 @@ class Session:
     ) -> None:
         self.close()
 
-    def _start(self, tokens: np.ndarray, options: GenerationOptions) -> tuple[Start, int]:
-        """What begins a request once it has a slot, and how many tokens it has room for."""
+    def _request(self, prompt: Prompt, given: dict[str, Any]) -> Request:
+        options = GenerationOptions(**_known(GenerationOptions, given))
+        if self._closed.is_set():
+            raise OptionError("the session is closed; open a new one")
         manifest = self.manifest
-        threshold = manifest.threshold if options.threshold is None else float(options.threshold)
-        max_pending = options.max_pending or manifest.max_pending
-        encoder, begin = self._encoder, np.array([manifest.decoder_start_token_id or 0], np.int64)
+        if options.max_pending is not None and options.max_pending > manifest.max_pending:
+            raise OptionError(
+                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+            )
+        if options.samples:
+            options = with_defaults(options, read_defaults(self.bundle.path))
+        limit = manifest.encoder_capacity or self.capacity
+        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
+        return Request(manifest, self.capacity, self._encoder, tokens, options, self._pace(options))
 
-        def start(decoder: Decoder) -> Iterator[Step]:
-            decoder.stats.prompt_tokens = len(tokens)
-            if encoder is not None:
-                began = perf_counter()
-                decoder.attend(encoder.run(tokens))
-                decoder.stats.encode_seconds = perf_counter() - began
-            prompt = tokens if encoder is None else begin
-            if options.mode == "free":
-                return free(decoder, prompt, threshold, max_pending)
-            return full(decoder, prompt) if options.mode == "full" else shallow(decoder, prompt)
+    def _pace(self, options: GenerationOptions) -> Pace:
+        """What requests that draft at one threshold have learned, shared by them."""
+        key = threshold_of(options, self.manifest), options.samples
+        if key not in self._paces and len(self._paces) >= MOST_PACES:
+            self._paces.pop(next(iter(self._paces)), None)
+        return self._paces.setdefault(key, Pace(self.manifest.max_pending, self.manifest.break_even))
 
-        # The newest token is never read back, so it needs no position.
-        return start, self.capacity - (len(tokens) if encoder is None else 1) + 1
+    def _stream(
+        self, slots: queue.Queue[Decoder], start: Start, request: Request, cancel: threading.Event | None
+    ) -> Stream:
+        text = TextStream(self._tokenizer, tuple(request.options.stop))
+        return Stream(slots, start, text, request.eos, request.limit, lambda: self._cancelled(cancel))
+
+    def _cancelled(self, cancel: threading.Event | None) -> bool:
+        return self._closed.is_set() or (cancel is not None and cancel.is_set())
+
+    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+        manifest = self.manifest
+        return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
 
     def _engine(self, name: str) -> OnnxEngine:
         return OnnxEngine(self.bundle.engine(name), self.threads)

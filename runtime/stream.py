@@ -6,15 +6,15 @@ from collections.abc import Callable, Generator, Iterator
 from queue import Empty, Queue
 from time import perf_counter
 
-from runtime.decode import Step
+from runtime.continuation import Step
 from runtime.decoder import Decoder
-from runtime.options import GenerationOptions
 from runtime.result import FinishReason, GenerationResult, Stats, Token
 from runtime.text_stream import TextStream
 
 # Seconds between looks at whether a waiting request was cancelled.
 WAIT = 0.05
 
+# Begins a request in a slot, which it resets first.
 Start = Callable[[Decoder], Iterator[Step]]
 
 
@@ -26,14 +26,12 @@ class Stream(Iterator[Token]):
         slots: Queue[Decoder],
         start: Start,
         text: TextStream,
-        options: GenerationOptions,
         eos: frozenset[int],
-        room: int,
+        limit: int,
         cancelled: Callable[[], bool],
     ) -> None:
         self._slots, self._start, self._text, self._cancelled = slots, start, text, cancelled
-        self._eos = frozenset() if options.ignore_eos else eos
-        self._limit = min(options.max_new_tokens, room)
+        self._eos, self._limit = eos, limit
         self._steps: list[Step] = []
         self._stats = Stats()
         self._finish: FinishReason | None = None
@@ -62,17 +60,18 @@ class Stream(Iterator[Token]):
             confidence=tuple(step.confidence for step in self._steps),
             finish_reason=self._finish or "cancelled",
             stats=self._stats,
+            logprobs=_logprobs(self._steps),
         )
 
     def _run(self) -> Generator[Token, None, None]:
-        decoder = self._slot()
+        decoder = take(self._slots, self._cancelled)
         if decoder is None:
             return
         try:
             began = perf_counter()
-            decoder.reset()
+            steps = self._start(decoder)
             self._stats = decoder.stats
-            for step in self._start(decoder):
+            for step in steps:
                 token = self._accept(step)
                 self._stats.seconds += perf_counter() - began
                 yield token
@@ -83,15 +82,6 @@ class Stream(Iterator[Token]):
             self._slots.put(decoder)
             self._text.finish()
 
-    def _slot(self) -> Decoder | None:
-        """The next free slot; None where the request is cancelled, or the session closed, while it waits."""
-        while True:
-            try:
-                return self._slots.get(timeout=WAIT)
-            except Empty:
-                if self._cancelled():
-                    return None
-
     def _accept(self, step: Step) -> Token:
         self._steps.append(step)
         self._stats.tokens += 1
@@ -99,7 +89,7 @@ class Stream(Iterator[Token]):
         self._finish = self._reason(step)
         if self._finish is not None:
             text += self._text.finish()
-        return Token(step.token, text, step.exited, step.confidence)
+        return Token(step.token, text, step.exited, step.confidence, step.logprob)
 
     def _reason(self, step: Step) -> FinishReason | None:
         if step.token in self._eos:
@@ -109,3 +99,18 @@ class Stream(Iterator[Token]):
         if len(self._steps) >= self._limit:
             return "length"
         return "cancelled" if self._cancelled() else None
+
+
+def take(slots: Queue[Decoder], cancelled: Callable[[], bool]) -> Decoder | None:
+    """The next free slot; None where the request is cancelled, or the session closed, while it waits."""
+    while True:
+        try:
+            return slots.get(timeout=WAIT)
+        except Empty:
+            if cancelled():
+                return None
+
+
+def _logprobs(steps: list[Step]) -> tuple[float, ...] | None:
+    values = tuple(step.logprob for step in steps if step.logprob is not None)
+    return values if len(values) == len(steps) and steps else None

@@ -1,0 +1,166 @@
+"""A prompt with its options, resolved against a bundle: what begins it in a slot, and its decode loop."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from functools import partial
+from time import perf_counter
+
+import numpy as np
+
+from runtime.continuation import Continuation, Step
+from runtime.decode import free, full, lossless, rollback, shallow
+from runtime.decoder import Decoder, Prediction
+from runtime.encoder import Encoder
+from runtime.errors import OptionError
+from runtime.manifest import Manifest
+from runtime.options import GenerationOptions
+from runtime.pace import Pace
+from runtime.result import Stats
+from runtime.sampling import Sampler, Warping
+from runtime.stream import Start
+
+# Where a bundle was not calibrated, lossless drafts above this: its tokens are those of full at any threshold.
+DRAFT_THRESHOLD = 0.5
+
+
+class Request:
+    """`limit`: most tokens, by the options and by the room of a slot with `capacity` positions. `eos`: what ends it.
+
+    `encoder` of an encoder-decoder, else None. Raises OptionError for options that do not fit the bundle.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        capacity: int,
+        encoder: Encoder | None,
+        tokens: np.ndarray,
+        options: GenerationOptions,
+        pace: Pace,
+    ) -> None:
+        self.options = options
+        self._tokens, self._encoder, self._pace = tokens, encoder, pace
+        # What the decoder reads before its first token.
+        self._prompt = tokens if encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
+        # The newest token is never read back, so it needs no position.
+        self.limit = min(options.max_new_tokens, capacity - len(self._prompt) + 1)
+        self.eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
+        self._threshold = threshold_of(options, manifest)
+        self._rollback_threshold = _rollback_threshold(options, manifest)
+        self._max_pending = options.max_pending or manifest.max_pending
+        self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
+        _check_biases(options, manifest)
+
+    def start(self, decoder: Decoder) -> Iterator[Step]:
+        """Begin in a slot: the tokens, endless."""
+        decoder.reset()
+        output = self._continuation(0)
+        decoder.want_logits(output.needs_logits)
+
+        def steps() -> Iterator[Step]:
+            yield from self._loop(decoder, self._read(decoder), output)
+
+        return steps()
+
+    def samples(self, count: int) -> list[Start]:
+        """As many continuations of the prompt, which is read once: to be run one after the other in one slot."""
+        read: list[Prediction] = []
+
+        def start(number: int, decoder: Decoder) -> Iterator[Step]:
+            output = self._continuation(number)
+            if number:
+                decoder.stats = Stats(prompt_tokens=len(self._tokens))
+                decoder.trim(len(self._prompt))
+            else:
+                decoder.reset()
+                decoder.want_logits(output.needs_logits)
+
+            def steps() -> Iterator[Step]:
+                if not read:
+                    first = self._read(decoder)
+                    read.append(first._replace(logits=None if first.logits is None else first.logits.copy()))
+                yield from self._loop(decoder, read[0], output)
+
+            return steps()
+
+        return [partial(start, number) for number in range(count)]
+
+    def _read(self, decoder: Decoder) -> Prediction:
+        decoder.stats.prompt_tokens = len(self._tokens)
+        if self._encoder is not None:
+            began = perf_counter()
+            decoder.attend(self._encoder.run(self._tokens))
+            decoder.stats.encode_seconds = perf_counter() - began
+        return decoder.prefill(self._prompt, head=self.options.mode != "full")
+
+    def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
+        mode, threshold = self.options.mode, self._threshold
+        if mode == "full":
+            return full(decoder, first, output)
+        if mode == "lossless":
+            return lossless(decoder, first, output, threshold, self._max_pending, self._pace)
+        if mode == "rollback":
+            return rollback(decoder, first, output, threshold, self._max_pending, self._rollback_threshold)
+        if mode == "shallow":
+            return shallow(decoder, first, output)
+        return free(decoder, first, output, threshold, self._max_pending)
+
+    def _continuation(self, sample: int) -> Continuation:
+        sampler = _sampler(self.options, len(self._prompt), self.eos, (self._seed, sample))
+        return Continuation(self._prompt, self.limit, self.eos, sampler, self.options.output_logprobs)
+
+
+def threshold_of(options: GenerationOptions, manifest: Manifest) -> float:
+    """The confidence above which a token of this request exits or is drafted."""
+    if options.threshold is not None:
+        return float(options.threshold)
+    uncalibrated = manifest.threshold >= 1.0
+    return DRAFT_THRESHOLD if options.mode == "lossless" and uncalibrated else manifest.threshold
+
+
+def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:
+    recorded: float | None = getattr(manifest, "rollback_threshold", None)
+    given = recorded if options.rollback_threshold is None else options.rollback_threshold
+    if given is None and options.mode == "rollback":
+        raise OptionError(
+            "rollback_threshold is None and this bundle records none; pass nats above which a token is taken back, "
+            "as rollback_threshold=3.0, or calibrate"
+        )
+    return float("inf") if given is None else float(given)
+
+
+def _sampler(
+    options: GenerationOptions, prompt_length: int, eos: frozenset[int], seed: tuple[int, int]
+) -> Sampler | None:
+    """None where nothing but arg max is asked for, which the engines do themselves."""
+    sampler = Sampler(
+        prompt_length,
+        eos,
+        options.min_new_tokens,
+        _given(options.repetition_penalty, 1.0),
+        options.sequence_bias,
+        tuple(options.logits_processor) if not callable(options.logits_processor) else (options.logits_processor,),
+        _warping(options) if options.samples else None,
+        seed,
+    )
+    plain = not sampler.sequence_bias and not sampler.processors and sampler.repetition_penalty == 1.0
+    return None if plain and sampler.warping is None and sampler.min_new_tokens == 0 else sampler
+
+
+def _warping(options: GenerationOptions) -> Warping:
+    top_k = 50 if options.top_k is None else int(options.top_k)
+    return Warping(_given(options.temperature, 1.0), top_k, _given(options.top_p, 1.0), _given(options.min_p, 0.0))
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _check_biases(options: GenerationOptions, manifest: Manifest) -> None:
+    for sequence in options.sequence_bias or ():
+        if max(sequence) >= manifest.vocab_size:
+            raise OptionError(
+                f"sequence_bias names token {max(sequence)}; the ids of this bundle are 0 to {manifest.vocab_size - 1}"
+            )
