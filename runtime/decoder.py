@@ -168,9 +168,7 @@ class Decoder:
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         return self._bind(self._deep, inputs, outputs, hidden.shape[1], heads)
 
-    def _bind(
-        self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int
-    ) -> Call:
+    def _bind(self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int) -> Call:
         past = self._past[lane]
         shared = {
             # The cache's own counter: the engine reads it where `extend` and `trim` write it.

@@ -163,7 +163,9 @@ def _biases(given: Any) -> dict[tuple[int, ...], float] | None:
     problem = f"sequence_bias is {str(given)[:80]}; give {{token: bias}} or {{(token, token): bias}}, biases finite"
     if not isinstance(given, Mapping):
         raise OptionError(problem)
-    biases: dict[tuple[Any, ...], Any] = {tuple(key) if isinstance(key, Iterable) else (key,): bias for key, bias in given.items()}
+    biases: dict[tuple[Any, ...], Any] = {
+        tuple(key) if isinstance(key, Iterable) else (key,): bias for key, bias in given.items()
+    }
     for sequence, bias in biases.items():
         whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in sequence)
         if not sequence or not whole or min(sequence) < 0 or not math.isfinite(_number(bias)):

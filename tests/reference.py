@@ -107,6 +107,68 @@ def replay(
     return reference
 
 
+Keeps = Callable[[torch.Tensor, int], bool]
+
+
+def unlikely_goes(limit: float) -> Keeps:
+    """Rollback: a token stays unless its cross-entropy under the deep decoder, in nats, exceeds `limit`."""
+    return lambda deep, token: float(-deep.double().log_softmax(-1)[token]) <= limit
+
+
+def only_the_deep_choice_stays(deep: torch.Tensor, token: int) -> bool:
+    """Lossless: a token stays if the deep decoder would have said it."""
+    return int(deep.argmax()) == token
+
+
+def draft_decode(
+    model: Any,
+    prompt_ids: Sequence[int],
+    exit_layer: int,
+    threshold: float,
+    keeps: Keeps,
+    max_new_tokens: int,
+    max_pending: int = 16,
+    eos_ids: Iterable[int] = (),
+) -> Reference:
+    """FREE whose exited tokens are drafts until the next deep call: it keeps them up to the first that `keeps` (deep
+    logits [vocab], token) refuses, whose place the deep choice takes. A draft that would end the request calls the deep
+    decoder at once. `stacked` is not recorded."""
+    ends, run = set(eos_ids), Run(model, prompt_ids, exit_layer)
+    reference = Reference(threshold, "free")
+    shallow, deep = run.logits([])
+    _record(reference, deep[-1], False, confidence_of(shallow[-1]))
+    while len(reference.token_ids) < max_new_tokens and reference.token_ids[-1] not in ends:
+        final, drafts = list(reference.token_ids), list[int]()
+        while True:
+            shallow, deep = run.logits(final + drafts)
+            exits = confidence_of(shallow[-1]) > threshold
+            if not exits or len(drafts) == max_pending - 1:
+                rows = len(drafts) + 1
+                break
+            drafts.append(int(shallow[-1].argmax()))
+            if drafts[-1] in ends or len(final + drafts) == max_new_tokens:
+                rows = len(drafts)
+                break
+        reference.sync_sizes.append(rows)
+        for row in range(len(final), len(final) + rows):
+            place = row - len(final)
+            kept = place < len(drafts) and keeps(deep[row], drafts[place])
+            _record(reference, shallow[row] if kept else deep[row], kept, confidence_of(shallow[row]))
+            if not kept:
+                break
+    reference.finish_reason = "eos" if reference.token_ids[-1] in ends else "length"
+    return reference
+
+
+def _record(reference: Reference, chosen: torch.Tensor, exited: bool, confidence: float) -> None:
+    values, indices = chosen.topk(2)
+    reference.token_ids.append(int(indices[0]))
+    reference.gaps.append(float(values[0] - values[1]))
+    reference.exited.append(exited)
+    reference.confidence.append(confidence)
+    reference.forced.append(False)
+
+
 class Run:
     """Logits of one prompt's continuations under both decoders; an encoder runs once."""
 

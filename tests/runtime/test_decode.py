@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.decode import Step, free, full
+from runtime import decode
+from runtime.continuation import Continuation, Step
 from runtime.decoder import PREFILL_ROWS, Decoder, Lane
 from runtime.errors import CapacityError
 from runtime.kv_cache import KVCache
+from runtime.pace import Pace
 
 WIDTH = 4
 SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token
@@ -25,14 +27,21 @@ SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the to
 class Recorder:
     """An engine that writes the token it read at each position into its cache, and checks where it is called.
 
-    A hidden state is [position, token, ...]. The shallow confidence at position p is `trace[p]`.
+    A hidden state is [position, token, ...]. The shallow confidence at position p is `trace[p]`, the deep cross-entropy
+    of whatever was drafted there `nll[p]`. The deep decoder agrees with the shallow one where `agrees[p]`.
     """
 
     cache: KVCache
     name: str
     trace: Sequence[float] = ()
+    nll: Sequence[float] = ()
+    agrees: Sequence[bool] = ()
     calls: list[int] = field(default_factory=list)
     heads: list[int] = field(default_factory=list)
+
+    def token(self, position: int) -> int:
+        agreed = self.name == "shallow" or (position < len(self.agrees) and self.agrees[position])
+        return int(position) + (SHALLOW_TOKEN if agreed else DEEP_TOKEN)
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> RecordedCall:
         return RecordedCall(self, inputs, outputs)
@@ -60,26 +69,45 @@ class RecordedCall:
         for array in engine.cache.arrays.values():
             array[0, 0, past : past + rows, 0] = tokens
         heads = positions[inputs["head_rows"]]
-        outputs["token"][:] = heads + (SHALLOW_TOKEN if engine.name == "shallow" else DEEP_TOKEN)
+        outputs["token"][:] = [engine.token(position) for position in heads]
         if engine.name == "shallow":
             outputs["confidence"][:] = [engine.trace[position] for position in heads]
+        else:
+            outputs["nll"][:] = [engine.nll[position] if engine.nll else 0 for position in heads]
         engine.calls.append(int(rows))
         engine.heads.append(len(heads))
 
 
 def decoder_of(
-    trace: Sequence[float] = (), max_pending: int = 16, rows: int = 512
+    trace: Sequence[float] = (),
+    max_pending: int = 16,
+    rows: int = 512,
+    nll: Sequence[float] = (),
+    agrees: Sequence[bool] = (),
 ) -> tuple[Decoder, Recorder, Recorder]:
     lanes = []
     for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
         cache = KVCache(layers, 1, 1, rows, 1, np.float32)
-        lanes.append(Lane(Recorder(cache, name, trace), cache))  # type: ignore[arg-type]
-    decoder = Decoder(lanes[0], lanes[1], slot=0, hidden_size=WIDTH, max_pending=max_pending)
+        lanes.append(Lane(Recorder(cache, name, trace, nll, agrees), cache))  # type: ignore[arg-type]
+    decoder = Decoder(lanes[0], lanes[1], slot=0, hidden_size=WIDTH, vocab_size=1, max_pending=max_pending)
     return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
 def prompt_of(length: int) -> np.ndarray:
     return np.arange(length, dtype=np.int64) + 10
+
+
+def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Continuation]:
+    """What every loop takes first."""
+    return decoder, decoder.prefill(prompt, head=True), Continuation(prompt, limit)
+
+
+def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Step]:
+    return decode.free(*begun(decoder, prompt), threshold, max_pending)
+
+
+def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
+    return decode.full(decoder, decoder.prefill(prompt, head=False), Continuation(prompt, 400))
 
 
 def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
@@ -171,13 +199,117 @@ def test_mode_full_runs_both_engines_for_every_token_and_no_shallow_head() -> No
 def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(length: int) -> None:
     trace = np.linspace(0, 1, length, dtype=np.float32)
     decoder, shallow, deep = decoder_of(trace.tolist(), rows=2048)
-    token, confidence = decoder.prefill(prompt_of(length), head=True)
-    assert (token, confidence) == (DEEP_TOKEN + length - 1, trace[-1])
+    said = decoder.prefill(prompt_of(length), head=True)
+    assert (said.token, said.confidence) == (DEEP_TOKEN + length - 1, trace[-1])
     assert sum(shallow.calls) == sum(deep.calls) == length
     assert max(shallow.calls) <= PREFILL_ROWS
     assert sum(shallow.heads) == sum(deep.heads) == 1
     assert decoder.lengths() == (length, length)
     assert cached(deep, length) == {tuple(prompt_of(length).tolist())}
+
+
+# Modes whose exits are drafts
+
+LENGTH = 60
+traces = st.lists(confidences, min_size=LENGTH, max_size=LENGTH)
+Loop = Any
+
+
+def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, limit: int, prompt: np.ndarray) -> Any:
+    """The steps of a loop up to `limit` tokens. Whenever one is final, both caches must hold what was read so far,
+    and nothing given up; deep rows may lie ahead of a token that is about to be."""
+    steps = list[Step]()
+    for step in islice(loop, limit):
+        steps.append(step)
+        known = (*prompt.tolist(), *(earlier.token for earlier in steps))
+        shallow_length, deep_length = decoder.lengths()
+        assert shallow_length == deep_length + decoder.stacked
+        assert decoder.stacked == 0
+        for engine in (shallow, deep):
+            ((*rows,),) = cached(engine, min(deep_length, len(known)))
+            assert tuple(rows) == known[: len(rows)]
+    assert sum(step.exited for step in steps) == decoder.stats.exits
+    return steps
+
+
+@given(
+    trace=traces,
+    nll=st.lists(st.floats(0, 4, width=32), min_size=LENGTH, max_size=LENGTH),
+    threshold=confidences,
+    limit=st.floats(0, 4, width=32),
+    max_pending=st.integers(1, 8),
+    tokens=st.integers(1, 40),
+)
+def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
+    trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
+) -> None:
+    decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
+    prompt = prompt_of(3)
+    loop = decode.rollback(*begun(decoder, prompt, tokens), threshold, max_pending, limit)
+    steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
+    pending = 0
+    for index, step in enumerate(steps):
+        position = index + 2
+        sure = index > 0 and trace[position] > threshold
+        # The last token of the request is verified even where the stack is full but for it.
+        room = pending < max_pending - 1
+        assert step.exited == (sure and room and nll[position] <= limit)
+        assert step.token == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
+        assert step.confidence == np.float32(trace[position])
+        pending = pending + 1 if step.exited else 0
+    assert max(deep.calls[1:], default=1) <= max_pending
+
+
+@given(
+    trace=traces,
+    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    threshold=confidences,
+    plans=st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=20),
+    max_pending=st.integers(1, 8),
+    tokens=st.integers(1, 40),
+)
+def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
+    trace: list[float],
+    agrees: list[bool],
+    threshold: float,
+    plans: list[tuple[int, bool]],
+    max_pending: int,
+    tokens: int,
+) -> None:
+    prompt = prompt_of(3)
+    whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
+    decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
+    pace, turn = Pace(max_pending, {}), iter(range(10_000))
+
+    def plan(most: int) -> tuple[int, bool]:
+        length, probe = plans[next(turn) % len(plans)]
+        return min(length, most), probe
+
+    pace.plan = plan  # type: ignore[method-assign]
+    loop = decode.lossless(*begun(decoder, prompt, tokens), threshold, max_pending, pace)
+    steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
+    assert [step.token for step in steps] == [step.token for step in islice(full(whole, prompt), tokens)]
+    for index, step in enumerate(steps):
+        assert not step.exited or (agrees[index + 2] and trace[index + 2] > threshold)
+        assert step.confidence in (None, np.float32(trace[index + 2]))
+    assert max(deep.calls[1:], default=1) <= max_pending
+
+
+def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
+    decoder, shallow, _ = decoder_of([1.0] * 20, agrees=[True] * 20)
+    list(islice(decode.rollback(*begun(decoder, prompt_of(3), 5), 0.5, 16, 1.0), 5))
+    # The prompt, then one step for each of four drafts.
+    assert shallow.calls == [3, 1, 1, 1, 1]
+
+
+def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
+    decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
+    labels: list[Any] = []
+    list(islice(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels.append), 5))
+    assert labels == [
+        [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)],
+    ]
+    assert deep.heads == [1, 3]
 
 
 def test_the_prompt_does_not_count_as_a_sync_pass() -> None:

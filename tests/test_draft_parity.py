@@ -1,0 +1,178 @@
+"""Modes whose exits are drafts, `rollback` and `lossless`, against a slow reference on Hugging Face modules."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
+from conftest import Bundles
+from reference import (
+    Run,
+    assert_same_tokens,
+    draft_decode,
+    free_decode,
+    only_the_deep_choice_stays,
+    replay,
+    separating_threshold,
+    unlikely_goes,
+)
+
+from runtime import Session
+from runtime.pace import Pace
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Callable[[Case], Any]
+TOKENS = 18
+BY_NAME = {case.name: case for case in CASES}
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+few_cases = pytest.mark.parametrize(
+    "case", [BY_NAME[name] for name in ("t5-deep-decoder", "umt5", "llama-tied", "qwen3")], ids=lambda case: case.name
+)
+
+
+@contextmanager
+def opened(bundle: Bundles, case: Case, exit_layer: int) -> Iterator[Session]:
+    with Session(bundle(case, exit_layer), slots=1, threads=1) as session:
+        yield session
+
+
+def thresholds(session: Session, model: Any, prompt: tuple[int, ...], exit_layer: int) -> tuple[float, float]:
+    """Where exits and their rollbacks both happen, both far from any value seen on the greedy continuation."""
+    guide = session.generate(prompt, mode="full", max_new_tokens=TOKENS, ignore_eos=True).token_ids
+    exits = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0), quantile=0.3)
+    shallow, deep = Run(model, prompt, exit_layer).logits(guide[:-1])
+    nlls = sorted((-deep.double().log_softmax(-1)).gather(1, shallow.argmax(-1, keepdim=True))[:, 0].tolist())
+    gaps = np.diff(nlls[TOKENS // 3 : 2 * TOKENS // 3])
+    widest = TOKENS // 3 + int(gaps.argmax())
+    return exits, (nlls[widest] + nlls[widest + 1]) / 2
+
+
+@each_case
+def test_rollback_takes_back_what_the_reference_takes_back(case: Case, bundle: Bundles, source_model: Model) -> None:
+    model, rejected, kept = source_model(case), 0, 0
+    for exit_layer in (case.exit_layers[0], case.exit_layers[-1]):
+        with opened(bundle, case, exit_layer) as session:
+            for prompt, max_pending in ((PROMPTS[0], 16), (PROMPTS[2], 3)):
+                threshold, limit = thresholds(session, model, prompt, exit_layer)
+                ours = session.generate(
+                    prompt,
+                    mode="rollback",
+                    threshold=threshold,
+                    rollback_threshold=limit,
+                    max_pending=max_pending,
+                    max_new_tokens=TOKENS,
+                    ignore_eos=True,
+                )
+                reference = draft_decode(
+                    model, prompt, exit_layer, threshold, unlikely_goes(limit), TOKENS, max_pending
+                )
+                if assert_same_tokens(ours, reference) is None:
+                    assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+                rejected += ours.stats.rejected
+                kept += ours.stats.exits
+    assert rejected
+    assert kept
+
+
+def test_a_drafted_end_of_sequence_is_verified_first(bundle: Bundles, source_model: Model) -> None:
+    case = BY_NAME["llama-untied-many-eos"]
+    model, endings = source_model(case), set()
+    with opened(bundle, case, 1) as session:
+        for threshold in (0.0, 0.2):
+            for limit in (2.0, 50.0):
+                for prompt in PROMPTS:
+                    ours = session.generate(
+                        prompt, mode="rollback", threshold=threshold, rollback_threshold=limit, max_new_tokens=20
+                    )
+                    eos = session.manifest.eos_token_ids
+                    reference = draft_decode(model, prompt, 1, threshold, unlikely_goes(limit), 20, eos_ids=eos)
+                    if assert_same_tokens(ours, reference) is None:
+                        assert ours.finish_reason == reference.finish_reason
+                        endings.add((ours.finish_reason, ours.exited[-1]))
+    assert endings >= {("eos", True), ("eos", False), ("length", True), ("length", False)}
+
+
+def test_rollback_without_a_limit_is_free_and_with_limit_zero_is_full(bundle: Bundles) -> None:
+    with opened(bundle, BY_NAME["llama-tied"], 2) as session:
+        for prompt in PROMPTS:
+            options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 40, "ignore_eos": True}
+            free = session.generate(prompt, **options)
+            never = session.generate(prompt, mode="rollback", rollback_threshold=1e9, **options)
+            assert never.token_ids == free.token_ids
+            # The last token of the request is verified at once: free leaves a stack behind.
+            assert never.exited[:-1] == free.exited[:-1]
+            always = session.generate(prompt, mode="rollback", rollback_threshold=0.0, **options)
+            assert always.token_ids == session.generate(prompt, mode="full", **options).token_ids
+            assert not any(always.exited)
+
+
+@few_cases
+@pytest.mark.parametrize("max_pending", [2, 5, 16])
+def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
+    case: Case, max_pending: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, True))
+    model, exit_layer, rejected = source_model(case), case.exit_layers[-1], 0
+    with opened(bundle, case, exit_layer) as session:
+        for prompt in PROMPTS[::2]:
+            threshold, _ = thresholds(session, model, prompt, exit_layer)
+            ours = session.generate(
+                prompt,
+                mode="lossless",
+                threshold=threshold,
+                max_pending=max_pending,
+                max_new_tokens=TOKENS,
+                ignore_eos=True,
+            )
+            reference = draft_decode(
+                model, prompt, exit_layer, threshold, only_the_deep_choice_stays, TOKENS, max_pending
+            )
+            if assert_same_tokens(ours, reference) is None:
+                assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+            assert any(ours.exited)
+            rejected += ours.stats.rejected
+            greedy = free_decode(model, prompt, exit_layer, 1.0, TOKENS, eos_ids=())
+            assert ours.token_ids == tuple(greedy.token_ids)
+    assert rejected
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    source = np.random.default_rng(seed)
+    return [source.integers(3, VOCAB_SIZE, source.integers(1, 40)).tolist() for _ in range(count)]
+
+
+@each_case
+@pytest.mark.parametrize("adapted", [True, False], ids=["adapted", "longest drafts"])
+def test_lossless_is_full(
+    case: Case, adapted: bool, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """12 prompts a case, 216 in all."""
+    if not adapted:
+        monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    differences, drafts = [], 0
+    with opened(bundle, case, case.exit_layers[-1]) as session:
+        for number, prompt in enumerate(prompts(12, seed=len(case.name))):
+            full = session.generate(prompt, mode="full", max_new_tokens=TOKENS)
+            for threshold in (0.0, 0.2, 0.6):
+                ours = session.generate(prompt, mode="lossless", threshold=threshold, max_new_tokens=TOKENS)
+                drafts += ours.stats.exits + ours.stats.rejected
+                if (ours.token_ids, ours.text, ours.finish_reason) != (full.token_ids, full.text, full.finish_reason):
+                    differences.append((number, first_difference(ours.token_ids, full.token_ids), full.token_ids))
+        assert drafts or adapted
+    for number, index, ids in differences:  # ties of the source model, if any
+        prompt = prompts(12, seed=len(case.name))[number]
+        _, deep = Run(source_model(case), prompt, 1).logits(ids[:index])
+        best, second = torch.topk(deep[-1], 2).values.tolist()
+        assert best - second < 1e-4
+    assert len(differences) <= 1
+
+
+def first_difference(ours: tuple[int, ...], theirs: tuple[int, ...]) -> int:
+    return next(index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
