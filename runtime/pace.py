@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Generic, NamedTuple, TypeVar
 
 # A draft must promise this much over mode full, so that an error of the estimates does not cost speed.
 MARGIN = 1.03
@@ -13,6 +13,9 @@ PROBE_SHARE = 0.005
 FIRST_ROWS, REVIEW_ROWS = 8, 8
 # Where a bundle records no costs: a deep row beside the first costs this much of it, the head this much of a step.
 ROW_SHARE, HEAD_SHARE = 0.1, 0.2
+
+
+K = TypeVar("K", str, int)
 
 
 class Verdict(NamedTuple):
@@ -51,10 +54,9 @@ class Pace:
         self._tokens_to_probe -= 1
         if self._tokens_to_probe > 0:
             return 0, False
-        costs = self._costs
-        # The rows before the first decision are all asked; later ones so rarely that it does not show.
+        # Before the first decision every second row is asked, to see both costs; later so few that it does not show.
         learned = self._sure.count >= FIRST_ROWS
-        self._tokens_to_probe = int(costs.head / (PROBE_SHARE * costs.full)) if learned else 0
+        self._tokens_to_probe = int(self._costs.head / (PROBE_SHARE * self._costs.full)) if learned else 2
         return 0, True
 
     def observe_costs(self, asked: int, rows: int, shallow: float, deep: float) -> None:
@@ -68,30 +70,34 @@ class Pace:
                 self._kept.observe(verdict.kept)
             self._rows_to_review -= 1
 
-    def speedup(self, length: int) -> float:
-        """Predicted speed with drafts of up to `length` tokens, as a multiple of mode full."""
-        sure, kept = self._sure.value, self._kept.value
-        tokens = sum((sure * kept) ** drafted for drafted in range(length + 1))
-        reached = [sure**drafted for drafted in range(length + 1)]
-        chances = [here - after for here, after in zip(reached, [*reached[1:], 0.0], strict=True)]
-        shallow = self._costs["asked"] * sum(reached[:-1]) + self._costs["bare"] * reached[-1]
-        deep = sum(chance * self._costs[drafted + 1] for drafted, chance in enumerate(chances))
-        return tokens * self._costs.full / (shallow + deep)
+    def speedups(self, most: int) -> Iterator[float]:
+        """Predicted speed with drafts of up to 0, 1, ... `most` tokens, as multiples of mode full."""
+        sure, kept, costs = self._sure.value, self._kept.value, self._costs
+        tokens, reached, drafted, stopped, both = 1.0, 1.0, 0.0, 0.0, 1.0
+        for length in range(most + 1):
+            # `reached`: the chance that the draft gets so long; `stopped`: deep passes of drafts that ended before.
+            seconds = costs["asked"] * drafted + costs["bare"] * reached + stopped + costs[length + 1] * reached
+            yield tokens * costs.full / seconds
+            drafted += reached
+            stopped += costs[length + 1] * reached * (1 - sure)
+            reached *= sure
+            both *= sure * kept
+            tokens += both
 
     def _best_length(self, most: int) -> int:
-        speed, length = max((self.speedup(length), length) for length in range(most + 1))
+        speed, length = max((speed, length) for length, speed in enumerate(self.speedups(most)))
         return length if speed > MARGIN else 0
 
 
 class _Share:
-    """A share of late: what lies 64 observations back counts a third. It begins as one half, twice seen."""
+    """A share of late: what lies 32 observations back counts a third. It begins as one half, twice seen."""
 
     def __init__(self) -> None:
         self.value, self.count = 0.5, 0
 
     def observe(self, holds: bool) -> None:
         self.count += 1
-        self.value += (holds - self.value) / min(self.count + 2, 64)
+        self.value += (holds - self.value) / min(self.count + 2, 32)
 
 
 class _Costs:
@@ -99,16 +105,12 @@ class _Costs:
 
     def __init__(self, max_pending: int, recorded: Mapping[str, float]) -> None:
         bare = recorded.get("shallow_without_head_ms", 1.0)
-        self._recorded: dict[Hashable, float] = {
-            "asked": recorded.get("shallow_ms", bare / (1 - HEAD_SHARE)),
-            "bare": bare,
-            **_deep_passes(max_pending, recorded, bare),
-        }
-        self._measured: dict[Hashable, tuple[float, int]] = {}
-        self._scale, self._samples = 1.0, 0
+        asked = recorded.get("shallow_ms", bare / (1 - HEAD_SHARE))
+        self._shallow = _Table({"asked": asked, "bare": bare})
+        self._deep = _Table(_deep_passes(max_pending, recorded, bare))
 
-    def __getitem__(self, what: Hashable) -> float:
-        return self._measured[what][0] if what in self._measured else self._recorded[what] * self._scale
+    def __getitem__(self, what: str | int) -> float:
+        return self._deep[what] if isinstance(what, int) else self._shallow[what]
 
     @property
     def full(self) -> float:
@@ -119,27 +121,39 @@ class _Costs:
         return max(0.0, self["asked"] - self["bare"])
 
     def observe(self, asked: int, rows: int, shallow: float, deep: float) -> None:
-        self._take(rows, deep)
+        self._deep.observe(rows, deep)
         if asked:
-            self._take("asked", (shallow - (rows - asked) * self["bare"]) / asked)
+            self._shallow.observe("asked", (shallow - (rows - asked) * self["bare"]) / asked)
         else:
-            self._take("bare", shallow / rows)
+            self._shallow.observe("bare", shallow / rows)
 
-    def _take(self, what: Hashable, seconds: float) -> None:
-        mean, count = self._measured.get(what, (0.0, 0))
+
+class _Table(Generic[K]):
+    """Costs by key. What was not measured is `recorded`, scaled as the measured ones are."""
+
+    def __init__(self, recorded: Mapping[K, float]) -> None:
+        self._recorded: Mapping[K, float] = recorded
+        self._measured: dict[K, tuple[float, int]] = {}
+        self._scale, self._samples = 1.0, 0
+
+    def __getitem__(self, key: K) -> float:
+        return self._measured[key][0] if key in self._measured else self._recorded[key] * self._scale
+
+    def observe(self, key: K, seconds: float) -> None:
+        mean, count = self._measured.get(key, (0.0, 0))
         # A hiccup of the machine is one sample of many, and must not pass for a cost.
-        sample = max(0.0, min(seconds, 2 * mean) if count else seconds)
-        self._measured[what] = mean + (sample - mean) / min(count + 1, 16), count + 1
+        sample = max(0.0, min(seconds, 2 * self[key]) if self._samples else seconds)
+        self._measured[key] = mean + (sample - mean) / min(count + 1, 16), count + 1
         self._samples += 1
-        self._scale += (seconds / self._recorded[what] - self._scale) / min(self._samples, 16)
+        self._scale += (sample / self._recorded[key] - self._scale) / min(self._samples, 16)
 
 
-def _deep_passes(max_pending: int, recorded: Mapping[str, float], bare: float) -> dict[Hashable, float]:
+def _deep_passes(max_pending: int, recorded: Mapping[str, float], bare: float) -> dict[int, float]:
     """Cost of 1 to `max_pending` rows, between the recorded sizes by interpolation."""
     sizes = [size for size in range(1, max_pending + 1) if f"deep_{size}_ms" in recorded]
     if not sizes:
         return {rows: bare * (1 + ROW_SHARE * (rows - 1)) for rows in range(1, max_pending + 1)}
-    table: dict[Hashable, float] = {}
+    table: dict[int, float] = {}
     for rows in range(1, max_pending + 1):
         below = max((size for size in sizes if size <= rows), default=sizes[0])
         above = min((size for size in sizes if size >= rows), default=sizes[-1])

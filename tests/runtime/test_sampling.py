@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from runtime.continuation import Continuation
+from runtime.decoder import Prediction
+from runtime.errors import OptionError
+from runtime.logits import softmax
+from runtime.sampling import Sampler, Warping, log_probability, race
+
+DRAWS = 20_000
+TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])
+DRAFT = np.array([0.05, 0.45, 0.1, 0.02, 0.2, 0.1, 0.04, 0.04])
+
+
+def test_a_race_draws_with_the_given_probabilities() -> None:
+    counts = np.bincount([race(TARGET, (7, 0), position) for position in range(DRAWS)], minlength=len(TARGET))
+    assert counts[TARGET == 0].sum() == 0
+    assert chisquare(counts[TARGET > 0], DRAWS * TARGET[TARGET > 0]).pvalue > 0.001
+
+
+def test_seeds_samples_and_positions_draw_independently() -> None:
+    draws = [[race(TARGET, seed, position) for position in range(2000)] for seed in ((0, 0), (1, 0), (0, 1))]
+    collision = float((TARGET**2).sum())
+    for first, second in ((0, 1), (0, 2), (1, 2)):
+        same = np.mean(np.equal(draws[first], draws[second]))
+        assert abs(same - collision) < 0.05
+    repeated = np.mean(np.equal(draws[0][1:], draws[0][:-1]))
+    assert abs(repeated - collision) < 0.05
+
+
+def test_speculative_sampling_has_the_deep_distribution_and_keeps_enough_drafts() -> None:
+    """A draft is the shallow draw of a position; what becomes final is the deep draw of the same position."""
+    deep = [race(TARGET, (3, 0), position) for position in range(DRAWS)]
+    shallow = [race(DRAFT, (3, 0), position) for position in range(DRAWS)]
+    kept = np.equal(deep, shallow)
+    final = np.where(kept, shallow, deep)
+    counts = np.bincount(final, minlength=len(TARGET))
+    assert chisquare(counts[TARGET > 0], DRAWS * TARGET[TARGET > 0]).pvalue > 0.001
+    distance = np.abs(TARGET - DRAFT).sum() / 2
+    assert (1 - distance) / (1 + distance) - 0.01 < kept.mean() < 1 - distance + 0.01
+    # Given that it was kept, and given that it was not, a token is not distributed so: the test can fail.
+    assert chisquare(np.bincount(np.array(deep)[kept], minlength=8)[:7], kept.sum() * TARGET[:7]).pvalue < 1e-6
+
+
+def test_equal_distributions_keep_every_draft() -> None:
+    sampler = Sampler(1, warping=Warping(0.8, 5, 1.0, 0.0), seed=(1, 2))
+    logits = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    context = np.arange(9)
+    assert {sampler(logits, context) for _ in range(5)} == {sampler(logits + 3, context)}
+
+
+@given(st.integers(0, 2**64 - 1), st.integers(0, 2**32), st.integers(0, 5000))
+def test_any_seed_draws_a_possible_token(seed: int, sample: int, position: int) -> None:
+    assert TARGET[race(TARGET, (seed, sample), position)] > 0
+
+
+def test_warping_is_the_distribution_that_transformers_samples_from() -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).eval()
+    settings = {"temperature": 0.6, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+    extras: dict[str, Any] = {"repetition_penalty": 1.4, "sequence_bias": {(3,): 2.0, (5, 6): 3.0}, "min_new_tokens": 2}
+    config = GenerationConfig(do_sample=True, eos_token_id=9, max_new_tokens=4, **settings, **extras)
+    prompt = torch.tensor([[4, 5, 8]])
+    torch.manual_seed(0)
+    out = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        generation_config=config,
+        return_dict_in_generate=True,
+        output_logits=True,
+        output_scores=True,
+        pad_token_id=0,
+    )
+    sampler = Sampler(3, frozenset({9}), extras["min_new_tokens"], 1.4, extras["sequence_bias"])
+    warping = Warping(0.6, 20, 0.8, 0.05)
+    assert len(out.scores) > 2
+    for step, (logits, scores) in enumerate(zip(out.logits, out.scores, strict=True)):
+        ours = softmax(warping(sampler.process(logits[0].numpy(), out.sequences[0, : 3 + step].numpy())))
+        np.testing.assert_allclose(ours, scores[0].double().softmax(-1).numpy(), atol=1e-6)
+
+
+def test_without_warping_the_best_token_is_chosen() -> None:
+    logits = np.array([1.0, 3.0, 2.0], np.float32)
+    assert Sampler(1)(logits, np.array([0])) == 1
+    assert Sampler(1, repetition_penalty=2.0)(logits, np.array([1])) == 2
+    assert Sampler(1, frozenset({1}), min_new_tokens=1)(logits, np.array([0])) == 2
+    assert Sampler(1, frozenset({1}), min_new_tokens=1)(logits, np.array([0, 5])) == 1
+
+
+def test_processors_of_the_caller_run_in_order_after_the_others_on_copies() -> None:
+    seen: list[Any] = []
+
+    def first(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        seen.append((ids.tolist(), scores.tolist()))
+        scores[0, 2] += 10
+        ids[:] = 0
+        return scores
+
+    def second(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        seen.append((ids.tolist(), scores.tolist()))
+        return scores.astype(np.float64)
+
+    logits, context = np.array([1.0, 4.0, 2.0], np.float32), np.array([1, 1])
+    sampler = Sampler(1, repetition_penalty=2.0, processors=(first, second))
+    assert sampler(logits, context) == 2
+    assert seen == [([[1, 1]], [[1.0, 2.0, 2.0]]), ([[1, 1]], [[1.0, 2.0, 12.0]])]
+    assert logits.tolist() == [1.0, 4.0, 2.0]
+    assert context.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (np.zeros(3, np.float32), r"returned float32 \[3\]; return floats \[1, 3\]"),
+        (np.zeros((1, 4), np.float32), r"returned float32 \[1, 4\]"),
+        (np.zeros((1, 3), np.int64), "returned int64"),
+        (None, "returned object"),
+        (np.array([[0, np.nan, 1]]), "left no token to choose"),
+        (np.full((1, 3), -np.inf), "left no token to choose"),
+    ],
+)
+def test_what_a_processor_returns_is_checked(returned: Any, message: str) -> None:
+    def picky(ids: np.ndarray, scores: np.ndarray) -> Any:
+        return returned
+
+    with pytest.raises(OptionError, match=f"logits_processor picky {message}"):
+        Sampler(1, processors=(picky,))(np.zeros(3, np.float32), np.array([0]))
+
+
+def test_a_log_probability_is_of_the_raw_logits() -> None:
+    logits = np.array([0.0, 1.0, -2.0], np.float32)
+    expected = torch.tensor(logits).log_softmax(-1)
+    assert [log_probability(logits, token) for token in range(3)] == pytest.approx(expected.tolist())
+
+
+@given(
+    drafts=st.lists(st.lists(st.integers(0, 9), max_size=4), max_size=6),
+    final=st.lists(st.integers(0, 9), min_size=6, max_size=6),
+)
+def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int]], final: list[int]) -> None:
+    seen: list[list[int]] = []
+
+    def watch(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        seen.append(ids[0].tolist())
+        return scores
+
+    output = Continuation(np.array([7, 8]), 10, sampler=Sampler(2, processors=(watch,)))
+    said = Prediction(0, logits=np.zeros(10, np.float32))
+    for index, ahead in enumerate(drafts):
+        output.choose(said, ahead)
+        assert seen[-1] == [7, 8, *final[:index], *ahead]
+        assert output.add(final[index], False, None, said).token == final[index] == output.newest
+
+
+def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
+    output = Continuation(np.array([1, 2]), 4, frozenset({9}))
+    said = Prediction(5)
+    assert [output.ends([5]), output.ends([9]), output.ends([9, 5]), output.ends([5] * 3), output.ends([5] * 4)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    output.add(5, False, None, said)
+    assert [output.ends([5] * 2), output.ends([5] * 3)] == [False, True]
