@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import click
@@ -29,13 +29,15 @@ from runtime.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Row:
     """A contender's result: the median over rounds of its tokens per second over all prompts, its spread (largest
-    less smallest, as a share of the median), its speed as a multiple of the first contender's, its exit rate."""
+    less smallest, as a share of the median), its speed as a multiple of the first contender's, its exit rate, and the
+    share of its drafts that were kept."""
 
     name: str
     tokens_per_second: float
     spread: float
     ratio: float
     exit_rate: float
+    acceptance: float = 1.0
 
 
 def bench(
@@ -61,9 +63,10 @@ def _rows(runs: dict[str, list[list[Run]]]) -> list[Row]:
     for name, turns in runs.items():
         speeds = [sum(run.tokens for run in turn) / sum(run.seconds for run in turn) for turn in turns]
         speed = median(speeds)
-        exits = [run.exit_rate for turn in turns for run in turn]
         ratio = speed / rows[0].tokens_per_second if rows else 1.0
-        rows.append(Row(name, speed, (max(speeds) - min(speeds)) / speed, ratio, sum(exits) / len(exits)))
+        done = [run for turn in turns for run in turn]
+        exits, kept = (fmean(getattr(run, share) for run in done) for share in ("exit_rate", "acceptance"))
+        rows.append(Row(name, speed, (max(speeds) - min(speeds)) / speed, ratio, exits, kept))
     return rows
 
 
@@ -99,9 +102,10 @@ def settings(bundle: Bundle, threads: int, tokens: int, prompts: int, rounds: in
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'':28} {'tokens/s':>9} {'spread':>7} {'ratio':>7} {'exits':>6}"]
+    lines = [f"{'':32} {'tokens/s':>9} {'spread':>7} {'ratio':>7} {'exits':>6} {'kept':>5}"]
     lines += [
-        f"{row.name:28} {row.tokens_per_second:9.1f} {row.spread:7.0%} {row.ratio:6.2f}x {row.exit_rate:6.0%}"
+        f"{row.name:32} {row.tokens_per_second:9.1f} {row.spread:7.0%} {row.ratio:6.2f}x {row.exit_rate:6.0%} "
+        f"{row.acceptance:5.0%}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -111,7 +115,17 @@ def table(rows: Sequence[Row]) -> str:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
 @click.option("--against", metavar="MODEL", help="Also run transformers with the checkpoint the bundle came from.")
-@click.option("--threshold", type=float, multiple=True, help="Also run mode free at this threshold; several times.")
+@click.option("--threshold", type=float, multiple=True, help="Also run the modes at this threshold; several times.")
+@click.option(
+    "--mode",
+    type=click.Choice(["free", "rollback", "lossless"]),
+    multiple=True,
+    default=["free"],
+    show_default=True,
+    help="Modes to run at the thresholds; several times.",
+)
+@click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
+@click.option("--early-exit-draft", is_flag=True, help="Also transformers drafting with the layers before the exit.")
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens for each prompt.")
 @click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Prompts used.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
@@ -123,6 +137,9 @@ def command(
     data: Path | None,
     against: str | None,
     threshold: tuple[float, ...],
+    mode: tuple[str, ...],
+    rollback_threshold: float | None,
+    early_exit_draft: bool,
     tokens: int,
     samples: int,
     rounds: int,
@@ -130,20 +147,30 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE: mode full, mode free at thresholds, and transformers, interleaved on an idle machine.
+    """Measure BUNDLE: mode full, modes that exit at thresholds, and transformers, interleaved on an idle machine.
 
     Speed counts from prompt to last token. Each contender has a process of its own.
 
     \b
     Example:
       freeexport bench bundle --against path/to/checkpoint --threshold 0.8
+      freeexport bench bundle --threshold 0.5 --threshold 0 --mode free --mode lossless
     """
+    if early_exit_draft and not against:
+        raise click.UsageError("--early-exit-draft goes with --against")
     opened = Bundle.open(bundle)
     prompts = bench_prompts(opened, data, samples)
     idle = require_idle(force)
     count = threads or usable_cores()
     specs: list[Ours | Transformers] = [Transformers(against, count)] if against else []
-    specs += [Ours(bundle, count, "full"), *(Ours(bundle, count, "free", value) for value in threshold)]
+    if against and early_exit_draft:
+        specs.append(Transformers(against, count, opened.manifest.exit_layer))
+    specs.append(Ours(bundle, count, "full"))
+    specs += [
+        Ours(bundle, count, name, value, rollback_threshold if name == "rollback" else None)
+        for value in threshold
+        for name in mode
+    ]
     rows = bench(specs, prompts, tokens, rounds)
     used = settings(opened, count, tokens, len(prompts), rounds, idle)
     if as_json:

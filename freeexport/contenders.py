@@ -18,11 +18,13 @@ from runtime.errors import FreeExportError
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt decoded: tokens, wall seconds from prompt to last token, and the share that exited."""
+    """One prompt decoded: tokens, wall seconds from prompt to last token, the share that exited, and how much of what
+    was drafted was kept."""
 
     tokens: int
     seconds: float
     exit_rate: float = 0.0
+    acceptance: float = 1.0
 
 
 class Contender(Protocol):
@@ -33,12 +35,13 @@ class Contender(Protocol):
 
 @dataclass(frozen=True)
 class Ours:
-    """A bundle in one mode; `threshold` for free."""
+    """A bundle in one mode; `threshold` for those that exit, `rollback_threshold` for rollback."""
 
     bundle: Path
     threads: int
     mode: str
     threshold: float | None = None
+    rollback_threshold: float | None = None
 
     @property
     def name(self) -> str:
@@ -57,20 +60,29 @@ class Ours:
                     max_new_tokens=count,
                     mode=chosen.mode,
                     threshold=chosen.threshold,
+                    rollback_threshold=chosen.rollback_threshold,
                     ignore_eos=True,
                 )
-                return Run(len(result.token_ids), time.perf_counter() - began, result.stats.exit_rate)
+                seconds = time.perf_counter() - began
+                return Run(len(result.token_ids), seconds, result.stats.exit_rate, result.stats.acceptance)
 
         return Loaded()
 
 
 @dataclass(frozen=True)
 class Transformers:
-    """transformers' generate with the checkpoint a bundle was made from, eager, fp32, with its KV cache."""
+    """transformers' generate with the checkpoint a bundle was made from, eager, fp32, with its KV cache.
+
+    `assistant_early_exit`: the layer after which it drafts, the counterpart of mode lossless; decoder-only models.
+    """
 
     model: str
     threads: int
-    name: str = "transformers"
+    assistant_early_exit: int | None = None
+
+    @property
+    def name(self) -> str:
+        return "transformers" if self.assistant_early_exit is None else "transformers, early-exit draft"
 
     def load(self) -> Contender:
         import torch
@@ -83,6 +95,7 @@ class Transformers:
         seq2seq = bool(model.config.is_encoder_decoder)
         # transformers' cache fails for T5 with a decoder deeper than the encoder.
         cache = not seq2seq or model.config.num_decoder_layers <= model.config.num_layers
+        draft = {} if self.assistant_early_exit is None else {"assistant_early_exit": self.assistant_early_exit}
 
         class Loaded:
             def run(self, prompt: Sequence[int], count: int) -> Run:
@@ -96,6 +109,7 @@ class Transformers:
                     min_new_tokens=count,
                     max_new_tokens=count,
                     use_cache=cache,
+                    **draft,
                 )
                 seconds = time.perf_counter() - began
                 return Run(int(out.shape[1]) - (1 if seq2seq else len(prompt)), seconds)

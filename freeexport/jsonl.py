@@ -152,14 +152,27 @@ class ResultWriter:
         return True
 
     def write(
-        self, request: Request, *, text: str, token_ids: Sequence[int], exited: Sequence[bool], finish_reason: str
+        self,
+        request: Request,
+        *,
+        text: str,
+        token_ids: Sequence[int],
+        exited: Sequence[bool],
+        finish_reason: str,
+        logprobs: Sequence[float] | None = None,
+        others: Sequence[str] = (),
     ) -> None:
-        """Append a result. Raises FreeExportError where the line cannot be written, as on a full disk."""
+        """Append a result, with `logprobs` and the texts of `others` where there are any.
+
+        Raises FreeExportError where the line cannot be written, as on a full disk.
+        """
         result = {
             "text": text,
             "token_ids": [int(token) for token in token_ids],
             "exited": [bool(flag) for flag in exited],
             "finish_reason": finish_reason,
+            **({} if logprobs is None else {"logprobs": [float(value) for value in logprobs]}),
+            **({"others": list(others)} if others else {}),
         }
         self._append(request, result)
 

@@ -1,0 +1,95 @@
+"""The options of `freeexport generate` reach the session, and what it returns reaches the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner, Result
+from conftest import Bundles
+
+from freeexport import cli
+from runtime import Session
+
+CASE = next(case for case in CASES if case.name == "llama-tied")
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def generate(bundle: Bundles) -> Run:
+    path = str(bundle(CASE, 2))
+    return lambda *arguments: CliRunner().invoke(cli.main, ["generate", path, *arguments, "--threads", "1"])
+
+
+@pytest.fixture
+def session(bundle: Bundles) -> Any:
+    with Session(bundle(CASE, 2), threads=1, slots=1) as opened:
+        yield opened
+
+
+def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, session: Session) -> None:
+    result = generate(
+        *("Hi there", "--json", "--mode", "rollback", "--threshold", "0.2", "--rollback-threshold", "3"),
+        *("--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.2"),
+        *("--seed", "5", "--sequence-bias", "42=-1.5", "--sequence-bias", "7,42=2", "--min-new-tokens", "3"),
+        *("--max-new-tokens", "9", "--output-logprobs"),
+    )
+    assert result.exit_code == 0, result.output
+    ours = json.loads(result.stdout)
+    expected = session.generate(
+        "Hi there",
+        mode="rollback",
+        threshold=0.2,
+        rollback_threshold=3.0,
+        temperature=0.9,
+        top_k=40,
+        top_p=0.95,
+        min_p=0.01,
+        repetition_penalty=1.2,
+        seed=5,
+        sequence_bias={42: -1.5, (7, 42): 2.0},
+        min_new_tokens=3,
+        max_new_tokens=9,
+        output_logprobs=True,
+    )
+    assert ours["token_ids"] == list(expected.token_ids)
+    assert ours["exited"] == list(expected.exited)
+    assert ours["logprobs"] == pytest.approx(expected.logprobs)
+
+
+def test_several_samples_are_printed_best_first(generate: Run, session: Session, tmp_path: Path) -> None:
+    arguments = ("--temperature", "1", "--seed", "2", "--max-new-tokens", "5", "--num-return-sequences", "3")
+    texts = [r.text for r in session.generate_best("Hi", 3, temperature=1.0, seed=2, max_new_tokens=5)]
+    ours = json.loads(generate("Hi", "--json", *arguments).stdout)
+    assert [ours["text"], *ours["others"]] == texts
+    assert generate("Hi", *arguments).stdout.count("nats a token]") == 3
+    (tmp_path / "in.jsonl").write_text('{"input": "Hi"}\n')
+    assert generate("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"), *arguments).exit_code == 0
+    line = json.loads((tmp_path / "out").read_text())
+    assert [line["text"], *line["others"]] == texts
+
+
+@pytest.mark.parametrize("bias", ["42", "a=3", "42=much", "1,=2", "=2"])
+def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -> None:
+    result = generate("Hi", "--sequence-bias", bias)
+    assert result.exit_code == 2
+    assert repr(bias) in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--mode", "rollback"), "rollback_threshold is None"),
+        (("--temperature", "-1"), "temperature is -1.0"),
+        (("--top-p", "0.5"), "nothing is sampled"),
+        (("--num-return-sequences", "2"), "num_return_sequences is 2"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], message: str, generate: Run) -> None:
+    result = generate("Hi", *arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert message in result.stderr

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.errors import BundleError
+from runtime.generation_defaults import read_defaults, with_defaults
+from runtime.options import GenerationOptions
+
+
+def written(directory: Path, content: Any) -> Path:
+    (directory / "generation_config.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return directory
+
+
+def test_sampling_values_are_read_and_others_left(tmp_path: Path) -> None:
+    content = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": None,
+        "top_p": 0.9,
+        "eos_token_id": 2,
+        "max_length": 4096,
+    }
+    assert read_defaults(written(tmp_path, content)) == {"temperature": 0.6, "top_p": 0.9}
+
+
+def test_without_a_file_there_are_none(tmp_path: Path) -> None:
+    assert read_defaults(tmp_path) == {}
+
+
+def test_they_fill_in_what_is_left_open_and_only_for_sampling() -> None:
+    defaults = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
+    filled = with_defaults(GenerationOptions(do_sample=True, top_p=0.5), defaults)
+    assert (filled.temperature, filled.top_p, filled.repetition_penalty) == (0.6, 0.5, 1.1)
+    greedy = GenerationOptions()
+    assert with_defaults(greedy, defaults) is greedy
+
+
+@pytest.mark.parametrize("content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, [1], "{", "\0"])
+def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"generation_config\.json"):
+        read_defaults(written(tmp_path, content))

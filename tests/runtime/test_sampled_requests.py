@@ -1,0 +1,266 @@
+"""Sampling and control through a session: which decoder a token is drawn from, seeds, several samples, log-probs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE
+from conftest import Bundles
+from reference import Run
+from scipy.stats import chisquare
+from transformers import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from runtime import GenerationResult, OptionError, Session
+from runtime.pace import Pace
+from runtime.sampling import race
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Callable[[Any], Any]
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = "llama-tied", "t5-relu-tied"
+both = pytest.mark.parametrize("name", [LLAMA, T5])
+DRAW: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 11}
+
+
+@pytest.fixture(scope="module")
+def sessions(bundle: Bundles) -> Iterator[Callable[[str], Session]]:
+    opened: dict[str, Session] = {}
+
+    def session(name: str) -> Session:
+        if name not in opened:
+            opened[name] = Session(bundle(BY_NAME[name], 2), threads=1, slots=1)
+        return opened[name]
+
+    yield session
+    for item in opened.values():
+        item.close()
+
+
+Sessions = Callable[[str], Session]
+
+
+def context_of(prompt: tuple[int, ...], name: str) -> list[int]:
+    """What the decoder has read before the first token."""
+    return [0] if name == T5 else list(prompt)
+
+
+@both
+@pytest.mark.parametrize("mode", ["free", "full", "shallow"])
+def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_of_transformers(
+    name: str, mode: str, sessions: Sessions, source_model: Model
+) -> None:
+    processors = LogitsProcessorList(
+        [
+            RepetitionPenaltyLogitsProcessor(1.2),
+            TemperatureLogitsWarper(0.9),
+            TopKLogitsWarper(40),
+            TopPLogitsWarper(0.95),
+        ]
+    )
+    ours = sessions(name).generate(PROMPTS[0], mode=mode, threshold=0.3, max_new_tokens=30, ignore_eos=True, **DRAW)
+    logits = Run(source_model(BY_NAME[name]), PROMPTS[0], 2).logits(ours.token_ids[:-1])
+    drawn = []
+    for step, exited in enumerate(ours.exited):
+        context = context_of(PROMPTS[0], name) + list(ours.token_ids[:step])
+        scores = processors(torch.tensor([context]), logits[0 if exited else 1][step][None])
+        drawn.append(race(scores[0].double().softmax(-1).numpy(), (DRAW["seed"], 0), len(context)))
+    assert tuple(drawn) == ours.token_ids
+    assert any(ours.exited) == (mode != "full")
+    greedy = sessions(name).generate(PROMPTS[0], mode=mode, threshold=0.3, max_new_tokens=30, ignore_eos=True)
+    assert greedy.token_ids != ours.token_ids
+
+
+@both
+def test_lossless_draws_the_tokens_of_full_for_the_same_seed(
+    name: str, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    session, kept, rejected = sessions(name), 0, 0
+    for seed in range(10):
+        options: dict[str, Any] = {**DRAW, "seed": seed, "max_new_tokens": 20, "output_logprobs": True}
+        full = session.generate(PROMPTS[seed % 3], mode="full", **options)
+        ours = session.generate(PROMPTS[seed % 3], mode="lossless", threshold=0.05, **options)
+        assert (ours.token_ids, ours.text) == (full.token_ids, full.text)
+        assert ours.logprobs == pytest.approx(full.logprobs, abs=1e-4)
+        kept += ours.stats.exits
+        rejected += ours.stats.rejected
+    assert kept
+    assert rejected
+
+
+def test_rollback_with_sampling_keeps_the_shallow_draw_unless_it_is_unlikely(
+    sessions: Sessions, source_model: Model
+) -> None:
+    ours = sessions(LLAMA).generate(
+        PROMPTS[0], mode="rollback", threshold=0.1, rollback_threshold=3.0, max_new_tokens=40, ignore_eos=True, **DRAW
+    )
+    _, deep = Run(source_model(BY_NAME[LLAMA]), PROMPTS[0], 2).logits(ours.token_ids[:-1])
+    nll = -deep.log_softmax(-1)[torch.arange(40), torch.tensor(ours.token_ids)]
+    exited = torch.tensor(ours.exited)
+    assert exited.any()
+    assert ours.stats.rejected
+    assert nll[exited].max() <= 3.0 + 1e-4
+
+
+@both
+def test_a_seed_repeats_and_another_does_not(name: str, sessions: Sessions) -> None:
+    def ask(**options: Any) -> GenerationResult:
+        chosen = {"temperature": 1.0, "max_new_tokens": 12, "threshold": 0.3, "ignore_eos": True, **options}
+        return sessions(name).generate(PROMPTS[0], **chosen)
+
+    assert ask(seed=1).token_ids == ask(seed=1).token_ids
+    assert len({ask(seed=seed).token_ids for seed in range(6)}) == 6
+    assert ask().token_ids != ask().token_ids
+    assert ask(temperature=0, seed=1).token_ids == ask(temperature=None).token_ids
+
+
+def test_values_of_generation_config_apply_once_sampling_is_asked_for(bundle: Bundles, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle(BY_NAME[LLAMA], 2), tmp_path / "copy"))
+    file = path / "generation_config.json"
+    size = file.stat().st_size
+    file.write_text(json.dumps({"top_k": 1, "do_sample": True, "temperature": 3.0}).ljust(size))
+    with Session(path, threads=1, slots=1) as session:
+        options: dict[str, Any] = {"mode": "full", "max_new_tokens": 20}
+        greedy = session.generate(PROMPTS[0], **options).token_ids
+        # The file asks for sampling: that does not count. With sampling, its top_k of one is greedy again.
+        assert session.generate(PROMPTS[0], do_sample=True, **options).token_ids == greedy
+        assert session.generate(PROMPTS[0], do_sample=True, top_k=50, seed=1, **options).token_ids != greedy
+
+
+@both
+@pytest.mark.parametrize("mode", ["free", "lossless", "full"])
+def test_several_samples_are_those_of_one_prompt_best_first(name: str, mode: str, sessions: Sessions) -> None:
+    session = sessions(name)
+    options: dict[str, Any] = {**DRAW, "mode": mode, "threshold": 0.3, "max_new_tokens": 10}
+    results = session.generate_best(PROMPTS[0], 5, **options)
+    assert len({result.token_ids for result in results}) == 5
+    means = [sum(result.logprobs or ()) / len(result.token_ids) for result in results]
+    assert means == sorted(means, reverse=True)
+    # The first one drawn is what `generate` draws, and each is what it is among fewer.
+    assert session.generate(PROMPTS[0], **options).token_ids in {result.token_ids for result in results}
+    fewer = {result.token_ids for result in session.generate_best(PROMPTS[0], 3, **options)}
+    assert fewer < {result.token_ids for result in results}
+    assert sum(result.stats.prefill_seconds > 0 for result in results) == 1
+    assert sum(result.stats.encode_seconds > 0 for result in results) == (name == T5)
+
+
+def test_several_samples_need_sampling_and_leave_the_slot(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    for count, options in ((2, {}), (0, {"do_sample": True}), (2, {"temperature": 0})):
+        with pytest.raises(OptionError, match=f"num_return_sequences is {count}"):
+            session.generate_best(PROMPTS[0], count, **options)
+
+    def broken(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        session.generate_best(PROMPTS[0], 2, do_sample=True, logits_processor=broken)
+    assert len(session.generate(PROMPTS[0], max_new_tokens=2).token_ids) == 2
+
+
+@both
+def test_log_probabilities_are_those_of_the_source_model(name: str, sessions: Sessions, source_model: Model) -> None:
+    for mode in ("free", "rollback", "lossless", "full"):
+        ours = sessions(name).generate(
+            PROMPTS[0],
+            mode=mode,
+            threshold=0.3,
+            rollback_threshold=3.0,
+            max_new_tokens=25,
+            ignore_eos=True,
+            output_logprobs=True,
+        )
+        shallow, deep = Run(source_model(BY_NAME[name]), PROMPTS[0], 2).logits(ours.token_ids[:-1])
+        spoke = [shallow if exited and mode == "free" else deep for exited in ours.exited]
+        expected = [float(logits[step].log_softmax(-1)[ours.token_ids[step]]) for step, logits in enumerate(spoke)]
+        assert ours.logprobs == pytest.approx(expected, abs=1e-3)
+        plain = sessions(name).generate(
+            PROMPTS[0], mode=mode, threshold=0.3, rollback_threshold=3.0, max_new_tokens=25, ignore_eos=True
+        )
+        assert plain.token_ids == ours.token_ids
+        assert plain.logprobs is None
+
+
+def test_a_stream_has_the_log_probabilities(sessions: Sessions) -> None:
+    with sessions(LLAMA).stream(PROMPTS[0], max_new_tokens=8, output_logprobs=True, **DRAW) as stream:
+        streamed = tuple(token.logprob for token in stream)
+    assert streamed == stream.result.logprobs
+
+
+@pytest.mark.parametrize("mode", ["free", "lossless", "full"])
+def test_a_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessions) -> None:
+    def even(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        assert ids.shape[0] == 1
+        assert scores.shape == (1, VOCAB_SIZE)
+        scores[:, 1::2] = -np.inf
+        return scores
+
+    for options in ({}, DRAW):
+        result = sessions(LLAMA).generate(
+            PROMPTS[0], mode=mode, threshold=0.2, max_new_tokens=20, logits_processor=even, **options
+        )
+        assert all(token % 2 == 0 for token in result.token_ids)
+
+
+def test_no_end_of_sequence_before_min_new_tokens(bundle: Bundles) -> None:
+    case = BY_NAME["llama-untied-many-eos"]
+    with Session(bundle(case, 1), threads=1, slots=1) as session:
+        for mode in ("free", "lossless", "full"):
+            for prompt in PROMPTS:
+                plain = session.generate(prompt, mode=mode, threshold=0.1, max_new_tokens=30)
+                longer = session.generate(prompt, mode=mode, threshold=0.1, max_new_tokens=30, min_new_tokens=25)
+                assert len(longer.token_ids) >= 25
+                count = len(plain.token_ids) - 1
+                assert longer.token_ids[:count] == plain.token_ids[:count] or count >= 25
+
+
+def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
+    with pytest.raises(OptionError, match=f"sequence_bias names token {VOCAB_SIZE}"):
+        sessions(LLAMA).generate(PROMPTS[0], sequence_bias={(1, VOCAB_SIZE): 1.0})
+    chosen = sessions(LLAMA).generate(PROMPTS[0], sequence_bias={77: 1e6}, max_new_tokens=5)
+    assert chosen.token_ids == (77,) * 5
+
+
+def test_rollback_needs_a_threshold_where_the_bundle_records_none(sessions: Sessions) -> None:
+    with pytest.raises(OptionError, match="rollback_threshold is None and this bundle records none"):
+        sessions(LLAMA).generate(PROMPTS[0], mode="rollback")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["lossless", "full"])
+def test_20000_draws_have_the_distribution_of_the_full_model(
+    mode: str, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second token, over all first tokens, of a vocabulary of eight."""
+    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    allowed = list(range(40, 48))
+    bias = {token: -1e9 for token in range(VOCAB_SIZE) if token not in allowed}
+    counts, drafted = np.zeros(VOCAB_SIZE), 0
+    for seed in range(20_000):
+        result = sessions(LLAMA).generate(
+            (35, 40), mode=mode, threshold=0.0, temperature=1.5, seed=seed, sequence_bias=bias, max_new_tokens=2
+        )
+        counts[result.token_ids[1]] += 1
+        drafted += result.stats.exits + result.stats.rejected
+    model, chance = source_model(BY_NAME[LLAMA]), np.zeros(VOCAB_SIZE)
+    for first in allowed:
+        _, deep = Run(model, (35, 40), 2).logits([first])
+        one, two = (deep[row][allowed].div(1.5).double().softmax(-1).numpy() for row in (0, 1))
+        chance[allowed] += one[allowed.index(first)] * two
+    assert counts.sum() == counts[allowed].sum()
+    assert chisquare(counts[allowed], 20_000 * chance[allowed]).pvalue > 0.001
+    assert (drafted > 15_000) == (mode == "lossless")
