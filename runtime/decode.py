@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.continuation import Continuation, Step
-from runtime.decoder import Decoder, Prediction
+from runtime.decoder import Decoder, Prediction, RunAhead
 from runtime.pace import Pace, Verdict
 
 # Called after each sync pass with the shallow confidence and whether both decoders' arg max agree, of every row.
@@ -31,21 +31,26 @@ def free(
     output: Continuation,
     threshold: float,
     max_pending: int,
+    sync_every: int = 0,
     observe: Observe | None = None,
 ) -> Iterator[Step]:
     """FREE: tokens surer than `threshold` exit and wait on the stack; the others run the deep decoder over all that
-    wait. A full stack of `max_pending` rows forces it."""
+    wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on in the
+    background; 0 is never, and `observe` needs 0."""
     yield output.add(output.choose(first), False, first.confidence, first)
     guesses: list[Prediction] = []
     while True:
         guess = decoder.step(output.newest, head=True)
         guesses.append(guess)
+        token = output.choose(guess)
         if _sure(guess, threshold) and decoder.stacked < max_pending:
             decoder.stats.exits += 1
-            yield output.add(output.choose(guess), True, guess.confidence, guess)
+            yield output.add(token, True, guess.confidence, guess)
+            if sync_every:
+                decoder.start_sync(sync_every)
             continue
         decoder.stats.forced += _sure(guess, threshold)
-        said = decoder.sync(heads=1 if observe is None else len(guesses))
+        said = decoder.sync(1 if observe is None else len(guesses), ahead=_run_ahead(output, threshold, [], token))
         if observe is not None:
             observe([(g.confidence or 0.0, g.token == s.token) for g, s in zip(guesses, said, strict=True)])
         guesses.clear()
@@ -69,11 +74,12 @@ def rollback(
     gives way to the deep token, and what follows it is discarded."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
-        drafts, guesses = _draft(decoder, output, threshold, max_pending - 1, head=True)
-        said = decoder.sync(len(guesses), drafts)
-        kept = next((row for row in range(len(drafts)) if (said[row].nll or 0.0) > limit), len(drafts))
-        correction = output.choose(said[kept], drafts[:kept]) if kept < len(said) else None
-        yield from _settle(decoder, output, Verified(drafts, guesses, said, kept, correction))
+        draft = _draft(decoder, output, threshold, max_pending - 1, head=True)
+        said = _verify(decoder, output, threshold, draft)
+        tokens = draft.tokens
+        kept = next((row for row in range(len(tokens)) if (said[row].nll or 0.0) > limit), len(tokens))
+        correction = output.choose(said[kept], tokens[:kept]) if kept < len(said) else None
+        yield from _settle(decoder, output, draft, said, kept, correction)
 
 
 def lossless(
@@ -84,42 +90,65 @@ def lossless(
     while True:
         most, probe = pace.plan(max_pending - 1)
         shallow, deep = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
-        drafts, guesses = _draft(decoder, output, threshold, most, head=probe)
-        said = decoder.sync(len(guesses), drafts)
-        verified = Verified(drafts, guesses, said, *_agreement(output, drafts, said))
-        shallow, deep = decoder.stats.shallow_seconds - shallow, decoder.stats.deep_seconds - deep
-        pace.observe_costs(sum(guess.confidence is not None for guess in guesses), len(guesses), shallow, deep)
-        pace.observe_drafts(_verdicts(output, threshold, verified))
-        yield from _settle(decoder, output, verified)
+        draft = _draft(decoder, output, threshold, most, head=probe)
+        shallow = decoder.stats.shallow_seconds - shallow
+        said = _verify(decoder, output, threshold, draft)
+        kept, correction = _agreement(output, draft.tokens, said)
+        pace.observe_costs(draft.asked, len(said), shallow, decoder.stats.deep_seconds - deep)
+        pace.observe_drafts(_verdicts(draft, threshold, kept, correction))
+        yield from _settle(decoder, output, draft, said, kept, correction)
 
 
-class Verified(NamedTuple):
-    """A draft after its sync pass: what both decoders said at each row, how many tokens are kept, and the deep token
-    after them; None where the draft would end the request and all of it is kept."""
+class Draft(NamedTuple):
+    """Shallow steps without the deep decoder: `guesses`, what was said at each row, and the `tokens` taken after the
+    rows but the last; after the last too where that ends the request. `following` would be next, None where unknown."""
 
-    drafts: list[int]
+    tokens: list[int]
     guesses: list[Prediction]
-    said: list[Prediction]
-    kept: int
-    correction: int | None
+    following: int | None
+
+    @property
+    def asked(self) -> int:
+        """Rows at which the shallow head ran."""
+        return sum(guess.confidence is not None for guess in self.guesses)
 
 
-def _draft(
-    decoder: Decoder, output: Continuation, threshold: float, most: int, head: bool
-) -> tuple[list[int], list[Prediction]]:
-    """Shallow steps until one is not sure, `most` tokens are drafted, or one would end the request: the tokens, and
-    what the shallow decoder said at each row. `head`: ask it also at the row after the `most`-th."""
-    drafts: list[int] = []
+def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, head: bool) -> Draft:
+    """Until a token is not sure, `most` are drafted, or one would end the request. `head`: ask the shallow head also at
+    the row after the `most`-th."""
+    tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        guess = decoder.step(drafts[-1] if drafts else output.newest, head or len(drafts) < most)
+        guess = decoder.step(tokens[-1] if tokens else output.newest, head or len(tokens) < most)
         guesses.append(guess)
-        if not _sure(guess, threshold) or len(drafts) == most:
+        following = None if guess.confidence is None else output.choose(guess, tokens)
+        if following is None or not _sure(guess, threshold) or len(tokens) == most:
             decoder.stats.forced += _sure(guess, threshold)
-            return drafts, guesses
-        drafts.append(output.choose(guess, drafts))
-        if output.ends(drafts):
-            return drafts, guesses
+            return Draft(tokens, guesses, following)
+        tokens.append(following)
+        if output.ends(tokens):
+            return Draft(tokens, guesses, None)
+
+
+def _verify(decoder: Decoder, output: Continuation, threshold: float, draft: Draft) -> list[Prediction]:
+    """What the deep decoder says at every row of a draft."""
+    ahead = _run_ahead(output, threshold, draft.tokens, draft.following)
+    return decoder.sync(len(draft.guesses), draft.tokens, ahead)
+
+
+def _run_ahead(output: Continuation, threshold: float, drafts: list[int], following: int | None) -> RunAhead | None:
+    """Take the shallow decoder's own prediction for the next token, and go on as long as it is sure."""
+    if following is None:
+        return None
+
+    def ahead(said: Prediction | None, tokens: Sequence[int]) -> int | None:
+        if said is not None and not _sure(said, threshold):
+            return None
+        path = [*drafts, *tokens]
+        token = following if said is None else output.choose(said, path)
+        return None if output.ends([*path, token]) else token
+
+    return ahead
 
 
 def _agreement(output: Continuation, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
@@ -131,29 +160,30 @@ def _agreement(output: Continuation, drafts: list[int], said: list[Prediction]) 
     return len(drafts), None
 
 
-def _settle(decoder: Decoder, output: Continuation, verified: Verified) -> Iterator[Step]:
-    """Trim both caches to what is kept, and make it final."""
-    drafts, guesses, said, kept, correction = verified
-    decoder.stats.rejected += len(drafts) - kept
+def _settle(
+    decoder: Decoder, output: Continuation, draft: Draft, said: list[Prediction], kept: int, correction: int | None
+) -> Iterator[Step]:
+    """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
+    draft that ends the request is kept."""
+    decoder.stats.rejected += len(draft.tokens) - kept
     surplus = len(said) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         decoder.stats.exits += 1
-        yield output.add(drafts[row], True, guesses[row].confidence, said[row])
+        yield output.add(draft.tokens[row], True, draft.guesses[row].confidence, said[row])
     if correction is not None:
-        yield output.add(correction, False, guesses[kept].confidence, said[kept])
+        yield output.add(correction, False, draft.guesses[kept].confidence, said[kept])
 
 
-def _verdicts(output: Continuation, threshold: float, verified: Verified) -> Iterator[Verdict]:
+def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[Verdict]:
     """What is known of each row's guess, up to the first that was refused."""
-    drafts, guesses, _, kept, correction = verified
-    for row, guess in enumerate(guesses[: kept + 1]):
-        if row < len(drafts):
+    for row in range(min(kept + 1, len(draft.guesses))):
+        if row < len(draft.tokens):
             yield Verdict(True, row < kept)
-        elif guess.confidence is not None:
-            sure = _sure(guess, threshold)
-            yield Verdict(sure, sure and output.choose(guess, drafts) == correction)
+        elif draft.following is not None:
+            sure = _sure(draft.guesses[row], threshold)
+            yield Verdict(sure, sure and draft.following == correction)
 
 
 def _sure(guess: Prediction, threshold: float) -> bool:

@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.engines.onnx import Call, OnnxEngine, value
-from runtime.kv_cache import KVCache
+from runtime.engines.onnx import Call, value
+from runtime.lane import Event, Lane
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
 PREFILL_ROWS = 512
-
-
-@dataclass(frozen=True, eq=False)
-class Lane:
-    """An engine and its KV cache."""
-
-    engine: OnnxEngine
-    cache: KVCache
 
 
 class Prediction(NamedTuple):
@@ -36,9 +29,30 @@ class Prediction(NamedTuple):
     logits: np.ndarray | None = None
 
 
+# What to run the shallow decoder on next while a sync pass runs, given what it said on the token before (None at first)
+# and the tokens that it has run ahead on. None: nothing more.
+RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
+
+
+class _Ahead(NamedTuple):
+    """A shallow step taken before its turn, on a token that may turn out to be another."""
+
+    token: int
+    said: Prediction
+    hidden: np.ndarray
+
+
+class _Pass(NamedTuple):
+    """A sync pass that runs, over `rows` rows."""
+
+    event: Event
+    rows: int
+
+
 class Decoder:
-    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
-    `max_pending` the rows of the stack. `want_logits` makes predictions carry logits."""
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
+    the background count as stacked. `hidden_size` is d, `vocab_size` V, `max_pending` the rows of the stack.
+    `want_logits` makes predictions carry logits."""
 
     def __init__(
         self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
@@ -48,6 +62,10 @@ class Decoder:
         self._shallow, self._deep, self._slot = shallow, deep, slot
         self._vocab_size, self._max_pending = vocab_size, max_pending
         self._stack = np.zeros((max_pending, hidden_size), np.float32)
+        self._rows = np.zeros((max_pending, hidden_size), np.float32)
+        self._ahead: deque[_Ahead] = deque()
+        self._started = 0
+        self._background: _Pass | None = None
         self._hidden = np.zeros((1, 1, hidden_size), np.float32)
         self._token = np.zeros((1, 1), np.int64)
         self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
@@ -65,7 +83,12 @@ class Decoder:
         self.trim(0)
 
     def trim(self, length: int) -> None:
-        """Forget all positions from `length` on, and what is stacked."""
+        """Forget all positions from `length` on, what is stacked and what was run ahead."""
+        if self._background is not None:
+            with suppress(Exception):  # a request that nobody waits for any more
+                self._background.event.wait()
+        self._started, self._background = 0, None
+        self._ahead.clear()
         self.stacked = 0
         self._shallow.cache.trim(self._slot, length)
         self._deep.cache.trim(self._slot, length)
@@ -99,39 +122,92 @@ class Decoder:
 
     def step(self, token: int, head: bool) -> Prediction:
         """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
-        if head not in self._steps:
-            self._steps[head] = self._bind_shallow(self._token, self._hidden, head)
-        self._token[0, 0] = token
-        began = perf_counter()
-        self._steps[head].run()
-        self.stats.shallow_seconds += perf_counter() - began
-        self._shallow.cache.extend(self._slot, 1)
-        self._stack[self.stacked] = self._hidden[0, 0]
+        if self._ahead and self._ahead[0].token == token:
+            _, said, hidden = self._ahead.popleft()
+            said = said if head else Prediction(-1)
+        else:
+            self._drop_ahead()
+            said, hidden = self._shallow_step(token, head), self._hidden[0, 0]
+        self._stack[self.stacked] = hidden
         self.stacked += 1
-        logits = self._logits.get(self._shallow) if head else None
-        guess = int(self._guess[0]) if head else -1
-        return Prediction(guess, self._sureness(head), logits=None if logits is None else logits[0])
+        return said
 
-    def sync(self, heads: int = 1, drafts: Sequence[int] = ()) -> list[Prediction]:
+    def start_sync(self, least: int) -> None:
+        """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
+        the deep lane runs beside, and none is under way. It answers nothing; its rows stay stacked until `sync`."""
+        under_way = self._background is not None and not self._background.event.done()
+        if self._deep.beside and not under_way and self.stacked - self._started >= least:
+            self._finish_background()
+            self._background = self._submit(heads=0, drafts=())
+
+    def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
         """Deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
 
-        `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`.
+        `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep lane
+        runs beside, the shallow one runs `ahead` meanwhile; `step` takes from that what fits.
         """
-        rows = self.stacked
-        if (rows, heads) not in self._syncs:
-            self._syncs[rows, heads] = self._bind_deep(self._stack[None, :rows], heads)
-        self._drafted[: len(drafts)] = drafts
-        began = perf_counter()
-        self._syncs[rows, heads].run()
-        self.stats.deep_seconds += perf_counter() - began
-        self.stats.sync_sizes[rows] += 1
-        self._deep.cache.extend(self._slot, rows)
-        self.stacked = 0
+        self._finish_background()
+        self._background = self._submit(heads, drafts)
+        if ahead is not None and self._deep.beside:
+            self._run_ahead(self._background.event, ahead)
+        self._finish_background()
+        self.stacked = self._started = 0
         return [self._answer(row, row < len(drafts)) for row in range(heads)]
 
     def lengths(self) -> tuple[int, int]:
         """Valid positions of the shallow and of the deep cache."""
         return int(self._shallow.cache.lengths[self._slot]), int(self._deep.cache.lengths[self._slot])
+
+    def _shallow_step(self, token: int, head: bool) -> Prediction:
+        if head not in self._steps:
+            self._steps[head] = self._bind_shallow(self._token, self._hidden, head)
+        self._token[0, 0] = token
+        self.stats.shallow_seconds += self._shallow.submit(self._steps[head]).wait()
+        self._shallow.cache.extend(self._slot, 1)
+        logits = self._logits.get(self._shallow) if head else None
+        guess = int(self._guess[0]) if head else -1
+        return Prediction(guess, self._sureness(head), logits=None if logits is None else logits[0])
+
+    def _submit(self, heads: int, drafts: Sequence[int]) -> _Pass:
+        """Start the deep decoder on the stacked rows that it has not seen."""
+        rows = self.stacked - self._started
+        if (rows, heads) not in self._syncs:
+            self._syncs[rows, heads] = self._bind_deep(self._rows[None, :rows], heads)
+        self._rows[:rows] = self._stack[self._started : self.stacked]
+        self._drafted[: len(drafts)] = drafts
+        self._started = self.stacked
+        self.stats.sync_sizes[rows] += 1
+        return _Pass(self._deep.submit(self._syncs[rows, heads]), rows)
+
+    def _finish_background(self) -> None:
+        if self._background is None:
+            return
+        event, rows = self._background
+        self._background, began = None, perf_counter()
+        seconds = event.wait()
+        self.stats.deep_seconds += seconds
+        if self._deep.beside:
+            self.stats.overlapped_seconds += max(0.0, seconds - (perf_counter() - began))
+        self._deep.cache.extend(self._slot, rows)
+
+    def _run_ahead(self, running: Event, ahead: RunAhead) -> None:
+        tokens: list[int] = []
+        said: Prediction | None = None
+        while not running.done() and len(tokens) < self._max_pending:
+            token = ahead(said, tokens)
+            if token is None:
+                return
+            said = self._shallow_step(token, head=True)
+            # The buffers are overwritten by the next step.
+            logits = None if said.logits is None else said.logits.copy()
+            self._ahead.append(_Ahead(token, said._replace(logits=logits), self._hidden[0, 0].copy()))
+            tokens.append(token)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead:
+            shallow, _ = self.lengths()
+            self._shallow.cache.trim(self._slot, shallow - len(self._ahead))
+            self._ahead.clear()
 
     def _sureness(self, head: bool) -> float | None:
         return float(self._confidence[0]) if head else None

@@ -22,11 +22,14 @@ class SessionOptions:
     threads: CPU threads of an engine call; None is one per physical core this process may use.
     slots: sequences that can be decoded at once; further requests wait. Default 4.
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
+    overlap: run deep passes beside shallow steps, in a thread of their own. The tokens are the same. None is on where
+        the bundle's costs say that it pays.
     """
 
     threads: int | None = None
     slots: int = 4
     capacity: int | None = None
+    overlap: bool | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
 
@@ -34,6 +37,8 @@ class SessionOptions:
         _in_range("threads", self.threads, 1, 1024)
         _in_range("slots", self.slots, 1, 4096)
         _in_range("capacity", self.capacity, 1, None)
+        if self.overlap not in (None, True, False):
+            raise OptionError(f"overlap is {self.overlap!r}; choose True, False or None (as measured)")
         if self.verify not in ("sizes", "full"):
             raise OptionError(f"verify is {self.verify!r}; choose 'sizes' or 'full'")
         if self.device != "cpu":
@@ -51,6 +56,7 @@ class GenerationOptions:
     threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's.
+    sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
 
@@ -72,6 +78,7 @@ class GenerationOptions:
     threshold: float | None = None
     rollback_threshold: float | None = None
     max_pending: int | None = None
+    sync_every: int = 4
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     min_new_tokens: int = 0
@@ -92,6 +99,7 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         _in_range("max_new_tokens", self.max_new_tokens, 1, None)
         _in_range("max_pending", self.max_pending, 1, None)
+        _in_range("sync_every", self.sync_every, 0, None)
         _in_range("min_new_tokens", self.min_new_tokens, 0, None)
         _in_range("top_k", self.top_k, 0, None)
         _in_range("seed", self.seed, 0, 2**64 - 1)

@@ -105,7 +105,7 @@ class Request:
             return rollback(decoder, first, output, threshold, self._max_pending, self._rollback_threshold)
         if mode == "shallow":
             return shallow(decoder, first, output)
-        return free(decoder, first, output, threshold, self._max_pending)
+        return free(decoder, first, output, threshold, self._max_pending, self.options.sync_every)
 
     def _continuation(self, sample: int) -> Continuation:
         sampler = _sampler(self.options, len(self._prompt), self.eos, (self._seed, sample))

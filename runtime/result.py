@@ -16,7 +16,8 @@ class Stats:
     `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
     `rejected` counts drafts that a sync pass discarded ("rollback", "lossless").
     `sync_sizes[k]` is how many deep passes ran over k rows. `seconds` is wall time from prompt to last token;
-    encode, prefill, shallow and deep are the engine calls in it.
+    encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds` the deep ones that ran beside
+    the caller and cost it no time.
     """
 
     prompt_tokens: int = 0
@@ -30,6 +31,7 @@ class Stats:
     prefill_seconds: float = 0.0
     shallow_seconds: float = 0.0
     deep_seconds: float = 0.0
+    overlapped_seconds: float = 0.0
 
     @property
     def exit_rate(self) -> float:
@@ -48,7 +50,8 @@ class Stats:
     @property
     def overhead_seconds(self) -> float:
         """Time spent outside the engine calls."""
-        return self.seconds - (self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds)
+        calls = self.encode_seconds + self.prefill_seconds + self.shallow_seconds + self.deep_seconds
+        return self.seconds - calls + self.overlapped_seconds
 
     @property
     def tokens_per_second(self) -> float:

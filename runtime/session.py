@@ -16,12 +16,13 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.decoder import Decoder, Lane
+from runtime.decoder import Decoder
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.kv_cache import KVCache
+from runtime.lane import Lane
 from runtime.machine import available_memory, usable_cores
 from runtime.manifest import Manifest
 from runtime.options import GenerationOptions, SessionOptions
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 # Thresholds for which a session remembers how long drafts should be.
 MOST_PACES = 64
+# A cost of the manifest: how much faster a deep pass and shallow steps are at the same time than in turn. Run ahead is
+# work that may be thrown away, so it must be clearly faster.
+OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.2
 
 
 class Session:
@@ -54,8 +58,9 @@ class Session:
         self._tokenizer = Tokenizer.load(self.bundle.path)
         self._check_memory(manifest)
         self.threads = self.options.threads or usable_cores()
-        shallow = self._lane("shallow", manifest.shallow_layers)
-        deep = self._lane("deep", manifest.deep_layers)
+        self.overlap = self._overlaps(manifest)
+        shallow = self._lane("shallow", manifest.shallow_layers, beside=False)
+        deep = self._lane("deep", manifest.deep_layers, beside=self.overlap)
         self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
         self._slots: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for slot in range(self.options.slots):
@@ -182,12 +187,20 @@ class Session:
     def _engine(self, name: str) -> OnnxEngine:
         return OnnxEngine(self.bundle.engine(name), self.threads)
 
-    def _lane(self, name: str, layers: range) -> Lane:
+    def _overlaps(self, manifest: Manifest) -> bool:
+        """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""
+        gain = manifest.break_even.get(OVERLAP_GAIN)
+        chosen = gain is not None and gain >= LEAST_GAIN if self.options.overlap is None else self.options.overlap
+        known = "not measured" if gain is None else f"{gain:.2f}x both in turn"
+        logger.info("overlap of shallow and deep: %s (%s)", "on" if chosen else "off", known)
+        return chosen
+
+    def _lane(self, name: str, layers: range, beside: bool) -> Lane:
         manifest = self.manifest
         dtype = np.float16 if manifest.precision == "fp16" else np.float32
         rows = self.capacity + manifest.max_pending
         cache = KVCache(layers, self.options.slots, manifest.kv_heads, rows, manifest.head_dim, dtype)
-        return Lane(self._engine(name), cache)
+        return Lane(self._engine(name), cache, beside)
 
     def _check_memory(self, manifest: Manifest) -> None:
         rows = self.capacity + manifest.max_pending

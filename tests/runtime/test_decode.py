@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from runtime import decode
 from runtime.continuation import Continuation, Step
-from runtime.decoder import PREFILL_ROWS, Decoder, Lane
+from runtime.decoder import PREFILL_ROWS, Decoder
 from runtime.errors import CapacityError
 from runtime.kv_cache import KVCache
+from runtime.lane import Lane
 from runtime.pace import Pace
 
 WIDTH = 4
@@ -305,7 +306,7 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
 def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
     decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
     labels: list[Any] = []
-    list(islice(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels.append), 5))
+    list(islice(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append), 5))
     assert labels == [
         [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)],
     ]

@@ -1,0 +1,66 @@
+"""A lane: an engine, its KV cache, and where its calls run: at once, or in a thread beside the caller's.
+
+On a GPU a lane would be a stream: submit enqueues, the event is the stream's.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from time import perf_counter
+from typing import Protocol
+
+from runtime.engines.onnx import Call, OnnxEngine
+from runtime.kv_cache import KVCache
+
+
+class Event(Protocol):
+    """A submitted call."""
+
+    def done(self) -> bool: ...
+
+    def wait(self) -> float:
+        """Until it is done: the seconds it took. Raises what it raised."""
+        ...
+
+
+class Lane:
+    """`beside`: calls run in a thread of the lane's own, one after the other, and `submit` does not wait for them."""
+
+    def __init__(self, engine: OnnxEngine, cache: KVCache, beside: bool = False) -> None:
+        self.engine, self.cache = engine, cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane") if beside else None
+
+    @property
+    def beside(self) -> bool:
+        return self._thread is not None
+
+    def submit(self, call: Call) -> Event:
+        return _Done(_timed(call)) if self._thread is None else _Submitted(self._thread.submit(_timed, call))
+
+
+class _Done:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> float:
+        return self._seconds
+
+
+class _Submitted:
+    def __init__(self, future: Future[float]) -> None:
+        self._future = future
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def wait(self) -> float:
+        return self._future.result()
+
+
+def _timed(call: Call) -> float:
+    began = perf_counter()
+    call.run()
+    return perf_counter() - began

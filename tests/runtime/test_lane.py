@@ -1,0 +1,258 @@
+"""Overlapped lanes: the same tokens as without, whatever either lane takes."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_decode import LENGTH, WIDTH, Recorder, cached, prompt_of
+
+from runtime import Session, decode
+from runtime.continuation import Continuation, Step
+from runtime.decoder import Decoder
+from runtime.engines.onnx import Call
+from runtime.kv_cache import KVCache
+from runtime.lane import Lane
+from runtime.pace import Pace
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+class Delayed:
+    """A call that pauses before it runs, or raises instead."""
+
+    def __init__(self, call: Any, engine: DelayedRecorder) -> None:
+        self._call, self._engine = call, engine
+
+    def run(self) -> None:
+        time.sleep(self._engine.chance.choice(self._engine.pauses))
+        if self._engine.error is not None:
+            raise self._engine.error
+        self._call.run()
+
+
+class DelayedRecorder(Recorder):
+    chance = random.Random(0)
+    pauses: tuple[float, ...] = (0.0, 0.0, 0.0002, 0.0004)
+    error: Exception | None = None
+
+    def bind(self, inputs: Any, outputs: Any) -> Any:
+        return Delayed(super().bind(inputs, outputs), self)
+
+
+def decoder_of(
+    beside: bool, trace: list[float], agrees: list[bool], nll: list[float], max_pending: int, seed: int
+) -> tuple[Decoder, Recorder, Recorder]:
+    lanes = []
+    for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
+        cache = KVCache(layers, 1, 1, 200, 1, np.float32)
+        engine = (DelayedRecorder if beside else Recorder)(cache, name, trace, nll, agrees)
+        if isinstance(engine, DelayedRecorder):
+            engine.chance = random.Random(f"{name} {seed}")
+        lanes.append(Lane(engine, cache, beside=beside and name == "deep"))  # type: ignore[arg-type]
+    return Decoder(lanes[0], lanes[1], 0, WIDTH, 1, max_pending), lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
+
+
+def steps_of(
+    decoder: Decoder, mode: str, threshold: float, max_pending: int, sync_every: int, tokens: int
+) -> list[Step]:
+    prompt = prompt_of(3)
+    head = mode != "full"
+    begun = decoder, decoder.prefill(prompt, head), Continuation(prompt, tokens)
+    loops: dict[str, Callable[[], Iterator[Step]]] = {
+        "full": lambda: decode.full(*begun),
+        "free": lambda: decode.free(*begun, threshold, max_pending, sync_every),
+        "rollback": lambda: decode.rollback(*begun, threshold, max_pending, 2.0),
+        "lossless": lambda: decode.lossless(*begun, threshold, max_pending, longest(max_pending)),
+    }
+    return list(islice(loops[mode](), tokens))
+
+
+def longest(max_pending: int) -> Pace:
+    """Drafts as long as can be: how long they are otherwise is a matter of timing."""
+    pace = Pace(max_pending, {})
+    pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
+    return pace
+
+
+@pytest.mark.parametrize("mode", ["free", "rollback", "lossless", "full"])
+@given(
+    trace=st.lists(st.sampled_from([0.1, 0.6, 0.9, 0.9]), min_size=LENGTH, max_size=LENGTH),
+    agrees=st.lists(st.sampled_from([True, True, False]), min_size=LENGTH, max_size=LENGTH),
+    nll=st.lists(st.sampled_from([0.0, 1.0, 3.0]), min_size=LENGTH, max_size=LENGTH),
+    max_pending=st.integers(1, 8),
+    sync_every=st.integers(0, 4),
+    tokens=st.integers(1, 30),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=25)
+def test_overlap_changes_no_token_whatever_the_lanes_take(
+    mode: str,
+    trace: list[float],
+    agrees: list[bool],
+    nll: list[float],
+    max_pending: int,
+    sync_every: int,
+    tokens: int,
+    seed: int,
+) -> None:
+    outcomes = []
+    for beside in (False, True):
+        decoder, shallow, deep = decoder_of(beside, trace, agrees, nll, max_pending, seed)
+        steps = steps_of(decoder, mode, 0.5, max_pending, sync_every, tokens)
+        stats = decoder.stats
+        outcomes.append((steps, stats.exits, stats.forced, stats.rejected))
+        read = (*prompt_of(3).tolist(), *(step.token for step in steps[:-1]))
+        if decoder.stacked:
+            decoder.sync()
+        shallow_length, deep_length = decoder.lengths()
+        # What was run ahead lies behind the rows that count, and every one of those is what was emitted.
+        count = min(deep_length, len(read))
+        assert cached(shallow, count) == cached(deep, count) == {read[:count]}
+        assert deep_length <= shallow_length
+        decoder.reset()
+        assert decoder.lengths() == (0, 0)
+    assert outcomes[0] == outcomes[1]
+
+
+def overlapped(confidence: float, agrees: bool = True) -> tuple[Decoder, Recorder, DelayedRecorder]:
+    """Lanes of which the deep one is slow."""
+    decoder, shallow, deep = decoder_of(True, [confidence] * 40, [agrees] * 40, [0.0] * 40, 16, seed=3)
+    assert isinstance(deep, DelayedRecorder)
+    decoder.prefill(prompt_of(2), head=True)
+    deep.pauses = (0.02,)
+    return decoder, shallow, deep
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_a_step_run_ahead_is_taken_where_its_token_was_right_and_dropped_where_not(right: bool) -> None:
+    decoder, shallow, _ = overlapped(0.0, agrees=right)
+    decoder.step(2001, head=True)
+
+    def ahead(said: Any, tokens: Any) -> int | None:
+        return 1002 if said is None else None
+
+    (said,) = decoder.sync(ahead=ahead)
+    assert said.token == (1002 if right else 2002)
+    assert shallow.calls == [2, 1, 1]
+    assert decoder.lengths() == (4, 3)
+    assert decoder.step(said.token, head=True).token == 1003
+    assert shallow.calls == [2, 1, 1] + [1] * (not right)
+    assert decoder.lengths() == (4, 3)
+    decoder.sync()
+    read = (10, 11, 2001, said.token)
+    assert cached(shallow, 4) == {read}
+    assert decoder.stats.overlapped_seconds > 0
+
+
+def test_a_deep_pass_starts_in_the_background_once_enough_tokens_wait() -> None:
+    decoder, _, deep = overlapped(0.9)
+    for token in range(5):
+        decoder.step(token, head=True)
+        decoder.start_sync(3)
+    assert decoder.stacked == 5
+    decoder.sync()
+    # Three rows without a head; the others found the lane busy, and came with the pass that answers.
+    assert (deep.calls, deep.heads) == ([2, 3, 2], [1, 0, 1])
+    assert decoder.lengths() == (7, 7)
+
+
+def test_an_error_in_the_background_reaches_the_caller() -> None:
+    decoder, _, deep = overlapped(0.9)
+    decoder.step(5, head=True)
+    deep.error = MemoryError("no room")
+    decoder.start_sync(1)
+    decoder.step(6, head=True)
+    with pytest.raises(MemoryError, match="no room"):
+        decoder.sync()
+
+
+def test_an_error_in_the_background_does_not_reach_the_next_request() -> None:
+    decoder, _, deep = overlapped(0.9)
+    decoder.step(5, head=True)
+    deep.error = MemoryError("no room")
+    decoder.start_sync(1)
+    decoder.reset()
+    deep.error = None
+    assert decoder.prefill(prompt_of(3), head=True).token == 1002
+    assert decoder.lengths() == (3, 3)
+
+
+@pytest.fixture(scope="module")
+def pairs(bundle: Bundles) -> Iterator[Callable[[str], tuple[Session, Session]]]:
+    opened: dict[str, tuple[Session, Session]] = {}
+
+    def pair(name: str) -> tuple[Session, Session]:
+        if name not in opened:
+            path = bundle(BY_NAME[name], 2)
+            opened[name] = Session(path, threads=1, slots=3), Session(path, threads=1, slots=3, overlap=True)
+        return opened[name]
+
+    yield pair
+    for sessions in opened.values():
+        for session in sessions:
+            session.close()
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
+@pytest.mark.parametrize("mode", ["free", "rollback", "lossless", "full"])
+def test_sessions_give_the_same_tokens_with_and_without_overlap_and_from_many_threads(
+    name: str, mode: str, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, overlapped = pairs(name)
+    assert (plain.overlap, overlapped.overlap) == (False, True)
+    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    requests: list[dict[str, Any]] = [
+        {"threshold": threshold, "max_pending": max_pending, **sampling}
+        for threshold, max_pending in ((0.05, 16), (0.3, 3))
+        for sampling in ({}, {"temperature": 0.9, "seed": 4})
+    ]
+    for options in requests:
+        options.update(mode=mode, rollback_threshold=3.0, max_new_tokens=20, ignore_eos=True, sync_every=2)
+    expected = [plain.generate(PROMPTS[0], **options) for options in requests]
+    chance, run = random.Random(name + mode), Call.run
+
+    def delayed(call: Call) -> None:
+        time.sleep(chance.choice((0.0, 0.0002, 0.001)))
+        run(call)
+
+    monkeypatch.setattr(Call, "run", delayed)
+    results: list[Any] = [None] * len(requests)
+
+    def ask(number: int) -> None:
+        results[number] = overlapped.generate(PROMPTS[0], **requests[number])
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for ours, theirs in zip(results, expected, strict=True):
+        assert ours.token_ids == theirs.token_ids
+        assert ours.exited == theirs.exited
+        assert ours.confidence == pytest.approx(theirs.confidence, abs=1e-5)
+        assert ours.stats.rejected == theirs.stats.rejected
+        assert ours.stats.overhead_seconds >= 0
+    if mode == "free":
+        assert any(ours.stats.overlapped_seconds > 0 for ours in results)
+
+
+def test_closing_an_overlapped_stream_early_leaves_its_slot_sound(pairs: Any) -> None:
+    _, session = pairs("llama-tied")
+    options: dict[str, Any] = {"threshold": 0.05, "sync_every": 1, "max_new_tokens": 20, "ignore_eos": True}
+    whole = session.generate(PROMPTS[0], **options).token_ids
+    for count in range(1, 8):
+        with session.stream(PROMPTS[0], **options) as stream:
+            assert tuple(token.id for token in islice(stream, count)) == whole[:count]
+    for _ in range(3):  # every slot
+        assert session.generate(PROMPTS[0], **options).token_ids == whole
