@@ -9,17 +9,32 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import numpy as np
 
 from runtime import Session
 from runtime.decoder import Decoder
+from runtime.manifest import OVERLAP_GAIN
 
 SIZES = (1, 2, 4, 8, 16)
 CONTEXT, ROUNDS = 128, 7
+OVERLAP_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What lanes cost each other: how many times as long a shallow step, and a deep pass, takes while the other runs;
+    and `gain`, what both do in a time as a multiple of what they do in turn, handing over included: 2 where they do not
+    feel each other, 1 where they share all that they need."""
+
+    slower_shallow: float
+    slower_deep: float
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +44,7 @@ class Costs:
     shallow: float
     shallow_without_head: float
     deep: dict[int, float]
+    overlap: Overlap | None = None
 
     @property
     def full(self) -> float:
@@ -65,11 +81,15 @@ class Costs:
             **{f"deep_{k}_ms": 1e3 * seconds for k, seconds in self.deep.items()},
             **{f"speedup_at_{percent}": self.speedup(percent / 100, max_pending) for percent in (50, 80, 90)},
             **({} if rate is None else {"exit_rate": rate}),
+            **({} if self.overlap is None else {OVERLAP_GAIN: self.overlap.gain}),
         }
 
 
 def measure(session: Session, context: int = CONTEXT, rounds: int = ROUNDS) -> Costs:
-    """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`."""
+    """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`.
+
+    What lanes cost each other is measured where the session has two slots.
+    """
     manifest = session.manifest
     sizes = [size for size in SIZES if size <= manifest.max_pending]
     context = max(1, min(context, session.capacity - max(sizes) * 2))
@@ -84,9 +104,36 @@ def measure(session: Session, context: int = CONTEXT, rounds: int = ROUNDS) -> C
                     if turn:  # the first turn binds and warms up
                         times["head" if head else "bare", 1].append(shallow)
                         times["deep", size].append(deep)
-    return Costs(
-        median(times["head", 1]), median(times["bare", 1]), {size: median(times["deep", size]) for size in sizes}
-    )
+    passes = {size: median(times["deep", size]) for size in sizes}
+    costs = Costs(median(times["head", 1]), median(times["bare", 1]), passes)
+    return replace(costs, overlap=_overlap(session, costs, context, rounds)) if session.options.slots > 1 else costs
+
+
+def _overlap(session: Session, costs: Costs, context: int, rounds: int) -> Overlap:
+    """Shallow steps of one sequence while a deep pass of another runs."""
+    size = min(OVERLAP_ROWS, session.manifest.max_pending)
+    prompt = _tokens(context, session.manifest.vocab_size)
+    steps, passes, gains = list[float](), list[float](), list[float]()
+    with session.decoder() as one, session.decoder() as other, ThreadPoolExecutor(1) as thread:
+        one.prefill(prompt, head=False)
+        other.prefill(prompt, head=False)
+        for _ in range(rounds):
+            for token in range(size):
+                other.step(token, head=False)
+            before, taken, began = other.stats.deep_seconds, list[float](), perf_counter()
+            running = thread.submit(other.sync)
+            while not running.done():
+                seconds = one.stats.shallow_seconds
+                one.step(0, head=True)
+                one.trim(context)
+                taken.append(one.stats.shallow_seconds - seconds)
+            wall = perf_counter() - began
+            steps += taken[:-1]  # the last one outlived the pass
+            passes.append(other.stats.deep_seconds - before)
+            gains.append((len(taken) * costs.shallow + costs.deep_pass(size)) / wall)
+            other.trim(context)
+    slower = median(steps) / costs.shallow if steps else 1.0
+    return Overlap(max(1.0, slower), max(1.0, median(passes) / costs.deep_pass(size)), median(gains))
 
 
 def _timed(decoder: Decoder, size: int, head: bool) -> tuple[float, float]:
@@ -105,7 +152,7 @@ def _tokens(count: int, vocabulary: int) -> np.ndarray:
 
 def main(arguments: Sequence[str]) -> None:
     """Print the costs of the bundle named first as JSON."""
-    with Session(Path(arguments[0]), slots=1) as session:
+    with Session(Path(arguments[0]), slots=2, overlap=False) as session:
         print(json.dumps(measure(session).as_manifest(session.manifest.max_pending)))
 
 

@@ -124,6 +124,8 @@ def _exit(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _break_even(costs: dict[str, float]) -> list[tuple[str, str]]:
     """The costs measured at convert, on the machine that converted."""
+    from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN
+
     if not costs:
         return [("break-even", "not measured")]
     rate = f"{costs['exit_rate']:.1%}" if "exit_rate" in costs else "none: exits do not pay"
@@ -131,6 +133,8 @@ def _break_even(costs: dict[str, float]) -> list[tuple[str, str]]:
     for name, cost in sorted(costs.items()):
         if name.startswith("speedup_at_"):
             rows.append((f"speedup at {name.removeprefix('speedup_at_')} % exits", f"{cost:.2f}x (predicted)"))
+        elif name == OVERLAP_GAIN:
+            rows.append(("lanes at once", f"{cost:.2f}x in turn, overlap is {'on' if cost >= LEAST_GAIN else 'off'}"))
         elif name.endswith("_ms"):
             rows.append((name.removesuffix("_ms").replace("_", " "), f"{cost:.2f} ms"))
     return rows

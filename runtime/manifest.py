@@ -17,6 +17,10 @@ SCHEMA_VERSION = 1
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 
+# A cost of the manifest: how much faster a deep pass and shallow steps are at the same time than in turn. Part of what
+# is run ahead is thrown away, so it must be clearly faster.
+OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.3
+
 ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
 Precision = Literal["fp32", "fp16"]
 Dialect = Literal["ort", "standard"]

@@ -24,7 +24,7 @@ from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.machine import available_memory, usable_cores
-from runtime.manifest import Manifest
+from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.pace import Pace
 from runtime.prompt import Prompt, encode_prompt
@@ -38,9 +38,6 @@ logger = logging.getLogger(__name__)
 
 # Thresholds for which a session remembers how long drafts should be.
 MOST_PACES = 64
-# A cost of the manifest: how much faster a deep pass and shallow steps are at the same time than in turn. Run ahead is
-# work that may be thrown away, so it must be clearly faster.
-OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.2
 
 
 class Session:
