@@ -60,7 +60,7 @@ class Decoder:
         self.stats = Stats()
         self.stacked = 0
         self._shallow, self._deep, self._slot = shallow, deep, slot
-        self._vocab_size, self._max_pending = vocab_size, max_pending
+        self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._stack = np.zeros((max_pending, hidden_size), np.float32)
         self._rows = np.zeros((max_pending, hidden_size), np.float32)
         self._ahead: deque[_Ahead] = deque()
@@ -107,7 +107,7 @@ class Decoder:
         if wanted == bool(self._logits):
             return
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
-        self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
+        self._logits = {lane: np.zeros((count, self.vocab_size), np.float32) for lane, count in rows.items()}
         self._forget_calls()
 
     def prefill(self, tokens: np.ndarray, head: bool) -> Prediction:
@@ -153,6 +153,11 @@ class Decoder:
         self._finish_background()
         self.stacked = self._started = 0
         return [self._answer(row, row < len(drafts)) for row in range(heads)]
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane]:
+        """The shallow and the deep one."""
+        return self._shallow, self._deep
 
     def lengths(self) -> tuple[int, int]:
         """Valid positions of the shallow and of the deep cache."""

@@ -21,6 +21,7 @@ class KVCache:
         self, layers: range, slots: int, kv_heads: int, rows: int, head_dim: int, dtype: np.dtype | type
     ) -> None:
         self.rows = rows
+        self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
         self.lengths = np.zeros(slots, np.int32)
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
         self.arrays = {
@@ -49,3 +50,16 @@ class KVCache:
         for array in self.arrays.values():
             array[target, :, :length] = array[source, :, :length]
         self.lengths[target] = length
+
+    def gather(self, sources: np.ndarray) -> None:
+        """Make every slot i a copy of what slot `sources[i]` was."""
+        if (sources == np.arange(len(sources))).all():
+            return
+        length = int(self.lengths.max())
+        for array in self.arrays.values():
+            array[:, :, :length] = array[sources, :, :length]
+        self.lengths[:] = self.lengths[sources]
+
+    def resized(self, slots: int, rows: int) -> KVCache:
+        """An empty cache of the same layers."""
+        return KVCache(self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype)

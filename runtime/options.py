@@ -145,6 +145,8 @@ class GenerationOptions:
             )
         if self.num_beams > 1 and self.samples:
             raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
+        if self.num_beams > 1 and self.stop:
+            raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
 
 
 def _number(value: Any) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from time import perf_counter
 
 import numpy as np
 
+from runtime.beam_rows import BeamRows
+from runtime.beams import BeamSearch, Hypothesis
 from runtime.continuation import Continuation, Step
 from runtime.decode import free, full, lossless, rollback, shallow
 from runtime.decoder import Decoder, Prediction
 from runtime.encoder import Encoder
 from runtime.errors import OptionError
+from runtime.logits import log_softmax
 from runtime.manifest import Manifest
 from runtime.options import GenerationOptions
 from runtime.pace import Pace
@@ -39,9 +42,10 @@ class Request:
         tokens: np.ndarray,
         options: GenerationOptions,
         pace: Pace,
+        cancelled: Callable[[], bool],
     ) -> None:
         self.options = options
-        self._tokens, self._encoder, self._pace = tokens, encoder, pace
+        self._tokens, self._encoder, self._pace, self._cancelled = tokens, encoder, pace, cancelled
         # What the decoder reads before its first token.
         self._prompt = tokens if encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
         # The newest token is never read back, so it needs no position.
@@ -52,9 +56,15 @@ class Request:
         self._max_pending = options.max_pending or manifest.max_pending
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
         _check_biases(options, manifest)
+        if options.num_beams > 1 and encoder is None:
+            raise OptionError(
+                f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
+            )
 
     def start(self, decoder: Decoder) -> Iterator[Step]:
         """Begin in a slot: the tokens, endless."""
+        if self.options.num_beams > 1:
+            return self.several(1)[0](decoder)
         decoder.reset()
         output = self._continuation(0)
         decoder.want_logits(output.needs_logits)
@@ -64,8 +74,49 @@ class Request:
 
         return steps()
 
-    def samples(self, count: int) -> list[Start]:
+    def several(self, count: int) -> list[Start]:
         """As many continuations of the prompt, which is read once: to be run one after the other in one slot."""
+        return self._beams(count) if self.options.num_beams > 1 else self._samples(count)
+
+    def _beams(self, count: int) -> list[Start]:
+        """The best beams of one search, best first."""
+        found: list[Hypothesis] = []
+
+        def start(number: int, decoder: Decoder) -> Iterator[Step]:
+            decoder.reset()
+
+            def steps() -> Iterator[Step]:
+                if number == 0:
+                    found.extend(self._search(decoder))
+                wanted = self.options.output_logprobs
+                for hypothesis in found[number : number + 1]:
+                    for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
+                        yield Step(token, False, None, logprob if wanted else None)
+
+            return steps()
+
+        return [partial(start, number) for number in range(count)]
+
+    def _search(self, decoder: Decoder) -> list[Hypothesis]:
+        options = self.options
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self.limit)
+        sampler = _sampler(options, len(self._prompt), self.eos, (self._seed, 0))
+
+        def score(sequences: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self._prompt[-1])
+            raw = log_softmax(rows.step(newest, sources))
+            if sampler is None:
+                return raw, raw
+            read = [np.concatenate([self._prompt, sequence]) for sequence in sequences]
+            processed = [sampler.process(scores.astype(np.float32), ids) for scores, ids in zip(raw, read, strict=True)]
+            return np.stack(processed).astype(np.float64), raw
+
+        search = BeamSearch(
+            options.num_beams, self.limit, self.eos, float(options.length_penalty), options.early_stopping
+        )
+        return search.run(score, self._cancelled)
+
+    def _samples(self, count: int) -> list[Start]:
         read: list[Prediction] = []
 
         def start(number: int, decoder: Decoder) -> Iterator[Step]:
@@ -90,10 +141,16 @@ class Request:
     def _read(self, decoder: Decoder) -> Prediction:
         decoder.stats.prompt_tokens = len(self._tokens)
         if self._encoder is not None:
-            began = perf_counter()
-            decoder.attend(self._encoder.run(self._tokens))
-            decoder.stats.encode_seconds = perf_counter() - began
+            decoder.attend(self._encode(decoder))
         return decoder.prefill(self._prompt, head=self.options.mode != "full")
+
+    def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
+        assert self._encoder is not None
+        decoder.stats.prompt_tokens = len(self._tokens)
+        began = perf_counter()
+        cross = self._encoder.run(self._tokens)
+        decoder.stats.encode_seconds = perf_counter() - began
+        return cross
 
     def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
         mode, threshold = self.options.mode, self._threshold

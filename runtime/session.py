@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,31 +89,33 @@ class Session:
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
-        request = self._request(prompt, options)
+        request = self._request(prompt, options, cancel)
         return self._stream(self._slots, request.start, request, cancel)
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
     ) -> list[GenerationResult]:
-        """Sample as many continuations of one prompt, which is read once. Best first: by log-probability per token.
+        """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
+        with `num_beams` the best beams by their scores.
 
-        Other arguments as for `generate`, which must ask for sampling. Cancelled, it returns those that ended before.
-        Raises as `generate` does.
+        Other arguments as for `generate`. Cancelled, it returns those that ended before. Raises as `generate` does.
         """
-        request = self._request(prompt, {**options, "output_logprobs": True})
-        if not request.options.samples or num_return_sequences < 1:
+        request = self._request(prompt, {**options, "output_logprobs": True}, cancel)
+        beams = request.options.num_beams
+        most = math.inf if request.options.samples else beams
+        if not isinstance(num_return_sequences, int) or not 1 <= num_return_sequences <= most:
             raise OptionError(
                 f"num_return_sequences is {num_return_sequences!r}; choose 1 or more, "
-                "with do_sample=True or a temperature above 0"
+                "with do_sample=True or a temperature above 0, or up to num_beams"
             )
-        decoder = take(self._slots, lambda: self._cancelled(cancel))
+        decoder = take(self._slots, partial(self._cancelled, cancel))
         if decoder is None:
             return []
         own: queue.Queue[Decoder] = queue.Queue()
         own.put(decoder)
         results: list[GenerationResult] = []
         try:
-            for start in request.samples(num_return_sequences):
+            for start in request.several(num_return_sequences):
                 stream = self._stream(own, start, request, cancel)
                 deque(stream, maxlen=0)
                 if stream.result.finish_reason == "cancelled":
@@ -119,6 +123,8 @@ class Session:
                 results.append(stream.result)
         finally:
             self._slots.put(decoder)
+        if beams > 1:
+            return results
         return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
 
     @contextmanager
@@ -146,7 +152,7 @@ class Session:
     ) -> None:
         self.close()
 
-    def _request(self, prompt: Prompt, given: dict[str, Any]) -> Request:
+    def _request(self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None) -> Request:
         options = GenerationOptions(**_known(GenerationOptions, given))
         if self._closed.is_set():
             raise OptionError("the session is closed; open a new one")
@@ -159,7 +165,8 @@ class Session:
             options = with_defaults(options, read_defaults(self.bundle.path))
         limit = manifest.encoder_capacity or self.capacity
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
-        return Request(manifest, self.capacity, self._encoder, tokens, options, self._pace(options))
+        pace, cancelled = self._pace(options), partial(self._cancelled, cancel)
+        return Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled)
 
     def _pace(self, options: GenerationOptions) -> Pace:
         """What requests that draft at one threshold have learned, shared by them."""
@@ -172,7 +179,7 @@ class Session:
         self, slots: queue.Queue[Decoder], start: Start, request: Request, cancel: threading.Event | None
     ) -> Stream:
         text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Stream(slots, start, text, request.eos, request.limit, lambda: self._cancelled(cancel))
+        return Stream(slots, start, text, request.eos, request.limit, partial(self._cancelled, cancel))
 
     def _cancelled(self, cancel: threading.Event | None) -> bool:
         return self._closed.is_set() or (cancel is not None and cancel.is_set())

@@ -87,6 +87,8 @@ def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--top-p", "0.5"), "nothing is sampled"),
         (("--num-return-sequences", "2"), "num_return_sequences is 2"),
+        (("--num-beams", "2"), "exits do not go with beams"),
+        (("--num-beams", "2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],
 )
 def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], message: str, generate: Run) -> None:

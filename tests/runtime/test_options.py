@@ -99,6 +99,7 @@ def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str
         ({"num_beams": 4}, "num_beams is 4 in mode free: exits do not go with beams; take mode 'full'"),
         ({"num_beams": 2, "mode": "lossless"}, "exits do not go with beams"),
         ({"num_beams": 2, "mode": "full", "temperature": 1.0}, "num_beams is 2 with sampling"),
+        ({"num_beams": 2, "mode": "full", "stop": "end"}, "num_beams is 2 with stop strings"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,61 @@
+"""The rows of one beam search at the two engines: a row a beam, in caches of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from runtime.decoder import Decoder
+from runtime.engines.onnx import Call
+from runtime.kv_cache import KVCache
+from runtime.lane import Lane
+
+
+class BeamRows:
+    """Borrows the engines of a `decoder`, and what its cross-attention reads. `rows` positions for each beam."""
+
+    def __init__(self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int) -> None:
+        self.stats = decoder.stats
+        self._tokens = np.zeros((beams, 1), np.int64)
+        self._hidden = np.zeros((beams, 1, decoder.hidden_size), np.float32)
+        self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
+        self._caches = [lane.cache.resized(beams, rows) for lane in decoder.lanes]
+        cross = {name: np.repeat(array, beams, axis=0) for name, array in cross.items()}
+        shallow, deep = decoder.lanes
+        none, every = np.zeros(0, np.int64), np.arange(beams)
+        self._shallow = _bind(
+            shallow, self._caches[0], cross, {"input_ids": self._tokens, "head_rows": none}, {"hidden": self._hidden}
+        )
+        inputs = {"hidden": self._hidden, "head_rows": every, "emitted": np.zeros(beams, np.int64)}
+        self._deep = _bind(deep, self._caches[1], cross, inputs, {"logits": self._logits})
+        self._lanes = decoder.lanes
+
+    def step(self, tokens: np.ndarray, sources: np.ndarray) -> np.ndarray:
+        """Row i goes on from former row `sources[i]` with `tokens[i]`: logits float32 [B, V], valid until the next."""
+        for cache in self._caches:
+            cache.gather(sources)
+        self._tokens[:, 0] = tokens
+        self.stats.shallow_seconds += self._lanes[0].submit(self._shallow).wait()
+        self.stats.deep_seconds += self._lanes[1].submit(self._deep).wait()
+        self.stats.sync_sizes[1] += 1
+        for cache in self._caches:
+            for row in range(len(tokens)):
+                cache.extend(row, 1)
+        return self._logits
+
+
+def _bind(
+    lane: Lane,
+    cache: KVCache,
+    cross: dict[str, np.ndarray],
+    inputs: Mapping[str, Any],
+    outputs: Mapping[str, Any],
+) -> Call:
+    layers = {name.split(".")[0] for name in cache.arrays}
+    past = {f"past.{name}": array for name, array in cache.arrays.items()}
+    read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+    lengths = {"past_lengths": cache.lengths, "query_lengths": np.ones(len(cache.lengths), np.int32)}
+    present = {f"present.{name}": array for name, array in cache.arrays.items()}
+    return lane.engine.bind({**inputs, **lengths, **read, **past}, {**outputs, **present})

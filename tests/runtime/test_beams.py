@@ -1,0 +1,158 @@
+"""Beam search against all sequences there are, and against transformers on the same checkpoints."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime import OptionError, Session
+from runtime.beams import BeamSearch
+from runtime.kv_cache import KVCache
+from runtime.logits import log_softmax
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Callable[[Any], Any]
+BY_NAME = {case.name: case for case in CASES}
+EOS = 0
+
+
+class Language:
+    """Log-probabilities of every token after every sequence, drawn by a hash of the sequence."""
+
+    def __init__(self, vocabulary: int, seed: int) -> None:
+        self.vocabulary, self.seed = vocabulary, seed
+
+    def after(self, sequence: tuple[int, ...]) -> np.ndarray:
+        source = np.random.default_rng([self.seed, *(token + 1 for token in sequence)])
+        return log_softmax(source.normal(size=self.vocabulary) * 2)
+
+    def score(self, sequences: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.stack([self.after(tuple(row)) for row in sequences.tolist()])
+        return rows, rows
+
+    def total(self, sequence: tuple[int, ...]) -> float:
+        return sum(float(self.after(sequence[:index])[token]) for index, token in enumerate(sequence))
+
+    def finished(self, limit: int) -> list[tuple[int, ...]]:
+        """All sequences that end, by end of sequence or by length."""
+        whole = [s for n in range(1, limit + 1) for s in product(range(self.vocabulary), repeat=n)]
+        return [s for s in whole if EOS not in s[:-1] and (s[-1] == EOS or len(s) == limit)]
+
+
+@given(st.integers(0, 500), st.sampled_from([0.0, 0.7, 1.0, 2.0]))
+def test_with_enough_beams_the_best_sequences_of_all_are_found(seed: int, penalty: float) -> None:
+    language, limit = Language(3, seed), 4
+    best = sorted((-language.total(s) / len(s) ** penalty, s) for s in language.finished(limit))
+    search = BeamSearch(40, limit, frozenset({EOS}), penalty, "never")
+    found = search.run(language.score)
+    assert [hypothesis.tokens for hypothesis in found[:5]] == [sequence for _, sequence in best[:5]]
+    for hypothesis, (score, sequence) in zip(found[:5], best, strict=False):
+        assert hypothesis.score == pytest.approx(-score)
+        assert sum(hypothesis.logprobs) == pytest.approx(language.total(sequence))
+
+
+@given(st.integers(0, 500), st.integers(1, 5), st.sampled_from([True, False, "never"]))
+def test_beams_are_different_sequences_best_first(seed: int, beams: int, early: Any) -> None:
+    found = BeamSearch(beams, 6, frozenset({EOS}), 1.0, early).run(Language(4, seed).score)
+    assert len({hypothesis.tokens for hypothesis in found}) == len(found) == beams
+    assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
+    for hypothesis in found:
+        assert EOS not in hypothesis.tokens[:-1]
+        assert hypothesis.tokens[-1] == EOS or len(hypothesis.tokens) == 6
+
+
+def test_one_beam_is_greedy() -> None:
+    language, greedy = Language(5, 3), list[int]()
+    while len(greedy) < 6 and (not greedy or greedy[-1] != EOS):
+        greedy.append(int(language.after(tuple(greedy)).argmax()))
+    (found,) = BeamSearch(1, 6, frozenset({EOS}), early_stopping=True).run(language.score)
+    assert list(found.tokens) == greedy
+
+
+def test_a_cache_follows_its_beams() -> None:
+    cache = KVCache(range(1), 3, 1, 4, 1, np.float32)
+    for slot in range(3):
+        for _, view in cache.slot(slot):
+            view[0, 0, :2, 0] = slot
+        cache.extend(slot, 2)
+    cache.gather(np.array([2, 0, 2]))
+    assert all(array[:, 0, :2, 0].tolist() == [[2, 2], [0, 0], [2, 2]] for array in cache.arrays.values())
+    assert cache.lengths.tolist() == [2, 2, 2]
+
+
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"num_beams": 4},
+    {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+    {"num_beams": 5, "length_penalty": -0.5, "early_stopping": "never"},
+    {"num_beams": 2, "length_penalty": 0.0, "repetition_penalty": 1.5, "min_new_tokens": 8},
+    {"num_beams": 3, "sequence_bias": {(1,): 4.0}, "early_stopping": "never"},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings))
+@pytest.mark.parametrize(
+    ("name", "dialect"), [("t5-relu-tied", "ort"), ("t5-deep-decoder", "ort"), ("umt5", "ort"), ("umt5", "standard")]
+)
+def test_beams_are_those_of_transformers(
+    name: str, dialect: str, settings: dict[str, Any], bundle: Bundles, source_model: Model
+) -> None:
+    case = BY_NAME[name]
+    with Session(bundle(case, 1, dialect=dialect), threads=1, slots=1) as session:
+        for prompt in PROMPTS[:2]:
+            ids = torch.tensor([prompt])
+            theirs = source_model(case).generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=12,
+                num_return_sequences=settings["num_beams"],
+                eos_token_id=list(session.manifest.eos_token_ids),
+                use_cache=False,
+                return_dict_in_generate=True,
+                output_scores=True,
+                **settings,
+            )
+            ours = session.generate_best(prompt, settings["num_beams"], mode="full", max_new_tokens=12, **settings)
+            for result, sequence in zip(ours, theirs.sequences[:, 1:].tolist(), strict=True):
+                ended = [index for index, token in enumerate(sequence) if token in session.manifest.eos_token_ids]
+                assert list(result.token_ids) == sequence[: ended[0] + 1 if ended else None]
+            best = session.generate(prompt, mode="full", max_new_tokens=12, **settings)
+            assert best.token_ids == ours[0].token_ids
+            assert best.logprobs is None
+            if "repetition_penalty" not in settings and "sequence_bias" not in settings:
+                scale = [len(r.token_ids) ** settings.get("length_penalty", 1.0) for r in ours]
+                scores = [sum(r.logprobs or ()) / s for r, s in zip(ours, scale, strict=True)]
+                assert scores == pytest.approx(theirs.sequences_scores.tolist(), abs=1e-3)
+
+
+def test_beams_are_cancelled_and_give_their_slot_back(bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
+        cancel = threading.Event()
+        cancel.set()
+        options: dict[str, Any] = {"mode": "full", "num_beams": 3}
+        assert session.generate(PROMPTS[0], cancel=cancel, **options).finish_reason == "cancelled"
+        assert session.generate_best(PROMPTS[0], 2, cancel=cancel, **options) == []
+        tokens = list(session.stream(PROMPTS[0], max_new_tokens=6, **options))
+        assert 0 < len(tokens) <= 6
+        assert session.generate(PROMPTS[0], max_new_tokens=3).token_ids
+        with pytest.raises(OptionError, match="num_return_sequences is 4"):
+            session.generate_best(PROMPTS[0], 4, **options)
+
+
+def test_beams_of_a_decoder_only_bundle_are_refused(bundle: Bundles) -> None:
+    with (
+        Session(bundle(BY_NAME["llama-tied"], 1), threads=1, slots=1) as session,
+        pytest.raises(OptionError, match="beam search is for encoder-decoders"),
+    ):
+        session.generate(PROMPTS[0], mode="full", num_beams=2)
