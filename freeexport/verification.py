@@ -56,14 +56,15 @@ def failure(report: dict[str, Any]) -> str:
                 f"{check['name']}: {check['tensor']} differs by {check['error']:.2e} of its largest value, "
                 f"the tolerance is {check['tolerance']:.0e}"
             )
+    for prompt in report["greedy"]["prompts"]:
+        if not prompt["passed"]:
+            position = prompt["first_difference"]
+            return f"greedy decoding: token ids of prompt {prompt['prompt']} differ from position {position}"
     quality = report["quality"]
-    if not quality["passed"]:
-        return (
-            f"predictions diverge by {quality['divergence']:.3g} nats from the checkpoint's, "
-            f"the tolerance is {quality['tolerance']:g}"
-        )
-    first = next(c for c in report["greedy"]["prompts"] if not c["passed"])
-    return f"greedy decoding: token ids of prompt {first['prompt']} differ from position {first['first_difference']}"
+    return (
+        f"predictions diverge by {quality['divergence']:.3g} nats from the checkpoint's, "
+        f"the tolerance is {quality['tolerance']:g}"
+    )
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
