@@ -20,8 +20,6 @@ from runtime.precision import EnginePrecision, HigherTensor, TensorFormat
 BITS = {"int4": 4, "int8-block": 8}
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay float32, 5 to 40 times slower.
 INT8_ACTIVATIONS = 4
-# A row that is all 0 has no scale of its own.
-SMALLEST = np.float32(1e-30)
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
@@ -95,7 +93,8 @@ class _Rows:
             axis = constant(self._graph, "rows.axis", np.array([1], np.int64))
             step = constant(self._graph, "rows.step", np.float32(1 / 127))
             peak = tape.op("ReduceMax", [tape.op("Abs", [x]), axis], {"keepdims": 1})
-            scales = tape.op("Mul", [tape.op("Max", [peak, constant(self._graph, "rows.smallest", SMALLEST)]), step])
+            # A row that is all 0 has a scale of 0, which makes its products 0 whatever it is rounded to.
+            scales = tape.op("Mul", [peak, step])
             by_row = [x, tape.op("Squeeze", [scales, axis]), self._middle(tape, x, head)]
             self._rounded[x] = tape.op("QuantizeLinear", by_row, {"axis": 0}), scales
         return self._rounded[x]
