@@ -7,7 +7,7 @@ import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import click
 
@@ -26,6 +26,9 @@ from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle import VERIFICATION, sha256_of
+from runtime.errors import OptionError
+from runtime.exit_vocabulary import ExitVocabulary
+from runtime.machine import machine_int8_range
 from runtime.manifest import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -36,6 +39,7 @@ from runtime.manifest import (
     Manifest,
     Precision,
 )
+from runtime.precision import Int8Range, Quantization
 
 WEIGHTS = "weights.data"
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
@@ -46,7 +50,8 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 @dataclass(frozen=True)
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
-    capacity is the model's limit, at most 2048."""
+    capacity is the model's limit, at most 2048. `int8_range` "auto" is what this machine's processor takes.
+    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`. OptionError without that."""
 
     exit_layer: int | None = None
     precision: Precision = "fp32"
@@ -55,9 +60,16 @@ class ConvertOptions:
     capacity: int | None = None
     encoder_capacity: int | None = None
     max_pending: int = 16
+    int8_range: Int8Range | Literal["auto"] = "auto"
+    exit_vocab: int | Literal["all", "auto"] = "all"
+    exit_vocab_text: Path | None = None
     verify: bool = True
     measure: bool = True
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.exit_vocab != "all") != (self.exit_vocab_text is not None):
+            raise OptionError("an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text")
 
 
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
@@ -71,12 +83,14 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     exit_layer = _exit_layer(checkpoint, description, options.exit_layer)
     engine_options = _engine_options(description, options, exit_layer)
     engine_options.check(description)
+    engine_options, vocabulary = _with_exit_vocabulary(checkpoint, description, engine_options, options)
     if _encoder_capacity(options) < 1:
         raise GraphError(f"encoder capacity {options.encoder_capacity} is out of range; choose 1 or more")
     with output_directory(out, MANIFEST, options.overwrite) as directory:
-        weight_bytes, copies = _write_engines(checkpoint, description, engine_options, directory)
+        written = _write_engines(checkpoint, description, engine_options, directory)
         write_tokenizer(checkpoint, directory)
-        manifest = _manifest(checkpoint, description, engine_options, options, weight_bytes, copies, directory)
+        manifest = _manifest(checkpoint, description, engine_options, options, written, directory)
+        manifest = replace(manifest, exit_vocabulary=vocabulary)
         _write_manifest(manifest, directory)
         if options.verify:
             manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
@@ -107,14 +121,35 @@ def _engine_options(description: Description, options: ConvertOptions, exit_laye
         precision=options.precision,
         dialect=options.dialect,
         confidence=options.confidence,
+        int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
     )
+
+
+def _with_exit_vocabulary(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, options: ConvertOptions
+) -> tuple[EngineOptions, ExitVocabulary | None]:
+    if options.exit_vocab_text is None or options.exit_vocab == "all":
+        return engines, None
+    from freeexport.exit_vocabulary import exit_vocabulary
+
+    size = None if options.exit_vocab == "auto" else options.exit_vocab
+    tokens, vocabulary = exit_vocabulary(checkpoint, description, size, options.exit_vocab_text)
+    return replace(engines, exit_tokens=tokens), vocabulary
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were rounded."""
+
+    bytes: int
+    copies: tuple[DeclaredCopy, ...]
+    quantization: Quantization | None
 
 
 def _write_engines(
     checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path
-) -> tuple[int, tuple[DeclaredCopy, ...]]:
-    """Bytes of the weights, and what stands in memory a second time while a session is open."""
-    copies = [_packed_head(description, options)]
+) -> Written:
+    copies: list[DeclaredCopy] = []
     names = engine_names(description)
     with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
         builder = EngineBuilder(description, options, checkpoint, weights, directory)
@@ -124,7 +159,8 @@ def _write_engines(
             else:
                 getattr(builder, name)()
             advance()
-        return weights.bytes, tuple(copies)
+        quantization = builder.quantization
+        return Written(weights.bytes, (*_head_copies(description, options, quantization), *copies), quantization)
 
 
 def _export_encoder(
@@ -143,8 +179,7 @@ def _manifest(
     description: Description,
     engines: EngineOptions,
     options: ConvertOptions,
-    weight_bytes: int,
-    copies: tuple[DeclaredCopy, ...],
+    written: Written,
     directory: Path,
 ) -> Manifest:
     generation, attention = checkpoint.generation_config, description.attention
@@ -176,17 +211,32 @@ def _manifest(
         verified=False,
         source=checkpoint.name,
         source_sha256=checkpoint.sha256,
-        weight_bytes=weight_bytes,
+        weight_bytes=written.bytes,
         files=_files(directory),
         versions=_versions(),
-        copies=copies,
+        copies=written.copies,
+        quantization=written.quantization,
     )
 
 
-def _packed_head(description: Description, engines: EngineOptions) -> DeclaredCopy:
-    size = description.vocab_size * description.hidden_size * engines.compute.itemsize
-    name = description.decoder.head.weight
-    return DeclaredCopy(name, int(size), "head, packed by ONNX Runtime for the deep engine (in memory)")
+def _head_copies(
+    description: Description, engines: EngineOptions, quantization: Quantization | None
+) -> list[DeclaredCopy]:
+    """The head's weights a second time: packed, and those of an exit vocabulary."""
+    head, width, item = description.decoder.head.weight, description.hidden_size, int(engines.compute.itemsize)
+    if quantization is not None:
+        item = 1
+    copies = []
+    if quantization is None:
+        whole = description.vocab_size * width * item
+        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for the deep engine (in memory)"))
+    elif not engines.exit_tokens:
+        whole = description.vocab_size * width * item
+        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for each of the two engines (in memory)"))
+    if engines.exit_tokens:
+        rows = len(engines.exit_tokens) * width * item
+        copies.append(DeclaredCopy(head, rows, "head rows of the exit vocabulary"))
+    return copies
 
 
 def _encoder_capacity(options: ConvertOptions) -> int:
@@ -213,6 +263,20 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
+class ExitVocabSize(click.ParamType):
+    """A number of tokens, "auto" or "all"."""
+
+    name = "size"
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
+        if isinstance(value, int) or value in ("auto", "all"):
+            return int(value) if isinstance(value, int) else str(value)
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number, auto or all", parameter, context)
+
+
 @click.command()
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
@@ -223,6 +287,23 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True)
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
+@click.option(
+    "--int8-range",
+    type=click.Choice(["auto", *get_args(Int8Range)]),
+    default="auto",
+    show_default=True,
+    help="Range of 8-bit weights: reduced for processors without 8-bit dot products (VNNI). auto: as here.",
+)
+@click.option(
+    "--exit-vocab",
+    type=ExitVocabSize(),
+    default="all",
+    show_default=True,
+    metavar="N|auto|all",
+    help="How many tokens the shallow head knows; the others never exit.",
+)
+@click.option("--exit-vocab-text", type=click.Path(path_type=Path),
+              help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
 @click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
 @click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
@@ -243,6 +324,11 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
         return
     click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
     click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}")
+    if manifest.quantization is not None and manifest.quantization.higher:
+        click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
+    if manifest.exit_vocabulary is not None:
+        size, covered = manifest.exit_vocabulary.size, manifest.exit_vocabulary.covered
+        click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {covered:.2%} of the text")
     click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
     click.echo("threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold")

@@ -24,8 +24,9 @@ class Comparison:
     first_difference: int | None = None
     gap: float | None = None
 
-    def passed(self, tie: float) -> bool:
-        return self.first_difference is None or (self.gap is not None and self.gap < tie)
+    def passed(self, tie: float | None) -> bool:
+        """Whether the ids are equal up to a tie; None for `tie` expects no equality."""
+        return tie is None or self.first_difference is None or (self.gap is not None and self.gap < tie)
 
 
 def compare(

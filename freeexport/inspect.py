@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.page import human_bytes, pairs, print_page, table
+from freeexport.precision_page import higher_table, precision_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -60,6 +61,8 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         pairs("Bundle", _origin(bundle)),
         pairs("Model", _model(manifest)),
         pairs("Exit", _exit(manifest)),
+        *([precision_table(manifest.quantization)] if manifest.quantization else []),
+        *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
         pairs("KV cache", _cache(manifest)),
         pairs("Verification", _verification(bundle)),
         table("Files", ("name", "size#", "sha256"), _files(manifest)),
@@ -118,8 +121,18 @@ def _exit(manifest: Manifest) -> list[tuple[str, str]]:
         ("confidence", manifest.confidence),
         ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
         ("most pending tokens", str(manifest.max_pending)),
+        ("exit vocabulary", _exit_vocabulary(manifest)),
         *_break_even(manifest.break_even),
     ]
+
+
+def _exit_vocabulary(manifest: Manifest) -> str:
+    known = manifest.exit_vocabulary
+    if known is None:
+        return "all tokens"
+    return (
+        f"{known.size} of {manifest.vocab_size} tokens, {known.covered:.2%} of the {known.text_tokens} they come from"
+    )
 
 
 def _break_even(costs: dict[str, float]) -> list[tuple[str, str]]:
@@ -165,6 +178,9 @@ def _verification(bundle: Bundle) -> list[tuple[str, str]]:
     if prompts:
         equal = sum(prompt["first_difference"] is None for prompt in prompts)
         rows.append((f"greedy ids, {report['greedy']['tokens']} tokens", f"{equal} of {len(prompts)} prompts equal"))
+    if quality := report.get("quality"):
+        rows.append(("same best token", f"{quality['agreement']:.1%} of {quality['tokens']}"))
+        rows.append(("perplexity", f"x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"))
     return rows
 
 

@@ -24,13 +24,19 @@ if TYPE_CHECKING:
 
 # Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+# Weights in 8 and 4 bits differ everywhere: the root mean square of the difference as a share of that of the reference.
+ROUNDED_TOLERANCE = {"int8": 0.15, "mixed": 0.4, "int4": 0.5}
+# A row alone and among others rounds its activations alike, but for the last bit of attention, which now and then
+# tips one over to the next of 255 steps.
+ROUNDED_NOISE = 5e-2
 SYNC_SIZES = (1, 2, 3, 5, 8, 16)
 MAX_TEXT = 48
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: the largest difference of `tensor`, as a share of `scale`: its largest value, at least 1."""
+    """One comparison: the largest difference of `tensor`, as a share of `scale`: its largest value, at least 1. With
+    rounded weights, against the checkpoint: the root mean square difference, as a share of that of the tensor."""
 
     name: str
     tensor: str
@@ -95,13 +101,16 @@ def engine_checks(
 
     `exit_head` is the reference of an exit with parameters of its own: hidden states [N, d] -> logits [N, V].
     """
-    tolerance = TOLERANCE[bundle.manifest.precision]
+    precision = bundle.manifest.precision
+    distance = _error if precision in TOLERANCE else _mean_error
+    tolerance = TOLERANCE[precision] if precision in TOLERANCE else ROUNDED_TOLERANCE[precision]
+    noise = TOLERANCE.get(precision, ROUNDED_NOISE)
     cross, encoded = encode(bundle, batch)
     reference = Reference.of(model, bundle.manifest.exit_layer, batch, exit_head) if model is not None else None
     if reference is not None and encoded is not None and reference.encoded is not None:
         valid = rows_of(batch.prompt_lengths, encoded.shape[1])
         yield Check(
-            "encoder", "encoder hidden", _error(_flat(encoded)[valid], _flat(reference.encoded)[valid]), tolerance
+            "encoder", "encoder hidden", distance(_flat(encoded)[valid], _flat(reference.encoded)[valid]), tolerance
         )
     pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
     valid = rows_of(batch.lengths, batch.tokens.shape[1])
@@ -110,13 +119,13 @@ def engine_checks(
     if reference is not None:
         pairs = [
             ("shallow hidden", _flat(shallow["hidden"]), _flat(reference.hidden)),
-            ("shallow logits", shallow["logits"], _flat(reference.shallow_logits)),
+            ("shallow logits", *_known(shallow["logits"], _flat(reference.shallow_logits))),
             ("deep logits", deep["logits"], _flat(reference.logits)),
         ]
         for tensor, ours, theirs in pairs:
-            yield Check("prefill", tensor, _error(ours[valid], theirs[valid]), tolerance, _scale(theirs[valid]))
-    yield from _stepping(pair, batch, shallow, deep, tolerance)
-    yield from _sync_passes(pair, shallow["hidden"], tolerance)
+            yield Check("prefill", tensor, distance(ours[valid], theirs[valid]), tolerance, _scale(theirs[valid]))
+    yield from _stepping(pair, batch, shallow, deep, noise)
+    yield from _sync_passes(pair, shallow["hidden"], noise)
 
 
 def _stepping(
@@ -176,7 +185,7 @@ class Reference:
 
     @classmethod
     def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> Reference:
-        out = _forward(model, batch)
+        out = forward(model, batch)
         states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
         shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
         encoded = out.get("encoder_last_hidden_state")
@@ -189,7 +198,7 @@ def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.
     layers = getattr(stack, name)
     setattr(stack, name, layers[:exit_layer])
     try:
-        logits: torch.Tensor = _forward(model, batch)["logits"]
+        logits: torch.Tensor = forward(model, batch)["logits"]
         return logits
     finally:
         setattr(stack, name, layers)
@@ -201,7 +210,8 @@ def _layer_list(model: Any) -> tuple[Any, str]:
     return decoder, "block" if hasattr(decoder, "block") else "layers"
 
 
-def _forward(model: Any, batch: Batch) -> Any:
+def forward(model: Any, batch: Batch) -> Any:
+    """What transformers returns for a batch: `logits` [B, n, V], and the hidden states of all layers."""
     import torch
 
     tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(_mask(batch.lengths, batch.tokens.shape[1]))
@@ -231,6 +241,16 @@ def _flat(states: np.ndarray) -> np.ndarray:
 
 def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max() / _scale(theirs))
+
+
+def _mean_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(1e-6, float(np.linalg.norm(theirs))))
+
+
+def _known(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of the tokens that the shallow head knows: all, or an exit vocabulary."""
+    known = ours[0] > np.finfo(np.float32).min
+    return ours[:, known], theirs[:, known]
 
 
 def _scale(theirs: np.ndarray) -> float:

@@ -23,8 +23,11 @@ class VerificationError(FreeExportError):
     """A bundle does not compute what its checkpoint computes."""
 
 
-def verify(bundle: Bundle, model: str | None) -> dict[str, Any]:
-    """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells."""
+def verify(bundle: Bundle, model: str | None, data: Path | None = None) -> dict[str, Any]:
+    """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
+
+    `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
+    """
     from freeexport.parity import engine_checks, sample_batch
 
     checkpoint = None if model is None else _checkpoint_of(bundle, model)
@@ -38,10 +41,10 @@ def verify(bundle: Bundle, model: str | None) -> dict[str, Any]:
     }
     passed = all(check.passed for check in checks)
     if reference is not None:
-        report["greedy"] = _greedy(
-            bundle, reference, max(c.error * c.scale for c in checks if c.tensor == "deep logits")
-        )
-        passed = passed and report["greedy"]["passed"]
+        logits_error = max(c.error * c.scale for c in checks if c.tensor == "deep logits")
+        report["greedy"] = _greedy(bundle, reference, logits_error)
+        report["quality"] = _quality(bundle, reference, data)
+        passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
     return {"passed": passed, **report}
 
 
@@ -53,8 +56,15 @@ def failure(report: dict[str, Any]) -> str:
                 f"{check['name']}: {check['tensor']} differs by {check['error']:.2e} of its largest value, "
                 f"the tolerance is {check['tolerance']:.0e}"
             )
-    first = next(c for c in report["greedy"]["prompts"] if not c["passed"])
-    return f"greedy decoding: token ids of prompt {first['prompt']} differ from position {first['first_difference']}"
+    for prompt in report["greedy"]["prompts"]:
+        if not prompt["passed"]:
+            position = prompt["first_difference"]
+            return f"greedy decoding: token ids of prompt {prompt['prompt']} differ from position {position}"
+    quality = report["quality"]
+    return (
+        f"predictions diverge by {quality['divergence']:.3g} nats from the checkpoint's, "
+        f"the tolerance is {quality['tolerance']:g}"
+    )
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
@@ -119,6 +129,13 @@ def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
     return torch.no_grad()(own_head(checkpoint, description, shared_head(model, description)))
 
 
+def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
+    from freeexport.quality import measure_quality
+
+    quality = measure_quality(bundle, model, data)
+    return {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
+
+
 def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
     from freeexport.greedy import NEW_TOKENS, TIE, compare
     from freeexport.parity import MAX_TEXT, sample_ids
@@ -128,8 +145,10 @@ def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
     prompts = [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
     with Session(bundle.path, slots=1) as session:
         comparisons = compare(session, model, prompts)
-    # Lower precisions move logits by as much as was just measured: closer than twice that is a tie.
-    tie = TIE if bundle.manifest.precision == "fp32" else 2 * logits_error
+    # fp16 moves logits by as much as was just measured: closer than twice that is a tie. Rounded weights are another
+    # model: how often it says the same is reported, and its quality is judged by its predictions.
+    ties = {"fp32": TIE, "fp16": 2 * logits_error}
+    tie = ties.get(bundle.manifest.precision)
     return {
         "tokens": NEW_TOKENS,
         "tie": tie,

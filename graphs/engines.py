@@ -6,28 +6,38 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder, Layer
 from graphs.dialect import Call, Dialect, in_heads, linear
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
-from graphs.head import head_outputs
+from graphs.head import exit_rows, head_outputs
 from graphs.layers import decoder_layers, encoder_layers
 from graphs.ort_dialect import OrtDialect, check_head_size
+from graphs.quantization.embedding import QuantizeEmbedding
+from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.plan import PLANS
+from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision
 from runtime.manifest import Dialect as DialectName
+from runtime.precision import Int8Range, Quantization
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What is decided when engines are built. GraphError where a value is out of range."""
+    """What is decided when engines are built. GraphError where a value is out of range.
+
+    `exit_tokens`, ascending, are those that the shallow head knows; empty for all.
+    """
 
     exit_layer: int
     capacity: int
@@ -35,6 +45,8 @@ class EngineOptions:
     precision: Precision = "fp32"
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"
+    int8_range: Int8Range = "full"
+    exit_tokens: tuple[int, ...] = ()
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
@@ -48,12 +60,18 @@ class EngineOptions:
             raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
         if not 1 <= self.max_pending <= 256:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
+        if self.exit_tokens:
+            check_tokens(self.exit_tokens, description.vocab_size)
         if self.dialect == "ort":
             check_head_size(description.attention)
+        elif self.precision in PLANS:
+            raise GraphError(
+                f"precision {self.precision} needs operators of ONNX Runtime; choose --dialect ort, or fp32 or fp16"
+            )
 
     @property
     def compute(self) -> ir.DataType:
-        return FLOAT if self.precision == "fp32" else ir.DataType.FLOAT16
+        return ir.DataType.FLOAT16 if self.precision == "fp16" else FLOAT
 
 
 class EngineBuilder:
@@ -66,6 +84,13 @@ class EngineBuilder:
         check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
+        self._plan = PLANS.get(options.precision)
+        self._quantizer = Quantizer(weights, options.int8_range)
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """What became of the weights of the engines built so far; None where they were not rounded."""
+        return self._quantizer.report if self._plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S and the head."""
@@ -78,7 +103,7 @@ class EngineBuilder:
         hidden = self._layers(graph, dialect, x, layers, 0)
         self._head(graph, dialect, hidden, None)
         self._output_hidden(graph, hidden, call, FLOAT, "q")
-        graph.save(self._directory / "shallow.onnx")
+        self._save(graph)
 
     def deep(self) -> None:
         """deep.onnx: layers S+1..L and the head."""
@@ -91,7 +116,7 @@ class EngineBuilder:
         x = graph.op("Reshape", [stacked, graph.constant([-1, width])])
         hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
         self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]))
-        graph.save(self._directory / "deep.onnx")
+        self._save(graph)
 
     def encoder(self) -> None:
         """encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d]."""
@@ -105,7 +130,7 @@ class EngineBuilder:
         x = self._embed(graph, tokens, encoder.embedding)
         hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm, self.description.hidden_size)
         self._output_hidden(graph, hidden, call, graph.compute, "E")
-        graph.save(self._directory / "encoder.onnx")
+        self._save(graph)
 
     def prologue(self) -> None:
         """prologue.onnx: `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all layers."""
@@ -123,7 +148,21 @@ class EngineBuilder:
                 graph.output(
                     f"cross.{number}.{part}", in_heads(graph, rows, call, heads, head_dim), graph.compute, shape
                 )
-        graph.save(self._directory / "prologue.onnx")
+        self._save(graph)
+
+    def _save(self, graph: Graph) -> None:
+        graph.save(self._directory / f"{graph.name}.onnx", self._passes(graph.name))
+
+    def _passes(self, engine: str) -> list[ir.passes.InPlacePass]:
+        plan, decoder, encoder = self._plan, self.description.decoder, self.description.encoder
+        if plan is None:
+            return []
+
+        head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
+        wanted = plan.wanted(engine, self.description, head)
+        linears = QuantizeLinears(self._quantizer, engine, plan.linears(engine), wanted, head)
+        table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
+        return [linears, QuantizeEmbedding(self._quantizer, table)] if table else [linears]
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, self.options.compute)
@@ -152,8 +191,11 @@ class EngineBuilder:
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
         decoder = self.description.decoder
-        head = decoder.head if emitted is not None else decoder.exit_head or decoder.head
-        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed)
+        head, tokens = decoder.head, None
+        if emitted is None:
+            head = decoder.exit_head or decoder.head
+            tokens = np.array(self.options.exit_tokens, np.int64) if self.options.exit_tokens else None
+        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed, tokens)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:
         width = self.description.hidden_size
@@ -181,6 +223,12 @@ def check_norms(description: Description, weights: Weights) -> None:
     for name, expected in sizes.items():
         if weights.shape(name) != (expected,):
             raise GraphError(f"weight {name} is {list(weights.shape(name))}, the configuration says {[expected]}")
+
+
+def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
+    """GraphError where an exit vocabulary is not at least two tokens of the vocabulary, ascending."""
+    if len(tokens) < 2 or any(a >= b for a, b in pairwise(tokens)) or tokens[0] < 0 or tokens[-1] >= vocabulary:
+        raise GraphError(f"an exit vocabulary is 2 to {vocabulary} different tokens of the model, in ascending order")
 
 
 def _size(graph: Graph, x: ir.Value) -> ir.Value:

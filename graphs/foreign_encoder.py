@@ -10,6 +10,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnx_ir.tape import Tape
 
 from graphs.errors import GraphError
+from graphs.initializers import constant, external
 from graphs.weights import WeightFile
 
 # Scalars and short constants stay in the graph.
@@ -46,7 +47,10 @@ def _pad_inputs(graph: ir.Graph, block: int) -> ir.Value:
     lengths = _input("lengths", ir.DataType.INT32, ["B"])
     old["input_ids"].name, old["attention_mask"].name = "padded_ids", "mask"
     tape = Tape()
-    zero, one, size = (_constant(graph, f"block.{name}", n) for name, n in (("zero", 0), ("one", 1), ("size", block)))
+    zero, one, size = (
+        constant(graph, f"block.{name}", np.array([number], np.int64))
+        for name, number in (("zero", 0), ("one", 1), ("size", block))
+    )
     width = tape.op("Shape", [tokens], {"start": 1, "end": 2})
     # ceil(E / block) * block - E, without a ceiling
     missing = tape.op("Mod", [tape.op("Neg", [width]), size])
@@ -88,7 +92,7 @@ def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) ->
         array = tensor.numpy()
         narrow = tensor.dtype == ir.DataType.FLOAT != compute and float(np.abs(array).max()) <= FP16_MAX
         stored = weights.add(f"encoder/{value.name}", compute if narrow else tensor.dtype, partial(np.asarray, array))
-        replacement = _external(graph, stored)
+        replacement = external(graph, stored)
         if narrow:
             widened += tensor.nbytes
             cast = ir.node("Cast", [replacement], {"to": int(tensor.dtype)})
@@ -97,21 +101,6 @@ def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) ->
         ir.convenience.replace_all_uses_with(value, replacement)
         del graph.initializers[str(value.name)]
     return widened
-
-
-def _external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
-    shape = ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
-    value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-    graph.register_initializer(value)
-    return value
-
-
-def _constant(graph: ir.Graph, name: str, number: int) -> ir.Value:
-    """int64 [1]."""
-    tensor = ir.tensor(np.array([number], np.int64), name=name)
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([1]), const_value=tensor)
-    graph.register_initializer(value)
-    return value
 
 
 def _input(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:

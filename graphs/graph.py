@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Graph:
 
     def table(self, name: str, array: np.ndarray, dtype: ir.DataType | None = None) -> ir.Value:
         """A computed table, stored with the weights."""
-        return self._external(self._weights.add(name, dtype or self.compute, lambda: array))
+        return self._unread(name, array.shape, dtype, lambda: array)
 
     def weight(self, name: str, shape: Sequence[int] | None = None, dtype: ir.DataType | None = None) -> ir.Value:
         """A checkpoint tensor; GraphError where its shape is not the expected one."""
@@ -85,12 +85,18 @@ class Graph:
         for name, shape in zip(names, shapes, strict=True):
             if shape is not None:
                 self._check_shape(name, shape)
+        found = [self._source.shape(name) for name in names]
 
         def produce() -> np.ndarray:
             parts = [self._source.read(name) for name in names]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        return self._external(self._weights.add("+".join(names), dtype or self.compute, produce))
+        return self._unread("+".join(names), (sum(shape[0] for shape in found), *found[0][1:]), dtype, produce)
+
+    def selected_weight(self, name: str, shape: Sequence[int], rows: np.ndarray, as_name: str) -> ir.Value:
+        """Some rows of a checkpoint tensor, as a weight of their own."""
+        self._check_shape(name, shape)
+        return self._unread(as_name, (len(rows), *shape[1:]), None, lambda: self._source.read(name)[rows])
 
     def read(self, name: str, shape: Sequence[int]) -> np.ndarray:
         """A checkpoint tensor as float32, to compute a table from."""
@@ -113,8 +119,8 @@ class Graph:
         """A value of the compute type in fp32."""
         return value if self.compute == ir.DataType.FLOAT else self.cast(value, ir.DataType.FLOAT)
 
-    def save(self, path: Path) -> None:
-        """Write the graph; its weights stay where `WeightFile` put them, beside it."""
+    def save(self, path: Path, passes: Sequence[ir.passes.InPlacePass] = ()) -> None:
+        """Write the graph after `passes`, and to the weight file beside it the weights that these left in place."""
         graph = ir.Graph(
             self._inputs,
             self._outputs,
@@ -123,7 +129,11 @@ class Graph:
             opset_imports={"": OPSET, **({MICROSOFT: 1} if self._uses_microsoft() else {})},
             name=self.name,
         )
-        ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport"), path)
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport")
+        for change in passes:
+            change(model)
+        self._write_weights(graph)
+        ir.save(model, path)
 
     def _check_shape(self, name: str, shape: Sequence[int]) -> None:
         found = self._source.shape(name)
@@ -133,9 +143,20 @@ class Graph:
     def _uses_microsoft(self) -> bool:
         return any(node.domain == MICROSOFT for node in self._tape.nodes)
 
-    def _external(self, tensor: ir.ExternalTensor) -> ir.Value:
-        assert tensor.name is not None
-        return self._initializer(tensor.name, tensor)
+    def _unread(
+        self, name: str, shape: Sequence[int], dtype: ir.DataType | None, produce: Callable[[], np.ndarray]
+    ) -> ir.Value:
+        """A tensor that is read when the graph is saved, unless a pass has replaced it by then."""
+        kind = dtype or self.compute
+        tensor = ir.LazyTensor(lambda: ir.tensor(produce()), kind, ir.Shape(shape), name=name)
+        return self._initializer(f"{name}.{kind.name.lower()}", tensor)
+
+    def _write_weights(self, graph: ir.Graph) -> None:
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor):
+                assert tensor.name is not None
+                value.const_value = self._weights.add(tensor.name, tensor.dtype, tensor.numpy)
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._initializers:

@@ -11,6 +11,9 @@ from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
 from runtime.manifest import ConfidenceMeasure
 
+# The logit of a token that a head does not know: its probability is 0.
+UNKNOWN = np.finfo(np.float32).min
+
 
 def head_outputs(
     graph: Graph,
@@ -21,40 +24,69 @@ def head_outputs(
     confidence: ConfidenceMeasure,
     emitted: ir.Value | None = None,
     packed: bool = True,
+    tokens: np.ndarray | None = None,
 ) -> None:
     """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
 
     `head_rows` int64 [R] picks their rows of `hidden` float32 [M, d]; `size` is (vocabulary, d). Not `packed`, the
     head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
+
+    `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
+    logits of all others are UNKNOWN.
     """
-    vocabulary, _ = size
+    vocabulary = size[0] if tokens is None else len(tokens)
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
-    logits = _logits(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size, packed)
+    normed = _normed(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size[1])
+    weight = _weight(graph, head, size, packed, tokens)
+    logits = graph.to_float(graph.op("Gemm", [normed, weight], transB=1))  # [R, V], or [R, N]
     log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]
     _, top = graph.ops("TopK", [logits, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)  # [R, 2]
     token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
-    graph.output("token", token, ir.DataType.INT64, ["R"])
     measured = _confidence(graph, log_probabilities, top, confidence, vocabulary)
+    if tokens is not None:
+        known = graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
+        token = graph.op("Gather", [known, token], axis=0)
+        logits = _in_whole_vocabulary(graph, logits, tokens, size[0])
+    graph.output("token", token, ir.DataType.INT64, ["R"])
     graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
     if emitted is not None:
         index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
         chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
         nll = graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
         graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
-    graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
+    graph.output("logits", logits, ir.DataType.FLOAT, ["R", size[0]])
 
 
-def _logits(
-    graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, size: tuple[int, int], packed: bool
-) -> ir.Value:
-    """float32 [R, d] -> float32 [R, V]."""
+def exit_rows(head: Head) -> str:
+    """The name of the weight of a head that knows some tokens only."""
+    return f"{head.weight}.exit_rows"
+
+
+def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, width: int) -> ir.Value:
+    """float32 [R, d] -> the head's input, in the compute type."""
     if head.adapter is not None:
-        hidden = _adapted(graph, dialect, hidden, head.adapter, size[1])
+        hidden = _adapted(graph, dialect, hidden, head.adapter, width)
     normed = dialect.norm(hidden, head.norm)
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
-    weight = graph.weight(head.weight, size) if packed else graph.unpacked_weight(head.weight, size)
-    return graph.to_float(graph.op("Gemm", [graph.to_compute(normed), weight], transB=1))
+    return graph.to_compute(normed)
+
+
+def _weight(graph: Graph, head: Head, size: tuple[int, int], packed: bool, tokens: np.ndarray | None) -> ir.Value:
+    if tokens is not None:
+        return graph.selected_weight(head.weight, size, tokens, exit_rows(head))
+    return graph.weight(head.weight, size) if packed else graph.unpacked_weight(head.weight, size)
+
+
+def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, vocabulary: int) -> ir.Value:
+    """[R, N] -> [R, V]: what reads logits need not know which tokens the head knows."""
+    place = np.full(vocabulary, len(tokens), np.int64)
+    place[tokens] = np.arange(len(tokens))
+    rows = graph.op("Shape", [logits], start=0, end=1)
+    shape = graph.op("Concat", [rows, graph.constant([1])], axis=0)
+    unknown = graph.op("Expand", [graph.constant(np.array([UNKNOWN])), shape])
+    extended = graph.op("Concat", [logits, unknown], axis=1)
+    return graph.op("Gather", [extended, graph.table("exit_vocabulary.place", place, ir.DataType.INT64)], axis=1)
 
 
 def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter, width: int) -> ir.Value:

@@ -7,6 +7,9 @@ import math
 import os
 from pathlib import Path
 
+from runtime.precision import Int8Range
+
+_CPUINFO = "/proc/cpuinfo"
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
 
 
@@ -18,6 +21,18 @@ def usable_cores() -> int:
         return max(1, (os.cpu_count() or 1) // 2)
     cores = {(_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}") for cpu in cpus}
     return max(1, min(len(cores), _quota() or len(cores)))
+
+
+def machine_int8_range() -> Int8Range:
+    """How large 8-bit weights may be here: "reduced" on x86 processors without VNNI, which add pairs of 8-bit products
+    in 16 bits and saturate. "full" elsewhere, and where the system does not say."""
+    flags = set[str]()
+    with contextlib.suppress(OSError):
+        for line in Path(_CPUINFO).read_text().splitlines():
+            if line.startswith("flags"):
+                flags = set(line.split())
+                break
+    return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
 
 
 def available_memory() -> int | None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import BundleError
+from runtime.exit_vocabulary import ExitVocabulary
+from runtime.precision import Quantization
 
 SCHEMA_VERSION = 1
 MANIFEST = "freeexport.json"
@@ -22,7 +24,7 @@ HASH = "manifest_sha256"
 OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.3
 
 ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 
 
@@ -49,7 +51,8 @@ class Manifest:
 
     `capacity` is the most valid positions of a decoder's KV cache; the cache itself has `max_pending` more rows.
     `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
-    `threshold` 1.0 means not calibrated: nothing exits.
+    `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was rounded, and
+    `exit_vocabulary` where the shallow head knows all tokens.
     """
 
     schema_version: int
@@ -80,6 +83,8 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     copies: tuple[DeclaredCopy, ...] = ()
     break_even: dict[str, float] = field(default_factory=dict)
+    quantization: Quantization | None = None
+    exit_vocabulary: ExitVocabulary | None = None
 
     @property
     def encoder_decoder(self) -> bool:

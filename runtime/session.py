@@ -23,6 +23,7 @@ from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
+from runtime.int8_range import check_int8_range
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.machine import available_memory, usable_cores
@@ -53,6 +54,7 @@ class Session:
         self.options = SessionOptions(**_known(SessionOptions, options))
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
+        check_int8_range(manifest)
         self.capacity = _capacity(manifest, self.options.capacity)
         self._tokenizer = Tokenizer.load(self.bundle.path)
         self._check_memory(manifest)

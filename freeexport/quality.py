@@ -1,0 +1,105 @@
+"""What the precision of a bundle costs: the full model's predictions against the checkpoint's, on text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from freeexport.engine_pair import EnginePair
+from freeexport.parity import Batch, encode, forward, pad, rows_of, sample_batch
+from freeexport.training_data import DataError, read_lines
+from runtime.bundle import Bundle
+from runtime.errors import OptionError
+from runtime.machine import usable_cores
+from runtime.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Mean nats that the prediction may lose of the checkpoint's: above these, something is wrong, not just coarse.
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.3, "int4": 1.5, "mixed": 1.5}
+# Sequences in memory at once, the most tokens of each, and how many lines are read.
+ROWS, LONGEST, LINES = 8, 256, 256
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over `tokens` predictions: mean nats of the token that stands there, of the checkpoint (`reference_nll`) and of
+    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`); and how often their
+    best tokens are the same (`agreement`)."""
+
+    tokens: int
+    reference_nll: float
+    nll: float
+    divergence: float
+    agreement: float
+    tolerance: float
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return float(np.exp(self.nll - self.reference_nll))
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.divergence <= self.tolerance)  # NaN fails
+
+
+def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = None) -> Quality:
+    """Teacher-forced, on the targets of `data` (JSON lines) or on the sample texts. Raises DataError, OptionError."""
+    batches = [sample_batch(bundle)] if data is None else _batches(bundle, data)
+    sums, count = np.zeros(4), 0
+    for batch in batches:
+        ours, theirs, targets = _predictions(bundle, model, batch)
+        rows = np.arange(len(targets))
+        divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
+        same = ours.argmax(-1) == theirs.argmax(-1)
+        sums += [-theirs[rows, targets].sum(), -ours[rows, targets].sum(), divergence.sum(), same.sum()]
+        count += len(targets)
+    if not count:
+        raise DataError("no text has two tokens, so nothing is predicted; give longer text")
+    reference_nll, nll, divergence, agreement = (float(value) for value in sums / count)
+    return Quality(count, reference_nll, nll, divergence, agreement, TOLERANCE[bundle.manifest.precision])
+
+
+def _predictions(bundle: Bundle, model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log probabilities [n, V] of the bundle and of the checkpoint, and the tokens [n] that come next."""
+    width = batch.tokens.shape[1]
+    cross, _ = encode(bundle, batch)
+    pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
+    deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
+    rows = rows_of(np.maximum(batch.lengths - 1, 0), width)
+    theirs = forward(model, batch)["logits"].numpy().reshape(-1, bundle.manifest.vocab_size)
+    return _log_softmax(deep["logits"][rows]), _log_softmax(theirs[rows]), batch.tokens.reshape(-1)[rows + 1]
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
+    """The first lines of `data`: input and target in one for a decoder-only bundle, else as prompt and answer."""
+    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path)
+    if tokenizer is None:
+        raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
+    requests = read_lines(data)[:LINES]
+    longest = min(LONGEST, manifest.capacity)
+    for start in range(0, len(requests), ROWS):
+        chunk = requests[start : start + ROWS]
+        prompts = [_prompt(tokenizer, request.input) for request in chunk]
+        targets = [tokenizer.encode(request.target or "", special=False) for request in chunk]
+        if manifest.encoder_decoder:
+            begin = [manifest.decoder_start_token_id or 0]
+            read = [prompt[: manifest.encoder_capacity] for prompt in prompts]
+            yield Batch(*pad([(begin + target)[:longest] for target in targets]), *pad(read))
+        else:
+            yield Batch(*pad([(a + b)[:longest] for a, b in zip(prompts, targets, strict=True)]))
+
+
+def _prompt(tokenizer: Tokenizer, text: str | list[dict[str, str]]) -> list[int]:
+    return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)

@@ -1,0 +1,44 @@
+"""The embedding table in 8 bits: a token reads one row, so what counts is its size on disk."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from graphs.graph import MICROSOFT
+from graphs.initializers import drop_unused, external, unread
+from graphs.quantization.quantizer import BLOCK, Quantizer
+
+
+class QuantizeEmbedding(ir.passes.InPlacePass):
+    """Before: rows of the unwritten float32 tensor `table` [rows, d] are read by Gather along axis 0.
+    After: by GatherBlockQuantized, from 8-bit rows in blocks of 32."""
+
+    def __init__(self, quantizer: Quantizer, table: str) -> None:
+        self._quantizer, self._table = quantizer, table
+
+    def requires(self, model: ir.Model) -> None:
+        if len(self._lookups(model.graph)) != 1:
+            raise ir.passes.PreconditionError(f"{self._table} is not read by one Gather")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        (node,) = self._lookups(graph)
+        tensor = unread(node.inputs[0])
+        assert tensor is not None
+        data, scales = (external(graph, part) for part in self._quantizer.store_table(tensor).operands)
+        tape = Tape()
+        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        rows = tape.op("GatherBlockQuantized", [data, node.inputs[1], scales], attributes, domain=MICROSOFT)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [rows])
+        graph.opset_imports[MICROSOFT] = 1
+        drop_unused(graph)
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        if self._lookups(model.graph):
+            raise ir.passes.PostconditionError(f"{self._table} is still read in float32")
+
+    def _lookups(self, graph: ir.Graph) -> list[ir.Node]:
+        found = [(node, unread(node.inputs[0])) for node in graph if node.op_type == "Gather"]
+        return [node for node, tensor in found if tensor is not None and tensor.name == self._table]

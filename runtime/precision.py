@@ -1,0 +1,42 @@
+"""What stands in which precision: the part of the manifest that a quantised bundle has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+# int8: weights by output channel, activations by row. int8-block and int4: blocks along the inputs.
+TensorFormat = Literal["fp32", "int8", "int8-block", "int4"]
+Int8Range = Literal["full", "reduced"]
+
+
+@dataclass(frozen=True)
+class HigherTensor:
+    """A weight that would lose too much at the format its engine was to have: `error` is |W - rounded W| / |W|."""
+
+    engine: str
+    tensor: str
+    wanted: TensorFormat
+    stored: TensorFormat
+    error: float
+
+
+@dataclass(frozen=True)
+class EnginePrecision:
+    """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
+    and scales, and the largest relative error of a weight."""
+
+    engine: str
+    linears: TensorFormat
+    head: TensorFormat | None
+    bytes: int
+    largest_error: float
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a bundle's weights were rounded. `int8_range` "full" needs a processor with 8-bit dot products."""
+
+    int8_range: Int8Range
+    engines: tuple[EnginePrecision, ...] = ()
+    higher: tuple[HigherTensor, ...] = ()

@@ -1,0 +1,137 @@
+"""What a precision costs: against the same model, against a spoilt one, and against figures computed apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, Case
+from click.testing import CliRunner
+from conftest import Bundles
+
+from freeexport.cli import main
+from freeexport.quality import Quality, measure_quality
+from freeexport.verification import failure, verify
+from runtime.bundle import Bundle
+from runtime.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
+Model = Callable[[Case], Any]
+each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.jsonl"
+    lines = [{"input": f"What is {n}?", "target": f"{n} is a number, and so is {n * n}."} for n in range(11)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@each
+def test_fp32_says_what_the_checkpoint_says(case: Case, bundle: Bundles, source_model: Model) -> None:
+    quality = measure_quality(Bundle.open(bundle(case, 2)), source_model(case))
+    assert quality.passed
+    assert quality.agreement == 1.0
+    assert quality.divergence == pytest.approx(0, abs=1e-6)
+    assert quality.nll == pytest.approx(quality.reference_nll, abs=1e-5)
+    assert quality.perplexity_ratio == pytest.approx(1, abs=1e-5)
+
+
+@each
+def test_the_reference_is_that_of_transformers(case: Case, text: Path, bundle: Bundles, source_model: Model) -> None:
+    """One line at a time, without padding, by the model's own loss."""
+    quality = measure_quality(Bundle.open(bundle(case, 2)), source_model(case), text)
+    tokenizer, total, count = Tokenizer.load(bundle(case, 2)), 0.0, 0
+    assert tokenizer is not None
+    for line in map(json.loads, text.read_text().splitlines()):
+        prompt, target = tokenizer.encode(line["input"]), tokenizer.encode(line["target"], special=False)
+        if case is T5:
+            inputs = {"input_ids": torch.tensor([prompt]), "labels": torch.tensor([target])}
+            predicted = len(target)
+        else:
+            whole = torch.tensor([prompt + target])
+            inputs, predicted = {"input_ids": whole, "labels": whole}, whole.shape[1] - 1
+        with torch.no_grad():
+            total += float(source_model(case)(**inputs, use_cache=False).loss) * predicted
+        count += predicted
+    assert quality.tokens == count
+    assert quality.reference_nll == pytest.approx(total / count, rel=1e-4)
+
+
+@each
+@pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
+def test_rounded_weights_cost_something_and_pass(
+    case: Case, precision: str, bundle: Bundles, source_model: Model
+) -> None:
+    quality = measure_quality(Bundle.open(bundle(case, 2, precision=precision)), source_model(case))
+    assert quality.passed
+    assert 1e-6 < quality.divergence < quality.tolerance
+    assert quality.agreement > 0.3
+
+
+def test_nan_does_not_pass() -> None:
+    assert not Quality(1, 1.0, 1.0, math.nan, 1.0, 1.0).passed
+
+
+@pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
+def test_a_rounded_bundle_is_verified(
+    precision: str, bundle: Bundles, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(bundle(LLAMA, 2, precision=precision), tmp_path / "copy"))
+    result = CliRunner().invoke(main, ["verify", str(path), "--against", str(checkpoint(LLAMA))])
+    assert result.exit_code == 0, result.output
+    assert "quality on " in result.stdout
+    opened = Bundle.open(path)
+    assert opened.manifest.verified
+    assert opened.verification is not None
+    assert opened.verification["quality"]["passed"]
+    assert opened.verification["greedy"]["tie"] is None
+    page = CliRunner().invoke(main, ["inspect", str(path)]).stdout
+    assert "same best token" in page
+    assert "Precision (8-bit range" in page
+
+
+def test_a_spoilt_scale_fails(bundle: Bundles, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    from test_verification import scale_weight
+
+    path = Path(shutil.copytree(bundle(LLAMA, 2, precision="int8"), tmp_path / "copy"))
+    scale_weight(path, "deep", "model.layers.4.mlp.down_proj.weight.int8-block.scales", 3.0)
+    report = verify(Bundle.open(path), str(checkpoint(LLAMA)))
+    assert not report["passed"]
+    assert failure(report).startswith("prefill: deep logits differs by ")
+
+
+def test_a_divergence_that_is_too_large_is_named() -> None:
+    report = {
+        "checks": [],
+        "greedy": {"prompts": []},
+        "quality": {"passed": False, "divergence": 0.5, "tolerance": 0.2},
+    }
+    assert failure(report) == "predictions diverge by 0.5 nats from the checkpoint's, the tolerance is 0.2"
+
+
+def test_data_needs_a_checkpoint(bundle: Bundles) -> None:
+    result = CliRunner().invoke(main, ["verify", str(bundle(LLAMA)), "--data", "x.jsonl"])
+    assert result.exit_code == 2
+    assert "give --against MODEL" in result.stderr
+
+
+def test_the_data_is_what_is_measured(text: Path, bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
+    path = bundle(LLAMA, 2)
+    report = verify(Bundle.open(path), str(checkpoint(LLAMA)), text)
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer is not None
+    lines = [json.loads(line) for line in text.read_text().splitlines()]
+    lengths = [len(tokenizer.encode(d["input"])) + len(tokenizer.encode(d["target"], special=False)) for d in lines]
+    assert report["quality"]["tokens"] == int(np.sum(lengths)) - len(lines)

@@ -1,0 +1,230 @@
+"""The quantisation passes, on graphs of one product and on whole engines: against numpy, and rows against rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from checkpoints import CASES, LARGER
+from conftest import Bundles
+from onnx_ir.tape import Tape
+from test_engines import every, pair_of, tokens
+
+from graphs.graph import IR_VERSION, OPSET, Graph
+from graphs.quantization.embedding import QuantizeEmbedding
+from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.quantizer import Quantizer
+from graphs.weights import WeightFile
+from runtime.bundle import Bundle
+from runtime.precision import TensorFormat
+
+FLOAT = ir.DataType.FLOAT
+BY_NAME = {case.name: case for case in CASES}
+PRECISIONS = ("int8", "int4", "mixed")
+SELECTION = ("t5-relu-tied", "t5-gated-untied", "llama-tied", "llama-biases", "mistral-window", "qwen3")
+each_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+class Source:
+    """Checkpoint tensors in memory."""
+
+    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
+        self.tensors = tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def read(self, name: str) -> np.ndarray:
+        return self.tensors[name]
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[WeightFile]:
+    with WeightFile(tmp_path / "weights.data") as file:
+        yield file
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+WEIGHT, BIAS = normal(24, 40), normal(24, seed=1)
+
+
+def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+    """x [M, 40] -> x W^T (+ b) [M, 24] by a graph whose weight was stored as `format_`."""
+    graph = Graph("g", Source({"w": WEIGHT, "b": BIAS}), weights, FLOAT)
+    x = graph.input("x", FLOAT, ["M", 40])
+    operands = [x, graph.weight("w")] + ([graph.weight("b")] if bias else [])
+    graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
+    path = weights.path.parent / "g.onnx"
+    graph.save(path, [QuantizeLinears(Quantizer(weights, "full"), "deep", format_, lambda name: format_, "head")])
+    weights.flush()
+    onnx.checker.check_model(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda rows: session.run(["y"], {"x": rows})[0]
+
+
+def by_row(x: np.ndarray) -> np.ndarray:
+    """x, rounded to 8 bits by row, and W by channel: the product in exact integers."""
+    rows = np.abs(x).max(1, keepdims=True) / np.float32(127)
+    channels = np.abs(WEIGHT).max(1) / np.float32(127)
+    integers = np.rint(x / rows).astype(np.int64) @ np.rint(WEIGHT / channels[:, None]).astype(np.int64).T
+    return integers * rows * channels
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_8_bits_by_row_are_exact_integer_products(rows: int, bias: bool, weights: WeightFile) -> None:
+    x = normal(rows, 40, seed=2) * np.logspace(-3, 3, rows, dtype=np.float32)[:, None]
+    expected = by_row(x) + (BIAS if bias else 0)
+    np.testing.assert_allclose(product(weights, "int8", bias)(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("format_", "tolerance"), [("int8", 0.02), ("int8-block", 0.015), ("int4", 0.12)])
+def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: float, weights: WeightFile) -> None:
+    x = normal(9, 40, seed=2)
+    ours, exact = product(weights, format_)(x), x @ WEIGHT.T
+    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < tolerance
+
+
+@pytest.mark.parametrize("format_", ["int8", "int8-block", "int4"])
+def test_a_row_is_what_it_is_alone(format_: TensorFormat, weights: WeightFile) -> None:
+    run, x = product(weights, format_), normal(16, 40, seed=2)
+    x[3] *= 1000  # one scale for all rows would round the others away
+    together = run(x)
+    for row in range(len(x)):
+        np.testing.assert_array_equal(together[row], run(x[row : row + 1])[0])
+
+
+@pytest.mark.parametrize("format_", ["int8", "int8-block", "int4"])
+def test_no_rows_and_rows_of_zeros(format_: TensorFormat, weights: WeightFile) -> None:
+    run = product(weights, format_)
+    assert run(np.zeros((0, 40), np.float32)).shape == (0, 24)
+    for value in (0.0, 1e-42):  # and rows whose scale vanishes
+        rows = normal(3, 40, seed=2)
+        rows[1] = value
+        result = run(rows)
+        np.testing.assert_allclose(result[1], np.zeros(24), atol=1e-38)
+        assert np.isfinite(result).all()
+
+
+def model_of(weights: WeightFile, **attributes: int) -> ir.Model:
+    tape, x = Tape(), ir.Value(name="x", type=ir.TensorType(FLOAT), shape=ir.Shape(["M", 40]))
+    tensor = ir.LazyTensor(lambda: ir.tensor(WEIGHT), FLOAT, ir.Shape((24, 40)), name="w")
+    weight = ir.Value(name="w", type=ir.TensorType(FLOAT), shape=ir.Shape((24, 40)), const_value=tensor)
+    y = tape.op("Gemm", [x, weight], attributes)
+    graph = ir.Graph([x], [y], nodes=tape.nodes, initializers=[weight], opset_imports={"": OPSET}, name="g")
+    return ir.Model(graph, ir_version=IR_VERSION)
+
+
+def test_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
+    linears = QuantizeLinears(Quantizer(weights, "full"), "deep", "int8", lambda name: "int8", "head")
+    with pytest.raises(ir.passes.PreconditionError):
+        linears(model_of(weights))
+    with pytest.raises(ir.passes.PreconditionError):
+        QuantizeEmbedding(Quantizer(weights, "full"), "w")(model_of(weights, transB=1))
+
+
+def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
+    model = model_of(weights, transB=1)
+    quantizer = Quantizer(weights, "full")
+    QuantizeLinears(quantizer, "deep", "int8", lambda name: "fp32", "head")(model)
+    assert [node.op_type for node in model.graph] == ["Gemm"]
+    (engine,) = quantizer.report.engines
+    assert (engine.bytes, engine.largest_error, engine.head) == (24 * 40 * 4, 0.0, None)
+    assert [(item.tensor, item.stored) for item in quantizer.report.higher] == []
+
+
+def test_the_embedding_is_read_as_it_was_rounded(weights: WeightFile) -> None:
+    table = normal(50, 40)
+    graph = Graph("g", Source({"e": table}), weights, FLOAT)
+    ids = graph.input("ids", ir.DataType.INT64, ["M"])
+    graph.output("y", graph.op("Gather", [graph.weight("e"), ids], axis=0), FLOAT, ["M", 40])
+    path = weights.path.parent / "g.onnx"
+    graph.save(path, [QuantizeEmbedding(Quantizer(weights, "full"), "e")])
+    weights.flush()
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    picked = np.array([49, 0, 7, 7])
+    (rows,) = session.run(["y"], {"ids": picked})
+    padded = np.pad(table, ((0, 0), (0, 24))).reshape(50, 2, 32)
+    scales = np.abs(padded).max(-1, keepdims=True) / 127
+    expected = (np.rint(padded / scales) * scales).reshape(50, 64)[:, :40]
+    np.testing.assert_allclose(rows, expected[picked], atol=1e-6)
+
+
+# Whole engines
+
+
+@each_precision
+@pytest.mark.parametrize("name", SELECTION)
+def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, precision: str, bundle: Bundles) -> None:
+    pair = pair_of(bundle(BY_NAME[name], 1, precision=precision), rows=1)
+    past, longest = 21, 16
+    hidden = pair.shallow(*tokens(past + longest))["hidden"]
+    pair.deep(hidden[:, :past], every(1, past))
+    singles = [pair.deep(hidden[:, row : row + 1], every(1, 1))["logits"][0] for row in range(past, past + longest)]
+    for size in (1, 2, 3, 5, 8, 16):
+        pair.trim(past)
+        together = pair.deep(hidden[:, past : past + size], every(1, size))["logits"]
+        assert_equal_but_for_steps(together, np.stack(singles[:size]))
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-biases"])
+def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, precision: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], 1, precision=precision)
+    ids, lengths = tokens(9, 4, 17)
+    pair = pair_of(path, rows=3)
+    hidden = pair.shallow(ids, lengths)["hidden"]
+    deep = pair.deep(hidden, lengths)["logits"].reshape(3, 17, -1)
+    for row, length in enumerate(lengths):
+        alone = pair_of(path, rows=1)
+        first = alone.shallow(ids[row : row + 1, :length], lengths[row : row + 1])["hidden"]
+        assert_equal_but_for_steps(hidden[row, :length], first[0])
+        assert_equal_but_for_steps(deep[row, :length], alone.deep(first, lengths[row : row + 1])["logits"])
+
+
+def assert_equal_but_for_steps(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """Attention's last bit may tip an activation over to the next of 255 steps, which moves that row a little and,
+    through the cache, those after it. One scale for all rows would move every row."""
+    largest = float(np.abs(theirs).max())
+    np.testing.assert_allclose(ours, theirs, atol=0.03 * largest, rtol=0)
+    rows = np.abs(ours - theirs).reshape(-1, theirs.shape[-1]).max(-1)
+    assert (rows < 1e-4 * largest).mean() >= 0.25
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-gated-untied", "llama-tied"])
+def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], 1, precision=precision)
+    manifest = Bundle.open(path).manifest
+    assert manifest.quantization is not None
+    engines = {item.engine: item for item in manifest.quantization.engines}
+    names = {"shallow", "deep"} | ({"encoder", "prologue"} if manifest.encoder_decoder else set())
+    assert engines.keys() == names
+    higher = [item.engine for item in manifest.quantization.higher]
+    for engine in names:
+        graph = onnx.load(path / f"{engine}.onnx", load_external_data=False).graph
+        floats = [node for node in graph.node if node.op_type == "Gemm"]
+        assert len(floats) <= higher.count(engine)
+        used = {value for node in graph.node for value in node.input}
+        assert {tensor.name for tensor in graph.initializer} <= used
+        assert 0 < engines[engine].largest_error < 0.12
+        assert (engines[engine].head is not None) == (engine in ("shallow", "deep"))
+
+
+def test_the_precisions_take_the_room_they_promise(bundle: Bundles) -> None:
+    case = LARGER[1]
+    sizes = {name: (bundle(case, 1, precision=name) / "weights.data").stat().st_size for name in ("fp32", *PRECISIONS)}
+    assert sizes["int8"] < 0.3 * sizes["fp32"]
+    assert sizes["int4"] < sizes["mixed"] < sizes["int8"]

@@ -1,0 +1,105 @@
+"""The rule that keeps a weight higher, and that each weight stands once a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from graphs.quantization.quantizer import LIMITS, Quantizer
+from graphs.weights import WeightFile
+from runtime.precision import TensorFormat
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Iterator[WeightFile]:
+    with WeightFile(tmp_path / "weights.data") as file:
+        yield file
+
+
+def tensor(array: np.ndarray, name: str = "w") -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.tensor(array), ir.DataType.FLOAT, ir.Shape(array.shape), name=name)
+
+
+def bell(outputs: int = 16, inputs: int = 64) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((outputs, inputs)).astype(np.float32)
+
+
+def with_outliers(inputs: int, every: int, rest: float) -> np.ndarray:
+    """Weights 1 and -1 once in `every` inputs, which take the range from all others, `rest` at most."""
+    array = np.random.default_rng(0).uniform(-rest, rest, (16, inputs)).astype(np.float32)
+    array[:, ::every], array[:, 1::every] = 1, -1
+    return array
+
+
+@pytest.mark.parametrize("wanted", ["int4", "int8", "int8-block"])
+def test_ordinary_weights_get_what_was_wanted(wanted: TensorFormat, weights: WeightFile) -> None:
+    stored = Quantizer(weights, "reduced").store(tensor(bell()), wanted)
+    assert stored.format == wanted
+    assert stored.error == stored.lost <= LIMITS[wanted]
+    assert stored.bytes == weights.bytes
+
+
+@pytest.mark.parametrize(
+    ("array", "wanted", "stored"),
+    [
+        (with_outliers(64, 32, 0.2), "int4", "int8"),
+        (with_outliers(1024, 1024, 0.02), "int8", "int8-block"),
+        (with_outliers(1024, 1024, 0.02), "int4", "int4"),
+    ],
+)
+def test_a_weight_that_loses_too_much_gets_the_next_format(
+    array: np.ndarray, wanted: TensorFormat, stored: TensorFormat, weights: WeightFile
+) -> None:
+    found = Quantizer(weights, "full").store(tensor(array), wanted)
+    assert found.format == stored
+    assert found.error <= LIMITS[stored]
+    # What it would have lost is remembered, to be shown.
+    assert (found.lost > LIMITS[wanted]) == (wanted != stored)
+
+
+def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphs.quantization.quantizer.LIMITS", {"int4": 0.0, "int8": 0.0, "int8-block": 0.0})
+    stored = Quantizer(weights, "full").store(tensor(bell()), "int4")
+    assert (stored.format, stored.operands) == ("fp32", ())
+    assert 0.05 < stored.lost < 0.12
+    assert weights.bytes == 0
+
+
+def test_an_easy_weight_gets_larger_blocks(weights: WeightFile) -> None:
+    steps = np.random.default_rng(0).integers(0, 16, (8, 256))
+    steps[:, ::16], steps[:, 1::16] = 0, 15
+    stored = Quantizer(weights, "full").store(tensor(((steps - 8) * 0.1).astype(np.float32)), "int4")
+    assert (stored.format, stored.block) == ("int4", 128)
+    assert Quantizer(weights, "full").store(tensor(bell(), "bell"), "int4").block == 32
+
+
+def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:
+    quantizer = Quantizer(weights, "full")
+    first = quantizer.store(tensor(bell()), "int8")
+    written = weights.bytes
+
+    def never() -> ir.Tensor:
+        raise AssertionError("read again")
+
+    again = ir.LazyTensor(never, ir.DataType.FLOAT, ir.Shape((16, 64)), name="w")
+    assert quantizer.store(again, "int8") is first
+    assert weights.bytes == written
+
+
+def test_a_head_and_the_embedding_it_is_tied_to_share_their_bytes(weights: WeightFile) -> None:
+    quantizer = Quantizer(weights, "full")
+    head = quantizer.store(tensor(bell()), "int8-block")
+    table = quantizer.store_table(tensor(bell()))
+    assert [part.offset for part in head.operands] == [part.offset for part in table.operands]
+    assert table.operands[0].shape == (16, 64)
+    assert weights.bytes == head.bytes
+
+
+def test_fp32_stores_nothing(weights: WeightFile) -> None:
+    stored = Quantizer(weights, "full").store(tensor(bell()), "fp32")
+    assert (stored.format, stored.operands, stored.bytes) == ("fp32", (), 16 * 64 * 4)
+    assert weights.bytes == 0

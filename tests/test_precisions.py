@@ -1,0 +1,110 @@
+"""Sessions on rounded bundles: modes agree with each other, and what cannot be converted is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS, Case
+from click.testing import CliRunner
+from conftest import Bundles
+
+from freeexport.cli import main
+from runtime import Session
+from runtime.bundle import Bundle
+
+BY_NAME = {case.name: case for case in CASES}
+each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
+Model = Callable[[Case], Any]
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied", "qwen3"])
+def test_nothing_exits_at_threshold_1_and_the_tokens_are_those_of_mode_full(
+    name: str, precision: str, bundle: Bundles
+) -> None:
+    with Session(bundle(BY_NAME[name], 1, precision=precision), threads=1) as session:
+        for prompt in PROMPTS:
+            options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
+            full = session.generate(prompt, mode="full", **options)
+            assert session.generate(prompt, mode="free", threshold=1.0, **options).token_ids == full.token_ids
+            assert session.generate(prompt, mode="full", **options).token_ids == full.token_ids
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_mode_lossless_says_what_mode_full_says(name: str, precision: str, bundle: Bundles) -> None:
+    """Sync passes of many rows against single steps, token for token; where the two best logits nearly tie, the last
+    bit of attention may decide."""
+    options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
+    equal = total = 0
+    with Session(bundle(BY_NAME[name], 1, precision=precision), threads=1) as session:
+        for prompt in PROMPTS:
+            full = session.generate(prompt, mode="full", **options).token_ids
+            drafted = session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids
+            difference = next((n for n, pair in enumerate(zip(full, drafted, strict=True)) if len(set(pair)) > 1), 24)
+            equal, total = equal + difference, total + 24
+    assert equal >= 0.8 * total
+
+
+@each_precision
+def test_exits_take_their_tokens_from_the_shallow_engine(precision: str, bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME["llama-tied"], 2, precision=precision), threads=1) as session:
+        result = session.generate(PROMPTS[0], mode="free", threshold=0.0, max_new_tokens=24, ignore_eos=True)
+        assert sum(result.exited) >= 20
+        assert result.stats.sync_sizes[session.manifest.max_pending] == 1
+
+
+def test_8_bits_say_nearly_what_32_bits_say(bundle: Bundles) -> None:
+    case, same = BY_NAME["llama-untied-many-eos"], []
+    with Session(bundle(case, 1)) as exact, Session(bundle(case, 1, precision="int8")) as rounded:
+        for prompt in PROMPTS:
+            tokens = exact.generate(prompt, mode="full", max_new_tokens=24, ignore_eos=True).token_ids
+            # Teacher-forced, so that one difference does not make all that follow differ.
+            for count in range(0, 24, 6):
+                context = [*prompt, *tokens[:count]]
+                (answer,) = rounded.generate(context, mode="full", max_new_tokens=1, ignore_eos=True).token_ids
+                same.append(answer == tokens[count])
+    assert np.mean(same) >= 0.7
+
+
+@each_precision
+def test_the_standard_dialect_has_no_operators_for_it(
+    precision: str, checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--dialect", "standard", "--precision", precision])
+    assert result.exit_code == 1
+    assert f"precision {precision} needs operators of ONNX Runtime; choose --dialect ort" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_precision_is_a_usage_error(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["convert", "x", str(tmp_path / "out"), "--precision", "int2"])
+    assert result.exit_code == 2
+    assert "'fp32', 'fp16', 'int8', 'int4', 'mixed'" in result.stderr
+
+
+def test_a_kept_tensor_is_recorded_and_shown(
+    checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphs.quantization import quantizer
+
+    monkeypatch.setitem(quantizer.LIMITS, "int4", 0.0785)
+    arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
+    result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--no-verify", "--no-measure"])
+    assert result.exit_code == 0, result.output
+    quantization = Bundle.open(tmp_path / "out").manifest.quantization
+    assert quantization is not None
+    assert 0 < len(quantization.higher) < 20
+    for item in quantization.higher:
+        assert (item.wanted, item.stored) == ("int4", "int8")
+        assert item.error > 0.0785
+    assert f"kept at a higher precision: {len(quantization.higher)} tensors" in result.stdout
+    page = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
+    assert "Kept at a higher precision" in page
+    with Session(tmp_path / "out") as session:
+        assert len(session.generate("Hello", max_new_tokens=5, ignore_eos=True).token_ids) == 5
