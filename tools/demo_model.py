@@ -51,8 +51,8 @@ COMMON = (
     *("--patience", "0", "--evaluate-every", "500", "--warmup", "0.02"),
 )
 STAGES = (
-    Stage("stage1", 30, "short", 3072, "7e-4", ("--from-config", "--schedule", "constant")),
-    Stage("stage2", 54, "long", 4096, "6e-4", ("--schedule", "cosine", "--dtype", "float16")),
+    Stage("stage1", 26, "short", 3072, "7e-4", ("--from-config", "--schedule", "constant")),
+    Stage("stage2", 48, "long", 4096, "6e-4", ("--schedule", "cosine", "--dtype", "float16")),
 )
 
 
@@ -79,7 +79,7 @@ def train(work: Path) -> Path:
     """The stages, each from the one before; returns the last one's checkpoint."""
     source = work / "init"
     if not source.exists():
-        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "4", "--decoder-layers", "8", "--no-weights")
+        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "2", "--decoder-layers", "8", "--no-weights")
         python("tools.data.g2p_tokenizer", str(source), *sizes)
     for stage in STAGES:
         out = work / stage.name
