@@ -9,6 +9,7 @@ with Session("bundle") as session:
 from runtime.bundle import Bundle
 from runtime.errors import (
     BundleError,
+    CalibrationError,
     CapacityError,
     EngineError,
     FreeExportError,
@@ -23,6 +24,7 @@ from runtime.stream import Stream
 __all__ = [
     "Bundle",
     "BundleError",
+    "CalibrationError",
     "CapacityError",
     "EngineError",
     "FreeExportError",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from runtime.calibration import CALIBRATION, Calibration, check_calibration, read_calibration
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST, File, Manifest
 
@@ -53,6 +54,17 @@ class Bundle:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise BundleError(f"{VERIFICATION} cannot be read ({error}); run freeexport verify again") from None
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its threshold was measured by, or None. Raises BundleError where it is not that of this bundle."""
+        if CALIBRATION not in self.manifest.files:
+            return None
+        manifest, calibration = self.manifest, read_calibration(self.path / CALIBRATION)
+        check_calibration(
+            calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
+        )
+        return calibration
 
 
 def engine_files(manifest: Manifest) -> list[str]:

@@ -11,6 +11,10 @@ class BundleError(FreeExportError):
     """A bundle is missing, incomplete, altered, or written by a newer version."""
 
 
+class CalibrationError(BundleError):
+    """A calibration cannot be read, is one of another model, or cannot be had from these data."""
+
+
 class PromptError(FreeExportError):
     """A prompt is empty, too long, not valid text, or holds token ids out of range."""
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +13,7 @@ from typing import Any, Literal
 from runtime.errors import BundleError
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.precision import Quantization
+from runtime.schema import Reader
 
 SCHEMA_VERSION = 1
 MANIFEST = "freeexport.json"
@@ -52,7 +52,7 @@ class Manifest:
     `capacity` is the most valid positions of a decoder's KV cache; the cache itself has `max_pending` more rows.
     `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
     `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was rounded, and
-    `exit_vocabulary` where the shallow head knows all tokens.
+    `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
     """
 
     schema_version: int
@@ -85,6 +85,7 @@ class Manifest:
     break_even: dict[str, float] = field(default_factory=dict)
     quantization: Quantization | None = None
     exit_vocabulary: ExitVocabulary | None = None
+    rollback_threshold: float | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -130,7 +131,7 @@ class Manifest:
         digest = raw.pop(HASH, None)
         if digest != _hash(raw):
             raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
-        manifest: Manifest = _read(cls, raw, str(where))
+        manifest: Manifest = Reader("convert the checkpoint again").read(cls, raw, str(where))
         manifest._check(str(where))
         return manifest
 
@@ -144,6 +145,7 @@ class Manifest:
             (self.max_pending >= 1, "max_pending", self.max_pending),
             (self.encoder_capacity >= 0, "encoder_capacity", self.encoder_capacity),
             (0.0 <= self.threshold <= 1.0, "threshold", self.threshold),
+            (0.0 <= (self.rollback_threshold or 0.0) < math.inf, "rollback_threshold", self.rollback_threshold),
             (not self.encoder_decoder or self.decoder_start_token_id is not None, "decoder_start_token_id", None),
             (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
         ]
@@ -163,38 +165,3 @@ def check_relative(name: str, where: str) -> None:
     path = Path(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise BundleError(f"{where} names {name!r}, which leaves the bundle; do not use this bundle")
-
-
-def _read(annotation: Any, value: Any, where: str) -> Any:
-    """`value` (parsed JSON) as the annotated type; BundleError names the place where it does not fit."""
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
-        return _read_dataclass(annotation, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if origin is Literal and value in arguments:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return None if value is None else _read(arguments[0], value, where)
-    if annotation is float and type(value) in (int, float):
-        return float(value)
-    if annotation in (int, str, bool) and type(value) is annotation:
-        return value
-    wanted = (
-        "one of " + ", ".join(map(repr, arguments)) if origin is Literal else getattr(annotation, "__name__", origin)
-    )
-    raise BundleError(f"{where} is {str(value)[:80]!r}, expected {wanted}; convert the checkpoint again")
-
-
-def _read_dataclass(annotation: Any, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise BundleError(f"{where} is not an object; convert the checkpoint again")
-    hints = typing.get_type_hints(annotation)
-    fields = {item.name: item for item in dataclasses.fields(annotation)}
-    required = {name for name, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING}
-    for problem, names in (("lacks", required - value.keys()), ("has unknown fields", value.keys() - fields.keys())):
-        if names:
-            raise BundleError(f"{where} {problem} {', '.join(sorted(names))}; convert the checkpoint again")
-    return annotation(**{name: _read(hints[name], item, f"{where}: {name}") for name, item in value.items()})

@@ -178,8 +178,7 @@ def threshold_of(options: GenerationOptions, manifest: Manifest) -> float:
 
 
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:
-    recorded: float | None = getattr(manifest, "rollback_threshold", None)
-    given = recorded if options.rollback_threshold is None else options.rollback_threshold
+    given = manifest.rollback_threshold if options.rollback_threshold is None else options.rollback_threshold
     if given is None and options.mode == "rollback":
         raise OptionError(
             "rollback_threshold is None and this bundle records none; pass nats above which a token is taken back, "

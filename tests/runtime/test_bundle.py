@@ -15,8 +15,9 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from runtime import Bundle, BundleError, EngineError, Session
+from runtime import Bundle, BundleError, CalibrationError, EngineError, Session
 from runtime.bundle import VERIFICATION, sha256_of
+from runtime.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
 from runtime.manifest import HASH, MANIFEST, SCHEMA_VERSION, File, Manifest, _hash
 
 BY_NAME = {case.name: case for case in CASES}
@@ -200,6 +201,44 @@ def test_verification_is_what_the_report_says(copy: Copy) -> None:
         (path / VERIFICATION).write_text(broken)
         with pytest.raises(BundleError, match=r"verification\.json cannot be read .*freeexport verify"):
             _ = Bundle.open(path).verification
+
+
+def calibrate(path: Path, **changes: Any) -> Calibration:
+    """Put a calibration into a bundle, of its own model but for the `changes`."""
+    manifest = Bundle.open(path).manifest
+    model = {name: getattr(manifest, name) for name in ("source_sha256", "vocab_size", "exit_layer", "confidence")}
+    found = {"method": "bmm", "threshold": 0.8, "sequences": 10, "positions": 100, "agreement": 0.9}
+    calibration = Calibration(**{"schema_version": CALIBRATION_VERSION, **model, **found, **changes})
+    (path / CALIBRATION).write_text(calibration.to_json())
+    written = File((path / CALIBRATION).stat().st_size, sha256_of(path / CALIBRATION))
+    (path / MANIFEST).write_text(replace(manifest, files={**manifest.files, CALIBRATION: written}).to_json())
+    return calibration
+
+
+def test_a_calibration_is_a_file_of_the_bundle(copy: Copy) -> None:
+    path = copy()
+    assert Bundle.open(path).calibration is None
+    assert calibrate(path) == Bundle.open(path, verify="full").calibration
+    with (path / CALIBRATION).open("a") as file:
+        file.write(" ")
+    assert refusal(path).startswith(CALIBRATION)
+
+
+def test_a_calibration_of_another_model_is_refused(copy: Copy) -> None:
+    path = copy()
+    calibrate(path, exit_layer=7)
+    with pytest.raises(CalibrationError, match="exit layer 7, not 1"):
+        _ = Bundle.open(path).calibration
+
+
+def test_a_bundle_may_record_a_threshold_of_rollback(copy: Copy) -> None:
+    path = copy()
+    rewrite_manifest(path, rollback_threshold=0.0)
+    with Session(path) as session:
+        always = session.generate([5, 9], mode="rollback", threshold=0.1, max_new_tokens=20, ignore_eos=True)
+        given = {"rollback_threshold": 1e9, "ignore_eos": True}
+        never = session.generate([5, 9], mode="rollback", threshold=0.1, max_new_tokens=20, **given)
+    assert always.stats.rejected > never.stats.rejected == 0
 
 
 def test_a_bundle_may_stand_anywhere(copy: Copy, tmp_path: Path) -> None:

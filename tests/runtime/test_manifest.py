@@ -75,6 +75,11 @@ def test_fields_with_defaults_may_be_left_out() -> None:
     assert read == replace(MANIFEST, versions={}, copies=(), break_even={})
 
 
+def test_a_manifest_without_a_threshold_of_rollback_is_read() -> None:
+    assert Manifest.from_json(signed(rollback_threshold=REMOVED)).rollback_threshold is None
+    assert Manifest.from_json(signed(rollback_threshold=3)).rollback_threshold == 3.0
+
+
 def test_a_whole_number_is_a_threshold() -> None:
     assert Manifest.from_json(signed(threshold=1)).threshold == 1.0
 
@@ -144,6 +149,9 @@ def test_an_unknown_field_is_refused_by_name() -> None:
         ("threshold", 1.5),
         ("threshold", -0.5),
         ("threshold", float("nan")),
+        ("rollback_threshold", -0.5),
+        ("rollback_threshold", float("inf")),
+        ("rollback_threshold", float("nan")),
         ("eos_token_ids", [288]),
         ("eos_token_ids", [-1]),
     ],

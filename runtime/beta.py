@@ -1,0 +1,151 @@
+"""The Beta distribution of confidences: its density, and its fit to sums that are cheap to keep."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.errors import CalibrationError
+
+# Confidences of exactly 0 and 1 have no finite logarithm: all are taken as lying in [EPSILON, 1 - EPSILON].
+EPSILON = 1e-6
+# Shapes stay where densities can be computed: equal confidences would have a peak without end.
+LEAST_SHAPE, MOST_CONCENTRATION = 1e-2, 1e4
+
+
+class LogSums(NamedTuple):
+    """All that a fit needs to know of tokens: their `weight`, and the weighted sums of ln c and of ln(1 - c)."""
+
+    weight: float = 0.0
+    log: float = 0.0
+    log_rest: float = 0.0
+
+    def __add__(self, other: LogSums) -> LogSums:  # type: ignore[override]
+        return LogSums(self.weight + other.weight, self.log + other.log, self.log_rest + other.log_rest)
+
+    def scaled(self, factor: float) -> LogSums:
+        return LogSums(self.weight * factor, self.log * factor, self.log_rest * factor)
+
+
+@dataclass(frozen=True)
+class Beta:
+    """Beta(a, b) on [0, 1]; CalibrationError where a shape is not a finite number above 0."""
+
+    a: float
+    b: float
+
+    def __post_init__(self) -> None:
+        for name, shape in (("a", self.a), ("b", self.b)):
+            if not (math.isfinite(shape) and shape > 0):
+                raise CalibrationError(f"{name} = {shape!r} is no shape of a Beta distribution; give a number above 0")
+
+    @property
+    def mean(self) -> float:
+        return self.a / (self.a + self.b)
+
+    @property
+    def log_normalizer(self) -> float:
+        """ln B(a, b)."""
+        return math.lgamma(self.a) + math.lgamma(self.b) - math.lgamma(self.a + self.b)
+
+    def log_density(self, confidence: np.ndarray | float) -> np.ndarray:
+        """In nats, of confidences of any shape; those outside [EPSILON, 1 - EPSILON] count as its ends."""
+        inside = clipped(confidence)
+        logs = (self.a - 1) * np.log(inside) + (self.b - 1) * np.log1p(-inside)
+        return np.asarray(logs - self.log_normalizer)
+
+    def density(self, confidence: np.ndarray | float) -> np.ndarray:
+        return np.exp(self.log_density(confidence))
+
+    def log_likelihood(self, sums: LogSums) -> float:
+        """Of the tokens that `sums` were taken over, in nats."""
+        return (self.a - 1) * sums.log + (self.b - 1) * sums.log_rest - sums.weight * self.log_normalizer
+
+    def expected(self, weight: float) -> LogSums:
+        """The sums that `weight` tokens of this distribution have on average."""
+        total = digamma(self.a + self.b)
+        return LogSums(weight, weight * (digamma(self.a) - total), weight * (digamma(self.b) - total))
+
+
+UNIFORM = Beta(1.0, 1.0)
+
+
+def clipped(confidence: np.ndarray | float) -> np.ndarray:
+    return np.clip(np.asarray(confidence, np.float64), EPSILON, 1 - EPSILON)
+
+
+def from_moments(mean: float, variance: float) -> Beta:
+    """The Beta with this mean, in (0, 1), and this variance, as far as shapes are bounded."""
+    concentration = mean * (1 - mean) / variance - 1 if variance > 0 else MOST_CONCENTRATION
+    concentration = max(concentration, LEAST_SHAPE)
+    return _bounded(mean * concentration, (1 - mean) * concentration)
+
+
+def most_likely(sums: LogSums, start: Beta, steps: int = 30) -> Beta:
+    """The Beta of greatest likelihood, by Newton steps from `start`: never less likely than that."""
+    best, likelihood = start, start.log_likelihood(sums)
+    for _ in range(steps):
+        improved = _improved(best, likelihood, sums)
+        if improved is None:
+            return best
+        best, before, likelihood = improved, likelihood, improved.log_likelihood(sums)
+        if likelihood - before <= 1e-12 * (1 + abs(likelihood)):
+            return best
+    return best
+
+
+def _improved(beta: Beta, likelihood: float, sums: LogSums) -> Beta | None:
+    """A Newton step, halved until it gains; None where nothing does."""
+    step_a, step_b = _newton_step(beta, sums)
+    for _ in range(30):
+        a, b = beta.a + step_a, beta.b + step_b
+        if min(a, b) > 0:
+            tried = _bounded(a, b)
+            if tried.log_likelihood(sums) > likelihood:
+                return tried
+        step_a, step_b = step_a / 2, step_b / 2
+    return None
+
+
+def _newton_step(beta: Beta, sums: LogSums) -> tuple[float, float]:
+    """The likelihood is concave in both shapes, so the step always points uphill."""
+    weight, total = sums.weight, beta.a + beta.b
+    slope_a = sums.log - weight * (digamma(beta.a) - digamma(total))
+    slope_b = sums.log_rest - weight * (digamma(beta.b) - digamma(total))
+    both = trigamma(total)
+    bend_a, bend_b = trigamma(beta.a) - both, trigamma(beta.b) - both
+    determinant = weight * (bend_a * bend_b - both * both)
+    if determinant <= 0:
+        return slope_a, slope_b
+    return (bend_b * slope_a + both * slope_b) / determinant, (both * slope_a + bend_a * slope_b) / determinant
+
+
+def _bounded(a: float, b: float) -> Beta:
+    """Within the bounds of shapes, with the same mean where that is possible."""
+    scale = min(1.0, MOST_CONCENTRATION / (a + b))
+    return Beta(max(a * scale, LEAST_SHAPE), max(b * scale, LEAST_SHAPE))
+
+
+def digamma(x: float) -> float:
+    """The derivative of ln Gamma, for x > 0."""
+    result = 0.0
+    while x < 8:
+        result -= 1 / x
+        x += 1
+    inverse = 1 / (x * x)
+    series = inverse * (1 / 12 - inverse * (1 / 120 - inverse * (1 / 252 - inverse * (1 / 240 - inverse / 132))))
+    return result + math.log(x) - 0.5 / x - series
+
+
+def trigamma(x: float) -> float:
+    """The second derivative of ln Gamma, for x > 0."""
+    result = 0.0
+    while x < 8:
+        result += 1 / (x * x)
+        x += 1
+    inverse = 1 / (x * x)
+    series = 1 / 6 - inverse * (1 / 30 - inverse * (1 / 42 - inverse * (1 / 30 - inverse * 5 / 66)))
+    return result + 1 / x + inverse / 2 + inverse / x * series

@@ -1,0 +1,64 @@
+"""JSON read into dataclasses, every value checked against its annotation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from runtime.errors import BundleError, FreeExportError
+
+
+@dataclass(frozen=True)
+class Reader:
+    """`remedy` ends each message: what to do about a file that does not fit. `finite`: refuse NaN and infinity."""
+
+    remedy: str
+    finite: bool = False
+
+    def read(self, annotation: Any, value: Any, where: str) -> Any:
+        """`value` (parsed JSON) as the annotated type; BundleError names the place where it does not fit."""
+        origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+        if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
+            return self._dataclass(annotation, value, where)
+        if origin is tuple and isinstance(value, list):
+            return tuple(self.read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        if origin is dict and isinstance(value, dict):
+            return {key: self.read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+        if origin is Literal and value in arguments:
+            return value
+        if origin in (types.UnionType, typing.Union):
+            return None if value is None else self.read(arguments[0], value, where)
+        if annotation is float and type(value) in (int, float):
+            return self._float(float(value), where)
+        if annotation in (int, str, bool) and type(value) is annotation:
+            return value
+        choices = "one of " + ", ".join(map(repr, arguments)) if origin is Literal else None
+        wanted = choices or getattr(annotation, "__name__", origin)
+        raise BundleError(f"{where} is {str(value)[:80]!r}, expected {wanted}; {self.remedy}")
+
+    def _float(self, value: float, where: str) -> float:
+        if self.finite and not math.isfinite(value):
+            raise BundleError(f"{where} is {value!r}, expected a finite number; {self.remedy}")
+        return value
+
+    def _dataclass(self, annotation: Any, value: Any, where: str) -> Any:
+        if not isinstance(value, dict):
+            raise BundleError(f"{where} is not an object; {self.remedy}")
+        hints = typing.get_type_hints(annotation)
+        fields = {item.name: item for item in dataclasses.fields(annotation)}
+        required = {
+            name for name, item in fields.items() if item.default is item.default_factory is dataclasses.MISSING
+        }
+        unknown = value.keys() - fields.keys()
+        for problem, names in (("lacks", required - value.keys()), ("has unknown fields", unknown)):
+            if names:
+                raise BundleError(f"{where} {problem} {', '.join(sorted(names))}; {self.remedy}")
+        read = {name: self.read(hints[name], item, f"{where}: {name}") for name, item in value.items()}
+        try:
+            return annotation(**read)
+        except FreeExportError as error:
+            raise BundleError(f"{where}: {error}; {self.remedy}") from None
