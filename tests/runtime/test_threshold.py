@@ -103,7 +103,8 @@ def test_known_labels_recover_a_mixture(mixture: BetaMixture, count: int, tolera
         assert fit.converged
         of_class = ((fit.mixture.agree, mixture.agree, 1), (fit.mixture.disagree, mixture.disagree, 0))
         for found, true, label in of_class:
-            relative = 4.5 / math.sqrt((labels == label).sum())
+            # The second term: confidences beyond EPSILON count as EPSILON, 3 % of those of SURE.
+            relative = 4.5 / math.sqrt((labels == label).sum()) + 0.06
             assert (found.a, found.b) == pytest.approx((true.a, true.b), rel=relative)
         assert fit.mixture.weight_agree == pytest.approx(mixture.weight_agree, abs=3 / math.sqrt(count))
         assert threshold_at(fit.mixture, 0.95) == pytest.approx(threshold_at(mixture, 0.95), abs=tolerance)
