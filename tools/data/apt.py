@@ -49,7 +49,8 @@ def fetch_index(target: Path, languages: Sequence[str]) -> None:
         work = Path(name)
         work.chmod(0o755)
         configuration = private_configuration(work / "apt", languages)
-        _apt(configuration, "apt-get", "-q", "update")
+        # By default apt calls an update that left files out a success.
+        _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
         out = work / "index"
         out.mkdir()
         for kind in ("Packages", *(f"Translation-{language}" for language in languages)):
