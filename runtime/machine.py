@@ -7,6 +7,7 @@ import math
 import os
 from pathlib import Path
 
+from runtime.control_group import cpu_quota, memory_left
 from runtime.precision import Int8Range
 
 _CPUINFO = "/proc/cpuinfo"
@@ -20,7 +21,8 @@ def usable_cores() -> int:
     except AttributeError:
         return max(1, (os.cpu_count() or 1) // 2)
     cores = {(_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}") for cpu in cpus}
-    return max(1, min(len(cores), _quota() or len(cores)))
+    quota = cpu_quota()
+    return max(1, len(cores) if quota is None else min(len(cores), math.floor(quota)))
 
 
 def machine_int8_range() -> Int8Range:
@@ -37,7 +39,7 @@ def machine_int8_range() -> Int8Range:
 
 def available_memory() -> int | None:
     """Bytes that can be allocated without swapping; None where the system does not say."""
-    limits = [_meminfo(), _cgroup_memory()]
+    limits = [_meminfo(), memory_left()]
     known = [limit for limit in limits if limit is not None]
     return min(known) if known else None
 
@@ -46,23 +48,12 @@ def _topology(cpu: int, name: str) -> str | None:
     return _first_line(Path(_TOPOLOGY.format(cpu, name)))
 
 
-def _quota() -> int | None:
-    fields = (_first_line(Path("/sys/fs/cgroup/cpu.max")) or "max").split()
-    return None if fields[0] == "max" or len(fields) < 2 else max(1, math.floor(int(fields[0]) / int(fields[1])))
-
-
 def _meminfo() -> int | None:
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return None
-
-
-def _cgroup_memory() -> int | None:
-    limit = _first_line(Path("/sys/fs/cgroup/memory.max"))
-    used = _first_line(Path("/sys/fs/cgroup/memory.current"))
-    return int(limit) - int(used) if limit and used and limit != "max" else None
 
 
 def _first_line(path: Path) -> str | None:
