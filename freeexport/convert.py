@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 import click
 
 from freeexport import __version__
+from freeexport.bundle_update import with_calibration
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import run_child
 from freeexport.output_directory import output_directory
@@ -26,6 +27,7 @@ from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle import VERIFICATION, sha256_of
+from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.errors import OptionError
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.machine import machine_int8_range
@@ -51,7 +53,8 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048. `int8_range` "auto" is what this machine's processor takes.
-    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`. OptionError without that."""
+    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`. OptionError without that.
+    `calibration` is the file that `freeexport calibrate` wrote for this checkpoint."""
 
     exit_layer: int | None = None
     precision: Precision = "fp32"
@@ -63,6 +66,7 @@ class ConvertOptions:
     int8_range: Int8Range | Literal["auto"] = "auto"
     exit_vocab: int | Literal["all", "auto"] = "all"
     exit_vocab_text: Path | None = None
+    calibration: Path | None = None
     verify: bool = True
     measure: bool = True
     overwrite: bool = False
@@ -70,19 +74,22 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if (self.exit_vocab != "all") != (self.exit_vocab_text is not None):
             raise OptionError("an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text")
+        if self.exit_vocab != "all" and self.calibration is not None:
+            raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
 
 
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     """Write the bundle of `model` to `out`, complete or not at all, and return its manifest.
 
-    Raises CheckpointError, UnsupportedModelError, GraphError, and FreeExportError where `out` is in the way or
-    verification fails.
+    Raises CheckpointError, UnsupportedModelError, GraphError, CalibrationError where the calibration is of another
+    model, and FreeExportError where `out` is in the way or verification fails.
     """
     checkpoint = open_checkpoint(model)
     description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
     exit_layer = _exit_layer(checkpoint, description, options.exit_layer)
     engine_options = _engine_options(description, options, exit_layer)
     engine_options.check(description)
+    calibration = _calibration(checkpoint, description, engine_options, options.calibration)
     engine_options, vocabulary = _with_exit_vocabulary(checkpoint, description, engine_options, options)
     if _encoder_capacity(options) < 1:
         raise GraphError(f"encoder capacity {options.encoder_capacity} is out of range; choose 1 or more")
@@ -91,6 +98,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         write_tokenizer(checkpoint, directory)
         manifest = _manifest(checkpoint, description, engine_options, options, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
+        if calibration is not None:
+            manifest = with_calibration(manifest, calibration, directory)
         _write_manifest(manifest, directory)
         if options.verify:
             manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
@@ -110,6 +119,17 @@ def _exit_layer(checkpoint: Checkpoint, description: Description, asked: int | N
         last = len(description.decoder.layers) - 1
         raise GraphError(f"{checkpoint.name} has no exit.json; choose --exit-layer, from 1 to {last}")
     return chosen
+
+
+def _calibration(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, path: Path | None
+) -> Calibration | None:
+    """The file, if any, checked before the long work."""
+    if path is None:
+        return None
+    calibration = read_calibration(path)
+    check_calibration(calibration, checkpoint.sha256, description.vocab_size, engines.exit_layer, engines.confidence)
+    return calibration
 
 
 def _engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
@@ -305,6 +325,7 @@ class ExitVocabSize(click.ParamType):
 @click.option("--exit-vocab-text", type=click.Path(path_type=Path),
               help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
 @click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="What freeexport calibrate wrote for MODEL.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
 @click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at OUT.")
@@ -331,8 +352,19 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
         click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {covered:.2%} of the text")
     click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
-    click.echo("threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold")
+    click.echo(_threshold(manifest, options["calibration"]))
     click.echo(_break_even(manifest))
+
+
+def _threshold(manifest: Manifest, calibration: Path | None) -> str:
+    if calibration is None:
+        return "threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold"
+    rounded = (
+        ""
+        if manifest.precision in ("fp32", "fp16")
+        else (f"; it was fitted in fp32, calibrate the bundle for the threshold of {manifest.precision}")
+    )
+    return f"threshold: {manifest.threshold:.4g}, calibrated{rounded}"
 
 
 def _break_even(manifest: Manifest) -> str:

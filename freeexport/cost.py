@@ -85,16 +85,17 @@ class Costs:
         }
 
 
-def measure(session: Session, context: int = CONTEXT, rounds: int = ROUNDS) -> Costs:
+def measure(session: Session, context: int = CONTEXT, rounds: int = ROUNDS, prompt: np.ndarray | None = None) -> Costs:
     """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`.
 
-    What lanes cost each other is measured where the session has two slots.
+    `prompt` int64 [n] is what an encoder-decoder's decoder attends to, by default one token. What lanes cost each other
+    is measured where the session has two slots.
     """
     manifest = session.manifest
     sizes = [size for size in SIZES if size <= manifest.max_pending]
     context = max(1, min(context, session.capacity - max(sizes) * 2))
     times: dict[tuple[str, int], list[float]] = defaultdict(list)
-    with session.decoder() as decoder:
+    with session.decoder(prompt) as decoder:
         decoder.prefill(_tokens(context, manifest.vocab_size), head=False)
         for turn in range(rounds + 1):
             for size in sizes:

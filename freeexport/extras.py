@@ -20,6 +20,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "protobuf",
     ),
     "bench": ("matplotlib",),
+    "calibrate": ("scipy",),
     "demo": ("rapidfuzz",),
     "train": ("peft", "tensorboard"),
     "optimum": ("optimum-onnx",),
@@ -32,6 +33,7 @@ PURPOSES: dict[str, str] = {
     "convert": "convert and verify checkpoints",
     "train": "train LoRA adapters, and record in TensorBoard",
     "bench": "plot what was measured",
+    "calibrate": "fit the exit threshold",
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def command(bundle: Path, as_json: bool) -> None:
 
 def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
     """The manifest with what follows from it (bytes), the verification's figures, and the bundle's own hash."""
-    manifest = bundle.manifest
+    manifest, calibration = bundle.manifest, bundle.calibration
     return {
         "path": str(bundle.path),
         "sha256": bundle.sha256,
@@ -50,6 +51,7 @@ def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
         "bundle_bytes": bundle_bytes(manifest),
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "kv_bytes_per_sequence": manifest.kv_bytes_per_sequence,
+        "calibration": None if calibration is None else asdict(calibration),
         "verification": bundle.verification,
     }
 
@@ -63,6 +65,7 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         pairs("Exit", _exit(manifest)),
         *([precision_table(manifest.quantization)] if manifest.quantization else []),
         *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
+        *_calibration(bundle),
         pairs("KV cache", _cache(manifest)),
         pairs("Verification", _verification(bundle)),
         table("Files", ("name", "size#", "sha256"), _files(manifest)),
@@ -122,8 +125,18 @@ def _exit(manifest: Manifest) -> list[tuple[str, str]]:
         ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
         ("most pending tokens", str(manifest.max_pending)),
         ("exit vocabulary", _exit_vocabulary(manifest)),
+        *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
         *_break_even(manifest.break_even),
     ]
+
+
+def _calibration(bundle: Bundle) -> list[Table]:
+    calibration = bundle.calibration
+    if calibration is None:
+        return []
+    from freeexport.calibration_page import calibration_tables
+
+    return calibration_tables(calibration)
 
 
 def _exit_vocabulary(manifest: Manifest) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.calibration import CALIBRATION, Calibration, check_calibration, read_calibration
+from runtime.bundle_calibration import is_calibration
+from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.errors import BundleError
 from runtime.manifest import MANIFEST, File, Manifest
 
@@ -58,9 +59,11 @@ class Bundle:
     @property
     def calibration(self) -> Calibration | None:
         """What its threshold was measured by, or None. Raises BundleError where it is not that of this bundle."""
-        if CALIBRATION not in self.manifest.files:
+        manifest = self.manifest
+        name = next(filter(is_calibration, manifest.files), None)
+        if name is None:
             return None
-        manifest, calibration = self.manifest, read_calibration(self.path / CALIBRATION)
+        calibration = read_calibration(self.path / name)
         check_calibration(
             calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
         )

@@ -130,13 +130,14 @@ class Session:
         return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
 
     @contextmanager
-    def decoder(self) -> Iterator[Decoder]:
-        """A slot of the session, to drive by hand: for measurements. An encoder-decoder's prompt is one token."""
+    def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
+        """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what the encoder of an
+        encoder-decoder reads, by default one token; the decoder has read nothing yet."""
         decoder = self._slots.get()
         try:
             decoder.reset()
             if self._encoder is not None:
-                decoder.attend(self._encoder.run(np.zeros(1, np.int64)))
+                decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt))
             decoder.want_logits(False)
             yield decoder
         finally:

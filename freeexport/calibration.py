@@ -1,0 +1,179 @@
+"""From data to a threshold: collect traces, fit, and say what every threshold would give."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from freeexport import __version__
+from freeexport.calibration_options import CalibrateOptions
+from freeexport.calibration_source import Source
+from freeexport.confidence_fit import check_confidences, fit
+from freeexport.decode_costs import DecodeCosts
+from freeexport.exit_replay import Replay, replay
+from freeexport.jsonl import BrokenLine, Request, read_requests
+from freeexport.progress import progress
+from freeexport.risk_control import THRESHOLDS, lowest_passing, sequences_needed, token_losses
+from freeexport.rollback_limit import caught, rollback_limit
+from freeexport.trace import Traces
+from freeexport.trace_cache import TraceCache, TraceKey
+from freeexport.training_data import DataError
+from runtime.bundle import sha256_of
+from runtime.calibration import CALIBRATION_VERSION, Calibration, TableRow
+from runtime.errors import CalibrationError
+from runtime.threshold import NEVER_EXIT
+
+# Fewer say nothing about a threshold.
+LEAST_TOKENS = 50
+TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """`calibration` is what is written; the rest explains it. `chosen` is the replay at its threshold. `notes` are
+    sentences that the user should read; `caught` is the share of wrong exits that mode rollback takes back."""
+
+    calibration: Calibration
+    traces: Traces
+    costs: DecodeCosts
+    chosen: Replay
+    break_even: float | None
+    layers: int
+    max_pending: int
+    caught: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def predicted(self) -> float:
+        return self.chosen.speedup(self.costs.costs, self.costs.overhead)
+
+
+def read_data(path: Path, samples: int) -> list[Request]:
+    """The first lines. Raises DataError for a broken one, and where there is none."""
+    requests: list[Request] = []
+    for line in islice(read_requests(path), samples):
+        if isinstance(line, BrokenLine):
+            raise DataError(f"{path}, line {line.line_number}: {line.reason}; repair or remove the line")
+        requests.append(line)
+    if not requests:
+        raise DataError(f"{path} has no examples; give one JSON object with 'input' a line")
+    return requests
+
+
+def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
+    """Traces of the requests: those in the file `cache` are taken from there, the others are added to it."""
+    facts = source.facts
+    known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), facts.exit_layer, facts.confidence, max_new_tokens))
+    missing = [request for request in requests if known.get(request.line_number) is None]
+    with progress("decoding", len(requests)) as advance:
+        advance(len(requests) - len(missing))
+        if missing:
+            for trace in source.traces(missing, max_new_tokens):
+                known.add(trace)
+                advance()
+    found = [known.get(request.line_number) for request in requests]
+    return Traces.of([trace for trace in found if trace is not None])
+
+
+def check_enough(traces: Traces, options: CalibrateOptions) -> None:
+    """Raises CalibrationError, naming how many would do."""
+    check_confidences(traces.confidence)
+    if options.method == "risk":
+        needed, given = sequences_needed(options.risk, options.delta), len(traces.sequences)
+        if given < needed:
+            raise CalibrationError(
+                f"risk {options.risk:g} with delta {options.delta:g} needs at least {needed} sequences, the data have "
+                f"{given}; give more samples, or a larger risk or delta"
+            )
+    if traces.tokens < LEAST_TOKENS:
+        raise CalibrationError(
+            f"the data give {traces.tokens} tokens after the first of each output, a threshold needs at least "
+            f"{LEAST_TOKENS}; give more samples, or longer ones"
+        )
+
+
+def calibrate(source: Source, traces: Traces, costs: DecodeCosts, options: CalibrateOptions) -> Calibrated:
+    """Fit the threshold on traces. Raises CalibrationError for too few of them, and NaN confidences."""
+    check_enough(traces, options)
+    fitted = fit(traces.confidence, traces.agrees, options.target)
+    notes = [fitted.note] if fitted.note else []
+    threshold = fitted.threshold
+    if options.method == "risk":
+        notes.clear()  # they are about the fit
+        threshold = lowest_passing(lambda value: token_losses(traces, value), THRESHOLDS, options.risk, options.delta)
+    facts = source.facts
+    limit = rollback_limit(traces, threshold)
+    risk = options.method == "risk"
+    calibration = Calibration(
+        schema_version=CALIBRATION_VERSION,
+        source_sha256=facts.source_sha256,
+        vocab_size=facts.vocab_size,
+        exit_layer=facts.exit_layer,
+        confidence=facts.confidence,
+        method=options.method,
+        threshold=threshold,
+        sequences=len(traces.sequences),
+        positions=traces.tokens,
+        agreement=traces.agreement,
+        target=None if risk else options.target,
+        risk=options.risk if risk else None,
+        delta=options.delta if risk else None,
+        rollback_threshold=limit,
+        mixture=fitted.mixture,
+        table=_table(traces, costs, threshold, facts.max_pending),
+        costs=costs.as_dict(facts.max_pending),
+        created_with={"freeexport": __version__, "python": platform.python_version()},
+    )
+    return Calibrated(
+        calibration,
+        traces,
+        costs,
+        replay(traces, threshold, facts.max_pending),
+        costs.costs.break_even(facts.max_pending),
+        facts.layers,
+        facts.max_pending,
+        None if limit is None else caught(traces, threshold, limit),
+        tuple(notes),
+    )
+
+
+def _table(traces: Traces, costs: DecodeCosts, chosen: float, max_pending: int) -> tuple[TableRow, ...]:
+    return tuple(_row(traces, costs, threshold, max_pending) for threshold in sorted({*TABLE, chosen}))
+
+
+def _row(traces: Traces, costs: DecodeCosts, threshold: float, max_pending: int) -> TableRow:
+    done = replay(traces, threshold, max_pending)
+    predicted = done.speedup(costs.costs, costs.overhead)
+    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=predicted)
+
+
+def with_rows(result: Calibrated, change: Callable[[TableRow], TableRow]) -> Calibrated:
+    """The same with every row of the table changed."""
+    table = tuple(change(row) for row in result.calibration.table)
+    return replace(result, calibration=replace(result.calibration, table=table))
+
+
+def advice(result: Calibrated) -> str:
+    """One sentence: what to do, and what it gives."""
+    calibration, chosen = result.calibration, result.chosen
+    where = f"exit layer {calibration.exit_layer} of {result.layers}"
+    if calibration.threshold >= NEVER_EXIT:
+        return f"{where}: never exit ({_why_never(calibration)})"
+    agreeing = "none exits" if chosen.agreement is None else f"{chosen.agreement:.1%} of them agree"
+    gain = f"predicted {result.predicted:.2f}x"
+    pays = "" if result.predicted > 1 else ", which is no faster than no exits"
+    return (
+        f"{where}, threshold {calibration.threshold:.3g}: {chosen.exit_rate:.0%} of tokens exit, "
+        f"{agreeing}, {gain}{pays}"
+    )
+
+
+def _why_never(calibration: Calibration) -> str:
+    if calibration.method == "risk":
+        return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
+    if calibration.agreement == 0:
+        return "no token agrees"
+    return f"there is no confidence from which {calibration.target:.4g} of the tokens agree"

@@ -1,0 +1,92 @@
+"""A calibration on a terminal: the table of thresholds, and what it comes to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from freeexport.calibration import Calibrated, advice
+from freeexport.page import pairs, table
+from runtime.threshold import NEVER_EXIT, BetaMixture
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.calibration import Calibration, TableRow
+
+
+def tables(result: Calibrated) -> list[Table]:
+    """The page: thresholds, and the summary with the advice."""
+    return [threshold_table(result.calibration), pairs("Calibration", summary(result))]
+
+
+def calibration_tables(calibration: Calibration) -> list[Table]:
+    """What a file or a bundle records of its calibration."""
+    return [pairs("Calibration", recorded(calibration)), threshold_table(calibration)]
+
+
+def threshold_table(calibration: Calibration) -> Table:
+    columns = ("threshold#", "exits#", "agree#", "quality#", "predicted#", "measured#", "")
+    return table("Thresholds", columns, [_row(row, calibration.threshold) for row in calibration.table])
+
+
+def _row(row: TableRow, chosen: float) -> tuple[str, ...]:
+    return (
+        f"{row.threshold:.4g}",
+        f"{row.exit_rate:.1%}",
+        "" if row.agreement is None else f"{row.agreement:.1%}",
+        "" if row.quality is None else f"{row.quality:.2%}",
+        speedup(row.predicted_speedup),
+        speedup(row.measured_speedup),
+        "chosen" if row.threshold == chosen else "",
+    )
+
+
+def speedup(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
+def recorded(calibration: Calibration) -> list[tuple[str, str]]:
+    """Where the threshold comes from."""
+    limit = calibration.rollback_threshold
+    return [
+        ("data", f"{calibration.sequences} sequences, {calibration.positions} tokens after the first of each"),
+        ("agreement of all tokens", f"{calibration.agreement:.1%}"),
+        ("method", promise(calibration)),
+        ("confidence", calibration.confidence),
+        *([] if calibration.mixture is None else mixture_rows(calibration.mixture)),
+        ("rollback threshold", "none" if limit is None else f"{limit:.3g} nats"),
+    ]
+
+
+def summary(result: Calibrated) -> list[tuple[str, str]]:
+    even = "none: exits do not pay" if result.break_even is None else f"{result.break_even:.1%}"
+    taken = (
+        [] if result.caught is None else [("rollback takes back", f"{result.caught:.0%} of the exits that disagree")]
+    )
+    return [
+        *recorded(result.calibration),
+        *taken,
+        ("break-even exit rate", even),
+        ("costs", "measured here" if result.costs.measured else "by the sizes of layers and head, not measured"),
+        ("advice", advice(result)),
+        *[("note", note) for note in result.notes],
+    ]
+
+
+def promise(calibration: Calibration) -> str:
+    """What the method says about its threshold."""
+    if calibration.method == "risk":
+        kept = f"with probability {1 - (calibration.delta or 0):.0%}"
+        return f"risk: loss of a sequence at most {calibration.risk:g} on average, {kept}"
+    if calibration.method == "quality":
+        return f"quality: at least {calibration.target:.1%} of the full model's, on data not used for fitting"
+    if calibration.threshold >= NEVER_EXIT:
+        return f"bmm: P(agree | confidence) reaches {calibration.target:g} nowhere"
+    return f"bmm: P(agree | confidence) is at least {calibration.target:g} from the threshold on"
+
+
+def mixture_rows(mixture: BetaMixture) -> list[tuple[str, str]]:
+    return [
+        ("agreeing tokens", f"{mixture.weight_agree:.1%}, Beta({mixture.agree.a:.3g}, {mixture.agree.b:.3g})"),
+        ("disagreeing tokens", f"Beta({mixture.disagree.a:.3g}, {mixture.disagree.b:.3g})"),
+    ]

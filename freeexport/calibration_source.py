@@ -1,0 +1,208 @@
+"""What is calibrated: a bundle, which decodes with its engines, or a checkpoint, with transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+import numpy as np
+
+from freeexport.bundle_traces import trace_of
+from freeexport.calibration_options import CalibrateOptions
+from freeexport.decode_costs import DecodeCosts, measured_costs
+from freeexport.jsonl import Request
+from freeexport.trace import Trace
+from freeexport.training_data import DataError
+from runtime import Session
+from runtime.bundle_calibration import is_calibration
+from runtime.errors import CalibrationError, OptionError, PromptError
+from runtime.manifest import ConfidenceMeasure, Manifest
+from runtime.prompt import encode_prompt
+
+if TYPE_CHECKING:
+    from freeexport.checkpoint import Checkpoint
+    from graphs.description import Description
+
+# A few unknown characters are in any text; so many are text that the tokenizer was not made for.
+MOST_UNKNOWN = 0.2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a calibration says about its model. `hash` is of all that traces depend on."""
+
+    name: str
+    source_sha256: str
+    hash: str
+    vocab_size: int
+    layers: int
+    exit_layer: int
+    confidence: ConfidenceMeasure
+    max_pending: int
+
+
+class Source(Protocol):
+    @property
+    def facts(self) -> Facts: ...
+
+    def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
+        """Of the requests that fit, in order."""
+        ...
+
+    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
+        """Of decoding requests like these, `tokens` each."""
+        ...
+
+
+class BundleSource:
+    """A bundle and an open session of it."""
+
+    def __init__(self, path: Path, session: Session) -> None:
+        self.path, self.session = path, session
+        self._unknown = unknown_of_bundle(path)
+
+    @property
+    def facts(self) -> Facts:
+        manifest = self.session.manifest
+        return Facts(
+            manifest.source,
+            manifest.source_sha256,
+            engines_hash(manifest),
+            manifest.vocab_size,
+            manifest.layers,
+            manifest.exit_layer,
+            manifest.confidence,
+            manifest.max_pending,
+        )
+
+    def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
+        for request, prompt in self.prompts(requests):
+            yield trace_of(self.session, request.line_number, prompt, max_new_tokens)
+
+    def prompts(self, requests: Sequence[Request]) -> list[tuple[Request, np.ndarray]]:
+        """The requests that fit, with their token ids [n]; a warning for the others. DataError where none fits."""
+        manifest = self.session.manifest
+        limit = manifest.encoder_capacity or self.session.capacity - 1
+        fitting: list[tuple[Request, np.ndarray]] = []
+        reasons: list[str] = []
+        for request in requests:
+            try:
+                ids = encode_prompt(request.input, self.session.tokenizer, manifest.vocab_size, limit)
+                fitting.append((request, ids))
+            except PromptError as error:
+                reasons.append(f"line {request.line_number}: {error}")
+        if reasons and not fitting:
+            raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
+        if reasons:
+            click.echo(
+                f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}", err=True
+            )
+        check_unknown([ids for _, ids in fitting], self._unknown)
+        return fitting
+
+    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
+        prompts = [ids for _, ids in self.prompts(requests)]
+        return measured_costs(self.session, prompts, tokens)
+
+
+class CheckpointSource:
+    """A checkpoint, its transformers model loaded when it is first needed."""
+
+    def __init__(self, checkpoint: Checkpoint, options: CalibrateOptions) -> None:
+        from graphs.families import describe
+
+        self._checkpoint, self._options = checkpoint, options
+        self._description: Description = describe(checkpoint.config, checkpoint)
+        self._exit_layer = _exit_layer(checkpoint, len(self._description.decoder.layers), options.exit_layer)
+        self._tracer: Any = None
+
+    @property
+    def facts(self) -> Facts:
+        sha256 = self._checkpoint.sha256
+        return Facts(
+            self._checkpoint.name,
+            sha256,
+            sha256,
+            self._description.vocab_size,
+            len(self._description.decoder.layers),
+            self._exit_layer,
+            self._options.confidence or "softmax",
+            self._options.max_pending or 16,
+        )
+
+    def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
+        from freeexport.text_format import text_format
+        from freeexport.training_data import encode
+
+        form = text_format(self._checkpoint, self._description, 2048)
+        if not form.seq2seq:  # what is decoded shares the limit with the prompt
+            form = replace(form, limit=max(1, form.limit - max_new_tokens))
+        examples, left_out = encode([replace(request, target="") for request in requests], form, Path("the data"))
+        if left_out is not None:
+            click.echo(f"warning: {left_out}", err=True)
+        check_unknown([example.prompt for example in examples], form.tokenizer.unk_token_id)
+        size = self._options.batch_size
+        for start in range(0, len(examples), size):
+            yield from self._loaded().traces(examples[start : start + size], max_new_tokens)
+
+    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
+        from freeexport.exit_cost import analytic
+
+        costs = analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers)
+        return DecodeCosts(costs, measured=False)
+
+    def _loaded(self) -> Any:
+        if self._tracer is None:
+            from freeexport.checkpoint_traces import CheckpointTracer
+            from freeexport.reference import reference_model
+
+            facts, model = self.facts, reference_model(self._checkpoint)
+            self._tracer = CheckpointTracer(
+                model, self._checkpoint, self._description, facts.exit_layer, facts.confidence
+            )
+        return self._tracer
+
+
+def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:
+    """Raises CalibrationError where the tokenizer knows too little of the text: it is data of another vocabulary."""
+    ids = np.concatenate([np.asarray(prompt) for prompt in prompts])
+    share = float(np.mean(ids == unknown)) if unknown is not None and len(ids) else 0.0
+    if share > MOST_UNKNOWN:
+        raise CalibrationError(
+            f"{share:.0%} of the data's tokens are unknown to the model's tokenizer: these are data of another "
+            "vocabulary; give inputs like those the model was trained on"
+        )
+
+
+def engines_hash(manifest: Manifest) -> str:
+    """Of all files of a bundle that decide what its engines say."""
+    files = {name: file.sha256 for name, file in manifest.files.items() if not is_calibration(name)}
+    return hashlib.sha256(json.dumps([manifest.source_sha256, files], sort_keys=True).encode()).hexdigest()
+
+
+def unknown_of_bundle(path: Path) -> int | None:
+    """The id of the tokenizer's unknown token, where it has one."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    model = json.loads(file.read_text(encoding="utf-8")).get("model", {})
+    if isinstance(model.get("unk_id"), int):
+        return int(model["unk_id"])
+    vocabulary, token = model.get("vocab"), model.get("unk_token")
+    return vocabulary.get(token) if isinstance(vocabulary, dict) and token is not None else None
+
+
+def _exit_layer(checkpoint: Checkpoint, layers: int, asked: int | None) -> int:
+    trained = None if checkpoint.exit is None else checkpoint.exit.exit_layer
+    if trained is not None and asked not in (None, trained):
+        raise OptionError(f"{checkpoint.name} was trained to exit after layer {trained}, not {asked}; leave it out")
+    chosen = asked if trained is None else trained
+    if chosen is None or not 1 <= chosen < layers:
+        given = "no exit.json" if chosen is None else f"{layers} layers, --exit-layer is {chosen}"
+        raise OptionError(f"{checkpoint.name} has {given}; choose --exit-layer, from 1 to {layers - 1}")
+    return chosen

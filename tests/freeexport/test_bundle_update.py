@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_inspect import write_bundle
+
+from freeexport.bundle_update import update_bundle
+from runtime.bundle import Bundle
+from runtime.calibration import CALIBRATION_VERSION, Calibration
+from runtime.errors import CalibrationError
+
+CALIBRATION = Calibration(
+    schema_version=CALIBRATION_VERSION,
+    source_sha256="ab" * 32,
+    vocab_size=49152,
+    exit_layer=10,
+    confidence="softmax",
+    method="bmm",
+    threshold=0.75,
+    sequences=100,
+    positions=2000,
+    agreement=0.9,
+    target=0.95,
+    rollback_threshold=2.5,
+)
+NEWER = replace(CALIBRATION, threshold=0.5, rollback_threshold=1.5)
+
+# Ends the process, as a kill would, before the Nth change of the file system.
+KILLED = """
+import os, sys
+from pathlib import Path
+from freeexport.bundle_update import update_bundle
+from runtime.calibration import Calibration
+
+left = int(sys.argv[3])
+def counted(function):
+    def call(*arguments, **named):
+        global left
+        if left == 0:
+            os._exit(9)
+        left -= 1
+        return function(*arguments, **named)
+    return call
+Path.replace, Path.unlink, os.fsync = counted(Path.replace), counted(Path.unlink), counted(os.fsync)
+update_bundle(Path(sys.argv[1]), Calibration.from_json(sys.argv[2]))
+"""
+
+
+def test_the_bundle_has_the_thresholds_and_the_calibration(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    update_bundle(path, CALIBRATION)
+    bundle = Bundle.open(path, verify="full")
+    assert (bundle.manifest.threshold, bundle.manifest.rollback_threshold) == (0.75, 2.5)
+    assert bundle.calibration == CALIBRATION
+
+
+def test_a_later_calibration_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    update_bundle(path, CALIBRATION)
+    update_bundle(path, replace(NEWER, rollback_threshold=None))
+    bundle = Bundle.open(path, verify="full")
+    assert (bundle.manifest.threshold, bundle.manifest.rollback_threshold) == (0.5, None)
+    assert len(list(path.glob("*calibration*"))) == 1
+    update_bundle(path, replace(NEWER, rollback_threshold=None))  # the same again
+    assert Bundle.open(path, verify="full").calibration is not None
+
+
+def test_wherever_the_update_is_killed_the_bundle_is_the_old_or_the_new_one(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    update_bundle(path, CALIBRATION)
+    found, done = [], False
+    for changes in range(20):
+        update_bundle(path, CALIBRATION)
+        command = [sys.executable, "-c", KILLED, str(path), NEWER.to_json(), str(changes)]
+        done = subprocess.run(command, check=False).returncode == 0
+        bundle = Bundle.open(path, verify="full")
+        assert bundle.calibration in (CALIBRATION, NEWER)
+        assert bundle.calibration is not None
+        assert bundle.manifest.threshold == bundle.calibration.threshold
+        assert bundle.manifest.rollback_threshold == bundle.calibration.rollback_threshold
+        found.append(bundle.calibration.threshold)
+        if done:
+            break
+    assert done
+    assert found[0] == 0.75  # killed before anything
+    assert found[-2:] == [0.5, 0.5]  # killed before clearing up, and not killed
+    update_bundle(path, NEWER)
+    assert not [file for file in path.iterdir() if "partial" in file.name]
+    assert len(list(path.glob("*calibration*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"source_sha256": "cd" * 32}, "another model"),
+        ({"vocab_size": 32128}, "another vocabulary 32128, not 49152"),
+        ({"exit_layer": 11}, "another exit layer 11, not 10"),
+        ({"confidence": "entropy"}, "another confidence measure 'entropy', not 'softmax'"),
+    ],
+)
+def test_a_calibration_of_something_else_is_refused_and_nothing_changes(
+    tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    with pytest.raises(CalibrationError, match=reason):
+        update_bundle(path, replace(CALIBRATION, **change))  # type: ignore[arg-type]
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+
+
+def test_the_file_says_what_it_is(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    update_bundle(path, CALIBRATION)
+    (file,) = path.glob("calibration-*.json")
+    assert json.loads(file.read_text())["method"] == "bmm"

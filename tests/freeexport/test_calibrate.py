@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from click.testing import CliRunner, Result
+from conftest import Bundles
+
+from freeexport import calibration_source
+from freeexport.bundle_traces import trace_of
+from freeexport.calibration import check_enough
+from freeexport.calibration_options import CalibrateOptions
+from freeexport.calibration_source import CheckpointSource, check_unknown
+from freeexport.checkpoint import open_checkpoint
+from freeexport.cli import main
+from freeexport.jsonl import Request
+from freeexport.trace import Trace, Traces
+from runtime import Bundle, Session, decode
+from runtime.calibration import read_calibration
+from runtime.continuation import Continuation
+from runtime.errors import CalibrationError
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+MEASURES = ("softmax", "max-prob", "entropy")
+TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(37))]
+Directory = Callable[[Case], Path]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.fixture
+def own(tmp_path: Path, bundle: Bundles) -> Callable[..., Path]:
+    """A bundle of a case that the test may change."""
+
+    def copied(case: Case, exit_layer: int = 1, **options: Any) -> Path:
+        return Path(shutil.copytree(bundle(case, exit_layer, **options), tmp_path / "bundle"))
+
+    return copied
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def calibrated(*arguments: Any) -> dict[str, Any]:
+    result = run("calibrate", *arguments, "--max-new-tokens", 12, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def error(result: Result) -> str:
+    assert result.exit_code == 1, result.output
+    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
+    assert line.startswith("error: ")
+    assert "bug" not in line
+    return line
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_checkpoint_and_its_bundle_give_the_same_traces(
+    case: Case, measure: Any, checkpoint: Directory, bundle: Bundles
+) -> None:
+    requests = [Request(number, text) for number, text in enumerate(TEXTS[:6], start=1)]
+    options = CalibrateOptions(confidence=measure, exit_layer=1, batch_size=4)
+    torch_traces = list(CheckpointSource(open_checkpoint(str(checkpoint(case))), options).traces(requests, 9))
+    with Session(bundle(case, confidence=measure), slots=1) as session:
+        ours = list(calibration_source.BundleSource(session.bundle.path, session).traces(requests, 9))
+    for mine, theirs in zip(ours, torch_traces, strict=True):
+        assert mine.line == theirs.line
+        np.testing.assert_allclose(mine.confidence, theirs.confidence, atol=2e-4)
+        np.testing.assert_array_equal(mine.agrees, theirs.agrees)
+        np.testing.assert_allclose(mine.nll, theirs.nll, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles) -> None:
+    with Session(bundle(case), slots=1) as session:
+        prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
+        trace = trace_of(session, 1, prompt, 15)
+        full = session.generate(prompt, mode="full", max_new_tokens=15).token_ids
+        labels: list[tuple[float, bool]] = []
+        with session.decoder(prompt) as decoder:
+            start = np.array([session.manifest.decoder_start_token_id or 0]) if case is T5 else prompt
+            output = Continuation(start, 15)
+            loop = decode.free(decoder, decoder.prefill(start, head=True), output, 1.0, 4, observe=labels.extend)
+            tokens = [step.token for step in islice(loop, len(full))]
+    assert tokens == list(full)
+    assert len(trace) == len(full) - 1
+    assert labels == [(float(c), bool(a)) for c, a in zip(trace.confidence, trace.agrees, strict=True)]
+    # What the deep decoder chose itself has the highest probability: at most ln V nats.
+    assert (trace.nll[trace.agrees] <= np.log(session.manifest.vocab_size) + 1e-4).all()
+
+
+def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Callable[..., Path], data: Path) -> None:
+    path = own(T5, measure=True)
+    answer = calibrated(path, "--data", data, "--target", 0.2)
+    assert 0 < answer["threshold"] < 1
+    assert answer["sequences"] == len(TEXTS)
+    assert answer["method"] == "bmm"
+    assert "of tokens exit" in answer["advice"]
+    manifest = Bundle.open(path, verify="full").manifest
+    assert (manifest.threshold, manifest.rollback_threshold) == (answer["threshold"], answer["rollback_threshold"])
+    chosen = next(row for row in answer["table"] if row["threshold"] == answer["threshold"])
+    assert 0 < chosen["exit_rate"] < 1
+    assert chosen["predicted_speedup"] > 0
+    assert {"shallow_ms", "deep_1_ms", "outside_free_ms"} <= answer["costs"].keys()
+    with Session(path, slots=1) as session:
+        exits = session.generate(TEXTS[0], max_new_tokens=12).stats.exits
+        assert exits == session.generate(TEXTS[0], max_new_tokens=12, threshold=answer["threshold"]).stats.exits
+        session.generate(TEXTS[0], max_new_tokens=12, mode="rollback")  # has a threshold of its own now
+    page = run("inspect", path).stdout
+    assert "P(agree | confidence) is at least 0.2" in page
+    assert json.loads(run("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
+
+
+def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "calibration.json", tmp_path / "bundle"
+    model = checkpoint(T5)
+    given = ("--data", data, "--exit-layer", 3, "--target", 0.2, "--output", file)
+    answer = calibrated(model, *given, "--confidence", "entropy")
+    assert answer["costs"] == {}
+    quick = ("--no-verify", "--no-measure", "--calibration", file)
+    result = run("convert", model, out, "--exit-layer", 3, "--confidence", "entropy", *quick)
+    assert result.exit_code == 0, result.output
+    assert f"threshold: {answer['threshold']:.4g}, calibrated" in result.stdout
+    bundle = Bundle.open(out, verify="full")
+    assert bundle.manifest.threshold == answer["threshold"]
+    assert bundle.calibration == read_calibration(file)
+    assert "another confidence measure 'entropy'" in error(run("convert", model, out, "--exit-layer", 3, *quick))
+    wrong_layer = ("--exit-layer", 1, "--confidence", "entropy")
+    assert "another exit layer 3, not 1" in error(run("convert", model, tmp_path / "other", *wrong_layer, *quick))
+    other = ("convert", checkpoint(LLAMA), tmp_path / "other", "--exit-layer", 3, "--confidence", "entropy")
+    assert "another model" in error(run(*other, *quick))
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_calibration_does_not_go_with_an_exit_vocabulary(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    vocabulary = ("--exit-vocab", 64, "--exit-vocab-text", data)
+    result = run("convert", checkpoint(T5), tmp_path / "out", "--calibration", tmp_path / "x.json", *vocabulary)
+    assert "calibrate the bundle" in error(result)
+
+
+def test_the_risk_method_says_what_it_promises(own: Callable[..., Path], data: Path) -> None:
+    path = own(T5, measure=True)
+    given = ("--data", data, "--method", "risk", "--risk", 0.4, "--delta", 0.1)
+    answer = calibrated(path, *given)
+    assert (answer["method"], answer["risk"], answer["delta"], answer["target"]) == ("risk", 0.4, 0.1, None)
+    assert answer["threshold"] < 1
+    page = run("calibrate", path, *given, "--max-new-tokens", 12).stdout
+    assert "loss of a sequence at most 0.4 on average, with probability 90%" in page
+
+
+def test_an_interrupted_run_goes_on_and_other_methods_need_no_decoding(
+    own: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own(T5)
+    decoded: list[int] = []
+    until = 15
+
+    def counted(session: Session, line: int, prompt: np.ndarray, most: int) -> Trace:
+        if len(decoded) == until:
+            raise KeyboardInterrupt
+        decoded.append(line)
+        return trace_of(session, line, prompt, most)
+
+    monkeypatch.setattr(calibration_source, "trace_of", counted)
+    before = (path / "freeexport.json").read_bytes()
+    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
+    assert result.exit_code == 130
+    assert (path / "freeexport.json").read_bytes() == before
+    until = 1000
+    first = calibrated(path, "--data", data)
+    assert decoded == list(range(1, len(TEXTS) + 1))
+    again = calibrated(path, "--data", data, "--target", 0.2)
+    assert len(decoded) == len(TEXTS)
+    assert again["mixture"] == first["mixture"]
+    calibrated(path, "--data", data, "--samples", 10)
+    assert len(decoded) == len(TEXTS)
+    data.write_text(data.read_text() + '{"input": "one more"}\n')
+    calibrated(path, "--data", data)
+    assert len(decoded) == 2 * len(TEXTS) + 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "reason"),
+    [
+        (0, (), "has no examples"),
+        (1, (), "a threshold needs at least 50; give more samples"),
+        (40, ("--method", "risk"), "needs at least 59 sequences, the data have 40"),
+        (40, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
+        (40, ("--confidence", "entropy"), "--confidence is for checkpoints"),
+        (40, ("--target", "1"), "target is 1.0; choose a number between 0 and 1"),
+        (40, ("--delta", "nan"), "delta is nan"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_with_the_reason(
+    own: Callable[..., Path], data: Path, lines: int, options: tuple[str, ...], reason: str
+) -> None:
+    path = own(T5)
+    before = (path / "freeexport.json").read_bytes()
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:lines]))
+    assert reason in error(run("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
+    assert (path / "freeexport.json").read_bytes() == before
+
+
+def test_missing_and_broken_data_are_named(own: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    path = own(T5)
+    assert "does not exist" in error(run("calibrate", path, "--data", tmp_path / "nowhere"))
+    data.write_text(data.read_text() + "{\n")
+    assert f"line {len(TEXTS) + 1}: not JSON" in error(run("calibrate", path, "--data", data))
+
+
+def test_inputs_that_do_not_fit_are_left_out_with_a_warning(own: Callable[..., Path], data: Path) -> None:
+    path = own(T5)
+    data.write_text(json.dumps({"input": "y" * 500}) + "\n" + data.read_text())
+    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    assert f"warning: 1 of {len(TEXTS) + 1} inputs are left out; the first, line 1: " in result.stderr
+    data.write_text(json.dumps({"input": "y" * 500}) + "\n")
+    assert "none of the 1 inputs can be used" in error(run("calibrate", path, "--data", data))
+
+
+def test_confidences_that_are_not_numbers_are_refused() -> None:
+    broken = Trace(1, np.full(80, np.nan, np.float32), np.ones(80, np.bool_), np.zeros(80, np.float32))
+    with pytest.raises(CalibrationError, match="80 of 80 confidences are not numbers"):
+        check_enough(Traces.of([broken]), CalibrateOptions())
+
+
+@pytest.mark.parametrize(
+    ("model", "unknown"),
+    [
+        ({"vocab": {"a": 0, "<unk>": 3}, "unk_token": "<unk>"}, 3),
+        ({"vocab": [["a", 0.0], ["<unk>", 0.0]], "unk_id": 1}, 1),
+        ({"vocab": {"a": 0}, "unk_token": None}, None),
+    ],
+)
+def test_the_unknown_token_is_the_one_of_the_tokenizer(tmp_path: Path, model: Any, unknown: int | None) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    assert calibration_source.unknown_of_bundle(tmp_path) == unknown
+
+
+def test_data_of_another_vocabulary_are_refused() -> None:
+    check_unknown([np.array([2, 5, 6, 7, 8, 9])], 2)
+    check_unknown([np.array([2, 2])], None)
+    with pytest.raises(CalibrationError, match="50% of the data's tokens are unknown"):
+        check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
+
+
+def test_an_exit_layer_that_is_none_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    given = ("calibrate", checkpoint(T5), "--data", data, "--output", tmp_path / "out.json")
+    assert f"choose --exit-layer, from 1 to {T5.layers - 1}" in error(run(*given))
+    assert "--exit-layer is 6" in error(run(*given, "--exit-layer", T5.layers))
+    assert not (tmp_path / "out.json").exists()

@@ -1,0 +1,38 @@
+"""Traces for tests: drawn from a known mixture, or from a model of sequences whose tokens depend on each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from freeexport.trace import Trace, Traces
+
+
+def trace(confidence: Sequence[float], agrees: Sequence[bool], line: int = 1) -> Trace:
+    nll = np.where(agrees, 0.1, 3.0).astype(np.float32)
+    return Trace(line, np.array(confidence, np.float32), np.array(agrees, np.bool_), nll)
+
+
+def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Traces:
+    """Independent tokens: agreeing ones Beta(6, 1), the others Beta(2, 3)."""
+    random = np.random.default_rng(seed)
+    made = []
+    for line in range(1, sequences + 1):
+        agrees = random.random(length) < agree
+        confidence = np.where(agrees, random.beta(6, 1, length), random.beta(2, 3, length))
+        made.append(trace(confidence.tolist(), agrees.tolist(), line))
+    return Traces.of(made)
+
+
+def correlated(sequences: int, seed: int) -> Traces:
+    """Each sequence is easy or hard as a whole: so are its tokens, by what nobody sees in their confidences alone."""
+    random = np.random.default_rng(seed)
+    made = []
+    for line in range(1, sequences + 1):
+        length = int(random.integers(5, 30))
+        hard = random.random() < 0.15
+        confidence = random.beta(3 if hard else 6, 1, length)
+        agrees = random.random(length) < (0.35 * confidence if hard else 1 - 0.03 * (1 - confidence))
+        made.append(trace(confidence.tolist(), agrees.tolist(), line))
+    return Traces.of(made)
