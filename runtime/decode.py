@@ -14,6 +14,8 @@ from runtime.pace import Pace, Verdict
 
 # Called after each sync pass with the shallow confidence and whether both decoders' arg max agree, of every row.
 Observe = Callable[[Sequence[tuple[float, bool]]], None]
+# Called at the end with the confidences of what is left on the stack; True asks for a pass over it, to be observed.
+Leave = Callable[[Sequence[float]], bool]
 
 
 def full(decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
@@ -33,28 +35,38 @@ def free(
     max_pending: int,
     sync_every: int = 0,
     observe: Observe | None = None,
+    leave: Leave | None = None,
 ) -> Iterator[Step]:
     """FREE: tokens surer than `threshold` exit and wait on the stack; the others run the deep decoder over all that
     wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on in the
-    background; 0 is never, and `observe` needs 0."""
+    background; 0 is never, and `observe` needs 0. `leave` is asked where the caller closes the generator."""
     yield output.add(output.choose(first), False, first.confidence, first)
     guesses: list[Prediction] = []
-    while True:
-        guess = decoder.step(output.newest, head=True)
-        guesses.append(guess)
-        token = output.choose(guess)
-        if _sure(guess, threshold) and decoder.stacked < max_pending:
-            decoder.stats.exits += 1
-            yield output.add(token, True, guess.confidence, guess)
-            if sync_every:
-                decoder.start_sync(sync_every)
-            continue
-        decoder.stats.forced += _sure(guess, threshold)
-        said = decoder.sync(1 if observe is None else len(guesses), ahead=_run_ahead(output, threshold, [], token))
-        if observe is not None:
-            observe([(g.confidence or 0.0, g.token == s.token) for g, s in zip(guesses, said, strict=True)])
-        guesses.clear()
-        yield output.add(output.choose(said[-1]), False, guess.confidence, said[-1])
+    try:
+        while True:
+            guess = decoder.step(output.newest, head=True)
+            guesses.append(guess)
+            token = output.choose(guess)
+            if _sure(guess, threshold) and decoder.stacked < max_pending:
+                decoder.stats.exits += 1
+                yield output.add(token, True, guess.confidence, guess)
+                if sync_every:
+                    decoder.start_sync(sync_every)
+                continue
+            decoder.stats.forced += _sure(guess, threshold)
+            said = decoder.sync(1 if observe is None else len(guesses), ahead=_run_ahead(output, threshold, [], token))
+            if observe is not None:
+                observe(_labels(guesses, said))
+            guesses.clear()
+            yield output.add(output.choose(said[-1]), False, guess.confidence, said[-1])
+    except GeneratorExit:
+        if leave is not None and leave([guess.confidence or 0.0 for guess in guesses]) and observe is not None:
+            observe(_labels(guesses, decoder.sync(len(guesses))))
+        raise
+
+
+def _labels(guesses: Sequence[Prediction], said: Sequence[Prediction]) -> list[tuple[float, bool]]:
+    return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, said, strict=True)]
 
 
 def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:

@@ -24,12 +24,19 @@ class SessionOptions:
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
     overlap: run deep passes beside shallow steps, in a thread of their own. The tokens are the same. None is on where
         the bundle's costs say that it pays.
+    threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated and is refitted from
+        what sync passes say (docs/calibration.md); other modes then take the bundle's. None is the bundle's.
+    adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
+    adaptive_state: what `Session.adaptive_state()` gave, to go on from there.
     """
 
     threads: int | None = None
     slots: int = 4
     capacity: int | None = None
     overlap: bool | None = None
+    threshold: float | Literal["adaptive"] | None = None
+    adaptive_memory: int = 4000
+    adaptive_state: Mapping[str, Any] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
 
@@ -37,6 +44,14 @@ class SessionOptions:
         _in_range("threads", self.threads, 1, 1024)
         _in_range("slots", self.slots, 1, 4096)
         _in_range("capacity", self.capacity, 1, None)
+        if self.threshold != "adaptive":
+            within = 0.0 <= _number(self.threshold) <= 1.0
+            _real("threshold", self.threshold, within, "from 0 (exit always) to 1 (never), or 'adaptive'")
+        _in_range("adaptive_memory", self.adaptive_memory, 100, None)
+        if self.adaptive_state is not None and self.threshold != "adaptive":
+            raise OptionError(f"adaptive_state is given, but threshold is {self.threshold!r}; choose 'adaptive'")
+        if self.adaptive_state is not None and not isinstance(self.adaptive_state, Mapping):
+            raise OptionError(f"adaptive_state is {str(self.adaptive_state)[:80]!r}; give what adaptive_state() gave")
         if self.overlap not in (None, True, False):
             raise OptionError(f"overlap is {self.overlap!r}; choose True, False or None (as measured)")
         if self.verify not in ("sizes", "full"):

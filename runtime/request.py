@@ -9,6 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
+from runtime.adaptive import Observation
 from runtime.beam_rows import BeamRows
 from runtime.beams import BeamSearch, Hypothesis
 from runtime.continuation import Continuation, Step
@@ -31,7 +32,8 @@ DRAFT_THRESHOLD = 0.5
 class Request:
     """`limit`: most tokens, by the options and by the room of a slot with `capacity` positions. `eos`: what ends it.
 
-    `encoder` of an encoder-decoder, else None. Raises OptionError for options that do not fit the bundle.
+    `encoder` of an encoder-decoder, else None. `observation` where the threshold adapts: its threshold counts.
+    Raises OptionError for options that do not fit the bundle.
     """
 
     def __init__(
@@ -43,15 +45,17 @@ class Request:
         options: GenerationOptions,
         pace: Pace,
         cancelled: Callable[[], bool],
+        observation: Observation | None = None,
     ) -> None:
         self.options = options
+        self.observation = observation
         self._tokens, self._encoder, self._pace, self._cancelled = tokens, encoder, pace, cancelled
         # What the decoder reads before its first token.
         self._prompt = tokens if encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
         # The newest token is never read back, so it needs no position.
         self.limit = min(options.max_new_tokens, capacity - len(self._prompt) + 1)
         self.eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
-        self._threshold = threshold_of(options, manifest)
+        self._threshold = threshold_of(options, manifest) if observation is None else observation.threshold
         self._rollback_threshold = _rollback_threshold(options, manifest)
         self._max_pending = options.max_pending or manifest.max_pending
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
@@ -162,7 +166,11 @@ class Request:
             return rollback(decoder, first, output, threshold, self._max_pending, self._rollback_threshold)
         if mode == "shallow":
             return shallow(decoder, first, output)
-        return free(decoder, first, output, threshold, self._max_pending, self.options.sync_every)
+        seen = self.observation
+        if seen is None or not seen.learns:
+            return free(decoder, first, output, threshold, self._max_pending, self.options.sync_every)
+        # What a pass in the background reads gets no answer, and so no label.
+        return free(decoder, first, output, threshold, self._max_pending, 0, seen.label, seen.leave)
 
     def _continuation(self, sample: int) -> Continuation:
         sampler = _sampler(self.options, len(self._prompt), self.eos, (self._seed, sample))

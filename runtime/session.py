@@ -8,7 +8,7 @@ import math
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime.adaptive import AdaptiveThreshold
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
 from runtime.encoder import Encoder
@@ -56,6 +57,7 @@ class Session:
         manifest = self.bundle.manifest
         check_int8_range(manifest)
         self.capacity = _capacity(manifest, self.options.capacity)
+        self._adaptive = self._adapting(self.options)
         self._tokenizer = Tokenizer.load(self.bundle.path)
         self._check_memory(manifest)
         self.threads = self.options.threads or usable_cores()
@@ -92,7 +94,7 @@ class Session:
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
         request = self._request(prompt, options, cancel)
-        return self._stream(self._slots, request.start, request, cancel)
+        return self._stream(self._slots, request.start, request, cancel, partial(self._learn, request))
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
@@ -125,6 +127,7 @@ class Session:
                 results.append(stream.result)
         finally:
             self._slots.put(decoder)
+            self._learn(request)
         if beams > 1:
             return results
         return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
@@ -142,6 +145,21 @@ class Session:
             yield decoder
         finally:
             self._slots.put(decoder)
+
+    @property
+    def threshold(self) -> float:
+        """What a request of mode "free" that gives no threshold begins with now."""
+        if self._adaptive is not None:
+            return self._adaptive.threshold
+        chosen = self.options.threshold
+        return self.manifest.threshold if chosen is None else float(chosen)
+
+    def adaptive_state(self) -> dict[str, Any]:
+        """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
+        of another. Raises OptionError where the threshold does not adapt."""
+        if self._adaptive is None:
+            raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
+        return self._adaptive.state()
 
     def close(self) -> None:
         """Refuse new requests and end running ones after their next token. Idempotent."""
@@ -164,12 +182,26 @@ class Session:
             raise OptionError(
                 f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
             )
+        if options.threshold is None and isinstance(self.options.threshold, (int, float)):
+            options = dataclasses.replace(options, threshold=self.options.threshold)
         if options.samples:
             options = with_defaults(options, read_defaults(self.bundle.path))
         limit = manifest.encoder_capacity or self.capacity
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
         pace, cancelled = self._pace(options), partial(self._cancelled, cancel)
-        return Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled)
+        adapts = self._adaptive is not None and options.threshold is None and options.mode == "free"
+        observation = self._adaptive.begin() if self._adaptive is not None and adapts else None
+        return Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled, observation)
+
+    def _learn(self, request: Request) -> None:
+        if self._adaptive is not None and request.observation is not None:
+            self._adaptive.complete(request.observation)
+
+    def _adapting(self, options: SessionOptions) -> AdaptiveThreshold | None:
+        if options.threshold != "adaptive":
+            return None
+        calibration = self.bundle.calibration
+        return AdaptiveThreshold(self.manifest, calibration, options.adaptive_memory, options.adaptive_state)
 
     def _pace(self, options: GenerationOptions) -> Pace:
         """What requests that draft at one threshold have learned, shared by them."""
@@ -179,10 +211,15 @@ class Session:
         return self._paces.setdefault(key, Pace(self.manifest.max_pending, self.manifest.break_even))
 
     def _stream(
-        self, slots: queue.Queue[Decoder], start: Start, request: Request, cancel: threading.Event | None
+        self,
+        slots: queue.Queue[Decoder],
+        start: Start,
+        request: Request,
+        cancel: threading.Event | None,
+        ended: Callable[[], None] | None = None,
     ) -> Stream:
         text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Stream(slots, start, text, request.eos, request.limit, partial(self._cancelled, cancel))
+        return Stream(slots, start, text, request.eos, request.limit, partial(self._cancelled, cancel), ended)
 
     def _cancelled(self, cancel: threading.Event | None) -> bool:
         return self._closed.is_set() or (cancel is not None and cancel.is_set())

@@ -19,7 +19,8 @@ Start = Callable[[Decoder], Iterator[Step]]
 
 
 class Stream(Iterator[Token]):
-    """The tokens of one request, as they become final. `result` is complete once the stream has ended."""
+    """The tokens of one request, as they become final. `result` is complete once the stream has ended, when `ended` is
+    called, if it had a slot."""
 
     def __init__(
         self,
@@ -29,7 +30,9 @@ class Stream(Iterator[Token]):
         eos: frozenset[int],
         limit: int,
         cancelled: Callable[[], bool],
+        ended: Callable[[], None] | None = None,
     ) -> None:
+        self._ended = ended
         self._slots, self._start, self._text, self._cancelled = slots, start, text, cancelled
         self._eos, self._limit = eos, limit
         self._steps: list[Step] = []
@@ -67,6 +70,7 @@ class Stream(Iterator[Token]):
         decoder = take(self._slots, self._cancelled)
         if decoder is None:
             return
+        steps: Iterator[Step] = iter(())
         try:
             began = perf_counter()
             steps = self._start(decoder)
@@ -79,8 +83,20 @@ class Stream(Iterator[Token]):
                     return
                 began = perf_counter()
         finally:
-            self._slots.put(decoder)
-            self._text.finish()
+            try:
+                self._end(steps)
+            finally:
+                self._slots.put(decoder)
+                self._text.finish()
+            if self._ended is not None:
+                self._ended()
+
+    def _end(self, steps: Iterator[Step]) -> None:
+        """Close the loop while the slot is still its own: it may run one pass more."""
+        began = perf_counter()
+        if isinstance(steps, Generator):
+            steps.close()
+        self._stats.seconds += perf_counter() - began
 
     def _accept(self, step: Step) -> Token:
         self._steps.append(step)

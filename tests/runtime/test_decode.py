@@ -313,6 +313,35 @@ def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
     assert deep.heads == [1, 3]
 
 
+@pytest.mark.parametrize("audit", [True, False])
+def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit: bool) -> None:
+    trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
+    decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
+    labels, left = list[Any](), list[Any]()
+
+    def leave(confidences: Sequence[float]) -> bool:
+        left.append(list(confidences))
+        return audit
+
+    loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append, leave=leave)
+    steps = list(islice(loop, 5))
+    loop.close()
+    assert [step.exited for step in steps] == [False, True, False, True, True]
+    assert left == [[np.float32(0.8), np.float32(0.7)]]
+    of_passes = [[(np.float32(0.9), True), (np.float32(0.2), False)]]
+    assert labels == of_passes + [[(np.float32(0.8), True), (np.float32(0.7), False)]] * audit
+    assert deep.calls == [2, 2] + [2] * audit
+
+
+def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
+    decoder, _, _ = decoder_of([0, 0, 0.1])
+    left: list[Any] = []
+    loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=lambda rows: None, leave=left.append)  # type: ignore[arg-type]
+    list(islice(loop, 2))
+    loop.close()
+    assert left == [[]]
+
+
 def test_the_prompt_does_not_count_as_a_sync_pass() -> None:
     decoder, _, _ = decoder_of([0.0] * 8)
     list(islice(free(decoder, prompt_of(5), 0.5, 16), 1))

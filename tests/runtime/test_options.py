@@ -24,6 +24,11 @@ from runtime.options import GenerationOptions, SessionOptions
         ("verify", "hash"),
         ("verify", None),
         ("device", "tpu"),
+        ("threshold", 1.5),
+        ("threshold", "clever"),
+        ("threshold", True),
+        ("adaptive_memory", 0),
+        ("adaptive_memory", 1e3),
     ],
 )
 def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:

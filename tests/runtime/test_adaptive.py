@@ -1,0 +1,443 @@
+"""The adaptive threshold on simulated streams of known mixture, whose decisions it makes itself; then in sessions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from time import thread_time
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+from test_manifest import MANIFEST
+
+from runtime import Bundle, OptionError, Session, adaptive
+from runtime.adaptive import AdaptiveThreshold, label_every
+from runtime.beta import Beta
+from runtime.bundle import sha256_of
+from runtime.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
+from runtime.manifest import MANIFEST as MANIFEST_NAME
+from runtime.manifest import File, Manifest
+from runtime.threshold import BetaMixture, threshold_at
+
+SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
+BROAD = BetaMixture(Beta(3.0, 1.0), Beta(1.2, 3.0), 0.6)
+SURE = BetaMixture(Beta(4.0, 0.25), Beta(2.0, 1.0), 0.92)
+HARD = BetaMixture(Beta(4.0, 0.4), Beta(3.0, 0.8), 0.75)
+
+
+def calibration_of(manifest: Manifest, mixture: BetaMixture | None, target: float, **changes: Any) -> Calibration:
+    calibration = Calibration(
+        schema_version=CALIBRATION_VERSION,
+        source_sha256=manifest.source_sha256,
+        vocab_size=manifest.vocab_size,
+        exit_layer=manifest.exit_layer,
+        confidence=manifest.confidence,
+        method="bmm",
+        threshold=0.5 if mixture is None else threshold_at(mixture, target),
+        sequences=100,
+        positions=4000,
+        agreement=0.9,
+        target=target,
+        mixture=mixture,
+    )
+    return replace(calibration, **changes)
+
+
+def adapting(mixture: BetaMixture, target: float = 0.9, memory: int = 4000, **changes: Any) -> AdaptiveThreshold:
+    return AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, mixture, target, **changes), memory)
+
+
+class Requests:
+    """Requests of geometric length, or of `length` tokens, decoded as mode free does: a label needs a sync pass."""
+
+    def __init__(self, seed: int, length: int | None = None, mean: float = 8, max_pending: int = 16) -> None:
+        self.random = np.random.default_rng(seed)
+        self.length, self.mean, self.max_pending = length, mean, max_pending
+
+    def run(self, threshold: AdaptiveThreshold, mixture: BetaMixture, tokens: int) -> list[float]:
+        """The thresholds of the requests."""
+        used: list[float] = []
+        while tokens > 0:
+            count = self.length or int(self.random.geometric(1 / self.mean))
+            seen = threshold.begin()
+            used.append(seen.threshold)
+            stack: list[tuple[float, bool]] = []
+            for token in self._tokens(mixture, count):
+                stack.append(token)
+                if token[0] <= seen.threshold or len(stack) == self.max_pending:
+                    seen.label(stack)
+                    stack = []
+            if seen.leave([confidence for confidence, _ in stack]):
+                seen.label(stack)
+            threshold.complete(seen)
+            tokens -= count
+        return used
+
+    def _tokens(self, mixture: BetaMixture, count: int) -> list[tuple[float, bool]]:
+        agrees = self.random.random(count) < mixture.weight_agree
+        of_agreeing = self.random.beta(mixture.agree.a, mixture.agree.b, count)
+        of_disagreeing = self.random.beta(mixture.disagree.a, mixture.disagree.b, count)
+        return list(zip(np.where(agrees, of_agreeing, of_disagreeing).tolist(), agrees.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "true", "tolerance"),
+    [(SHARP, SHARP, 0.02), (SURE, HARD, 0.005), (HARD, SURE, 0.03), (BROAD, SHARP, 0.02), (SHARP, BROAD, 0.03)],
+)
+@pytest.mark.parametrize("mean", [6, 40])
+def test_the_threshold_comes_to_that_of_the_stream(
+    calibrated: BetaMixture, true: BetaMixture, tolerance: float, mean: int
+) -> None:
+    threshold = adapting(calibrated)
+    assert threshold.threshold == threshold_at(calibrated, 0.9)
+    used = Requests(seed=1, mean=mean).run(threshold, true, 20_000)
+    late = used[len(used) // 2 :]
+    assert float(np.mean(late)) == pytest.approx(threshold_at(true, 0.9), abs=tolerance)
+
+
+def test_a_shift_moves_the_threshold_and_a_shift_back_moves_it_back() -> None:
+    threshold, requests = adapting(SURE), Requests(seed=2, mean=30)
+    for mixture in (HARD, SURE, HARD):
+        requests.run(threshold, mixture, 12_000)
+        assert threshold.threshold == pytest.approx(threshold_at(mixture, 0.9), abs=0.03)
+        other = SURE if mixture is HARD else HARD
+        assert abs(threshold.threshold - threshold_at(other, 0.9)) > 0.05
+
+
+def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A low threshold and short sequences: much is left over, and what is left over is sure.
+    unbiased = adapting(SHARP, target=0.5)
+    Requests(seed=3, mean=6).run(unbiased, SHARP, 20_000)
+    assert unbiased.mixture.weight_agree == pytest.approx(0.85, abs=0.02)
+    assert unbiased.threshold == pytest.approx(threshold_at(SHARP, 0.5), abs=0.015)
+    # Were they ignored, sure tokens would look rare: this is what the correction is worth.
+    monkeypatch.setattr(adaptive.Observation, "leave", lambda seen, confidences: False)
+    naive = adapting(SHARP, target=0.5)
+    Requests(seed=3, mean=6).run(naive, SHARP, 20_000)
+    assert naive.mixture.weight_agree < 0.78
+
+
+def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    everything_exits = BetaMixture(Beta(4.0, 0.4), Beta(4.0, 0.4), 0.95)
+    audited = adapting(everything_exits)
+    assert audited.threshold == 0.0
+    Requests(seed=4, length=5).run(audited, HARD, 40_000)
+    assert audited.threshold == pytest.approx(threshold_at(HARD, 0.9), abs=0.01)
+    monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 10**9)
+    stuck = adapting(everything_exits)
+    Requests(seed=4, length=5).run(stuck, HARD, 40_000)
+    assert stuck.threshold < 0.5
+
+
+def test_audits_are_rare() -> None:
+    threshold, audits, left = adapting(BetaMixture(Beta(4.0, 0.4), Beta(4.0, 0.4), 0.95)), 0, 0
+    for _ in range(400):
+        seen = threshold.begin()
+        audits += seen.leave([0.99] * 5)
+        left += 5
+        threshold.complete(seen)
+    assert audits == pytest.approx(left / adaptive.AUDIT_TOKENS, abs=1)
+
+
+def test_the_same_order_gives_the_same_state() -> None:
+    first, second = adapting(SURE), adapting(SURE)
+    assert Requests(seed=5).run(first, HARD, 3000) == Requests(seed=5).run(second, HARD, 3000)
+    assert first.state() == second.state()
+    # The order of completion counts, not that of starting.
+    for threshold in (first, second):
+        one, other = threshold.begin(), threshold.begin()
+        one.label([(0.9, True)] * 40)
+        other.label([(0.9, False)] * 40)
+        for seen in (one, other) if threshold is first else (other, one):
+            threshold.complete(seen)
+    assert first.state() != second.state()
+
+
+def test_a_request_keeps_the_threshold_of_its_start() -> None:
+    threshold = adapting(SURE)
+    seen = threshold.begin()
+    Requests(seed=6).run(threshold, HARD, 3000)
+    assert seen.threshold == threshold_at(SURE, 0.9) != threshold.threshold
+
+
+def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
+    whole = adapting(SURE)
+    requests = Requests(seed=7)
+    requests.run(whole, HARD, 2000)
+    saved = json.loads(json.dumps(whole.state()))
+    restored = AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SURE, 0.9), 4000, saved)
+    assert restored.state() == whole.state()
+    assert restored.threshold == threshold_at(whole.mixture, 0.9)
+    again = Requests(seed=8).run(restored, HARD, 2000)
+    assert again[5:] == Requests(seed=8).run(whole, HARD, 2000)[5:]
+    assert restored.state() == whole.state()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"source_sha256": "cd" * 32}, "source_sha256"),
+        ({"exit_layer": 3}, "exit_layer is 3"),
+        ({"confidence": "entropy"}, "confidence is 'entropy'"),
+        ({"schema_version": 99}, "schema_version is 99"),
+        ({"requests": -1}, "no tokens have"),
+        ({"agree": [-1.0, -1.0, -1.0]}, "no tokens have"),
+        ({"agree": [1.0, 1.0, -1.0]}, "no tokens have"),
+        ({"disagree": [1.0]}, "no tokens have"),
+        ({"unlabelled": [[1.0, -1.0, -1.0]]}, "unlabelled has shape"),
+        ({"agree": [float("nan"), -1.0, -1.0]}, "agree"),
+        ({"mixture": {"agree": {"a": -1.0, "b": 1.0}, "disagree": {"a": 1.0, "b": 1.0}, "weight_agree": 0.5}}, "a = "),
+        ({"surprise": 1}, "unknown fields surprise"),
+        ({"left": "many"}, "left"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], problem: str) -> None:
+    state = {**adapting(SURE).state(), **change}
+    with pytest.raises(OptionError, match=problem):
+        AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SURE, 0.9), 4000, state)
+
+
+def test_a_state_that_lacks_a_field_is_refused() -> None:
+    state = adapting(SURE).state()
+    del state["agree"]
+    with pytest.raises(OptionError, match="lacks agree"):
+        AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SURE, 0.9), 4000, state)
+
+
+@pytest.mark.parametrize("method", ["risk", "quality"])
+def test_a_threshold_that_was_not_fitted_to_a_posterior_implies_one(method: Any) -> None:
+    threshold = adapting(SHARP, target=0.99, method=method, threshold=0.8)
+    assert threshold.target == pytest.approx(float(SHARP.posterior(0.8)))
+    assert threshold.threshold == pytest.approx(0.8, abs=1e-6)
+    assert adapting(SHARP, method=method, threshold=0.0).target == adaptive.LEAST_TARGET
+
+
+@pytest.mark.parametrize("calibration", [None, calibration_of(MANIFEST, None, 0.9)])
+def test_there_must_be_a_mixture_to_begin_with(calibration: Calibration | None) -> None:
+    with pytest.raises(OptionError, match="run freeexport calibrate"):
+        AdaptiveThreshold(MANIFEST, calibration, 4000)
+
+
+def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
+    assert label_every({}) == 1
+    light = {"shallow_ms": 4.0, "shallow_without_head_ms": 3.95, "deep_1_ms": 10.0, "deep_4_ms": 13.0}
+    heavy = {**light, "shallow_without_head_ms": 1.5}
+    assert label_every(light) == 1
+    every = label_every(heavy)
+    assert every > 2
+    threshold = AdaptiveThreshold(replace(MANIFEST, break_even=heavy), calibration_of(MANIFEST, SURE, 0.9), 4000)
+    learns = []
+    for _ in range(3 * every):
+        seen = threshold.begin()
+        learns.append(seen.learns)
+        threshold.complete(seen)
+    assert [index for index, learned in enumerate(learns) if learned] == [0, every, 2 * every]
+
+
+def test_learning_takes_far_less_than_a_millisecond_a_request() -> None:
+    threshold, requests = adapting(SURE), Requests(seed=9, mean=60)
+    taken: list[float] = []
+    learn = threshold.complete
+
+    def timed(seen: adaptive.Observation) -> None:
+        began = thread_time()
+        learn(seen)
+        taken.append(thread_time() - began)
+
+    threshold.complete = timed  # type: ignore[method-assign]
+    requests.run(threshold, HARD, 12_000)
+    # Seconds of this thread, so that a busy machine does not fail it.
+    assert np.median(taken) < 1e-3
+    assert sum(taken) / 12_000 < 30e-6
+
+
+# In sessions
+
+TARGET = 0.6
+START = BetaMixture(Beta(2.0, 1.5), Beta(1.2, 2.0), 0.7)
+LLAMA = next(case for case in CASES if case.name == "llama-tied")
+OPTIONS: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture(scope="module")
+def calibrated(bundle: Bundles, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with a calibration; tests must not write into it."""
+    path = Path(shutil.copytree(bundle(LLAMA, 2), tmp_path_factory.mktemp("calibrated") / "bundle"))
+    manifest = Bundle.open(path).manifest
+    (path / CALIBRATION).write_text(calibration_of(manifest, START, TARGET).to_json())
+    file = File((path / CALIBRATION).stat().st_size, sha256_of(path / CALIBRATION))
+    (path / MANIFEST_NAME).write_text(replace(manifest, files={**manifest.files, CALIBRATION: file}).to_json())
+    return path
+
+
+@pytest.fixture
+def open_session(calibrated: Path) -> Iterator[Open]:
+    opened: list[Session] = []
+
+    def open_(**options: Any) -> Session:
+        given = {"threads": 1, "slots": 1, "threshold": "adaptive", "adaptive_memory": 500, **options}
+        opened.append(Session(calibrated, **given))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+def decoded(session: Session, count: int, first: int = 0) -> list[tuple[Any, ...]]:
+    results = [session.generate([*PROMPTS[0], 40 + number], **OPTIONS) for number in range(first, first + count)]
+    return [(result.token_ids, result.exited) for result in results]
+
+
+def test_a_bundle_that_is_not_calibrated_is_refused(bundle: Bundles) -> None:
+    with pytest.raises(OptionError, match="no calibrated mixture to begin with; run freeexport calibrate"):
+        Session(bundle(LLAMA, 2), threshold="adaptive")
+
+
+def test_a_state_needs_an_adaptive_session(open_session: Open) -> None:
+    state = open_session().adaptive_state()
+    with pytest.raises(OptionError, match="choose 'adaptive'"):
+        open_session(threshold=0.5, adaptive_state=state)
+    with pytest.raises(OptionError, match="only an 'adaptive' one has a state"):
+        open_session(threshold=None).adaptive_state()
+    with pytest.raises(OptionError, match="adaptive_state is 'x'"):
+        open_session(adaptive_state="x")
+
+
+def test_requests_move_the_threshold_and_each_decodes_with_that_of_its_start(open_session: Open) -> None:
+    session, plain = open_session(), open_session(threshold=None)
+    assert session.threshold == threshold_at(START, TARGET)
+    thresholds = []
+    for number in range(12):
+        thresholds.append(session.threshold)
+        (ours,) = decoded(session, 1, number)
+        result = plain.generate([*PROMPTS[0], 40 + number], threshold=thresholds[-1], **OPTIONS)
+        assert ours == (result.token_ids, result.exited)
+    assert len(set(thresholds)) > 3
+
+
+def test_a_running_request_keeps_its_threshold(open_session: Open) -> None:
+    session, plain = open_session(slots=2), open_session(threshold=None)
+    began = session.threshold
+    stream = session.stream(PROMPTS[0], **OPTIONS)
+    tokens = [next(stream)]
+    decoded(session, 8)
+    assert session.threshold != began
+    tokens += list(stream)
+    alone = plain.generate(PROMPTS[0], threshold=began, **OPTIONS)
+    assert tuple(token.exited for token in tokens) == alone.exited
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0.3},
+        {"mode": "full"},
+        {"mode": "shallow"},
+        {"mode": "lossless"},
+        {"mode": "rollback", "rollback_threshold": 2.0},
+    ],
+)
+def test_requests_that_are_exempt_teach_nothing_and_decode_as_ever(open_session: Open, options: dict[str, Any]) -> None:
+    session, plain = open_session(), open_session(threshold=None)
+    decoded(session, 6)
+    before = session.adaptive_state()
+    ours, theirs = (each.generate(PROMPTS[0], **OPTIONS, **options) for each in (session, plain))
+    assert ours.token_ids == theirs.token_ids
+    assert ours.stats.sync_sizes == theirs.stats.sync_sizes or options["mode"] == "lossless"
+    assert session.adaptive_state() == before
+
+
+def test_a_number_is_the_default_of_a_session(open_session: Open) -> None:
+    session, plain = open_session(threshold=0.3), open_session(threshold=None)
+    assert (session.threshold, plain.threshold) == (0.3, plain.manifest.threshold)
+    assert session.generate(PROMPTS[0]).exited == plain.generate(PROMPTS[0], threshold=0.3).exited
+    given = session.generate(PROMPTS[0], threshold=1.0)
+    assert given.exited == plain.generate(PROMPTS[0], threshold=1.0).exited
+    assert not any(given.exited)
+
+
+def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(open_session: Open) -> None:
+    sessions = [open_session(), open_session(), open_session(overlap=True)]
+    outcomes = [decoded(session, 10) for session in sessions]
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    first, second, overlapped = (session.adaptive_state() for session in sessions)
+    assert first == second
+    assert overlapped["agree"] == pytest.approx(first["agree"], rel=1e-4)
+    assert sessions[2].threshold == pytest.approx(sessions[0].threshold, abs=1e-4)
+
+
+def test_a_saved_state_is_gone_on_from(open_session: Open) -> None:
+    whole = open_session()
+    expected = decoded(whole, 10)
+    half = open_session()
+    assert decoded(half, 5) == expected[:5]
+    rest = open_session(adaptive_state=json.loads(json.dumps(half.adaptive_state())))
+    assert decoded(rest, 5, first=5) == expected[5:]
+    assert rest.adaptive_state() == whole.adaptive_state()
+
+
+def test_many_threads_lose_no_request(open_session: Open) -> None:
+    session = open_session(slots=4)
+
+    def work(first: int) -> None:
+        decoded(session, 6, first)
+
+    threads = [threading.Thread(target=work, args=(6 * number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    state = session.adaptive_state()
+    assert state["requests"] == 48
+    weight = state["agree"][0] + state["disagree"][0] + sum(row[0] for row in state["unlabelled"])
+    # 29 tokens of each request, fading over 500.
+    assert weight == pytest.approx(29 / (1 - np.exp(-29 / 500)), rel=0.1)
+
+
+def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
+    session, plain = open_session(), open_session(threshold=None)
+    audited = 0
+    for number in range(8):
+        threshold, prompt = session.threshold, [*PROMPTS[0], 40 + number]
+        ours = session.generate(prompt, **OPTIONS)
+        theirs = plain.generate(prompt, threshold=threshold, **OPTIONS)
+        assert (ours.token_ids, ours.exited, ours.stats.exits) == (theirs.token_ids, theirs.exited, theirs.stats.exits)
+        audited += ours.stats.sync_passes - theirs.stats.sync_passes
+        assert sum(size * times for size, times in ours.stats.sync_sizes.items()) == 29
+        assert ours.stats.overhead_seconds >= 0
+    assert audited > 2
+    assert sum(row[0] for row in session.adaptive_state()["unlabelled"]) == 0
+
+
+def test_a_stream_that_is_closed_early_teaches_what_it_showed(open_session: Open) -> None:
+    session = open_session()
+    with session.stream(PROMPTS[0], **OPTIONS) as stream:
+        tokens = list(islice(stream, 11))
+    state = session.adaptive_state()
+    assert state["requests"] == 1
+    left = sum(row[0] for row in state["unlabelled"])
+    trailing = next((n for n, token in enumerate(reversed(tokens)) if not token.exited), 0)
+    assert left == trailing
+
+
+def test_several_samples_teach_as_one_request(open_session: Open) -> None:
+    session = open_session()
+    results = session.generate_best(PROMPTS[0], 3, temperature=0.8, seed=3, **OPTIONS)
+    state = session.adaptive_state()
+    assert (len(results), state["requests"]) == (3, 1)
+    seen = state["agree"][0] + state["disagree"][0] + sum(row[0] for row in state["unlabelled"])
+    assert seen > 3 * 29

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.beta import UNIFORM, Beta, LogSums
+from runtime.errors import OptionError
+from runtime.evidence import BINS, Evidence
+from runtime.threshold import BetaMixture, em
+
+MIXTURE = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
+VAGUE = BetaMixture(UNIFORM, Beta(1.0, 2.0), 0.5)
+FOREVER = 1e12
+
+confidences = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), max_size=20)
+
+
+def nothing() -> Evidence:
+    return Evidence(LogSums(), LogSums())
+
+
+def drawn(count: int, seed: int = 0) -> tuple[list[float], list[bool]]:
+    random = np.random.default_rng(seed)
+    agrees = random.random(count) < MIXTURE.weight_agree
+    values = np.where(agrees, random.beta(8.0, 0.5, count), random.beta(1.5, 2.5, count))
+    return values.tolist(), agrees.tolist()
+
+
+def test_tokens_fade_with_those_that_come_after() -> None:
+    evidence = nothing()
+    evidence.add([(0.5, True)], [], memory=100)
+    evidence.add([(0.9, False)] * 30, [0.2] * 20, memory=100)
+    assert evidence.agree.weight == pytest.approx(math.exp(-0.5))
+    assert evidence.agree.log == pytest.approx(math.exp(-0.5) * math.log(0.5))
+    assert evidence.disagree.weight == pytest.approx(30)
+    assert evidence.unlabelled[:, 0].sum() == pytest.approx(20)
+
+
+@given(st.lists(st.tuples(confidences, confidences), max_size=40))
+def test_the_weight_is_bounded_whatever_is_seen(requests: list[tuple[list[float], list[float]]]) -> None:
+    evidence = nothing()
+    for labelled, unlabelled in requests:
+        evidence.add([(c, c > 0.5) for c in labelled], unlabelled, memory=50)
+        newest = len(labelled) + len(unlabelled)
+        assert evidence.weight <= 50 + 2 * max(newest, 40)
+        assert evidence.unlabelled.shape == (BINS, 3)
+        mixture = evidence.refit(VAGUE, VAGUE)
+        assert np.isfinite(mixture.posterior(np.linspace(0, 1, 5))).all()
+
+
+def test_with_all_labels_refits_come_to_the_fit_of_all_at_once() -> None:
+    values, agrees = drawn(3000)
+    evidence, mixture = nothing(), VAGUE
+    evidence.add(list(zip(values, agrees, strict=True)), [], FOREVER)
+    for _ in range(20):
+        mixture = evidence.refit(mixture, MIXTURE)
+    fitted = em(np.array(values), np.array(agrees, np.float64)).mixture
+    assert mixture.weight_agree == pytest.approx(fitted.weight_agree, abs=0.002)
+    assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.02)
+    assert (mixture.disagree.a, mixture.disagree.b) == pytest.approx((fitted.disagree.a, fitted.disagree.b), rel=0.05)
+
+
+def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
+    values, agrees = drawn(6000)
+    known = [c < 0.8 for c in values]
+    evidence, mixture = nothing(), MIXTURE
+    labelled = [(c, a) for c, a, k in zip(values, agrees, known, strict=True) if k]
+    evidence.add(labelled, [c for c, k in zip(values, known, strict=True) if not k], FOREVER)
+    for _ in range(60):
+        mixture = evidence.refit(mixture, MIXTURE)
+    labels = np.where(known, np.array(agrees, np.float64), np.nan)
+    fitted = em(np.array(values), labels).mixture
+    assert mixture.weight_agree == pytest.approx(fitted.weight_agree, abs=0.01)
+    assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.05)
+
+
+def test_without_evidence_the_prior_stands() -> None:
+    mixture = nothing().refit(MIXTURE, MIXTURE)
+    assert mixture.weight_agree == pytest.approx(MIXTURE.weight_agree)
+    assert (mixture.agree.a, mixture.disagree.b) == pytest.approx((8.0, 2.5), rel=1e-6)
+
+
+def test_a_class_that_is_never_seen_keeps_its_prior() -> None:
+    evidence = nothing()
+    evidence.add([(c, True) for c in drawn(500)[0]], [], FOREVER)
+    mixture = evidence.refit(MIXTURE, MIXTURE)
+    assert mixture.disagree.mean == pytest.approx(MIXTURE.disagree.mean, abs=1e-6)
+    assert 0.98 < mixture.weight_agree < 1
+
+
+def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
+    evidence = nothing()
+    evidence.add([(math.nan, True), (0.5, True)], [math.inf, math.nan, 0.4], FOREVER)
+    assert evidence.agree.weight == 1
+    assert evidence.unlabelled[:, 0].sum() == 1
+    assert math.isfinite(evidence.refit(MIXTURE, MIXTURE).weight_agree)
+
+
+def test_bins_of_another_number_are_refused() -> None:
+    with pytest.raises(OptionError, match="unlabelled has shape"):
+        Evidence(LogSums(), LogSums(), [[1.0, -1.0, -1.0]])
