@@ -1,77 +1,98 @@
-"""What a benchmark compares: each contender loads in a process of its own and decodes on request.
-
-Apart, because the thread pools of torch and ONNX Runtime slow each other down within one process.
-"""
+"""What a benchmark compares: each contender loads in a process of its own and decodes on request."""
 
 from __future__ import annotations
 
-import multiprocessing
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from runtime.errors import FreeExportError
+from freeexport.peer_catalog import Peer
+from freeexport.peer_environment import PeerError
+from freeexport.peer_model import Source, installed, peer_command, peer_model
+from freeexport.user_cache import user_cache
+from freeexport.worker import Worker
+
+# Seconds for one answer. A compiling decoder takes minutes for its first prompt.
+LOAD_LIMIT, RUN_LIMIT = 600.0, 600.0
 
 
 @dataclass(frozen=True)
 class Run:
-    """One prompt decoded: tokens, wall seconds from prompt to last token, the share that exited, and how much of what
-    was drafted was kept."""
+    """One prompt decoded: the tokens, the seconds from the request at which each was known, and until all was done; the
+    process's most resident bytes so far; the share that exited, how much of what was drafted was kept, how many deep
+    passes ran over how many rows (empty for others than bundles), and seconds outside the engines."""
 
-    tokens: int
+    tokens: tuple[int, ...]
+    times: tuple[float, ...]
     seconds: float
+    peak_bytes: int
     exit_rate: float = 0.0
     acceptance: float = 1.0
+    sync_sizes: dict[int, int] = field(default_factory=dict)
+    overhead: float = 0.0
+
+    @classmethod
+    def of(cls, answer: Mapping[str, Any]) -> Run:
+        known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead") if name in answer}
+        sizes = {int(rows): count for rows, count in answer.get("sync_sizes", {}).items()}
+        tokens, times = tuple(answer["tokens"]), tuple(answer["times"])
+        return cls(tokens, times, answer["seconds"], answer["peak_bytes"], sync_sizes=sizes, **known)
 
 
 class Contender(Protocol):
-    """Decodes greedily to exactly `count` new tokens, whatever they are."""
+    """Decodes greedily to exactly as many new tokens as asked for, whatever they are. `required`: without it there is
+    nothing to compare with, and its failure is the command's."""
 
-    def run(self, prompt: Sequence[int], count: int) -> Run: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def required(self) -> bool: ...
+    @property
+    def threads(self) -> int: ...
+
+    def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
+        """The command that serves it, and the model and options to load. Raises PeerError."""
+        ...
 
 
 @dataclass(frozen=True)
 class Ours:
-    """A bundle in one mode; `threshold` for those that exit, `rollback_threshold` for rollback."""
+    """A bundle in one mode; `threshold` for those that exit, `rollback_threshold` for rollback. `replay`: exits as in
+    that trace, called `replay_name`. `label` tells bundles apart, where there are several."""
 
     bundle: Path
     threads: int
     mode: str
     threshold: float | None = None
     rollback_threshold: float | None = None
+    precision: str = ""
+    replay: tuple[bool, ...] | None = None
+    replay_name: str = ""
+    label: str = ""
+    required: bool = True
 
     @property
     def name(self) -> str:
-        return self.mode if self.threshold is None else f"{self.mode}, threshold {self.threshold:g}"
+        exits = "" if self.threshold is None else f", threshold {self.threshold:g}"
+        if self.replay is not None:
+            exits = f", exits replayed: {self.replay_name}"
+        return f"{self.label + ' ' if self.label else ''}{self.mode}{exits}"
 
-    def load(self) -> Contender:
-        from runtime import Session
-
-        session, chosen = Session(self.bundle, threads=self.threads, slots=1), self
-
-        class Loaded:
-            def run(self, prompt: Sequence[int], count: int) -> Run:
-                began = time.perf_counter()
-                result = session.generate(
-                    list(prompt),
-                    max_new_tokens=count,
-                    mode=chosen.mode,
-                    threshold=chosen.threshold,
-                    rollback_threshold=chosen.rollback_threshold,
-                    ignore_eos=True,
-                )
-                seconds = time.perf_counter() - began
-                return Run(len(result.token_ids), seconds, result.stats.exit_rate, result.stats.acceptance)
-
-        return Loaded()
+    def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
+        given = {"mode": self.mode, "threshold": self.threshold, "rollback_threshold": self.rollback_threshold}
+        options = {name: value for name, value in given.items() if value is not None}
+        return _own_server(), str(self.bundle), options if self.replay is None else {**options, "replay": self.replay}
 
 
 @dataclass(frozen=True)
 class Transformers:
-    """transformers' generate with the checkpoint a bundle was made from, eager, fp32, with its KV cache.
+    """transformers' generate, of this environment, with the checkpoint a bundle was made from: eager, fp32, with its
+    KV cache.
 
     `assistant_early_exit`: the layer after which it drafts, the counterpart of mode lossless; decoder-only models.
     """
@@ -79,84 +100,88 @@ class Transformers:
     model: str
     threads: int
     assistant_early_exit: int | None = None
+    precision: str = "fp32"
+    required: bool = True
 
     @property
     def name(self) -> str:
         return "transformers" if self.assistant_early_exit is None else "transformers, early-exit draft"
 
-    def load(self) -> Contender:
-        import torch
-
-        from freeexport.checkpoint import open_checkpoint
-        from freeexport.reference import reference_model
-
-        torch.set_num_threads(self.threads)
-        model: Any = reference_model(open_checkpoint(self.model))
-        seq2seq = bool(model.config.is_encoder_decoder)
-        # transformers' cache fails for T5 with a decoder deeper than the encoder.
-        cache = not seq2seq or model.config.num_decoder_layers <= model.config.num_layers
-        draft = {} if self.assistant_early_exit is None else {"assistant_early_exit": self.assistant_early_exit}
-
-        class Loaded:
-            def run(self, prompt: Sequence[int], count: int) -> Run:
-                ids = torch.tensor([list(prompt)])
-                began = time.perf_counter()
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    do_sample=False,
-                    num_beams=1,
-                    min_new_tokens=count,
-                    max_new_tokens=count,
-                    use_cache=cache,
-                    **draft,
-                )
-                seconds = time.perf_counter() - began
-                return Run(int(out.shape[1]) - (1 if seq2seq else len(prompt)), seconds)
-
-        return Loaded()
+    def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
+        return _own_server(), self.model, {"checkpoint": True, "early_exit": self.assistant_early_exit}
 
 
-class Worker:
-    """A contender in its process. Raises FreeExportError where it cannot be loaded or fails."""
+@dataclass(frozen=True)
+class PeerContender:
+    """A peer of the catalogue on the checkpoint that the bundle came from; `exit_layer` for those that exit early."""
 
-    def __init__(self, spec: Ours | Transformers) -> None:
-        self.name = spec.name
-        # Spawned: a fork would share this process's thread pools.
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(spec, theirs), daemon=True)
-        self._process.start()
-        theirs.close()
-        self._receive()
+    peer: Peer
+    source: Source
+    threads: int
+    exit_layer: int
+    required: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.peer.name
+
+    @property
+    def precision(self) -> str:
+        return self.peer.precision
+
+    def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
+        interpreter = installed(self.peer)
+        model = peer_model(self.peer, self.source, interpreter)
+        options = {**self.peer.options, "encoder_decoder": self.source.encoder_decoder}
+        if "early_exit" in options:
+            options["early_exit"] = self.exit_layer
+        return peer_command(self.peer, interpreter), str(model), options
+
+
+class Loaded:
+    """A contender that is ready to decode. Raises PeerError where it cannot be had, or fails."""
+
+    def __init__(self, contender: Contender, cpus: Sequence[int]) -> None:
+        command, model, options = contender.prepare()
+        self.name = contender.name
+        self._worker = Worker(command, _variables(contender.threads))
+        request = {"op": "load", "model": model, "threads": contender.threads, "cpus": list(cpus), "options": options}
+        try:
+            self.versions: dict[str, str] = self._worker.ask(request, LOAD_LIMIT).get("versions", {})
+        except PeerError:
+            self.close()
+            raise
 
     def run(self, prompt: Sequence[int], count: int) -> Run:
-        self._pipe.send((list(prompt), count))
-        run: Run = self._receive()
-        return run
+        request = {"op": "generate", "prompt": list(prompt), "tokens": count}
+        return Run.of(self._worker.ask(request, RUN_LIMIT))
 
     def close(self) -> None:
-        self._pipe.close()
-        self._process.join(timeout=5)
-        self._process.kill()
-
-    def _receive(self) -> Any:
-        try:
-            answer = self._pipe.recv()
-        except EOFError:
-            raise FreeExportError(f"{self.name}: its process ended unexpectedly (out of memory?)") from None
-        if isinstance(answer, str):
-            raise FreeExportError(f"{self.name}: {answer}")
-        return answer
+        self._worker.close()
 
 
-def _serve(spec: Ours | Transformers, pipe: Connection) -> None:
-    try:
-        contender = spec.load()
-        pipe.send(None)
-        while True:
-            pipe.send(contender.run(*pipe.recv()))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):
-        return
-    except Exception as error:
-        pipe.send(f"{type(error).__name__}: {error}")
+def cpus_for(threads: int) -> list[int]:
+    """Processors that every contender is held to, so that none gets more than `threads`; none where the system has no
+    such thing, or where there are not as many."""
+    if not hasattr(os, "sched_getaffinity"):
+        return []
+    usable = sorted(os.sched_getaffinity(0))
+    return usable[:threads] if threads <= len(usable) else []
+
+
+def _own_server() -> list[str]:
+    return [sys.executable, "-m", "freeexport.own_server"]
+
+
+def _variables(threads: int) -> dict[str, str]:
+    # The packages may stand in a source tree that only this process's path knows.
+    ours = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    return {
+        "PYTHONPATH": ours,
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        # Libraries that see a GPU would use it.
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCHINDUCTOR_CACHE_DIR": str(user_cache("peers", "torchinductor")),
+    }

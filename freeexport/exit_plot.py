@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from freeexport.evaluate_exits import Report
 
 _MOST_CURVES = 12
@@ -45,6 +47,11 @@ def write(report: Report, path: Path) -> None:
     right.axhline(1, color="grey", linewidth=0.8, linestyle="--")
     right.set(xlabel="exit layer", ylabel="speedup (predicted)")
     right.set_title(f"where {report.options.agreement:.4g} of the exits agree")
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Replace `path`, whole or not at all."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         figure.savefig(partial, format="png", dpi=120)

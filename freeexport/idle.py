@@ -25,6 +25,11 @@ def cores_in_use(seconds: float = WINDOW) -> float:
     return max(0.0, (psutil.cpu_count() or 1) - idle / seconds)
 
 
+def is_idle() -> bool:
+    """Whether nothing else computes, while this process sleeps."""
+    return cores_in_use() <= TOLERATED
+
+
 def require_idle(force: bool) -> bool:
     """Whether the machine is idle. Raises BusyMachineError where it is not, unless `force`."""
     busy = cores_in_use()

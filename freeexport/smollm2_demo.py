@@ -6,12 +6,17 @@ from pathlib import Path
 
 import click
 
-from freeexport.bench import bench, settings, table
+from freeexport.bench_options import BenchOptions
+from freeexport.bench_report import Report, settings, table
+from freeexport.bench_rows import rows_of
+from freeexport.bench_run import measure
+from freeexport.benchmark import reference_answers
 from freeexport.bundled_models import smollm2
-from freeexport.contenders import Ours, Transformers
+from freeexport.contenders import Contender, Ours, Transformers
 from freeexport.convert import ConvertOptions
 from freeexport.demo_bundle import demo_bundle
 from freeexport.idle import require_idle
+from freeexport.roofline import bandwidth_of
 from runtime import Bundle, Session
 from runtime.machine import usable_cores
 
@@ -42,20 +47,21 @@ def _generate(bundle: Path, threads: int | None) -> None:
 
 def _compare(bundle: Path, checkpoint: Path, threads: int) -> None:
     idle = require_idle(force=True)
-    specs: list[Ours | Transformers] = [
+    contenders: list[Contender] = [
         Transformers(str(checkpoint), threads),
-        Ours(bundle, threads, "full"),
-        Ours(bundle, threads, "free", THRESHOLD),
+        Ours(bundle, threads, "full", precision="fp32"),
+        Ours(bundle, threads, "free", THRESHOLD, precision="fp32"),
     ]
     with Session(bundle, threads=threads, slots=1) as session:
         assert session.tokenizer is not None
         prompts = [session.tokenizer.encode_chat([{"role": "user", "content": QUESTION}])]
     click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
-    click.echo(table(bench(specs, prompts, TOKENS, ROUNDS)))
-    used = settings(Bundle.open(bundle), threads, TOKENS, len(prompts), ROUNDS, idle)
-    click.echo(", ".join(f"{name} {value}" for name, value in used.items() if name != "versions"))
-    if not idle:
-        click.echo("note: the machine was busy with other work, so these ratios are not to be trusted")
+    options = BenchOptions(bundle, tokens=TOKENS, rounds=ROUNDS, threads=threads)
+    measured = measure(contenders, prompts, TOKENS, ROUNDS)
+    answers, truth = reference_answers(contenders, measured, None, prompts, options)
+    rows = rows_of(contenders, measured, answers, idle=True)
+    used = settings(Bundle.open(bundle), options, len(prompts), idle, truth)
+    click.echo(table(Report(used, rows, measured.failed, bandwidth_of(threads))))
     click.echo(
         f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is poor: it shows speed "
         "and mechanics, not quality"

@@ -1,0 +1,76 @@
+"""Exits that are replayed, not decided: what a rate of exits costs, whatever the model has learned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime import Session
+from runtime.decoder import Decoder, Prediction
+from runtime.errors import OptionError
+from runtime.lane import Lane
+
+# Between the two confidences that a replayed decision is given.
+THRESHOLD = 0.5
+_DRAWN = 4096
+
+
+def exit_trace(what: str) -> list[bool]:
+    """Whether each token after the first exits: independently at a rate in [0, 1) ("0.8", the same draw each time), or
+    as in a JSONL file that `freeexport generate --output` wrote. Raises OptionError."""
+    try:
+        rate = float(what)
+    except ValueError:
+        return _recorded(Path(what))
+    if not 0 <= rate < 1:
+        raise OptionError(f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file")
+    return list(map(bool, np.random.default_rng(1).random(_DRAWN) < rate))
+
+
+def _recorded(path: Path) -> list[bool]:
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        exits = [bool(flag) for line in lines for flag in line.get("exited", [])[1:]]
+    except FileNotFoundError:
+        raise OptionError(f"--replay {path}: there is no such file; give a rate, as 0.8, or a file") from None
+    except (ValueError, AttributeError, TypeError) as error:
+        raise OptionError(f"--replay {path} cannot be read ({error}); give what `generate --output` wrote") from None
+    if not exits:
+        raise OptionError(f"--replay {path} holds no token that could exit; give what `generate --output` wrote")
+    return exits
+
+
+class ReplayDecoder(Decoder):
+    """A decoder whose shallow predictions are as sure as the trace says, from the start of each request."""
+
+    def __init__(self, trace: Sequence[bool], *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._trace, self._row = trace, 0
+
+    def reset(self) -> None:
+        super().reset()
+        self._row = 0
+
+    def step(self, token: int, head: bool) -> Prediction:
+        said = super().step(token, head)
+        exits = self._trace[self._row % len(self._trace)]
+        self._row += 1
+        return said._replace(confidence=float(exits)) if head else said
+
+
+class ReplaySession(Session):
+    """A session in which a token exits where the trace says so, at any threshold inside (0, 1), unless the stack is
+    full. For modes that take nothing back: "free" without overlap."""
+
+    def __init__(self, bundle: Path, trace: Sequence[bool], **options: Any) -> None:
+        self._trace = trace
+        super().__init__(bundle, **{**options, "overlap": False})
+
+    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+        manifest = self.manifest
+        sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
+        return ReplayDecoder(self._trace, shallow, deep, slot, *sizes)

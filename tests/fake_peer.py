@@ -1,0 +1,45 @@
+"""A peer for tests: it says the token after the last one, again and again; some tokens make it misbehave."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import freeexport.peers
+
+sys.path.insert(0, str(Path(freeexport.peers.__file__).parent))
+from wire import Emit, Generate, serve
+
+DIES, HANGS, FAILS, SHORT = 101, 102, 103, 104
+
+
+def convert(source: str, out: str, options: dict[str, Any]) -> None:
+    if options.get("unconvertible"):
+        raise ValueError("no such layer")
+    (Path(out) / "model").write_text(source)
+
+
+def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
+    print("a library that prints on stdout")
+
+    def generate(prompt: list[int], count: int, emit: Emit) -> None:
+        last = prompt[-1]
+        if last == DIES:
+            print("the last words", file=sys.stderr, flush=True)
+            os._exit(3)
+        if last == HANGS:
+            time.sleep(60)
+        if last == FAILS:
+            raise ValueError("cannot\nread this")
+        for token in range(last + 1, last + 1 + count - (last == SHORT)):
+            time.sleep(0.001)
+            emit(token)
+
+    return generate, {"versions": {"fake": "1.0"}}
+
+
+if __name__ == "__main__":
+    serve(load, convert)

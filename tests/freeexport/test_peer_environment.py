@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from freeexport.peer_environment import PeerError, environment_key, peer_interpreter
+from freeexport.user_cache import user_cache
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def wheel(directory: Path) -> Path:
+    """The smallest package that pip installs."""
+    path = directory / "fake_decoder-1.0-py3-none-any.whl"
+    info = "fake_decoder-1.0.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("fake_decoder.py", "ANSWER = 42\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-decoder\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return path
+
+
+def test_keys_differ_by_what_is_built_and_not_by_order() -> None:
+    key = environment_key(["a>=1", "b"], {})
+    assert key == environment_key(["b", "a>=1"], {})
+    assert key != environment_key(["a>=2", "b"], {})
+    assert key != environment_key(["a>=1", "b"], {"CMAKE_ARGS": "-DX=1"})
+
+
+def test_an_environment_is_built_once_and_has_what_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import subprocess
+
+    requirements = [str(wheel(tmp_path))]
+    python = peer_interpreter("fake", requirements, {})
+    found = subprocess.run([python, "-E", "-c", "import fake_decoder; print(fake_decoder.ANSWER)"], capture_output=True)
+    assert found.stdout == b"42\n"
+    assert not list(python.parents[2].glob(".*partial*"))
+    monkeypatch.setattr(subprocess, "run", None)
+    assert peer_interpreter("fake", requirements, {}) == python
+
+
+def test_a_package_that_cannot_be_installed_leaves_nothing_but_the_log(tmp_path: Path) -> None:
+    with pytest.raises(PeerError, match=r"cannot be built \(.*missing\.whl.*\); see .*fake\.log"):
+        peer_interpreter("fake", [str(tmp_path / "missing.whl")], {})
+    assert not list(user_cache("peers", "environments").iterdir())
+    assert user_cache("peers", "logs", "fake.log").is_file()
+
+
+def test_an_installation_that_takes_too_long_is_ended() -> None:
+    with pytest.raises(PeerError, match="not built within 0 s"):
+        peer_interpreter("fake", ["anything"], {}, limit=0.01)
+    assert not list(user_cache("peers", "environments").iterdir())
+
+
+def test_the_cache_is_where_xdg_says(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert user_cache("peers") == cache / "freeexport" / "peers"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert user_cache() == Path.home() / ".cache" / "freeexport"
