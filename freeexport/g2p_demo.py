@@ -67,7 +67,9 @@ def phrases() -> list[Phrase]:
 def run(directory: Path, threads: int | None) -> None:
     """Convert the checkpoint to a bundle at `directory`, decode test phrases, print them and the comparison."""
     test = phrases()
-    bundle = demo_bundle(model_directory(), directory, ConvertOptions(overwrite=True))
+    bundle = demo_bundle(
+        model_directory(), directory, ConvertOptions(overwrite=True, calibration=model_directory() / "calibration.json")
+    )
     idle = require_idle(force=True)
     with Session(bundle, threads=threads or THREADS, slots=1) as session:
         _show(session, test[:SHOWN])

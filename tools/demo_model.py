@@ -29,6 +29,7 @@ from tools.demo_card import card, read_curves
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "freeexport" / "data" / "g2p"
 EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
+TARGET = "0.95"
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
 SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 MOST_BYTES = 8_000_000
@@ -118,6 +119,16 @@ def measure(work: Path, checkpoints: dict[str, Path]) -> None:
             python("tools.g2p_evaluation", str(bundle), str(work / "test" / "test.jsonl"), "--output", str(curve))
 
 
+def calibrate(work: Path) -> Path:
+    """The threshold of the shipped exit, from the calibration split's phrases; returns calibration.json."""
+    out = work / "calibration.json"
+    if not out.exists():
+        data = work / "test" / "calibration.jsonl"
+        options = ("--target", TARGET, "--threads", "1", "--output", str(out))
+        python("freeexport", "calibrate", str(work / "exit-bundle"), "--data", str(data), *options)
+    return out
+
+
 def ship(work: Path, checkpoint: Path) -> None:
     """Put the checkpoint and test phrases where the package has them."""
     size = sum((checkpoint / name).stat().st_size for name in SHIPPED)
@@ -128,6 +139,7 @@ def ship(work: Path, checkpoint: Path) -> None:
         shutil.copy(checkpoint / name, DATA / name)
     lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN][:TEST_PHRASES]
+    shutil.copy(calibrate(work), DATA / "calibration.json")
     curves = read_curves([work / "exit-curve.json", work / "other-curve.json"])
     (DATA / "MODEL_CARD.md").write_text(_card(checkpoint, curves), encoding="utf-8")
     (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
