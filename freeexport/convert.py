@@ -21,7 +21,7 @@ from freeexport.text_format import end_ids
 from freeexport.tokenizer_files import write_tokenizer
 from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
-from graphs.engines import EngineBuilder, EngineOptions, engine_names
+from graphs.engines import TARGETS, EngineBuilder, EngineOptions, engine_names
 from graphs.errors import GraphError
 from graphs.exit_head import with_exit_head
 from graphs.families import describe
@@ -40,6 +40,7 @@ from runtime.manifest import (
     File,
     Manifest,
     Precision,
+    Target,
 )
 from runtime.precision import Int8Range, Quantization
 
@@ -52,13 +53,15 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 @dataclass(frozen=True)
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
-    capacity is the model's limit, at most 2048. `int8_range` "auto" is what this machine's processor takes.
-    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`. OptionError without that.
-    `calibration` is the file that `freeexport calibrate` wrote for this checkpoint."""
+    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
+    is what this machine's processor takes. `exit_vocab` is how many tokens the shallow head knows, chosen on
+    `exit_vocab_text`. OptionError without that. `calibration` is the file that `freeexport calibrate` wrote for this
+    checkpoint."""
 
     exit_layer: int | None = None
-    precision: Precision = "fp32"
-    dialect: Dialect = "ort"
+    precision: Precision | None = None
+    dialect: Dialect | None = None
+    target: Target = "cpu"
     confidence: ConfidenceMeasure = "softmax"
     capacity: int | None = None
     encoder_capacity: int | None = None
@@ -102,11 +105,19 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             manifest = with_calibration(manifest, calibration, directory)
         _write_manifest(manifest, directory)
         if options.verify:
-            manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
-        if options.measure:
+            manifest = replace(manifest, verified=_verified(directory, model, checkpoint, manifest))
+        # What a processor takes says nothing about a GPU.
+        if options.measure and options.target == "cpu":
             manifest = replace(manifest, break_even=json.loads(run_child("freeexport.cost", str(directory))))
         _write_manifest(manifest, directory)
     return manifest
+
+
+def _verified(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    if manifest.precision == "bf16":
+        click.echo("warning: bf16 engines run on a GPU only, so the bundle is not verified", err=True)
+        return False
+    return verify_in_child(directory, model, checkpoint, manifest)
 
 
 def _exit_layer(checkpoint: Checkpoint, description: Description, asked: int | None) -> int:
@@ -134,12 +145,14 @@ def _calibration(
 
 def _engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    dialect, precisions = TARGETS[options.target]
     return EngineOptions(
         exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
-        precision=options.precision,
-        dialect=options.dialect,
+        precision=options.precision or precisions[0],
+        dialect=options.dialect or dialect or "ort",
+        target=options.target,
         confidence=options.confidence,
         int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
     )
@@ -236,6 +249,7 @@ def _manifest(
         versions=_versions(),
         copies=written.copies,
         quantization=written.quantization,
+        target=engines.target,
     )
 
 
@@ -301,9 +315,11 @@ class ExitVocabSize(click.ParamType):
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
-@click.option("--precision", type=click.Choice(get_args(Precision)), default="fp32", show_default=True)
-@click.option("--dialect", type=click.Choice(get_args(Dialect)), default="ort", show_default=True,
-              help="ONNX Runtime's fused operators, or ONNX opset 24 only.")  # fmt: skip
+@click.option("--precision", type=click.Choice(get_args(Precision)), help="[default: fp32, for a GPU fp16]")
+@click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True,
+              help="What the engines are for.")  # fmt: skip
+@click.option("--dialect", type=click.Choice(get_args(Dialect)),
+              help="ONNX Runtime's fused operators, or opset 24 only.  [default: ort, for a GPU standard]")  # fmt: skip
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True)
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")

@@ -108,6 +108,7 @@ def _model(manifest: Manifest) -> list[tuple[str, str]]:
         ("heads", heads),
         ("vocabulary", str(manifest.vocab_size)),
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
+        ("target", manifest.target),
         ("dialect", manifest.dialect),
         ("precision", manifest.precision),
     ]

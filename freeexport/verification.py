@@ -14,6 +14,7 @@ from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
 from graphs.families import describe
 from runtime.bundle import VERIFICATION, Bundle
+from runtime.device import CPU, check_runnable
 from runtime.errors import FreeExportError
 from runtime.machine import available_memory
 from runtime.manifest import Manifest
@@ -30,6 +31,7 @@ def verify(bundle: Bundle, model: str | None, data: Path | None = None) -> dict[
     """
     from freeexport.parity import engine_checks, sample_batch
 
+    check_runnable(bundle.manifest, CPU)
     checkpoint = None if model is None else _checkpoint_of(bundle, model)
     reference = None if checkpoint is None else _reference(checkpoint)
     exit_head = None if checkpoint is None else _exit_head(checkpoint, reference)

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Description, Encoder, Layer
+from graphs.description import Description, Encoder, ForeignEncoder, Layer
 from graphs.dialect import Call, Dialect, in_heads, linear
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
@@ -25,10 +25,17 @@ from graphs.quantization.plan import PLANS
 from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
-from runtime.manifest import ConfidenceMeasure, Precision
+from runtime.manifest import ConfidenceMeasure, Precision, Target
 from runtime.manifest import Dialect as DialectName
 from runtime.precision import Int8Range, Quantization
 
+# The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
+# provider has no bias in GroupQueryAttention, nor lengths of queries; TensorRT has no kernel for fp32 attention.
+TARGETS: dict[Target, tuple[DialectName | None, tuple[Precision, ...]]] = {
+    "cpu": (None, ("fp32", "int8", "int4", "mixed", "fp16")),
+    "cuda": ("standard", ("fp16", "bf16", "fp32")),
+    "tensorrt": ("standard", ("fp16", "bf16")),
+}
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 
@@ -47,6 +54,7 @@ class EngineOptions:
     confidence: ConfidenceMeasure = "softmax"
     int8_range: Int8Range = "full"
     exit_tokens: tuple[int, ...] = ()
+    target: Target = "cpu"
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
@@ -62,6 +70,7 @@ class EngineOptions:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
+        self._check_target(description)
         if self.dialect == "ort":
             check_head_size(description.attention)
         elif self.precision in PLANS:
@@ -69,9 +78,23 @@ class EngineOptions:
                 f"precision {self.precision} needs operators of ONNX Runtime; choose --dialect ort, or fp32 or fp16"
             )
 
+    def _check_target(self, description: Description) -> None:
+        dialect, precisions = TARGETS[self.target]
+        if self.target != "cpu" and isinstance(description.encoder, ForeignEncoder):
+            raise GraphError(
+                f"target {self.target} is not for {description.family}, whose encoder is exported from its own code; "
+                "choose --target cpu"
+            )
+        if dialect is not None and self.dialect != dialect:
+            raise GraphError(f"target {self.target} needs dialect {dialect}, not {self.dialect}; leave --dialect out")
+        if self.precision not in precisions:
+            raise GraphError(
+                f"target {self.target} has no precision {self.precision}; choose --precision {' or '.join(precisions)}"
+            )
+
     @property
     def compute(self) -> ir.DataType:
-        return ir.DataType.FLOAT16 if self.precision == "fp16" else FLOAT
+        return {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}.get(self.precision, FLOAT)
 
 
 class EngineBuilder:
@@ -168,9 +191,10 @@ class EngineBuilder:
         return Graph(name, self._source, self._weights, self.options.compute)
 
     def _dialect(self, graph: Graph, call: Call) -> Dialect:
-        kind = OrtDialect if self.options.dialect == "ort" else StandardDialect
-        rows = self.options.capacity + self.options.max_pending
-        return kind(graph, call, self.description.hidden_size, rows)
+        rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
+        if self.options.dialect == "ort":
+            return OrtDialect(graph, call, width, rows)
+        return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
         past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))

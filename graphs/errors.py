@@ -11,3 +11,7 @@ class UnsupportedModelError(FreeExportError):
 
 class GraphError(FreeExportError):
     """A graph cannot be built as asked: an exit layer out of range, a weight of the wrong shape or out of range."""
+
+
+class BuildError(FreeExportError):
+    """A TensorRT engine cannot be built: TensorRT is missing or too old, or refuses the graph."""

@@ -24,10 +24,12 @@ MASKED = -30000.0
 
 
 class StandardDialect:
-    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has."""
+    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache is
+    `fixed`, as TensorRT wants it, also the least."""
 
-    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0) -> None:
+    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, fixed: bool = False) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
+        self._rows: Dimension = cache_rows if fixed else "cache"
         self._masks: dict[tuple[str | None, int | None], ir.Value] = {}
         self._cross_mask: ir.Value | None = None
         self._positions = query_positions(graph, call)
@@ -87,7 +89,7 @@ class StandardDialect:
     def _extend(self, layer: int, part: str, new: ir.Value, attention: Attention) -> ir.Value:
         """The cache of a layer with the new rows written behind the valid ones."""
         graph = self.graph
-        shape: list[Dimension] = ["B", attention.kv_heads, "cache", attention.head_dim]
+        shape: list[Dimension] = ["B", attention.kv_heads, self._rows, attention.head_dim]
         past = graph.input(f"past.{layer}.{part}", graph.compute, shape)
         present = graph.op("TensorScatter", [past, new, self._past], axis=2, mode="linear")
         graph.output(f"present.{layer}.{part}", present, graph.compute, shape)

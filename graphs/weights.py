@@ -60,9 +60,11 @@ class WeightFile:
     def _write(self, name: str, dtype: ir.DataType, array: np.ndarray) -> ir.ExternalTensor:
         array = np.ascontiguousarray(_cast(name, array, dtype))
         # By content too: checkpoints store tied weights under several names, and operators want them in other shapes.
-        content = (hashlib.sha256(array.data).digest(), array.nbytes)
+        # As bytes: numpy gives no buffer of bfloat16.
+        raw = array.reshape(-1).view(np.uint8)
+        content = (hashlib.sha256(raw.data).digest(), raw.nbytes)
         if content not in self._places:
-            self._places[content] = self._append(array)
+            self._places[content] = self._append(raw)
         shape = ir.Shape(array.shape)
         return ir.ExternalTensor(self.path.name, self._places[content], array.nbytes, dtype, shape=shape, name=name)
 

@@ -24,8 +24,9 @@ HASH = "manifest_sha256"
 OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.3
 
 ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
-Precision = Literal["fp32", "fp16", "int8", "int4", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
+Target = Literal["cpu", "cuda", "tensorrt"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Manifest:
     `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
     `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was rounded, and
     `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
+    `target` is what the graphs were written for.
     """
 
     schema_version: int
@@ -86,6 +88,7 @@ class Manifest:
     quantization: Quantization | None = None
     exit_vocabulary: ExitVocabulary | None = None
     rollback_threshold: float | None = None
+    target: Target = "cpu"
 
     @property
     def encoder_decoder(self) -> bool:
@@ -102,7 +105,7 @@ class Manifest:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one position takes in the self-attention caches of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.precision == "fp16" else 4)
+        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.precision in ("fp16", "bf16") else 4)
 
     @property
     def kv_bytes_per_sequence(self) -> int:

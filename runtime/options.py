@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
+from runtime.device import Device
 from runtime.errors import OptionError
 from runtime.sampling import LogitsProcessor
 
@@ -28,6 +29,7 @@ class SessionOptions:
         what sync passes say (docs/calibration.md); other modes then take the bundle's. None is the bundle's.
     adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
     adaptive_state: what `Session.adaptive_state()` gave, to go on from there.
+    device: "cpu", or "cuda:0" for a bundle of `convert --target cuda`. Never another than that.
     """
 
     threads: int | None = None
@@ -56,8 +58,7 @@ class SessionOptions:
             raise OptionError(f"overlap is {self.overlap!r}; choose True, False or None (as measured)")
         if self.verify not in ("sizes", "full"):
             raise OptionError(f"verify is {self.verify!r}; choose 'sizes' or 'full'")
-        if self.device != "cpu":
-            raise OptionError(f"device is {self.device!r}; this version runs on 'cpu' only")
+        Device.parse(self.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import numpy as np
 from runtime.adaptive import AdaptiveThreshold
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
+from runtime.device import Device, check_runnable
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
@@ -56,6 +57,7 @@ class Session:
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
         check_int8_range(manifest)
+        check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         self._adaptive = self._adapting(self.options)
         self._tokenizer = Tokenizer.load(self.bundle.path)
@@ -229,7 +231,7 @@ class Session:
         return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
 
     def _engine(self, name: str) -> OnnxEngine:
-        return OnnxEngine(self.bundle.engine(name), self.threads)
+        return OnnxEngine(self.bundle.engine(name), self.threads, Device.parse(self.options.device))
 
     def _overlaps(self, manifest: Manifest) -> bool:
         """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""
@@ -264,6 +266,11 @@ def _capacity(manifest: Manifest, asked: int | None) -> int:
         raise CapacityError(
             f"capacity {asked} is more than the {manifest.capacity} positions this bundle was converted for; "
             "lower it, or convert with --capacity"
+        )
+    if asked not in (None, manifest.capacity) and manifest.target == "tensorrt":
+        raise CapacityError(
+            f"capacity {asked} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
+            "leave it out, or convert with --capacity"
         )
     return asked or manifest.capacity
 

@@ -85,7 +85,7 @@ def test_the_standard_dialect_has_no_operators_for_it(
 def test_an_unknown_precision_is_a_usage_error(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["convert", "x", str(tmp_path / "out"), "--precision", "int2"])
     assert result.exit_code == 2
-    assert "'fp32', 'fp16', 'int8', 'int4', 'mixed'" in result.stderr
+    assert "'fp32', 'fp16', 'bf16', 'int8', 'int4', 'mixed'" in result.stderr
 
 
 def test_a_kept_tensor_is_recorded_and_shown(

@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 
+from runtime.device import CPU, Device
 from runtime.errors import EngineError
 
 
 class OnnxEngine:
-    """One graph of a bundle, loaded on the CPU provider with `threads` threads. Safe to call from many threads."""
+    """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
-    def __init__(self, path: Path, threads: int) -> None:
+    EngineError where it cannot be loaded, or would run elsewhere.
+    """
+
+    def __init__(self, path: Path, threads: int, device: Device = CPU) -> None:
         ort = _onnxruntime()
+        providers = device.providers(ort)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -23,9 +28,10 @@ class OnnxEngine:
         # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            self.session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
             raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
+        device.check_active(self.session, path.name)
 
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """One call with arrays of any shape, copied in and out."""

@@ -76,6 +76,7 @@ def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
     assert row(result, "decoder layers") == "30: shallow 1-10, deep 11-30"
     assert row(result, "exit layer") == "10 of 30"
     assert row(result, "dialect") == "ort"
+    assert row(result, "target") == "cpu"
     assert row(result, "precision") == "fp32"
     assert row(result, "confidence") == "softmax"
     assert row(result, "capacity") == "1008 tokens"

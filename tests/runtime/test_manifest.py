@@ -185,7 +185,7 @@ def test_layers_are_split_at_the_exit() -> None:
     assert list(MANIFEST.deep_layers) == [2, 3, 4]
 
 
-@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2)])
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
 def test_bytes_of_the_kv_cache(precision: Any, size: int) -> None:
     manifest = replace(MANIFEST, precision=precision)
     assert manifest.kv_bytes_per_token == 2 * 5 * 2 * 16 * size

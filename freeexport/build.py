@@ -1,0 +1,53 @@
+"""`freeexport build`: TensorRT engines for a bundle, on the machine that will run them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.progress import progress
+from graphs.tensorrt.build import DIRECTORY, BuildOptions, Built, build
+from runtime.bundle import Bundle, engine_files
+
+
+def build_engines(path: Path, options: BuildOptions) -> list[Built]:
+    """Build the engines of the bundle at `path` under a progress bar. Raises BundleError and BuildError."""
+    bundle = Bundle.open(path)
+    done: dict[str, float] = {}
+    with progress("building TensorRT engines", len(engine_files(bundle.manifest))) as advance:
+
+        def report(engine: str, fraction: float) -> None:
+            advance(fraction - done.get(engine, 0.0))
+            done[engine] = fraction
+
+        return build(bundle, options, report)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--max-batch", type=int, default=8, show_default=True, help="Most sequences of a call.")
+@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
+              help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.
+
+    Engines are for the GPU and the TensorRT version that are here. What is up to date is kept; an interrupted build
+    keeps the engines that are finished.
+
+    \b
+    Example:
+      freeexport convert path/to/checkpoint bundle --target tensorrt
+      freeexport build bundle --max-batch 4
+    """
+    built = build_engines(bundle, BuildOptions(**options))
+    if as_json:
+        click.echo(json.dumps([asdict(engine) | {"file": engine.plan.file} for engine in built], indent=2))
+        return
+    for engine in built:
+        how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
+        click.echo(f"{DIRECTORY}/{engine.plan.file}: {engine.bytes / 1e6:.1f} MB, {how}")

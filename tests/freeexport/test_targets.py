@@ -1,0 +1,132 @@
+"""`convert --target`: what it decides, what it refuses, and that its graphs say what those for the CPU say."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES, PROMPTS, Case
+from click.testing import CliRunner, Result
+from conftest import Bundles
+
+from freeexport.cli import main
+from freeexport.verification import failure, verify
+from graphs.description import ForeignEncoder
+from graphs.engines import EngineOptions
+from graphs.errors import GraphError
+from graphs.families import describe
+from runtime import Bundle, Session
+from runtime.errors import CapacityError, EngineError
+from runtime.manifest import MANIFEST, Manifest
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
+MODELS = ("t5-relu-tied", "t5-wide-heads", "umt5", "llama-grouped-llama3-rope", "mistral-window", "qwen3")
+
+Checkpoint = Callable[[Case], Path]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("cpu", "ort", "fp32")),
+        ({"dialect": "standard"}, ("cpu", "standard", "fp32")),
+        ({"target": "cuda"}, ("cuda", "standard", "fp16")),
+        ({"target": "cuda", "precision": "fp32"}, ("cuda", "standard", "fp32")),
+        ({"target": "tensorrt"}, ("tensorrt", "standard", "fp16")),
+        ({"target": "tensorrt", "precision": "bf16"}, ("tensorrt", "standard", "bf16")),
+    ],
+)
+def test_a_target_decides_what_is_left_open(options: dict[str, str], expected: Any, bundle: Bundles) -> None:
+    manifest = Bundle.open(bundle(LLAMA, **options)).manifest
+    assert (manifest.target, manifest.dialect, manifest.precision) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target", "cuda", "--dialect", "ort"), "target cuda needs dialect standard, not ort; leave --dialect out"),
+        (("--target", "tensorrt", "--precision", "fp32"), "tensorrt has no precision fp32; choose --precision fp16 or"),
+        (("--target", "cuda", "--precision", "int8"), "target cuda has no precision int8"),
+        (("--target", "cpu", "--precision", "bf16"), "target cpu has no precision bf16"),
+    ],
+)
+def test_what_a_target_cannot_do_is_refused(
+    arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    result = run("convert", checkpoint(LLAMA), tmp_path / "out", "--exit-layer", 1, *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_exported_encoder_is_for_the_cpu(checkpoint: Checkpoint) -> None:
+    from freeexport.checkpoint import open_checkpoint
+
+    source = open_checkpoint(str(checkpoint(T5)))
+    foreign = dataclasses.replace(describe(source.config, source), encoder=ForeignEncoder())
+    options = EngineOptions(1, 64, precision="fp16", dialect="standard", target="cuda")
+    with pytest.raises(GraphError, match=r"target cuda is not for t5.*choose --target cpu"):
+        options.check(foreign)
+
+
+def test_a_manifest_without_a_target_is_for_the_cpu(bundle: Bundles) -> None:
+    manifest = Bundle.open(bundle(LLAMA)).manifest
+    content = dataclasses.asdict(manifest)
+    del content["target"]
+    from runtime.manifest import HASH, _hash
+
+    assert Manifest.from_json(json.dumps({**content, HASH: _hash(content)}), MANIFEST) == manifest
+
+
+def test_bf16_says_that_it_cannot_be_verified_and_runs_on_no_cpu(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    arguments = ("--target", "tensorrt", "--precision", "bf16", "--exit-layer", 1)
+    result = run("convert", checkpoint(LLAMA), tmp_path / "out", *arguments)
+    assert result.exit_code == 0, result.stderr
+    assert "bf16 engines run on a GPU only, so the bundle is not verified" in result.stderr
+    assert not Bundle.open(tmp_path / "out").manifest.verified
+    with pytest.raises(EngineError, match="bf16 engines run on a GPU only"):
+        Session(tmp_path / "out")
+    assert "bf16 engines run on a GPU only" in run("verify", tmp_path / "out").stderr
+
+
+def test_the_capacity_of_a_bundle_for_tensorrt_is_fixed(bundle: Bundles) -> None:
+    path = bundle(LLAMA, target="tensorrt")
+    with pytest.raises(CapacityError, match="capacity 64 is not the 128 positions"):
+        Session(path, capacity=64)
+    Session(path, capacity=128).close()
+
+
+def said(path: Path) -> list[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """Token ids and exits on the prompts."""
+    with Session(path, threads=1) as session:
+        results = [session.generate(list(prompt), max_new_tokens=24, threshold=0.5) for prompt in PROMPTS]
+    return [(result.token_ids, result.exited) for result in results]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_tokens_of_the_cuda_target_are_those_of_the_cpu_target(name: str, bundle: Bundles) -> None:
+    expected = said(bundle(BY_NAME[name]))
+    assert said(bundle(BY_NAME[name], target="cuda", precision="fp32")) == expected
+    assert 0 < sum(sum(exited) for _, exited in expected) < sum(len(ids) for ids, _ in expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_fixed_cache_changes_no_token(name: str, bundle: Bundles) -> None:
+    assert said(bundle(BY_NAME[name], target="tensorrt")) == said(bundle(BY_NAME[name], target="cuda"))
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_a_bundle_for_tensorrt_is_verified_against_its_checkpoint(
+    case: Case, bundle: Bundles, checkpoint: Checkpoint
+) -> None:
+    report = verify(Bundle.open(bundle(case, target="tensorrt")), str(checkpoint(case)))
+    assert report["passed"], failure(report)

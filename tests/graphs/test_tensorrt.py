@@ -1,0 +1,166 @@
+"""TensorRT builds the engines of tiny models, without a GPU, and reads the graphs as they are meant."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from checkpoints import CASES, LARGER
+from conftest import Bundles
+
+from graphs.errors import BuildError
+from graphs.tensorrt.build import DIRECTORY, BuildOptions, build
+from graphs.tensorrt.network import logger_of, parse
+from graphs.tensorrt.profiles import profiles_of
+from runtime.bundle import Bundle
+
+trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/tensorrt_environment.py)")
+pytestmark = pytest.mark.tensorrt
+
+BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
+# TensorRT's attention kernels want heads of at least 16, and four of them.
+T5, LLAMA = BY_NAME["t5-larger-tied"], BY_NAME["llama-grouped-llama3-rope"]
+ENGINES = {T5: ["encoder", "prologue", "shallow", "deep"], LLAMA: ["shallow", "deep"]}
+FLOATS = {trt.DataType.FLOAT, trt.DataType.HALF, trt.DataType.BF16}
+ONNX_FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+
+each_model = pytest.mark.parametrize("case", ENGINES, ids=lambda case: case.name)
+each_precision = pytest.mark.parametrize("precision", ["fp16", "bf16"])
+
+
+@pytest.fixture
+def copy_of(bundle: Bundles, tmp_path: Path) -> Any:
+    """A bundle for TensorRT, to build in."""
+
+    def copied(case: Any, **options: Any) -> Bundle:
+        return Bundle.open(shutil.copytree(bundle(case, target="tensorrt", **options), tmp_path / "bundle"))
+
+    return copied
+
+
+@each_precision
+@each_model
+def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copy_of: Any) -> None:
+    opened = copy_of(case, precision=precision)
+    reported: dict[str, list[float]] = {}
+    built = build(opened, BuildOptions(max_batch=4), lambda name, done: reported.setdefault(name, []).append(done))
+    assert [engine.plan.engine for engine in built] == ENGINES[case]
+    for engine in built:
+        file = opened.path / DIRECTORY / engine.plan.file
+        assert file.stat().st_size == engine.bytes > 10_000
+        assert engine.plan.profiles == profiles_of(engine.plan.engine, opened.manifest, 4)
+        record = json.loads(file.with_name(f"{file.name}.json").read_text())
+        assert (record["sha256"], record["tensorrt"]) == (engine.sha256, trt.__version__)
+        progress = reported[engine.plan.engine]
+        assert progress == sorted(progress)
+        assert len(set(progress)) > 10
+        assert progress[-1] == 1.0
+
+
+@each_precision
+@each_model
+def test_caches_attention_and_types_are_what_the_graph_says(case: Any, precision: str, bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(case, target="tensorrt", precision=precision))
+    for name in ("shallow", "deep"):
+        graph = onnx.load(opened.engine(name), load_external_data=False).graph
+        operators = Counter(node.op_type for node in graph.node)
+        with network_of(opened.engine(name)) as layers:
+            kinds = Counter(layer.type for layer in layers)
+            parts = {f"{layer}.{part}" for layer in layers_of(opened, name) for part in ("key", "value")}
+            updates = [layer for layer in layers if layer.type == trt.LayerType.KV_CACHE_UPDATE]
+            written = {layer.get_input(0).name: layer.get_output(0).name for layer in updates}
+            # The layer's output is its input's memory: past and present of one part, and of every part.
+            assert written == {f"past.{part}": f"present.{part}" for part in parts}
+            assert kinds[trt.LayerType.ATTENTION_INPUT] == operators["Attention"] > 0
+            assert kinds[trt.LayerType.ROTARY_EMBEDDING] == operators["RotaryEmbedding"]
+            assert kinds[trt.LayerType.KV_CACHE_UPDATE] == operators["TensorScatter"] == len(parts)
+            assert float_casts(layers) == float_casts_of_graph(opened.engine(name))
+
+
+def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copy_of: Any) -> None:
+    opened = copy_of(LLAMA)
+    first = build(opened, BuildOptions(max_batch=1))
+    again = build(opened, BuildOptions(max_batch=1))
+    assert [(one.reused, two.reused) for one, two in zip(first, again, strict=True)] == [(False, True)] * 2
+    folder = opened.path / DIRECTORY
+    damaged = folder / first[1].plan.file
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert [engine.reused for engine in build(opened, BuildOptions(max_batch=1))] == [True, False]
+    other = build(opened, BuildOptions(max_batch=2))
+    assert {path.name for path in folder.glob("*.engine")} == {engine.plan.file for engine in other}
+    assert {path.name for path in folder.glob("*.engine.json")} == {f"{engine.plan.file}.json" for engine in other}
+
+
+def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copy_of: Any) -> None:
+    opened = copy_of(LLAMA)
+
+    def interrupt(engine: str, done: float) -> None:
+        if engine == "deep" and done > 0.2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(opened, BuildOptions(max_batch=1), interrupt)
+    left = [path.name for path in (opened.path / DIRECTORY).iterdir() if not path.name.endswith((".json", ".cache"))]
+    assert [name.partition("-")[0] for name in left] == ["shallow"]
+
+
+def test_what_the_parser_refuses_is_named_with_its_node(bundle: Bundles) -> None:
+    # Its cache has no fixed length.
+    path = bundle(LLAMA, target="cuda") / "shallow.onnx"
+    with (
+        pytest.raises(BuildError, match=r"cannot parse shallow.onnx: node \S+ \(TensorScatter\): .*static"),
+        network_of(path),
+    ):
+        pass
+
+
+def test_attention_without_a_kernel_is_an_error_that_says_so(copy_of: Any) -> None:
+    with pytest.raises(BuildError, match=r"cannot build \w+\.onnx: .*Attention"):
+        build(copy_of(BY_NAME["t5-relu-tied"]), BuildOptions(max_batch=1))
+
+
+class network_of:
+    """The layers of a parsed graph, while the parser that holds their weights lives."""
+
+    def __init__(self, path: Path) -> None:
+        self._log = logger_of(trt)
+        self._builder = trt.Builder(self._log)
+        self._network, self._parser = parse(trt, self._builder, self._log, path)
+
+    def __enter__(self) -> list[Any]:
+        return [self._network.get_layer(index) for index in range(self._network.num_layers)]
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def layers_of(bundle: Bundle, engine: str) -> range:
+    return bundle.manifest.shallow_layers if engine == "shallow" else bundle.manifest.deep_layers
+
+
+def float_casts(layers: list[Any]) -> int:
+    """Casts of more than one number from one floating type to another: the parser also casts the scale of attention,
+    and fp32 to fp32."""
+    casts = [(layer.get_input(0), layer.get_output(0)) for layer in layers if layer.type == trt.LayerType.CAST]
+    floats = [given for given, made in casts if given.dtype != made.dtype and {given.dtype, made.dtype} <= FLOATS]
+    return sum(any(size != 1 for size in given.shape) for given in floats)
+
+
+def float_casts_of_graph(path: Path) -> int:
+    model = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False))
+    types = dict(_types(model.graph))
+    casts = [node for node in model.graph.node if node.op_type == "Cast"]
+    return sum({types[node.input[0]], types[node.output[0]]} <= ONNX_FLOATS for node in casts)
+
+
+def _types(graph: onnx.GraphProto) -> Iterator[tuple[str, int]]:
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        yield value.name, value.type.tensor_type.elem_type
+    for tensor in graph.initializer:
+        yield tensor.name, tensor.data_type

