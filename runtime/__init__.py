@@ -8,6 +8,7 @@ with Session("bundle") as session:
 
 from runtime.bundle import Bundle
 from runtime.errors import (
+    BatchError,
     BundleError,
     CalibrationError,
     CapacityError,
@@ -15,6 +16,7 @@ from runtime.errors import (
     FreeExportError,
     OptionError,
     PromptError,
+    QueueFullError,
 )
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.result import GenerationResult, Stats, Token
@@ -22,6 +24,7 @@ from runtime.session import Session
 from runtime.stream import Stream
 
 __all__ = [
+    "BatchError",
     "Bundle",
     "BundleError",
     "CalibrationError",
@@ -32,6 +35,7 @@ __all__ = [
     "GenerationResult",
     "OptionError",
     "PromptError",
+    "QueueFullError",
     "Session",
     "SessionOptions",
     "Stats",

@@ -8,6 +8,8 @@ from typing import Literal
 
 import numpy as np
 
+from runtime.work import Waits, finish
+
 # Continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from, int64 [B]: to the
 # scores of what comes next, float64 [B, V], processed and raw.
 Score = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -39,11 +41,17 @@ class BeamSearch:
 
     def run(self, score: Score, cancelled: Callable[[], bool] = lambda: False) -> list[Hypothesis]:
         """The `beams` best, best first; none where it was cancelled."""
+        return finish(self.turns(score, cancelled))
+
+    def turns(self, score: Score, cancelled: Callable[[], bool]) -> Waits[list[Hypothesis]]:
+        """The same as a coroutine: between tokens others have a turn."""
         sequences, logprobs = np.zeros((self.beams, 0), np.int64), np.zeros((self.beams, 0))
         # All beams are the same at first: only one may give candidates.
         totals, sources = np.array([0.0] + [NEVER] * (self.beams - 1)), np.arange(self.beams)
         finished: list[Hypothesis] = []
         for length in range(1, self.limit + 1):
+            if length > 1:
+                yield None
             if cancelled():
                 return []
             scores, raw = score(sequences, sources)

@@ -1,16 +1,20 @@
 """The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
 
-Each is endless: the caller stops. `first` is what the prompt's last row says.
+Each is endless: the caller stops. `first` is what the prompt's last row says. They are coroutines (runtime/work.py):
+between steps they yield the engine calls that they wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.continuation import Continuation, Step
 from runtime.decoder import Decoder, Prediction, RunAhead
 from runtime.pace import Pace, Verdict
+from runtime.work import Waiting, Waits
+
+Loop = Generator[Step | Waiting, None, None]
 
 # Called after each sync pass with the shallow confidence and whether both decoders' arg max agree, of every row.
 Observe = Callable[[Sequence[tuple[float, bool]]], None]
@@ -18,12 +22,12 @@ Observe = Callable[[Sequence[tuple[float, bool]]], None]
 Leave = Callable[[Sequence[float]], bool]
 
 
-def full(decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
+def full(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
     yield output.add(output.choose(first), False, None, first)
     while True:
-        decoder.step(output.newest, head=False)
-        (said,) = decoder.sync()
+        yield from decoder.stepping(output.newest, head=False)
+        (said,) = yield from decoder.syncing(1, (), None)
         yield output.add(output.choose(said), False, None, said)
 
 
@@ -36,7 +40,7 @@ def free(
     sync_every: int = 0,
     observe: Observe | None = None,
     leave: Leave | None = None,
-) -> Iterator[Step]:
+) -> Loop:
     """FREE: tokens surer than `threshold` exit and wait on the stack; the others run the deep decoder over all that
     wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on in the
     background; 0 is never, and `observe` needs 0. `leave` is asked where the caller closes the generator."""
@@ -44,7 +48,7 @@ def free(
     guesses: list[Prediction] = []
     try:
         while True:
-            guess = decoder.step(output.newest, head=True)
+            guess = yield from decoder.stepping(output.newest, head=True)
             guesses.append(guess)
             token = output.choose(guess)
             if _sure(guess, threshold) and decoder.stacked < max_pending:
@@ -54,7 +58,8 @@ def free(
                     decoder.start_sync(sync_every)
                 continue
             decoder.stats.forced += _sure(guess, threshold)
-            said = decoder.sync(1 if observe is None else len(guesses), ahead=_run_ahead(output, threshold, [], token))
+            heads, ahead = 1 if observe is None else len(guesses), _run_ahead(output, threshold, [], token)
+            said = yield from decoder.syncing(heads, (), ahead)
             if observe is not None:
                 observe(_labels(guesses, said))
             guesses.clear()
@@ -69,11 +74,11 @@ def _labels(guesses: Sequence[Prediction], said: Sequence[Prediction]) -> list[t
     return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, said, strict=True)]
 
 
-def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
+def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
     """Static exiting: after the first token, which is the deep decoder's, the shallow decoder goes on alone."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
-        guess = decoder.step(output.newest, head=True)
+        guess = yield from decoder.stepping(output.newest, head=True)
         decoder.drop_stack()
         decoder.stats.exits += 1
         yield output.add(output.choose(guess), True, guess.confidence, guess)
@@ -81,13 +86,13 @@ def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Iterat
 
 def rollback(
     decoder: Decoder, first: Prediction, output: Continuation, threshold: float, max_pending: int, limit: float
-) -> Iterator[Step]:
+) -> Loop:
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
-        draft = _draft(decoder, output, threshold, max_pending - 1, head=True)
-        said = _verify(decoder, output, threshold, draft)
+        draft = yield from _draft(decoder, output, threshold, max_pending - 1, head=True)
+        said = yield from _verify(decoder, output, threshold, draft)
         tokens = draft.tokens
         kept = next((row for row in range(len(tokens)) if (said[row].nll or 0.0) > limit), len(tokens))
         correction = output.choose(said[kept], tokens[:kept]) if kept < len(said) else None
@@ -96,15 +101,15 @@ def rollback(
 
 def lossless(
     decoder: Decoder, first: Prediction, output: Continuation, threshold: float, max_pending: int, pace: Pace
-) -> Iterator[Step]:
+) -> Loop:
     """The tokens of `full`: exited tokens are drafts, kept as far as the deep decoder chooses the same."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
         most, probe = pace.plan(max_pending - 1)
         shallow, deep = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
-        draft = _draft(decoder, output, threshold, most, head=probe)
+        draft = yield from _draft(decoder, output, threshold, most, head=probe)
         shallow = decoder.stats.shallow_seconds - shallow
-        said = _verify(decoder, output, threshold, draft)
+        said = yield from _verify(decoder, output, threshold, draft)
         kept, correction = _agreement(output, draft.tokens, said)
         pace.observe_costs(draft.asked, len(said), shallow, decoder.stats.deep_seconds - deep)
         pace.observe_drafts(_verdicts(draft, threshold, kept, correction))
@@ -125,13 +130,13 @@ class Draft(NamedTuple):
         return sum(guess.confidence is not None for guess in self.guesses)
 
 
-def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, head: bool) -> Draft:
+def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, head: bool) -> Waits[Draft]:
     """Until a token is not sure, `most` are drafted, or one would end the request. `head`: ask the shallow head also at
     the row after the `most`-th."""
     tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        guess = decoder.step(tokens[-1] if tokens else output.newest, head or len(tokens) < most)
+        guess = yield from decoder.stepping(tokens[-1] if tokens else output.newest, head or len(tokens) < most)
         guesses.append(guess)
         following = None if guess.confidence is None else output.choose(guess, tokens)
         if following is None or not _sure(guess, threshold) or len(tokens) == most:
@@ -142,10 +147,10 @@ def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, 
             return Draft(tokens, guesses, None)
 
 
-def _verify(decoder: Decoder, output: Continuation, threshold: float, draft: Draft) -> list[Prediction]:
+def _verify(decoder: Decoder, output: Continuation, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
     """What the deep decoder says at every row of a draft."""
     ahead = _run_ahead(output, threshold, draft.tokens, draft.following)
-    return decoder.sync(len(draft.guesses), draft.tokens, ahead)
+    return (yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead))
 
 
 def _run_ahead(output: Continuation, threshold: float, drafts: list[int], following: int | None) -> RunAhead | None:

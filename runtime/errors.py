@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class FreeExportError(Exception):
     """Base of every error this project raises on purpose; its text is one line for a person."""
@@ -29,3 +31,18 @@ class OptionError(FreeExportError):
 
 class EngineError(FreeExportError):
     """ONNX Runtime is missing, or an engine could not be loaded or run."""
+
+
+class QueueFullError(FreeExportError):
+    """As many requests wait for a slot of the session as may; the request was not taken."""
+
+
+class BatchError(FreeExportError):
+    """Some prompts of a list failed; the others came to their end.
+
+    `results` has an entry for each prompt, in order: its GenerationResult, or the exception that ended it.
+    """
+
+    def __init__(self, message: str, results: list[Any]) -> None:
+        super().__init__(message)
+        self.results = results

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
 
 
+@runtime_checkable
 class Event(Protocol):
     """A submitted call."""
 

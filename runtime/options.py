@@ -21,7 +21,8 @@ class SessionOptions:
     """How a session runs. OptionError names a value that is out of range.
 
     threads: CPU threads of an engine call; None is one per physical core this process may use.
-    slots: sequences that can be decoded at once; further requests wait. Default 4.
+    slots: sequences that can be decoded at once, in common engine calls; further requests wait. Default 4.
+    queue: requests that may wait for a slot; one more is refused with QueueFullError. Default 256.
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
     overlap: run deep passes beside shallow steps, in a thread of their own. The tokens are the same. None is on where
         the bundle's costs say that it pays.
@@ -34,6 +35,7 @@ class SessionOptions:
 
     threads: int | None = None
     slots: int = 4
+    queue: int = 256
     capacity: int | None = None
     overlap: bool | None = None
     threshold: float | Literal["adaptive"] | None = None
@@ -45,6 +47,7 @@ class SessionOptions:
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
         _in_range("slots", self.slots, 1, 4096)
+        _in_range("queue", self.queue, 0, None)
         _in_range("capacity", self.capacity, 1, None)
         if self.threshold != "adaptive":
             within = 0.0 <= _number(self.threshold) <= 1.0
@@ -75,6 +78,8 @@ class GenerationOptions:
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
+    deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
+        with the tokens it has, and finish_reason "cancelled". None is no deadline.
 
     The others have the names and meaning of transformers' GenerationConfig, but for `seed`. Sampling is opt-in: with
     `do_sample` or a `temperature` above 0, None takes the value of the bundle's generation_config.json, then the
@@ -97,6 +102,7 @@ class GenerationOptions:
     sync_every: int = 4
     stop: Sequence[str] = ()
     ignore_eos: bool = False
+    deadline: float | None = None
     min_new_tokens: int = 0
     do_sample: bool | None = None
     temperature: float | None = None
@@ -125,6 +131,7 @@ class GenerationOptions:
         _real("threshold", self.threshold, 0.0 <= _number(self.threshold) <= 1.0, "from 0 (exit always) to 1 (never)")
         _real("rollback_threshold", self.rollback_threshold, _number(self.rollback_threshold) >= 0, "of nats from 0")
         _real("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "from 0 (greedy)")
+        _real("deadline", self.deadline, _number(self.deadline) > 0, "of seconds above 0")
         _real("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, up to 1 (all tokens)")
         _real("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 (all tokens) to 1")
         positive = 0 < _number(self.repetition_penalty) < math.inf

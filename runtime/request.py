@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 
@@ -13,7 +13,7 @@ from runtime.adaptive import Observation
 from runtime.beam_rows import BeamRows
 from runtime.beams import BeamSearch, Hypothesis
 from runtime.continuation import Continuation, Step
-from runtime.decode import free, full, lossless, rollback, shallow
+from runtime.decode import Loop, free, full, lossless, rollback, shallow
 from runtime.decoder import Decoder, Prediction
 from runtime.encoder import Encoder
 from runtime.errors import OptionError
@@ -21,9 +21,10 @@ from runtime.logits import log_softmax
 from runtime.manifest import Manifest
 from runtime.options import GenerationOptions
 from runtime.pace import Pace
+from runtime.reply import Start
 from runtime.result import Stats
 from runtime.sampling import Sampler, Warping
-from runtime.stream import Start
+from runtime.work import Waits
 
 # Where a bundle was not calibrated, lossless drafts above this: its tokens are those of full at any threshold.
 DRAFT_THRESHOLD = 0.5
@@ -65,16 +66,17 @@ class Request:
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
 
-    def start(self, decoder: Decoder) -> Iterator[Step]:
-        """Begin in a slot: the tokens, endless."""
+    def start(self, decoder: Decoder) -> Loop:
+        """Begin in a slot: the tokens, endless, and what they wait for."""
         if self.options.num_beams > 1:
             return self.several(1)[0](decoder)
         decoder.reset()
         output = self._continuation(0)
         decoder.want_logits(output.needs_logits)
 
-        def steps() -> Iterator[Step]:
-            yield from self._loop(decoder, self._read(decoder), output)
+        def steps() -> Loop:
+            first = yield from self._read(decoder)
+            yield from self._loop(decoder, first, output)
 
         return steps()
 
@@ -86,12 +88,13 @@ class Request:
         """The best beams of one search, best first."""
         found: list[Hypothesis] = []
 
-        def start(number: int, decoder: Decoder) -> Iterator[Step]:
+        def start(number: int, decoder: Decoder) -> Loop:
             decoder.reset()
 
-            def steps() -> Iterator[Step]:
+            def steps() -> Loop:
                 if number == 0:
-                    found.extend(self._search(decoder))
+                    hypotheses = yield from self._search(decoder)
+                    found.extend(hypotheses)
                 wanted = self.options.output_logprobs
                 for hypothesis in found[number : number + 1]:
                     for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
@@ -101,7 +104,7 @@ class Request:
 
         return [partial(start, number) for number in range(count)]
 
-    def _search(self, decoder: Decoder) -> list[Hypothesis]:
+    def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options = self.options
         rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self.limit)
         sampler = _sampler(options, len(self._prompt), self.eos, (self._seed, 0))
@@ -118,12 +121,12 @@ class Request:
         search = BeamSearch(
             options.num_beams, self.limit, self.eos, float(options.length_penalty), options.early_stopping
         )
-        return search.run(score, self._cancelled)
+        return (yield from search.turns(score, self._cancelled))
 
     def _samples(self, count: int) -> list[Start]:
         read: list[Prediction] = []
 
-        def start(number: int, decoder: Decoder) -> Iterator[Step]:
+        def start(number: int, decoder: Decoder) -> Loop:
             output = self._continuation(number)
             if number:
                 decoder.stats = Stats(prompt_tokens=len(self._tokens))
@@ -132,9 +135,9 @@ class Request:
                 decoder.reset()
                 decoder.want_logits(output.needs_logits)
 
-            def steps() -> Iterator[Step]:
+            def steps() -> Loop:
                 if not read:
-                    first = self._read(decoder)
+                    first = yield from self._read(decoder)
                     read.append(first._replace(logits=None if first.logits is None else first.logits.copy()))
                 yield from self._loop(decoder, read[0], output)
 
@@ -142,11 +145,11 @@ class Request:
 
         return [partial(start, number) for number in range(count)]
 
-    def _read(self, decoder: Decoder) -> Prediction:
+    def _read(self, decoder: Decoder) -> Waits[Prediction]:
         decoder.stats.prompt_tokens = len(self._tokens)
         if self._encoder is not None:
             decoder.attend(self._encode(decoder))
-        return decoder.prefill(self._prompt, head=self.options.mode != "full")
+        return (yield from decoder.prefilling(self._prompt, head=self.options.mode != "full"))
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self._encoder is not None
@@ -156,7 +159,7 @@ class Request:
         decoder.stats.encode_seconds = perf_counter() - began
         return cross
 
-    def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Iterator[Step]:
+    def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
         mode, threshold = self.options.mode, self._threshold
         if mode == "full":
             return full(decoder, first, output)

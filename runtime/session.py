@@ -5,20 +5,21 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import queue
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from runtime.adaptive import AdaptiveThreshold
+from runtime.batch import Batch
 from runtime.bundle import Bundle
+from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
 from runtime.device import Device, check_runnable
 from runtime.encoder import Encoder
@@ -33,11 +34,17 @@ from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.pace import Pace
 from runtime.prompt import Prompt, encode_prompt
+from runtime.prompts import Prompts, is_list_of_prompts
+from runtime.pump import Pump
+from runtime.reply import Reply, Start
 from runtime.request import Request, threshold_of
-from runtime.result import GenerationResult
-from runtime.stream import Start, Stream, take
+from runtime.result import GenerationResult, Token
+from runtime.row import Row
+from runtime.scheduler import Scheduler
+from runtime.stream import Stream
 from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
+from runtime.work import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +53,8 @@ MOST_PACES = 64
 
 
 class Session:
-    """Loads a bundle and generates. Thread-safe: each request has a slot of the KV cache to itself, and its result
-    does not depend on what else runs.
+    """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
+    itself, and its result does not depend on what else runs (docs/serving.md).
 
     Keyword arguments are those of SessionOptions. Raises BundleError, CapacityError, EngineError, OptionError.
     """
@@ -67,10 +74,9 @@ class Session:
         shallow = self._lane("shallow", manifest.shallow_layers, beside=False)
         deep = self._lane("deep", manifest.deep_layers, beside=self.overlap)
         self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
-        self._slots: queue.LifoQueue[Decoder] = queue.LifoQueue()
-        for slot in range(self.options.slots):
-            self._slots.put(self._decoder(shallow, deep, slot))
-        self._closed = threading.Event()
+        self._scheduler = self._schedule(shallow, deep)
+        self._pump = Pump(self._scheduler)
+        self._closed = self._ending = False
         self._paces: dict[tuple[float, bool], Pace] = {}
 
     @property
@@ -82,21 +88,55 @@ class Session:
         """The bundle's tokenizer; None where it has none, and prompts must be token ids."""
         return self._tokenizer
 
-    def generate(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> GenerationResult:
-        """Decode one prompt to its end. Keyword arguments are those of GenerationOptions.
+    @overload
+    def generate(
+        self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any
+    ) -> GenerationResult: ...
 
-        `prompt` is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
-        ends it after the next token. Raises PromptError, OptionError.
+    @overload
+    def generate(
+        self, prompt: Sequence[Prompt], *, cancel: threading.Event | None = None, **options: Any
+    ) -> list[GenerationResult]: ...
+
+    def generate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
+        """Decode one prompt to its end, or each of a list of prompts. Keyword arguments are those of GenerationOptions.
+
+        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
+        ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,
+        OptionError, QueueFullError; for a list BatchError, after all have ended, where any failed.
         """
-        stream = self.stream(prompt, cancel=cancel, **options)
-        for _ in stream:
-            pass
-        return stream.result
+        if not is_list_of_prompts(prompt):
+            return self.stream(prompt, cancel=cancel, **options).drain()
+        prompts = self._prompts(prompt, cancel, options)
+        prompts.begin()
+        try:
+            prompts.wait()
+        except BaseException:
+            prompts.abandon()
+            raise
+        return prompts.results()
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
-        request = self._request(prompt, options, cancel)
-        return self._stream(self._slots, request.start, request, cancel, partial(self._learn, request))
+        self._refuse_if_closed()
+        row, reply = self._row(options, cancel, monotonic(), prompt)
+        return Stream(self._scheduler, row, reply)
+
+    async def agenerate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
+        """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
+        if is_list_of_prompts(prompt):
+            return await self._pump.all_of(self._prompts(prompt, cancel, options))
+        self._refuse_if_closed()
+        row, reply = self._row(options, cancel, monotonic(), prompt)
+        async for _ in self._pump.tokens_of(row):
+            pass
+        return reply.result
+
+    def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncIterator[Token]:
+        """`stream` for asyncio. Leaving the loop ends the request."""
+        self._refuse_if_closed()
+        row, _ = self._row(options, cancel, monotonic(), prompt)
+        return self._pump.tokens_of(row)
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
@@ -106,7 +146,8 @@ class Session:
 
         Other arguments as for `generate`. Cancelled, it returns those that ended before. Raises as `generate` does.
         """
-        request = self._request(prompt, {**options, "output_logprobs": True}, cancel)
+        self._refuse_if_closed()
+        request, cancelled = self._request(prompt, {**options, "output_logprobs": True}, cancel, monotonic())
         beams = request.options.num_beams
         most = math.inf if request.options.samples else beams
         if not isinstance(num_return_sequences, int) or not 1 <= num_return_sequences <= most:
@@ -114,22 +155,19 @@ class Session:
                 f"num_return_sequences is {num_return_sequences!r}; choose 1 or more, "
                 "with do_sample=True or a temperature above 0, or up to num_beams"
             )
-        decoder = take(self._slots, partial(self._cancelled, cancel))
-        if decoder is None:
-            return []
-        own: queue.Queue[Decoder] = queue.Queue()
-        own.put(decoder)
-        results: list[GenerationResult] = []
-        try:
-            for start in request.several(num_return_sequences):
-                stream = self._stream(own, start, request, cancel)
-                deque(stream, maxlen=0)
-                if stream.result.finish_reason == "cancelled":
-                    break
-                results.append(stream.result)
-        finally:
-            self._slots.put(decoder)
-            self._learn(request)
+        replies = [self._reply(start, request, cancelled) for start in request.several(num_return_sequences)]
+
+        def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+            try:
+                for reply in replies:
+                    yield from reply.run(decoder)
+                    if reply.result.finish_reason == "cancelled":
+                        return
+            finally:
+                self._learn(request)
+
+        Stream(self._scheduler, Row(run, cancelled), replies[0]).drain()
+        results = [reply.result for reply in replies if reply.result.finish_reason != "cancelled"]
         if beams > 1:
             return results
         return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
@@ -138,15 +176,12 @@ class Session:
     def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
         """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what the encoder of an
         encoder-decoder reads, by default one token; the decoder has read nothing yet."""
-        decoder = self._slots.get()
-        try:
+        with self._scheduler.borrowed() as decoder:
             decoder.reset()
             if self._encoder is not None:
                 decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt))
             decoder.want_logits(False)
             yield decoder
-        finally:
-            self._slots.put(decoder)
 
     @property
     def threshold(self) -> float:
@@ -163,9 +198,15 @@ class Session:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
         return self._adaptive.state()
 
-    def close(self) -> None:
-        """Refuse new requests and end running ones after their next token. Idempotent."""
-        self._closed.set()
+    def close(self, drain: bool = False) -> None:
+        """Refuse new requests. Running ones end after their next token, and waiting ones at once; with `drain` all come
+        to their end first, streams too, whose tokens can be read afterwards. Idempotent."""
+        self._closed = True
+        self._scheduler.close()
+        if drain:
+            self._scheduler.drain()
+        self._ending = True
+        self._pump.close()
 
     def __enter__(self) -> Session:
         return self
@@ -175,10 +216,24 @@ class Session:
     ) -> None:
         self.close()
 
-    def _request(self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None) -> Request:
+    def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> Prompts:
+        GenerationOptions(**_known(GenerationOptions, given))  # what is wrong for all is raised at once
+        self._refuse_if_closed()
+        ask = partial(self._row, given, cancel, monotonic())
+        return Prompts(self._scheduler, ask, prompts, self.options.slots)
+
+    def _row(
+        self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
+    ) -> tuple[Row, Reply]:
+        request, cancelled = self._request(prompt, given, cancel, began)
+        reply = self._reply(request.start, request, cancelled, partial(self._learn, request))
+        return Row(reply.run, cancelled), reply
+
+    def _request(
+        self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
+    ) -> tuple[Request, Callable[[], bool]]:
+        """The request, which its deadline ends counted from `began`, and what asks whether it is cancelled."""
         options = GenerationOptions(**_known(GenerationOptions, given))
-        if self._closed.is_set():
-            raise OptionError("the session is closed; open a new one")
         manifest = self.manifest
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
             raise OptionError(
@@ -190,10 +245,15 @@ class Session:
             options = with_defaults(options, read_defaults(self.bundle.path))
         limit = manifest.encoder_capacity or self.capacity
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
-        pace, cancelled = self._pace(options), partial(self._cancelled, cancel)
+        pace, cancelled = self._pace(options), partial(self._cancelled, cancel, _end(options, began))
         adapts = self._adaptive is not None and options.threshold is None and options.mode == "free"
         observation = self._adaptive.begin() if self._adaptive is not None and adapts else None
-        return Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled, observation)
+        request = Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled, observation)
+        return request, cancelled
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise OptionError("the session is closed; open a new one")
 
     def _learn(self, request: Request) -> None:
         if self._adaptive is not None and request.observation is not None:
@@ -212,23 +272,26 @@ class Session:
             self._paces.pop(next(iter(self._paces)), None)
         return self._paces.setdefault(key, Pace(self.manifest.max_pending, self.manifest.break_even))
 
-    def _stream(
+    def _reply(
         self,
-        slots: queue.Queue[Decoder],
         start: Start,
         request: Request,
-        cancel: threading.Event | None,
+        cancelled: Callable[[], bool],
         ended: Callable[[], None] | None = None,
-    ) -> Stream:
+    ) -> Reply:
         text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Stream(slots, start, text, request.eos, request.limit, partial(self._cancelled, cancel), ended)
+        return Reply(start, text, request.eos, request.limit, cancelled, self._scheduler.clock, ended)
 
-    def _cancelled(self, cancel: threading.Event | None) -> bool:
-        return self._closed.is_set() or (cancel is not None and cancel.is_set())
+    def _cancelled(self, cancel: threading.Event | None, end: float) -> bool:
+        return self._ending or (cancel is not None and cancel.is_set()) or (end != math.inf and monotonic() >= end)
 
-    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
-        manifest = self.manifest
-        return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
+    def _schedule(self, shallow: Lane, deep: Lane) -> Scheduler:
+        manifest, slots = self.manifest, self.options.slots
+        sizes = manifest.hidden_size, manifest.vocab_size
+        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(slots)]
+        cross = CrossRows(slots)
+        batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
+        return Scheduler(decoders, batches, cross, self.options.queue)
 
     def _engine(self, name: str) -> OnnxEngine:
         return OnnxEngine(self.bundle.engine(name), self.threads, Device.parse(self.options.device))
@@ -273,6 +336,11 @@ def _capacity(manifest: Manifest, asked: int | None) -> int:
             "leave it out, or convert with --capacity"
         )
     return asked or manifest.capacity
+
+
+def _end(options: GenerationOptions, began: float) -> float:
+    """When the deadline is, by the monotonic clock."""
+    return math.inf if options.deadline is None else began + options.deadline
 
 
 def _known(options: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -1,51 +1,50 @@
-"""One request: it takes a slot, decodes until something ends it, and gives the slot back."""
+"""The tokens of one request for one reader."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
-from queue import Empty, Queue
-from time import perf_counter
+from collections.abc import Iterator
 
-from runtime.continuation import Step
-from runtime.decoder import Decoder
-from runtime.result import FinishReason, GenerationResult, Stats, Token
-from runtime.text_stream import TextStream
-
-# Seconds between looks at whether a waiting request was cancelled.
-WAIT = 0.05
-
-# Begins a request in a slot, which it resets first.
-Start = Callable[[Decoder], Iterator[Step]]
+from runtime.reply import Reply
+from runtime.result import GenerationResult, Token
+from runtime.row import Row
+from runtime.scheduler import Scheduler
 
 
 class Stream(Iterator[Token]):
-    """The tokens of one request, as they become final. `result` is complete once the stream has ended, when `ended` is
-    called, if it had a slot."""
+    """The tokens of one request, as they become final. It takes a place among the requests at the first `next`, which
+    raises QueueFullError where there is none. `result` is complete once the stream has ended."""
 
-    def __init__(
-        self,
-        slots: Queue[Decoder],
-        start: Start,
-        text: TextStream,
-        eos: frozenset[int],
-        limit: int,
-        cancelled: Callable[[], bool],
-        ended: Callable[[], None] | None = None,
-    ) -> None:
-        self._ended = ended
-        self._slots, self._start, self._text, self._cancelled = slots, start, text, cancelled
-        self._eos, self._limit = eos, limit
-        self._steps: list[Step] = []
-        self._stats = Stats()
-        self._finish: FinishReason | None = None
-        self._tokens = self._run()
+    def __init__(self, scheduler: Scheduler, row: Row, reply: Reply) -> None:
+        self._scheduler, self._row, self._reply = scheduler, row, reply
+        self._joined = False
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        row = self._row
+        self._wait(whole=False)
+        if row.tokens:
+            return row.tokens.popleft()
+        error, row.error = row.error, None
+        if error is not None:
+            raise error
+        raise StopIteration
+
+    def drain(self) -> GenerationResult:
+        """To the end, without reading the tokens one by one: the result."""
+        self._wait(whole=True)
+        self._row.tokens.clear()
+        if self._row.error is not None:
+            raise self._row.error
+        return self.result
 
     def close(self) -> None:
         """End the request and give its slot back. Idempotent."""
-        self._tokens.close()
+        self._row.abandoned = True
+        if not self._joined:
+            self._joined = self._row.ended = True
+        elif not self._scheduler.driven_here:
+            self._scheduler.wait(self._row, whole=True)
+        self._row.tokens.clear()
+        self._row.error = None
 
     def __enter__(self) -> Stream:
         return self
@@ -53,80 +52,22 @@ class Stream(Iterator[Token]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        # Nothing that takes a lock: this may be anywhere. Whoever drives next ends the request.
+        self._row.abandoned = True
+
     @property
     def result(self) -> GenerationResult:
-        """The tokens so far; `finish_reason` is "cancelled" unless the stream came to its end."""
-        return GenerationResult(
-            text=self._text.text,
-            token_ids=tuple(step.token for step in self._steps),
-            exited=tuple(step.exited for step in self._steps),
-            confidence=tuple(step.confidence for step in self._steps),
-            finish_reason=self._finish or "cancelled",
-            stats=self._stats,
-            logprobs=_logprobs(self._steps),
-        )
+        """The tokens so far, read or not; `finish_reason` is "cancelled" unless the request came to its end."""
+        return self._reply.result
 
-    def _run(self) -> Generator[Token, None, None]:
-        decoder = take(self._slots, self._cancelled)
-        if decoder is None:
-            return
-        steps: Iterator[Step] = iter(())
+    def _wait(self, whole: bool) -> None:
+        if not self._joined:
+            self._scheduler.join(self._row)
+            self._joined = True
         try:
-            began = perf_counter()
-            steps = self._start(decoder)
-            self._stats = decoder.stats
-            for step in steps:
-                token = self._accept(step)
-                self._stats.seconds += perf_counter() - began
-                yield token
-                if self._finish is not None:
-                    return
-                began = perf_counter()
-        finally:
-            try:
-                self._end(steps)
-            finally:
-                self._slots.put(decoder)
-                self._text.finish()
-            if self._ended is not None:
-                self._ended()
-
-    def _end(self, steps: Iterator[Step]) -> None:
-        """Close the loop while the slot is still its own: it may run one pass more."""
-        began = perf_counter()
-        if isinstance(steps, Generator):
-            steps.close()
-        self._stats.seconds += perf_counter() - began
-
-    def _accept(self, step: Step) -> Token:
-        self._steps.append(step)
-        self._stats.tokens += 1
-        text = "" if step.token in self._eos else self._text.push(step.token)
-        self._finish = self._reason(step)
-        if self._finish is not None:
-            text += self._text.finish()
-        return Token(step.token, text, step.exited, step.confidence, step.logprob)
-
-    def _reason(self, step: Step) -> FinishReason | None:
-        if step.token in self._eos:
-            return "eos"
-        if self._text.stopped:
-            return "stop"
-        if len(self._steps) >= self._limit:
-            return "length"
-        return "cancelled" if self._cancelled() else None
-
-
-def take(slots: Queue[Decoder], cancelled: Callable[[], bool]) -> Decoder | None:
-    """The next free slot; None where the request is cancelled, or the session closed, while it waits."""
-    while True:
-        try:
-            return slots.get(timeout=WAIT)
-        except Empty:
-            if cancelled():
-                return None
-
-
-def _logprobs(steps: list[Step]) -> tuple[float, ...] | None:
-    values = tuple(step.logprob for step in steps if step.logprob is not None)
-    return values if len(values) == len(steps) and steps else None
+            if not self._row.ready(whole):
+                self._scheduler.wait(self._row, whole)
+        except BaseException:
+            self._row.abandoned = True
+            raise

@@ -20,6 +20,7 @@ from freeexport.cost import measure
 from freeexport.idle import require_idle
 from runtime import Session, decode
 from runtime.continuation import Continuation
+from runtime.work import alone
 from tools.lane_simulator import Costs, Setting, TokenTrace, milliseconds, simulate
 
 
@@ -84,7 +85,7 @@ def trace_of(session: Session, threshold: float, tokens: int) -> list[TokenTrace
             raise click.UsageError("this measurement is for decoder-only bundles")
         output = Continuation(prompt, tokens)
         first = decoder.prefill(prompt, head=True)
-        loop = decode.free(decoder, first, output, threshold, manifest.max_pending, observe=labels.extend)
+        loop = alone(decode.free(decoder, first, output, threshold, manifest.max_pending, observe=labels.extend))
         steps = list(islice(loop, tokens))[1:]
     known = [agrees for _, agrees in labels] + [True] * len(steps)
     return [TokenTrace(step.exited, agrees) for step, agrees in zip(steps, known, strict=False)]

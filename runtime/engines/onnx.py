@@ -50,11 +50,18 @@ class Call:
         self._session = session
         self._binding = session.io_binding()
         # Bound memory belongs to the arrays: they must live as long as the call.
-        self._keep = (inputs, outputs)
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+        self.rebind(inputs, outputs)
+
+    def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Bind other arrays, of any shape, for these names; the others stay."""
         for name, item in inputs.items():
             self._binding.bind_ortvalue_input(name, value(item))
         for name, item in outputs.items():
             self._binding.bind_ortvalue_output(name, value(item))
+        self._inputs.update(inputs)
+        self._outputs.update(outputs)
 
     def run(self) -> None:
         self._session.run_with_iobinding(self._binding)

@@ -26,6 +26,7 @@ from runtime import Bundle, Session, decode
 from runtime.calibration import read_calibration
 from runtime.continuation import Continuation
 from runtime.errors import CalibrationError
+from runtime.work import alone
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
@@ -98,7 +99,7 @@ def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles
         with session.decoder(prompt) as decoder:
             start = np.array([session.manifest.decoder_start_token_id or 0]) if case is T5 else prompt
             output = Continuation(start, 15)
-            loop = decode.free(decoder, decoder.prefill(start, head=True), output, 1.0, 4, observe=labels.extend)
+            loop = alone(decode.free(decoder, decoder.prefill(start, head=True), output, 1.0, 4, observe=labels.extend))
             tokens = [step.token for step in islice(loop, len(full))]
     assert tokens == list(full)
     assert len(trace) == len(full) - 1

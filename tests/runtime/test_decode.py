@@ -19,6 +19,7 @@ from runtime.errors import CapacityError
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.pace import Pace
+from runtime.work import alone
 
 WIDTH = 4
 SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token
@@ -104,11 +105,11 @@ def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decod
 
 
 def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Step]:
-    return decode.free(*begun(decoder, prompt), threshold, max_pending)
+    return alone(decode.free(*begun(decoder, prompt), threshold, max_pending))
 
 
 def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
-    return decode.full(decoder, decoder.prefill(prompt, head=False), Continuation(prompt, 400))
+    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), Continuation(prompt, 400)))
 
 
 def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
@@ -246,7 +247,7 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
 ) -> None:
     decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
     prompt = prompt_of(3)
-    loop = decode.rollback(*begun(decoder, prompt, tokens), threshold, max_pending, limit)
+    loop = alone(decode.rollback(*begun(decoder, prompt, tokens), threshold, max_pending, limit))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     pending = 0
     for index, step in enumerate(steps):
@@ -287,7 +288,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
         return min(length, most), probe
 
     pace.plan = plan  # type: ignore[method-assign]
-    loop = decode.lossless(*begun(decoder, prompt, tokens), threshold, max_pending, pace)
+    loop = alone(decode.lossless(*begun(decoder, prompt, tokens), threshold, max_pending, pace))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     assert [step.token for step in steps] == [step.token for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):
@@ -298,7 +299,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
 
 def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
     decoder, shallow, _ = decoder_of([1.0] * 20, agrees=[True] * 20)
-    list(islice(decode.rollback(*begun(decoder, prompt_of(3), 5), 0.5, 16, 1.0), 5))
+    list(islice(alone(decode.rollback(*begun(decoder, prompt_of(3), 5), 0.5, 16, 1.0)), 5))
     # The prompt, then one step for each of four drafts.
     assert shallow.calls == [3, 1, 1, 1, 1]
 
@@ -306,7 +307,7 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
 def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
     decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
     labels: list[Any] = []
-    list(islice(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append), 5))
+    list(islice(alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append)), 5))
     assert labels == [
         [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)],
     ]
@@ -323,7 +324,7 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
         left.append(list(confidences))
         return audit
 
-    loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append, leave=leave)
+    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append, leave=leave))
     steps = list(islice(loop, 5))
     loop.close()
     assert [step.exited for step in steps] == [False, True, False, True, True]
@@ -336,7 +337,7 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
 def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
     decoder, _, _ = decoder_of([0, 0, 0.1])
     left: list[Any] = []
-    loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=lambda rows: None, leave=left.append)  # type: ignore[arg-type]
+    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=lambda rows: None, leave=left.append))  # type: ignore[arg-type]
     list(islice(loop, 2))
     loop.close()
     assert left == [[]]

@@ -24,6 +24,7 @@ from runtime.engines.onnx import Call
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.pace import Pace
+from runtime.work import alone
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -70,10 +71,10 @@ def steps_of(
     head = mode != "full"
     begun = decoder, decoder.prefill(prompt, head), Continuation(prompt, tokens)
     loops: dict[str, Callable[[], Iterator[Step]]] = {
-        "full": lambda: decode.full(*begun),
-        "free": lambda: decode.free(*begun, threshold, max_pending, sync_every),
-        "rollback": lambda: decode.rollback(*begun, threshold, max_pending, 2.0),
-        "lossless": lambda: decode.lossless(*begun, threshold, max_pending, longest(max_pending)),
+        "full": lambda: alone(decode.full(*begun)),
+        "free": lambda: alone(decode.free(*begun, threshold, max_pending, sync_every)),
+        "rollback": lambda: alone(decode.rollback(*begun, threshold, max_pending, 2.0)),
+        "lossless": lambda: alone(decode.lossless(*begun, threshold, max_pending, longest(max_pending))),
     }
     return list(islice(loops[mode](), tokens))
 

@@ -100,7 +100,10 @@ def test_requests_of_many_threads_give_what_they_give_alone(name: str, open_sess
 
     with ThreadPoolExecutor(8) as pool:
         for number, results in enumerate(pool.map(worker, range(8))):
-            assert results == alone[number:] + alone[:number]
+            for ours, theirs in zip(results, alone[number:] + alone[:number], strict=True):
+                # Beside others the engines round otherwise.
+                assert ours[3] == (theirs[3] if None in theirs[3] else pytest.approx(theirs[3], abs=1e-5))
+                assert (*ours[:3], *ours[4:]) == (*theirs[:3], *theirs[4:])
 
 
 @both

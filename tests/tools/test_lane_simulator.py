@@ -15,6 +15,7 @@ from runtime.continuation import Continuation
 from runtime.decoder import Decoder
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
+from runtime.work import alone
 from tools.lane_simulator import Costs, Setting, TokenTrace, main, milliseconds, random_trace, simulate, timeline
 
 COSTS = Costs(2.0, {1: 10.0, 4: 13.0})
@@ -139,7 +140,7 @@ def test_lanes_of_known_cost_take_what_the_simulation_says(overlap: bool) -> Non
         cache = KVCache(range(1), 1, 1, 400, 1, np.float32)
         lanes.append(Lane(Sleeping(shallow, trace), cache, beside=overlap and not shallow))  # type: ignore[arg-type]
     decoder, prompt = Decoder(lanes[0], lanes[1], 0, 4, 1, 16), np.array([1])
-    loop = decode.free(decoder, decoder.prefill(prompt, True), Continuation(prompt, 300), 0.5, 16, 4)
+    loop = alone(decode.free(decoder, decoder.prefill(prompt, True), Continuation(prompt, 300), 0.5, 16, 4))
     next(loop)
     began = time.perf_counter()
     list(islice(loop, len(trace)))

@@ -1,0 +1,95 @@
+"""A list of prompts as requests of one caller: how they join, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from numbers import Integral
+from typing import Any, TypeGuard
+
+from runtime.errors import BatchError
+from runtime.prompt import Prompt
+from runtime.reply import Reply
+from runtime.result import GenerationResult
+from runtime.row import Row
+from runtime.scheduler import Scheduler
+
+# Makes a request of a prompt, or raises what is wrong with it.
+Ask = Callable[[Prompt], tuple[Row, Reply]]
+
+
+def is_list_of_prompts(prompt: Any) -> TypeGuard[Sequence[Prompt]]:
+    """A list of texts, of lists, or of arrays; a list of token ids or of messages is one prompt."""
+    if not isinstance(prompt, (list, tuple)) or not prompt:
+        return False
+    return not isinstance(prompt[0], (Integral, float, Mapping))
+
+
+class Prompts:
+    """The requests of a list. As many are in the scheduler at once as there are `slots`, so a long list neither fills
+    the queue nor keeps other callers out. `told` is called, by whichever thread drives, when all have ended."""
+
+    def __init__(self, scheduler: Scheduler, ask: Ask, prompts: Sequence[Prompt], slots: int) -> None:
+        self.told: Callable[[], None] | None = None
+        self._scheduler, self._ask, self._slots = scheduler, ask, slots
+        self._left = iter(list(enumerate(prompts)))
+        self._open = len(prompts)
+        self._results: list[GenerationResult | Exception | None] = [None] * len(prompts)
+        self._rows: dict[int, Row] = {}
+        self._abandoned = False
+
+    def begin(self) -> None:
+        """Raises QueueFullError where not even the first finds a place, OptionError after the session was closed."""
+        for count in range(self._slots):
+            self._follow(forced=count > 0)
+
+    def ready(self, whole: bool) -> bool:
+        return self._open == 0
+
+    def wait(self) -> None:
+        if self._open:
+            self._scheduler.wait(self, whole=True)
+
+    def abandon(self) -> None:
+        self._abandoned = True
+        for row in list(self._rows.values()):
+            row.abandoned = True
+
+    def results(self) -> list[GenerationResult]:
+        """In the order of the prompts. Raises BatchError, with all that there is, where any failed."""
+        failed = [number for number, result in enumerate(self._results) if isinstance(result, Exception)]
+        if failed:
+            first = self._results[failed[0]]
+            raise BatchError(
+                f"{len(failed)} of {len(self._results)} prompts failed, the first of them prompt {failed[0]}: "
+                f"{type(first).__name__}: {first}; the exception's results have the others",
+                list(self._results),
+            )
+        return [result for result in self._results if isinstance(result, GenerationResult)]
+
+    def _follow(self, forced: bool) -> None:
+        """Let the next prompt join; those of which no request can be made have failed."""
+        for number, prompt in self._left:
+            try:
+                row, reply = self._ask(prompt)
+            except Exception as error:  # this prompt's alone
+                self._finish(number, error)
+                continue
+            row.told = partial(self._told, number, row, reply)
+            row.abandoned = self._abandoned
+            self._rows[number] = row
+            self._scheduler.join(row, forced)
+            return
+
+    def _told(self, number: int, row: Row, reply: Reply) -> None:
+        row.tokens.clear()
+        if row.ended:
+            del self._rows[number]
+            self._follow(forced=True)
+            self._finish(number, reply.result if row.error is None else row.error)
+
+    def _finish(self, number: int, result: GenerationResult | Exception) -> None:
+        self._results[number] = result
+        self._open -= 1
+        if self._open == 0 and self.told is not None:
+            self.told()

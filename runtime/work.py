@@ -1,0 +1,89 @@
+"""What a sequence waits for: mostly its part of an engine call, which may be run together with those of others.
+
+Decoding is written as coroutines: generators that yield what they wait for, and go on when it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from runtime.engines.onnx import Call
+from runtime.lane import Event, Lane
+
+if TYPE_CHECKING:
+    from runtime.decoder import Decoder
+
+T = TypeVar("T")
+Said = TypeVar("Said")
+
+
+class Work:
+    """`rows` rows of a sequence for the engine of `lane`, which is to run the head for the last `heads` of them.
+
+    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
+    "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
+    what the call took that it was last part of.
+    """
+
+    __slots__ = ("_call", "decoder", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        lane: Lane,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        rows: int,
+        heads: int,
+    ) -> None:
+        self.decoder, self.lane, self.inputs, self.outputs = decoder, lane, inputs, outputs
+        self.rows, self.heads, self.seconds = rows, heads, 0.0
+        self._call: Call | None = None
+
+    def submit(self) -> Event:
+        """Run it by itself, where calls of its lane run."""
+        if self._call is None:
+            self._call = self.decoder.bind(self)
+        return self.lane.submit(self._call)
+
+    def run(self) -> None:
+        """Run it by itself, to its end."""
+        self.seconds = self.submit().wait()
+
+    def forget(self) -> None:
+        """The slot has changed: bind again."""
+        self._call = None
+
+
+# Work to be run, an event to happen, or None: others may have a turn.
+Waiting = Work | Event | None
+Waits = Generator[Waiting, None, T]
+
+
+def alone(coroutine: Generator[Waiting | Said, None, T]) -> Generator[Said, None, T]:
+    """Run what a coroutine waits for, at once, and pass on the other things that it yields."""
+    try:
+        item = next(coroutine)
+        while True:
+            if isinstance(item, Work):
+                item.run()
+            elif item is not None and not isinstance(item, Event):
+                yield item
+            item = next(coroutine)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        coroutine.close()
+
+
+def finish(coroutine: Waits[T]) -> T:
+    """Run a coroutine to its end by itself: what it returns."""
+    rest: Generator[Any, None, T] = alone(coroutine)
+    try:
+        while True:
+            next(rest)
+    except StopIteration as end:
+        result: T = end.value
+        return result

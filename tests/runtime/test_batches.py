@@ -1,0 +1,349 @@
+"""Requests that share engine calls: the results of each are those it has alone, and its troubles are its own."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE
+from conftest import Bundles
+
+from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
+from runtime.batch import Batch
+from runtime.pace import Pace
+from runtime.work import Work
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = "llama-tied", "t5-relu-tied"
+both = pytest.mark.parametrize("name", [LLAMA, T5])
+LISTED = [list(prompt) for prompt in (*PROMPTS, (40, 41), (90,) * 7, tuple(range(50, 75)), PROMPTS[0][:4], (200, 9))]
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def open_session(bundle: Bundles) -> Iterator[Open]:
+    """Opens sessions with one thread and four slots; closes them after the test."""
+    opened: list[Session] = []
+
+    def open_(name: str = LLAMA, exit_layer: int = 1, convert: dict[str, Any] | None = None, **options: Any) -> Session:
+        path = bundle(BY_NAME[name], exit_layer, **(convert or {}))
+        opened.append(Session(path, **{"threads": 1, "slots": 4, **options}))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many sequences each shared call was for."""
+    sizes: list[int] = []
+    run = Batch.run
+
+    def watched(batch: Batch, works: Sequence[Work]) -> None:
+        sizes.append(len(works))
+        run(batch, works)
+
+    monkeypatch.setattr(Batch, "run", watched)
+    return sizes
+
+
+def same(ours: GenerationResult, alone: GenerationResult) -> None:
+    assert (ours.token_ids, ours.exited, ours.text) == (alone.token_ids, alone.exited, alone.text)
+    assert ours.finish_reason == alone.finish_reason
+    for mine, theirs in zip(ours.confidence, alone.confidence, strict=True):
+        assert mine == (None if theirs is None else pytest.approx(theirs, abs=1e-5))
+    if alone.logprobs is not None:
+        assert ours.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    counts = [
+        (r.stats.tokens, r.stats.exits, r.stats.forced, r.stats.rejected, r.stats.sync_sizes) for r in (ours, alone)
+    ]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"),
+    [
+        ("full", {}),
+        ("free", {"threshold": 0.3}),
+        ("free", {"threshold": 0.1, "max_pending": 3}),
+        ("free", {"threshold": 0.0}),
+        ("free", {"threshold": 0.2, "temperature": 0.8, "seed": 3, "output_logprobs": True}),
+        ("rollback", {"threshold": 0.1, "rollback_threshold": 3.0}),
+        ("lossless", {"threshold": 0.1}),
+        ("shallow", {}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [LLAMA, T5, "qwen3", "umt5", "mistral-window"])
+def test_a_list_gives_what_each_of_its_prompts_gives_alone(
+    name: str,
+    mode: Any,
+    options: dict[str, Any],
+    open_session: Open,
+    shared: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # How long lossless drafts are otherwise is a matter of timing.
+    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    session = open_session(name)
+    options = {"mode": mode, "max_new_tokens": 16, **options}
+    alone = [session.generate(prompt, **options) for prompt in LISTED]
+    assert not shared
+    together = session.generate(LISTED, **options)
+    for ours, theirs in zip(together, alone, strict=True):
+        same(ours, theirs)
+    assert max(shared) == 4
+    if mode == "free":
+        assert any(True in result.exited for result in alone) == (options["threshold"] < 1)
+
+
+@pytest.mark.parametrize("dialect", ["standard"])
+@both
+def test_the_standard_dialect_batches_too(name: str, dialect: str, open_session: Open) -> None:
+    session = open_session(name, convert={"dialect": dialect})
+    options: dict[str, Any] = {"threshold": 0.2, "max_new_tokens": 10}
+    for ours, theirs in zip(
+        session.generate(LISTED, **options), [session.generate(prompt, **options) for prompt in LISTED], strict=True
+    ):
+        same(ours, theirs)
+
+
+@both
+def test_requests_with_different_options_share_calls(name: str, open_session: Open, shared: list[int]) -> None:
+    session = open_session(name, slots=6)
+    requests: list[tuple[Any, dict[str, Any]]] = [
+        (LISTED[0], {"mode": "full"}),
+        (LISTED[1], {"threshold": 0.1}),
+        (LISTED[2], {"mode": "rollback", "threshold": 0.2, "rollback_threshold": 2.0}),
+        (LISTED[3], {"mode": "full", "temperature": 1.0, "seed": 5}),
+        (LISTED[4], {"mode": "shallow"}),
+        (LISTED[5], {"threshold": 0.3, "output_logprobs": True}),
+    ]
+    alone = [session.generate(prompt, max_new_tokens=14, **options) for prompt, options in requests]
+    streams = [session.stream(prompt, max_new_tokens=14, **options) for prompt, options in requests]
+    # One thread that reads all of them in turn.
+    tokens: list[list[int]] = [[] for _ in streams]
+    going = set(range(len(streams)))
+    while going:
+        for number in sorted(going):
+            token = next(streams[number], None)
+            if token is None:
+                going.remove(number)
+            else:
+                tokens[number].append(token.id)
+    for stream, ids, theirs in zip(streams, tokens, alone, strict=True):
+        assert tuple(ids) == theirs.token_ids
+        same(stream.result, theirs)
+    assert max(shared) >= 4
+
+
+def test_prompts_of_an_encoder_decoder_come_and_go_at_all_lengths(open_session: Open) -> None:
+    session = open_session(T5, slots=3)
+    prompts = [[7 + number % 100] * length for number, length in enumerate((1, 100, 3, 40, 33, 2, 64, 65, 5, 1))]
+    alone = [session.generate(prompt, max_new_tokens=6, threshold=0.2) for prompt in prompts]
+    for ours, theirs in zip(session.generate(prompts, max_new_tokens=6, threshold=0.2), alone, strict=True):
+        same(ours, theirs)
+
+
+# A list and its errors
+
+
+def test_a_list_of_numbers_is_one_prompt_and_a_list_of_lists_several(open_session: Open) -> None:
+    session = open_session()
+    one = session.generate([5, 6], max_new_tokens=2)
+    assert isinstance(one, GenerationResult)
+    for prompts in ([[5, 6]], ([5, 6],), [np.array([5, 6])], [(5, 6)]):
+        (only,) = session.generate(prompts, max_new_tokens=2)
+        same(only, one)
+    text, chat = session.generate(["Hi", [{"role": "user", "content": "Hi"}]], max_new_tokens=2)
+    same(text, session.generate("Hi", max_new_tokens=2))
+    same(chat, session.generate([{"role": "user", "content": "Hi"}], max_new_tokens=2))
+
+
+def test_a_prompt_that_does_not_fit_fails_and_the_others_finish(open_session: Open) -> None:
+    session = open_session()
+    good = [session.generate(prompt, max_new_tokens=5) for prompt in LISTED[:2]]
+    with pytest.raises(
+        BatchError, match=r"2 of 4 prompts failed, the first of them prompt 1: .*PromptError.*129"
+    ) as failed:
+        session.generate([LISTED[0], [5] * 129, LISTED[1], [VOCAB_SIZE]], max_new_tokens=5)
+    results = failed.value.results
+    same(results[0], good[0])
+    same(results[2], good[1])
+    assert isinstance(results[1], PromptError)
+    assert isinstance(results[3], PromptError)
+    assert "\n" not in str(failed.value)
+
+
+def test_a_callback_that_raises_fails_its_prompt_only(open_session: Open) -> None:
+    session = open_session()
+
+    def picky(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        if ids[0, 0] == LISTED[3][0] and ids.shape[1] > 5:
+            raise ValueError("not this one")
+        return scores
+
+    alone = session.generate(LISTED[0], max_new_tokens=8, ignore_eos=True)
+    with pytest.raises(BatchError, match=r"1 of 4 .* prompt 3: ValueError: not this one") as failed:
+        session.generate(LISTED[:4], max_new_tokens=8, ignore_eos=True, logits_processor=picky)
+    assert failed.value.results[0].token_ids == alone.token_ids
+    assert session.generate(LISTED[:4], max_new_tokens=2)
+
+
+def test_options_that_are_wrong_for_all_are_raised_at_once(open_session: Open) -> None:
+    with pytest.raises(OptionError, match="threshold is 2"):
+        open_session().generate(LISTED, threshold=2)
+
+
+# Waiting, leaving, closing
+
+
+def test_a_full_queue_refuses_one_more_and_a_list_may_be_longer(open_session: Open) -> None:
+    session = open_session(slots=1, queue=0)
+    assert len(session.generate(LISTED, max_new_tokens=2)) == len(LISTED)
+    with session.stream(LISTED[0], max_new_tokens=5) as holder:
+        next(holder)
+        for ask in (lambda: session.generate(LISTED[1]), lambda: session.generate(LISTED)):
+            with pytest.raises(QueueFullError, match="0 requests wait"):
+                ask()
+    assert session.generate(LISTED[1], max_new_tokens=2).stats.tokens == 2
+
+
+def test_a_reader_that_stops_blocks_nobody(open_session: Open) -> None:
+    session = open_session(slots=2)
+    alone = session.generate(LISTED[2], max_new_tokens=30, ignore_eos=True)
+    stopped = [session.stream(LISTED[2], max_new_tokens=30, ignore_eos=True) for _ in range(2)]
+    first = [next(stream) for stream in stopped]
+    # Both slots are taken by streams that nobody reads.
+    assert session.generate(LISTED[0], max_new_tokens=5).stats.tokens == 5
+    for stream, token in zip(stopped, first, strict=True):
+        assert (token.id, *(later.id for later in stream)) == alone.token_ids
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+def test_a_deadline_ends_a_request_that_decodes_or_waits(slots: int, open_session: Open) -> None:
+    session = open_session(slots=slots)
+    options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "mode": "full"}
+    whole = session.generate(LISTED[0], **options)
+
+    def slow(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        threading.Event().wait(0.02)
+        return scores
+
+    results = session.generate([LISTED[0], LISTED[0]], deadline=0.3, logits_processor=slow, **options)
+    assert [result.finish_reason for result in results] == ["cancelled"] * 2
+    assert all(0 < len(result.token_ids) < 40 for result in results[:1])
+    assert all(result.token_ids == whole.token_ids[: len(result.token_ids)] for result in results)
+    assert session.generate(LISTED[0], deadline=100, **options).token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), "1", True])
+def test_a_deadline_that_is_no_time_is_refused(deadline: Any, open_session: Open) -> None:
+    with pytest.raises(OptionError, match="deadline is"):
+        open_session().generate(LISTED[0], deadline=deadline)
+
+
+def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> None:
+    session = open_session(slots=2)
+    alone = [session.generate(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
+    streams = [session.stream(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
+    for stream in streams[:3]:
+        next(stream)
+    session.close(drain=True)
+    for stream, theirs in zip(streams[:3], alone, strict=False):
+        list(stream)
+        same(stream.result, theirs)
+    # The fourth had not begun.
+    for ask in (lambda: next(streams[3]), lambda: session.generate(LISTED), lambda: session.generate(LISTED[0])):
+        with pytest.raises(OptionError, match="closed"):
+            ask()
+
+
+def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open) -> None:
+    session = open_session(slots=1)
+    began, results = threading.Event(), list[Any]()
+
+    def watched(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        began.set()
+        threading.Event().wait(0.005)
+        return scores
+
+    def ask() -> None:
+        results.extend(session.generate(LISTED[:3], max_new_tokens=80, ignore_eos=True, logits_processor=watched))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert began.wait(20)
+    session.close()
+    thread.join(20)
+    assert [result.finish_reason for result in results] == ["cancelled"] * 3
+    assert len(results[0].token_ids) < 80
+
+
+def test_sessions_that_overlap_batch_their_shallow_steps(open_session: Open, shared: list[int]) -> None:
+    session = open_session(overlap=True)
+    options: dict[str, Any] = {"threshold": 0.1, "max_new_tokens": 12, "sync_every": 2}
+    alone = [session.generate(prompt, **options) for prompt in LISTED]
+    for ours, theirs in zip(session.generate(LISTED, **options), alone, strict=True):
+        assert (ours.token_ids, ours.exited) == (theirs.token_ids, theirs.exited)
+    assert shared
+
+
+# asyncio
+
+
+def test_coroutines_share_calls_and_give_what_they_give_alone(open_session: Open, shared: list[int]) -> None:
+    session = open_session()
+    alone = [session.generate(prompt, max_new_tokens=10) for prompt in LISTED]
+
+    async def read(prompt: list[int]) -> list[int]:
+        return [token.id async for token in session.astream(prompt, max_new_tokens=10)]
+
+    async def main() -> None:
+        singles = asyncio.gather(*(session.agenerate(prompt, max_new_tokens=10) for prompt in LISTED))
+        streams = asyncio.gather(*(read(prompt) for prompt in LISTED))
+        listed = session.agenerate(LISTED, max_new_tokens=10)
+        results = [*await singles, *await listed]
+        for ours, theirs in zip(results, alone * 2, strict=True):
+            same(ours, theirs)
+        assert [tuple(ids) for ids in await streams] == [result.token_ids for result in alone]
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+    assert max(shared) == 4
+
+
+def test_a_coroutine_that_is_cancelled_gives_its_slot_back_and_errors_come_through(open_session: Open) -> None:
+    session = open_session(slots=1)
+    endless: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
+
+    def slow(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        threading.Event().wait(0.01)
+        return scores
+
+    def broken(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        raise ValueError("broken")
+
+    async def main() -> None:
+        task = asyncio.create_task(session.agenerate(LISTED[0], logits_processor=slow, **endless))
+        await asyncio.sleep(0.1)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async for _ in session.astream(LISTED[1], **endless):
+            break
+        assert (await session.agenerate(LISTED[0], max_new_tokens=3)).stats.tokens == 3
+        with pytest.raises(ValueError, match="broken"):
+            await session.agenerate(LISTED[0], logits_processor=broken)
+        with pytest.raises(BatchError, match="2 of 2"):
+            await session.agenerate(LISTED[:2], logits_processor=broken)
+        with pytest.raises(PromptError):
+            await session.agenerate([VOCAB_SIZE])
+
+    asyncio.run(asyncio.wait_for(main(), 60))

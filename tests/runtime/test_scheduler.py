@@ -1,0 +1,403 @@
+"""The scheduler with engines that compute hashes of what their caches hold: any mix-up of rows changes tokens."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from runtime import OptionError, QueueFullError, decode
+from runtime.batch import Batch, grouped
+from runtime.continuation import Continuation, Step
+from runtime.cross_rows import CrossRows
+from runtime.decoder import Decoder, Prediction
+from runtime.errors import EngineError
+from runtime.kv_cache import KVCache
+from runtime.lane import Lane
+from runtime.pace import Pace
+from runtime.result import Token
+from runtime.row import Row
+from runtime.scheduler import Scheduler
+from runtime.work import Waiting, Work, alone
+
+WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
+POISON = 99  # a token that makes every call fail that reads it
+
+
+@dataclass
+class HashingEngine:
+    """Keeps the contract to the letter: what lies behind the valid rows, and what is returned for padding, is junk.
+    `calls` are the rows that each call was for."""
+
+    name: str
+    cache: KVCache
+    calls: list[list[int]]
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> HashingCall:
+        return HashingCall(self, dict(inputs), dict(outputs))
+
+
+@dataclass
+class HashingCall:
+    engine: HashingEngine
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+
+    def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self.inputs.update(inputs)
+        self.outputs.update(outputs)
+
+    def run(self) -> None:
+        inputs, deep = self.inputs, self.engine.name == "deep"
+        read = inputs["hidden"][:, :, 0] if deep else inputs["input_ids"]
+        lengths, past = inputs["query_lengths"], inputs["past_lengths"]
+        assert all(POISON not in row[:length] for row, length in zip(read, lengths, strict=True)), "poison"
+        first = slot_of(past, self.engine.cache.lengths)
+        caches = [array[first : first + len(read)] for array in self.engine.cache.arrays.values()]
+        hashes = np.zeros(read.shape, np.int64)
+        for row in range(len(read)):
+            start, end = int(past[row]), int(past[row] + lengths[row])
+            for cache in caches:
+                cache[row, 0, start : start + read.shape[1], 0] = -7
+                cache[row, 0, start:end, 0] = read[row, : lengths[row]]
+            if deep:
+                assert inputs["hidden"][row, : lengths[row], 1].tolist() == list(range(start, end))
+            for query in range(int(lengths[row])):
+                hashes[row, query] = hash_of(caches, row, start + query + 1)
+        if not deep:
+            self.outputs["hidden"][:] = np.nan
+            self.outputs["hidden"][:, :, 0] = read
+            self.outputs["hidden"][:, :, 1] = past[:, None] + np.arange(read.shape[1])
+        chosen = hashes.reshape(-1)[inputs["head_rows"]]
+        # The decoders disagree on a quarter of what they have read.
+        self.outputs["token"][:] = (chosen + (not deep) * (chosen // 1000 % 4 == 0)) % VOCABULARY
+        if deep:
+            self.outputs["nll"][:] = chosen // 7 % 50 / 10
+        else:
+            self.outputs["confidence"][:] = chosen // 100000 % 100 / 100
+        self.engine.calls.append(lengths.tolist())
+
+
+def slot_of(view: np.ndarray, lengths: np.ndarray) -> int:
+    """Where in a cache a call's rows begin: its lengths are a view of the cache's own."""
+    start, whole = (array.__array_interface__["data"][0] for array in (view, lengths))
+    return (start - whole) // lengths.itemsize
+
+
+def hash_of(caches: list[np.ndarray], row: int, length: int) -> int:
+    """Of all that a row of every cache holds; the caches must agree."""
+    contents = {cache[row, 0, :length, 0].tobytes() for cache in caches}
+    assert len(contents) == 1
+    return zlib.crc32(contents.pop())
+
+
+class Machine:
+    """A scheduler over hashing engines."""
+
+    def __init__(self, slots: int, queue: int = 100, beside: bool = False) -> None:
+        self.calls: dict[str, list[list[int]]] = {"shallow": [], "deep": []}
+        lanes = []
+        for name, layers in (("shallow", range(2)), ("deep", range(2, 4))):
+            cache = KVCache(layers, slots, 1, ROWS + MAX_PENDING, 1, np.float32)
+            engine = HashingEngine(name, cache, self.calls[name])
+            lanes.append(Lane(engine, cache, beside and name == "deep"))  # type: ignore[arg-type]
+        self.lanes = lanes
+        self.decoders = [Decoder(lanes[0], lanes[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
+        cross = CrossRows(slots)
+        batches = {lane: Batch(lane, cross, WIDTH, VOCABULARY) for lane in lanes}
+        self.scheduler = Scheduler(self.decoders, batches, cross, queue)
+
+    def check_empty(self) -> None:
+        assert self.scheduler.empty
+        assert sorted(decoder.slot for decoder in self.scheduler._free) == list(range(len(self.decoders)))
+        for lane in self.lanes:
+            assert not lane.cache.lengths.any()
+
+
+class Turns:
+    """Ready after as many turns: lets a test stop a driver anywhere."""
+
+    def __init__(self, count: int) -> None:
+        self.left = count + 1  # asked once before the first turn, and once after the last
+
+    def ready(self, whole: bool) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+class Failing(Continuation):
+    """Its callback raises at the token `fails`, or gives out poison at the token `poisons`."""
+
+    fails = poisons = -1
+
+    def choose(self, said: Prediction, drafts: Any = ()) -> int:
+        number = self._length + len(drafts) - self.start
+        if number == self.fails:
+            raise ZeroDivisionError("callback")
+        return POISON if number == self.poisons else super().choose(said, drafts)
+
+    start = 0
+
+
+@dataclass(frozen=True)
+class Ask:
+    """A request of the tests: its prompt, how it is decoded, and how it goes wrong."""
+
+    prompt: tuple[int, ...]
+    mode: str = "free"
+    tokens: int = 8
+    threshold: float = 0.5
+    max_pending: int = 4
+    fails: int = -1
+    poisons: int = -1
+
+    def steps(self, decoder: Decoder) -> Generator[Step | Waiting, None, None]:
+        prompt = np.array(self.prompt, np.int64)
+        first = yield from decoder.prefilling(prompt, head=True)
+        output = Failing(prompt, self.tokens)
+        output.start, output.fails, output.poisons = len(prompt), self.fails, self.poisons
+        if self.mode == "full":
+            return (yield from decode.full(decoder, first, output))
+        if self.mode == "free":
+            return (yield from decode.free(decoder, first, output, self.threshold, self.max_pending, 2))
+        if self.mode == "rollback":
+            return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
+        pace = Pace(self.max_pending, {})
+        pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
+        return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
+
+    def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+        decoder.reset()
+        count = 0
+        for item in self.steps(decoder):
+            if isinstance(item, Step):
+                count += 1
+                yield Token(item.token, "", item.exited, item.confidence)
+                if count == self.tokens:
+                    return
+            else:
+                yield item
+
+    def alone(self) -> tuple[list[Token], str | None]:
+        """The tokens, and the name of the error after them."""
+        tokens: list[Token] = []
+        try:
+            tokens.extend(alone(self.run(Machine(1).decoders[0])))
+        except (ZeroDivisionError, AssertionError) as error:
+            return tokens, type(error).__name__
+        return tokens, None
+
+
+asks = st.builds(
+    Ask,
+    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12).map(tuple),
+    mode=st.sampled_from(["free", "full", "rollback", "lossless"]),
+    tokens=st.integers(1, 14),
+    threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+    max_pending=st.integers(1, MAX_PENDING),
+    fails=st.sampled_from([-1, -1, -1, 0, 3]),
+    poisons=st.sampled_from([-1, -1, -1, 0, 3]),
+)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@given(
+    slots=st.integers(1, 6),
+    arrivals=st.lists(
+        st.tuples(asks, st.integers(0, 6), st.sampled_from([None, None, None, 0, 2, 9])), min_size=1, max_size=14
+    ),
+    borrow=st.booleans(),
+)
+@settings(max_examples=100)
+def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
+    beside: bool, slots: int, arrivals: list[tuple[Ask, int, int | None]], borrow: bool
+) -> None:
+    machine = Machine(slots, beside=beside)
+    scheduler, turn = machine.scheduler, 0
+    rows: list[Row] = []
+    leaving: list[tuple[int, Row]] = []
+
+    def turns(count: int) -> None:
+        nonlocal turn
+        for _ in range(count):
+            scheduler.wait(Turns(1), whole=True)
+            turn += 1
+            for when, row in leaving:
+                row.abandoned = row.abandoned or when <= turn
+
+    for ask, pause, stays in arrivals:
+        rows.append(Row(ask.run, lambda: False))
+        scheduler.join(rows[-1])
+        if stays is not None:
+            leaving.append((turn + stays, rows[-1]))
+        turns(pause)
+    if borrow and scheduler._free:
+        with scheduler.borrowed() as decoder:
+            assert decoder.prefill(np.arange(5), head=True)
+            turns(3)
+    scheduler.drain()
+    machine.check_empty()
+    for row, (ask, _, stays) in zip(rows, arrivals, strict=True):
+        tokens, error = ask.alone()
+        assert row.ended
+        came = list(row.tokens)
+        if stays is None:
+            # What fails when it is run ahead on fails before the token before it is emitted.
+            assert came == (tokens[: len(came)] if beside and error else tokens)
+            assert (type(row.error).__name__ if row.error else None) == error
+        else:
+            assert came == tokens[: len(came)]
+
+
+def test_rows_share_calls_and_deep_passes_collect() -> None:
+    machine = Machine(8)
+    rows = [Row(Ask((number,), tokens=12, threshold=0.4).run, lambda: False) for number in range(8)]
+    for row in rows:
+        machine.scheduler.join(row)
+    machine.scheduler.drain()
+    alone_calls = Machine(1)
+    for number in range(8):
+        list(alone(Ask((number,), tokens=12, threshold=0.4).run(alone_calls.decoders[0])))
+    for name in ("shallow", "deep"):
+        assert len(machine.calls[name]) < 0.5 * len(alone_calls.calls[name])
+
+
+def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
+    machine, bare = Machine(4), Machine(4)
+    machine.scheduler.join(Row(Ask((1, 2, 3), tokens=14).run, lambda: False))
+    machine.scheduler.drain()
+    list(alone(Ask((1, 2, 3), tokens=14).run(bare.decoders[0])))
+    assert machine.calls == bare.calls
+    assert all(len(call) == 1 for call in machine.calls["shallow"])
+
+
+def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
+    machine = Machine(3)
+    good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
+    rows = [Row(ask.run, lambda: False) for ask in (good, bad, good)]
+    for row in rows:
+        machine.scheduler.join(row)
+    machine.scheduler.drain()
+    machine.check_empty()
+    assert [type(row.error) for row in rows] == [type(None), AssertionError, type(None)]
+    assert list(rows[0].tokens) == list(rows[2].tokens) == good.alone()[0]
+
+
+def test_no_request_waits_for_long_beside_others_without_end() -> None:
+    """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
+    machine, ended = Machine(2), list[int]()
+    for number in range(20):
+        row = Row(Ask((number,), tokens=6, mode="full").run, lambda: False)
+        row.told = lambda row=row, number=number: ended.append(number) if row.ended else None  # type: ignore[misc]
+        machine.scheduler.join(row)
+    machine.scheduler.drain()
+    assert all(abs(place - number) <= 2 for place, number in enumerate(ended))
+
+
+def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
+    machine = Machine(4)
+    for number in range(3):
+        machine.scheduler.join(Row(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run, lambda: False))
+    lonely = Row(Ask((50,), tokens=10, mode="full").run, lambda: False)
+    machine.scheduler.join(lonely)
+    turns = 0
+    while not lonely.ended:
+        machine.scheduler.wait(Turns(1), whole=True)
+        turns += 1
+    assert turns < 10 * 8
+
+
+def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
+    machine = Machine(1, queue=2)
+    rows = [Row(Ask((1,), tokens=2).run, lambda: False) for _ in range(4)]
+    for row in rows[:3]:
+        machine.scheduler.join(row)
+    with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
+        machine.scheduler.join(rows[3])
+    machine.scheduler.wait(rows[0], whole=True)
+    machine.scheduler.wait(Turns(1), whole=True)
+    machine.scheduler.join(rows[3])
+    machine.scheduler.drain()
+    assert all(len(row.tokens) == 2 for row in rows)
+
+
+def test_a_callback_that_asks_its_own_session_is_told_so() -> None:
+    machine = Machine(2)
+
+    def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+        machine.scheduler.drain()
+        yield None
+
+    row = Row(run, lambda: False)
+    machine.scheduler.join(row)
+    machine.scheduler.drain()
+    assert isinstance(row.error, OptionError)
+    assert "callback" in str(row.error)
+
+
+def test_an_interrupted_driver_leaves_the_others_sound() -> None:
+    machine, good = Machine(3), Ask((1, 2), tokens=10)
+
+    def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+        yield None
+        raise KeyboardInterrupt
+
+    rows = [Row(good.run, lambda: False), Row(run, lambda: False)]
+    for row in rows:
+        machine.scheduler.join(row)
+    with pytest.raises(KeyboardInterrupt):
+        machine.scheduler.drain()
+    machine.scheduler.drain()
+    machine.check_empty()
+    assert isinstance(rows[1].error, EngineError)
+    assert list(rows[0].tokens) == good.alone()[0]
+
+
+def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
+    machine = Machine(3)
+    requests = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
+    outcomes: list[Any] = [None] * len(requests)
+
+    def reader(number: int) -> None:
+        row, tokens = Row(requests[number].run, lambda: False), list[Token]()
+        machine.scheduler.join(row)
+        while not row.ended or row.tokens:
+            machine.scheduler.wait(row, whole=bool(number % 2))
+            while row.tokens:
+                tokens.append(row.tokens.popleft())
+        outcomes[number] = tokens
+
+    threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == [ask.alone()[0] for ask in requests]
+    machine.check_empty()
+
+
+def works(*asked: tuple[int, int]) -> list[Work]:
+    """Slots with the rows that they want."""
+    machine = Machine(16)
+    lane = machine.lanes[1]
+    return [Work(machine.decoders[slot], lane, {}, {}, rows, 1) for slot, rows in asked]
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes"),
+    [
+        ([(0, 1), (1, 1), (2, 1)], [3]),
+        ([(0, 1), (1, 16), (2, 1), (3, 1)], [1, 3]),  # padding all to 16 rows costs more than a call
+        ([(0, 1), (15, 1)], [1, 1]),  # so do fourteen idle rows
+        ([(0, 8), (1, 8)], [2]),
+    ],
+)
+def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], sizes: list[int]) -> None:
+    assert sorted(len(group) for group in grouped(works(*asked))) == sizes
