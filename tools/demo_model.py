@@ -29,7 +29,7 @@ from tools.demo_card import card, read_curves
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "freeexport" / "data" / "g2p"
 EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
-TARGET = "0.95"
+TARGET = "0.98"
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
 SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 MOST_BYTES = 8_000_000
