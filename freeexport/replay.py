@@ -13,6 +13,7 @@ from runtime import Session
 from runtime.decoder import Decoder, Prediction
 from runtime.errors import OptionError
 from runtime.lane import Lane
+from runtime.work import Waits
 
 # Between the two confidences that a replayed decision is given.
 THRESHOLD = 0.5
@@ -55,8 +56,8 @@ class ReplayDecoder(Decoder):
         super().reset()
         self._row = 0
 
-    def step(self, token: int, head: bool) -> Prediction:
-        said = super().step(token, head)
+    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
+        said = yield from super().stepping(token, head)
         exits = self._trace[self._row % len(self._trace)]
         self._row += 1
         return said._replace(confidence=float(exits)) if head else said

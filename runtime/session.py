@@ -288,10 +288,14 @@ class Session:
     def _schedule(self, shallow: Lane, deep: Lane) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(slots)]
+        decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
         cross = CrossRows(slots)
         batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
         return Scheduler(decoders, batches, cross, self.options.queue)
+
+    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+        manifest = self.manifest
+        return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
 
     def _engine(self, name: str) -> OnnxEngine:
         return OnnxEngine(self.bundle.engine(name), self.threads, Device.parse(self.options.device))

@@ -1,0 +1,76 @@
+"""The page docs/benchmarks.md, from what `freeexport bench --save` wrote: nothing in it is written by hand.
+
+    python -m tools.benchmarks_page docs/benchmarks/*.json                  writes docs/benchmarks.md
+    python -m tools.benchmarks_page docs/benchmarks/*.json --check          fails where the page is not what they say
+
+A section a file, in the order given. Figures of a busy machine are refused. Run from the root.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.bench_report import COLUMNS, SCHEMA, cells, notes
+
+PAGE = Path("docs/benchmarks.md")
+HEADER = """# Benchmarks
+
+Made from docs/benchmarks/*.json by `python -m tools.benchmarks_page`; do not edit. [How they are measured, and what the
+columns mean](benchmarking.md).
+"""
+
+
+@click.command(help=__doc__)
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=PAGE, show_default=True)
+@click.option("--check", is_flag=True, help="Write nothing; fail where the page differs.")
+def main(files: tuple[Path, ...], out: Path, check: bool) -> None:
+    text = page((path.stem, read(path)) for path in files)
+    if not check:
+        out.write_text(text, encoding="utf-8")
+    elif not out.is_file() or out.read_text(encoding="utf-8") != text:
+        raise click.ClickException(f"{out} is not what the figures say; run python -m tools.benchmarks_page again")
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The figures of a run. Raises ClickException where they are none, or of a busy machine."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        known, idle = found["schema"] == SCHEMA, found["settings"]["idle"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise click.ClickException(f"{path} holds no figures of freeexport bench ({type(error).__name__})") from None
+    if not known:
+        raise click.ClickException(f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again")
+    if not idle:
+        raise click.ClickException(f"{path} was measured on a busy machine; measure again")
+    return dict(found)
+
+
+def page(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    """The page's text, of runs and their names."""
+    return "\n".join([HEADER, *(_section(name, found) for name, found in runs)])
+
+
+def _section(name: str, found: Mapping[str, Any]) -> str:
+    lines = [f"## {name.replace('-', ' ').replace('_', ' ')}", "", *_table(COLUMNS, map(cells, found["rows"]))]
+    if found["failed"]:
+        lines += ["", *(f"- {peer}: not run: {reason}" for peer, reason in found["failed"].items())]
+    return "\n".join([*lines, "", *(f"- {note}" for note in notes(found)), ""])
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Markdown, without columns in which every row is empty."""
+    listed = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
+    used = [number for number in range(len(columns)) if any(row[number] for row in listed)]
+    marks = ["---" if number < 2 else "---:" for number in used]
+    chosen = [[columns[number] for number in used], marks, *([row[number] for number in used] for row in listed)]
+    return [f"| {' | '.join(line)} |" for line in chosen]
+
+
+if __name__ == "__main__":
+    main()
