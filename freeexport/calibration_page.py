@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from runtime.calibration import Calibration, TableRow
 
 
+COLUMNS = ("threshold", "exits", "agree", "quality", "predicted", "measured")
+
+
 def tables(result: Calibrated) -> list[Table]:
     """The page: thresholds, and the summary with the advice."""
     return [threshold_table(result.calibration), pairs("Calibration", summary(result))]
@@ -25,11 +28,14 @@ def calibration_tables(calibration: Calibration) -> list[Table]:
 
 
 def threshold_table(calibration: Calibration) -> Table:
-    columns = ("threshold#", "exits#", "agree#", "quality#", "predicted#", "measured#", "")
-    return table("Thresholds", columns, [_row(row, calibration.threshold) for row in calibration.table])
+    columns = (*(f"{name}#" for name in COLUMNS), "")
+    chosen = calibration.threshold
+    rows = [(*row_cells(row), "chosen" if row.threshold == chosen else "") for row in calibration.table]
+    return table("Thresholds", columns, rows)
 
 
-def _row(row: TableRow, chosen: float) -> tuple[str, ...]:
+def row_cells(row: TableRow) -> tuple[str, ...]:
+    """As COLUMNS name them; what is not known is empty."""
     return (
         f"{row.threshold:.4g}",
         f"{row.exit_rate:.1%}",
@@ -37,7 +43,6 @@ def _row(row: TableRow, chosen: float) -> tuple[str, ...]:
         "" if row.quality is None else f"{row.quality:.2%}",
         speedup(row.predicted_speedup),
         speedup(row.measured_speedup),
-        "chosen" if row.threshold == chosen else "",
     )
 
 
@@ -79,7 +84,7 @@ def promise(calibration: Calibration) -> str:
         kept = f"with probability {1 - (calibration.delta or 0):.0%}"
         return f"risk: loss of a sequence at most {calibration.risk:g} on average, {kept}"
     if calibration.method == "quality":
-        return f"quality: at least {calibration.target:.1%} of the full model's, on data not used for fitting"
+        return f"quality: at least {calibration.target:.1%} of the full model's, on sequences the choice did not see"
     if calibration.threshold >= NEVER_EXIT:
         return f"bmm: P(agree | confidence) reaches {calibration.target:g} nowhere"
     return f"bmm: P(agree | confidence) is at least {calibration.target:g} from the threshold on"

@@ -16,6 +16,8 @@ from freeexport.bundle_traces import trace_of
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.decode_costs import DecodeCosts, measured_costs
 from freeexport.jsonl import Request
+from freeexport.outputs import Outputs
+from freeexport.threshold_speed import measured_speedups
 from freeexport.trace import Trace
 from freeexport.training_data import DataError
 from runtime import Session
@@ -56,6 +58,20 @@ class Source(Protocol):
 
     def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
         """Of decoding requests like these, `tokens` each."""
+        ...
+
+    def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
+        """What is written in mode free. OptionError where there are no engines, as for what follows."""
+        ...
+
+    def check_speed(self) -> None:
+        """Whether `speedups` can be had."""
+        ...
+
+    def speedups(
+        self, requests: Sequence[Request], thresholds: Sequence[float], max_new_tokens: int, rounds: int
+    ) -> dict[float, float]:
+        """Measured, by threshold."""
         ...
 
 
@@ -109,6 +125,21 @@ class BundleSource:
         prompts = [ids for _, ids in self.prompts(requests)]
         return measured_costs(self.session, prompts, tokens)
 
+    def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
+        fitting = self.prompts(requests)
+        targets = [request.target for request, _ in fitting if request.target is not None]
+        references = targets if len(targets) == len(fitting) else None
+        return Outputs(self.session, [ids for _, ids in fitting], references, max_new_tokens)
+
+    def check_speed(self) -> None:
+        pass
+
+    def speedups(
+        self, requests: Sequence[Request], thresholds: Sequence[float], max_new_tokens: int, rounds: int
+    ) -> dict[float, float]:
+        prompts = [ids for _, ids in self.prompts(requests)]
+        return measured_speedups(self.session, prompts, thresholds, max_new_tokens, rounds)
+
 
 class CheckpointSource:
     """A checkpoint, its transformers model loaded when it is first needed."""
@@ -155,6 +186,18 @@ class CheckpointSource:
 
         costs = analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers)
         return DecodeCosts(costs, measured=False)
+
+    def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
+        raise OptionError("a metric compares what mode free writes, which needs a bundle: convert, then calibrate that")
+
+    def check_speed(self) -> None:
+        raise OptionError("--measure times engines, which a checkpoint has not: convert, then calibrate the bundle")
+
+    def speedups(
+        self, requests: Sequence[Request], thresholds: Sequence[float], max_new_tokens: int, rounds: int
+    ) -> dict[float, float]:
+        self.check_speed()
+        return {}
 
     def _loaded(self) -> Any:
         if self._tracer is None:

@@ -21,6 +21,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "bench": ("matplotlib",),
     "calibrate": ("scipy",),
+    "metrics": ("rouge-score", "sacrebleu", "jiwer"),
     "demo": ("rapidfuzz",),
     "train": ("peft", "tensorboard"),
     "optimum": ("optimum-onnx",),
@@ -34,12 +35,13 @@ PURPOSES: dict[str, str] = {
     "train": "train LoRA adapters, and record in TensorBoard",
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
+    "metrics": "compare outputs when calibrating",
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }
 
 # Import names that differ from the distribution that brings them.
-_DISTRIBUTIONS = {"google": "protobuf", "optimum": "optimum-onnx", "cuda": "cuda-python"}
+_DISTRIBUTIONS = {"rouge_score": "rouge-score", "google": "protobuf", "optimum": "optimum-onnx", "cuda": "cuda-python"}
 
 
 def extra_of(module: str) -> str | None:

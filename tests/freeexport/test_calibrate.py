@@ -222,7 +222,7 @@ def test_what_cannot_be_calibrated_is_refused_with_the_reason(
 
 def test_missing_and_broken_data_are_named(own: Callable[..., Path], data: Path, tmp_path: Path) -> None:
     path = own(T5)
-    assert "does not exist" in error(run("calibrate", path, "--data", tmp_path / "nowhere"))
+    assert "nowhere cannot be read" in error(run("calibrate", path, "--data", tmp_path / "nowhere"))
     data.write_text(data.read_text() + "{\n")
     assert f"line {len(TEXTS) + 1}: not JSON" in error(run("calibrate", path, "--data", data))
 
@@ -268,3 +268,45 @@ def test_an_exit_layer_that_is_none_is_refused(checkpoint: Directory, data: Path
     assert f"choose --exit-layer, from 1 to {T5.layers - 1}" in error(run(*given))
     assert "--exit-layer is 6" in error(run(*given, "--exit-layer", T5.layers))
     assert not (tmp_path / "out.json").exists()
+
+
+@pytest.mark.parametrize("method", [("--target-quality", 0.1), ("--method", "risk", "--risk", 0.9, "--metric", "chrf")])
+def test_methods_that_decode_write_a_report(
+    own: Callable[..., Path], data: Path, tmp_path: Path, method: tuple[Any, ...]
+) -> None:
+    path, report = own(T5), tmp_path / "report"
+    given = ("--data", data, *method, "--samples", 20, "--report", report, "--measure", "--rounds", 1)
+    answer = calibrated(path, *given)
+    measured = [row["threshold"] for row in answer["table"] if row["measured_speedup"]]
+    assert {0.5, 0.9} <= set(measured)
+    decoded = [row for row in answer["table"] if row["quality"] is not None]
+    assert decoded
+    assert all(0 <= row["quality"] <= 1 for row in decoded)
+    page = (report / "index.html").read_text()
+    assert answer["advice"] in page.replace("&#x27;", "'")
+    for picture in ("mixture.png", "thresholds.png", "reliability.png"):
+        assert (report / picture).read_bytes().startswith(b"\x89PNG")
+        assert f'src="{picture}"' in page
+    assert read_calibration(report / "calibration.json") == Bundle.open(path).calibration
+    calibrated(path, *given)  # a report of ours is replaced
+
+
+def test_a_report_does_not_replace_what_is_not_one(own: Callable[..., Path], data: Path, tmp_path: Path) -> None:
+    path = own(T5)
+    before = (path / "freeexport.json").read_bytes()
+    assert "is not what this command writes" in error(run("calibrate", path, "--data", data, "--report", tmp_path))
+    assert (path / "freeexport.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("option", [("--metric", "exact"), ("--measure",)])
+def test_a_checkpoint_has_no_engines_to_decode_with(
+    checkpoint: Directory, data: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    given = ("--data", data, "--exit-layer", 1, "--output", tmp_path / "out.json", *option)
+    assert "calibrate" in error(run("calibrate", checkpoint(T5), *given))
+    assert list(tmp_path.iterdir()) == [data]
+
+
+def test_two_ways_to_choose_are_one_too_many(own: Callable[..., Path], data: Path) -> None:
+    result = run("calibrate", own(T5), "--data", data, "--method", "risk", "--target-quality", 0.9)
+    assert result.exit_code == 2

@@ -1,0 +1,85 @@
+"""The threshold by the method that was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from freeexport.calibration_options import CalibrateOptions
+from freeexport.confidence_fit import Fit, fit
+from freeexport.outputs import Outputs
+from freeexport.risk_control import COARSE_THRESHOLDS, THRESHOLDS, lowest_passing, token_losses
+from freeexport.trace import Traces
+from runtime.errors import OptionError
+from runtime.threshold import NEVER_EXIT, BetaMixture
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`quality` is what thresholds that were decoded keep of the full model's metric."""
+
+    threshold: float
+    mixture: BetaMixture | None
+    quality: dict[float, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def choose(traces: Traces, options: CalibrateOptions, outputs: Outputs | None) -> Choice:
+    """`outputs` are needed where a metric is. Raises CalibrationError, as `fit` does."""
+    fitted = fit(traces.confidence, traces.agrees, options.target)
+    if options.method == "quality":
+        return _by_quality(fitted, options, _given(outputs))
+    if options.method == "risk":
+        return _by_risk(traces, fitted, options, outputs)
+    notes = (fitted.note,) if fitted.note else ()
+    quality = {}
+    if options.metric is not None and fitted.threshold < NEVER_EXIT:
+        quality[fitted.threshold] = _given(outputs).kept(options.metric, fitted.threshold)
+    return Choice(fitted.threshold, fitted.mixture, quality, notes)
+
+
+def _by_risk(traces: Traces, fitted: Fit, options: CalibrateOptions, outputs: Outputs | None) -> Choice:
+    metric = options.metric
+    if metric is None:
+        threshold = lowest_passing(lambda value: token_losses(traces, value), THRESHOLDS, options.risk, options.delta)
+        return Choice(threshold, fitted.mixture)
+    decoded = _given(outputs)
+    quality: dict[float, float] = {}
+
+    def losses(threshold: float) -> np.ndarray:
+        score = decoded.against_full(metric, threshold)
+        quality[threshold] = float(np.mean(score))
+        return ~score if score.dtype == np.bool_ else 1 - score
+
+    threshold = lowest_passing(losses, COARSE_THRESHOLDS, options.risk, options.delta)
+    return Choice(threshold, fitted.mixture, quality)
+
+
+def _by_quality(fitted: Fit, options: CalibrateOptions, outputs: Outputs) -> Choice:
+    """From the top down to the first threshold that loses too much on two thirds of the sequences; then, on the others,
+    up again to the first that does not."""
+    metric, held_out = options.metric or "exact", held_out_of(len(outputs))
+    passing: list[float] = []
+    for threshold in COARSE_THRESHOLDS[1:]:
+        if outputs.kept(metric, threshold, ~held_out) < options.quality:
+            break
+        passing.append(threshold)
+    quality: dict[float, float] = {}
+    for threshold in reversed(passing):
+        quality[threshold] = outputs.kept(metric, threshold, held_out)
+        if quality[threshold] >= options.quality:
+            note = f"the quality was decoded on {int(held_out.sum())} sequences that the choice did not see"
+            return Choice(threshold, fitted.mixture, quality, (note,))
+    return Choice(NEVER_EXIT, fitted.mixture, quality)
+
+
+def held_out_of(count: int) -> np.ndarray:
+    """Which of `count` sequences the choice does not see, bool [n]: every third, whatever order the data have."""
+    return np.arange(count) % 3 == 2
+
+
+def _given(outputs: Outputs | None) -> Outputs:
+    if outputs is None:
+        raise OptionError("a metric compares what mode free writes, which needs a bundle; convert, calibrate that")
+    return outputs
