@@ -23,8 +23,8 @@ pronunciation, split by a stable hash of the word without its possessive into tr
 ## Training
 
 `python -m tools.demo_model`: `freeexport train` alone, from random weights, in {stages} stages of together
-{minutes:.0f} minutes on one thread of an AMD EPYC (AVX-512, bf16). Loss `logit-kd`: cross-entropy of both exits weighted
-by depth, and half the KL divergence from the deep to the shallow prediction. AdamW.
+{minutes:.0f} minutes on one thread of an AMD EPYC (AVX-512, bf16). Loss `logit-kd`: cross-entropy of both exits,
+weighted by depth, and half the KL divergence from the deep to the shallow prediction. AdamW.
 
 ## Results
 
