@@ -60,9 +60,10 @@ class Observation:
         """Rows of a sync pass: confidence, and whether both decoders predict the same."""
         self.labelled.extend(rows)
 
-    def leave(self, confidences: Sequence[float]) -> bool:
-        """The sequence ended with these rows stacked. True asks for a pass over them, whose rows are then labelled."""
-        if self._audits and confidences:
+    def leave(self, confidences: Sequence[float], at_rest: bool = True) -> bool:
+        """The sequence ended with these rows stacked. True asks for a pass over them, whose rows are then labelled:
+        only where no call is under way (`at_rest`)."""
+        if self._audits and at_rest and confidences:
             self.audited = True
             return True
         self.unlabelled.extend(confidences)

@@ -18,8 +18,9 @@ Loop = Generator[Step | Waiting, None, None]
 
 # Called after each sync pass with the shallow confidence and whether both decoders' arg max agree, of every row.
 Observe = Callable[[Sequence[tuple[float, bool]]], None]
-# Called at the end with the confidences of what is left on the stack; True asks for a pass over it, to be observed.
-Leave = Callable[[Sequence[float]], bool]
+# Called at the end with the confidences of what is left on the stack, and whether no call is under way, so that a pass
+# over it can be run. True asks for that pass, to be observed.
+Leave = Callable[[Sequence[float], bool], bool]
 
 
 def full(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
@@ -46,13 +47,16 @@ def free(
     background; 0 is never, and `observe` needs 0. `leave` is asked where the caller closes the generator."""
     yield output.add(output.choose(first), False, first.confidence, first)
     guesses: list[Prediction] = []
+    at_rest = False
     try:
         while True:
+            at_rest = False
             guess = yield from decoder.stepping(output.newest, head=True)
             guesses.append(guess)
             token = output.choose(guess)
             if _sure(guess, threshold) and decoder.stacked < max_pending:
                 decoder.stats.exits += 1
+                at_rest = True
                 yield output.add(token, True, guess.confidence, guess)
                 if sync_every:
                     decoder.start_sync(sync_every)
@@ -65,7 +69,8 @@ def free(
             guesses.clear()
             yield output.add(output.choose(said[-1]), False, guess.confidence, said[-1])
     except GeneratorExit:
-        if leave is not None and leave([guess.confidence or 0.0 for guess in guesses]) and observe is not None:
+        left = [guess.confidence or 0.0 for guess in guesses]
+        if leave is not None and leave(left, at_rest) and observe is not None:
             observe(_labels(guesses, decoder.sync(len(guesses))))
         raise
 

@@ -434,6 +434,22 @@ def test_a_stream_that_is_closed_early_teaches_what_it_showed(open_session: Open
     assert left == trailing
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
+    overlap: bool, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
+    session, plain = open_session(overlap=overlap), open_session(threshold=None)
+    for count in range(1, 14):
+        threshold = session.threshold
+        expected = plain.generate(PROMPTS[0], threshold=threshold, **OPTIONS).token_ids
+        with session.stream(PROMPTS[0], **OPTIONS) as stream:
+            assert tuple(token.id for token in islice(stream, count)) == expected[:count]
+        threshold = session.threshold
+        expected = plain.generate(PROMPTS[1], threshold=threshold, **OPTIONS).token_ids
+        assert session.generate(PROMPTS[1], **OPTIONS).token_ids == expected
+
+
 def test_several_samples_teach_as_one_request(open_session: Open) -> None:
     session = open_session()
     results = session.generate_best(PROMPTS[0], 3, temperature=0.8, seed=3, **OPTIONS)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import decode
+from runtime.adaptive import Observation
 from runtime.continuation import Continuation, Step
 from runtime.decoder import PREFILL_ROWS, Decoder
 from runtime.errors import CapacityError
@@ -320,7 +321,8 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
     decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
     labels, left = list[Any](), list[Any]()
 
-    def leave(confidences: Sequence[float]) -> bool:
+    def leave(confidences: Sequence[float], at_rest: bool) -> bool:
+        assert at_rest
         left.append(list(confidences))
         return audit
 
@@ -336,11 +338,28 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
 
 def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
     decoder, _, _ = decoder_of([0, 0, 0.1])
-    left: list[Any] = []
-    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=lambda rows: None, leave=left.append))  # type: ignore[arg-type]
+    seen = Observation(0.5, learns=True, audits=True)
+    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=seen.label, leave=seen.leave))
     list(islice(loop, 2))
     loop.close()
-    assert left == [[]]
+    assert (seen.labelled, seen.unlabelled, seen.audited) == ([(np.float32(0.1), False)], [], False)
+
+
+def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
+    trace = [0, 0, 0.9, 0.2, 0.9]
+    observation = Observation(0.5, learns=True, audits=True)
+    for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):
+        decoder, _, deep = decoder_of(trace)
+        observation.unlabelled.clear()
+        loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=observation.label, leave=observation.leave)
+        while calls:  # up to a step, the next step, and the sync pass, none of which is run
+            item = next(loop)
+            calls -= not isinstance(item, Step)
+            if calls and not isinstance(item, Step):
+                item.run()
+        loop.close()
+        assert observation.unlabelled == pytest.approx(left)
+        assert (observation.labelled, observation.audited, deep.calls) == ([], False, [2])
 
 
 def test_the_prompt_does_not_count_as_a_sync_pass() -> None:
