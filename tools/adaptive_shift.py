@@ -25,6 +25,7 @@ from typing import Any
 import click
 import numpy as np
 
+from freeexport.bundle_update import update_bundle
 from freeexport.calibrate import calibrate_model
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.idle import require_idle
@@ -118,15 +119,15 @@ def _phrase(words: tuple[Word, ...]) -> Phrase:
 def calibrated(bundle: Path, work: Path, made: dict[str, dict[str, list[Phrase]]], target: float) -> tuple[Path, float]:
     """A copy of the bundle that is calibrated on the first kind, and the threshold that the second kind would have."""
     copy = Path(shutil.copytree(bundle, work / "bundle"))
-    thresholds = []
-    for kind in reversed(KINDS):
+    found = {}
+    for kind in KINDS:
         data = work / f"{kind}.jsonl"
         lines = [json.dumps({"input": phrase.input}) for phrase in made[kind]["calibration"]]
         data.write_text("\n".join(lines) + "\n", encoding="utf-8")
         options = CalibrateOptions(samples=len(lines), target=target, max_new_tokens=256)
-        output = None if kind == KINDS[0] else work / f"{kind}.json"
-        thresholds.append(calibrate_model(str(copy), data, options, output, threads=1).calibration.threshold)
-    return copy, thresholds[0]
+        found[kind] = calibrate_model(str(copy), data, options, work / f"{kind}.json", threads=1).calibration
+    update_bundle(copy, found[KINDS[0]])
+    return copy, found[KINDS[1]].threshold
 
 
 def compare(bundle: Path, other: float, made: dict[str, dict[str, list[Phrase]]]) -> dict[str, dict[str, Total]]:
