@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -25,6 +26,8 @@ BLOCK = re.compile(r"<!-- run -->\n```(\w*)\n(.*?)```", re.DOTALL)
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Callable[[Case], Path]) -> Path:
     case = next(case for case in CASES if case.layers > 3)
     shutil.copytree(checkpoint(case), tmp_path / "path" / "to" / "checkpoint")
+    lines = [json.dumps({"input": f"Once upon a time, {number}"}) for number in range(20)]
+    (tmp_path / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
