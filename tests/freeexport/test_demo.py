@@ -18,7 +18,7 @@ MOST_BYTES = 8_000_000
 
 
 def test_the_demo_converts_decodes_and_compares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(g2p_demo, "MEASURED", 4)
+    monkeypatch.setattr(g2p_demo, "MEASURED", 40)
     monkeypatch.setattr(g2p_demo, "ROUNDS", 1)
     first = CliRunner().invoke(main, ["demo", "--directory", str(tmp_path)], color=True)
     assert first.exit_code == 0, first.output

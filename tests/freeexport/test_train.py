@@ -146,12 +146,12 @@ def test_exit_loss_falls(
     assert max(deep) - min(deep) < 1e-5
 
 
-def test_untrained_exit_says_what_the_final_norm_says(
+def test_an_untrained_exit_without_adapter_says_what_the_final_norm_says(
     checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path
 ) -> None:
     losses = []
     for tune in ("exit", "full"):
-        run = replace(options, tune=tune, loss="ce", steps=1, evaluate_every=1, learning_rate=1e-12)
+        run = replace(options, tune=tune, loss="ce", steps=1, evaluate_every=1, learning_rate=1e-12, adapter_rank=0)
         train(str(checkpoint(T5)), tmp_path / tune, run)
         losses.append([metrics(tmp_path / tune, name)[0] for name in ("eval_shallow_loss", "eval_deep_loss")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
