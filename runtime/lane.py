@@ -5,23 +5,23 @@ On a GPU a lane would be a stream: submit enqueues, the event is the stream's.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
-from typing import Protocol, runtime_checkable
 
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
 
 
-@runtime_checkable
-class Event(Protocol):
-    """A submitted call."""
+class Event(ABC):
+    """A submitted call. No protocol: to ask whether something is one, at every token, must cost nothing."""
 
+    @abstractmethod
     def done(self) -> bool: ...
 
+    @abstractmethod
     def wait(self) -> float:
         """Until it is done: the seconds it took. Raises what it raised."""
-        ...
 
 
 class Lane:
@@ -39,7 +39,7 @@ class Lane:
         return _Done(_timed(call)) if self._thread is None else _Submitted(self._thread.submit(_timed, call))
 
 
-class _Done:
+class _Done(Event):
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
@@ -50,7 +50,7 @@ class _Done:
         return self._seconds
 
 
-class _Submitted:
+class _Submitted(Event):
     def __init__(self, future: Future[float]) -> None:
         self._future = future
 
