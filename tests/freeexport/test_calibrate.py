@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
+from command_errors import error
 from conftest import Bundles
 
 from freeexport import calibration_source
@@ -62,14 +63,6 @@ def calibrated(*arguments: Any) -> dict[str, Any]:
     result = run("calibrate", *arguments, "--max-new-tokens", 12, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout))
-
-
-def error(result: Result) -> str:
-    assert result.exit_code == 1, result.output
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
-    assert line.startswith("error: ")
-    assert "bug" not in line
-    return line
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)

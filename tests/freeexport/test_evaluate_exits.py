@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
+from command_errors import error
 
 from freeexport.cli import main
 from freeexport.evaluate_exits import Options, exit_of
@@ -42,14 +43,6 @@ def as_json(*arguments: Any) -> dict[str, Any]:
     result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return dict(json.loads(result.stdout))
-
-
-def error(result: Result) -> str:
-    assert result.exit_code == 1, result.output
-    (line,) = [line for line in result.stderr.splitlines() if not line.startswith("warning")]
-    assert line.startswith("error: ")
-    assert "bug" not in line
-    return line
 
 
 @pytest.mark.parametrize("name", ["t5-deep-decoder", "llama-tied"])
