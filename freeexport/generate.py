@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from freeexport.jsonl import BrokenLine, Request, ResultWriter, read_requests
-from freeexport.progress import progress
-from runtime import FreeExportError, GenerationResult, PromptError, Session
+from freeexport.answers import answer_file
+from freeexport.jsonl import fields_of
+from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
 
-# A prompt's results, best first.
-Ask = Callable[[Any], list[GenerationResult]]
+# Lines of a file that are decoded at once: each holds a slot of the KV cache.
+BATCH = 4
 
 
 def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[tuple[int, ...], float]:
@@ -39,6 +39,8 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--output", "target", type=click.Path(path_type=Path), help="Where the results go, a line each.")
 @click.option("--resume", is_flag=True, help="Go on with the lines that OUTPUT does not have yet.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--batch", type=click.IntRange(1, 4096), help=f"Lines of --input in flight at once.  [default: {BATCH}]")
+@click.option("--deadline", type=float, metavar="SECONDS", help="End a prompt that takes longer; a line then failed.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
 @click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True)
 @click.option("--threshold", type=float, help="Exit above this confidence.  [default: the bundle's]")
@@ -70,6 +72,7 @@ def command(
     target: Path | None,
     resume: bool,
     overwrite: bool,
+    batch: int | None,
     chat: bool,
     threads: int | None,
     capacity: int | None,
@@ -83,35 +86,40 @@ def command(
     Example:
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
       freeexport generate bundle "Once upon a time" --mode lossless --temperature 0.8 --seed 1
-      freeexport generate bundle --input prompts.jsonl --output results.jsonl
+      freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch 8 --deadline 60
     """
     if source is not None and (prompt is not None or target is None):
         raise click.UsageError("--input goes with --output and without PROMPT")
-    if source is None and (target is not None or resume or overwrite):
-        raise click.UsageError("--output, --resume and --overwrite go with --input")
+    if source is None and (target is not None or resume or overwrite or batch is not None):
+        raise click.UsageError("--output, --resume, --overwrite and --batch go with --input")
     if source is not None and target is not None and target.exists() and target.samefile(source):
         raise click.UsageError("--output is the same file as --input")
-    with _session(bundle, threads, capacity) as session:
-        ask = partial(_ask, session, num_return_sequences, options)
+    with _session(bundle, threads, capacity, 1 if source is None else batch or BATCH) as session:
+
+        def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
+            if num_return_sequences == 1:
+                return [session.generate(_prompt(text, chat), cancel=cancel, **options)]
+            return session.generate_best(_prompt(text, chat), num_return_sequences, cancel=cancel, **options)
+
         if source is not None and target is not None:
-            _generate_file(ask, source, target, resume, overwrite, chat)
+            answer_file(ask, source, target, batch or BATCH, resume, overwrite)
             return
         text = sys.stdin.read() if prompt is None else prompt
         if num_return_sequences > 1:
-            _print_all(ask(_prompt(text, chat)), as_json)
+            _print_all(ask(text), as_json)
         else:
-            _generate_one(session, text, chat, as_json, options)
+            _generate_one(session, _prompt(text, chat), as_json, options)
 
 
-def _ask(session: Session, count: int, options: dict[str, Any], prompt: Any) -> list[GenerationResult]:
-    if count == 1:
-        return [session.generate(prompt, **options)]
-    return session.generate_best(prompt, count, **options)
+def _prompt(text: Any, chat: bool) -> Any:
+    return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
 
 
 def _print_all(results: list[GenerationResult], as_json: bool) -> None:
+    if not results:
+        raise FreeExportError("the deadline passed before the first result; allow more with --deadline")
     if as_json:
-        click.echo(json.dumps(_fields(*results), ensure_ascii=False))
+        click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
         return
     for result in results:
         logprob = sum(result.logprobs or ()) / len(result.token_ids)
@@ -119,23 +127,23 @@ def _print_all(results: list[GenerationResult], as_json: bool) -> None:
 
 
 @contextmanager
-def _session(bundle: Path, threads: int | None, capacity: int | None) -> Iterator[Session]:
-    with Session(bundle, threads=threads, capacity=capacity, slots=1) as session:
+def _session(bundle: Path, threads: int | None, capacity: int | None, slots: int) -> Iterator[Session]:
+    with Session(bundle, threads=threads, capacity=capacity, slots=slots) as session:
         manifest = session.manifest
         if sys.stderr.isatty():
             rows = session.capacity + manifest.max_pending
-            click.echo(f"KV cache: {manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+            click.echo(f"KV cache: {slots * manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
         yield session
 
 
-def _generate_one(session: Session, text: str, chat: bool, as_json: bool, options: dict[str, Any]) -> None:
-    with session.stream(_prompt(text, chat), **options) as stream:
+def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> None:
+    with session.stream(prompt, **options) as stream:
         for token in stream:
             if not as_json:
                 click.echo(token.text, nl=False)
                 sys.stdout.flush()
     if as_json:
-        click.echo(json.dumps(_fields(stream.result), ensure_ascii=False))
+        click.echo(json.dumps(fields_of(stream.result), ensure_ascii=False))
         return
     click.echo()
     stats = stream.result.stats
@@ -145,44 +153,3 @@ def _generate_one(session: Session, text: str, chat: bool, as_json: bool, option
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
         err=True,
     )
-
-
-def _generate_file(ask: Ask, source: Path, target: Path, resume: bool, overwrite: bool, chat: bool) -> None:
-    """Every line that can be answered is; broken ones are reported, and make the exit code 1."""
-    requests = list(read_requests(source))
-    with (
-        ResultWriter(target, resume=resume, overwrite=overwrite) as writer,
-        progress("generating", len(requests)) as advance,
-    ):
-        for request in requests:
-            if not writer.skip(request):
-                _answer(ask, request, writer, chat)
-            advance()
-        failures = writer.failures
-    if failures:
-        raise FreeExportError(f"{failures} of {len(requests)} lines of {source} failed; {target} says why")
-
-
-def _answer(ask: Ask, request: Request | BrokenLine, writer: ResultWriter, chat: bool) -> None:
-    try:
-        if isinstance(request, BrokenLine):
-            raise PromptError(request.reason)
-        writer.write(request, **_fields(*ask(_prompt(request.input, chat))))
-    except PromptError as error:
-        click.echo(f"line {request.line_number}: {error}", err=True)
-        writer.write_error(request, str(error))
-
-
-def _prompt(text: Any, chat: bool) -> Any:
-    return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
-
-
-def _fields(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
-    return {
-        "text": result.text,
-        "token_ids": list(result.token_ids),
-        "exited": list(result.exited),
-        "finish_reason": result.finish_reason,
-        **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
-        **({"others": [other.text for other in others]} if others else {}),
-    }

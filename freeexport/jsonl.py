@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from runtime.errors import FreeExportError, OptionError
+from runtime.result import GenerationResult
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,18 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
                     yield _parse(number, line.rstrip(b"\r\n"))
 
     return lines()
+
+
+def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
+    """A result as JSON can hold it, with the texts of the `others` of its prompt."""
+    return {
+        "text": result.text,
+        "token_ids": list(result.token_ids),
+        "exited": list(result.exited),
+        "finish_reason": result.finish_reason,
+        **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
+        **({"others": [other.text for other in others]} if others else {}),
+    }
 
 
 def _parse(number: int, line: bytes) -> Request | BrokenLine:
