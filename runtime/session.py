@@ -29,8 +29,9 @@ from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.int8_range import check_int8_range
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
-from runtime.machine import available_memory, usable_cores
+from runtime.machine import usable_cores
 from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
+from runtime.memory import check_memory
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.pace import Pace
 from runtime.prompt import Prompt, encode_prompt
@@ -68,7 +69,7 @@ class Session:
         self.capacity = _capacity(manifest, self.options.capacity)
         self._adaptive = self._adapting(self.options)
         self._tokenizer = Tokenizer.load(self.bundle.path)
-        self._check_memory(manifest)
+        check_memory(manifest, self.capacity, self.options.slots)
         self.threads = self.options.threads or usable_cores()
         self.overlap = self._overlaps(manifest)
         shallow = self._lane("shallow", manifest.shallow_layers, beside=False)
@@ -314,18 +315,6 @@ class Session:
         rows = self.capacity + manifest.max_pending
         cache = KVCache(layers, self.options.slots, manifest.kv_heads, rows, manifest.head_dim, dtype)
         return Lane(self._engine(name), cache, beside)
-
-    def _check_memory(self, manifest: Manifest) -> None:
-        rows = self.capacity + manifest.max_pending
-        need = manifest.kv_bytes_per_token * rows * self.options.slots
-        what = f"{self.options.slots} slots x {rows} positions x {manifest.kv_bytes_per_token} bytes"
-        logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
-        available = available_memory()
-        if available is not None and need > available:
-            raise CapacityError(
-                f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
-                "lower capacity or slots"
-            )
 
 
 def _capacity(manifest: Manifest, asked: int | None) -> int:
