@@ -10,8 +10,9 @@ from typing import Any
 import click
 
 from freeexport.progress import progress
-from graphs.tensorrt.build import DIRECTORY, BuildOptions, Built, build
+from graphs.tensorrt.build import BuildOptions, Built, build
 from runtime.bundle import Bundle, engine_files
+from runtime.tensorrt_files import DIRECTORY
 
 
 def build_engines(path: Path, options: BuildOptions) -> list[Built]:
@@ -32,6 +33,7 @@ def build_engines(path: Path, options: BuildOptions) -> list[Built]:
 @click.option("--max-batch", type=int, default=8, show_default=True, help="Most sequences of a call.")
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
               help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
+@click.option("--version-compatible", is_flag=True, help="For later TensorRTs of this major version too.")
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.

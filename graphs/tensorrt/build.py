@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,43 +12,42 @@ from time import perf_counter
 from typing import Any
 
 from graphs.errors import BuildError
-from graphs.tensorrt.environment import architecture, import_tensorrt
 from graphs.tensorrt.monitor import monitor_of
-from graphs.tensorrt.network import add_profiles, dimensions, logger_of, parse
+from graphs.tensorrt.network import add_profiles, dimensions, parse
 from graphs.tensorrt.profiles import profiles_of
-from runtime.bundle import Bundle, engine_files, sha256_of
+from runtime.bundle import Bundle, engine_files
 from runtime.errors import FreeExportError
 from runtime.manifest import Manifest
+from runtime.tensorrt_files import DIRECTORY, EngineFile, is_whole, read_record, record_of, sources_sha256
+from runtime.tensorrt_library import architecture, import_tensorrt, logger_of
 from runtime.tensorrt_plan import Plan
 
-DIRECTORY = "tensorrt"
 # Called with an engine's name, and how much of its build is done: 0 to 1.
 Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`max_batch` is the most sequences of a call. `timing_cache` None is a file in the bundle."""
+    """`max_batch` is the most sequences of a call. `timing_cache` None is a file in the bundle. `version_compatible`:
+    engines that later TensorRTs of the same major version run too."""
 
     max_batch: int = 8
     timing_cache: Path | None = None
+    version_compatible: bool = False
 
 
 @dataclass(frozen=True)
-class Built:
-    """An engine file: its size in bytes, whether it was there already, and the seconds its build took."""
+class Built(EngineFile):
+    """`reused`: it was there already, and up to date."""
 
-    plan: Plan
-    bytes: int
-    sha256: str
-    reused: bool
-    seconds: float
+    reused: bool = False
 
 
 def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine, done: None) -> list[Built]:
     """Build the engines of a bundle that are missing or stale, into its folder `tensorrt`.
 
-    BuildError where TensorRT cannot be used, or the bundle is not for it, or a graph is refused.
+    EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
+    graph is refused.
     """
     check_target(bundle.manifest)
     trt = import_tensorrt()
@@ -77,11 +74,9 @@ def check_target(manifest: Manifest) -> None:
 
 def plan_of(bundle: Bundle, engine: str, version: str, options: BuildOptions) -> Plan:
     """What the file of this engine would be built from and for, here."""
-    files = bundle.manifest.files
-    sources = [files[name].sha256 for name in sorted(files) if name == f"{engine}.onnx" or name.endswith(".data")]
-    digest = hashlib.sha256("".join(sources).encode()).hexdigest()
+    digest = sources_sha256(bundle.manifest, engine)
     profiles = profiles_of(engine, bundle.manifest, options.max_batch)
-    return Plan(engine, digest, version, architecture(), profiles)
+    return Plan(engine, digest, version, architecture(), profiles, options.version_compatible)
 
 
 class Workshop:
@@ -94,8 +89,8 @@ class Workshop:
             self._builder = trt.Builder(self._log)
         except TypeError:  # its constructor gave nothing
             raise BuildError(
-                f"TensorRT {trt.__version__} cannot start: {self._reason()}; building needs an NVIDIA GPU and a driver "
-                "that fits (see nvidia-smi)"
+                f"TensorRT {trt.__version__} cannot start: {self._log.reason()}; building needs an NVIDIA GPU and a "
+                "driver that fits (see nvidia-smi)"
             ) from None
 
     def build(self, bundle: Bundle, plan: Plan, directory: Path, report: Report) -> Built:
@@ -108,18 +103,20 @@ class Workshop:
         add_profiles(self._builder, config, dimensions(graph), plan.profiles)
         monitor = monitor_of(self._trt, lambda done: report(plan.engine, done))
         config.progress_monitor = monitor
+        if plan.version_compatible:
+            config.set_flag(self._trt.BuilderFlag.VERSION_COMPATIBLE)
         with self._timings(config):
             serialized = self._builder.build_serialized_network(network, config)
         if monitor.error is not None:
             raise monitor.error
         if serialized is None:
-            raise BuildError(f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {self._reason()}")
+            raise BuildError(f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {self._log.reason()}")
         del parser, network
         data = memoryview(serialized)
-        built = Built(plan, data.nbytes, hashlib.sha256(data).hexdigest(), False, perf_counter() - began)
+        built = EngineFile(plan, data.nbytes, hashlib.sha256(data).hexdigest(), perf_counter() - began)
         _write(directory / plan.file, data)
-        _write(_record_of(directory / plan.file), _record(built).encode())
-        return built
+        _write(record_of(directory / plan.file), built.to_json().encode())
+        return Built(**vars(built))
 
     @contextmanager
     def _timings(self, config: Any) -> Iterator[None]:
@@ -133,36 +130,20 @@ class Workshop:
         yield
         _write(self._timing_cache, memoryview(cache.serialize()))
 
-    def _reason(self) -> str:
-        return self._log.errors[-1][:600] if self._log.errors else "no reason given"
-
 
 def remove_stale(directory: Path, plan: Plan) -> None:
     """Remove other engines of the same name and GPU: of other weights, shapes, or another TensorRT."""
     for path in directory.glob(f"{plan.engine}-*-{plan.architecture}-*.engine"):
         if path.name != plan.file:
             path.unlink()
-            _record_of(path).unlink(missing_ok=True)
+            record_of(path).unlink(missing_ok=True)
 
 
 def _reusable(directory: Path, plan: Plan) -> Built | None:
     path = directory / plan.file
-    try:
-        record = json.loads(_record_of(path).read_text(encoding="utf-8"))
-        if path.stat().st_size != record["bytes"] or sha256_of(path) != record["sha256"]:
-            return None
-        return Built(plan, record["bytes"], record["sha256"], True, record["seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _record(built: Built) -> str:
-    content = {**dataclasses.asdict(built.plan), "bytes": built.bytes, "sha256": built.sha256, "seconds": built.seconds}
-    return json.dumps(content, indent=2) + "\n"
-
-
-def _record_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+    found = read_record(path)
+    whole = found is not None and found.plan == plan and is_whole(path, found, "full")
+    return Built(**vars(found), reused=True) if found is not None and whole else None
 
 
 def _write(path: Path, data: memoryview | bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,6 @@ import onnx_ir as ir
 
 from graphs.errors import BuildError
 from runtime.tensorrt_plan import Profile
-
-logger = logging.getLogger(__name__)
-
-
-def logger_of(trt: Any) -> Any:
-    """TensorRT's messages into Python's logging; `errors` keeps those of severity error."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(" ".join(message.split()))
-            logger.debug("TensorRT: %s", message)
-
-    return Log()
 
 
 def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:

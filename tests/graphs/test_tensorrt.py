@@ -15,10 +15,12 @@ from checkpoints import CASES, LARGER
 from conftest import Bundles
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import DIRECTORY, BuildOptions, build
-from graphs.tensorrt.network import logger_of, parse
+from graphs.tensorrt.build import BuildOptions, build
+from graphs.tensorrt.network import parse
 from graphs.tensorrt.profiles import profiles_of
 from runtime.bundle import Bundle
+from runtime.tensorrt_files import DIRECTORY
+from runtime.tensorrt_library import logger_of
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt
@@ -56,7 +58,7 @@ def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copy
         assert file.stat().st_size == engine.bytes > 10_000
         assert engine.plan.profiles == profiles_of(engine.plan.engine, opened.manifest, 4)
         record = json.loads(file.with_name(f"{file.name}.json").read_text())
-        assert (record["sha256"], record["tensorrt"]) == (engine.sha256, trt.__version__)
+        assert (record["sha256"], record["plan"]["tensorrt"]) == (engine.sha256, trt.__version__)
         progress = reported[engine.plan.engine]
         assert progress == sorted(progress)
         assert len(set(progress)) > 10
@@ -123,6 +125,16 @@ def test_what_the_parser_refuses_is_named_with_its_node(bundle: Bundles) -> None
 def test_attention_without_a_kernel_is_an_error_that_says_so(copy_of: Any) -> None:
     with pytest.raises(BuildError, match=r"cannot build \w+\.onnx: .*Attention"):
         build(copy_of(BY_NAME["t5-relu-tied"]), BuildOptions(max_batch=1))
+
+
+def test_a_version_compatible_engine_without_the_lean_runtime_is_an_error_that_names_it(copy_of: Any) -> None:
+    """NVIDIA's package brings that library, the TensorRT of these tests does not."""
+    try:
+        (built, *_) = build(copy_of(LLAMA), BuildOptions(max_batch=1, version_compatible=True))
+    except BuildError as error:
+        assert "libnvinfer_lean" in str(error)  # noqa: PT017
+    else:
+        assert built.plan.version_compatible
 
 
 class network_of:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from graphs.errors import BuildError
 from graphs.tensorrt.build import BuildOptions, build, plan_of
-from graphs.tensorrt.environment import check_version, import_tensorrt
 from graphs.tensorrt.monitor import Phases
 from graphs.tensorrt.network import dimensions
 from graphs.tensorrt.profiles import profiles_of
 from runtime.bundle import Bundle, engine_files
 from runtime.errors import EngineError
+from runtime.tensorrt_library import check_version, import_tensorrt
 from runtime.tensorrt_plan import Plan, Profile, profile_for
 
 BY_NAME = {case.name: case for case in CASES}
@@ -97,7 +97,7 @@ def test_other_weights_are_another_engine(bundle: Bundles) -> None:
 
 @pytest.mark.parametrize("version", ["10.14.1", "9.9", "8.6.1.6"])
 def test_a_tensorrt_without_cache_updates_is_refused(version: str) -> None:
-    with pytest.raises(BuildError, match=rf"TensorRT {version} .*10.15 or newer.*pip install"):
+    with pytest.raises(EngineError, match=rf"TensorRT {version} .*10.15 or newer.*pip install"):
         check_version(version)
 
 
@@ -108,7 +108,7 @@ def test_a_new_enough_tensorrt_is_taken(version: str) -> None:
 
 def test_a_missing_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(BuildError, match=r"cannot be imported .*pip install 'freeexport\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r"cannot be imported .*pip install 'freeexport\[tensorrt\]'"):
         import_tensorrt()
 
 
