@@ -3,82 +3,33 @@
 from __future__ import annotations
 
 import json
-import platform
-from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import click
 
-from freeexport import __version__
+from freeexport.bundle_manifest import Written, head_copies, new_manifest
 from freeexport.bundle_update import with_calibration
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import run_child
+from freeexport.convert_options import ConvertOptions, engine_options
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
-from freeexport.text_format import end_ids
 from freeexport.tokenizer_files import write_tokenizer
 from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
-from graphs.engines import TARGETS, EngineBuilder, EngineOptions, engine_names
+from graphs.engines import EngineBuilder, EngineOptions, engine_names
 from graphs.errors import GraphError
 from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
-from runtime.bundle import VERIFICATION, sha256_of
 from runtime.calibration import Calibration, check_calibration, read_calibration
-from runtime.errors import OptionError
 from runtime.exit_vocabulary import ExitVocabulary
-from runtime.machine import machine_int8_range
-from runtime.manifest import (
-    MANIFEST,
-    SCHEMA_VERSION,
-    ConfidenceMeasure,
-    DeclaredCopy,
-    Dialect,
-    File,
-    Manifest,
-    Precision,
-    Target,
-)
-from runtime.precision import Int8Range, Quantization
+from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
+from runtime.precision import HeadPrecision, Int8Range
 
 WEIGHTS = "weights.data"
-# Long enough for most uses, short enough that a slot of the KV cache is no surprise.
-DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
-VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
-
-
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
-    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
-    is what this machine's processor takes. `exit_vocab` is how many tokens the shallow head knows, chosen on
-    `exit_vocab_text`. OptionError without that. `calibration` is the file that `freeexport calibrate` wrote for this
-    checkpoint."""
-
-    exit_layer: int | None = None
-    precision: Precision | None = None
-    dialect: Dialect | None = None
-    target: Target = "cpu"
-    confidence: ConfidenceMeasure = "softmax"
-    capacity: int | None = None
-    encoder_capacity: int | None = None
-    max_pending: int = 16
-    int8_range: Int8Range | Literal["auto"] = "auto"
-    exit_vocab: int | Literal["all", "auto"] = "all"
-    exit_vocab_text: Path | None = None
-    calibration: Path | None = None
-    verify: bool = True
-    measure: bool = True
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.exit_vocab != "all") != (self.exit_vocab_text is not None):
-            raise OptionError("an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text")
-        if self.exit_vocab != "all" and self.calibration is not None:
-            raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
 
 
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
@@ -90,16 +41,14 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     checkpoint = open_checkpoint(model)
     description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
     exit_layer = _exit_layer(checkpoint, description, options.exit_layer)
-    engine_options = _engine_options(description, options, exit_layer)
-    engine_options.check(description)
-    calibration = _calibration(checkpoint, description, engine_options, options.calibration)
-    engine_options, vocabulary = _with_exit_vocabulary(checkpoint, description, engine_options, options)
-    if _encoder_capacity(options) < 1:
-        raise GraphError(f"encoder capacity {options.encoder_capacity} is out of range; choose 1 or more")
+    engines = engine_options(description, options, exit_layer)
+    engines.check(description)
+    calibration = _calibration(checkpoint, description, engines, options.calibration)
+    engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
-        written = _write_engines(checkpoint, description, engine_options, directory)
+        written = _write_engines(checkpoint, description, engines, directory)
         write_tokenizer(checkpoint, directory)
-        manifest = _manifest(checkpoint, description, engine_options, options, written, directory)
+        manifest = new_manifest(checkpoint, description, engines, options, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
@@ -143,21 +92,6 @@ def _calibration(
     return calibration
 
 
-def _engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
-    limit = description.decoder.max_positions or DEFAULT_CAPACITY
-    dialect, precisions = TARGETS[options.target]
-    return EngineOptions(
-        exit_layer=exit_layer,
-        capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
-        max_pending=options.max_pending,
-        precision=options.precision or precisions[0],
-        dialect=options.dialect or dialect or "ort",
-        target=options.target,
-        confidence=options.confidence,
-        int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
-    )
-
-
 def _with_exit_vocabulary(
     checkpoint: Checkpoint, description: Description, engines: EngineOptions, options: ConvertOptions
 ) -> tuple[EngineOptions, ExitVocabulary | None]:
@@ -168,15 +102,6 @@ def _with_exit_vocabulary(
     size = None if options.exit_vocab == "auto" else options.exit_vocab
     tokens, vocabulary = exit_vocabulary(checkpoint, description, size, options.exit_vocab_text)
     return replace(engines, exit_tokens=tokens), vocabulary
-
-
-@dataclass(frozen=True)
-class Written:
-    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were rounded."""
-
-    bytes: int
-    copies: tuple[DeclaredCopy, ...]
-    quantization: Quantization | None
 
 
 def _write_engines(
@@ -193,7 +118,7 @@ def _write_engines(
                 getattr(builder, name)()
             advance()
         quantization = builder.quantization
-        return Written(weights.bytes, (*_head_copies(description, options, quantization), *copies), quantization)
+        return Written(weights.bytes, (*head_copies(description, options, quantization), *copies), quantization)
 
 
 def _export_encoder(
@@ -205,92 +130,6 @@ def _export_encoder(
     widened = export_encoder(checkpoint, encoder, weights, directory, precision)
     reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
     return [DeclaredCopy("encoder", widened, reason)] if widened else []
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    description: Description,
-    engines: EngineOptions,
-    options: ConvertOptions,
-    written: Written,
-    directory: Path,
-) -> Manifest:
-    generation, attention = checkpoint.generation_config, description.attention
-    start = generation.get("decoder_start_token_id")
-    if description.encoder and start is None:
-        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
-        family=description.family,
-        dialect=engines.dialect,
-        precision=engines.precision,
-        layers=len(description.decoder.layers),
-        exit_layer=engines.exit_layer,
-        hidden_size=description.hidden_size,
-        vocab_size=description.vocab_size,
-        heads=attention.heads,
-        kv_heads=attention.kv_heads,
-        head_dim=attention.head_dim,
-        capacity=engines.capacity,
-        max_pending=engines.max_pending,
-        encoder_capacity=_encoder_capacity(options) if description.encoder else 0,
-        confidence=engines.confidence,
-        threshold=1.0,
-        # Ids that the model has no row for never come, so they end nothing.
-        eos_token_ids=tuple(token for token in end_ids(checkpoint) if 0 <= token < description.vocab_size),
-        bos_token_id=generation.get("bos_token_id"),
-        pad_token_id=generation.get("pad_token_id"),
-        decoder_start_token_id=start if description.encoder else None,
-        verified=False,
-        source=checkpoint.name,
-        source_sha256=checkpoint.sha256,
-        weight_bytes=written.bytes,
-        files=_files(directory),
-        versions=_versions(),
-        copies=written.copies,
-        quantization=written.quantization,
-        target=engines.target,
-    )
-
-
-def _head_copies(
-    description: Description, engines: EngineOptions, quantization: Quantization | None
-) -> list[DeclaredCopy]:
-    """The head's weights a second time: packed, and those of an exit vocabulary."""
-    head, width, item = description.decoder.head.weight, description.hidden_size, int(engines.compute.itemsize)
-    if quantization is not None:
-        item = 1
-    copies = []
-    if quantization is None:
-        whole = description.vocab_size * width * item
-        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for the deep engine (in memory)"))
-    elif not engines.exit_tokens:
-        whole = description.vocab_size * width * item
-        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for each of the two engines (in memory)"))
-    if engines.exit_tokens:
-        rows = len(engines.exit_tokens) * width * item
-        copies.append(DeclaredCopy(head, rows, "head rows of the exit vocabulary"))
-    return copies
-
-
-def _encoder_capacity(options: ConvertOptions) -> int:
-    return DEFAULT_ENCODER_CAPACITY if options.encoder_capacity is None else options.encoder_capacity
-
-
-def _files(directory: Path) -> dict[str, File]:
-    """Every file but the manifest, and the report about these files."""
-    paths = sorted(p for p in directory.iterdir() if p.name not in (MANIFEST, VERIFICATION))
-    return {path.name: File(path.stat().st_size, sha256_of(path)) for path in paths}
-
-
-def _versions() -> dict[str, str]:
-    found = {"freeexport": __version__, "python": platform.python_version()}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _write_manifest(manifest: Manifest, directory: Path) -> None:
@@ -330,6 +169,8 @@ class ExitVocabSize(click.ParamType):
     show_default=True,
     help="Range of 8-bit weights: reduced for processors without 8-bit dot products (VNNI). auto: as here.",
 )
+@click.option("--head", type=click.Choice(get_args(HeadPrecision)),
+              help="Weights of the head, where the others are rounded.  [default: int8]")  # fmt: skip
 @click.option(
     "--exit-vocab",
     type=ExitVocabSize(),

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from freeexport.convert import ConvertOptions, convert
+from freeexport.convert import convert
+from freeexport.convert_options import ConvertOptions
 from runtime import Bundle, BundleError
 
 

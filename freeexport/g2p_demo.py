@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from freeexport.convert import ConvertOptions
+from freeexport.convert_options import ConvertOptions
 from freeexport.demo_bundle import demo_bundle
 from freeexport.idle import require_idle
 from freeexport.page import print_page, table

@@ -13,7 +13,7 @@ from freeexport.bench_run import measure
 from freeexport.benchmark import reference_answers
 from freeexport.bundled_models import smollm2
 from freeexport.contenders import Contender, Ours, Transformers
-from freeexport.convert import ConvertOptions
+from freeexport.convert_options import ConvertOptions
 from freeexport.demo_bundle import demo_bundle
 from freeexport.idle import require_idle
 from freeexport.roofline import bandwidth_of

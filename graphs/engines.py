@@ -21,13 +21,13 @@ from graphs.layers import decoder_layers, encoder_layers
 from graphs.ort_dialect import OrtDialect, check_head_size
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.plan import PLANS
+from graphs.quantization.plan import PLANS, plan_for
 from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision, Target
 from runtime.manifest import Dialect as DialectName
-from runtime.precision import Int8Range, Quantization
+from runtime.precision import HeadPrecision, Int8Range, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no bias in GroupQueryAttention, nor lengths of queries; TensorRT has no kernel for fp32 attention.
@@ -53,6 +53,7 @@ class EngineOptions:
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"
     int8_range: Int8Range = "full"
+    head: HeadPrecision | None = None
     exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
 
@@ -68,6 +69,10 @@ class EngineOptions:
             raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
         if not 1 <= self.max_pending <= 256:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
+        if self.head is not None and self.precision not in PLANS:
+            raise GraphError(
+                f"precision {self.precision} rounds nothing; --head {self.head} goes with {', '.join(PLANS)}"
+            )
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
         self._check_target(description)
@@ -107,7 +112,7 @@ class EngineBuilder:
         check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
-        self._plan = PLANS.get(options.precision)
+        self._plan = plan_for(options.precision, options.head)
         self._quantizer = Quantizer(weights, options.int8_range)
 
     @property

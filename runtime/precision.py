@@ -8,6 +8,8 @@ from typing import Literal
 # int8: weights by output channel, activations by row. int8-block and int4: blocks along the inputs.
 TensorFormat = Literal["fp32", "int8", "int8-block", "int4"]
 Int8Range = Literal["full", "reduced"]
+# Of a head whose model is rounded: "int8" is in blocks.
+HeadPrecision = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from reference import assert_same_tokens, replay
 
 from freeexport.bundled_models import smollm2
 from freeexport.checkpoint import open_checkpoint
-from freeexport.convert import ConvertOptions, convert
+from freeexport.convert import convert
+from freeexport.convert_options import ConvertOptions
 from freeexport.greedy import NEW_TOKENS, TIE, compare
 from freeexport.reference import reference_model
 from runtime import FreeExportError, Session

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphs.description import Description, Encoder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
 from runtime.manifest import Precision
-from runtime.precision import TensorFormat
+from runtime.precision import HeadPrecision, TensorFormat
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ PLANS: dict[Precision, Plan] = {
     "int4": Plan("int8", "int4", "int4", "int8-block"),
     "mixed": Plan("int8", "int4", "int8", "int8-block"),
 }
+
+
+def plan_for(precision: Precision, head: HeadPrecision | None) -> Plan | None:
+    """None for a precision that rounds nothing."""
+    plan = PLANS.get(precision)
+    return replace(plan, head="int4") if plan is not None and head == "int4" else plan
 
 
 def _downs(description: Description) -> frozenset[str]:

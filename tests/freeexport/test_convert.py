@@ -252,9 +252,10 @@ def test_an_exit_layer_out_of_range_is_refused_with_the_range(
         (("--capacity", "513"), "capacity 513 is out of range; choose 1 to 512"),
         (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
         (("--max-pending", "0"), "max_pending 0 is out of range"),
+        (("--head", "int4"), "precision fp32 rounds nothing; --head int4 goes with int8, int4, mixed"),
     ],
 )
-def test_a_size_out_of_range_is_refused_with_the_range(
+def test_an_option_out_of_place_is_refused_with_what_goes(
     arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, place: Path
 ) -> None:
     assert message in failed(convert(checkpoint(LLAMA), place / "out", *FAST, *arguments))

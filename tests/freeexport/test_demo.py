@@ -42,7 +42,7 @@ def test_the_shipped_model_is_small_and_says_where_it_exits() -> None:
 
 
 def test_a_bundle_of_another_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from freeexport.convert import ConvertOptions
+    from freeexport.convert_options import ConvertOptions
     from freeexport.demo_bundle import demo_bundle
     from runtime import Bundle
 

@@ -12,7 +12,8 @@ from conftest import Bundles
 
 from freeexport import encoder_export
 from freeexport.checkpoint import CheckpointError
-from freeexport.convert import ConvertOptions, convert
+from freeexport.convert import convert
+from freeexport.convert_options import ConvertOptions
 from freeexport.greedy import TIE, compare
 from freeexport.verification import failure, verify
 from graphs.errors import UnsupportedModelError

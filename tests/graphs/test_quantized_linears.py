@@ -228,3 +228,21 @@ def test_the_precisions_take_the_room_they_promise(bundle: Bundles) -> None:
     sizes = {name: (bundle(case, 1, precision=name) / "weights.data").stat().st_size for name in ("fp32", *PRECISIONS)}
     assert sizes["int8"] < 0.3 * sizes["fp32"]
     assert sizes["int4"] < sizes["mixed"] < sizes["int8"]
+
+
+def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> None:
+    case = LARGER[1]
+    eight, four = bundle(case, 1, precision="int8"), bundle(case, 1, precision="int8", head="int4")
+    formats = [
+        {item.engine: (item.linears, item.head) for item in Bundle.open(path).manifest.quantization.engines}  # type: ignore[union-attr]
+        for path in (eight, four)
+    ]
+    assert formats[0]["deep"] == ("int8", "int8-block")
+    assert formats[1]["shallow"] == formats[1]["deep"] == ("int8", "int4")
+    copies = [sum(copy.bytes for copy in Bundle.open(path).manifest.copies) for path in (eight, four)]
+    assert copies[1] == copies[0] / 2
+    ids, lengths = tokens(40)
+    for path in (eight, four):
+        logits = pair_of(path, rows=1).shallow(ids, lengths)["logits"]
+        expected = pair_of(bundle(case, 1), rows=1).shallow(ids, lengths)["logits"]
+        assert np.sqrt(np.mean((logits - expected) ** 2)) < 0.25 * expected.std()

@@ -1,0 +1,117 @@
+"""The manifest of engines that were just written."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from freeexport import __version__
+from freeexport.checkpoint import Checkpoint
+from freeexport.convert_options import ConvertOptions
+from freeexport.text_format import end_ids
+from graphs.description import Description
+from graphs.engines import EngineOptions
+from graphs.errors import GraphError
+from runtime.bundle import VERIFICATION, sha256_of
+from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.precision import Quantization
+
+VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were rounded."""
+
+    bytes: int
+    copies: tuple[DeclaredCopy, ...]
+    quantization: Quantization | None
+
+
+def new_manifest(
+    checkpoint: Checkpoint,
+    description: Description,
+    engines: EngineOptions,
+    options: ConvertOptions,
+    written: Written,
+    directory: Path,
+) -> Manifest:
+    """That of the engines that stand in `directory`, not yet verified, measured or calibrated. Raises GraphError where
+    the checkpoint does not say how decoding starts."""
+    generation, attention = checkpoint.generation_config, description.attention
+    start = generation.get("decoder_start_token_id")
+    if description.encoder and start is None:
+        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=description.family,
+        dialect=engines.dialect,
+        precision=engines.precision,
+        layers=len(description.decoder.layers),
+        exit_layer=engines.exit_layer,
+        hidden_size=description.hidden_size,
+        vocab_size=description.vocab_size,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        capacity=engines.capacity,
+        max_pending=engines.max_pending,
+        encoder_capacity=options.longest_prompt if description.encoder else 0,
+        confidence=engines.confidence,
+        threshold=1.0,
+        # Ids that the model has no row for never come, so they end nothing.
+        eos_token_ids=tuple(token for token in end_ids(checkpoint) if 0 <= token < description.vocab_size),
+        bos_token_id=generation.get("bos_token_id"),
+        pad_token_id=generation.get("pad_token_id"),
+        decoder_start_token_id=start if description.encoder else None,
+        verified=False,
+        source=checkpoint.name,
+        source_sha256=checkpoint.sha256,
+        weight_bytes=written.bytes,
+        files=_files(directory),
+        versions=_versions(),
+        copies=written.copies,
+        quantization=written.quantization,
+        target=engines.target,
+    )
+
+
+def head_copies(
+    description: Description, engines: EngineOptions, quantization: Quantization | None
+) -> list[DeclaredCopy]:
+    """The head's weights a second time: packed, and those of an exit vocabulary."""
+    head = description.decoder.head.weight
+    row = description.hidden_size * _head_bits(engines, quantization) // 8
+    whole = description.vocab_size * row
+    copies = []
+    if quantization is None:
+        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for the deep engine (in memory)"))
+    elif not engines.exit_tokens:
+        copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for each of the two engines (in memory)"))
+    if engines.exit_tokens:
+        copies.append(DeclaredCopy(head, len(engines.exit_tokens) * row, "head rows of the exit vocabulary"))
+    return copies
+
+
+def _head_bits(engines: EngineOptions, quantization: Quantization | None) -> int:
+    if quantization is None:
+        return 8 * int(engines.compute.itemsize)
+    return 4 if any(engine.head == "int4" for engine in quantization.engines) else 8
+
+
+def _files(directory: Path) -> dict[str, File]:
+    """Every file but the manifest, and the report about these files."""
+    paths = sorted(p for p in directory.iterdir() if p.name not in (MANIFEST, VERIFICATION))
+    return {path.name: File(path.stat().st_size, sha256_of(path)) for path in paths}
+
+
+def _versions() -> dict[str, str]:
+    found = {"freeexport": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

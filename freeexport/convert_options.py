@@ -1,0 +1,75 @@
+"""What a user decides about a bundle, and what its engines take from that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from graphs.description import Description
+from graphs.engines import TARGETS, EngineOptions
+from graphs.errors import GraphError
+from runtime.errors import OptionError
+from runtime.machine import machine_int8_range
+from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
+from runtime.precision import HeadPrecision, Int8Range
+
+# Long enough for most uses, short enough that a slot of the KV cache is no surprise.
+DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
+    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
+    is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `exit_vocab` is how
+    many tokens the shallow head knows, chosen on `exit_vocab_text`. `calibration` is the file that `freeexport
+    calibrate` wrote for this checkpoint. OptionError where two do not go together, or an exit vocabulary has no text;
+    GraphError for an encoder capacity under 1."""
+
+    exit_layer: int | None = None
+    precision: Precision | None = None
+    dialect: Dialect | None = None
+    target: Target = "cpu"
+    confidence: ConfidenceMeasure = "softmax"
+    capacity: int | None = None
+    encoder_capacity: int | None = None
+    max_pending: int = 16
+    int8_range: Int8Range | Literal["auto"] = "auto"
+    head: HeadPrecision | None = None
+    exit_vocab: int | Literal["all", "auto"] = "all"
+    exit_vocab_text: Path | None = None
+    calibration: Path | None = None
+    verify: bool = True
+    measure: bool = True
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.exit_vocab != "all") != (self.exit_vocab_text is not None):
+            raise OptionError("an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text")
+        if self.exit_vocab != "all" and self.calibration is not None:
+            raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
+        if self.longest_prompt < 1:
+            raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
+
+    @property
+    def longest_prompt(self) -> int:
+        """Of an encoder-decoder, in tokens."""
+        return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
+
+
+def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
+    """What the engines need of `options`, with the defaults of the model and the target."""
+    limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    dialect, precisions = TARGETS[options.target]
+    return EngineOptions(
+        exit_layer=exit_layer,
+        capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
+        max_pending=options.max_pending,
+        precision=options.precision or precisions[0],
+        dialect=options.dialect or dialect or "ort",
+        target=options.target,
+        confidence=options.confidence,
+        head=options.head,
+        int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
+    )
