@@ -5,7 +5,7 @@ from __future__ import annotations
 # The same names as [project.optional-dependencies] in pyproject.toml, in the spelling of the package index.
 EXTRAS: dict[str, tuple[str, ...]] = {
     "cpu": ("onnxruntime",),
-    "gpu": ("onnxruntime-gpu",),
+    "gpu": ("onnxruntime-gpu", "cuda-python"),
     "tensorrt": ("tensorrt", "cuda-python"),
     "convert": (
         "torch",

@@ -33,6 +33,10 @@ class EngineError(FreeExportError):
     """ONNX Runtime is missing, or an engine could not be loaded or run."""
 
 
+class DeviceError(EngineError):
+    """A device is missing, has no driver that fits, refused a call, or was lost while it worked."""
+
+
 class QueueFullError(FreeExportError):
     """As many requests wait for a slot of the session as may; the request was not taken."""
 

@@ -1,0 +1,412 @@
+"""A stand-in for cuda.bindings.runtime: streams that lag behind the host by chance, and memory that is watched.
+
+What is put into a stream is done later, in an order that streams and events allow and the seed chooses. It raises
+
+- `Race` where two accesses to the same bytes, one of them writing, are not ordered by a stream, an event or the host;
+- `Misuse` on memory that was freed, never allocated or is too small, on a dead stream or event, on pageable memory.
+
+Device memory is host memory here: what runs on the CPU takes the part of the device; `enqueue` puts it into a stream.
+Fresh memory is full of NaN. `lose(after)` makes the device fail, `refuse(name, error)` one function.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+cudaError_t = IntEnum(
+    "cudaError_t",
+    {
+        "cudaSuccess": 0,
+        "cudaErrorInvalidValue": 1,
+        "cudaErrorMemoryAllocation": 2,
+        "cudaErrorInsufficientDriver": 35,
+        "cudaErrorNoDevice": 100,
+        "cudaErrorInvalidDevice": 101,
+        "cudaErrorInvalidResourceHandle": 400,
+        "cudaErrorNotReady": 600,
+        "cudaErrorIllegalAddress": 700,
+        "cudaErrorStreamCaptureInvalidated": 901,
+    },
+)
+cudaMemcpyKind = IntEnum(
+    "cudaMemcpyKind",
+    {
+        "cudaMemcpyHostToHost": 0,
+        "cudaMemcpyHostToDevice": 1,
+        "cudaMemcpyDeviceToHost": 2,
+        "cudaMemcpyDeviceToDevice": 3,
+        "cudaMemcpyDefault": 4,
+    },
+)
+OK = cudaError_t(0)
+
+
+class Misuse(Exception):
+    """What CUDA leaves undefined."""
+
+
+class Race(Misuse):
+    """Two accesses that nothing orders."""
+
+
+class Access(NamedTuple):
+    """Bytes that something in a stream reads or writes."""
+
+    address: int
+    size: int
+    writes: bool
+
+
+class _Past(NamedTuple):
+    access: Access
+    stream: int
+    number: int
+    what: str
+
+
+@dataclass(eq=False)
+class _Block:
+    data: np.ndarray
+    pinned: bool
+    freed: bool = False
+    past: list[_Past] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Stream:
+    queue: deque[tuple[str, Any]] = field(default_factory=deque)
+    # Of each stream, how many of its entries are known to be done before what is put in next.
+    clock: dict[int, int] = field(default_factory=dict)
+    count: int = 0
+    priority: int = 0
+
+
+@dataclass(eq=False)
+class _Event:
+    recorded: int = 0
+    happened: int = 0
+    clock: dict[int, int] = field(default_factory=dict)
+    timed: bool = True
+
+
+class FakeCuda:
+    """See the module. `log` has what was put into streams, as (stream, what); `free_bytes` is what cudaMemGetInfo says;
+    `waits` counts how often the host waited, by function."""
+
+    cudaError_t, cudaMemcpyKind = cudaError_t, cudaMemcpyKind
+    cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming, cudaHostAllocPortable = 1, 0, 2, 1
+
+    def __init__(self, seed: int = 0, devices: int = 1, free_bytes: int = 1 << 34, driver: int = 13000) -> None:
+        self.devices, self.free_bytes, self.driver = devices, free_bytes, driver
+        self.log: list[tuple[int, str]] = []
+        self.waits: dict[str, int] = {}
+        self._chance = random.Random(seed)
+        self._lock = threading.RLock()
+        self._blocks: dict[int, _Block] = {}
+        self._streams: dict[int, _Stream] = {}
+        self._events: dict[int, _Event] = {}
+        self._host: dict[int, int] = {}
+        self._handles = 1
+        self._refused: dict[str, cudaError_t] = {}
+        self._left: int | None = None
+
+    # For tests
+
+    def refuse(self, name: str, error: str) -> None:
+        """Let every call of a function fail."""
+        self._refused[name] = cudaError_t[error]
+
+    def lose(self, after: int) -> None:
+        """Let everything fail once so many more entries of streams are done."""
+        self._left = after
+
+    def enqueue(self, stream: int, what: str, accesses: Iterable[Access], action: Callable[[], None]) -> None:
+        """Put something of the CPU's into a stream; `action` runs when its turn comes."""
+        with self._lock:
+            entry = self._stream(stream)
+            self._order(stream, entry, what, list(accesses))
+            entry.queue.append(("do", action))
+            self._progress()
+
+    def host_knows(self, stream: int) -> bool:
+        """Whether the host has waited for all that is in a stream."""
+        return self._host.get(stream, 0) >= self._streams[stream].count
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the device that are not freed."""
+        return sum(block.data.nbytes for block in self._blocks.values() if not block.freed and not block.pinned)
+
+    @property
+    def alive(self) -> tuple[int, int]:
+        """Streams and events that are not destroyed."""
+        return len(self._streams), len(self._events)
+
+    # The functions of cuda.bindings.runtime
+
+    def cudaDriverGetVersion(self) -> tuple[Any, ...]:
+        return OK, self.driver
+
+    def cudaRuntimeGetVersion(self) -> tuple[Any, ...]:
+        return OK, 13050
+
+    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
+        failed = self._failure("cudaGetDeviceCount")
+        return (failed, None) if failed else (OK, self.devices)
+
+    def cudaGetErrorString(self, error: Any) -> tuple[Any, ...]:
+        return OK, error.name.encode()
+
+    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
+        return (self._failure("cudaSetDevice") or (OK if device < self.devices else cudaError_t(101)),)
+
+    def cudaMemGetInfo(self) -> tuple[Any, ...]:
+        failed = self._failure("cudaMemGetInfo")
+        return (failed, None, None) if failed else (OK, self.free_bytes - self.allocated, self.free_bytes)
+
+    def cudaDeviceGetStreamPriorityRange(self) -> tuple[Any, ...]:
+        return OK, 0, -5
+
+    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
+        failed = self._failure("cudaMalloc")
+        if failed or size > self.free_bytes - self.allocated:
+            return failed or cudaError_t(2), None
+        return OK, self._allocate(size, pinned=False)
+
+    def cudaHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:
+        failed = self._failure("cudaHostAlloc")
+        return (failed, None) if failed else (OK, self._allocate(size, pinned=True))
+
+    def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
+        return self._release(devPtr, pinned=False)
+
+    def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:
+        return self._release(ptr, pinned=True)
+
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> tuple[Any, ...]:
+        return self._act(
+            "cudaMemsetAsync", stream, [Access(devPtr, count, True)], lambda: ctypes.memset(devPtr, value, count)
+        )
+
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> tuple[Any, ...]:
+        accesses = [Access(src, count, False), Access(dst, count, True)]
+        return self._act("cudaMemcpyAsync", stream, accesses, lambda: ctypes.memmove(dst, src, count))
+
+    def cudaMemcpy2DAsync(
+        self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Any, stream: Any
+    ) -> tuple[Any, ...]:
+        if width > min(dpitch, spitch):
+            return (cudaError_t(1),)
+        rows = range(height)
+        accesses = [Access(src + row * spitch, width, False) for row in rows]
+        accesses += [Access(dst + row * dpitch, width, True) for row in rows]
+
+        def action() -> None:
+            for row in rows:
+                ctypes.memmove(dst + row * dpitch, src + row * spitch, width)
+
+        return self._act("cudaMemcpy2DAsync", stream, accesses, action)
+
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:
+        failed = self._failure("cudaStreamCreateWithPriority")
+        with self._lock:
+            self._handles += 1
+            self._streams[self._handles] = _Stream(priority=priority)
+            return (failed, None) if failed else (OK, self._handles)
+
+    def cudaStreamDestroy(self, stream: Any) -> tuple[Any, ...]:
+        if self._stream(int(stream)).queue:
+            raise Misuse("a stream is destroyed while something is in it")
+        del self._streams[int(stream)]
+        return (OK,)
+
+    def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> tuple[Any, ...]:
+        with self._lock:
+            if failed := self._failure("cudaStreamWaitEvent"):
+                return (failed,)
+            entry, awaited = self._stream(int(stream)), self._event(event)
+            entry.queue.append(("wait", (awaited, awaited.recorded)))
+            _merge(entry.clock, awaited.clock)
+            self._progress()
+            return (OK,)
+
+    def cudaStreamSynchronize(self, stream: Any) -> tuple[Any, ...]:
+        with self._lock:
+            entry = self._stream(int(stream))
+            return self._host_waits(
+                "cudaStreamSynchronize", lambda: not entry.queue, {**entry.clock, int(stream): entry.count}
+            )
+
+    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
+        failed = self._failure("cudaEventCreateWithFlags")
+        with self._lock:
+            self._handles += 1
+            self._events[self._handles] = _Event(timed=flags == 0)
+            return (failed, None) if failed else (OK, self._handles)
+
+    def cudaEventDestroy(self, event: Any) -> tuple[Any, ...]:
+        self._event(event)
+        del self._events[int(event)]
+        return (OK,)
+
+    def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Any, ...]:
+        with self._lock:
+            if failed := self._failure("cudaEventRecord"):
+                return (failed,)
+            entry, recorded = self._stream(int(stream)), self._event(event)
+            recorded.recorded += 1
+            recorded.clock = {**entry.clock, int(stream): entry.count}
+            entry.queue.append(("record", (recorded, recorded.recorded)))
+            self._progress()
+            return (OK,)
+
+    def cudaEventQuery(self, event: Any) -> tuple[Any, ...]:
+        with self._lock:
+            if failed := self._failure("cudaEventQuery"):
+                return (failed,)
+            self._progress()
+            asked = self._event(event)
+            if asked.happened < asked.recorded:
+                return (cudaError_t(600),)
+            _merge(self._host, asked.clock)
+            return (OK,)
+
+    def cudaEventSynchronize(self, event: Any) -> tuple[Any, ...]:
+        with self._lock:
+            asked = self._event(event)
+            return self._host_waits("cudaEventSynchronize", lambda: asked.happened >= asked.recorded, asked.clock)
+
+    def cudaEventElapsedTime(self, start: Any, end: Any) -> tuple[Any, ...]:
+        first, second = self._event(start), self._event(end)
+        if not (first.timed and second.timed):
+            return cudaError_t(400), None
+        ready = first.happened == first.recorded and second.happened == second.recorded
+        return (OK, 0.5) if ready else (cudaError_t(600), None)
+
+    # What they are made of
+
+    def _failure(self, name: str) -> cudaError_t | None:
+        if self._left is not None and self._left <= 0:
+            return cudaError_t["cudaErrorIllegalAddress"]
+        return self._refused.get(name)
+
+    def _stream(self, handle: int) -> _Stream:
+        if handle not in self._streams:
+            raise Misuse(f"stream {handle} does not exist")
+        return self._streams[handle]
+
+    def _event(self, handle: Any) -> _Event:
+        if int(handle) not in self._events:
+            raise Misuse(f"event {int(handle)} does not exist")
+        return self._events[int(handle)]
+
+    def _allocate(self, size: int, pinned: bool) -> int:
+        data = np.full(size, 0xFF, np.uint8)
+        with self._lock:
+            self._blocks[data.ctypes.data] = _Block(data, pinned)
+        return int(data.ctypes.data)
+
+    def _release(self, address: int, pinned: bool) -> tuple[Any, ...]:
+        with self._lock:
+            block = self._blocks.get(address)
+            if block is None or block.freed or block.pinned is not pinned:
+                raise Misuse(f"address {address} is freed twice, or was never allocated")
+            # As cudaFree, which waits for the device.
+            self._run(lambda: all(not entry.queue for entry in self._streams.values()))
+            block.freed = True  # kept, so that nothing else gets its address
+            block.data[:] = 0xFF
+            return (OK,)
+
+    def _act(self, what: str, stream: Any, accesses: list[Access], action: Callable[[], Any]) -> tuple[Any, ...]:
+        if failed := self._failure(what):
+            return (failed,)
+        self.enqueue(int(stream), what, accesses, action)
+        return (OK,)
+
+    def _order(self, handle: int, entry: _Stream, what: str, accesses: list[Access]) -> None:
+        """Check what something new in a stream reads and writes against all that is not known to be before it."""
+        _merge(entry.clock, self._host)
+        entry.count += 1
+        entry.clock[handle] = entry.count
+        self.log.append((handle, what))
+        for access in accesses:
+            if access.size:
+                block = self._block(access, what)
+                self._check(block, access, handle, entry, what)
+
+    def _block(self, access: Access, what: str) -> _Block:
+        for address, block in self._blocks.items():
+            if address <= access.address < address + block.data.nbytes:
+                if block.freed:
+                    raise Misuse(f"{what} uses memory that was freed")
+                if access.address + access.size > address + block.data.nbytes:
+                    raise Misuse(f"{what} uses {access.size} bytes behind the end of an allocation")
+                return block
+        raise Misuse(f"{what} uses address {access.address}, which is neither device nor pinned memory")
+
+    def _check(self, block: _Block, access: Access, handle: int, entry: _Stream, what: str) -> None:
+        end, kept = access.address + access.size, list[_Past]()
+        for past in block.past:
+            begin = past.access.address
+            meets = begin < end and access.address < begin + past.access.size
+            known = entry.clock.get(past.stream, 0) >= past.number
+            if meets and not known and (access.writes or past.access.writes):
+                raise Race(f"{what} in stream {handle} and {past.what} in stream {past.stream} use the same bytes")
+            covered = begin >= access.address and begin + past.access.size <= end and known
+            if not (covered and (access.writes or (past.stream == handle and not past.access.writes))):
+                kept.append(past)
+        block.past = [*kept, _Past(access, handle, entry.count, what)]
+
+    def _progress(self) -> None:
+        for _ in range(self._chance.randrange(4)):
+            if not self._step():
+                return
+
+    def _step(self) -> bool:
+        """Do one entry of a stream that is ready: whether there was one."""
+        ready = [entry for entry in self._streams.values() if entry.queue and _ready(entry.queue[0])]
+        if not ready:
+            return False
+        kind, item = self._chance.choice(ready).queue.popleft()
+        if kind == "record":
+            event, number = item
+            event.happened = max(event.happened, number)
+        elif kind == "do" and self._failure("") is None:
+            item()
+            if self._left is not None:
+                self._left -= 1
+        return True
+
+    def _run(self, enough: Callable[[], bool]) -> None:
+        while not enough():
+            if not self._step():
+                raise Misuse("the host waits for what never happens")
+
+    def _host_waits(self, name: str, enough: Callable[[], bool], clock: dict[int, int]) -> tuple[Any, ...]:
+        self.waits[name] = self.waits.get(name, 0) + 1
+        if failed := self._failure(name):
+            return (failed,)
+        self._run(enough)
+        _merge(self._host, clock)
+        return (self._failure(name) or OK,)
+
+
+def _ready(entry: tuple[str, Any]) -> bool:
+    if entry[0] != "wait":
+        return True
+    event, number = entry[1]
+    return bool(event.happened >= number)
+
+
+def _merge(clock: dict[int, int], other: dict[int, int]) -> None:
+    for stream, count in other.items():
+        clock[stream] = max(clock.get(stream, 0), count)

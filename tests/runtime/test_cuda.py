@@ -1,0 +1,266 @@
+"""Streams, events and memory of a CUDA device, on a stand-in that lags behind the host and watches what is used."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import Access, FakeCuda, Misuse, Race
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.cuda import Cuda
+from runtime.device_array import DeviceArray
+from runtime.errors import CapacityError, DeviceError
+
+
+def upload(cuda: Cuda, array: np.ndarray, stream: Any) -> DeviceArray:
+    pinned = cuda.pinned(array.nbytes)
+    pinned[:] = np.ascontiguousarray(array).view(np.uint8).ravel()
+    target = cuda.empty(array.shape, array.dtype, stream)
+    stream.copy(target.address, pinned.ctypes.data, array.nbytes)
+    return target
+
+
+def download(cuda: Cuda, array: DeviceArray) -> np.ndarray:
+    stream = array.memory.stream
+    dense = cuda.empty(array.shape, array.dtype, stream)
+    dense.copy_from(array)
+    pinned = cuda.pinned(dense.size * dense.dtype.itemsize)
+    stream.copy(pinned.ctypes.data, dense.address, pinned.nbytes)
+    event = cuda.event()
+    stream.record(event)
+    event.wait()
+    return pinned.view(array.dtype).reshape(array.shape).copy()
+
+
+KEYS = [
+    np.s_[1],
+    np.s_[-1],
+    np.s_[1:3],
+    np.s_[1, :, :2],
+    np.s_[:, 1],
+    np.s_[:, :, 2:4],
+    np.s_[2:2],
+    np.s_[0, 2, 3],
+    np.s_[:, 1:2, :4],
+]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=str)
+def test_views_and_copies_are_those_of_numpy(key: Any) -> None:
+    cuda = Cuda(0, FakeCuda(3))
+    stream = cuda.stream(urgent=True)
+    values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
+    array = upload(cuda, values, stream)
+    assert array[key].shape == values[key].shape
+    np.testing.assert_array_equal(download(cuda, array[key]), values[key])
+    other = upload(cuda, -values, stream)
+    array[key] = other[key]
+    values[key] = -values[key]
+    np.testing.assert_array_equal(download(cuda, array), values)
+
+
+@given(seed=st.integers(0, 10_000), data=st.data())
+def test_any_slices_of_any_shape_copy_as_in_numpy(seed: int, data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
+    key = tuple(
+        data.draw(st.one_of(st.integers(-size, size - 1), st.builds(slice, st.integers(0, size), st.integers(0, size))))
+        for size in shape
+    )
+    cuda = Cuda(0, FakeCuda(seed))
+    stream = cuda.stream(urgent=False)
+    values = np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
+    array, other = upload(cuda, values, stream), upload(cuda, values + 1, stream)
+    array[key] = other[key]
+    values[key] = (values + 1)[key]
+    np.testing.assert_array_equal(download(cuda, array), values)
+
+
+@pytest.mark.parametrize("key", [np.s_[::2], np.s_[0, 0, 0, 0], np.s_[9], np.s_[:, -9]], ids=str)
+def test_what_device_memory_has_no_view_of_is_an_error(key: Any) -> None:
+    cuda = Cuda(0, FakeCuda())
+    with pytest.raises(IndexError):
+        cuda.empty((3, 4, 5), np.float32, cuda.stream(urgent=True))[key]
+
+
+def test_arrays_that_do_not_fit_are_not_copied() -> None:
+    cuda = Cuda(0, FakeCuda())
+    stream = cuda.stream(urgent=True)
+    array = cuda.empty((3, 4), np.float32, stream)
+    for other in (cuda.empty((4, 3), np.float32, stream), cuda.empty((3, 4), np.int32, stream)):
+        with pytest.raises(ValueError, match="does not fit"):
+            array.copy_from(other)
+    with pytest.raises(ValueError, match="cannot be read as"):
+        array[:, :2].reshaped((6,))
+
+
+def test_zeroed_memory_is_zero_and_other_memory_is_not() -> None:
+    cuda = Cuda(0, FakeCuda())
+    stream = cuda.stream(urgent=True)
+    assert not download(cuda, cuda.zeros((4, 3), np.float32, stream)).any()
+    assert np.isnan(download(cuda, cuda.empty((4, 3), np.float32, stream))).all()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_copy_between_streams_comes_after_what_wrote_its_source(seed: int) -> None:
+    cuda = Cuda(0, FakeCuda(seed))
+    one, two = cuda.stream(urgent=True), cuda.stream(urgent=False)
+    values = np.arange(6, dtype=np.int64)
+    there = cuda.empty((6,), np.int64, two)
+    there[:] = upload(cuda, values, one)
+    np.testing.assert_array_equal(download(cuda, there), values)
+
+
+def test_the_stand_in_finds_a_race() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    one, two = cuda.stream(urgent=True), cuda.stream(urgent=False)
+    array = cuda.zeros((8,), np.float32, one)
+    read = [Access(array.address, 32, False)]
+    with pytest.raises(Race):
+        fake.enqueue(int(two.handle), "read", read, lambda: None)
+    two.follow(one)
+    fake.enqueue(int(two.handle), "read", read, lambda: None)
+    with pytest.raises(Race):
+        fake.enqueue(int(one.handle), "write", [Access(array.address + 4, 4, True)], lambda: None)
+    two.synchronize()
+    fake.enqueue(int(one.handle), "write", [Access(array.address + 4, 4, True)], lambda: None)
+
+
+def test_the_stand_in_finds_memory_that_is_gone_or_too_small() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    stream = cuda.stream(urgent=True)
+    array = cuda.empty((8,), np.uint8, stream)
+    with pytest.raises(Misuse, match="behind the end"):
+        stream.copy(array.address, array.address, 9)
+    with pytest.raises(Misuse, match="neither device nor pinned"):
+        stream.copy(array.address, np.zeros(8, np.uint8).ctypes.data, 8)
+    address = array.address
+    del array
+    gc.collect()
+    with pytest.raises(Misuse, match="freed"):
+        stream.copy(address, address, 8)
+
+
+def test_memory_is_freed_with_its_last_view() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    view = cuda.empty((8, 8), np.uint8, cuda.stream(urgent=True))[2]
+    assert fake.allocated == 64
+    del view
+    gc.collect()
+    assert fake.allocated == 0
+
+
+def test_closing_frees_everything_once() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    stream = cuda.stream(urgent=True)
+    array, pinned = cuda.zeros((8,), np.float32, stream), cuda.pinned(8)
+    stream.copy(pinned.ctypes.data, array.address, 8)
+    stream.record(cuda.event())
+    cuda.close()
+    cuda.close()
+    assert fake.allocated == 0
+    assert fake.alive == (0, 0)
+    del array
+
+
+def test_an_event_says_how_long_the_device_took() -> None:
+    cuda = Cuda(0, FakeCuda(1))
+    stream = cuda.stream(urgent=True)
+    begin, end = cuda.event(timed=True), cuda.event(timed=True)
+    stream.record(begin)
+    cuda.zeros((8,), np.float32, stream)
+    stream.record(end)
+    end.wait()
+    assert end.done()
+    assert end.seconds_since(begin) == 0.0005
+
+
+def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_allocated() -> None:
+    cuda = Cuda(0, FakeCuda(free_bytes=1000))
+    with pytest.raises(CapacityError, match="the KV cache needs 1001 bytes of device cuda:0, and 1000 are free"):
+        cuda.require(1001, "the KV cache")
+    cuda.require(1000, "the KV cache")
+    with pytest.raises(CapacityError, match="cudaMalloc: cudaErrorMemoryAllocation"):
+        cuda.empty((1001,), np.uint8, cuda.stream(urgent=True))
+
+
+def missing_devices(fake: FakeCuda) -> None:
+    fake.refuse("cudaGetDeviceCount", "cudaErrorNoDevice")
+
+
+def old_driver(fake: FakeCuda) -> None:
+    fake.driver = 12040
+    fake.refuse("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
+
+
+def no_driver(fake: FakeCuda) -> None:
+    fake.driver = 0
+    fake.refuse("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
+
+
+@pytest.mark.parametrize(
+    ("index", "broken", "message"),
+    [
+        (0, no_driver, "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
+        (0, old_driver, r"the driver is for CUDA 12.4 and cuda-python for 13.5; .*'cuda-python==12\.\*'"),
+        (0, missing_devices, "device cuda:0 does not exist: this machine shows 0"),
+        (1, lambda fake: None, "device cuda:1 does not exist: this machine shows 1"),
+    ],
+)
+def test_a_device_that_cannot_be_used_says_why(index: int, broken: Callable[[FakeCuda], None], message: str) -> None:
+    fake = FakeCuda()
+    broken(fake)
+    with pytest.raises(DeviceError, match=message):
+        Cuda(index, fake)
+
+
+def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    stream, event = cuda.stream(urgent=True), cuda.event()
+    array = cuda.zeros((8,), np.float32, stream)
+    fake.lose(0)
+    with pytest.raises(DeviceError, match=r"cuda:0 was lost .*cudaErrorIllegalAddress"):
+        stream.record(event)
+    with pytest.raises(DeviceError, match="was lost"):
+        stream.synchronize()
+    cuda.close()
+    del array
+
+
+def test_a_refused_call_is_no_lost_device() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    event = cuda.event()
+    fake.refuse("cudaEventRecord", "cudaErrorInvalidValue")
+    with pytest.raises(DeviceError, match="refused a call"):
+        cuda.stream(urgent=True).record(event)
+    assert event.done()
+
+
+def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
+    with pytest.raises(DeviceError, match=r"needs cuda-python.*freeexport\[gpu\]"):
+        Cuda(0)
+
+
+def test_the_stand_in_has_the_names_and_signatures_of_cuda_python() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime")
+    functions = [name for name in vars(FakeCuda) if name.startswith("cuda") and callable(getattr(FakeCuda, name))]
+    for name in set(functions) - {"cudaError_t", "cudaMemcpyKind"}:
+        parameters = list(inspect.signature(getattr(FakeCuda, name)).parameters)[1:]
+        assert parameters == list(inspect.signature(getattr(real, name)).parameters), name
+    for enumeration in ("cudaError_t", "cudaMemcpyKind"):
+        for member in getattr(FakeCuda, enumeration):
+            assert int(getattr(getattr(real, enumeration), member.name)) == int(member)
+    for constant in ("cudaStreamNonBlocking", "cudaEventDefault", "cudaEventDisableTiming", "cudaHostAllocPortable"):
+        assert int(getattr(real, constant)) == getattr(FakeCuda, constant)
