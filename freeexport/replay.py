@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from runtime import Session
-from runtime.decoder import Decoder, Prediction
+from runtime.decoder import Decoder
 from runtime.errors import OptionError
 from runtime.lane import Lane
+from runtime.prediction import Prediction
 from runtime.work import Waits
 
 # Between the two confidences that a replayed decision is given.

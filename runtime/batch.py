@@ -32,7 +32,7 @@ class Batch:
     def run(self, works: Sequence[Work]) -> None:
         """Run what sequences wait for as one call, and hand each its part."""
         first, count, width = _area(works)
-        places = [work.decoder.slot - first for work in works]
+        places = [work.calls.slot - first for work in works]
         heads = [
             place * width + row
             for work, place in zip(works, places, strict=True)
@@ -52,7 +52,7 @@ class Batch:
                 source = outputs[name]
                 target[:] = source[place : place + 1] if name == "hidden" else source[head : head + work.heads]
             head += work.heads
-            work.seconds = seconds
+            work.seconds, work.company = seconds, len(works)
 
     def _inputs(self, works: Sequence[Work], places: list[int], count: int, width: int) -> dict[str, np.ndarray]:
         name = "input_ids" if "input_ids" in works[0].inputs else "hidden"
@@ -81,7 +81,7 @@ class Batch:
 
     def _call(self, works: Sequence[Work], first: int, count: int, with_logits: bool) -> Call:
         for work in works:
-            self._cross.place(work.decoder.slot, work.decoder.cross)
+            self._cross.place(work.calls.slot, work.calls.cross)
         if self._version != self._cross.version:
             self._calls.clear()
             self._version = self._cross.version
@@ -119,5 +119,5 @@ def _cost(works: Sequence[Work]) -> float:
 
 def _area(works: Sequence[Work]) -> tuple[int, int, int]:
     """The first slot, how many from there on, and the most rows of one."""
-    slots = [work.decoder.slot for work in works]
+    slots = [work.calls.slot for work in works]
     return min(slots), max(slots) + 1 - min(slots), max(work.rows for work in works)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.decoder import Prediction
+from runtime.prediction import Prediction
 from runtime.sampling import Sampler, log_probability
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.continuation import Continuation, Step
-from runtime.decoder import Decoder, Prediction, RunAhead
+from runtime.decoder import Decoder, RunAhead
 from runtime.pace import Pace, Verdict
+from runtime.prediction import Prediction
 from runtime.work import Waiting, Waits
 
 Loop = Generator[Step | Waiting, None, None]

@@ -5,7 +5,6 @@ On a GPU a lane would be a stream: submit enqueues, the event is the stream's.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 
@@ -13,15 +12,19 @@ from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
 
 
-class Event(ABC):
-    """A submitted call. No protocol: to ask whether something is one, at every token, must cost nothing."""
+class Event:
+    """A submitted call. Neither protocol nor abstract: to ask whether something is one, at every token, must cost
+    nothing. This one is done."""
 
-    @abstractmethod
-    def done(self) -> bool: ...
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
 
-    @abstractmethod
+    def done(self) -> bool:
+        return True
+
     def wait(self) -> float:
         """Until it is done: the seconds it took. Raises what it raised."""
+        return self._seconds
 
 
 class Lane:
@@ -36,18 +39,11 @@ class Lane:
         return self._thread is not None
 
     def submit(self, call: Call) -> Event:
-        return _Done(_timed(call)) if self._thread is None else _Submitted(self._thread.submit(_timed, call))
+        return Event(_timed(call)) if self._thread is None else _Submitted(self._thread.submit(_timed, call))
 
-
-class _Done(Event):
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> float:
-        return self._seconds
+    def run(self, call: Call) -> float:
+        """Submit a call and wait for it: the seconds it took."""
+        return _timed(call) if self._thread is None else self._thread.submit(_timed, call).result()
 
 
 class _Submitted(Event):

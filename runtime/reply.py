@@ -74,21 +74,21 @@ class Reply:
 
     def _accept(self, step: Step) -> Token:
         self._steps.append(step)
-        self._stats.tokens += 1
-        text = "" if step.token in self._eos else self._text.push(step.token)
-        self._finish = self._reason(step)
+        self._stats.tokens = count = len(self._steps)
+        token, exited, confidence, logprob = step
+        if token in self._eos:
+            self._finish, text = "eos", ""
+        else:
+            text = self._text.push(token)
+            if self._text.stopped:
+                self._finish = "stop"
+            elif count >= self._limit:
+                self._finish = "length"
+            elif self._cancelled():
+                self._finish = "cancelled"
         if self._finish is not None:
             text += self._text.finish()
-        return Token(step.token, text, step.exited, step.confidence, step.logprob)
-
-    def _reason(self, step: Step) -> FinishReason | None:
-        if step.token in self._eos:
-            return "eos"
-        if self._text.stopped:
-            return "stop"
-        if len(self._steps) >= self._limit:
-            return "length"
-        return "cancelled" if self._cancelled() else None
+        return Token(token, text, exited, confidence, logprob)
 
 
 def _logprobs(steps: list[Step]) -> tuple[float, ...] | None:

@@ -14,13 +14,14 @@ from runtime.beam_rows import BeamRows
 from runtime.beams import BeamSearch, Hypothesis
 from runtime.continuation import Continuation, Step
 from runtime.decode import Loop, free, full, lossless, rollback, shallow
-from runtime.decoder import Decoder, Prediction
+from runtime.decoder import Decoder
 from runtime.encoder import Encoder
 from runtime.errors import OptionError
 from runtime.logits import log_softmax
 from runtime.manifest import Manifest
 from runtime.options import GenerationOptions
 from runtime.pace import Pace
+from runtime.prediction import Prediction
 from runtime.reply import Start
 from runtime.result import Stats
 from runtime.sampling import Sampler, Warping

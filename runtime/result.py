@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
@@ -60,8 +60,7 @@ class Stats:
         return max(0, self.tokens - 1) / decoding if decoding > 0 else 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Token:
+class Token(NamedTuple):
     """One token of a stream. `text` is what became certain with it, often "" and then more than one token's worth.
 
     `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 
 from runtime.decoder import Decoder
 from runtime.result import Token
-from runtime.work import Waiting, Work
+from runtime.work import Waiting
 
 # What a request does in a slot.
 Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
@@ -33,10 +33,6 @@ class Row:
         assert self._decoder is not None
         return self._decoder
 
-    @property
-    def work(self) -> Work | None:
-        return self.waits if isinstance(self.waits, Work) else None
-
     def ready(self, whole: bool) -> bool:
         """Whether there is something to read; with `whole`, whether all of it is there."""
         return self.ended or (bool(self.tokens) and not whole)
@@ -46,13 +42,14 @@ class Row:
 
     def advance(self, error: Exception | None = None) -> bool:
         """Go on to what it waits for next, or with an `error` of that: whether there is something. Raises its error."""
-        assert self._coroutine is not None
+        coroutine = self._coroutine
+        assert coroutine is not None
         self.begun = True
         try:
-            item = next(self._coroutine) if error is None else self._coroutine.throw(error)
+            item = next(coroutine) if error is None else coroutine.throw(error)
             while isinstance(item, Token):
                 self.tokens.append(item)
-                item = next(self._coroutine)
+                item = next(coroutine)
         except StopIteration:
             return False
         self.waits = item
@@ -67,8 +64,5 @@ class Row:
         """Nothing more will come, for this `error` if there was one."""
         self.waits = self._decoder = self._coroutine = None
         self.error, self.ended = error, True
-        self.tell()
-
-    def tell(self) -> None:
         if self.told is not None:
             self.told()

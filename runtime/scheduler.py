@@ -1,7 +1,6 @@
 """Many requests at the same engines: each turn runs what they wait for, several as one engine call.
 
-There is no thread of its own. A thread that waits for a request drives all of them, one at a time; the others sleep
-until what they wait for is there, or it is theirs to drive.
+There is no thread of its own: a thread that waits for a request drives all of them (runtime/wheel.py).
 """
 
 from __future__ import annotations
@@ -11,32 +10,20 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
-from runtime.batch import Batch, grouped
+from runtime.batch import Batch
 from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
 from runtime.errors import EngineError, OptionError, QueueFullError
 from runtime.lane import Event, Lane
 from runtime.row import Row
+from runtime.shared_calls import SharedCalls
+from runtime.wheel import Awaited, Wheel
 from runtime.work import Work
 
-# Turns that a deep pass waits for others to join it, unless half of the rows wait already.
-PATIENCE = 4
 # Seconds between looks at whether a slot is free that someone drives by hand.
 WAIT = 0.005
-
-
-class Awaited(Protocol):
-    def ready(self, whole: bool) -> bool: ...
-
-
-class _Follower(NamedTuple):
-    """A thread that sleeps while another drives."""
-
-    awaited: Awaited
-    whole: bool
-    awake: threading.Event
 
 
 class Scheduler:
@@ -46,16 +33,15 @@ class Scheduler:
     def __init__(
         self, decoders: Sequence[Decoder], batches: Mapping[Lane, Batch], cross: CrossRows, queue: int
     ) -> None:
-        self._free, self._batches, self._cross, self._queue = list(decoders), batches, cross, queue
-        self._shallow = decoders[0].lanes[0]
+        self._free, self._cross, self._queue = list(decoders), cross, queue
+        self._calls = SharedCalls(batches, decoders[0].lanes[0])
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._borrowed = self._turns = 0
         self._closed = False
         self._lock = threading.Lock()
-        self._driver: int | None = None
-        self._followers: deque[_Follower] = deque()
-        self._seconds, self._began = 0.0, 0.0
+        self._wheel = Wheel(self._lock)
+        self.clock = self._wheel.clock
 
     # What threads ask for
 
@@ -74,9 +60,9 @@ class Scheduler:
     def wait(self, awaited: Awaited, whole: bool) -> None:
         """Until it is ready; this thread drives meanwhile where no other does."""
         while not awaited.ready(whole):
-            follower = self._take_over(awaited, whole)
+            follower = self._wheel.take(awaited, whole)
             if follower is not None:
-                self._sleep(follower)
+                self._wheel.sleep(follower)
                 continue
             try:
                 while True:
@@ -85,7 +71,7 @@ class Scheduler:
                         break
                     self._turn(swept)
             finally:
-                self._hand_over()
+                self._wheel.leave()
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -102,11 +88,7 @@ class Scheduler:
     @property
     def driven_here(self) -> bool:
         """Whether this thread drives: then it must not wait."""
-        return self._driver == threading.get_ident()
-
-    def clock(self) -> float:
-        """Seconds in which anyone drove: what a reader does between tokens does not count."""
-        return self._seconds + (time.perf_counter() - self._began if self._driver is not None else 0.0)
+        return self._wheel.here
 
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:
@@ -114,7 +96,7 @@ class Scheduler:
         decoder = None
         while decoder is None:
             with self._lock:
-                if self._driver is None and self._free:
+                if not self._wheel.taken and self._free:
                     decoder = self._free.pop(0)
                     self._borrowed += 1
             if decoder is None:
@@ -127,65 +109,18 @@ class Scheduler:
                 self._borrowed -= 1
                 self._give_back(decoder)
 
-    # Who drives
-
-    def _take_over(self, awaited: Awaited, whole: bool) -> _Follower | None:
-        """None where this thread is the driver now."""
-        with self._lock:
-            if self._driver is None:
-                self._driver, self._began = threading.get_ident(), time.perf_counter()
-                return None
-            if self.driven_here:
-                raise OptionError(
-                    "a callback of a request asked its own session, which waits for the callback; open another session"
-                )
-            follower = _Follower(awaited, whole, threading.Event())
-            if awaited.ready(whole):
-                follower.awake.set()
-            else:
-                self._followers.append(follower)
-            return follower
-
-    def _sleep(self, follower: _Follower) -> None:
-        try:
-            follower.awake.wait()
-        except BaseException:
-            with self._lock:
-                if follower in self._followers:
-                    self._followers.remove(follower)
-                elif self._driver is None and self._followers:
-                    self._followers.popleft().awake.set()  # it was this one's turn to drive
-            raise
-
-    def _hand_over(self) -> None:
-        with self._lock:
-            self._seconds, self._driver = self.clock(), None
-            if self._followers:
-                self._followers.popleft().awake.set()
-
-    def _wake(self) -> None:
-        if self._followers:
-            with self._lock:
-                asleep = deque[_Follower]()
-                for follower in self._followers:
-                    if follower.awaited.ready(follower.whole):
-                        follower.awake.set()
-                    else:
-                        asleep.append(follower)
-                self._followers = asleep
-
     # A turn
 
     def _sweep(self) -> bool:
         """Rows that were left leave, waiting ones get free slots, cancelled ones go: whether any did."""
-        gone = [row for row in self._rows if row.abandoned]
-        for row in gone:
-            self._end(row)
-        return self._admit() or bool(gone)
+        gone = False
+        for row in tuple(self._rows):
+            if row.abandoned:
+                self._end(row)
+                gone = True
+        return (bool(self._waiting) and self._admit()) or gone
 
     def _admit(self) -> bool:
-        if not self._waiting:
-            return False
         begun, left = list[Row](), list[Row]()
         with self._lock:
             while self._waiting and (self._free or self._waiting[0].abandoned):
@@ -206,11 +141,24 @@ class Scheduler:
 
     def _turn(self, moved: bool) -> None:
         self._turns += 1
-        moved = self._resume() or moved
-        moved = self._run_calls() or moved
-        if not moved:
-            self._idle()
-        self._wake()
+        if len(self._rows) == 1 and isinstance(work := self._rows[0].waits, Work):
+            self._step_alone(self._rows[0], work)
+        else:
+            moved = self._resume() or moved
+            moved = self._run_calls() or moved
+            if not moved:
+                self._idle()
+        if self._wheel.followers:
+            self._wheel.wake()
+
+    def _step_alone(self, row: Row, work: Work) -> None:
+        """What `_run_calls` does, where there is nothing to choose: most often, so it must cost little."""
+        try:
+            work.run()
+        except Exception as error:
+            self._advance(row, error)
+        else:
+            self._advance(row)
 
     def _resume(self) -> bool:
         """Go on with rows whose event has happened, and with one that waits for its turn alone: the next piece of a
@@ -230,55 +178,22 @@ class Scheduler:
         return bool(happened or in_line)
 
     def _run_calls(self) -> bool:
-        chosen = self._choose()
+        chosen = self._calls.choose(self._rows, self._turns)
         if not chosen:
             return False
         if len(chosen) > 1 and not self._borrowed:
             self._close_gaps()
-        failed: dict[int, Exception] = {}
-        by_work = {id(row.work): row for row in chosen}
-        for group in self._groups([row.work for row in chosen if row.work is not None]):
-            failed.update(self._run(group))
+        works = [row.waits for row in chosen if isinstance(row.waits, Work)]
+        failed = self._calls.run(works, together=not self._borrowed)
         interrupted: BaseException | None = None
-        for key, row in by_work.items():
+        for row, work in zip(chosen, works, strict=True):
             try:
-                self._advance(row, failed.get(key))
+                self._advance(row, failed.get(id(work)))
             except BaseException as error:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
         return True
-
-    def _choose(self) -> list[Row]:
-        """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once half of all
-        wait for one, or one has waited long: a row that waits does nothing, so waiting for all would lose more than it
-        saves."""
-        working = [row for row in self._rows if row.work is not None]
-        if len(working) == 1:
-            return working
-        shallow = [row for row in working if row.work is not None and row.work.lane is self._shallow]
-        deep = [row for row in working if row not in shallow]
-        waited = max((self._turns - row.since for row in deep), default=0)
-        return deep if deep and (len(deep) >= len(shallow) or waited >= PATIENCE) else shallow
-
-    def _groups(self, works: list[Work]) -> list[list[Work]]:
-        if len(works) == 1 or self._borrowed or works[0].lane not in self._batches:
-            return [[work] for work in works]
-        return grouped(works)
-
-    def _run(self, works: list[Work]) -> dict[int, Exception]:
-        """Run them as one call: the errors, by the id of the work."""
-        try:
-            if len(works) == 1:
-                works[0].run()
-            else:
-                self._batches[works[0].lane].run(works)
-        except Exception as error:
-            if len(works) == 1:
-                return {id(works[0]): error}
-            # Whose fault it was shows when each runs alone: nothing has been counted as written.
-            return {key: failure for work in works for key, failure in self._run([work]).items()}
-        return {}
 
     def _advance(self, row: Row, error: Exception | None = None) -> None:
         try:
@@ -290,10 +205,10 @@ class Scheduler:
             self._end(row, EngineError(f"interrupted by {type(interruption).__name__} in the thread that drove it"))
             raise
         row.since = self._turns
-        if going:
-            row.tell()
-        else:
+        if not going:
             self._end(row)
+        elif row.told is not None:
+            row.told()
 
     def _end(self, row: Row, error: Exception | None = None) -> None:
         decoder = row.decoder

@@ -12,7 +12,7 @@ from runtime.engines.onnx import Call
 from runtime.lane import Event, Lane
 
 if TYPE_CHECKING:
-    from runtime.decoder import Decoder
+    from runtime.slot_calls import SlotCalls
 
 T = TypeVar("T")
 Said = TypeVar("Said")
@@ -23,33 +23,36 @@ class Work:
 
     `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
     "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
-    what the call took that it was last part of.
+    what the call took that it was last part of, and `company` how many sequences were.
     """
 
-    __slots__ = ("_call", "decoder", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+    __slots__ = ("_call", "calls", "company", "heads", "inputs", "lane", "outputs", "rows", "seconds")
 
     def __init__(
         self,
-        decoder: Decoder,
+        calls: SlotCalls,
         lane: Lane,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any],
         rows: int,
         heads: int,
     ) -> None:
-        self.decoder, self.lane, self.inputs, self.outputs = decoder, lane, inputs, outputs
-        self.rows, self.heads, self.seconds = rows, heads, 0.0
+        self.calls, self.lane, self.inputs, self.outputs = calls, lane, inputs, outputs
+        self.rows, self.heads, self.seconds, self.company = rows, heads, 0.0, 1
         self._call: Call | None = None
 
     def submit(self) -> Event:
         """Run it by itself, where calls of its lane run."""
-        if self._call is None:
-            self._call = self.decoder.bind(self)
-        return self.lane.submit(self._call)
+        return self.lane.submit(self._bound())
 
     def run(self) -> None:
         """Run it by itself, to its end."""
-        self.seconds = self.submit().wait()
+        self.seconds, self.company = self.lane.run(self._call or self._bound()), 1
+
+    def _bound(self) -> Call:
+        if self._call is None:
+            self._call = self.calls.bind(self)
+        return self._call
 
     def forget(self) -> None:
         """The slot has changed: bind again."""

@@ -11,9 +11,9 @@ from scipy.stats import chisquare
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from runtime.continuation import Continuation
-from runtime.decoder import Prediction
 from runtime.errors import OptionError
 from runtime.logits import softmax
+from runtime.prediction import Prediction
 from runtime.sampling import Sampler, Warping, log_probability, race
 
 DRAWS = 20_000

@@ -17,11 +17,12 @@ from runtime import OptionError, QueueFullError, decode
 from runtime.batch import Batch, grouped
 from runtime.continuation import Continuation, Step
 from runtime.cross_rows import CrossRows
-from runtime.decoder import Decoder, Prediction
+from runtime.decoder import Decoder
 from runtime.errors import EngineError
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.pace import Pace
+from runtime.prediction import Prediction
 from runtime.result import Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler

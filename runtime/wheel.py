@@ -1,0 +1,92 @@
+"""Which of the threads that wait drives: one at a time, the others sleep until what they wait for is there, or it is
+theirs to drive."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import NamedTuple, Protocol
+
+from runtime.errors import OptionError
+
+
+class Awaited(Protocol):
+    def ready(self, whole: bool) -> bool: ...
+
+
+class Follower(NamedTuple):
+    """A thread that sleeps while another drives."""
+
+    awaited: Awaited
+    whole: bool
+    awake: threading.Event
+
+
+class Wheel:
+    """`lock` guards who drives, and whatever else its owner guards with it. `clock` counts the seconds in which anyone
+    drove: what a reader does between tokens does not count."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.followers: deque[Follower] = deque()
+        self._lock = lock
+        self._driver: int | None = None
+        self._seconds, self._began = 0.0, 0.0
+
+    @property
+    def taken(self) -> bool:
+        return self._driver is not None
+
+    @property
+    def here(self) -> bool:
+        """Whether this thread drives: then it must not wait."""
+        return self._driver == threading.get_ident()
+
+    def clock(self) -> float:
+        return self._seconds + (time.perf_counter() - self._began if self._driver is not None else 0.0)
+
+    def take(self, awaited: Awaited, whole: bool) -> Follower | None:
+        """None where this thread is the driver now; else what it is to sleep on."""
+        with self._lock:
+            if self._driver is None:
+                self._driver, self._began = threading.get_ident(), time.perf_counter()
+                return None
+            if self.here:
+                raise OptionError(
+                    "a callback of a request asked its own session, which waits for the callback; open another session"
+                )
+            follower = Follower(awaited, whole, threading.Event())
+            if awaited.ready(whole):
+                follower.awake.set()
+            else:
+                self.followers.append(follower)
+            return follower
+
+    def sleep(self, follower: Follower) -> None:
+        try:
+            follower.awake.wait()
+        except BaseException:
+            with self._lock:
+                if follower in self.followers:
+                    self.followers.remove(follower)
+                elif self._driver is None and self.followers:
+                    self.followers.popleft().awake.set()  # it was this one's turn to drive
+            raise
+
+    def leave(self) -> None:
+        """Let another drive."""
+        with self._lock:
+            self._seconds, self._driver = self.clock(), None
+            if self.followers:
+                self.followers.popleft().awake.set()
+
+    def wake(self) -> None:
+        """Those who need not wait any more."""
+        with self._lock:
+            asleep = deque[Follower]()
+            for follower in self.followers:
+                if follower.awaited.ready(follower.whole):
+                    follower.awake.set()
+                else:
+                    asleep.append(follower)
+            self.followers = asleep
