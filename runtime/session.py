@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import threading
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any, overload
 
 import numpy as np
 
-from runtime.adaptive import AdaptiveThreshold
 from runtime.batch import Batch
 from runtime.bundle import Bundle
 from runtime.cross_rows import CrossRows
@@ -25,32 +23,25 @@ from runtime.device import Device, check_runnable
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
-from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.int8_range import check_int8_range
+from runtime.intake import Intake, adapting, known
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.machine import usable_cores
 from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
 from runtime.memory import check_memory
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.pace import Pace
-from runtime.prompt import Prompt, encode_prompt
+from runtime.prompt import Prompt
 from runtime.prompts import Prompts, is_list_of_prompts
 from runtime.pump import Pump
-from runtime.reply import Reply, Start
-from runtime.request import Request, threshold_of
 from runtime.result import GenerationResult, Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler
 from runtime.stream import Stream
-from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
 from runtime.work import Waiting
 
 logger = logging.getLogger(__name__)
-
-# Thresholds for which a session remembers how long drafts should be.
-MOST_PACES = 64
 
 
 class Session:
@@ -61,13 +52,13 @@ class Session:
     """
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
-        self.options = SessionOptions(**_known(SessionOptions, options))
+        self.options = SessionOptions(**known(SessionOptions, options))
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
         check_int8_range(manifest)
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
-        self._adaptive = self._adapting(self.options)
+        adaptive = adapting(self.bundle, self.options)
         self._tokenizer = Tokenizer.load(self.bundle.path)
         check_memory(manifest, self.capacity, self.options.slots)
         self.threads = self.options.threads or usable_cores()
@@ -77,8 +68,9 @@ class Session:
         self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
         self._scheduler = self._schedule(shallow, deep)
         self._pump = Pump(self._scheduler)
-        self._closed = self._ending = False
-        self._paces: dict[tuple[float, bool], Pace] = {}
+        clock = self._scheduler.clock
+        self._intake = Intake(self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, clock, adaptive)
+        self._closed = False
 
     @property
     def manifest(self) -> Manifest:
@@ -120,7 +112,7 @@ class Session:
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
         self._refuse_if_closed()
-        row, reply = self._row(options, cancel, monotonic(), prompt)
+        row, reply = self._intake.row(options, cancel, monotonic(), prompt)
         return Stream(self._scheduler, row, reply)
 
     async def agenerate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
@@ -128,7 +120,7 @@ class Session:
         if is_list_of_prompts(prompt):
             return await self._pump.all_of(self._prompts(prompt, cancel, options))
         self._refuse_if_closed()
-        row, reply = self._row(options, cancel, monotonic(), prompt)
+        row, reply = self._intake.row(options, cancel, monotonic(), prompt)
         async for _ in self._pump.tokens_of(row):
             pass
         return reply.result
@@ -136,7 +128,7 @@ class Session:
     def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncIterator[Token]:
         """`stream` for asyncio. Leaving the loop ends the request."""
         self._refuse_if_closed()
-        row, _ = self._row(options, cancel, monotonic(), prompt)
+        row, _ = self._intake.row(options, cancel, monotonic(), prompt)
         return self._pump.tokens_of(row)
 
     def generate_best(
@@ -148,7 +140,7 @@ class Session:
         Other arguments as for `generate`. Cancelled, it returns those that ended before. Raises as `generate` does.
         """
         self._refuse_if_closed()
-        request, cancelled = self._request(prompt, {**options, "output_logprobs": True}, cancel, monotonic())
+        request, cancelled = self._intake.request(prompt, {**options, "output_logprobs": True}, cancel, monotonic())
         beams = request.options.num_beams
         most = math.inf if request.options.samples else beams
         if not isinstance(num_return_sequences, int) or not 1 <= num_return_sequences <= most:
@@ -156,7 +148,7 @@ class Session:
                 f"num_return_sequences is {num_return_sequences!r}; choose 1 or more, "
                 "with do_sample=True or a temperature above 0, or up to num_beams"
             )
-        replies = [self._reply(start, request, cancelled) for start in request.several(num_return_sequences)]
+        replies = [self._intake.reply(start, request, cancelled) for start in request.several(num_return_sequences)]
 
         def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
             try:
@@ -165,7 +157,7 @@ class Session:
                     if reply.result.finish_reason == "cancelled":
                         return
             finally:
-                self._learn(request)
+                self._intake.learn(request)
 
         Stream(self._scheduler, Row(run, cancelled), replies[0]).drain()
         results = [reply.result for reply in replies if reply.result.finish_reason != "cancelled"]
@@ -187,17 +179,17 @@ class Session:
     @property
     def threshold(self) -> float:
         """What a request of mode "free" that gives no threshold begins with now."""
-        if self._adaptive is not None:
-            return self._adaptive.threshold
+        if self._intake.adaptive is not None:
+            return self._intake.adaptive.threshold
         chosen = self.options.threshold
         return self.manifest.threshold if chosen is None else float(chosen)
 
     def adaptive_state(self) -> dict[str, Any]:
         """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
         of another. Raises OptionError where the threshold does not adapt."""
-        if self._adaptive is None:
+        if self._intake.adaptive is None:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
-        return self._adaptive.state()
+        return self._intake.adaptive.state()
 
     def close(self, drain: bool = False) -> None:
         """Refuse new requests. Running ones end after their next token, and waiting ones at once; with `drain` all come
@@ -206,7 +198,7 @@ class Session:
         self._scheduler.close()
         if drain:
             self._scheduler.drain()
-        self._ending = True
+        self._intake.ending = True
         self._pump.close()
 
     def __enter__(self) -> Session:
@@ -218,73 +210,14 @@ class Session:
         self.close()
 
     def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> Prompts:
-        GenerationOptions(**_known(GenerationOptions, given))  # what is wrong for all is raised at once
+        GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
         self._refuse_if_closed()
-        ask = partial(self._row, given, cancel, monotonic())
+        ask = partial(self._intake.row, given, cancel, monotonic())
         return Prompts(self._scheduler, ask, prompts, self.options.slots)
-
-    def _row(
-        self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
-    ) -> tuple[Row, Reply]:
-        request, cancelled = self._request(prompt, given, cancel, began)
-        reply = self._reply(request.start, request, cancelled, partial(self._learn, request))
-        return Row(reply.run, cancelled), reply
-
-    def _request(
-        self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
-    ) -> tuple[Request, Callable[[], bool]]:
-        """The request, which its deadline ends counted from `began`, and what asks whether it is cancelled."""
-        options = GenerationOptions(**_known(GenerationOptions, given))
-        manifest = self.manifest
-        if options.max_pending is not None and options.max_pending > manifest.max_pending:
-            raise OptionError(
-                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
-            )
-        if options.threshold is None and isinstance(self.options.threshold, (int, float)):
-            options = dataclasses.replace(options, threshold=self.options.threshold)
-        if options.samples:
-            options = with_defaults(options, read_defaults(self.bundle.path))
-        limit = manifest.encoder_capacity or self.capacity
-        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
-        pace, cancelled = self._pace(options), partial(self._cancelled, cancel, _end(options, began))
-        adapts = self._adaptive is not None and options.threshold is None and options.mode == "free"
-        observation = self._adaptive.begin() if self._adaptive is not None and adapts else None
-        request = Request(manifest, self.capacity, self._encoder, tokens, options, pace, cancelled, observation)
-        return request, cancelled
 
     def _refuse_if_closed(self) -> None:
         if self._closed:
             raise OptionError("the session is closed; open a new one")
-
-    def _learn(self, request: Request) -> None:
-        if self._adaptive is not None and request.observation is not None:
-            self._adaptive.complete(request.observation)
-
-    def _adapting(self, options: SessionOptions) -> AdaptiveThreshold | None:
-        if options.threshold != "adaptive":
-            return None
-        calibration = self.bundle.calibration
-        return AdaptiveThreshold(self.manifest, calibration, options.adaptive_memory, options.adaptive_state)
-
-    def _pace(self, options: GenerationOptions) -> Pace:
-        """What requests that draft at one threshold have learned, shared by them."""
-        key = threshold_of(options, self.manifest), options.samples
-        if key not in self._paces and len(self._paces) >= MOST_PACES:
-            self._paces.pop(next(iter(self._paces)), None)
-        return self._paces.setdefault(key, Pace(self.manifest.max_pending, self.manifest.break_even))
-
-    def _reply(
-        self,
-        start: Start,
-        request: Request,
-        cancelled: Callable[[], bool],
-        ended: Callable[[], None] | None = None,
-    ) -> Reply:
-        text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Reply(start, text, request.eos, request.limit, cancelled, self._scheduler.clock, ended)
-
-    def _cancelled(self, cancel: threading.Event | None, end: float) -> bool:
-        return self._ending or (cancel is not None and cancel.is_set()) or (end != math.inf and monotonic() >= end)
 
     def _schedule(self, shallow: Lane, deep: Lane) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
@@ -329,16 +262,3 @@ def _capacity(manifest: Manifest, asked: int | None) -> int:
             "leave it out, or convert with --capacity"
         )
     return asked or manifest.capacity
-
-
-def _end(options: GenerationOptions, began: float) -> float:
-    """When the deadline is, by the monotonic clock."""
-    return math.inf if options.deadline is None else began + options.deadline
-
-
-def _known(options: type, given: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(options)]
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
-    return given

@@ -1,0 +1,126 @@
+"""From a prompt and its options to a request that can be scheduled, and what requests teach the session."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable
+from functools import partial
+from time import monotonic
+from typing import Any
+
+from runtime.adaptive import AdaptiveThreshold
+from runtime.bundle import Bundle
+from runtime.encoder import Encoder
+from runtime.errors import OptionError
+from runtime.generation_defaults import read_defaults, with_defaults
+from runtime.options import GenerationOptions, SessionOptions
+from runtime.pace import Pace
+from runtime.prompt import Prompt, encode_prompt
+from runtime.reply import Reply, Start
+from runtime.request import Request, threshold_of
+from runtime.row import Row
+from runtime.text_stream import TextStream
+from runtime.tokenizer import Tokenizer
+
+# Thresholds for which a session remembers how long drafts should be.
+MOST_PACES = 64
+
+
+class Intake:
+    """`capacity` positions a slot; `clock` counts the seconds of requests. Setting `ending` ends all of them after
+    their next token."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: SessionOptions,
+        capacity: int,
+        tokenizer: Tokenizer | None,
+        encoder: Encoder | None,
+        clock: Callable[[], float],
+        adaptive: AdaptiveThreshold | None,
+    ) -> None:
+        self._bundle, self._options, self._capacity = bundle, options, capacity
+        self._tokenizer, self._encoder, self._clock = tokenizer, encoder, clock
+        self.ending = False
+        self.adaptive = adaptive
+        self._paces: dict[tuple[float, bool], Pace] = {}
+
+    def row(
+        self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
+    ) -> tuple[Row, Reply]:
+        """A request for the scheduler and its answer. Raises PromptError, OptionError."""
+        request, cancelled = self.request(prompt, given, cancel, began)
+        reply = self.reply(request.start, request, cancelled, partial(self.learn, request))
+        return Row(reply.run, cancelled), reply
+
+    def request(
+        self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
+    ) -> tuple[Request, Callable[[], bool]]:
+        """The request, which its deadline ends counted from `began`, and what asks whether it is cancelled."""
+        manifest = self._bundle.manifest
+        options = GenerationOptions(**known(GenerationOptions, given))
+        if options.max_pending is not None and options.max_pending > manifest.max_pending:
+            raise OptionError(
+                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+            )
+        if options.threshold is None and isinstance(self._options.threshold, (int, float)):
+            options = dataclasses.replace(options, threshold=self._options.threshold)
+        if options.samples:
+            options = with_defaults(options, read_defaults(self._bundle.path))
+        limit = manifest.encoder_capacity or self._capacity
+        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
+        pace, cancelled = self._pace(options), partial(self._cancelled, cancel, _end(options, began))
+        adapts = self.adaptive is not None and options.threshold is None and options.mode == "free"
+        observation = self.adaptive.begin() if self.adaptive is not None and adapts else None
+        request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, cancelled, observation)
+        return request, cancelled
+
+    def reply(
+        self,
+        start: Start,
+        request: Request,
+        cancelled: Callable[[], bool],
+        ended: Callable[[], None] | None = None,
+    ) -> Reply:
+        text = TextStream(self._tokenizer, tuple(request.options.stop))
+        return Reply(start, text, request.eos, request.limit, cancelled, self._clock, ended)
+
+    def learn(self, request: Request) -> None:
+        """What a request that has ended saw."""
+        if self.adaptive is not None and request.observation is not None:
+            self.adaptive.complete(request.observation)
+
+    def _pace(self, options: GenerationOptions) -> Pace:
+        """What requests that draft at one threshold have learned, shared by them."""
+        manifest = self._bundle.manifest
+        key = threshold_of(options, manifest), options.samples
+        if key not in self._paces and len(self._paces) >= MOST_PACES:
+            self._paces.pop(next(iter(self._paces)), None)
+        return self._paces.setdefault(key, Pace(manifest.max_pending, manifest.break_even))
+
+    def _cancelled(self, cancel: threading.Event | None, end: float) -> bool:
+        return self.ending or (cancel is not None and cancel.is_set()) or (end != math.inf and monotonic() >= end)
+
+
+def adapting(bundle: Bundle, options: SessionOptions) -> AdaptiveThreshold | None:
+    """None where the threshold is a number. Raises OptionError for a state that does not fit."""
+    if options.threshold != "adaptive":
+        return None
+    return AdaptiveThreshold(bundle.manifest, bundle.calibration, options.adaptive_memory, options.adaptive_state)
+
+
+def known(options: type, given: dict[str, Any]) -> dict[str, Any]:
+    """`given`, if these are names of options. Raises OptionError."""
+    names = [field.name for field in dataclasses.fields(options)]
+    unknown = sorted(given.keys() - set(names))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
+    return given
+
+
+def _end(options: GenerationOptions, began: float) -> float:
+    """When the deadline is, by the monotonic clock."""
+    return math.inf if options.deadline is None else began + options.deadline
