@@ -30,7 +30,7 @@ from runtime.manifest import Dialect as DialectName
 from runtime.precision import HeadPrecision, Int8Range, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
-# provider has no bias in GroupQueryAttention, nor lengths of queries; TensorRT has no kernel for fp32 attention.
+# provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
 TARGETS: dict[Target, tuple[DialectName | None, tuple[Precision, ...]]] = {
     "cpu": (None, ("fp32", "int8", "int4", "mixed", "fp16")),
     "cuda": ("standard", ("fp16", "bf16", "fp32")),
