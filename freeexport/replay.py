@@ -19,6 +19,8 @@ from runtime.work import Waits
 # Between the two confidences that a replayed decision is given.
 THRESHOLD = 0.5
 _DRAWN = 4096
+# Rows of the trace between where two slots begin.
+STRIDE = 257
 
 
 def exit_trace(what: str) -> list[bool]:
@@ -47,15 +49,15 @@ def _recorded(path: Path) -> list[bool]:
 
 
 class ReplayDecoder(Decoder):
-    """A decoder whose shallow predictions are as sure as the trace says, from the start of each request."""
+    """A decoder whose shallow predictions are as sure as the trace says, from row `start` of it at each request."""
 
-    def __init__(self, trace: Sequence[bool], *arguments: Any) -> None:
+    def __init__(self, trace: Sequence[bool], start: int, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._trace, self._row = trace, 0
+        self._trace, self._start, self._row = trace, start, start
 
     def reset(self) -> None:
         super().reset()
-        self._row = 0
+        self._row = self._start
 
     def stepping(self, token: int, head: bool) -> Waits[Prediction]:
         said = yield from super().stepping(token, head)
@@ -75,4 +77,5 @@ class ReplaySession(Session):
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
         manifest = self.manifest
         sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
-        return ReplayDecoder(self._trace, shallow, deep, slot, *sizes)
+        # Sequences side by side must not exit in step.
+        return ReplayDecoder(self._trace, slot * STRIDE, shallow, deep, slot, *sizes)

@@ -1,0 +1,251 @@
+"""Throughput and latency of a bundle at several requests in flight, and where mode free stops paying.
+
+    python -m tools.batches BUNDLE --data prompts.jsonl --threshold 0.8
+    python -m tools.batches BUNDLE --data prompts.jsonl --replay 0.8 --tokens 48
+
+As one request ends, the next joins: a server under load, without its network. Every setting runs `--seconds` in each
+of interleaved `--rounds`. Requests end where the model ends them, at --tokens at the latest; with replayed exits, which
+say nothing of what a model has learned, ends are ignored and lengths drawn from --tokens/2 to --tokens. Greedy. Run
+from the root on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+
+from freeexport.bench_run import SETTLE
+from freeexport.benchmark import bench_prompts
+from freeexport.idle import is_idle, require_idle
+from freeexport.machine import detect_machine
+from freeexport.progress import progress
+from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
+from runtime import Session
+from runtime.bundle import Bundle
+from runtime.machine import usable_cores
+from tools.closed_loop import ClosedLoop, Window
+
+MODES = ("full", "free", "lossless")
+
+
+@dataclass(frozen=True)
+class Setting:
+    mode: str
+    batch: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the requests are, and how long each setting is watched; the options of that name."""
+
+    prompts: Sequence[list[int]]
+    threshold: float | None
+    replay: str | None
+    tokens: int
+    seconds: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """`tokens_per_second`: the median over rounds, `spread` the largest less the smallest as a share of it, `ratio` its
+    multiple of mode full's at the same batch. Milliseconds between tokens, and of whole requests from joining to the
+    last token: median and 95th percentile."""
+
+    mode: str
+    batch: int
+    tokens_per_second: float
+    spread: float
+    ratio: float
+    token_ms: float
+    token_ms_95: float
+    request_ms: float
+    request_ms_95: float
+    exit_rate: float
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines with an `input`.  [default: sample texts]")
+@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Prompts of --data.")
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=("full", "free"), show_default=True)
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
+@click.option("--threshold", type=float, help="Exit above this confidence.  [default: the bundle's]")
+@click.option("--replay", help="Exits as drawn at this rate, or as in an output of generate.")
+@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--threads", type=click.IntRange(1), help="Of each engine.  [default: one per physical core]")
+@click.option("--force", is_flag=True, help="Go on even if the machine is busy.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+def main(
+    bundle: Path,
+    data: Path | None,
+    samples: int,
+    modes: tuple[str, ...],
+    batches: tuple[int, ...],
+    threshold: float | None,
+    replay: str | None,
+    tokens: int,
+    seconds: float,
+    rounds: int,
+    threads: int | None,
+    force: bool,
+    save: Path | None,
+) -> None:
+    if replay is not None and ("lossless" in modes or threshold is not None):
+        raise click.UsageError("--replay decides about exits: neither --threshold nor mode lossless goes with it")
+    if save is not None and not save.parent.is_dir():
+        raise click.UsageError(f"--save: there is no directory {save.parent}")
+    settings = [Setting(mode, batch) for batch in sorted(set(batches)) for mode in dict.fromkeys(("full", *modes))]
+    load = Load(bench_prompts(Bundle.open(bundle), data, samples), threshold, replay, tokens, seconds, rounds)
+    idle = require_idle(force)
+    with opened(bundle, load, max(batches), threads) as session:
+        windows = measure(session, settings, load)
+        about = describe(session, load)
+    about["idle"] = idle and is_idle()
+    rows = rows_of(windows)
+    click.echo(table(about, rows))
+    if save is not None:
+        partial = save.with_name(f".{save.name}.partial-{os.getpid()}")
+        partial.write_text(json.dumps({"settings": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
+        partial.replace(save)
+
+
+def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session:
+    """With no more room than the requests need."""
+    manifest = Bundle.open(bundle).manifest
+    read = 1 if manifest.encoder_decoder else max(map(len, load.prompts))
+    capacity = min(manifest.capacity, read + load.tokens)
+    options: dict[str, Any] = {"threads": threads, "slots": slots, "capacity": capacity}
+    if load.replay is None:
+        return Session(bundle, **options)
+    return ReplaySession(bundle, exit_trace(load.replay), **options)
+
+
+def measure(session: Session, settings: Sequence[Setting], load: Load) -> dict[Setting, list[Window]]:
+    """A window for each round, after a short one to warm up."""
+    found: dict[Setting, list[Window]] = defaultdict(list)
+    with progress("measuring", (load.rounds + 1) * len(settings)) as advance:
+        for turn in range(load.rounds + 1):
+            # The order turns, so that none always follows the same other.
+            first = turn * 3 % len(settings)
+            for setting in (*settings[first:], *settings[:first]):
+                time.sleep(SETTLE)
+                loop = ClosedLoop(session, load.prompts, options_of(setting.mode, load), setting.batch)
+                window = loop.run(load.seconds if turn else load.seconds / 4)
+                if turn:
+                    found[setting].append(window)
+                advance()
+    return found
+
+
+def options_of(mode: str, load: Load) -> list[dict[str, Any]]:
+    """Of each prompt: the same for all modes, but for the mode."""
+    options: dict[str, Any] = {"mode": mode, "max_new_tokens": load.tokens}
+    if mode != "full":
+        options["threshold"] = load.threshold if load.replay is None else THRESHOLD
+    if load.replay is None:
+        return [options] * len(load.prompts)
+    lengths = np.random.default_rng(0).integers(load.tokens // 2, load.tokens + 1, len(load.prompts))
+    return [{**options, "max_new_tokens": int(length), "ignore_eos": True} for length in lengths]
+
+
+def rows_of(windows: Mapping[Setting, Sequence[Window]]) -> list[Row]:
+    full = {setting.batch: _speed(turns)[0] for setting, turns in windows.items() if setting.mode == "full"}
+    rows = []
+    for setting, turns in windows.items():
+        speed, spread = _speed(turns)
+        gaps = 1e3 * np.concatenate([turn.gaps for turn in turns])
+        latencies = 1e3 * np.concatenate([turn.latencies for turn in turns])
+        rows.append(
+            Row(
+                setting.mode,
+                setting.batch,
+                speed,
+                spread,
+                speed / full[setting.batch],
+                *_percentiles(gaps),
+                *_percentiles(latencies),
+                median(turn.exit_rate for turn in turns),
+            )
+        )
+    return sorted(rows, key=lambda row: (MODES.index(row.mode), row.batch))
+
+
+def _speed(turns: Sequence[Window]) -> tuple[float, float]:
+    speeds = [turn.tokens_per_second for turn in turns]
+    middle = median(speeds)
+    return middle, (max(speeds) - min(speeds)) / middle
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    return float(np.median(values)), float(np.percentile(values, 95))
+
+
+def verdict(ratios: Mapping[int, float], mode: str) -> str:
+    """Where a mode stops paying, of its multiples of mode full's tokens/s by batch."""
+    batches = sorted(ratios)
+    losing = next((batch for batch in batches if ratios[batch] < 1), None)
+    if losing is None:
+        return f"{mode} pays at every batch measured, up to {batches[-1]} ({ratios[batches[-1]]:.2f}x)"
+    if losing == batches[0]:
+        return f"{mode} pays at no batch from {losing} on ({ratios[losing]:.2f}x)"
+    last = batches[batches.index(losing) - 1]
+    return f"{mode} stops paying between batch {last} ({ratios[last]:.2f}x) and {losing} ({ratios[losing]:.2f}x)"
+
+
+def describe(session: Session, load: Load) -> dict[str, Any]:
+    """What the figures depend on."""
+    manifest, machine = session.manifest, detect_machine()
+    threshold = session.threshold if load.threshold is None else load.threshold
+    return {
+        "model": manifest.source,
+        "exit_layer": f"{manifest.exit_layer} of {manifest.layers}",
+        "precision": manifest.precision,
+        "exits": f"above {threshold:g}" if load.replay is None else f"replayed at {load.replay}",
+        "threads": session.threads,
+        "of_cores": usable_cores(),
+        "prompts": len(load.prompts),
+        "tokens": load.tokens,
+        "seconds": load.seconds,
+        "rounds": load.rounds,
+        "cpu": machine.cpu,
+        "memory": machine.memory,
+    }
+
+
+def table(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """Markdown, with what it depends on above and what follows from it below."""
+    lines = [
+        f"{about['model']}, exit after layer {about['exit_layer']}, {about['precision']}, exits {about['exits']}; "
+        f"{about['threads']} threads of {about['of_cores']} cores ({about['cpu']}), {about['prompts']} prompts, up to "
+        f"{about['tokens']} tokens, {about['rounds']} rounds of {about['seconds']:g} s"
+        + ("" if about["idle"] else ", BUSY MACHINE: not figures"),
+        "",
+        "| batch | mode | tokens/s | spread | of full | token ms | 95 % | request ms | 95 % | exits |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        exits = "" if row.mode == "full" else f"{row.exit_rate:.0%}"
+        lines.append(
+            f"| {row.batch} | {row.mode} | {row.tokens_per_second:.1f} | {row.spread:.0%} | {row.ratio:.2f}x "
+            f"| {row.token_ms:.2f} | {row.token_ms_95:.2f} | {row.request_ms:.0f} | {row.request_ms_95:.0f} | {exits} |"
+        )
+    for mode in dict.fromkeys(row.mode for row in rows if row.mode != "full"):
+        lines += ["", verdict({row.batch: row.ratio for row in rows if row.mode == mode}, mode)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
