@@ -85,7 +85,7 @@ class ClosedLoop:
 
     def _join(self) -> None:
         prompt, options = next(self._next)
-        row, reply = self._session._row(options, None, monotonic(), prompt)
+        row, reply = self._session._intake.row(options, None, monotonic(), prompt)
         asked = Asked(perf_counter())
         row.told = partial(self._told, asked, row, reply)
         self._asked.append(asked)
