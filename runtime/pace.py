@@ -37,7 +37,8 @@ class Pace:
     def __init__(self, max_pending: int, recorded: Mapping[str, float], others: Pace | None = None) -> None:
         self._max_pending, self._recorded = max_pending, recorded
         self._costs = DraftCosts(max_pending, recorded)
-        self._sure, self._kept = (_Share(), _Share()) if others is None else (others._sure, others._kept)
+        self._sure: _Share = _Share() if others is None else others._sure
+        self._kept: _Share = _Share() if others is None else others._kept
         self._among: dict[int, Pace] = {}
         self._length, self._rows_to_review, self._tokens_to_probe = 0, FIRST_ROWS, 0
         self._asked = self._plain = 0
