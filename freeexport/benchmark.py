@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -11,8 +12,10 @@ from freeexport.bench_options import BenchOptions
 from freeexport.bench_report import Report, settings
 from freeexport.bench_rows import Answers, Row, rows_of
 from freeexport.bench_run import Measured, measure
-from freeexport.contenders import Contender, Loaded, Ours, PeerContender, Transformers, cpus_for
-from freeexport.cost_table import CostTable, measure_in_child
+from freeexport.contenders import Contender, Loaded, Ours, PeerContender, Run, Transformers, cpus_for
+from freeexport.cost import Costs
+from freeexport.decode_costs import measured_in_child
+from freeexport.exit_replay import Replay
 from freeexport.idle import is_idle, require_idle
 from freeexport.jsonl import Request, read_requests
 from freeexport.parity import sample_ids
@@ -40,7 +43,10 @@ def benchmark(options: BenchOptions) -> Report:
     idle = require_idle(options.force)
     with progress("memory bandwidth"):
         bandwidth = bandwidth_of(options.count)
-    costs = {b.path: measure_in_child(b.path, options.count, options.rounds) for b in bundles if options.replay}
+    context = round(fmean(map(len, prompts)))
+    costs = {
+        b.path: measured_in_child(b.path, options.count, options.tokens, context) for b in bundles if options.replay
+    }
     measured = measure(contenders, prompts, options.tokens, options.rounds)
     # Work that began in between spoils the figures as well.
     idle = idle and is_idle()
@@ -48,12 +54,11 @@ def benchmark(options: BenchOptions) -> Report:
     rows = rows_of(contenders, measured, answers, idle or options.force)
     ours = {contender.name: contender for contender in contenders if isinstance(contender, Ours)}
     opened = {bundle.path: bundle for bundle in bundles}
-    context = fmean(map(len, prompts)), options.tokens / 2
     for number, row in enumerate(rows):
         if row.name in ours:
             mine = ours[row.name]
-            row = _with_roofline(row, mine, opened[mine.bundle], context, bandwidth)
-            rows[number] = _with_prediction(row, mine, costs.get(mine.bundle), measured)
+            row = _with_roofline(row, mine, opened[mine.bundle], (context, options.tokens / 2), bandwidth)
+            rows[number] = _with_prediction(row, mine, costs.get(mine.bundle), measured, ours)
     used = settings(bundles[0], options, len(prompts), idle, truth)
     return Report(used, rows, measured.failed, bandwidth)
 
@@ -172,14 +177,20 @@ def _with_roofline(row: Row, ours: Ours, bundle: Bundle, context: tuple[float, f
     return replace(row, token_bytes=read, roofline=read * row.decode_per_second / bandwidth)
 
 
-def _with_prediction(row: Row, ours: Ours, costs: CostTable | None, measured: Measured) -> Row:
-    """How much faster than mode full the cost model says that these exits are."""
+def _with_prediction(row: Row, ours: Ours, costs: Costs | None, measured: Measured, others: Mapping[str, Ours]) -> Row:
+    """How much faster than mode full the cost model says that these exits are, from prompt to last token: prompts take
+    what they took in mode full."""
     if costs is None or ours.mode != "free":
         return row
-    done = [run for turn in measured.rounds[row.name] for run in turn]
-    passes: dict[int, int] = {}
-    for run in done:
-        for rows, count in run.sync_sizes.items():
-            passes[rows] = passes.get(rows, 0) + count
-    tokens = sum(len(run.tokens) - 1 for run in done)
-    return replace(row, predicted=costs.speedup(tokens, passes))
+    full = next(name for name, other in others.items() if other.bundle == ours.bundle and other.mode == "full")
+    prompts, seconds = (
+        sum(getattr(run, name) for run in _runs(measured, full)) for name in ("first_seconds", "seconds")
+    )
+    done = _runs(measured, row.name)
+    passes = sum((Counter(run.sync_sizes) for run in done), Counter[int]())
+    replay = Replay(tokens=sum(len(run.tokens) - 1 for run in done), sync_sizes=passes)
+    return replace(row, predicted=seconds / (prompts + (seconds - prompts) / replay.speedup(costs)))
+
+
+def _runs(measured: Measured, name: str) -> list[Run]:
+    return [run for turn in measured.rounds[name] for run in turn]

@@ -95,10 +95,9 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
     for name in ("confidence", "exit_layer", "max_pending"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name.replace('_', '-')} is for checkpoints; a bundle has its own, fixed at convert")
-    from runtime import Session
+    from freeexport.replay import ReplaySession
 
-    # In turn, as costs are measured.
-    with Session(model, slots=1, overlap=False, threads=threads) as session:
+    with ReplaySession(model, slots=1, threads=threads) as session:
         yield BundleSource(Path(model), session)
 
 

@@ -12,7 +12,7 @@ from freeexport import __version__
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.calibration_source import Source
 from freeexport.confidence_fit import check_confidences
-from freeexport.decode_costs import DecodeCosts
+from freeexport.cost import Costs
 from freeexport.exit_replay import Replay, replay
 from freeexport.jsonl import BrokenLine, Request, read_requests
 from freeexport.outputs import Outputs
@@ -40,7 +40,7 @@ class Calibrated:
 
     calibration: Calibration
     traces: Traces
-    costs: DecodeCosts
+    costs: Costs
     chosen: Replay
     break_even: float | None
     layers: int
@@ -50,7 +50,7 @@ class Calibrated:
 
     @property
     def predicted(self) -> float:
-        return self.chosen.speedup(self.costs.costs, self.costs.overhead)
+        return self.chosen.speedup(self.costs)
 
 
 def read_data(path: Path, samples: int) -> list[Request]:
@@ -98,7 +98,7 @@ def check_enough(traces: Traces, options: CalibrateOptions) -> None:
 
 
 def calibrate(
-    source: Source, traces: Traces, costs: DecodeCosts, options: CalibrateOptions, outputs: Outputs | None = None
+    source: Source, traces: Traces, costs: Costs, options: CalibrateOptions, outputs: Outputs | None = None
 ) -> Calibrated:
     """Choose the threshold on traces, and on `outputs` where a metric counts.
 
@@ -126,7 +126,7 @@ def calibrate(
         rollback_threshold=limit,
         mixture=choice.mixture,
         table=_table(traces, costs, choice, facts.max_pending),
-        costs=costs.as_dict(facts.max_pending),
+        costs=costs.as_manifest(facts.max_pending),
         created_with={"freeexport": __version__, "python": platform.python_version()},
     )
     return Calibrated(
@@ -134,7 +134,7 @@ def calibrate(
         traces,
         costs,
         replay(traces, threshold, facts.max_pending),
-        costs.costs.break_even(facts.max_pending),
+        costs.break_even(facts.max_pending),
         facts.layers,
         facts.max_pending,
         None if limit is None else caught(traces, threshold, limit),
@@ -142,16 +142,15 @@ def calibrate(
     )
 
 
-def _table(traces: Traces, costs: DecodeCosts, choice: Choice, max_pending: int) -> tuple[TableRow, ...]:
+def _table(traces: Traces, costs: Costs, choice: Choice, max_pending: int) -> tuple[TableRow, ...]:
     thresholds = sorted({*TABLE, choice.threshold, *choice.quality})
     rows = [_row(traces, costs, threshold, max_pending) for threshold in thresholds]
     return tuple(replace(row, quality=choice.quality.get(row.threshold)) for row in rows)
 
 
-def _row(traces: Traces, costs: DecodeCosts, threshold: float, max_pending: int) -> TableRow:
+def _row(traces: Traces, costs: Costs, threshold: float, max_pending: int) -> TableRow:
     done = replay(traces, threshold, max_pending)
-    predicted = done.speedup(costs.costs, costs.overhead)
-    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=predicted)
+    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=done.speedup(costs))
 
 
 def points(result: Calibrated) -> list[float]:

@@ -14,13 +14,14 @@ import numpy as np
 
 from freeexport.bundle_traces import trace_of
 from freeexport.calibration_options import CalibrateOptions
-from freeexport.decode_costs import DecodeCosts, measured_costs
+from freeexport.cost import Costs
+from freeexport.decode_costs import measured_costs
 from freeexport.jsonl import Request
 from freeexport.outputs import Outputs
+from freeexport.replay import ReplaySession
 from freeexport.threshold_speed import measured_speedups
 from freeexport.trace import Trace
 from freeexport.training_data import DataError
-from runtime import Session
 from runtime.bundle_calibration import is_calibration
 from runtime.errors import CalibrationError, OptionError, PromptError
 from runtime.manifest import ConfidenceMeasure, Manifest
@@ -56,7 +57,7 @@ class Source(Protocol):
         """Of the requests that fit, in order."""
         ...
 
-    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
+    def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         """Of decoding requests like these, `tokens` each."""
         ...
 
@@ -78,7 +79,7 @@ class Source(Protocol):
 class BundleSource:
     """A bundle and an open session of it."""
 
-    def __init__(self, path: Path, session: Session) -> None:
+    def __init__(self, path: Path, session: ReplaySession) -> None:
         self.path, self.session = path, session
         self._unknown = unknown_of_bundle(path)
 
@@ -121,9 +122,8 @@ class BundleSource:
         check_unknown([ids for _, ids in fitting], self._unknown)
         return fitting
 
-    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
-        prompts = [ids for _, ids in self.prompts(requests)]
-        return measured_costs(self.session, prompts, tokens)
+    def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
+        return measured_costs(self.session, [ids for _, ids in self.prompts(requests)], tokens)
 
     def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
         fitting = self.prompts(requests)
@@ -181,11 +181,10 @@ class CheckpointSource:
         for start in range(0, len(examples), size):
             yield from self._loaded().traces(examples[start : start + size], max_new_tokens)
 
-    def costs(self, requests: Sequence[Request], tokens: int) -> DecodeCosts:
+    def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         from freeexport.exit_cost import analytic
 
-        costs = analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers)
-        return DecodeCosts(costs, measured=False)
+        return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers)
 
     def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
         raise OptionError("a metric compares what mode free writes, which needs a bundle: convert, then calibrate that")

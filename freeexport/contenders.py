@@ -34,6 +34,11 @@ class Run:
     sync_sizes: dict[int, int] = field(default_factory=dict)
     overhead: float = 0.0
 
+    @property
+    def first_seconds(self) -> float:
+        """Until the first token."""
+        return self.times[0]
+
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Run:
         known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead") if name in answer}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -12,8 +11,8 @@ import click
 from freeexport.bundle_manifest import Written, head_copies, new_manifest
 from freeexport.bundle_update import with_calibration
 from freeexport.checkpoint import Checkpoint, open_checkpoint
-from freeexport.child import run_child
 from freeexport.convert_options import ConvertOptions, engine_options
+from freeexport.decode_costs import measured_in_child
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
@@ -57,7 +56,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             manifest = replace(manifest, verified=_verified(directory, model, checkpoint, manifest))
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
-            manifest = replace(manifest, break_even=json.loads(run_child("freeexport.cost", str(directory))))
+            costs = measured_in_child(directory, overlap=True)
+            manifest = replace(manifest, break_even=costs.as_manifest(manifest.max_pending))
         _write_manifest(manifest, directory)
     return manifest
 

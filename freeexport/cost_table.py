@@ -1,10 +1,10 @@
-"""What every call of a bundle's engines costs, measured one by one: `freeexport bench --costs`."""
+"""What every call of a bundle's engines costs, timed one by one, and in decoding: `freeexport bench --costs`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from freeexport.child import run_child
-from freeexport.cost import CONTEXT, ROUNDS, Costs
-from freeexport.exit_replay import Replay, StepOverhead
+from freeexport.cost import Costs
+from freeexport.decode_costs import TOKENS, measured_costs
 from freeexport.machine import detect_machine
-from runtime import Session
+from freeexport.replay import ReplaySession
 from runtime.bundle import Bundle
 from runtime.decoder import Decoder
 
 MOST_ROWS = 32
-_OVERHEAD_TOKENS = 32
+# Valid positions at which calls are timed, and how often.
+CONTEXT, ROUNDS = 128, 7
 
 
 @dataclass(frozen=True)
@@ -37,24 +38,16 @@ class DeepCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """Seconds: a shallow step with and without its head, deep passes, and what a token costs outside the engines."""
+    """Seconds of one call after the other: a shallow step with and without its head, deep passes; and what the same
+    cost in decoding, `decoding`, which predictions rest on."""
 
     shallow: float
     shallow_without_head: float
     deep: tuple[DeepCost, ...]
-    overhead: float
-
-    @property
-    def costs(self) -> Costs:
-        return Costs(self.shallow, self.shallow_without_head, {cost.rows: cost.last for cost in self.deep})
-
-    def speedup(self, tokens: int, passes: Mapping[int, int]) -> float:
-        """Of `tokens` tokens whose deep passes ran over so many rows so often, against mode full."""
-        replay = Replay(tokens=tokens, sync_sizes=Counter(passes))
-        return replay.speedup(self.costs, StepOverhead(self.overhead, self.overhead))
+    decoding: Costs
 
 
-def measure_table(session: Session, context: int = CONTEXT, rounds: int = ROUNDS) -> CostTable:
+def measure_table(session: ReplaySession, context: int = CONTEXT, rounds: int = ROUNDS) -> CostTable:
     """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`. Deep
     passes over 1 to 32 rows, as far as the bundle has room for them."""
     manifest = session.manifest
@@ -78,13 +71,16 @@ def measure_table(session: Session, context: int = CONTEXT, rounds: int = ROUNDS
     passes = tuple(
         DeepCost(rows, *(median(deep[rows, heads]) for heads in (0, 1, rows))) for rows in range(1, most + 1)
     )
-    return CostTable(median(shallow[True]), median(shallow[False]), passes, _overhead(session, rounds))
+    prompts = [prompt[: max(1, context - TOKENS // 2)]]
+    decoding = measured_costs(session, prompts, TOKENS, rounds)
+    return CostTable(median(shallow[True]), median(shallow[False]), passes, decoding)
 
 
 def measure_in_child(bundle: Path, threads: int, rounds: int) -> CostTable:
     """The same in a process of its own, of which nothing is left."""
     found = json.loads(run_child("freeexport.cost_table", str(bundle), str(threads), str(rounds)))
-    return CostTable(**{**found, "deep": tuple(DeepCost(**cost) for cost in found["deep"])})
+    deep = tuple(DeepCost(**cost) for cost in found["deep"])
+    return CostTable(**{**found, "deep": deep, "decoding": Costs.of(found["decoding"])})
 
 
 def figures(bundle: Bundle, costs: CostTable, threads: int, rounds: int, idle: bool) -> dict[str, Any]:
@@ -107,9 +103,9 @@ def figures(bundle: Bundle, costs: CostTable, threads: int, rounds: int, idle: b
         },
         "shallow_ms": 1e3 * costs.shallow,
         "shallow_without_head_ms": 1e3 * costs.shallow_without_head,
-        "overhead_us": 1e6 * costs.overhead,
+        "overhead_us": 1e6 * costs.decoding.outside.full,
         "deep": per_call,
-        "predicted": costs.costs.as_manifest(manifest.max_pending),
+        "predicted": costs.decoding.as_manifest(manifest.max_pending),
     }
 
 
@@ -151,21 +147,10 @@ def _sync(decoder: Decoder, heads: int) -> float:
     return decoder.stats.deep_seconds - before
 
 
-def _overhead(session: Session, rounds: int) -> float:
-    """Seconds a token outside the engines, in mode full."""
-    prompt = [3] * min(8, max(1, session.capacity // 4))
-    tokens = max(2, min(_OVERHEAD_TOKENS, session.capacity - len(prompt)))
-    found = []
-    for _ in range(rounds + 1):
-        stats = session.generate(prompt, mode="full", max_new_tokens=tokens, ignore_eos=True).stats
-        found.append(stats.overhead_seconds / stats.tokens)
-    return max(0.0, median(found[1:]))
-
-
 def main(arguments: Sequence[str]) -> None:
     """Print the table of the bundle named first, on as many threads and rounds as said then, as JSON."""
     bundle, threads, rounds = arguments
-    with Session(Path(bundle), slots=1, threads=int(threads), overlap=False) as session:
+    with ReplaySession(Path(bundle), slots=1, threads=int(threads)) as session:
         print(json.dumps(asdict(measure_table(session, rounds=int(rounds)))))
 
 

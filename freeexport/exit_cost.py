@@ -32,7 +32,8 @@ class StepCosts:
     def at(self, exit_layer: int, layers: int) -> Costs:
         """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`."""
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
-        return Costs(shallow + self.head, shallow, {size: deep * factor for size, factor in self.growth.items()})
+        deep_passes = {size: deep * factor for size, factor in self.growth.items()}
+        return Costs(shallow + self.head, shallow, deep_passes, measured=self.measured)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:

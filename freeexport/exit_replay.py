@@ -9,14 +9,6 @@ from freeexport.cost import Costs
 from freeexport.trace import Trace, Traces
 
 
-@dataclass(frozen=True)
-class StepOverhead:
-    """Seconds a token spends outside the engines, in mode full and in free."""
-
-    full: float = 0.0
-    free: float = 0.0
-
-
 @dataclass
 class Replay:
     """`agreeing` of the `exits` have the deep decoder's token. `sync_sizes[k]` passes ran over k rows; what is on the
@@ -36,14 +28,13 @@ class Replay:
         """Share of the exits; None where nothing exits."""
         return self.agreeing / self.exits if self.exits else None
 
-    def speedup(self, costs: Costs, overhead: StepOverhead | None = None) -> float:
+    def speedup(self, costs: Costs) -> float:
         """Tokens per second of decoding as a multiple of mode full's: docs/method.md, with the passes of the replay in
         place of an expectation. 1 without tokens."""
         if not self.tokens:
             return 1.0
-        outside = overhead or StepOverhead()
-        passes = sum(count * costs.deep_pass(rows) for rows, count in self.sync_sizes.items())
-        return (costs.full + outside.full) / (costs.shallow + outside.free + passes / self.tokens)
+        passes = sum(count * costs.sync(rows) for rows, count in self.sync_sizes.items())
+        return costs.full / (costs.step + passes / self.tokens)
 
 
 def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:

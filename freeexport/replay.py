@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,12 @@ def exit_trace(what: str) -> list[bool]:
         return _recorded(Path(what))
     if not 0 <= rate < 1:
         raise OptionError(f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file")
-    return list(map(bool, np.random.default_rng(1).random(_DRAWN) < rate))
+    return drawn(rate, 1)
+
+
+def drawn(rate: float, seed: int) -> list[bool]:
+    """Exits that come independently at `rate`."""
+    return list(map(bool, np.random.default_rng(seed).random(_DRAWN) < rate))
 
 
 def _recorded(path: Path) -> list[bool]:
@@ -48,12 +54,19 @@ def _recorded(path: Path) -> list[bool]:
     return exits
 
 
-class ReplayDecoder(Decoder):
-    """A decoder whose shallow predictions are as sure as the trace says, from row `start` of it at each request."""
+class Script:
+    """Which tokens of the next requests exit; None: as the model says."""
 
-    def __init__(self, trace: Sequence[bool], start: int, *arguments: Any) -> None:
+    def __init__(self, trace: Sequence[bool] | None) -> None:
+        self.trace = trace
+
+
+class ReplayDecoder(Decoder):
+    """A decoder whose shallow predictions are as sure as the script says, from row `start` of it at each request."""
+
+    def __init__(self, script: Script, start: int, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._trace, self._start, self._row = trace, start, start
+        self._script, self._start, self._row = script, start, start
 
     def reset(self) -> None:
         super().reset()
@@ -61,21 +74,36 @@ class ReplayDecoder(Decoder):
 
     def stepping(self, token: int, head: bool) -> Waits[Prediction]:
         said = yield from super().stepping(token, head)
-        exits = self._trace[self._row % len(self._trace)]
+        trace = self._script.trace
+        if trace is None or not head:
+            return said
+        exits = trace[self._row % len(trace)]
         self._row += 1
-        return said._replace(confidence=float(exits)) if head else said
+        return said._replace(confidence=float(exits))
 
 
 class ReplaySession(Session):
-    """A session in which a token exits where the trace says so, at any threshold inside (0, 1), unless the stack is
-    full. For modes that take nothing back: "free" without overlap."""
+    """A session in which a token exits where `trace` says so, at any threshold inside (0, 1), unless the stack is full;
+    without a trace it is like any other. For modes that take nothing back: "free" without overlap."""
 
-    def __init__(self, bundle: Path, trace: Sequence[bool], **options: Any) -> None:
-        self._trace = trace
+    def __init__(self, bundle: Path | str, trace: Sequence[bool] | None = None, **options: Any) -> None:
+        self._script = Script(trace)
         super().__init__(bundle, **{**options, "overlap": False})
+
+    def __enter__(self) -> ReplaySession:
+        return self
+
+    @contextmanager
+    def replaying(self, trace: Sequence[bool]) -> Iterator[None]:
+        """Requests meanwhile exit as `trace` says."""
+        before, self._script.trace = self._script.trace, trace
+        try:
+            yield
+        finally:
+            self._script.trace = before
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
         manifest = self.manifest
         sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
         # Sequences side by side must not exit in step.
-        return ReplayDecoder(self._trace, slot * STRIDE, shallow, deep, slot, *sizes)
+        return ReplayDecoder(self._script, slot * STRIDE, shallow, deep, slot, *sizes)

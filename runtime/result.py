@@ -15,9 +15,9 @@ class Stats:
 
     `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
     `rejected` counts drafts that a sync pass discarded ("rollback", "lossless").
-    `sync_sizes[k]` is how many deep passes ran over k rows. `seconds` is wall time from prompt to last token;
-    encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds` the deep ones that ran beside
-    the caller and cost it no time.
+    `sync_sizes[k]` is how many deep passes ran over k rows, `sync_seconds[k]` what all of those took. `seconds` is wall
+    time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`
+    the deep ones that ran beside the caller and cost it no time.
     """
 
     prompt_tokens: int = 0
@@ -26,6 +26,7 @@ class Stats:
     forced: int = 0
     rejected: int = 0
     sync_sizes: Counter[int] = field(default_factory=Counter)
+    sync_seconds: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0

@@ -16,8 +16,10 @@ from statistics import median
 import click
 import numpy as np
 
-from freeexport.cost import measure
+from freeexport.decode_costs import measured_costs
 from freeexport.idle import require_idle
+from freeexport.lane_costs import measured_overlap
+from freeexport.replay import ReplaySession
 from runtime import Session, decode
 from runtime.continuation import Continuation
 from runtime.work import alone
@@ -38,19 +40,17 @@ def main(
     require_idle(force)
     times: dict[bool, list[float]] = {False: [], True: []}
     with ExitStack() as stack:
-        sessions = {
-            overlap: stack.enter_context(Session(bundle, slots=2, threads=threads, overlap=overlap))
-            for overlap in (False, True)
-        }
+        in_turn = stack.enter_context(ReplaySession(bundle, slots=2, threads=threads))
+        overlapped = stack.enter_context(Session(bundle, slots=2, threads=threads, overlap=True))
+        sessions: dict[bool, Session] = {False: in_turn, True: overlapped}
         for turn in range(rounds + 1):
             for overlap, session in sessions.items():
                 seconds = decode_once(session, threshold, tokens, sync_every)
                 if turn:  # the first turn binds and warms up
                     times[overlap].append(1e3 * seconds)
         trace = trace_of(sessions[False], threshold, tokens)
-        costs = measure(sessions[False], context=tokens)
-    assert costs.overlap is not None
-    slower = costs.overlap
+        costs = measured_costs(in_turn, [np.array(prompt_of(in_turn))], tokens)
+        slower = measured_overlap(in_turn, tokens)
     simulated = Costs(1e3 * costs.shallow, {rows: 1e3 * cost for rows, cost in costs.deep.items()})
     exits = sum(token.exits for token in trace) / len(trace)
     click.echo(

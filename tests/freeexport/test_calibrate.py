@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from freeexport.calibration_options import CalibrateOptions
 from freeexport.calibration_source import CheckpointSource, check_unknown
 from freeexport.checkpoint import open_checkpoint
 from freeexport.cli import main
+from freeexport.decode_costs import measured_costs
 from freeexport.jsonl import Request
+from freeexport.replay import ReplaySession
 from freeexport.trace import Trace, Traces
 from runtime import Bundle, Session, decode
 from runtime.calibration import read_calibration
@@ -43,6 +46,11 @@ def data(tmp_path: Path) -> Path:
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
     return path
+
+
+@pytest.fixture(autouse=True)
+def quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_source, "measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
 
 
 @pytest.fixture
@@ -73,7 +81,7 @@ def test_a_checkpoint_and_its_bundle_give_the_same_traces(
     requests = [Request(number, text) for number, text in enumerate(TEXTS[:6], start=1)]
     options = CalibrateOptions(confidence=measure, exit_layer=1, batch_size=4)
     torch_traces = list(CheckpointSource(open_checkpoint(str(checkpoint(case))), options).traces(requests, 9))
-    with Session(bundle(case, confidence=measure), slots=1) as session:
+    with ReplaySession(bundle(case, confidence=measure), slots=1) as session:
         ours = list(calibration_source.BundleSource(session.bundle.path, session).traces(requests, 9))
     for mine, theirs in zip(ours, torch_traces, strict=True):
         assert mine.line == theirs.line

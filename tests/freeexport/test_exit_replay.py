@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import mixed, trace
 
-from freeexport.cost import Costs
-from freeexport.exit_replay import StepOverhead, replay
+from freeexport.cost import Costs, Outside
+from freeexport.exit_replay import replay
 from freeexport.trace import Traces
 
 COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0})
@@ -42,15 +43,16 @@ def test_the_speedup_is_that_of_the_calls_written_out() -> None:
     full = 6 * (1.5 + 3.0)
     free = 6 * 2.0 + (3.2 + 4.0) / 2 + 3.0
     assert done.speedup(COSTS) == pytest.approx(full / free)
-    outside = StepOverhead(full=0.5, free=0.7)
-    assert done.speedup(COSTS, outside) == pytest.approx((full + 6 * 0.5) / (free + 6 * 0.7))
+    costs = replace(COSTS, outside=Outside(full=0.5, free=0.7, sync=0.2))
+    assert done.speedup(costs) == pytest.approx((full + 6 * 0.5) / (free + 6 * 0.7 + 2 * 0.2))
 
 
 def test_independent_exits_cost_what_the_model_of_the_method_says() -> None:
     traces = mixed(400, 100, seed=4)
     done = replay(traces, 0.8, max_pending=8)
     sure = float(np.mean(traces.confidence > 0.8))
-    assert done.speedup(COSTS) == pytest.approx(COSTS.speedup(sure, 8), rel=0.02)
+    for costs in (COSTS, replace(COSTS, outside=Outside(0.5, 0.7, 0.2))):
+        assert done.speedup(costs) == pytest.approx(costs.speedup(sure, 8), rel=0.02)
 
 
 def test_nothing_exits_at_1_and_no_agreement_is_claimed() -> None:

@@ -7,8 +7,8 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from freeexport.cost_table import CostTable, DeepCost
 from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
+from runtime import Session
 from runtime.errors import OptionError
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -23,6 +23,16 @@ def test_tokens_exit_as_the_trace_says(bundle: Bundles) -> None:
             )
             assert result.exited == (False, *trace)
             assert dict(result.stats.sync_sizes) == {3: 1, 2: 1, 1: 1}
+
+
+def test_a_session_without_a_trace_is_like_any_other_but_while_it_replays_one(bundle: Bundles) -> None:
+    prompt, options = list(PROMPTS[0]), {"threshold": THRESHOLD, "max_new_tokens": 7, "ignore_eos": True}
+    with Session(bundle(LLAMA), threads=1, slots=1) as plain, ReplaySession(bundle(LLAMA), threads=1) as session:
+        expected = plain.generate(prompt, **options).confidence
+        assert session.generate(prompt, **options).confidence == expected
+        with session.replaying([True, False]):
+            assert session.generate(prompt, **options).exited[1:] == (True, False, True, False, True, False)
+        assert session.generate(prompt, **options).confidence == expected
 
 
 def test_a_full_stack_forces_a_pass_whatever_the_trace_says(bundle: Bundles) -> None:
@@ -56,11 +66,3 @@ def test_files_without_exits_are_refused(text: str, tmp_path: Path) -> None:
 def test_rates_out_of_range_are_refused(rate: str) -> None:
     with pytest.raises(OptionError, match="no rate of exits"):
         exit_trace(rate)
-
-
-def test_predicted_speedup_of_replayed_passes() -> None:
-    deep = (DeepCost(1, 5, 6, 6), DeepCost(2, 6, 7, 8), DeepCost(4, 8, 9, 12))
-    table = CostTable(shallow=2, shallow_without_head=1, deep=deep, overhead=1)
-    # Full: 1 + 6 a token, and 1 outside. Eight tokens in passes over 4, 3 (between 2 and 4) and 1 rows.
-    assert table.speedup(8, {4: 1, 3: 1, 1: 1}) == pytest.approx(8 / (2 + (9 + 8 + 6) / 8 + 1))
-    assert table.speedup(8, {1: 8}) == pytest.approx(8 / 9)
