@@ -17,6 +17,7 @@ from freeexport import __version__
 from freeexport.extras import EXTRAS, PURPOSES, install_command
 from freeexport.machine import Machine, detect_machine
 from freeexport.page import human_bytes, pairs, print_page
+from freeexport.tensorrt_check import TensorRT, check_tensorrt, tensorrt_rows
 
 # Distributions that all install the import package `onnxruntime`: of two, the later one overwrites the earlier one.
 WHEELS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino")
@@ -63,6 +64,7 @@ class Report:
     wheels: dict[str, str]
     packages: dict[str, str | None]
     providers: tuple[Provider, ...]
+    tensorrt: TensorRT
     machine: Machine
     missing: tuple[MissingExtra, ...]
     problems: tuple[str, ...]
@@ -94,6 +96,7 @@ def examine(version_of: VersionOf = installed_version) -> Report:
         wheels=wheels,
         packages={name: version_of(name) for name in PACKAGES},
         providers=providers,
+        tensorrt=check_tensorrt(version_of),
         machine=detect_machine(),
         missing=missing_extras(version_of),
         problems=problems,
@@ -184,6 +187,7 @@ def show(report: Report) -> None:
         pairs("Versions", [("freeexport", report.freeexport), ("python", report.python), ("system", report.platform)]),
         pairs("Packages", [(name, version or "not installed") for name, version in versions.items()]),
         pairs("Providers", [(item.name, _provider_text(item)) for item in report.providers]),
+        pairs("TensorRT", tensorrt_rows(report.tensorrt)),
         pairs("Machine", _machine_rows(report.machine)),
     ]
     print_page(tables)

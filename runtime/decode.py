@@ -13,6 +13,7 @@ from runtime.continuation import Continuation, Step
 from runtime.decoder import Decoder, RunAhead
 from runtime.pace import Pace, Verdict
 from runtime.prediction import Prediction
+from runtime.result import Stats
 from runtime.work import Waiting, Waits
 
 Loop = Generator[Step | Waiting, None, None]
@@ -111,15 +112,27 @@ def lossless(
     """The tokens of `full`: exited tokens are drafts, kept as far as the deep decoder chooses the same."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
-        most, probe = pace.plan(max_pending - 1)
-        shallow, deep = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
+        now = pace.among(decoder.company)
+        most, probe = now.plan(max_pending - 1)
+        before = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
+        if most == 0 and not probe:
+            yield from decoder.stepping(output.newest, head=False)
+            (plain,) = yield from decoder.syncing(1, (), None)
+            now.observe_plain(*_since(before, decoder.stats))
+            yield output.add(output.choose(plain), False, None, plain)
+            continue
         draft = yield from _draft(decoder, output, threshold, most, head=probe)
-        shallow = decoder.stats.shallow_seconds - shallow
         said = yield from _verify(decoder, output, threshold, draft)
         kept, correction = _agreement(output, draft.tokens, said)
-        pace.observe_costs(draft.asked, len(said), shallow, decoder.stats.deep_seconds - deep)
-        pace.observe_drafts(_verdicts(draft, threshold, kept, correction))
+        tokens = kept + (correction is not None)
+        now.observe_costs(draft.asked, len(said), *_since(before, decoder.stats), tokens)
+        now.observe_drafts(_verdicts(draft, threshold, kept, correction))
         yield from _settle(decoder, output, draft, said, kept, correction)
+
+
+def _since(before: tuple[float, float], stats: Stats) -> tuple[float, float]:
+    """Seconds of both decoders' calls since they were `before`."""
+    return stats.shallow_seconds - before[0], stats.deep_seconds - before[1]
 
 
 class Draft(NamedTuple):

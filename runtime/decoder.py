@@ -42,7 +42,7 @@ class _Pass(NamedTuple):
 class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
     the background count as stacked. `hidden_size` is d, `vocab_size` V, `max_pending` the rows of the stack.
-    `want_logits` makes predictions carry logits.
+    `company`: sequences in the last shallow call, this one included. `want_logits` makes predictions carry logits.
 
     `prefilling`, `stepping` and `syncing` are coroutines that yield the engine calls they need, so that those of
     several sequences can be run as one; `prefill`, `step` and `sync` run them at once."""
@@ -52,6 +52,7 @@ class Decoder:
     ) -> None:
         self.stats = Stats()
         self.stacked = 0
+        self.company = 1
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self._calls = SlotCalls(shallow, deep, slot, hidden_size, vocab_size, max_pending)
@@ -186,6 +187,7 @@ class Decoder:
 
     def _step_done(self, work: Work) -> None:
         self.stats.shallow_seconds += work.seconds
+        self.company = work.company
         self._shallow.cache.extend(self._calls.slot, 1)
 
     def _deep_work(self, heads: int, drafts: Sequence[int]) -> Work:

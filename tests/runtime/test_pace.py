@@ -6,10 +6,11 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from runtime.draft_costs import MEMORY, DraftCosts
 from runtime.pace import Pace, Verdict
 
 MANY = 16
@@ -54,7 +55,12 @@ class Machine:
             kept = 0
             while kept < drafts and self.chance.random() < self.kept:
                 kept += 1
-            pace.observe_costs(asked, rows, shallow, deep)
+            seconds += shallow + deep
+            done += kept + 1
+            if not asked:
+                pace.observe_plain(shallow, deep)
+                continue
+            pace.observe_costs(asked, rows, shallow, deep, kept + 1)
             verdicts = [Verdict(True, row < kept) for row in range(min(drafts, kept + 1))]
             if kept == drafts and drafts < most:
                 verdicts.append(Verdict(False, False))
@@ -62,8 +68,6 @@ class Machine:
                 sure = self.chance.random() < self.sure
                 verdicts.append(Verdict(sure, sure and self.chance.random() < self.kept))
             pace.observe_drafts(verdicts)
-            seconds += shallow + deep
-            done += kept + 1
         return done * (self.bare + self.first) / seconds
 
     def _noisy(self, seconds: float) -> float:
@@ -78,21 +82,14 @@ class Machine:
     further=st.floats(0, 10),
     seed=st.integers(0, 1000),
 )
-@hypothesis_settings(max_examples=15, deadline=None, derandomize=True)  # its known exception stands below
+@example(sure=1.0, kept=0.75, head=1.0, bare=1.0, further=6.0, seed=0)  # a dear head, drafts that just do not pay
+@hypothesis_settings(max_examples=40, deadline=None)
 def test_drafting_never_costs_more_than_two_percent(
     sure: float, kept: float, head: float, bare: float, further: float, seed: int
 ) -> None:
     machine = Machine(sure, kept, bare, head, further=further, seed=seed)
     pace = Pace(MANY, {})
     machine.run(pace, 200)  # what a session learns once
-    assert machine.run(pace, 2000) > 0.98
-
-
-@pytest.mark.xfail(reason="a head as dear as the layers, and drafts that just do not pay: 0.976", strict=True)
-def test_a_dear_head_and_drafts_that_do_not_pay_cost_two_percent_at_most() -> None:
-    machine = Machine(1.0, 0.75, 1.0, 1.0, further=6.0, seed=0)
-    pace = Pace(MANY, {})
-    machine.run(pace, 200)
     assert machine.run(pace, 2000) > 0.98
 
 
@@ -110,7 +107,7 @@ def test_hiccups_do_not_change_the_mind() -> None:
     assert noisy.run(Pace(MANY, {}), 2000) > 0.95 / 1.15 * calm.run(Pace(MANY, {}), 2000)
     pace = Pace(MANY, {})
     calm.run(pace, 500)
-    pace.observe_costs(0, 1, 1e3, 1e3)
+    pace.observe_costs(0, 1, 1e3, 1e3, 1)
     assert calm.run(pace, 300) > 1.2
 
 
@@ -146,10 +143,10 @@ def test_the_first_rows_are_asked_and_nothing_is_drafted_before_anything_is_know
     pace = Pace(MANY, {})
     for _ in range(8):
         assert pace.plan(MANY - 1) == (0, True)
-        pace.observe_costs(1, 1, 4.0, 10.0)
+        pace.observe_costs(1, 1, 4.0, 10.0, 1)
         pace.observe_drafts([Verdict(False, False)])
         if pace.plan(MANY - 1) == (0, False):
-            pace.observe_costs(0, 1, 3.0, 10.0)
+            pace.observe_plain(3.0, 10.0)
     plans = [pace.plan(MANY - 1) for _ in range(100)]
     assert {length for length, _ in plans} == {0}
     assert sum(probe for _, probe in plans) < 10
@@ -159,8 +156,8 @@ def test_recorded_costs_give_the_shape_and_measured_ones_the_size() -> None:
     recorded = {"shallow_ms": 4.0, "shallow_without_head_ms": 3.0, "deep_1_ms": 10.0, "deep_4_ms": 16.0}
     pace = Pace(8, recorded)
     for _ in range(50):
-        pace.observe_costs(1, 1, 8e-3, 20e-3)
-        pace.observe_costs(0, 1, 6e-3, 20e-3)
+        pace.observe_costs(1, 1, 8e-3, 20e-3, 1)
+        pace.observe_costs(0, 1, 6e-3, 20e-3, 1)
     # Twice the recorded costs: drafts of up to three look as they would there.
     for length in range(4):
         assert speedup(pace, length) == pytest.approx(speedup(Pace(8, recorded), length), rel=1e-3)
@@ -174,3 +171,41 @@ def test_the_predicted_speedup_is_the_simulated_one() -> None:
         known = Pace(MANY, {"shallow_ms": 4, "shallow_without_head_ms": 3, "deep_1_ms": 10, "deep_16_ms": 25})
         known._sure.value, known._kept.value = 0.8, 0.7
         assert speedup(known, length) == pytest.approx(measured, rel=0.02)
+
+
+def test_calls_that_others_share_have_costs_of_their_own() -> None:
+    """Alone drafts pay; in calls of eight sequences a deep row costs as much as another pass, and they do not."""
+    alone, crowded = Machine(0.9, 0.9), Machine(0.9, 0.9, first=10, further=10)
+    pace = Pace(MANY, {})
+    assert alone.run(pace, 500) > 1.3
+    assert crowded.run(pace.among(8), 3000) > 0.98
+    assert pace.among(8) is pace.among(5)
+    assert pace.among(8) is not pace.among(4)
+    assert pace.among(1) is pace
+    assert alone.run(pace, 500) > 1.3
+
+
+def test_a_cost_not_seen_for_long_is_forgotten() -> None:
+    """It may have been measured while others kept the machine busy."""
+    costs = DraftCosts(8, {"shallow_without_head_ms": 1.0, "deep_1_ms": 10.0, "deep_8_ms": 17.0})
+    for _ in range(20):
+        costs.observe(0, 1, 1.0, 10.0)
+    costs.observe(4, 4, 5.0, 100.0)
+    costs.observe(0, 1, 1.0, 10.0)
+    assert costs[4] == 26.0  # what passes for a hiccup counts no more than twice
+    for _ in range(MEMORY):
+        costs.observe(0, 1, 1.0, 10.0)
+    assert costs[4] == pytest.approx(13.0)
+
+
+def test_what_drafts_have_lost_keeps_them_away_until_it_is_made_up_for() -> None:
+    machine, pace = Machine(1.0, 1.0), Pace(MANY, {})
+    machine.run(pace, 1000)
+    drafting = pace.plan(MANY - 1)[0]
+    assert drafting > 3
+    for _ in range(3):
+        pace.observe_costs(drafting, drafting + 1, drafting * 4.0 + 3.0, 14.0, 1)
+    assert pace.plan(MANY - 1)[0] == 0
+    for _ in range(5000):
+        pace.observe_plain(3.0, 10.0)
+    assert pace.plan(MANY - 1)[0] == drafting

@@ -172,6 +172,7 @@ class Ask:
             return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
         pace = Pace(self.max_pending, {})
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
+        pace.among = lambda company: pace  # type: ignore[method-assign]
         return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:

@@ -1,0 +1,207 @@
+"""Are the tokens of lossless those of full, and are the tokens of a row those that it has alone?
+
+    python -m tools.equality BUNDLE --data prompts.jsonl --samples 200
+
+Every prompt is decoded alone in mode full and in free, to --tokens/2 to --tokens tokens; then in lossless, alone and by
+--batch threads, and in full and free by --batch threads: rows of common calls join and leave at any time. Lossless
+drafts as much as it may, whether that pays or not. Each difference is listed with how far apart the two best choices
+were: in float32, below 1e-4 is a tie of k rows against one. Ends with 1 where a difference is not such a tie, or, of
+rounded weights, where more than one prompt in a hundred differs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+
+from freeexport.benchmark import bench_prompts
+from freeexport.progress import Advance, progress
+from runtime import GenerationResult, Session
+from runtime.bundle import Bundle
+from runtime.pace import Pace
+
+# Two logits nearer than this may change places between k rows and one, in float32.
+TIE = 1e-4
+# Share of prompts that may differ where weights are rounded.
+ROUNDED = 0.01
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a prompt's tokens first differ under `setting`, and the smaller of two distances that decided there: of the
+    two best logits, and, in free, of the confidence from the threshold."""
+
+    setting: str
+    prompt: int
+    place: int
+    distance: float
+
+
+@dataclass(frozen=True)
+class Setting:
+    """`like`: the mode whose tokens alone these must be. `together`: many at a time."""
+
+    mode: str
+    like: str
+    threshold: float
+    together: bool
+
+    @property
+    def name(self) -> str:
+        exits = "" if self.mode == "full" else f", threshold {self.threshold:g}"
+        return f"{self.mode}{exits}, {'together' if self.together else 'alone'}"
+
+
+def settings_of(thresholds: Sequence[float]) -> list[Setting]:
+    exiting = [
+        setting
+        for value in thresholds
+        for setting in (
+            Setting("lossless", "full", value, False),
+            Setting("lossless", "full", value, True),
+            Setting("free", "free", value, True),
+        )
+    ]
+    return [Setting("full", "full", 1.0, True), *exiting]
+
+
+class Equality:
+    """Of a session's `prompts`, decoded to at most `tokens` tokens, together by `batch` threads. `compared` counts
+    prompts by the name of a setting, `drafts` drafted tokens."""
+
+    def __init__(
+        self, session: Session, prompts: Sequence[list[int]], tokens: int, batch: int, ignore_eos: bool = False
+    ) -> None:
+        self._session, self._prompts, self._ignore_eos = session, list(prompts), ignore_eos
+        # Of all lengths, so that rows end at all times.
+        self._lengths = np.random.default_rng(0).integers(tokens // 2 or 1, tokens + 1, len(prompts)).tolist()
+        self._alone: dict[tuple[str, float], list[GenerationResult]] = {}
+        self._batch = batch
+        self.compared: Counter[str] = Counter()
+        self.drafts = 0
+
+    def differences(self, setting: Setting) -> list[Difference]:
+        """Of all prompts, in order."""
+        wanted = self._results(setting.like, setting.threshold)
+        found = self._decode(setting.mode, setting.threshold, self._batch if setting.together else 1)
+        self.compared[setting.name] += len(found)
+        self.drafts += sum(result.stats.exits + result.stats.rejected for result in found if setting.mode == "lossless")
+        return [
+            Difference(setting.name, number, place, self._distance(number, place, setting))
+            for number, (ours, alone) in enumerate(zip(found, wanted, strict=True))
+            if (place := first_difference(ours, alone)) is not None
+        ]
+
+    def _decode(self, mode: str, threshold: float, threads: int) -> list[GenerationResult]:
+        ask = partial(self._ask, mode, threshold)
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(ask, range(len(self._prompts))))
+
+    def _ask(self, mode: str, threshold: float, number: int, **options: Any) -> GenerationResult:
+        if mode != "full":
+            options["threshold"] = threshold
+        given = {"max_new_tokens": self._lengths[number], "ignore_eos": self._ignore_eos, "mode": mode, **options}
+        return self._session.generate(self._prompts[number], **given)
+
+    def _results(self, mode: str, threshold: float) -> list[GenerationResult]:
+        key = mode, 1.0 if mode == "full" else threshold
+        if key not in self._alone:
+            self._alone[key] = self._decode(mode, threshold, 1)
+        return self._alone[key]
+
+    def _distance(self, number: int, place: int, setting: Setting) -> float:
+        scores: list[np.ndarray] = []
+
+        def keep(ids: np.ndarray, given: np.ndarray) -> np.ndarray:
+            if ids.shape[1] - start == place:
+                scores.append(given[0].copy())
+            return given
+
+        start = 1 if self._session.manifest.encoder_decoder else len(self._prompts[number])
+        self._ask(setting.like, setting.threshold, number, max_new_tokens=place + 1, logits_processor=keep)
+        second, best = np.partition(scores[-1], -2)[-2:]
+        alone = self._results(setting.like, setting.threshold)[number]
+        confidence = alone.confidence[place] if place < len(alone.confidence) else None
+        sure = float("inf") if confidence is None else abs(confidence - setting.threshold)
+        return min(float(best - second), sure)
+
+
+def first_difference(ours: GenerationResult, alone: GenerationResult) -> int | None:
+    """The first place where the tokens are not the same, None where all are."""
+    pairs = zip(ours.token_ids, alone.token_ids, strict=False)
+    shorter = min(len(ours.token_ids), len(alone.token_ids))
+    place = next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
+    same_end = len(ours.token_ids) == len(alone.token_ids) and ours.finish_reason == alone.finish_reason
+    return None if place == shorter and same_end else place
+
+
+def unexplained(differences: Sequence[Difference], prompts: int, exact: bool) -> list[Difference]:
+    """Those that equality does not allow: in float32 whatever is no tie; else all of a setting in which more than one
+    prompt in a hundred differs."""
+    if exact:
+        return [difference for difference in differences if not difference.distance < TIE]
+    counts = Counter(difference.setting for difference in differences)
+    return [difference for difference in differences if counts[difference.setting] > ROUNDED * prompts]
+
+
+def run(equality: Equality, settings: Sequence[Setting], advance: Advance | None = None) -> list[Difference]:
+    """All differences. Drafts are as long as they may be, else lossless would stop drafting where it does not pay."""
+    found: list[Difference] = []
+    with mock.patch.object(Pace, "plan", lambda pace, most: (most, True)):
+        for setting in settings:
+            found += equality.differences(setting)
+            if advance is not None:
+                advance()
+    return found
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines with an `input`.  [default: random ids]")
+@click.option("--samples", type=click.IntRange(1), default=200, show_default=True, help="Prompts.")
+@click.option("--threshold", "thresholds", type=click.FloatRange(0, 1), multiple=True, default=(0.0, 0.5, 0.8))
+@click.option("--batch", type=click.IntRange(2), default=8, show_default=True, help="Slots of the session.")
+@click.option("--tokens", type=click.IntRange(1), default=48, show_default=True)
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+def main(
+    bundle: Path, data: Path | None, samples: int, thresholds: tuple[float, ...], batch: int, tokens: int, threads: int
+) -> None:
+    manifest = Bundle.open(bundle).manifest
+    prompts = random_prompts(manifest.vocab_size, samples)
+    if data is not None:
+        prompts = bench_prompts(Bundle.open(bundle), data, samples)
+    settings = settings_of(thresholds)
+    with Session(bundle, threads=threads, slots=batch) as session, progress("comparing", len(settings)) as advance:
+        equality = Equality(session, prompts, tokens, batch, ignore_eos=data is None)
+        found = run(equality, settings, advance)
+    exact = manifest.precision == "fp32"
+    wrong = unexplained(found, len(prompts), exact)
+    click.echo(
+        f"{manifest.source}, {manifest.precision}: {len(prompts)} prompts, up to {tokens} tokens, {batch} slots, "
+        f"{equality.drafts} drafts"
+    )
+    for name, count in equality.compared.items():
+        different = sum(difference.setting == name for difference in found)
+        click.echo(f"  {name}: {count - different} of {count} the same")
+    for one in found:
+        click.echo(f"  prompt {one.prompt} differs at token {one.place} in {one.setting}: distance {one.distance:.2g}")
+    if wrong:
+        raise SystemExit(f"error: {len(wrong)} differences are not ties")
+
+
+def random_prompts(vocab_size: int, count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:
+    source = np.random.default_rng(seed)
+    return [source.integers(3, vocab_size, source.integers(1, longest)).tolist() for _ in range(count)]
+
+
+if __name__ == "__main__":
+    main()
