@@ -27,6 +27,7 @@ class SlotCalls:
         self._shallow, self._deep = shallow, deep
         self._vocab_size, self._max_pending = vocab_size, max_pending
         self.cross: dict[str, np.ndarray] = {}
+        self._read: dict[Lane, dict[str, Any]] = {shallow: {}, deep: {}}
         self.stack = np.zeros((max_pending, hidden_size), np.float32)
         self._rows = np.zeros((max_pending, hidden_size), np.float32)
         self._hidden = np.zeros((1, 1, hidden_size), np.float32)
@@ -43,7 +44,10 @@ class SlotCalls:
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
         self.cross = cross
-        self._forget()
+        for lane in (self._shallow, self._deep):
+            self._read[lane] = self._cross_of(lane)
+        for work in (*self._steps.values(), *self._passes.values()):
+            work.attend(self._read[work.lane])
 
     def want_logits(self, wanted: bool) -> None:
         """Whether predictions carry logits: they are copied out of the engines only then."""
@@ -115,16 +119,20 @@ class SlotCalls:
             "query_lengths": np.array([rows], np.int32),
             "head_rows": np.arange(rows - work.heads, rows, dtype=np.int64),
         }
-        layers = {name.split(".")[0] for name in past}
-        cross = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
         return lane.engine.bind(
-            {**work.inputs, **shared, **cross, **{f"past.{name}": item for name, item in past.items()}},
+            {**work.inputs, **shared, **self._read[lane], **{f"past.{name}": item for name, item in past.items()}},
             {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
 
     def _work(self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int) -> Work:
         logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
         return Work(self, lane, inputs, {**outputs, **logits}, rows, heads)
+
+    def _cross_of(self, lane: Lane) -> dict[str, Any]:
+        """What the engine of a lane reads of `cross`."""
+        layers = {name.split(".")[0] for name in lane.cache.arrays}
+        read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+        return {name: value(array) for name, array in read.items()}
 
     def _forget(self) -> None:
         self._steps.clear()

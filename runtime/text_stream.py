@@ -162,14 +162,19 @@ class _ByteLevel:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:
+        content = self._tokenizer.known_bytes.get(token_id)
+        if content is None:
+            content = self._tokenizer.known_bytes[token_id] = self._bytes_of(token_id)
+        return self._utf8.decode(content)
+
+    def _bytes_of(self, token_id: int) -> bytes:
         token = self._tokenizer.token(token_id)
         if token is None or token_id in self._tokenizer.special_ids:
-            return ""
+            return b""
         try:
-            content = bytes([_BYTES[letter] for letter in token])
+            return bytes([_BYTES[letter] for letter in token])
         except KeyError:  # an added token, spelt as it reads
-            content = token.encode()
-        return self._utf8.decode(content)
+            return token.encode()
 
     def draft(self) -> str:
         return ""
@@ -201,11 +206,19 @@ class _TokenByToken:
         self._run: list[int] = []  # ids that are not settled
 
     def push(self, token_id: int) -> str:
+        settled = self._begun and not self._run
+        if settled and token_id in self._tokenizer.known_texts:
+            return self._tokenizer.known_texts[token_id]
         token = self._tokenizer.token(token_id)
         if token is None or token_id in self._tokenizer.special_ids:
             return ""
         self._run.append(token_id)
-        return "" if self._byte_fallback and _is_byte(token) else self.flush()
+        if self._byte_fallback and _is_byte(token):
+            return ""
+        text = self.flush()
+        if settled:
+            self._tokenizer.known_texts[token_id] = text
+        return text
 
     def draft(self) -> str:
         text = self._run_text() if self._run else ""

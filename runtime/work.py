@@ -26,7 +26,7 @@ class Work:
     what the call took that it was last part of, and `company` how many sequences were.
     """
 
-    __slots__ = ("_call", "calls", "company", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+    __slots__ = ("_call", "_used", "calls", "company", "heads", "inputs", "lane", "outputs", "rows", "seconds")
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class Work:
         self.calls, self.lane, self.inputs, self.outputs = calls, lane, inputs, outputs
         self.rows, self.heads, self.seconds, self.company = rows, heads, 0.0, 1
         self._call: Call | None = None
+        self._used = False
 
     def submit(self) -> Event:
         """Run it by itself, where calls of its lane run."""
@@ -47,12 +48,21 @@ class Work:
 
     def run(self) -> None:
         """Run it by itself, to its end."""
-        self.seconds, self.company = self.lane.run(self._call or self._bound()), 1
+        self.seconds, self.company = self.lane.run(self._bound()), 1
 
     def _bound(self) -> Call:
         if self._call is None:
             self._call = self.calls.bind(self)
+        self._used = True
         return self._call
+
+    def attend(self, cross: Mapping[str, Any]) -> None:
+        """Read this instead of what the sequence before did. A call that it did not use is forgotten."""
+        if self._call is not None and self._used:
+            self._call.rebind(cross, {})
+        else:
+            self._call = None
+        self._used = False
 
     def forget(self) -> None:
         """The slot has changed: bind again."""

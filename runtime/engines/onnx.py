@@ -69,8 +69,7 @@ class Call:
 
 def value(item: Any) -> Any:
     """An array as a value of ONNX Runtime, on the same memory; values pass through."""
-    ort = _onnxruntime()
-    return ort.OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
+    return _onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
 
 
 def _onnxruntime() -> Any:
