@@ -11,8 +11,16 @@ import click
 
 from freeexport.progress import progress
 from graphs.tensorrt.build import BuildOptions, Built, build
+from graphs.tensorrt.self_test import SelfTest, self_test
 from runtime.bundle import Bundle, engine_files
 from runtime.tensorrt_files import DIRECTORY
+
+
+def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:
+    """Build, and then run what was built, where there is a GPU."""
+    built = build_engines(path, options)
+    files = {engine.plan.engine: path / DIRECTORY / engine.plan.file for engine in built}
+    return built, self_test(Bundle.open(path), files, options.max_batch)
 
 
 def build_engines(path: Path, options: BuildOptions) -> list[Built]:
@@ -46,10 +54,19 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
       freeexport convert path/to/checkpoint bundle --target tensorrt
       freeexport build bundle --max-batch 4
     """
-    built = build_engines(bundle, BuildOptions(**options))
+    built, tested = build_and_test(bundle, BuildOptions(**options))
     if as_json:
-        click.echo(json.dumps([asdict(engine) | {"file": engine.plan.file} for engine in built], indent=2))
+        engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]
+        click.echo(json.dumps({"engines": engines, "self_test": asdict(tested)}, indent=2))
         return
     for engine in built:
         how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
         click.echo(f"{DIRECTORY}/{engine.plan.file}: {engine.bytes / 1e6:.1f} MB, {how}")
+    click.echo(f"self-test: {_text(tested)}")
+
+
+def _text(tested: SelfTest) -> str:
+    if not tested.ran:
+        return f"not run, {tested.why}"
+    found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
+    return f"passed; largest differences from the graphs, as shares of the largest value: {found}"

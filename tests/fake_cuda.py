@@ -118,6 +118,8 @@ class FakeCuda:
         self._handles = 1
         self._refused: dict[str, cudaError_t] = {}
         self._left: int | None = None
+        self._busy = False
+        self._put_off: list[tuple[int, bool]] = []
 
     # For tests
 
@@ -320,6 +322,10 @@ class FakeCuda:
             block = self._blocks.get(address)
             if block is None or block.freed or block.pinned is not pinned:
                 raise Misuse(f"address {address} is freed twice, or was never allocated")
+            if self._busy:
+                # Python collects garbage whenever it likes, also in what takes the part of the device.
+                self._put_off.append((address, pinned))
+                return (OK,)
             # As cudaFree, which waits for the device.
             self._run(lambda: all(not entry.queue for entry in self._streams.values()))
             block.freed = True  # kept, so that nothing else gets its address
@@ -381,9 +387,15 @@ class FakeCuda:
             event, number = item
             event.happened = max(event.happened, number)
         elif kind == "do" and self._failure("") is None:
-            item()
+            self._busy = True
+            try:
+                item()
+            finally:
+                self._busy = False
             if self._left is not None:
                 self._left -= 1
+            while self._put_off:
+                self._release(*self._put_off.pop())
         return True
 
     def _run(self, enough: Callable[[], bool]) -> None:

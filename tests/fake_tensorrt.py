@@ -37,6 +37,10 @@ TYPES = {
 SCRATCH = 4096
 
 
+def OUTPUT(engine: str, array: np.ndarray) -> None:
+    """Done to every floating output of an engine: tests put a fault here."""
+
+
 class ILogger:
     INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
 
@@ -334,6 +338,9 @@ class _Context:
             for name in engine._outputs:
                 binding.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(arrays[name]))
             engine._session.run_with_iobinding(binding)
+            for name in engine._outputs:
+                if arrays[name].dtype.kind == "f" and not name.startswith("present."):
+                    OUTPUT(engine._name, arrays[name])
 
         return run
 

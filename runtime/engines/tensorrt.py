@@ -107,10 +107,10 @@ class TensorRTEngine:
         if made is None:
             raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.reason()}")
         made.set_device_memory(self._scratch.address, self._scratch.size)
-        return Context(made, self, self.plan.profiles.index(profile))
+        return Context(made, self.name, self.plan.profiles.index(profile), self.stream, self._log)
 
     def reason(self) -> str:
-        """What TensorRT said last, and why the device does not work, if so."""
+        """What TensorRT said last."""
         return str(self._log.reason())
 
     def forget_errors(self) -> None:

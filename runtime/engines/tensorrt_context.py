@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from runtime.cuda import Stream
 from runtime.errors import EngineError
-
-if TYPE_CHECKING:
-    from runtime.engines.tensorrt import TensorRTEngine
 
 
 class Context:
-    """For one profile. Shapes and addresses stay set, so only what changes is set again."""
+    """Of engine `name`, for the profile of this number; runs are put into `stream`, and `log` has TensorRT's reasons.
 
-    def __init__(self, context: Any, engine: TensorRTEngine, profile: int) -> None:
-        self._context, self._engine = context, engine
+    Shapes and addresses stay set, so only what changes is set again.
+    """
+
+    def __init__(self, context: Any, name: str, profile: int, stream: Stream, log: Any) -> None:
+        self._context, self._name, self._stream, self._log = context, name, int(stream.handle), log
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
-        if not context.set_optimization_profile_async(profile, int(engine.stream.handle)):
+        if not context.set_optimization_profile_async(profile, self._stream):
             raise self._error("cannot use a profile")
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -45,8 +46,8 @@ class Context:
 
     def enqueue(self) -> None:
         """Put a run into the engine's stream."""
-        if not self._context.execute_async_v3(int(self._engine.stream.handle)):
+        if not self._context.execute_async_v3(self._stream):
             raise self._error("did not run")
 
     def _error(self, what: str) -> EngineError:
-        return EngineError(f"the TensorRT engine {self._engine.name} {what}: {self._engine.reason()}")
+        return EngineError(f"the TensorRT engine {self._name} {what}: {self._log.reason()}")

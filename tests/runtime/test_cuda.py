@@ -158,6 +158,24 @@ def test_memory_is_freed_with_its_last_view() -> None:
     assert fake.allocated == 0
 
 
+def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -> None:
+    """Or what comes after in the stream would be done in the middle of what is being done."""
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    stream = cuda.stream(urgent=True)
+    garbage, done = [cuda.empty((4,), np.uint8, stream)], list[str]()
+
+    def work() -> None:
+        garbage.clear()
+        done.append("first")
+
+    fake.enqueue(int(stream.handle), "first", [], work)
+    fake.enqueue(int(stream.handle), "second", [], lambda: done.append("second"))
+    stream.synchronize()
+    assert done == ["first", "second"]
+    assert fake.allocated == 0
+
+
 def test_closing_frees_everything_once() -> None:
     fake = FakeCuda()
     cuda = Cuda(0, fake)

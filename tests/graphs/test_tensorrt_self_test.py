@@ -1,0 +1,108 @@
+"""After a build the engines are run against their graphs, on the fake of a GPU: a wrong one is an error."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fake_device
+import numpy as np
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner
+from command_errors import error
+from conftest import Bundles
+
+from freeexport import cli
+from freeexport.build import build_and_test
+from graphs.errors import BuildError
+from graphs.tensorrt.build import BuildOptions
+from runtime.tensorrt_files import DIRECTORY
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
+each_model = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+
+
+@pytest.fixture
+def copy_of(bundle: Bundles, tmp_path: Path) -> Any:
+    def copied(case: Any, **options: Any) -> Path:
+        return shutil.copytree(bundle(case, target="tensorrt", **options), tmp_path / "bundle")
+
+    return copied
+
+
+@each_model
+def test_engines_that_do_what_the_graphs_say_pass_in_every_profile(
+    case: Any, copy_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = copy_of(case)
+    fake = fake_device.install(monkeypatch)
+    built, tested = build_and_test(path, BuildOptions(max_batch=3))
+    assert tested.ran
+    assert tested.largest == {engine.plan.engine: 0.0 for engine in built}
+    runs = set(__import__("tensorrt").runs)
+    assert {(name, profile) for name, profile, _ in runs} == {
+        (engine.plan.engine, index) for engine in built for index in range(len(engine.plan.profiles))
+    }
+    assert fake.allocated == 0
+
+
+def double_deep(engine: str, array: np.ndarray) -> None:
+    """As an error of a compiler would show."""
+    if engine == "deep":
+        array *= 2
+
+
+@each_model
+def test_a_wrong_engine_is_an_error_and_does_not_stay(case: Any, copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy_of(case)
+    fake_device.install(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr("fake_tensorrt.OUTPUT", double_deep)
+        with pytest.raises(
+            BuildError, match=r"self-test: the TensorRT engine deep differs from deep.onnx by .*removed"
+        ):
+            build_and_test(path, BuildOptions(max_batch=2))
+    left = {file.name.partition("-")[0] for file in (path / DIRECTORY).glob("*.engine*")}
+    assert left == ({"encoder", "prologue", "shallow"} if case is T5 else {"shallow"})
+    built, tested = build_and_test(path, BuildOptions(max_batch=2))
+    assert tested.ran
+    assert [engine.plan.engine for engine in built if not engine.reused] == ["deep"]
+
+
+def test_engines_that_give_what_is_no_number_fail(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy_of(LLAMA)
+    fake_device.install(monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.OUTPUT", lambda engine, array: array.fill(np.nan))
+    with pytest.raises(BuildError, match=r"differs from shallow\.onnx by inf"):
+        build_and_test(path, BuildOptions(max_batch=1))
+
+
+def test_without_a_gpu_it_says_that_it_was_not_run(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy_of(LLAMA)
+    fake_device.install(monkeypatch, devices=0)
+    result = CliRunner().invoke(cli.main, ["build", str(path), "--max-batch", "1"])
+    assert result.exit_code == 0, result.output
+    assert "self-test: not run, there is no GPU to run on" in result.output
+    shown = CliRunner().invoke(cli.main, ["build", str(path), "--max-batch", "1", "--json"])
+    content = json.loads(shown.output)
+    assert [engine["reused"] for engine in content["engines"]] == [True, True]
+    assert content["self_test"]["largest"] == {}
+
+
+def test_bf16_has_nothing_to_be_compared_with(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy_of(LLAMA, precision="bf16")
+    fake_device.install(monkeypatch)
+    _, tested = build_and_test(path, BuildOptions(max_batch=1))
+    assert "has no bf16" in tested.why
+
+
+def test_a_failed_self_test_is_one_line_and_exit_code_1(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = copy_of(LLAMA)
+    fake_device.install(monkeypatch)
+    monkeypatch.setattr("fake_tensorrt.OUTPUT", double_deep)
+    result = CliRunner().invoke(cli.main, ["build", str(path), "--max-batch", "1"])
+    assert "self-test: the TensorRT engine deep differs" in error(result)
