@@ -48,6 +48,13 @@ from runtime.errors import OptionError
     multiple=True,
     help="Also mode free with exits drawn at this rate, or those of `generate --output`; several times.",
 )
+@click.option(
+    "--replay-drafts",
+    type=float,
+    metavar="RATE",
+    multiple=True,
+    help="Also mode lossless with drafts that are right at this rate; several times.",
+)
 @click.option("--early-exit-draft", is_flag=True, help="Also transformers drafting with the layers before the exit.")
 @click.option("--costs", is_flag=True, help="Only what each call of the engines costs, which predictions rest on.")
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens for each prompt.")

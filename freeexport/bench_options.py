@@ -25,6 +25,7 @@ class BenchOptions:
     mode: tuple[str, ...] = ("free",)
     rollback_threshold: float | None = None
     replay: tuple[str, ...] = ()
+    replay_drafts: tuple[float, ...] = ()
     early_exit_draft: bool = False
     tokens: int = 64
     samples: int = 4
@@ -41,6 +42,9 @@ class BenchOptions:
                 raise OptionError(f"--{name} names {max(values, key=values.count)} twice; name it once")
         for what in self.replay:
             exit_trace(what)
+        for rate in self.replay_drafts:
+            if not 0 <= rate <= 1:
+                raise OptionError(f"--replay-drafts {rate:g} is no share of right drafts; choose one from 0 to 1")
         for threshold in self.threshold:
             if not 0 <= threshold <= 1:
                 raise OptionError(f"--threshold {threshold:g} is out of range; choose one from 0 to 1")

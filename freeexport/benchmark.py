@@ -125,7 +125,8 @@ def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
         replace(full, mode="free", threshold=THRESHOLD, replay=tuple(exit_trace(what)), replay_name=what)
         for what in options.replay
     ]
-    return [full, *modes, *replays]
+    drafts = [replace(full, mode="lossless", threshold=THRESHOLD, drafts=rate) for rate in options.replay_drafts]
+    return [full, *modes, *replays, *drafts]
 
 
 def _source(options: BenchOptions, bundles: Sequence[Bundle]) -> Source | None:

@@ -68,7 +68,8 @@ class Contender(Protocol):
 @dataclass(frozen=True)
 class Ours:
     """A bundle in one mode; `threshold` for those that exit, `rollback_threshold` for rollback. `replay`: exits as in
-    that trace, called `replay_name`. `label` tells bundles apart, where there are several."""
+    that trace, called `replay_name`; `drafts`: drafts of which this share is right. `label` tells bundles apart, where
+    there are several."""
 
     bundle: Path
     threads: int
@@ -78,6 +79,7 @@ class Ours:
     precision: str = ""
     replay: tuple[bool, ...] | None = None
     replay_name: str = ""
+    drafts: float | None = None
     label: str = ""
     required: bool = True
 
@@ -86,10 +88,17 @@ class Ours:
         exits = "" if self.threshold is None else f", threshold {self.threshold:g}"
         if self.replay is not None:
             exits = f", exits replayed: {self.replay_name}"
+        if self.drafts is not None:
+            exits = f", drafts replayed: {self.drafts:g} right"
         return f"{self.label + ' ' if self.label else ''}{self.mode}{exits}"
 
     def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
-        given = {"mode": self.mode, "threshold": self.threshold, "rollback_threshold": self.rollback_threshold}
+        given = {
+            "mode": self.mode,
+            "threshold": self.threshold,
+            "rollback_threshold": self.rollback_threshold,
+            "drafts": self.drafts,
+        }
         options = {name: value for name, value in given.items() if value is not None}
         return _own_server(), str(self.bundle), options if self.replay is None else {**options, "replay": self.replay}
 

@@ -7,27 +7,53 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from freeexport.peer_catalog import SCRIPTS
 from freeexport.peers.wire import Emit, Generate, serve, versions
 
+if TYPE_CHECKING:
+    from freeexport.draft_replay import DraftSession
+    from runtime import Session
+
 
 def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    """`options` are those of a generation, with `replay` a trace of exits; or `{"checkpoint": True}`."""
+    """`options` are those of a generation, with `replay` a trace of exits or `drafts` a rate of right ones; or
+    `{"checkpoint": True}`."""
     if options.pop("checkpoint", False):
         return _transformers(path, threads, options)
     return _bundle(path, threads, options)
 
 
 def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
+    from freeexport.draft_replay import DraftSession
     from freeexport.replay import ReplaySession
     from runtime import Session
 
-    trace = options.pop("replay", None)
+    trace, rate = options.pop("replay", None), options.pop("drafts", None)
     given: dict[str, Any] = {"threads": threads, "slots": 1}
+    if rate is not None:
+        return _drafting(DraftSession(path, **given), rate, options), {"versions": versions("onnxruntime", "numpy")}
     session = Session(path, **given) if trace is None else ReplaySession(Path(path), trace, **given)
+    return _generating(session, options), {"versions": versions("onnxruntime", "numpy")}
 
+
+def _drafting(session: DraftSession, rate: float, options: dict[str, Any]) -> Generate:
+    decode = _generating(session, options)
+    answers: dict[tuple[int, ...], tuple[int, ...]] = {}
+
+    def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
+        # The first round, which warms up, pays for it.
+        key = tuple(prompt)
+        if len(answers.get(key, ())) < count:
+            answers[key] = session.generate(prompt, mode="full", max_new_tokens=count, ignore_eos=True).token_ids
+        with session.drafting(answers[key], rate):
+            return decode(prompt, count, emit)
+
+    return generate
+
+
+def _generating(session: Session, options: dict[str, Any]) -> Generate:
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         stream = session.stream(prompt, max_new_tokens=count, ignore_eos=True, **options)
         for token in stream:
@@ -40,7 +66,7 @@ def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate,
             "overhead": stats.overhead_seconds,
         }
 
-    return generate, {"versions": versions("onnxruntime", "numpy")}
+    return generate
 
 
 def _transformers(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:

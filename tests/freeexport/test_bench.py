@@ -78,6 +78,7 @@ def test_work_that_begins_in_between_withholds_the_ratios(
         (("--early-exit-draft",), "--against MODEL"),
         (("--replay", "1.5"), "no rate of exits"),
         (("--replay", "missing.jsonl"), "there is no such file"),
+        (("--replay-drafts", "1.5"), "no share of right drafts"),
         (("--threshold", "2"), "choose one from 0 to 1"),
         (("--save", "/nowhere/x.json"), "no directory /nowhere"),
         (("--plot", "x.pdf"), "no PNG"),
@@ -116,14 +117,16 @@ def test_bundles_the_checkpoint_and_peers_in_one_run(
     fake("gguf-only", gguf=True)
     source, save, plot = checkpoint(LLAMA), tmp_path / "saved.json", tmp_path / "plot.png"
     peers = [part for name in ("fake", "converted", "unconvertible", "gguf-only") for part in ("--against", name)]
-    exits = ("--threshold", "0", "--replay", "0.5", "--save", save, "--plot", plot)
+    exits = ("--threshold", "0", "--replay", "0.5", "--replay-drafts", "1", "--save", save, "--plot", plot)
     result = bench(bundle(LLAMA), *FEW, "--against", source, *peers, *exits)
     assert result.exit_code == 0, result.output
     assert "unconvertible: not run: its model cannot be converted: ValueError: no such layer" in result.stdout
     assert "gguf-only: not run: it reads GGUF files" in result.stdout
     found = json.loads(save.read_text())
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["transformers", "fake", "converted", "full", "free, threshold 0", "free, exits replayed: 0.5"]
+    replayed = ["free, exits replayed: 0.5", "lossless, drafts replayed: 1 right"]
+    assert list(rows) == ["transformers", "fake", "converted", "full", "free, threshold 0", *replayed]
+    assert rows[replayed[1]]["agreement"] == 1
     assert rows["full"]["agreement"] == 1
     assert rows["fake"]["agreement"] < 1
     assert rows["fake"]["versions"] == {"fake": "1.0"}

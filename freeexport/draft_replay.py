@@ -1,0 +1,74 @@
+"""Drafts that are replayed, not made: what mode lossless costs at a rate of right drafts, whatever the model has
+learned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freeexport.replay import drawn
+from runtime import Session
+from runtime.decoder import Decoder
+from runtime.lane import Lane
+from runtime.prediction import Prediction
+from runtime.work import Waits
+
+
+class Answer:
+    """What mode full said to a prompt, for drafts to be taken from; None: the shallow decoder drafts. The draft of
+    place i is right where `right[i]`."""
+
+    def __init__(self) -> None:
+        self.tokens: Sequence[int] | None = None
+        self.right: Sequence[bool] = [True]
+
+
+class DraftDecoder(Decoder):
+    """A decoder whose shallow predictions are sure, and right where the answer says so. Everything else runs."""
+
+    def __init__(self, answer: Answer, vocab_size: int, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._answer, self._vocabulary, self._prompt = answer, vocab_size, 0
+
+    def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
+        self._prompt = len(tokens)
+        return (yield from super().prefilling(tokens, head))
+
+    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
+        said = yield from super().stepping(token, head)
+        tokens, right = self._answer.tokens, self._answer.right
+        if tokens is None or not head:
+            return said
+        # Places are counted from the first token, which comes from the prompt's last row.
+        place = self.lengths()[0] - self._prompt
+        if place >= len(tokens):
+            return said._replace(confidence=0.0)
+        wrong = 0 if right[place % len(right)] else 1
+        return said._replace(token=(tokens[place] + wrong) % self._vocabulary, confidence=1.0)
+
+
+class DraftSession(Session):
+    """A session of one slot, without overlap, that can replay drafts in mode "lossless"."""
+
+    def __init__(self, bundle: Path | str, **options: Any) -> None:
+        self._answer = Answer()
+        super().__init__(bundle, **{**options, "overlap": False, "slots": 1})
+
+    @contextmanager
+    def drafting(self, tokens: Sequence[int], rate: float) -> Iterator[None]:
+        """Requests meanwhile draft the `tokens` that mode full gives for their prompt, except that they take another
+        in place of one minus `rate` of them, the same each time."""
+        self._answer.tokens, self._answer.right = tokens, drawn(rate, 2)
+        try:
+            yield
+        finally:
+            self._answer.tokens = None
+
+    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+        manifest = self.manifest
+        sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
+        return DraftDecoder(self._answer, manifest.vocab_size, shallow, deep, slot, *sizes)
