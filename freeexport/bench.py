@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from freeexport.bench_options import BenchOptions
 from freeexport.bench_report import as_dict, table
 from freeexport.benchmark import benchmark
 from freeexport.idle import require_idle
+from freeexport.output_file import check_writable, write_whole
 from freeexport.peer_catalog import PEERS
 from runtime.bundle import Bundle
-from runtime.errors import OptionError
 
 
 @click.command()
@@ -83,13 +82,10 @@ def command(
     options = BenchOptions(**given, early_exit_draft=early_exit_draft)
     if plot is not None:
         bench_plot.check(plot)
-    if save is not None and not save.parent.is_dir():
-        raise OptionError(f"--save: there is no directory {save.parent}; make it first")
+    check_writable(save, "--save")
     found, text = _costs(options) if costs else _benchmark(options, plot)
     if save is not None:
-        partial = save.with_name(f".{save.name}.partial-{os.getpid()}")
-        partial.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        partial.replace(save)
+        write_whole(save, json.dumps(found, indent=2) + "\n")
     click.echo(json.dumps(found) if as_json else text)
 
 

@@ -9,17 +9,24 @@ from pathlib import Path
 from runtime.bundle import Bundle, sha256_of
 from runtime.bundle_calibration import calibration_name, is_calibration
 from runtime.calibration import Calibration, check_calibration
+from runtime.errors import CalibrationError
 from runtime.manifest import MANIFEST, File, Manifest
 
 
 def with_calibration(manifest: Manifest, calibration: Calibration, directory: Path) -> Manifest:
     """The manifest with the calibration's thresholds, and its file, which is written to `directory` here.
 
-    Raises CalibrationError where the calibration is of another model, vocabulary, exit layer or confidence measure.
+    Raises CalibrationError where the calibration is of another model, vocabulary, exit layer or confidence measure, or
+    of longer sync passes.
     """
     check_calibration(
         calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
     )
+    if (calibration.max_pending or 1) > manifest.max_pending:
+        raise CalibrationError(
+            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
+            f"{manifest.max_pending}; calibrate this bundle"
+        )
     partial = directory / f".calibration.partial-{os.getpid()}"
     try:
         _write(partial, calibration.to_json())
@@ -34,6 +41,7 @@ def with_calibration(manifest: Manifest, calibration: Calibration, directory: Pa
         manifest,
         threshold=calibration.threshold,
         rollback_threshold=calibration.rollback_threshold,
+        tuned_max_pending=calibration.max_pending,
         files=files,
     )
 

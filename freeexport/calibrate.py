@@ -14,6 +14,7 @@ import click
 
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.idle import TOLERATED, cores_in_use
+from freeexport.output_file import write_whole
 from freeexport.page import print_page
 from freeexport.sequence_metrics import Metric
 from runtime.calibration import Method
@@ -62,12 +63,7 @@ def write(result: Calibrated, model: str, output: Path | None) -> None:
     if output is None:
         update_bundle(Path(model), result.calibration)
         return
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
-    try:
-        partial.write_text(result.calibration.to_json(), encoding="utf-8")
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(output, result.calibration.to_json())
 
 
 def is_bundle(model: str) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from freeexport import __version__
 from freeexport.calibration_options import CalibrateOptions
-from freeexport.calibration_source import Source
+from freeexport.calibration_source import Facts, Source
 from freeexport.confidence_fit import check_confidences
 from freeexport.cost import Costs
 from freeexport.exit_replay import Replay, replay
@@ -105,8 +105,21 @@ def calibrate(
     Raises CalibrationError for too few traces, and NaN confidences; OptionError where a metric needs outputs.
     """
     check_enough(traces, options)
-    choice = choose(traces, options, outputs)
-    threshold, facts = choice.threshold, source.facts
+    return explained(choose(traces, options, outputs), source.facts, traces, costs, options)
+
+
+def explained(
+    choice: Choice,
+    facts: Facts,
+    traces: Traces,
+    costs: Costs,
+    options: CalibrateOptions,
+    max_pending: int | None = None,
+) -> Calibrated:
+    """A threshold that was chosen by the method of the options, with what it gives; `max_pending` where that was chosen
+    too."""
+    most = max_pending or facts.max_pending
+    threshold = choice.threshold
     limit = rollback_limit(traces, threshold)
     risk = options.method == "risk"
     calibration = Calibration(
@@ -125,18 +138,19 @@ def calibrate(
         delta=options.delta if risk else None,
         rollback_threshold=limit,
         mixture=choice.mixture,
-        table=_table(traces, costs, choice, facts.max_pending),
-        costs=costs.as_manifest(facts.max_pending),
+        table=_table(traces, costs, choice, most),
+        costs=costs.as_manifest(most),
         created_with={"freeexport": __version__, "python": platform.python_version()},
+        max_pending=max_pending if most < facts.max_pending else None,
     )
     return Calibrated(
         calibration,
         traces,
         costs,
-        replay(traces, threshold, facts.max_pending),
-        costs.break_even(facts.max_pending),
+        replay(traces, threshold, most),
+        costs.break_even(most),
         facts.layers,
-        facts.max_pending,
+        most,
         None if limit is None else caught(traces, threshold, limit),
         choice.notes,
     )

@@ -26,6 +26,7 @@ VERBS: dict[str, str] = {
     "evaluate-exits": "Compare the layers of a checkpoint as exits.",
     "calibrate": "Fit the exit threshold on a calibration set.",
     "convert": "Convert a checkpoint to a bundle of ONNX engines.",
+    "tune": "Choose exit layer, threshold and max_pending together.",
     "build": "Build the TensorRT engines of a bundle.",
     "verify": "Check a bundle against the checkpoint it came from.",
     "generate": "Generate text with a bundle.",

@@ -125,6 +125,7 @@ def _exit(manifest: Manifest) -> list[tuple[str, str]]:
         ("confidence", manifest.confidence),
         ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
         ("most pending tokens", str(manifest.max_pending)),
+        *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
         ("exit vocabulary", _exit_vocabulary(manifest)),
         *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
         *_break_even(manifest.break_even),

@@ -22,7 +22,7 @@ class Outputs:
     ) -> None:
         self._session, self._prompts, self._targets = session, list(prompts), targets
         self._most = max_new_tokens
-        self._free: dict[float, list[str]] = {}
+        self._free: dict[tuple[float, int | None], list[str]] = {}
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -32,25 +32,29 @@ class Outputs:
         with progress("decoding, full", len(self)) as advance:
             return [self._text(prompt, advance, mode="full") for prompt in self._prompts]
 
-    def free(self, threshold: float) -> list[str]:
-        if threshold not in self._free:
+    def free(self, threshold: float, max_pending: int | None = None) -> list[str]:
+        """With sync passes over at most `max_pending` rows, by default as the bundle says."""
+        key = threshold, max_pending
+        if key not in self._free:
+            options = {"mode": "free", "threshold": threshold, "max_pending": max_pending}
             with progress(f"decoding, threshold {threshold:.4g}", len(self)) as advance:
-                self._free[threshold] = [
-                    self._text(prompt, advance, mode="free", threshold=threshold) for prompt in self._prompts
-                ]
-        return self._free[threshold]
+                self._free[key] = [self._text(prompt, advance, **options) for prompt in self._prompts]
+        return self._free[key]
 
     def against_full(self, metric: Metric, threshold: float) -> np.ndarray:
         """Scores [n] of outputs in mode free, against those of the full model."""
         return scores(metric, self.free(threshold), self.full)
 
-    def kept(self, metric: Metric, threshold: float, part: np.ndarray | None = None) -> float:
+    def kept(
+        self, metric: Metric, threshold: float, part: np.ndarray | None = None, max_pending: int | None = None
+    ) -> float:
         """The metric in mode free as a share of the full model's, over the sequences where `part`, bool [n], is true,
         or all; 0 where the full model scores 0, or there are none."""
         references = self.full if self._targets is None else self._targets
         chosen = np.ones(len(self), np.bool_) if part is None else part
         whole = float(np.sum(scores(metric, self.full, references)[chosen]))
-        return float(np.sum(scores(metric, self.free(threshold), references)[chosen])) / whole if whole else 0.0
+        free = self.free(threshold, max_pending)
+        return float(np.sum(scores(metric, free, references)[chosen])) / whole if whole else 0.0
 
     def _text(self, prompt: np.ndarray, advance: Advance, **options: Any) -> str:
         text = self._session.generate(prompt, max_new_tokens=self._most, **options).text

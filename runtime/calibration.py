@@ -47,6 +47,7 @@ class Calibration:
     `method` found `threshold`: "bmm" with `target` P(agree | c), "risk" with `risk` and `delta`, "quality" with
     `target` as a share of the full model's metric. 1.0 is never to exit. `rollback_threshold` in nats. `agreement`: of
     the `positions` of all `sequences`, the share at which both decoders predicted the same. `costs` as in the manifest.
+    `max_pending`: the most rows of a sync pass that the threshold was chosen with, where fewer than the bundle's.
     """
 
     schema_version: int
@@ -67,6 +68,7 @@ class Calibration:
     table: tuple[TableRow, ...] = ()
     costs: dict[str, float] = field(default_factory=dict)
     created_with: dict[str, str] = field(default_factory=dict)
+    max_pending: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -101,6 +103,7 @@ class Calibration:
             (_share(self.target), "target", self.target),
             (_share(self.risk), "risk", self.risk),
             (_share(self.delta), "delta", self.delta),
+            (self.max_pending is None or self.max_pending >= 1, "max_pending", self.max_pending),
             (_not_negative(self.rollback_threshold), "rollback_threshold", self.rollback_threshold),
         ]
         for index, row in enumerate(self.table):

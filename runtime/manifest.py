@@ -54,7 +54,8 @@ class Manifest:
     `encoder_capacity` is the longest prompt of an encoder-decoder (0 for a decoder-only bundle).
     `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was rounded, and
     `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
-    `target` is what the graphs were written for.
+    `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
+    `freeexport tune` chose fewer than there is room for.
     """
 
     schema_version: int
@@ -89,6 +90,7 @@ class Manifest:
     exit_vocabulary: ExitVocabulary | None = None
     rollback_threshold: float | None = None
     target: Target = "cpu"
+    tuned_max_pending: int | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -146,6 +148,7 @@ class Manifest:
             (min(self.hidden_size, self.vocab_size, self.heads, self.kv_heads, self.head_dim) > 0, "sizes", 0),
             (self.capacity > 0, "capacity", self.capacity),
             (self.max_pending >= 1, "max_pending", self.max_pending),
+            (1 <= (self.tuned_max_pending or 1) <= self.max_pending, "tuned_max_pending", self.tuned_max_pending),
             (self.encoder_capacity >= 0, "encoder_capacity", self.encoder_capacity),
             (0.0 <= self.threshold <= 1.0, "threshold", self.threshold),
             (0.0 <= (self.rollback_threshold or 0.0) < math.inf, "rollback_threshold", self.rollback_threshold),

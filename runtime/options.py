@@ -74,7 +74,7 @@ class GenerationOptions:
         and runs the deep decoder on the prompt alone (static exiting, to compare with).
     threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
-    max_pending: most rows of a sync pass; None is the bundle's.
+    max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).

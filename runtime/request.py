@@ -59,7 +59,8 @@ class Request:
         self.eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self._threshold = threshold_of(options, manifest) if observation is None else observation.threshold
         self._rollback_threshold = _rollback_threshold(options, manifest)
-        self._max_pending = options.max_pending or manifest.max_pending
+        tuned = manifest.tuned_max_pending if options.mode == "free" else None
+        self._max_pending = options.max_pending or tuned or manifest.max_pending
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
         _check_biases(options, manifest)
         if options.num_beams > 1 and encoder is None:

@@ -118,3 +118,14 @@ def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     update_bundle(path, CALIBRATION)
     (file,) = path.glob("calibration-*.json")
     assert json.loads(file.read_text())["method"] == "bmm"
+
+
+def test_the_longest_passes_of_a_tuned_choice_go_with_its_threshold_and_are_the_next_ones_to_set(
+    tmp_path: Path,
+) -> None:
+    path = write_bundle(tmp_path / "bundle")
+    assert update_bundle(path, replace(CALIBRATION, max_pending=4)).tuned_max_pending == 4
+    assert Bundle.open(path, verify="full").manifest.tuned_max_pending == 4
+    with pytest.raises(CalibrationError, match="over 17 rows, the bundle has room for 16"):
+        update_bundle(path, replace(CALIBRATION, max_pending=17))
+    assert update_bundle(path, CALIBRATION).tuned_max_pending is None
