@@ -14,9 +14,9 @@ from freeexport.peer_catalog import SCRIPTS, Peer
 from freeexport.peer_environment import PeerError, environment_key, peer_interpreter
 from freeexport.plain_checkpoint import plain_checkpoint
 from freeexport.progress import progress
-from freeexport.user_cache import user_cache
 from freeexport.worker import Worker
 from runtime.errors import FreeExportError, OptionError
+from runtime.user_cache import user_cache
 
 if TYPE_CHECKING:
     from runtime.manifest import Manifest

@@ -12,8 +12,8 @@ from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
 from freeexport.output_directory import output_directory
 from freeexport.tokenizer_files import write_tokenizer
-from freeexport.user_cache import user_cache
 from runtime.errors import FreeExportError
+from runtime.user_cache import user_cache
 
 MARKER = "config.json"
 

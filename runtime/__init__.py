@@ -10,6 +10,7 @@ from runtime.bundle import Bundle
 from runtime.errors import (
     BatchError,
     BundleError,
+    CacheError,
     CalibrationError,
     CapacityError,
     DeviceError,
@@ -28,6 +29,7 @@ __all__ = [
     "BatchError",
     "Bundle",
     "BundleError",
+    "CacheError",
     "CalibrationError",
     "CapacityError",
     "DeviceError",

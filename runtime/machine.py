@@ -28,13 +28,17 @@ def usable_cores() -> int:
 def machine_int8_range() -> Int8Range:
     """How large 8-bit weights may be here: "reduced" on x86 processors without VNNI, which add pairs of 8-bit products
     in 16 bits and saturate. "full" elsewhere, and where the system does not say."""
-    flags = set[str]()
+    flags = cpu_features()
+    return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
+
+
+def cpu_features() -> frozenset[str]:
+    """What the first processor can, in the kernel's words; empty where the system does not say."""
     with contextlib.suppress(OSError):
         for line in Path(_CPUINFO).read_text().splitlines():
-            if line.startswith("flags"):
-                flags = set(line.split())
-                break
-    return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def available_memory() -> int | None:

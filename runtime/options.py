@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,6 +15,8 @@ from runtime.sampling import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+CacheUse = Literal["use", "write", "off"]
+CACHE_VARIABLE = "FREEEXPORT_CACHE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class SessionOptions:
     adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
     adaptive_state: what `Session.adaptive_state()` gave, to go on from there.
     device: "cpu", or "cuda:0" for a bundle of `convert --target cuda`. Never another than that.
+    cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
+        none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
     """
 
     threads: int | None = None
@@ -43,6 +48,7 @@ class SessionOptions:
     adaptive_state: Mapping[str, Any] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
+    cache: CacheUse | None = None
 
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
@@ -62,6 +68,7 @@ class SessionOptions:
         if self.verify not in ("sizes", "full"):
             raise OptionError(f"verify is {self.verify!r}; choose 'sizes' or 'full'")
         Device.parse(self.device)
+        object.__setattr__(self, "cache", _cache_use(self.cache))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +177,14 @@ class GenerationOptions:
             raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
         if self.num_beams > 1 and self.stop:
             raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
+
+
+def _cache_use(given: Any) -> CacheUse:
+    name, use = ("cache", given) if given is not None else (CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE) or "use")
+    chosen: CacheUse | None = next((choice for choice in get_args(CacheUse) if choice == use), None)
+    if chosen is None:
+        raise OptionError(f"{name} is {use!r}; choose 'use', 'write' or 'off'")
+    return chosen
 
 
 def _number(value: Any) -> float:

@@ -21,6 +21,8 @@ from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
 from runtime.device import Device, check_runnable
 from runtime.encoder import Encoder
+from runtime.engine_cache import packed_engines
+from runtime.engines.loading import loading
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
 from runtime.int8_range import check_int8_range
@@ -59,13 +61,15 @@ class Session:
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         adaptive = adapting(self.bundle, self.options)
-        self._tokenizer = Tokenizer.load(self.bundle.path)
         check_memory(manifest, self.capacity, self.options.slots)
         self.threads = self.options.threads or usable_cores()
         self.overlap = self._overlaps(manifest)
-        shallow = self._lane("shallow", manifest.shallow_layers, beside=False)
-        deep = self._lane("deep", manifest.deep_layers, beside=self.overlap)
-        self._encoder = Encoder(self._engine("encoder"), self._engine("prologue")) if manifest.encoder_decoder else None
+        packed = packed_engines(self.bundle, self.options)
+        with loading(self.bundle, self.threads, Device.parse(self.options.device), packed) as engine:
+            self._tokenizer = Tokenizer.load(self.bundle.path)
+            shallow = self._lane(engine("shallow"), manifest.shallow_layers, beside=False)
+            deep = self._lane(engine("deep"), manifest.deep_layers, beside=self.overlap)
+            self._encoder = Encoder(engine("encoder"), engine("prologue")) if manifest.encoder_decoder else None
         self._scheduler = self._schedule(shallow, deep)
         self._pump = Pump(self._scheduler)
         clock = self._scheduler.clock
@@ -231,9 +235,6 @@ class Session:
         manifest = self.manifest
         return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
 
-    def _engine(self, name: str) -> OnnxEngine:
-        return OnnxEngine(self.bundle.engine(name), self.threads, Device.parse(self.options.device))
-
     def _overlaps(self, manifest: Manifest) -> bool:
         """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""
         gain = manifest.break_even.get(OVERLAP_GAIN)
@@ -242,12 +243,12 @@ class Session:
         logger.info("overlap of shallow and deep: %s (%s)", "on" if chosen else "off", known)
         return chosen
 
-    def _lane(self, name: str, layers: range, beside: bool) -> Lane:
+    def _lane(self, engine: OnnxEngine, layers: range, beside: bool) -> Lane:
         manifest = self.manifest
         dtype = np.float16 if manifest.precision == "fp16" else np.float32
         rows = self.capacity + manifest.max_pending
         cache = KVCache(layers, self.options.slots, manifest.kv_heads, rows, manifest.head_dim, dtype)
-        return Lane(self._engine(name), cache, beside)
+        return Lane(engine, cache, beside)
 
 
 def _capacity(manifest: Manifest, asked: int | None) -> int:

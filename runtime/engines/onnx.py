@@ -11,22 +11,22 @@ import numpy as np
 from runtime.device import CPU, Device
 from runtime.errors import EngineError
 
+# Initializers of fewer bytes stand in the graph that ONNX Runtime writes.
+_SMALL = 1024
+
 
 class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
-    EngineError where it cannot be loaded, or would run elsewhere.
+    `optimized`: it is what `save_packed` wrote. EngineError where it cannot be loaded, or would run elsewhere.
     """
 
-    def __init__(self, path: Path, threads: int, device: Device = CPU) -> None:
+    def __init__(self, path: Path, threads: int, device: Device = CPU, optimized: bool = False) -> None:
         ort = _onnxruntime()
         providers = device.providers(ort)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
-        # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        options = _options(ort, threads)
+        if optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
@@ -70,6 +70,38 @@ class Call:
 def value(item: Any) -> Any:
     """An array as a value of ONNX Runtime, on the same memory; values pass through."""
     return _onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
+
+
+def save_packed(graph: Path, directory: Path) -> None:
+    """Write `graph` to `directory` as ONNX Runtime would run it on this processor: optimised, and beside it the weights
+    twice, as they are and in the kernels' own layout, to be mapped. EngineError where it cannot."""
+    ort = _onnxruntime()
+    options = _options(ort, 1)
+    options.optimized_model_filepath = str(directory / graph.name)
+    prefix = "session.optimized_model_external_initializers"
+    options.add_session_config_entry(f"{prefix}_file_name", f"{graph.stem}.data")
+    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_SMALL))
+    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
+    try:
+        ort.InferenceSession(str(graph), options, providers=CPU.providers(ort))
+    except Exception as error:
+        raise EngineError(f"{graph.name} cannot be saved with packed weights: {_first_line(error)}") from error
+
+
+def build_of_onnxruntime() -> str:
+    """Version and build: layouts of packed weights are those of one build."""
+    ort = _onnxruntime()
+    return f"{ort.__version__} ({ort.get_build_info()})"
+
+
+def _options(ort: Any, threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
 
 
 def _onnxruntime() -> Any:
