@@ -1,0 +1,172 @@
+"""Measure how long a session takes to open, and what two processes on one bundle share.
+
+    python -m tools.start BUNDLE BUNDLE ... [--json FILE]
+
+For each bundle, without the engine cache and with it: seconds that `Session(bundle)` takes in a new process, imports
+aside, everything in the page cache; that as a multiple of reading the bundle's bytes; and of two processes that have
+both decoded, the memory that one has to itself (private) and its proportional share (PSS). The engine cache is a
+temporary one, in --cache. Run on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+
+from freeexport.idle import require_idle
+from runtime import Bundle
+from runtime.cache_entry import read_entry
+from runtime.engine_cache import write
+from runtime.machine import usable_cores
+
+# Says seconds, is told to go on once all processes are open, then says megabytes.
+PROBE = """
+import json, sys, time
+import numpy, onnxruntime, tokenizers
+from runtime import Session
+
+began = time.perf_counter()
+session = Session(sys.argv[1], slots=1, threads=int(sys.argv[2]))
+seconds = time.perf_counter() - began
+for mode in ("full", "free"):
+    session.generate([1, 2, 3, 4], mode=mode, threshold=0.5, max_new_tokens=16, ignore_eos=True)
+print(json.dumps(seconds), flush=True)
+sys.stdin.readline()
+held = {}
+for line in open("/proc/self/smaps_rollup"):
+    name, _, value = line.partition(":")
+    if value.endswith("kB\\n"):
+        held[name] = int(value.split()[0]) / 1e3 * 1.024
+print(json.dumps({"private": held["Private_Clean"] + held["Private_Dirty"], "pss": held["Pss"]}), flush=True)
+sys.stdin.readline()
+"""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds and megabytes. `added`: seconds to make the cache's entry, whose size is `cache_mb`."""
+
+    bundle: str
+    bundle_mb: float
+    read: float
+    start: dict[str, float]
+    private: dict[str, float]
+    pss: dict[str, float]
+    added: float
+    cache_mb: float
+
+
+@click.command(help=__doc__)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--threads", type=int, default=None, help="Of a session.  [default: one per core]")
+@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where the temporary cache lies.")
+@click.option("--json", "output", type=click.Path(path_type=Path))
+@click.option("--force", is_flag=True)
+def main(
+    bundles: tuple[Path, ...], rounds: int, threads: int | None, cache: Path | None, output: Path | None, force: bool
+) -> None:
+    idle = require_idle(force)
+    threads = threads or usable_cores()
+    figures = []
+    for path in bundles:
+        with tempfile.TemporaryDirectory(dir=cache) as directory:
+            os.environ["XDG_CACHE_HOME"] = directory
+            figures.append(measure(path, rounds, threads))
+        click.echo(row(figures[-1]) + ("" if idle else " (busy machine)"))
+    if output is not None:
+        output.write_text(json.dumps({"threads": threads, "rows": [asdict(item) for item in figures]}, indent=2))
+
+
+def measure(path: Path, rounds: int, threads: int) -> Figures:
+    """The medians of `rounds`, with and without cache in turn."""
+    bundle = Bundle.open(path)
+    began = time.perf_counter()
+    place = write(bundle)
+    added = time.perf_counter() - began
+    for directory in (path, place):
+        read(directory)
+    starts: dict[str, list[float]] = {"off": [], "use": []}
+    for _ in range(rounds):
+        for use, times in starts.items():
+            times.append(processes_of(path, use, threads, 1)[0][0])
+    memory = {use: processes_of(path, use, threads, 2)[0][1] for use in starts}
+    return Figures(
+        bundle=path.name,
+        bundle_mb=sum(file.size for file in bundle.manifest.files.values()) / 1e6,
+        read=median(read(path) for _ in range(rounds)),
+        start={use: median(times) for use, times in starts.items()},
+        private={use: held["private"] for use, held in memory.items()},
+        pss={use: held["pss"] for use, held in memory.items()},
+        added=added,
+        cache_mb=read_entry(place).bytes / 1e6,
+    )
+
+
+def read(directory: Path) -> float:
+    """Seconds to read every file of a directory."""
+    buffer = bytearray(1 << 22)
+    began = time.perf_counter()
+    for path in directory.iterdir():
+        if path.is_file():
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
+    return time.perf_counter() - began
+
+
+def processes_of(path: Path, use: str, threads: int, count: int) -> list[tuple[float, dict[str, float]]]:
+    """Seconds and megabytes of as many processes, opened one after the other and held together."""
+    command = [sys.executable, "-c", PROBE, str(path), str(threads)]
+    environment = {**os.environ, "FREEEXPORT_CACHE": use}
+    open_: list[subprocess.Popen[str]] = []
+    try:
+        seconds = []
+        for _ in range(count):
+            open_.append(subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment))
+            seconds.append(answer(open_[-1]))
+        held = []
+        for process in open_:
+            held.append(answer(process, "held\n"))
+        return list(zip(seconds, held, strict=True))
+    finally:
+        for process in open_:
+            process.communicate("end\n")
+
+
+def answer(process: subprocess.Popen[str], word: str = "") -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    if word:
+        process.stdin.write(word)
+        process.stdin.flush()
+    return json.loads(process.stdout.readline())
+
+
+def row(item: Figures) -> str:
+    def pair(values: dict[str, float]) -> str:
+        return f"{values['off']:.0f} -> {values['use']:.0f} MB"
+
+    start, cached = item.start["off"], item.start["use"]
+    return "; ".join(
+        (
+            f"{item.bundle} ({item.bundle_mb:.0f} MB): read {item.read:.3f} s",
+            f"start {start:.3f} s ({start / item.read:.1f}x), cached {cached:.3f} s ({cached / item.read:.1f}x)",
+            f"each of two processes: private {pair(item.private)}, PSS {pair(item.pss)}",
+            f"the entry: {item.cache_mb:.0f} MB, written in {item.added:.1f} s",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
