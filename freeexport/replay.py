@@ -55,14 +55,16 @@ def _recorded(path: Path) -> list[bool]:
 
 
 class Script:
-    """Which tokens of the next requests exit; None: as the model says."""
+    """Which tokens of the next requests exit; None: as the model says. `onward`: a request begins where the one before
+    it in its slot left off, so that many short ones have the rate of the trace."""
 
-    def __init__(self, trace: Sequence[bool] | None) -> None:
-        self.trace = trace
+    def __init__(self, trace: Sequence[bool] | None, onward: bool) -> None:
+        self.trace, self.onward = trace, onward
 
 
 class ReplayDecoder(Decoder):
-    """A decoder whose shallow predictions are as sure as the script says, from row `start` of it at each request."""
+    """A decoder whose shallow predictions are as sure as the script says, from row `start` of it at each request, if it
+    does not go onward."""
 
     def __init__(self, script: Script, start: int, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -70,7 +72,8 @@ class ReplayDecoder(Decoder):
 
     def reset(self) -> None:
         super().reset()
-        self._row = self._start
+        if not self._script.onward:
+            self._row = self._start
 
     def stepping(self, token: int, head: bool) -> Waits[Prediction]:
         said = yield from super().stepping(token, head)
@@ -86,8 +89,10 @@ class ReplaySession(Session):
     """A session in which a token exits where `trace` says so, at any threshold inside (0, 1), unless the stack is full;
     without a trace it is like any other. For modes that take nothing back: "free" without overlap."""
 
-    def __init__(self, bundle: Path | str, trace: Sequence[bool] | None = None, **options: Any) -> None:
-        self._script = Script(trace)
+    def __init__(
+        self, bundle: Path | str, trace: Sequence[bool] | None = None, onward: bool = False, **options: Any
+    ) -> None:
+        self._script = Script(trace, onward)
         super().__init__(bundle, **{**options, "overlap": False})
 
     def __enter__(self) -> ReplaySession:

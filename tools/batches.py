@@ -130,7 +130,7 @@ def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session
     options: dict[str, Any] = {"threads": threads, "slots": slots, "capacity": capacity}
     if load.replay is None:
         return Session(bundle, **options)
-    return ReplaySession(bundle, exit_trace(load.replay), **options)
+    return ReplaySession(bundle, exit_trace(load.replay), onward=True, **options)
 
 
 def measure(session: Session, settings: Sequence[Setting], load: Load) -> dict[Setting, list[Window]]:

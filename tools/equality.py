@@ -144,13 +144,15 @@ def first_difference(ours: GenerationResult, alone: GenerationResult) -> int | N
     return None if place == shorter and same_end else place
 
 
-def unexplained(differences: Sequence[Difference], prompts: int, exact: bool) -> list[Difference]:
-    """Those that equality does not allow: in float32 whatever is no tie; else all of a setting in which more than one
-    prompt in a hundred differs."""
+def unexplained(
+    differences: Sequence[Difference], prompts: int, exact: bool, share: float = ROUNDED
+) -> list[Difference]:
+    """Those that equality does not allow: in float32 whatever is no tie; else all of a setting in which more than a
+    `share` of the prompts differs."""
     if exact:
         return [difference for difference in differences if not difference.distance < TIE]
     counts = Counter(difference.setting for difference in differences)
-    return [difference for difference in differences if counts[difference.setting] > ROUNDED * prompts]
+    return [difference for difference in differences if counts[difference.setting] > share * prompts]
 
 
 def run(equality: Equality, settings: Sequence[Setting], advance: Advance | None = None) -> list[Difference]:

@@ -106,7 +106,10 @@ def run(*arguments: str) -> Result:
 
 
 @pytest.mark.parametrize("exits", [("--threshold", "0.2", "--mode", "lossless"), ("--replay", "0.8")])
-def test_a_table_comes_out_and_is_saved(exits: tuple[str, ...], bundle: Bundles, tmp_path: Path) -> None:
+def test_a_table_comes_out_and_is_saved(
+    exits: tuple[str, ...], bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tools.batches.SETTLE", 0)
     saved = tmp_path / "figures.json"
     batches = ("--batch", "1", "--batch", "3", "--tokens", "8")
     result = run(str(bundle(CASE)), "--mode", "free", *exits, *batches, "--save", str(saved))

@@ -1,0 +1,74 @@
+"""Clients of all kinds at one session: nothing is lost or mixed up, and what would be is found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner
+from conftest import Bundles
+
+from runtime import Session
+from runtime.batch import Batch
+from runtime.decoder import Decoder
+from runtime.work import Work
+from tools.soak import Soaked, left_over, main, report, soak
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def soaked(path: Path, seconds: float, concurrent: int, **options: Any) -> Soaked:
+    return soak(path, seconds, concurrent, slots=5, queue=16, asks=30, seed=3, **{"threads": 1, **options})
+
+
+def test_all_kinds_of_clients_get_what_their_requests_give_alone(bundle: Bundles) -> None:
+    found = soaked(bundle(BY_NAME["t5-relu-tied"]), 1.5, 32)
+    assert not found.violations
+    assert len(found.done) == 10
+    assert found.refused
+    assert "nothing lost" in report(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_the_same_for_ten_seconds(name: str, overlap: bool, bundle: Bundles) -> None:
+    found = soaked(bundle(BY_NAME[name]), 10, 64, overlap=overlap)
+    assert not found.violations
+    assert found.done.total() > 300
+
+
+def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Batch.run
+
+    def mixed_up(batch: Batch, works: Sequence[Work]) -> None:
+        run(batch, works)
+        tokens = [work.outputs["token"][:1] for work in works]
+        if len(works) == 5 and all(map(len, tokens)):
+            tokens[0][:], tokens[1][:] = tokens[1].copy(), tokens[0].copy()
+
+    monkeypatch.setattr(Batch, "run", mixed_up)
+    found = soaked(bundle(BY_NAME["llama-tied"]), 20, 8)
+    assert any("not its own" in what or "differ" in what for what in found.violations)
+    result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "5", "--asks", "40"])
+    assert result.exit_code == 1
+    assert "VIOLATION" in result.output
+
+
+def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME["llama-tied"]), threads=1, slots=2) as session:
+        session.generate([[5, 6], [7, 8]], max_new_tokens=3)
+        assert left_over(session) == []
+        decoder: Decoder = session._scheduler._free[0]
+        decoder.lanes[1].cache.lengths[1] = 4
+        assert left_over(session) == ["the KV cache is not empty"]
+        session._scheduler._free.pop()
+        assert left_over(session) == ["slots are lost", "the KV cache is not empty"]
+
+
+def test_growth_is_from_the_second_quarter_to_the_last() -> None:
+    found = Soaked(1.0, {}, 0, 0, [1, 2, 10, 10, 10, 40, 70, 70])  # type: ignore[arg-type]
+    assert found.growth == 60

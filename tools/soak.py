@@ -1,0 +1,142 @@
+"""Many clients at one session for minutes: nothing may be lost or mixed up, and nothing may grow.
+
+    python -m tools.soak BUNDLE --seconds 300
+
+The clients ask for random prompts, lengths, modes and samplings; they cancel, set deadlines, stop reading, raise in
+callbacks, and engine calls fail. Every result must be the one that the request gives alone, or its beginning where it
+was cut short. At the end nothing may be left in the session, and in a minute or more memory must not have grown. Ends
+with 1 where it is not so.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from statistics import median
+from typing import Any
+
+import click
+import psutil
+
+from runtime import Session
+from tools.soak_asks import draw_asks
+from tools.soak_clients import Clients
+from tools.soak_faults import Faults
+
+# Seconds after which a request that has not ended counts as lost.
+LOST = 60.0
+# Growth from the second quarter of the time to the last that is not a leak: a share, and bytes.
+SHARE, ALLOWED = 0.03, 16e6
+# Seconds below which memory still grows because slots, threads and calls are used for the first time.
+SETTLED = 60.0
+
+
+@dataclass
+class Soaked:
+    """`memory`: resident bytes, about every 200th part of the time. `violations` is empty where all is well."""
+
+    seconds: float
+    done: Counter[str]
+    refused: int
+    tokens: int
+    memory: list[int] = field(default_factory=list)
+    violations: list[str] = field(default_factory=list)
+
+    @property
+    def growth(self) -> float:
+        """Bytes from the median of the second quarter to that of the last."""
+        quarter = max(1, len(self.memory) // 4)
+        return median(self.memory[-quarter:]) - median(self.memory[quarter : 2 * quarter] or self.memory)
+
+
+def soak(
+    bundle: Path, seconds: float, concurrent: int, slots: int, queue: int, asks: int, seed: int, **options: Any
+) -> Soaked:
+    """Run it. `options` are those of the session."""
+    with Session(bundle, slots=1, **{**options, "overlap": False}) as session:
+        drawn = draw_asks(session, asks, Random(seed))
+    with Session(bundle, slots=slots, queue=queue, **options) as session:
+        faults, stop = Faults(seed), threading.Event()
+        clients = Clients(session, drawn, faults)
+        threads = [
+            threading.Thread(target=clients.run, args=(number, stop, seed), daemon=True) for number in range(concurrent)
+        ]
+        with faults.injected():
+            for thread in threads:
+                thread.start()
+            memory = _watch(clients, seconds)
+            stop.set()
+            for thread in threads:
+                thread.join(LOST)
+        found = Soaked(seconds, clients.done, clients.refused, clients.tokens, memory, clients.violations)
+        alive = sum(thread.is_alive() for thread in threads)
+        found.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
+    if seconds >= SETTLED and found.growth > SHARE * found.memory[-1] + ALLOWED:
+        found.violations.append(f"memory grew by {found.growth / 1e6:.0f} MB")
+    return found
+
+
+def _watch(clients: Clients, seconds: float) -> list[int]:
+    """Resident bytes over the time, which ends early where something is wrong."""
+    process, memory, end = psutil.Process(), list[int](), time.monotonic() + seconds
+    while time.monotonic() < end and not clients.violations:
+        time.sleep(seconds / 200)
+        memory.append(process.memory_info().rss)
+        lost = [number for number, since in list(clients.busy_since.items()) if time.monotonic() - since > LOST]
+        if lost:
+            clients.violations.append(f"requests of {len(lost)} clients have not ended after {LOST:.0f} s")
+    return memory
+
+
+def left_over(session: Session) -> list[str]:
+    """What a session holds that nobody asks any more."""
+    gc.collect()  # streams that were forgotten
+    session._scheduler.drain()
+    scheduler = session._scheduler
+    lanes = scheduler._free[0].lanes if scheduler._free else ()
+    facts = [
+        (scheduler.empty, "requests are left"),
+        (sorted(decoder.slot for decoder in scheduler._free) == list(range(session.options.slots)), "slots are lost"),
+        (not any(lane.cache.lengths.any() for lane in lanes), "the KV cache is not empty"),
+        (not scheduler._cross._placed, "prompts are left for cross-attention"),
+        (not scheduler._wheel.followers, "threads are left asleep"),
+    ]
+    return [what for holds, what in facts if not holds]
+
+
+@click.command(help=__doc__)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True)
+@click.option("--concurrent", type=click.IntRange(1), default=64, show_default=True, help="Clients, a thread each.")
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--queue", type=click.IntRange(0), default=48, show_default=True, help="Too few, so some are refused.")
+@click.option("--asks", type=click.IntRange(1), default=150, show_default=True, help="Different requests.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each engine.")
+@click.option("--overlap", is_flag=True, help="Deep passes beside shallow steps.")
+@click.option("--seed", type=int, default=0, show_default=True)
+def main(bundle: Path, **given: Any) -> None:
+    found = soak(bundle, **given)
+    click.echo(report(found))
+    if found.violations:
+        raise SystemExit(1)
+
+
+def report(found: Soaked) -> str:
+    total = found.done.total()
+    kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
+    lines = [
+        f"{total} requests in {found.seconds:g} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
+        f"memory {found.memory[-1] / 1e6:.0f} MB, grown by {found.growth / 1e6:+.1f} MB from the second quarter to the "
+        f"last",
+    ]
+    kept = [f"VIOLATION {what}" for what in found.violations[:20]] or ["nothing lost, nothing mixed up, nothing left"]
+    return "\n".join([*lines, *kept])
+
+
+if __name__ == "__main__":
+    main()
