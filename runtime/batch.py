@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -44,9 +44,7 @@ class Batch:
         outputs = self._outputs(works, count, width, len(heads), with_logits)
         call = self._call(works, first, count, with_logits)
         call.rebind(inputs, outputs)
-        began = perf_counter()
-        call.run()
-        seconds, head = perf_counter() - began, 0
+        seconds, head = self._lane.run_here(call), 0
         for work, place in zip(works, places, strict=True):
             for name, target in work.outputs.items():
                 source = outputs[name]
@@ -54,24 +52,23 @@ class Batch:
             head += work.heads
             work.seconds, work.company = seconds, len(works)
 
-    def _inputs(self, works: Sequence[Work], places: list[int], count: int, width: int) -> dict[str, np.ndarray]:
+    def _inputs(self, works: Sequence[Work], places: list[int], count: int, width: int) -> dict[str, Any]:
         name = "input_ids" if "input_ids" in works[0].inputs else "hidden"
         shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
-        rows, lengths = np.zeros(shape, works[0].inputs[name].dtype), np.zeros(count, np.int32)
+        rows = np.zeros(shape, np.int64) if name == "input_ids" else self._lane.scratch("rows", shape, np.float32)
+        lengths = np.zeros(count, np.int32)
         for work, place in zip(works, places, strict=True):
             rows[place, : work.rows] = work.inputs[name][0]
             lengths[place] = work.rows
-        inputs = {name: rows, "query_lengths": lengths}
+        inputs: dict[str, Any] = {name: rows, "query_lengths": lengths}
         if "emitted" in works[0].inputs:
             inputs["emitted"] = np.concatenate([work.inputs["emitted"] for work in works])
         return inputs
 
-    def _outputs(
-        self, works: Sequence[Work], count: int, width: int, heads: int, with_logits: bool
-    ) -> dict[str, np.ndarray]:
-        outputs = {"token": np.empty(heads, np.int64)}
+    def _outputs(self, works: Sequence[Work], count: int, width: int, heads: int, with_logits: bool) -> dict[str, Any]:
+        outputs: dict[str, Any] = {"token": np.empty(heads, np.int64)}
         if "hidden" in works[0].outputs:
-            outputs["hidden"] = np.empty((count, width, self._hidden_size), np.float32)
+            outputs["hidden"] = self._lane.scratch("hidden", (count, width, self._hidden_size), np.float32)
             outputs["confidence"] = np.empty(heads, np.float32)
         else:
             outputs["nll"] = np.empty(heads, np.float32)

@@ -19,11 +19,11 @@ class BeamRows:
     def __init__(self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int) -> None:
         self.stats = decoder.stats
         self._tokens = np.zeros((beams, 1), np.int64)
-        self._hidden = np.zeros((beams, 1, decoder.hidden_size), np.float32)
+        self._hidden = decoder.lanes[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
         self._caches = [lane.cache.resized(beams, rows) for lane in decoder.lanes]
-        cross = {name: np.repeat(array, beams, axis=0) for name, array in cross.items()}
         shallow, deep = decoder.lanes
+        cross = {name: _repeated(array, beams, shallow) for name, array in cross.items()}
         none, every = np.zeros(0, np.int64), np.arange(beams)
         self._shallow = _bind(
             shallow, self._caches[0], cross, {"input_ids": self._tokens, "head_rows": none}, {"hidden": self._hidden}
@@ -44,6 +44,16 @@ class BeamRows:
             for row in range(len(tokens)):
                 cache.extend(row, 1)
         return self._logits
+
+
+def _repeated(array: Any, beams: int, lane: Lane) -> Any:
+    """[1, ...] -> [beams, ...]."""
+    if isinstance(array, np.ndarray):
+        return np.repeat(array, beams, axis=0)
+    rows = lane.zeros((beams, *array.shape[1:]), array.dtype)
+    for beam in range(beams):
+        rows[beam : beam + 1] = array
+    return rows
 
 
 def _bind(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 # Widths are multiples of this, so that a longer prompt seldom means another array.
@@ -10,9 +13,11 @@ STEP = 32
 
 class CrossRows:
     """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim]: rows of a call must stand
-    together. `version` changes where the arrays do. Holds nothing until sequences are first run together."""
+    together. `version` changes where the arrays do. Holds nothing until sequences are first run together.
+    `zeros(shape, dtype)` makes an array."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, zeros: Callable[..., Any] = np.zeros) -> None:
+        self._zeros = zeros
         self.arrays: dict[str, np.ndarray] = {}
         self.version = 0
         self._lengths = np.ones(slots, np.int32)
@@ -46,7 +51,7 @@ class CrossRows:
         slots = len(self._lengths)
         self._width, self.version = width, self.version + 1
         self.arrays = {
-            name: np.zeros((slots, array.shape[1], width, array.shape[3]), array.dtype)
+            name: self._zeros((slots, array.shape[1], width, array.shape[3]), array.dtype)
             for name, array in like.items()
             if name != "cross_lengths"
         }

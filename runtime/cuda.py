@@ -37,6 +37,8 @@ class Cuda:
         self.index = index
         self.runtime = runtime or _import_runtime()
         self.lost = ""
+        # Held by whoever puts much into a stream, so that another can be captured without being disturbed.
+        self.undisturbed = threading.Lock()
         self._lock = threading.Lock()
         self._memory: dict[int, int] = {}
         self._pinned: dict[int, int] = {}

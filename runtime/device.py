@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,9 @@ class Device:
     def __str__(self) -> str:
         return "cpu" if self.index is None else f"cuda:{self.index}"
 
-    def providers(self, ort: Any) -> list[Any]:
-        """For ONNX Runtime, which puts on the CPU what its CUDA provider has no operator for. EngineError where the
-        installed wheel has no such provider."""
+    def providers(self, ort: Any, options: Mapping[str, str]) -> list[Any]:
+        """For ONNX Runtime, which puts on the CPU what its CUDA provider has no operator for. `options` of that
+        provider. EngineError where the installed wheel has no such provider."""
         if self.index is None:
             return [CPU_PROVIDER]
         if CUDA_PROVIDER not in ort.get_available_providers():
@@ -39,7 +40,7 @@ class Device:
                 f"device {self} needs ONNX Runtime with CUDA, and version {ort.__version__} here has none; run: "
                 "pip uninstall -y onnxruntime && pip install 'freeexport[gpu]'"
             )
-        return [(CUDA_PROVIDER, {"device_id": self.index}), CPU_PROVIDER]
+        return [(CUDA_PROVIDER, {"device_id": str(self.index), **options}), CPU_PROVIDER]
 
     def check_active(self, session: Any, name: str) -> None:
         """EngineError where ONNX Runtime fell back to the CPU, which it does with a warning."""

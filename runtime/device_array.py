@@ -60,10 +60,16 @@ class DeviceArray:
         return DeviceArray(self.memory, self.address, shape, self.dtype)
 
     def __getitem__(self, key: Any) -> DeviceArray:
-        """Integers and slices of step 1, for the first dimensions. IndexError for anything else or outside."""
-        keys = key if isinstance(key, tuple) else (key,)
+        """Integers, slices of step 1, and None for a dimension of 1. IndexError for anything else or outside."""
+        keys = _padded(key if isinstance(key, tuple) else (key,), len(self.shape))
         address, shape, strides = self.address, list[int](), list[int]()
-        for part, size, stride in zip(_padded(keys, len(self.shape)), self.shape, self.strides, strict=True):
+        dimensions = iter(zip(self.shape, self.strides, strict=True))
+        for part in keys:
+            if part is None:
+                shape.append(1)
+                strides.append(0)
+                continue
+            size, stride = next(dimensions)
             if isinstance(part, slice):
                 start, stop, step = part.indices(size)
                 if step != 1:
@@ -117,9 +123,10 @@ def _pieces(target: DeviceArray, source: DeviceArray) -> Iterator[tuple[int, int
 
 
 def _padded(keys: tuple[Any, ...], dimensions: int) -> list[Any]:
-    if len(keys) > dimensions:
+    left = dimensions - sum(key is not None for key in keys)
+    if left < 0:
         raise IndexError(f"{len(keys)} indices for {dimensions} dimensions")
-    return [*keys, *[slice(None)] * (dimensions - len(keys))]
+    return [*keys, *[slice(None)] * left]
 
 
 def _dense(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

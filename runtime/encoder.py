@@ -14,8 +14,9 @@ class Encoder:
         self._encoder, self._prologue = encoder, prologue
         self._cross = [output.name for output in prologue.session.get_outputs()]
 
-    def run(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
-        """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]."""
+    def run(self, tokens: np.ndarray, reader: object = None) -> dict[str, np.ndarray]:
+        """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. What a
+        `reader` had before, it does not need any more."""
         return self.run_padded(tokens[None], np.array([len(tokens)], np.int32))[0]
 
     def run_padded(self, tokens: np.ndarray, lengths: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:

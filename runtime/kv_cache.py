@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -14,18 +15,26 @@ PARTS = ("key", "value")
 class KVCache:
     """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
 
-    What lies behind the valid rows is unspecified and never read.
+    `zeros(shape, dtype)` makes an array; by default in the host's memory. What lies behind the valid rows is
+    unspecified and never read.
     """
 
     def __init__(
-        self, layers: range, slots: int, kv_heads: int, rows: int, head_dim: int, dtype: np.dtype | type
+        self,
+        layers: range,
+        slots: int,
+        kv_heads: int,
+        rows: int,
+        head_dim: int,
+        dtype: np.dtype | type,
+        zeros: Callable[..., Any] = np.zeros,
     ) -> None:
-        self.rows = rows
+        self.rows, self._zeros = rows, zeros
         self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
         self.lengths = np.zeros(slots, np.int32)
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
         self.arrays = {
-            f"{layer}.{part}": np.zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
+            f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
         }
 
     def slot(self, slot: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -62,4 +71,4 @@ class KVCache:
 
     def resized(self, slots: int, rows: int) -> KVCache:
         """An empty cache of the same layers."""
-        return KVCache(self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype)
+        return type(self)(self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype, self._zeros)

@@ -1,14 +1,17 @@
 """A lane: an engine, its KV cache, and where its calls run: at once, or in a thread beside the caller's.
 
-On a GPU a lane would be a stream: submit enqueues, the event is the stream's.
+On a GPU a lane is a stream: runtime/cuda_lane.py.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
+from typing import Any
 
-from runtime.engines.onnx import Call, OnnxEngine
+import numpy as np
+
+from runtime.engines.onnx import Call, OnnxEngine, value
 from runtime.kv_cache import KVCache
 
 
@@ -44,6 +47,22 @@ class Lane:
     def run(self, call: Call) -> float:
         """Submit a call and wait for it: the seconds it took."""
         return _timed(call) if self._thread is None else self._thread.submit(_timed, call).result()
+
+    def run_here(self, call: Call) -> float:
+        """Run a call in this thread, before those that were submitted and have not begun: the seconds it took."""
+        return _timed(call)
+
+    def value(self, array: Any) -> Any:
+        """An array in the form that the engine binds at once: for those that are bound again and again."""
+        return value(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        """An array where the engine's calls want theirs."""
+        return np.zeros(shape, dtype)
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        """The same, of finite numbers, until the next call for this name."""
+        return np.zeros(shape, dtype)
 
 
 class _Submitted(Event):

@@ -36,6 +36,7 @@ class SessionOptions:
     device: "cpu", or "cuda:0" for a bundle of `convert --target cuda`. Never another than that.
     cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
+    cuda_graphs: on a GPU, capture shallow steps that come again as CUDA graphs: one call starts all their kernels.
     """
 
     threads: int | None = None
@@ -49,6 +50,7 @@ class SessionOptions:
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
     cache: CacheUse | None = None
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _in_range("threads", self.threads, 1, 1024)
@@ -69,6 +71,8 @@ class SessionOptions:
             raise OptionError(f"verify is {self.verify!r}; choose 'sizes' or 'full'")
         Device.parse(self.device)
         object.__setattr__(self, "cache", _cache_use(self.cache))
+        if self.cuda_graphs not in (True, False):
+            raise OptionError(f"cuda_graphs is {self.cuda_graphs!r}; choose True or False")
 
 
 @dataclass(frozen=True, slots=True)

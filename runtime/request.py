@@ -157,7 +157,7 @@ class Request:
         assert self._encoder is not None
         decoder.stats.prompt_tokens = len(self._tokens)
         began = perf_counter()
-        cross = self._encoder.run(self._tokens)
+        cross = self._encoder.run(self._tokens, decoder)
         decoder.stats.encode_seconds = perf_counter() - began
         return cross
 

@@ -20,19 +20,14 @@ from runtime.bundle import Bundle
 from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
 from runtime.device import Device, check_runnable
-from runtime.encoder import Encoder
-from runtime.engine_cache import packed_engines
-from runtime.engines.loading import loading
-from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, OptionError
 from runtime.int8_range import check_int8_range
 from runtime.intake import Intake, adapting, known
-from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.machine import usable_cores
 from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
-from runtime.memory import check_memory
 from runtime.options import GenerationOptions, SessionOptions
+from runtime.placement import place
 from runtime.prompt import Prompt
 from runtime.prompts import Prompts, is_list_of_prompts
 from runtime.pump import Pump
@@ -61,15 +56,13 @@ class Session:
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         adaptive = adapting(self.bundle, self.options)
-        check_memory(manifest, self.capacity, self.options.slots)
         self.threads = self.options.threads or usable_cores()
+        self._placement = place(self.bundle, self.options, self.capacity, self.threads)
         self.overlap = self._overlaps(manifest)
-        packed = packed_engines(self.bundle, self.options)
-        with loading(self.bundle, self.threads, Device.parse(self.options.device), packed) as engine:
+        with self._placement.loading() as engine:
             self._tokenizer = Tokenizer.load(self.bundle.path)
-            shallow = self._lane(engine("shallow"), manifest.shallow_layers, beside=False)
-            deep = self._lane(engine("deep"), manifest.deep_layers, beside=self.overlap)
-            self._encoder = Encoder(engine("encoder"), engine("prologue")) if manifest.encoder_decoder else None
+            shallow, deep = self._placement.lanes(engine, self.overlap)
+            self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)
         self._pump = Pump(self._scheduler)
         clock = self._scheduler.clock
@@ -176,7 +169,7 @@ class Session:
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
             if self._encoder is not None:
-                decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt))
+                decoder.attend(self._encoder.run(np.zeros(1, np.int64) if prompt is None else prompt, decoder))
             decoder.want_logits(False)
             yield decoder
 
@@ -204,6 +197,7 @@ class Session:
             self._scheduler.drain()
         self._intake.ending = True
         self._pump.close()
+        self._placement.close(self._scheduler.drain)
 
     def __enter__(self) -> Session:
         return self
@@ -227,7 +221,7 @@ class Session:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
         decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
-        cross = CrossRows(slots)
+        cross = CrossRows(slots, shallow.zeros)
         batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
         return Scheduler(decoders, batches, cross, self.options.queue)
 
@@ -242,13 +236,6 @@ class Session:
         known = "not measured" if gain is None else f"{gain:.2f}x both in turn"
         logger.info("overlap of shallow and deep: %s (%s)", "on" if chosen else "off", known)
         return chosen
-
-    def _lane(self, engine: OnnxEngine, layers: range, beside: bool) -> Lane:
-        manifest = self.manifest
-        dtype = np.float16 if manifest.precision == "fp16" else np.float32
-        rows = self.capacity + manifest.max_pending
-        cache = KVCache(layers, self.options.slots, manifest.kv_heads, rows, manifest.head_dim, dtype)
-        return Lane(engine, cache, beside)
 
 
 def _capacity(manifest: Manifest, asked: int | None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.engines.onnx import Call, value
+from runtime.engines.onnx import Call
 from runtime.lane import Lane
 from runtime.prediction import NOTHING, Prediction
 from runtime.work import Work
@@ -28,16 +28,18 @@ class SlotCalls:
         self._vocab_size, self._max_pending = vocab_size, max_pending
         self.cross: dict[str, np.ndarray] = {}
         self._read: dict[Lane, dict[str, Any]] = {shallow: {}, deep: {}}
-        self.stack = np.zeros((max_pending, hidden_size), np.float32)
-        self._rows = np.zeros((max_pending, hidden_size), np.float32)
-        self._hidden = np.zeros((1, 1, hidden_size), np.float32)
+        self.stack = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._rows = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
         self.hidden = self._hidden[0, 0]
         self._token = np.zeros((1, 1), np.int64)
         self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Lane, np.ndarray] = {}
-        self._past = {lane: {name: value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)}
+        self._past = {
+            lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
+        }
         self._steps: dict[bool, Work] = {}
         self._passes: dict[tuple[int, int, bool], Work] = {}
 
@@ -132,7 +134,7 @@ class SlotCalls:
         """What the engine of a lane reads of `cross`."""
         layers = {name.split(".")[0] for name in lane.cache.arrays}
         read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
-        return {name: value(array) for name, array in read.items()}
+        return {name: lane.value(array) for name, array in read.items()}
 
     def _forget(self) -> None:
         self._steps.clear()

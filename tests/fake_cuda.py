@@ -14,8 +14,10 @@ from __future__ import annotations
 import ctypes
 import random
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -48,6 +50,11 @@ cudaMemcpyKind = IntEnum(
     },
 )
 OK = cudaError_t(0)
+# What may wait for the device, and so not be done while another thread captures in global mode.
+UNSAFE = frozenset(
+    f"cuda{name}"
+    for name in ("Malloc", "HostAlloc", "MemGetInfo", "EventQuery", "EventSynchronize", "StreamSynchronize")
+) | {"cudaEventCreateWithFlags", "cudaStreamCreateWithPriority"}
 
 
 class Misuse(Exception):
@@ -120,6 +127,7 @@ class FakeCuda:
         self._left: int | None = None
         self._busy = False
         self._put_off: list[tuple[int, bool]] = []
+        self._capturing: int | None = None
 
     # For tests
 
@@ -138,6 +146,23 @@ class FakeCuda:
             self._order(stream, entry, what, list(accesses))
             entry.queue.append(("do", action))
             self._progress()
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """While a thread captures in global mode: others may then not do what may wait for the device."""
+        with self._lock:
+            self._capturing = threading.get_ident()
+        time.sleep(self._chance.choice((0.0, 0.001)))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._capturing = None
+
+    def check_undisturbing(self, what: str) -> None:
+        """Misuse where another thread captures."""
+        if self._capturing not in (None, threading.get_ident()):
+            raise Misuse(f"{what} while another thread captures")
 
     def host_knows(self, stream: int) -> bool:
         """Whether the host has waited for all that is in a stream."""
@@ -297,6 +322,8 @@ class FakeCuda:
     # What they are made of
 
     def _failure(self, name: str) -> cudaError_t | None:
+        if name in UNSAFE:
+            self.check_undisturbing(name)
         if self._left is not None and self._left <= 0:
             return cudaError_t["cudaErrorIllegalAddress"]
         return self._refused.get(name)

@@ -18,12 +18,20 @@ _SMALL = 1024
 class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
-    `optimized`: it is what `save_packed` wrote. EngineError where it cannot be loaded, or would run elsewhere.
+    `optimized`: it is what `save_packed` wrote. `provider_options` are those of ONNX Runtime's provider for a GPU.
+    EngineError where it cannot be loaded, or would run elsewhere.
     """
 
-    def __init__(self, path: Path, threads: int, device: Device = CPU, optimized: bool = False) -> None:
-        ort = _onnxruntime()
-        providers = device.providers(ort)
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        device: Device = CPU,
+        optimized: bool = False,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        ort = import_onnxruntime()
+        providers = device.providers(ort, provider_options or {})
         options = _options(ort, threads)
         if optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -69,13 +77,13 @@ class Call:
 
 def value(item: Any) -> Any:
     """An array as a value of ONNX Runtime, on the same memory; values pass through."""
-    return _onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
+    return import_onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
 
 
 def save_packed(graph: Path, directory: Path) -> None:
     """Write `graph` to `directory` as ONNX Runtime would run it on this processor: optimised, and beside it the weights
     twice, as they are and in the kernels' own layout, to be mapped. EngineError where it cannot."""
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     options = _options(ort, 1)
     options.optimized_model_filepath = str(directory / graph.name)
     prefix = "session.optimized_model_external_initializers"
@@ -83,14 +91,14 @@ def save_packed(graph: Path, directory: Path) -> None:
     options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_SMALL))
     options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
     try:
-        ort.InferenceSession(str(graph), options, providers=CPU.providers(ort))
+        ort.InferenceSession(str(graph), options, providers=CPU.providers(ort, {}))
     except Exception as error:
         raise EngineError(f"{graph.name} cannot be saved with packed weights: {_first_line(error)}") from error
 
 
 def build_of_onnxruntime() -> str:
     """Version and build: layouts of packed weights are those of one build."""
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     return f"{ort.__version__} ({ort.get_build_info()})"
 
 
@@ -104,7 +112,8 @@ def _options(ort: Any, threads: int) -> Any:
     return options
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The package `onnxruntime`. EngineError where it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -56,13 +56,13 @@ class Runtime(SimpleNamespace):
 
 def test_a_provider_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime prints a warning and goes on with the CPU where a CUDA library is missing."""
-    monkeypatch.setattr("runtime.engines.onnx._onnxruntime", lambda: Runtime([CPU_PROVIDER]))
+    monkeypatch.setattr("runtime.engines.onnx.import_onnxruntime", lambda: Runtime([CPU_PROVIDER]))
     with pytest.raises(EngineError, match=r"cuda:0 was asked for, but .* run deep.onnx on CPUExecutionProvider"):
         OnnxEngine(Path("deep.onnx"), 1, Device(0))
 
 
 def test_an_active_provider_is_taken_with_the_device_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Runtime([CUDA_PROVIDER, CPU_PROVIDER])
-    monkeypatch.setattr("runtime.engines.onnx._onnxruntime", lambda: fake)
+    monkeypatch.setattr("runtime.engines.onnx.import_onnxruntime", lambda: fake)
     OnnxEngine(Path("deep.onnx"), 1, Device(2))
-    assert fake.asked == [(CUDA_PROVIDER, {"device_id": 2}), CPU_PROVIDER]
+    assert fake.asked == [(CUDA_PROVIDER, {"device_id": "2"}), CPU_PROVIDER]

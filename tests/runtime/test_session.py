@@ -334,7 +334,7 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
     monkeypatch.setattr("runtime.memory.available_memory", lambda: need)
     open_session(slots=3)
     monkeypatch.setattr("runtime.memory.available_memory", lambda: need - 1)
-    monkeypatch.setattr("runtime.session.KVCache", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("runtime.placement.KVCache", lambda *_: pytest.fail("allocated"))
     with pytest.raises(CapacityError, match=r"needs 0\.0 GB \(3 slots x 144 positions x 2560 bytes\).*lower capacity"):
         open_session(slots=3)
 

@@ -1,0 +1,113 @@
+"""A session's engines, caches and encoder on a GPU: a stream for each lane, and everything in the device's memory.
+
+Not yet run on a GPU; checked against tests/fake_cuda.py and tests/fake_onnxruntime.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from runtime.bundle import Bundle
+from runtime.cross_rows import STEP
+from runtime.cuda import Cuda
+from runtime.cuda_cache import CudaKVCache
+from runtime.cuda_encoder import CudaEncoder
+from runtime.cuda_lane import CudaLane
+from runtime.device import Device
+from runtime.encoder import Encoder
+from runtime.engines import onnx
+from runtime.engines.cuda import CudaEngine
+from runtime.errors import DeviceError, OptionError
+from runtime.lane import Lane
+from runtime.options import SessionOptions
+from runtime.placement import Load, Placement, cache_sizes
+
+logger = logging.getLogger(__name__)
+
+
+class CudaPlacement(Placement):
+    """On `device`. DeviceError where there is none that works; CapacityError before anything is allocated where its
+    memory is too little."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
+        assert device.index is not None
+        # That the wheel is the wrong one says more than that a driver is missing.
+        device.providers(onnx.import_onnxruntime(), {})
+        self.cuda = Cuda(device.index)
+        self._lanes: list[CudaLane] = []
+        self._engines: list[CudaEngine] = []
+        super().__init__(bundle, options, capacity, threads)
+        self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
+
+    @contextmanager
+    def loading(self) -> Iterator[Load]:
+        try:
+            yield self._load
+        except BaseException:
+            self._free()
+            raise
+
+    def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
+        """A shallow step goes before a deep pass where both are ready: a token waits for it."""
+        shallow = self._lane(engine("shallow"), self.manifest.shallow_layers, beside=False)
+        return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=overlap)
+
+    def encoder(self, engine: Load, lane: Lane) -> Encoder | None:
+        manifest = self.manifest
+        if not manifest.encoder_decoder:
+            return None
+        assert isinstance(lane, CudaLane)
+        encoder, prologue = engine("encoder"), engine("prologue")
+        return CudaEncoder(encoder, prologue, lane, manifest.encoder_capacity, manifest.hidden_size)
+
+    def close(self, drain: Callable[[], None]) -> None:
+        try:
+            drain()
+        except OptionError:
+            return  # by a callback of a request, which is not at its end
+        self._free()
+
+    def _free(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        for engine in self._engines:
+            engine.close()
+        self._lanes.clear()
+        self._engines.clear()
+        with suppress(DeviceError):
+            self.cuda.close()
+
+    def _load(self, name: str) -> CudaEngine:
+        # What comes before the first token goes with the shallow lane, which reads it first.
+        stream = self._streams[name == "deep"]
+        captures = name == "shallow" and self.options.cuda_graphs
+        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        self._engines.append(engine)
+        return engine
+
+    def _lane(self, engine: CudaEngine, layers: range, beside: bool) -> CudaLane:
+        stream = engine.stream
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+            return self.cuda.zeros(shape, dtype, stream)
+
+        sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
+        lane = CudaLane(engine, CudaKVCache(*sizes, zeros), stream, beside)
+        self._lanes.append(lane)
+        return lane
+
+    def _check_memory(self) -> None:
+        manifest, slots = self.manifest, self.options.slots
+        rows = slots * (self.capacity + manifest.max_pending)
+        # A sequence's own, in every width up to the longest, and a padded copy where several share calls.
+        longest = manifest.encoder_capacity
+        rows += slots * (2 * longest + (longest + STEP if slots > 1 else 0)) if longest else 0
+        cache = rows * manifest.kv_bytes_per_token
+        # At least: what two engines share, as the head, each has for itself.
+        weights = manifest.weight_bytes
+        what = f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) and {weights / 1e6:.1f} MB of weights"
+        logger.info("device %s: %s", self.cuda, what)
+        self.cuda.require(cache + weights, what)

@@ -1,0 +1,77 @@
+"""Where a session's engines, caches and encoder stand: on the CPU, or on a GPU. All that a session makes once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.device import CPU, Device
+from runtime.encoder import Encoder
+from runtime.engine_cache import packed_engines
+from runtime.engines.loading import loading
+from runtime.kv_cache import KVCache
+from runtime.lane import Lane
+from runtime.manifest import Manifest
+from runtime.memory import check_memory
+from runtime.options import SessionOptions
+
+# An engine by its name.
+Load = Callable[[str], Any]
+Sizes = tuple[range, int, int, int, int, Any]
+
+
+class Placement:
+    """On the CPU. `capacity` positions a slot; `threads` of an engine call. CapacityError for too little memory."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
+        self.bundle, self.options, self.capacity, self.threads = bundle, options, capacity, threads
+        self._check_memory()
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @contextmanager
+    def loading(self) -> Iterator[Load]:
+        """Gives what gives an engine by its name. EngineError where one cannot be loaded."""
+        packed = packed_engines(self.bundle, self.options)
+        with loading(self.bundle, self.threads, CPU, packed) as engine:
+            yield engine
+
+    def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
+        """The shallow and the deep one, which runs beside the other where they `overlap`."""
+        shallow = Lane(engine("shallow"), self._cache(self.manifest.shallow_layers))
+        return shallow, Lane(engine("deep"), self._cache(self.manifest.deep_layers), beside=overlap)
+
+    def encoder(self, engine: Load, lane: Lane) -> Encoder | None:
+        """Of an encoder-decoder; what it gives is read in `lane` first."""
+        return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
+
+    def close(self, drain: Callable[[], None]) -> None:
+        """Give back what the process keeps otherwise; `drain` waits until nothing is used any more. Idempotent."""
+
+    def _check_memory(self) -> None:
+        check_memory(self.manifest, self.capacity, self.options.slots)
+
+    def _cache(self, layers: range) -> KVCache:
+        return KVCache(*cache_sizes(self.manifest, layers, self.options.slots, self.capacity))
+
+
+def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) -> Sizes:
+    """What a KVCache is made with. numpy has no bfloat16: its bits are uint16."""
+    dtype = {"fp16": np.float16, "bf16": np.uint16}.get(manifest.precision, np.float32)
+    return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
+
+
+def place(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Placement:
+    """What the options ask for. Raises CapacityError, EngineError, DeviceError."""
+    device = Device.parse(options.device)
+    if device.index is None:
+        return Placement(bundle, options, capacity, threads)
+    from runtime.cuda_placement import CudaPlacement
+
+    return CudaPlacement(bundle, options, capacity, threads, device)

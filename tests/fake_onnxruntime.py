@@ -1,0 +1,148 @@
+"""ONNX Runtime with a CUDA provider, as the runtime sees it: real sessions on the CPU, whose runs are put into streams
+of fake_cuda and work on its memory.
+
+What the provider does with a user's stream and with graphs is as onnxruntime-gpu 1.31.1 was seen to do it on a CUDA
+runtime without a device (tools/cuda_provider.py): the first run with a gpu_graph_id in a thread runs, is captured and
+launched; later ones in that thread launch what was captured, whatever is bound.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnxruntime as real
+from fake_cuda import Access, FakeCuda, Misuse
+
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+ITEMS = {1: np.float32, 10: np.float16}
+
+
+class _Place(NamedTuple):
+    """Where a value stands."""
+
+    element_type: Any
+    shape: tuple[int, ...]
+    address: int
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.element_type).itemsize
+
+
+class FakeOnnxRuntime(SimpleNamespace):
+    """`runs`, `captures` and `launches` count; `fails` makes the next run raise, `fails_to_capture` every capture."""
+
+    def __init__(self, cuda: FakeCuda, active: Sequence[str] = (CUDA, CPU)) -> None:
+        super().__init__(__version__="1.31.1", SessionOptions=real.SessionOptions, OrtValue=real.OrtValue)
+        self.cuda, self.active = cuda, list(active)
+        self.runs = self.captures = self.launches = 0
+        self.fails = self.fails_to_capture = False
+        self.sessions: list[_Session] = []
+        self.RunOptions = _RunOptions
+
+    def get_available_providers(self) -> list[str]:
+        return [CUDA, CPU]
+
+    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> _Session:
+        self.sessions.append(_Session(self, path, options, dict([providers[0]])[CUDA]))
+        return self.sessions[-1]
+
+
+class _RunOptions:
+    def __init__(self) -> None:
+        self.entries: dict[str, str] = {}
+
+    def add_run_config_entry(self, key: str, value: str) -> None:
+        self.entries[key] = value
+
+
+class _Binding:
+    def __init__(self) -> None:
+        self.inputs: dict[str, _Place] = {}
+        self.outputs: dict[str, _Place] = {}
+
+    def bind_input(
+        self, name: str, device_type: str, device_id: int, element_type: Any, shape: Sequence[int], buffer_ptr: int
+    ) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        self.inputs[name] = _Place(element_type, tuple(shape), buffer_ptr)
+
+    def bind_output(
+        self, name: str, device_type: str, device_id: int, element_type: Any, shape: Sequence[int], buffer_ptr: int
+    ) -> None:
+        assert (device_type, device_id) == ("cuda", 0)
+        self.outputs[name] = _Place(element_type, tuple(shape), buffer_ptr)
+
+
+class _Session:
+    def __init__(self, runtime: FakeOnnxRuntime, path: str, options: Any, given: dict[str, str]) -> None:
+        assert all(isinstance(value, str) for value in given.values()), "provider options are strings"
+        self._runtime, self._name = runtime, path
+        self._real = real.InferenceSession(path, options, providers=[CPU])
+        self.get_inputs, self.get_outputs = self._real.get_inputs, self._real.get_outputs
+        self.stream = int(given["user_compute_stream"])
+        self._captures = given["enable_cuda_graph"] == "1"
+        self._graphs: dict[tuple[int, str], _Binding] = {}
+
+    def get_providers(self) -> list[str]:
+        return self._runtime.active
+
+    def io_binding(self) -> _Binding:
+        return _Binding()
+
+    def run_with_iobinding(self, binding: _Binding, options: _RunOptions) -> None:
+        runtime = self._runtime
+        assert options.entries["disable_synchronize_execution_providers"] == "1"
+        assert ("gpu_graph_id" in options.entries) == self._captures
+        runtime.cuda.check_undisturbing("a run, which may allocate,")
+        if runtime.fails:
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700\nand more")
+        graph = options.entries.get("gpu_graph_id", "-1")
+        key = threading.get_ident(), graph
+        if graph == "-1":
+            runtime.runs += 1
+            self._enqueue(binding)
+        elif key in self._graphs:
+            runtime.launches += 1
+            if self._graphs[key].inputs != binding.inputs or self._graphs[key].outputs != binding.outputs:
+                raise Misuse("a captured graph is launched for other addresses or shapes")
+            self._enqueue(self._graphs[key])
+        else:
+            self._capture(key, binding)
+
+    def _capture(self, key: tuple[int, str], binding: _Binding) -> None:
+        runtime = self._runtime
+        if runtime.fails_to_capture:
+            raise RuntimeError("CUDA failure 901: operation failed due to a previous error during capture")
+        runtime.captures += 1
+        kept = _Binding()
+        kept.inputs, kept.outputs = dict(binding.inputs), dict(binding.outputs)
+        self._graphs[key] = kept
+        for _ in range(2):
+            self._enqueue(kept)
+        with runtime.cuda.captured():
+            pass
+        self._enqueue(kept)
+
+    def _enqueue(self, binding: _Binding) -> None:
+        ins, outs = dict(binding.inputs), dict(binding.outputs)
+        accesses = [Access(place.address, place.size, False) for place in ins.values()]
+        accesses += [Access(place.address, place.size, True) for place in outs.values()]
+        self._runtime.cuda.enqueue(self.stream, self._name, _merged(accesses), lambda: self._compute(ins, outs))
+
+    def _compute(self, ins: dict[str, _Place], outs: dict[str, _Place]) -> None:
+        binding = self._real.io_binding()
+        for put, places in ((binding.bind_input, ins), (binding.bind_output, outs)):
+            for name, place in places.items():
+                put(name, "cpu", 0, place.element_type, list(place.shape), place.address)
+        self._real.run_with_iobinding(binding)
+
+
+def _merged(accesses: Iterable[Access]) -> list[Access]:
+    """What is read and written in place is written."""
+    written = {(access.address, access.size) for access in accesses if access.writes}
+    return [access for access in accesses if access.writes or (access.address, access.size) not in written]

@@ -1,0 +1,246 @@
+"""Sessions on a GPU's streams and memory: the tokens of the CPU, in every mode, whatever the device takes."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+from fake_cuda import FakeCuda
+from fake_onnxruntime import CPU, FakeOnnxRuntime
+
+from runtime import Session
+from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
+both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
+
+
+class Machine:
+    """A machine with a GPU that is not there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> None:
+        self.cuda = FakeCuda(seed, **options)
+        self.onnxruntime = FakeOnnxRuntime(self.cuda)
+        monkeypatch.setattr("runtime.cuda._import_runtime", lambda: self.cuda)
+        for module in ("onnx", "cuda"):
+            monkeypatch.setattr(f"runtime.engines.{module}.import_onnxruntime", lambda: self.onnxruntime)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def answers(session: Session, **options: Any) -> list[Answer]:
+    results = [session.generate(list(prompt), max_new_tokens=20, **options) for prompt in PROMPTS]
+    return [(result.token_ids, result.exited, result.confidence) for result in results]
+
+
+def expected(path: Path, **options: Any) -> list[Answer]:
+    with Session(path, threads=1) as session:
+        return answers(session, **options)
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "free": {"mode": "free", "threshold": 0.5},
+    "rollback": {"mode": "rollback", "threshold": 0.4, "rollback_threshold": 2.0},
+    "lossless": {"mode": "lossless", "threshold": 0.4},
+    "full": {"mode": "full"},
+    "shallow": {"mode": "shallow"},
+    "sampled": {"mode": "free", "threshold": 0.4, "temperature": 0.8, "seed": 7},
+    "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
+}
+
+
+@pytest.fixture
+def target(bundle: Bundles) -> Any:
+    """A bundle for CUDA in fp32, whose graphs the CPU runs too."""
+    return lambda case: bundle(case, target="cuda", precision="fp32")
+
+
+@both
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("overlap", "graphs", "seed"), [(False, False, 1), (True, False, 2), (True, True, 3)])
+def test_tokens_exits_and_confidences_are_those_of_the_cpu(
+    case: Any, mode: str, overlap: bool, graphs: bool, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want = expected(target(case), **MODES[mode])
+    machine = Machine(monkeypatch, seed)
+    with Session(target(case), device="cuda:0", overlap=overlap, cuda_graphs=graphs, threads=1) as session:
+        got = answers(session, **MODES[mode])
+    if mode == "lossless":  # how long drafts are is a matter of timing
+        got, want = ([(ids, (), ()) for ids, _, _ in each] for each in (got, want))
+    assert [answer[:2] for answer in got] == [answer[:2] for answer in want]
+    for (*_, confidences), (*_, others) in zip(got, want, strict=True):
+        assert [value is None for value in confidences] == [value is None for value in others]
+        known = [(a, b) for a, b in zip(confidences, others, strict=True) if a is not None and b is not None]
+        np.testing.assert_allclose(*zip(*known, strict=True), atol=1e-4) if known else None
+    assert bool(machine.onnxruntime.captures) is (graphs and mode in MODES)
+    assert machine.onnxruntime.launches > machine.onnxruntime.captures or not graphs
+
+
+@both
+@pytest.mark.parametrize("seed", range(3))
+def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = [list(prompt) for prompt in PROMPTS * 2]
+    options = {"max_new_tokens": 16, "threshold": 0.5}
+    with Session(target(case), threads=1) as session:
+        want = [result.token_ids for result in session.generate(prompts, **options)]
+    Machine(monkeypatch, seed)
+    with Session(target(case), device="cuda:0", overlap=bool(seed % 2), threads=1, slots=3) as session:
+        assert [result.token_ids for result in session.generate(prompts, **options)] == want
+
+
+def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"num_beams": 3, "mode": "full", "max_new_tokens": 10}
+    with Session(target(T5), device="cuda:0", threads=1) as session:
+        got = [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
+    monkeypatch.undo()
+    with Session(target(T5), threads=1) as session:
+        assert got == [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
+
+
+@both
+def test_a_step_waits_for_its_token_and_for_nothing_else(case: Any, target: Any, machine: Machine) -> None:
+    with Session(target(case), device="cuda:0", threads=1) as session, session.decoder() as decoder:
+        decoder.prefill(np.arange(5, 9), head=True)
+        decoder.step(7, head=True)
+        before = dict(machine.cuda.waits)
+        for token in range(10):
+            decoder.step(token + 5, head=True)
+        waited = {name: count - before.get(name, 0) for name, count in machine.cuda.waits.items()}
+    assert set(waited) <= {"cudaEventSynchronize", "cudaStreamSynchronize"}
+    assert waited["cudaEventSynchronize"] <= 10
+    assert waited.get("cudaStreamSynchronize", 0) == 0
+
+
+@both
+def test_a_few_bytes_a_step_go_to_the_device_and_back(case: Any, target: Any, machine: Machine) -> None:
+    copied: list[int] = []
+    real = machine.cuda.cudaMemcpyAsync
+
+    def spy(dst: int, src: int, count: int, kind: Any, stream: Any) -> Any:
+        copied.append(count)
+        return real(dst, src, count, kind, stream)
+
+    machine.cuda.cudaMemcpyAsync = spy  # type: ignore[method-assign]
+    with Session(target(case), device="cuda:0", threads=1) as session, session.decoder() as decoder:
+        decoder.prefill(np.arange(5, 9), head=True)
+        decoder.step(7, head=True)
+        copied.clear()
+        decoder.step(8, head=True)
+    assert 1 <= len(copied) <= 3  # inputs, outputs, and a hidden state onto the stack
+    assert max(copied) <= 2048
+
+
+def test_shallow_steps_are_launched_as_one_graph_once_they_come_again(target: Any, machine: Machine) -> None:
+    with Session(target(LLAMA), device="cuda:0", threads=1, slots=1) as session:
+        session.generate(list(PROMPTS[0]), max_new_tokens=30, ignore_eos=True, threshold=0.5)
+        assert machine.onnxruntime.captures == 1
+        launches = machine.onnxruntime.launches
+        threads = [
+            threading.Thread(target=session.generate, args=(list(PROMPTS[0]),), kwargs={"max_new_tokens": 30})
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # Whichever thread decodes, one puts calls into the stream: graphs belong to threads.
+    assert machine.onnxruntime.captures <= 2
+    assert machine.onnxruntime.launches > launches + 20
+
+
+def test_where_no_graph_can_be_captured_steps_run_without(
+    target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine.onnxruntime.fails_to_capture = True
+    with Session(target(LLAMA), device="cuda:0", threads=1) as session:
+        got = answers(session, threshold=0.5)
+    assert "no CUDA graph can be captured: CUDA failure 901" in caplog.text
+    assert machine.onnxruntime.captures == machine.onnxruntime.launches == 0
+    monkeypatch.undo()
+    assert got == expected(target(LLAMA), threshold=0.5)
+
+
+@both
+def test_closing_gives_everything_back(case: Any, target: Any, machine: Machine) -> None:
+    session = Session(target(case), device="cuda:0", threads=1)
+    stream = session.stream(list(PROMPTS[0]), max_new_tokens=20)
+    next(stream)
+    assert machine.cuda.allocated > 0
+    session.close()
+    session.close()
+    assert machine.cuda.allocated == 0
+    assert machine.cuda.alive == (0, 0)
+    with pytest.raises(OptionError, match="the session is closed"):
+        session.generate(list(PROMPTS[0]))
+    assert list(stream) is not None
+
+
+@both
+@pytest.mark.parametrize("after", [5, 60, 200])
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_lost_device_is_an_error_for_requests_in_flight_and_the_session_can_be_closed(
+    case: Any, after: int, overlap: bool, target: Any, machine: Machine
+) -> None:
+    session = Session(target(case), device="cuda:0", overlap=overlap, threads=1)
+    machine.cuda.lose(after)
+    with pytest.raises(EngineError, match="cuda:0 was lost"):
+        session.generate(list(PROMPTS[0]), max_new_tokens=100, ignore_eos=True, threshold=0.5)
+    with pytest.raises(DeviceError, match="was lost"):
+        session.generate(list(PROMPTS[1]), max_new_tokens=5)
+    session.close()
+
+
+def test_a_device_lost_under_several_requests_ends_all_of_them(target: Any, machine: Machine) -> None:
+    from runtime.errors import BatchError
+
+    session = Session(target(LLAMA), device="cuda:0", threads=1, slots=3)
+    machine.cuda.lose(80)
+    with pytest.raises(BatchError) as caught:
+        session.generate([list(prompt) for prompt in PROMPTS * 2], max_new_tokens=100, ignore_eos=True)
+    assert all(isinstance(result, DeviceError) for result in caught.value.results)
+    session.close()
+
+
+def test_a_run_that_fails_alone_is_an_error_that_names_the_engine(target: Any, machine: Machine) -> None:
+    with Session(target(LLAMA), device="cuda:0", threads=1) as session:
+        machine.onnxruntime.fails = True
+        with pytest.raises(EngineError, match=r"shallow failed on device cuda:0: .*CUDA failure 700$"):
+            session.generate(list(PROMPTS[0]))
+        machine.onnxruntime.fails = False
+        assert session.generate(list(PROMPTS[0]), max_new_tokens=3).token_ids
+
+
+def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_allocated(
+    target: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch, free_bytes=100_000)
+    with pytest.raises(CapacityError, match=r"MB of KV cache .* MB of weights needs \d+ bytes of .* 100000 are free"):
+        Session(target(LLAMA), device="cuda:0", threads=1)
+    assert machine.cuda.allocated == 0
+
+
+def test_no_device_is_no_reason_to_decode_elsewhere(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch, devices=0)
+    with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine shows 0 CUDA devices"):
+        Session(target(LLAMA), device="cuda:0")
+
+
+def test_a_provider_that_does_not_load_is_no_reason_to_decode_elsewhere(target: Any, machine: Machine) -> None:
+    machine.onnxruntime.active = [CPU]
+    with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
+        Session(target(LLAMA), device="cuda:0")
+
+
+def test_whether_graphs_are_captured_is_yes_or_no(target: Any) -> None:
+    with pytest.raises(OptionError, match="cuda_graphs is 'maybe'; choose True or False"):
+        Session(target(LLAMA), cuda_graphs="maybe")
