@@ -12,7 +12,8 @@ from runtime.engines.onnx import Call
 from runtime.lane import Lane
 from runtime.work import Work
 
-# What a further row of a call costs, as a share of the first: in a padded place it costs as much as anywhere.
+# What a further row of a call costs, as a share of the first, where a bundle does not say: in a padded place it costs
+# as much as anywhere.
 ROW_COST = 0.1
 # Calls that are kept bound.
 MOST_CALLS = 256
@@ -99,19 +100,19 @@ class Batch:
         return self._calls[key]
 
 
-def grouped(works: Sequence[Work]) -> list[list[Work]]:
+def grouped(works: Sequence[Work], row_cost: float = ROW_COST) -> list[list[Work]]:
     """Which works to run as one call each: those with far more rows than the others go alone, where padding all of
     them to that size, and idle rows between, would cost more than another call."""
     groups: list[list[Work]] = []
     rest = sorted(works, key=lambda work: work.rows)
-    while len(rest) > 1 and _cost(rest) > _cost(rest[:-1]) + _cost(rest[-1:]):
+    while len(rest) > 1 and _cost(rest, row_cost) > _cost(rest[:-1], row_cost) + _cost(rest[-1:], row_cost):
         groups.append([rest.pop()])
     return [*groups, rest]
 
 
-def _cost(works: Sequence[Work]) -> float:
+def _cost(works: Sequence[Work], row_cost: float) -> float:
     _, count, width = _area(works)
-    return 1 + ROW_COST * (count * width - 1)
+    return 1 + row_cost * (count * width - 1)
 
 
 def _area(works: Sequence[Work]) -> tuple[int, int, int]:

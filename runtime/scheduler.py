@@ -18,7 +18,7 @@ from runtime.decoder import Decoder
 from runtime.errors import EngineError, OptionError, QueueFullError
 from runtime.lane import Event, Lane
 from runtime.row import Row
-from runtime.shared_calls import SharedCalls
+from runtime.shared_calls import Rules, SharedCalls
 from runtime.wheel import Awaited, Wheel
 from runtime.work import Work
 
@@ -31,10 +31,15 @@ class Scheduler:
     requests wait for a slot."""
 
     def __init__(
-        self, decoders: Sequence[Decoder], batches: Mapping[Lane, Batch], cross: CrossRows, queue: int
+        self,
+        decoders: Sequence[Decoder],
+        batches: Mapping[Lane, Batch],
+        cross: CrossRows,
+        queue: int,
+        rules: Rules = Rules(),  # noqa: B008 - it cannot be changed
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = SharedCalls(batches, decoders[0].lanes[0])
+        self._calls = SharedCalls(batches, decoders[0].lanes[0], rules)
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._borrowed = self._turns = 0

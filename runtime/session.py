@@ -34,6 +34,7 @@ from runtime.pump import Pump
 from runtime.result import GenerationResult, Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler
+from runtime.shared_calls import rules_of
 from runtime.stream import Stream
 from runtime.tokenizer import Tokenizer
 from runtime.work import Waiting
@@ -223,7 +224,7 @@ class Session:
         decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
         cross = CrossRows(slots, shallow.zeros)
         batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
-        return Scheduler(decoders, batches, cross, self.options.queue)
+        return Scheduler(decoders, batches, cross, self.options.queue, rules_of(manifest.break_even))
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
         manifest = self.manifest

@@ -3,38 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-from runtime.batch import Batch, grouped
+from runtime.batch import ROW_COST, Batch, grouped
 from runtime.lane import Lane
 from runtime.row import Row
 from runtime.work import Work
 
-# Turns that a deep pass waits for others to join it, unless half of the rows wait already.
-PATIENCE = 4
+
+class Rules(NamedTuple):
+    """A deep pass runs once the share `ready` of the rows waits for one, or one has waited `patience` turns for others
+    to join it. `row_cost`: what a further row of a call costs, as a share of the first."""
+
+    ready: float = 0.5
+    patience: int = 4
+    row_cost: float = ROW_COST
+
+
+def rules_of(costs: Mapping[str, float]) -> Rules:
+    """The best for the costs that a manifest records, by tools/scheduler_simulator.py (docs/serving.md): the cheaper a
+    further row, the more pays waiting for it."""
+    if not {"deep_1_ms", "deep_8_ms"} <= costs.keys():
+        return Rules()
+    row = max(0.0, (costs["deep_8_ms"] / costs["deep_1_ms"] - 1) / 7)
+    if row < 0.08:
+        return Rules(1.0, 8, row)
+    return Rules(0.5, 4, row) if row < 0.2 else Rules(0.25, 2, row)
 
 
 class SharedCalls:
     """`batches` for each lane that runs calls of several sequences; `shallow` is the lane that goes first."""
 
-    def __init__(self, batches: Mapping[Lane, Batch], shallow: Lane) -> None:
-        self._batches, self._shallow = batches, shallow
+    def __init__(self, batches: Mapping[Lane, Batch], shallow: Lane, rules: Rules) -> None:
+        self._batches, self._shallow, self._rules = batches, shallow, rules
 
     def choose(self, rows: Sequence[Row], turn: int) -> list[Row]:
-        """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once half of all
-        wait for one, or one has waited long: a row that waits does nothing, so waiting for all would lose more than it
+        """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once enough wait
+        for one, or one has waited long: a row that waits does nothing, so waiting for all may lose more than it
         saves."""
         shallow, deep = list[Row](), list[Row]()
         for row in rows:
             if isinstance(row.waits, Work):
                 (shallow if row.waits.lane is self._shallow else deep).append(row)
         waited = max((turn - row.since for row in deep), default=0)
-        return deep if deep and (len(deep) >= len(shallow) or waited >= PATIENCE) else shallow
+        enough = len(deep) >= self._rules.ready * (len(deep) + len(shallow))
+        return deep if deep and (enough or waited >= self._rules.patience) else shallow
 
     def run(self, works: Sequence[Work], together: bool) -> dict[int, Exception]:
         """Run works of one lane, as few calls where `together`: the errors, by the id of the work."""
         shared = together and len(works) > 1 and works[0].lane in self._batches
         failed: dict[int, Exception] = {}
-        for group in grouped(works) if shared else [[work] for work in works]:
+        for group in grouped(works, self._rules.row_cost) if shared else [[work] for work in works]:
             failed.update(self._call(group))
         return failed
 

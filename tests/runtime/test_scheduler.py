@@ -26,6 +26,7 @@ from runtime.prediction import Prediction
 from runtime.result import Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler
+from runtime.shared_calls import Rules, rules_of
 from runtime.work import Waiting, Work, alone
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
@@ -403,3 +404,12 @@ def works(*asked: tuple[int, int]) -> list[Work]:
 )
 def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], sizes: list[int]) -> None:
     assert sorted(len(group) for group in grouped(works(*asked))) == sizes
+
+
+def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:
+    costly, cheap = ({"deep_1_ms": 1.0, "deep_8_ms": eight} for eight in (4.0, 1.01))
+    asked = works((0, 1), (1, 16), (15, 1))
+    assert len(grouped(asked, rules_of(cheap).row_cost)) == 1
+    assert len(grouped(asked, rules_of(costly).row_cost)) == 3
+    assert rules_of(cheap).patience > rules_of({}).patience > rules_of(costly).patience
+    assert rules_of({"deep_1_ms": 1.0}) == Rules()
