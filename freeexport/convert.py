@@ -201,7 +201,10 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
         click.echo(manifest.to_json(), nl=False)
         return
     click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
-    click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}")
+    faster = (
+        "; --precision int8 is faster on a CPU" if manifest.target == "cpu" and manifest.precision == "fp32" else ""
+    )
+    click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}{faster}")
     if manifest.quantization is not None and manifest.quantization.higher:
         click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
     if manifest.exit_vocabulary is not None:

@@ -6,7 +6,7 @@ import gc
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from runtime import (
     Session,
     Token,
 )
+from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
 
 ROOT = Path(__file__).parents[2]
@@ -498,6 +499,27 @@ def python(code: str, *arguments: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@both
+def test_calls_stay_bound_from_one_request_to_the_next(
+    name: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[OnnxEngine] = []
+    bind = OnnxEngine.bind
+
+    def counted(engine: OnnxEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
+        bound.append(engine)
+        return bind(engine, inputs, outputs)
+
+    monkeypatch.setattr(OnnxEngine, "bind", counted)
+    session = open_session(name)
+    options = {"threshold": 0.1, "max_new_tokens": 24, "ignore_eos": True}
+    first = session.generate(PROMPT, **options)
+    assert len(first.stats.sync_sizes) > 1
+    bound.clear()
+    assert session.generate(PROMPT, **options).token_ids == first.token_ids
+    assert len(bound) == 2, "the prompt at both engines"
 
 
 def test_importing_the_runtime_is_fast_and_loads_no_training_library() -> None:
