@@ -3,12 +3,14 @@
     python -m tools.benchmarks_page docs/benchmarks/*.json                  writes docs/benchmarks.md
     python -m tools.benchmarks_page docs/benchmarks/*.json --check          fails where the page is not what they say
 
-A section a file, in the order given. Figures of a busy machine are refused. Run from the root.
+A section a file, in the order given, named as the file is without a leading number. Figures of a busy machine are
+refused. Run from the root.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,7 +59,8 @@ def page(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
 
 
 def _section(name: str, found: Mapping[str, Any]) -> str:
-    lines = [f"## {name.replace('-', ' ').replace('_', ' ')}", "", *_table(COLUMNS, map(cells, found["rows"]))]
+    title = re.sub(r"^\d+-", "", name).replace("-", " ").replace("_", " ")
+    lines = [f"## {title}", "", *_table(COLUMNS, map(cells, found["rows"]))]
     if found["failed"]:
         lines += ["", *(f"- {peer}: not run: {reason}" for peer, reason in found["failed"].items())]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(found)), ""])

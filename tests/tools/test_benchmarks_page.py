@@ -46,7 +46,7 @@ def run(*arguments: object) -> Result:
 
 
 def test_a_section_a_file_with_every_row_and_reason(tmp_path: Path) -> None:
-    first = write(tmp_path / "smol-fp32.json", row("hf"), row("full", ratio=2.5, roofline=0.61, predicted=None))
+    first = write(tmp_path / "1-smol-fp32.json", row("hf"), row("full", ratio=2.5, roofline=0.61, predicted=None))
     second = write(tmp_path / "other.json", row("a|b"))
     page = tmp_path / "page.md"
     assert run(first, second, "--out", page).exit_code == 0
@@ -84,3 +84,10 @@ def test_figures_of_a_busy_machine_and_of_another_schema_are_refused(tmp_path: P
     other = tmp_path / "other.json"
     other.write_text(write(tmp_path / "run.json", row("hf")).read_text().replace('"schema": 1', '"schema": 7'))
     assert "schema 7, not 1" in run(other, "--out", tmp_path / "page.md").output
+
+
+def test_the_page_in_the_documentation_is_what_its_figures_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[2])
+    figures = sorted(Path("docs/benchmarks").glob("*.json"))
+    assert figures
+    assert run(*figures, "--check").exit_code == 0
