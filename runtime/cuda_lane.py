@@ -32,6 +32,8 @@ class CudaLane(Lane):
         # Enough for what is ever under way, so that none is made while another lane captures.
         self._events = [(device.event(timed=True), device.event(timed=True)) for _ in range(4)]
         self._scratch: dict[str, DeviceArray] = {}
+        self._origin: cuda.Event | None = None
+        self._seen: list[tuple[float, float]] = []
 
     @property
     def beside(self) -> bool:
@@ -60,15 +62,23 @@ class CudaLane(Lane):
             self._scratch[name] = self.zeros((size,), dtype)
         return self._scratch[name].reshaped(shape)
 
+    def watch(self, origin: cuda.Event | None) -> list[tuple[float, float]]:
+        """Begin and end of the calls from now on, in seconds of the device since the timed event `origin`, each as it
+        is waited for; None ends that."""
+        self._origin, self._seen = origin, []
+        return self._seen
+
     def close(self) -> None:
         """No call may be submitted any more. Those that were are put into the stream first."""
         assert self._thread is not None
         self._thread.shutdown()
         self._scratch.clear()
 
-    def give_back(self, events: tuple[cuda.Event, cuda.Event]) -> None:
+    def give_back(self, begin: cuda.Event, end: cuda.Event) -> None:
         """These have happened and serve again."""
-        self._events.append(events)
+        if self._origin is not None:
+            self._seen.append((begin.seconds_since(self._origin), end.seconds_since(self._origin)))
+        self._events.append((begin, end))
 
     def _enqueue(self, call: Any) -> tuple[cuda.Event, cuda.Event]:
         device = self.stream.cuda
@@ -113,5 +123,5 @@ class _Enqueued(Event):
         begin, end = self._future.result()
         end.wait()
         self._call.finish()
-        self._lane.give_back((begin, end))
+        self._lane.give_back(begin, end)
         return end.seconds_since(begin)

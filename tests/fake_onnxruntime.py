@@ -47,7 +47,9 @@ class FakeOnnxRuntime(SimpleNamespace):
     def get_available_providers(self) -> list[str]:
         return [CUDA, CPU]
 
-    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> _Session:
+    def InferenceSession(self, path: str, options: Any, providers: list[Any]) -> Any:
+        if providers == [CPU]:
+            return real.InferenceSession(path, options, providers=providers)
         self.sessions.append(_Session(self, path, options, dict([providers[0]])[CUDA]))
         return self.sessions[-1]
 
