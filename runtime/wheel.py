@@ -74,11 +74,14 @@ class Wheel:
             raise
 
     def leave(self) -> None:
-        """Let another drive."""
+        """Let another drive: one that still waits, as one that has what it waited for would go without driving."""
         with self._lock:
             self._seconds, self._driver = self.clock(), None
-            if self.followers:
-                self.followers.popleft().awake.set()
+            going = True
+            while self.followers and going:
+                follower = self.followers.popleft()
+                going = follower.awaited.ready(follower.whole)
+                follower.awake.set()
 
     def wake(self) -> None:
         """Those who need not wait any more."""

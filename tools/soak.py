@@ -67,13 +67,15 @@ def soak(
             threading.Thread(target=clients.run, args=(number, stop, seed), daemon=True) for number in range(concurrent)
         ]
         with faults.injected():
+            began = time.monotonic()
             for thread in threads:
                 thread.start()
             memory = _watch(clients, seconds)
             stop.set()
+            ended = time.monotonic()
             for thread in threads:
-                thread.join(LOST)
-        found = Soaked(seconds, clients.done, clients.refused, clients.tokens, memory, clients.violations)
+                thread.join(max(0.0, ended + LOST - time.monotonic()))
+        found = Soaked(ended - began, clients.done, clients.refused, clients.tokens, memory, clients.violations)
         alive = sum(thread.is_alive() for thread in threads)
         found.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
     if seconds >= SETTLED and found.growth > SHARE * found.memory[-1] + ALLOWED:
@@ -130,7 +132,7 @@ def report(found: Soaked) -> str:
     total = found.done.total()
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
     lines = [
-        f"{total} requests in {found.seconds:g} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
+        f"{total} requests in {found.seconds:.0f} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
         f"memory {found.memory[-1] / 1e6:.0f} MB, grown by {found.growth / 1e6:+.1f} MB from the second quarter to the "
         f"last",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import zlib
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from runtime.result import Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler
 from runtime.shared_calls import Rules, rules_of
+from runtime.wheel import Wheel
 from runtime.work import Waiting, Work, alone
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
@@ -384,6 +386,39 @@ def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
         thread.join(30)
     assert outcomes == [ask.alone()[0] for ask in requests]
     machine.check_empty()
+
+
+@dataclass
+class Flag:
+    up: bool = False
+
+    def ready(self, whole: bool) -> bool:
+        return self.up
+
+
+def test_who_leaves_the_wheel_hands_it_to_one_that_still_waits() -> None:
+    """One that has what it waited for would go without driving, and the others would sleep for ever."""
+    wheel, flags, awake = Wheel(threading.Lock()), [Flag(), Flag(), Flag()], list[int]()
+
+    def follow(number: int) -> None:
+        follower = wheel.take(flags[number], True)
+        assert follower is not None
+        wheel.sleep(follower)
+        awake.append(number)
+
+    assert wheel.take(Flag(), True) is None
+    threads = []
+    for number in range(3):
+        threads.append(threading.Thread(target=follow, args=(number,), daemon=True))
+        threads[-1].start()
+        while len(wheel.followers) <= number:
+            time.sleep(0.001)
+    flags[0].up = True  # as when a sweep ends its request
+    wheel.leave()
+    for thread in threads[:2]:
+        thread.join(5)
+    assert sorted(awake) == [0, 1]
+    assert len(wheel.followers) == 1
 
 
 def works(*asked: tuple[int, int]) -> list[Work]:
