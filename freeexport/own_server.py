@@ -54,6 +54,8 @@ def _drafting(session: DraftSession, rate: float, options: dict[str, Any]) -> Ge
 
 
 def _generating(session: Session, options: dict[str, Any]) -> Generate:
+    session.settle()
+
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         stream = session.stream(prompt, max_new_tokens=count, ignore_eos=True, **options)
         for token in stream:

@@ -94,6 +94,8 @@ class ReplaySession(Session):
     ) -> None:
         self._script = Script(trace, onward)
         super().__init__(bundle, **{**options, "overlap": False})
+        # It is there to be measured.
+        self.settle()
 
     def __enter__(self) -> ReplaySession:
         return self

@@ -13,6 +13,7 @@ from runtime.device import CPU, Device
 from runtime.encoder import Encoder
 from runtime.engine_cache import packed_engines
 from runtime.engines.loading import loading
+from runtime.huge_pages import HugePages
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
 from runtime.manifest import Manifest
@@ -30,6 +31,7 @@ class Placement:
     def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
         self.bundle, self.options, self.capacity, self.threads = bundle, options, capacity, threads
         self._check_memory()
+        self._huge_pages: HugePages | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -39,8 +41,11 @@ class Placement:
     def loading(self) -> Iterator[Load]:
         """Gives what gives an engine by its name. EngineError where one cannot be loaded."""
         packed = packed_engines(self.bundle, self.options)
+        self._huge_pages = HugePages() if self.options.huge_pages else None
         with loading(self.bundle, self.threads, CPU, packed) as engine:
             yield engine
+        if self._huge_pages is not None:
+            self._huge_pages.begin()
 
     def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
         """The shallow and the deep one, which runs beside the other where they `overlap`."""
@@ -51,8 +56,15 @@ class Placement:
         """Of an encoder-decoder; what it gives is read in `lane` first."""
         return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
 
+    def settle(self) -> None:
+        """Wait until what loading left to do beside requests is done."""
+        if self._huge_pages is not None:
+            self._huge_pages.wait()
+
     def close(self, drain: Callable[[], None]) -> None:
         """Give back what the process keeps otherwise; `drain` waits until nothing is used any more. Idempotent."""
+        if self._huge_pages is not None:
+            self._huge_pages.close()
 
     def _check_memory(self) -> None:
         check_memory(self.manifest, self.capacity, self.options.slots)

@@ -189,6 +189,10 @@ class Session:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
         return self._intake.adaptive.state()
 
+    def settle(self) -> None:
+        """Wait until loading is done with all that it does beside requests: to measure. They need not wait for it."""
+        self._placement.settle()
+
     def close(self, drain: bool = False) -> None:
         """Refuse new requests. Running ones end after their next token, and waiting ones at once; with `drain` all come
         to their end first, streams too, whose tokens can be read afterwards. Idempotent."""

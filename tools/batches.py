@@ -129,7 +129,9 @@ def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session
     capacity = min(manifest.capacity, read + load.tokens)
     options: dict[str, Any] = {"threads": threads, "slots": slots, "capacity": capacity}
     if load.replay is None:
-        return Session(bundle, **options)
+        session = Session(bundle, **options)
+        session.settle()
+        return session
     return ReplaySession(bundle, exit_trace(load.replay), onward=True, **options)
 
 

@@ -40,6 +40,8 @@ def capacity(bundle: Path, rows: int, rounds: int, force: bool) -> None:
     idle = require_idle(force)
     sessions = {size: Session(bundle, capacity=size, slots=1) for size in (256, 2048)}
     times: dict[int, list[float]] = {size: [] for size in sessions}
+    for session in sessions.values():
+        session.settle()
     with ExitStack() as stack:
         decoders = {size: stack.enter_context(session.decoder()) for size, session in sessions.items()}
         for size, decoder in decoders.items():
@@ -105,6 +107,7 @@ def resident(name):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
 
 session = Session(sys.argv[1], slots=1)
+session.settle()
 for mode in ("full", "free"):
     session.generate([1, 2, 3, 4], mode=mode, threshold=0.5, max_new_tokens=64, ignore_eos=True)
 size = sum(path.stat().st_size for path in Path(sys.argv[1]).iterdir())

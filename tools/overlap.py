@@ -42,6 +42,7 @@ def main(
     with ExitStack() as stack:
         in_turn = stack.enter_context(ReplaySession(bundle, slots=2, threads=threads))
         overlapped = stack.enter_context(Session(bundle, slots=2, threads=threads, overlap=True))
+        overlapped.settle()
         sessions: dict[bool, Session] = {False: in_turn, True: overlapped}
         for turn in range(rounds + 1):
             for overlap, session in sessions.items():

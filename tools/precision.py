@@ -50,6 +50,8 @@ def main(
     with ExitStack() as stack:
         sessions = {str(path): stack.enter_context(Session(path, slots=1, threads=threads)) for path in bundles}
         _check_same_model(sessions)
+        for session in sessions.values():
+            session.settle()
         decoders = {name: stack.enter_context(session.decoder()) for name, session in sessions.items()}
         vocabulary = next(iter(sessions.values())).manifest.vocab_size
         text = np.random.default_rng(0).integers(3, vocabulary, context + tokens)
