@@ -1,7 +1,7 @@
 """What decoding costs on this machine, learned from decoding: mode full, and mode free with exits as scripts say.
 
 Calls that are timed one by one, again and again, find their weights in the processor's cache and their buffers bound;
-decoding does not, and pays a fifth more. So costs are fitted to whole requests, all kinds of them in turn.
+decoding does not, and pays more. So costs are fitted to whole requests, all kinds of them in turn.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from runtime.result import Stats
 # Exit rates of the requests in mode free. In one request more, passes run over each of SIZES in turn.
 RATES = (0.0, 0.5, 0.8, 0.95)
 # Prompts a round, and rounds, as far as they fit into so many seconds; at least the fewest rounds.
-PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 12.0, 3
+PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 12.0, 2
 # A prompt and its continuation where none are given.
-CONTEXT, TOKENS = 96, 64
+CONTEXT, TOKENS = 112, 33
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def measured_costs(
     _round(session, prompts[:1], tokens, scripts)  # binds and warms up
     turns = int(seconds / (perf_counter() - began))
     count = max(1, min(PROMPTS, len(prompts), turns // rounds))
-    # Prompts from all over the data, which may be sorted.
-    few = [prompts[place] for place in np.linspace(0, len(prompts) - 1, count).astype(int)]
+    # Short and long ones; where there is time for one only, of the median length.
+    by_length = sorted(prompts, key=len)
+    few = [by_length[int((place + 0.5) / count * len(prompts))] for place in range(count)]
     rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
     runs = [_round(session, few, tokens, scripts) for _ in range(rounds)]
     return fit([_typical(again) for again in zip(*runs, strict=True)])
