@@ -43,7 +43,7 @@ class _Place:
     def __init__(self, encoder: Any, prologue: Any, lane: CudaLane, width: int, hidden_size: int) -> None:
         self.tokens = np.zeros((1, width), np.int64)
         lengths = np.zeros(1, np.int32)
-        shapes = {value.name: (1, value.shape[1], width, value.shape[3]) for value in prologue.session.get_outputs()}
+        shapes = {name: (1, heads, width, size) for name, (_, heads, _, size) in prologue.output_shapes.items()}
         cross = {name: lane.zeros(shape, prologue.dtype(name)) for name, shape in shapes.items()}
         # Kept by this place: a scratch that grows is another one.
         hidden = lane.zeros((1, width, hidden_size), encoder.dtype("hidden"))

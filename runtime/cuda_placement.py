@@ -12,7 +12,7 @@ from typing import Any
 
 from runtime.bundle import Bundle
 from runtime.cross_rows import STEP
-from runtime.cuda import Cuda
+from runtime.cuda import Cuda, Stream
 from runtime.cuda_cache import CudaKVCache
 from runtime.cuda_encoder import CudaEncoder
 from runtime.cuda_lane import CudaLane
@@ -23,7 +23,7 @@ from runtime.engines.cuda import CudaEngine
 from runtime.errors import DeviceError, OptionError
 from runtime.lane import Lane
 from runtime.options import SessionOptions
-from runtime.placement import Load, Placement, cache_sizes
+from runtime.placement import Load, Placement, cache_sizes, is_fixed
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,10 @@ class CudaPlacement(Placement):
 
     def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
         assert device.index is not None
-        # That the wheel is the wrong one says more than that a driver is missing.
-        device.providers(onnx.import_onnxruntime(), {})
+        self._check_installed(device)
         self.cuda = Cuda(device.index)
         self._lanes: list[CudaLane] = []
-        self._engines: list[CudaEngine] = []
+        self._engines: list[Any] = []
         super().__init__(bundle, options, capacity, threads)
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
 
@@ -80,24 +79,34 @@ class CudaPlacement(Placement):
         with suppress(DeviceError):
             self.cuda.close()
 
-    def _load(self, name: str) -> CudaEngine:
+    def _load(self, name: str) -> Any:
         # What comes before the first token goes with the shallow lane, which reads it first.
         stream = self._streams[name == "deep"]
         captures = name == "shallow" and self.options.cuda_graphs
-        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        engine = self._engine(name, stream, captures)
         self._engines.append(engine)
         return engine
 
-    def _lane(self, engine: CudaEngine, layers: range, beside: bool) -> CudaLane:
+    def _check_installed(self, device: Device) -> None:
+        # That the wheel is the wrong one says more than that a driver is missing.
+        device.providers(onnx.import_onnxruntime(), {})
+
+    def _engine(self, name: str, stream: Stream, captures: bool) -> Any:
+        return CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+
+    def _lane(self, engine: Any, layers: range, beside: bool) -> CudaLane:
         stream = engine.stream
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return self.cuda.zeros(shape, dtype, stream)
 
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        lane = CudaLane(engine, CudaKVCache(*sizes, zeros), stream, beside)
+        lane = CudaLane(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
         self._lanes.append(lane)
         return lane
+
+    def _weight_bytes(self) -> int:
+        return self.manifest.weight_bytes
 
     def _check_memory(self) -> None:
         manifest, slots = self.manifest, self.options.slots
@@ -107,7 +116,7 @@ class CudaPlacement(Placement):
         rows += slots * (2 * longest + (longest + STEP if slots > 1 else 0)) if longest else 0
         cache = rows * manifest.kv_bytes_per_token
         # At least: what two engines share, as the head, each has for itself.
-        weights = manifest.weight_bytes
+        weights = self._weight_bytes()
         what = f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) and {weights / 1e6:.1f} MB of weights"
         logger.info("device %s: %s", self.cuda, what)
         self.cuda.require(cache + weights, what)

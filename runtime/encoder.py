@@ -12,7 +12,7 @@ class Encoder:
 
     def __init__(self, encoder: OnnxEngine, prologue: OnnxEngine) -> None:
         self._encoder, self._prologue = encoder, prologue
-        self._cross = [output.name for output in prologue.session.get_outputs()]
+        self._cross = list(prologue.output_shapes)
 
     def run(self, tokens: np.ndarray, reader: object = None) -> dict[str, np.ndarray]:
         """Prompt int64 [n] -> `cross.{layer}.key|value` [1, heads, n, head_dim] and `cross_lengths` int32 [1]. What a

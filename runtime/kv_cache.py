@@ -15,8 +15,8 @@ PARTS = ("key", "value")
 class KVCache:
     """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
 
-    `zeros(shape, dtype)` makes an array; by default in the host's memory. What lies behind the valid rows is
-    unspecified and never read.
+    `zeros(shape, dtype)` makes an array; by default in the host's memory. `fixed`: the engine takes no other number of
+    rows. What lies behind the valid rows is unspecified and never read.
     """
 
     def __init__(
@@ -28,8 +28,9 @@ class KVCache:
         head_dim: int,
         dtype: np.dtype | type,
         zeros: Callable[..., Any] = np.zeros,
+        fixed: bool = False,
     ) -> None:
-        self.rows, self._zeros = rows, zeros
+        self.rows, self._zeros, self._fixed = rows, zeros, fixed
         self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
         self.lengths = np.zeros(slots, np.int32)
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
@@ -70,5 +71,7 @@ class KVCache:
         self.lengths[:] = self.lengths[sources]
 
     def resized(self, slots: int, rows: int) -> KVCache:
-        """An empty cache of the same layers."""
-        return type(self)(self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype, self._zeros)
+        """An empty cache of the same layers, of at least so many rows."""
+        rows = self.rows if self._fixed else rows
+        sizes = self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype
+        return type(self)(*sizes, self._zeros, self._fixed)

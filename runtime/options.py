@@ -33,7 +33,7 @@ class SessionOptions:
         what sync passes say (docs/calibration.md); other modes then take the bundle's. None is the bundle's.
     adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
     adaptive_state: what `Session.adaptive_state()` gave, to go on from there.
-    device: "cpu", or "cuda:0" for a bundle of `convert --target cuda`. Never another than that.
+    device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. Never another than that.
     cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster

@@ -70,7 +70,8 @@ class Placement:
         check_memory(self.manifest, self.capacity, self.options.slots)
 
     def _cache(self, layers: range) -> KVCache:
-        return KVCache(*cache_sizes(self.manifest, layers, self.options.slots, self.capacity))
+        sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
+        return KVCache(*sizes, fixed=is_fixed(self.manifest))
 
 
 def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) -> Sizes:
@@ -79,11 +80,20 @@ def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) ->
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
 
 
+def is_fixed(manifest: Manifest) -> bool:
+    """Whether the graphs take a cache of one length only."""
+    return manifest.target == "tensorrt"
+
+
 def place(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Placement:
     """What the options ask for. Raises CapacityError, EngineError, DeviceError."""
     device = Device.parse(options.device)
     if device.index is None:
         return Placement(bundle, options, capacity, threads)
+    if bundle.manifest.target == "tensorrt":
+        from runtime.tensorrt_placement import TensorRTPlacement
+
+        return TensorRTPlacement(bundle, options, capacity, threads, device)
     from runtime.cuda_placement import CudaPlacement
 
     return CudaPlacement(bundle, options, capacity, threads, device)

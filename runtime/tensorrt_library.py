@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    from runtime.cuda import Cuda
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,12 @@ def architecture(index: int = 0) -> str:
         return NO_GPU
     failed, properties = runtime.cudaGetDeviceProperties(index)
     return NO_GPU if int(failed) else f"sm{properties.major}{properties.minor}"
+
+
+def architecture_of(cuda: Cuda) -> str:
+    """The architecture of an open device."""
+    properties = cuda.call("cudaGetDeviceProperties", cuda.index)
+    return f"sm{properties.major}{properties.minor}"
 
 
 def logger_of(trt: Any) -> Any:

@@ -204,6 +204,9 @@ class _Engine:
     def get_tensor_dtype(self, name: str) -> Any:
         return TYPES[self._item(name).type][0]
 
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(-1 if isinstance(size, str) else size for size in self._item(name).shape)
+
     def get_tensor_mode(self, name: str) -> Any:
         return TensorIOMode.INPUT if name in self._inputs else TensorIOMode.OUTPUT
 

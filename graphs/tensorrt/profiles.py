@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from graphs.errors import BuildError
+from runtime.cross_rows import STEP
 from runtime.manifest import Manifest
 from runtime.tensorrt_plan import Profile
 
@@ -20,7 +21,9 @@ def profiles_of(engine: str, manifest: Manifest, max_batch: int) -> tuple[Profil
     if not 1 <= max_batch <= MAX_BATCH:
         raise BuildError(f"max batch {max_batch} is out of range; choose 1 to {MAX_BATCH}")
     batch = {"B": (1, 1, max_batch)}
-    prompt = {"E": _up_to(manifest.encoder_capacity)} if manifest.encoder_decoder else {}
+    # Sequences that share calls read arrays of one width, which is a multiple of STEP.
+    longest = -(-manifest.encoder_capacity // STEP) * STEP
+    prompt = {"E": _up_to(longest)} if manifest.encoder_decoder else {}
     if engine in ("encoder", "prologue"):
         return (Profile("prompt", {**batch, **prompt}),)
     rows = "q" if engine == "shallow" else "k"

@@ -41,6 +41,11 @@ class OnnxEngine:
             raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
         device.check_active(self.session, path.name)
 
+    @property
+    def output_shapes(self) -> dict[str, tuple[Any, ...]]:
+        """Of each output; dimensions that are free have a name."""
+        return {output.name: tuple(output.shape) for output in self.session.get_outputs()}
+
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """One call with arrays of any shape, copied in and out."""
         results: list[np.ndarray] = self.session.run(outputs, dict(inputs))

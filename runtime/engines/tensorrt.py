@@ -9,6 +9,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 
@@ -58,10 +59,27 @@ class TensorRTEngine:
         self._check(path)
         self._scratch = self._allocate_scratch()
         self._contexts: dict[int, Context] = {}
+        self._calls: WeakSet[TensorRTCall] = WeakSet()
 
     @property
     def name(self) -> str:
         return self.plan.engine
+
+    @property
+    def output_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each output, -1 where a dimension is free."""
+        return {name: tuple(self._engine.get_tensor_shape(name)) for name in self.output_names}
+
+    def dtype(self, name: str) -> np.dtype:
+        """Of an input or output."""
+        return self.tensors[name].dtype
+
+    def close(self) -> None:
+        """Let go of everything on the device, before its stream is gone. No call may run any more."""
+        for call in list(self._calls):
+            call.close()
+        self._contexts.clear()
+        self._engine = self._runtime = None
 
     @property
     def output_names(self) -> list[str]:
@@ -70,7 +88,9 @@ class TensorRTEngine:
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> TensorRTCall:
         """A call on fixed arrays: numpy ones, which are copied to the device and back at every run, or DeviceArrays of
         this device, which are used where they are."""
-        return TensorRTCall(self, inputs, outputs)
+        call = TensorRTCall(self, inputs, outputs)
+        self._calls.add(call)
+        return call
 
     def run(self, outputs: list[str], inputs: Mapping[str, Any]) -> list[DeviceArray]:
         """One call with arrays of any shape: its outputs as new arrays on the device, complete."""
@@ -117,7 +137,12 @@ class TensorRTEngine:
         self._log.errors.clear()
 
     def _load(self, path: Path) -> tuple[Any, Any]:
-        runtime = self._trt.Runtime(self._log)
+        try:
+            runtime = self._trt.Runtime(self._log)
+        except TypeError:  # its constructor gave nothing
+            raise EngineError(
+                f"TensorRT {self._trt.__version__} cannot start: {self.reason()}; run freeexport doctor"
+            ) from None
         # A version-compatible engine brings a runtime of its own along.
         runtime.engine_host_code_allowed = self.plan.version_compatible
         engine = runtime.deserialize_cuda_engine(path.read_bytes())

@@ -12,7 +12,7 @@ from runtime.cuda import Stream
 from runtime.cuda_graph import CudaGraph
 from runtime.device_array import DeviceArray
 from runtime.engines.tensorrt_context import Context
-from runtime.errors import DeviceError, EngineError
+from runtime.errors import EngineError
 from runtime.staging import ALIGNMENT, Staging, laid_out
 
 if TYPE_CHECKING:
@@ -71,8 +71,14 @@ class TensorRTCall:
 
     def enqueue(self) -> None:
         """Put the run into the engine's stream. Raises EngineError, CapacityError."""
-        with self._engine.lock:
-            self._enqueue()
+        engine = self._engine
+        with engine.lock:
+            if engine.captures:
+                self._enqueue()
+            else:
+                # Another lane may capture, and its stream be one that this call waits for.
+                with engine.stream.cuda.undisturbed:
+                    self._enqueue()
 
     def _enqueue(self) -> None:
         engine = self._engine
@@ -107,6 +113,11 @@ class TensorRTCall:
                 with self._engine.lock:
                     self._engine.staging.give(staging)
                 self._staging = None
+
+    def close(self) -> None:
+        """Let go of memory, graph and contexts: it may not run any more."""
+        self._drop_graph()
+        self._layout = self._context = None
 
     def _prepare(self) -> None:
         """Decide where everything stands."""
@@ -166,8 +177,9 @@ class TensorRTCall:
         # TensorRT wants to have run once with these shapes before it is captured.
         self._put_each(context, layout, staging)
         try:
-            self._graph = CudaGraph(engine.stream, lambda: self._put_each(context, layout, staging))
-        except DeviceError as error:
+            with engine.stream.cuda.undisturbed:
+                self._graph = CudaGraph(engine.stream, lambda: self._put_each(context, layout, staging))
+        except EngineError as error:
             if engine.stream.cuda.lost:
                 raise
             engine.captures = False
@@ -218,7 +230,7 @@ class TensorRTCall:
             )
 
     def __del__(self) -> None:
-        self._drop_graph()
+        self.close()
 
 
 def _at(staging: Staging, offset: int, like: Any) -> np.ndarray:

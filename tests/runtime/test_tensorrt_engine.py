@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 from fake_cuda_graphs import GraphCuda
-from fake_tensorrt import fake_tensorrt
+from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime.bundle import Bundle
@@ -155,17 +155,44 @@ def test_new_arrays_of_the_same_shape_keep_the_graph(gpu: Gpu) -> None:
     assert gpu.fake.launches == 2
 
 
-def test_a_device_that_cannot_capture_runs_on_without(gpu: Gpu, caplog: pytest.LogCaptureFixture) -> None:
-    engine = gpu.engine("shallow", captures=True)
-    ours, plain = (
-        Steps(engine, gpu.bundle, gpu.stream),
-        Steps(OnnxEngine(gpu.bundle.engine("shallow"), 1), gpu.bundle, None),
-    )
+def refuse_to_end(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.fake.refuse("cudaStreamEndCapture", "cudaErrorStreamCaptureInvalidated")
+
+
+def refuse_to_run(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine with a part that cannot be captured."""
+    run = _Context.execute_async_v3
+    monkeypatch.setattr(
+        _Context, "execute_async_v3", lambda self, stream: not gpu.fake.capturing(stream) and run(self, stream)
+    )
+
+
+@pytest.mark.parametrize("refuse", [refuse_to_end, refuse_to_run])
+def test_what_cannot_be_captured_runs_on_without(
+    refuse: Callable[[Gpu, pytest.MonkeyPatch], None],
+    gpu: Gpu,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = gpu.engine("shallow", captures=True)
+    ours = Steps(engine, gpu.bundle, gpu.stream)
+    plain = Steps(OnnxEngine(gpu.bundle.engine("shallow"), 1), gpu.bundle, None)
+    refuse(gpu, monkeypatch)
     for step in range(RUNS_BEFORE_CAPTURE + 3):
         assert ours.step([[step + 3]]) == plain.step([[step + 3]])
     assert "shallow run one kernel at a time" in caplog.text
     assert (gpu.fake.launches, engine.captures) == (0, False)
+
+
+def test_a_runtime_that_does_not_start_is_an_error(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVIDIA's package does it without a driver that fits."""
+
+    def nothing(log: object) -> None:
+        raise TypeError("pybind11::init(): factory function returned nullptr")
+
+    monkeypatch.setattr(gpu.trt, "Runtime", nothing)
+    with pytest.raises(EngineError, match=r"TensorRT 11.4.0.106 cannot start: .*freeexport doctor"):
+        gpu.engine("shallow")
 
 
 def test_run_gives_new_arrays_on_the_device(gpu: Gpu) -> None:
