@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from freeexport import __version__
+from freeexport.cuda_check import CudaVersions, check_cuda, cuda_rows
 from freeexport.extras import EXTRAS, PURPOSES, install_command
 from freeexport.machine import Machine, detect_machine
 from freeexport.page import human_bytes, pairs, print_page
@@ -64,6 +65,7 @@ class Report:
     wheels: dict[str, str]
     packages: dict[str, str | None]
     providers: tuple[Provider, ...]
+    cuda: CudaVersions
     tensorrt: TensorRT
     machine: Machine
     missing: tuple[MissingExtra, ...]
@@ -96,6 +98,7 @@ def examine(version_of: VersionOf = installed_version) -> Report:
         wheels=wheels,
         packages={name: version_of(name) for name in PACKAGES},
         providers=providers,
+        cuda=check_cuda(version_of),
         tensorrt=check_tensorrt(version_of),
         machine=detect_machine(),
         missing=missing_extras(version_of),
@@ -187,6 +190,7 @@ def show(report: Report) -> None:
         pairs("Versions", [("freeexport", report.freeexport), ("python", report.python), ("system", report.platform)]),
         pairs("Packages", [(name, version or "not installed") for name, version in versions.items()]),
         pairs("Providers", [(item.name, _provider_text(item)) for item in report.providers]),
+        *([pairs("CUDA", rows)] if (rows := cuda_rows(report.cuda)) else []),
         pairs("TensorRT", tensorrt_rows(report.tensorrt)),
         pairs("Machine", _machine_rows(report.machine)),
     ]
