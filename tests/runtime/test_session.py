@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import shutil
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from runtime import (
 )
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
+from runtime.manifest import MANIFEST, Manifest
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in CASES}
@@ -364,6 +367,18 @@ def test_the_threshold_is_the_bundles_unless_given(open_session: Open) -> None:
     assert session.manifest.threshold == 1.0
     assert not any(session.generate(PROMPT, max_new_tokens=20).exited)
     assert any(session.generate(PROMPT, max_new_tokens=20, threshold=0).exited)
+
+
+def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(bundle(BY_NAME[LLAMA], 2), tmp_path / "bundle"))
+    manifest = Manifest.from_json((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(replace(manifest, tuned_max_pending=2).to_json())
+    given: dict[str, Any] = {"threshold": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+    with Session(path, threads=1, slots=1) as session:
+        assert set(session.generate(PROMPT, **given).stats.sync_sizes) == {2}
+        assert set(session.generate(PROMPT, **given, max_pending=3).stats.sync_sizes) == {3}
+        sizes = session.generate(PROMPT, **given, mode="rollback", rollback_threshold=100.0).stats.sync_sizes
+    assert max(sizes) > 2
 
 
 @pytest.mark.parametrize(
