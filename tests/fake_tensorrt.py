@@ -1,7 +1,7 @@
 """A stand-in for the package `tensorrt` on the fake of CUDA: ONNX Runtime computes what the engines would.
 
-It has the names and signatures of NVIDIA's bindings (tests/graphs/test_tensorrt_names.py) as far as they are used. An
-"engine" is a few lines that name the graph it was built from. What TensorRT refuses is refused in its way, `False` or
+It has the names and signatures of NVIDIA's bindings (tests/test_fake_tensorrt.py) as far as they are used. An
+"engine" is a few lines (fake_tensorrt_builder). What TensorRT refuses is refused in its way, `False` or
 `None` and a line in the log; what it leaves undefined raises `Misuse`: an address that was never set, is no multiple of
 256 or overlaps another; an output that is not where its input is; too little memory to work in; a graph captured before
 the context had run with its shapes, or launched after the context was changed. Races and freed memory: see fake_cuda.
@@ -22,6 +22,7 @@ import numpy as np
 import onnxruntime as ort
 from fake_cuda import Access, Misuse
 from fake_cuda_graphs import GraphCuda
+from fake_tensorrt_builder import ILogger, IProgressMonitor, _Builder, _Parser
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT32", "INT64"])
 TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
@@ -39,18 +40,6 @@ SCRATCH = 4096
 
 def OUTPUT(engine: str, array: np.ndarray) -> None:
     """Done to every floating output of an engine: tests put a fault here."""
-
-
-class ILogger:
-    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
-
-    def __init__(self) -> None:
-        pass
-
-
-class IProgressMonitor:
-    def __init__(self) -> None:
-        pass
 
 
 def fake_tensorrt(cuda: GraphCuda, version: str = "11.4.0.106") -> ModuleType:
@@ -80,85 +69,6 @@ def fake_tensorrt(cuda: GraphCuda, version: str = "11.4.0.106") -> ModuleType:
         runs=Runtime._runs,
     )
     return trt
-
-
-class _Network:
-    path = ""
-
-
-class _Parser:
-    num_errors = 0
-
-    def __init__(self, network: _Network, logger: ILogger) -> None:
-        self._network = network
-
-    def parse_from_file(self, model: str) -> bool:
-        self._network.path = model
-        return True
-
-
-class _OptimizationProfile:
-    def __init__(self) -> None:
-        self.shapes: dict[str, list[list[int]]] = {}
-
-    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-        self.shapes[input] = [list(min), list(opt), list(max)]
-
-
-class _Config:
-    progress_monitor: Any = None
-
-    def __init__(self) -> None:
-        self.profiles: list[_OptimizationProfile] = []
-        self.flags: set[Any] = set()
-
-    def add_optimization_profile(self, profile: _OptimizationProfile) -> int:
-        self.profiles.append(profile)
-        return len(self.profiles) - 1
-
-    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
-        class Cache:
-            def serialize(self) -> bytes:
-                return b"timings"
-
-        return Cache()
-
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        return True
-
-    def set_flag(self, flag: Any) -> None:
-        self.flags.add(flag)
-
-
-class _Builder:
-    _cuda: GraphCuda
-    _version: str
-
-    def __init__(self, logger: ILogger) -> None:
-        pass
-
-    def create_network(self, flags: int) -> _Network:
-        return _Network()
-
-    def create_builder_config(self) -> _Config:
-        return _Config()
-
-    def create_optimization_profile(self) -> _OptimizationProfile:
-        return _OptimizationProfile()
-
-    def build_serialized_network(self, network: _Network, config: _Config) -> bytes:
-        monitor = config.progress_monitor
-        monitor.phase_start("build", None, 2)
-        for step in range(2):
-            monitor.step_complete("build", step)
-        monitor.phase_finish("build")
-        content = {
-            "graph": network.path,
-            "profiles": [profile.shapes for profile in config.profiles],
-            "version": self._version,
-            "architecture": self._cuda.architecture,
-        }
-        return json.dumps(content).encode()
 
 
 class _Runtime:

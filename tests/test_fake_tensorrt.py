@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import fake_tensorrt
+import fake_tensorrt_builder
 import pytest
 from fake_cuda_graphs import GraphCuda
 
@@ -17,10 +18,10 @@ CLASSES = {
     "Runtime": fake_tensorrt._Runtime,
     "ICudaEngine": fake_tensorrt._Engine,
     "IExecutionContext": fake_tensorrt._Context,
-    "Builder": fake_tensorrt._Builder,
-    "IBuilderConfig": fake_tensorrt._Config,
-    "IOptimizationProfile": fake_tensorrt._OptimizationProfile,
-    "OnnxParser": fake_tensorrt._Parser,
+    "Builder": fake_tensorrt_builder._Builder,
+    "IBuilderConfig": fake_tensorrt_builder._Config,
+    "IOptimizationProfile": fake_tensorrt_builder._OptimizationProfile,
+    "OnnxParser": fake_tensorrt_builder._Parser,
 }
 METHODS = [
     (name, method)
