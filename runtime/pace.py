@@ -11,6 +11,8 @@ from runtime.draft_costs import DraftCosts
 MARGIN = 1.03
 # What asking the shallow head while nothing is drafted may cost, as a share of a token in mode full.
 PROBE_SHARE = 0.005
+# And no more often than this: it costs time outside the engines, too.
+PROBE_TOKENS = 16
 # What drafts may lose, as a share of the time that mode full takes; and how many of its tokens gains put by.
 LOSS_SHARE, PUT_BY = 0.0075, 8.0
 # Rows asked before the first decision, and between decisions.
@@ -72,7 +74,8 @@ class Pace:
             return 0, False
         # Before the first decision every second row is asked, to see both costs; later so few that it does not show.
         learned = self._asked >= FIRST_ROWS
-        self._tokens_to_probe = int(self._costs.head / (PROBE_SHARE * self._costs.full)) if learned else 2
+        rarely = int(self._costs.head / (PROBE_SHARE * self._costs.full))
+        self._tokens_to_probe = max(PROBE_TOKENS, rarely) if learned else 2
         return 0, True
 
     def observe_plain(self, shallow: float, deep: float) -> None:

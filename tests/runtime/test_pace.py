@@ -152,6 +152,13 @@ def test_the_first_rows_are_asked_and_nothing_is_drafted_before_anything_is_know
     assert sum(probe for _, probe in plans) < 10
 
 
+def test_a_head_that_costs_nothing_is_asked_rarely_too() -> None:
+    """Asking takes time outside the engines."""
+    machine, pace = Machine(0.0, 0.0, head=0.0), Pace(MANY, {})
+    machine.run(pace, 200)
+    assert sum(pace.plan(MANY - 1)[1] for _ in range(320)) <= 20
+
+
 def test_recorded_costs_give_the_shape_and_measured_ones_the_size() -> None:
     recorded = {"shallow_ms": 4.0, "shallow_without_head_ms": 3.0, "deep_1_ms": 10.0, "deep_4_ms": 16.0}
     pace = Pace(8, recorded)

@@ -283,6 +283,17 @@ def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None
     assert all(len(call) == 1 for call in machine.calls["shallow"])
 
 
+def test_a_sequence_knows_how_many_share_its_calls() -> None:
+    machine = Machine(3)
+    for number in range(3):
+        machine.scheduler.join(Row(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run, lambda: False))
+    machine.scheduler.wait(Turns(12), whole=True)
+    assert [decoder.company for decoder in machine.decoders] == [3, 3, 3]
+    machine.scheduler.drain()
+    # The longest had the engines to itself in the end.
+    assert min(decoder.company for decoder in machine.decoders) == 1
+
+
 def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
     machine = Machine(3)
     good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
