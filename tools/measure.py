@@ -3,6 +3,7 @@
     python tools/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256, same valid length
     python tools/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
     python tools/measure.py memory BUNDLE        resident memory of an open session after decoding
+    python tools/measure.py pages BUNDLE         mode full with its weights in huge pages against without
 
 Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` a tiny one.
 """
@@ -14,6 +15,7 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 
 import click
 import numpy as np
@@ -86,6 +88,35 @@ def overhead(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
                 f"{name}: {1e6 * median(spent):.1f} microseconds a token outside the engines, {tokens} tokens, "
                 f"median of {rounds}" + ("" if idle else " (busy machine)")
             )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--tokens", type=int, default=64, show_default=True)
+@click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--force", is_flag=True)
+def pages(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
+    """Tokens a second of two sessions in turn, of which one has its weights in pages of 2 MiB."""
+    idle = require_idle(force)
+    speeds: dict[bool, list[float]] = {False: [], True: []}
+    with ExitStack() as stack:
+        sessions = {
+            huge: stack.enter_context(Session(bundle, slots=1, cache="off", huge_pages=huge)) for huge in speeds
+        }
+        began = perf_counter()
+        sessions[True].settle()
+        moving = perf_counter() - began
+        for turn in range(rounds + 1):
+            for huge, session in sessions.items():
+                result = session.generate([5] * 4, mode="full", max_new_tokens=tokens, ignore_eos=True)
+                if turn:
+                    speeds[huge].append(result.stats.tokens_per_second)
+    small, large = (median(speeds[huge]) for huge in (False, True))
+    click.echo(
+        f"mode full, {usable_cores()} threads, {tokens} tokens, median of {rounds}: {small:.1f} tokens/s, "
+        f"in huge pages {large:.1f}, ratio {large / small:.2f}; moving took {moving:.2f} s"
+        + ("" if idle else " (busy machine)")
+    )
 
 
 @main.command()
