@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,9 +59,11 @@ def test_help_imports_no_heavy_package_and_is_fast() -> None:
     )
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = run_python(code)
-        seconds.append(time.perf_counter() - start)
+        after = os.times()
+        # Of the processor: what else runs here must not count.
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "doctor" in done.stdout
     assert done.stderr.strip() == ""
     assert min(seconds) < 0.5

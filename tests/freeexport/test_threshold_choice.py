@@ -27,7 +27,7 @@ class Decoded(Outputs):
     def __len__(self) -> int:
         return COUNT
 
-    def free(self, threshold: float) -> list[str]:
+    def free(self, threshold: float, max_pending: int | None = None) -> list[str]:
         self.asked.append(threshold)
         return ["wrong" if wrong else "right" for wrong in self._wrong.get(threshold, np.zeros(COUNT, np.bool_))]
 
