@@ -125,6 +125,8 @@ def test_interrupt_exits_with_130(run_verb: Run, exception: str) -> None:
 def test_ctrl_c_in_a_real_process_exits_with_130() -> None:
     code = (
         "import os, signal, click; from freeexport import cli\n"
+        # A background job of a shell is born without.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "command = click.command()(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
         "cli.Verbs.get_command = lambda *_: command\n"
         "cli.main(['convert'])"
