@@ -50,7 +50,7 @@ class Soaked:
 
     @property
     def growth(self) -> float:
-        """Bytes from the median of the second quarter to that of the last."""
+        """Bytes from the median of the second quarter to that of the last; `memory` is not empty."""
         quarter = max(1, len(self.memory) // 4)
         return median(self.memory[-quarter:]) - median(self.memory[quarter : 2 * quarter] or self.memory)
 
@@ -140,9 +140,10 @@ def report(found: Soaked) -> str:
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
     lines = [
         f"{total} requests in {found.seconds:.0f} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
-        f"memory {found.memory[-1] / 1e6:.0f} MB, grown by {found.growth / 1e6:+.1f} MB from the second quarter to the "
-        f"last",
     ]
+    if found.memory:
+        now, grown = found.memory[-1] / 1e6, found.growth / 1e6
+        lines.append(f"memory {now:.0f} MB, grown by {grown:+.1f} MB from the second quarter to the last")
     kept = [f"VIOLATION {what}" for what in found.violations[:20]] or ["nothing lost, nothing mixed up, nothing left"]
     return "\n".join([*lines, *kept])
 

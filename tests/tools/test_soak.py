@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,11 @@ def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.M
     result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "5", "--asks", "40"])
     assert result.exit_code == 1
     assert "VIOLATION" in result.output
+
+
+def test_a_run_that_ends_before_memory_was_looked_at_is_reported() -> None:
+    found = Soaked(0.1, Counter(), 0, 0, violations=["mixed up"])
+    assert "VIOLATION mixed up" in report(found)
 
 
 def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
