@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from freeexport.output_file import replacing
 from runtime.bundle import Bundle, sha256_of
 from runtime.bundle_calibration import calibration_name, is_calibration
 from runtime.calibration import Calibration, check_calibration
@@ -53,12 +54,8 @@ def update_bundle(path: Path, calibration: Calibration) -> Manifest:
     meanwhile, or after a kill, is whole. Raises BundleError, and as `with_calibration` does.
     """
     manifest = with_calibration(Bundle.open(path).manifest, calibration, path)
-    partial = path / f".{MANIFEST}.partial-{os.getpid()}"
-    try:
+    with replacing(path / MANIFEST) as partial:
         _write(partial, manifest.to_json())
-        partial.replace(path / MANIFEST)
-    finally:
-        partial.unlink(missing_ok=True)
     _remove_others(path, manifest)
     return manifest
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
+from runtime.cuda import dotted
+
 WHEEL = "onnxruntime-gpu"
 INFO = "build_and_package_info.py"
 
@@ -40,7 +42,7 @@ def check_cuda(
     cudnn = next((found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))), None)
     bindings = version_of("cuda-bindings")
     number = (driver or _driver_version)()
-    known = f"{number // 1000}.{number % 1000 // 10}" if number else None
+    known = dotted(number) if number else None
     problems = []
     if wanted and number and number // 1000 < int(wanted.split(".")[0]):
         problems.append(

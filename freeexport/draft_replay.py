@@ -30,9 +30,9 @@ class Answer:
 class DraftDecoder(Decoder):
     """A decoder whose shallow predictions are sure, and right where the answer says so. Everything else runs."""
 
-    def __init__(self, answer: Answer, vocab_size: int, *arguments: Any) -> None:
+    def __init__(self, answer: Answer, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self._answer, self._vocabulary, self._prompt = answer, vocab_size, 0
+        self._answer, self._prompt = answer, 0
 
     def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
         self._prompt = len(tokens)
@@ -48,7 +48,7 @@ class DraftDecoder(Decoder):
         if place >= len(tokens):
             return said._replace(confidence=0.0)
         wrong = 0 if right[place % len(right)] else 1
-        return said._replace(token=(tokens[place] + wrong) % self._vocabulary, confidence=1.0)
+        return said._replace(token=(tokens[place] + wrong) % self.vocab_size, confidence=1.0)
 
 
 class DraftSession(Session):
@@ -69,6 +69,4 @@ class DraftSession(Session):
             self._answer.tokens = None
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
-        manifest = self.manifest
-        sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
-        return DraftDecoder(self._answer, manifest.vocab_size, shallow, deep, slot, *sizes)
+        return DraftDecoder(self._answer, shallow, deep, slot, *self._sizes)

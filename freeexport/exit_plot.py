@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from freeexport.output_file import replacing
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -52,9 +52,5 @@ def write(report: Report, path: Path) -> None:
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Replace `path`, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with replacing(path) as partial:
         figure.savefig(partial, format="png", dpi=120)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import OptionError
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace the file at `path`: it is the old one until it is the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file at `path` by this text."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def check_writable(path: Path | None, option: str) -> None:

@@ -110,7 +110,5 @@ class ReplaySession(Session):
             self._script.trace = before
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
-        manifest = self.manifest
-        sizes = manifest.hidden_size, manifest.vocab_size, manifest.max_pending
         # Sequences side by side must not exit in step.
-        return ReplayDecoder(self._script, slot * STRIDE, shallow, deep, slot, *sizes)
+        return ReplayDecoder(self._script, slot * STRIDE, shallow, deep, slot, *self._sizes)

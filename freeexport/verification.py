@@ -12,6 +12,7 @@ import numpy as np
 
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
+from freeexport.output_file import write_whole
 from graphs.families import describe
 from runtime.bundle import VERIFICATION, Bundle
 from runtime.device import CPU, check_runnable
@@ -70,12 +71,9 @@ def failure(report: dict[str, Any]) -> str:
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
-    path = bundle.path / VERIFICATION
-    partial = path.with_suffix(".partial")
     # NaN is no JSON: a check that gave it is recorded with null, and as failed.
     finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
-    partial.write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_whole(bundle.path / VERIFICATION, json.dumps(finite, indent=2, allow_nan=False) + "\n")
 
 
 def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:

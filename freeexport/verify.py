@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from freeexport.output_file import write_whole
 from freeexport.verification import VerificationError, failure, verify, write_report
 from runtime.bundle import Bundle
 from runtime.manifest import MANIFEST
@@ -46,9 +47,7 @@ def _mark(bundle: Bundle, passed: bool) -> None:
     """Say in the manifest whether the bundle is verified."""
     if bundle.manifest.verified == passed:
         return
-    partial = bundle.path / f"{MANIFEST}.partial"
-    partial.write_text(replace(bundle.manifest, verified=passed).to_json(), encoding="utf-8")
-    partial.replace(bundle.path / MANIFEST)
+    write_whole(bundle.path / MANIFEST, replace(bundle.manifest, verified=passed).to_json())
 
 
 def _print(report: dict) -> None:

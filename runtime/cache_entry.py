@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from runtime.bundle import sha256_of
 from runtime.errors import CacheError
 from runtime.schema import Reader
 
@@ -89,13 +89,9 @@ def _unchanged(path: Path, file: CachedFile) -> bool:
         return False
     status = path.stat()
     same = (status.st_size, status.st_mtime_ns) == (file.size, file.changed)
-    return same and (file.sha256 is None or _sha256(path) == file.sha256)
+    return same and (file.sha256 is None or sha256_of(path) == file.sha256)
 
 
 def _cached(path: Path) -> CachedFile:
     status = path.stat()
-    return CachedFile(status.st_size, status.st_mtime_ns, _sha256(path) if path.suffix == ".onnx" else None)
-
-
-def _sha256(graph: Path) -> str:
-    return hashlib.sha256(graph.read_bytes()).hexdigest()
+    return CachedFile(status.st_size, status.st_mtime_ns, sha256_of(path) if path.suffix == ".onnx" else None)

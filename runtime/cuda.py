@@ -171,7 +171,7 @@ class Cuda:
         if name == "cudaErrorInsufficientDriver":
             _, own = self.runtime.cudaRuntimeGetVersion()
             raise DeviceError(
-                f"device {self}: the driver is for CUDA {_dotted(version)} and cuda-python for {_dotted(own)}; "
+                f"device {self}: the driver is for CUDA {dotted(version)} and cuda-python for {dotted(own)}; "
                 f"install a newer driver, or pip install 'cuda-python=={version // 1000}.*'"
             )
         if int(failed) and name != "cudaErrorNoDevice":
@@ -257,5 +257,6 @@ def _text(runtime: Any, failed: Any) -> str:
     return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
 
 
-def _dotted(version: int) -> str:
+def dotted(version: int) -> str:
+    """A version as CUDA's functions say it, 13000, as people do: 13.0."""
     return f"{version // 1000}.{version % 1000 // 10}"

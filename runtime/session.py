@@ -231,8 +231,12 @@ class Session:
         return Scheduler(decoders, batches, cross, self.options.queue, rules_of(manifest.break_even))
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
-        manifest = self.manifest
-        return Decoder(shallow, deep, slot, manifest.hidden_size, manifest.vocab_size, manifest.max_pending)
+        return Decoder(shallow, deep, slot, *self._sizes)
+
+    @property
+    def _sizes(self) -> tuple[int, int, int]:
+        """What a decoder is made with besides its lanes and slot."""
+        return self.manifest.hidden_size, self.manifest.vocab_size, self.manifest.max_pending
 
     def _overlaps(self, manifest: Manifest) -> bool:
         """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""

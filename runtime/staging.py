@@ -43,6 +43,11 @@ class Staging:
         if end > start:
             self.stream.copy(self._host + start, self.device.address + start, end - start)
 
+    def view(self, offset: int, like: np.ndarray) -> np.ndarray:
+        """The part of the pinned memory that an array of the host is copied to and from."""
+        view: np.ndarray = self.pinned[offset : offset + like.nbytes].view(like.dtype).reshape(like.shape)
+        return view
+
     def host(self, offset: int) -> int:
         """The address of a byte on the host."""
         return self._host + offset

@@ -12,7 +12,6 @@ from the root on an idle machine.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from freeexport.bench_run import SETTLE
 from freeexport.benchmark import bench_prompts
 from freeexport.idle import is_idle, require_idle
 from freeexport.machine import detect_machine
+from freeexport.output_file import write_whole
 from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
@@ -117,9 +117,8 @@ def main(
     rows = rows_of(windows)
     click.echo(table(about, rows))
     if save is not None:
-        partial = save.with_name(f".{save.name}.partial-{os.getpid()}")
-        partial.write_text(json.dumps({"settings": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-        partial.replace(save)
+        found = {"settings": about, "rows": [asdict(row) for row in rows]}
+        write_whole(save, json.dumps(found, indent=2) + "\n")
 
 
 def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from runtime.cuda import Stream
-from runtime.device_array import DeviceArray
+from runtime.device_array import DeviceArray, moved
 from runtime.errors import EngineError
 from runtime.staging import Staging, laid_out
 
@@ -55,8 +55,7 @@ class CudaCall:
         """Other arrays, of any shape, for these names; the others stay."""
         for given, kept in ((inputs, self._inputs), (outputs, self._outputs)):
             for name, array in given.items():
-                old = kept.get(name)
-                if old is None or old.shape != array.shape or _address(old) != _address(array):
+                if moved(kept.get(name), array):
                     self._bound = None
                 kept[name] = array
 
@@ -155,10 +154,7 @@ class CudaCall:
             place = staging.device.address + offsets[name] if name in hosted else array.address
             put = binding.bind_input if name in self._inputs else binding.bind_output
             put(name, "cuda", engine.stream.cuda.index, engine.element_type(name), list(array.shape), place)
-        views = {
-            name: staging.pinned[offsets[name] : offsets[name] + array.nbytes].view(array.dtype).reshape(array.shape)
-            for name, array in hosted.items()
-        }
+        views = {name: staging.view(offsets[name], array) for name, array in hosted.items()}
         streams = {array.memory.stream for array in bound.values() if isinstance(array, DeviceArray)}
         self._options, self._graph, self._runs = engine.run_options(0), 0, 0
         self._bound = _Bound(binding, views, sent, fetched, tuple(streams - {engine.stream}))
@@ -166,7 +162,3 @@ class CudaCall:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _address(array: Any) -> int | None:
-    return array.address if isinstance(array, DeviceArray) else None

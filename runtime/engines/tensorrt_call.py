@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.cuda import Stream
 from runtime.cuda_graph import CudaGraph
-from runtime.device_array import DeviceArray
+from runtime.device_array import DeviceArray, moved
 from runtime.engines.tensorrt_context import Context
 from runtime.errors import EngineError
 from runtime.staging import ALIGNMENT, Staging, laid_out
@@ -60,8 +60,7 @@ class TensorRTCall:
         for given, kept, is_input in ((inputs, self._inputs, True), (outputs, self._outputs, False)):
             for name, array in given.items():
                 self._check(name, array, is_input)
-                old = kept.get(name)
-                if old is None or old.shape != array.shape or _address(old) != _address(array):
+                if moved(kept.get(name), array):
                     self._layout = None
                 kept[name] = array
 
@@ -91,7 +90,7 @@ class TensorRTCall:
         staging = self._staging = self._staging or engine.staging.take(layout.size)
         for name, array in self._inputs.items():
             if name in layout.offsets:
-                _at(staging, layout.offsets[name], array)[...] = array
+                staging.view(layout.offsets[name], array)[...] = array
         for stream in layout.streams:
             engine.stream.follow(stream)
         self._put(layout, staging)
@@ -107,7 +106,7 @@ class TensorRTCall:
             staging.event.wait()
             for name, array in self._outputs.items():
                 if name in layout.offsets:
-                    array[...] = _at(staging, layout.offsets[name], array)
+                    array[...] = staging.view(layout.offsets[name], array)
         finally:
             if not self._own:
                 with self._engine.lock:
@@ -231,12 +230,3 @@ class TensorRTCall:
 
     def __del__(self) -> None:
         self.close()
-
-
-def _at(staging: Staging, offset: int, like: Any) -> np.ndarray:
-    """The part of the pinned memory that an array of the host is copied to and from."""
-    return staging.pinned[offset : offset + like.nbytes].view(like.dtype).reshape(like.shape)
-
-
-def _address(array: Any) -> int | None:
-    return array.address if isinstance(array, DeviceArray) else None

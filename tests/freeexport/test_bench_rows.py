@@ -7,6 +7,7 @@ from typing import Any
 
 import fake_peer
 import pytest
+from bench_settings import SETTINGS
 
 from freeexport.bench_report import Report, as_dict, table
 from freeexport.bench_rows import rows_of
@@ -16,22 +17,6 @@ from freeexport.peer_environment import PeerError
 from runtime.errors import FreeExportError
 
 ROOT = Path(__file__).parents[2]
-SETTINGS = {
-    "model": "tiny",
-    "exit_layer": "1 of 4",
-    "threads": 2,
-    "batch": 1,
-    "prompts": 2,
-    "tokens": 4,
-    "rounds": 1,
-    "decoding": "greedy",
-    "compared_with": "one",
-    "cpu": "some CPU",
-    "cpu_features": ["avx2"],
-    "cores": 2,
-    "memory": 8 << 30,
-    "idle": True,
-}
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS
+from checkpoints import PROMPTS
 from conftest import Bundles
+from device_cases import LLAMA, MODES, T5, both
 from fake_cuda import FakeCuda
 from fake_onnxruntime import CPU, FakeOnnxRuntime
 
 from runtime import Session
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
-BY_NAME = {case.name: case for case in CASES}
-T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
-both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
 
 
@@ -46,17 +44,6 @@ def answers(session: Session, **options: Any) -> list[Answer]:
 def expected(path: Path, **options: Any) -> list[Answer]:
     with Session(path, threads=1) as session:
         return answers(session, **options)
-
-
-MODES: dict[str, dict[str, Any]] = {
-    "free": {"mode": "free", "threshold": 0.5},
-    "rollback": {"mode": "rollback", "threshold": 0.4, "rollback_threshold": 2.0},
-    "lossless": {"mode": "lossless", "threshold": 0.4},
-    "full": {"mode": "full"},
-    "shallow": {"mode": "shallow"},
-    "sampled": {"mode": "free", "threshold": 0.4, "temperature": 0.8, "seed": 7},
-    "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
-}
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from typing import Any
 
 import fake_device
 import pytest
-from checkpoints import CASES, PROMPTS
+from checkpoints import PROMPTS
 from conftest import Bundles
+from device_cases import BY_NAME, LLAMA, MODES, T5, both
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime import Session
@@ -19,18 +20,6 @@ from runtime.bundle import Bundle
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 from runtime.tensorrt_files import DIRECTORY
 
-BY_NAME = {case.name: case for case in CASES}
-T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
-both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
-MODES: dict[str, dict[str, Any]] = {
-    "free": {"mode": "free", "threshold": 0.5},
-    "rollback": {"mode": "rollback", "threshold": 0.4, "rollback_threshold": 2.0},
-    "lossless": {"mode": "lossless", "threshold": 0.4},
-    "full": {"mode": "full"},
-    "shallow": {"mode": "shallow"},
-    "sampled": {"mode": "free", "threshold": 0.4, "temperature": 0.8, "seed": 7},
-    "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
-}
 Built = Callable[..., Path]
 
 

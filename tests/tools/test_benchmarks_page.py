@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_settings
 import pytest
 from click.testing import CliRunner, Result
 
@@ -11,22 +12,7 @@ from freeexport.bench_report import Report, as_dict
 from freeexport.bench_rows import Row
 from tools.benchmarks_page import main
 
-SETTINGS = {
-    "model": "tiny",
-    "exit_layer": "1 of 4",
-    "threads": 2,
-    "batch": 1,
-    "prompts": 2,
-    "tokens": 4,
-    "rounds": 3,
-    "decoding": "greedy",
-    "compared_with": None,
-    "cpu": "some CPU",
-    "cpu_features": ["avx2"],
-    "cores": 2,
-    "memory": 8 << 30,
-    "idle": True,
-}
+SETTINGS = {**bench_settings.SETTINGS, "rounds": 3, "compared_with": None}
 
 
 def row(name: str, **changes: Any) -> Row:

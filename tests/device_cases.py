@@ -1,0 +1,21 @@
+"""What sessions on a device are tried with: two checkpoints, and every way to decode."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
+both = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+MODES: dict[str, dict[str, Any]] = {
+    "free": {"mode": "free", "threshold": 0.5},
+    "rollback": {"mode": "rollback", "threshold": 0.4, "rollback_threshold": 2.0},
+    "lossless": {"mode": "lossless", "threshold": 0.4},
+    "full": {"mode": "full"},
+    "shallow": {"mode": "shallow"},
+    "sampled": {"mode": "free", "threshold": 0.4, "temperature": 0.8, "seed": 7},
+    "biased": {"mode": "full", "sequence_bias": {42: 3.0}, "output_logprobs": True},
+}
