@@ -39,18 +39,20 @@ SETTLED = 60.0
 
 @dataclass
 class Soaked:
-    """`memory`: resident bytes, about every 200th part of the time. `violations` is empty where all is well."""
+    """`memory`: resident bytes, at the start and about every 200th part of the time. `violations` is empty where all is
+    well.
+    """
 
     seconds: float
     done: Counter[str]
     refused: int
     tokens: int
-    memory: list[int] = field(default_factory=list)
+    memory: list[int]
     violations: list[str] = field(default_factory=list)
 
     @property
     def growth(self) -> float:
-        """Bytes from the median of the second quarter to that of the last; `memory` is not empty."""
+        """Bytes from the median of the second quarter to that of the last."""
         quarter = max(1, len(self.memory) // 4)
         return median(self.memory[-quarter:]) - median(self.memory[quarter : 2 * quarter] or self.memory)
 
@@ -79,14 +81,15 @@ def soak(
         found = Soaked(ended - began, clients.done, clients.refused, clients.tokens, memory, clients.violations)
         alive = sum(thread.is_alive() for thread in threads)
         found.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
-    if seconds >= SETTLED and found.growth > SHARE * found.memory[-1] + ALLOWED:
+    if found.seconds >= SETTLED and found.growth > SHARE * found.memory[-1] + ALLOWED:
         found.violations.append(f"memory grew by {found.growth / 1e6:.0f} MB")
     return found
 
 
 def _watch(clients: Clients, seconds: float) -> list[int]:
     """Resident bytes over the time, which ends early where something is wrong."""
-    process, memory, watched, waited = psutil.Process(), list[int](), 0.0, dict[tuple[int, float], float]()
+    process, watched, waited = psutil.Process(), 0.0, dict[tuple[int, float], float]()
+    memory = [process.memory_info().rss]
     while watched < seconds and not clients.violations:
         began = time.monotonic()
         time.sleep(seconds / 200)
@@ -137,13 +140,12 @@ def main(bundle: Path, **given: Any) -> None:
 
 def report(found: Soaked) -> str:
     total = found.done.total()
+    now, grown = found.memory[-1] / 1e6, found.growth / 1e6
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
     lines = [
         f"{total} requests in {found.seconds:.0f} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
+        f"memory {now:.0f} MB, grown by {grown:+.1f} MB from the second quarter to the last",
     ]
-    if found.memory:
-        now, grown = found.memory[-1] / 1e6, found.growth / 1e6
-        lines.append(f"memory {now:.0f} MB, grown by {grown:+.1f} MB from the second quarter to the last")
     kept = [f"VIOLATION {what}" for what in found.violations[:20]] or ["nothing lost, nothing mixed up, nothing left"]
     return "\n".join([*lines, *kept])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from runtime.batch import Batch
 from runtime.decoder import Decoder
 from runtime.work import Work
 from tools.soak import Soaked, left_over, main, report, soak
+from tools.soak_clients import Clients
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -59,9 +59,12 @@ def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.M
     assert "VIOLATION" in result.output
 
 
-def test_a_run_that_ends_before_memory_was_looked_at_is_reported() -> None:
-    found = Soaked(0.1, Counter(), 0, 0, violations=["mixed up"])
-    assert "VIOLATION mixed up" in report(found)
+def test_a_run_that_fails_before_it_is_watched_is_reported(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.soak.left_over", lambda session: ["requests are left"])
+    monkeypatch.setattr(Clients, "run", lambda clients, number, stop, seed: clients.violations.append("mixed up"))
+    result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "2", "--asks", "2"])
+    assert result.exit_code == 1
+    assert "VIOLATION mixed up" in result.output
 
 
 def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
