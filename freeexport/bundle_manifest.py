@@ -10,7 +10,7 @@ from pathlib import Path
 from freeexport import __version__
 from freeexport.checkpoint import Checkpoint
 from freeexport.convert_options import ConvertOptions
-from freeexport.text_format import end_ids
+from freeexport.text_format import known_ends
 from graphs.description import Description
 from graphs.engines import EngineOptions
 from graphs.errors import GraphError
@@ -62,7 +62,7 @@ def new_manifest(
         confidence=engines.confidence,
         threshold=1.0,
         # Ids that the model has no row for never come, so they end nothing.
-        eos_token_ids=tuple(token for token in end_ids(checkpoint) if 0 <= token < description.vocab_size),
+        eos_token_ids=known_ends(checkpoint, description.vocab_size),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
         decoder_start_token_id=start if description.encoder else None,

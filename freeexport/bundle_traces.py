@@ -16,6 +16,7 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
     confidence: list[float] = []
     agrees: list[bool] = []
     nll: list[float] = []
+    guesses: list[int] = []
     with session.decoder(prompt) as decoder:
         token = decoder.prefill(start.astype(np.int64), head=False).token
         while len(confidence) + 1 < limit and token not in manifest.eos_token_ids:
@@ -24,5 +25,12 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
             confidence.append(guess.confidence or 0.0)
             agrees.append(guess.token == said.token)
             nll.append(said.nll or 0.0)
+            guesses.append(guess.token)
             token = said.token
-    return Trace(line, np.array(confidence, np.float32), np.array(agrees, np.bool_), np.array(nll, np.float32))
+    return Trace(
+        line,
+        np.array(confidence, np.float32),
+        np.array(agrees, np.bool_),
+        np.array(nll, np.float32),
+        np.array(guesses, np.int32),
+    )

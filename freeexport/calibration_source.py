@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,13 +20,16 @@ from freeexport.decode_costs import measured_costs
 from freeexport.jsonl import Request
 from freeexport.outputs import Outputs
 from freeexport.replay import ReplaySession
+from freeexport.text_format import known_ends, text_format
 from freeexport.threshold_speed import measured_speedups
 from freeexport.trace import Trace
-from freeexport.training_data import DataError
+from freeexport.training_data import DataError, TextFormat
 from runtime.bundle_calibration import is_calibration
 from runtime.errors import CalibrationError, OptionError, PromptError
+from runtime.exit_vocabulary import ExitVocabulary
 from runtime.manifest import ConfidenceMeasure, Manifest
 from runtime.prompt import encode_prompt
+from runtime.threshold import NEVER_EXIT
 
 if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint
@@ -37,7 +41,8 @@ MOST_UNKNOWN = 0.2
 
 @dataclass(frozen=True)
 class Facts:
-    """What a calibration says about its model. `hash` is of all that traces depend on."""
+    """What a calibration says about its model. `hash` is of all that traces depend on; `ends` are the tokens that end a
+    sequence; `threshold` is 1.0 where not calibrated."""
 
     name: str
     source_sha256: str
@@ -47,6 +52,9 @@ class Facts:
     exit_layer: int
     confidence: ConfidenceMeasure
     max_pending: int
+    ends: tuple[int, ...]
+    threshold: float = NEVER_EXIT
+    exit_vocabulary: ExitVocabulary | None = None
 
 
 class Source(Protocol):
@@ -55,6 +63,10 @@ class Source(Protocol):
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
         """Of the requests that fit, in order."""
+        ...
+
+    def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        """Without special tokens; of nothing where there is no tokenizer."""
         ...
 
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
@@ -95,6 +107,9 @@ class BundleSource:
             manifest.exit_layer,
             manifest.confidence,
             manifest.max_pending,
+            manifest.eos_token_ids,
+            manifest.threshold,
+            manifest.exit_vocabulary,
         )
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
@@ -121,6 +136,11 @@ class BundleSource:
             )
         check_unknown([ids for _, ids in fitting], self._unknown)
         return fitting
+
+    def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        tokenizer = self.session.tokenizer
+        if tokenizer is not None:
+            yield from (tokenizer.encode(text, special=False) for text in texts)
 
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         return measured_costs(self.session, [ids for _, ids in self.prompts(requests)], tokens)
@@ -164,13 +184,17 @@ class CheckpointSource:
             self._exit_layer,
             self._options.confidence or "softmax",
             self._options.max_pending or 16,
+            known_ends(self._checkpoint, self._description.vocab_size),
         )
 
+    @cached_property
+    def _form(self) -> TextFormat:
+        return text_format(self._checkpoint, self._description, 2048)
+
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
-        from freeexport.text_format import text_format
         from freeexport.training_data import encode
 
-        form = text_format(self._checkpoint, self._description, 2048)
+        form = self._form
         if not form.seq2seq:  # what is decoded shares the limit with the prompt
             form = replace(form, limit=max(1, form.limit - max_new_tokens))
         examples, left_out = encode([replace(request, target="") for request in requests], form, Path("the data"))
@@ -180,6 +204,10 @@ class CheckpointSource:
         size = self._options.batch_size
         for start in range(0, len(examples), size):
             yield from self._loaded().traces(examples[start : start + size], max_new_tokens)
+
+    def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
+        if texts:
+            yield from self._form.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         from freeexport.exit_cost import analytic

@@ -53,17 +53,16 @@ class CheckpointTracer:
         for example, *parts in zip(examples, *(np.split(values, ends) for values in read), strict=True):
             yield Trace(example.line, *parts)
 
-    def _read(self, shallow: torch.Tensor, deep: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Confidence, agreement and nll of rows [N, d]."""
-        parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    def _read(self, shallow: torch.Tensor, deep: torch.Tensor) -> list[np.ndarray]:
+        """Of rows [N, d], what a trace has."""
+        parts: list[tuple[torch.Tensor, ...]] = []
         for low, high in zip(shallow.split(_LOGIT_ROWS), deep.split(_LOGIT_ROWS), strict=True):
             said = self._exit_head(low).float().log_softmax(-1)
             meant = self._module.head(high).float().log_softmax(-1)
             token = said.argmax(-1)
             nll = -meant.gather(1, token[:, None])[:, 0]
-            parts.append((confidence_of(said, self._measure).numpy(), (token == meant.argmax(-1)).numpy(), nll.numpy()))
-        confidence, agrees, nlls = (np.concatenate(values) for values in zip(*parts, strict=True))
-        return confidence, agrees, nlls
+            parts.append((confidence_of(said, self._measure), token == meant.argmax(-1), nll, token.int()))
+        return [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
 
 
 def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:

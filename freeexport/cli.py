@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "train": "Fine-tune a checkpoint for an early exit.",
     "evaluate-exits": "Compare the layers of a checkpoint as exits.",
     "calibrate": "Fit the exit threshold on a calibration set.",
+    "exit-vocab": "Choose the tokens that the shallow head should know.",
     "convert": "Convert a checkpoint to a bundle of ONNX engines.",
     "tune": "Choose exit layer, threshold and max_pending together.",
     "build": "Build the TensorRT engines of a bundle.",

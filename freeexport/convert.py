@@ -13,6 +13,7 @@ from freeexport.bundle_update import with_calibration
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.convert_options import ConvertOptions, engine_options
 from freeexport.decode_costs import measured_in_child
+from freeexport.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
@@ -95,6 +96,9 @@ def _calibration(
 def _with_exit_vocabulary(
     checkpoint: Checkpoint, description: Description, engines: EngineOptions, options: ConvertOptions
 ) -> tuple[EngineOptions, ExitVocabulary | None]:
+    if isinstance(options.exit_vocab, Path):
+        chosen = read_exit_vocabulary(options.exit_vocab, checkpoint.sha256, description.vocab_size, engines.exit_layer)
+        return replace(engines, exit_tokens=chosen.tokens), chosen.facts
     if options.exit_vocab_text is None or options.exit_vocab == "all":
         return engines, None
     from freeexport.exit_vocabulary import exit_vocabulary
@@ -136,18 +140,20 @@ def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
 
 
-class ExitVocabSize(click.ParamType):
-    """A number of tokens, "auto" or "all"."""
+class ExitVocabularyType(click.ParamType):
+    """A number of tokens, "auto", "all" or a file."""
 
-    name = "size"
+    name = "vocabulary"
 
-    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str:
-        if isinstance(value, int) or value in ("auto", "all"):
-            return int(value) if isinstance(value, int) else str(value)
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> int | str | Path:
+        if isinstance(value, (int, Path)) or value in ("auto", "all"):
+            return value  # type: ignore[no-any-return]
         try:
             return int(value)
         except ValueError:
-            self.fail(f"{value!r} is not a number, auto or all", parameter, context)
+            if not Path(value).is_file():
+                self.fail(f"{value!r} is not a number, auto, all or a file", parameter, context)
+            return Path(value)
 
 
 # Bytes of fp32 weights: those of smaller models stay in a processor's cache, and rounded ones are no faster.
@@ -177,11 +183,11 @@ ROUNDING_PAYS = 64 << 20
               help="Weights of the head, where the others are rounded.  [default: int8]")  # fmt: skip
 @click.option(
     "--exit-vocab",
-    type=ExitVocabSize(),
+    type=ExitVocabularyType(),
     default="all",
     show_default=True,
-    metavar="N|auto|all",
-    help="How many tokens the shallow head knows; the others never exit.",
+    metavar="N|auto|all|FILE",
+    help="Tokens that the shallow head knows, the others never exit: how many, or what exit-vocab wrote.",
 )
 @click.option("--exit-vocab-text", type=click.Path(path_type=Path),
               help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
@@ -213,7 +219,8 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
         click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
     if manifest.exit_vocabulary is not None:
         size, covered = manifest.exit_vocabulary.size, manifest.exit_vocabulary.covered
-        click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {covered:.2%} of the text")
+        known = "of the text" if options["exit_vocab_text"] else "of the shallow decoder's predictions"
+        click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {covered:.2%} {known}")
     click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
     click.echo(_threshold(manifest, options["calibration"]))

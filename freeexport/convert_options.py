@@ -23,7 +23,8 @@ class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
     is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `exit_vocab` is how
-    many tokens the shallow head knows, chosen on `exit_vocab_text`. `calibration` is the file that `freeexport
+    many tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for
+    this checkpoint. `calibration` is the file that `freeexport
     calibrate` wrote for this checkpoint. OptionError where two do not go together, or an exit vocabulary has no text;
     GraphError for an encoder capacity under 1."""
 
@@ -37,7 +38,7 @@ class ConvertOptions:
     max_pending: int = 16
     int8_range: Int8Range | Literal["auto"] = "auto"
     head: HeadPrecision | None = None
-    exit_vocab: int | Literal["all", "auto"] = "all"
+    exit_vocab: int | Path | Literal["all", "auto"] = "all"
     exit_vocab_text: Path | None = None
     calibration: Path | None = None
     verify: bool = True
@@ -45,8 +46,11 @@ class ConvertOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if (self.exit_vocab != "all") != (self.exit_vocab_text is not None):
-            raise OptionError("an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text")
+        if (self.exit_vocab == "auto" or isinstance(self.exit_vocab, int)) != (self.exit_vocab_text is not None):
+            raise OptionError(
+                "an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text, or the file of "
+                "freeexport exit-vocab"
+            )
         if self.exit_vocab != "all" and self.calibration is not None:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
         if self.longest_prompt < 1:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.checkpoint import Checkpoint
+from freeexport.exit_gains import STEP
 from freeexport.jsonl import BrokenLine, read_requests
-from freeexport.text_format import end_ids, text_format
+from freeexport.text_format import known_ends, text_format
 from freeexport.training_data import DataError
 from graphs.description import Description
 from graphs.errors import GraphError
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 
 # What "auto" aims at. A token that is left out never exits, so the exit rate can lose at most the rest.
 COVERED = 0.99
-# Rows of a matrix product come in multiples of this.
-STEP = 64
 CHUNK = 1024  # texts a call of the tokenizer
 
 
@@ -36,7 +35,7 @@ def exit_vocabulary(
     Raises GraphError for a size out of range, CheckpointError without a tokenizer, DataError for broken lines.
     """
     form = text_format(checkpoint, description, 1)
-    ends = sorted({form.eos, *(token for token in end_ids(checkpoint) if 0 <= token < description.vocab_size)})
+    ends = sorted({form.eos, *known_ends(checkpoint, description.vocab_size)})
     check_size(size, len(ends), description.vocab_size)
     counts = np.zeros(description.vocab_size, np.int64)
     for ids in _token_ids(form.tokenizer, text):

@@ -24,6 +24,11 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
     return TextFormat(tokenizer, int(end), limit, description.encoder is not None)
 
 
+def known_ends(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
+    """Those of `end_ids` that the vocabulary has."""
+    return tuple(token for token in end_ids(checkpoint) if 0 <= token < vocab_size)
+
+
 def end_ids(checkpoint: Checkpoint) -> list[int]:
     """The ids that end a sequence, as the checkpoint's generation_config.json or config.json names them."""
     ends = checkpoint.generation_config.get("eos_token_id")

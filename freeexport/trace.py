@@ -12,7 +12,8 @@ import numpy as np
 @dataclass(frozen=True)
 class Trace:
     """Tokens after the first (which never exits) of one sequence: the shallow `confidence` float32 [n]; whether the
-    shallow prediction `agrees` with the deep one, bool [n]; and its `nll` float32 [n], nats by the deep decoder.
+    shallow prediction `agrees` with the deep one, bool [n]; its `nll` float32 [n], nats by the deep decoder; and which
+    `token` it is, int32 [n].
 
     `line` is the input's line in its file, from 1.
     """
@@ -21,6 +22,7 @@ class Trace:
     confidence: np.ndarray
     agrees: np.ndarray
     nll: np.ndarray
+    token: np.ndarray
 
     def __len__(self) -> int:
         return len(self.confidence)

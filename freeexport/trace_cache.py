@@ -13,6 +13,8 @@ from freeexport.trace import Trace
 from runtime.errors import FreeExportError, OptionError
 
 _KIND = "freeexport traces"
+# Of what a line holds: traces of another format are dropped as those of another key are.
+_FORMAT = 2
 _START = json.dumps({"kind": _KIND})[:-1].encode()
 
 
@@ -34,7 +36,7 @@ class TraceCache:
     """
 
     def __init__(self, path: Path, key: TraceKey) -> None:
-        self._path, self._header = path, {"kind": _KIND, **asdict(key)}
+        self._path, self._header = path, {"kind": _KIND, "format": _FORMAT, **asdict(key)}
         self._traces: dict[int, Trace] = {}
         self._fits = self._read()
 
@@ -83,6 +85,7 @@ def _record(trace: Trace) -> dict[str, Any]:
         "confidence": _numbers(trace.confidence),
         "agrees": [int(agrees) for agrees in trace.agrees],
         "nll": _numbers(trace.nll),
+        "token": trace.token.tolist(),
     }
 
 
@@ -92,9 +95,13 @@ def _numbers(values: np.ndarray) -> list[float]:
 
 
 def _trace(record: dict[str, Any]) -> Trace:
-    confidence, agrees, nll = (record[name] for name in ("confidence", "agrees", "nll"))
-    if not isinstance(record["line"], int) or not len(confidence) == len(agrees) == len(nll):
+    confidence, agrees, nll, token = (record[name] for name in ("confidence", "agrees", "nll", "token"))
+    if not isinstance(record["line"], int) or not len(confidence) == len(agrees) == len(nll) == len(token):
         raise ValueError
     return Trace(
-        record["line"], np.array(confidence, np.float32), np.array(agrees, np.bool_), np.array(nll, np.float32)
+        record["line"],
+        np.array(confidence, np.float32),
+        np.array(agrees, np.bool_),
+        np.array(nll, np.float32),
+        np.array(token, np.int32),
     )

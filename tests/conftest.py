@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,10 @@ os.environ["FREEEXPORT_CACHE"] = "off"
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+# Short prompts of different lengths, to calibrate on.
+TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]
 
 
 class Bundles(Protocol):
@@ -74,6 +79,14 @@ def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPath
         return converted[key]
 
     return build
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """TEXTS as lines of JSON."""
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
+    return path
 
 
 @pytest.fixture(scope="session")

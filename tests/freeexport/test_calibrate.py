@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,8 @@ import pytest
 from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import Bundles
+from conftest import TEXTS, Bundles
+from traces import trace
 
 from freeexport import calibration_source
 from freeexport.bundle_traces import trace_of
@@ -35,17 +37,9 @@ from runtime.work import alone
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
 MEASURES = ("softmax", "max-prob", "entropy")
-TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(37))]
 Directory = Callable[[Case], Path]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -204,11 +198,11 @@ def test_an_interrupted_run_goes_on_and_other_methods_need_no_decoding(
     [
         (0, (), "has no examples"),
         (1, (), "a threshold needs at least 50; give more samples"),
-        (40, ("--method", "risk"), "needs at least 59 sequences, the data have 40"),
-        (40, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
-        (40, ("--confidence", "entropy"), "--confidence is for checkpoints"),
-        (40, ("--target", "1"), "target is 1.0; choose a number between 0 and 1"),
-        (40, ("--delta", "nan"), "delta is nan"),
+        (36, ("--method", "risk"), "needs at least 59 sequences, the data have 36"),
+        (36, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
+        (36, ("--confidence", "entropy"), "--confidence is for checkpoints"),
+        (36, ("--target", "1"), "target is 1.0; choose a number between 0 and 1"),
+        (36, ("--delta", "nan"), "delta is nan"),
     ],
 )
 def test_what_cannot_be_calibrated_is_refused_with_the_reason(
@@ -239,7 +233,7 @@ def test_inputs_that_do_not_fit_are_left_out_with_a_warning(own: Callable[..., P
 
 
 def test_confidences_that_are_not_numbers_are_refused() -> None:
-    broken = Trace(1, np.full(80, np.nan, np.float32), np.ones(80, np.bool_), np.zeros(80, np.float32))
+    broken = trace([math.nan] * 80, [True] * 80)
     with pytest.raises(CalibrationError, match="80 of 80 confidences are not numbers"):
         check_enough(Traces.of([broken]), CalibrateOptions())
 

@@ -123,7 +123,7 @@ def test_size_and_text_belong_together(arguments: tuple[str, ...], checkpoint: C
 def test_a_size_that_is_no_number_is_a_usage_error(checkpoint: Checkpoint, tmp_path: Path) -> None:
     result = convert(checkpoint(LLAMA), tmp_path / "out", "--exit-vocab", "many", "--exit-vocab-text", "x")
     assert result.exit_code == 2
-    assert "'many' is not a number, auto or all" in result.stderr
+    assert "'many' is not a number, auto, all or a file" in result.stderr
 
 
 @pytest.mark.parametrize(("content", "message"), [("", "has no text"), ('{"input": "a"}\n{"x": 1}', "line 2: ")])

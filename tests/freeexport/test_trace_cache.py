@@ -26,7 +26,7 @@ def test_what_was_added_is_there_to_the_last_bit(tmp_path: Path) -> None:
     for one in (FIRST, SECOND):
         found = cache.get(one.line)
         assert found is not None
-        for name in ("confidence", "agrees", "nll"):
+        for name in ("confidence", "agrees", "nll", "token"):
             assert getattr(found, name).dtype == getattr(one, name).dtype
             np.testing.assert_array_equal(getattr(found, name), getattr(one, name))
     assert cache.get(4) is None

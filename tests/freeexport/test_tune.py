@@ -12,7 +12,7 @@ import pytest
 from checkpoints import CASES
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import Bundles
+from conftest import TEXTS, Bundles
 
 from freeexport import calibration_source, idle, tune_bundles, tune_run
 from freeexport.cli import main
@@ -25,18 +25,10 @@ from runtime.manifest import MANIFEST, Manifest
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
-TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]
 # Deep passes over several rows cost little more than over one: exits pay.
 PAYS = Costs(shallow=1.0, shallow_without_head=0.9, deep={1: 4.0, 2: 4.1, 4: 4.2, 16: 30.0})
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps({"input": text}) + "\n" for text in TEXTS))
-    return path
 
 
 @pytest.fixture

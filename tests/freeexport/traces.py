@@ -9,9 +9,12 @@ import numpy as np
 from freeexport.trace import Trace, Traces
 
 
-def trace(confidence: Sequence[float], agrees: Sequence[bool], line: int = 1) -> Trace:
+def trace(
+    confidence: Sequence[float], agrees: Sequence[bool], line: int = 1, token: Sequence[int] | None = None
+) -> Trace:
     nll = np.where(agrees, 0.1, 3.0).astype(np.float32)
-    return Trace(line, np.array(confidence, np.float32), np.array(agrees, np.bool_), nll)
+    tokens = np.array(range(len(agrees)) if token is None else token, np.int32)
+    return Trace(line, np.array(confidence, np.float32), np.array(agrees, np.bool_), nll, tokens)
 
 
 def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Traces:

@@ -41,7 +41,7 @@ def test_thresholds_of_parts_are_judged_on_other_texts(bundle: Bundles, tmp_path
 
 def test_subsets_are_drawn_without_replacement_and_the_same_each_time() -> None:
     none = np.zeros(0, np.float32)
-    traces = Traces.of([Trace(line, none, none.astype(np.bool_), none) for line in range(100)])
+    traces = Traces.of([Trace(line, none, none.astype(np.bool_), none, none.astype(np.int32)) for line in range(100)])
     found = subsets(traces, 3)
     assert [len(one.sequences) for _, one in found] == [1, 1, 1, 3, 3, 3, 10, 10, 10, 30, 30, 30, 100]
     for (_, one), (_, other) in zip(found, subsets(traces, 3), strict=True):
