@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
 
+from freeexport.schema_file import read_schema_file
 from freeexport.training_options import LossName, Tune
-from freeexport.weight_files import CheckpointError, one_line
+from freeexport.weight_files import CheckpointError
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
+from runtime.errors import BundleError
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1
@@ -27,6 +28,15 @@ class ExitFile:
     loss: LossName
     tune: Tune
     schema_version: int = EXIT_SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        right = {
+            "exit_layer": self.exit_layer >= 1,
+            "adapter_rank": self.adapter_rank >= 0,
+            "base_sha256": len(self.base_sha256) == 64,
+        }
+        for name in (name for name, holds in right.items() if not holds):
+            raise CheckpointError(f"{name} is {str(getattr(self, name))[:80]!r}, which it cannot be")
 
     @property
     def has_parameters(self) -> bool:
@@ -55,34 +65,7 @@ def read_exit_file(directory: Path) -> ExitFile | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); train again, or remove it") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} holds {type(values).__name__}, not an object; train again, or remove it")
-    version = values.get("schema_version")
-    if version != EXIT_SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{path} has schema version {version!r}, this freeexport reads {EXIT_SCHEMA_VERSION}; "
-            "use the freeexport that wrote it, or train again"
-        )
-    problem = next(filter(None, (_problem(field.name, values) for field in fields(ExitFile))), None)
-    if problem:
-        raise CheckpointError(f"{path}: {problem}; train again, or remove it")
-    return ExitFile(**{field.name: values[field.name] for field in fields(ExitFile)})
-
-
-def _problem(name: str, values: dict[str, Any]) -> str | None:
-    if name not in values:
-        return f"{name!r} is missing"
-    value = values[name]
-    right = {
-        "exit_layer": type(value) is int and value >= 1,
-        "exit_norm": type(value) is bool,
-        "adapter_rank": type(value) is int and value >= 0,
-        "base_sha256": isinstance(value, str) and len(value) == 64,
-        "loss": value in get_args(LossName),
-        "tune": value in get_args(Tune),
-        "schema_version": True,
-    }[name]
-    return None if right else f"{name!r} is {str(value)[:80]!r}, which it cannot be"
+        read: ExitFile = read_schema_file(path, ExitFile, EXIT_SCHEMA_VERSION, "train again, or remove it")
+    except BundleError as error:
+        raise CheckpointError(str(error)) from None
+    return read

@@ -111,9 +111,7 @@ def advice(found: ExitGains, chosen: Gain, output: Path) -> str:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"), show_default=True,
               help="For convert --exit-vocab.")  # fmt: skip
-@click.option(
-    "--size", type=click.IntRange(2), help="Tokens to know.  [default: the most that is as fast as any]"
-)
+@click.option("--size", type=click.IntRange(2), help="Tokens to know.  [default: the most that is as fast as any]")
 @click.option("--threshold", type=click.FloatRange(0, 1), help="[default: as calibrated, or as calibrate would choose]")
 @click.option("--samples", type=click.IntRange(2), default=CalibrateOptions.samples, show_default=True,
               help="First lines used.")  # fmt: skip

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from freeexport.output_file import write_whole
+from freeexport.schema_file import read_schema_file
 from runtime.errors import BundleError, OptionError
 from runtime.exit_vocabulary import ExitVocabulary
-from runtime.schema import Reader
 
 EXIT_VOCABULARY_VERSION = 1
 REMEDY = "run freeexport exit-vocab again"
@@ -48,16 +48,9 @@ class ExitVocabularyFile:
 def read_exit_vocabulary(path: Path, source_sha256: str, vocab_size: int, exit_layer: int) -> ExitVocabularyFile:
     """The file at `path`, for this model. Raises OptionError where it cannot be read, or is of another model."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        read: ExitVocabularyFile = Reader(REMEDY, finite=True).read(ExitVocabularyFile, value, str(path))
-    except OSError as error:
-        raise OptionError(f"--exit-vocab {path} cannot be read ({error.strerror}); {REMEDY}") from None
-    except ValueError:
-        raise OptionError(f"--exit-vocab {path} is not JSON; {REMEDY}") from None
+        read: ExitVocabularyFile = read_schema_file(path, ExitVocabularyFile, EXIT_VOCABULARY_VERSION, REMEDY)
     except BundleError as error:
         raise OptionError(str(error)) from None
-    if read.schema_version != EXIT_VOCABULARY_VERSION:
-        raise OptionError(f"{path} has schema version {read.schema_version}, this reads {EXIT_VOCABULARY_VERSION}")
     given = (read.source_sha256, read.vocab_size, read.exit_layer)
     if given != (source_sha256, vocab_size, exit_layer):
         raise OptionError(

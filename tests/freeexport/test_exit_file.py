@@ -51,13 +51,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     ("change", "reason"),
     [
         ({"schema_version": 2}, "schema version 2"),
-        ({"exit_layer": 0}, "'exit_layer' is '0'"),
-        ({"exit_layer": True}, "'exit_layer' is 'True'"),
-        ({"exit_norm": 1}, "'exit_norm'"),
-        ({"adapter_rank": -1}, "'adapter_rank'"),
-        ({"base_sha256": "ab"}, "'base_sha256'"),
-        ({"loss": "hinge"}, "'loss' is 'hinge'"),
-        ({"tune": None}, "'tune'"),
+        ({"exit_layer": 0}, "exit_layer is '0'"),
+        ({"exit_layer": True}, "exit_layer is 'True'"),
+        ({"exit_norm": 1}, "exit_norm is '1'"),
+        ({"adapter_rank": -1}, "adapter_rank is '-1'"),
+        ({"base_sha256": "ab"}, "base_sha256 is 'ab'"),
+        ({"loss": "hinge"}, "loss is 'hinge'"),
+        ({"tune": None}, "tune is 'None'"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
@@ -80,7 +80,7 @@ def test_missing_field_is_named(tmp_path: Path) -> None:
     values = json.loads((tmp_path / EXIT_FILE).read_text())
     del values["tune"]
     (tmp_path / EXIT_FILE).write_text(json.dumps(values))
-    with pytest.raises(CheckpointError, match="'tune' is missing"):
+    with pytest.raises(CheckpointError, match="lacks tune"):
         read_exit_file(tmp_path)
 
 
