@@ -15,7 +15,7 @@ import json
 import sys
 import tempfile
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def run(bench: Bench, skip: tuple[str, ...], began: float) -> dict[str, Any]:
             steps[name] = attempt(step, bench)
         steps[name]["seconds"] = round(time.monotonic() - start, 1)
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "card": bench.device or "no card was found",
         "why": bench.no_device,
         "model": bench.model.name,
