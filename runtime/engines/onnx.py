@@ -19,7 +19,8 @@ class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
     `optimized`: it is what `save_packed` wrote. `provider_options` are those of ONNX Runtime's provider for a GPU.
-    EngineError where it cannot be loaded, or would run elsewhere.
+    `profile`: ONNX Runtime notes the time of every kernel, and writes it to a file whose name begins so at
+    `session.end_profiling()`. EngineError where it cannot be loaded, or would run elsewhere.
     """
 
     def __init__(
@@ -29,12 +30,15 @@ class OnnxEngine:
         device: Device = CPU,
         optimized: bool = False,
         provider_options: Mapping[str, str] | None = None,
+        profile: Path | None = None,
     ) -> None:
         ort = import_onnxruntime()
         providers = device.providers(ort, provider_options or {})
         options = _options(ort, threads)
         if optimized:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:

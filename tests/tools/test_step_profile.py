@@ -1,0 +1,102 @@
+"""Profiles of a step: what ONNX Runtime notes of each kernel, added up by operator and shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner
+from conftest import Bundles
+
+from runtime import Bundle
+from runtime.errors import OptionError
+from tools.kernel_profile import calls, read_step, typical
+from tools.step_profile import main, profile, profile_peer, table
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def kernel(operator: str, start: int, microseconds: int, inputs: list[int], outputs: list[int]) -> dict[str, Any]:
+    shapes = {"input_type_shape": [{"float": inputs}], "output_type_shape": [{"float": outputs}]}
+    return {
+        "cat": "Node",
+        "name": f"node_{start}_kernel_time",
+        "ts": start,
+        "dur": microseconds,
+        "args": {"op_name": operator, **shapes},
+    }
+
+
+def call(start: int, product: int) -> list[dict[str, Any]]:
+    """Two products and ten reshapes of 3 microseconds, then the call that they belong to."""
+    events = [kernel("Gemm", start + 100 * number, product, [1, 8], [1, 16]) for number in range(2)]
+    events += [kernel("Reshape", start + 300 + 10 * number, 3, [1, 8], [1, 1, 8]) for number in range(10)]
+    return [*events, {"cat": "Session", "name": "model_run", "ts": start - 1, "dur": 1800, "args": {}}]
+
+
+def test_kernels_belong_to_the_call_that_ends_after_them() -> None:
+    found = calls([*call(2000, 40), *call(4000, 50)])
+    assert [len(kernels) for kernels in found] == [12, 12]
+    assert {event["dur"] for event in found[1]} == {50, 3}
+
+
+def test_a_step_is_the_median_call_without_what_noting_took() -> None:
+    step = typical(calls([*call(2000, 40), *call(4000, 50), *call(6000, 900)]))
+    assert step.noting == pytest.approx(3e-6)
+    product, reshape = step.kernels
+    assert (product.operator, product.shape, product.count, product.kind) == ("Gemm", "8 -> 16", 2, "products")
+    assert product.seconds == pytest.approx(100e-6)
+    assert step.own(product) == pytest.approx(94e-6)
+    assert (reshape.shape, reshape.kind, step.own(reshape)) == ("", "glue", 0)
+    assert step.seconds("glue") == 0
+    assert step.seconds() == pytest.approx(94e-6)
+
+
+def test_shapes_that_change_from_call_to_call_are_one_kernel() -> None:
+    growing = [call(2000 * number, 40) for number in (1, 2)]
+    for number, events in enumerate(growing):
+        events.insert(0, kernel("Gather", 2000 * number + 2050, 7, [3], [1, number]))
+    (gathered,) = [item for item in typical(calls([*growing[0], *growing[1]])).kernels if item.operator == "Gather"]
+    assert (gathered.count, gathered.seconds) == (1, pytest.approx(7e-6))
+
+
+def test_only_the_last_calls_count(tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps([*call(2000, 900), *call(4000, 50)]))
+    assert read_step(tmp_path / "p.json", 1).kernels[0].seconds == pytest.approx(100e-6)
+
+
+def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
+    found = profile(bundle(BY_NAME["llama-tied"]), 1, 6, 8)
+    attended = [item for step in found.steps.values() for item in step.kernels if item.kind == "attention"]
+    assert sum(item.count for item in attended) == Bundle.open(bundle(BY_NAME["llama-tied"])).manifest.layers
+    assert set(found.engines) == {"shallow", "deep"}
+    assert found.token > sum(found.engines.values()) > 0
+    shown = table(found, 0)
+    assert "GroupQueryAttention" in shown
+    assert "between them" in shown
+
+
+def test_the_command_writes_json(bundle: Bundles, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    path = str(bundle(BY_NAME["t5-relu-tied"]))
+    result = CliRunner().invoke(
+        main, [path, "--tokens", "6", "--context", "4", "--threads", "1", "--json", str(out), "--force"]
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    assert found["settings"]["threads"] == 1
+    operators = {item["operator"] for item in found["profiles"][0]["steps"]["deep"]["kernels"]}
+    assert {"GroupQueryAttention", "MultiHeadAttention", "Gemm"} <= operators
+
+
+def test_what_cannot_be_profiled_is_refused(bundle: Bundles) -> None:
+    path = bundle(BY_NAME["llama-tied"])
+    with pytest.raises(OptionError, match="choose genai"):
+        profile_peer("hf", Bundle.open(path), None, 1, 4, 4)
+    with pytest.raises(OptionError, match="name it with --model"):
+        profile_peer("genai-int4", Bundle.open(path), None, 1, 4, 4)
+    result = CliRunner().invoke(main, [str(path), "--tokens", "2"])
+    assert "4 or more" in str(result.exception)

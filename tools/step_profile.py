@@ -1,0 +1,199 @@
+"""Where the time of a token goes in mode full: kernel by kernel, by ONNX Runtime's own profile.
+
+    python -m tools.step_profile BUNDLE [BUNDLE ...] [--against genai-int4] [--json FILE]
+
+Each bundle decodes twice, on the engines that a session runs: as it is, for the seconds of a token and of its engine
+calls, and with kernels noted. Noting takes longer than many a kernel, so what the fastest operator is noted with is
+taken off each. What is then left of the engines' time is between kernels: handing out work to threads,
+waking them, the executor. `--against` profiles onnxruntime-genai's model of the first bundle's checkpoint the same way.
+Run on an idle machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import click
+
+from freeexport.idle import require_idle
+from freeexport.machine import detect_machine
+from freeexport.peer_catalog import Peer, find_peer
+from freeexport.peer_environment import PeerError
+from freeexport.peer_model import Source, installed, peer_command, peer_model
+from runtime import Bundle, Session
+from runtime.engines import loading
+from runtime.engines.onnx import OnnxEngine
+from runtime.errors import OptionError
+from runtime.machine import usable_cores
+from tools.kernel_profile import KINDS, Step, read_step
+
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of a token (`token`), of its engine calls (`engines`, by name), and what these did (`steps`)."""
+
+    name: str
+    token: float
+    engines: Mapping[str, float]
+    steps: Mapping[str, Step]
+
+    @property
+    def outside(self) -> float:
+        return self.token - sum(self.engines.values())
+
+    def kernels(self) -> float:
+        return sum(step.seconds() for step in self.steps.values())
+
+
+@click.command(help=__doc__)
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--against", help="genai or genai-int4.")
+@click.option("--model", help="The checkpoint of the bundle, for --against.")
+@click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
+@click.option("--tokens", default=64, show_default=True, help="Tokens after it.")
+@click.option("--threads", type=int, help="[default: one for each physical core]")
+@click.option(
+    "--least", default=1.0, show_default=True, help="Percent of the kernels' time below which none is listed."
+)
+@click.option("--json", "output", type=click.Path(path_type=Path), help="Write everything here, too.")
+@click.option("--force", is_flag=True, help="Measure on a busy machine.")
+def main(
+    bundles: tuple[Path, ...], against: str | None, model: str | None, context: int, tokens: int, threads: int | None,
+    least: float, output: Path | None, force: bool,
+) -> None:  # fmt: skip
+    if tokens < 4:
+        raise OptionError(f"--tokens is {tokens}; take 4 or more, as the first of them bind and warm up")
+    idle = require_idle(force)
+    threads = threads or usable_cores()
+    found = [profile(path, threads, context, tokens) for path in bundles]
+    if against is not None:
+        found.append(profile_peer(against, Bundle.open(bundles[0]), model, threads, context, tokens))
+    settings = {
+        "cpu": detect_machine().cpu,
+        "threads": threads,
+        "context": context,
+        "tokens": tokens,
+        "onnxruntime": version("onnxruntime"),
+        "idle": idle,
+    }
+    for item in found:
+        click.echo(table(item, least / 100))
+    click.echo(", ".join(f"{name} {value}" for name, value in settings.items()))
+    if output is not None:
+        output.write_text(json.dumps({"settings": settings, "profiles": [asdict(item) for item in found]}, indent=2))
+
+
+def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
+    """Of a bundle. Raises what `Session` raises."""
+    tokens_and_engines = _timed(path, threads, context, tokens)
+    with tempfile.TemporaryDirectory() as directory:
+        with _noting(Path(directory)) as engines, Session(path, slots=1, threads=threads, cache="off") as session:
+            session.settle()
+            session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True)
+        files = {name: Path(engines[name].session.end_profiling()) for name in ("shallow", "deep")}
+        steps = {name: read_step(file, tokens - 2) for name, file in files.items()}
+    return Profile(path.name, tokens_and_engines.pop("token"), tokens_and_engines, steps)
+
+
+def _timed(path: Path, threads: int, context: int, tokens: int) -> dict[str, float]:
+    """Seconds of a token after the first, and of its engine calls: medians over rounds."""
+    rounds = []
+    with Session(path, slots=1, threads=threads, cache="off") as session:
+        session.settle()
+        for _ in range(ROUNDS + 1):
+            stats = session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True).stats
+            engines = {"shallow": stats.shallow_seconds, "deep": stats.deep_seconds}
+            rounds.append({**engines, "token": sum(engines.values()) + stats.overhead_seconds})
+    return {name: median(found[name] for found in rounds[1:]) / (tokens - 1) for name in rounds[0]}
+
+
+@contextmanager
+def _noting(directory: Path) -> Iterator[dict[str, OnnxEngine]]:
+    """The engines that are loaded meanwhile, by their names; they write profiles into `directory`."""
+    engines = {}
+
+    def load(path: Path, *given: Any, **options: Any) -> OnnxEngine:
+        engines[path.stem] = OnnxEngine(path, *given, profile=directory / path.stem, **options)
+        return engines[path.stem]
+
+    with mock.patch.object(loading, "OnnxEngine", load):
+        yield engines
+
+
+def _prompt(context: int) -> list[int]:
+    return [5 + number % 7 for number in range(context)]
+
+
+def profile_peer(name: str, bundle: Bundle, model: str | None, threads: int, context: int, tokens: int) -> Profile:
+    """Of onnxruntime-genai on the bundle's checkpoint. Raises OptionError, PeerError."""
+    peer, source = find_peer(name), Source.of(bundle.manifest, model)
+    if peer is None or not name.startswith("genai"):
+        raise OptionError(f"--against {name}: no profile can be had of it; choose genai or genai-int4")
+    if source is None:
+        raise OptionError("the checkpoint of the bundle is not at hand; name it with --model")
+    place = peer_model(peer, source, interpreter := installed(peer))
+    ask = partial(_ask, peer, interpreter, place, threads, context, tokens)
+    answers = ask(1 + ROUNDS, {})
+    token = median((times[-1] - times[0]) / (tokens - 1) for times in answers[1:])
+    with tempfile.TemporaryDirectory() as directory:
+        ask(1, {"profile": str(Path(directory) / "model")})
+        step = read_step(next(Path(directory).glob("model*.json")), tokens - 2)
+    return Profile(name, token, {"model": token}, {"model": step})
+
+
+def _ask(
+    peer: Peer, interpreter: Path, model: Path, threads: int, context: int, tokens: int, rounds: int, options: dict
+) -> list[list[float]]:
+    """Times at which tokens were known, of each round, from a process that comes to its end by itself."""
+    load = {"op": "load", "model": str(model), "threads": threads, "cpus": [], "options": {**peer.options, **options}}
+    generate = {"op": "generate", "prompt": _prompt(context), "tokens": tokens}
+    lines = "".join(json.dumps(request) + "\n" for request in [load, *[generate] * rounds])
+    done = subprocess.run(peer_command(peer, interpreter), input=lines, capture_output=True, text=True, check=False)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    failed = next((answer["error"] for answer in answers if "error" in answer), None)
+    if failed or len(answers) != rounds + 1:
+        raise PeerError(failed or f"it ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
+    return [answer["times"] for answer in answers[1:]]
+
+
+def table(found: Profile, least: float) -> str:
+    """Microseconds a token: by engine and kind, then each kernel above `least` of all their time."""
+    engines = sum(found.engines.values())
+    lines = [
+        f"{found.name}: a token {1e6 * found.token:.0f} us ({1 / found.token:.1f} tokens/s): "
+        + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in found.engines.items())
+        + f", outside {1e6 * found.outside:.0f}"
+    ]
+    for kind in (*KINDS, "glue"):
+        count = sum(kernel.count for step in found.steps.values() for kernel in step.kernels if kernel.kind == kind)
+        seconds = sum(step.seconds(kind) for step in found.steps.values())
+        lines.append(f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}")
+    between = engines - found.kernels()
+    lines.append(f"  {'between them':14} {'':14} {1e6 * between:8.0f} us {between / engines:6.1%}")
+    for name, step in found.steps.items():
+        lines.append(f"  {name}: noting a kernel took {1e6 * step.noting:.1f} us, taken off below")
+        for kernel in step.kernels:
+            own = step.own(kernel)
+            if own >= least * found.kernels():
+                each = f"{1e6 * own / kernel.count:8.1f} us each" if kernel.count else ""
+                lines.append(
+                    f"    {kernel.operator:33} {kernel.shape:16} {kernel.count:5.0f} {each} {1e6 * own:8.0f} us"
+                )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
