@@ -16,6 +16,7 @@ from freeexport.idle import require_idle
 from freeexport.output_file import check_writable, write_whole
 from freeexport.peer_catalog import PEERS
 from runtime.bundle import Bundle
+from runtime.errors import OptionError
 
 
 @click.command()
@@ -59,6 +60,7 @@ from runtime.bundle import Bundle
 @click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens for each prompt.")
 @click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Prompts used.")
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--device", default="cpu", show_default=True, help="Of the bundles: cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=click.IntRange(1), help="[default: one per physical core]")
 @click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw the speeds, too.")
@@ -97,6 +99,8 @@ def _benchmark(options: BenchOptions, plot: Path | None) -> tuple[dict[str, Any]
 
 
 def _costs(options: BenchOptions) -> tuple[dict[str, Any], str]:
+    if options.device != "cpu":
+        raise OptionError(f"--costs are those of the CPU; leave --device {options.device} out")
     bundle = Bundle.open(options.bundle)
     idle = require_idle(options.force)
     costs = cost_table.measure_in_child(bundle.path, options.count, options.rounds)

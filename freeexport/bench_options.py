@@ -7,6 +7,7 @@ from pathlib import Path
 
 from freeexport.peer_catalog import find_peer
 from freeexport.replay import exit_trace
+from runtime.device import Device
 from runtime.errors import OptionError
 from runtime.machine import usable_cores
 
@@ -30,10 +31,12 @@ class BenchOptions:
     tokens: int = 64
     samples: int = 4
     rounds: int = 5
+    device: str = "cpu"
     threads: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
+        Device.parse(self.device)
         if self.early_exit_draft and not self.checkpoints:
             raise OptionError("--early-exit-draft goes with --against MODEL; or use --against hf-early-exit")
         for name in ("against", "replay"):

@@ -33,6 +33,7 @@ def settings(bundle: Bundle, options: BenchOptions, prompts: int, idle: bool, tr
         "family": manifest.family,
         "exit_layer": f"{manifest.exit_layer} of {manifest.layers}",
         "threads": options.count,
+        "device": options.device,
         "batch": 1,
         "prompts": prompts,
         "tokens": options.tokens,
@@ -112,6 +113,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
         f"{used['cpu']}, {used['cores']} cores ({' '.join(used['cpu_features'])}), {human_bytes(used['memory'])}; "
         f"{used['threads']} threads read {found['bandwidth'] / 1e9:.1f} GB/s",
     ]
+    if used.get("device", "cpu") != "cpu":
+        lines.append(f"the bundles ran on {used['device']}, the others where they choose to")
     if rows:
         base = f"ratio: to {rows[0]['name']}"
         predicted = any(row["predicted"] for row in rows)

@@ -26,6 +26,7 @@ from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, exit_trace
 from freeexport.roofline import bandwidth_of, token_bytes
 from runtime.bundle import Bundle
+from runtime.device import Device, check_runnable
 from runtime.errors import FreeExportError, OptionError
 from runtime.prompt import encode_prompt
 from runtime.tokenizer import Tokenizer
@@ -37,6 +38,8 @@ _TRUTHS = ("transformers", "hf", "hf-compile")
 def benchmark(options: BenchOptions) -> Report:
     """Measure. Raises BusyMachineError where the machine is busy and `force` is not set, and FreeExportError."""
     bundles = [Bundle.open(path) for path in (options.bundle, *options.also)]
+    for bundle in bundles:
+        check_runnable(bundle.manifest, Device.parse(options.device))
     prompts = bench_prompts(bundles[0], options.data, options.samples)
     source = _source(options, bundles)
     contenders = contenders_of(options, bundles, source)
@@ -44,9 +47,9 @@ def benchmark(options: BenchOptions) -> Report:
     with progress("memory bandwidth"):
         bandwidth = bandwidth_of(options.count)
     context = round(fmean(map(len, prompts)))
-    costs = {
-        b.path: measured_in_child(b.path, options.count, options.tokens, context) for b in bundles if options.replay
-    }
+    # What a processor takes predicts nothing of a GPU.
+    predicts = bool(options.replay) and options.device == "cpu"
+    costs = {b.path: measured_in_child(b.path, options.count, options.tokens, context) for b in bundles if predicts}
     measured = measure(contenders, prompts, options.tokens, options.rounds)
     # Work that began in between spoils the figures as well.
     idle = idle and is_idle()
@@ -55,7 +58,7 @@ def benchmark(options: BenchOptions) -> Report:
     ours = {contender.name: contender for contender in contenders if isinstance(contender, Ours)}
     opened = {bundle.path: bundle for bundle in bundles}
     for number, row in enumerate(rows):
-        if row.name in ours:
+        if row.name in ours and options.device == "cpu":
             mine = ours[row.name]
             row = _with_roofline(row, mine, opened[mine.bundle], (context, options.tokens / 2), bandwidth)
             rows[number] = _with_prediction(row, mine, costs.get(mine.bundle), measured, ours)
@@ -114,7 +117,8 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
 
 
 def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
-    full = Ours(bundle.path, options.count, "full", precision=bundle.manifest.precision, label=label)
+    precision = bundle.manifest.precision
+    full = Ours(bundle.path, options.count, "full", precision=precision, label=label, device=options.device)
     limit = options.rollback_threshold
     modes = [
         replace(full, mode=mode, threshold=value, rollback_threshold=limit if mode == "rollback" else None)

@@ -81,6 +81,7 @@ class Ours:
     replay_name: str = ""
     drafts: float | None = None
     label: str = ""
+    device: str = "cpu"
     required: bool = True
 
     @property
@@ -98,6 +99,7 @@ class Ours:
             "threshold": self.threshold,
             "rollback_threshold": self.rollback_threshold,
             "drafts": self.drafts,
+            "device": self.device,
         }
         options = {name: value for name, value in given.items() if value is not None}
         return _own_server(), str(self.bundle), options if self.replay is None else {**options, "replay": self.replay}

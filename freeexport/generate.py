@@ -62,6 +62,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--early-stopping", is_flag=True, help="End the search once as many beams are finished.")
 @click.option("--num-return-sequences", type=click.IntRange(1), default=1, help="So many samples or beams, best first.")
 @click.option("--output-logprobs", is_flag=True, help="Also the log-probability of each token, in JSON.")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
@@ -74,6 +75,7 @@ def command(
     overwrite: bool,
     batch: int | None,
     chat: bool,
+    device: str,
     threads: int | None,
     capacity: int | None,
     num_return_sequences: int,
@@ -87,6 +89,7 @@ def command(
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
       freeexport generate bundle "Once upon a time" --mode lossless --temperature 0.8 --seed 1
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch 8 --deadline 60
+      freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
     if source is not None and (prompt is not None or target is None):
         raise click.UsageError("--input goes with --output and without PROMPT")
@@ -94,7 +97,8 @@ def command(
         raise click.UsageError("--output, --resume, --overwrite and --batch go with --input")
     if source is not None and target is not None and target.exists() and target.samefile(source):
         raise click.UsageError("--output is the same file as --input")
-    with _session(bundle, threads, capacity, 1 if source is None else batch or BATCH) as session:
+    slots = 1 if source is None else batch or BATCH
+    with _session(bundle, device=device, threads=threads, capacity=capacity, slots=slots) as session:
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
             if num_return_sequences == 1:
@@ -127,8 +131,8 @@ def _print_all(results: list[GenerationResult], as_json: bool) -> None:
 
 
 @contextmanager
-def _session(bundle: Path, threads: int | None, capacity: int | None, slots: int) -> Iterator[Session]:
-    with Session(bundle, threads=threads, capacity=capacity, slots=slots) as session:
+def _session(bundle: Path, slots: int, **options: Any) -> Iterator[Session]:
+    with Session(bundle, slots=slots, **options) as session:
         manifest = session.manifest
         if sys.stderr.isatty():
             rows = session.capacity + manifest.max_pending

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    """`options` are those of a generation, with `replay` a trace of exits or `drafts` a rate of right ones; or
-    `{"checkpoint": True}`."""
+    """`options` are those of a generation and the `device`, with `replay` a trace of exits or `drafts` a rate of right
+    ones; or `{"checkpoint": True}`."""
     if options.pop("checkpoint", False):
         return _transformers(path, threads, options)
     return _bundle(path, threads, options)
@@ -31,7 +31,7 @@ def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate,
     from runtime import Session
 
     trace, rate = options.pop("replay", None), options.pop("drafts", None)
-    given: dict[str, Any] = {"threads": threads, "slots": 1}
+    given: dict[str, Any] = {"threads": threads, "slots": 1, "device": options.pop("device", "cpu")}
     if rate is not None:
         return _drafting(DraftSession(path, **given), rate, options), {"versions": versions("onnxruntime", "numpy")}
     session = Session(path, **given) if trace is None else ReplaySession(Path(path), trace, **given)

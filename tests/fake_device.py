@@ -1,4 +1,4 @@
-"""A machine with a GPU: `tensorrt` and `cuda.bindings.runtime` are the fakes from here on."""
+"""Machines with a GPU that is not there: with TensorRT (`install`), or ONNX Runtime's CUDA provider (`Machine`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from fake_cuda import FakeCuda
 from fake_cuda_graphs import GraphCuda
+from fake_onnxruntime import FakeOnnxRuntime
 from fake_tensorrt import fake_tensorrt
 
 
+class Machine:
+    """Keyword arguments are those of FakeCuda."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> None:
+        self.cuda = FakeCuda(seed, **options)
+        self.onnxruntime = FakeOnnxRuntime(self.cuda)
+        monkeypatch.setattr("runtime.cuda._import_runtime", lambda: self.cuda)
+        for module in ("onnx", "cuda"):
+            monkeypatch.setattr(f"runtime.engines.{module}.import_onnxruntime", lambda: self.onnxruntime)
+
+
 def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, version: str = "11.4.0.106", **options: Any) -> GraphCuda:
-    """The device. Keyword arguments are those of GraphCuda. Its package `tensorrt` is in sys.modules."""
+    """The device: `tensorrt` and `cuda.bindings.runtime` are the fakes from here on, also in sys.modules. Keyword
+    arguments are those of GraphCuda."""
     fake = GraphCuda(seed, **options)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(fake, version))
     bindings = ModuleType("cuda.bindings")

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from checkpoints import CASES
 from click.testing import CliRunner, Result
+from command_errors import error
 from conftest import Bundles
+from fake_device import Machine
 
 from freeexport import cli
 from runtime import Session
@@ -95,3 +97,40 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
     result = generate("Hi", *arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
     assert message in result.stderr
+
+
+def on_a_gpu(path: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, ["generate", str(path), "Hi there", "--max-new-tokens", "8", *arguments])
+
+
+def test_a_device_is_where_the_session_runs(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle(CASE, target="cuda", precision="fp32")
+    expected = json.loads(on_a_gpu(path, "--json").stdout)
+    machine = Machine(monkeypatch)
+    result = on_a_gpu(path, "--json", "--device", "cuda:0")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["token_ids"] == expected["token_ids"]
+    assert machine.onnxruntime.runs > 0
+    assert machine.cuda.allocated == 0
+
+
+@pytest.mark.parametrize(
+    ("machine", "target", "device", "message"),
+    [
+        ({"driver": 0}, "cuda", "cuda:0", "no NVIDIA driver is loaded here"),
+        ({}, "cuda", "cuda:1", "device cuda:1 does not exist: this machine shows 1 CUDA devices"),
+        ({"free_bytes": 100_000}, "cuda", "cuda:0", "and 100000 are free"),
+        ({}, "cpu", "cuda:0", "convert again with --target cuda"),
+        ({}, "cuda", "gpu", "device is 'gpu'; choose 'cpu', or 'cuda:0'"),
+        (None, "cuda", "cuda:0", "needs ONNX Runtime with CUDA"),
+    ],
+)
+def test_a_device_that_cannot_be_had_is_one_line(
+    machine: Any, target: str, device: str, message: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle(CASE, target=target, precision="fp32")
+    if machine is not None:
+        Machine(monkeypatch, **machine)
+    result = on_a_gpu(path, "--device", device)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert message in error(result)

@@ -11,24 +11,13 @@ import pytest
 from checkpoints import PROMPTS
 from conftest import Bundles
 from device_cases import LLAMA, MODES, T5, both
-from fake_cuda import FakeCuda
-from fake_onnxruntime import CPU, FakeOnnxRuntime
+from fake_device import Machine
+from fake_onnxruntime import CPU
 
 from runtime import Session
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
-
-
-class Machine:
-    """A machine with a GPU that is not there."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> None:
-        self.cuda = FakeCuda(seed, **options)
-        self.onnxruntime = FakeOnnxRuntime(self.cuda)
-        monkeypatch.setattr("runtime.cuda._import_runtime", lambda: self.cuda)
-        for module in ("onnx", "cuda"):
-            monkeypatch.setattr(f"runtime.engines.{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 
 @pytest.fixture
