@@ -75,6 +75,7 @@ def new_manifest(
         copies=written.copies,
         quantization=written.quantization,
         target=engines.target,
+        compute=None if engines.target == "cpu" or written.quantization is None else engines.float_type,
     )
 
 
@@ -97,7 +98,7 @@ def head_copies(
 
 def _head_bits(engines: EngineOptions, quantization: Quantization | None) -> int:
     if quantization is None:
-        return 8 * int(engines.compute.itemsize)
+        return 32 if engines.float_type == "fp32" else 16
     return 4 if any(engine.head == "int4" for engine in quantization.engines) else 8
 
 

@@ -27,7 +27,7 @@ from graphs.weights import WeightFile
 from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
-from runtime.precision import HeadPrecision, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Range
 
 WEIGHTS = "weights.data"
 
@@ -64,7 +64,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
 
 
 def _verified(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:
-    if manifest.precision == "bf16":
+    if manifest.float_type == "bf16":
         click.echo("warning: bf16 engines run on a GPU only, so the bundle is not verified", err=True)
         return False
     return verify_in_child(directory, model, checkpoint, manifest)
@@ -180,7 +180,9 @@ ROUNDING_PAYS = 64 << 20
     help="Range of 8-bit weights: reduced for processors without 8-bit dot products (VNNI). auto: as here.",
 )
 @click.option("--head", type=click.Choice(get_args(HeadPrecision)),
-              help="Weights of the head, where the others are rounded.  [default: int8]")  # fmt: skip
+              help="Weights of the head, where the others are rounded.  [default: 8 bits]")  # fmt: skip
+@click.option("--compute", type=click.Choice(get_args(FloatType)),
+              help="What a GPU computes in, where weights are rounded.  [default: fp16]")  # fmt: skip
 @click.option(
     "--exit-vocab",
     type=ExitVocabularyType(),
@@ -232,7 +234,7 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
         return "threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold"
     rounded = (
         ""
-        if manifest.precision in ("fp32", "fp16")
+        if manifest.quantization is None
         else (f"; it was fitted in fp32, calibrate the bundle for the threshold of {manifest.precision}")
     )
     return f"threshold: {manifest.threshold:.4g}, calibrated{rounded}"

@@ -12,7 +12,7 @@ from graphs.errors import GraphError
 from runtime.errors import OptionError
 from runtime.machine import machine_int8_range
 from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
-from runtime.precision import HeadPrecision, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Range
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
@@ -22,11 +22,11 @@ DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
-    is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `exit_vocab` is how
-    many tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for
-    this checkpoint. `calibration` is the file that `freeexport
-    calibrate` wrote for this checkpoint. OptionError where two do not go together, or an exit vocabulary has no text;
-    GraphError for an encoder capacity under 1."""
+    is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `compute` is what
+    engines for a GPU with rounded weights compute in, None for fp16. `exit_vocab` is how many tokens the shallow head
+    knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this checkpoint.
+    `calibration` is the file that `freeexport calibrate` wrote for this checkpoint. OptionError where two do not go
+    together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -38,6 +38,7 @@ class ConvertOptions:
     max_pending: int = 16
     int8_range: Int8Range | Literal["auto"] = "auto"
     head: HeadPrecision | None = None
+    compute: FloatType | None = None
     exit_vocab: int | Path | Literal["all", "auto"] = "all"
     exit_vocab_text: Path | None = None
     calibration: Path | None = None
@@ -75,5 +76,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         target=options.target,
         confidence=options.confidence,
         head=options.head,
+        compute=options.compute,
         int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
     )

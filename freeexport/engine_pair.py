@@ -41,7 +41,7 @@ class EnginePair:
 
     def _cache(self, layers: range) -> KVCache:
         manifest = self.manifest
-        dtype = np.float16 if manifest.precision == "fp16" else np.float32
+        dtype = np.float16 if manifest.float_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
         return KVCache(layers, self.rows, manifest.kv_heads, length, manifest.head_dim, dtype)
 

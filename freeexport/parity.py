@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 # Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
 # Weights in 8 and 4 bits differ everywhere: the root mean square of the difference as a share of that of the reference.
-ROUNDED_TOLERANCE = {"int8": 0.15, "mixed": 0.4, "int4": 0.5}
+ROUNDED_TOLERANCE = {"int8": 0.15, "fp8": 0.3, "mixed": 0.4, "int4": 0.5}
 # A row alone and among others rounds its activations alike, but for the last bit of attention, which now and then
 # tips one over to the next of 255 steps.
 ROUNDED_NOISE = 5e-2
@@ -101,10 +101,13 @@ def engine_checks(
 
     `exit_head` is the reference of an exit with parameters of its own: hidden states [N, d] -> logits [N, V].
     """
-    precision = bundle.manifest.precision
+    manifest = bundle.manifest
+    precision = manifest.precision
     distance = _error if precision in TOLERANCE else _mean_error
     tolerance = TOLERANCE[precision] if precision in TOLERANCE else ROUNDED_TOLERANCE[precision]
-    noise = TOLERANCE.get(precision, ROUNDED_NOISE)
+    # For a GPU weights are rounded, and activations are not.
+    exact = manifest.quantization is None or manifest.target != "cpu"
+    noise = TOLERANCE[manifest.float_type] if exact else ROUNDED_NOISE
     cross, encoded = encode(bundle, batch)
     reference = Reference.of(model, bundle.manifest.exit_layer, batch, exit_head) if model is not None else None
     if reference is not None and encoded is not None and reference.encoded is not None:

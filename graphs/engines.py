@@ -21,21 +21,22 @@ from graphs.layers import decoder_layers, encoder_layers
 from graphs.ort_dialect import OrtDialect, check_head_size
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.plan import PLANS, plan_for
+from graphs.quantization.plan import ROUNDING, Plan
 from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision, Target
 from runtime.manifest import Dialect as DialectName
-from runtime.precision import HeadPrecision, Int8Range, Quantization
+from runtime.precision import FloatType, HeadPrecision, Int8Range, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
 TARGETS: dict[Target, tuple[DialectName | None, tuple[Precision, ...]]] = {
     "cpu": (None, ("fp32", "int8", "int4", "mixed", "fp16")),
-    "cuda": ("standard", ("fp16", "bf16", "fp32")),
-    "tensorrt": ("standard", ("fp16", "bf16")),
+    "cuda": ("standard", ("fp16", "bf16", "fp32", "int8", "int4")),
+    "tensorrt": ("standard", ("fp16", "bf16", "int8", "fp8", "int4")),
 }
+FLOAT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 
@@ -43,7 +44,8 @@ FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 class EngineOptions:
     """What is decided when engines are built. GraphError where a value is out of range.
 
-    `exit_tokens`, ascending, are those that the shallow head knows; empty for all.
+    `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
+    where weights are rounded for a GPU, None for its first.
     """
 
     exit_layer: int
@@ -56,6 +58,7 @@ class EngineOptions:
     head: HeadPrecision | None = None
     exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
+    compute: FloatType | None = None
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
@@ -69,16 +72,15 @@ class EngineOptions:
             raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
         if not 1 <= self.max_pending <= 256:
             raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
-        if self.head is not None and self.precision not in PLANS:
-            raise GraphError(
-                f"precision {self.precision} rounds nothing; --head {self.head} goes with {', '.join(PLANS)}"
-            )
+        if self.head is not None and self.plan is None:
+            rounding = ", ".join(ROUNDING[self.target].plans)
+            raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
         self._check_target(description)
         if self.dialect == "ort":
             check_head_size(description.attention)
-        elif self.precision in PLANS:
+        elif self.target == "cpu" and self.plan is not None:
             raise GraphError(
                 f"precision {self.precision} needs operators of ONNX Runtime; choose --dialect ort, or fp32 or fp16"
             )
@@ -97,9 +99,31 @@ class EngineOptions:
                 f"target {self.target} has no precision {self.precision}; choose --precision {' or '.join(precisions)}"
             )
 
+        self._check_compute()
+
+    def _check_compute(self) -> None:
+        types = [name for name in TARGETS[self.target][1] if name in FLOAT_TYPES]
+        if self.compute is not None and (self.plan is None or self.target == "cpu"):
+            raise GraphError(
+                f"--compute {self.compute} is for weights that are rounded for a GPU, not for precision "
+                f"{self.precision} of target {self.target}; leave it out"
+            )
+        if self.compute not in (None, *types):
+            raise GraphError(f"target {self.target} does not compute in {self.compute}; choose {' or '.join(types)}")
+
     @property
-    def compute(self) -> ir.DataType:
-        return {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}.get(self.precision, FLOAT)
+    def plan(self) -> Plan | None:
+        """How weights are rounded; None where they are not."""
+        return ROUNDING[self.target].plan(self.precision, self.head)
+
+    @property
+    def float_type(self) -> FloatType:
+        """Of activations, and of weights that are not rounded."""
+        if self.precision in ("fp32", "fp16", "bf16"):
+            return self.precision
+        if self.target == "cpu":
+            return "fp32"
+        return self.compute or "fp16"
 
 
 class EngineBuilder:
@@ -112,8 +136,8 @@ class EngineBuilder:
         check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
-        self._plan = plan_for(options.precision, options.head)
-        self._quantizer = Quantizer(weights, options.int8_range)
+        self._plan, self._rounding = options.plan, ROUNDING[options.target]
+        self._quantizer = Quantizer(weights, self._rounding.scheme(options.int8_range))
 
     @property
     def quantization(self) -> Quantization | None:
@@ -188,12 +212,15 @@ class EngineBuilder:
 
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
         wanted = plan.wanted(engine, self.description, head)
-        linears = QuantizeLinears(self._quantizer, engine, plan.linears(engine), wanted, head)
+        products = self._rounding.products
+        linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
+        if not self._rounding.embedding:
+            return [linears]
         table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
         return [linears, QuantizeEmbedding(self._quantizer, table)] if table else [linears]
 
     def _graph(self, name: str) -> Graph:
-        return Graph(name, self._source, self._weights, self.options.compute)
+        return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
 
     def _dialect(self, graph: Graph, call: Call) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size

@@ -60,13 +60,12 @@ class WeightFile:
     def _write(self, name: str, dtype: ir.DataType, array: np.ndarray) -> ir.ExternalTensor:
         array = np.ascontiguousarray(_cast(name, array, dtype))
         # By content too: checkpoints store tied weights under several names, and operators want them in other shapes.
-        # As bytes: numpy gives no buffer of bfloat16.
-        raw = array.reshape(-1).view(np.uint8)
+        raw = _raw(array, dtype)
         content = (hashlib.sha256(raw.data).digest(), raw.nbytes)
         if content not in self._places:
             self._places[content] = self._append(raw)
         shape = ir.Shape(array.shape)
-        return ir.ExternalTensor(self.path.name, self._places[content], array.nbytes, dtype, shape=shape, name=name)
+        return ir.ExternalTensor(self.path.name, self._places[content], raw.nbytes, dtype, shape=shape, name=name)
 
     def _append(self, array: np.ndarray) -> int:
         align = PAGE if array.nbytes >= BIG else CACHE_LINE
@@ -75,6 +74,16 @@ class WeightFile:
         self._file.write(array.data)
         self.bytes += array.nbytes
         return offset
+
+
+def _raw(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:
+    """As bytes: numpy gives no buffer of bfloat16. Of two values of 4 bits the first is in the low half of a byte."""
+    raw: np.ndarray = array.reshape(-1).view(np.uint8)
+    if dtype.bitwidth != 4:
+        return raw
+    low, high = raw[0::2] & 15, raw[1::2] & 15
+    low[: len(high)] |= high << 4
+    return low
 
 
 def _cast(name: str, array: np.ndarray, dtype: ir.DataType) -> np.ndarray:

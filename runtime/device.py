@@ -57,7 +57,7 @@ CPU = Device()
 
 def check_runnable(manifest: Manifest, device: Device) -> None:
     """EngineError for a bundle whose graphs this device's provider has no operators for."""
-    if device.index is None and manifest.precision == "bf16":
+    if device.index is None and manifest.float_type == "bf16":
         raise EngineError("bf16 engines run on a GPU only; choose device='cuda:0', or convert with --precision fp32")
     if device.index is not None and manifest.target == "cpu":
         raise EngineError(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from runtime.errors import BundleError
 from runtime.exit_vocabulary import ExitVocabulary
-from runtime.precision import Quantization
+from runtime.precision import FloatType, Quantization
 from runtime.schema import Reader
 
 SCHEMA_VERSION = 1
@@ -24,7 +24,7 @@ HASH = "manifest_sha256"
 OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.3
 
 ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int4", "mixed"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
 Dialect = Literal["ort", "standard"]
 Target = Literal["cpu", "cuda", "tensorrt"]
 
@@ -55,7 +55,8 @@ class Manifest:
     `threshold` 1.0 means not calibrated: nothing exits. `quantization` is None where no weight was rounded, and
     `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
     `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
-    `freeexport tune` chose fewer than there is room for.
+    `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
+    are rounded for a GPU, None elsewhere; see `float_type`.
     """
 
     schema_version: int
@@ -91,6 +92,7 @@ class Manifest:
     rollback_threshold: float | None = None
     target: Target = "cpu"
     tuned_max_pending: int | None = None
+    compute: FloatType | None = None
 
     @property
     def encoder_decoder(self) -> bool:
@@ -105,9 +107,16 @@ class Manifest:
         return range(self.exit_layer, self.layers)
 
     @property
+    def float_type(self) -> FloatType:
+        """Of activations, the KV cache, and weights that are not rounded."""
+        if self.compute is not None:
+            return self.compute
+        return self.precision if self.precision in ("fp16", "bf16") else "fp32"
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one position takes in the self-attention caches of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (2 if self.precision in ("fp16", "bf16") else 4)
+        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.float_type == "fp32" else 2)
 
     @property
     def kv_bytes_per_sequence(self) -> int:

@@ -76,7 +76,7 @@ class Placement:
 
 def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) -> Sizes:
     """What a KVCache is made with. numpy has no bfloat16: its bits are uint16."""
-    dtype = {"fp16": np.float16, "bf16": np.uint16}.get(manifest.precision, np.float32)
+    dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
 
 

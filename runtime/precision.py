@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# int8: weights by output channel, activations by row. int8-block and int4: blocks along the inputs.
-TensorFormat = Literal["fp32", "int8", "int8-block", "int4"]
+# int8: weights by output channel, activations by row. int8-block and int4: blocks along the inputs. For TensorRT
+# weights alone are rounded: int8 and fp8 by output channel, int4 in blocks.
+TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp8"]
+FloatType = Literal["fp32", "fp16", "bf16"]
 Int8Range = Literal["full", "reduced"]
 # Of a head whose model is rounded: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]

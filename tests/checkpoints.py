@@ -284,3 +284,9 @@ LARGER: tuple[Case, ...] = (
     _t5("t5-larger-tied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512, tie_word_embeddings=True),
     _t5("t5-larger-untied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512),
 )
+
+# And so wide that beside their weights what TensorRT adds to an engine is small.
+WIDE: tuple[Case, ...] = (
+    _llama("llama-wide", (1,), vocab_size=8192, hidden_size=512, intermediate_size=1536),
+    _t5("t5-wide", (1,), vocab_size=8192, d_model=512, d_kv=64, d_ff=2048, num_heads=8),
+)

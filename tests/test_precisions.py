@@ -85,15 +85,15 @@ def test_the_standard_dialect_has_no_operators_for_it(
 def test_an_unknown_precision_is_a_usage_error(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["convert", "x", str(tmp_path / "out"), "--precision", "int2"])
     assert result.exit_code == 2
-    assert "'fp32', 'fp16', 'bf16', 'int8', 'int4', 'mixed'" in result.stderr
+    assert "'fp32', 'fp16', 'bf16', 'int8', 'fp8', 'int4', 'mixed'" in result.stderr
 
 
 def test_a_kept_tensor_is_recorded_and_shown(
     checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphs.quantization import quantizer
+    from graphs.quantization import scheme
 
-    monkeypatch.setitem(quantizer.LIMITS, "int4", 0.0785)
+    monkeypatch.setitem(scheme.LIMITS, "int4", 0.0785)
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
     result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--no-verify", "--no-measure"])
     assert result.exit_code == 0, result.output

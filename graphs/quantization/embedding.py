@@ -7,7 +7,8 @@ from onnx_ir.tape import Tape
 
 from graphs.graph import MICROSOFT
 from graphs.initializers import drop_unused, external, unread
-from graphs.quantization.quantizer import BLOCK, Quantizer
+from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.scheme import BLOCK
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):

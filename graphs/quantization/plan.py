@@ -1,25 +1,33 @@
-"""Which format the weights of each engine get at a precision."""
+"""Which format the weights of each engine get at a precision, and how they are rounded and multiplied with."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+
+import onnx_ir as ir
 
 from graphs.description import Description, Encoder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
-from runtime.manifest import Precision
-from runtime.precision import HeadPrecision, TensorFormat
+from graphs.quantization.linears import Products
+from graphs.quantization.ort_products import OrtProducts
+from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
+from graphs.quantization.widened_products import WidenedProducts
+from runtime.manifest import Precision, Target
+from runtime.precision import HeadPrecision, Int8Range, TensorFormat
 
 
 @dataclass(frozen=True)
 class Plan:
     """Formats of linear layers: `prompt` in encoder and prologue, which run many rows at once; the two decoders'; and
-    `head`, of both."""
+    `head`, of both. `downs`: of what reads an MLP's activation, where others are "int8" and it is not."""
 
     prompt: TensorFormat
     shallow: TensorFormat
     deep: TensorFormat
     head: TensorFormat
+    downs: TensorFormat | None = None
 
     def linears(self, engine: str) -> TensorFormat:
         formats = {"shallow": self.shallow, "deep": self.deep}
@@ -28,32 +36,72 @@ class Plan:
     def wanted(self, engine: str, description: Description, head: str) -> Callable[[str], TensorFormat]:
         """The format of a weight by its name, for one engine; `head` is the name of the weight of its head."""
         linears = self.linears(engine)
-        # What comes out of an MLP's activation has outliers, which spoil a scale that a whole row shares.
-        downs = _downs(description) if linears == "int8" else frozenset()
+        downs = _downs(description) if linears == "int8" and self.downs else frozenset()
 
         def format_of(weight: str) -> TensorFormat:
             if weight in (ADAPTER_DOWN, ADAPTER_UP):
                 return "fp32"
             if weight == head:
                 return self.head
-            return "int8-block" if weight in downs else linears
+            return self.downs if self.downs and weight in downs else linears
 
         return format_of
 
 
-# 4 bits are the fastest for one row, 8 bits by row for several; a head of 4 bits costs the most quality
+@dataclass(frozen=True)
+class Rounding:
+    """How a target has weights rounded: plans by precision; what 8 bits of a head are; the scheme for a range of 8-bit
+    weights; and the products that read them. `embedding`: the table that tokens are looked up in is rounded too."""
+
+    plans: dict[Precision, Plan]
+    head: TensorFormat
+    scheme: Callable[[Int8Range], Scheme]
+    products: Callable[[ir.Graph], Products]
+    embedding: bool = False
+
+    def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
+        """None for a precision that rounds nothing."""
+        plan = self.plans.get(precision)
+        if plan is None or head is None:
+            return plan
+        return replace(plan, head="int4" if head == "int4" else self.head)
+
+
+# Activations are rounded as well. What comes out of an MLP's activation has outliers, which spoil a scale that a whole
+# row shares. 4 bits are the fastest for one row, 8 bits by row for several; a head of 4 bits costs the most quality
 # (docs/precision.md).
-PLANS: dict[Precision, Plan] = {
-    "int8": Plan("int8", "int8", "int8", "int8-block"),
-    "int4": Plan("int8", "int4", "int4", "int8-block"),
-    "mixed": Plan("int8", "int4", "int8", "int8-block"),
-}
-
-
-def plan_for(precision: Precision, head: HeadPrecision | None) -> Plan | None:
-    """None for a precision that rounds nothing."""
-    plan = PLANS.get(precision)
-    return replace(plan, head="int4") if plan is not None and head == "int4" else plan
+_CPU = Rounding(
+    {
+        "int8": Plan("int8", "int8", "int8", "int8-block", "int8-block"),
+        "int4": Plan("int8", "int4", "int4", "int8-block", "int8-block"),
+        "mixed": Plan("int8", "int4", "int8", "int8-block", "int8-block"),
+    },
+    head="int8-block",
+    scheme=IntegerScheme,
+    products=OrtProducts,
+    embedding=True,
+)
+# Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
+_CUDA = Rounding(
+    {
+        "int8": Plan("int8-block", "int8-block", "int8-block", "int8-block"),
+        "int4": Plan("int8-block", "int4", "int4", "int8-block"),
+    },
+    head="int8-block",
+    scheme=lambda range_: IntegerScheme(by_row=False),
+    products=partial(OrtProducts, rounds_activations=False),
+)
+_TENSORRT = Rounding(
+    {
+        "int8": Plan("int8", "int8", "int8", "int8"),
+        "fp8": Plan("fp8", "fp8", "fp8", "fp8"),
+        "int4": Plan("int8", "int4", "int4", "int8"),
+    },
+    head="int8",
+    scheme=lambda range_: SymmetricScheme(),
+    products=WidenedProducts,
+)
+ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}
 
 
 def _downs(description: Description) -> frozenset[str]:

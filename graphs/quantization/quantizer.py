@@ -8,22 +8,23 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits, round_channels
+from graphs.quantization.rounding import Rounded, round_8_bits
+from graphs.quantization.scheme import BLOCK, Scheme
 from graphs.weights import WeightFile
-from runtime.precision import EnginePrecision, HigherTensor, Int8Range, Quantization, TensorFormat
+from runtime.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
 
-# Relative errors of a weight above which it gets the next higher format. Weights that are spread like a bell lose 0.078
-# in 4 bits, 0.008 in 8 by channel, or 0.016 with the range halved; outliers, alone in their channel, cost more.
-LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8": 0.03, "int8-block": 0.03}
-NEXT: dict[TensorFormat, TensorFormat] = {"int4": "int8", "int8": "int8-block", "int8-block": "fp32"}
-# 4 bits come in blocks of 32, or larger ones where a weight bears it: 16 would take half as long again.
-BLOCK, LARGER_BLOCKS, EASY = 32, (64, 128), 0.06
+FLOATS: dict[ir.DataType, TensorFormat] = {
+    ir.DataType.FLOAT: "fp32",
+    ir.DataType.FLOAT16: "fp16",
+    ir.DataType.BFLOAT16: "bf16",
+}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in the weight file: the operands of the operator for its format, or none for "fp32", which stays where
-    it is. `lost` is its relative error in the format that was wanted, `error` in the one that it got."""
+    """A weight in the weight file: the operands of the operator for its format, or none where it stays as it is, in
+    fp32 or what its engine computes in. `lost` is its relative error in the format that was wanted, `error` in the one
+    that it got."""
 
     format: TensorFormat
     operands: tuple[ir.ExternalTensor, ...]
@@ -32,24 +33,30 @@ class Stored:
     lost: float
     error: float
 
+    @property
+    def rounded(self) -> bool:
+        return bool(self.operands)
+
 
 class Quantizer:
     """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them."""
 
-    def __init__(self, weights: WeightFile, int8_range: Int8Range) -> None:
-        self.int8_range = int8_range
-        self._weights = weights
+    def __init__(self, weights: WeightFile, scheme: Scheme) -> None:
+        self._weights, self._scheme = weights, scheme
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._engines: list[EnginePrecision] = []
         self._higher: list[HigherTensor] = []
 
     def store(self, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
-        """A float32 tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit."""
+        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit. Scales are of
+        the tensor's type."""
         assert tensor.name is not None
-        key = (tensor.name, wanted)
-        if key not in self._stored:
-            self._stored[key] = self._choose(tensor.name, tensor.numpy(), wanted)
-        return self._stored[key]
+        kind = FLOATS[tensor.dtype]
+        # Scales of another type mean other values.
+        name = tensor.name if kind == "fp32" else f"{tensor.name}.{kind}"
+        if (name, wanted) not in self._stored:
+            self._stored[name, wanted] = self._choose(name, tensor, wanted)
+        return self._stored[name, wanted]
 
     def store_table(self, tensor: ir.LazyTensor) -> Stored:
         """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks of 32, and their scales."""
@@ -70,31 +77,21 @@ class Quantizer:
 
     @property
     def report(self) -> Quantization:
-        return Quantization(self.int8_range, tuple(self._engines), tuple(self._higher))
+        return Quantization(self._scheme.int8_range, tuple(self._engines), tuple(self._higher))
 
-    def _choose(self, name: str, array: np.ndarray, wanted: TensorFormat) -> Stored:
-        format_, lost = wanted, None
-        while format_ != "fp32":
-            rounded, block = self._round(array, format_)
+    def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
+        format_: TensorFormat | None = wanted
+        scheme = self._scheme
+        lost: float | None = None
+        # What a graph reads is float32, whatever type it is written in.
+        array = tensor.numpy()
+        while format_ is not None and format_ in scheme.limits:
+            rounded, block = scheme.round(array, format_, tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
-            if rounded.error <= LIMITS[format_]:
+            if rounded.error <= scheme.limits[format_]:
                 return self._write(name, format_, rounded, block, lost)
-            format_ = NEXT[format_]
-        return Stored("fp32", (), 0, array.nbytes, lost or 0.0, 0.0)
-
-    def _round(self, array: np.ndarray, format_: TensorFormat) -> tuple[Rounded, int]:
-        if format_ == "int8":
-            return round_channels(array, self.int8_range), 0
-        if format_ == "int8-block":
-            return round_8_bits(array, BLOCK), BLOCK
-        rounded, block = round_4_bits(array, BLOCK), BLOCK
-        for larger in LARGER_BLOCKS:
-            if rounded.error > EASY:
-                break
-            candidate = round_4_bits(array, larger)
-            if candidate.error <= EASY:
-                rounded, block = candidate, larger
-        return rounded, block
+            format_ = scheme.higher.get(format_)
+        return Stored(FLOATS[tensor.dtype], (), 0, tensor.nbytes, lost or 0.0, 0.0)
 
     def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
         parts = {"data": rounded.data, "scales": rounded.scales, "zero_points": rounded.zero_points}

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from graphs.quantization.pieces import pieces, relative, total
+from graphs.quantization.scales import at_least
 from runtime.precision import Int8Range
 
 # The largest weight in 8 bits. Processors that add pairs of products in 16 bits overflow beyond 64.
 PEAK = {"full": 127, "reduced": 63}
 # How far the range of 4 bits is pulled in: clipping the ends of a block costs less than coarse steps for all of it.
 CLIPS = (1.0, 0.92, 0.85, 0.78)
-# Values rounded at once: a few temporaries of this size are all the memory that rounding takes.
-CHUNK = 1 << 20
+FLOAT32 = np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """`data`, float32 `scales` and `zero_points` (None where they are the middle of the range) as an operator wants
+    """`data`, `scales` and `zero_points` (None where they are the middle of the range) as an operator wants
     them, and the relative error |W - rounded W| / |W|."""
 
     data: np.ndarray
@@ -32,57 +32,58 @@ def round_channels(weight: np.ndarray, range_: Int8Range) -> Rounded:
     """[outputs, inputs] float32 -> int8 [inputs, outputs] and a scale for each output."""
     peak = PEAK[range_]
     data = np.empty(weight.shape[::-1], np.int8)
-    scales = _positive(np.abs(weight).max(axis=1) / peak)
+    scales = at_least(np.abs(weight).max(axis=1) / peak, FLOAT32)
     lost = 0.0
-    for rows in _pieces(weight):
+    for rows in pieces(weight):
         steps = weight[rows] / scales[rows, None]
         rounded = np.rint(steps)
         data[:, rows] = rounded.T
-        lost += _sum(np.square((steps - rounded) * scales[rows, None]))
-    return Rounded(data, scales, None, _relative(lost, weight))
+        lost += total(np.square((steps - rounded) * scales[rows, None]))
+    return Rounded(data, scales, None, relative(lost, weight))
 
 
-def round_8_bits(weight: np.ndarray, block: int) -> Rounded:
-    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block], and scales [outputs, blocks].
+def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
+    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block], and scales [outputs, blocks] of a type.
 
     A value v stands for (v - 128) * scale. The last block is filled up with zeros.
     """
     data = np.empty(_blocked(weight, block), np.uint8)
-    scales = np.empty(data.shape[:2], np.float32)
+    scales = np.empty(data.shape[:2], type_)
     lost = 0.0
-    for rows in _pieces(weight):
+    for rows in pieces(weight):
         piece = _in_blocks(weight[rows], block)
-        scales[rows] = _positive(np.abs(piece).max(-1) / 127)
-        steps = np.rint(piece / scales[rows, :, None])
+        scales[rows] = at_least(np.abs(piece).max(-1) / 127, type_)
+        scale = scales[rows, :, None].astype(np.float32)
+        steps = np.rint(piece / scale)
         data[rows] = steps + 128
-        lost += _sum(np.square(steps * scales[rows, :, None] - piece))
-    return Rounded(data, scales, None, _relative(lost, weight))
+        lost += total(np.square(steps * scale - piece))
+    return Rounded(data, scales, None, relative(lost, weight))
 
 
-def round_4_bits(weight: np.ndarray, block: int) -> Rounded:
-    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block / 2], scales [outputs, blocks], and packed zero
-    points uint8 [outputs, (blocks + 1) // 2].
+def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
+    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block / 2], scales [outputs, blocks] of a type, and packed
+    zero points uint8 [outputs, (blocks + 1) // 2].
 
     A value v stands for (v - zero point) * scale. Of two values in a byte, the first is in the low half.
     """
     outputs, blocks, _ = _blocked(weight, block)
     data = np.empty((outputs, blocks, block // 2), np.uint8)
-    scales = np.empty((outputs, blocks), np.float32)
+    scales = np.empty((outputs, blocks), type_)
     zeros = np.zeros((outputs, blocks + blocks % 2), np.uint8)
     lost = 0.0
-    for rows in _pieces(weight):
-        values, scales[rows], zeros[rows, :blocks], errors = _best_clip(_in_blocks(weight[rows], block))
+    for rows in pieces(weight):
+        values, scales[rows], zeros[rows, :blocks], errors = _best_clip(_in_blocks(weight[rows], block), type_)
         data[rows] = _pack(values)
-        lost += _sum(errors)
-    return Rounded(data, scales, _pack(zeros), _relative(lost, weight))
+        lost += total(errors)
+    return Rounded(data, scales, _pack(zeros), relative(lost, weight))
 
 
-def _best_clip(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def _best_clip(piece: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """[n, blocks, block] -> uint8 values; scales, zero points and squared errors [n, blocks] of each block's best."""
     low, high = np.minimum(piece.min(-1), 0), np.maximum(piece.max(-1), 0)
-    best = _round_between(piece, low, high)
+    best = _round_between(piece, low, high, type_)
     for clip in CLIPS[1:]:
-        found = _round_between(piece, low * np.float32(clip), high * np.float32(clip))
+        found = _round_between(piece, low * np.float32(clip), high * np.float32(clip), type_)
         better = found[-1] < best[-1]
         for chosen, candidate in zip(best, found, strict=True):
             chosen[better] = candidate[better]
@@ -90,16 +91,17 @@ def _best_clip(piece: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
 
 
 def _round_between(
-    piece: np.ndarray, low: np.ndarray, high: np.ndarray
+    piece: np.ndarray, low: np.ndarray, high: np.ndarray, type_: np.dtype
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """16 even steps from `low` to `high` [n, blocks], then the scale that fits the values best (least squares)."""
-    scale = _positive((high - low) / 15)
+    scale = at_least((high - low) / 15, FLOAT32)
     zero = np.clip(np.rint(-low / scale), 0, 15)
     values = np.clip(np.rint(piece / scale[..., None]) + zero[..., None], 0, 15)
     steps = values - zero[..., None]
     power = np.square(steps).sum(-1)
-    fitted = np.where(power > 0, (steps * piece).sum(-1) / np.maximum(power, 1), scale).astype(np.float32)
-    errors = np.square(steps * fitted[..., None] - piece).sum(-1)
+    fitted = np.where(power > 0, (steps * piece).sum(-1) / np.maximum(power, 1), scale)
+    fitted = at_least(fitted.astype(np.float32), type_)
+    errors = np.square(steps * fitted[..., None].astype(np.float32) - piece).sum(-1)
     return values.astype(np.uint8), fitted, zero.astype(np.uint8), errors
 
 
@@ -120,24 +122,3 @@ def _in_blocks(rows: np.ndarray, block: int) -> np.ndarray:
     padded = np.zeros((count, blocks * block), np.float32)
     padded[:, : rows.shape[1]] = rows
     return padded.reshape(count, blocks, block)
-
-
-def _positive(scales: np.ndarray) -> np.ndarray:
-    """A scale of 0, of weights that are all 0, would divide by it."""
-    return np.where(scales > 0, scales, 1).astype(np.float32)
-
-
-def _pieces(weight: np.ndarray) -> Iterator[slice]:
-    """Rows in pieces of about CHUNK values."""
-    rows = max(1, CHUNK // weight.shape[1])
-    for start in range(0, len(weight), rows):
-        yield slice(start, min(start + rows, len(weight)))
-
-
-def _relative(lost: float, weight: np.ndarray) -> float:
-    total = sum(_sum(np.square(weight[rows])) for rows in _pieces(weight))
-    return float(np.sqrt(lost / total)) if total > 0 else 0.0
-
-
-def _sum(squares: np.ndarray) -> float:
-    return float(squares.sum(dtype=np.float64))

@@ -43,6 +43,8 @@ def run(*arguments: object) -> Result:
         ({"target": "cuda", "precision": "fp32"}, ("cuda", "standard", "fp32")),
         ({"target": "tensorrt"}, ("tensorrt", "standard", "fp16")),
         ({"target": "tensorrt", "precision": "bf16"}, ("tensorrt", "standard", "bf16")),
+        ({"target": "tensorrt", "precision": "fp8"}, ("tensorrt", "standard", "fp8")),
+        ({"target": "cuda", "precision": "int4"}, ("cuda", "standard", "int4")),
     ],
 )
 def test_a_target_decides_what_is_left_open(options: dict[str, str], expected: Any, bundle: Bundles) -> None:
@@ -55,7 +57,13 @@ def test_a_target_decides_what_is_left_open(options: dict[str, str], expected: A
     [
         (("--target", "cuda", "--dialect", "ort"), "target cuda needs dialect standard, not ort; leave --dialect out"),
         (("--target", "tensorrt", "--precision", "fp32"), "tensorrt has no precision fp32; choose --precision fp16 or"),
-        (("--target", "cuda", "--precision", "int8"), "target cuda has no precision int8"),
+        (("--target", "cuda", "--precision", "fp8"), "target cuda has no precision fp8"),
+        (("--target", "cuda", "--compute", "bf16"), "--compute bf16 is for weights that are rounded for a GPU"),
+        (("--precision", "int8", "--compute", "fp16"), "not for precision int8 of target cpu"),
+        (
+            ("--target", "tensorrt", "--precision", "int8", "--compute", "fp32"),
+            "target tensorrt does not compute in fp32; choose fp16 or bf16",
+        ),
         (("--target", "cpu", "--precision", "bf16"), "target cpu has no precision bf16"),
     ],
 )

@@ -18,7 +18,9 @@ from test_engines import every, pair_of, tokens
 from graphs.graph import IR_VERSION, OPSET, Graph
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.ort_products import OrtProducts
 from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle import Bundle
 from runtime.precision import TensorFormat
@@ -66,7 +68,8 @@ def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> C
     operands = [x, graph.weight("w")] + ([graph.weight("b")] if bias else [])
     graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
     path = weights.path.parent / "g.onnx"
-    graph.save(path, [QuantizeLinears(Quantizer(weights, "full"), "deep", format_, lambda name: format_, "head")])
+    quantizer = Quantizer(weights, IntegerScheme())
+    graph.save(path, [QuantizeLinears(quantizer, OrtProducts, "deep", format_, lambda name: format_, "head")])
     weights.flush()
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -128,17 +131,19 @@ def model_of(weights: WeightFile, **attributes: int) -> ir.Model:
 
 
 def test_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
-    linears = QuantizeLinears(Quantizer(weights, "full"), "deep", "int8", lambda name: "int8", "head")
+    linears = QuantizeLinears(
+        Quantizer(weights, IntegerScheme()), OrtProducts, "deep", "int8", lambda name: "int8", "head"
+    )
     with pytest.raises(ir.passes.PreconditionError):
         linears(model_of(weights))
     with pytest.raises(ir.passes.PreconditionError):
-        QuantizeEmbedding(Quantizer(weights, "full"), "w")(model_of(weights, transB=1))
+        QuantizeEmbedding(Quantizer(weights, IntegerScheme()), "w")(model_of(weights, transB=1))
 
 
 def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
     model = model_of(weights, transB=1)
-    quantizer = Quantizer(weights, "full")
-    QuantizeLinears(quantizer, "deep", "int8", lambda name: "fp32", "head")(model)
+    quantizer = Quantizer(weights, IntegerScheme())
+    QuantizeLinears(quantizer, OrtProducts, "deep", "int8", lambda name: "fp32", "head")(model)
     assert [node.op_type for node in model.graph] == ["Gemm"]
     (engine,) = quantizer.report.engines
     assert (engine.bytes, engine.largest_error, engine.head) == (24 * 40 * 4, 0.0, None)
@@ -151,7 +156,7 @@ def test_the_embedding_is_read_as_it_was_rounded(weights: WeightFile) -> None:
     ids = graph.input("ids", ir.DataType.INT64, ["M"])
     graph.output("y", graph.op("Gather", [graph.weight("e"), ids], axis=0), FLOAT, ["M", 40])
     path = weights.path.parent / "g.onnx"
-    graph.save(path, [QuantizeEmbedding(Quantizer(weights, "full"), "e")])
+    graph.save(path, [QuantizeEmbedding(Quantizer(weights, IntegerScheme()), "e")])
     weights.flush()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     picked = np.array([49, 0, 7, 7])

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from graphs.quantization.quantizer import LIMITS, Quantizer
+from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.scheme import LIMITS, IntegerScheme
 from graphs.weights import WeightFile
 from runtime.precision import TensorFormat
 
@@ -37,7 +38,7 @@ def with_outliers(inputs: int, every: int, rest: float) -> np.ndarray:
 
 @pytest.mark.parametrize("wanted", ["int4", "int8", "int8-block"])
 def test_ordinary_weights_get_what_was_wanted(wanted: TensorFormat, weights: WeightFile) -> None:
-    stored = Quantizer(weights, "reduced").store(tensor(bell()), wanted)
+    stored = Quantizer(weights, IntegerScheme("reduced")).store(tensor(bell()), wanted)
     assert stored.format == wanted
     assert stored.error == stored.lost <= LIMITS[wanted]
     assert stored.bytes == weights.bytes
@@ -54,7 +55,7 @@ def test_ordinary_weights_get_what_was_wanted(wanted: TensorFormat, weights: Wei
 def test_a_weight_that_loses_too_much_gets_the_next_format(
     array: np.ndarray, wanted: TensorFormat, stored: TensorFormat, weights: WeightFile
 ) -> None:
-    found = Quantizer(weights, "full").store(tensor(array), wanted)
+    found = Quantizer(weights, IntegerScheme()).store(tensor(array), wanted)
     assert found.format == stored
     assert found.error <= LIMITS[stored]
     # What it would have lost is remembered, to be shown.
@@ -62,8 +63,8 @@ def test_a_weight_that_loses_too_much_gets_the_next_format(
 
 
 def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.quantization.quantizer.LIMITS", {"int4": 0.0, "int8": 0.0, "int8-block": 0.0})
-    stored = Quantizer(weights, "full").store(tensor(bell()), "int4")
+    monkeypatch.setattr("graphs.quantization.scheme.LIMITS", {"int4": 0.0, "int8": 0.0, "int8-block": 0.0})
+    stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "int4")
     assert (stored.format, stored.operands) == ("fp32", ())
     assert 0.05 < stored.lost < 0.12
     assert weights.bytes == 0
@@ -72,13 +73,13 @@ def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.Mon
 def test_an_easy_weight_gets_larger_blocks(weights: WeightFile) -> None:
     steps = np.random.default_rng(0).integers(0, 16, (8, 256))
     steps[:, ::16], steps[:, 1::16] = 0, 15
-    stored = Quantizer(weights, "full").store(tensor(((steps - 8) * 0.1).astype(np.float32)), "int4")
+    stored = Quantizer(weights, IntegerScheme()).store(tensor(((steps - 8) * 0.1).astype(np.float32)), "int4")
     assert (stored.format, stored.block) == ("int4", 128)
-    assert Quantizer(weights, "full").store(tensor(bell(), "bell"), "int4").block == 32
+    assert Quantizer(weights, IntegerScheme()).store(tensor(bell(), "bell"), "int4").block == 32
 
 
 def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:
-    quantizer = Quantizer(weights, "full")
+    quantizer = Quantizer(weights, IntegerScheme())
     first = quantizer.store(tensor(bell()), "int8")
     written = weights.bytes
 
@@ -91,7 +92,7 @@ def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None
 
 
 def test_a_head_and_the_embedding_it_is_tied_to_share_their_bytes(weights: WeightFile) -> None:
-    quantizer = Quantizer(weights, "full")
+    quantizer = Quantizer(weights, IntegerScheme())
     head = quantizer.store(tensor(bell()), "int8-block")
     table = quantizer.store_table(tensor(bell()))
     assert [part.offset for part in head.operands] == [part.offset for part in table.operands]
@@ -100,6 +101,6 @@ def test_a_head_and_the_embedding_it_is_tied_to_share_their_bytes(weights: Weigh
 
 
 def test_fp32_stores_nothing(weights: WeightFile) -> None:
-    stored = Quantizer(weights, "full").store(tensor(bell()), "fp32")
+    stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "fp32")
     assert (stored.format, stored.operands, stored.bytes) == ("fp32", (), 16 * 64 * 4)
     assert weights.bytes == 0

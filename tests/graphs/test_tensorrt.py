@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, LARGER
+from checkpoints import CASES, LARGER, WIDE
 from conftest import Bundles
+from onnx import TensorProto
 
 from graphs.errors import BuildError
 from graphs.tensorrt.build import BuildOptions, build
@@ -83,6 +85,56 @@ def test_caches_attention_and_types_are_what_the_graph_says(case: Any, precision
             assert kinds[trt.LayerType.ROTARY_EMBEDDING] == operators["RotaryEmbedding"]
             assert kinds[trt.LayerType.KV_CACHE_UPDATE] == operators["TensorScatter"] == len(parts)
             assert float_casts(layers) == float_casts_of_graph(opened.engine(name))
+
+
+ROUNDED = {"int8": trt.DataType.INT8, "fp8": trt.DataType.FP8, "int4": trt.DataType.INT4}
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
+def test_rounded_weights_stay_rounded_in_every_engine(case: Any, bundle: Bundles, tmp_path: Path) -> None:
+    """What an engine has beside its weights hardly depends on their precision: none of them was widened."""
+    beside: dict[str, dict[str, int]] = {}
+    for precision in ("fp16", *ROUNDED):
+        head = {"head": "int4"} if precision == "int4" else {}
+        path = shutil.copytree(bundle(case, target="tensorrt", precision=precision, **head), tmp_path / precision)
+        built = build(Bundle.open(path), BuildOptions(max_batch=2))
+        beside[precision] = {
+            one.plan.engine: one.bytes - weight_bytes(path / f"{one.plan.engine}.onnx") for one in built
+        }
+        shutil.rmtree(path)
+    for precision in ROUNDED:
+        for engine, size in beside[precision].items():
+            assert 0 < size < 1.2 * beside["fp16"][engine], (precision, engine)
+
+
+def weight_bytes(graph: Path) -> int:
+    """Of all tensors that a graph reads."""
+    bits = {TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.INT64: 64, TensorProto.INT4: 4}
+    tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    return int(sum(bits.get(tensor.data_type, 8) * np.prod(tensor.dims, dtype=np.int64) // 8 for tensor in tensors))
+
+
+@pytest.mark.parametrize("compute", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", ROUNDED)
+@each_model
+def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compute: str, copy_of: Any) -> None:
+    opened = copy_of(case, precision=precision, compute=compute)
+    for name in ENGINES[case]:
+        graph = onnx.load(opened.engine(name), load_external_data=False).graph
+        kinds = Counter(node.op_type for node in graph.node)
+        with network_of(opened.engine(name)) as layers:
+            widened = [layer for layer in layers if layer.type == trt.LayerType.DEQUANTIZE]
+            assert len(widened) == kinds["DequantizeLinear"] == kinds["Gemm"] > 0
+            # Weights that no 4 bits hold, and those of a head, have 8.
+            assert {layer.get_input(0).dtype for layer in widened} <= {ROUNDED[precision], trt.DataType.INT8}
+            assert ROUNDED[precision] in {layer.get_input(0).dtype for layer in widened} or name in EIGHT_BITS
+            if name in ("shallow", "deep"):
+                assert float_casts(layers) == float_casts_of_graph(opened.engine(name))
+    assert len(build(opened, BuildOptions(max_batch=2))) == len(ENGINES[case])
+
+
+# What an int4 bundle has in 8 bits.
+EIGHT_BITS = ("encoder", "prologue")
 
 
 def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copy_of: Any) -> None:

@@ -34,6 +34,15 @@ def test_every_node_has_a_kernel(case: Case, precision: str, bundle: Bundles, ta
     assert check_bundle(path, table) == []
 
 
+@pytest.mark.parametrize("compute", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("name", ["t5-relu-tied", "t5-gated-untied", "llama-biases", "qwen3"])
+def test_rounded_weights_have_kernels_in_every_type(
+    name: str, precision: str, compute: str, bundle: Bundles, table: Table
+) -> None:
+    assert check_bundle(bundle(BY_NAME[name], target="cuda", precision=precision, compute=compute), table) == []
+
+
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-grouped-llama3-rope"])
 def test_fp32_and_other_options_have_kernels_too(name: str, bundle: Bundles, table: Table) -> None:
     for options in ({"precision": "fp32"}, {"confidence": "entropy"}, {"confidence": "max-prob"}):
