@@ -12,8 +12,10 @@ import numpy as np
 
 from freeexport.replay import drawn
 from runtime import Session
-from runtime.decoder import Decoder
+from runtime.decoder import Decoder, RunAhead
+from runtime.draft_costs import DraftCosts
 from runtime.lane import Lane
+from runtime.paces import Paces
 from runtime.prediction import Prediction
 from runtime.work import Waits
 
@@ -28,7 +30,8 @@ class Answer:
 
 
 class DraftDecoder(Decoder):
-    """A decoder whose shallow predictions are sure, and right where the answer says so. Everything else runs."""
+    """A decoder whose shallow predictions are sure, and right where the answer says so. The deep decoder says the
+    answer, as with rounded weights it might stray from it over several rows. Everything runs."""
 
     def __init__(self, answer: Answer, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -50,6 +53,16 @@ class DraftDecoder(Decoder):
         wrong = 0 if right[place % len(right)] else 1
         return said._replace(token=(tokens[place] + wrong) % self.vocab_size, confidence=1.0)
 
+    def syncing(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[list[Prediction]]:
+        said = yield from super().syncing(heads, drafts, ahead)
+        tokens = self._answer.tokens
+        if tokens is None:
+            return said
+        first = self.lengths()[1] - self._prompt - heads + 1
+        return [
+            one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in enumerate(said, first)
+        ]
+
 
 class DraftSession(Session):
     """A session of one slot, without overlap, that can replay drafts in mode "lossless"."""
@@ -67,6 +80,20 @@ class DraftSession(Session):
             yield
         finally:
             self._answer.tokens = None
+
+    @contextmanager
+    def beginning(self) -> Iterator[None]:
+        """Requests meanwhile are as the first of a session: nothing is known of drafts."""
+        learned, self._intake.paces = self._intake.paces, Paces(self.bundle)
+        try:
+            yield
+        finally:
+            self._intake.paces = learned
+
+    @property
+    def draft_costs(self) -> DraftCosts:
+        """What requests have learned of what drafts cost."""
+        return self._intake.paces.costs
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
         return DraftDecoder(self._answer, shallow, deep, slot, *self._sizes)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
+from statistics import median
 from typing import Generic, TypeVar
 
-# Where a bundle records no costs: a deep row beside the first costs this much of it, the head this much of a step.
-ROW_SHARE, HEAD_SHARE = 0.1, 0.2
+# Where a bundle records no costs: a deep row beside the first costs this much of it, the head this much of a step,
+# rather too much.
+ROW_SHARE, HEAD_SHARE = 0.1, 0.5
+# The median of so many measurements counts, so that a hiccup of the machine passes for nothing.
+WINDOW = 9
 # Measurements after which a cost that was not among them is forgotten: the machine may have changed meanwhile.
 MEMORY = 512
 
@@ -18,10 +23,16 @@ class DraftCosts:
     from those that a manifest has `recorded` (`shallow_ms`, `shallow_without_head_ms`, `deep_{k}_ms`)."""
 
     def __init__(self, max_pending: int, recorded: Mapping[str, float]) -> None:
+        self._given = max_pending, recorded
         bare = recorded.get("shallow_without_head_ms", 1.0)
         asked = recorded.get("shallow_ms", bare / (1 - HEAD_SHARE))
-        self._shallow = _Table({"asked": asked, "bare": bare})
-        self._deep = _Table(_deep_passes(max_pending, recorded, bare))
+        self._shallow = _Table({"asked": asked, "bare": bare}, {"asked": 0, "bare": 1})
+        deep = _deep_passes(max_pending, recorded, bare)
+        self._deep = _Table(deep, {rows: rows for rows in deep})
+
+    def anew(self) -> DraftCosts:
+        """The same, before anything was measured."""
+        return DraftCosts(*self._given)
 
     def __getitem__(self, what: str | int) -> float:
         return self._deep[what] if isinstance(what, int) else self._shallow[what]
@@ -38,7 +49,9 @@ class DraftCosts:
         """`rows` shallow steps took so long, `asked` of them with the head, and the deep pass over them."""
         self._deep.observe(rows, deep)
         if asked:
-            self._shallow.observe("asked", (shallow - (rows - asked) * self["bare"]) / asked)
+            # A step with the head takes as long as one without, at least.
+            rest = shallow - (rows - asked) * self["bare"]
+            self._shallow.observe("asked", max(rest / asked, shallow / rows))
         else:
             self._shallow.observe("bare", shallow / rows)
 
@@ -48,29 +61,50 @@ class DraftCosts:
 
 
 class _Table(Generic[K]):
-    """Costs by key. What was not measured lately is `recorded`, scaled as the measured ones are."""
+    """Costs by key. What was not measured lately is `recorded`, scaled as the nearest that was, by `place`."""
 
-    def __init__(self, recorded: Mapping[K, float]) -> None:
+    def __init__(self, recorded: Mapping[K, float], place: Mapping[K, int]) -> None:
         self._recorded: Mapping[K, float] = recorded
-        self._measured: dict[K, tuple[float, int, int]] = {}  # the mean, of how many, and when the last was
-        self._scale, self._samples = 1.0, 0
+        self._place: Mapping[K, int] = place
+        self._measured: dict[K, _Cost] = {}
+        self._samples = 0
 
     def __getitem__(self, key: K) -> float:
         measured = self._measured.get(key)
-        if measured is None or self._samples - measured[2] > MEMORY:
-            return self._recorded[key] * self._scale
-        return measured[0]
+        return self._scaled(key) if measured is None or self._stale(measured) else measured.seconds
 
     def observe(self, key: K, seconds: float) -> None:
-        known = self[key]
-        mean, count, last = self._measured.get(key, (0.0, 0, 0))
-        if self._samples - last > MEMORY:
-            mean, count = 0.0, 0
-        # A hiccup of the machine is one sample of many, and must not pass for a cost.
-        sample = max(0.0, min(seconds, 2 * known) if self._samples else seconds)
+        cost = self._measured.get(key)
+        if cost is None or self._stale(cost):
+            # The first of its kind binds its call, and finds its weights on no page: it must not count alone.
+            cost = _Cost(self._scaled(key) if self._samples else seconds)
+            self._measured[key] = cost
         self._samples += 1
-        self._measured[key] = mean + (sample - mean) / min(count + 1, 16), count + 1, self._samples
-        self._scale += (sample / self._recorded[key] - self._scale) / min(self._samples, 16)
+        cost.add(seconds, self._samples)
+
+    def _stale(self, cost: _Cost) -> bool:
+        return self._samples - cost.last > MEMORY
+
+    def _scaled(self, key: K) -> float:
+        known = [other for other, cost in self._measured.items() if other != key and not self._stale(cost)]
+        if not known:
+            return self._recorded[key]
+        nearest = min(known, key=lambda other: abs(self._place[other] - self._place[key]))
+        return self._recorded[key] * self._measured[nearest].seconds / self._recorded[nearest]
+
+
+class _Cost:
+    """The median of what was measured last; `last` counts measurements of the table."""
+
+    __slots__ = ("_window", "last", "seconds")
+
+    def __init__(self, expected: float) -> None:
+        self._window = deque([expected], WINDOW)
+        self.seconds, self.last = expected, 0
+
+    def add(self, seconds: float, number: int) -> None:
+        self._window.append(seconds)
+        self.seconds, self.last = median(self._window), number
 
 
 def _deep_passes(max_pending: int, recorded: Mapping[str, float], bare: float) -> dict[int, float]:

@@ -16,7 +16,7 @@ from runtime.encoder import Encoder
 from runtime.errors import OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.pace import Pace
+from runtime.paces import Paces
 from runtime.prompt import Prompt, encode_prompt
 from runtime.reply import Reply, Start
 from runtime.request import Request, threshold_of
@@ -24,13 +24,10 @@ from runtime.row import Row
 from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
 
-# Thresholds for which a session remembers how long drafts should be.
-MOST_PACES = 64
-
 
 class Intake:
     """`capacity` positions a slot; `clock` counts the seconds of requests. Setting `ending` ends all of them after
-    their next token."""
+    their next token. `paces`: what lossless drafts have taught."""
 
     def __init__(
         self,
@@ -46,7 +43,7 @@ class Intake:
         self._tokenizer, self._encoder, self._clock = tokenizer, encoder, clock
         self.ending = False
         self.adaptive = adaptive
-        self._paces: dict[tuple[float, bool], Pace] = {}
+        self.paces = Paces(bundle)
 
     def row(
         self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
@@ -72,7 +69,9 @@ class Intake:
             options = with_defaults(options, read_defaults(self._bundle.path))
         limit = manifest.encoder_capacity or self._capacity
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
-        pace, cancelled = self._pace(options), partial(self._cancelled, cancel, _end(options, began))
+        drafts = options.mode == "lossless"
+        pace = self.paces.of(threshold_of(options, manifest), options.samples) if drafts else None
+        cancelled = partial(self._cancelled, cancel, _end(options, began))
         adapts = self.adaptive is not None and options.threshold is None and options.mode == "free"
         observation = self.adaptive.begin() if self.adaptive is not None and adapts else None
         request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, cancelled, observation)
@@ -92,14 +91,6 @@ class Intake:
         """What a request that has ended saw."""
         if self.adaptive is not None and request.observation is not None:
             self.adaptive.complete(request.observation)
-
-    def _pace(self, options: GenerationOptions) -> Pace:
-        """What requests that draft at one threshold have learned, shared by them."""
-        manifest = self._bundle.manifest
-        key = threshold_of(options, manifest), options.samples
-        if key not in self._paces and len(self._paces) >= MOST_PACES:
-            self._paces.pop(next(iter(self._paces)), None)
-        return self._paces.setdefault(key, Pace(manifest.max_pending, manifest.break_even))
 
     def _cancelled(self, cancel: threading.Event | None, end: float) -> bool:
         return self.ending or (cancel is not None and cancel.is_set()) or (end != math.inf and monotonic() >= end)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from runtime.account import Account
 from runtime.draft_costs import DraftCosts
 
-# A draft must promise this much over mode full, so that an error of the estimates does not cost speed.
-MARGIN = 1.03
+# A draft must promise this much over mode full to begin with, so that an error of the estimates does not cost speed.
+MARGIN = 1.01
 # What asking the shallow head while nothing is drafted may cost, as a share of a token in mode full.
 PROBE_SHARE = 0.005
 # And no more often than this: it costs time outside the engines, too.
 PROBE_TOKENS = 16
-# What drafts may lose, as a share of the time that mode full takes; and how many of its tokens gains put by.
-LOSS_SHARE, PUT_BY = 0.0075, 8.0
-# Rows asked before the first decision, and between decisions.
+# Rows that are asked one after the other at first, and the most between decisions.
 FIRST_ROWS, REVIEW_ROWS = 8, 8
-# Once costs are known, of so many tokens without a draft one is measured.
-PLAIN_TOKENS = 8
+# How far a draft that fails may overdraw the account; one of a single token may always.
+OVERDRAFT = 0.3
+# Once costs are known, of so many tokens without a draft one is measured; and of so many drafts one token is made
+# without, as what drafts gain is counted in such tokens.
+PLAIN_TOKENS, DRAFTS = 8, 64
 
 
 class Verdict(NamedTuple):
@@ -29,22 +31,29 @@ class Verdict(NamedTuple):
     kept: bool
 
 
+class Expected(NamedTuple):
+    """What a calibration says: the share of rows that are sure, and of those that are kept."""
+
+    sure: float
+    kept: float
+
+
 class Pace:
     """Shared by requests that draft alike; nothing it says changes a token, so a lost update does no harm.
 
-    `recorded` are a manifest's costs (DraftCosts): they give the shape until this machine has shown its own. `others`:
-    a pace whose shares of sure rows and kept drafts are this one's, too.
+    `costs`: of drafts of up to `max_pending` - 1 tokens. `expected` counts as much as a few rows that were seen.
+    `others`: a pace whose shares of sure rows and kept drafts are this one's, too.
     """
 
-    def __init__(self, max_pending: int, recorded: Mapping[str, float], others: Pace | None = None) -> None:
-        self._max_pending, self._recorded = max_pending, recorded
-        self._costs = DraftCosts(max_pending, recorded)
-        self._sure: _Share = _Share() if others is None else others._sure
-        self._kept: _Share = _Share() if others is None else others._kept
+    def __init__(self, costs: DraftCosts, expected: Expected | None = None, others: Pace | None = None) -> None:
+        self._costs, self._account = costs, Account()
+        self._sure: _Share = others._sure if others else _Share(expected and expected.sure)
+        self._kept: _Share = others._kept if others else _Share(expected and expected.kept)
         self._among: dict[int, Pace] = {}
-        self._length, self._rows_to_review, self._tokens_to_probe = 0, FIRST_ROWS, 0
-        self._asked = self._plain = 0
-        self._balance = PUT_BY
+        self._length = self._asked = self._plain = self._drafts = 0
+        self._rows_to_review = 0 if expected else 1
+        # A step without the head comes first, to tell what the head costs.
+        self._tokens_to_probe = 2
 
     def among(self, company: int) -> Pace:
         """The pace where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
@@ -52,48 +61,43 @@ class Pace:
             return self
         size = (company - 1).bit_length()
         if size not in self._among:
-            self._among[size] = Pace(self._max_pending, self._recorded, self)
+            self._among[size] = Pace(self._costs.anew(), others=self)
         return self._among[size]
-
-    @property
-    def acceptance(self) -> float:
-        """The chance that a draft is kept where those before it were, by what was seen lately."""
-        return self._kept.value
 
     def plan(self, most: int) -> tuple[int, bool]:
         """The length of the next draft, up to `most`, and whether to ask the shallow head at the row after it too."""
         if self._rows_to_review <= 0:
-            self._length = self._best_length(most)
-            self._rows_to_review = REVIEW_ROWS
-        if most == 0:
+            self._review(most)
+        if most == 0 or self._account.balance <= 0:
             return 0, False
-        if self._length > 0 and self._balance > 0:
-            return min(self._length, most), False
+        if self._length > 0:
+            self._drafts += 1
+            if self._drafts % DRAFTS == 0:
+                return 0, False
+            return self._affordable(min(self._length, most)), False
         self._tokens_to_probe -= 1
-        if self._tokens_to_probe > 0:
+        if self._tokens_to_probe > 0 or not self._account.bears(self._costs.head / self._costs.full):
             return 0, False
-        # Before the first decision every second row is asked, to see both costs; later so few that it does not show.
-        learned = self._asked >= FIRST_ROWS
+        # At first every second row is asked, to see both costs; later so few that it does not show.
         rarely = int(self._costs.head / (PROBE_SHARE * self._costs.full))
-        self._tokens_to_probe = max(PROBE_TOKENS, rarely) if learned else 2
+        self._tokens_to_probe = max(PROBE_TOKENS, rarely) if self._asked >= FIRST_ROWS else 2
         return 0, True
 
     def observe_plain(self, shallow: float, deep: float) -> None:
         """A token without a draft, the head not asked: seconds of its step and of its deep pass."""
         self._plain += 1
-        if self._plain < PLAIN_TOKENS and self._asked >= FIRST_ROWS:
+        if self._plain < PLAIN_TOKENS and self._asked >= FIRST_ROWS and self._length == 0:
             return
         self._costs.observe(0, 1, shallow, deep)
-        self._balance = min(PUT_BY, self._balance + LOSS_SHARE * self._plain)
+        self._account.grant(self._plain)
         self._plain = 0
 
     def observe_costs(self, asked: int, rows: int, shallow: float, deep: float, tokens: int) -> None:
         """Seconds of `rows` shallow steps, `asked` of them with the head, and of the deep pass over them, which made so
-        many `tokens` final. What drafts gain or lose is kept account of, in tokens of mode full."""
+        many `tokens` final. What drafts gain or lose is kept account of, by what such steps take as a rule."""
         self._costs.observe(asked, rows, shallow, deep)
         self._asked += asked
-        seconds = min(shallow + deep, 2 * self._costs.expected(asked, rows))
-        self._balance = min(PUT_BY, self._balance + tokens - seconds / self._costs.full)
+        self._account.book(tokens, self._costs.expected(asked, rows) / self._costs.full)
 
     def observe_drafts(self, verdicts: Iterable[Verdict]) -> None:
         for verdict in verdicts:
@@ -117,17 +121,28 @@ class Pace:
             both *= sure * kept
             tokens += both
 
-    def _best_length(self, most: int) -> int:
+    def _review(self, most: int) -> None:
         speed, length = max((speed, length) for length, speed in enumerate(self.speedups(most)))
-        return length if speed > MARGIN else 0
+        # Drafts that are under way go on while they do not lose.
+        self._length = length if speed > (MARGIN if self._length == 0 else 1.0) else 0
+        self._rows_to_review = max(1, min(REVIEW_ROWS, self._sure.count // 4))
+
+    def _affordable(self, length: int) -> int:
+        """The longest draft up to `length` that the account bears if nothing of it is kept; one token at least."""
+        costs, limit = self._costs, self._account.balance + OVERDRAFT + 1
+        full = costs.full
+        while length > 1 and costs.expected(length, length + 1) > limit * full:
+            length -= 1
+        return length
 
 
 class _Share:
-    """A share of late: what lies 32 observations back counts a third. It begins as one half, twice seen."""
+    """A share of late: what lies 32 observations back counts a third. It begins as one half, twice seen, or as
+    `expected`, four times."""
 
-    def __init__(self) -> None:
-        self.value, self.count = 0.5, 0
+    def __init__(self, expected: float | None = None) -> None:
+        self.value, self.count = (0.5, 2) if expected is None else (expected, 4)
 
     def observe(self, holds: bool) -> None:
         self.count += 1
-        self.value += (holds - self.value) / min(self.count + 2, 32)
+        self.value += (holds - self.value) / min(self.count, 32)

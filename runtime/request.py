@@ -34,8 +34,8 @@ DRAFT_THRESHOLD = 0.5
 class Request:
     """`limit`: most tokens, by the options and by the room of a slot with `capacity` positions. `eos`: what ends it.
 
-    `encoder` of an encoder-decoder, else None. `observation` where the threshold adapts: its threshold counts.
-    Raises OptionError for options that do not fit the bundle.
+    `encoder` of an encoder-decoder, else None; `pace` in mode lossless. `observation` where the threshold adapts: its
+    threshold counts. Raises OptionError for options that do not fit the bundle.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Request:
         encoder: Encoder | None,
         tokens: np.ndarray,
         options: GenerationOptions,
-        pace: Pace,
+        pace: Pace | None,
         cancelled: Callable[[], bool],
         observation: Observation | None = None,
     ) -> None:
@@ -151,7 +151,9 @@ class Request:
         decoder.stats.prompt_tokens = len(self._tokens)
         if self._encoder is not None:
             decoder.attend(self._encode(decoder))
-        return (yield from decoder.prefilling(self._prompt, head=self.options.mode != "full"))
+        # Lossless must not cost more than full before it knows that drafts pay.
+        head = self.options.mode not in ("full", "lossless")
+        return (yield from decoder.prefilling(self._prompt, head))
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self._encoder is not None
@@ -166,6 +168,7 @@ class Request:
         if mode == "full":
             return full(decoder, first, output)
         if mode == "lossless":
+            assert self._pace is not None
             return lossless(decoder, first, output, threshold, self._max_pending, self._pace)
         if mode == "rollback":
             return rollback(decoder, first, output, threshold, self._max_pending, self._rollback_threshold)

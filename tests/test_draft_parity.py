@@ -134,6 +134,8 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
             reference = draft_decode(
                 model, prompt, exit_layer, threshold, only_the_deep_choice_stays, TOKENS, max_pending
             )
+            # As in full, the shallow head does not see the prompt.
+            reference.confidence[0] = None
             if assert_same_tokens(ours, reference) is None:
                 assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
             assert any(ours.exited)

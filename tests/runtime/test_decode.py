@@ -16,6 +16,7 @@ from runtime import decode
 from runtime.adaptive import Observation
 from runtime.continuation import Continuation, Step
 from runtime.decoder import PREFILL_ROWS, Decoder
+from runtime.draft_costs import DraftCosts
 from runtime.errors import CapacityError
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
@@ -282,7 +283,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     prompt = prompt_of(3)
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    pace, turn = Pace(max_pending, {}), iter(range(10_000))
+    pace, turn = Pace(DraftCosts(max_pending, {})), iter(range(10_000))
 
     def plan(most: int) -> tuple[int, bool]:
         length, probe = plans[next(turn) % len(plans)]

@@ -20,6 +20,7 @@ from test_decode import LENGTH, WIDTH, Recorder, cached, prompt_of
 from runtime import Session, decode
 from runtime.continuation import Continuation, Step
 from runtime.decoder import Decoder
+from runtime.draft_costs import DraftCosts
 from runtime.engines.onnx import Call
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
@@ -81,7 +82,7 @@ def steps_of(
 
 def longest(max_pending: int) -> Pace:
     """Drafts as long as can be: how long they are otherwise is a matter of timing."""
-    pace = Pace(max_pending, {})
+    pace = Pace(DraftCosts(max_pending, {}))
     pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
     return pace
 

@@ -19,6 +19,7 @@ from runtime.batch import Batch, grouped
 from runtime.continuation import Continuation, Step
 from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
+from runtime.draft_costs import DraftCosts
 from runtime.errors import EngineError
 from runtime.kv_cache import KVCache
 from runtime.lane import Lane
@@ -173,7 +174,7 @@ class Ask:
             return (yield from decode.free(decoder, first, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
             return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
-        pace = Pace(self.max_pending, {})
+        pace = Pace(DraftCosts(self.max_pending, {}))
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
         pace.among = lambda company: pace  # type: ignore[method-assign]
         return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
