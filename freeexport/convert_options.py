@@ -23,7 +23,8 @@ class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
     is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `compute` is what
-    engines for a GPU with rounded weights compute in, None for fp16. `exit_vocab` is how many tokens the shallow head
+    engines for a GPU with rounded weights compute in, None for fp16. `exact_rows`: rounded engines for a CPU give a row
+    the same bits in every call. `exit_vocab` is how many tokens the shallow head
     knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this checkpoint.
     `calibration` is the file that `freeexport calibrate` wrote for this checkpoint. OptionError where two do not go
     together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
@@ -39,6 +40,7 @@ class ConvertOptions:
     int8_range: Int8Range | Literal["auto"] = "auto"
     head: HeadPrecision | None = None
     compute: FloatType | None = None
+    exact_rows: bool = False
     exit_vocab: int | Path | Literal["all", "auto"] = "all"
     exit_vocab_text: Path | None = None
     calibration: Path | None = None
@@ -77,5 +79,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         confidence=options.confidence,
         head=options.head,
         compute=options.compute,
+        exact_rows=options.exact_rows,
         int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
     )

@@ -19,7 +19,8 @@ def precision_table(quantization: Quantization) -> Table:
         for item in quantization.engines
     ]
     columns = ("engine", "linear layers", "head", "weights#", "largest error#")
-    return table(f"Precision (8-bit range: {quantization.int8_range})", columns, rows)
+    exact = ", exact rows" if quantization.exact_rows else ""
+    return table(f"Precision (8-bit range: {quantization.int8_range}{exact})", columns, rows)
 
 
 def higher_table(quantization: Quantization) -> Table:

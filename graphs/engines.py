@@ -5,7 +5,7 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,7 +45,8 @@ class EngineOptions:
     """What is decided when engines are built. GraphError where a value is out of range.
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
-    where weights are rounded for a GPU, None for its first.
+    where weights are rounded for a GPU, None for its first. `exact_rows`: rounded engines give a row the same bits in
+    every call.
     """
 
     exit_layer: int
@@ -59,6 +60,7 @@ class EngineOptions:
     exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
     compute: FloatType | None = None
+    exact_rows: bool = False
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
@@ -75,6 +77,11 @@ class EngineOptions:
         if self.head is not None and self.plan is None:
             rounding = ", ".join(ROUNDING[self.target].plans)
             raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
+        if self.exact_rows and (self.plan is None or self.dialect != "ort"):
+            raise GraphError(
+                f"--exact-rows is for weights that are rounded for a CPU, not for precision {self.precision} of target "
+                f"{self.target}; leave it out"
+            )
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
         self._check_target(description)
@@ -142,7 +149,7 @@ class EngineBuilder:
     @property
     def quantization(self) -> Quantization | None:
         """What became of the weights of the engines built so far; None where they were not rounded."""
-        return self._quantizer.report if self._plan else None
+        return replace(self._quantizer.report, exact_rows=self.options.exact_rows) if self._plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S and the head."""
@@ -225,7 +232,9 @@ class EngineBuilder:
     def _dialect(self, graph: Graph, call: Call) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
         if self.options.dialect == "ort":
-            return OrtDialect(graph, call, width, rows)
+            # Where all passes have one row, they are alike anyway.
+            alike = self.options.exact_rows and self.options.max_pending > 1
+            return OrtDialect(graph, call, width, rows, alike)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
@@ -32,13 +34,21 @@ def check_head_size(attention: Attention) -> None:
 
 
 class OrtDialect:
-    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has."""
+    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has.
 
-    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0) -> None:
+    `alike`: a decoder's attention gives a row the same to the last bit in every call. ONNX Runtime multiplies one row
+    by a matrix in another order than several, so attention always has one row more than the call, behind its own:
+    causal attention hides it from them, and what it writes to the cache is behind the valid rows.
+    """
+
+    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, alike: bool = False) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
         self._biases: dict[str, ir.Value] = {}
+        self._extra = alike and call.past_lengths is not None
+        # The call as attention sees it.
+        self._attended = self._with_extra(call) if self._extra else call
         if call.past_lengths is not None:
-            total = graph.op("Add", [call.past_lengths, call.query_lengths])
+            total = graph.op("Add", [call.past_lengths, self._attended.query_lengths])
             one, zero = graph.constant(np.int32(1)), graph.constant(np.int32(0))
             # An idle row has nothing before it and nothing new: the operator wants 0 there, not -1.
             self._last = graph.op("Max", [graph.op("Sub", [total, one]), zero])
@@ -56,7 +66,7 @@ class OrtDialect:
         return total, normed
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
-        graph, call = self.graph, self.call
+        graph = self.graph
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
         packed = query_key_value(graph, x, attention, self.width)
         query, key, value = self._split(packed, attention)
@@ -64,7 +74,7 @@ class OrtDialect:
         shape: list[Dimension] = ["B", kv_heads, "cache", size]
         past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
         inputs = [query, key, value, *past, self._last, self._longest, cos, sin, None, self._bias(attention)]
-        inputs += [None] * 5 + [call.query_lengths]
+        inputs += [None] * 5 + [self._attended.query_lengths]
         out, *present = graph.ops(
             "GroupQueryAttention",
             inputs,
@@ -78,36 +88,58 @@ class OrtDialect:
         )
         for part, written in zip(("key", "value"), present, strict=True):
             graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
-        return flat(graph, out, heads * size)
+        return self._flat(out, heads * size)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
         graph, call = self.graph, self.call
         width = attention.heads * attention.head_dim
-        query = in_rows(graph, linear(graph, x, attention.query, width, self.width), call)
+        query = self._in_rows(linear(graph, x, attention.query, width, self.width))
         shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
         key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
         out = self._attend(query, key, value, attention, call.cross_lengths, None)
-        return flat(graph, out, width)
+        return self._flat(out, width)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph, call = self.graph, self.call
         width = attention.heads * attention.head_dim
         packed = query_key_value(graph, x, attention, self.width)
         parts = graph.ops("Split", [packed], 3, axis=-1, num_outputs=3)
-        query, key, value = (in_rows(graph, part, call) for part in parts)
+        query, key, value = map(self._in_rows, parts)
         out = self._attend(query, key, value, attention, call.query_lengths, self._bias(attention))
-        return flat(graph, out, width)
+        return self._flat(out, width)
 
     def _split(self, packed: ir.Value, attention: Attention) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """GroupQueryAttention takes query, key and value packed, unless a norm stands in between."""
-        graph, call, size = self.graph, self.call, attention.head_dim
+        graph, size = self.graph, attention.head_dim
         if attention.query_norm is None and attention.key_norm is None:
-            return in_rows(graph, packed, call), None, None
+            return self._in_rows(packed), None, None
         widths = [attention.heads * size, attention.kv_heads * size, attention.kv_heads * size]
         query, key, value = graph.ops("Split", [packed, graph.constant(widths)], 3, axis=-1)
         query = head_norm(graph, self, query, attention.query_norm, attention.heads, size)
         key = head_norm(graph, self, key, attention.key_norm, attention.kv_heads, size)
-        return in_rows(graph, query, call), in_rows(graph, key, call), in_rows(graph, value, call)
+        return self._in_rows(query), self._in_rows(key), self._in_rows(value)
+
+    def _in_rows(self, x: ir.Value) -> ir.Value:
+        """[M, n] -> [B, rows that attention sees, n]."""
+        graph, rows = self.graph, in_rows(self.graph, x, self.call)
+        if not self._extra:
+            return rows
+        return graph.op("Pad", [rows, graph.constant([0, 1]), None, graph.constant([1])])
+
+    def _flat(self, x: ir.Value, width: int) -> ir.Value:
+        """[B, rows that attention sees, width] -> [M, width]."""
+        graph = self.graph
+        if self._extra:
+            x = graph.op("Slice", [x, graph.constant([0]), graph.constant([-1]), graph.constant([1])])
+        return flat(graph, x, width)
+
+    def _with_extra(self, call: Call) -> Call:
+        graph = self.graph
+        size = graph.op("Add", [call.size, graph.constant([0, 1])])
+        # Idle rows have none, as nothing may be written for them.
+        extra = graph.op("Min", [call.query_lengths, graph.constant(np.int32(1))])
+        lengths = graph.op("Add", [call.query_lengths, extra])
+        return replace(call, size=size, query_lengths=lengths)
 
     def _attend(
         self,
@@ -137,7 +169,7 @@ class OrtDialect:
 
     def _expand(self, bias: RelativeBias, heads: int) -> ir.Value:
         graph = self.graph
-        queries = query_positions(graph, self.call)
+        queries = query_positions(graph, self._attended)
         if self.call.past_lengths is None:
             keys = graph.op("Squeeze", [queries, graph.constant([0])])
         else:

@@ -39,8 +39,10 @@ class EnginePrecision:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights were rounded. `int8_range` "full" needs a processor with 8-bit dot products."""
+    """How a bundle's weights were rounded. `int8_range` "full" needs a processor with 8-bit dot products. With
+    `exact_rows` a row gets the same bits in every call."""
 
     int8_range: Int8Range
     engines: tuple[EnginePrecision, ...] = ()
     higher: tuple[HigherTensor, ...] = ()
+    exact_rows: bool = False

@@ -188,14 +188,14 @@ class Scheduler:
             return False
         if len(chosen) > 1 and not self._borrowed:
             self._close_gaps()
+        waiting = {id(row.waits): row for row in chosen}
         works = [row.waits for row in chosen if isinstance(row.waits, Work)]
-        failed = self._calls.run(works, together=not self._borrowed)
         interrupted: BaseException | None = None
-        for row, work in zip(chosen, works, strict=True):
+        for work, error in self._calls.run(works, together=not self._borrowed):
             try:
-                self._advance(row, failed.get(id(work)))
-            except BaseException as error:
-                interrupted = error
+                self._advance(waiting[id(work)], error)
+            except BaseException as interruption:
+                interrupted = interruption
         if interrupted is not None:
             raise interrupted
         return True

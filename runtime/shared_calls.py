@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from runtime.batch import ROW_COST, Batch, grouped
@@ -49,13 +49,14 @@ class SharedCalls:
         enough = len(deep) >= self._rules.ready * (len(deep) + len(shallow))
         return deep if deep and (enough or waited >= self._rules.patience) else shallow
 
-    def run(self, works: Sequence[Work], together: bool) -> dict[int, Exception]:
-        """Run works of one lane, as few calls where `together`: the errors, by the id of the work."""
+    def run(self, works: Sequence[Work], together: bool) -> Iterator[tuple[Work, Exception | None]]:
+        """Run works of one lane, as few calls where `together`: each with its error. What a call wrote is to be counted
+        before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted ones."""
         shared = together and len(works) > 1 and works[0].lane in self._batches
-        failed: dict[int, Exception] = {}
         for group in grouped(works, self._rules.row_cost) if shared else [[work] for work in works]:
-            failed.update(self._call(group))
-        return failed
+            failed = self._call(group)
+            for work in group:
+                yield work, failed.get(id(work))
 
     def _call(self, works: Sequence[Work]) -> dict[int, Exception]:
         try:

@@ -36,18 +36,14 @@ def test_nothing_exits_at_threshold_1_and_the_tokens_are_those_of_mode_full(
 
 @each_precision
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
-def test_mode_lossless_says_what_mode_full_says(name: str, precision: str, bundle: Bundles) -> None:
-    """Sync passes of many rows against single steps, token for token; where the two best logits nearly tie, the last
-    bit of attention may decide."""
+def test_with_exact_rows_mode_lossless_says_what_mode_full_says(name: str, precision: str, bundle: Bundles) -> None:
+    """Sync passes of many rows against single steps, token for token."""
     options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
-    equal = total = 0
-    with Session(bundle(BY_NAME[name], 1, precision=precision), threads=1) as session:
+    with Session(bundle(BY_NAME[name], 1, precision=precision, exact_rows=True), threads=1) as session:
         for prompt in PROMPTS:
             full = session.generate(prompt, mode="full", **options).token_ids
             drafted = session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids
-            difference = next((n for n, pair in enumerate(zip(full, drafted, strict=True)) if len(set(pair)) > 1), 24)
-            equal, total = equal + difference, total + 24
-    assert equal >= 0.8 * total
+            assert drafted == full
 
 
 @each_precision
@@ -80,6 +76,28 @@ def test_the_standard_dialect_has_no_operators_for_it(
     assert result.exit_code == 1
     assert f"precision {precision} needs operators of ONNX Runtime; choose --dialect ort" in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [[], ["--dialect", "standard"], ["--target", "cuda", "--precision", "int8"]])
+def test_exact_rows_are_for_weights_rounded_for_a_cpu(
+    given: list[str], checkpoint: Callable[[Case], Path], tmp_path: Path
+) -> None:
+    arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
+    result = CliRunner().invoke(main, [*arguments, "--exact-rows", *given])
+    assert result.exit_code == 1
+    assert "--exact-rows is for weights that are rounded for a CPU" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_exact_rows_are_recorded_and_shown(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
+    arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
+    options = ["--precision", "int8", "--exact-rows", "--no-measure"]
+    result = CliRunner().invoke(main, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    quantization = Bundle.open(tmp_path / "out").manifest.quantization
+    assert quantization is not None
+    assert quantization.exact_rows
+    assert "exact rows" in CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
 
 
 def test_an_unknown_precision_is_a_usage_error(checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:

@@ -99,6 +99,36 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str,
         np.testing.assert_allclose(final[row], ended[0], atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
+@pytest.mark.parametrize("name", SELECTION)
+def test_exact_rows_have_the_same_bits_in_every_call(name: str, precision: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], 1, precision=precision, exact_rows=True)
+    ids, lengths = tokens(25, 14, 36)
+    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows behind the last that count
+    single = [one_by_one(path, ids[row, :length], 9) for row, length in enumerate(lengths)]
+    batch, pasts = pair_of(path, rows=3), every(3, 9)
+    batch.deep(batch.shallow(ids[:, :9], pasts)["hidden"], pasts)
+    while (counts := np.minimum(lengths - pasts, [16, 1, 5])).any():
+        width = counts.max()
+        new = np.stack([ids[row, past : past + width] for row, past in enumerate(pasts)])
+        hidden = batch.shallow(new, counts)["hidden"]
+        logits = batch.deep(hidden, counts)["logits"].reshape(3, width, -1)
+        for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
+            np.testing.assert_array_equal(hidden[row, :count], single[row][0][past : past + count])
+            np.testing.assert_array_equal(logits[row, :count], single[row][1][past : past + count])
+        pasts = pasts + counts
+
+
+def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states [n, d] and logits [n, V] of ids [n], the first `read` of them in one call, the others alone."""
+    pair, found = pair_of(path, rows=1), list[tuple[np.ndarray, np.ndarray]]()
+    for first, end in [(0, read), *((place, place + 1) for place in range(read, len(ids)))]:
+        hidden = pair.shallow(ids[None, first:end], every(1, end - first))["hidden"]
+        found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
+    states, logits = zip(*found, strict=True)
+    return np.concatenate(states), np.concatenate(logits)
+
+
 CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "softmax": lambda p: np.sort(p)[:, -1] - np.sort(p)[:, -2],
     "max-prob": lambda p: p.max(-1),

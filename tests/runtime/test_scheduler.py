@@ -275,6 +275,18 @@ def test_rows_share_calls_and_deep_passes_collect() -> None:
         assert len(machine.calls[name]) < 0.5 * len(alone_calls.calls[name])
 
 
+def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
+    machine = Machine(3)
+    asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
+    rows = [Row(ask.run, lambda: False) for ask in asks]
+    for row in rows:
+        machine.scheduler.join(row)
+    machine.scheduler.drain()
+    assert [1, 0, 1] in machine.calls["deep"]
+    assert any(len(call) == 1 and call[0] > 4 for call in machine.calls["deep"])
+    assert [list(row.tokens) for row in rows] == [ask.alone()[0] for ask in asks]
+
+
 def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
     machine, bare = Machine(4), Machine(4)
     machine.scheduler.join(Row(Ask((1, 2, 3), tokens=14).run, lambda: False))

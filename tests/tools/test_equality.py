@@ -31,9 +31,12 @@ from tools.equality import (
 
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ["fp32", "int8", "int4", "mixed"]
-# Of prompts that may differ where weights of tiny random models are rounded: their best logits often nearly tie.
-ROUNDED = 0.05
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
+
+
+def exact(bundle: Bundles, name: str, precision: str) -> Path:
+    """Of rounded weights one in which nothing may differ."""
+    return bundle(BY_NAME[name], 1, precision=precision, exact_rows=precision != "fp32")
 
 
 def check(path: Path, prompts: int, thresholds: Sequence[float], tokens: int, precision: str) -> Equality:
@@ -41,9 +44,7 @@ def check(path: Path, prompts: int, thresholds: Sequence[float], tokens: int, pr
         asked = random_prompts(session.manifest.vocab_size, prompts)
         equality = Equality(session, asked, tokens, 8, ignore_eos=True)
         found = run(equality, settings_of(thresholds))
-        exact = precision == "fp32"
-        tie = TIE if exact else noise(session, asked[:20], tokens)
-    assert not unexplained(found, prompts, tie, 1.0 if exact else ROUNDED), (tie, found)
+    assert not unexplained(found, prompts, TIE if precision == "fp32" else 0.0, 1.0), found
     assert equality.drafts
     return equality
 
@@ -51,7 +52,7 @@ def check(path: Path, prompts: int, thresholds: Sequence[float], tokens: int, pr
 @each_precision
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
 def test_tokens_are_those_of_full_and_those_alone(name: str, precision: str, bundle: Bundles) -> None:
-    equality = check(bundle(BY_NAME[name], 1, precision=precision), 24, [0.3], 16, precision)
+    equality = check(exact(bundle, name, precision), 24, [0.3], 16, precision)
     assert set(equality.compared.values()) == {24}
 
 
@@ -59,7 +60,7 @@ def test_tokens_are_those_of_full_and_those_alone(name: str, precision: str, bun
 @each_precision
 @pytest.mark.parametrize("name", ["t5-relu-tied", "t5-deep-decoder", "llama-tied", "qwen3"])
 def test_tokens_of_200_prompts_are_those_of_full_and_those_alone(name: str, precision: str, bundle: Bundles) -> None:
-    check(bundle(BY_NAME[name], 1, precision=precision), 200, [0.0, 0.2, 0.6], 32, precision)
+    check(exact(bundle, name, precision), 200, [0.0, 0.2, 0.6], 32, precision)
 
 
 def test_a_row_that_is_another_when_it_is_not_alone_is_found(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,9 +111,12 @@ def test_ties_are_allowed_of_as_many_prompts_as_may_differ() -> None:
 
 def test_noise_is_that_of_many_rows_against_one(bundle: Bundles) -> None:
     prompts = random_prompts(200, 2)
-    for precision, most in (("fp32", 1e-4), ("int8", 1.0)):
-        with Session(bundle(BY_NAME["llama-tied"], 1, precision=precision), threads=1) as session:
-            assert 0 < noise(session, prompts, 24) < most
+    with Session(bundle(BY_NAME["llama-tied"]), threads=1) as session:
+        assert 0 < noise(session, prompts, 24) < 1e-4
+    with Session(bundle(BY_NAME["llama-tied"], 1, precision="int8"), threads=1) as session:
+        assert 0 < noise(session, prompts, 24) < 1
+    with Session(exact(bundle, "llama-tied", "int8"), threads=1) as session:
+        assert noise(session, prompts, 24) == 0
 
 
 def test_each_mode_is_compared_with_what_it_must_equal() -> None:
