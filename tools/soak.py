@@ -4,8 +4,9 @@
 
 The clients ask for random prompts, lengths, modes and samplings; they cancel, set deadlines, stop reading, raise in
 callbacks, and engine calls fail. Every result must be the one that the request gives alone, or its beginning where it
-was cut short. At the end nothing may be left in the session, and in a minute or more memory must not have grown. Ends
-with 1 where it is not so.
+was cut short. At the end nothing may be left in the session, and in a minute or more memory must not have grown:
+resident memory at half time and at the end, each after the allocator gave back what was free. Ends with 1 where it is
+not so.
 """
 
 from __future__ import annotations
@@ -22,39 +23,47 @@ from statistics import median
 from typing import Any
 
 import click
-import psutil
 
 from runtime import Session
+from tools.process_memory import Held, held, held_trimmed
 from tools.soak_asks import draw_asks
 from tools.soak_clients import Clients
 from tools.soak_faults import Faults
 
 # Seconds after which a request that has not ended counts as lost.
 LOST = 60.0
-# Growth from the second quarter of the time to the last that is not a leak: a share, and bytes.
+# Growth from half time to the end that is not a leak: a share, and bytes.
 SHARE, ALLOWED = 0.03, 16e6
+# What is told of that is measured in bytes.
+GROWS = ("resident", "given")
 # Seconds below which memory still grows because slots, threads and calls are used for the first time.
 SETTLED = 60.0
 
 
 @dataclass
 class Soaked:
-    """`memory`: resident bytes, at the start and about every 200th part of the time. `violations` is empty where all is
-    well.
+    """`memory`: at the start and about every 200th part of the time; `trimmed`: at half time and at the end, after what
+    was free has been given back. `violations` is empty where all is well.
     """
 
     seconds: float
     done: Counter[str]
     refused: int
     tokens: int
-    memory: list[int]
+    memory: list[Held]
+    trimmed: list[Held]
     violations: list[str] = field(default_factory=list)
 
+    def growth(self, of: str) -> float:
+        """What an attribute of `memory` grew by, from the median of the second quarter to that of the last."""
+        values = [getattr(one, of) for one in self.memory]
+        quarter = max(1, len(values) // 4)
+        return median(values[-quarter:]) - median(values[quarter : 2 * quarter] or values)
+
     @property
-    def growth(self) -> float:
-        """Bytes from the median of the second quarter to that of the last."""
-        quarter = max(1, len(self.memory) // 4)
-        return median(self.memory[-quarter:]) - median(self.memory[quarter : 2 * quarter] or self.memory)
+    def leaked(self) -> int:
+        """Bytes that are still resident at the end and were not at half time, where nothing that is free is kept."""
+        return self.trimmed[-1].resident - self.trimmed[0].resident if self.trimmed else 0
 
 
 def soak(
@@ -73,27 +82,31 @@ def soak(
             began = time.monotonic()
             for thread in threads:
                 thread.start()
-            memory = _watch(clients, seconds)
+            memory, trimmed = _watch(clients, seconds)
             stop.set()
             ended = time.monotonic()
             for thread in threads:
                 thread.join(max(0.0, ended + LOST - time.monotonic()))
-        found = Soaked(ended - began, clients.done, clients.refused, clients.tokens, memory, clients.violations)
+        found = Soaked(
+            ended - began, clients.done, clients.refused, clients.tokens, memory, trimmed, clients.violations
+        )
         alive = sum(thread.is_alive() for thread in threads)
         found.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
-    if found.seconds >= SETTLED and found.growth > SHARE * found.memory[-1] + ALLOWED:
-        found.violations.append(f"memory grew by {found.growth / 1e6:.0f} MB")
+    if found.seconds >= SETTLED and found.leaked > SHARE * found.memory[-1].resident + ALLOWED:
+        found.violations.append(f"memory grew by {found.leaked / 1e6:.0f} MB")
     return found
 
 
-def _watch(clients: Clients, seconds: float) -> list[int]:
-    """Resident bytes over the time, which ends early where something is wrong."""
-    process, watched, waited = psutil.Process(), 0.0, dict[tuple[int, float], float]()
-    memory = [process.memory_info().rss]
+def _watch(clients: Clients, seconds: float) -> tuple[list[Held], list[Held]]:
+    """Memory over the time, which ends early where something is wrong; and trimmed, at half time and at the end."""
+    watched, waited = 0.0, dict[tuple[int, float], float]()
+    memory, trimmed = [held()], list[Held]()
     while watched < seconds and not clients.violations:
         began = time.monotonic()
         time.sleep(seconds / 200)
-        memory.append(process.memory_info().rss)
+        memory.append(held())
+        if not trimmed and watched >= seconds / 2:
+            trimmed.append(held_trimmed())
         # Of a process that was itself kept from running, by whatever else this machine does, nobody is lost.
         step = min(time.monotonic() - began, 2 * seconds / 200 + 1)
         watched += step
@@ -102,7 +115,7 @@ def _watch(clients: Clients, seconds: float) -> list[int]:
         if lost:
             clients.violations.append(f"requests of {lost} clients have not ended after {LOST:.0f} s")
             faulthandler.dump_traceback()
-    return memory
+    return memory, [*trimmed, held_trimmed()]
 
 
 def left_over(session: Session) -> list[str]:
@@ -140,11 +153,14 @@ def main(bundle: Path, **given: Any) -> None:
 
 def report(found: Soaked) -> str:
     total = found.done.total()
-    now, grown = found.memory[-1] / 1e6, found.growth / 1e6
+    now, resident, given = (value / 1e6 for value in (found.memory[-1].resident, *map(found.growth, GROWS)))
+    before, after = found.trimmed[0].resident / 1e6, found.trimmed[-1].resident / 1e6
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
     lines = [
         f"{total} requests in {found.seconds:.0f} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
-        f"memory {now:.0f} MB, grown by {grown:+.1f} MB from the second quarter to the last",
+        f"memory {now:.0f} MB, from the second quarter to the last {resident:+.1f} MB, of which given out by malloc "
+        f"{given:+.1f} MB; Python's blocks {found.growth('blocks'):+.0f} of {found.memory[-1].blocks}",
+        f"without what is free {before:.0f} MB at half time, {after:.0f} MB at the end: {after - before:+.1f} MB",
     ]
     kept = [f"VIOLATION {what}" for what in found.violations[:20]] or ["nothing lost, nothing mixed up, nothing left"]
     return "\n".join([*lines, *kept])

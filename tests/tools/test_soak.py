@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from runtime import Session
 from runtime.batch import Batch
 from runtime.decoder import Decoder
 from runtime.work import Work
+from tools.process_memory import Held, held_trimmed
 from tools.soak import Soaked, left_over, main, report, soak
 from tools.soak_clients import Clients
 
@@ -79,5 +81,17 @@ def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
 
 
 def test_growth_is_from_the_second_quarter_to_the_last() -> None:
-    found = Soaked(1.0, {}, 0, 0, [1, 2, 10, 10, 10, 40, 70, 70])  # type: ignore[arg-type]
-    assert found.growth == 60
+    memory = [Held(resident, 2 * resident, 5) for resident in (1, 2, 10, 10, 10, 40, 70, 70)]
+    found = Soaked(1.0, Counter(), 0, 0, memory, [memory[2], memory[5]])
+    assert (found.growth("resident"), found.growth("given"), found.growth("blocks")) == (60, 120, 0)
+    assert found.leaked == 30
+
+
+def test_what_is_free_is_no_leak() -> None:
+    before = held_trimmed()
+    arrays = [bytearray(100_000) for _ in range(500)]
+    for array in arrays:
+        array[::4096] = bytes([1]) * len(array[::4096])
+    assert held_trimmed().resident > before.resident + 40e6
+    del array, arrays
+    assert held_trimmed().resident < before.resident + 20e6
