@@ -27,7 +27,7 @@ from graphs.weights import WeightFile
 from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
 
 WEIGHTS = "weights.data"
 
@@ -178,6 +178,13 @@ ROUNDING_PAYS = 64 << 20
     default="auto",
     show_default=True,
     help="Range of 8-bit weights: reduced for processors without 8-bit dot products (VNNI). auto: as here.",
+)
+@click.option(
+    "--int8-layout",
+    type=click.Choice(["auto", *get_args(Int8Layout)]),
+    default="auto",
+    show_default=True,
+    help="Of 8-bit decoders: blocks for one token at a time, rows for long prompts and batches. auto: by --int8-range.",
 )
 @click.option("--head", type=click.Choice(get_args(HeadPrecision)),
               help="Weights of the head, where the others are rounded.  [default: 8 bits]")  # fmt: skip

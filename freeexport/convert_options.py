@@ -12,7 +12,7 @@ from graphs.errors import GraphError
 from runtime.errors import OptionError
 from runtime.machine import machine_int8_range
 from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
@@ -22,11 +22,12 @@ DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
-    is what this machine's processor takes. None for `head` is 8 bits where weights are rounded. `compute` is what
-    engines for a GPU with rounded weights compute in, None for fp16. `exact_rows`: rounded engines for a CPU give a row
-    the same bits in every call. `exit_vocab` is how many tokens the shallow head
-    knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this checkpoint.
-    `calibration` is the file that `freeexport calibrate` wrote for this checkpoint. OptionError where two do not go
+    is what this machine's processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it
+    is not. None for `head` is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded
+    weights compute in, None for fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call.
+    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that
+    `freeexport exit-vocab` wrote for this checkpoint. `calibration` is the file that `freeexport calibrate` wrote for
+    this checkpoint. OptionError where two do not go
     together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
@@ -38,6 +39,7 @@ class ConvertOptions:
     encoder_capacity: int | None = None
     max_pending: int = 16
     int8_range: Int8Range | Literal["auto"] = "auto"
+    int8_layout: Int8Layout | Literal["auto"] = "auto"
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     exact_rows: bool = False
@@ -56,6 +58,10 @@ class ConvertOptions:
             )
         if self.exit_vocab != "all" and self.calibration is not None:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
+        if self.int8_layout != "auto" and (self.target != "cpu" or self.precision not in ("int8", "mixed")):
+            raise OptionError(
+                f"--int8-layout {self.int8_layout} is of decoders in 8 bits for a CPU; give --precision int8 or mixed"
+            )
         if self.longest_prompt < 1:
             raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
 
@@ -69,6 +75,9 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     """What the engines need of `options`, with the defaults of the model and the target."""
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     dialect, precisions = TARGETS[options.target]
+    int8_range = machine_int8_range() if options.int8_range == "auto" else options.int8_range
+    # Without 8-bit dot products, sums of whole rows are the faster ones.
+    natural: Int8Layout = "blocks" if int8_range == "full" else "rows"
     return EngineOptions(
         exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
@@ -80,5 +89,6 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         head=options.head,
         compute=options.compute,
         exact_rows=options.exact_rows,
-        int8_range=machine_int8_range() if options.int8_range == "auto" else options.int8_range,
+        int8_range=int8_range,
+        int8_layout=natural if options.int8_layout == "auto" else options.int8_layout,
     )

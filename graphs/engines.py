@@ -27,7 +27,7 @@ from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision, Target
 from runtime.manifest import Dialect as DialectName
-from runtime.precision import FloatType, HeadPrecision, Int8Range, Quantization
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
@@ -56,6 +56,7 @@ class EngineOptions:
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"
     int8_range: Int8Range = "full"
+    int8_layout: Int8Layout = "blocks"
     head: HeadPrecision | None = None
     exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
@@ -121,7 +122,7 @@ class EngineOptions:
     @property
     def plan(self) -> Plan | None:
         """How weights are rounded; None where they are not."""
-        return ROUNDING[self.target].plan(self.precision, self.head)
+        return ROUNDING[self.target].plan(self.precision, self.head, self.int8_layout)
 
     @property
     def float_type(self) -> FloatType:
@@ -144,7 +145,7 @@ class EngineBuilder:
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, ROUNDING[options.target]
-        self._quantizer = Quantizer(weights, self._rounding.scheme(options.int8_range))
+        self._quantizer = Quantizer(weights, self._rounding.scheme(options.int8_range, options.exact_rows))
 
     @property
     def quantization(self) -> Quantization | None:

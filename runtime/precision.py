@@ -10,6 +10,8 @@ from typing import Literal
 TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp8"]
 FloatType = Literal["fp32", "fp16", "bf16"]
 Int8Range = Literal["full", "reduced"]
+# How the linear layers of decoders for CPUs stand in 8 bits: as "int8", or as "int8-block".
+Int8Layout = Literal["rows", "blocks"]
 # Of a head whose model is rounded: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
 

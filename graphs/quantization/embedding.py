@@ -8,12 +8,11 @@ from onnx_ir.tape import Tape
 from graphs.graph import MICROSOFT
 from graphs.initializers import drop_unused, external, unread
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.scheme import BLOCK
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):
     """Before: rows of the unwritten float32 tensor `table` [rows, d] are read by Gather along axis 0.
-    After: by GatherBlockQuantized, from 8-bit rows in blocks of 32."""
+    After: by GatherBlockQuantized, from 8-bit rows in blocks."""
 
     def __init__(self, quantizer: Quantizer, table: str) -> None:
         self._quantizer, self._table = quantizer, table
@@ -27,9 +26,10 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         (node,) = self._lookups(graph)
         tensor = unread(node.inputs[0])
         assert tensor is not None
-        data, scales = (external(graph, part) for part in self._quantizer.store_table(tensor).operands)
+        stored = self._quantizer.store_table(tensor)
+        data, scales = (external(graph, part) for part in stored.operands)
         tape = Tape()
-        attributes = {"bits": 8, "block_size": BLOCK, "gather_axis": 0, "quantize_axis": 1}
+        attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}
         rows = tape.op("GatherBlockQuantized", [data, node.inputs[1], scales], attributes, domain=MICROSOFT)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [rows])
         graph.opset_imports[MICROSOFT] = 1

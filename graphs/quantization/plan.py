@@ -15,7 +15,7 @@ from graphs.quantization.ort_products import OrtProducts
 from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
 from graphs.quantization.widened_products import WidenedProducts
 from runtime.manifest import Precision, Target
-from runtime.precision import HeadPrecision, Int8Range, TensorFormat
+from runtime.precision import HeadPrecision, Int8Layout, Int8Range, TensorFormat
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,29 @@ class Plan:
 @dataclass(frozen=True)
 class Rounding:
     """How a target has weights rounded: plans by precision; what 8 bits of a head are; the scheme for a range of 8-bit
-    weights; and the products that read them. `embedding`: the table that tokens are looked up in is rounded too."""
+    weights and for exact rows or not; and the products that read them. `embedding`: the table that tokens are looked up
+    in is rounded too. `layouts`: the decoders' 8 bits can stand in blocks as well as by row."""
 
     plans: dict[Precision, Plan]
     head: TensorFormat
-    scheme: Callable[[Int8Range], Scheme]
+    scheme: Callable[[Int8Range, bool], Scheme]
     products: Callable[[ir.Graph], Products]
     embedding: bool = False
+    layouts: bool = False
 
-    def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
+    def plan(self, precision: Precision, head: HeadPrecision | None, layout: Int8Layout) -> Plan | None:
         """None for a precision that rounds nothing."""
         plan = self.plans.get(precision)
-        if plan is None or head is None:
-            return plan
-        return replace(plan, head="int4" if head == "int4" else self.head)
+        if plan is None:
+            return None
+        if self.layouts and layout == "blocks":
+            plan = replace(plan, shallow=_in_blocks(plan.shallow), deep=_in_blocks(plan.deep))
+        return plan if head is None else replace(plan, head="int4" if head == "int4" else self.head)
 
 
 # Activations are rounded as well. What comes out of an MLP's activation has outliers, which spoil a scale that a whole
-# row shares. 4 bits are the fastest for one row, 8 bits by row for several; a head of 4 bits costs the most quality
-# (docs/precision.md).
+# row shares. 4 bits are the fastest for one row, 8 bits in blocks follow, 8 bits by row are for many; a head of 4 bits
+# costs the most quality (docs/precision.md).
 _CPU = Rounding(
     {
         "int8": Plan("int8", "int8", "int8", "int8-block", "int8-block"),
@@ -77,9 +81,10 @@ _CPU = Rounding(
         "mixed": Plan("int8", "int4", "int8", "int8-block", "int8-block"),
     },
     head="int8-block",
-    scheme=IntegerScheme,
+    scheme=lambda range_, exact: IntegerScheme(range_, exact_rows=exact),
     products=OrtProducts,
     embedding=True,
+    layouts=True,
 )
 # Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(
@@ -88,7 +93,7 @@ _CUDA = Rounding(
         "int4": Plan("int8-block", "int4", "int4", "int8-block"),
     },
     head="int8-block",
-    scheme=lambda range_: IntegerScheme(by_row=False),
+    scheme=lambda range_, exact: IntegerScheme(by_row=False, blocks=()),
     products=partial(OrtProducts, rounds_activations=False),
 )
 _TENSORRT = Rounding(
@@ -98,10 +103,14 @@ _TENSORRT = Rounding(
         "int4": Plan("int8", "int4", "int4", "int8"),
     },
     head="int8",
-    scheme=lambda range_: SymmetricScheme(),
+    scheme=lambda range_, exact: SymmetricScheme(),
     products=WidenedProducts,
 )
 ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}
+
+
+def _in_blocks(format_: TensorFormat) -> TensorFormat:
+    return "int8-block" if format_ == "int8" else format_
 
 
 def _downs(description: Description) -> frozenset[str]:

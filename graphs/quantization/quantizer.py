@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
-from graphs.quantization.rounding import Rounded, round_8_bits
-from graphs.quantization.scheme import BLOCK, Scheme
+from graphs.quantization.rounding import Rounded
+from graphs.quantization.scheme import Scheme
 from graphs.weights import WeightFile
 from runtime.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
 
@@ -59,15 +59,15 @@ class Quantizer:
         return self._stored[name, wanted]
 
     def store_table(self, tensor: ir.LazyTensor) -> Stored:
-        """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks of 32, and their scales."""
+        """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks, and their scales."""
         assert tensor.name is not None
         key: tuple[str, TensorFormat] = (f"{tensor.name}.rows", "int8-block")
         if key not in self._stored:
             array = tensor.numpy()
-            rounded = round_8_bits(array, BLOCK)
+            rounded, block = self._scheme.round(array, "int8-block", np.dtype(np.float32))
             flat = np.ascontiguousarray(rounded.data.reshape(len(array), -1)[:, : array.shape[1]])
             table = Rounded(flat, rounded.scales, None, rounded.error)
-            self._stored[key] = self._write(key[0], "int8-block", table, BLOCK, rounded.error)
+            self._stored[key] = self._write(key[0], "int8-block", table, block, rounded.error)
         return self._stored[key]
 
     def record(self, precision: EnginePrecision, higher: list[HigherTensor]) -> None:

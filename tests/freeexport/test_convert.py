@@ -253,6 +253,8 @@ def test_an_exit_layer_out_of_range_is_refused_with_the_range(
         (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
         (("--max-pending", "0"), "max_pending 0 is out of range"),
         (("--head", "int4"), "precision fp32 rounds nothing; --head int4 goes with int8, int4, mixed"),
+        (("--int8-layout", "rows"), "--int8-layout rows is of decoders in 8 bits for a CPU; give --precision int8"),
+        (("--int8-layout", "blocks", "--precision", "int4"), "give --precision int8 or mixed"),
     ],
 )
 def test_an_option_out_of_place_is_refused_with_what_goes(

@@ -150,30 +150,34 @@ def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
     assert [(item.tensor, item.stored) for item in quantizer.report.higher] == []
 
 
-def test_the_embedding_is_read_as_it_was_rounded(weights: WeightFile) -> None:
-    table = normal(50, 40)
+@pytest.mark.parametrize(("width", "block"), [(40, 32), (192, 64), (128, 128)])
+def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights: WeightFile) -> None:
+    table = normal(50, width)
     graph = Graph("g", Source({"e": table}), weights, FLOAT)
     ids = graph.input("ids", ir.DataType.INT64, ["M"])
-    graph.output("y", graph.op("Gather", [graph.weight("e"), ids], axis=0), FLOAT, ["M", 40])
+    graph.output("y", graph.op("Gather", [graph.weight("e"), ids], axis=0), FLOAT, ["M", width])
     path = weights.path.parent / "g.onnx"
     graph.save(path, [QuantizeEmbedding(Quantizer(weights, IntegerScheme()), "e")])
     weights.flush()
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     picked = np.array([49, 0, 7, 7])
     (rows,) = session.run(["y"], {"ids": picked})
-    padded = np.pad(table, ((0, 0), (0, 24))).reshape(50, 2, 32)
+    padded = np.pad(table, ((0, 0), (0, -width % block))).reshape(50, -1, block)
     scales = np.abs(padded).max(-1, keepdims=True) / 127
-    expected = (np.rint(padded / scales) * scales).reshape(50, 64)[:, :40]
+    expected = (np.rint(padded / scales) * scales).reshape(50, -1)[:, :width]
     np.testing.assert_allclose(rows, expected[picked], atol=1e-6)
 
 
 # Whole engines
 
 
-@each_precision
+BY_ROW = {"precision": "int8", "int8_layout": "rows"}
+
+
+@pytest.mark.parametrize("options", [*({"precision": name} for name in PRECISIONS), BY_ROW], ids=[*PRECISIONS, "rows"])
 @pytest.mark.parametrize("name", SELECTION)
-def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, precision: str, bundle: Bundles) -> None:
-    pair = pair_of(bundle(BY_NAME[name], 1, precision=precision), rows=1)
+def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, options: dict, bundle: Bundles) -> None:
+    pair = pair_of(bundle(BY_NAME[name], 1, **options), rows=1)
     past, longest = 21, 16
     hidden = pair.shallow(*tokens(past + longest))["hidden"]
     pair.deep(hidden[:, :past], every(1, past))
@@ -235,6 +239,23 @@ def test_the_precisions_take_the_room_they_promise(bundle: Bundles) -> None:
     assert sizes["int4"] < sizes["mixed"] < sizes["int8"]
 
 
+def test_8_bits_stand_in_blocks_or_by_row_as_asked_for(bundle: Bundles) -> None:
+    case, formats = BY_NAME["t5-gated-untied"], {}
+    for options in ({}, BY_ROW, {"int8_range": "reduced"}, {**BY_ROW, "precision": "mixed"}):
+        path = bundle(case, 1, **{"precision": "int8", "int8_range": "full", **options})
+        quantization = Bundle.open(path).manifest.quantization
+        assert quantization is not None
+        formats[str(options)] = {item.engine: item.linears for item in quantization.engines}
+    prompt = {"encoder": "int8", "prologue": "int8"}
+    by_row, blocks, in_4_bits = (dict.fromkeys(("shallow", "deep"), kind) for kind in ("int8", "int8-block", "int4"))
+    assert list(formats.values()) == [
+        {**prompt, **blocks},
+        {**prompt, **by_row},
+        {**prompt, **by_row},
+        {**prompt, **by_row, "shallow": in_4_bits["shallow"]},
+    ]
+
+
 def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> None:
     case = LARGER[1]
     eight, four = bundle(case, 1, precision="int8"), bundle(case, 1, precision="int8", head="int4")
@@ -242,8 +263,8 @@ def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> No
         {item.engine: (item.linears, item.head) for item in Bundle.open(path).manifest.quantization.engines}  # type: ignore[union-attr]
         for path in (eight, four)
     ]
-    assert formats[0]["deep"] == ("int8", "int8-block")
-    assert formats[1]["shallow"] == formats[1]["deep"] == ("int8", "int4")
+    assert formats[0]["deep"] == ("int8-block", "int8-block")
+    assert formats[1]["shallow"] == formats[1]["deep"] == ("int8-block", "int4")
     copies = [sum(copy.bytes for copy in Bundle.open(path).manifest.copies) for path in (eight, four)]
     assert copies[1] == copies[0] / 2
     ids, lengths = tokens(40)
