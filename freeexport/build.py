@@ -69,4 +69,4 @@ def _text(tested: SelfTest) -> str:
     if not tested.ran:
         return f"not run, {tested.why}"
     found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
-    return f"passed; largest differences from the graphs, as shares of the largest value: {found}"
+    return f"passed; largest differences from the graphs, as multiples of what rounding explains: {found}"

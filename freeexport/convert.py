@@ -54,20 +54,13 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
             manifest = with_calibration(manifest, calibration, directory)
         _write_manifest(manifest, directory)
         if options.verify:
-            manifest = replace(manifest, verified=_verified(directory, model, checkpoint, manifest))
+            manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
             costs = measured_in_child(directory, overlap=True)
             manifest = replace(manifest, break_even=costs.as_manifest(manifest.max_pending))
         _write_manifest(manifest, directory)
     return manifest
-
-
-def _verified(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:
-    if manifest.float_type == "bf16":
-        click.echo("warning: bf16 engines run on a GPU only, so the bundle is not verified", err=True)
-        return False
-    return verify_in_child(directory, model, checkpoint, manifest)
 
 
 def _exit_layer(checkpoint: Checkpoint, description: Description, asked: int | None) -> int:

@@ -14,6 +14,7 @@ from runtime.bundle import Bundle
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.machine import usable_cores
+from runtime.precision import FloatType
 from runtime.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
 # Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
-# Weights in 8 and 4 bits differ everywhere: the root mean square of the difference as a share of that of the reference.
-ROUNDED_TOLERANCE = {"int8": 0.15, "fp8": 0.3, "mixed": 0.4, "int4": 0.5}
+# bf16, and weights in 8 and 4 bits, differ everywhere: the root mean square of the difference as a share of that of the
+# reference.
+ROUNDED_TOLERANCE = {"bf16": 0.15, "int8": 0.15, "fp8": 0.3, "mixed": 0.4, "int4": 0.5}
 # A row alone and among others rounds its activations alike, but for the last bit of attention, which now and then
 # tips one over to the next of 255 steps.
 ROUNDED_NOISE = 5e-2
@@ -95,11 +97,16 @@ def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def engine_checks(
-    bundle: Bundle, model: PreTrainedModel | None, batch: Batch, exit_head: ExitHead | None = None
+    bundle: Bundle,
+    model: PreTrainedModel | None,
+    batch: Batch,
+    exit_head: ExitHead | None = None,
+    float_type: FloatType | None = None,
 ) -> Iterator[Check]:
     """Engines against the reference model, if there is one, and against themselves called otherwise.
 
     `exit_head` is the reference of an exit with parameters of its own: hidden states [N, d] -> logits [N, V].
+    `float_type` is the one that the bundle emulates, None for its own.
     """
     manifest = bundle.manifest
     precision = manifest.precision
@@ -107,7 +114,7 @@ def engine_checks(
     tolerance = TOLERANCE[precision] if precision in TOLERANCE else ROUNDED_TOLERANCE[precision]
     # For a GPU weights are rounded, and activations are not.
     exact = manifest.quantization is None or manifest.target != "cpu"
-    noise = TOLERANCE[manifest.float_type] if exact else ROUNDED_NOISE
+    noise = TOLERANCE.get(float_type or manifest.float_type, ROUNDED_NOISE) if exact else ROUNDED_NOISE
     cross, encoded = encode(bundle, batch)
     reference = Reference.of(model, bundle.manifest.exit_layer, batch, exit_head) if model is not None else None
     if reference is not None and encoded is not None and reference.encoded is not None:

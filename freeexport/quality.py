@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Mean nats that the prediction may lose of the checkpoint's: above these, something is wrong, not just coarse.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "int8": 0.3, "fp8": 0.3, "int4": 1.5, "mixed": 1.5}
+TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.1, "int8": 0.3, "fp8": 0.3, "int4": 1.5, "mixed": 1.5}
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
 

@@ -6,6 +6,7 @@ Not yet run on a GPU; checked against tests/fake_cuda.py, which has the names an
 from __future__ import annotations
 
 import threading
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,9 @@ class Cuda:
         self.lost = ""
         # Held by whoever puts much into a stream, so that another can be captured without being disturbed.
         self.undisturbed = threading.Lock()
-        self._lock = threading.Lock()
+        # Python may collect garbage, and so come to `free`, while this thread holds it.
+        self._lock = threading.RLock()
+        self._put_off: deque[int] = deque()
         self._memory: dict[int, int] = {}
         self._pinned: dict[int, int] = {}
         self._streams: list[Stream] = []
@@ -65,6 +68,7 @@ class Cuda:
     def free_memory(self) -> int:
         """Bytes that can be allocated."""
         self.make_current()
+        self._free_put_off()
         free, _ = self.call("cudaMemGetInfo")
         return int(free)
 
@@ -100,6 +104,7 @@ class Cuda:
         dtype = np.dtype(dtype)
         size = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
         self.make_current()
+        self._free_put_off()
         address = int(self.call("cudaMalloc", size))
         with self._lock:
             self._memory[address] = size
@@ -122,11 +127,24 @@ class Cuda:
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free(self, address: int) -> None:
-        """Give device memory back. After `close`, or where the device is lost, nothing is left to give back."""
-        with self._lock:
-            known = self._memory.pop(address, None)
-        if known is not None and not self.lost:
-            self.runtime.cudaFree(address)
+        """Give device memory back: at once, or where another thread may be capturing, when memory is next wanted.
+        After `close`, or where the device is lost, nothing is left to give back."""
+        self._put_off.append(address)
+        self._free_put_off()
+
+    def _free_put_off(self) -> None:
+        # Whatever thread collects garbage comes here: it must neither disturb a capture nor wait for its end.
+        if not self._put_off or not self.undisturbed.acquire(blocking=False):
+            return
+        try:
+            while self._put_off:
+                address = self._put_off.popleft()
+                with self._lock:
+                    known = self._memory.pop(address, None)
+                if known is not None and not self.lost:
+                    self.runtime.cudaFree(address)
+        finally:
+            self.undisturbed.release()
 
     def close(self) -> None:
         """Wait for all streams and free everything. Idempotent, and silent where the device is lost: then the driver

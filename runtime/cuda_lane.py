@@ -123,5 +123,7 @@ class _Enqueued(Event):
         begin, end = self._future.result()
         end.wait()
         self._call.finish()
+        seconds = end.seconds_since(begin)
+        # Not before: the lane's thread may record them anew at once.
         self._lane.give_back(begin, end)
-        return end.seconds_since(begin)
+        return seconds

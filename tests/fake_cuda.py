@@ -345,6 +345,8 @@ class FakeCuda:
         return int(data.ctypes.data)
 
     def _release(self, address: int, pinned: bool) -> tuple[Any, ...]:
+        if not pinned:
+            self.check_undisturbing("cudaFree")
         with self._lock:
             block = self._blocks.get(address)
             if block is None or block.freed or block.pinned is not pinned:

@@ -80,6 +80,9 @@ class CudaCall:
         bound = self._bound or self._bind()
         staging = self._staging
         assert staging is not None
+        if self._under_way:
+            # A run that failed: the device may still be reading what it was given.
+            stream.synchronize()
         for name, array in self._inputs.items():
             if name in bound.views:
                 bound.views[name][...] = array

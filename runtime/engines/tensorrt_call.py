@@ -51,6 +51,7 @@ class TensorRTCall:
         self._staging: Staging | None = None
         self._graph: CudaGraph | None = None
         self._runs = 0
+        self._under_way = False
         self._own = False  # context and staging are this call's alone, and stay
         self.rebind(inputs, outputs)
 
@@ -88,6 +89,10 @@ class TensorRTCall:
         layout = self._layout
         assert layout is not None
         staging = self._staging = self._staging or engine.staging.take(layout.size)
+        if self._under_way:
+            # A run that failed: the device may still be reading what it was given.
+            engine.stream.synchronize()
+        self._under_way = True
         for name, array in self._inputs.items():
             if name in layout.offsets:
                 staging.view(layout.offsets[name], array)[...] = array
@@ -104,6 +109,7 @@ class TensorRTCall:
         assert layout is not None
         try:
             staging.event.wait()
+            self._under_way = False
             for name, array in self._outputs.items():
                 if name in layout.offsets:
                     array[...] = staging.view(layout.offsets[name], array)

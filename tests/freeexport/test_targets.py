@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,15 +96,31 @@ def test_a_manifest_without_a_target_is_for_the_cpu(bundle: Bundles) -> None:
     assert Manifest.from_json(json.dumps({**content, HASH: _hash(content)}), MANIFEST) == manifest
 
 
-def test_bf16_says_that_it_cannot_be_verified_and_runs_on_no_cpu(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    arguments = ("--target", "tensorrt", "--precision", "bf16", "--exit-layer", 1)
+def test_bf16_is_verified_as_if_a_cpu_had_it_and_decodes_on_none(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    arguments = ("--target", "tensorrt", "--precision", "bf16", "--exit-layer", 1, "--capacity", 128)
     result = run("convert", checkpoint(LLAMA), tmp_path / "out", *arguments)
     assert result.exit_code == 0, result.stderr
-    assert "bf16 engines run on a GPU only, so the bundle is not verified" in result.stderr
-    assert not Bundle.open(tmp_path / "out").manifest.verified
+    bundle = Bundle.open(tmp_path / "out")
+    assert bundle.manifest.verified
+    assert bundle.verification is not None
+    assert bundle.verification["emulated"] == "bf16"
     with pytest.raises(EngineError, match="bf16 engines run on a GPU only"):
         Session(tmp_path / "out")
-    assert "bf16 engines run on a GPU only" in run("verify", tmp_path / "out").stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int8", "compute": "bf16"}], ids=str)
+def test_a_bf16_bundle_with_a_few_wrong_weights_does_not_pass(
+    options: dict[str, str], bundle: Bundles, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    path = shutil.copytree(bundle(LLAMA, target="cuda", **options), tmp_path / "bundle")
+    report = verify(Bundle.open(path), str(checkpoint(LLAMA)))
+    assert report["passed"], failure(report)
+    weights = bytearray((path / "weights.data").read_bytes())
+    middle = len(weights) // 2
+    weights[middle : middle + 2048] = bytes(2048)
+    (path / "weights.data").write_bytes(weights)
+    assert "differs by" in failure(verify(Bundle.open(path), str(checkpoint(LLAMA))))
 
 
 def test_the_capacity_of_a_bundle_for_tensorrt_is_fixed(bundle: Bundles) -> None:

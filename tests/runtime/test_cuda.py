@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,38 @@ def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -
     stream.synchronize()
     assert done == ["first", "second"]
     assert fake.allocated == 0
+
+
+def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_next_wanted() -> None:
+    fake = FakeCuda()
+    cuda = Cuda(0, fake)
+    stream = cuda.stream(urgent=True)
+    garbage = [cuda.empty((64,), np.uint8, stream)]
+    captures, go_on = threading.Event(), threading.Event()
+
+    def capture() -> None:
+        with cuda.undisturbed, fake.captured():
+            captures.set()
+            go_on.wait(10)
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    captures.wait(10)
+    garbage.clear()
+    assert fake.allocated == 64
+    go_on.set()
+    thread.join()
+    kept = cuda.empty((8,), np.uint8, stream)
+    assert fake.allocated == kept.size
+
+
+def test_garbage_that_is_collected_within_a_call_of_the_device_does_not_wait_for_itself() -> None:
+    """As of Python 3.12 it may be, between any two steps."""
+    cuda = Cuda(0, FakeCuda())
+    garbage = [cuda.empty((64,), np.uint8, cuda.stream(urgent=True))]
+    with cuda._lock, cuda.undisturbed:
+        garbage.clear()
+    assert cuda.free_memory() == cuda.runtime.free_bytes
 
 
 def test_closing_frees_everything_once() -> None:

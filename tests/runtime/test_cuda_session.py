@@ -14,7 +14,10 @@ from device_cases import LLAMA, MODES, T5, both
 from fake_device import Machine
 from fake_onnxruntime import CPU
 
+from graphs.fp32_copy import fp32_copy
 from runtime import Session
+from runtime.bundle import Bundle
+from runtime.cuda_lane import CudaLane
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
@@ -60,6 +63,19 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
         np.testing.assert_allclose(*zip(*known, strict=True), atol=1e-4) if known else None
     assert bool(machine.onnxruntime.captures) is (graphs and mode in MODES)
     assert machine.onnxruntime.launches > machine.onnxruntime.captures or not graphs
+
+
+@both
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int4", "compute": "bf16"}], ids=str)
+def test_bf16_says_what_the_same_graphs_say_rounded_to_it(
+    case: Any, options: dict[str, str], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Bundle.open(bundle(case, target="cuda", **options))
+    with fp32_copy(opened, rounds=True) as copy:
+        want = expected(copy.path, threshold=0.5)
+    Machine(monkeypatch)
+    with Session(opened.path, device="cuda:0", overlap=True, threads=1) as session:
+        assert [answer[:2] for answer in answers(session, threshold=0.5)] == [answer[:2] for answer in want]
 
 
 @both
@@ -194,6 +210,37 @@ def test_a_run_that_fails_alone_is_an_error_that_names_the_engine(target: Any, m
             session.generate(list(PROMPTS[0]))
         machine.onnxruntime.fails = False
         assert session.generate(list(PROMPTS[0]), max_new_tokens=3).token_ids
+
+
+def test_what_the_device_may_still_read_is_not_overwritten_after_a_run_that_failed(
+    target: Any, machine: Machine
+) -> None:
+    with Session(target(LLAMA), device="cuda:0", threads=1) as session, session.decoder() as decoder:
+        decoder.prefill(np.arange(5, 9), head=True)
+        decoder.step(7, head=True)
+        machine.onnxruntime.fails = True
+        with pytest.raises(EngineError, match="failed on device"):
+            decoder.step(8, head=True)
+        machine.onnxruntime.fails = False
+        before = machine.cuda.waits.get("cudaStreamSynchronize", 0)
+        decoder.step(8, head=True)
+        assert machine.cuda.waits["cudaStreamSynchronize"] == before + 1
+
+
+def test_times_are_read_before_their_events_serve_again(
+    target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lane's thread records what was given back as soon as another call comes."""
+    give_back = CudaLane.give_back
+
+    def at_once(lane: CudaLane, begin: Any, end: Any) -> None:
+        give_back(lane, begin, end)
+        lane.stream.record(begin)
+        lane.stream.record(end)
+
+    monkeypatch.setattr(CudaLane, "give_back", at_once)
+    with Session(target(LLAMA), device="cuda:0", overlap=True, threads=1) as session:
+        assert session.generate(list(PROMPTS[0]), max_new_tokens=12, threshold=0.5).stats.deep_seconds > 0
 
 
 def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_allocated(

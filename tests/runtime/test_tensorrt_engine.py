@@ -184,6 +184,20 @@ def test_what_cannot_be_captured_runs_on_without(
     assert (gpu.fake.launches, engine.captures) == (0, False)
 
 
+def test_what_the_device_may_still_read_is_not_overwritten_after_a_run_that_failed(
+    gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(gpu.engine("shallow"), gpu.bundle, gpu.stream)
+    steps.step([[3]])
+    with monkeypatch.context() as patched:
+        patched.setattr(_Context, "execute_async_v3", lambda self, stream: False)
+        with pytest.raises(EngineError, match="shallow did not run"):
+            steps.step([[4]])
+    before = gpu.fake.waits.get("cudaStreamSynchronize", 0)
+    steps.step([[4]])
+    assert gpu.fake.waits["cudaStreamSynchronize"] == before + 1
+
+
 def test_a_runtime_that_does_not_start_is_an_error(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NVIDIA's package does it without a driver that fits."""
 

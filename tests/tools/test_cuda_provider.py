@@ -1,12 +1,22 @@
-"""What tools/cuda_provider.py says of what a provider did; the provider itself needs its wheel."""
+"""What tools/cuda_provider.py says of what a provider did; and, where its wheel is, what the provider does."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoints import CASES
+from conftest import Bundles
 
 from tools.cuda_provider import show
+
+# Too large for continuous integration (256 MB): pip download --no-deps onnxruntime-gpu==1.31.1
+WHEEL = "ONNXRUNTIME_GPU_WHEEL"
+BY_NAME = {case.name: case for case in CASES}
 
 GOOD: dict[str, Any] = {
     "placed": {"CUDA Attention": 2, "CPU Concat": 1},
@@ -35,3 +45,17 @@ def test_what_a_run_should_not_do_is_named(
     output = capsys.readouterr().out
     assert (said or "2 kernels, 0 copies between host and device") in output
     assert ("NOT AS IT SHOULD BE" in output) is (said is not None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(WHEEL not in os.environ, reason=f"{WHEEL} names no wheel of onnxruntime-gpu")
+@pytest.mark.parametrize("options", [{"precision": "bf16"}, {"precision": "int8"}, {"precision": "int4"}], ids=str)
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_the_provider_itself_puts_kernels_into_the_stream_and_nothing_else(
+    name: str, options: dict[str, str], bundle: Bundles
+) -> None:
+    path = bundle(BY_NAME[name], target="cuda", **options)
+    command = [sys.executable, "-m", "tools.cuda_provider", str(path), "--wheel", os.environ[WHEEL]]
+    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "a captured run is graphLaunch" in result.stdout

@@ -1,0 +1,76 @@
+"""A graph that computes in half precision as one in fp32, which every processor runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+
+HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FLOAT = ir.DataType.FLOAT
+# What gives no numbers of the kind that it reads.
+_OTHERS = frozenset(("Cast", "Shape", "Less", "LessOrEqual", "Greater"))
+
+
+class Widen(ir.passes.InPlacePass):
+    """Before: values of `half`, the type that the graph computes in between its fp32 islands.
+    After: weights stay as they are stored, and all else is fp32.
+
+    `rounds`: what an operator gave in `half` is rounded to it, so that the graph says what a device says that computes
+    in `half` and adds up in fp32.
+    """
+
+    def __init__(self, half: ir.DataType, rounds: bool = False) -> None:
+        self._half, self._rounds = half, rounds
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        rounded = list(self._results(graph)) if self._rounds else []
+        for node in list(graph):
+            if node.op_type == "Cast" and node.attributes.get_int("to") == self._half:
+                node.attributes["to"] = ir.AttrInt64("to", FLOAT)
+        for value in graph.initializers.values():
+            if value.dtype == self._half:
+                self._widen(graph, value)
+        for value in (*graph.inputs, *graph.outputs):
+            if value.dtype == self._half and not value.is_initializer():
+                value.dtype = FLOAT
+        for value in rounded:
+            self._round(graph, value)
+        graph.sort()
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        for value in (*model.graph.inputs, *model.graph.outputs):
+            if value.dtype == self._half and not value.is_initializer():
+                raise ir.passes.PostconditionError(f"{value.name} is still {self._half.name}")
+
+    def _results(self, graph: ir.Graph) -> Iterator[ir.Value]:
+        """What operators give in `half`: those that read it, and casts to it."""
+        known = {value for value in (*graph.inputs, *graph.initializers.values()) if value.dtype == self._half}
+        for node in graph:
+            given = node.op_type not in _OTHERS and any(value in known for value in node.inputs)
+            if given or (node.op_type == "Cast" and node.attributes.get_int("to") == self._half):
+                known.update(node.outputs)
+                yield from node.outputs
+
+    def _widen(self, graph: ir.Graph, value: ir.Value) -> None:
+        uses = list(value.uses())
+        cast = ir.node("Cast", [value], attributes={"to": int(FLOAT)})
+        cast.outputs[0].name = f"{value.name}.widened"
+        for node, index in uses:
+            node.replace_input_with(index, cast.outputs[0])
+        graph.append(cast)
+
+    def _round(self, graph: ir.Graph, value: ir.Value) -> None:
+        uses = list(value.uses())
+        narrow = ir.node("Cast", [value], attributes={"to": int(self._half)})
+        wide = ir.node("Cast", [narrow.outputs[0]], attributes={"to": int(FLOAT)})
+        narrow.outputs[0].name, wide.outputs[0].name = f"{value.name}.narrow", f"{value.name}.rounded"
+        for node, index in uses:
+            node.replace_input_with(index, wide.outputs[0])
+        graph.extend([narrow, wide])
+        if value.is_graph_output():
+            graph.outputs[graph.outputs.index(value)] = wide.outputs[0]
+            wide.outputs[0].dtype, wide.outputs[0].shape = FLOAT, value.shape
+            value.name, wide.outputs[0].name = f"{value.name}.exact", value.name
