@@ -82,12 +82,15 @@ def new_manifest(
 def head_copies(
     description: Description, engines: EngineOptions, quantization: Quantization | None
 ) -> list[DeclaredCopy]:
-    """The head's weights a second time: packed, and those of an exit vocabulary."""
+    """The head's weights a second time: packed or on a device, and those of an exit vocabulary."""
     head = description.decoder.head.weight
     row = description.hidden_size * _head_bits(engines, quantization) // 8
     whole = description.vocab_size * row
     copies = []
-    if quantization is None:
+    if engines.target != "cpu":
+        if not engines.exit_tokens:
+            copies.append(DeclaredCopy(head, whole, "head, for the deep engine (in the memory of the device)"))
+    elif quantization is None:
         copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for the deep engine (in memory)"))
     elif not engines.exit_tokens:
         copies.append(DeclaredCopy(head, whole, "head, packed by ONNX Runtime for each of the two engines (in memory)"))

@@ -160,6 +160,9 @@ def test_the_manifest_says_what_was_rounded_and_what_is_computed_in(bundle: Bund
         ("deep", "int4", "int4"),
     ]
     half = Bundle.open(bundle(LLAMA, target="tensorrt", precision="int8")).manifest
+    (copy,) = half.copies
+    assert copy.bytes == half.vocab_size * half.hidden_size
+    assert "memory of the device" in copy.reason
     assert (half.compute, half.float_type) == ("fp16", "fp16")
     assert half.kv_bytes_per_token == manifest.kv_bytes_per_token
 
