@@ -76,12 +76,20 @@ class Pace:
                 return 0, False
             return self._affordable(min(self._length, most)), False
         self._tokens_to_probe -= 1
-        if self._tokens_to_probe > 0 or not self._account.bears(self._costs.head / self._costs.full):
+        return (0, False) if self._tokens_to_probe > 0 else self._ask()
+
+    def _ask(self) -> tuple[int, bool]:
+        """Ask the shallow head, if the account bears it. Once it was asked, a draft of one token costs no more than its
+        further row, and often pays by itself."""
+        costs = self._costs
+        full, kept = costs.full, self._kept.value
+        further = (costs["bare"] + costs[2] - costs[1]) / full
+        loss = max(0.0, costs.head / full + self._sure.value * min(0.0, further - kept))
+        if not self._account.bears(loss):
             return 0, False
         # At first every second row is asked, to see both costs; later so few that it does not show.
-        rarely = int(self._costs.head / (PROBE_SHARE * self._costs.full))
-        self._tokens_to_probe = max(PROBE_TOKENS, rarely) if self._asked >= FIRST_ROWS else 2
-        return 0, True
+        self._tokens_to_probe = max(PROBE_TOKENS, int(loss / PROBE_SHARE)) if self._asked >= FIRST_ROWS else 2
+        return (1, False) if kept > further else (0, True)
 
     def observe_plain(self, shallow: float, deep: float) -> None:
         """A token without a draft, the head not asked: seconds of its step and of its deep pass."""

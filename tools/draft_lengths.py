@@ -4,20 +4,18 @@
     python -m tools.draft_lengths BUNDLE --threshold 0.5 --tokens 32
 
 All in one process, in turn, prompt by prompt, against mode full in the same turn: ratios hold where the machine's speed
-drifts. `--rate` replays drafts of which that share is right, `--threshold` lets the model draft. Besides what a session
-that has learned does there is what each gains as the first request of a session, and mode full again, which shows how
-far a ratio is to be trusted. Run on an idle machine, from the root.
+drifts; medians over requests, and quartiles. `--rate` replays drafts of which that share is right, `--threshold` lets
+the model draft. Besides what a session that has learned does there is what each gains as the first of a session,
+and mode full again, which shows how far a ratio is to be trusted. Run on an idle machine, from the root.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from unittest import mock
 
@@ -52,14 +50,15 @@ class Kind:
 
 @dataclass
 class Seen:
-    """Of a kind: the seconds of each turn, over all prompts, and what became of the drafts."""
+    """Of a kind: the seconds of each request, round by round, and what became of the drafts."""
 
     seconds: list[float]
     tokens: int = 0
     exits: int = 0
     rejected: int = 0
 
-    def add(self, stats: Stats) -> None:
+    def add(self, seconds: float, stats: Stats) -> None:
+        self.seconds.append(seconds)
         self.tokens += stats.tokens - 1
         self.exits += stats.exits
         self.rejected += stats.rejected
@@ -101,12 +100,11 @@ def main(
         seen = measure(session, prompts, kinds, tokens, rounds, warm)
         costs = session.draft_costs
         used = f"{session.threads} threads, {len(prompts)} prompts of {tokens} tokens, {rounds} rounds"
-    full = seen[kinds[0]].seconds
-    found = {kind.name: _figures(full, seen[kind]) for kind in kinds}
+    found = {kind.name: figures_of(seen[kinds[0]].seconds, seen[kind]) for kind in kinds}
     click.echo(f"{bundle.name}: {used}" + ("" if idle else " (busy machine)"))
     for name, figures in found.items():
         click.echo(
-            f"{name:32} {figures['ratio']:.3f}x ({figures['least']:.2f} to {figures['most']:.2f}), "
+            f"{name:32} {figures['ratio']:.3f}x ({figures['low']:.2f} to {figures['high']:.2f}), "
             f"drafted {figures['drafted']:.0%} of the tokens, kept {figures['kept']:.0%}"
         )
     passes = range(1, max((1, *length)) + 2)
@@ -139,7 +137,6 @@ def measure(
     answers = [session.generate(list(prompt), mode="full", **asked).token_ids for prompt in prompts]
     seen = {kind: Seen([]) for kind in kinds}
     for turn in range(-warm, rounds):
-        spent: dict[Kind, float] = defaultdict(float)
         for number, prompt in enumerate(prompts):
             begin = (turn * len(prompts) + number) % len(kinds)
             for kind in (*kinds[begin:], *kinds[:begin]):
@@ -147,12 +144,9 @@ def measure(
                     began = perf_counter()
                     threshold = None if kind.mode == "full" else kind.threshold
                     done = session.generate(list(prompt), mode=kind.mode, threshold=threshold, **asked)
-                    spent[kind] += perf_counter() - began
+                    seconds = perf_counter() - began
                 if turn >= 0:
-                    seen[kind].add(done.stats)
-        if turn >= 0:
-            for kind, seconds in spent.items():
-                seen[kind].seconds.append(seconds)
+                    seen[kind].add(seconds, done.stats)
     return seen
 
 
@@ -172,13 +166,15 @@ def _apart(kind: Kind, threshold: float, number: int) -> Kind:
     return Kind(**{**vars(kind), "threshold": float(np.clip(threshold + number * APART, 0, 1))})
 
 
-def _figures(full: Sequence[float], seen: Seen) -> dict[str, float]:
-    ratios = [whole / seconds for whole, seconds in zip(full, seen.seconds, strict=True)]
+def figures_of(full: Sequence[float], seen: Seen) -> dict[str, float]:
+    """`ratio`: the median over requests of the speed as a multiple of mode full's in the same round; `low`, `high`: its
+    quartiles. The share of tokens that were `drafted`, and of drafts that were `kept`."""
+    low, ratio, high = np.quantile(np.array(full) / np.array(seen.seconds), (0.25, 0.5, 0.75)).tolist()
     tried = seen.exits + seen.rejected
     return {
-        "ratio": median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
+        "ratio": ratio,
+        "low": low,
+        "high": high,
         "drafted": seen.exits / seen.tokens,
         "kept": seen.exits / tried if tried else 1.0,
     }

@@ -128,7 +128,7 @@ def short_requests(name: str, sure: float, kept: float, sessions: int = 40, requ
 @pytest.mark.parametrize(("sure", "kept"), [(1, 0), (1, 0.3), (1, 0.5), (1, 0.6), (1, 0.7), (0.6, 0.8), (0.3, 0)])
 def test_short_requests_are_never_slower_than_0_98_of_full(name: str, sure: float, kept: float) -> None:
     first, later = short_requests(name, sure, kept)
-    assert first > 0.985
+    assert first > 0.98
     assert later > 0.985
 
 
@@ -239,23 +239,32 @@ def test_a_length_never_exceeds_what_is_asked() -> None:
     assert pace.plan(0) == (0, False)
 
 
-def test_rows_are_asked_as_far_as_is_granted_and_nothing_is_drafted_before_anything_is_known() -> None:
+def test_rows_are_asked_as_far_as_is_granted_where_none_is_sure() -> None:
     machine, pace = Machine(0.0, 0.0), new_pace()
     plans = []
     plan = pace.plan
     pace.plan = lambda most: plans.append(plan(most)) or plans[-1]  # type: ignore[method-assign,func-returns-value]
     machine.run(pace, 200)
-    assert {length for length, _ in plans} == {0}
-    assert [probe for _, probe in plans[:4]] == [False, True, False, True]
+    asked = [length > 0 or probe for length, probe in plans]
+    assert asked[:4] == [False, True, False, True]
+    assert max(length for length, _ in plans) == 1
     # The head is a 13th of a token: 0.3 tokens for 4 rows, and then 0.75 % of what follows.
-    assert 4 <= sum(probe for _, probe in plans) < 20
+    assert 4 <= sum(asked) < 20
+
+
+def test_a_row_that_was_asked_is_drafted_where_that_costs_less_than_it_may_give() -> None:
+    costs = {"shallow_ms": 6, "shallow_without_head_ms": 3, "deep_1_ms": 10, "deep_2_ms": 11, "deep_16_ms": 25}
+    # Drafts do not pay, for the head; but it was asked, and four milliseconds more may save thirteen.
+    hopeful, hopeless = new_pace(costs, Expected(0.5, 0.5)), new_pace(costs, Expected(0.5, 0.2))
+    assert [hopeful.plan(MANY - 1) for _ in range(2)] == [(0, False), (1, False)]
+    assert [hopeless.plan(MANY - 1) for _ in range(2)] == [(0, False), (0, True)]
 
 
 def test_a_head_that_costs_nothing_is_asked_rarely_too() -> None:
     """Asking takes time outside the engines."""
     machine, pace = Machine(0.0, 0.0, head=0.0), new_pace()
     machine.run(pace, 200)
-    assert sum(pace.plan(MANY - 1)[1] for _ in range(320)) <= 20
+    assert sum(pace.plan(MANY - 1) != (0, False) for _ in range(320)) <= 20
 
 
 def test_recorded_costs_give_the_shape_and_measured_ones_the_size() -> None:
