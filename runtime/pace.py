@@ -8,8 +8,9 @@ from typing import NamedTuple
 from runtime.account import Account
 from runtime.draft_costs import DraftCosts
 
-# A draft must promise this much over mode full to begin with, so that an error of the estimates does not cost speed.
-MARGIN = 1.01
+# Drafts must promise this much over mode full to begin with, so that an error of the estimates does not cost speed, and
+# the least of it to go on: asking costs time outside the engines, too.
+MARGIN, LEAST = 1.01, 1.003
 # What asking the shallow head while nothing is drafted may cost, as a share of a token in mode full.
 PROBE_SHARE = 0.005
 # And no more often than this: it costs time outside the engines, too.
@@ -131,8 +132,7 @@ class Pace:
 
     def _review(self, most: int) -> None:
         speed, length = max((speed, length) for length, speed in enumerate(self.speedups(most)))
-        # Drafts that are under way go on while they do not lose.
-        self._length = length if speed > (MARGIN if self._length == 0 else 1.0) else 0
+        self._length = length if speed > (MARGIN if self._length == 0 else LEAST) else 0
         self._rows_to_review = max(1, min(REVIEW_ROWS, self._sure.count // 4))
 
     def _affordable(self, length: int) -> int:
