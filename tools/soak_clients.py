@@ -157,12 +157,12 @@ class Clients:
         return self._fails(ask, Stream(self._session._scheduler, row, reply).drain, InjectedError, steps > number)
 
     def _fails(self, ask: Ask, run: Callable[[], GenerationResult], kind: type[Exception], must: bool) -> str | None:
-        """Whether it fails so where it `must`, and where not, only on what was drafted in vain."""
+        """Whether it fails so where it `must`, and where not, only on what was drafted or run ahead in vain."""
         try:
             result = run()
         except kind as error:
-            drafts = ask.options["mode"] in ("lossless", "rollback")
-            return None if must or drafts else f"{error} of {ask.told()}, before it should"
+            in_vain = self._session.overlap or ask.options["mode"] in ("lossless", "rollback")
+            return None if must or in_vain else f"{error} of {ask.told()}, before it should"
         return f"no {kind.__name__} of {ask.told()}" if must else self._checked(ask, result)
 
     def _coroutine(self, ask: Ask, source: Random) -> str | None:
