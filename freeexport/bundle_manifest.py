@@ -48,6 +48,7 @@ def new_manifest(
         schema_version=SCHEMA_VERSION,
         family=description.family,
         dialect=engines.dialect,
+        packed=engines.packed,
         precision=engines.precision,
         layers=len(description.decoder.layers),
         exit_layer=engines.exit_layer,

@@ -19,6 +19,7 @@ from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
 from graphs.layers import decoder_layers, encoder_layers
 from graphs.ort_dialect import OrtDialect, check_head_size
+from graphs.packing import Packing, packing
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
 from graphs.quantization.plan import ROUNDING, Plan
@@ -120,6 +121,11 @@ class EngineOptions:
             raise GraphError(f"target {self.target} does not compute in {self.compute}; choose {' or '.join(types)}")
 
     @property
+    def packed(self) -> bool:
+        """Whether the deep engine computes the rows of a call that count only."""
+        return self.dialect == "ort"
+
+    @property
     def plan(self) -> Plan | None:
         """How weights are rounded; None where they are not."""
         return ROUNDING[self.target].plan(self.precision, self.head, self.int8_layout)
@@ -171,11 +177,12 @@ class EngineBuilder:
         width = self.description.hidden_size
         stacked = graph.input("hidden", FLOAT, ["B", "k", width])
         call = self._decoder_call(graph, stacked)
-        dialect = self._dialect(graph, call)
+        rows = packing(graph, call, self._extra_rows) if self.options.packed else None
+        dialect = self._dialect(graph, call, rows)
         layers = self.description.decoder.layers[self.options.exit_layer :]
-        x = graph.op("Reshape", [stacked, graph.constant([-1, width])])
+        x = rows.packed(graph, stacked) if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
         hidden = self._layers(graph, dialect, x, layers, self.options.exit_layer)
-        self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]))
+        self._head(graph, dialect, hidden, graph.input("emitted", INT64, ["R"]), rows)
         self._save(graph)
 
     def encoder(self) -> None:
@@ -230,12 +237,15 @@ class EngineBuilder:
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
 
-    def _dialect(self, graph: Graph, call: Call) -> Dialect:
+    @property
+    def _extra_rows(self) -> int:
+        """That attention has behind those of a call. Where all passes have one row, they are alike anyway."""
+        return int(self.options.exact_rows and self.options.max_pending > 1)
+
+    def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
         if self.options.dialect == "ort":
-            # Where all passes have one row, they are alike anyway.
-            alike = self.options.exact_rows and self.options.max_pending > 1
-            return OrtDialect(graph, call, width, rows, alike)
+            return OrtDialect(graph, call, width, rows, self._extra_rows > 0, packed)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
@@ -252,7 +262,14 @@ class EngineBuilder:
     def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
         return decoder_layers(graph, dialect, x, layers, first, self.description.hidden_size)
 
-    def _head(self, graph: Graph, dialect: Dialect, hidden: ir.Value, emitted: ir.Value | None) -> None:
+    def _head(
+        self,
+        graph: Graph,
+        dialect: Dialect,
+        hidden: ir.Value,
+        emitted: ir.Value | None,
+        rows: Packing | None = None,
+    ) -> None:
         size = (self.description.vocab_size, self.description.hidden_size)
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
@@ -261,7 +278,7 @@ class EngineBuilder:
         if emitted is None:
             head = decoder.exit_head or decoder.head
             tokens = np.array(self.options.exit_tokens, np.int64) if self.options.exit_tokens else None
-        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed, tokens)
+        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed, tokens, rows)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:
         width = self.description.hidden_size

@@ -9,6 +9,7 @@ from graphs.description import Adapter, Head
 from graphs.dialect import Dialect
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
+from graphs.packing import Packing
 from runtime.manifest import ConfidenceMeasure
 
 # The logit of a token that a head does not know: its probability is 0.
@@ -25,6 +26,7 @@ def head_outputs(
     emitted: ir.Value | None = None,
     packed: bool = True,
     tokens: np.ndarray | None = None,
+    packing: Packing | None = None,
 ) -> None:
     """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
 
@@ -32,11 +34,12 @@ def head_outputs(
     head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
 
     `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
-    logits of all others are UNKNOWN.
+    logits of all others are UNKNOWN. With `packing`, `hidden` has the rows that count only.
     """
     vocabulary = size[0] if tokens is None else len(tokens)
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
-    normed = _normed(graph, dialect, graph.op("Gather", [hidden, rows], axis=0), head, size[1])
+    places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
+    normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head, size[1])
     weight = _weight(graph, head, size, packed, tokens)
     logits = graph.to_float(graph.op("Gemm", [normed, weight], transB=1))  # [R, V], or [R, N]
     log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]

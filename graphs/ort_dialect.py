@@ -21,6 +21,7 @@ from graphs.dialect import (
 )
 from graphs.errors import GraphError
 from graphs.graph import MICROSOFT, Dimension, Graph
+from graphs.packing import Packing
 
 
 def check_head_size(attention: Attention) -> None:
@@ -39,12 +40,23 @@ class OrtDialect:
     `alike`: a decoder's attention gives a row the same to the last bit in every call. ONNX Runtime multiplies one row
     by a matrix in another order than several, so attention always has one row more than the call, behind its own:
     causal attention hides it from them, and what it writes to the cache is behind the valid rows.
+
+    `packing`: between attentions there are the rows that count only.
     """
 
-    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, alike: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        call: Call,
+        width: int,
+        cache_rows: int = 0,
+        alike: bool = False,
+        packing: Packing | None = None,
+    ) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
         self._biases: dict[str, ir.Value] = {}
         self._extra = alike and call.past_lengths is not None
+        self._packing = packing
         # The call as attention sees it.
         self._attended = self._with_extra(call) if self._extra else call
         if call.past_lengths is not None:
@@ -121,7 +133,10 @@ class OrtDialect:
 
     def _in_rows(self, x: ir.Value) -> ir.Value:
         """[M, n] -> [B, rows that attention sees, n]."""
-        graph, rows = self.graph, in_rows(self.graph, x, self.call)
+        graph = self.graph
+        if self._packing is not None:
+            return self._packing.in_rows(graph, x)
+        rows = in_rows(graph, x, self.call)
         if not self._extra:
             return rows
         return graph.op("Pad", [rows, graph.constant([0, 1]), None, graph.constant([1])])
@@ -129,6 +144,8 @@ class OrtDialect:
     def _flat(self, x: ir.Value, width: int) -> ir.Value:
         """[B, rows that attention sees, width] -> [M, width]."""
         graph = self.graph
+        if self._packing is not None:
+            return self._packing.packed(graph, x)
         if self._extra:
             x = graph.op("Slice", [x, graph.constant([0]), graph.constant([-1]), graph.constant([1])])
         return flat(graph, x, width)

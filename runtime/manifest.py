@@ -56,7 +56,8 @@ class Manifest:
     `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
     `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
-    are rounded for a GPU, None elsewhere; see `float_type`.
+    are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
+    count only.
     """
 
     schema_version: int
@@ -93,6 +94,7 @@ class Manifest:
     target: Target = "cpu"
     tuned_max_pending: int | None = None
     compute: FloatType | None = None
+    packed: bool = False
 
     @property
     def encoder_decoder(self) -> bool:

@@ -228,7 +228,9 @@ class Session:
         decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
         cross = CrossRows(slots, shallow.zeros)
         batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
-        return Scheduler(decoders, batches, cross, self.options.queue, rules_of(manifest.break_even))
+        return Scheduler(
+            decoders, batches, cross, self.options.queue, rules_of(manifest.break_even)._replace(packed=manifest.packed)
+        )
 
     def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
         return Decoder(shallow, deep, slot, *self._sizes)

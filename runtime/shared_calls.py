@@ -13,11 +13,13 @@ from runtime.work import Work
 
 class Rules(NamedTuple):
     """A deep pass runs once the share `ready` of the rows waits for one, or one has waited `patience` turns for others
-    to join it. `row_cost`: what a further row of a call costs, as a share of the first."""
+    to join it. `row_cost`: what a further row of a call costs, as a share of the first. `packed`: of deep passes,
+    padding and idle rows cost nothing."""
 
     ready: float = 0.5
     patience: int = 4
     row_cost: float = ROW_COST
+    packed: bool = False
 
 
 def rules_of(costs: Mapping[str, float]) -> Rules:
@@ -52,11 +54,18 @@ class SharedCalls:
     def run(self, works: Sequence[Work], together: bool) -> Iterator[tuple[Work, Exception | None]]:
         """Run works of one lane, as few calls where `together`: each with its error. What a call wrote is to be counted
         before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted ones."""
-        shared = together and len(works) > 1 and works[0].lane in self._batches
-        for group in grouped(works, self._rules.row_cost) if shared else [[work] for work in works]:
+        for group in self._grouped(works) if together else [[work] for work in works]:
             failed = self._call(group)
             for work in group:
                 yield work, failed.get(id(work))
+
+    def _grouped(self, works: Sequence[Work]) -> Sequence[Sequence[Work]]:
+        lane = works[0].lane
+        if lane not in self._batches:
+            return [[work] for work in works]
+        if self._rules.packed and lane is not self._shallow:
+            return [works]
+        return grouped(works, self._rules.row_cost)
 
     def _call(self, works: Sequence[Work]) -> dict[int, Exception]:
         try:

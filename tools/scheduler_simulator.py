@@ -3,9 +3,9 @@
     python -m tools.scheduler_simulator --shallow 0.10 --deep 0.31 --row 0.1
     python -m tools.scheduler_simulator --shallow 2.2 --deep 4.4 --row 0.15 --rates 0.8 --batches 8
 
-The real scheduler runs, over engines that compute nothing: a call over n rows, padding and idle ones included, takes
-(1 + ROW x (n - 1)) times what one row does. Exits are drawn independently at each rate. Tokens/s as multiples of those
-with the rules for costs that are not known.
+The real scheduler runs, over engines that compute nothing: a call over n rows, padding and idle ones included (of deep
+passes only where they are --padded), takes (1 + ROW x (n - 1)) times what one row does. Exits are drawn independently
+at each rate. Tokens/s as multiples of those with the rules for costs that are not known.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Clock:
 class Engine:
     """Calls that take time and say nothing, except how sure the shallow decoder is."""
 
-    def __init__(self, clock: Clock, cost: float, row: float, rate: float, seed: int) -> None:
-        self.clock, self.cost, self.row, self.rate = clock, cost, row, rate
+    def __init__(self, clock: Clock, cost: float, row: float, rate: float, seed: int, packed: bool) -> None:
+        self.clock, self.cost, self.row, self.rate, self.packed = clock, cost, row, rate, packed
         self.chance = random.Random(seed)
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
@@ -61,7 +61,9 @@ class Call:
     def run(self) -> None:
         engine = self._engine
         read = self._inputs["input_ids" if "input_ids" in self._inputs else "hidden"]
-        engine.clock.now += engine.cost * (1 + engine.row * (read.shape[0] * read.shape[1] - 1))
+        lengths = self._inputs["query_lengths"]
+        rows = int(lengths.sum()) if engine.packed else read.shape[0] * read.shape[1]
+        engine.clock.now += engine.cost * (1 + engine.row * (rows - 1))
         sure = self._outputs.get("confidence")
         if sure is not None:
             sure[:] = [float(engine.chance.random() < engine.rate) for _ in sure]
@@ -76,7 +78,8 @@ def tokens_per_second(
     lanes = []
     for seed, (cost, layers) in enumerate(((shallow, range(1)), (deep, range(1, 2)))):
         cache = KVCache(layers, batch, 1, tokens + MAX_PENDING + 2, 1, np.float32)
-        lanes.append(Lane(Engine(clock, cost, row, rate, seed), cache))  # type: ignore[arg-type]
+        engine = Engine(clock, cost, row, rate, seed, rules.packed and seed == 1)
+        lanes.append(Lane(engine, cache))  # type: ignore[arg-type]
     decoders = [Decoder(lanes[0], lanes[1], slot, 1, 2, MAX_PENDING) for slot in range(batch)]
     cross = CrossRows(batch)
     batches = {lane: Batch(lane, cross, 1, 2) for lane in lanes}
@@ -124,6 +127,9 @@ def _numbers(context: click.Context, parameter: click.Parameter, given: str) -> 
 @click.option("--batches", callback=_numbers, default="2,4,8,16", show_default=True, help="Requests in flight.")
 @click.option("--ready", callback=_numbers, default="0.25,0.5,0.75,1", show_default=True)
 @click.option("--patience", callback=_numbers, default="2,4,8,16", show_default=True)
+@click.option(
+    "--padded", is_flag=True, help="Deep passes as of bundles that were converted before padding cost nothing."
+)
 def main(
     shallow: float,
     deep: float,
@@ -132,13 +138,16 @@ def main(
     batches: list[float],
     ready: list[float],
     patience: list[float],
+    padded: bool,
 ) -> None:
     costs = shallow, deep, row
     cases = [(int(batch), rate) for rate in rates for batch in batches]
-    now = {case: tokens_per_second(*case, costs, Rules(row_cost=row)) for case in cases}
+    now = {case: tokens_per_second(*case, costs, Rules(row_cost=row, packed=not padded)) for case in cases}
     click.echo("ready  patience  " + "".join(f"{f'{batch} at {rate:g}':>10}" for batch, rate in cases) + "      mean")
     for share, turns in product(ready, patience):
-        ratios = [tokens_per_second(*case, costs, Rules(share, int(turns), row)) / now[case] for case in cases]
+        ratios = [
+            tokens_per_second(*case, costs, Rules(share, int(turns), row, not padded)) / now[case] for case in cases
+        ]
         cells = "".join(f"{ratio:>10.3f}" for ratio in ratios)
         click.echo(f"{share:5g}  {int(turns):8}  {cells}{np.mean(ratios):10.3f}")
 

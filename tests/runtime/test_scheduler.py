@@ -28,7 +28,7 @@ from runtime.prediction import Prediction
 from runtime.result import Token
 from runtime.row import Row
 from runtime.scheduler import Scheduler
-from runtime.shared_calls import Rules, rules_of
+from runtime.shared_calls import Rules, SharedCalls, rules_of
 from runtime.wheel import Wheel
 from runtime.work import Waiting, Work, alone
 
@@ -463,6 +463,15 @@ def works(*asked: tuple[int, int]) -> list[Work]:
 )
 def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], sizes: list[int]) -> None:
     assert sorted(len(group) for group in grouped(works(*asked))) == sizes
+
+
+def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
+    asked = works((0, 1), (1, 16), (15, 1))
+    deep, shallow = asked[0].lane, asked[0].calls._shallow
+    batches = {lane: Batch(lane, CrossRows(16), WIDTH, VOCABULARY) for lane in (deep, shallow)}
+    sizes = [[len(group) for group in SharedCalls(batches, shallow, Rules(packed=packed))._grouped(asked)]
+             for packed in (True, False)]  # fmt: skip
+    assert sizes == [[3], [1, 1, 1]]
 
 
 def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:

@@ -20,6 +20,12 @@ def test_rows_that_cost_nothing_multiply_the_throughput_and_are_worth_waiting_fo
     assert patient > 1.1 * hasty
 
 
+def test_padding_costs_time_where_it_is_computed() -> None:
+    costs = 0.3, 1.0, 0.15
+    padded, packed = (tokens_per_second(8, 0.8, costs, Rules(0.5, 4, 0.15, flag), tokens=60) for flag in (False, True))
+    assert packed > 1.1 * padded
+
+
 def test_the_table_has_a_line_for_each_rule() -> None:
     few = ["--shallow", "1", "--deep", "3", "--rates", "0.8", "--batches", "2,3", "--ready", "0.5", "--patience", "4,8"]
     result = CliRunner().invoke(main, few)

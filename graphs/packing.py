@@ -1,0 +1,46 @@
+"""The rows of a call that count, side by side, so that padding is neither normed nor multiplied with weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from graphs.dialect import Call
+from graphs.graph import Graph
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
+    of the call is; of padding, any. `attended` int64 [B, rows + extra]: the same for those that attention sees."""
+
+    valid: ir.Value
+    rows: ir.Value
+    attended: ir.Value
+
+    def packed(self, graph: Graph, x: ir.Value) -> ir.Value:
+        """[B, rows, n] -> [N, n]."""
+        return graph.op("GatherND", [x, self.valid])
+
+    def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
+        """[N, n] -> [B, rows + extra, n]."""
+        return graph.op("Gather", [x, self.attended], axis=0)
+
+
+def packing(graph: Graph, call: Call, extra: int = 0) -> Packing:
+    """Of a call. Attention sees so many `extra` rows of each sequence behind those of the call."""
+    rows = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
+    first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
+    steps = graph.op("Range", [first, graph.op("Add", [rows, graph.constant(np.int64(extra))]), one])
+    lengths = graph.op("Unsqueeze", [graph.cast(call.query_lengths, ir.DataType.INT64), graph.constant([1])])
+    counts = graph.op("Less", [steps, lengths])  # [B, rows + extra]
+    valid = graph.op("Transpose", [graph.op("NonZero", [counts])], perm=[1, 0])
+    flags = graph.op("Reshape", [graph.cast(counts, ir.DataType.INT64), graph.constant([-1])])
+    before = graph.op("Sub", [graph.op("CumSum", [flags, first]), one])
+    attended = graph.op("Reshape", [graph.op("Max", [before, first]), graph.op("Shape", [counts])])
+    own = attended
+    if extra:
+        own = graph.op("Slice", [attended, graph.constant([0]), graph.constant([-extra]), graph.constant([1])])
+    return Packing(valid, graph.op("Reshape", [own, graph.constant([-1])]), attended)
