@@ -84,7 +84,8 @@ class Pace:
         further row, and often pays by itself."""
         costs = self._costs
         full, kept = costs.full, self._kept.value
-        further = (costs["bare"] + costs[2] - costs[1]) / full
+        # More than nothing must speak for it: a session begins with a half.
+        further = max(0.5, (costs["bare"] + costs[2] - costs[1]) / full)
         loss = max(0.0, costs.head / full + self._sure.value * min(0.0, further - kept))
         if not self._account.bears(loss):
             return 0, False
