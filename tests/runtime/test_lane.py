@@ -130,9 +130,11 @@ def test_overlap_changes_no_token_whatever_the_lanes_take(
 def overlapped(confidence: float, agrees: bool = True) -> tuple[Decoder, Recorder, DelayedRecorder]:
     """Lanes of which the deep one is slow."""
     decoder, shallow, deep = decoder_of(True, [confidence] * 40, [agrees] * 40, [0.0] * 40, 16, seed=3)
+    assert isinstance(shallow, DelayedRecorder)
     assert isinstance(deep, DelayedRecorder)
     decoder.prefill(prompt_of(2), head=True)
-    deep.pauses = (0.02,)
+    # Long beside what a busy machine takes to wake a thread that waits.
+    shallow.pauses, deep.pauses = (0.05,), (0.15,)
     return decoder, shallow, deep
 
 
