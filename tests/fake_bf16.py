@@ -27,10 +27,15 @@ class Graph:
         self._halves = {str(value.name) for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype == BF16}
         if self._halves:
             Widen(BF16, rounds=True)(model)
+            # Beside its weights, in a bundle that other tests use too: only while it is read.
             widened = Path(path).with_name(f".{Path(path).stem}.widened.onnx")
             ir.save(model, widened)
             path = str(widened)
-        self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        try:
+            self._session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        finally:
+            if self._halves:
+                Path(path).unlink()
         self.inputs, self.outputs = (
             [self._typed(value) for value in values]
             for values in (self._session.get_inputs(), self._session.get_outputs())
