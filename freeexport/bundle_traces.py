@@ -27,10 +27,4 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
             nll.append(said.nll or 0.0)
             guesses.append(guess.token)
             token = said.token
-    return Trace(
-        line,
-        np.array(confidence, np.float32),
-        np.array(agrees, np.bool_),
-        np.array(nll, np.float32),
-        np.array(guesses, np.int32),
-    )
+    return Trace.of(line, confidence, agrees, nll, guesses)

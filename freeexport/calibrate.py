@@ -46,10 +46,9 @@ def calibrate_model(
             source.check_speed()
         traces = collect(source, data, requests, cache_path(model, output), options.max_new_tokens)
         check_enough(traces, options)
-        length = max(2, round(traces.tokens / len(traces.sequences)) + 1)
         # Timings beside other work mean nothing, but the threshold does not depend on them.
         idle = not is_bundle(model) or cores_in_use() <= TOLERATED
-        result = calibrate(source, traces, source.costs(requests, length), options, outputs)
+        result = calibrate(source, traces, source.costs(requests, traces.mean_length), options, outputs)
         if options.measure:
             found = source.speedups(requests, points(result), options.max_new_tokens, options.rounds)
             result = with_measured(result, found)

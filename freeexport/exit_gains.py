@@ -99,11 +99,16 @@ def _sizes(vocabulary: int, ends: int, more: Sequence[int]) -> list[int]:
 def _ranked(
     sequences: Sequence[Trace], threshold: float, written: np.ndarray, vocabulary: int, ends: Sequence[int]
 ) -> np.ndarray:
-    """Ends, then by exits, then by shallow predictions, then by frequency in text; of equal ones the lower ids first,
-    as vocabularies are roughly in the order of use."""
+    """By exits, then by shallow predictions, then by frequency in text."""
     exits = _counts([one.token[one.sure(threshold)] for one in sequences], vocabulary)
     said = _counts([one.token for one in sequences], vocabulary)
-    ranked = np.lexsort((np.arange(vocabulary), -written, -said, -exits))
+    return ranked_tokens(ends, exits, said, written)
+
+
+def ranked_tokens(ends: Sequence[int], *counts: np.ndarray) -> np.ndarray:
+    """All token ids: `ends`, then by counts [V], of which the first decides, then the lower ids first, as vocabularies
+    are roughly in the order of use."""
+    ranked = np.lexsort((np.arange(len(counts[0])), *(-count for count in reversed(counts))))
     return np.concatenate([np.array(sorted(ends), np.int64), ranked[~np.isin(ranked, ends)]])
 
 

@@ -51,8 +51,7 @@ def gains_of(
         kept = cache_path(model, None if is_bundle(model) else output)
         traces = collect(source, data, requests, kept, options.max_new_tokens)
         check_enough(traces, options)
-        length = max(2, round(traces.tokens / len(traces.sequences)) + 1)
-        costs = source.costs(requests, length)
+        costs = source.costs(requests, traces.mean_length)
         targets = [request.target for request in requests if request.target]
         found = exit_gains(
             traces,

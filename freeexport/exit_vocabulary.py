@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.checkpoint import Checkpoint
-from freeexport.exit_gains import STEP
+from freeexport.exit_gains import STEP, ranked_tokens
 from freeexport.jsonl import BrokenLine, read_requests
 from freeexport.text_format import known_ends, text_format
 from freeexport.training_data import DataError
@@ -42,9 +42,7 @@ def exit_vocabulary(
         np.add.at(counts, [token for token in ids if token < len(counts)], 1)
         counts[form.eos] += 1
     total = int(counts.sum())
-    # Of equally frequent tokens the lower ids first: vocabularies are roughly in the order of use.
-    ranked = np.lexsort((np.arange(len(counts)), -counts))
-    ranked = np.concatenate([ends, ranked[~np.isin(ranked, ends)]])
+    ranked = ranked_tokens(ends, counts)
     covered = np.cumsum(counts[ranked]) / max(1, total)
     if size is None:
         fewest = int(np.searchsorted(covered, COVERED)) + 1

@@ -24,6 +24,18 @@ class Trace:
     nll: np.ndarray
     token: np.ndarray
 
+    @classmethod
+    def of(
+        cls, line: int, confidence: Sequence[float], agrees: Sequence[bool], nll: Sequence[float], token: Sequence[int]
+    ) -> Trace:
+        return cls(
+            line,
+            np.array(confidence, np.float32),
+            np.array(agrees, np.bool_),
+            np.array(nll, np.float32),
+            np.array(token, np.int32),
+        )
+
     def __len__(self) -> int:
         return len(self.confidence)
 
@@ -46,6 +58,11 @@ class Traces:
     @property
     def tokens(self) -> int:
         return len(self.confidence)
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of a sequence, its first included."""
+        return max(2, round(self.tokens / len(self.sequences)) + 1)
 
     @cached_property
     def confidence(self) -> np.ndarray:

@@ -98,10 +98,4 @@ def _trace(record: dict[str, Any]) -> Trace:
     confidence, agrees, nll, token = (record[name] for name in ("confidence", "agrees", "nll", "token"))
     if not isinstance(record["line"], int) or not len(confidence) == len(agrees) == len(nll) == len(token):
         raise ValueError
-    return Trace(
-        record["line"],
-        np.array(confidence, np.float32),
-        np.array(agrees, np.bool_),
-        np.array(nll, np.float32),
-        np.array(token, np.int32),
-    )
+    return Trace.of(record["line"], confidence, agrees, nll, token)

@@ -117,8 +117,7 @@ def _entry(source: BundleSource, data: Path, requests: Sequence[Request], option
     """One collecting run, and the costs of this bundle here."""
     traces = collect(source, data, requests, cache_path(str(source.path), None), options.max_new_tokens)
     check_enough(traces, CalibrateOptions())
-    length = max(2, round(traces.tokens / len(traces.sequences)) + 1)
-    return Entry(source, traces, source.costs(requests, length))
+    return Entry(source, traces, source.costs(requests, traces.mean_length))
 
 
 def _grid(number: int, entry: Entry) -> list[Point]:

@@ -107,7 +107,6 @@ class EngineOptions:
             raise GraphError(
                 f"target {self.target} has no precision {self.precision}; choose --precision {' or '.join(precisions)}"
             )
-
         self._check_compute()
 
     def _check_compute(self) -> None:
