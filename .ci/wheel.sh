@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Use an installed wheel as a new user would, from a folder of its own: bash .ci/wheel.sh VENV WHEEL CHECKOUT
+set -euo pipefail
+bin=$(realpath "$1")/bin wheel=$(realpath "$2") checkout=$(realpath "$3")
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cd "$work"
+export HF_HUB_OFFLINE=1
+
+say() { printf -- '-- %s\n' "$*"; }
+
+say "every data file of the packages is in the wheel"
+"$bin/python" - "$wheel" "$checkout" <<'CHECK'
+import subprocess
+import sys
+import zipfile
+
+wheel, checkout = sys.argv[1:]
+listed = ["git", "-C", checkout, "ls-files", "freeexport", "graphs", "runtime"]
+tracked = set(subprocess.run(listed, capture_output=True, text=True, check=True).stdout.split())
+missing = sorted(tracked - set(zipfile.ZipFile(wheel).namelist()))
+assert tracked and not missing, f"not in the wheel: {missing}"
+CHECK
+
+model=$("$bin/python" -c 'import freeexport; print(freeexport.__path__[0])')/data/g2p
+case $model in *site-packages*) ;; *) echo "not the installed package: $model" >&2; exit 1 ;; esac
+
+say "convert, inspect, generate, calibrate, verify, evaluate-exits"
+"$bin/freeexport" convert "$model" bundle
+"$bin/freeexport" inspect bundle
+"$bin/freeexport" generate bundle "good morning" --threshold 0.8 --max-new-tokens 32
+"$bin/freeexport" calibrate bundle --data "$model/test.jsonl" --samples 40
+"$bin/freeexport" verify bundle --against "$model"
+"$bin/freeexport" evaluate-exits "$model" --data "$model/test.jsonl" --samples 10
+
+say "bad input is one line, and what stood there still stands"
+if "$bin/freeexport" convert "$model" bundle 2>error.txt; then echo "converted over a bundle" >&2; exit 1; fi
+grep -q '^error: ' error.txt && [ "$(wc -l <error.txt)" = 1 ]
+"$bin/freeexport" inspect bundle >/dev/null
+
+say "an application"
+"$bin/python" - <<'APPLICATION'
+from runtime import Session
+
+with Session("bundle") as session:
+    result = session.generate("good morning", max_new_tokens=32, threshold=0.8)
+    streamed = "".join(token.text for token in session.stream("good morning", max_new_tokens=32, threshold=0.8))
+    full = session.generate("good morning", max_new_tokens=32, mode="full")
+    lossless = session.generate("good morning", max_new_tokens=32, mode="lossless", threshold=0.5)
+assert streamed == result.text, (streamed, result.text)
+assert lossless.token_ids == full.token_ids, (lossless, full)
+print(result.text, f"{result.stats.exit_rate:.0%} exited")
+APPLICATION
+
+say "demo"
+"$bin/freeexport" demo
