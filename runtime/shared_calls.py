@@ -23,7 +23,7 @@ class Rules(NamedTuple):
 
 
 def rules_of(costs: Mapping[str, float]) -> Rules:
-    """The best for the costs that a manifest records, by tools/scheduler_simulator.py (docs/serving.md): the cheaper a
+    """The best for the costs that a manifest records, by simulation (docs/serving.md): the cheaper a
     further row, the more pays waiting for it."""
     if not {"deep_1_ms", "deep_8_ms"} <= costs.keys():
         return Rules()
