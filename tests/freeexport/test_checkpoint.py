@@ -192,33 +192,60 @@ def test_truncated_safetensors_are_refused(tmp_path: Path, keep: int) -> None:
     with_tensors(tmp_path, a=np.zeros(100, np.float32))
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
         open_checkpoint(str(tmp_path))
+
+
+def write_safetensors(path: Path, header: Any, data: bytes) -> None:
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def entry(start: int, stop: int, *shape: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, stop]}
 
 
 @pytest.mark.parametrize(
-    ("header", "part"),
+    "header",
     [
-        ({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}, "a ends at byte"),
-        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "a takes 8 bytes"),
-        ({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 0]}}, "a takes -8 bytes"),
-        ({"a": {"dtype": "F32", "shape": [2]}}, "no safetensors header"),
-        ([], "no safetensors header"),
+        pytest.param({"a": entry(0, 36, 9)}, id="beyond the end"),
+        pytest.param({"a": entry(0, 8, 3)}, id="of another size"),
+        pytest.param({"a": entry(8, 0, 2)}, id="backwards"),
+        pytest.param({"a": entry(0, 4, 1), "b": entry(0, 8, 2)}, id="overlap"),
+        pytest.param({"a": entry(4, 8, 1)}, id="hole"),
+        pytest.param({"a": entry(0, 4, 1)}, id="bytes of nothing at the end"),
+        pytest.param({"a": entry(-8, 0, 2)}, id="negative"),
+        pytest.param({"a": entry(0, 8, -2)}, id="negative shape"),
+        pytest.param({"a": entry(0, 8, 1 << 62, 8)}, id="product beyond 64 bits"),
+        pytest.param({"a": {**entry(0, 8, 2), "data_offsets": ["0", "8"]}}, id="offsets as text"),
+        pytest.param({"a": entry(0, 8, 2, dtype="F33")}, id="unknown type"),
+        pytest.param({"a": {"dtype": "F32", "shape": [2]}}, id="no offsets"),
+        pytest.param([], id="no object"),
     ],
 )
-def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any, part: str) -> None:
-    text = json.dumps(header).encode()
+def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any) -> None:
     write_config(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(CheckpointError, match=part):
+    write_safetensors(tmp_path / "model.safetensors", header, bytes(8))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file") as caught:
         open_checkpoint(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_types_of_8_bits_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    write_config(tmp_path)
+    tensor = torch.tensor([[1.5, -2.0, 0.0625], [0.0, 448.0, -0.25]]).to(dtype)
+    save_torch_file({"a": tensor}, tmp_path / "model.safetensors")
+    checkpoint = open_checkpoint(str(tmp_path))
+    assert checkpoint.nbytes == 6
+    assert np.array_equal(checkpoint.read("a"), tensor.float().numpy())
 
 
 def test_an_unsupported_type_is_refused_when_read(tmp_path: Path) -> None:
     write_config(tmp_path)
-    save_torch_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    write_safetensors(tmp_path / "model.safetensors", {"a": entry(0, 8, 1, dtype="C64")}, bytes(8))
     checkpoint = open_checkpoint(str(tmp_path))
-    with pytest.raises(CheckpointError, match="F8_E4M3"):
+    with pytest.raises(CheckpointError, match="C64, which is not supported"):
         checkpoint.read("a")
 
 
