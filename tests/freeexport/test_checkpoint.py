@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from safetensors.torch import save_file as save_torch_file
 
 from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from freeexport.reference import reference_model
+from graphs.errors import UnsupportedModelError
+from runtime.errors import FreeExportError
 
 LLAMA = {
     "vocab_size": 32,
@@ -173,6 +176,28 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, pa
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=part):
         open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_hidden_layers", 10**6), ("num_hidden_layers", 10**12), ("head_dim", 10**9), ("rms_norm_eps", float("nan"))],
+)
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_configuration_out_of_range_is_refused_before_work(
+    tmp_path: Path, name: str, value: float, model_type: str
+) -> None:
+    with_tensors(tmp_path, a=np.zeros(1, np.float32))
+    write_config(tmp_path, model_type=model_type, **{name: value})
+    with pytest.raises(UnsupportedModelError, match=f"{name} is {value} in the configuration; it must be a "):
+        open_checkpoint(str(tmp_path))
+
+
+def test_the_reference_is_not_made_of_a_configuration_of_other_sizes(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 1 << 20}))
+    with pytest.raises(UnsupportedModelError, match="the configuration says"):
+        reference_model(open_checkpoint(str(tmp_path)))
 
 
 def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -360,7 +385,9 @@ def write_gguf(path: Path, architecture: str = "llama") -> Path:
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "t5"])
 def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture: str) -> None:
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf", architecture)))
-    model = reference_model(checkpoint)
+    # Not `reference_model`: transformers takes every T5 of a GGUF to be gated, whatever its configuration says.
+    loader = transformers.AutoModelForSeq2SeqLM if architecture == "t5" else transformers.AutoModelForCausalLM
+    model = loader.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)
     tied = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight"}
     assert set(checkpoint.names()) == set(model.state_dict()) - tied
     assert_equals_model(checkpoint, model)
@@ -384,6 +411,65 @@ def test_a_damaged_gguf_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data[:keep])
         with pytest.raises(CheckpointError, match="not a complete GGUF file"):
             open_checkpoint(str(path))
+
+
+def gguf_header(*parts: int | bytes, tensors: int = 0, fields: int = 0) -> bytes:
+    """Numbers of the parts take 8 bytes."""
+    whole = [part if isinstance(part, bytes) else part.to_bytes(8, "little") for part in parts]
+    return b"".join([b"GGUF", b"\3\0\0\0", tensors.to_bytes(8, "little"), fields.to_bytes(8, "little"), *whole])
+
+
+ARRAY, BYTE, TEXT = b"\x09\0\0\0", b"\0\0\0\0", b"\x08\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (gguf_header(tensors=1 << 62), "4611686018427387904 tensors; at most 65536"),
+        (gguf_header(tensors=60000), "60000 tensors, and 0 bytes of them"),
+        (gguf_header(fields=1 << 40), "1099511627776 fields; at most 65536"),
+        (gguf_header(1 << 63, 0, fields=1), "the name of a field has 9223372036854775808 bytes, and 8 are left"),
+        (gguf_header(1, b"x", ARRAY, BYTE, 1 << 40, fields=1), "1099511627776 items in arrays; at most 4194304"),
+        (gguf_header(1, b"x", ARRAY, TEXT, 1 << 20, fields=1), "1048576 items in an array, and 0 bytes of them"),
+        (gguf_header(1, b"x", ARRAY, ARRAY, 1, ARRAY, fields=1), "a field has the type 9"),
+        (gguf_header(1, b"x", TEXT, 1 << 50, fields=1), "a text has 1125899906842624 bytes, and 0 are left"),
+        (gguf_header(1, b"x", b"\xff\0\0\0", 0, fields=1), "a field has the type 255"),
+        (gguf_header(1, b"x", b"\xff\0\0\0", 0, 0, tensors=1), "255 dimensions of a tensor; at most 4"),
+    ],
+    ids=lambda value: value[:12] if isinstance(value, str) else "header",
+)
+def test_a_gguf_header_that_does_not_fit_the_file_is_refused_at_once(
+    tmp_path: Path, content: bytes, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gguf.GGUFReader", None)  # which would follow the counts for years
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"bad\.gguf is not a complete GGUF file") as caught:
+        open_checkpoint(str(tmp_path / "bad.gguf"))
+    assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("block_count", 1 << 31, "llama.block_count is '2147483648'; it must be a whole number from 1 to 1024"),
+        ("attention.head_count", 0, "llama.attention.head_count is '0'; it must be a whole number from 1 to 1024"),
+        ("attention.layer_norm_rms_epsilon", -1.0, "rms_norm_eps is -1.0 in the configuration"),
+        (
+            "embedding_length",
+            1 << 30,
+            "llama.embedding_length is '1073741824'; it must be a whole number from 1 to 131072",
+        ),
+    ],
+)
+def test_gguf_metadata_out_of_range_is_refused(tmp_path: Path, key: str, value: float, part: str) -> None:
+    content = write_gguf(tmp_path / "tiny.gguf").read_bytes()
+    name = f"llama.{key}".encode()
+    at = content.index(name) + len(name) + 4
+    new = struct.pack("<f" if isinstance(value, float) else "<I", value)
+    (tmp_path / "tiny.gguf").write_bytes(content[:at] + new + content[at + 4 :])
+    with pytest.raises(FreeExportError) as caught:
+        open_checkpoint(str(tmp_path / "tiny.gguf"))
+    assert part in str(caught.value)
 
 
 def test_a_gguf_of_an_unknown_architecture_is_refused(tmp_path: Path) -> None:
