@@ -457,7 +457,7 @@ def test_a_gguf_header_that_does_not_fit_the_file_is_refused_at_once(
         (
             "embedding_length",
             1 << 30,
-            "llama.embedding_length is '1073741824'; it must be a whole number from 1 to 131072",
+            "embedding_length is '1073741824'; it must be a whole number from 1 to 131072",
         ),
     ],
 )

@@ -275,5 +275,5 @@ def test_weights_of_other_sizes_are_refused(
 
 def test_weights_that_are_missing_are_refused(checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
-    with pytest.raises(CheckpointError, match="has no tensor model.layers"):
+    with pytest.raises(CheckpointError, match="has no tensor model"):
         check_weights({**source.config, "num_hidden_layers": 1024, "layer_types": None}, source)
