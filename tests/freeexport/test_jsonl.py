@@ -132,7 +132,7 @@ def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=60
     )
-    assert done.stdout.splitlines() == ["/dev/zero, line 1 does not end within 1024 MiB; name a JSONL file", "True"]
+    assert done.stdout.splitlines() == ["/dev/zero, line 1 has no end in 1024 MiB; name a JSONL file", "True"]
 
 
 def test_a_pipe_is_read(tmp_path: Path) -> None:
