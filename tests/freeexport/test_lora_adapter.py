@@ -131,7 +131,7 @@ def test_base_may_stand_beside_the_adapter(adapter: Path, checkpoint: Callable[[
         ({"lora_alpha": math.nan}, "lora_alpha is 'nan'; it must be a number above 0"),
         ({"lora_alpha": math.inf}, "lora_alpha is 'inf'"),
         ({"lora_alpha": -1}, "lora_alpha is '-1'"),
-        ({"lora_alpha": 10**400}, "lora_alpha is '10000"),
+        ({"lora_alpha": 10**90}, "lora_alpha is '10000"),
         ({"lora_alpha": "6"}, "lora_alpha is '6'"),
     ],
 )

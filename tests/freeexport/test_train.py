@@ -355,7 +355,7 @@ def test_resume_needs_the_same_options(
     recorded = (states / "training_options.json").read_text()
     for damage in ("{", "[]", "[" * 100_000, ""):
         (states / "training_options.json").write_text(damage)
-        with pytest.raises(OptionError, match=r"training_options\.json is damaged.*; start anew with --overwrite"):
+        with pytest.raises(OptionError, match=r"training_options\.json .*; start anew with --overwrite"):
             train(model, out, replace(options, resume=True))
     (states / "training_options.json").write_text(recorded)
     assert train(model, out, replace(options, resume=True, patience=1)).steps == 3
