@@ -17,6 +17,7 @@ from freeexport.gguf_file import GGUFFile
 from freeexport.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.weight_files import CheckpointError as CheckpointError
 from freeexport.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
+from graphs.limits import check_config
 
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -124,7 +125,8 @@ def open_checkpoint(model: str) -> Checkpoint:
     with a LoRA adapter of peft, or a model of the hub (downloaded unless cached).
 
     Reads the configuration and the headers of the weight files. Raises CheckpointError when the checkpoint cannot be
-    had, is incomplete or damaged, or is stored quantised other than as GGUF.
+    had, is incomplete or damaged, or is stored quantised other than as GGUF; UnsupportedModelError where a size of the
+    configuration is out of range.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -193,7 +195,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     if not (path / "config.json").is_file():
         hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
         raise CheckpointError(f"{path} has no config.json; {hint}")
-    if "quantization_config" in _read_json(path / "config.json"):
+    stored = _read_json(path / "config.json")
+    check_config(stored)  # before transformers makes a list of that many layers
+    if "quantization_config" in stored:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
     config = _config(path, str(path))
     files, tensors = _weight_files(path)
@@ -232,6 +236,7 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
         ) from None
     values = config.to_dict()
     values.pop("_name_or_path", None)  # a path of this machine
+    check_config(values)
     return values
 
 

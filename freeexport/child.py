@@ -1,11 +1,17 @@
-"""Run a module of this package in a process of its own, so that its memory goes back to the system."""
+"""Run a module of this package in a process of its own, so that its memory goes back to the system.
+
+The child ends when its parent does, even by SIGKILL: it watches a pipe that the parent alone holds open. Linux could
+send a signal instead (PR_SET_PDEATHSIG), but when the thread that started the child ends, not the process.
+"""
 
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from runtime.errors import FreeExportError
@@ -16,19 +22,43 @@ class ChildError(FreeExportError):
 
 
 def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
-    """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's.
-    Raises ChildError with its error line."""
+    """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
+    and nothing to read. Raises ChildError with its error line."""
     # The packages may stand in a source tree that only this process's path knows.
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **(variables or {})},
-        check=False,
-    )
+    watched, held = os.pipe()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments],
+            stdin=watched,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, **(variables or {})},
+            check=False,
+        )
+    finally:
+        os.close(watched)
+        os.close(held)
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         reason = lines[-1].removeprefix("error: ") if lines else f"{module} ended with exit code {done.returncode}"
         raise ChildError(reason)
     return done.stdout
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run the module named first with the other arguments, as `python -m` does, for as long as the parent lives."""
+    watched = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
+    module, *_ = sys.argv = list(arguments)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _end_with_parent(watched: int) -> None:
+    os.read(watched, 1)  # nothing is ever written
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -99,6 +99,9 @@ def _explain(error: BaseException) -> str:
 def _explain_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"disk full while writing {error.filename or 'the output'}; free some space and run again"
+    if error.errno == errno.EFBIG:
+        where = error.filename or "the output"
+        return f"{where}: a file grew too large for ulimit -f or the file system; raise the limit, or write elsewhere"
     if error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return error.strerror or str(error) or type(error).__name__

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from freeexport.gguf_header import MAX_TENSORS, check_gguf_header
 from freeexport.weight_files import CheckpointError, one_line
+from graphs.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
@@ -32,13 +34,14 @@ class GGUFFile:
         from gguf import GGUFReader
 
         self.path = path
+        check_gguf_header(path)
         try:
             self._reader = GGUFReader(path)
         except _DAMAGE as error:
             raise CheckpointError(
                 f"{path} is not a complete GGUF file ({one_line(error)}); download it again"
             ) from None
-        if (self._field("split.count") or 1) > 1:
+        if (self._number("split.count", MAX_TENSORS) or 1) > 1:
             raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
         self._architecture = str(self._field("general.architecture"))
         self._tensors = _hugging_face_names(path, self._reader, self._architecture, self._blocks())
@@ -50,9 +53,12 @@ class GGUFFile:
 
     def special_tokens(self) -> dict[str, str]:
         """The tokenizer's "bos_token", "eos_token", "unk_token" and "pad_token", as far as the file has them."""
-        tokens = self._reader.get_field("tokenizer.ggml.tokens")
-        ids = {name: self._field(f"tokenizer.ggml.{key}_token_id") for name, key in _SPECIAL_TOKENS.items()}
-        return {name: tokens.contents(index) for name, index in ids.items() if tokens is not None and index is not None}
+        tokens = self._field("tokenizer.ggml.tokens")
+        if not isinstance(tokens, list) or not tokens:
+            return {}
+        last = len(tokens) - 1
+        ids = {name: self._number(f"tokenizer.ggml.{key}_token_id", last, 0) for name, key in _SPECIAL_TOKENS.items()}
+        return {name: str(tokens[index]) for name, index in ids.items() if index is not None}
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
@@ -66,27 +72,45 @@ class GGUFFile:
         tensor = self._tensors[name]
         try:
             array = np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(self.shape(name))
+            array = array if array.flags.writeable else array.copy()
+            if self._architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
+                return _halves(array, self._heads(part[1]))
         except (NotImplementedError, *_DAMAGE) as error:
             raise CheckpointError(
                 f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of another quantisation"
             ) from None
-        array = array if array.flags.writeable else array.copy()
-        if self._architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
-            return _halves(array, self._heads(part[1]))
         return array
 
     def _field(self, key: str) -> Any:
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except _DAMAGE as error:
+            raise CheckpointError(f"{self.path}: {key} cannot be read ({one_line(error)}); download it again") from None
+
+    def _number(self, key: str, most: int, least: int = 1) -> int | None:
+        """A whole number of the metadata, None where it is not there. CheckpointError where it is out of range."""
+        value = self._field(key)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise CheckpointError(
+                f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
+            )
+        return value
 
     def _blocks(self) -> int:
-        counts = [self._field(f"{self._architecture}.{key}") for key in ("block_count", "decoder_block_count")]
-        return max(count or 0 for count in counts)
+        """Of the encoder or the decoder, the more. What other sizes are made from is checked too."""
+        for key, most in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
+            self._number(f"{self._architecture}.{key}", most)
+        keys = (f"{self._architecture}.{key}" for key in ("block_count", "decoder_block_count"))
+        return max(self._number(key, MAX_LAYERS) or 0 for key in keys)
 
     def _heads(self, part: str) -> int:
-        heads = self._field("llama.attention.head_count")
-        kv_heads = self._field("llama.attention.head_count_kv") or heads
-        return int(heads if part == "q" else kv_heads)
+        heads = self._number("llama.attention.head_count", MAX_HEADS)
+        kv_heads = self._number("llama.attention.head_count_kv", MAX_HEADS) or heads
+        found = heads if part == "q" else kv_heads
+        if found is None:
+            raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
+        return found
 
 
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:

@@ -7,12 +7,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from runtime.errors import FreeExportError, OptionError
 from runtime.result import GenerationResult
+
+# Bytes of a line: a million tokens with room to spare.
+MAX_LINE = 16 << 20
+# A longer line is passed over, up to this many bytes: a device may never end its line.
+MAX_SKIPPED = 1 << 30
+# What others call an input.
+_OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,10 @@ class BrokenLine:
 
 def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
     """The lines of a JSONL file in order, one at a time; blank ones are left out, broken ones do not end the reading.
+    A line of more than MAX_LINE bytes is a broken one. It may be a pipe.
 
-    Raises OptionError, at the call, when the file cannot be opened.
+    Raises OptionError, at the call, when the file cannot be opened, and later where reading it fails or a line does not
+    end within MAX_SKIPPED bytes.
     """
     try:
         file = path.open("rb")
@@ -46,13 +56,35 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
 
     def lines() -> Iterator[Request | BrokenLine]:
         with file:
-            for number, line in enumerate(file, start=1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield _parse(number, line.rstrip(b"\r\n"))
+            for number in count(1):
+                line = _read_line(file, path, number)
+                if line is None:
+                    yield BrokenLine(number, f"longer than {MAX_LINE >> 20} MiB")
+                elif not line:
+                    return
+                elif line.strip():
+                    yield _parse(number, line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))
 
     return lines()
+
+
+def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
+    """With its end, empty at the end of the file, None where it is too long: the next call reads the line after it."""
+    try:
+        line = file.readline(MAX_LINE + 1)
+        if len(line) <= MAX_LINE:
+            return line
+        skipped = 0
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE)
+            skipped += len(line)
+            if skipped > MAX_SKIPPED:
+                raise OptionError(
+                    f"{path}, line {number} does not end within {MAX_SKIPPED >> 20} MiB; name a JSONL file"
+                )
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from None
+    return None
 
 
 def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
@@ -91,7 +123,8 @@ def _parse(number: int, line: bytes) -> Request | BrokenLine:
 
 def _input_problem(record: dict[str, Any]) -> str | None:
     if "input" not in record:
-        return "'input' is missing"
+        other = next((name for name in _OTHER_NAMES if name in record), None)
+        return "'input' is missing" if other is None else f"'input' is missing, it has {other!r}; rename it to 'input'"
     value = record["input"]
     if not isinstance(value, (str, list)):
         return f"'input' is {type(value).__name__}, not a string or a list of messages"

@@ -27,6 +27,8 @@ _UNSUPPORTED = (
     "lora_bias",
     "megatron_config",
 )
+_MAX_ALPHA = 1e6
+_MAX_PATH = 4096
 # Initialisations that leave the base's weights as they were.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -54,7 +56,7 @@ class LoraAdapter:
         config = _read_config(directory / ADAPTER_CONFIG)
         self.base = _base(directory, config)
         self.weights = _open_weights(directory)
-        self._alpha, self._rank_scaled = float(config.get("lora_alpha", 8)), bool(config.get("use_rslora"))
+        self._alpha, self._rank_scaled = _alpha(directory, config), bool(config.get("use_rslora"))
         self._transposed = bool(config.get("fan_in_fan_out"))
 
     def merged(self, base: Base) -> MergedWeights:
@@ -77,7 +79,7 @@ class LoraAdapter:
         weight = f"{module}.weight"
         if weight not in base:
             raise CheckpointError(f"{self.directory} adapts {weight}, which {base.name} has not; check its base")
-        (rank, inputs), (outputs, _) = self.weights.shape(a), self.weights.shape(b)
+        rank, inputs, outputs = self._sizes(a, b)
         shape = (inputs, outputs) if self._transposed else (outputs, inputs)
         if base.shape(weight) != shape:
             raise CheckpointError(
@@ -85,6 +87,16 @@ class LoraAdapter:
                 "check its base"
             )
         return _Pair(a, b, self._alpha / (math.sqrt(rank) if self._rank_scaled else rank))
+
+    def _sizes(self, a: str, b: str) -> tuple[int, int, int]:
+        """Rank, inputs and outputs."""
+        down, up = self.weights.shape(a), self.weights.shape(b)
+        if len(down) != 2 or len(up) != 2 or down[0] != up[1] or down[0] < 1:
+            raise CheckpointError(
+                f"{self.weights.path}: {a} is {list(down)} and {b} is {list(up)}, which are no [rank, inputs] and "
+                "[outputs, rank] of one rank from 1; train the adapter again"
+            )
+        return down[0], down[1], up[0]
 
 
 @dataclass(frozen=True)
@@ -141,15 +153,32 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def _alpha(directory: Path, config: dict[str, Any]) -> float:
+    """`lora_alpha`, the numerator of the scale. `r`, its denominator, is the rank that the tensors have."""
+    alpha, rank = config.get("lora_alpha", 8), config.get("r", 8)
+    path = directory / ADAPTER_CONFIG
+    if type(alpha) not in (int, float) or not 0 < alpha <= _MAX_ALPHA:
+        raise CheckpointError(
+            f"{path}: lora_alpha is {str(alpha)[:40]!r}; it must be a number above 0, at most {_MAX_ALPHA:g}"
+        )
+    if type(rank) is not int or rank < 1:
+        raise CheckpointError(f"{path}: r is {str(rank)[:40]!r}; a rank must be a whole number from 1")
+    return float(alpha)
+
+
 def _base(directory: Path, config: dict[str, Any]) -> str:
     name = config.get("base_model_name_or_path")
-    if not name:
+    if not name or not isinstance(name, str) or len(name) > _MAX_PATH:
         raise CheckpointError(f"{directory / ADAPTER_CONFIG} names no base_model_name_or_path; add the base's path")
-    beside = directory / str(name)
-    base = beside if beside.exists() else Path(str(name))
+    beside = directory / name
+    base = beside if beside.exists() else Path(name)
     if base.exists() and base.resolve() == directory.resolve():
         raise CheckpointError(f"{directory / ADAPTER_CONFIG} names itself as its base; give the base's path")
-    return str(base) if base.exists() else str(name)
+    if (base / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} has the base {base}, an adapter too; merge that into its own base with peft"
+        )
+    return str(base) if base.exists() else name
 
 
 def _open_weights(directory: Path) -> WeightFile:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from freeexport.output_file import naming
 from runtime.errors import FreeExportError
 
 
@@ -29,7 +30,8 @@ def output_directory(out: Path, marker: str, overwrite: bool) -> Iterator[Path]:
     partial = out.parent / f".{out.name}.partial-{os.getpid()}"
     partial.mkdir()
     try:
-        yield partial
+        with naming(out):
+            yield partial
         _check_free(out, marker, overwrite)
         _swap(partial, out)
     finally:

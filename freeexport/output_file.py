@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from runtime.errors import OptionError
+
+# What a full disk, a quota, or a limit of file sizes gives; libraries in Rust tell the number in their text.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an error of writing that names no file this one's name: that of what the user asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _NO_ROOM:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = _RUST_ERROR.search(str(error))
+        if found is None or int(found[1]) not in _NO_ROOM:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 @contextmanager
@@ -15,7 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        yield partial
+        with naming(path):
+            yield partial
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

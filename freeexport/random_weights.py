@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 from freeexport.weight_files import CheckpointError, one_line
+from graphs.limits import check_config
+from runtime.errors import FreeExportError
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 
@@ -20,9 +22,12 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
         raise CheckpointError(f"{source} has no config.json; give a directory with a configuration and a tokenizer")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        check_config(config.to_dict())
         torch.manual_seed(seed)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = loader.from_config(config)
+    except FreeExportError:
+        raise
     except Exception as error:  # each configuration class checks its values in its own way
         raise CheckpointError(f"{source}: no model can be made of its config.json ({one_line(error)})") from None
     partial = out.with_name(out.name + ".partial")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from freeexport.checkpoint import Checkpoint
+from graphs.weight_shapes import check_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
 def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
     """The Hugging Face model of the checkpoint, float32, in evaluation mode; peft merges a LoRA adapter into it.
 
-    Takes 4 bytes of memory a parameter. An exit's own parameters are not part of it.
+    Takes 4 bytes of memory a parameter. An exit's own parameters are not part of it. Raises UnsupportedModelError where
+    the weights are of other sizes than the configuration says, CheckpointError where one is missing.
     """
     import torch
     import transformers
 
+    check_weights(checkpoint.config, checkpoint)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")

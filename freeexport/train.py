@@ -14,6 +14,7 @@ import click
 
 from freeexport.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.output_directory import output_directory
+from freeexport.output_file import naming
 from freeexport.training_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
 from freeexport.training_options import LORA_PRESETS, LoraOptions, LossName, Schedule, TrainingOptions, Tune
 
@@ -70,7 +71,8 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
             click.echo(f"warning: {line}", err=True)
     with process.main_process_first():
         tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
-    steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
+    with naming(directory.path):
+        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
     if process.is_main_process:
         _write(tuning, checkpoint, options, directory)
     process.wait_for_everyone()

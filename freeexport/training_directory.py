@@ -3,34 +3,54 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
+import zipfile
 from pathlib import Path
+from typing import Any
 
 from freeexport.exit_file import EXIT_FILE
 from freeexport.output_directory import OutputError
 from freeexport.training_options import TrainingOptions
+from freeexport.weight_files import CheckpointError, SafetensorsFile
 from runtime.errors import OptionError
 
 OPTIONS = "training_options.json"
 ELAPSED = "elapsed.json"  # seconds of training, in a checkpoint
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})", re.ASCII)
 
 
 def last_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint of an interrupted run."""
-    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    return next((path for path in found if _complete(path)), None)
+    """The newest complete checkpoint of an interrupted run; what has another name is none."""
+    steps = {path: match[1] for path in directory.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))}
+    newest = sorted(steps, key=lambda path: int(steps[path]), reverse=True)
+    return next((path for path in newest if _complete(path)), None)
 
 
 def _complete(checkpoint: Path) -> bool:
     # Trainer writes its state last.
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    state, elapsed = _read(checkpoint / "trainer_state.json"), _read(checkpoint / ELAPSED)
+    if not isinstance(state, dict) or type(state.get("global_step")) is not int:
         return False
-    return all(os.path.exists(checkpoint / name) for name in ("model.safetensors", "optimizer.pt", ELAPSED))
+    if type(elapsed) not in (int, float) or not 0 <= elapsed < math.inf:
+        return False
+    try:
+        SafetensorsFile(checkpoint / "model.safetensors")
+    except CheckpointError:
+        return False
+    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
+
+
+def _read(path: Path) -> Any:
+    """The JSON of a file, None where it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
 
 
 class TrainingDirectory:
@@ -59,7 +79,9 @@ class TrainingDirectory:
         if options.resume:
             if not recorded.is_file():
                 raise OptionError(f"{self.path} holds no run to resume; start one without --resume")
-            before = json.loads(recorded.read_text(encoding="utf-8"))
+            before = _read(recorded)
+            if not isinstance(before, dict):
+                raise OptionError(f"{recorded} is damaged, so its run cannot be resumed; start anew with --overwrite")
             changed = sorted(name for name in record if record[name] != before.get(name))
             if changed:
                 name = changed[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -89,17 +90,19 @@ class TrainingOptions:
                 raise OptionError(f"{_flag(name)} is {value}; give at least 1")
         for name in ("epochs", "time_limit", "learning_rate"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise OptionError(f"{_flag(name)} is {value}; give a number above 0")
         for name in ("loss_alpha", "warmup", "weight_decay", "adapter_rank", "patience"):
-            if not getattr(self, name) >= 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise OptionError(f"--dropout is {self.dropout}; give a number from 0 to below 1")
         if not 0 < self.validation_share < 1:
             raise OptionError(f"--validation-share is {self.validation_share}; give a number between 0 and 1")
-        if self.lora.rank < 1 or not self.lora.alpha > 0:
-            raise OptionError(f"LoRA rank {self.lora.rank} and alpha {self.lora.alpha} must be above 0")
+        if self.lora.rank < 1 or not 0 < self.lora.alpha < math.inf:
+            raise OptionError(f"LoRA rank {self.lora.rank} and alpha {self.lora.alpha} must be above 0 and finite")
+        if not 0 <= self.lora.dropout < 1:
+            raise OptionError(f"--lora-dropout is {self.lora.dropout}; give a number from 0 to below 1")
         self._check_combinations()
 
     def _check_combinations(self) -> None:

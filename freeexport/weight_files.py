@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,19 +14,11 @@ from runtime.errors import FreeExportError
 if TYPE_CHECKING:
     import torch
 
-# bfloat16 has no numpy type: it is read as its 16 bits, the upper half of a float32.
-_SAFETENSORS_TYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "I16": "<i2",
-    "I8": "<i1",
-    "U8": "<u1",
-    "BOOL": "?",
-}
+# Of real numbers, a value a byte or more: what can be read as float32.
+_SAFETENSORS_TYPES = (
+    *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
+    *("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
+)
 
 
 class CheckpointError(FreeExportError):
@@ -51,94 +40,54 @@ class WeightFile(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """Where a tensor stands: `start` and `stop` are byte offsets in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
 class SafetensorsFile:
-    """Raises CheckpointError when the header does not parse or names bytes the file does not have."""
+    """Mapped by the format's own library, which refuses overlaps, holes, and bytes that the file does not have.
+
+    Raises CheckpointError for these, and where the file cannot be opened.
+    """
 
     def __init__(self, path: Path) -> None:
+        from safetensors import SafetensorError, safe_open
+
         self.path = path
-        self._entries = _safetensors_entries(path)
-        self.nbytes = sum(entry.stop - entry.start for entry in self._entries.values())
+        try:
+            # Through torch, which has every type of the format; numpy lacks those of 8 bits.
+            self._file: Any = safe_open(path, "pt")
+            entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
+            self._types = {name: str(entry.get_dtype()) for name, entry in entries.items()}
+            self._shapes = {name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()}
+            self.nbytes = _data_bytes(path)
+        except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{path} is not a complete safetensors file ({one_line(error)}); download the checkpoint again"
+            ) from None
 
     def names(self) -> Iterable[str]:
-        return self._entries.keys()
+        return self._shapes.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name].shape
+        return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
-        entry = self._entries[name]
-        if entry.dtype not in _SAFETENSORS_TYPES:
+        if self._types[name] not in _SAFETENSORS_TYPES:
             raise CheckpointError(
-                f"{self.path}: {name} has type {entry.dtype}, which is not supported; "
+                f"{self.path}: {name} has type {self._types[name]}, which is not supported; "
                 "save the checkpoint in float32, float16 or bfloat16"
             )
-        count = math.prod(entry.shape)
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            raw = np.fromfile(file, _SAFETENSORS_TYPES[entry.dtype], count)
-        if raw.size != count:
-            raise CheckpointError(f"{self.path} ends within {name}; download the checkpoint again")
-        return _float32(raw, entry.dtype == "BF16").reshape(entry.shape)
+        return _float32(self._file.get_tensor(name))
 
 
-def _float32(raw: np.ndarray, bfloat16: bool) -> np.ndarray:
-    if not bfloat16:
-        return raw.astype(np.float32, copy=False)
-    bits = raw.astype(np.uint32)
-    bits <<= 16
-    return bits.view(np.float32)
-
-
-def _safetensors_entries(path: Path) -> dict[str, _Entry]:
-    size = path.stat().st_size
+def _data_bytes(path: Path) -> int:
+    """What follows the header: the format has tensors without gaps there, to the end of the file."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise CheckpointError(
-                f"{path} is truncated: its header should take {length} bytes, the file has {size}; "
-                "download the checkpoint again"
-            )
-        header = file.read(length)
-    try:
-        raw = json.loads(header)
-        raw.pop("__metadata__", None)
-        entries = {name: _entry(value, 8 + length) for name, value in raw.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} has no safetensors header ({one_line(error)}); download the checkpoint again"
-        ) from None
-    for name, entry in entries.items():
-        _check_entry(path, name, entry, size)
-    return entries
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 
 
-def _entry(raw: dict[str, Any], data: int) -> _Entry:
-    start, stop = raw["data_offsets"]
-    return _Entry(str(raw["dtype"]), tuple(int(size) for size in raw["shape"]), data + int(start), data + int(stop))
+def _float32(tensor: torch.Tensor) -> np.ndarray:
+    import torch
 
-
-def _check_entry(path: Path, name: str, entry: _Entry, size: int) -> None:
-    if entry.stop > size:
-        raise CheckpointError(
-            f"{path} is truncated: {name} ends at byte {entry.stop}, the file has {size}; download the checkpoint again"
-        )
-    stored = entry.stop - entry.start
-    width = np.dtype(_SAFETENSORS_TYPES[entry.dtype]).itemsize if entry.dtype in _SAFETENSORS_TYPES else None
-    if stored < 0 or min(entry.shape, default=0) < 0 or (width and stored != width * math.prod(entry.shape)):
-        raise CheckpointError(
-            f"{path}: {name} takes {stored} bytes, which {entry.dtype} {list(entry.shape)} does not; "
-            "download the checkpoint again"
-        )
+    array: np.ndarray = tensor.detach().to(torch.float32, copy=True).contiguous().numpy()
+    return array
 
 
 class TorchFile:
@@ -160,9 +109,7 @@ class TorchFile:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str) -> np.ndarray:
-        import torch
-
-        return self._tensors[name].detach().to(torch.float32, copy=True).contiguous().numpy()
+        return _float32(self._tensors[name])
 
 
 def _torch_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
 from graphs.families import llama, t5
+from graphs.limits import check_config
 from graphs.weights import Weights
 
 FAMILIES = (t5, llama)
@@ -19,9 +20,10 @@ def supported() -> list[str]:
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
-    """The description of a checkpoint. UnsupportedModelError names what is not supported."""
+    """The description of a checkpoint. UnsupportedModelError names what is not supported, or out of range."""
     model_type = config.get("model_type")
     for family in FAMILIES:
         if model_type in family.MODEL_TYPES:
+            check_config(config, family.REQUIRED)
             return family.describe(config, weights)
     raise UnsupportedModelError(f"architecture {model_type!r} is not supported; supported are {', '.join(supported())}")

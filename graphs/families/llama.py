@@ -8,9 +8,11 @@ from typing import Any
 from graphs.description import MLP, Activation, Attention, Decoder, Description, Head, Layer, Linear, Norm
 from graphs.errors import UnsupportedModelError
 from graphs.families.rotary import rotary
+from graphs.limits import vocabulary_size
 from graphs.weights import Weights
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings", "rms_norm_eps")
 EMBEDDING = "model.embed_tokens.weight"
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",
@@ -23,16 +25,17 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:
-    if config.get("hidden_act", "silu") not in ACTIVATIONS:
+    if str(config.get("hidden_act", "silu")) not in ACTIVATIONS:
         raise UnsupportedModelError(
             f"hidden_act {config['hidden_act']!r} is not supported; known are {list(ACTIVATIONS)}"
         )
     head = Head(_norm(config, "model.norm"), EMBEDDING if config.get("tie_word_embeddings") else "lm_head.weight")
+    width = int(config["hidden_size"])
     layers = tuple(_layer(config, weights, number) for number in range(config["num_hidden_layers"]))
     return Description(
         family="llama",
-        vocab_size=weights.shape(EMBEDDING)[0],
-        hidden_size=int(config["hidden_size"]),
+        vocab_size=vocabulary_size(weights, EMBEDDING, width),
+        hidden_size=width,
         decoder=Decoder(EMBEDDING, layers, head, max_positions=int(config["max_position_embeddings"])),
     )
 

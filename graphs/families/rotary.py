@@ -13,6 +13,7 @@ import numpy as np
 
 from graphs.description import Rotary
 from graphs.errors import UnsupportedModelError
+from graphs.limits import positive
 
 
 def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
@@ -22,12 +23,19 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     if float(rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0) != 1.0:
         raise UnsupportedModelError("partial rotary positions (partial_rotary_factor != 1) are not supported")
-    if kind not in RULES:
+    if str(kind) not in RULES:
         raise UnsupportedModelError(f"rope scaling {kind!r} is not supported; known are {', '.join(sorted(RULES))}")
+    if head_dim % 2:
+        raise UnsupportedModelError(f"attention heads of size {head_dim} cannot be rotated; head_dim must be even")
     exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
     frequencies = (1.0 / (np.float32(theta) ** exponents)).astype(np.float32)
-    scaled, scale = RULES[kind](frequencies, {"rope_theta": theta, **rope}, config)
-    return Rotary(tuple(map(float, scaled)), scale)
+    what = f"rope scaling {kind!r}"
+    try:
+        with np.errstate(all="ignore"):
+            scaled, scale = RULES[kind](frequencies, {"rope_theta": theta, **rope}, config)
+    except KeyError as error:
+        raise UnsupportedModelError(f"{what} has no {error.args[0]}; add it to config.json") from None
+    return Rotary(positive(tuple(map(float, scaled)), what), scale)
 
 
 def _default(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:

@@ -21,9 +21,11 @@ from graphs.description import (
 )
 from graphs.description import RelativeBias as Bias
 from graphs.errors import UnsupportedModelError
+from graphs.limits import vocabulary_size
 from graphs.weights import Weights
 
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
+REQUIRED = ("d_model", "d_kv", "num_heads", "num_layers", "relative_attention_num_buckets", "layer_norm_epsilon")
 # One matrix, under whichever of its names the checkpoint kept.
 EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
 ACTIVATIONS: dict[str, Activation] = {
@@ -48,7 +50,7 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
     )
     return Description(
         family="t5",
-        vocab_size=weights.shape(embedding)[0],
+        vocab_size=vocabulary_size(weights, embedding, width),
         hidden_size=width,
         decoder=Decoder(embedding, tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
         encoder=_foreign_encoder(config) if config["model_type"] == "longt5" else _encoder(config, embedding),

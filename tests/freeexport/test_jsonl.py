@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -70,7 +71,12 @@ def test_a_byte_order_mark_is_ignored(requests: Callable[..., list[Any]]) -> Non
         (b'{"input": "\xff"}', "not UTF-8: byte 0xff at position 11"),
         (["a"], "list instead of an object with 'input'"),
         ("null", "NoneType instead of an object"),
-        ({"text": "a"}, "'input' is missing"),
+        ({"target": "a"}, "'input' is missing$"),
+        ({"text": "a"}, "'input' is missing, it has 'text'; rename it to 'input'"),
+        ({"messages": CHAT}, "it has 'messages'; rename it to 'input'"),
+        ({"input": 10**400}, "'input' is int"),
+        ('{"input": 1e400}', "'input' is float"),
+        ('{"input": "a", "target": ' + "9" * 400 + "}", "'target' is int"),
         ({"input": ""}, "'input' is empty"),
         ({"input": []}, "'input' is empty"),
         ({"input": None}, "'input' is NoneType, not a string or a list of messages"),
@@ -96,6 +102,44 @@ def test_a_broken_line_is_named_and_the_others_go_on(
 
 def test_a_broken_line_keeps_its_id(requests: Callable[..., list[Any]]) -> None:
     assert requests({"id": "x"}) == [BrokenLine(1, "'input' is missing", "x")]
+
+
+def test_a_line_beyond_the_limit_is_broken_and_the_others_go_on(
+    requests: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.jsonl.MAX_LINE", 1 << 20)
+    longest = json.dumps({"input": "x" * ((1 << 20) - 14)})
+    assert len(longest) + 1 == 1 << 20
+    read = requests({"input": "a"}, longest, longest + " ", longest * 5, {"input": "b"}, longest + " ")
+    assert [line.line_number for line in read] == [1, 2, 3, 4, 5, 6]
+    assert [isinstance(line, BrokenLine) for line in read] == [False, False, True, True, False, False]
+    assert read[3] == BrokenLine(4, "longer than 1 MiB")
+
+
+def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
+    script = """
+        import resource
+        from pathlib import Path
+        from freeexport.jsonl import read_requests
+        from runtime.errors import OptionError
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            list(read_requests(Path("/dev/zero")))
+        except OptionError as error:
+            print(error)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.splitlines() == ["/dev/zero, line 1 has no end in 1024 MiB; name a JSONL file", "True"]
+
+
+def test_a_pipe_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with subprocess.Popen(["sh", "-c", f'echo \'{{"input": "a"}}\' > "{path}"']):
+        assert list(read_requests(path)) == [Request(1, "a")]
 
 
 def test_an_input_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> None:

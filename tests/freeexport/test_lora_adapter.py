@@ -126,6 +126,13 @@ def test_base_may_stand_beside_the_adapter(adapter: Path, checkpoint: Callable[[
         ({"base_model_name_or_path": None}, "names no base_model_name_or_path"),
         ({"base_model_name_or_path": "."}, "names itself"),
         ({"base_model_name_or_path": "no where/at/all"}, "does not exist"),
+        ({"base_model_name_or_path": ["a"]}, "names no base_model_name_or_path"),
+        ({"r": 0}, "r is '0'; a rank must be a whole number from 1"),
+        ({"lora_alpha": math.nan}, "lora_alpha is 'nan'; it must be a number above 0"),
+        ({"lora_alpha": math.inf}, "lora_alpha is 'inf'"),
+        ({"lora_alpha": -1}, "lora_alpha is '-1'"),
+        ({"lora_alpha": 10**90}, "lora_alpha is '10000"),
+        ({"lora_alpha": "6"}, "lora_alpha is '6'"),
     ],
 )
 def test_other_adapters_are_refused(adapter: Path, change: dict[str, Any], reason: str) -> None:
@@ -147,6 +154,25 @@ def test_adapter_weights_that_do_not_fit_are_refused(adapter: Path, name: str, v
     save_file(load_file(path) | {name: value}, path)
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(str(adapter))
+
+
+@pytest.mark.parametrize(("a", "b"), [((0, 64), (64, 0)), ((2, 64), (64, 3)), ((64,), (64, 2))])
+def test_an_adapter_without_a_rank_is_refused(adapter: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    halves = {"A": np.zeros(a, np.float32), "B": np.zeros(b, np.float32)}
+    save_file({f"base_model.model.{QUERY}.lora_{part}.weight": half for part, half in halves.items()}, path)
+    with pytest.raises(CheckpointError, match="of one rank from 1; train the adapter again"):
+        open_checkpoint(str(adapter))
+
+
+def test_adapters_whose_bases_are_adapters_are_refused(adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    configure(adapter, base_model_name_or_path=str(other))
+    configure(other, base_model_name_or_path=str(adapter))
+    for one in (adapter, other):
+        with pytest.raises(CheckpointError, match="an adapter too; merge that into its own base"):
+            open_checkpoint(str(one))
 
 
 def test_damaged_adapter_is_refused(adapter: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import CASES, Case
 from click.testing import CliRunner
+from safetensors.numpy import save_file
 
 from freeexport.checkpoint import CheckpointError, open_checkpoint
 from freeexport.exit_file import read_exit_file
@@ -26,6 +27,7 @@ from freeexport.reference import reference_model
 from freeexport.shallow_deep import ShallowDeep
 from freeexport.train import command, train
 from freeexport.training_data import DataError
+from freeexport.training_directory import last_checkpoint
 from freeexport.training_options import EXIT_LOSSES, LORA_PRESETS, LoraOptions, LossName, TrainingOptions
 from freeexport.tuning import trainable_model
 from graphs.families import describe
@@ -306,6 +308,28 @@ def test_killed_run_resumes_with_the_same_losses(
     assert all(np.allclose(first[name], second[name], atol=1e-6) for name in first)
 
 
+def test_checkpoints_that_are_damaged_or_not_ours_are_passed_over(tmp_path: Path) -> None:
+    def write(name: str, **files: str) -> Path:
+        path = tmp_path / name
+        path.mkdir()
+        save_file({"a": np.zeros(2, np.float32)}, path / "model.safetensors")
+        torch.save({}, path / "optimizer.pt")
+        for file, text in {"trainer_state.json": '{"global_step": 3}', "elapsed.json": "1.5", **files}.items():
+            (path / file).write_text(text)
+        return path
+
+    complete = write("checkpoint-3")
+    write("checkpoint-old")
+    write("checkpoint-4.bak")
+    write("checkpoint-5", **{"trainer_state.json": "[" * 100_000})
+    write("checkpoint-6", **{"trainer_state.json": "[]"})
+    write("checkpoint-7", **{"elapsed.json": "NaN"})
+    write("checkpoint-8", **{"model.safetensors": "no"})
+    write("checkpoint-9", **{"optimizer.pt": ""})
+    assert last_checkpoint(tmp_path) == complete
+    assert last_checkpoint(write("checkpoint-10").parent) == tmp_path / "checkpoint-10"
+
+
 def test_resume_needs_the_same_options(
     checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,6 +348,16 @@ def test_resume_needs_the_same_options(
         train(model, out, options)
     with pytest.raises(OptionError, match="had seed 0, not 1"):
         train(model, out, replace(options, resume=True, seed=1))
+    states = tmp_path / "out.training"
+    (states / "checkpoint-old").mkdir()
+    (states / "checkpoint-99").mkdir()
+    (states / "checkpoint-99" / "trainer_state.json").write_text("[")
+    recorded = (states / "training_options.json").read_text()
+    for damage in ("{", "[]", "[" * 100_000, ""):
+        (states / "training_options.json").write_text(damage)
+        with pytest.raises(OptionError, match=r"training_options\.json .*; start anew with --overwrite"):
+            train(model, out, replace(options, resume=True))
+    (states / "training_options.json").write_text(recorded)
     assert train(model, out, replace(options, resume=True, patience=1)).steps == 3
     with pytest.raises(OutputError, match="--overwrite"):
         train(model, out, options)
@@ -371,7 +405,11 @@ def test_one_line_of_data_is_refused(
         ({"learning_rate": float("nan")}, "--learning-rate is nan"),
         ({"dropout": 1.0}, "--dropout is 1.0"),
         ({"validation_share": 0.0}, "--validation-share"),
+        ({"epochs": float("inf")}, "--epochs is inf"),
+        ({"loss_alpha": float("inf")}, "--loss-alpha is inf"),
         ({"lora": LoraOptions(rank=0)}, "LoRA rank 0"),
+        ({"lora": LoraOptions(alpha=float("inf"))}, "alpha inf must be above 0 and finite"),
+        ({"lora": LoraOptions(dropout=1.5)}, "--lora-dropout is 1.5"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ import numpy as np
 import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 
-from freeexport.checkpoint import open_checkpoint
+from freeexport.checkpoint import CheckpointError, open_checkpoint
 from graphs.description import Description, Encoder
 from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported
+from graphs.limits import ROPE, SIZES
+from graphs.weight_shapes import check_weights
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -168,3 +171,109 @@ def test_t5_has_one_bias_table_a_stack_and_umt5_one_a_layer(model_type: str, tab
         layer.attention.relative_bias.table for layer in description.decoder.layers if layer.attention.relative_bias
     }
     assert len(found) == tables
+
+
+def refusal(make: Callable[..., Description], **config: Any) -> str:
+    with pytest.raises(UnsupportedModelError) as refused:
+        make(**config)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+# Of the fastest pair over 64 positions: with both bands there, it is 0 / 0.
+TURNS = float(np.float32(64) / np.float32(2 * math.pi))
+NUMBERS = (0, -1, 10**400, 1.5, True, "4", [4])
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "head_dim", "hidden_size"])
+@pytest.mark.parametrize("value", NUMBERS, ids=lambda value: repr(value)[:8])
+def test_a_size_out_of_range_is_refused_with_its_limit(name: str, value: Any) -> None:
+    text = refusal(llama, **{name: value})
+    assert f"{name} is {repr(value)[:30]}" in text
+    assert f"from 1 to {SIZES[name]}" in text
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_sizes_have_limits_before_any_work(name: str) -> None:
+    assert f"{name} is {SIZES[name] + 1} in the configuration" in refusal(llama, **{name: SIZES[name] + 1})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1e-5, 0, 2.0, 10**400, "1e-5", True])
+def test_an_epsilon_out_of_range_is_refused(value: Any) -> None:
+    assert "rms_norm_eps is" in refusal(llama, rms_norm_eps=value)
+    assert "layer_norm_epsilon is" in refusal(t5, layer_norm_epsilon=value)
+
+
+@pytest.mark.parametrize("value", [-5, math.nan, math.inf, 1e40, "10000"])
+@pytest.mark.parametrize("where", [None, *ROPE])
+def test_a_rotary_base_out_of_range_is_refused(value: Any, where: str | None) -> None:
+    config = {"rope_theta": value}
+    assert "rope_theta is" in refusal(llama, **({where: config} if where else config))
+
+
+@pytest.mark.parametrize(
+    ("rope", "part"),
+    [
+        ({"rope_type": "linear"}, "has no factor"),
+        ({"rope_type": "linear", "factor": 0}, "factor is 0 in the configuration"),
+        ({"rope_type": "yarn", "factor": math.nan}, "factor is nan in the configuration"),
+        (
+            {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0},
+            "has no original_max_position_embeddings",
+        ),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": TURNS,
+                "high_freq_factor": TURNS,
+                "original_max_position_embeddings": 64,
+            },
+            "gives the frequency nan",
+        ),
+        ({"rope_type": ["yarn"]}, "is not supported"),
+        ("yarn", "must be an object"),
+    ],
+)
+def test_rope_scaling_that_cannot_be_computed_is_refused(rope: Any, part: str) -> None:
+    assert part in refusal(llama, rope_scaling=rope)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"num_key_value_heads": 3}, "num_attention_heads is 4 in the configuration, not a multiple of num_key_value"),
+        ({"num_attention_heads": 5}, "hidden_size is 64 in the configuration, not a multiple of num_attention_heads"),
+        ({"head_dim": 15}, "head_dim must be even"),
+        ({"hidden_size": 32}, r"must be [vocabulary, 32]"),
+        ({"layer_types": ["full_attention"]}, "must name 4 layers"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+    ],
+)
+def test_sizes_that_do_not_go_together_are_refused(config: dict[str, Any], part: str) -> None:
+    assert part in refusal(llama, **config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"intermediate_size": 1 << 20}, "down_proj.weight is [64, 96], the configuration says [64, 1048576]"),
+        ({"vocab_size": 1 << 22}, "vocab_size is 4194304 in the configuration, the embedding has 288 rows"),
+        ({"head_dim": 4096}, "q_proj.weight is [64, 64], the configuration says [16384, 64]"),
+    ],
+)
+def test_weights_of_other_sizes_are_refused(
+    changes: dict[str, int], part: str, checkpoint: Callable[[Case], Path]
+) -> None:
+    source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
+    check_weights(source.config, source)
+    with pytest.raises(UnsupportedModelError) as refused:
+        check_weights({**source.config, **changes}, source)
+    assert part in str(refused.value)
+
+
+def test_weights_that_are_missing_are_refused(checkpoint: Callable[[Case], Path]) -> None:
+    source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
+    with pytest.raises(CheckpointError, match="has no tensor model"):
+        check_weights({**source.config, "num_hidden_layers": 1024, "layer_types": None}, source)

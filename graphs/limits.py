@@ -1,0 +1,133 @@
+"""What a configuration may say: checked before anything of that size is made, several times above published models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from graphs.errors import UnsupportedModelError
+from graphs.weights import Weights
+
+MAX_LAYERS = 1024
+MAX_HEADS = 1024
+MAX_HEAD_SIZE = 4096
+MAX_WIDTH = 1 << 17
+MAX_MLP_WIDTH = 1 << 20
+MAX_VOCABULARY = 1 << 22
+MAX_POSITIONS = 1 << 27
+MAX_BUCKETS = 1 << 16
+# Whole numbers, from 1.
+SIZES: dict[str, int] = {
+    "num_hidden_layers": MAX_LAYERS,
+    "num_layers": MAX_LAYERS,
+    "num_decoder_layers": MAX_LAYERS,
+    "num_attention_heads": MAX_HEADS,
+    "num_key_value_heads": MAX_HEADS,
+    "num_heads": MAX_HEADS,
+    "hidden_size": MAX_WIDTH,
+    "d_model": MAX_WIDTH,
+    "head_dim": MAX_HEAD_SIZE,
+    "d_kv": MAX_HEAD_SIZE,
+    "intermediate_size": MAX_MLP_WIDTH,
+    "d_ff": MAX_MLP_WIDTH,
+    "vocab_size": MAX_VOCABULARY,
+    "max_position_embeddings": MAX_POSITIONS,
+    "original_max_position_embeddings": MAX_POSITIONS,
+    "sliding_window": MAX_POSITIONS,
+    "relative_attention_num_buckets": MAX_BUCKETS,
+    "relative_attention_max_distance": MAX_POSITIONS,
+    "local_radius": MAX_POSITIONS,
+    "global_block_size": MAX_POSITIONS,
+}
+# Numbers above the first and up to the second.
+RANGES: dict[str, tuple[float, float]] = {
+    "rms_norm_eps": (0.0, 1.0),
+    "layer_norm_epsilon": (0.0, 1.0),
+    "max_window_layers": (-1.0, MAX_LAYERS),
+    "rope_theta": (1.0, 1e12),
+    "partial_rotary_factor": (0.0, 1.0),
+    "factor": (0.0, 1e6),
+    "low_freq_factor": (0.0, 1e6),
+    "high_freq_factor": (0.0, 1e6),
+    "beta_fast": (0.0, 1e6),
+    "beta_slow": (0.0, 1e6),
+    "attention_factor": (0.0, 1e6),
+    "mscale": (0.0, 1e6),
+    "mscale_all_dim": (0.0, 1e6),
+}
+ROPE = ("rope_parameters", "rope_scaling")
+
+
+def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> None:
+    """UnsupportedModelError where a value of config.json is out of range, or sizes do not go together.
+
+    A value that is not there, or null, is left to the defaults, unless its name is in `required`.
+    """
+    for name in required:
+        if config.get(name) is None:
+            raise UnsupportedModelError(f"{name} is missing in the configuration; add it to config.json")
+    _check_values(config)
+    for name in ROPE:
+        rope = config.get(name)
+        if rope is not None and not isinstance(rope, Mapping):
+            raise UnsupportedModelError(f"{name} is {_shown(rope)} in the configuration; it must be an object")
+        _check_values(rope or {})
+    _check_heads(config)
+    layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or (layers is not None and len(kinds) != layers)):
+        raise UnsupportedModelError(
+            f"layer_types is {_shown(kinds)} in the configuration; it must name {layers} layers, as num_hidden_layers"
+        )
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    for name, most in SIZES.items():
+        value = config.get(name)
+        if value is not None and not (type(value) is int and 1 <= value <= most):
+            raise UnsupportedModelError(
+                f"{name} is {_shown(value)} in the configuration; it must be a whole number from 1 to {most}"
+            )
+    for name, (low, high) in RANGES.items():
+        value = config.get(name)
+        # NaN is in no range.
+        if value is not None and not (type(value) in (int, float) and low < value <= high):
+            raise UnsupportedModelError(
+                f"{name} is {_shown(value)} in the configuration; it must be a number above {low:g}, at most {high:g}"
+            )
+
+
+def _check_heads(config: Mapping[str, Any]) -> None:
+    heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    width, size = config.get("hidden_size"), config.get("head_dim")
+    if heads and kv_heads and heads % kv_heads:
+        raise UnsupportedModelError(
+            f"num_attention_heads is {heads} in the configuration, not a multiple of num_key_value_heads, {kv_heads}"
+        )
+    if heads and width and not size and width % heads:
+        raise UnsupportedModelError(
+            f"hidden_size is {width} in the configuration, not a multiple of num_attention_heads, {heads}; add head_dim"
+        )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def vocabulary_size(weights: Weights, embedding: str, width: int) -> int:
+    """Rows of the embedding. UnsupportedModelError where it is not [vocabulary, width]."""
+    shape = weights.shape(embedding)
+    if len(shape) != 2 or shape[1] != width or not 1 <= shape[0] <= MAX_VOCABULARY:
+        raise UnsupportedModelError(
+            f"weight {embedding} is {list(shape)}; it must be [vocabulary, {width}], of at most {MAX_VOCABULARY} tokens"
+        )
+    return shape[0]
+
+
+def positive(values: tuple[float, ...], what: str) -> tuple[float, ...]:
+    """Rotary frequencies. UnsupportedModelError where one is not above 0 and finite."""
+    for value in values:
+        if not 0 < value < math.inf:
+            raise UnsupportedModelError(f"{what} gives the frequency {value}, not a number above 0; correct its values")
+    return values

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from freeexport.child import ChildError, run_child
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Modules that a child can run."""
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "echo_module.py").write_text(
+        "import sys\nif __name__ == '__main__':\n    print(sys.argv[1:], repr(sys.stdin.read()))\n"
+    )
+    (tmp_path / "failing_module.py").write_text("import sys\nprint('error: no luck', file=sys.stderr)\nsys.exit(3)\n")
+    (tmp_path / "silent_module.py").write_text("import sys\nsys.exit(3)\n")
+    (tmp_path / "waiting_module.py").write_text(
+        "import os, sys, time\nwith open(sys.argv[1], 'w') as file:\n    file.write(f'{os.getpid()}\\n')\n"
+        "time.sleep(60)\n"
+    )
+    return tmp_path
+
+
+def test_a_child_gives_its_output(modules: Path) -> None:
+    assert run_child("echo_module", "a", "--b") == "['a', '--b'] ''\n"
+
+
+def test_a_package_is_run_as_a_module() -> None:
+    assert run_child("freeexport", "--version").startswith("freeexport ")
+
+
+def test_a_failure_is_its_last_line(modules: Path) -> None:
+    with pytest.raises(ChildError, match=r"^no luck$"):
+        run_child("failing_module")
+    with pytest.raises(ChildError, match="silent_module ended with exit code 3"):
+        run_child("silent_module")
+
+
+def test_a_child_outlives_other_threads_of_its_parent(modules: Path) -> None:
+    """Its own starter waits for it, but a thread that was there before ends."""
+    outputs: list[str] = []
+    waiter = threading.Thread(target=lambda: outputs.append(run_child("echo_module")))
+    starter = threading.Thread(target=waiter.start)
+    starter.start()
+    starter.join()
+    waiter.join()
+    assert outputs == ["[] ''\n"]
+
+
+def running(process: int) -> bool:
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_a_child_ends_when_its_parent_is_killed(modules: Path) -> None:
+    place = modules / "process"
+    script = f"from freeexport.child import run_child\nrun_child('waiting_module', {str(place)!r})\n"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(modules)])}
+    parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    until = time.monotonic() + 60
+    while not (place.exists() and place.read_text().endswith("\n")):
+        assert parent.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    child = int(place.read_text())
+    assert running(child)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    until = time.monotonic() + 20
+    while running(child):
+        assert time.monotonic() < until, "the child lives on"
+        time.sleep(0.01)

@@ -1,0 +1,66 @@
+"""Tiny GGUF files with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+
+def decoder_shapes(hidden: int, inner: int, heads: int, kv_heads: int, width: int, norms: bool) -> dict[str, Any]:
+    query, kv = heads * width, kv_heads * width
+    shapes: dict[str, Any] = {"token_embd": (32, hidden), "output_norm": (hidden,), "output": (32, hidden)}
+    layer: dict[str, Any] = {"attn_q": (query, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden)}
+    layer |= {"attn_output": (hidden, query), "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden)}
+    layer |= {"ffn_down": (hidden, inner), "attn_norm": (hidden,), "ffn_norm": (hidden,)}
+    layer |= {"attn_q_norm": (width,), "attn_k_norm": (width,)} if norms else {}
+    return shapes | {f"blk.{block}.{name}": shape for block in range(2) for name, shape in layer.items()}
+
+
+def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]:
+    query, shapes = (heads * width, hidden), {"token_embd": (32, hidden), "output": (32, hidden)}
+    for side, attentions in (("enc", ("attn",)), ("dec", ("attn", "cross_attn"))):
+        shapes[f"{side}.output_norm"] = (hidden,)
+        shapes[f"{side}.blk.0.attn_rel_b"] = (32, heads)
+        layer: dict[str, Any] = {f"{name}_{part}": query for name in attentions for part in "qkv"}
+        layer |= {f"{name}_o": query[::-1] for name in attentions}
+        layer |= {f"{name}_norm": (hidden,) for name in (*attentions, "ffn")}
+        layer |= {"ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner)}
+        shapes |= {f"{side}.blk.{block}.{name}": shape for block in range(2) for name, shape in layer.items()}
+    return shapes
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> Path:
+    """A model of two layers with random weights, the attention quantised to Q8_0."""
+    hidden, inner, heads, kv_heads = 64, 96, 4, 4 if architecture == "t5" else 2
+    width = 128 if architecture == "qwen3" else hidden // heads  # transformers takes Qwen 3's heads to be 128 wide
+    if architecture == "t5":
+        shapes = t5_shapes(hidden, inner, heads, width)
+    else:
+        shapes = decoder_shapes(hidden, inner, heads, kv_heads, width, norms=architecture == "qwen3")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(2)
+    writer.add_context_length(64)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    if architecture == "t5":
+        writer.add_key_length(width)
+        writer.add_relative_attn_buckets_count(32)
+        writer.add_decoder_start_token_id(0)
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        array = random.standard_normal(shape, np.float32)
+        quantised = array.ndim == 2 and "attn" in name and "rel" not in name
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(f"{name}.weight", gguf.quantize(array, kind) if quantised else array, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
