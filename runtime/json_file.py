@@ -1,4 +1,4 @@
-"""JSON that someone else wrote: read with limits, and refused in one line. Every reader of JSON files goes through it."""
+"""JSON that someone else wrote, read with limits and refused in one line: for every file of JSON that is read."""
 
 from __future__ import annotations
 
