@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,14 @@ from runtime.errors import OptionError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one, which is on
+    the disk before."""
+    # Process ids alone are not unique among containers that share a volume.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
