@@ -13,7 +13,7 @@ from runtime.errors import OptionError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one, which is on
+    """Gives where to write what then replaces the file at `path`: the old one until it is the new one, which is on
     the disk before."""
     # Process ids alone are not unique among containers that share a volume.
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
