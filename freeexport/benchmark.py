@@ -72,7 +72,7 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
     longest = manifest.encoder_capacity or manifest.capacity // 2
     if data is None:
         return [ids[:longest] for ids in sample_ids(bundle)][:limit]
-    tokenizer = Tokenizer.load(bundle.path)
+    tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
     requests = [request for request in read_requests(data) if isinstance(request, Request)][:limit]
     if not requests:
         raise FreeExportError(f"{data} has no line that can be used; each needs an `input`")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def with_calibration(manifest: Manifest, calibration: Calibration, directory: Pa
             f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
             f"{manifest.max_pending}; calibrate this bundle"
         )
-    partial = directory / f".calibration.partial-{os.getpid()}"
+    partial = directory / f".calibration.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _write(partial, calibration.to_json())
         sha256 = sha256_of(partial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,12 +29,17 @@ _EXPLAINED = {
 }
 
 
+class _Checked(Exception):
+    pass
+
+
 def check(directory: Path) -> None:
     """Raise, before any long work, what would keep `write` from writing: no matplotlib, or something in the way."""
     import matplotlib  # noqa: F401
 
-    with output_directory(directory, INDEX, overwrite=True):
-        pass
+    # An error leaves what was there.
+    with suppress(_Checked), output_directory(directory, INDEX, overwrite=True):
+        raise _Checked
 
 
 def write(result: Calibrated, directory: Path) -> None:

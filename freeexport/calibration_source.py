@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,9 +27,11 @@ from freeexport.training_data import DataError, TextFormat
 from runtime.bundle_calibration import is_calibration
 from runtime.errors import CalibrationError, OptionError, PromptError
 from runtime.exit_vocabulary import ExitVocabulary
+from runtime.json_file import read_object
 from runtime.manifest import ConfidenceMeasure, Manifest
 from runtime.prompt import encode_prompt
 from runtime.threshold import NEVER_EXIT
+from runtime.tokenizer import TOKENIZER
 
 if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint
@@ -93,7 +95,7 @@ class BundleSource:
 
     def __init__(self, path: Path, session: ReplaySession) -> None:
         self.path, self.session = path, session
-        self._unknown = unknown_of_bundle(path)
+        self._unknown = unknown_of_bundle(path, session.manifest.files)
 
     @property
     def facts(self) -> Facts:
@@ -255,12 +257,14 @@ def engines_hash(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps([manifest.source_sha256, files], sort_keys=True).encode()).hexdigest()
 
 
-def unknown_of_bundle(path: Path) -> int | None:
+def unknown_of_bundle(path: Path, listed: Container[str] = (TOKENIZER,)) -> int | None:
     """The id of the tokenizer's unknown token, where it has one."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
+    file = path / TOKENIZER
+    if TOKENIZER not in listed or not file.exists():
         return None
-    model = json.loads(file.read_text(encoding="utf-8")).get("model", {})
+    model = read_object(file, "convert the checkpoint again").get("model")
+    if not isinstance(model, dict):
+        return None
     if isinstance(model.get("unk_id"), int):
         return int(model["unk_id"])
     vocabulary, token = model.get("vocab"), model.get("unk_token")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -18,6 +17,7 @@ from freeexport.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.weight_files import CheckpointError as CheckpointError
 from freeexport.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
 from graphs.limits import check_config
+from runtime.json_file import read_object
 
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -195,6 +195,9 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     if not (path / "config.json").is_file():
         hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
         raise CheckpointError(f"{path} has no config.json; {hint}")
+    for file in path.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise CheckpointError(f"{file} is no regular file; do not use this checkpoint")
     stored = _read_json(path / "config.json")
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:
@@ -290,10 +293,5 @@ def _open_weights(path: Path) -> WeightFile:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({one_line(error)}); download the checkpoint again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds {type(value).__name__}, not an object; download the checkpoint again")
-    return value
+    # Configurations have limits without end, which Python writes as Infinity.
+    return read_object(path, "download the checkpoint again", CheckpointError, nan=True)

@@ -11,6 +11,8 @@ import click
 
 from freeexport.page import human_bytes, pairs, print_page, table
 from freeexport.precision_page import higher_table, precision_table
+from runtime.bundle import VERIFICATION
+from runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,7 +183,14 @@ def _cache(manifest: Manifest) -> list[tuple[str, str]]:
 
 def _verification(bundle: Bundle) -> list[tuple[str, str]]:
     """A line for each check, and one for greedy decoding; `--json` has all figures."""
-    report = bundle.verification or {}
+    try:
+        return _checks(bundle, bundle.verification or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
+        raise BundleError(f"{VERIFICATION} is no report ({reason}); run freeexport verify again") from None
+
+
+def _checks(bundle: Bundle, report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("verified", "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}")]
     rows += [("against", str(report["against"]))] if report.get("against") else []
     for check in report.get("checks", []):

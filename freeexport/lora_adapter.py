@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from freeexport.weight_files import CheckpointError, SafetensorsFile, TorchFile, WeightFile, one_line
+from freeexport.weight_files import CheckpointError, SafetensorsFile, TorchFile, WeightFile
+from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -132,12 +132,7 @@ class MergedWeights:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({one_line(error)}); train the adapter again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds {type(config).__name__}, not an object; train the adapter again")
+    config = read_object(path, "train the adapter again", CheckpointError, nan=True)
     kind = config.get("peft_type")
     if kind != "LORA":
         raise CheckpointError(f"{path}: adapters of type {kind} are not supported, LORA is; merge it with peft")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,11 +35,15 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives where to write what then replaces the file at `path`: it is the old one until it is the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    """Gives where to write what then replaces the file at `path`: the old one until it is the new one, which is on
+    the disk before."""
+    # Process ids alone are not unique among containers that share a volume.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
     try:
         with naming(path):
             yield partial
+        with partial.open("rb") as written:
+            os.fsync(written.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

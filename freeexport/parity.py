@@ -80,7 +80,7 @@ def sample_batch(bundle: Bundle) -> Batch:
 
 
 def sample_ids(bundle: Bundle) -> list[list[int]]:
-    tokenizer, vocabulary = Tokenizer.load(bundle.path), bundle.manifest.vocab_size
+    tokenizer, vocabulary = Tokenizer.load(bundle.path, bundle.manifest.files), bundle.manifest.vocab_size
     if tokenizer is not None:
         sequences = [tokenizer.encode(text) for text in sample_texts()]
         if all(0 <= token < vocabulary for ids in sequences for token in ids):

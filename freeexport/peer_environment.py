@@ -44,7 +44,7 @@ def peer_interpreter(
     if not (place / MARKER).is_file():
         log = user_cache("peers", "logs", f"{name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        with progress(f"installing {name}"), output_directory(place, MARKER, overwrite=True) as partial:
+        with progress(f"installing {name}"), output_directory(place, MARKER, overwrite=True, sync=False) as partial:
             _build(name, partial, requirements, variables, log, limit)
             content = {"requirements": list(requirements), "python": platform.python_version()}
             (partial / MARKER).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from freeexport.child import ChildError, run_child
 from freeexport.output_directory import output_directory
 from freeexport.tokenizer_files import write_tokenizer
 from runtime.errors import FreeExportError
+from runtime.json_file import read_object
 from runtime.user_cache import user_cache
 
 MARKER = "config.json"
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
 def _generic_tokenizer(path: Path) -> None:
     """tokenizer.json says all there is: no class of the model type's own is to change it."""
     if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_object(path, "convert the checkpoint again")
         path.write_text(json.dumps({**content, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
 
 

@@ -84,7 +84,7 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     """The first lines of `data`: input and target in one for a decoder-only bundle, else as prompt and answer."""
-    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path)
+    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
     requests = read_lines(data)[:LINES]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from runtime import Session
 from runtime.decoder import Decoder
 from runtime.errors import OptionError
+from runtime.json_file import parse_json, read_text
 from runtime.lane import Lane
 from runtime.prediction import Prediction
 from runtime.work import Waits
@@ -42,11 +42,11 @@ def drawn(rate: float, seed: int) -> list[bool]:
 
 
 def _recorded(path: Path) -> list[bool]:
+    if not path.exists():
+        raise OptionError(f"--replay {path}: there is no such file; give a rate, as 0.8, or a file")
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [parse_json(line, nan=True) for line in read_text(path).split("\n") if line.strip()]
         exits = [bool(flag) for line in lines for flag in line.get("exited", [])[1:]]
-    except FileNotFoundError:
-        raise OptionError(f"--replay {path}: there is no such file; give a rate, as 0.8, or a file") from None
     except (ValueError, AttributeError, TypeError) as error:
         raise OptionError(f"--replay {path} cannot be read ({error}); give what `generate --output` wrote") from None
     if not exits:

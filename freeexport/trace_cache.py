@@ -11,6 +11,7 @@ import numpy as np
 
 from freeexport.trace import Trace
 from runtime.errors import FreeExportError, OptionError
+from runtime.json_file import parse_json
 
 _KIND = "freeexport traces"
 # Of what a line holds: traces of another format are dropped as those of another key are.
@@ -61,7 +62,7 @@ class TraceCache:
         content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         try:
-            header, *records = [json.loads(line) for line in whole.splitlines()]
+            header, *records = [parse_json(line, nan=True) for line in whole.splitlines()]
             if header.get("kind") != _KIND:
                 raise ValueError
             if header != self._header:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from freeexport.exit_trainer import ENDLESS, Clock
 from freeexport.progress import progress
 from runtime.errors import FreeExportError
+from runtime.json_file import parse_json
 
 
 class DivergedError(FreeExportError):
@@ -81,7 +82,7 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
 
 def _step(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
+        return float(parse_json(line, nan=True)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a line that a kill cut off
 

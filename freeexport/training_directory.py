@@ -16,6 +16,7 @@ from freeexport.output_directory import OutputError
 from freeexport.training_options import TrainingOptions
 from freeexport.weight_files import CheckpointError, SafetensorsFile
 from runtime.errors import OptionError
+from runtime.json_file import UnreadableError, parse_json, read_object, read_text
 
 OPTIONS = "training_options.json"
 ELAPSED = "elapsed.json"  # seconds of training, in a checkpoint
@@ -48,8 +49,8 @@ def _complete(checkpoint: Path) -> bool:
 def _read(path: Path) -> Any:
     """The JSON of a file, None where it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_json(read_text(path), nan=True)
+    except UnreadableError:
         return None
 
 
@@ -79,9 +80,8 @@ class TrainingDirectory:
         if options.resume:
             if not recorded.is_file():
                 raise OptionError(f"{self.path} holds no run to resume; start one without --resume")
-            before = _read(recorded)
-            if not isinstance(before, dict):
-                raise OptionError(f"{recorded} is damaged, so its run cannot be resumed; start anew with --overwrite")
+            remedy = "its run cannot be resumed; start anew with --overwrite"
+            before = read_object(recorded, remedy, OptionError)
             changed = sorted(name for name in record if record[name] != before.get(name))
             if changed:
                 name = changed[0]

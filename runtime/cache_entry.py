@@ -11,10 +11,12 @@ from pathlib import Path
 
 from runtime.bundle import sha256_of
 from runtime.errors import CacheError
+from runtime.json_file import read_json
 from runtime.schema import Reader
 
 SCHEMA_VERSION = 1
 ENTRY = "entry.json"
+LARGEST_ENTRY = 16 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,7 @@ class Entry:
 
 def read_entry(place: Path) -> Entry:
     """CacheError or BundleError where it cannot be read."""
-    try:
-        content = json.loads((place / ENTRY).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CacheError(f"{place / ENTRY} cannot be read ({error})") from None
+    content = read_json(place / ENTRY, "run freeexport cache clear", CacheError, LARGEST_ENTRY)
     entry: Entry = Reader("make it again").read(Entry, content, ENTRY)
     return entry
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from runtime.errors import CalibrationError
+from runtime.json_file import UnreadableError, parse_json, read_text
 from runtime.manifest import ConfidenceMeasure
 from runtime.schema import Reader
 from runtime.threshold import BetaMixture
@@ -17,6 +18,10 @@ from runtime.threshold import BetaMixture
 CALIBRATION = "calibration.json"
 CALIBRATION_VERSION = 1
 REMEDY = "run freeexport calibrate again"
+
+# Limits of what is read: bytes of the file, and entries of its table.
+LARGEST_CALIBRATION = 4 << 20
+MOST_ENTRIES = 10_000
 
 Method = Literal["bmm", "risk", "quality"]
 
@@ -77,9 +82,9 @@ class Calibration:
     def from_json(cls, text: str, where: Path | str = CALIBRATION) -> Calibration:
         """Parse and check. Raises CalibrationError or BundleError naming the field that is wrong."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise CalibrationError(f"{where} is not JSON ({error}); {REMEDY}") from None
+            raw = parse_json(text, nan=True)
+        except UnreadableError as reason:
+            raise CalibrationError(f"{where} cannot be read ({reason}); {REMEDY}") from None
         if isinstance(raw, dict):
             version = raw.get("schema_version")
             if isinstance(version, int) and version > CALIBRATION_VERSION:
@@ -87,7 +92,7 @@ class Calibration:
                     f"{where} has schema version {version}, this freeexport reads up to {CALIBRATION_VERSION}; "
                     "upgrade it"
                 )
-        calibration: Calibration = Reader(REMEDY, finite=True).read(cls, raw, str(where))
+        calibration: Calibration = Reader(REMEDY, True, MOST_ENTRIES).read(cls, raw, str(where))
         calibration._check(str(where))
         return calibration
 
@@ -113,15 +118,14 @@ class Calibration:
             ]
         for holds, name, value in rules:
             if not holds:
-                raise CalibrationError(f"{where}: {name} = {value!r} is out of range; {REMEDY}")
+                raise CalibrationError(f"{where}: {name} = {repr(value)[:80]} is out of range; {REMEDY}")
 
 
 def read_calibration(path: Path) -> Calibration:
     """The calibration in a file. Raises CalibrationError or BundleError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        text = read_text(path, LARGEST_CALIBRATION)
+    except UnreadableError as reason:
         raise CalibrationError(f"{path} cannot be read ({reason}); {REMEDY}") from None
     return Calibration.from_json(text, path)
 

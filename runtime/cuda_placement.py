@@ -18,6 +18,7 @@ from runtime.cuda_encoder import CudaEncoder
 from runtime.cuda_lane import CudaLane
 from runtime.device import Device
 from runtime.encoder import Encoder
+from runtime.engine_contract import check_contract
 from runtime.engines import onnx
 from runtime.engines.cuda import CudaEngine
 from runtime.errors import DeviceError, OptionError
@@ -92,7 +93,9 @@ class CudaPlacement(Placement):
         device.providers(onnx.import_onnxruntime(), {})
 
     def _engine(self, name: str, stream: Stream, captures: bool) -> Any:
-        return CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        check_contract(self.manifest, name, engine.session)
+        return engine
 
     def _lane(self, engine: Any, layers: range, beside: bool) -> CudaLane:
         stream = engine.stream

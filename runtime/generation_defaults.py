@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 from runtime.errors import BundleError, OptionError
+from runtime.json_file import read_object
 from runtime.options import GenerationOptions
 
 GENERATION_CONFIG = "generation_config.json"
+LARGEST_CONFIG = 4 << 20  # bytes
 NAMES = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
-def read_defaults(bundle: Path) -> dict[str, Any]:
-    """The values of NAMES that the file gives; none where there is no file. BundleError where one cannot be used."""
+def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:
+    """The values of NAMES that the file gives; none where there is no file, or it is not `listed` in the manifest.
+
+    BundleError where one cannot be used.
+    """
     file = bundle / GENERATION_CONFIG
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if GENERATION_CONFIG not in listed or not file.exists():
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise BundleError(f"{file} cannot be read ({str(error)[:200]}); convert the checkpoint again") from None
-    if not isinstance(content, dict):
-        raise BundleError(f"{file} holds {type(content).__name__}, not an object; convert the checkpoint again")
+    content = read_object(file, "convert the checkpoint again", limit=LARGEST_CONFIG)
     values = {name: content[name] for name in NAMES if content.get(name) is not None}
     try:
         GenerationOptions(do_sample=True, **values)

@@ -66,7 +66,7 @@ class Intake:
         if options.threshold is None and isinstance(self._options.threshold, (int, float)):
             options = dataclasses.replace(options, threshold=self._options.threshold)
         if options.samples:
-            options = with_defaults(options, read_defaults(self._bundle.path))
+            options = with_defaults(options, read_defaults(self._bundle.path, manifest.files))
         limit = manifest.encoder_capacity or self._capacity
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
         drafts = options.mode == "lossless"

@@ -6,18 +6,38 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from runtime.errors import BundleError
 from runtime.exit_vocabulary import ExitVocabulary
+from runtime.json_file import UnreadableError, parse_json
 from runtime.precision import FloatType, Quantization
 from runtime.schema import Reader
 
 SCHEMA_VERSION = 1
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
+
+# Limits, far beyond any model there is: bytes of the manifest, entries of each of its lists, and the largest numbers.
+LARGEST_MANIFEST = 4 << 20
+MOST_ENTRIES = 10_000
+LARGEST = {
+    "layers": 10_000,
+    "hidden_size": 1 << 20,
+    "vocab_size": 1 << 26,
+    "heads": 1 << 16,
+    "kv_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "capacity": 1 << 26,
+    "max_pending": 1 << 16,
+    "encoder_capacity": 1 << 26,
+    "weight_bytes": 1 << 50,
+}
+LARGEST_SIZE = 1 << 50
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 # A cost of the manifest: how much faster a deep pass and shallow steps are at the same time than in turn. Part of what
 # is run ahead is thrown away, so it must be clearly faster.
@@ -134,9 +154,9 @@ class Manifest:
     def from_json(cls, text: str, where: Path | str = MANIFEST) -> Manifest:
         """Parse and check a manifest. Raises BundleError naming the field that is wrong."""
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BundleError(f"{where} is not JSON ({error}); convert the checkpoint again") from None
+            raw = parse_json(text, nan=True)
+        except UnreadableError as reason:
+            raise BundleError(f"{where} cannot be read ({reason}); convert the checkpoint again") from None
         if not isinstance(raw, dict):
             raise BundleError(f"{where} holds {type(raw).__name__}, not an object; convert the checkpoint again")
         version = raw.get("schema_version")
@@ -147,12 +167,14 @@ class Manifest:
         digest = raw.pop(HASH, None)
         if digest != _hash(raw):
             raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
-        manifest: Manifest = Reader("convert the checkpoint again").read(cls, raw, str(where))
+        manifest: Manifest = Reader("convert the checkpoint again", True, MOST_ENTRIES).read(cls, raw, str(where))
         manifest._check(str(where))
         return manifest
 
     def _check(self, where: str) -> None:
-        rules = [
+        start = self.decoder_start_token_id
+        rules: list[tuple[bool, str, Any]] = [
+            *(((value := getattr(self, name)) <= most, name, value) for name, most in LARGEST.items()),
             (self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version),
             (self.layers >= 2, "layers", self.layers),
             (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
@@ -163,14 +185,26 @@ class Manifest:
             (self.encoder_capacity >= 0, "encoder_capacity", self.encoder_capacity),
             (0.0 <= self.threshold <= 1.0, "threshold", self.threshold),
             (0.0 <= (self.rollback_threshold or 0.0) < math.inf, "rollback_threshold", self.rollback_threshold),
-            (not self.encoder_decoder or self.decoder_start_token_id is not None, "decoder_start_token_id", None),
+            (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
+            (0 <= (start or 0) < self.vocab_size, "decoder_start_token_id", start),
+            (self.weight_bytes >= 0, "weight_bytes", self.weight_bytes),
             (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
         ]
         for holds, name, value in rules:
             if not holds:
-                raise BundleError(f"{where}: {name} = {value!r} is out of range; convert the checkpoint again")
-        for name in self.files:
+                raise BundleError(f"{where}: {name} = {repr(value)[:80]} is out of range; convert the checkpoint again")
+        if (self.quantization is None) != (self.precision in ("fp32", "fp16", "bf16")):
+            stated = "no" if self.quantization is None else "a"
+            raise BundleError(
+                f"{where} has {stated} quantization with precision {self.precision!r}; convert the checkpoint again"
+            )
+        for name, file in self.files.items():
             check_relative(name, where)
+            if not 0 <= file.size <= LARGEST_SIZE or _SHA256.fullmatch(file.sha256) is None:
+                raise BundleError(
+                    f"{where}: {name!r} has size {file.size} and sha256 {file.sha256[:80]!r}, which cannot be; "
+                    "convert the checkpoint again"
+                )
 
 
 def _hash(content: dict[str, Any]) -> str:
@@ -181,4 +215,6 @@ def check_relative(name: str, where: str) -> None:
     """Refuse a file name that could leave the bundle's directory."""
     path = Path(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise BundleError(f"{where} names {name!r}, which leaves the bundle; do not use this bundle")
+        raise BundleError(f"{where} names {name[:200]!r}, which leaves the bundle; do not use this bundle")
+    if path.as_posix() != name or not name.isprintable():
+        raise BundleError(f"{where} names {name[:200]!r}, which is no plain file name; do not use this bundle")

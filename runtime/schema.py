@@ -14,13 +14,17 @@ from runtime.errors import BundleError, FreeExportError
 
 @dataclass(frozen=True)
 class Reader:
-    """`remedy` ends each message: what to do about a file that does not fit. `finite`: refuse NaN and infinity."""
+    """`remedy` ends each message: what to do about a file that does not fit. `finite`: refuse NaN and infinity.
+    `most`: entries of an array or an object, None for any number."""
 
     remedy: str
     finite: bool = False
+    most: int | None = None
 
     def read(self, annotation: Any, value: Any, where: str) -> Any:
         """`value` (parsed JSON) as the annotated type; BundleError names the place where it does not fit."""
+        if self.most is not None and isinstance(value, (list, dict)) and len(value) > self.most:
+            raise BundleError(f"{where} has {len(value)} entries, at most {self.most} are read; {self.remedy}")
         origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
         if dataclasses.is_dataclass(annotation) and isinstance(annotation, type):
             return self._dataclass(annotation, value, where)
@@ -33,14 +37,18 @@ class Reader:
         if origin in (types.UnionType, typing.Union):
             return None if value is None else self.read(arguments[0], value, where)
         if annotation is float and type(value) in (int, float):
-            return self._float(float(value), where)
+            return self._float(value, where)
         if annotation in (int, str, bool) and type(value) is annotation:
             return value
         choices = "one of " + ", ".join(map(repr, arguments)) if origin is Literal else None
         wanted = choices or getattr(annotation, "__name__", origin)
         raise BundleError(f"{where} is {str(value)[:80]!r}, expected {wanted}; {self.remedy}")
 
-    def _float(self, value: float, where: str) -> float:
+    def _float(self, number: float, where: str) -> float:
+        try:
+            value = float(number)
+        except OverflowError:
+            raise BundleError(f"{where} is larger than any float; {self.remedy}") from None
         if self.finite and not math.isfinite(value):
             raise BundleError(f"{where} is {value!r}, expected a finite number; {self.remedy}")
         return value
@@ -56,9 +64,15 @@ class Reader:
         unknown = value.keys() - fields.keys()
         for problem, names in (("lacks", required - value.keys()), ("has unknown fields", unknown)):
             if names:
-                raise BundleError(f"{where} {problem} {', '.join(sorted(names))}; {self.remedy}")
+                raise BundleError(f"{where} {problem} {_listed(names)}; {self.remedy}")
         read = {name: self.read(hints[name], item, f"{where}: {name}") for name, item in value.items()}
         try:
             return annotation(**read)
         except FreeExportError as error:
             raise BundleError(f"{where}: {error}; {self.remedy}") from None
+
+
+def _listed(names: set[str]) -> str:
+    """Names from a file, in one short line."""
+    text = ", ".join(sorted(names)[:20])
+    return text[:200] if text.isprintable() else repr(text)[:200]

@@ -61,7 +61,7 @@ class Session:
         self._placement = place(self.bundle, self.options, self.capacity, self.threads)
         self.overlap = self._overlaps(manifest)
         with self._placement.loading() as engine:
-            self._tokenizer = Tokenizer.load(self.bundle.path)
+            self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files)
             shallow, deep = self._placement.lanes(engine, self.overlap)
             self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)

@@ -10,12 +10,14 @@ from pathlib import Path
 
 from runtime.bundle import Bundle, Verify, sha256_of
 from runtime.errors import BundleError, EngineError
+from runtime.json_file import read_json
 from runtime.manifest import Manifest
 from runtime.schema import Reader
 from runtime.tensorrt_library import NO_GPU
 from runtime.tensorrt_plan import Plan
 
 DIRECTORY = "tensorrt"
+LARGEST_RECORD = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ def record_of(path: Path) -> Path:
 def read_record(path: Path) -> EngineFile | None:
     """What the record of an engine file says; None where there is none that can be read."""
     try:
-        content = json.loads(record_of(path).read_text(encoding="utf-8"))
+        content = read_json(record_of(path), "build it again", limit=LARGEST_RECORD)
         found: EngineFile = Reader("build it again").read(EngineFile, content, path.name)
-    except (OSError, ValueError, BundleError):
+    except BundleError:
         return None
     return found
 

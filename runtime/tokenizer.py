@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import tokenizers
 
 from runtime.errors import BundleError, PromptError
+from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+LARGEST_CONFIG = 4 << 20  # bytes
 
 
 class Tokenizer:
@@ -46,21 +49,22 @@ class Tokenizer:
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
 
     @classmethod
-    def load(cls, bundle_dir: Path) -> Tokenizer | None:
+    def load(cls, bundle_dir: Path, listed: Container[str] = FILES) -> Tokenizer | None:
         """Read tokenizer.json and, where they are there, chat_template.jinja and tokenizer_config.json.
 
-        None where the bundle has no tokenizer.json. Raises BundleError when a file cannot be read or parsed.
+        Only what is `listed` is read: the files of a bundle's manifest. None where that has no tokenizer.json. Raises
+        BundleError when a file cannot be read or parsed.
         """
         path = bundle_dir / TOKENIZER
-        source = _read(path)
+        source = _read(path, listed, LARGEST_FILE)
         if source is None:
             return None
         try:
             backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception for everything it cannot parse
             raise _broken(path, error) from None
-        template = _read(bundle_dir / CHAT_TEMPLATE)
-        return cls(backend, template, _special_tokens(bundle_dir / TOKENIZER_CONFIG))
+        template = _read(bundle_dir / CHAT_TEMPLATE, listed, LARGEST_CONFIG)
+        return cls(backend, template, _special_tokens(bundle_dir / TOKENIZER_CONFIG, listed))
 
     @property
     def vocab_size(self) -> int:
@@ -124,23 +128,19 @@ class Tokenizer:
         return _compile(self.chat_template or "")
 
 
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+def _read(path: Path, listed: Container[str], limit: int) -> str | None:
+    if path.name not in listed or not path.exists():
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise _broken(path, error) from None
-
-
-def _special_tokens(path: Path) -> dict[str, str]:
-    source = _read(path)
     try:
-        config = json.loads(source) if source is not None else {}
-    except ValueError as error:
+        return read_text(path, limit)
+    except UnreadableError as error:
         raise _broken(path, error) from None
-    if not isinstance(config, dict):
-        raise _broken(path, ValueError(f"{type(config).__name__} instead of an object"))
+
+
+def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
+    if path.name not in listed or not path.exists():
+        return {}
+    config = read_object(path, "convert the checkpoint again", limit=LARGEST_CONFIG)
     contents = {
         name: value.get("content") if isinstance(value, dict) else value
         for name, value in config.items()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from runtime.bundle import Bundle, engine_files
 from runtime.device import Device
+from runtime.engine_contract import check_contract
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import EngineError
 
@@ -26,11 +27,12 @@ def loading(
     """Load all engines of a bundle, `threads` at a time; what this gives waits for one of them by its name.
 
     ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a second
-    core. `packed` is a directory of the engine cache to load them from. EngineError where one cannot be loaded.
+    core. `packed` is a directory of the engine cache to load them from. EngineError where one cannot be loaded,
+    BundleError where it is not the one that the manifest describes.
     """
     names = [name for name in ORDER if f"{name}.onnx" in engine_files(bundle.manifest)]
     with ThreadPoolExecutor(min(threads, len(names)), thread_name_prefix="load") as pool:
-        futures = {name: pool.submit(_load, bundle.engine(name), threads, device, packed) for name in names}
+        futures = {name: pool.submit(_load, bundle, name, threads, device, packed) for name in names}
         try:
             yield lambda name: futures[name].result()
         except BaseException:
@@ -38,7 +40,13 @@ def loading(
             raise
 
 
-def _load(path: Path, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
+def _load(bundle: Bundle, name: str, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
+    engine = _loaded(bundle.engine(name), threads, device, packed)
+    check_contract(bundle.manifest, name, engine.session)
+    return engine
+
+
+def _loaded(path: Path, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
     if packed is not None:
         try:
             return OnnxEngine(packed / path.name, threads, device, optimized=True)

@@ -44,6 +44,7 @@ class OnnxEngine:
         except Exception as error:
             raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
         device.check_active(self.session, path.name)
+        self.file = path.name
 
     @property
     def output_shapes(self) -> dict[str, tuple[Any, ...]]:
@@ -51,20 +52,26 @@ class OnnxEngine:
         return {output.name: tuple(output.shape) for output in self.session.get_outputs()}
 
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """One call with arrays of any shape, copied in and out."""
-        results: list[np.ndarray] = self.session.run(outputs, dict(inputs))
+        """One call with arrays of any shape, copied in and out. EngineError where it fails."""
+        try:
+            results: list[np.ndarray] = self.session.run(outputs, dict(inputs))
+        except Exception as error:
+            raise _failed(self.file, error) from error
         return results
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Call:
         """A call on fixed buffers: numpy arrays, or values made by `value`."""
-        return Call(self.session, inputs, outputs)
+        return Call(self.session, inputs, outputs, self.file)
 
 
 class Call:
-    """One engine call with everything bound: change the arrays in place, run, read the arrays."""
+    """One engine call with everything bound: change the arrays in place, run, read the arrays. `file`: the graph's
+    name, for the EngineError of a run that fails."""
 
-    def __init__(self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._session = session
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any], file: str = "an engine"
+    ) -> None:
+        self._session, self._file = session, file
         self._binding = session.io_binding()
         # Bound memory belongs to the arrays: they must live as long as the call.
         self._inputs: dict[str, Any] = {}
@@ -73,15 +80,21 @@ class Call:
 
     def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         """Bind other arrays, of any shape, for these names; the others stay."""
-        for name, item in inputs.items():
-            self._binding.bind_ortvalue_input(name, value(item))
-        for name, item in outputs.items():
-            self._binding.bind_ortvalue_output(name, value(item))
+        try:
+            for name, item in inputs.items():
+                self._binding.bind_ortvalue_input(name, value(item))
+            for name, item in outputs.items():
+                self._binding.bind_ortvalue_output(name, value(item))
+        except Exception as error:
+            raise _failed(self._file, error) from error
         self._inputs.update(inputs)
         self._outputs.update(outputs)
 
     def run(self) -> None:
-        self._session.run_with_iobinding(self._binding)
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise _failed(self._file, error) from error
 
 
 def value(item: Any) -> Any:
@@ -132,6 +145,10 @@ def import_onnxruntime() -> Any:
     if not hasattr(onnxruntime, "InferenceSession"):
         raise EngineError("the ONNX Runtime package is damaged (two wheels over each other?); run freeexport doctor")
     return onnxruntime
+
+
+def _failed(file: str, error: Exception) -> EngineError:
+    return EngineError(f"ONNX Runtime cannot run {file}: {_first_line(error)}")
 
 
 def _first_line(error: BaseException) -> str:

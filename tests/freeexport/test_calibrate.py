@@ -17,7 +17,7 @@ from command_errors import error
 from conftest import TEXTS, Bundles
 from traces import trace
 
-from freeexport import calibration_source
+from freeexport import calibration_report, calibration_source
 from freeexport.bundle_traces import trace_of
 from freeexport.calibration import check_enough
 from freeexport.calibration_options import CalibrateOptions
@@ -256,6 +256,14 @@ def test_data_of_another_vocabulary_are_refused() -> None:
     check_unknown([np.array([2, 2])], None)
     with pytest.raises(CalibrationError, match="50% of the data's tokens are unknown"):
         check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
+
+
+def test_a_report_of_before_stands_until_the_new_one_is_written(tmp_path: Path) -> None:
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / calibration_report.INDEX).write_text("old")
+    calibration_report.check(tmp_path / "report")
+    assert (tmp_path / "report" / calibration_report.INDEX).read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
 
 
 def test_an_exit_layer_that_is_none_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:

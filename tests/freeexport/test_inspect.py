@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
+from command_errors import error
 
 from freeexport import cli
 from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
@@ -17,12 +19,12 @@ VERIFICATION = {"passed": True, "against": "model", "checks": [CHECK], "greedy":
 
 
 def write_bundle(folder: Path, **changes: Any) -> Path:
-    """A bundle with a full manifest and no real engine."""
+    """A bundle with a full manifest and no real engine: graphs that hold their producer's name."""
     folder.mkdir()
     names = ["shallow.onnx", "deep.onnx"]
     if changes.get("encoder_capacity"):
         names += ["encoder.onnx", "prologue.onnx"]
-    contents = {name: name.removesuffix(".onnx").encode() for name in names}
+    contents = {name: bytes([0x12, len(name)]) + name.encode() for name in names}
     for name, content in contents.items():
         (folder / name).write_bytes(content)
     manifest = Manifest(
@@ -83,7 +85,7 @@ def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
     assert row(result, "per token") == "46.1 kB"  # 2 * 30 layers * 3 heads * 64 * 4 bytes
     assert row(result, "per sequence") == "47.2 MB"  # 1024 rows
     assert row(result, "onnxruntime") == "1.32.0"
-    assert row(result, "deep.onnx").startswith("4 B")
+    assert row(result, "deep.onnx").startswith("11 B")
 
 
 def test_uncalibrated_threshold_says_that_nothing_exits(tmp_path: Path) -> None:
@@ -134,13 +136,13 @@ def test_json_has_the_manifest_and_derived_sizes(tmp_path: Path) -> None:
     assert answer["sha256"] == hashlib.sha256((bundle / MANIFEST).read_bytes()).hexdigest()
     assert answer["calibrated"] is False
     assert answer["kv_bytes_per_token"] == 46_080
-    assert answer["bundle_bytes"] == len("shallow") + len("deep")
+    assert answer["bundle_bytes"] == len("shallow.onnx") + len("deep.onnx") + 4
     assert answer["verification"] == VERIFICATION
 
 
 def test_a_flipped_byte_is_an_error_that_names_the_file(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
-    (bundle / "deep.onnx").write_bytes(b"deeP")
+    (bundle / "deep.onnx").write_bytes(b"\x12\x09deeP.onnx")
     result = inspect(bundle)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -151,3 +153,11 @@ def test_a_folder_that_is_no_bundle_is_an_error(tmp_path: Path) -> None:
     result = inspect(tmp_path / "nowhere")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("report", [{"checks": 5}, {"checks": [{}]}, {"greedy": []}, {"quality": {"agreement": "x"}}])
+def test_a_report_of_another_kind_is_an_error_that_says_what_to_do(report: dict[str, Any], tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    (bundle / "verification.json").write_text(json.dumps(report))
+    result = inspect(bundle)
+    assert error(result).startswith("error: verification.json is no report")

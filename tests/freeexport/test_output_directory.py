@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from freeexport import output_directory as output_directory_module
+from freeexport.exchange import exchange
 from freeexport.output_directory import OutputError, output_directory
 
 MARKER = "marker.json"
+KILLED = 9
+Writer = Callable[[str], tuple[subprocess.Popen[str], Path]]
 
 
 def write(out: Path, text: str, overwrite: bool = False, then: Callable[[], None] = lambda: None) -> None:
@@ -30,12 +38,71 @@ def listing(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-@pytest.fixture(scope="module")
-def dead() -> int:
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
+# Begins to write the directory, says where, and waits.
+WRITER = """
+import sys, time
+from pathlib import Path
+from freeexport.output_directory import output_directory
+with output_directory(Path(sys.argv[1]), "marker.json", True) as directory:
+    (directory / "marker.json").write_text("half")
+    print(directory, flush=True)
+    time.sleep(600)
+"""
+
+
+def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
+    """Replace `out` in a process that ends, as by a kill, before a change of the file system; whether it was ended."""
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == KILLED
+    try:
+        left = step
+
+        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                nonlocal left
+                if left == 0:
+                    os._exit(KILLED)
+                left -= 1
+                return function(*arguments, **named)
+
+            return call
+
+        output_directory_module.exchange = (lambda *_: False) if in_two_steps else counted(exchange)
+        for place, names in ((Path, ("rename", "mkdir", "unlink")), (os, ("open", "fsync", "unlink", "rmdir"))):
+            for name in names:
+                setattr(place, name, counted(getattr(place, name)))
+        write(out, "new", overwrite=True)
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+def exchanges(directory: Path) -> bool:
+    (directory / "a").mkdir()
+    (directory / "b").mkdir()
+    done = exchange(directory / "a", directory / "b")
+    (directory / "a").rmdir()
+    (directory / "b").rmdir()
+    return done
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], Path]]]:
+    """A process that is writing a directory, and where."""
+    processes = []
+
+    def begin(name: str) -> tuple[subprocess.Popen[str], Path]:
+        command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        return process, Path(process.stdout.readline().rstrip("\n"))
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def test_the_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -134,47 +201,120 @@ def test_a_parent_that_is_a_file_is_an_error_of_the_system(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["out", "out[1]*?"])
-def test_what_a_killed_process_left_is_cleared_away(name: str, tmp_path: Path, dead: int) -> None:
-    left = tmp_path / f".{name}.partial-{dead}"
-    put_directory(left)
-    write(tmp_path / name, "x")
+@pytest.mark.parametrize("old", [True, False])
+def test_what_a_killed_process_left_is_cleared_away(name: str, old: bool, writer: Writer, tmp_path: Path) -> None:
+    if old:
+        write(tmp_path / name, "old")
+    process, partial = writer(name)
+    assert partial.is_dir()
+    process.kill()
+    process.wait()
+    assert not old or (tmp_path / name / MARKER).read_text() == "old"
+    write(tmp_path / name, "x", overwrite=True)
     assert listing(tmp_path) == {name}
+    assert (tmp_path / name / MARKER).read_text() == "x"
 
 
-def test_what_a_process_of_the_same_id_left_is_cleared_away(tmp_path: Path) -> None:
-    # In a container every run may have the same id.
-    put_directory(tmp_path / f".out.partial-{os.getpid()}")
+def test_what_a_living_process_writes_is_left_alone(writer: Writer, tmp_path: Path) -> None:
+    _, partial = writer("out")
     write(tmp_path / "out", "x")
-    assert listing(tmp_path) == {"out"}
-    assert listing(tmp_path / "out") == {MARKER}
+    assert listing(partial) == {MARKER}
+    assert (tmp_path / "out" / MARKER).read_text() == "x"
 
 
-def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
-    other = tmp_path / f".out.partial-{os.getppid()}"
-    put_directory(other)
-    write(tmp_path / "out", "x")
-    assert listing(other) == {"thesis.txt"}
+@pytest.mark.parametrize("in_two_steps", [False, True])
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(
+    in_two_steps: bool, tmp_path: Path
+) -> None:
+    if not in_two_steps and not exchanges(tmp_path):
+        pytest.skip("this file system cannot exchange two directories")
+    seen, killed, step = set(), True, 0
+    while killed:
+        write(tmp_path / "out", "old", overwrite=True)
+        killed = end_before(step, tmp_path / "out", in_two_steps)
+        if not in_two_steps:
+            seen.add((tmp_path / "out" / MARKER).read_text())
+        with pytest.raises(OutputError, match="--overwrite"):
+            write(tmp_path / "out", "next")
+        seen.add((tmp_path / "out" / MARKER).read_text())
+        assert listing(tmp_path) == {"out"}
+        step += 1
+    assert seen == {"old", "new"}
+    assert step > 10
 
 
-def test_an_old_output_whose_replacement_never_came_is_put_back(tmp_path: Path, dead: int) -> None:
+@pytest.mark.parametrize("error", [OSError(5, "no"), None])
+def test_where_nothing_can_be_exchanged_it_takes_two_steps(
+    error: OSError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "out", "old")
-    (tmp_path / "out").rename(tmp_path / f".out.old-{dead}")
-    # It counts as standing there from the beginning, not only after hours of work.
-    with pytest.raises(OutputError, match="--overwrite"):
-        write(tmp_path / "out", "new", then=raising(AssertionError("begun")))
-    assert (tmp_path / "out" / MARKER).read_text() == "old"
+    monkeypatch.setattr("freeexport.output_directory.exchange", lambda *_: False)
+    rename = Path.rename
+
+    def failing(path: Path, target: Path) -> Path:
+        if error is not None and ".partial-" in path.name:
+            raise error
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with nullcontext() if error is None else pytest.raises(OSError, match="no"):
+        write(tmp_path / "out", "new", overwrite=True)
+    assert (tmp_path / "out" / MARKER).read_text() == ("new" if error is None else "old")
     assert listing(tmp_path) == {"out"}
 
 
-def test_an_old_output_whose_replacement_came_is_cleared_away(tmp_path: Path, dead: int) -> None:
-    write(tmp_path / "out", "newer")
-    put_directory(tmp_path / f".out.old-{dead}")
-    write(tmp_path / "out", "newest", overwrite=True)
+@pytest.mark.parametrize("can", [True, False])
+def test_what_comes_at_the_last_moment_is_put_back(can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if can and not exchanges(tmp_path):
+        pytest.skip("this file system cannot exchange two directories")
+    out = tmp_path / "out"
+    write(out, "old")
+
+    def late(one: Path, other: Path) -> bool:
+        if not (out / "thesis.txt").exists():
+            shutil.rmtree(out)
+            put_directory(out)
+        return can and exchange(one, other)
+
+    monkeypatch.setattr("freeexport.output_directory.exchange", late)
+    with pytest.raises(OutputError, match="not what this command writes"):
+        write(out, "new", overwrite=True)
+    assert listing(out) == {"thesis.txt"}
     assert listing(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("name", [".out.partial-abc", ".out.backup-1", ".other.partial-1", "out.partial-1", ".out.x"])
+def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
+    inodes = []
+    with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
+        (directory / "folder").mkdir()
+        (directory / "folder" / "file").write_text("x")
+        inodes = [path.stat().st_ino for path in (directory, *directory.rglob("*"), tmp_path)]
+    assert set(inodes) == set(synced)
+    assert synced[-1] == tmp_path.stat().st_ino
+
+
+def test_without_locks_what_others_left_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("freeexport.held_file.fcntl.flock", refuse)
+    with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
+        (directory / MARKER).write_text("x")
+        write(tmp_path / "out", "y")
+        assert directory.is_dir()
+        (tmp_path / "out" / MARKER).unlink()
+        (tmp_path / "out").rmdir()
+    assert listing(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(
+    "name", ["partial-abc", "lock-abc", "backup-1", "partial-0123456789abcdef", "lock-0123456789ABCDEF", "x"]
+)
 def test_names_that_only_look_alike_are_left_alone(name: str, tmp_path: Path) -> None:
-    put_directory(tmp_path / name)
+    put_directory(tmp_path / f".out.{name}")
+    put_directory(tmp_path / f".other.{name}")
     write(tmp_path / "out", "x")
-    assert listing(tmp_path) == {"out", name}
+    assert listing(tmp_path) == {"out", f".out.{name}", f".other.{name}"}

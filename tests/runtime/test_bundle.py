@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -168,11 +169,14 @@ def test_where_there_is_no_bundle_the_message_says_how_to_make_one(tmp_path: Pat
 
 def test_an_engine_that_cannot_be_loaded_is_named(copy: Copy) -> None:
     path = copy()
-    size = (path / "deep.onnx").stat().st_size
-    (path / "deep.onnx").write_bytes(b"\xff" * size)
+    content = (path / "deep.onnx").read_bytes()
+    (path / "deep.onnx").write_bytes(content.replace(b"Reshape", b"Reshapf"))
     # The quick check looks at sizes only.
-    with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded"):
+    with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded") as refused:
         Session(path)
+    assert "\n" not in str(refused.value)
+    (path / "deep.onnx").write_bytes(b"\xff" * len(content))
+    assert "deep.onnx cannot be read (it is no ONNX graph" in refusal(path)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_named(copy: Copy) -> None:
@@ -199,8 +203,77 @@ def test_verification_is_what_the_report_says(copy: Copy) -> None:
     assert Bundle.open(path).verification == {"passed": True}
     for broken in ("{", "3", "[1]"):
         (path / VERIFICATION).write_text(broken)
-        with pytest.raises(BundleError, match=r"verification\.json cannot be read .*freeexport verify"):
+        with pytest.raises(BundleError, match=r"verification\.json (cannot be read|holds) .*freeexport verify"):
             _ = Bundle.open(path).verification
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("verify", ["sizes", "full"])
+def test_a_planted_file_is_not_read(file: str, verify: str, copy: Copy) -> None:
+    path = copy()
+    unlist(path, file)
+    (path / file).unlink()
+    (path / file).symlink_to("/etc/passwd")
+    with Session(path, verify=verify) as session:
+        assert session.tokenizer is not None
+        assert (session.tokenizer.chat_template is None) == (file == "chat_template.jinja")
+        assert bool(session.tokenizer.special_tokens) == (file != "tokenizer_config.json")
+        session.generate([5], max_new_tokens=1, do_sample=True, seed=1)
+
+
+def test_a_planted_tokenizer_is_not_read(copy: Copy) -> None:
+    path = copy()
+    unlist(path, "tokenizer.json")
+    with Session(path) as session:
+        assert session.tokenizer is None
+
+
+def test_weights_that_a_graph_names_must_be_listed(copy: Copy) -> None:
+    path = copy()
+    unlist(path, "weights.data")
+    for verify in ("sizes", "full"):
+        assert f"'weights.data', which {MANIFEST} does not list" in refusal(path, verify=verify)
+
+
+@pytest.mark.parametrize("file", ["weights.data", "tokenizer.json", "deep.onnx", MANIFEST])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_link_in_the_place_of_a_file_is_refused(file: str, inside: bool, copy: Copy) -> None:
+    path = copy()
+    target = (path if inside else path.parent) / "moved"
+    (path / file).rename(target)
+    (path / file).symlink_to(target)
+    message = refusal(path)
+    assert message.startswith(f"{file} is a symbolic link")
+    assert "cp -rL" in message
+
+
+def test_the_directory_itself_may_be_a_link(copy: Copy) -> None:
+    path = copy()
+    (path.parent / "link").symlink_to(path)
+    assert Bundle.open(path.parent / "link", verify="full").sha256 == Bundle.open(path).sha256
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "tokenizer.json", "weights.data", "shallow.onnx"])
+def test_a_named_pipe_is_refused_at_once(file: str, copy: Copy) -> None:
+    path = copy()
+    (path / file).unlink()
+    os.mkfifo(path / file)
+    message = refusal(path, verify="full")
+    assert message.startswith(file)
+    assert "regular file" in message
+
+
+def test_a_manifest_that_is_too_large_is_refused_before_it_is_read(copy: Copy) -> None:
+    path = copy()
+    with (path / MANIFEST).open("r+b") as file:
+        file.truncate(1 << 40)
+    assert f"{1 << 40} bytes, at most" in refusal(path)
+
+
+def unlist(path: Path, file: str) -> None:
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    del files[file]
+    rewrite_manifest(path, files=files)
 
 
 def calibrate(path: Path, **changes: Any) -> Calibration:

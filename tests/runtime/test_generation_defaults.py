@@ -44,3 +44,13 @@ def test_they_fill_in_what_is_left_open_and_only_for_sampling() -> None:
 def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"generation_config\.json"):
         read_defaults(written(tmp_path, content))
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> None:
+    assert read_defaults(written(tmp_path, {"temperature": 0.6}), {"deep.onnx": None}) == {}
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"temperature": 1' + "0" * 400 + "}", '{"temperature": NaN}'])
+def test_what_no_reader_should_meet_is_refused(content: str, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"generation_config\.json cannot be read .*convert the checkpoint again"):
+        read_defaults(written(tmp_path, content))

@@ -141,6 +141,19 @@ def test_an_unknown_field_is_refused_by_name() -> None:
     [
         ("schema_version", 0),
         ("layers", 1),
+        ("layers", 10**6),
+        ("hidden_size", 10**9),
+        ("vocab_size", 10**9),
+        ("heads", 10**9),
+        ("kv_heads", 10**9),
+        ("head_dim", 10**9),
+        ("capacity", 10**12),
+        ("max_pending", 10**12),
+        ("encoder_capacity", 10**12),
+        ("weight_bytes", 10**18),
+        ("weight_bytes", -1),
+        ("decoder_start_token_id", 288),
+        ("decoder_start_token_id", -1),
         ("exit_layer", 0),
         ("exit_layer", 5),
         ("capacity", 0),
@@ -160,6 +173,36 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
     assert name in refusal(signed(**{name: value}))
 
 
+def test_what_is_too_much_is_refused_before_it_is_looked_at() -> None:
+    many = {str(index): {"size": 1, "sha256": "00" * 32} for index in range(10_001)}
+    assert "files has 10001 entries, at most 10000" in refusal(signed(files=many))
+    assert "eos_token_ids has 10001 entries" in refusal(signed(eos_token_ids=[2] * 10_001))
+
+
+@pytest.mark.parametrize("file", [{"size": -1, "sha256": "00" * 32}, {"size": 10**18, "sha256": "00" * 32},
+                                  {"size": 1, "sha256": "00"}, {"size": 1, "sha256": "GG" * 32}])  # fmt: skip
+def test_a_file_of_no_possible_size_or_hash_is_refused(file: dict[str, Any]) -> None:
+    assert "'deep.onnx' has size" in refusal(signed(files={"deep.onnx": file}))
+
+
+@pytest.mark.parametrize("name", ["./x", "a//b", "a/./b", "a/", "a\nb", "\u202ea"])
+def test_a_file_has_one_plain_name(name: str) -> None:
+    assert "no plain file name" in refusal(signed(files={name: {"size": 1, "sha256": "00" * 32}}))
+
+
+def test_precision_and_quantization_go_together() -> None:
+    assert "no quantization with precision 'int8'" in refusal(signed(precision="int8"))
+    assert "a quantization with precision 'fp32'" in refusal(signed(quantization={"int8_range": "full"}))
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [(10**99, "threshold = 1e+99 is out of range"), (10**400, "an integer of 401 digits"), (1e999, "threshold is inf")],
+)
+def test_a_number_that_is_too_large_is_refused(value: float, reason: str) -> None:
+    assert reason in refusal(signed(threshold=value))
+
+
 @pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "heads", "kv_heads", "head_dim"])
 def test_sizes_are_positive(name: str) -> None:
     assert "out of range" in refusal(signed(**{name: 0}))
@@ -172,11 +215,11 @@ def test_an_encoder_decoder_needs_a_start_token() -> None:
 
 @pytest.mark.parametrize("path", ["../x", "/etc/hostname", "a/../../x", "..", "", "a\\..\\x", "a\0b"])
 def test_a_path_that_leaves_the_bundle_is_refused(path: str) -> None:
-    assert f"names {path!r}" in refusal(signed(files={path: {"size": 1, "sha256": "00"}}))
+    assert f"names {path!r}" in refusal(signed(files={path: {"size": 1, "sha256": "00" * 32}}))
 
 
 def test_a_file_in_a_folder_of_the_bundle_is_in_it() -> None:
-    read = Manifest.from_json(signed(files={"tensorrt/deep.plan": {"size": 1, "sha256": "00"}}))
+    read = Manifest.from_json(signed(files={"tensorrt/deep.plan": {"size": 1, "sha256": "00" * 32}}))
     assert set(read.files) == {"tensorrt/deep.plan"}
 
 

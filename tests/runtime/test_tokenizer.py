@@ -110,7 +110,7 @@ def test_a_broken_tokenizer_is_a_bundle_error(tmp_path: Path, content: bytes) ->
 def test_a_broken_configuration_is_a_bundle_error(tmp_path: Path, content: str) -> None:
     bundle(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(content)
-    with pytest.raises(BundleError, match=r"tokenizer_config\.json cannot be read"):
+    with pytest.raises(BundleError, match=r"tokenizer_config\.json (cannot be read|holds).* convert the"):
         Tokenizer.load(tmp_path)
 
 

@@ -1,0 +1,82 @@
+"""The JSON files that commands read beside those of a bundle: each is refused in one line, whatever it holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from freeexport.calibration_source import unknown_of_bundle
+from freeexport.checkpoint import open_checkpoint
+from freeexport.exit_file import read_exit_file
+from freeexport.exit_trainer import _elapsed
+from freeexport.exit_vocabulary_file import read_exit_vocabulary
+from freeexport.replay import exit_trace
+from freeexport.training_directory import TrainingDirectory, last_checkpoint
+from freeexport.training_options import TrainingOptions
+from runtime.cache_entry import read_entry
+from runtime.calibration import read_calibration
+from runtime.errors import FreeExportError
+
+READERS: dict[str, Callable[[Path], Any]] = {
+    "config.json": lambda path: open_checkpoint(str(path.parent)),
+    "adapter_config.json": lambda path: open_checkpoint(str(path.parent)),
+    "exit.json": lambda path: read_exit_file(path.parent),
+    "exit-vocab.json": lambda path: read_exit_vocabulary(path, "", 1, 1),
+    "calibration.json": read_calibration,
+    "elapsed.json": _elapsed,
+    "entry.json": lambda path: read_entry(path.parent),
+    "tokenizer.json": lambda path: unknown_of_bundle(path.parent),
+    "answers.jsonl": lambda path: exit_trace(str(path)),
+    "training_options.json": lambda path: TrainingDirectory(
+        path.parent.with_suffix(""), "model", TrainingOptions(Path("data"), 1, resume=True)
+    ),
+}
+CONTENTS = {"nested": "[" * 100_000, "cut": '{"a"', "digits": '{"a": 1' + "0" * 5000 + "}", "empty": "", "null": "\0"}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    (tmp_path / "out.training").mkdir()
+    return tmp_path / "out.training"
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+@pytest.mark.parametrize("name", READERS)
+def test_a_damaged_file_is_refused_in_one_line(name: str, content: str, directory: Path) -> None:
+    (directory / name).write_text(content)
+    with pytest.raises(FreeExportError) as refused:
+        READERS[name](directory / name)
+    message = str(refused.value)
+    assert name in message
+    assert "\n" not in message
+    assert len(message) < 500
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_named_pipe_is_no_file(name: str, directory: Path) -> None:
+    os.mkfifo(directory / name)
+    with pytest.raises(FreeExportError):
+        READERS[name](directory / name)
+
+
+def test_a_named_pipe_among_a_checkpoints_files_is_refused(directory: Path) -> None:
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    os.mkfifo(directory / "tokenizer_config.json")
+    with pytest.raises(FreeExportError, match=r"tokenizer_config\.json is no regular file"):
+        open_checkpoint(str(directory))
+
+
+def test_a_checkpoint_of_training_has_a_number(directory: Path) -> None:
+    (directory / "checkpoint-old").mkdir()
+    assert last_checkpoint(directory) is None
+
+
+@pytest.mark.parametrize("content", ["-1", "[]", '"1"', "true"])
+def test_seconds_of_training_are_a_number(content: str, directory: Path) -> None:
+    (directory / "elapsed.json").write_text(content)
+    with pytest.raises(FreeExportError, match="not seconds"):
+        _elapsed(directory / "elapsed.json")

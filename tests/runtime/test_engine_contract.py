@@ -1,0 +1,133 @@
+"""Graphs and manifest of a bundle must be of one model; where they are not, and its hashes fit, the session says so."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import CASES, Case
+from conftest import Bundles
+
+from runtime import Bundle, BundleError, EngineError, Session
+from runtime.bundle import sha256_of
+from runtime.engine_contract import check_contract
+from runtime.engines.onnx import OnnxEngine
+from runtime.manifest import HASH, MANIFEST, _hash
+
+BY_NAME = {case.name: case for case in CASES}
+Copy = Callable[..., Path]
+
+
+@pytest.fixture
+def copy(bundle: Bundles, tmp_path: Path) -> Copy:
+    return lambda name="llama-tied": Path(shutil.copytree(bundle(BY_NAME[name]), tmp_path / name))
+
+
+def resign(path: Path, **changes: Any) -> None:
+    """Change fields of the manifest, and make sizes and hashes of all files fit."""
+    content = json.loads((path / MANIFEST).read_text())
+    del content[HASH]
+    sizes = {name: (path / name).stat().st_size for name in content["files"]}
+    files = {name: {"size": size, "sha256": sha256_of(path / name)} for name, size in sizes.items()}
+    content |= {"files": files, **changes}
+    (path / MANIFEST).write_text(json.dumps({**content, HASH: _hash(content)}))
+    Bundle.open(path, verify="full")
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(BundleError) as refused:
+        Session(path)
+    message = str(refused.value)
+    assert "\n" not in message
+    assert MANIFEST in message
+    return message
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_graphs_of_every_family_are_as_the_manifest_says(case: Case, bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(case))
+    for graph in opened.path.glob("*.onnx"):
+        check_contract(opened.manifest, graph.stem, OnnxEngine(graph, 1).session)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "int8"},
+        {"precision": "int4"},
+        {"precision": "mixed"},
+        {"precision": "fp16"},
+        {"dialect": "standard"},
+    ],
+    ids=lambda options: next(iter(options.values())),
+)
+@pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied", "umt5"])
+def test_so_are_those_of_every_precision(name: str, options: dict[str, Any], bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(BY_NAME[name], **options))
+    for graph in opened.path.glob("*.onnx"):
+        check_contract(opened.manifest, graph.stem, OnnxEngine(graph, 1).session)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "both"),
+    [
+        ("llama-tied", {"exit_layer": 2}, ["past.1.key"]),
+        ("llama-tied", {"layers": 9}, ["no input", "past.", "key"]),
+        ("llama-tied", {"layers": 2}, ["past.2.key", "there is none"]),
+        ("llama-tied", {"hidden_size": 128}, ["hidden", "64]", "128]"]),
+        ("llama-tied", {"kv_heads": 2}, ["[B, 4, cache, 16]", "[B, 2, cache, 16]"]),
+        ("llama-tied", {"head_dim": 32}, ["[B, 4, cache, 16]", "[B, 4, cache, 32]"]),
+        ("llama-tied", {"vocab_size": 300}, ["logits", "288]", "300]"]),
+        ("llama-tied", {"precision": "fp16"}, ["tensor(float)", "tensor(float16)"]),
+        ("t5-relu-tied", {"kv_heads": 2}, ["[B, 4, ", "[B, 2, "]),
+        ("t5-relu-tied", {"hidden_size": 16}, ["hidden", "32]", "16]"]),
+    ],
+)
+def test_a_manifest_of_another_model_is_refused_with_both_values(
+    name: str, changes: dict[str, Any], both: list[str], copy: Copy
+) -> None:
+    path = copy(name)
+    resign(path, **changes)
+    message = refusal(path)
+    assert all(part in message for part in both), message
+
+
+def test_a_decoder_only_bundle_that_says_it_has_an_encoder_is_refused(copy: Copy) -> None:
+    path = copy("t5-relu-tied")
+    resign(path, encoder_capacity=0)
+    assert "cross" in refusal(path)
+
+
+def test_graphs_that_changed_places_are_refused(copy: Copy) -> None:
+    path = copy()
+    (path / "deep.onnx").rename(path / "other")
+    (path / "shallow.onnx").rename(path / "deep.onnx")
+    (path / "other").rename(path / "shallow.onnx")
+    resign(path)
+    assert ".onnx has" in refusal(path)
+
+
+def test_a_graph_whose_batch_size_is_fixed_is_refused(copy: Copy) -> None:
+    path = copy()
+    model = onnx.load(path / "deep.onnx", load_external_data=False)
+    (hidden,) = (value for value in model.graph.input if value.name == "hidden")
+    hidden.type.tensor_type.shape.dim[0].dim_value = 3
+    (path / "deep.onnx").write_bytes(model.SerializeToString())
+    resign(path)
+    assert "'hidden' tensor(float) [3, k, 64]" in refusal(path)
+
+
+def test_a_run_that_fails_is_an_engine_error_in_one_line(bundle: Bundles) -> None:
+    path = bundle(BY_NAME["t5-relu-tied"]) / "prologue.onnx"
+    engine = OnnxEngine(path, 1)
+    with pytest.raises(EngineError, match=r"cannot run prologue\.onnx") as refused:
+        engine.run(["cross.0.key"], {"hidden": np.zeros((1, 2, 5), np.float32)})
+    assert "\n" not in str(refused.value)
+    with pytest.raises(EngineError, match=r"cannot run prologue\.onnx"):
+        engine.bind({"hidden": np.zeros((1, 2, 32), np.float64)}, {"cross.0.key": np.zeros(1)}).run()
