@@ -1,0 +1,168 @@
+"""Whether an exit pays, why, and what to do next: the one voice of convert, calibrate, evaluate-exits and inspect."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from freeexport.share import Share
+
+Level = Literal["good", "neutral", "bad"]
+# What a predicted speedup rests on: engine times of this or the bundle's machine, the sizes of layers and head, times
+# taken beside other work, or nothing.
+Basis = Literal["measured", "sizes", "busy", "unknown"]
+# An exit that nobody trained and that agrees less often than this will write poor text.
+FAIR_AGREEMENT = 0.8
+
+MACHINE_BUSY = "not measured: machine busy"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`text` is one sentence without a full stop, `next_step` another, or ""."""
+
+    level: Level
+    text: str
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}. Next: {self.next_step}" if self.next_step else self.text
+
+
+@dataclass(frozen=True)
+class ExitFacts:
+    """What is known of an exit. None is not known.
+
+    `name` is what commands call the bundle or checkpoint. `trained`: whether the checkpoint was trained for this exit.
+    `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and `why_never` then says why. `agreement`:
+    tokens at which the shallow prediction is the deep one. `exit_rate` and `exit_agreement` (of those that exit) are
+    those at the threshold, and so is `speedup`, over mode full, which rests on `basis`. `break_even`: the exit rate from
+    which on exits pay; None where they never do, or where `basis` says that nothing is known.
+    """
+
+    name: str
+    exit_layer: int
+    layers: int
+    trained: bool | None = None
+    threshold: float | None = None
+    why_never: str = ""
+    agreement: Share | None = None
+    exit_rate: Share | None = None
+    exit_agreement: Share | None = None
+    break_even: float | None = None
+    speedup: float | None = None
+    basis: Basis = "unknown"
+
+    @property
+    def timed(self) -> bool:
+        return self.basis in ("measured", "sizes")
+
+    @property
+    def untrained(self) -> bool:
+        """Nobody trained this exit, and it does not agree as if somebody had."""
+        fair = self.agreement is not None and self.agreement.value >= FAIR_AGREEMENT
+        return self.trained is False and not fair
+
+    @property
+    def where(self) -> str:
+        return f"the exit after layer {self.exit_layer} of {self.layers}"
+
+
+def verdict(facts: ExitFacts) -> Verdict:
+    """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
+    if facts.threshold is None:
+        return _uncalibrated(facts)
+    if facts.threshold >= 1.0:
+        return _never(facts)
+    if not facts.timed or facts.speedup is None:
+        return Verdict("neutral", f"{_rates(facts)}; speed {_no_speed(facts)}", _measure_again(facts))
+    return _calibrated(facts, facts.speedup)
+
+
+def _uncalibrated(facts: ExitFacts) -> Verdict:
+    if facts.untrained:
+        return Verdict(
+            "bad",
+            f"does not pay: {facts.where} is untrained{_agreeing(facts)}, so early tokens will be poor",
+            _train_or_lossless(),
+        )
+    calibrate = f"freeexport calibrate {facts.name} --data FILE"
+    if facts.timed and facts.break_even is None:
+        return Verdict(
+            "bad",
+            f"does not pay: {facts.where} {_saves_nothing(facts)}",
+            "compare layers (freeexport evaluate-exits), convert with another --exit-layer",
+        )
+    if facts.timed:
+        even = f"exits pay {_by(facts)} once {facts.break_even:.1%} of the tokens exit"
+        return Verdict("neutral", f"not calibrated, so nothing exits yet; {even}", calibrate)
+    idle = ", on an idle machine" if facts.basis == "busy" else ""
+    return Verdict("neutral", f"not calibrated, so nothing exits yet; speed {_no_speed(facts)}", calibrate + idle)
+
+
+def _never(facts: ExitFacts) -> Verdict:
+    why = facts.why_never or "no threshold reaches what was asked for"
+    level: Level = "bad"
+    if facts.untrained:
+        return Verdict(
+            level, f"does not pay: {facts.where} is untrained{_agreeing(facts)}: {why}", _train_or_lossless()
+        )
+    next_step = "give more data, ask for less (--target), train the exit (freeexport train), or use mode lossless"
+    return Verdict(level, f"does not pay: {facts.where} never exits: {why}", next_step)
+
+
+def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
+    rates, gain = _rates(facts), f"{speedup:.2f}x the speed of mode full, predicted {_by(facts)}"
+    if facts.break_even is None:
+        next_step = "exit after another layer (freeexport evaluate-exits), or use mode full"
+        return Verdict("bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", next_step)
+    if speedup <= 1:
+        return Verdict(
+            "bad",
+            f"does not pay: {rates}, {gain}; exits pay once {facts.break_even:.1%} of the tokens exit",
+            "train the exit (freeexport train), ask for less (--target), or use mode full",
+        )
+    if facts.exit_rate is not None and facts.exit_rate.low < facts.break_even:
+        return Verdict(
+            "neutral",
+            f"may pay: {rates}, {gain}; but the data are too few to tell it from the {facts.break_even:.1%} of exits "
+            "at which exits begin to pay",
+            "give more data",
+        )
+    check = "convert it, then calibrate the bundle" if facts.basis == "sizes" else f"freeexport bench {facts.name}"
+    threshold = "" if facts.basis == "sizes" else f" --threshold {facts.threshold:.4g}"
+    return Verdict("good", f"pays: {gain}; {rates}", f"{check}{threshold}")
+
+
+def _agreeing(facts: ExitFacts) -> str:
+    if facts.agreement is None:
+        return ""
+    return f" (the shallow prediction is the deep one at {facts.agreement.value:.0%} of the model's own tokens)"
+
+
+def _rates(facts: ExitFacts) -> str:
+    """What exits at the threshold."""
+    said = f"above threshold {facts.threshold:.4g}" if facts.threshold is not None else "at its threshold"
+    exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
+    agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
+    return f"{facts.where}: {said} {exits}{agree}"
+
+
+def _saves_nothing(facts: ExitFacts) -> str:
+    return f"saves nothing even if every token exited, {_by(facts)}"
+
+
+def _by(facts: ExitFacts) -> str:
+    return "by the sizes of layers and head" if facts.basis == "sizes" else "by the engines' measured times"
+
+
+def _no_speed(facts: ExitFacts) -> str:
+    return MACHINE_BUSY if facts.basis == "busy" else "not measured"
+
+
+def _measure_again(facts: ExitFacts) -> str:
+    return f"freeexport calibrate {facts.name} again, on an idle machine"
+
+
+def _train_or_lossless() -> str:
+    return "train it (freeexport train), or use mode lossless, whose text is the full model's"
