@@ -14,14 +14,17 @@ Z = 1.96
 
 @dataclass(frozen=True)
 class Share:
-    """`value`: the share of `count` tokens, with its 95 % interval from `low` to `high`, all in [0, 1]."""
+    """`value`: the share of `count` tokens, with its 95 % interval from `low` to `high`, all in [0, 1]; both None where
+    nothing is known of the sequences."""
 
     value: float
-    low: float
-    high: float
     count: int
+    low: float | None = None
+    high: float | None = None
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.1%}"
         return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
 
 
@@ -37,7 +40,7 @@ def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) 
         return None
     value = float(found.sum()) / total
     low, high = _wilson(value, total / _design_effect(found, sizes, value))
-    return Share(value, low, high, int(total))
+    return Share(value, int(total), low, high)
 
 
 def _design_effect(hits: np.ndarray, counts: np.ndarray, value: float) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from freeexport.share import Share
+from runtime.calibration import Calibration
 
 Level = Literal["good", "neutral", "bad"]
 # What a predicted speedup rests on: engine times of this or the bundle's machine, the sizes of layers and head, times
@@ -33,11 +34,12 @@ class Verdict:
 class ExitFacts:
     """What is known of an exit. None is not known.
 
-    `name` is what commands call the bundle or checkpoint. `trained`: whether the checkpoint was trained for this exit.
-    `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and `why_never` then says why. `agreement`:
-    tokens at which the shallow prediction is the deep one. `exit_rate` and `exit_agreement` (of those that exit) are
-    those at the threshold, and so is `speedup`, over mode full, which rests on `basis`. `break_even`: the exit rate from
-    which on exits pay; None where they never do, or where `basis` says that nothing is known.
+    `name` is what commands call the bundle, or the `checkpoint`. `trained`: whether that was trained for this exit.
+    `threshold`: as calibrated, None where it was not; 1.0 is never to exit, `why_never` then says why. `agreement`: of
+    the tokens at which the shallow prediction is the deep one. `exit_rate` and `exit_agreement` (of those that exit)
+    are those at the threshold, and so are `speedup`, predicted, over mode full, which rests on `basis`, and `measured`,
+    where that was decoded. `break_even`: the exit rate from which on exits pay; None where they never do, or where
+    `basis` says that nothing is known.
     """
 
     name: str
@@ -51,7 +53,9 @@ class ExitFacts:
     exit_agreement: Share | None = None
     break_even: float | None = None
     speedup: float | None = None
+    measured: float | None = None
     basis: Basis = "unknown"
+    checkpoint: bool = False
 
     @property
     def timed(self) -> bool:
@@ -68,15 +72,27 @@ class ExitFacts:
         return f"the exit after layer {self.exit_layer} of {self.layers}"
 
 
+def why_never(calibration: Calibration) -> str:
+    """Why a calibration has no threshold below 1."""
+    if calibration.method == "risk":
+        return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
+    if calibration.method == "quality":
+        return f"no threshold keeps {calibration.target:.1%} of the full model's quality"
+    if calibration.agreement == 0:
+        return "no token agrees"
+    return f"there is no confidence from which {calibration.target:.4g} of the tokens agree"
+
+
 def verdict(facts: ExitFacts) -> Verdict:
     """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
     if facts.threshold is None:
         return _uncalibrated(facts)
     if facts.threshold >= 1.0:
         return _never(facts)
-    if not facts.timed or facts.speedup is None:
+    speedup = facts.speedup if facts.measured is None and facts.timed else facts.measured
+    if speedup is None:
         return Verdict("neutral", f"{_rates(facts)}; speed {_no_speed(facts)}", _measure_again(facts))
-    return _calibrated(facts, facts.speedup)
+    return _calibrated(facts, speedup)
 
 
 def _uncalibrated(facts: ExitFacts) -> Verdict:
@@ -102,36 +118,38 @@ def _uncalibrated(facts: ExitFacts) -> Verdict:
 
 def _never(facts: ExitFacts) -> Verdict:
     why = facts.why_never or "no threshold reaches what was asked for"
-    level: Level = "bad"
     if facts.untrained:
-        return Verdict(
-            level, f"does not pay: {facts.where} is untrained{_agreeing(facts)}: {why}", _train_or_lossless()
-        )
+        untrained = f"does not pay: {facts.where} is untrained{_agreeing(facts)} and never exits: {why}"
+        return Verdict("bad", untrained, _train_or_lossless())
     next_step = "give more data, ask for less (--target), train the exit (freeexport train), or use mode lossless"
-    return Verdict(level, f"does not pay: {facts.where} never exits: {why}", next_step)
+    return Verdict("bad", f"does not pay: {facts.where} never exits: {why}", next_step)
 
 
 def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
-    rates, gain = _rates(facts), f"{speedup:.2f}x the speed of mode full, predicted {_by(facts)}"
-    if facts.break_even is None:
+    rates, gain, even = _rates(facts), _gain(facts), facts.break_even
+    if facts.measured is None and even is None:
         next_step = "exit after another layer (freeexport evaluate-exits), or use mode full"
         return Verdict("bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", next_step)
     if speedup <= 1:
-        return Verdict(
-            "bad",
-            f"does not pay: {rates}, {gain}; exits pay once {facts.break_even:.1%} of the tokens exit",
-            "train the exit (freeexport train), ask for less (--target), or use mode full",
-        )
-    if facts.exit_rate is not None and facts.exit_rate.low < facts.break_even:
-        return Verdict(
-            "neutral",
-            f"may pay: {rates}, {gain}; but the data are too few to tell it from the {facts.break_even:.1%} of exits "
-            "at which exits begin to pay",
-            "give more data",
-        )
-    check = "convert it, then calibrate the bundle" if facts.basis == "sizes" else f"freeexport bench {facts.name}"
-    threshold = "" if facts.basis == "sizes" else f" --threshold {facts.threshold:.4g}"
-    return Verdict("good", f"pays: {gain}; {rates}", f"{check}{threshold}")
+        needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
+        next_step = "train the exit (freeexport train), ask for less (--target), or use mode full"
+        return Verdict("bad", f"does not pay: {gain}; {rates}{needed}", next_step)
+    low = None if facts.exit_rate is None else facts.exit_rate.low
+    if facts.measured is None and low is not None and even is not None and low < even:
+        few = f"the data are too few to tell this from the {even:.1%} of exits at which exits begin to pay"
+        return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
+    if facts.checkpoint:
+        convert = f"freeexport convert {facts.name} OUT --exit-layer {facts.exit_layer}, then calibrate the bundle"
+        return Verdict("good", f"pays: {gain}; {rates}", convert)
+    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
+
+
+def _gain(facts: ExitFacts) -> str:
+    predicted = None if facts.speedup is None or not facts.timed else f"{facts.speedup:.2f}x"
+    if facts.measured is None:
+        return f"{predicted} the speed of mode full, predicted {_by(facts)}"
+    also = "" if predicted is None else f" ({predicted} predicted {_by(facts)})"
+    return f"{facts.measured:.2f}x the speed of mode full, measured{also}"
 
 
 def _agreeing(facts: ExitFacts) -> str:
@@ -161,7 +179,7 @@ def _no_speed(facts: ExitFacts) -> str:
 
 
 def _measure_again(facts: ExitFacts) -> str:
-    return f"freeexport calibrate {facts.name} again, on an idle machine"
+    return f"freeexport calibrate {facts.name} --data FILE, on an idle machine"
 
 
 def _train_or_lossless() -> str:

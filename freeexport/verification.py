@@ -58,6 +58,7 @@ def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path
     if reference is not None:
         logits_error = max(c.error * c.scale for c in checks if c.tensor == "deep logits")
         report["greedy"] = _greedy(bundle, reference, logits_error)
+        report["exit"] = _exit(bundle)
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
     return {"passed": passed, **report}
@@ -148,15 +149,32 @@ def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
     return {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
 
 
-def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
-    from freeexport.greedy import NEW_TOKENS, TIE, compare
-    from freeexport.parity import MAX_TEXT, sample_ids
+def _exit(bundle: Bundle) -> dict[str, Any]:
+    """How often the shallow prediction is the deep one, along the full model's own output."""
+    from freeexport.bundle_traces import trace_of
+    from freeexport.greedy import NEW_TOKENS
+    from freeexport.trace import Traces
     from runtime import Session
 
-    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
-    prompts = [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
     with Session(bundle.path, slots=1) as session:
-        comparisons = compare(session, model, prompts)
+        prompts = [np.array(ids, np.int64) for ids in _prompts(bundle)]
+        traces = Traces.of([trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)])
+    return {"tokens": traces.tokens, "agreement": traces.agreement if traces.tokens else None}
+
+
+def _prompts(bundle: Bundle) -> list[list[int]]:
+    from freeexport.parity import MAX_TEXT, sample_ids
+
+    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
+    return [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
+
+
+def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
+    from freeexport.greedy import NEW_TOKENS, TIE, compare
+    from runtime import Session
+
+    with Session(bundle.path, slots=1) as session:
+        comparisons = compare(session, model, _prompts(bundle))
     # fp16 moves logits by as much as was just measured: closer than twice that is a tie. Rounded weights are another
     # model: how often it says the same is reported, and its quality is judged by its predictions.
     ties = {"fp32": TIE, "fp16": 2 * logits_error}
