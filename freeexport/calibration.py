@@ -75,9 +75,8 @@ def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path
     facts = source.facts
     known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), facts.exit_layer, facts.confidence, max_new_tokens))
     missing = [request for request in requests if known.get(request.line_number) is None]
-    with progress("decoding", len(requests)) as advance:
-        advance(len(requests) - len(missing))
-        if missing:
+    if missing:
+        with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
             for trace in source.traces(missing, max_new_tokens):
                 known.add(trace)
                 advance()

@@ -21,6 +21,7 @@ from freeexport.child import run_child
 from freeexport.cost import SIZES, Costs, Outside
 from freeexport.idle import cores_in_use
 from freeexport.lane_costs import measured_overlap
+from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, ReplaySession, drawn
 from runtime.result import Stats
 
@@ -67,7 +68,11 @@ def measured_costs(
     by_length = sorted(prompts, key=len)
     few = [by_length[int((place + 0.5) / count * len(prompts))] for place in range(count)]
     rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
-    runs = [_round(session, few, tokens, scripts) for _ in range(rounds)]
+    runs = []
+    with progress("timing the engines, rounds", rounds) as advance:
+        for _ in range(rounds):
+            runs.append(_round(session, few, tokens, scripts))
+            advance()
     return fit([_typical(again) for again in zip(*runs, strict=True)])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
 from freeexport.output_file import write_whole
+from freeexport.progress import Advance, progress
 from graphs.families import describe
 from graphs.fp32_copy import fp32_copy
 from runtime.bundle import VERIFICATION, Bundle
@@ -32,8 +33,8 @@ def verify(bundle: Bundle, model: str | None, data: Path | None = None) -> dict[
 
     `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
     """
-    with _runnable(bundle) as copy:
-        return _verify(copy, bundle.manifest.float_type, model, data)
+    with _runnable(bundle) as copy, progress("verifying", 5) as advance:
+        return _verify(copy, bundle.manifest.float_type, model, data, advance)
 
 
 def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
@@ -41,12 +42,15 @@ def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
     return fp32_copy(bundle, rounds=True) if bundle.manifest.float_type == "bf16" else nullcontext(bundle)
 
 
-def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path | None) -> dict[str, Any]:
+def _verify(
+    bundle: Bundle, float_type: FloatType, model: str | None, data: Path | None, advance: Advance
+) -> dict[str, Any]:
     from freeexport.parity import engine_checks, sample_batch
 
     checkpoint = None if model is None else _checkpoint_of(bundle, model)
     reference = None if checkpoint is None else _reference(checkpoint)
     exit_head = None if checkpoint is None else _exit_head(checkpoint, reference)
+    advance()
     checks = list(engine_checks(bundle, reference, sample_batch(bundle), exit_head, float_type))
     report: dict[str, Any] = {
         "against": None if checkpoint is None else checkpoint.name,
@@ -55,10 +59,13 @@ def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
     }
     passed = all(check.passed for check in checks)
+    advance()
     if reference is not None:
         logits_error = max(c.error * c.scale for c in checks if c.tensor == "deep logits")
         report["greedy"] = _greedy(bundle, reference, logits_error)
+        advance()
         report["exit"] = _exit(bundle)
+        advance()
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
     return {"passed": passed, **report}
