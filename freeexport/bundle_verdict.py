@@ -79,6 +79,9 @@ def is_busy(times: Mapping[str, float]) -> bool:
 def _agreement(verification: Mapping[str, Any]) -> Share | None:
     """As `freeexport verify` saw it on a few texts."""
     seen = verification.get("exit")
-    value, count = (seen.get("agreement"), seen.get("tokens")) if isinstance(seen, Mapping) else (None, None)
-    known = isinstance(value, float) and 0 <= value <= 1 and isinstance(count, int)
-    return Share(value, count) if known else None
+    if not isinstance(seen, Mapping):
+        return None
+    value, count = seen.get("agreement"), seen.get("tokens")
+    if not (isinstance(value, float) and 0 <= value <= 1 and isinstance(count, int)):
+        return None
+    return Share(value, count)
