@@ -8,7 +8,7 @@ from typing import Any
 
 from freeexport.cost import BUSY_CORES, Costs
 from freeexport.idle import TOLERATED
-from freeexport.share import Share
+from freeexport.share import Share, recorded_share
 from freeexport.verdict import Basis, ExitFacts, Verdict, verdict, why_never
 from runtime.bundle import Bundle
 from runtime.calibration import Calibration
@@ -79,9 +79,5 @@ def is_busy(times: Mapping[str, float]) -> bool:
 def _agreement(verification: Mapping[str, Any]) -> Share | None:
     """As `freeexport verify` saw it on a few texts."""
     seen = verification.get("exit")
-    if not isinstance(seen, Mapping):
-        return None
-    value, count = seen.get("agreement"), seen.get("tokens")
-    if not (isinstance(value, float) and 0 <= value <= 1 and isinstance(count, int)):
-        return None
-    return Share(value, count)
+    found = seen.get("agreement") if isinstance(seen, Mapping) else None
+    return recorded_share(found) if isinstance(found, Mapping) else None

@@ -28,10 +28,12 @@ def calibration_tables(calibration: Calibration) -> list[Table]:
 
 
 def threshold_table(calibration: Calibration) -> Table:
-    columns = (*(f"{name}#" for name in COLUMNS), "")
     chosen = calibration.threshold
     rows = [(*row_cells(row), "chosen" if row.threshold == chosen else "") for row in calibration.table]
-    return table("Thresholds", columns, rows)
+    # What is known of no threshold has no column.
+    used = [number for number in range(len(COLUMNS) + 1) if any(row[number] for row in rows)]
+    columns = (*(f"{name}#" for name in COLUMNS), "")
+    return table("Thresholds", [columns[number] for number in used], [[row[n] for n in used] for row in rows])
 
 
 def row_cells(row: TableRow) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
 from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
+from runtime.threshold import NEVER_EXIT
 
 WEIGHTS = "weights.data"
 
@@ -241,4 +242,5 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
         if manifest.quantization is None
         else (f"; it was fitted in fp32, calibrate the bundle for the threshold of {manifest.precision}")
     )
-    return f"threshold: {manifest.threshold:.4g}, calibrated{rounded}"
+    never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
+    return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.bundle import Bundle
+    from runtime.calibration import Calibration
     from runtime.manifest import Manifest
 
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
+NEVER = "1 (never, as calibrated)"
 NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
 
 
@@ -66,7 +68,7 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     return [
         pairs("Bundle", _origin(bundle)),
         pairs("Model", _model(manifest)),
-        pairs("Exit", _exit(manifest)),
+        pairs("Exit", _exit(manifest, bundle.calibration)),
         pairs("Verdict", _verdict(bundle)),
         *([precision_table(manifest.quantization)] if manifest.quantization else []),
         *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
@@ -124,11 +126,11 @@ def _span(layers: range) -> str:
     return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
 
 
-def _exit(manifest: Manifest) -> list[tuple[str, str]]:
+def _exit(manifest: Manifest, calibration: Calibration | None) -> list[tuple[str, str]]:
     return [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         ("confidence", manifest.confidence),
-        ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
+        ("threshold", _threshold(manifest, calibration)),
         ("most pending tokens", str(manifest.max_pending)),
         *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
         ("exit vocabulary", _exit_vocabulary(manifest)),
@@ -136,6 +138,12 @@ def _exit(manifest: Manifest) -> list[tuple[str, str]]:
         ("trained", _TRAINED[manifest.exit_trained]),
         *_break_even(manifest),
     ]
+
+
+def _threshold(manifest: Manifest, calibration: Calibration | None) -> str:
+    if calibrated(manifest):
+        return f"{manifest.threshold:.4g}"
+    return NOT_CALIBRATED if calibration is None else NEVER
 
 
 def _verdict(bundle: Bundle) -> list[tuple[str, str]]:

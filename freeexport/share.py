@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,15 @@ class Share:
         if self.low is None or self.high is None:
             return f"{self.value:.1%}"
         return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
+
+
+def recorded_share(found: Mapping[str, Any]) -> Share | None:
+    """From what `asdict` gave; None where it is anything else."""
+    shares, count = [found.get(name) for name in ("value", "low", "high")], found.get("count")
+    if not isinstance(count, int) or not all(isinstance(one, float) and 0 <= one <= 1 for one in shares):
+        return None
+    value, low, high = shares
+    return Share(value, count, low, high)
 
 
 def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> Share | None:

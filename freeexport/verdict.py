@@ -80,7 +80,7 @@ def why_never(calibration: Calibration) -> str:
         return f"no threshold keeps {calibration.target:.1%} of the full model's quality"
     if calibration.agreement == 0:
         return "no token agrees"
-    return f"there is no confidence from which {calibration.target:.4g} of the tokens agree"
+    return f"there is no confidence from which {calibration.target:g} of the tokens agree"
 
 
 def verdict(facts: ExitFacts) -> Verdict:
@@ -155,7 +155,7 @@ def _gain(facts: ExitFacts) -> str:
 def _agreeing(facts: ExitFacts) -> str:
     if facts.agreement is None:
         return ""
-    return f" (the shallow prediction is the deep one at {facts.agreement.value:.0%} of the model's own tokens)"
+    return f" (the shallow prediction is the deep one at {facts.agreement} of the model's own tokens)"
 
 
 def _rates(facts: ExitFacts) -> str:

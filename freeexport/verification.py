@@ -160,13 +160,14 @@ def _exit(bundle: Bundle) -> dict[str, Any]:
     """How often the shallow prediction is the deep one, along the full model's own output."""
     from freeexport.bundle_traces import trace_of
     from freeexport.greedy import NEW_TOKENS
-    from freeexport.trace import Traces
+    from freeexport.share import share
     from runtime import Session
 
     with Session(bundle.path, slots=1) as session:
         prompts = [np.array(ids, np.int64) for ids in _prompts(bundle)]
-        traces = Traces.of([trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)])
-    return {"tokens": traces.tokens, "agreement": traces.agreement if traces.tokens else None}
+        traces = [trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)]
+    agreement = share([int(trace.agrees.sum()) for trace in traces], [len(trace) for trace in traces])
+    return {"agreement": None if agreement is None else asdict(agreement)}
 
 
 def _prompts(bundle: Bundle) -> list[list[int]]:

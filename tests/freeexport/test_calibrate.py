@@ -128,6 +128,16 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Callable[..., Path], 
     assert json.loads(run("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
 
 
+def test_never_is_exactly_one_and_called_never(own: Callable[..., Path], data: Path) -> None:
+    path = own(T5)
+    answer = calibrated(path, "--data", data, "--target", 0.999999)
+    assert answer["threshold"] == 1.0
+    assert "never exits" in answer["verdict"]["text"]
+    shown = " ".join(run("inspect", path).stdout.split())
+    assert "threshold 1 (never, as calibrated)" in shown
+    assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
+
+
 def test_a_busy_machine_measures_no_speed(
     own: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,12 +151,15 @@ def test_a_busy_machine_measures_no_speed(
     assert answer["costs"]["busy_cores"] == 1.3
     page = " ".join(run("calibrate", path, *given, "--max-new-tokens", 12).stdout.split())
     assert "not measured: machine busy" in page
+    assert "predicted" not in page.partition("Calibration")[0]
     assert "on an idle machine" in page
     assert "x the speed of mode full" not in page
     shown = " ".join(run("inspect", path).stdout.split())
     assert "speed not measured: machine busy" in shown
     monkeypatch.setattr(calibrate, "cores_in_use", lambda: 0.0)
-    assert "busy" not in json.dumps(calibrated(path, *given))
+    again = json.dumps(calibrated(path, *given))
+    assert "machine busy" not in again
+    assert "busy_cores" not in again
 
 
 def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ def test_an_exit_that_pays_says_how_much_with_how_sure() -> None:
 
 
 def test_an_untrained_exit_is_to_be_trained_whatever_its_speed_would_be() -> None:
-    said = verdict(replace(TIMED, trained=False, agreement=Share(0.04, 252)))
+    said = verdict(replace(TIMED, trained=False, agreement=Share(0.04, 252, 0.02, 0.08)))
     assert said.level == "bad"
     assert "untrained" in said.text
-    assert "4% of the model's own tokens" in said.text
+    assert "4.0% (95% interval 2.0% to 8.0%) of the model's own tokens" in said.text
     assert "early tokens will be poor" in said.text
     assert "freeexport train" in said.next_step
     assert "lossless" in said.next_step
