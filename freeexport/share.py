@@ -31,11 +31,9 @@ class Share:
 
 def recorded_share(found: Mapping[str, Any]) -> Share | None:
     """From what `asdict` gave; None where it is anything else."""
-    shares, count = [found.get(name) for name in ("value", "low", "high")], found.get("count")
-    if not isinstance(count, int) or not all(isinstance(one, float) and 0 <= one <= 1 for one in shares):
-        return None
-    value, low, high = shares
-    return Share(value, count, low, high)
+    count = found.get("count")
+    shares = [one for one in map(found.get, ("value", "low", "high")) if isinstance(one, float) and 0 <= one <= 1]
+    return Share(shares[0], count, *shares[1:]) if isinstance(count, int) and len(shares) == 3 else None
 
 
 def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> Share | None:
