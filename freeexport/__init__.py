@@ -1,3 +1,73 @@
-"""The pipeline around early-exit bundles: convert, verify, generate, and the command line."""
+"""The pipeline around early-exit bundles: convert, verify, generate, and the command line.
+
+`from freeexport import Session` is `from runtime import Session`, and so for every public name of `runtime`: they are
+imported when they are first used, without torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime import (
+        BatchError,
+        Bundle,
+        BundleError,
+        CacheError,
+        CalibrationError,
+        CapacityError,
+        DeviceError,
+        EngineError,
+        FreeExportError,
+        GenerationOptions,
+        GenerationResult,
+        OptionError,
+        PromptError,
+        QueueFullError,
+        Session,
+        SessionOptions,
+        Stats,
+        Stream,
+        Token,
+    )
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "BatchError",
+    "Bundle",
+    "BundleError",
+    "CacheError",
+    "CalibrationError",
+    "CapacityError",
+    "DeviceError",
+    "EngineError",
+    "FreeExportError",
+    "GenerationOptions",
+    "GenerationResult",
+    "OptionError",
+    "PromptError",
+    "QueueFullError",
+    "Session",
+    "SessionOptions",
+    "Stats",
+    "Stream",
+    "Token",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import runtime
+
+    if not hasattr(runtime, name):
+        place = runtime.__file__ or next(iter(runtime.__path__), "another folder")
+        raise ImportError(
+            f"{place} hides the package runtime that freeexport installs; rename it, or run from another folder"
+        )
+    return getattr(runtime, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

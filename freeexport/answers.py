@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,10 @@ def answer_file(ask: Ask, source: Path, target: Path, batch: int, resume: bool, 
     lines = list(read_requests(source))
     with (
         ResultWriter(target, resume=resume, overwrite=overwrite) as writer,
-        progress("generating", len(lines)) as advance,
+        ExitStack() as stack,
     ):
         left = [line for line in lines if not writer.skip(line)]
-        for _ in range(len(lines) - len(left)):
-            advance()
+        advance = stack.enter_context(progress("generating", len(lines), len(lines) - len(left)))
         with closing(answers(ask, left, batch)) as answered:
             for line, answer in answered:
                 _write(writer, line, answer)

@@ -35,11 +35,11 @@ from runtime.errors import OptionError
 @click.option("--threshold", type=float, multiple=True, help="Also run the modes at this threshold; several times.")
 @click.option(
     "--mode",
-    type=click.Choice(["free", "rollback", "lossless"]),
+    type=click.Choice(["free", "rollback", "lossless", "shallow"]),
     multiple=True,
     default=["free"],
     show_default=True,
-    help="Modes to run at the thresholds; several times.",
+    help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. Several times.",
 )
 @click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
 @click.option(

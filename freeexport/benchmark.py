@@ -31,6 +31,8 @@ from runtime.errors import FreeExportError, OptionError
 from runtime.prompt import encode_prompt
 from runtime.tokenizer import Tokenizer
 
+# A static exit: it decides nothing, so it has no threshold.
+SHALLOW = "shallow"
 # transformers in float32 says what the model's tokens are.
 _TRUTHS = ("transformers", "hf", "hf-compile")
 
@@ -80,7 +82,7 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
 
 
 def contenders_of(options: BenchOptions, bundles: Sequence[Bundle], source: Source | None) -> list[Contender]:
-    """Others in the order given, then each bundle: mode full, the modes at the thresholds, the replays."""
+    """Others in the order given, then each bundle: mode full, the modes at the thresholds, shallow, the replays."""
     threads, exit_layer = options.count, bundles[0].manifest.exit_layer
     contenders: list[Contender] = []
     for name in options.against:
@@ -124,7 +126,10 @@ def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
         replace(full, mode=mode, threshold=value, rollback_threshold=limit if mode == "rollback" else None)
         for value in options.threshold
         for mode in options.mode
+        if mode != SHALLOW
     ]
+    if SHALLOW in options.mode:
+        modes.append(replace(full, mode=SHALLOW))
     replays = [
         replace(full, mode="free", threshold=THRESHOLD, replay=tuple(exit_trace(what)), replay_name=what)
         for what in options.replay

@@ -76,6 +76,7 @@ def new_manifest(
         copies=written.copies,
         quantization=written.quantization,
         target=engines.target,
+        exit_trained=checkpoint.exit is not None,
         compute=None if engines.target == "cpu" or written.quantization is None else engines.float_type,
     )
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from freeexport.calibration_options import CalibrateOptions
-from freeexport.idle import TOLERATED, cores_in_use
+from freeexport.idle import cores_in_use
 from freeexport.output_file import write_whole
 from freeexport.page import print_page
 from freeexport.sequence_metrics import Metric
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from freeexport.calibration import Calibrated
     from freeexport.calibration_source import Source
 
-BUSY = "the machine was busy, so costs and speedups are not to be trusted; the threshold does not depend on them"
+BUSY = (
+    "speedups are not measured: machine busy; run the same command again on an idle machine (nothing is decoded "
+    "again). The threshold does not depend on them"
+)
 DEFAULT_OUTPUT = Path("calibration.json")
 
 
@@ -47,12 +50,15 @@ def calibrate_model(
         traces = collect(source, data, requests, cache_path(model, output), options.max_new_tokens)
         check_enough(traces, options)
         # Timings beside other work mean nothing, but the threshold does not depend on them.
-        idle = not is_bundle(model) or cores_in_use() <= TOLERATED
-        result = calibrate(source, traces, source.costs(requests, traces.mean_length), options, outputs)
+        busy = cores_in_use() if is_bundle(model) else 0.0
+        costs = replace(source.costs(requests, traces.mean_length), busy=busy)
+        result = calibrate(source, traces, costs, options, outputs)
+        if not costs.trusted:
+            return replace(result, notes=(*result.notes, BUSY))
         if options.measure:
             found = source.speedups(requests, points(result), options.max_new_tokens, options.rounds)
             result = with_measured(result, found)
-        return result if idle else replace(result, notes=(*result.notes, BUSY))
+        return result
 
 
 def write(result: Calibrated, model: str, output: Path | None) -> None:
@@ -150,7 +156,7 @@ def command(
       freeexport calibrate path/to/checkpoint --data calibration.jsonl --output calibration.json
     """
     from freeexport import calibration_report
-    from freeexport.calibration import advice
+    from freeexport.calibration import advice, verdict_of
     from freeexport.calibration_page import tables
 
     if target_quality is not None:
@@ -165,8 +171,9 @@ def command(
         calibration_report.write(result, report)
     write(result, model, target)
     if as_json:
-        notes = {"advice": advice(result), "notes": result.notes, "break_even": result.break_even}
-        click.echo(json.dumps({**asdict(result.calibration), **notes}, indent=2))
+        even = result.break_even if result.costs.trusted else None
+        said = {"verdict": asdict(verdict_of(result)), "advice": advice(result), "notes": result.notes}
+        click.echo(json.dumps({**asdict(result.calibration), **said, "break_even": even}, indent=2))
         return
     print_page(tables(result))
     click.echo(advice(result))

@@ -19,10 +19,12 @@ from freeexport.outputs import Outputs
 from freeexport.progress import progress
 from freeexport.risk_control import sequences_needed
 from freeexport.rollback_limit import caught, rollback_limit
+from freeexport.share import share
 from freeexport.threshold_choice import Choice, choose
 from freeexport.trace import Traces
 from freeexport.trace_cache import TraceCache, TraceKey
 from freeexport.training_data import DataError
+from freeexport.verdict import ExitFacts, Verdict, verdict, why_never
 from runtime.bundle import sha256_of
 from runtime.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.errors import CalibrationError
@@ -36,7 +38,8 @@ TABLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.
 @dataclass(frozen=True)
 class Calibrated:
     """`calibration` is what is written; the rest explains it. `chosen` is the replay at its threshold. `notes` are
-    sentences that the user should read; `caught` is the share of wrong exits that mode rollback takes back."""
+    sentences that the user should read; `caught` is the share of wrong exits that mode rollback takes back. `name` is
+    what the model is called on the command line; `trained`: for this exit, None where that is not known."""
 
     calibration: Calibration
     traces: Traces
@@ -46,6 +49,8 @@ class Calibrated:
     layers: int
     max_pending: int
     caught: float | None = None
+    name: str = "BUNDLE"
+    trained: bool | None = None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -70,9 +75,8 @@ def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path
     facts = source.facts
     known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), facts.exit_layer, facts.confidence, max_new_tokens))
     missing = [request for request in requests if known.get(request.line_number) is None]
-    with progress("decoding", len(requests)) as advance:
-        advance(len(requests) - len(missing))
-        if missing:
+    if missing:
+        with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
             for trace in source.traces(missing, max_new_tokens):
                 known.add(trace)
                 advance()
@@ -152,6 +156,8 @@ def explained(
         facts.layers,
         most,
         None if limit is None else caught(traces, threshold, limit),
+        facts.path,
+        facts.trained,
         choice.notes,
     )
 
@@ -164,7 +170,8 @@ def _table(traces: Traces, costs: Costs, choice: Choice, max_pending: int) -> tu
 
 def _row(traces: Traces, costs: Costs, threshold: float, max_pending: int) -> TableRow:
     done = replay(traces, threshold, max_pending)
-    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=done.speedup(costs))
+    predicted = done.speedup(costs) if costs.trusted else None
+    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=predicted)
 
 
 def points(result: Calibrated) -> list[float]:
@@ -180,26 +187,33 @@ def with_measured(result: Calibrated, speedups: Mapping[float, float]) -> Calibr
     return replace(result, calibration=replace(result.calibration, table=table))
 
 
+def verdict_of(result: Calibrated) -> Verdict:
+    """Whether exits pay at the threshold found."""
+    return verdict(exit_facts(result))
+
+
 def advice(result: Calibrated) -> str:
-    """One sentence: what to do, and what it gives."""
-    calibration, chosen = result.calibration, result.chosen
-    where = f"exit layer {calibration.exit_layer} of {result.layers}"
-    if calibration.threshold >= NEVER_EXIT:
-        return f"{where}: never exit ({_why_never(calibration)})"
-    agreeing = "none exits" if chosen.agreement is None else f"{chosen.agreement:.1%} of them agree"
-    gain = f"predicted {result.predicted:.2f}x"
-    pays = "" if result.predicted > 1 else ", which is no faster than no exits"
-    return (
-        f"{where}, threshold {calibration.threshold:.3g}: {chosen.exit_rate:.0%} of tokens exit, "
-        f"{agreeing}, {gain}{pays}"
+    """The verdict and the next step, in a line."""
+    return str(verdict_of(result))
+
+
+def exit_facts(result: Calibrated) -> ExitFacts:
+    calibration, costs, sequences = result.calibration, result.costs, result.traces.sequences
+    done = [replay(Traces.of([one]), calibration.threshold, result.max_pending) for one in sequences]
+    exits = [one.exits for one in done]
+    return ExitFacts(
+        name=result.name,
+        exit_layer=calibration.exit_layer,
+        layers=result.layers,
+        trained=result.trained,
+        threshold=calibration.threshold,
+        why_never=why_never(calibration),
+        agreement=share([int(one.agrees.sum()) for one in sequences], [len(one) for one in sequences]),
+        exit_rate=share(exits, [one.tokens for one in done]),
+        exit_agreement=share([one.agreeing for one in done], exits),
+        break_even=result.break_even,
+        speedup=result.predicted,
+        measured=next(row.measured_speedup for row in calibration.table if row.threshold == calibration.threshold),
+        checkpoint=not costs.measured,
+        basis="busy" if not costs.trusted else "measured" if costs.measured else "sizes",
     )
-
-
-def _why_never(calibration: Calibration) -> str:
-    if calibration.method == "risk":
-        return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
-    if calibration.method == "quality":
-        return f"no threshold keeps {calibration.target:.1%} of the full model's quality"
-    if calibration.agreement == 0:
-        return "no token agrees"
-    return f"there is no confidence from which {calibration.target:.4g} of the tokens agree"

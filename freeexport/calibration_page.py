@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from freeexport.calibration import Calibrated, advice
 from freeexport.page import pairs, table
+from freeexport.verdict import MACHINE_BUSY
 from runtime.threshold import NEVER_EXIT, BetaMixture
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from freeexport.calibration import Calibrated
     from runtime.calibration import Calibration, TableRow
-
 
 COLUMNS = ("threshold", "exits", "agree", "quality", "predicted", "measured")
 
@@ -28,10 +28,12 @@ def calibration_tables(calibration: Calibration) -> list[Table]:
 
 
 def threshold_table(calibration: Calibration) -> Table:
-    columns = (*(f"{name}#" for name in COLUMNS), "")
     chosen = calibration.threshold
     rows = [(*row_cells(row), "chosen" if row.threshold == chosen else "") for row in calibration.table]
-    return table("Thresholds", columns, rows)
+    # What is known of no threshold has no column.
+    used = [number for number in range(len(COLUMNS) + 1) if any(row[number] for row in rows)]
+    columns = (*(f"{name}#" for name in COLUMNS), "")
+    return table("Thresholds", [columns[number] for number in used], [[row[n] for n in used] for row in rows])
 
 
 def row_cells(row: TableRow) -> tuple[str, ...]:
@@ -64,7 +66,13 @@ def recorded(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def summary(result: Calibrated) -> list[tuple[str, str]]:
+    # scipy, which a page about a bundle does without.
+    from freeexport.calibration import verdict_of
+
     even = "none: exits do not pay" if result.break_even is None else f"{result.break_even:.1%}"
+    if not result.costs.trusted:
+        even = MACHINE_BUSY
+    said = verdict_of(result)
     taken = (
         [] if result.caught is None else [("rollback takes back", f"{result.caught:.0%} of the exits that disagree")]
     )
@@ -72,10 +80,17 @@ def summary(result: Calibrated) -> list[tuple[str, str]]:
         *recorded(result.calibration),
         *taken,
         ("break-even exit rate", even),
-        ("costs", "measured here" if result.costs.measured else "by the sizes of layers and head, not measured"),
-        ("advice", advice(result)),
+        ("costs", _costs(result)),
+        ("verdict", said.text),
+        *([("next step", said.next_step)] if said.next_step else []),
         *[("note", note) for note in result.notes],
     ]
+
+
+def _costs(result: Calibrated) -> str:
+    if not result.costs.measured:
+        return "by the sizes of layers and head, not measured"
+    return "measured here" if result.costs.trusted else MACHINE_BUSY
 
 
 def promise(calibration: Calibration) -> str:

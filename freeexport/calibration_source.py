@@ -44,7 +44,8 @@ MOST_UNKNOWN = 0.2
 @dataclass(frozen=True)
 class Facts:
     """What a calibration says about its model. `hash` is of all that traces depend on; `ends` are the tokens that end a
-    sequence; `threshold` is 1.0 where not calibrated."""
+    sequence; `threshold` is 1.0 where not calibrated. `path` is how commands name the model; `trained`: for this exit,
+    None where that is not known."""
 
     name: str
     source_sha256: str
@@ -57,6 +58,8 @@ class Facts:
     ends: tuple[int, ...]
     threshold: float = NEVER_EXIT
     exit_vocabulary: ExitVocabulary | None = None
+    path: str = "BUNDLE"
+    trained: bool | None = None
 
 
 class Source(Protocol):
@@ -112,6 +115,8 @@ class BundleSource:
             manifest.eos_token_ids,
             manifest.threshold,
             manifest.exit_vocabulary,
+            str(self.path),
+            manifest.exit_trained,
         )
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
@@ -187,6 +192,8 @@ class CheckpointSource:
             self._options.confidence or "softmax",
             self._options.max_pending or 16,
             known_ends(self._checkpoint, self._description.vocab_size),
+            path=self._checkpoint.name,
+            trained=self._checkpoint.exit is not None,
         )
 
     @cached_property

@@ -11,9 +11,11 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from freeexport.progress import VARIABLE, ChildProgress
 from runtime.errors import FreeExportError
 
 
@@ -23,27 +25,51 @@ class ChildError(FreeExportError):
 
 def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
     """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
-    and nothing to read. Raises ChildError with its error line."""
+    and nothing to read. Its progress is shown as this process's own. Raises ChildError with its error line."""
     # The packages may stand in a source tree that only this process's path knows.
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
     watched, held = os.pipe()
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments],
-            stdin=watched,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": path, **(variables or {})},
-            check=False,
-        )
+        return _output(module, arguments, watched, {"PYTHONPATH": path, VARIABLE: "1", **(variables or {})})
     finally:
         os.close(watched)
         os.close(held)
-    if done.returncode != 0:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = lines[-1].removeprefix("error: ") if lines else f"{module} ended with exit code {done.returncode}"
-        raise ChildError(reason)
-    return done.stdout
+
+
+def _output(module: str, arguments: Sequence[str], watched: int, variables: Mapping[str, str]) -> str:
+    with (
+        subprocess.Popen(
+            [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments],
+            stdin=watched,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **variables},
+        ) as process,
+        ThreadPoolExecutor(1) as reader,
+    ):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        try:
+            output = reader.submit(process.stdout.read)
+            reason = _last_line(process.stderr)
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+    if code != 0:
+        raise ChildError(reason.removeprefix("error: ") or f"{module} ended with exit code {code}")
+    return output.result()
+
+
+def _last_line(stderr: Iterable[str]) -> str:
+    """The last line with text, or "", after all were read; progress is shown and does not count."""
+    last = ""
+    with ChildProgress() as shown:
+        for line in stderr:
+            if not shown.read(line) and line.strip():
+                last = line.strip()
+    return last
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ import click
 
 from freeexport.bundle_manifest import Written, head_copies, new_manifest
 from freeexport.bundle_update import with_calibration
+from freeexport.bundle_verdict import bundle_verdict
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.convert_options import ConvertOptions, engine_options
 from freeexport.decode_costs import measured_in_child
@@ -24,10 +25,12 @@ from graphs.errors import GraphError
 from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
+from runtime.bundle import Bundle
 from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.exit_vocabulary import ExitVocabulary
 from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
 from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
+from runtime.threshold import NEVER_EXIT
 
 WEIGHTS = "weights.data"
 
@@ -228,7 +231,7 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
     click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
     click.echo(_threshold(manifest, options["calibration"]))
-    click.echo(_break_even(manifest))
+    click.echo(str(bundle_verdict(Bundle.open(out))))
 
 
 def _threshold(manifest: Manifest, calibration: Path | None) -> str:
@@ -239,16 +242,5 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
         if manifest.quantization is None
         else (f"; it was fitted in fp32, calibrate the bundle for the threshold of {manifest.precision}")
     )
-    return f"threshold: {manifest.threshold:.4g}, calibrated{rounded}"
-
-
-def _break_even(manifest: Manifest) -> str:
-    costs = manifest.break_even
-    if not costs:
-        return "break-even exit rate: not measured"
-    if "exit_rate" not in costs:
-        return "break-even exit rate: none, exits do not pay at this exit layer on this machine"
-    return (
-        f"break-even exit rate: {costs['exit_rate']:.1%} on this machine; at 80 % exits {costs['speedup_at_80']:.2f}x "
-        "the speed of mode full (predicted)"
-    )
+    never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
+    return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"

@@ -5,16 +5,20 @@ A token costs a shallow step, and its share of the sync pass that its run of exi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from freeexport.idle import TOLERATED
 from runtime.manifest import OVERLAP_GAIN
 
 # Rows of deep passes whose costs are kept.
 SIZES = (1, 2, 4, 8, 16)
+# Of what a bundle records: cores that others kept busy while the rest was measured; absent on an idle machine.
+BUSY_CORES = "busy_cores"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class Outside:
 @dataclass(frozen=True)
 class Costs:
     """Seconds: a shallow step with and without the head, a deep pass over k rows at some k, and what is outside. Where
-    not `measured`, on this machine, another unit, as bytes of weights."""
+    not `measured`, on this machine, another unit, as bytes of weights. `busy`: cores that others used meanwhile."""
 
     shallow: float
     shallow_without_head: float
@@ -49,6 +53,7 @@ class Costs:
     outside: Outside = field(default_factory=Outside)
     overlap: Overlap | None = None
     measured: bool = True
+    busy: float = 0.0
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Costs:
@@ -56,6 +61,22 @@ class Costs:
         deep = {int(rows): seconds for rows, seconds in found["deep"].items()}
         overlap = None if found["overlap"] is None else Overlap(**found["overlap"])
         return cls(**{**found, "deep": deep, "outside": Outside(**found["outside"]), "overlap": overlap})
+
+    @classmethod
+    def recorded(cls, times: Mapping[str, float]) -> Costs | None:
+        """From what `as_manifest` gave; None where nothing was measured."""
+        if not {"shallow_ms", "shallow_without_head_ms", "deep_1_ms"} <= times.keys():
+            return None
+        found = (re.fullmatch(r"deep_(\d+)_ms", name) for name in times)
+        deep = {rows: 1e-3 * times[f"deep_{rows}_ms"] for rows in sorted(int(match[1]) for match in found if match)}
+        outside = Outside(*(1e-3 * times.get(f"outside_{part}_ms", 0.0) for part in ("full", "free", "sync")))
+        shallow, bare = 1e-3 * times["shallow_ms"], 1e-3 * times["shallow_without_head_ms"]
+        return cls(shallow, bare, deep, outside, busy=times.get(BUSY_CORES, 0.0))
+
+    @property
+    def trusted(self) -> bool:
+        """Whether predictions from them are worth printing: timings beside other work are not."""
+        return self.busy <= TOLERATED
 
     @property
     def full(self) -> float:
@@ -113,4 +134,5 @@ class Costs:
             **{f"speedup_at_{percent}": self.speedup(percent / 100, max_pending) for percent in (50, 80, 90)},
             **({} if rate is None else {"exit_rate": rate}),
             **({} if self.overlap is None else {OVERLAP_GAIN: self.overlap.gain}),
+            **({} if self.trusted else {BUSY_CORES: self.busy}),
         }

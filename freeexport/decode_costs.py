@@ -19,7 +19,9 @@ import numpy as np
 
 from freeexport.child import run_child
 from freeexport.cost import SIZES, Costs, Outside
+from freeexport.idle import cores_in_use
 from freeexport.lane_costs import measured_overlap
+from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, ReplaySession, drawn
 from runtime.result import Stats
 
@@ -66,7 +68,11 @@ def measured_costs(
     by_length = sorted(prompts, key=len)
     few = [by_length[int((place + 0.5) / count * len(prompts))] for place in range(count)]
     rounds = max(min(rounds, FEWEST), min(rounds, turns // count))
-    runs = [_round(session, few, tokens, scripts) for _ in range(rounds)]
+    runs = []
+    with progress("timing the engines, rounds", rounds) as advance:
+        for _ in range(rounds):
+            runs.append(_round(session, few, tokens, scripts))
+            advance()
     return fit([_typical(again) for again in zip(*runs, strict=True)])
 
 
@@ -74,7 +80,7 @@ def measured_in_child(
     bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT, overlap: bool = False
 ) -> Costs:
     """The same in a process of its own, of which nothing is left, after prompts of `context` random tokens; with what
-    lanes cost each other where `overlap`."""
+    lanes cost each other where `overlap`, and with what else kept the machine busy."""
     given = {"threads": threads, "tokens": tokens, "context": context, "overlap": overlap}
     return Costs.of(json.loads(run_child("freeexport.decode_costs", str(bundle), json.dumps(given))))
 
@@ -158,6 +164,7 @@ def _typical(again: Sequence[Sample]) -> Sample:
 def main(arguments: Sequence[str]) -> None:
     """Print the costs of the bundle named first as JSON; settings are those of `measured_in_child`."""
     bundle, given = Path(arguments[0]), json.loads(arguments[1])
+    busy = cores_in_use()
     with ReplaySession(bundle, slots=2 if given["overlap"] else 1, threads=given["threads"]) as session:
         manifest = session.manifest
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
@@ -166,7 +173,7 @@ def main(arguments: Sequence[str]) -> None:
         costs = measured_costs(session, prompts, given["tokens"])
         if given["overlap"]:
             costs = replace(costs, overlap=measured_overlap(session, given["context"] + given["tokens"] // 2))
-    print(json.dumps(asdict(costs)))
+    print(json.dumps(asdict(replace(costs, busy=busy))))
 
 
 if __name__ == "__main__":

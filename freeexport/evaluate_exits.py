@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import numpy as np
 
-from freeexport.page import pairs, print_page, table
+from freeexport.page import print_page
 from freeexport.progress import progress
+from freeexport.share import Share
+from freeexport.verdict import ExitFacts, Verdict, verdict
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from freeexport.exit_cost import StepCosts
     from freeexport.exit_curve import Curve, Point
     from freeexport.exit_evaluation import Evaluation, Forcing
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from freeexport.training_data import Example
 
 TARGETS = (0.99, 0.95, 0.90)
-_CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Options:
 @dataclass(frozen=True)
 class Exit:
     """A layer as an exit. `agreement` and `accuracy` count every token; `at` has the point with the most exits for
-    each agreement asked for. `speedup` and `break_even` (an exit rate, None where exits never pay) are predicted."""
+    each agreement asked for. `speedup` and `break_even` (an exit rate, None where exits never pay) are predicted.
+    `exit_rate` and `exit_agreement` (None where none exits) are those of `point`, with their intervals."""
 
     exit_layer: int
     agreement: float
@@ -54,11 +55,14 @@ class Exit:
     speedup: float
     break_even: float | None
     curve: Curve
+    exit_rate: Share | None = None
+    exit_agreement: Share | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """`deep_accuracy` is the whole model's; accuracies count tokens that equal what was forced."""
+    """`deep_accuracy` is the whole model's; accuracies count tokens that equal what was forced, and say something only
+    where that was the data's targets."""
 
     model: str
     layers: int
@@ -70,10 +74,34 @@ class Report:
     exits: tuple[Exit, ...]
 
     @property
+    def best(self) -> Exit:
+        """The exit with the largest speedup at the agreement asked for."""
+        return max(self.exits, key=lambda one: one.speedup)
+
+    @property
     def recommended(self) -> Exit | None:
-        """The exit with the largest speedup at the agreement asked for; None where none is faster than no exit."""
-        best = max(self.exits, key=lambda one: one.speedup)
-        return best if best.speedup > 1 else None
+        """The best; None where that is no faster than no exit."""
+        return self.best if self.best.speedup > 1 else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """On the best exit."""
+        best, target = self.best, self.options.agreement
+        return verdict(
+            ExitFacts(
+                name=self.model,
+                exit_layer=best.exit_layer,
+                layers=self.layers,
+                threshold=best.point.threshold,
+                why_never=f"no layer has a confidence from which {target:.4g} of the exits agree",
+                exit_rate=best.exit_rate,
+                exit_agreement=best.exit_agreement,
+                break_even=best.break_even,
+                speedup=best.speedup,
+                basis="measured" if self.costs.measured else "sizes",
+                checkpoint=True,
+            )
+        )
 
 
 def evaluate_exits(model: str, data: Path, options: Options) -> Report:
@@ -115,9 +143,10 @@ def evaluate_exits(model: str, data: Path, options: Options) -> Report:
 def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: Options) -> Exit:
     from freeexport.exit_curve import Curve
 
-    agrees = evaluation.agrees(layer)
-    curve = Curve.of(evaluation.layers[layer - 1].confidence, agrees)
+    agrees, confidence = evaluation.agrees(layer), evaluation.layers[layer - 1].confidence
+    curve = Curve.of(confidence, agrees)
     point = curve.at_agreement(options.agreement)
+    exits = confidence.astype(np.float64) > point.threshold
     at_layer = costs.at(layer, len(evaluation.layers))
     return Exit(
         exit_layer=layer,
@@ -128,6 +157,8 @@ def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: Optio
         speedup=at_layer.speedup(point.exit_rate, options.max_pending),
         break_even=at_layer.break_even(options.max_pending),
         curve=curve,
+        exit_rate=evaluation.share(exits),
+        exit_agreement=evaluation.share(agrees, exits),
     )
 
 
@@ -173,84 +204,6 @@ def _requests(data: Path, options: Options) -> list[Request]:
     return requests
 
 
-def as_dict(report: Report) -> dict[str, Any]:
-    """The report for programs; curves at about a hundred exit rates."""
-    best = report.recommended
-    options = {
-        **asdict(report.options),
-        "bundle": None if report.options.bundle is None else str(report.options.bundle),
-    }
-    return {
-        "model": report.model,
-        "layers": report.layers,
-        "tokens": report.tokens,
-        "examples": report.examples,
-        "options": options,
-        "deep_accuracy": report.deep_accuracy,
-        "costs": {"layer": report.costs.layer, "head": report.costs.head, "measured": report.costs.measured},
-        "recommended": None if best is None else best.exit_layer,
-        "exits": [
-            {
-                "exit_layer": one.exit_layer,
-                "agreement": one.agreement,
-                "accuracy": one.accuracy,
-                "chosen": asdict(one.point),
-                "at": {str(target): asdict(point) for target, point in one.at.items()},
-                "speedup": one.speedup,
-                "break_even": one.break_even,
-                "curve": [asdict(point) for point in one.curve.sampled(_CURVE_POINTS)],
-            }
-            for one in report.exits
-        ],
-    }
-
-
-def tables(report: Report) -> list[Table]:
-    """The page: a line a layer, and what it comes to."""
-    target = report.options.agreement
-    columns = ("exit layer#", "agreement#", "accuracy#", *(f"exits at {one:.0%}#" for one in TARGETS))
-    columns += ("threshold#", "exits#", "speedup#", "break-even#")
-    return [
-        table(f"Exits of {report.model}", columns, [_row(one) for one in report.exits]),
-        pairs("Summary", _summary(report, target)),
-    ]
-
-
-def _row(one: Exit) -> tuple[str, ...]:
-    return (
-        str(one.exit_layer),
-        f"{one.agreement:.1%}",
-        f"{one.accuracy:.1%}",
-        *(f"{one.at[target].exit_rate:.1%}" for target in TARGETS),
-        f"{one.point.threshold:.3f}",
-        f"{one.point.exit_rate:.1%}",
-        f"{one.speedup:.2f}x",
-        "never" if one.break_even is None else f"{one.break_even:.1%}",
-    )
-
-
-def _summary(report: Report, target: float) -> list[tuple[str, str]]:
-    best, costs = report.recommended, report.costs
-    forced = "the model's own greedy output" if report.options.forcing == "output" else "the targets"
-    if best is None:
-        advice = f"none: at {target:.4g} agreement no layer is faster than no exit; train one (freeexport train)"
-    else:
-        point = best.point
-        advice = (
-            f"exit after layer {best.exit_layer} above {point.threshold:.3f}: {point.exit_rate:.1%} of tokens exit, "
-            f"{best.speedup:.2f}x"
-        )
-    unit = "ms, measured" if costs.measured else "MB of weights, not measured"
-    scale = 1 if costs.measured else 1e-6
-    return [
-        ("tokens", f"{report.tokens} of {report.examples} examples, after {forced}"),
-        ("accuracy of all layers", f"{report.deep_accuracy:.1%}"),
-        ("costs", f"a layer {costs.layer * scale:.3g}, the head {costs.head * scale:.3g} ({unit})"),
-        ("threshold, exits, speedup", f"where {target:.4g} of the exits agree with the last layer"),
-        ("recommended", advice),
-    ]
-
-
 @click.command()
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
@@ -285,6 +238,7 @@ def command(model: str, data: Path, as_json: bool, plot: Path | None, **options:
       freeexport evaluate-exits path/to/checkpoint --data validation.jsonl --plot exits.png
     """
     from freeexport import exit_plot
+    from freeexport.exit_report import as_dict, tables
 
     if plot is not None:
         exit_plot.check(plot)

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from freeexport.cost import SIZES, Costs
+from freeexport.cost import BUSY_CORES, SIZES, Costs
+from freeexport.idle import TOLERATED
 from graphs.description import Description, Layer, Linear
 from graphs.weights import Weights
 from runtime.errors import OptionError
@@ -46,10 +47,16 @@ def analytic(description: Description, weights: Weights) -> StepCosts:
 
 
 def measured(manifest: Manifest) -> StepCosts:
-    """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not."""
+    """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not, or
+    on a busy machine."""
     times = manifest.break_even
     if not {"shallow_ms", "shallow_without_head_ms", "deep_1_ms"} <= times.keys():
         raise OptionError("the bundle holds no measured costs; convert it again without --no-measure")
+    if times.get(BUSY_CORES, 0.0) > TOLERATED:
+        raise OptionError(
+            f"the bundle's costs were measured while others kept {times[BUSY_CORES]:.1f} cores busy; convert it "
+            "again on an idle machine, or leave --bundle out"
+        )
     bare, deep = times["shallow_without_head_ms"], times["deep_1_ms"]
     # Noise can make a small head look like nothing.
     head = max(0.0, times["shallow_ms"] - bare)

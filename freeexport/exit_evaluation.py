@@ -12,6 +12,7 @@ import torch
 
 from freeexport.checkpoint import Checkpoint
 from freeexport.shallow_deep import IGNORED, ShallowDeep, SharedHead
+from freeexport.share import Share, share
 from freeexport.text_format import end_ids
 from freeexport.training_batches import Collator
 from freeexport.training_data import Example
@@ -37,14 +38,22 @@ class Exits:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """`layers[i]` is layer i + 1; the last is the whole model. `targets` [N] are the tokens that were forced."""
+    """`layers[i]` is layer i + 1; the last is the whole model. `targets` [N] are the tokens that were forced, and
+    `sequences` int64 [N] the number of the sequence that each stands in; None where all are of one."""
 
     layers: tuple[Exits, ...]
     targets: np.ndarray
+    sequences: np.ndarray | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.targets)
+
+    def share(self, hits: np.ndarray, among: np.ndarray | None = None) -> Share | None:
+        """The share of `hits`, bool [N], among all tokens or those `among`, bool [N]; None where there are none."""
+        of = np.zeros(self.tokens, np.int64) if self.sequences is None else self.sequences
+        counted = np.ones(self.tokens, np.bool_) if among is None else among
+        return share(np.bincount(of, hits & counted), np.bincount(of, counted))
 
     def agrees(self, layer: int) -> np.ndarray:
         """Whether `layer` (from 1) predicts what the last layer predicts, bool [N]."""
@@ -132,7 +141,9 @@ def evaluate(
         heads[checkpoint.exit.exit_layer - 1] = own_head(checkpoint, description, module.head)
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None)
     targets: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []
     seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in heads]
+    begun = 0
     # Long examples first: where memory does not do, it shows at once.
     for batch in _batches(sorted(examples, key=lambda one: -len(one.prompt) - len(one.target)), batch_size):
         inputs = collate(batch)
@@ -141,9 +152,13 @@ def evaluate(
         for number, head in enumerate(heads):
             seen[number] += list(_read(head, hidden[number + 1]))
         targets.append(labels[labels != IGNORED].numpy())
+        sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
+        begun += len(batch)
         advance(len(batch))
     layers = tuple(Exits(*(np.concatenate(parts) for parts in zip(*layer, strict=True))) for layer in seen if layer)
-    return Evaluation(layers, np.concatenate(targets) if targets else np.zeros(0, np.int64))
+    if not targets:
+        return Evaluation(layers, np.zeros(0, np.int64))
+    return Evaluation(layers, np.concatenate(targets), np.concatenate(sequences))
 
 
 def _without_first(labels: torch.Tensor) -> torch.Tensor:

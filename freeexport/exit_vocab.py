@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
-from freeexport.calibrate import BUSY, cache_path, is_bundle, open_source
+from freeexport.calibrate import cache_path, is_bundle, open_source
 from freeexport.calibration_options import CalibrateOptions
 from freeexport.exit_vocabulary_file import ExitVocabularyFile
 from freeexport.idle import TOLERATED, cores_in_use
 from freeexport.output_file import check_writable
 from freeexport.page import print_page, table
+from freeexport.verdict import MACHINE_BUSY
 from runtime.errors import OptionError
 from runtime.manifest import ConfidenceMeasure
 from runtime.threshold import NEVER_EXIT
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from freeexport.exit_gains import ExitGains, Gain
     from freeexport.trace import Traces
 
+BUSY = (
+    f"{MACHINE_BUSY}, and the size that is best depends on speed: run it again on an idle machine, or give --size; "
+    "exits do not depend on it"
+)
 COLUMNS = ("tokens#", "covered#", "exits lost#", "exits#", "shallow step#", "predicted#", "")
 
 
@@ -77,7 +82,7 @@ def _threshold(facts: Facts, traces: Traces, options: CalibrateOptions) -> float
     return found
 
 
-def page(found: ExitGains, chosen: Gain) -> Table:
+def page(found: ExitGains, chosen: Gain, idle: bool = True) -> Table:
     unit = "ms" if chosen.costs.measured else "MB"
     rows = [
         (
@@ -85,8 +90,8 @@ def page(found: ExitGains, chosen: Gain) -> Table:
             f"{gain.covers:.2%}",
             f"{gain.lost:.2%}",
             f"{gain.replayed.exit_rate:.1%}",
-            f"{gain.costs.shallow * (1e3 if gain.costs.measured else 1e-6):.3g} {unit}",
-            f"{gain.speedup:.2f}x",
+            f"{gain.costs.shallow * (1e3 if gain.costs.measured else 1e-6):.3g} {unit}" if idle else "",
+            f"{gain.speedup:.2f}x" if idle else "",
             "chosen" if gain is chosen else "",
         )
         for gain in found.gains
@@ -94,9 +99,11 @@ def page(found: ExitGains, chosen: Gain) -> Table:
     return table(f"Exit vocabularies at threshold {found.threshold:.4g}", COLUMNS, rows)
 
 
-def advice(found: ExitGains, chosen: Gain, output: Path) -> str:
+def advice(found: ExitGains, chosen: Gain, output: Path, idle: bool = True) -> str:
     """One sentence: what to do, and what it gives."""
     whole = found.whole
+    if not idle:
+        return f"{chosen.size} of {whole.size} tokens: {chosen.lost:.1%} of the exits lost; speed {MACHINE_BUSY}"
     if chosen is whole:
         return f"keep the whole vocabulary: no smaller one is predicted to be faster than {whole.speedup:.2f}x"
     return (
@@ -158,10 +165,10 @@ def command(
     if as_json:
         click.echo(json.dumps({"threshold": found.threshold, "chosen": chosen.size, "gains": _rows(found.gains)}))
     else:
-        print_page([page(found, chosen)])
-        click.echo(advice(found, chosen, output))
+        print_page([page(found, chosen, idle)])
+        click.echo(advice(found, chosen, output, idle))
     if not idle:
-        click.echo(f"warning: {BUSY.replace('the threshold does', 'exits do')}", err=True)
+        click.echo(f"warning: {BUSY}", err=True)
 
 
 def _rows(gains: Iterable[Gain]) -> list[dict[str, float]]:

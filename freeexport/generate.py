@@ -99,11 +99,16 @@ def command(
         raise click.UsageError("--output is the same file as --input")
     slots = 1 if source is None else batch or BATCH
     with _session(bundle, device=device, threads=threads, capacity=capacity, slots=slots) as session:
+        hint = ChatHint(session)
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
+            prompt = _prompt(text, chat)
             if num_return_sequences == 1:
-                return [session.generate(_prompt(text, chat), cancel=cancel, **options)]
-            return session.generate_best(_prompt(text, chat), num_return_sequences, cancel=cancel, **options)
+                results = [session.generate(prompt, cancel=cancel, **options)]
+            else:
+                results = session.generate_best(prompt, num_return_sequences, cancel=cancel, **options)
+            hint(prompt, results)
+            return results
 
         if source is not None and target is not None:
             answer_file(ask, source, target, batch or BATCH, resume, overwrite)
@@ -112,7 +117,22 @@ def command(
         if num_return_sequences > 1:
             _print_all(ask(text), as_json)
         else:
-            _generate_one(session, _prompt(text, chat), as_json, options)
+            prompt = _prompt(text, chat)
+            hint(prompt, [_generate_one(session, prompt, as_json, options)])
+
+
+class ChatHint:
+    """Says once, on stderr, that a bundle has a chat template, where a prompt without it was answered with nothing."""
+
+    def __init__(self, session: Session) -> None:
+        tokenizer = session.tokenizer
+        self._wanted = tokenizer is not None and tokenizer.chat_template is not None
+
+    def __call__(self, prompt: Any, results: list[GenerationResult]) -> None:
+        empty = any(result.finish_reason == "eos" and not result.text.strip() for result in results)
+        if self._wanted and empty and isinstance(prompt, str):
+            self._wanted = False
+            click.echo("hint: the answer is empty, and this bundle has a chat template; try --chat", err=True)
 
 
 def _prompt(text: Any, chat: bool) -> Any:
@@ -140,7 +160,7 @@ def _session(bundle: Path, slots: int, **options: Any) -> Iterator[Session]:
         yield session
 
 
-def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> None:
+def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> GenerationResult:
     with session.stream(prompt, **options) as stream:
         for token in stream:
             if not as_json:
@@ -148,7 +168,7 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
                 sys.stdout.flush()
     if as_json:
         click.echo(json.dumps(fields_of(stream.result), ensure_ascii=False))
-        return
+        return stream.result
     click.echo()
     stats = stream.result.stats
     click.echo(
@@ -157,3 +177,4 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
         err=True,
     )
+    return stream.result

@@ -18,8 +18,11 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from runtime.bundle import Bundle
+    from runtime.calibration import Calibration
     from runtime.manifest import Manifest
 
+_TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
+NEVER = "1 (never, as calibrated)"
 NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
 
 
@@ -44,6 +47,8 @@ def command(bundle: Path, as_json: bool) -> None:
 
 def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
     """The manifest with what follows from it (bytes), the verification's figures, and the bundle's own hash."""
+    from freeexport.bundle_verdict import bundle_verdict
+
     manifest, calibration = bundle.manifest, bundle.calibration
     return {
         "path": str(bundle.path),
@@ -55,6 +60,7 @@ def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
         "kv_bytes_per_sequence": manifest.kv_bytes_per_sequence,
         "calibration": None if calibration is None else asdict(calibration),
         "verification": bundle.verification,
+        "verdict": asdict(bundle_verdict(bundle)),
     }
 
 
@@ -64,7 +70,8 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
     return [
         pairs("Bundle", _origin(bundle)),
         pairs("Model", _model(manifest)),
-        pairs("Exit", _exit(manifest)),
+        pairs("Exit", _exit(manifest, bundle.calibration)),
+        pairs("Verdict", _verdict(bundle)),
         *([precision_table(manifest.quantization)] if manifest.quantization else []),
         *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
         *_calibration(bundle),
@@ -121,17 +128,31 @@ def _span(layers: range) -> str:
     return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
 
 
-def _exit(manifest: Manifest) -> list[tuple[str, str]]:
+def _exit(manifest: Manifest, calibration: Calibration | None) -> list[tuple[str, str]]:
     return [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         ("confidence", manifest.confidence),
-        ("threshold", f"{manifest.threshold:.4g}" if calibrated(manifest) else NOT_CALIBRATED),
+        ("threshold", _threshold(manifest, calibration)),
         ("most pending tokens", str(manifest.max_pending)),
         *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
         ("exit vocabulary", _exit_vocabulary(manifest)),
         *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
-        *_break_even(manifest.break_even),
+        ("trained", _TRAINED[manifest.exit_trained]),
+        *_break_even(manifest),
     ]
+
+
+def _threshold(manifest: Manifest, calibration: Calibration | None) -> str:
+    if calibrated(manifest):
+        return f"{manifest.threshold:.4g}"
+    return NOT_CALIBRATED if calibration is None else NEVER
+
+
+def _verdict(bundle: Bundle) -> list[tuple[str, str]]:
+    from freeexport.bundle_verdict import bundle_verdict
+
+    found = bundle_verdict(bundle)
+    return [("verdict", found.text), *([("next step", found.next_step)] if found.next_step else [])]
 
 
 def _calibration(bundle: Bundle) -> list[Table]:
@@ -152,16 +173,22 @@ def _exit_vocabulary(manifest: Manifest) -> str:
     )
 
 
-def _break_even(costs: dict[str, float]) -> list[tuple[str, str]]:
-    """The costs measured at convert, on the machine that converted."""
+def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
+    """The costs measured at convert, on the machine that converted. What 80 % exits would give says nothing of an exit
+    that is not trained."""
+    from freeexport.bundle_verdict import is_busy
+    from freeexport.verdict import MACHINE_BUSY
     from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN
 
+    costs = manifest.break_even
     if not costs:
         return [("break-even", "not measured")]
+    if is_busy(costs):
+        return [("break-even", f"{MACHINE_BUSY}; freeexport calibrate measures again")]
     rate = f"{costs['exit_rate']:.1%}" if "exit_rate" in costs else "none: exits do not pay"
     rows = [("break-even exit rate", rate)]
     for name, cost in sorted(costs.items()):
-        if name.startswith("speedup_at_"):
+        if name.startswith("speedup_at_") and manifest.exit_trained is not False:
             rows.append((f"speedup at {name.removeprefix('speedup_at_')} % exits", f"{cost:.2f}x (predicted)"))
         elif name == OVERLAP_GAIN:
             rows.append(("lanes at once", f"{cost:.2f}x in turn, overlap is {'on' if cost >= LEAST_GAIN else 'off'}"))

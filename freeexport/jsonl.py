@@ -94,6 +94,8 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
         "token_ids": list(result.token_ids),
         "exited": list(result.exited),
         "finish_reason": result.finish_reason,
+        "seconds": round(result.stats.seconds, 6),
+        "exit_rate": round(result.stats.exit_rate, 6),
         **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
         **({"others": [other.text for other in others]} if others else {}),
     }
@@ -145,8 +147,9 @@ class ResultWriter:
     """Appends one line for each request to the output file, whole and at once.
 
     A line begins with the request's `id`, or with `line`, its number, where it has none; then `text`, `token_ids`,
-    `exited` and `finish_reason`, or `error`. However a run ends, the file holds whole lines and at most one partial
-    last line, which `resume` removes. A run that fails before its first result leaves no new file.
+    `exited`, `finish_reason`, `seconds` from prompt to last token, `exit_rate` of the tokens after the first, and the
+    request's `target` where it has one; or `error`. However a run ends, the file holds whole lines and at most one
+    partial last line, which `resume` removes. A run that fails before its first result leaves no new file.
 
     An output with content is refused unless `resume` (go on after it) or `overwrite` (it is emptied at the first
     write, not before). Raises OptionError for that, for both options at once, and where `resume` meets a file that
@@ -205,6 +208,8 @@ class ResultWriter:
         token_ids: Sequence[int],
         exited: Sequence[bool],
         finish_reason: str,
+        seconds: float,
+        exit_rate: float,
         logprobs: Sequence[float] | None = None,
         others: Sequence[str] = (),
     ) -> None:
@@ -217,6 +222,9 @@ class ResultWriter:
             "token_ids": [int(token) for token in token_ids],
             "exited": [bool(flag) for flag in exited],
             "finish_reason": finish_reason,
+            "seconds": seconds,
+            "exit_rate": exit_rate,
+            **({} if request.target is None else {"target": request.target}),
             **({} if logprobs is None else {"logprobs": [float(value) for value in logprobs]}),
             **({"others": list(others)} if others else {}),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,7 +26,15 @@ class Choice:
 
 
 def choose(traces: Traces, options: CalibrateOptions, outputs: Outputs | None) -> Choice:
-    """`outputs` are needed where a metric is. Raises CalibrationError, as `fit` does."""
+    """A threshold that some token of the traces exceeds, or NEVER_EXIT. `outputs` are needed where a metric is. Raises
+    CalibrationError, as `fit` does."""
+    choice = _chosen(traces, options, outputs)
+    # Above the surest token nothing was seen: what a fit or a bound says there is said of no data.
+    beyond = choice.threshold >= float(np.max(traces.confidence, initial=0.0))
+    return replace(choice, threshold=NEVER_EXIT) if beyond else choice
+
+
+def _chosen(traces: Traces, options: CalibrateOptions, outputs: Outputs | None) -> Choice:
     fitted = fit(traces.confidence, traces.agrees, options.target)
     if options.method == "quality":
         return _by_quality(fitted, options, _given(outputs))

@@ -88,7 +88,7 @@ def _step(line: str) -> float:
 
 
 class Bar(TrainerCallback):  # type: ignore[misc]
-    """Steps on stderr, or seconds where only the time ends the run; silent where it is no terminal."""
+    """Progress in steps, or in seconds where only the time ends the run."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock, self._shown = clock, 0.0
@@ -97,7 +97,9 @@ class Bar(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._timed = state.max_steps >= ENDLESS
         total = self._clock.limit if self._timed else state.max_steps
-        self._context = progress("training, seconds" if self._timed else "training, steps", total)
+        # A run that goes on after an interruption begins where that was.
+        self._shown = float(int(self._clock.elapsed)) if self._timed else state.global_step
+        self._context = progress("training, seconds" if self._timed else "training, steps", total, self._shown)
         self._advance = self._context.__enter__()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:

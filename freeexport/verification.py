@@ -14,6 +14,7 @@ import numpy as np
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.child import ChildError, run_child
 from freeexport.output_file import write_whole
+from freeexport.progress import Advance, progress
 from graphs.families import describe
 from graphs.fp32_copy import fp32_copy
 from runtime.bundle import VERIFICATION, Bundle
@@ -32,8 +33,8 @@ def verify(bundle: Bundle, model: str | None, data: Path | None = None) -> dict[
 
     `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
     """
-    with _runnable(bundle) as copy:
-        return _verify(copy, bundle.manifest.float_type, model, data)
+    with _runnable(bundle) as copy, progress("verifying", 5) as advance:
+        return _verify(copy, bundle.manifest.float_type, model, data, advance)
 
 
 def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
@@ -41,12 +42,15 @@ def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
     return fp32_copy(bundle, rounds=True) if bundle.manifest.float_type == "bf16" else nullcontext(bundle)
 
 
-def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path | None) -> dict[str, Any]:
+def _verify(
+    bundle: Bundle, float_type: FloatType, model: str | None, data: Path | None, advance: Advance
+) -> dict[str, Any]:
     from freeexport.parity import engine_checks, sample_batch
 
     checkpoint = None if model is None else _checkpoint_of(bundle, model)
     reference = None if checkpoint is None else _reference(checkpoint)
     exit_head = None if checkpoint is None else _exit_head(checkpoint, reference)
+    advance()
     checks = list(engine_checks(bundle, reference, sample_batch(bundle), exit_head, float_type))
     report: dict[str, Any] = {
         "against": None if checkpoint is None else checkpoint.name,
@@ -55,9 +59,13 @@ def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path
         "checks": [{**asdict(check), "passed": check.passed} for check in checks],
     }
     passed = all(check.passed for check in checks)
+    advance()
     if reference is not None:
         logits_error = max(c.error * c.scale for c in checks if c.tensor == "deep logits")
         report["greedy"] = _greedy(bundle, reference, logits_error)
+        advance()
+        report["exit"] = _exit(bundle)
+        advance()
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
     return {"passed": passed, **report}
@@ -148,15 +156,33 @@ def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
     return {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
 
 
-def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
-    from freeexport.greedy import NEW_TOKENS, TIE, compare
-    from freeexport.parity import MAX_TEXT, sample_ids
+def _exit(bundle: Bundle) -> dict[str, Any]:
+    """How often the shallow prediction is the deep one, along the full model's own output."""
+    from freeexport.bundle_traces import trace_of
+    from freeexport.greedy import NEW_TOKENS
+    from freeexport.share import share
     from runtime import Session
 
-    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
-    prompts = [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
     with Session(bundle.path, slots=1) as session:
-        comparisons = compare(session, model, prompts)
+        prompts = [np.array(ids, np.int64) for ids in _prompts(bundle)]
+        traces = [trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)]
+    agreement = share([int(trace.agrees.sum()) for trace in traces], [len(trace) for trace in traces])
+    return {"agreement": None if agreement is None else asdict(agreement)}
+
+
+def _prompts(bundle: Bundle) -> list[list[int]]:
+    from freeexport.parity import MAX_TEXT, sample_ids
+
+    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
+    return [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
+
+
+def _greedy(bundle: Bundle, model: Any, logits_error: float) -> dict[str, Any]:
+    from freeexport.greedy import NEW_TOKENS, TIE, compare
+    from runtime import Session
+
+    with Session(bundle.path, slots=1) as session:
+        comparisons = compare(session, model, _prompts(bundle))
     # fp16 moves logits by as much as was just measured: closer than twice that is a tie. Rounded weights are another
     # model: how often it says the same is reported, and its quality is judged by its predictions.
     ties = {"fp32": TIE, "fp16": 2 * logits_error}

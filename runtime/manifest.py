@@ -77,7 +77,7 @@ class Manifest:
     `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
-    count only.
+    count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
     """
 
     schema_version: int
@@ -115,6 +115,7 @@ class Manifest:
     tuned_max_pending: int | None = None
     compute: FloatType | None = None
     packed: bool = False
+    exit_trained: bool | None = None
 
     @property
     def encoder_decoder(self) -> bool:

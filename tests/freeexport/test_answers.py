@@ -47,7 +47,7 @@ def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path:
     for batch in ("1", "3", "64"):
         result = run("--output", str(tmp_path / batch), "--batch", batch)
         assert result.exit_code == 1
-        outputs.append((tmp_path / batch).read_text())
+        outputs.append(re.sub(r'"seconds": [0-9.e-]+, ', "", (tmp_path / batch).read_text()))
     assert outputs[0] == outputs[1] == outputs[2]
     records = [json.loads(line) for line in outputs[0].splitlines()]
     names = ["a", 2, 3, 7, "b", 6, 7, "c", "a", 11]

@@ -142,6 +142,15 @@ def test_bundles_the_checkpoint_and_peers_in_one_run(
     assert [path.name.split("-")[0] for path in models.iterdir()] == ["converted"]
 
 
+def test_the_shallow_decoder_alone_is_a_row_without_a_threshold(bundle: Bundles, calm: None) -> None:
+    found = json.loads(bench(bundle(LLAMA), *FEW, "--mode", "shallow", "--threshold", "0.5", "--json").stdout)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["full", "shallow"]
+    assert (rows["shallow"]["exit_rate"], rows["shallow"]["passes"]) == (1, 0)
+    both = json.loads(bench(bundle(LLAMA), *FEW, "--mode", "shallow", "--mode", "free", "--json").stdout)
+    assert [row["name"] for row in both["rows"]] == ["full", "shallow"]
+
+
 def test_decoders_of_one_kind_refuse_the_other(
     bundle: Bundles,
     checkpoint: Callable[[Case], Path],

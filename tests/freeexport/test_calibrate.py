@@ -17,7 +17,7 @@ from command_errors import error
 from conftest import TEXTS, Bundles
 from traces import trace
 
-from freeexport import calibration_report, calibration_source
+from freeexport import calibrate, calibration_report, calibration_source
 from freeexport.bundle_traces import trace_of
 from freeexport.calibration import check_enough
 from freeexport.calibration_options import CalibrateOptions
@@ -45,6 +45,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_source, "measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
+    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 0.0)
 
 
 @pytest.fixture
@@ -109,7 +110,9 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Callable[..., Path], 
     assert 0 < answer["threshold"] < 1
     assert answer["sequences"] == len(TEXTS)
     assert answer["method"] == "bmm"
-    assert "of tokens exit" in answer["advice"]
+    assert "tokens exit" in answer["advice"]
+    assert "95% interval" in answer["verdict"]["text"]
+    assert answer["verdict"]["level"] in ("good", "neutral", "bad")
     manifest = Bundle.open(path, verify="full").manifest
     assert (manifest.threshold, manifest.rollback_threshold) == (answer["threshold"], answer["rollback_threshold"])
     chosen = next(row for row in answer["table"] if row["threshold"] == answer["threshold"])
@@ -123,6 +126,40 @@ def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Callable[..., Path], 
     page = run("inspect", path).stdout
     assert "P(agree | confidence) is at least 0.2" in page
     assert json.loads(run("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
+
+
+def test_never_is_exactly_one_and_called_never(own: Callable[..., Path], data: Path) -> None:
+    path = own(T5)
+    answer = calibrated(path, "--data", data, "--target", 0.999999)
+    assert answer["threshold"] == 1.0
+    assert "never exits" in answer["verdict"]["text"]
+    shown = " ".join(run("inspect", path).stdout.split())
+    assert "threshold 1 (never, as calibrated)" in shown
+    assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
+
+
+def test_a_busy_machine_measures_no_speed(
+    own: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own(T5, measure=True)
+    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 1.3)
+    given = ("--data", data, "--target", 0.2, "--measure")
+    answer = calibrated(path, *given)
+    assert 0 < answer["threshold"] < 1
+    assert all(row["predicted_speedup"] is row["measured_speedup"] is None for row in answer["table"])
+    assert answer["break_even"] is None
+    assert answer["costs"]["busy_cores"] == 1.3
+    page = " ".join(run("calibrate", path, *given, "--max-new-tokens", 12).stdout.split())
+    assert "not measured: machine busy" in page
+    assert "predicted" not in page.partition("Calibration")[0]
+    assert "on an idle machine" in page
+    assert "x the speed of mode full" not in page
+    shown = " ".join(run("inspect", path).stdout.split())
+    assert "speed not measured: machine busy" in shown
+    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 0.0)
+    again = json.dumps(calibrated(path, *given))
+    assert "machine busy" not in again
+    assert "busy_cores" not in again
 
 
 def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:

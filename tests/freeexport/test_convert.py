@@ -90,10 +90,27 @@ def test_a_verified_bundle_says_so_and_generates(checkpoint: Checkpoint, place: 
     assert bundle.manifest.verified
     assert bundle.verification is not None
     assert bundle.verification["passed"]
+    # There is no exit.json: what is said of the exit is what was seen of it, not what it would give if it had learned.
+    seen = bundle.verification["exit"]["agreement"]
+    assert seen["count"] > 50
+    assert seen["low"] <= seen["value"] <= seen["high"]
+    said = result.stdout.splitlines()[-1]
+    assert said.startswith("does not pay: the exit after layer 2 of 5 is untrained")
+    assert f"the deep one at {seen['value']:.1%} (95% interval" in said
+    assert "Next: train it (freeexport train), or use mode lossless" in said
+    assert "the speed of" not in said
+    assert "at 80 %" not in result.stdout
+    assert bundle.manifest.exit_trained is False
     assert f"{bundle.manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence" in result.stdout
     assert os.listdir(place) == ["out"]
     with Session(place / "out") as session:
         assert session.generate("Hello", max_new_tokens=4).stats.tokens == 4
+
+
+def test_without_any_check_an_untrained_exit_is_still_called_so(checkpoint: Checkpoint, place: Path) -> None:
+    result = convert(checkpoint(LLAMA), place / "out", *FAST, exit_layer=2)
+    said = result.stdout.splitlines()[-1]
+    assert said.startswith("does not pay: the exit after layer 2 of 5 is untrained, so early tokens will be poor")
 
 
 def test_json_is_the_manifest(checkpoint: Checkpoint, place: Path) -> None:

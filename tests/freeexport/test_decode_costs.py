@@ -125,5 +125,19 @@ def test_costs_survive_json() -> None:
         assert Costs.of(json.loads(json.dumps(asdict(costs)))) == costs
 
 
+def test_recorded_costs_predict_as_those_measured_did() -> None:
+    busy = replace(TRUE, busy=1.3)
+    for costs in (TRUE, busy):
+        read = Costs.recorded(costs.as_manifest(16))
+        assert read is not None
+        assert list(read.deep) == list(costs.deep)
+        assert read.speedup(0.8, 16) == pytest.approx(costs.speedup(0.8, 16))
+        assert read.trusted == costs.trusted
+    assert TRUE.trusted
+    assert not busy.trusted
+    assert "busy_cores" not in TRUE.as_manifest(16)
+    assert Costs.recorded({}) is None
+
+
 def test_what_is_not_measured_is_not_recorded() -> None:
     assert replace(TRUE, measured=False).as_manifest(16) == {}

@@ -49,13 +49,16 @@ def as_json(*arguments: Any) -> dict[str, Any]:
 def test_the_report_has_every_layer_but_the_last(name: str, checkpoint: Directory, data: Path) -> None:
     report = as_json(checkpoint(BY_NAME[name]), data, "--max-new-tokens", "5")
     assert [one["exit_layer"] for one in report["exits"]] == list(range(1, BY_NAME[name].layers))
-    assert report["deep_accuracy"] == 1
+    # The model's own output is what it predicts: its accuracy would say nothing.
+    assert report["deep_accuracy"] is None
     assert report["examples"] == 3
     assert 0 < report["tokens"] <= 3 * 4
     for one in report["exits"]:
         assert one["at"]["0.99"]["exit_rate"] <= one["at"]["0.95"]["exit_rate"] <= one["at"]["0.9"]["exit_rate"]
         assert one["chosen"] == one["at"]["0.99"]
-        assert one["accuracy"] == one["agreement"]
+        assert one["accuracy"] is None
+        assert one["exit_rate"]["value"] == pytest.approx(one["chosen"]["exit_rate"])
+        assert one["exit_rate"]["low"] <= one["exit_rate"]["value"] <= one["exit_rate"]["high"]
 
 
 def test_targets_are_forced_on_request(checkpoint: Directory, data: Path) -> None:
@@ -73,8 +76,18 @@ def test_samples_limit_the_lines(checkpoint: Directory, data: Path) -> None:
 def test_the_page_recommends_or_says_why_not(checkpoint: Directory, data: Path) -> None:
     result = run(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--agreement", "0")
     assert result.exit_code == 0, result.output
-    assert "exit after layer 1 above" in result.stdout
+    assert "pays: " in result.stdout
+    assert "the exit after layer 1 of 5: above threshold" in result.stdout
+    assert "95% interval" in result.stdout
     assert "MB of weights, not measured" in result.stdout
+    assert "accuracy of all layers" in result.stdout
+
+
+def test_the_page_does_not_compare_the_model_with_itself(checkpoint: Directory, data: Path) -> None:
+    result = run(checkpoint(BY_NAME["llama-tied"]), data, "--max-new-tokens", "5")
+    assert result.exit_code == 0, result.output
+    assert "accuracy" not in result.stdout
+    assert "verdict on the best layer" in result.stdout
 
 
 def evaluation(agrees: list[bool]) -> Evaluation:

@@ -78,6 +78,20 @@ def test_agreement_and_accuracy_count_tokens(checkpoint: Directory) -> None:
     assert result.accuracy(case.layers) == pytest.approx((last == result.targets).mean())
 
 
+def test_shares_count_the_tokens_of_each_sequence(checkpoint: Directory) -> None:
+    case = BY_NAME["llama-tied"]
+    result = evaluated(load(checkpoint(case)), open_checkpoint(str(checkpoint(case))), examples())
+    assert result.sequences is not None
+    assert sorted(np.bincount(result.sequences).tolist()) == sorted(len(target) - 1 for target in TARGETS)
+    first = result.sequences == 0
+    share = result.share(first)
+    assert (share.value, share.count) == (pytest.approx(first.mean()), result.tokens)
+    # One sequence has all of them: it is worth little more than a token.
+    assert share.high - share.low > 0.6
+    assert result.share(first, first).value == 1
+    assert result.share(first, np.zeros_like(first)) is None
+
+
 def test_the_batch_size_changes_nothing(checkpoint: Directory) -> None:
     case = BY_NAME["t5-gated-tied"]
     opened, model = open_checkpoint(str(checkpoint(case))), load(checkpoint(case))

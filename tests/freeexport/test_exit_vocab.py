@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from command_errors import error
 from conftest import Bundles
 
-from freeexport import calibration_source
+from freeexport import calibration_source, exit_vocab
 from freeexport.cli import main
 from freeexport.cost import Costs
 from runtime import Bundle, Session
@@ -31,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_source, "measured_costs", lambda *given: PAYS)
+    monkeypatch.setattr(exit_vocab, "cores_in_use", lambda: 0.0)
 
 
 def run(*arguments: Any) -> Result:
@@ -64,6 +65,17 @@ def test_what_is_chosen_makes_a_bundle_whose_exits_are_of_it(
     assert exits <= set(tokens)
     # Of its own bundle there is nothing more to choose.
     assert "has an exit vocabulary already" in error(run(out, *given))
+
+
+def test_a_busy_machine_predicts_nothing(
+    bundle: Bundles, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exit_vocab, "cores_in_use", lambda: 1.3)
+    result = run(bundle(LLAMA), "--data", data, "--threshold", 0, "--size", 100, "--output", tmp_path / "out.json")
+    assert result.exit_code == 0, result.output
+    assert "of the exits lost; speed not measured: machine busy" in result.stdout
+    assert not re.search(r"\d\.\d\dx", result.stdout)
+    assert "give --size" in result.stderr
 
 
 def test_a_checkpoint_gives_what_its_bundle_gives(

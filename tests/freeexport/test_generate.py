@@ -75,6 +75,46 @@ def test_several_samples_are_printed_best_first(generate: Run, session: Session,
     assert [line["text"], *line["others"]] == texts
 
 
+def test_lines_of_a_file_carry_what_they_took_and_their_target(generate: Run, session: Session, tmp_path: Path) -> None:
+    lines = [{"input": "Hi", "target": "Ho", "id": "a"}, {"input": "Hi there"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = ("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"))
+    result = generate(*given, "--threshold", "0.02", "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.output
+    first, second = (json.loads(line) for line in (tmp_path / "out").read_text().splitlines())
+    expected = session.generate("Hi", threshold=0.02, max_new_tokens=12)
+    assert first["exit_rate"] == pytest.approx(expected.stats.exit_rate, abs=1e-6)
+    assert first["finish_reason"] == expected.finish_reason
+    assert 0 < first["seconds"] < 100
+    assert (first["id"], first["target"]) == ("a", "Ho")
+    assert "target" not in second
+    assert "seconds" in json.loads(generate("Hi", "--json", "--max-new-tokens", "2").stdout)
+
+
+@pytest.fixture
+def silent(generate: Run, session: Session) -> Callable[..., Result]:
+    """Answers that end at once: the first token is biased to be the end of sequence."""
+    end = session.manifest.eos_token_ids[0]
+    return lambda *arguments: generate(*arguments, "--sequence-bias", f"{end}=1000", "--max-new-tokens", "3")
+
+
+def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
+    generate: Run, silent: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = silent("Hi", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["text"] == ""
+    assert result.stderr == "hint: the answer is empty, and this bundle has a chat template; try --chat\n"
+    assert "--chat" not in silent("Hi", "--chat").stderr
+    (tmp_path / "in.jsonl").write_text('{"input": "Hi"}\n' * 3)
+    result = silent("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("--chat") == 1
+    assert "--chat" not in generate("Hi", "--max-new-tokens", "3").stderr
+    monkeypatch.setattr("runtime.tokenizer.CHAT_TEMPLATE", "no such file")
+    assert "--chat" not in silent("Hi").stderr
+
+
 @pytest.mark.parametrize("bias", ["42", "a=3", "42=much", "1,=2", "=2"])
 def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -> None:
     result = generate("Hi", "--sequence-bias", bias)

@@ -106,6 +106,41 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
     assert row(result, "deep 1") == "20.00 ms"
 
 
+def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", exit_trained=False, break_even={"exit_rate": 0.3, "speedup_at_80": 1.5})
+    agreement = {"value": 0.0397, "count": 252, "low": 0.02, "high": 0.08}
+    seen = {**VERIFICATION, "exit": {"agreement": agreement}}
+    (bundle / "verification.json").write_text(json.dumps(seen))
+    result = inspect(bundle)
+    verdict = row(result, "verdict")
+    assert verdict.startswith("does not pay: the exit after layer 10 of 30 is untrained")
+    assert "at 4.0% (95% interval 2.0% to 8.0%) of the model's own tokens" in " ".join(result.stdout.split())
+    assert row(result, "trained") == "no, the checkpoint has no exit.json"
+    assert row(result, "next step").startswith("train it (freeexport train), or use mode lossless")
+    assert "1.50x" not in result.stdout
+    answer = json.loads(inspect(bundle, "--json").stdout)
+    assert answer["verdict"]["level"] == "bad"
+    assert answer["verdict"]["text"].startswith("does not pay")
+
+
+def test_costs_of_a_busy_machine_are_not_shown_as_advice(tmp_path: Path) -> None:
+    costs = {"exit_rate": 0.3, "speedup_at_80": 1.5, "deep_1_ms": 20.0, "busy_cores": 1.3}
+    result = inspect(write_bundle(tmp_path / "bundle", exit_trained=True, break_even=costs))
+    assert row(result, "break-even") == "not measured: machine busy; freeexport calibrate measures again"
+    assert "not measured: machine busy" in row(result, "verdict")
+    assert "1.50x" not in result.stdout
+    assert "30.0%" not in result.stdout
+
+
+def test_damaged_agreement_in_the_report_is_not_repeated(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", exit_trained=False)
+    wrong = ("x", {"value": 7.0, "count": 3, "low": 0.1, "high": 0.2}, {"value": 0.5, "count": None}, {})
+    for seen in ("much", {}, *({"agreement": one} for one in wrong)):
+        (bundle / "verification.json").write_text(json.dumps({**VERIFICATION, "exit": seen}))
+        assert "own tokens" not in inspect(bundle).stdout
+        assert "is untrained" in inspect(bundle).stdout
+
+
 def test_verification_shows_tolerances_and_figures(tmp_path: Path) -> None:
     result = inspect(write_bundle(tmp_path / "bundle"))
     assert row(result, "verified") == "yes"

@@ -37,7 +37,8 @@ def _bytes(line: Any) -> bytes:
 
 
 def finish(writer: ResultWriter, request: Request, text: str = "é") -> None:
-    writer.write(request, text=text, token_ids=[1, 2], exited=[True, False], finish_reason="eos")
+    result = {"text": text, "token_ids": [1, 2], "exited": [True, False], "finish_reason": "eos"}
+    writer.write(request, **result, seconds=0.25, exit_rate=0.5)
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -153,11 +154,21 @@ def test_results_are_written_line_by_line(tmp_path: Path) -> None:
     with ResultWriter(path) as writer:
         finish(writer, Request(3, "x", id="a"))
         assert path.read_text(encoding="utf-8") == (
-            '{"id": "a", "text": "é", "token_ids": [1, 2], "exited": [true, false], "finish_reason": "eos"}\n'
+            '{"id": "a", "text": "é", "token_ids": [1, 2], "exited": [true, false], "finish_reason": "eos", '
+            '"seconds": 0.25, "exit_rate": 0.5}\n'
         )
         writer.write_error(BrokenLine(4, "bad"), "bad")
         assert records(path)[1] == {"line": 4, "error": "bad"}
         assert (writer.done, writer.failures) == (0, 1)
+
+
+def test_a_line_repeats_the_target_that_the_input_had(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with ResultWriter(path) as writer:
+        finish(writer, Request(1, "x", target="y"))
+        finish(writer, Request(2, "x", target=""))
+        finish(writer, Request(3, "x"))
+    assert [record.get("target") for record in records(path)] == ["y", "", None]
 
 
 def test_a_lone_surrogate_is_written_escaped(tmp_path: Path) -> None:
@@ -276,11 +287,12 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
         from freeexport.jsonl import Request, ResultWriter
         from runtime.errors import FreeExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
         with ResultWriter(Path(sys.argv[1])) as writer:
             try:
                 for number in range(9):
-                    writer.write(Request(number, "x"), text="y" * 50, token_ids=[], exited=[], finish_reason="eos")
+                    result = {"text": "y" * 50, "token_ids": [], "exited": [], "finish_reason": "eos"}
+                    writer.write(Request(number, "x"), **result, seconds=1.0, exit_rate=0.0)
             except FreeExportError as error:
                 print(error)
     """

@@ -4,12 +4,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from traces import mixed
+from traces import mixed, trace
 
 from freeexport.calibration_options import CalibrateOptions
+from freeexport.confidence_fit import fit
 from freeexport.outputs import Outputs
 from freeexport.risk_control import COARSE_THRESHOLDS
 from freeexport.threshold_choice import choose, held_out_of
+from freeexport.trace import Traces
 from runtime.errors import OptionError
 
 COUNT = 300
@@ -38,6 +40,28 @@ def wrong_at(part: np.ndarray, share: float) -> np.ndarray:
     wrong = np.zeros(COUNT, np.bool_)
     wrong[places[: int(np.ceil(share * len(places)))]] = True
     return wrong
+
+
+def test_a_threshold_that_no_token_exceeds_is_never() -> None:
+    random = np.random.default_rng(128)
+    # 26 tokens as an untrained exit has them: few agree, and none is sure. The fit reaches the target only far beyond.
+    agrees = np.arange(26) < 9
+    confidence = np.where(agrees, random.beta(4, 2, 26), random.beta(2, 4, 26))
+    few = Traces.of([trace(confidence.tolist(), agrees.tolist())])
+    fitted = fit(few.confidence, few.agrees, 0.99)
+    assert confidence.max() < 0.92 < 0.9999 < fitted.threshold < 1
+    assert choose(few, CalibrateOptions(target=0.99), None).threshold == 1.0
+
+
+def test_a_bound_beyond_all_tokens_is_never() -> None:
+    # Nothing exits above 0.2 or so, where half of the exits are wrong: the bound holds where there is nothing to lose.
+    wrong = Traces.of([trace([0.1, 0.2], [False, False], line) for line in range(1, 101)])
+    assert choose(wrong, CalibrateOptions(method="risk"), None).threshold == 1.0
+
+
+def test_a_threshold_within_the_data_stays() -> None:
+    choice = choose(TRACES, CalibrateOptions(target=0.95), None)
+    assert 0 < choice.threshold < float(TRACES.confidence.max())
 
 
 def quality(outputs: Outputs | None, **options: Any) -> Any:
