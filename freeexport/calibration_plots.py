@@ -103,7 +103,7 @@ def thresholds_figure(result: Calibrated) -> Figure:
     _line(shares, [row.exit_rate for row in rows], BLUE, "o-", "tokens that exit")
     _line(shares, [row.agreement for row in rows], ORANGE, "^--", "exits that agree")
     _line(shares, [row.quality for row in rows], GREEN, "s-.", "quality kept")
-    if result.break_even is not None:
+    if result.break_even is not None and result.costs.trusted:
         shares.axhline(result.break_even, color=GREY, linestyle="-.", label=f"exits pay above {result.break_even:.1%}")
     top = max([1.0, *(row.quality for row in rows if row.quality is not None)])
     shares.set(ylabel="share", ylim=(-0.03, top + 0.05))
@@ -145,7 +145,7 @@ def reliability_figure(result: Calibrated) -> Figure:
     high = max(said.max(), (seen + 2 * error).max())
     room = 0.06 * max(high - low, 0.05)
     limits = (max(-room, low - room), min(1 + room, high + room))
-    figure = new_figure(7, 5)
+    figure = new_figure(9, 4.6)
     axes = figure.subplots()
     axes.plot(limits, limits, color=GREY, linewidth=0.8, label="the mixture is right")
     axes.errorbar(said, seen, 2 * error, fmt="o", color=BLUE, capsize=3, label="a tenth of the tokens")
