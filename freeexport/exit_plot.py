@@ -85,7 +85,7 @@ def _speedups(axes: Axes, report: Report) -> None:
     low, high = min(1.0, *speeds), max(1.0, *speeds)
     room = 0.1 * max(high - low, 0.05)
     axes.set(xlim=(0.4, report.layers - 0.4), ylim=(low - room, high + room))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2f}x")
     axes.set(xlabel="exit layer", ylabel="predicted speed over mode full")
     axes.set_title(f"where {100 * report.options.agreement:.4g} % of the exits agree", fontsize="medium")
