@@ -169,7 +169,7 @@ def reliability(result: Calibrated) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return said, seen, np.sqrt(np.maximum(seen * (1 - seen), 1e-9) / sizes)
 
 
-def _percent(value: float, _: int) -> str:
+def _percent(value: float, _: float) -> str:
     return f"{100 * value:.3g} %"
 
 
