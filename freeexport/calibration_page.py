@@ -39,7 +39,7 @@ def threshold_table(calibration: Calibration) -> Table:
 def row_cells(row: TableRow) -> tuple[str, ...]:
     """As COLUMNS name them; what is not known is empty."""
     return (
-        f"{row.threshold:.4g}",
+        "never" if row.threshold >= NEVER_EXIT else f"{row.threshold:.4g}",
         f"{row.exit_rate:.1%}",
         "" if row.agreement is None else f"{row.agreement:.1%}",
         "" if row.quality is None else f"{row.quality:.2%}",
@@ -69,10 +69,20 @@ def summary(result: Calibrated) -> list[tuple[str, str]]:
     # scipy, which a page about a bundle does without.
     from freeexport.calibration import verdict_of
 
+    said = verdict_of(result)
+    return [
+        *found(result),
+        ("verdict", said.text),
+        *([("next step", said.next_step)] if said.next_step else []),
+        *[("note", note) for note in result.notes],
+    ]
+
+
+def found(result: Calibrated) -> list[tuple[str, str]]:
+    """The threshold and what it rests on, without the verdict."""
     even = "none: exits do not pay" if result.break_even is None else f"{result.break_even:.1%}"
     if not result.costs.trusted:
         even = MACHINE_BUSY
-    said = verdict_of(result)
     taken = (
         [] if result.caught is None else [("rollback takes back", f"{result.caught:.0%} of the exits that disagree")]
     )
@@ -81,9 +91,6 @@ def summary(result: Calibrated) -> list[tuple[str, str]]:
         *taken,
         ("break-even exit rate", even),
         ("costs", _costs(result)),
-        ("verdict", said.text),
-        *([("next step", said.next_step)] if said.next_step else []),
-        *[("note", note) for note in result.notes],
     ]
 
 

@@ -45,10 +45,11 @@ class FrozenExit(nn.Module):
 
     def forward(self, shallow: torch.Tensor, deep: torch.Tensor, labels: torch.Tensor) -> Metrics:
         """Hidden states [N, d] after the exit layer and the last one, labels [N]."""
-        adapted = self.exit.adapted(shallow)
-        said = self.head.read(self.exit.norm(adapted))
+        student = self.exit.norm(self.exit.adapted(shallow))
+        said = self.head.read(student)
         with torch.no_grad():
-            meant = self.head(deep)
+            teacher = self.head.normed(deep)
+            meant = self.head.read(teacher)
         if not self.training:
             return measures(said, meant, labels, self.exit_layer, self.layers)
         exits = {
@@ -59,7 +60,7 @@ class FrozenExit(nn.Module):
         if self.loss_name == "logit-kd":
             loss = loss + self.alpha * losses.logit_distillation(meant, said)
         elif self.loss_name == "kd-last":
-            states = {self.exit_layer: adapted, self.layers: deep}
+            states = {self.exit_layer: student, self.layers: teacher}
             loss = loss + self.alpha * losses.hidden_distillation(states, [(self.exit_layer, self.layers)])
         return {"loss": loss}
 

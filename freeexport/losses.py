@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from freeexport.training_options import LossName
 
-Pair = tuple[int, int]  # (shallow layer, deep layer), counted from 1
+Pair = tuple[int, int]  # (student: a shallow layer, teacher: any layer), counted from 1
 
 
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -34,32 +34,32 @@ def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tenso
     return F.kl_div(F.log_softmax(shallow.float(), dim=-1), target, reduction="sum", log_target=True)
 
 
-def hidden_distillation(hidden: Mapping[int, torch.Tensor], pairs: Sequence[Pair]) -> torch.Tensor:
-    """Mean square distance of each pair's hidden states, averaged over pairs and summed over rows.
+def hidden_distillation(states: Mapping[int, torch.Tensor], pairs: Sequence[Pair]) -> torch.Tensor:
+    """Mean square distance of each pair's states, averaged over pairs and summed over rows.
 
-    `hidden` maps layers to [N, d]; no gradient reaches the deep state of a pair.
+    `states` maps layers to [N, d], as the head reads them: after the final norm, since the residual stream grows with
+    depth. No gradient reaches a pair's teacher as such (a layer may be teacher in one pair and student in another).
     """
-    terms = [(hidden[shallow].float() - hidden[deep].detach().float()).square().mean(-1) for shallow, deep in pairs]
+    terms = [
+        (states[student].float() - states[teacher].detach().float()).square().mean(-1) for student, teacher in pairs
+    ]
     return torch.stack(terms).mean(0).sum()
 
 
-def deep_targets(exit_layer: int, layers: int) -> tuple[int, ...]:
-    """At most `exit_layer` of the layers above the exit, evenly spaced, the last one always among them."""
-    above = layers - exit_layer
-    count = min(exit_layer, above)
-    return tuple(exit_layer + round(above * number / count) for number in range(1, count + 1))
+def teacher_layers(exit_layer: int, layers: int) -> tuple[int, ...]:
+    """`exit_layer` of all layers, evenly spaced, the last one always among them: 4, 8, ... 24 for 6 of 24."""
+    return tuple(round(layers * number / exit_layer) for number in range(1, exit_layer + 1))
 
 
 def uniform_pairs(exit_layer: int, layers: int) -> list[Pair]:
-    """Each deep target with the shallow layer at the same share of the depth."""
-    targets = deep_targets(exit_layer, layers)
-    return [(round(exit_layer * number / len(targets)), deep) for number, deep in enumerate(targets, start=1)]
+    """Each shallow layer with the layer at the same share of the whole depth."""
+    return list(enumerate(teacher_layers(exit_layer, layers), start=1))
 
 
 def align(distances: np.ndarray) -> list[int]:
-    """For each deep layer (row) its shallow layer (column), order kept: the non-decreasing choice of least total.
+    """For each teacher (row) its shallow layer (column), order kept: the non-decreasing choice of least total.
 
-    `distances` [deep, shallow]; columns count from 0, the leftmost of equal choices is taken.
+    `distances` [teachers, shallow]; columns count from 0, the leftmost of equal choices is taken.
     """
     rows, columns = distances.shape
     total = np.zeros((rows, columns))
@@ -75,13 +75,15 @@ def align(distances: np.ndarray) -> list[int]:
     return path[::-1]
 
 
-def dynamic_pairs(hidden: Mapping[int, torch.Tensor], exit_layer: int, layers: int) -> list[Pair]:
-    """Each deep target with the shallow layer nearest to it in mean square distance, order kept."""
-    targets = deep_targets(exit_layer, layers)
-    shallow = torch.stack([hidden[layer].detach().float() for layer in range(1, exit_layer + 1)])  # [S, N, d]
-    distances = torch.stack([(shallow - hidden[deep].detach().float()).square().mean((1, 2)) for deep in targets])
+def dynamic_pairs(states: Mapping[int, torch.Tensor], exit_layer: int, teachers: Sequence[int]) -> list[Pair]:
+    """Each teacher layer with the shallow layer nearest to it in mean square distance, order kept.
+
+    A teacher that is a shallow layer itself is at distance 0 from itself, and then adds nothing to the loss.
+    """
+    shallow = torch.stack([states[layer].detach().float() for layer in range(1, exit_layer + 1)])  # [S, N, d]
+    distances = torch.stack([(shallow - states[layer].detach().float()).square().mean((1, 2)) for layer in teachers])
     chosen = align(distances.double().cpu().numpy())
-    return [(column + 1, deep) for column, deep in zip(chosen, targets, strict=True)]
+    return [(column + 1, layer) for column, layer in zip(chosen, teachers, strict=True)]
 
 
 def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]:
@@ -89,17 +91,25 @@ def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]
     kept = {exit_layer, layers}
     if loss == "weighted-ce":
         kept.update(range(1, layers + 1))
-    elif loss == "kd-dyn":
-        kept.update(range(1, exit_layer + 1), deep_targets(exit_layer, layers))
-    elif loss == "kd-unif":
-        kept.update(layer for pair in uniform_pairs(exit_layer, layers) for layer in pair)
+    elif loss in ("kd-dyn", "kd-unif"):
+        kept.update(range(1, exit_layer + 1), teacher_layers(exit_layer, layers))
+    elif loss == "kd-dyn-raw":
+        kept.update(range(1, exit_layer + 1), _layers_above(exit_layer, layers))
     return tuple(sorted(kept))
 
 
-def distilled_pairs(loss: LossName, hidden: Mapping[int, torch.Tensor], exit_layer: int, layers: int) -> list[Pair]:
+def distilled_pairs(loss: LossName, states: Mapping[int, torch.Tensor], exit_layer: int, layers: int) -> list[Pair]:
     """Which layers the loss pulls together; none for losses without layer-wise distillation."""
     if loss == "kd-last":
         return [(exit_layer, layers)]
     if loss == "kd-unif":
         return uniform_pairs(exit_layer, layers)
-    return dynamic_pairs(hidden, exit_layer, layers) if loss == "kd-dyn" else []
+    if loss == "kd-dyn-raw":
+        return dynamic_pairs(states, exit_layer, _layers_above(exit_layer, layers))
+    return dynamic_pairs(states, exit_layer, teacher_layers(exit_layer, layers)) if loss == "kd-dyn" else []
+
+
+def _layers_above(exit_layer: int, layers: int) -> tuple[int, ...]:
+    """The teachers of kd-dyn-raw, which is kept to make the old figures of docs/training.md again."""
+    count = min(exit_layer, layers - exit_layer)
+    return tuple(exit_layer + round((layers - exit_layer) * number / count) for number in range(1, count + 1))

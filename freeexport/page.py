@@ -11,10 +11,12 @@ if TYPE_CHECKING:
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
-    """Rows of text under a title; columns whose name ends in `#` are aligned to the right, without the `#`."""
+    """Rows of text under a title; columns whose name ends in `#` are aligned to the right, without the `#`. Columns
+    without text in any row are left out."""
     from rich.table import Table
     from rich.text import Text
 
+    columns, rows = filled(columns, list(rows))
     result = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=header, pad_edge=False)
     for name in columns:
         justify: Literal["left", "right"] = "right" if name.endswith("#") else "left"
@@ -23,6 +25,12 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], hea
         # Text, not str: square brackets in a value are not markup.
         result.add_row(*(Text(cell) for cell in row))
     return result
+
+
+def filled(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows without the columns that are empty in every row; all columns where there are no rows."""
+    used = [number for number in range(len(columns)) if not rows or any(row[number] for row in rows)]
+    return [columns[number] for number in used], [[row[number] for number in used] for row in rows]
 
 
 def pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:

@@ -29,11 +29,16 @@ class SharedHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N, d] -> [N, V]."""
-        return self.read(self.norm(hidden))
+        return self.read(self.normed(hidden))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, d]: what the linear layer reads, and what distillation compares."""
+        states: torch.Tensor = self.dropout(self.norm(hidden))
+        return states
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
-        """Logits [N, V] of hidden states [N, d] that are normed already."""
-        logits: torch.Tensor = self.linear(self.dropout(normed) * self.scale)
+        """Logits [N, V] of what `normed` gives, [N, d]."""
+        logits: torch.Tensor = self.linear(normed * self.scale)
         return logits
 
 
@@ -106,7 +111,8 @@ class ShallowDeep(nn.Module):
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
             return {"loss": self._weighted(hidden, targets)}
-        shallow, deep = self.head(hidden[self.exit_layer]), self.head(hidden[self.layers])
+        states = {number: self.head.normed(state) for number, state in hidden.items()}
+        shallow, deep = self.head.read(states[self.exit_layer]), self.head.read(states[self.layers])
         if not self.training:
             return measures(shallow, deep, targets, self.exit_layer, self.layers)
         loss = losses.by_depth(
@@ -117,8 +123,9 @@ class ShallowDeep(nn.Module):
         )
         if self.loss_name == "logit-kd":
             loss = loss + self.alpha * losses.logit_distillation(deep, shallow)
-        elif pairs := losses.distilled_pairs(self.loss_name, hidden, self.exit_layer, self.layers):
-            loss = loss + self.alpha * losses.hidden_distillation(hidden, pairs)
+        compared = hidden if self.loss_name == "kd-dyn-raw" else states
+        if pairs := losses.distilled_pairs(self.loss_name, compared, self.exit_layer, self.layers):
+            loss = loss + self.alpha * losses.hidden_distillation(compared, pairs)
         return {"loss": loss}
 
     def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:

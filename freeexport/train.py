@@ -16,7 +16,15 @@ from freeexport.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.output_directory import output_directory
 from freeexport.output_file import naming
 from freeexport.training_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
-from freeexport.training_options import LORA_PRESETS, LoraOptions, LossName, Schedule, TrainingOptions, Tune
+from freeexport.training_options import (
+    LORA_PRESETS,
+    OFFERED_LOSSES,
+    LoraOptions,
+    LossName,
+    Schedule,
+    TrainingOptions,
+    Tune,
+)
 
 if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint
@@ -197,7 +205,8 @@ def _open_to_readers(directory: Path) -> None:
 @click.option(
     "--validation-share", type=float, default=0.02, show_default=True, help="Of DATA, by a hash of the input."
 )
-@click.option("--loss", type=click.Choice(get_args(LossName)), help="[default: kd-dyn; logit-kd for --tune exit]")
+@click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
+              help="[default: kd-dyn; logit-kd for --tune exit]")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True, help="What is trained.")
 @click.option("--lora-rank", type=int, help="[default: 16]")

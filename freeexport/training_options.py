@@ -9,11 +9,13 @@ from typing import Any, Literal, get_args
 
 from runtime.errors import OptionError
 
-LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd"]
+LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"]
 Tune = Literal["full", "lora", "exit"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "inverse-sqrt"]
 
+# kd-dyn-raw distils the residual stream before the norm, which ruins a model: it is there to be compared with.
+OFFERED_LOSSES = tuple(name for name in get_args(LossName) if name != "kd-dyn-raw")
 # What a frozen backbone leaves to train: its layers' hidden states do not move, so only their last one is a target.
 EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd", "kd-last")
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
@@ -81,7 +83,8 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _choice("loss", self.loss_name, get_args(LossName))
+        if self.loss_name not in get_args(LossName):
+            _choice("loss", self.loss_name, OFFERED_LOSSES)
         _choice("tune", self.tune, get_args(Tune))
         _choice("schedule", self.schedule, get_args(Schedule))
         for name in ("batch_size", "accumulate", "evaluate_every", "log_every", "steps", "batch_tokens", "max_tokens"):

@@ -21,10 +21,10 @@ import numpy as np
 from freeexport.calibrate import open_source
 from freeexport.calibration import check_enough, collect, read_data
 from freeexport.calibration_options import CalibrateOptions
-from freeexport.exit_plot import save_figure
 from freeexport.exit_replay import replay
 from freeexport.output_file import check_writable, write_whole
 from freeexport.page import print_page, table
+from freeexport.plot_style import save_figure
 from freeexport.sequence_metrics import Metric
 from freeexport.threshold_choice import choose
 from freeexport.trace import Traces

@@ -90,29 +90,42 @@ def test_alignment_gives_up_the_nearest_layer_where_the_order_forbids_it() -> No
 
 def test_dynamic_pairs_follow_distances_of_the_hidden_states() -> None:
     shallow = {layer: RANDOM.normal(size=(7, 4)) for layer in (1, 2, 3)}
-    targets = losses.deep_targets(3, 12)
-    assert targets == (6, 9, 12)
-    # Each deep layer is a copy of a shallow one, with noise.
-    copied = dict(zip(targets, (1, 1, 3), strict=True))
-    deep = {layer: shallow[copied[layer]] + 1e-3 * RANDOM.normal(size=(7, 4)) for layer in targets}
+    teachers = losses.teacher_layers(3, 12)
+    assert teachers == (4, 8, 12)
+    # Each teacher is a copy of a shallow layer, with noise.
+    copied = dict(zip(teachers, (1, 1, 3), strict=True))
+    deep = {layer: shallow[copied[layer]] + 1e-3 * RANDOM.normal(size=(7, 4)) for layer in teachers}
     hidden = {layer: tensor(array) for layer, array in (shallow | deep).items()}
-    assert losses.dynamic_pairs(hidden, 3, 12) == [(1, 6), (1, 9), (3, 12)]
+    assert losses.dynamic_pairs(hidden, 3, teachers) == [(1, 4), (1, 8), (3, 12)]
+
+
+def test_a_teacher_below_the_exit_is_its_own_student_and_adds_nothing() -> None:
+    hidden = {layer: tensor(RANDOM.normal(size=(7, 4))) for layer in range(1, 9)}
+    teachers = losses.teacher_layers(4, 8)
+    assert teachers == (2, 4, 6, 8)
+    pairs = losses.dynamic_pairs(hidden, 4, teachers)
+    assert pairs[:2] == [(2, 2), (4, 4)]
+    whole, above = losses.hidden_distillation(hidden, pairs), losses.hidden_distillation(hidden, pairs[2:])
+    assert float(whole.detach()) == pytest.approx(float(above.detach()) / 2, rel=1e-6)
+
+
+def test_teachers_are_the_authors_choice_for_t5_large() -> None:
+    assert losses.teacher_layers(6, 24) == (4, 8, 12, 16, 20, 24)
+    assert losses.uniform_pairs(6, 24) == [(1, 4), (2, 8), (3, 12), (4, 16), (5, 20), (6, 24)]
 
 
 @pytest.mark.parametrize("layers", range(2, 26))
-def test_targets_are_above_the_exit_and_end_with_the_last_layer(layers: int) -> None:
+def test_teachers_are_evenly_spaced_over_all_layers(layers: int) -> None:
     for exit_layer in range(1, layers):
-        targets = losses.deep_targets(exit_layer, layers)
-        assert targets[-1] == layers
-        assert targets[0] > exit_layer
-        assert len(set(targets)) == len(targets) == min(exit_layer, layers - exit_layer)
-        pairs = losses.uniform_pairs(exit_layer, layers)
-        assert pairs[-1] == (exit_layer, layers)
-        assert all(1 <= shallow <= exit_layer for shallow, _ in pairs)
-        assert [shallow for shallow, _ in pairs] == sorted(shallow for shallow, _ in pairs)
+        teachers = losses.teacher_layers(exit_layer, layers)
+        assert len(set(teachers)) == exit_layer
+        assert teachers[-1] == layers
+        gaps = np.diff((0, *teachers))
+        assert gaps.max() - gaps.min() <= 1
+        assert losses.uniform_pairs(exit_layer, layers) == list(enumerate(teachers, start=1))
 
 
-@pytest.mark.parametrize("loss", ["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd"])
+@pytest.mark.parametrize("loss", ["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"])
 def test_kept_layers_hold_every_layer_that_the_loss_asks_for(loss: losses.LossName) -> None:
     for layers in range(2, 13):
         for exit_layer in range(1, layers):

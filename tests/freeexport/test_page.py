@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from freeexport.page import human_bytes, pairs, print_page, table
+from freeexport.page import filled, human_bytes, pairs, print_page, table
 
 
 @pytest.mark.parametrize(
@@ -35,3 +35,13 @@ def test_empty_tables_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Copies" not in printed
     assert "size#" not in printed
     assert "a.onnx" in printed
+
+
+def test_columns_without_text_are_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    print_page([table("Rows", ("name", "quality#", "exits#", ""), [("a", "", "1 %", ""), ("b", "", "", "")])])
+    header = capsys.readouterr().out.splitlines()[1]
+    assert header.split() == ["name", "exits"]
+
+
+def test_columns_of_a_table_without_rows_are_kept() -> None:
+    assert filled(("name", "size"), []) == (["name", "size"], [])

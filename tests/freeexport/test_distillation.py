@@ -1,0 +1,209 @@
+"""Distillation of hidden states as ShallowDeep and FrozenExit do it, against the definition written in numpy."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, Case
+from torch import nn
+
+from freeexport.checkpoint import open_checkpoint
+from freeexport.exit_module import Exit
+from freeexport.exit_tuning import FrozenExit
+from freeexport.shallow_deep import ShallowDeep, SharedHead
+from freeexport.training_options import LossName, TrainingOptions
+from freeexport.tuning import trainable_model
+from graphs.families import describe
+
+T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
+EXIT, ALPHA, EPSILON = 2, 0.5, 1e-6
+KD = ("kd-dyn", "kd-unif", "kd-last")
+LABELS = torch.tensor([[60, 70, 80, 90, 1]])
+
+
+def opened_model(directory: Path, loss: LossName, alpha: float = ALPHA) -> ShallowDeep:
+    """In training mode, without dropout."""
+    checkpoint = open_checkpoint(str(directory))
+    model = trainable_model(checkpoint, TrainingOptions(Path("unread.jsonl"), EXIT, dropout=0.0))
+    return ShallowDeep(model, describe(checkpoint.config, checkpoint), EXIT, loss, alpha).train()
+
+
+def batch(module: ShallowDeep) -> dict[str, torch.Tensor]:
+    ids = torch.tensor([[35, 60, 70, 80, 90]])
+    inputs = {"labels": LABELS, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return inputs | ({"decoder_input_ids": torch.tensor([[0, 60, 70, 80, 90]])} if module.seq2seq else {})
+
+
+def final_norm(module: ShallowDeep) -> nn.Module:
+    norm: nn.Module = module.model.decoder.final_layer_norm if module.seq2seq else module.model.model.norm
+    return norm
+
+
+def rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    normed: np.ndarray = weight * x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return normed
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    shifted = x - x.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def residual_streams(module: ShallowDeep) -> dict[int, np.ndarray]:
+    """Outputs of all layers [N, d], by hooks of our own."""
+    layers = module.model.decoder.block if module.seq2seq else module.model.model.layers
+    streams: dict[int, np.ndarray] = {}
+
+    def keep(number: int) -> Callable[..., None]:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            state = output[0] if isinstance(output, tuple) else output
+            streams[number] = state.detach().double().numpy().reshape(-1, state.shape[-1])
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(number)) for number, layer in enumerate(layers, start=1)]
+    module(**batch(module))
+    for handle in handles:
+        handle.remove()
+    return streams
+
+
+def defined(module: ShallowDeep, loss: LossName) -> float:
+    """(S CE_S + L CE_L) / (S + L) + alpha mean over pairs of the mean square distance of normed states."""
+    norm = final_norm(module)
+    weight = norm.weight.detach().double().numpy()
+    epsilon = float(getattr(norm, "variance_epsilon", EPSILON))
+    normed = {number: rms(state, weight, epsilon) for number, state in residual_streams(module).items()}
+    layers, labels = module.layers, LABELS[0].numpy()
+    matrix = module.head.linear.weight.detach().double().numpy()
+    ce = {
+        number: -log_softmax(normed[number] @ matrix.T * module.head.scale)[np.arange(len(labels)), labels].sum()
+        for number in (EXIT, layers)
+    }
+
+    def distance(student: int, teacher: int) -> float:
+        return float(((normed[student] - normed[teacher]) ** 2).mean(-1).sum())
+
+    teachers = [round(layers * number / EXIT) for number in range(1, EXIT + 1)]
+    if loss == "kd-last":
+        distilled = distance(EXIT, layers)
+    elif loss == "kd-unif":
+        distilled = float(np.mean([distance(number, teacher) for number, teacher in enumerate(teachers, start=1)]))
+    else:
+        choices = itertools.combinations_with_replacement(range(1, EXIT + 1), len(teachers))
+        distilled = min(
+            float(np.mean([distance(*pair) for pair in zip(one, teachers, strict=True)])) for one in choices
+        )
+    return float((EXIT * ce[EXIT] + layers * ce[layers]) / (EXIT + layers) + ALPHA * distilled)
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+@pytest.mark.parametrize("loss", KD)
+def test_the_loss_is_what_the_definition_in_numpy_gives(
+    checkpoint: Callable[[Case], Path], case: Case, loss: LossName
+) -> None:
+    module = opened_model(checkpoint(case), loss)
+    with torch.no_grad():
+        assert float(module(**batch(module))["loss"]) == pytest.approx(defined(module, loss), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", [*KD, "kd-dyn-raw"])
+def test_the_scale_of_a_layers_residual_stream_does_not_change_the_loss(
+    checkpoint: Callable[[Case], Path], loss: LossName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = opened_model(checkpoint(LLAMA), loss)
+    with torch.no_grad():
+        hidden = module.hidden_states(**batch(module))
+        losses = []
+        for scales in (dict.fromkeys(hidden, 10.0), {number: 10.0 * 3**number for number in hidden}):
+            scaled = {number: scales[number] * state for number, state in hidden.items()}
+            monkeypatch.setattr(module, "hidden_states", lambda labels, scaled=scaled, **_: scaled)
+            losses.append(float(module(**batch(module))["loss"]))
+    # The loss that is kept for comparison is there to show what was wrong.
+    assert (losses[0] == pytest.approx(losses[1], rel=1e-4)) is (loss != "kd-dyn-raw")
+
+
+@pytest.mark.parametrize("loss", KD)
+def test_a_whole_decoder_at_another_scale_has_the_same_loss(checkpoint: Callable[[Case], Path], loss: LossName) -> None:
+    # Layers norm what they read, so a stream is scaled by scaling the embedding and what each layer adds.
+    losses = []
+    for scale in (8.0, 64.0):
+        module = opened_model(checkpoint(LLAMA), loss)
+        decoder = module.model.model
+        with torch.no_grad():
+            module.head.linear = nn.Linear(*module.head.linear.weight.T.shape, bias=False)
+            module.head.linear.weight.copy_(decoder.embed_tokens.weight)
+            decoder.embed_tokens.weight.mul_(scale)
+            for layer in decoder.layers:
+                layer.self_attn.o_proj.weight.mul_(scale)
+                layer.mlp.down_proj.weight.mul_(scale)
+            losses.append(float(module(**batch(module))["loss"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_no_gradient_reaches_the_teacher(checkpoint: Callable[[Case], Path]) -> None:
+    """The upper layers' gradients are those of their cross-entropy alone, whatever the distillation weighs."""
+    gradients = []
+    for alpha in (0.0, 100.0):
+        module = opened_model(checkpoint(LLAMA), "kd-last", alpha)
+        module(**batch(module))["loss"].backward()
+        gradients.append([layer.mlp.down_proj.weight.grad for layer in module.model.model.layers])
+    upper, lower = gradients[0][EXIT:], gradients[0][:EXIT]
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(upper, gradients[1][EXIT:], strict=True))
+    assert not any(torch.allclose(a, b, atol=1e-7) for a, b in zip(lower, gradients[1][:EXIT], strict=True))
+
+
+def test_dropout_after_the_norm_is_that_of_the_models_mode(checkpoint: Callable[[Case], Path]) -> None:
+    """One draw a layer: what is distilled is what the head reads."""
+    module = opened_model(checkpoint(T5), "kd-last")
+    module.head.dropout = nn.Dropout(0.5)
+    read: list[torch.Tensor] = []
+    module.head.linear.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0] / module.head.scale))
+    losses = []
+    for alpha in (0.0, 1.0):
+        torch.manual_seed(3)
+        module.alpha = alpha
+        with torch.no_grad():
+            losses.append(float(module(**batch(module))["loss"]))
+    student, teacher = read[2:]
+    assert (student == 0).float().mean() == pytest.approx(0.5, abs=0.1)
+    assert losses[1] - losses[0] == pytest.approx(float((student - teacher).square().mean(-1).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", get_args(LossName))
+def test_all_losses_of_one_model_agree_on_evaluation(checkpoint: Callable[[Case], Path], loss: LossName) -> None:
+    found = []
+    for name in (loss, "ce"):
+        module = opened_model(checkpoint(LLAMA), name).eval()
+        with torch.no_grad():
+            found.append({key: float(value) for key, value in module(**batch(module)).items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_a_frozen_exit_is_compared_after_its_own_norm_with_the_teachers_final_norm() -> None:
+    random = np.random.default_rng(5)
+    shallow, deep = random.normal(size=(2, 7, 8)) * [[[3.0]], [[40.0]]]
+    weight, matrix = random.uniform(0.5, 2.0, 8), random.normal(size=(11, 8))
+    labels = random.integers(0, 11, 7)
+    norm, linear = nn.RMSNorm(8, eps=EPSILON), nn.Linear(8, 11, bias=False)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor(weight))
+        linear.weight.copy_(torch.tensor(matrix))
+    own = Exit(torch.tensor(weight * 1.5), EPSILON, rank=0)
+    module = FrozenExit(own, SharedHead(norm, linear, 1.0), (2, 6), "kd-last", ALPHA).train()
+    tensors = [torch.tensor(value, dtype=torch.float32) for value in (shallow, deep)]
+    loss = module(*tensors, torch.tensor(labels))["loss"]
+    student, teacher = rms(shallow, weight * 1.5, EPSILON), rms(deep, weight, EPSILON)
+    ce = [-log_softmax(state @ matrix.T)[np.arange(7), labels].sum() for state in (student, teacher)]
+    expected = (2 * ce[0] + 6 * ce[1]) / 8 + ALPHA * ((student - teacher) ** 2).mean(-1).sum()
+    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
+    loss.backward()
+    assert norm.weight.grad is None
+    assert own.norm.weight.grad is not None
