@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
 from runtime.errors import BundleError, PromptError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from runtime.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -84,27 +83,12 @@ class Tokenizer:
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation by the chat template, which writes its special tokens itself.
 
-        Raises PromptError when there is no template or it refuses the messages, BundleError when it is not valid.
+        Raises PromptError when there is no template, or it refuses the messages or takes more steps or characters
+        than a template needs, BundleError when it is not valid.
         """
         if self.chat_template is None:
             raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
-        import jinja2
-
-        template = self._template
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refuses the messages ({_one_line(error)}); change them") from None
-        except Exception as error:  # whatever the template's own expressions raise on messages it does not expect
-            raise PromptError(
-                f"the chat template fails on the messages ({type(error).__name__}: {_one_line(error)}); change them"
-            ) from None
+        return self._template.render(messages, self.special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens and ids without a token are left out."""
@@ -120,8 +104,10 @@ class Tokenizer:
         return tuple(_flat(json.loads(self._backend.decoder.__getstate__()))) if self._backend.decoder else ()
 
     @cached_property
-    def _template(self) -> Template:
-        return _compile(self.chat_template or "")
+    def _template(self) -> ChatTemplate:
+        from runtime.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
+
+        return ChatTemplate(self.chat_template or "")
 
 
 def _read(path: Path) -> str | None:
@@ -153,52 +139,6 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     if decoder["type"] != "Sequence":
         return [decoder]
     return [step for inner in decoder["decoders"] for step in _flat(inner)]
-
-
-def _compile(source: str) -> Template:
-    """The environment chat templates are written for; sandboxed, as they come with models from anywhere."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks an answer for training; here its body is simply part of the text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise BundleError(
-            f"{CHAT_TEMPLATE} line {error.lineno} is not a valid template ({_one_line(error)}); "
-            "convert the checkpoint again"
-        ) from None
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _broken(path: Path, error: Exception) -> BundleError:
