@@ -42,6 +42,17 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--batch", type=click.IntRange(1, 4096), help=f"Lines of --input in flight at once.  [default: {BATCH}]")
 @click.option("--deadline", type=float, metavar="SECONDS", help="End a prompt that takes longer; a line then failed.")
 @click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
+@click.option(
+    "--parse-special/--no-parse-special",
+    default=None,
+    help="Whether control tokens such as <|im_start|> in the prompt are such, or text.  "
+    "[default: text in messages, such in a raw prompt]",
+)
+@click.option(
+    "--no-trust-templates",
+    is_flag=True,
+    help="Do not load the bundle's tokenizer and chat template: PROMPT is token ids, as in 1,22,333.",
+)
 @click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True)
 @click.option("--threshold", type=float, help="Exit above this confidence.  [default: the bundle's]")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True)
@@ -78,6 +89,7 @@ def command(
     device: str,
     threads: int | None,
     capacity: int | None,
+    no_trust_templates: bool,
     num_return_sequences: int,
     as_json: bool,
     **options: Any,
@@ -97,13 +109,21 @@ def command(
         raise click.UsageError("--output, --resume, --overwrite and --batch go with --input")
     if source is not None and target is not None and target.exists() and target.samefile(source):
         raise click.UsageError("--output is the same file as --input")
+    if chat and no_trust_templates:
+        raise click.UsageError("--chat needs the bundle's chat template; leave out --no-trust-templates")
     slots = 1 if source is None else batch or BATCH
-    with _session(bundle, device=device, threads=threads, capacity=capacity, slots=slots) as session:
+    trust = not no_trust_templates
+    with _session(
+        bundle, device=device, threads=threads, capacity=capacity, slots=slots, trust_templates=trust
+    ) as session:
+
+        def prompt_of(text: Any) -> Any:
+            return _prompt(text, chat) if trust else _ids(text)
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
             if num_return_sequences == 1:
-                return [session.generate(_prompt(text, chat), cancel=cancel, **options)]
-            return session.generate_best(_prompt(text, chat), num_return_sequences, cancel=cancel, **options)
+                return [session.generate(prompt_of(text), cancel=cancel, **options)]
+            return session.generate_best(prompt_of(text), num_return_sequences, cancel=cancel, **options)
 
         if source is not None and target is not None:
             answer_file(ask, source, target, batch or BATCH, resume, overwrite)
@@ -112,11 +132,18 @@ def command(
         if num_return_sequences > 1:
             _print_all(ask(text), as_json)
         else:
-            _generate_one(session, _prompt(text, chat), as_json, options)
+            _generate_one(session, prompt_of(text), as_json, options)
 
 
 def _prompt(text: Any, chat: bool) -> Any:
     return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
+
+
+def _ids(text: Any) -> Any:
+    """Token ids as text names them; what names none stays, and the session says why it is refused."""
+    words = text.replace(",", " ").split() if isinstance(text, str) else []
+    listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
+    return list(map(int, words)) if listed else text
 
 
 def _print_all(results: list[GenerationResult], as_json: bool) -> None:
@@ -127,7 +154,7 @@ def _print_all(results: list[GenerationResult], as_json: bool) -> None:
         return
     for result in results:
         logprob = sum(result.logprobs or ()) / len(result.token_ids)
-        click.echo(f"[{logprob:.2f} nats a token] {result.text}")
+        click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
 
 
 @contextmanager
@@ -144,7 +171,7 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
     with session.stream(prompt, **options) as stream:
         for token in stream:
             if not as_json:
-                click.echo(token.text, nl=False)
+                click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)
                 sys.stdout.flush()
     if as_json:
         click.echo(json.dumps(fields_of(stream.result), ensure_ascii=False))

@@ -48,6 +48,8 @@ class SessionOptions:
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
         (docs/serving.md). Default True.
+    trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
+        and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture shallow steps that come again as CUDA graphs: one call starts all their kernels.
     """
 
@@ -64,6 +66,7 @@ class SessionOptions:
     cache: CacheUse | None = None
     huge_pages: bool = True
     cuda_graphs: bool = True
+    trust_templates: bool = True
 
     def __post_init__(self) -> None:
         check_whole("threads", self.threads, 1, 1024, optional=True)
@@ -81,7 +84,7 @@ class SessionOptions:
         check_choice("verify", self.verify, ("sizes", "full"))
         Device.parse(self.device)
         object.__setattr__(self, "cache", _cache_use(self.cache))
-        for name in ("huge_pages", "cuda_graphs"):
+        for name in ("huge_pages", "cuda_graphs", "trust_templates"):
             check_bool(name, getattr(self, name))
 
 
@@ -97,6 +100,9 @@ class GenerationOptions:
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
+    parse_special: control tokens that the prompt spells, such as <|im_start|>, become their ids; else they are text, as
+        with llama.cpp's option of this name and transformers' split_special_tokens. None is True for a text prompt, as
+        in transformers, and False for the contents of messages, so that no user can end a turn or begin one.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
     deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
@@ -124,6 +130,7 @@ class GenerationOptions:
     rollback_threshold: float | None = None
     max_pending: int | None = None
     sync_every: int = 4
+    parse_special: bool | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     deadline: float | None = None
@@ -159,6 +166,7 @@ class GenerationOptions:
         check_number(
             "length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY, allowed, optional=False
         )
+        check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
         check_bool("ignore_eos", self.ignore_eos)
         check_bool("output_logprobs", self.output_logprobs)
         if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):

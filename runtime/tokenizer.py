@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from runtime.control_tokens import ControlTokens, Escaped
 from runtime.errors import BundleError, PromptError
+from runtime.tokenizer_growth import growth_problem
 
 if TYPE_CHECKING:
     from runtime.chat_template import ChatTemplate
@@ -58,6 +60,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception for everything it cannot parse
             raise _broken(path, error) from None
+        problem = growth_problem(backend)
+        if problem is not None:
+            raise _broken(path, ValueError(problem))
         template = _read(bundle_dir / CHAT_TEMPLATE)
         return cls(backend, template, _special_tokens(bundle_dir / TOKENIZER_CONFIG))
 
@@ -66,19 +71,42 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False.
 
-        Raises PromptError for text that the tokenizer has no tokens for, not even an unknown one.
+        Control tokens that `text` spells become their ids unless `parse_special` is False: then they are text. Raises
+        PromptError for text that the tokenizer has no tokens for, not even an unknown one.
         """
+        if parse_special:
+            return self._encoding(self._backend, text, special).ids
+        return self._controls.encode_plain(text, special)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        parse_special: bool = False,
+        check: Callable[[str], None] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does.
+
+        Control tokens are those that the template writes; those in the messages are text, unless `parse_special`.
+        `check` sees the text before it is encoded.
+        """
+        template = self.chat_template or ""
+        escaped = Escaped(messages, {}, False) if parse_special else self._controls.escape(messages, template)
+        text = self.render_chat(escaped.messages)
+        if check is not None:
+            check(text)
+        if not escaped.found:
+            return self.encode(text, special=False)
+        return self._controls.encode_escaped(text, escaped.characters)
+
+    def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=special).ids
+            return backend.encode(text, add_special_tokens=special)
         except Exception as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
             raise PromptError(f"the tokenizer cannot encode the text ({_one_line(error)}); change it") from None
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does."""
-        return self.encode(self.render_chat(messages), special=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation by the chat template, which writes its special tokens itself.
@@ -102,6 +130,10 @@ class Tokenizer:
     def decoder_steps(self) -> tuple[dict[str, Any], ...]:
         """The steps that make text of tokens, in order, each as tokenizer.json describes it; a sequence is flat."""
         return tuple(_flat(json.loads(self._backend.decoder.__getstate__()))) if self._backend.decoder else ()
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        return ControlTokens(self._backend, self._encoding)
 
     @cached_property
     def _template(self) -> ChatTemplate:
