@@ -15,13 +15,19 @@ from freeexport.benchmark import benchmark
 from freeexport.idle import require_idle
 from freeexport.output_file import check_writable, write_whole
 from freeexport.peer_catalog import PEERS
+from freeexport.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
 from runtime.bundle import Bundle
 from runtime.errors import OptionError
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
+@section("Prompts")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help=SAMPLES)
+@click.option("--max-new-tokens", "tokens", cls=RenamedOption, old="--tokens", type=click.IntRange(2), default=64,
+              show_default=True, help="Tokens generated for a prompt, its end ignored.")  # fmt: skip
+@section("What is compared")
 @click.option(
     "--against",
     multiple=True,
@@ -32,7 +38,10 @@ from runtime.errors import OptionError
 @click.option("--model", metavar="MODEL", help="The checkpoint that the bundle came from, for peers.")
 @click.option("--also", type=click.Path(path_type=Path), multiple=True,
               help="Another bundle of that checkpoint, say at another precision; several times.")  # fmt: skip
-@click.option("--threshold", type=float, multiple=True, help="Also run the modes at this threshold; several times.")
+@section("Early exits")
+@click.option(
+    "--threshold", type=float, multiple=True, help="Also the modes, with exits above this confidence; several times."
+)
 @click.option(
     "--mode",
     type=click.Choice(["free", "rollback", "lossless", "shallow"]),
@@ -57,12 +66,12 @@ from runtime.errors import OptionError
 )
 @click.option("--early-exit-draft", is_flag=True, help="Also transformers drafting with the layers before the exit.")
 @click.option("--costs", is_flag=True, help="Only what each call of the engines costs, which predictions rest on.")
-@click.option("--tokens", type=click.IntRange(2), default=64, show_default=True, help="New tokens for each prompt.")
-@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help="Prompts used.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@section("Machine")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of all, in turn; medians count.")
 @click.option("--device", default="cpu", show_default=True, help="Of the bundles: cpu, or cuda:0 for the first GPU.")
-@click.option("--threads", type=click.IntRange(1), help="[default: one per physical core]")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
+@section("Results")
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw the speeds, too.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")

@@ -17,6 +17,15 @@ from freeexport.idle import cores_in_use
 from freeexport.output_file import write_whole
 from freeexport.page import print_page
 from freeexport.sequence_metrics import Metric
+from freeexport.verb_options import (
+    CONFIDENCES,
+    MAX_NEW_TOKENS,
+    METRICS,
+    SAMPLES,
+    RenamedOption,
+    SectionedCommand,
+    section,
+)
 from runtime.calibration import Method
 from runtime.errors import OptionError
 from runtime.manifest import MANIFEST, ConfidenceMeasure
@@ -102,16 +111,20 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
         yield BundleSource(Path(model), session)
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
+@section("Data")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option("--output", type=click.Path(path_type=Path),
-              help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, show_default=True,
-              help="First lines used.")  # fmt: skip
+              help=SAMPLES)  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
+@section("How the threshold is chosen")
 @click.option("--method", type=click.Choice(get_args(Method)), default="bmm", show_default=True,
-              help="bmm: by P(agree | confidence); risk: with a guarantee; quality: by decoding.")  # fmt: skip
-@click.option("--target", type=float, default=CalibrateOptions.target, show_default=True,
+              help="bmm: by P(agree | confidence). risk: the loss of a sequence, with a guarantee. quality: by "
+              "decoding at thresholds and comparing the outputs.")  # fmt: skip
+@click.option("--agreement", "target", cls=RenamedOption, old="--target", type=float,
+              default=CalibrateOptions.target, show_default=True,
               help="bmm: the share that must agree among tokens as sure as the threshold.")  # fmt: skip
 @click.option("--risk", type=float, default=CalibrateOptions.risk, show_default=True,
               help="risk: the most loss of a sequence, on average.")  # fmt: skip
@@ -120,17 +133,22 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
 @click.option("--target-quality", type=float,
               help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
 @click.option("--metric", type=click.Choice(get_args(Metric)),
-              help="What outputs are compared by.  [default: tokens; exact for quality]")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True)
+              help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
+@section("Where MODEL is a checkpoint")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
-              help="Checkpoints: the measure.  [default: softmax]")  # fmt: skip
-@click.option("--exit-layer", type=int, help="Checkpoints: where the exit stands.  [default: as trained, exit.json]")
-@click.option("--max-pending", type=click.IntRange(1), help="Checkpoints: most rows of a sync pass.  [default: 16]")
+              help=f"{CONFIDENCES}  [default: softmax]")  # fmt: skip
+@click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
+@click.option("--max-pending", type=click.IntRange(1), help="Most rows of a sync pass.  [default: 16]")
 @click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
-              help="Checkpoints: sequences decoded at once.")  # fmt: skip
-@click.option("--threads", type=click.IntRange(1), help="Bundles.  [default: one per physical core]")
+              help="Lines that are decoded at once.")  # fmt: skip
+@section("Where MODEL is a bundle")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
-@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True,
+              help="Of --measure.")  # fmt: skip
+@section("Results")
+@click.option("--output", type=click.Path(path_type=Path),
+              help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page with pictures to this directory.")
 @click.option("--json", "as_json", is_flag=True, help="Print the calibration and the advice as JSON.")
 def command(

@@ -43,7 +43,8 @@ class CalibrateOptions:
         for name in ("target", "risk", "delta", "quality"):
             value = getattr(self, name)
             if not 0 < value < 1:
-                raise OptionError(f"{name} is {value!r}; choose a number between 0 and 1")
+                given = "agreement" if name == "target" else name  # as the command line has it
+                raise OptionError(f"{given} is {value!r}; choose a number between 0 and 1")
         for name in ("samples", "max_new_tokens", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; choose 1 or more")

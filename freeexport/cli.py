@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from freeexport import __version__
+from freeexport.__main__ import INTERRUPTED
 from freeexport.extras import extra_of, install_command
 from runtime.errors import FreeExportError
 
@@ -38,8 +39,6 @@ VERBS: dict[str, str] = {
     "demo": "Convert a small model, generate, and compare speeds.",
 }
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
 
 class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
@@ -56,6 +55,13 @@ class Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(verb, VERBS[verb]) for verb in self.list_commands(ctx)])
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except KeyboardInterrupt as error:  # click would call it aborted, and exit with 1
+            click.echo(f"error: {describe(error)}", err=True)
+            raise click.exceptions.Exit(INTERRUPTED) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

@@ -18,6 +18,7 @@ from freeexport.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
+from freeexport.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
 from graphs.engines import EngineBuilder, EngineOptions, engine_names
@@ -156,24 +157,44 @@ class ExitVocabularyType(click.ParamType):
 ROUNDING_PAYS = 64 << 20
 
 
-@click.command()
+@click.command(cls=SectionedCommand)
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
+@section("The exit")
 @click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
-@click.option("--precision", type=click.Choice(get_args(Precision)), help="[default: fp32, for a GPU fp16]")
+@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True,
+              help=CONFIDENCES)  # fmt: skip
+@click.option(
+    "--exit-vocab",
+    type=ExitVocabularyType(),
+    default="all",
+    show_default=True,
+    metavar="N|auto|all|FILE",
+    help="Tokens that the shallow head knows, the others never exit: how many, or what exit-vocab wrote.",
+)
+@click.option("--exit-vocab-text", type=click.Path(path_type=Path),
+              help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
+@click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
+@click.option("--calibration", type=click.Path(path_type=Path), help="What freeexport calibrate wrote for MODEL.")
+@section("Engines")
 @click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True,
-              help="What the engines are for.")  # fmt: skip
+              help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (then freeexport build).")  # fmt: skip
+@click.option("--precision", type=click.Choice(get_args(Precision)),
+              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder of 4 bits and a deep one of 8. "
+              "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
-              help="ONNX Runtime's fused operators, or opset 24 only.  [default: ort, for a GPU standard]")  # fmt: skip
-@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True)
+              help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 alone.  "
+              "[default: ort, for a GPU standard]")  # fmt: skip
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
+@section("Quantized weights")
 @click.option(
     "--int8-range",
     type=click.Choice(["auto", *get_args(Int8Range)]),
     default="auto",
     show_default=True,
-    help="Range of 8-bit weights: reduced for processors without 8-bit dot products (VNNI). auto: as here.",
+    help="Of 8-bit weights. full: -127 to 127. reduced: half, for processors without 8-bit dot products (VNNI). auto: "
+    "as this one needs.",
 )
 @click.option(
     "--int8-layout",
@@ -188,18 +209,7 @@ ROUNDING_PAYS = 64 << 20
               "lossless says what full says. 2 % to 25 % slower.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="What a GPU computes in, where weights are rounded.  [default: fp16]")  # fmt: skip
-@click.option(
-    "--exit-vocab",
-    type=ExitVocabularyType(),
-    default="all",
-    show_default=True,
-    metavar="N|auto|all|FILE",
-    help="Tokens that the shallow head knows, the others never exit: how many, or what exit-vocab wrote.",
-)
-@click.option("--exit-vocab-text", type=click.Path(path_type=Path),
-              help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
-@click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="What freeexport calibrate wrote for MODEL.")
+@section("Result")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
 @click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
 @click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at OUT.")

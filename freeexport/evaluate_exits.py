@@ -13,6 +13,7 @@ import numpy as np
 from freeexport.page import print_page
 from freeexport.progress import progress
 from freeexport.share import Share
+from freeexport.verb_options import MAX_NEW_TOKENS, SAMPLES
 from freeexport.verdict import ExitFacts, Verdict, verdict
 from runtime.errors import OptionError
 
@@ -215,11 +216,15 @@ def _requests(data: Path, options: Options) -> list[Request]:
     show_default=True,
     help="What the decoder reads: its own greedy output, or the data's targets.",
 )
-@click.option("--samples", type=click.IntRange(1), default=Options.samples, show_default=True, help="First lines used.")
-@click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement, show_default=True)
-@click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, show_default=True)
-@click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens, show_default=True, help="A sequence.")
-@click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=Options.samples, show_default=True, help=SAMPLES)
+@click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement, show_default=True,
+              help="The share of exits that must agree with the last layer.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens, show_default=True,
+              help="Most tokens read of a line, prompt included.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, show_default=True,
+              help="Lines that are decoded at once.")  # fmt: skip
 @click.option(
     "--max-pending", type=click.IntRange(1), default=Options.max_pending, show_default=True, help="Rows of a sync pass."
 )

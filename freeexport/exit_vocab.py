@@ -15,6 +15,7 @@ from freeexport.exit_vocabulary_file import ExitVocabularyFile
 from freeexport.idle import TOLERATED, cores_in_use
 from freeexport.output_file import check_writable
 from freeexport.page import print_page, table
+from freeexport.verb_options import CONFIDENCES, MAX_NEW_TOKENS, SAMPLES
 from freeexport.verdict import MACHINE_BUSY
 from runtime.errors import OptionError
 from runtime.manifest import ConfidenceMeasure
@@ -118,12 +119,14 @@ def advice(found: ExitGains, chosen: Gain, output: Path, idle: bool = True) -> s
 @click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"), show_default=True,
               help="For convert --exit-vocab.")  # fmt: skip
 @click.option("--size", type=click.IntRange(2), help="Tokens to know.  [default: the most that is as fast as any]")
-@click.option("--threshold", type=click.FloatRange(0, 1), help="[default: as calibrated, or as calibrate would choose]")
+@click.option("--threshold", type=click.FloatRange(0, 1),
+              help="A token exits above this confidence.  [default: as calibrated, or would be]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(2), default=CalibrateOptions.samples, show_default=True,
-              help="First lines used.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True)
+              help=SAMPLES)  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
-              help="Checkpoints: the measure.  [default: softmax]")  # fmt: skip
+              help=f"Checkpoints. {CONFIDENCES}  [default: softmax]")  # fmt: skip
 @click.option("--exit-layer", type=int, help="Checkpoints: where the exit stands.  [default: as trained, exit.json]")
 @click.option("--max-pending", type=click.IntRange(1), help="Checkpoints: most rows of a sync pass.  [default: 16]")
 @click.option("--threads", type=click.IntRange(1), help="Bundles.  [default: one per physical core]")

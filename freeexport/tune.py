@@ -12,6 +12,7 @@ from freeexport.output_file import check_writable, write_whole
 from freeexport.page import print_page
 from freeexport.sequence_metrics import Metric
 from freeexport.tune_options import TuneOptions
+from freeexport.verb_options import MAX_NEW_TOKENS, METRICS, SAMPLES
 
 
 @click.command()
@@ -20,10 +21,11 @@ from freeexport.tune_options import TuneOptions
 @click.option("--target-quality", "quality", type=float, default=TuneOptions.quality, show_default=True,
               help="The share of the full model's metric to keep.")  # fmt: skip
 @click.option("--metric", type=click.Choice(get_args(Metric)), default=TuneOptions.metric, show_default=True,
-              help="What outputs are compared by.")  # fmt: skip
+              help=f"What outputs are compared by. {METRICS}")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=TuneOptions.samples, show_default=True,
-              help="First lines used; every third is held out.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=TuneOptions.max_new_tokens, show_default=True)
+              help=f"{SAMPLES} Every third is held out.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(2), default=TuneOptions.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
 @click.option("--candidates", type=click.IntRange(1), default=TuneOptions.candidates, show_default=True,
               help="Most choices that are decoded on the lines held out, and timed.")  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds, show_default=True)

@@ -121,7 +121,7 @@ def _never(facts: ExitFacts) -> Verdict:
     if facts.untrained:
         untrained = f"does not pay: {facts.where} is untrained{_agreeing(facts)} and never exits: {why}"
         return Verdict("bad", untrained, _train_or_lossless())
-    next_step = "give more data, ask for less (--target), train the exit (freeexport train), or use mode lossless"
+    next_step = "give more data, ask for less (--agreement), train the exit (freeexport train), or use mode lossless"
     return Verdict("bad", f"does not pay: {facts.where} never exits: {why}", next_step)
 
 
@@ -132,7 +132,7 @@ def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
         return Verdict("bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", next_step)
     if speedup <= 1:
         needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
-        next_step = "train the exit (freeexport train), ask for less (--target), or use mode full"
+        next_step = "train the exit (freeexport train), ask for less (--agreement), or use mode full"
         return Verdict("bad", f"does not pay: {gain}; {rates}{needed}", next_step)
     low = None if facts.exit_rate is None else facts.exit_rate.low
     if facts.measured is None and low is not None and even is not None and low < even:

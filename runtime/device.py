@@ -9,6 +9,7 @@ from typing import Any
 
 from runtime.errors import EngineError, OptionError
 from runtime.manifest import Manifest
+from runtime.option_checks import shown
 
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -24,7 +25,7 @@ class Device:
         """`cpu`, `cuda` or `cuda:1`. OptionError for anything else."""
         found = re.fullmatch(r"cpu|cuda(?::(\d{1,3}))?", text) if isinstance(text, str) else None
         if found is None:
-            raise OptionError(f"device is {text!r}; choose 'cpu', or 'cuda:0' for the first GPU")
+            raise OptionError(f"device is {shown(text)}; choose 'cpu', or 'cuda:0' for the first GPU")
         return cls() if text == "cpu" else cls(int(found[1] or 0))
 
     def __str__(self) -> str:

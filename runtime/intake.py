@@ -17,7 +17,7 @@ from runtime.errors import OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.paces import Paces
-from runtime.prompt import Prompt, encode_prompt
+from runtime.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_prompt
 from runtime.reply import Reply, Start
 from runtime.request import Request, threshold_of
 from runtime.row import Row
@@ -68,7 +68,9 @@ class Intake:
         if options.samples:
             options = with_defaults(options, read_defaults(self._bundle.path, manifest.files))
         limit = manifest.encoder_capacity or self._capacity
-        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit)
+        missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
+        parse_special = None if options.parse_special is None else bool(options.parse_special)
+        tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit, parse_special, missing)
         drafts = options.mode == "lossless"
         pace = self.paces.of(threshold_of(options, manifest), options.samples) if drafts else None
         cancelled = partial(self._cancelled, cancel, _end(options, began))

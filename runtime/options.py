@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from runtime.device import Device
 from runtime.errors import OptionError
+from runtime.option_checks import MOST, check_bool, check_choice, check_number, check_whole, listed, number, shown
 from runtime.sampling import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 CacheUse = Literal["use", "write", "off"]
 CACHE_VARIABLE = "FREEEXPORT_CACHE"
+
+# Logits are float32: divided by less, or raised by more, they become infinite, and every token is token 0.
+LEAST_DIVISOR, MOST_PENALTY, MOST_BIAS = 1e-6, 1e6, 1e20
+FLOAT32_MAX = 3.4e38
+# A length to a greater power is beyond float64, and a lock waits no longer.
+MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
+ABOVE_ZERO = math.ulp(0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +48,8 @@ class SessionOptions:
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
         (docs/serving.md). Default True.
+    trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
+        and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture shallow steps that come again as CUDA graphs: one call starts all their kernels.
     """
 
@@ -54,29 +66,26 @@ class SessionOptions:
     cache: CacheUse | None = None
     huge_pages: bool = True
     cuda_graphs: bool = True
+    trust_templates: bool = True
 
     def __post_init__(self) -> None:
-        _in_range("threads", self.threads, 1, 1024)
-        _in_range("slots", self.slots, 1, 4096)
-        _in_range("queue", self.queue, 0, None)
-        _in_range("capacity", self.capacity, 1, None)
-        if self.threshold != "adaptive":
-            within = 0.0 <= _number(self.threshold) <= 1.0
-            _real("threshold", self.threshold, within, "from 0 (exit always) to 1 (never), or 'adaptive'")
-        _in_range("adaptive_memory", self.adaptive_memory, 100, None)
-        if self.adaptive_state is not None and self.threshold != "adaptive":
-            raise OptionError(f"adaptive_state is given, but threshold is {self.threshold!r}; choose 'adaptive'")
+        check_whole("threads", self.threads, 1, 1024, optional=True)
+        check_whole("slots", self.slots, 1, 4096)
+        check_whole("queue", self.queue, 0)
+        check_whole("capacity", self.capacity, 1, optional=True)
+        if not _is_text(self.threshold, "adaptive"):
+            check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
+        check_whole("adaptive_memory", self.adaptive_memory, 100)
+        if self.adaptive_state is not None and not _is_text(self.threshold, "adaptive"):
+            raise OptionError(f"adaptive_state is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
         if self.adaptive_state is not None and not isinstance(self.adaptive_state, Mapping):
-            raise OptionError(f"adaptive_state is {str(self.adaptive_state)[:80]!r}; give what adaptive_state() gave")
-        if self.overlap not in (None, True, False):
-            raise OptionError(f"overlap is {self.overlap!r}; choose True, False or None (as measured)")
-        if self.verify not in ("sizes", "full"):
-            raise OptionError(f"verify is {self.verify!r}; choose 'sizes' or 'full'")
+            raise OptionError(f"adaptive_state is {shown(self.adaptive_state)}; give what adaptive_state() gave")
+        check_bool("overlap", self.overlap, none="(as measured)")
+        check_choice("verify", self.verify, ("sizes", "full"))
         Device.parse(self.device)
         object.__setattr__(self, "cache", _cache_use(self.cache))
-        for name in ("huge_pages", "cuda_graphs"):
-            if getattr(self, name) not in (True, False):
-                raise OptionError(f"{name} is {getattr(self, name)!r}; choose True or False")
+        for name in ("huge_pages", "cuda_graphs", "trust_templates"):
+            check_bool(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +100,9 @@ class GenerationOptions:
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
+    parse_special: control tokens that the prompt spells, such as <|im_start|>, become their ids; else they are text, as
+        with llama.cpp's option of this name and transformers' split_special_tokens. None is True for a text prompt, as
+        in transformers, and False for the contents of messages, so that no user can end a turn or begin one.
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
     deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
@@ -99,6 +111,9 @@ class GenerationOptions:
     The others have the names and meaning of transformers' GenerationConfig, but for `seed`. Sampling is opt-in: with
     `do_sample` or a `temperature` above 0, None takes the value of the bundle's generation_config.json, then the
     default: temperature 1, top_k 50 (0 is off), top_p 1, min_p 0, repetition_penalty 1.
+
+    A temperature between 0 and 1e-6, or a repetition_penalty outside 1e-6 to 1e6, would make float32 logits infinite
+    and is refused.
 
     seed: the same seed gives the same tokens; None is another one each time.
     sequence_bias: nats added to a token ({42: -5.0}), or to the last of a sequence of tokens ({(7, 42): 2.0}).
@@ -115,6 +130,7 @@ class GenerationOptions:
     rollback_threshold: float | None = None
     max_pending: int | None = None
     sync_every: int = 4
+    parse_special: bool | None = None
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     deadline: float | None = None
@@ -134,26 +150,27 @@ class GenerationOptions:
     early_stopping: bool | Literal["never"] = False
 
     def __post_init__(self) -> None:
-        _in_range("max_new_tokens", self.max_new_tokens, 1, None)
-        _in_range("max_pending", self.max_pending, 1, None)
-        _in_range("sync_every", self.sync_every, 0, None)
-        _in_range("min_new_tokens", self.min_new_tokens, 0, None)
-        _in_range("top_k", self.top_k, 0, None)
-        _in_range("seed", self.seed, 0, 2**64 - 1)
-        _in_range("num_beams", self.num_beams, 1, 256)
-        if self.mode not in MODES:
-            raise OptionError(f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
-        _real("threshold", self.threshold, 0.0 <= _number(self.threshold) <= 1.0, "from 0 (exit always) to 1 (never)")
-        _real("rollback_threshold", self.rollback_threshold, _number(self.rollback_threshold) >= 0, "of nats from 0")
-        _real("temperature", self.temperature, 0 <= _number(self.temperature) < math.inf, "from 0 (greedy)")
-        _real("deadline", self.deadline, _number(self.deadline) > 0, "of seconds above 0")
-        _real("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "above 0, up to 1 (all tokens)")
-        _real("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "from 0 (all tokens) to 1")
-        positive = 0 < _number(self.repetition_penalty) < math.inf
-        _real("repetition_penalty", self.repetition_penalty, positive, "above 0; 1 is none")
-        _real("length_penalty", self.length_penalty, math.isfinite(_number(self.length_penalty)), "")
-        if self.early_stopping not in (True, False, "never"):
-            raise OptionError(f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'")
+        check_whole("max_new_tokens", self.max_new_tokens, 1)
+        check_whole("max_pending", self.max_pending, 1, optional=True)
+        check_whole("sync_every", self.sync_every, 0)
+        check_whole("min_new_tokens", self.min_new_tokens, 0)
+        check_whole("top_k", self.top_k, 0, optional=True)
+        check_whole("seed", self.seed, 0, 2**64 - 1, optional=True)
+        check_whole("num_beams", self.num_beams, 1, 256)
+        check_choice("mode", self.mode, MODES)
+        check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never)")
+        self._check_sampling()
+        check_number("rollback_threshold", self.rollback_threshold, 0, math.inf, "of nats from 0")
+        check_number("deadline", self.deadline, ABOVE_ZERO, MOST_SECONDS, "of seconds above 0, up to 1e9, or None")
+        allowed = f"from -{MOST_LENGTH_PENALTY} to {MOST_LENGTH_PENALTY}"
+        check_number(
+            "length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY, allowed, optional=False
+        )
+        check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
+        check_bool("ignore_eos", self.ignore_eos)
+        check_bool("output_logprobs", self.output_logprobs)
+        if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):
+            raise OptionError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
         object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
@@ -163,6 +180,16 @@ class GenerationOptions:
     def samples(self) -> bool:
         """Whether tokens are drawn; temperature 0 is greedy."""
         return bool(self.do_sample or self.temperature) and self.temperature != 0
+
+    def _check_sampling(self) -> None:
+        check_bool("do_sample", self.do_sample, none="(as temperature says)")
+        if not (self.temperature is None or number(self.temperature) == 0):
+            allowed = f"from {LEAST_DIVISOR} on, or 0 (greedy)"
+            check_number("temperature", self.temperature, LEAST_DIVISOR, FLOAT32_MAX, allowed)
+        check_number("top_p", self.top_p, ABOVE_ZERO, 1, "above 0, up to 1 (all tokens)")
+        check_number("min_p", self.min_p, 0, 1, "from 0 (all tokens) to 1")
+        allowed = f"from {LEAST_DIVISOR} to {MOST_PENALTY:.0f}; 1 is none"
+        check_number("repetition_penalty", self.repetition_penalty, LEAST_DIVISOR, MOST_PENALTY, allowed)
 
     def _check_together(self) -> None:
         if self.do_sample is False and self.temperature:
@@ -187,57 +214,50 @@ class GenerationOptions:
             raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
 
 
+def _is_text(value: Any, text: str) -> bool:
+    """Equal, where comparing with an array would give an array."""
+    return isinstance(value, str) and value == text
+
+
 def _cache_use(given: Any) -> CacheUse:
     name, use = ("cache", given) if given is not None else (CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE) or "use")
-    chosen: CacheUse | None = next((choice for choice in get_args(CacheUse) if choice == use), None)
+    chosen: CacheUse | None = next((choice for choice in get_args(CacheUse) if _is_text(use, choice)), None)
     if chosen is None:
-        raise OptionError(f"{name} is {use!r}; choose 'use', 'write' or 'off'")
+        raise OptionError(f"{name} is {shown(use)}; choose 'use', 'write' or 'off'")
     return chosen
 
 
-def _number(value: Any) -> float:
-    """NaN, which is in no range, where it is not a real number."""
-    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
-
-
-def _real(name: str, value: Any, holds: bool, range_: str) -> None:
-    if value is not None and not holds:
-        raise OptionError(f"{name} is {value!r}; choose a number {range_}".rstrip())
-
-
 def _strings(stop: Any) -> tuple[str, ...]:
-    single = isinstance(stop, str) or not isinstance(stop, Iterable)
-    strings = (stop,) if single else tuple(stop)
-    if not all(isinstance(text, str) and text for text in strings):
-        raise OptionError(f"stop is {stop!r}; give strings that are not empty")
+    strings = (stop,) if isinstance(stop, str) else listed(stop)
+    if strings is None or not all(isinstance(text, str) and text for text in strings):
+        raise OptionError(f"stop is {shown(stop)}; give strings that are not empty")
     return strings
 
 
 def _biases(given: Any) -> dict[tuple[int, ...], float] | None:
     if given is None:
         return None
-    problem = f"sequence_bias is {str(given)[:80]}; give {{token: bias}} or {{(token, token): bias}}, biases finite"
-    if not isinstance(given, Mapping):
-        raise OptionError(problem)
-    biases: dict[tuple[Any, ...], Any] = {
-        tuple(key) if isinstance(key, Iterable) else (key,): bias for key, bias in given.items()
-    }
-    for sequence, bias in biases.items():
-        whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in sequence)
-        if not sequence or not whole or min(sequence) < 0 or not math.isfinite(_number(bias)):
-            raise OptionError(problem)
+    items = listed(given.items()) if isinstance(given, Mapping) else None
+    biases = {key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()}
+    if items is None or not all(map(_is_sequence, biases)) or not all(map(_is_bias, biases.values())):
+        raise OptionError(
+            f"sequence_bias is {shown(given)}; "
+            f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} nats"
+        )
     return biases
 
 
+def _is_sequence(tokens: tuple[Any, ...]) -> bool:
+    whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
+    return bool(tokens) and whole and all(0 <= token <= MOST for token in tokens)
+
+
+def _is_bias(bias: Any) -> bool:
+    return abs(number(bias)) <= MOST_BIAS
+
+
 def _processors(given: Any) -> tuple[LogitsProcessor, ...]:
-    processors = (given,) if callable(given) else tuple(given) if isinstance(given, Iterable) else (given,)
-    if not all(callable(processor) for processor in processors):
-        raise OptionError(f"logits_processor is {str(given)[:80]!r}; give a callable, or a list of them")
+    processors = (given,) if callable(given) else listed(given)
+    if processors is None or not all(callable(processor) for processor in processors):
+        raise OptionError(f"logits_processor is {shown(given)}; give a callable, or a list of them")
     return processors
-
-
-def _in_range(name: str, value: int | None, low: int, high: int | None) -> None:
-    if value is None:
-        return
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < low or (high is not None and value > high):
-        raise OptionError(f"{name} is {value!r}; choose a whole number from {low}" + (f" to {high}" if high else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,31 +17,54 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDAr
 # is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenising megabytes takes seconds.
 MAX_BYTES_PER_TOKEN = 64
 
+NO_TOKENIZER = "the bundle has no tokenizer"
+UNTRUSTED = "the session does not load the bundle's tokenizer (trust_templates=False)"
+
 _FORMS = "pass text, a list of token ids, or a list of {'role', 'content'} messages"
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    limit: int,
+    parse_special: bool | None = None,
+    missing: str = NO_TOKENIZER,
+) -> npt.NDArray[np.int64]:
     """Token ids [n] of `prompt`, 1 <= n <= limit, each in 0..vocab_size-1.
 
     Text gets the tokenizer's special tokens, a list of ids (or an integer array [n]) is taken as it is, and a list of
-    messages goes through the chat template. `limit` is the most tokens allowed. Raises PromptError for a prompt that
-    is empty, too long, not valid text, out of range, or of a form that the bundle cannot take.
+    messages goes through the chat template. `limit` is the most tokens allowed. Control tokens spelled in the prompt
+    become their ids where `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer.
+    Raises PromptError for a prompt that is empty, too long, not valid text, out of range, or of a form that the bundle
+    cannot take.
     """
+    if tokenizer is None and (isinstance(prompt, str) or _is_chat(prompt)):
+        form = "text" if isinstance(prompt, str) else "chat"
+        raise PromptError(f"{missing}, so it takes no {form}; pass the prompt as a list of token ids")
     if isinstance(prompt, str):
-        return _checked(_encode_text(prompt, tokenizer, limit, special=True), vocab_size, limit)
+        assert tokenizer is not None
+        return _checked(_encode_text(prompt, tokenizer, limit, parse_special in (None, True)), vocab_size, limit)
     if isinstance(prompt, np.ndarray):
         return _checked(_listed(prompt, limit), vocab_size, limit)
     if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
         raise PromptError(f"the prompt is {type(prompt).__name__}; {_FORMS}")
-    if prompt and isinstance(prompt[0], Mapping):
-        messages = cast(Sequence[Mapping[str, str]], prompt)
-        return _checked(_encode_chat(messages, tokenizer, limit), vocab_size, limit)
+    if _is_chat(prompt):
+        assert tokenizer is not None
+        return _checked(_encode_chat(prompt, tokenizer, limit, bool(parse_special)), vocab_size, limit)
     return _checked(prompt, vocab_size, limit)
 
 
-def _encode_text(text: str, tokenizer: Tokenizer | None, limit: int, *, special: bool) -> list[int]:
-    if tokenizer is None:
-        raise PromptError("the bundle has no tokenizer, so it takes no text; pass the prompt as a list of token ids")
+def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _encode_text(text: str, tokenizer: Tokenizer, limit: int, parse_special: bool) -> list[int]:
+    _check_text(text, limit)
+    return tokenizer.encode(text, parse_special=parse_special)
+
+
+def _check_text(text: str, limit: int) -> None:
     if not text:
         raise PromptError("the prompt is empty; pass at least one character")
     most = limit * MAX_BYTES_PER_TOKEN
@@ -51,7 +74,6 @@ def _encode_text(text: str, tokenizer: Tokenizer | None, limit: int, *, special:
             f"the prompt has {size} bytes or more, too many for the {limit} tokens that fit; "
             "shorten it, or convert with a larger capacity"
         )
-    return tokenizer.encode(text, special=special)
 
 
 def _utf8_size(text: str) -> int:
@@ -64,7 +86,9 @@ def _utf8_size(text: str) -> int:
         ) from None
 
 
-def _encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer | None, limit: int) -> list[int]:
+def _encode_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, limit: int, parse_special: bool
+) -> list[int]:
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise PromptError(f"message {index} is {type(message).__name__}; {_FORMS}")
@@ -72,10 +96,7 @@ def _encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer | N
             if not isinstance(message.get(name), str):
                 problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
                 raise PromptError(f"{name!r} of message {index} {problem}; give each message a role and a content text")
-    if tokenizer is None:
-        raise PromptError("the bundle has no tokenizer, so it takes no chat; pass the prompt as a list of token ids")
-    # The template writes the special tokens itself.
-    return _encode_text(tokenizer.render_chat(messages), tokenizer, limit, special=False)
+    return tokenizer.encode_chat(messages, parse_special=parse_special, check=lambda text: _check_text(text, limit))
 
 
 def _listed(ids: npt.NDArray[Any], limit: int) -> list[int]:

@@ -61,7 +61,8 @@ class Session:
         self._placement = place(self.bundle, self.options, self.capacity, self.threads)
         self.overlap = self._overlaps(manifest)
         with self._placement.loading() as engine:
-            self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files)
+            trusted = self.options.trust_templates
+            self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files) if trusted else None
             shallow, deep = self._placement.lanes(engine, self.overlap)
             self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)
@@ -76,7 +77,7 @@ class Session:
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """The bundle's tokenizer; None where it has none, and prompts must be token ids."""
+        """The bundle's tokenizer; None where it has none, or trust_templates is False: prompts must be token ids."""
         return self._tokenizer
 
     @overload

@@ -86,7 +86,10 @@ def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
         if not isinstance(text, str) or not text:
             raise OptionError(f"stop string {index} is {text!r}; pass strings of at least one character")
     if stop and tokenizer is None:
-        raise OptionError("stop strings need text, and the bundle has no tokenizer; leave them out")
+        raise OptionError(
+            "stop strings need text, and there is no tokenizer (the bundle has none, or trust_templates is False); "
+            "leave them out"
+        )
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:

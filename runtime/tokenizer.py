@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
+from runtime.control_tokens import ControlTokens, Escaped
 from runtime.errors import BundleError, PromptError
 from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
+from runtime.tokenizer_growth import growth_problem
 
 if TYPE_CHECKING:
-    from jinja2 import Template
+    from runtime.chat_template import ChatTemplate
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -63,6 +64,9 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_str(source)
         except Exception as error:  # the library raises bare Exception for everything it cannot parse
             raise _broken(path, error) from None
+        problem = growth_problem(backend)
+        if problem is not None:
+            raise _broken(path, ValueError(problem))
         template = _read(bundle_dir / CHAT_TEMPLATE, listed, LARGEST_CONFIG)
         return cls(backend, template, _special_tokens(bundle_dir / TOKENIZER_CONFIG, listed))
 
@@ -71,44 +75,52 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self._backend.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, *, special: bool = True) -> list[int]:
+    def encode(self, text: str, *, special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False.
 
-        Raises PromptError for text that the tokenizer has no tokens for, not even an unknown one.
+        Control tokens that `text` spells become their ids unless `parse_special` is False: then they are text. Raises
+        PromptError for text that the tokenizer has no tokens for, not even an unknown one.
         """
+        if parse_special:
+            return self._encoding(self._backend, text, special).ids
+        return self._controls.encode_plain(text, special)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        parse_special: bool = False,
+        check: Callable[[str], None] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does.
+
+        Control tokens are those that the template writes; those in the messages are text, unless `parse_special`.
+        `check` sees the text before it is encoded.
+        """
+        template = self.chat_template or ""
+        escaped = Escaped(messages, {}, False) if parse_special else self._controls.escape(messages, template)
+        text = self.render_chat(escaped.messages)
+        if check is not None:
+            check(text)
+        if not escaped.found:
+            return self.encode(text, special=False)
+        return self._controls.encode_escaped(text, escaped.characters)
+
+    def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=special).ids
+            return backend.encode(text, add_special_tokens=special)
         except Exception as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
             raise PromptError(f"the tokenizer cannot encode the text ({_one_line(error)}); change it") from None
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does."""
-        return self.encode(self.render_chat(messages), special=False)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """The text of a conversation by the chat template, which writes its special tokens itself.
 
-        Raises PromptError when there is no template or it refuses the messages, BundleError when it is not valid.
+        Raises PromptError when there is no template, or it refuses the messages or takes more steps or characters
+        than a template needs, BundleError when it is not valid.
         """
         if self.chat_template is None:
             raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
-        import jinja2
-
-        template = self._template
-        try:
-            return template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise PromptError(f"the chat template refuses the messages ({_one_line(error)}); change them") from None
-        except Exception as error:  # whatever the template's own expressions raise on messages it does not expect
-            raise PromptError(
-                f"the chat template fails on the messages ({type(error).__name__}: {_one_line(error)}); change them"
-            ) from None
+        return self._template.render(messages, self.special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special tokens and ids without a token are left out."""
@@ -124,8 +136,14 @@ class Tokenizer:
         return tuple(_flat(json.loads(self._backend.decoder.__getstate__()))) if self._backend.decoder else ()
 
     @cached_property
-    def _template(self) -> Template:
-        return _compile(self.chat_template or "")
+    def _controls(self) -> ControlTokens:
+        return ControlTokens(self._backend, self._encoding)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from runtime.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
+
+        return ChatTemplate(self.chat_template or "")
 
 
 def _read(path: Path, listed: Container[str], limit: int) -> str | None:
@@ -153,52 +171,6 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     if decoder["type"] != "Sequence":
         return [decoder]
     return [step for inner in decoder["decoders"] for step in _flat(inner)]
-
-
-def _compile(source: str) -> Template:
-    """The environment chat templates are written for; sandboxed, as they come with models from anywhere."""
-    import jinja2
-    from jinja2 import nodes
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks an answer for training; here its body is simply part of the text."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Parser) -> list[nodes.Node]:
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise BundleError(
-            f"{CHAT_TEMPLATE} line {error.lineno} is not a valid template ({_one_line(error)}); "
-            "convert the checkpoint again"
-        ) from None
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters, which models were not trained on.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _broken(path: Path, error: Exception) -> BundleError:

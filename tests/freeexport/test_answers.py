@@ -45,7 +45,7 @@ def result_of(text: str, finish_reason: Any = "eos") -> GenerationResult:
 def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path: Path) -> None:
     outputs = []
     for batch in ("1", "3", "64"):
-        result = run("--output", str(tmp_path / batch), "--batch", batch)
+        result = run("--output", str(tmp_path / batch), "--batch-size", batch)
         assert result.exit_code == 1
         outputs.append(re.sub(r'"seconds": [0-9.e-]+, ', "", (tmp_path / batch).read_text()))
     assert outputs[0] == outputs[1] == outputs[2]
@@ -72,12 +72,14 @@ def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: P
 
 @pytest.mark.parametrize("deadline", ["0", "-1", "nan"])
 def test_a_deadline_that_is_no_time_ends_the_command(deadline: str, run: Run, tmp_path: Path) -> None:
-    result = run("--output", str(tmp_path / "out"), "--deadline", deadline, "--batch", "2")
+    result = run("--output", str(tmp_path / "out"), "--deadline", deadline, "--batch-size", "2")
     assert result.exit_code == 1
     assert "deadline is" in result.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize("arguments", [("Hi", "--batch", "2"), ("--input", "in", "--output", "out", "--batch", "0")])
+@pytest.mark.parametrize(
+    "arguments", [("Hi", "--batch-size", "2"), ("--input", "in", "--output", "out", "--batch-size", "0")]
+)
 def test_a_batch_without_a_file_or_of_nothing_is_a_usage_error(arguments: tuple[str, ...], tmp_path: Path) -> None:
     assert CliRunner().invoke(cli.main, ["generate", str(tmp_path), *arguments]).exit_code == 2
 

@@ -21,7 +21,7 @@ from runtime.errors import OptionError
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 T5 = next(case for case in CASES if case.name == "t5-gated-tied")
-FEW = ("--tokens", "3", "--samples", "1", "--rounds", "1", "--threads", "1")
+FEW = ("--max-new-tokens", "3", "--samples", "1", "--rounds", "1", "--threads", "1")
 
 
 def bench(*arguments: object) -> Result:

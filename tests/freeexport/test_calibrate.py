@@ -107,7 +107,7 @@ def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles
 
 def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Callable[..., Path], data: Path) -> None:
     path = own(T5, measure=True)
-    answer = calibrated(path, "--data", data, "--target", 0.2)
+    answer = calibrated(path, "--data", data, "--agreement", 0.2)
     assert 0 < answer["threshold"] < 1
     assert answer["sequences"] == len(TEXTS)
     assert answer["method"] == "bmm"
@@ -166,7 +166,7 @@ def test_a_busy_machine_measures_no_speed(
 def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
     file, out = tmp_path / "calibration.json", tmp_path / "bundle"
     model = checkpoint(T5)
-    given = ("--data", data, "--exit-layer", 3, "--target", 0.2, "--output", file)
+    given = ("--data", data, "--exit-layer", 3, "--agreement", 0.2, "--output", file)
     answer = calibrated(model, *given, "--confidence", "entropy")
     assert answer["costs"] == {}
     quick = ("--no-verify", "--no-measure", "--calibration", file)
@@ -221,7 +221,7 @@ def test_an_interrupted_run_goes_on_and_other_methods_need_no_decoding(
     until = 1000
     first = calibrated(path, "--data", data)
     assert decoded == list(range(1, len(TEXTS) + 1))
-    again = calibrated(path, "--data", data, "--target", 0.2)
+    again = calibrated(path, "--data", data, "--agreement", 0.2)
     assert len(decoded) == len(TEXTS)
     assert again["mixture"] == first["mixture"]
     calibrated(path, "--data", data, "--samples", 10)
@@ -239,7 +239,7 @@ def test_an_interrupted_run_goes_on_and_other_methods_need_no_decoding(
         (36, ("--method", "risk"), "needs at least 59 sequences, the data have 36"),
         (36, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
         (36, ("--confidence", "entropy"), "--confidence is for checkpoints"),
-        (36, ("--target", "1"), "target is 1.0; choose a number between 0 and 1"),
+        (36, ("--agreement", "1"), "agreement is 1.0; choose a number between 0 and 1"),
         (36, ("--delta", "nan"), "delta is nan"),
     ],
 )

@@ -135,6 +135,61 @@ def test_ctrl_c_in_a_real_process_exits_with_130() -> None:
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
+INTERRUPTED_IN = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import freeexport.__main__ as entry
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "MODULE":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["freeexport", "doctor"]
+entry.main()
+"""
+
+
+@pytest.mark.parametrize("module", ["freeexport.cli", "click", "numpy", "freeexport.doctor"])
+def test_ctrl_c_while_packages_are_imported_exits_with_130(module: str) -> None:
+    done = run_python(INTERRUPTED_IN.replace("MODULE", module))
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_ctrl_c_while_options_are_parsed_exits_with_130() -> None:
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from freeexport import cli; import click\n"
+        "click.Group.parse_args = lambda *_: signal.raise_signal(signal.SIGINT)\n"
+        "cli.main(['doctor'])"
+    )
+    done = run_python(code)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: Path) -> None:
+    """What a library prints to a closed stream must not go to the file that is opened next."""
+    (tmp_path / "shape.py").write_text(
+        "import os, freeexport.__main__ as entry, freeexport.cli as cli, click\n"
+        "def body():\n"
+        f"    with open({str(tmp_path / 'out')!r}, 'w') as file:\n"
+        "        click.echo('to stdout'); click.echo('to stderr', err=True)\n"
+        "        os.write(1, b'native'); os.write(2, b'native'); os.read(0, 1)\n"
+        "        file.write('result')\n"
+        "cli.Verbs.get_command = lambda *_: click.command()(body)\n"
+        "import sys; sys.argv = ['freeexport', 'doctor']; entry.main()\n"
+    )
+    command = ["sh", "-c", f"{sys.executable} {tmp_path / 'shape.py'} {closed}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, input="", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out").read_text() == "result"
+    assert done.stdout == ("" if " >&-" in f" {closed}" else "to stdout\nnative")
+    assert done.stderr == ("" if "2>&-" in closed else "to stderr\nnative")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk_names_what_to_do(run_verb: Run) -> None:
     line = error_line(run_verb("open('/dev/full', 'w', buffering=1).write('x\\n')"))

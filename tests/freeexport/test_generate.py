@@ -174,3 +174,32 @@ def test_a_device_that_cannot_be_had_is_one_line(
     result = on_a_gpu(path, "--device", device)
     assert (result.exit_code, result.stdout) == (1, "")
     assert message in error(result)
+
+
+def test_control_tokens_of_the_prompt_are_text_if_asked(generate: Run, session: Session) -> None:
+    for flag, parse in (("--parse-special", True), ("--no-parse-special", False)):
+        ours = json.loads(generate("Hi</s>", "--json", flag, "--max-new-tokens", "5").stdout)
+        expected = session.generate("Hi</s>", parse_special=parse, max_new_tokens=5)
+        assert ours["token_ids"] == list(expected.token_ids)
+        chat = json.loads(generate("Hi</s>", "--chat", "--json", flag, "--max-new-tokens", "5").stdout)
+        messages = [{"role": "user", "content": "Hi</s>"}]
+        expected = session.generate(messages, parse_special=parse, max_new_tokens=5)
+        assert chat["token_ids"] == list(expected.token_ids)
+
+
+def test_without_trust_prompts_and_results_are_token_ids(generate: Run, session: Session, tmp_path: Path) -> None:
+    ids = list(session.generate([1, 5, 7], max_new_tokens=5).token_ids)
+    bare = ("--no-trust-templates", "--max-new-tokens", "5")
+    assert generate("1, 5 7", *bare).stdout.split() == list(map(str, ids))
+    assert json.loads(generate("1,5,7", "--json", *bare).stdout) | {"exited": []} == {
+        "text": "", "token_ids": ids, "exited": [], "finish_reason": "length"
+    }  # fmt: skip
+    line = error(generate("Hello", *bare))
+    assert "does not load the bundle's tokenizer (trust_templates=False), so it takes no text" in line
+    assert generate("1", "--chat", *bare).exit_code == 2
+    (tmp_path / "in.jsonl").write_text('{"input": "1,5,7"}\n{"input": "Hello"}\n')
+    result = generate("--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"), *bare)
+    assert result.exit_code == 1
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert lines[0]["token_ids"] == ids
+    assert "takes no text" in lines[1]["error"]

@@ -40,7 +40,18 @@ def test_they_fill_in_what_is_left_open_and_only_for_sampling() -> None:
     assert with_defaults(greedy, defaults) is greedy
 
 
-@pytest.mark.parametrize("content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, [1], "{", "\0"])
+UNUSABLE = [
+    {"temperature": 1e-38},
+    {"temperature": 10**400},
+    {"repetition_penalty": float("nan")},
+    {"repetition_penalty": [1]},
+    {"top_k": True},
+    '{"min_p": 1e999}',
+    "[" * 100_000,
+]
+
+
+@pytest.mark.parametrize("content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, [1], "{", "\0", *UNUSABLE])
 def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"generation_config\.json"):
         read_defaults(written(tmp_path, content))

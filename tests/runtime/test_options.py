@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from runtime.errors import OptionError
-from runtime.options import GenerationOptions, SessionOptions
+from runtime.options import MODES, GenerationOptions, SessionOptions
+from runtime.request import _sampler
 
 
 @pytest.mark.parametrize(
@@ -29,6 +35,18 @@ from runtime.options import GenerationOptions, SessionOptions
         ("threshold", True),
         ("adaptive_memory", 0),
         ("adaptive_memory", 1e3),
+        ("slots", None),
+        ("queue", None),
+        ("queue", 1.0),
+        ("adaptive_memory", None),
+        ("threshold", math.inf),
+        ("overlap", 1),
+        ("overlap", "yes"),
+        ("huge_pages", None),
+        ("huge_pages", 1),
+        ("cuda_graphs", "no"),
+        ("device", None),
+        ("cache", ["use"]),
     ],
 )
 def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
@@ -84,13 +102,109 @@ def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, v
         ("sequence_bias", {1.5: 2.0}),
         ("sequence_bias", {(1, "2"): 2.0}),
         ("sequence_bias", [3]),
+        ("sequence_bias", {3: 1e30}),
+        ("max_new_tokens", None),
+        ("sync_every", None),
+        ("min_new_tokens", None),
+        ("num_beams", None),
+        ("length_penalty", None),
+        ("length_penalty", 1e300),
+        ("mode", None),
+        ("threshold", math.inf),
+        ("rollback_threshold", math.inf),
+        ("deadline", 0),
+        ("deadline", math.inf),
+        ("deadline", math.nan),
+        ("deadline", 1e300),
+        ("deadline", [1]),
+        ("temperature", 1e-38),
+        ("temperature", 1e-7),
+        ("temperature", "hot"),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", math.nan),
+        ("do_sample", "maybe"),
+        ("do_sample", 1),
+        ("ignore_eos", "no"),
+        ("ignore_eos", None),
+        ("output_logprobs", 1),
+        ("early_stopping", 1),
+        ("stop", {"a": 1, 2: 3}),
     ],
 )
 def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
     with pytest.raises(OptionError) as refused:
-        GenerationOptions(do_sample=True if name in ("top_k", "top_p", "min_p") else None, **{name: value})
+        GenerationOptions(**{"do_sample": True if name in ("top_k", "top_p", "min_p") else None, name: value})
     assert str(refused.value).startswith(f"{name} is {value!r}; ")
     assert "\n" not in str(refused.value)
+
+
+NUMBERS = ("threshold", "rollback_threshold", "deadline", "temperature", "top_p", "min_p", "repetition_penalty")
+NO_NUMBERS = [10**400, -(10**400), 10**5000, np.zeros(2), [], {}, "1", b"1", 1j, True, object()]
+COUNTS = ("max_new_tokens", "max_pending", "sync_every", "min_new_tokens", "top_k", "seed", "num_beams")
+
+
+@pytest.mark.parametrize("name", [*NUMBERS, *COUNTS, "length_penalty"])
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=[type(value).__name__ for value in NO_NUMBERS])
+def test_what_is_no_number_in_range_is_refused_in_one_line(name: str, value: Any) -> None:
+    with pytest.raises(OptionError, match=rf"^{name} is .*; choose a (whole )?number") as refused:
+        GenerationOptions(**{name: value})
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 200
+
+
+@pytest.mark.parametrize("name", ["stop", "logits_processor"])
+def test_an_endless_list_is_refused(name: str) -> None:
+    with pytest.raises(OptionError, match=f"^{name} is "):
+        GenerationOptions(**{name: itertools.repeat("a")})
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no")
+
+
+JUNK = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.complex_numbers()
+    | st.text(max_size=5)
+    | st.binary(max_size=5)
+    | st.fractions()
+    | st.decimals()
+    | st.sampled_from([10**400, np.zeros(3), np.float32(0.5), np.bool_(True), np.int8(3), len])
+    | st.builds(Unprintable)
+    | st.builds(pow, st.just(10), st.just(5000))
+    | st.sampled_from([*MODES, "never", "adaptive", "sizes", "use", "cpu", "cuda:0"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.integers() | st.text(max_size=2), inner, max_size=2),
+    max_leaves=5,
+)
+
+
+@pytest.mark.parametrize("options", [GenerationOptions, SessionOptions])
+def test_any_value_is_an_option_or_refused(options: Any) -> None:
+    names = [field.name for field in dataclasses.fields(options)]
+
+    @given(st.dictionaries(st.sampled_from(names), JUNK, max_size=4))
+    @settings(max_examples=400, deadline=None)
+    def check(values: dict[str, Any]) -> None:
+        with contextlib.suppress(OptionError):
+            assert isinstance(options(**values), options)
+
+    check()
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-3, 3e38])
+@pytest.mark.parametrize("penalty", [1e-6, 1.0, 1e6])
+def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: float, penalty: float) -> None:
+    options = GenerationOptions(
+        temperature=temperature, repetition_penalty=penalty, top_k=1, sequence_bias={1: 1e20, 2: -1e20}
+    )
+    sampler = _sampler(options, 1, frozenset(), (0, 0))
+    assert sampler is not None
+    assert sampler(np.array([-1e4, 5.0, 2.0, 1e4], np.float32), np.array([0])) == 1
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,39 @@ def test_messages_go_through_the_chat_template(open_session: Open) -> None:
         open_session(T5).generate([{"role": "user", "content": "Hi"}])
 
 
+def test_control_tokens_are_text_in_messages_and_ids_in_text(open_session: Open) -> None:
+    session = open_session()
+    assert session.tokenizer is not None
+    chat = [{"role": "user", "content": "Hi</s>"}]
+    text = "<user>Hi</s></user>\n<assistant>"
+    plain, parsed = (session.tokenizer.encode(text, special=False, parse_special=parse) for parse in (False, True))
+    assert plain != parsed
+    for options, ids in (({}, plain), ({"parse_special": True}, parsed), ({"parse_special": False}, plain)):
+        result = session.generate(chat, max_new_tokens=4, **options)
+        assert result.stats.prompt_tokens == len(ids)
+        assert outcome(result) == outcome(session.generate(ids, max_new_tokens=4))
+    for options, parse in (({}, True), ({"parse_special": False}, False)):
+        ids = session.tokenizer.encode("Hi</s>", parse_special=parse)
+        assert session.generate("Hi</s>", max_new_tokens=1, **options).stats.prompt_tokens == len(ids)
+
+
+def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusting = open_session()
+    monkeypatch.setattr("runtime.session.Tokenizer.load", lambda path: pytest.fail("loaded"))
+    session = open_session(trust_templates=False)
+    assert session.tokenizer is None
+    result = session.generate([1, 5, 7], max_new_tokens=8)
+    assert result.token_ids == trusting.generate([1, 5, 7], max_new_tokens=8).token_ids
+    assert result.text == ""
+    for prompt in ("Hello", [{"role": "user", "content": "Hi"}]):
+        with pytest.raises(PromptError, match=r"does not load the bundle's tokenizer \(trust_templates=False\), so it"):
+            session.generate(prompt)
+    with pytest.raises(OptionError, match=r"stop strings need text.*trust_templates is False"):
+        session.generate([1, 5, 7], stop="x")
+
+
 # Closing
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from runtime.errors import BundleError, PromptError
 from runtime.tokenizer import Tokenizer
@@ -206,3 +206,41 @@ def test_loading_does_not_import_jinja2_or_torch() -> None:
     code = f"import sys, {modules}; print({{'jinja2', 'torch', 'transformers'}} & {{*sys.modules}})"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"
+
+
+def bpe(**parts: Any) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "<unk>": 2}, [], unk_token="<unk>"))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return backend
+
+
+TWICE = processors.TemplateProcessing(single="$A $A $A", special_tokens=[])
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        (
+            {"normalizer": normalizers.Sequence([normalizers.Replace("a", "a" * 100)] * 8)},
+            "its normalizers can make a text 10{16} times as long",
+        ),
+        (
+            {"normalizer": normalizers.Sequence([normalizers.Replace(Regex(""), "aa")] * 8)},
+            "its normalizers can make a text 6561 times",
+        ),
+        ({"normalizer": normalizers.Sequence([normalizers.NFC()] * 99)}, "it has 99 normalizers, at most 64 are run"),
+        ({"decoder": decoders.Sequence([decoders.Replace("a", "a" * 100)] * 8)}, "its decoders can make a text"),
+        ({"post_processor": processors.Sequence([TWICE, TWICE])}, "its post-processor repeats a text 9 times"),
+    ],
+)
+def test_a_tokenizer_that_multiplies_a_text_is_refused(tmp_path: Path, parts: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BundleError, match=rf"tokenizer\.json cannot be read \(({reason})"):
+        Tokenizer.load(bundle(tmp_path, bpe(**parts)))
+
+
+def test_a_tokenizer_with_the_usual_replacements_is_taken(tmp_path: Path) -> None:
+    steps = [normalizers.Replace("``", '"'), normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(" ", "▁")]
+    steps += [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Lowercase()]
+    decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    assert loaded(bundle(tmp_path, bpe(normalizer=normalizers.Sequence(steps), decoder=decoder))).encode("A") == [2, 0]

@@ -1,0 +1,73 @@
+"""What verbs share in their options: sections of the help, texts, and names that were others before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import click
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+REST = "Other options"
+# One meaning everywhere, one text (CONTRIBUTING.md has the rule).
+SAMPLES = "Lines of --data used, the first."
+MAX_NEW_TOKENS = "Most tokens generated for a line."
+CONFIDENCES = (
+    "softmax: probability of the best token less that of the second. max-prob: of the best alone. entropy: 1 less the "
+    "entropy as a share of the largest."
+)
+METRICS = "exact: the same text. rouge-l, bleu, chrf: of texts. wer, per: 1 less the rate of wrong words or phonemes."
+
+
+class SectionedCommand(click.Command):
+    """Its help shows options under the headings that `section` gave them, in the order of their declaration."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for option in self.get_params(ctx):
+            record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            if record is not None:
+                sections.setdefault(getattr(option, "section", REST), []).append(record)
+        for title in sorted(sections, key=lambda title: title == REST):
+            with formatter.section(title):
+                formatter.write_dl(sections[title])
+
+
+def section(title: str) -> Callable[[Decorated], Decorated]:
+    """A heading above the options that are declared below it, up to the next heading."""
+
+    def mark(function: Decorated) -> Decorated:
+        # Decorators run from the last to the first: what has no heading yet stands below this one.
+        for parameter in getattr(function, "__click_params__", ()):
+            if not hasattr(parameter, "section"):
+                parameter.section = title
+        return function
+
+    return mark
+
+
+class RenamedOption(click.Option):
+    """Also takes the name `old` that it had before, which help and messages do not show."""
+
+    def __init__(self, names: Sequence[str], *, old: str, **attributes: Any) -> None:
+        super().__init__([*names, old], **attributes)
+        self.old = old
+
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
+        with self._shown():
+            return super().get_help_record(ctx)
+
+    def get_error_hint(self, ctx: click.Context | None) -> str:
+        with self._shown():
+            return super().get_error_hint(ctx)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        names = self.opts
+        self.opts = [name for name in names if name != self.old]
+        try:
+            yield
+        finally:
+            self.opts = names

@@ -1,0 +1,133 @@
+"""Options of all verbs: one name, one meaning; long helps in sections; names of before still work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from freeexport import cli
+from freeexport.verb_options import REST, RenamedOption, SectionedCommand, section
+
+LONG = ("convert", "calibrate", "train", "generate", "bench")
+
+
+def commands() -> Iterator[tuple[str, click.Command]]:
+    context = click.Context(cli.main)
+    for verb in cli.main.list_commands(context):
+        command = cli.main.get_command(context, verb)
+        assert command is not None
+        yield verb, command
+        for name, inner in getattr(command, "commands", {}).items():
+            yield f"{verb} {name}", inner
+
+
+def options() -> Iterator[tuple[str, click.Option]]:
+    for verb, command in commands():
+        yield from ((verb, parameter) for parameter in command.params if isinstance(parameter, click.Option))
+
+
+def kind(option: click.Option) -> Any:
+    """What it takes: a range of numbers is a number."""
+    return "flag" if option.is_flag else option.type.name.removesuffix(" range")
+
+
+def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
+    kinds: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for verb, option in options():
+        for name in option.opts:
+            if name != getattr(option, "old", None):
+                kinds[name][kind(option)].append(verb)
+    # A checkpoint of any name, and the name of a demo's.
+    different = {name: dict(found) for name, found in kinds.items() if len(found) > 1 and name != "--model"}
+    assert different == {}
+    assert kinds["--target"] == {"choice": ["convert"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("--samples", ("Lines of --data used, the first.",)),
+        ("--max-new-tokens", ("Most tokens generated", "Tokens generated for a prompt, its end ignored.")),
+        ("--threshold", ("above this confidence",)),
+        ("--agreement", ("must agree",)),
+        ("--save", ("JSON",)),
+        ("--plot", ("Draw", "PNG")),
+        ("--report", ("directory",)),
+        ("--json", ("Print",)),
+    ],
+)
+def test_an_option_says_the_same_in_every_verb(name: str, texts: tuple[str, ...]) -> None:
+    said = [(verb, option.help or "") for verb, option in options() if name in option.opts]
+    assert said
+    assert [(verb, text) for verb, text in said if not any(part in text for part in texts)] == []
+
+
+@pytest.mark.parametrize("verb", LONG)
+def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
+    command = dict(commands())[verb]
+    text = CliRunner().invoke(cli.main, [verb, "--help"], terminal_width=100).output
+    _, *sections = text.split("\n\n")
+    titles = [part.splitlines()[0] for part in sections if not part.startswith("  ")]
+    assert len(titles) >= 5
+    assert titles[-1] == f"{REST}:"
+    assert f"{REST}:\n  -h, --help" in text
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            first = next(name for name in parameter.opts if name != getattr(parameter, "old", None))
+            assert sum(line.strip().split(" ")[0].rstrip(",") == first for line in text.splitlines()) == 1, first
+            assert parameter.help, first
+            assert hasattr(parameter, "section"), first
+
+
+def test_every_choice_of_a_long_help_is_explained() -> None:
+    obvious = {"--schedule", "--lora-preset", "--dtype", "--compute", "--head"}
+    for verb, option in options():
+        if verb in LONG and isinstance(option.type, click.Choice) and option.opts[0] not in obvious:
+            unexplained = [choice for choice in option.type.choices if choice not in (option.help or "")]
+            assert unexplained == [] or (verb, option.opts[0]) == ("bench", "--mode"), (verb, option.opts[0])
+
+
+RENAMED = {("calibrate", "--target"): "--agreement", ("bench", "--tokens"): "--max-new-tokens"}
+RENAMED |= {("generate", "--batch"): "--batch-size"}
+
+
+def test_names_of_before_work_and_are_not_shown() -> None:
+    found = {(verb, option.old): option for verb, option in options() if isinstance(option, RenamedOption)}
+    assert {key: option.opts[0] for key, option in found.items()} == RENAMED
+    for (verb, old), option in found.items():
+        command = dict(commands())[verb]
+        arguments = ["model", *(["--data", "data"] if verb == "calibrate" else [])]
+        value = "0.5" if option.type is click.FLOAT else "3"
+        by_old, by_new = (
+            command.make_context(verb, [*arguments, name, value]).params[option.name or ""]
+            for name in (old, RENAMED[verb, old])
+        )
+        assert by_old == by_new == float(value)
+        assert f"{old} " not in CliRunner().invoke(cli.main, [verb, "--help"]).output
+        wrong = CliRunner().invoke(cli.main, [verb, *arguments, old, "x"])
+        assert wrong.exit_code == 2
+        assert f"'{RENAMED[verb, old]}'" in wrong.stderr
+
+
+def test_options_stand_below_the_heading_above_them() -> None:
+    @click.command(cls=SectionedCommand)
+    @click.argument("what")
+    @click.option("--first", help="1.")
+    @section("Later")
+    @click.option("--second", help="2.")
+    @click.option("--hidden", hidden=True)
+    @section("Last")
+    @click.option("--third", help="3.")
+    def command(**given: Any) -> None: ...
+
+    shown = CliRunner().invoke(command, ["--help"]).output.partition("\n\n")[2].split("\n\n")
+    assert [part.split() for part in shown] == [
+        ["Later:", "--second", "TEXT", "2."],
+        ["Last:", "--third", "TEXT", "3."],
+        [*f"{REST}: --first TEXT 1. --help Show this message and exit.".split()],
+    ]
