@@ -11,6 +11,7 @@ import numpy as np
 
 from freeexport.engine_pair import EnginePair
 from freeexport.parity import Batch, encode, forward, pad, rows_of, sample_batch
+from freeexport.row_noise import log_softmax
 from freeexport.training_data import DataError, read_lines
 from runtime.bundle import Bundle
 from runtime.errors import OptionError
@@ -73,13 +74,7 @@ def _predictions(bundle: Bundle, model: PreTrainedModel, batch: Batch) -> tuple[
     deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
     rows = rows_of(np.maximum(batch.lengths - 1, 0), width)
     theirs = forward(model, batch)["logits"].numpy().reshape(-1, bundle.manifest.vocab_size)
-    return _log_softmax(deep["logits"][rows]), _log_softmax(theirs[rows]), batch.tokens.reshape(-1)[rows + 1]
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
+    return log_softmax(deep["logits"][rows]), log_softmax(theirs[rows]), batch.tokens.reshape(-1)[rows + 1]
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
