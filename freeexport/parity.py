@@ -121,7 +121,7 @@ def _against(
     precision, exit_layer = manifest.precision, manifest.exit_layer
     with Float64():
         truth = States.of(model, exit_layer, batch, exit_head)
-    with _in_precision_of(manifest, model):
+    with in_precision_of(manifest, model):
         theirs = States.of(model, exit_layer, batch, exit_head)
     known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
     measure: Measure = "largest" if precision in LEAST else "rms"
@@ -142,7 +142,7 @@ def _against(
         yield Check(name, tensor, error, tolerance, measure, itself, scale_of(wanted))
 
 
-def _in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
+def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
     """The reference is as coarse in there as a bundle of this precision may be."""
     from freeexport.reference_arithmetic import BITS, coarsening, rounding
 

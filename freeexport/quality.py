@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.engine_pair import EnginePair
-from freeexport.parity import Batch, encode, forward, pad, rows_of, sample_batch
+from freeexport.parity import Batch, encode, forward, in_precision_of, pad, rows_of, sample_batch
 from freeexport.row_noise import log_softmax
 from freeexport.training_data import DataError, read_lines
 from runtime.bundle import Bundle
@@ -21,8 +21,11 @@ from runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Mean nats that the prediction may lose of the checkpoint's: above these, something is wrong, not just coarse.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.1, "int8": 0.3, "fp8": 0.3, "int4": 1.5, "mixed": 1.5}
+# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
+# always so many. Above, something is wrong, not just coarse.
+TIMES = 4.0
+LEAST = {"fp32": 1e-4, "fp16": 2e-2}
+COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
 
@@ -30,8 +33,9 @@ ROWS, LONGEST, LINES = 8, 256, 256
 @dataclass(frozen=True)
 class Quality:
     """Over `tokens` predictions: mean nats of the token that stands there, of the checkpoint (`reference_nll`) and of
-    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`); and how often their
-    best tokens are the same (`agreement`)."""
+    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`), that of
+    transformers when it is as coarse as the bundle (`coarse_divergence`), and what may be (`tolerance`); and how often
+    their best tokens are the same (`agreement`)."""
 
     tokens: int
     reference_nll: float
@@ -39,6 +43,7 @@ class Quality:
     divergence: float
     agreement: float
     tolerance: float
+    coarse_divergence: float = 0.0
 
     @property
     def perplexity_ratio(self) -> float:
@@ -52,29 +57,46 @@ class Quality:
 def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = None) -> Quality:
     """Teacher-forced, on the targets of `data` (JSON lines) or on the sample texts. Raises DataError, OptionError."""
     batches = [sample_batch(bundle)] if data is None else _batches(bundle, data)
-    sums, count = np.zeros(4), 0
+    sums, count = np.zeros(5), 0
     for batch in batches:
-        ours, theirs, targets = _predictions(bundle, model, batch)
+        ours, theirs, coarse, targets = _predictions(bundle, model, batch)
         rows = np.arange(len(targets))
-        divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
         same = ours.argmax(-1) == theirs.argmax(-1)
-        sums += [-theirs[rows, targets].sum(), -ours[rows, targets].sum(), divergence.sum(), same.sum()]
+        divergences = [_divergence(theirs, other) for other in (ours, coarse)]
+        sums += [-theirs[rows, targets].sum(), -ours[rows, targets].sum(), *divergences, same.sum()]
         count += len(targets)
     if not count:
         raise DataError("no text has two tokens, so nothing is predicted; give longer text")
-    reference_nll, nll, divergence, agreement = (float(value) for value in sums / count)
-    return Quality(count, reference_nll, nll, divergence, agreement, TOLERANCE[bundle.manifest.precision])
+    reference_nll, nll, divergence, itself, agreement = (float(value) for value in sums / count)
+    tolerance = max(LEAST.get(bundle.manifest.precision, COARSE_LEAST), TIMES * itself)
+    return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
 
 
-def _predictions(bundle: Bundle, model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log probabilities [n, V] of the bundle and of the checkpoint, and the tokens [n] that come next."""
+def _divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
+    """The sum over rows, of log probabilities [n, V]."""
+    return float((np.exp(theirs) * (theirs - ours)).sum())
+
+
+def _predictions(
+    bundle: Bundle, model: PreTrainedModel, batch: Batch
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Log probabilities [n, V] of the bundle, of the checkpoint, and of transformers as coarse as the bundle; and the
+    tokens [n] that come next."""
     width = batch.tokens.shape[1]
     cross, _ = encode(bundle, batch)
     pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
     deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
     rows = rows_of(np.maximum(batch.lengths - 1, 0), width)
-    theirs = forward(model, batch)["logits"].numpy().reshape(-1, bundle.manifest.vocab_size)
-    return log_softmax(deep["logits"][rows]), log_softmax(theirs[rows]), batch.tokens.reshape(-1)[rows + 1]
+    theirs = coarse = _logits(model, batch, rows)
+    if bundle.manifest.precision != "fp32":
+        with in_precision_of(bundle.manifest, model):
+            coarse = _logits(model, batch, rows)
+    return log_softmax(deep["logits"][rows]), theirs, coarse, batch.tokens.reshape(-1)[rows + 1]
+
+
+def _logits(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> np.ndarray:
+    logits = forward(model, batch)["logits"].numpy()
+    return log_softmax(logits.reshape(-1, logits.shape[-1])[rows])
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:

@@ -71,9 +71,7 @@ def _rounded(item: Any, bits: int) -> Any:
 
 
 @contextmanager
-def coarsening(
-    model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
-) -> Iterator[None]:
+def coarsening(model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool) -> Iterator[None]:
     """Every linear layer is off as if its weights had the relative error of the engine that it is in, at random; with
     `activations` also as if what it reads had 8 bits. `precision_of` says which engine a module is in, by its name."""
     generator, hooks = torch.Generator().manual_seed(0), []

@@ -83,4 +83,5 @@ def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[C
 
 def _limit(noise: np.ndarray, count: int) -> float:
     """What the mean of `count` rows may be: FACTOR times noise's mean and the standard error of so many rows."""
-    return max(RESOLUTION, FACTOR * float(np.abs(noise.mean()) + noise.std() / np.sqrt(count)))
+    # Unlike max, this keeps NaN.
+    return float(np.maximum(RESOLUTION, FACTOR * (np.abs(noise.mean()) + noise.std() / np.sqrt(count))))

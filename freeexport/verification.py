@@ -60,21 +60,20 @@ def _verify(bundle: Bundle, float_type: FloatType, model: str | None, data: Path
         report["greedy"] = _greedy(bundle, reference, checks)
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
-    return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest)})}
+    return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest, checks)})}
 
 
-def remedy(manifest: Manifest) -> str:
+def remedy(manifest: Manifest, checks: list[Check]) -> str:
     """What to do about a bundle that does not pass."""
-    ways = []
-    if manifest.quantization is not None:
-        if manifest.target == "cpu" and not manifest.quantization.exact_rows:
-            ways.append("--exact-rows")
-        ways.append("a higher --precision")
-    elif manifest.precision != "fp32":
+    ways, rounded = [], manifest.quantization
+    rows_differ = any(not check.passed and check.reference is None for check in checks)
+    if rounded is not None and manifest.target == "cpu" and not rounded.exact_rows and rows_differ:
+        ways.append("--exact-rows")
+    if manifest.precision != "fp32":
         ways.append("a higher --precision")
     elif manifest.dialect == "ort":
         ways.append("--dialect standard")
-    return f"convert with {', '.join([*ways, ''])}or with --no-verify to do without this check"
+    return f"convert with {' or '.join([*ways, '--no-verify'])}"
 
 
 def failure(report: dict[str, Any]) -> str:
