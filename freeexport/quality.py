@@ -28,6 +28,7 @@ LEAST = {"fp32": 1e-4, "fp16": 2e-2}
 COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
+_BLOCK = 64  # rows whose log probabilities are in memory at once
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,10 @@ def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = 
     batches = [sample_batch(bundle)] if data is None else _batches(bundle, data)
     sums, count = np.zeros(5), 0
     for batch in batches:
-        ours, theirs, coarse, targets = _predictions(bundle, model, batch)
-        rows = np.arange(len(targets))
-        same = ours.argmax(-1) == theirs.argmax(-1)
-        divergences = [_divergence(theirs, other) for other in (ours, coarse)]
-        sums += [-theirs[rows, targets].sum(), -ours[rows, targets].sum(), *divergences, same.sum()]
+        *logits, targets = _predictions(bundle, model, batch)
+        for start in range(0, len(targets), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            sums += _sums(*(each[block] for each in logits), targets[block])
         count += len(targets)
     if not count:
         raise DataError("no text has two tokens, so nothing is predicted; give longer text")
@@ -72,16 +72,20 @@ def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = 
     return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
 
 
-def _divergence(theirs: np.ndarray, ours: np.ndarray) -> float:
-    """The sum over rows, of log probabilities [n, V]."""
-    return float((np.exp(theirs) * (theirs - ours)).sum())
+def _sums(ours: np.ndarray, theirs: np.ndarray, coarse: np.ndarray, targets: np.ndarray) -> list[float]:
+    """Over the rows of logits [n, V]: nats of targets (theirs, ours), divergence (ours, coarse), same best token."""
+    ours, theirs, coarse = map(log_softmax, (ours, theirs, coarse))
+    rows, weights = np.arange(len(targets)), np.exp(theirs)
+    nats = [-each[rows, targets].sum() for each in (theirs, ours)]
+    divergences = [(weights * (theirs - each)).sum() for each in (ours, coarse)]
+    return [*nats, *divergences, (ours.argmax(-1) == theirs.argmax(-1)).sum()]
 
 
 def _predictions(
     bundle: Bundle, model: PreTrainedModel, batch: Batch
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Log probabilities [n, V] of the bundle, of the checkpoint, and of transformers as coarse as the bundle; and the
-    tokens [n] that come next."""
+    """Logits [n, V] of the bundle, of the checkpoint, and of transformers as coarse as the bundle; and the tokens [n]
+    that come next."""
     width = batch.tokens.shape[1]
     cross, _ = encode(bundle, batch)
     pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
@@ -91,12 +95,13 @@ def _predictions(
     if bundle.manifest.precision != "fp32":
         with in_precision_of(bundle.manifest, model):
             coarse = _logits(model, batch, rows)
-    return log_softmax(deep["logits"][rows]), theirs, coarse, batch.tokens.reshape(-1)[rows + 1]
+    return deep["logits"][rows], theirs, coarse, batch.tokens.reshape(-1)[rows + 1]
 
 
 def _logits(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> np.ndarray:
     logits = forward(model, batch)["logits"].numpy()
-    return log_softmax(logits.reshape(-1, logits.shape[-1])[rows])
+    found: np.ndarray = logits.reshape(-1, logits.shape[-1])[rows]
+    return found
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:

@@ -23,6 +23,9 @@ from runtime.machine import available_memory
 from runtime.manifest import Manifest, Precision
 from runtime.precision import FloatType
 
+# Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
+LOGITS = 4 * 48 * 10 * 4
+
 
 class VerificationError(FreeExportError):
     """A bundle does not compute what its checkpoint computes."""
@@ -123,8 +126,11 @@ def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifes
 
 def _memory_needed(checkpoint: Checkpoint, manifest: Manifest) -> int:
     parameters = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
-    # The reference in fp32, the engines with their packed copies twice over, and room for libraries and activations.
-    return 4 * parameters + 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence + 10**9
+    # The reference in fp32, with its largest weight in float64, the engines with their packed copies twice over, logits
+    # of the text that was run in several ways, and room for libraries and activations.
+    reference = 4 * parameters + 8 * max(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
+    engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
+    return reference + engines + LOGITS * manifest.vocab_size + 10**9
 
 
 def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
