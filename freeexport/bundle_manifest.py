@@ -41,9 +41,6 @@ def new_manifest(
     """That of the engines that stand in `directory`, not yet verified, measured or calibrated. Raises GraphError where
     the checkpoint does not say how decoding starts."""
     generation, attention = checkpoint.generation_config, description.attention
-    start = generation.get("decoder_start_token_id")
-    if description.encoder and start is None:
-        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
     return Manifest(
         schema_version=SCHEMA_VERSION,
         family=description.family,
@@ -66,7 +63,7 @@ def new_manifest(
         eos_token_ids=known_ends(checkpoint, description.vocab_size),
         bos_token_id=generation.get("bos_token_id"),
         pad_token_id=generation.get("pad_token_id"),
-        decoder_start_token_id=start if description.encoder else None,
+        decoder_start_token_id=decoder_start(checkpoint, description),
         verified=False,
         source=checkpoint.name,
         source_sha256=checkpoint.sha256,
@@ -79,6 +76,17 @@ def new_manifest(
         exit_trained=checkpoint.exit is not None,
         compute=None if engines.target == "cpu" or written.quantization is None else engines.float_type,
     )
+
+
+def decoder_start(checkpoint: Checkpoint, description: Description) -> int | None:
+    """The token that an encoder-decoder starts from; None for a decoder-only model. Raises GraphError where the
+    checkpoint names none."""
+    if description.encoder is None:
+        return None
+    start: int | None = checkpoint.generation_config.get("decoder_start_token_id")
+    if start is None:
+        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
+    return start
 
 
 def head_copies(

@@ -15,6 +15,15 @@ from runtime.errors import CalibrationError
 from runtime.manifest import MANIFEST, File, Manifest
 
 
+def check_room(calibration: Calibration, max_pending: int) -> None:
+    """Raises CalibrationError where a calibration is of longer sync passes than `max_pending` rows."""
+    if (calibration.max_pending or 1) > max_pending:
+        raise CalibrationError(
+            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
+            f"{max_pending}; calibrate this bundle"
+        )
+
+
 def with_calibration(manifest: Manifest, calibration: Calibration, directory: Path) -> Manifest:
     """The manifest with the calibration's thresholds, and its file, which is written to `directory` here.
 
@@ -24,11 +33,7 @@ def with_calibration(manifest: Manifest, calibration: Calibration, directory: Pa
     check_calibration(
         calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
     )
-    if (calibration.max_pending or 1) > manifest.max_pending:
-        raise CalibrationError(
-            f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
-            f"{manifest.max_pending}; calibrate this bundle"
-        )
+    check_room(calibration, manifest.max_pending)
     partial = directory / f".calibration.partial-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _write(partial, calibration.to_json())

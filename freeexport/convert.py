@@ -8,16 +8,17 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.bundle_manifest import Written, head_copies, new_manifest
-from freeexport.bundle_update import with_calibration
+from freeexport.bundle_manifest import Written, decoder_start, head_copies, new_manifest
+from freeexport.bundle_update import check_room, with_calibration
 from freeexport.bundle_verdict import bundle_verdict
 from freeexport.checkpoint import Checkpoint, open_checkpoint
 from freeexport.convert_options import ConvertOptions, engine_options
 from freeexport.decode_costs import measured_in_child
 from freeexport.exit_vocabulary_file import read_exit_vocabulary
-from freeexport.output_directory import output_directory
+from freeexport.output_directory import check_output, output_directory
 from freeexport.progress import progress
 from freeexport.tokenizer_files import write_tokenizer
+from freeexport.unverified import kept_where_refused, unverified_place
 from freeexport.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
@@ -42,23 +43,27 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     Raises CheckpointError, UnsupportedModelError, GraphError, CalibrationError where the calibration is of another
     model, and FreeExportError where `out` is in the way or verification fails.
     """
+    check_output(out, MANIFEST, options.overwrite)
+    unverified = unverified_place(out) if options.verify else out
     checkpoint = open_checkpoint(model)
     description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
     exit_layer = _exit_layer(checkpoint, description, options.exit_layer)
     engines = engine_options(description, options, exit_layer)
     engines.check(description)
+    decoder_start(checkpoint, description)
     calibration = _calibration(checkpoint, description, engines, options.calibration)
     engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
-        written = _write_engines(checkpoint, description, engines, directory)
         write_tokenizer(checkpoint, directory)
+        written = _write_engines(checkpoint, description, engines, directory)
         manifest = new_manifest(checkpoint, description, engines, options, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
         _write_manifest(manifest, directory)
         if options.verify:
-            manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
+            with kept_where_refused(directory, unverified):
+                manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
             costs = measured_in_child(directory, overlap=True)
@@ -86,6 +91,11 @@ def _calibration(
     if path is None:
         return None
     calibration = read_calibration(path)
+    check_room(calibration, engines.max_pending)
+    # The hash reads every weight, so all else is compared first.
+    check_calibration(
+        calibration, calibration.source_sha256, description.vocab_size, engines.exit_layer, engines.confidence
+    )
     check_calibration(calibration, checkpoint.sha256, description.vocab_size, engines.exit_layer, engines.confidence)
     return calibration
 
@@ -228,6 +238,10 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
         click.echo(manifest.to_json(), nl=False)
         return
     click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
+    if manifest.target == "cpu" and manifest.dialect == "standard" and options["dialect"] is None:
+        click.echo(
+            f"dialect: standard, as ONNX Runtime's fused attention has no kernel for heads of size {manifest.head_dim}"
+        )
     faster = (
         "; --precision int8 is faster on a CPU" if manifest.target == "cpu" and manifest.precision == "fp32" else ""
     )

@@ -9,6 +9,7 @@ from typing import Literal
 from graphs.description import Description
 from graphs.engines import TARGETS, EngineOptions
 from graphs.errors import GraphError
+from graphs.ort_dialect import fits_head_size
 from runtime.errors import OptionError
 from runtime.machine import machine_int8_range
 from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
@@ -21,14 +22,14 @@ DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
 @dataclass(frozen=True)
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
-    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own. `int8_range` "auto"
-    is what this machine's processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it
-    is not. None for `head` is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded
-    weights compute in, None for fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call.
-    `exit_vocab` is how many tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that
-    `freeexport exit-vocab` wrote for this checkpoint. `calibration` is the file that `freeexport calibrate` wrote for
-    this checkpoint. OptionError where two do not go
-    together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
+    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own, for a CPU "ort"
+    where its attention has a kernel for the model's heads, else "standard". `int8_range` "auto" is what this machine's
+    processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it is not. None for `head`
+    is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded weights compute in, None for
+    fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `exit_vocab` is how many
+    tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this
+    checkpoint. `calibration` is the file that `freeexport calibrate` wrote for this checkpoint. OptionError where two
+    do not go together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -71,6 +72,11 @@ class ConvertOptions:
         return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
 
 
+def natural_dialect(description: Description) -> Dialect:
+    """The fused operators, where they have a kernel for the model's heads."""
+    return "ort" if fits_head_size(description.attention) else "standard"
+
+
 def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
     """What the engines need of `options`, with the defaults of the model and the target."""
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
@@ -83,7 +89,7 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=options.precision or precisions[0],
-        dialect=options.dialect or dialect or "ort",
+        dialect=options.dialect or dialect or natural_dialect(description),
         target=options.target,
         confidence=options.confidence,
         head=options.head,

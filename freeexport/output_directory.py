@@ -54,6 +54,11 @@ def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True)
             shutil.rmtree(partial, ignore_errors=True)
 
 
+def check_output(out: Path, marker: str, overwrite: bool) -> None:
+    """Before long work: raises OutputError where `output_directory` would."""
+    _check_free(Path(os.path.abspath(out)), marker, overwrite)
+
+
 def _check_free(out: Path, marker: str, overwrite: bool) -> None:
     if not os.path.lexists(out) or _is_empty(out):
         return

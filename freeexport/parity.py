@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from freeexport.checks import Check, Measure
 from freeexport.engine_pair import EnginePair
+from freeexport.row_parity import Arithmetic, Rows, Text, scale_of, self_checks
 from runtime.bundle import Bundle
 from runtime.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
 from runtime.machine import usable_cores
+from runtime.manifest import Manifest
 from runtime.precision import FloatType
 from runtime.tokenizer import Tokenizer
 
@@ -23,32 +28,14 @@ if TYPE_CHECKING:
 
     ExitHead = Callable[[torch.Tensor], torch.Tensor]
 
-# Largest difference allowed, as a share of the largest reference value: rounding of the precision through all layers.
-TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
-# bf16, and weights in 8 and 4 bits, differ everywhere: the root mean square of the difference as a share of that of the
-# reference.
-ROUNDED_TOLERANCE = {"bf16": 0.15, "int8": 0.15, "fp8": 0.3, "mixed": 0.4, "int4": 0.5}
-# A row alone and among others rounds its activations alike, but for the last bit of attention, which now and then
-# tips one over to the next of 255 steps.
-ROUNDED_NOISE = 5e-2
-SYNC_SIZES = (1, 2, 3, 5, 8, 16)
+# An engine may be so many times as far from float64 as transformers is in the same precision, and always so far: by the
+# largest difference, as a share of the largest value.
+TIMES = 4.0
+LEAST = {"fp32": 2e-5, "fp16": 3e-2}
+# bf16, and weights in 8 and 4 bits, differ everywhere: there by the root mean square of the difference, as a share of
+# that of the values. It varies less than a largest difference.
+COARSE_TIMES, COARSE_LEAST = 2.0, 1e-2
 MAX_TEXT = 48
-
-
-@dataclass(frozen=True)
-class Check:
-    """One comparison: the largest difference of `tensor`, as a share of `scale`: its largest value, at least 1. With
-    rounded weights, against the checkpoint: the root mean square difference, as a share of that of the tensor."""
-
-    name: str
-    tensor: str
-    error: float
-    tolerance: float
-    scale: float = 1.0
-
-    @property
-    def passed(self) -> bool:
-        return bool(self.error <= self.tolerance)  # NaN fails
 
 
 @dataclass(frozen=True)
@@ -109,70 +96,75 @@ def engine_checks(
     `float_type` is the one that the bundle emulates, None for its own.
     """
     manifest = bundle.manifest
-    precision = manifest.precision
-    distance = _error if precision in TOLERANCE else _mean_error
-    tolerance = TOLERANCE[precision] if precision in TOLERANCE else ROUNDED_TOLERANCE[precision]
-    # For a GPU weights are rounded, and activations are not.
-    exact = manifest.quantization is None or manifest.target != "cpu"
-    noise = TOLERANCE.get(float_type or manifest.float_type, ROUNDED_NOISE) if exact else ROUNDED_NOISE
     cross, encoded = encode(bundle, batch)
-    reference = Reference.of(model, bundle.manifest.exit_layer, batch, exit_head) if model is not None else None
-    if reference is not None and encoded is not None and reference.encoded is not None:
-        valid = rows_of(batch.prompt_lengths, encoded.shape[1])
-        yield Check(
-            "encoder", "encoder hidden", distance(_flat(encoded)[valid], _flat(reference.encoded)[valid]), tolerance
-        )
     pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
-    valid = rows_of(batch.lengths, batch.tokens.shape[1])
     shallow = pair.shallow(batch.tokens, batch.lengths)
     deep = pair.deep(shallow["hidden"], batch.lengths)
-    if reference is not None:
-        pairs = [
-            ("shallow hidden", _flat(shallow["hidden"]), _flat(reference.hidden)),
-            ("shallow logits", *_known(shallow["logits"], _flat(reference.shallow_logits))),
-            ("deep logits", deep["logits"], _flat(reference.logits)),
-        ]
-        for tensor, ours, theirs in pairs:
-            yield Check("prefill", tensor, distance(ours[valid], theirs[valid]), tolerance, _scale(theirs[valid]))
-    yield from _stepping(pair, batch, shallow, deep, noise)
-    yield from _sync_passes(pair, shallow["hidden"], noise)
+    index = rows_of(batch.lengths, batch.tokens.shape[1])
+    whole = Rows.of_call(index, index, shallow, deep["logits"])
+    if model is not None:
+        ours = States(whole.deep, whole.shallow, whole.hidden, _encoded(encoded, batch))
+        yield from _against(model, manifest, batch, ours, exit_head)
+    # For a GPU weights are rounded, and activations are not.
+    rounds = manifest.quantization is not None and manifest.target == "cpu"
+    arithmetic: Arithmetic = "8 bits" if rounds else float_type or manifest.float_type
+    yield from self_checks(pair, Text(batch.tokens, batch.lengths), whole, shallow["hidden"], arithmetic)
 
 
-def _stepping(
-    pair: EnginePair, batch: Batch, shallow: dict[str, np.ndarray], deep: dict[str, np.ndarray], tolerance: float
+def _against(
+    model: PreTrainedModel, manifest: Manifest, batch: Batch, ours: States, exit_head: ExitHead | None
 ) -> Iterator[Check]:
-    """One token at a time, in rows of different lengths, against all at once."""
-    pair.trim(0)
-    width = batch.tokens.shape[1]
-    worst = {"shallow hidden": 0.0, "deep logits": 0.0}
-    for column in range(width):
-        active = (batch.lengths > column).astype(np.int32)
-        step = pair.shallow(batch.tokens[:, column : column + 1], active)
-        logits = pair.deep(step["hidden"], active)["logits"]
-        rows = np.flatnonzero(active)
-        for tensor, ours, theirs in (
-            ("shallow hidden", step["hidden"][:, 0], shallow["hidden"][:, column]),
-            ("deep logits", logits, deep["logits"][np.arange(len(active)) * width + column]),
-        ):
-            # Unlike max, this keeps NaN.
-            worst[tensor] = float(np.maximum(worst[tensor], _error(ours[rows], theirs[rows])))
-    for tensor, error in worst.items():
-        yield Check("stepping against prefill", tensor, error, tolerance)
+    """Engines, and transformers in fp32 or half precision, against transformers in float64."""
+    # torch takes a second to import, and a bundle is checked without it too.
+    from freeexport.reference_arithmetic import Float64
+
+    precision, exit_layer = manifest.precision, manifest.exit_layer
+    with Float64():
+        truth = States.of(model, exit_layer, batch, exit_head)
+    with in_precision_of(manifest, model):
+        theirs = States.of(model, exit_layer, batch, exit_head)
+    known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
+    measure: Measure = "largest" if precision in LEAST else "rms"
+    for name, tensor, field in (
+        ("encoder", "encoder hidden", "encoded"),
+        ("prefill", "shallow hidden", "hidden"),
+        ("prefill", "shallow logits", "shallow"),
+        ("prefill", "deep logits", "deep"),
+    ):
+        values, wanted, reference = (getattr(states, field) for states in (ours, truth, theirs))
+        if values is None or wanted is None or reference is None:
+            continue
+        if field == "shallow":
+            values, wanted, reference = values[:, known], wanted[:, known], reference[:, known]
+        error, itself = (DISTANCES[measure](states, wanted) for states in (values, reference))
+        least, times = (LEAST[precision], TIMES) if precision in LEAST else (COARSE_LEAST, COARSE_TIMES)
+        tolerance = max(least, times * itself)
+        yield Check(name, tensor, error, tolerance, measure, itself, scale_of(wanted))
 
 
-def _sync_passes(pair: EnginePair, hidden: np.ndarray, tolerance: float) -> Iterator[Check]:
-    """A deep pass over k rows against k passes over one row, with a past before them."""
-    past = max(1, hidden.shape[1] // 3)
-    ones = np.ones(pair.rows, np.int32)
-    for size in SYNC_SIZES:
-        if size > min(pair.manifest.max_pending, hidden.shape[1] - past):
-            break
-        pair.trim(0)
-        pair.deep(hidden[:, :past], ones * past)
-        together = pair.deep(hidden[:, past : past + size], ones * size)["logits"].reshape(pair.rows, size, -1)
-        pair.trim(past)
-        singles = [pair.deep(hidden[:, past + row : past + row + 1], ones)["logits"] for row in range(size)]
-        yield Check(f"sync pass of {size}", "deep logits", _error(together, np.stack(singles, axis=1)), tolerance)
+def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The reference is as coarse in there as a bundle of this precision may be."""
+    from freeexport.reference_arithmetic import BITS, coarsening, rounding
+
+    if manifest.quantization is not None:
+        engines = {engine.engine: engine for engine in manifest.quantization.engines}
+        exit_layer = manifest.exit_layer
+        return coarsening(model, lambda name: engines.get(_engine_of(name, exit_layer)), manifest.target == "cpu")
+    return rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
+
+
+def _engine_of(module: str, exit_layer: int) -> str:
+    """The engine that computes a module of transformers, by its name."""
+    if module.startswith("encoder."):
+        return "encoder"
+    if module.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+        return "prologue"
+    layer = re.search(r"\.(?:layers|block)\.(\d+)\.", module)
+    return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
+
+
+def _encoded(encoded: np.ndarray | None, batch: Batch) -> np.ndarray | None:
+    return None if encoded is None else _valid(encoded, batch.prompt_lengths)
 
 
 def encode(bundle: Bundle, batch: Batch) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
@@ -184,22 +176,30 @@ def encode(bundle: Bundle, batch: Batch) -> tuple[dict[str, np.ndarray], np.ndar
 
 
 @dataclass(frozen=True)
-class Reference:
-    """What transformers computes: logits [B, n, V], those of the model cut after the exit layer, and the states
-    [B, n, d] after it; for an encoder-decoder its encoder's output [B, E, d]."""
+class States:
+    """What a model gives for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
+    the states [n, d] after it, and for an encoder-decoder its encoder's output at the valid rows of the prompts."""
 
-    logits: np.ndarray
-    shallow_logits: np.ndarray
+    deep: np.ndarray
+    shallow: np.ndarray
     hidden: np.ndarray
     encoded: np.ndarray | None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> Reference:
+    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
+        """What transformers computes, as float32."""
         out = forward(model, batch)
         states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
-        shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
         encoded = out.get("encoder_last_hidden_state")
-        return cls(out["logits"].numpy(), shallow.numpy(), states.numpy(), None if encoded is None else encoded.numpy())
+        deep = _valid(out["logits"].numpy(), batch.lengths)
+        del out
+        shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
+        return cls(
+            deep,
+            _valid(shallow.numpy(), batch.lengths),
+            _valid(states.numpy(), batch.lengths),
+            None if encoded is None else _valid(encoded.numpy(), batch.prompt_lengths),
+        )
 
 
 def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.Tensor:
@@ -245,23 +245,18 @@ def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
     return np.flatnonzero(_mask(lengths, width))
 
 
-def _flat(states: np.ndarray) -> np.ndarray:
-    return states.reshape(-1, states.shape[-1]).astype(np.float32)
+def _valid(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+    """[B, n, d] -> those of the valid rows, [N, d], as float32."""
+    rows = rows_of(lengths, states.shape[1])
+    return states.reshape(-1, states.shape[-1])[rows].astype(np.float32)
 
 
-def _error(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / _scale(theirs))
+def _largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / scale_of(theirs))
 
 
-def _mean_error(ours: np.ndarray, theirs: np.ndarray) -> float:
+def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - theirs) / max(1e-6, float(np.linalg.norm(theirs))))
 
 
-def _known(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of the tokens that the shallow head knows: all, or an exit vocabulary."""
-    known = ours[0] > np.finfo(np.float32).min
-    return ours[:, known], theirs[:, known]
-
-
-def _scale(theirs: np.ndarray) -> float:
-    return max(1.0, float(np.abs(theirs).max()))
+DISTANCES: dict[Measure, Callable[[np.ndarray, np.ndarray], float]] = {"largest": _largest, "rms": _root_mean_square}

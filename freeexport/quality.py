@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.engine_pair import EnginePair
-from freeexport.parity import Batch, encode, forward, pad, rows_of, sample_batch
+from freeexport.parity import Batch, encode, forward, in_precision_of, pad, rows_of, sample_batch
+from freeexport.row_noise import log_softmax
 from freeexport.training_data import DataError, read_lines
 from runtime.bundle import Bundle
 from runtime.errors import OptionError
@@ -20,17 +21,22 @@ from runtime.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Mean nats that the prediction may lose of the checkpoint's: above these, something is wrong, not just coarse.
-TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 0.1, "int8": 0.3, "fp8": 0.3, "int4": 1.5, "mixed": 1.5}
+# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
+# always so many. Above, something is wrong, not just coarse.
+TIMES = 2.5
+LEAST = {"fp32": 1e-4, "fp16": 2e-2}
+COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
+_BLOCK = 64  # rows whose log probabilities are in memory at once
 
 
 @dataclass(frozen=True)
 class Quality:
     """Over `tokens` predictions: mean nats of the token that stands there, of the checkpoint (`reference_nll`) and of
-    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`); and how often their
-    best tokens are the same (`agreement`)."""
+    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`), that of
+    transformers when it is as coarse as the bundle (`coarse_divergence`), and what may be (`tolerance`); and how often
+    their best tokens are the same (`agreement`)."""
 
     tokens: int
     reference_nll: float
@@ -38,6 +44,7 @@ class Quality:
     divergence: float
     agreement: float
     tolerance: float
+    coarse_divergence: float = 0.0
 
     @property
     def perplexity_ratio(self) -> float:
@@ -51,35 +58,50 @@ class Quality:
 def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = None) -> Quality:
     """Teacher-forced, on the targets of `data` (JSON lines) or on the sample texts. Raises DataError, OptionError."""
     batches = [sample_batch(bundle)] if data is None else _batches(bundle, data)
-    sums, count = np.zeros(4), 0
+    sums, count = np.zeros(5), 0
     for batch in batches:
-        ours, theirs, targets = _predictions(bundle, model, batch)
-        rows = np.arange(len(targets))
-        divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
-        same = ours.argmax(-1) == theirs.argmax(-1)
-        sums += [-theirs[rows, targets].sum(), -ours[rows, targets].sum(), divergence.sum(), same.sum()]
+        *logits, targets = _predictions(bundle, model, batch)
+        for start in range(0, len(targets), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            sums += _sums(*(each[block] for each in logits), targets[block])
         count += len(targets)
     if not count:
         raise DataError("no text has two tokens, so nothing is predicted; give longer text")
-    reference_nll, nll, divergence, agreement = (float(value) for value in sums / count)
-    return Quality(count, reference_nll, nll, divergence, agreement, TOLERANCE[bundle.manifest.precision])
+    reference_nll, nll, divergence, itself, agreement = (float(value) for value in sums / count)
+    tolerance = max(LEAST.get(bundle.manifest.precision, COARSE_LEAST), TIMES * itself)
+    return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
 
 
-def _predictions(bundle: Bundle, model: PreTrainedModel, batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Log probabilities [n, V] of the bundle and of the checkpoint, and the tokens [n] that come next."""
+def _sums(ours: np.ndarray, theirs: np.ndarray, coarse: np.ndarray, targets: np.ndarray) -> list[float]:
+    """Over the rows of logits [n, V]: nats of targets (theirs, ours), divergence (ours, coarse), same best token."""
+    ours, theirs, coarse = map(log_softmax, (ours, theirs, coarse))
+    rows, weights = np.arange(len(targets)), np.exp(theirs)
+    nats = [-each[rows, targets].sum() for each in (theirs, ours)]
+    divergences = [(weights * (theirs - each)).sum() for each in (ours, coarse)]
+    return [*nats, *divergences, (ours.argmax(-1) == theirs.argmax(-1)).sum()]
+
+
+def _predictions(
+    bundle: Bundle, model: PreTrainedModel, batch: Batch
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Logits [n, V] of the bundle, of the checkpoint, and of transformers as coarse as the bundle; and the tokens [n]
+    that come next."""
     width = batch.tokens.shape[1]
     cross, _ = encode(bundle, batch)
     pair = EnginePair(bundle, len(batch.tokens), usable_cores(), cross)
     deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
     rows = rows_of(np.maximum(batch.lengths - 1, 0), width)
-    theirs = forward(model, batch)["logits"].numpy().reshape(-1, bundle.manifest.vocab_size)
-    return _log_softmax(deep["logits"][rows]), _log_softmax(theirs[rows]), batch.tokens.reshape(-1)[rows + 1]
+    theirs = coarse = _logits(model, batch, rows)
+    if bundle.manifest.precision != "fp32":
+        with in_precision_of(bundle.manifest, model):
+            coarse = _logits(model, batch, rows)
+    return deep["logits"][rows], theirs, coarse, batch.tokens.reshape(-1)[rows + 1]
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
+def _logits(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> np.ndarray:
+    logits = forward(model, batch)["logits"].numpy()
+    found: np.ndarray = logits.reshape(-1, logits.shape[-1])[rows]
+    return found
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from freeexport.checks import line_of
 from freeexport.output_file import write_whole
 from freeexport.verification import VerificationError, failure, verify, write_report
 from runtime.bundle import Bundle
@@ -52,9 +53,7 @@ def _mark(bundle: Bundle, passed: bool) -> None:
 
 def _print(report: dict) -> None:
     for check in report["checks"]:
-        click.echo(
-            f"ok  {check['name']}: {check['tensor']} within {check['error']:.1e} (at most {check['tolerance']:.0e})"
-        )
+        click.echo(f"ok  {line_of(check)}")
     if "greedy" in report:
         prompts = report["greedy"]["prompts"]
         same = sum(prompt["first_difference"] is None for prompt in prompts)

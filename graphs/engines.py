@@ -18,7 +18,7 @@ from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
 from graphs.layers import decoder_layers, encoder_layers
-from graphs.ort_dialect import OrtDialect, check_head_size
+from graphs.ort_dialect import OrtDialect, check_head_size, fits_head_size, misfit
 from graphs.packing import Packing, packing
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
@@ -79,6 +79,7 @@ class EngineOptions:
         if self.head is not None and self.plan is None:
             rounding = ", ".join(ROUNDING[self.target].plans)
             raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
+        self._check_dialect(description)
         if self.exact_rows and (self.plan is None or self.dialect != "ort"):
             raise GraphError(
                 f"--exact-rows is for weights that are rounded for a CPU, not for precision {self.precision} of target "
@@ -89,10 +90,14 @@ class EngineOptions:
         self._check_target(description)
         if self.dialect == "ort":
             check_head_size(description.attention)
-        elif self.target == "cpu" and self.plan is not None:
-            raise GraphError(
-                f"precision {self.precision} needs operators of ONNX Runtime; choose --dialect ort, or fp32 or fp16"
-            )
+
+    def _check_dialect(self, description: Description) -> None:
+        if self.dialect == "ort" or self.target != "cpu" or self.plan is None:
+            return
+        needs = f"precision {self.precision} needs operators of ONNX Runtime"
+        if fits_head_size(description.attention):
+            raise GraphError(f"{needs}; choose --dialect ort, or fp32 or fp16")
+        raise GraphError(f"{needs}, but {misfit(description.attention)}; choose --precision fp32")
 
     def _check_target(self, description: Description) -> None:
         dialect, precisions = TARGETS[self.target]

@@ -24,14 +24,27 @@ from graphs.graph import MICROSOFT, Dimension, Graph
 from graphs.packing import Packing
 
 
+def fits_head_size(attention: Attention) -> bool:
+    """Whether GroupQueryAttention has a kernel for heads of this size."""
+    return attention.head_dim % _head_step(attention) == 0
+
+
 def check_head_size(attention: Attention) -> None:
     """GraphError where GroupQueryAttention has no kernel for heads of this size."""
-    step = 16 if attention.rotary else 8
-    if attention.head_dim % step:
-        raise GraphError(
-            f"attention heads of size {attention.head_dim} do not fit the ort dialect, whose operator needs "
-            f"a multiple of {step}; choose --dialect standard"
-        )
+    if not fits_head_size(attention):
+        raise GraphError(f"{misfit(attention)}; choose --dialect standard")
+
+
+def misfit(attention: Attention) -> str:
+    """Why heads of this size do not fit."""
+    return (
+        f"attention heads of size {attention.head_dim} do not fit the ort dialect, whose operator needs "
+        f"a multiple of {_head_step(attention)}"
+    )
+
+
+def _head_step(attention: Attention) -> int:
+    return 16 if attention.rotary else 8
 
 
 class OrtDialect:

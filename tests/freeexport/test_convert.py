@@ -6,12 +6,14 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -281,6 +283,95 @@ def test_an_option_out_of_place_is_refused_with_what_goes(
     assert os.listdir(place) == []
 
 
+def heads_of_8(tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
+    config.update(num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+
+
+def test_heads_without_a_fused_kernel_take_the_standard_dialect_and_convert_says_so(
+    changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    result = convert(changed(LLAMA, heads_of_8), place / "out", *FAST)
+    assert result.exit_code == 0, result.stderr
+    assert "dialect: standard, as ONNX Runtime's fused attention has no kernel for heads of size 8" in result.stdout
+    assert Bundle.open(place / "out").manifest.dialect == "standard"
+    with Session(place / "out") as session:
+        assert session.generate("Hello", max_new_tokens=3, ignore_eos=True).stats.tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dialect", "ort"), "heads of size 8 do not fit the ort dialect, whose operator needs a multiple of 16"),
+        (("--precision", "int8"), "precision int8 needs operators of ONNX Runtime, but attention heads of size 8"),
+        (("--precision", "int4", "--exact-rows"), "precision int4 needs operators of ONNX Runtime, but attention"),
+    ],
+)
+def test_heads_without_a_fused_kernel_are_refused_where_it_is_needed(
+    arguments: tuple[str, ...], message: str, changed: Callable[[Case, Change], Path], place: Path
+) -> None:
+    assert message in failed(convert(changed(LLAMA, heads_of_8), place / "out", *FAST, *arguments))
+    assert os.listdir(place) == []
+
+
+def test_the_usual_dialect_is_not_spoken_of(checkpoint: Checkpoint, place: Path) -> None:
+    for out, given in (("out", ()), ("other", ("--dialect", "standard"))):
+        result = convert(checkpoint(LLAMA), place / out, *FAST, *given)
+        assert result.exit_code == 0, result.stderr
+        assert "dialect: " not in result.stdout
+
+
+# Refusals before any work
+
+
+@pytest.fixture
+def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*arguments: object) -> None:
+        pytest.fail("a weight was read")
+
+    monkeypatch.setattr("freeexport.checkpoint.Checkpoint.read", read)
+    monkeypatch.setattr("freeexport.checkpoint._digest", read)
+    monkeypatch.setattr("freeexport.convert.write_tokenizer", read)
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--exit-layer", "9"), "exit layer 9 is out of range"),
+        (("--capacity", "0"), "capacity 0 is out of range"),
+        (("--precision", "int8", "--dialect", "standard"), "choose --dialect ort"),
+        (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
+        (("--calibration", "nowhere.json"), "nowhere.json"),
+        (("--max-pending", "999"), "max_pending 999 is out of range"),
+    ],
+)
+def test_a_bad_option_is_refused_before_any_work(
+    arguments: tuple[str, ...], message: str, checkpoint: Checkpoint, place: Path
+) -> None:
+    assert message in failed(convert(checkpoint(LLAMA), place / "out", *arguments))
+    assert os.listdir(place) == []
+
+
+@pytest.mark.usefixtures("no_weights_are_read")
+def test_a_model_without_an_exit_layer_or_a_start_is_refused_before_any_work(
+    checkpoint: Checkpoint, changed: Callable[[Case, Change], Path], place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = CliRunner().invoke(main, ["convert", str(checkpoint(LLAMA)), str(place / "out")])
+    assert "choose --exit-layer, from 1 to 4" in failed(result)
+    model = changed(BY_NAME["t5-relu-tied"], lambda tensors, config: None)
+    monkeypatch.setattr("freeexport.checkpoint._derived_generation_config", lambda config: {})
+    (model / "generation_config.json").write_text("{}")
+    assert "names no decoder_start_token_id" in failed(convert(model, place / "out"))
+    assert os.listdir(place) == []
+
+
+def test_what_stands_at_out_is_refused_before_the_model_is_opened(checkpoint: Checkpoint, place: Path) -> None:
+    assert convert(checkpoint(LLAMA), place / "out", *FAST).exit_code == 0
+    assert "--overwrite" in failed(convert(place / "no-model", place / "out", *FAST))
+    (place / "file").write_text("x")
+    assert "exists and is not what this command writes" in failed(convert(place / "no-model", place / "file", *FAST))
+
+
 # What stands at OUT
 
 
@@ -369,6 +460,78 @@ def test_a_failed_verification_leaves_nothing(
     monkeypatch.setattr("freeexport.convert.verify_in_child", wrong)
     assert "deep logits" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert os.listdir(place) == []
+
+
+def refused(directory: Path, *_: object) -> bool:
+    """A verification that judged, and found a fault."""
+    from freeexport.verification import VerificationError, write_report
+
+    write_report(Bundle.open(directory), {"passed": False, "checks": []})
+    raise VerificationError("prefill: deep logits differs")
+
+
+def test_a_refused_bundle_is_kept_beside_with_its_report(
+    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the child process, on a bundle whose weights were damaged just before."""
+    from test_verification import scale_weight
+
+    from freeexport import verification
+
+    def damaged(module: str, command: str, directory: str, *arguments: str) -> str:
+        scale_weight(Path(directory), "deep", "model.layers.4.mlp.down_proj", 1.01)
+        return run_child(module, command, directory, *arguments)
+
+    run_child = verification.run_child
+    monkeypatch.setattr(verification, "run_child", damaged)
+    result = convert(checkpoint(LLAMA), place / "out", "--capacity", "64", "--no-measure")
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: prefill: deep logits differs by \S+ of its largest value, the limit is 2.00e-05; "
+        r"transformers itself is \S+ from float64; convert with --dialect standard or --no-verify; "
+        r"kept as \S+/out.unverified, with the figures in verification.json",
+        line,
+    )
+    assert os.listdir(place) == ["out.unverified"]
+    kept = Bundle.open(place / "out.unverified", verify="full")
+    assert not kept.manifest.verified
+    assert kept.verification is not None
+    assert not kept.verification["passed"]
+    assert any(not check["passed"] for check in kept.verification["checks"])
+    with Session(place / "out.unverified") as session:
+        assert session.generate("Hello", max_new_tokens=3, ignore_eos=True).stats.tokens == 3
+
+
+def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
+    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert convert(checkpoint(LLAMA), place / "out", *FAST).exit_code == 0
+    before = digest(place / "out")
+    monkeypatch.setattr("freeexport.convert.verify_in_child", refused)
+    for exit_layer in (2, 3):
+        line = failed(convert(checkpoint(LLAMA), place / "out", "--overwrite", exit_layer=exit_layer))
+        assert f"kept as {place / 'out.unverified'}" in line
+        assert Bundle.open(place / "out.unverified", verify="full").manifest.exit_layer == exit_layer
+    assert sorted(os.listdir(place)) == ["out", "out.unverified"]
+    assert digest(place / "out") == before
+
+
+def test_what_is_no_refused_bundle_is_never_replaced(
+    bundle: Bundles, checkpoint: Checkpoint, place: Path, request: pytest.FixtureRequest
+) -> None:
+    verified, other = bundle(LLAMA), place / "out.unverified"
+    request.getfixturevalue("no_weights_are_read")
+    other.mkdir()
+    (other / "thesis.txt").write_text("years of work")
+    assert f"{other} exists and is not what this command writes" in failed(convert(checkpoint(LLAMA), place / "out"))
+    assert os.listdir(other) == ["thesis.txt"]
+    shutil.rmtree(other)
+    shutil.copytree(verified, other)
+    manifest = Bundle.open(other).manifest
+    (other / MANIFEST).write_text(replace(manifest, verified=True).to_json())
+    assert f"{other} holds a verified bundle" in failed(convert(checkpoint(LLAMA), place / "out"))
+    assert os.listdir(place) == ["out.unverified"]
 
 
 SLOW_CONVERT = """

@@ -1,0 +1,75 @@
+"""One comparison of a verification: what was measured, how far it may be, and how people read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+# largest, rms: of a difference, as a share of the largest or of the root mean square of what it is from.
+# divergence: mean Kullback-Leibler divergence of predictions, in nats. nats: mean nats lost of the token that stands
+# there. best: share of the rows with another best token, of those where the two best are further apart than noise.
+# rows: share of the rows that moved further than noise.
+Measure = Literal["largest", "rms", "divergence", "nats", "best", "rows"]
+
+_FOUND: dict[str, str] = {
+    "largest": "differs by {} of its largest value",
+    "rms": "differs by {} of its root mean square",
+    "divergence": "diverges by {} nats a token on average",
+    "nats": "moves by {} nats a token on average",
+    "best": "has another best token in {} of the rows where noise decides nothing",
+    "rows": "has {} of its rows further off than noise",
+}
+_WITHIN: dict[str, str] = {
+    "largest": "within {} of its largest value",
+    "rms": "within {} of its root mean square",
+    "divergence": "diverges by {} nats a token",
+    "nats": "moves by {} nats a token",
+    "best": "another best token in {} of the rows where noise decides nothing",
+    "rows": "{} of the rows further off than noise",
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """`error` is how far `tensor` is off by `measure`, at most `tolerance`. `reference` is how far transformers, in the
+    bundle's precision, is from the same float64 values itself; None where the engines are compared with themselves.
+    `scale` turns a share of the largest value into logits.
+    """
+
+    name: str
+    tensor: str
+    error: float
+    tolerance: float
+    measure: Measure = "largest"
+    reference: float | None = None
+    scale: float = 1.0
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.error <= self.tolerance)  # NaN fails
+
+
+def failure_of(check: dict[str, Any]) -> str:
+    """What a check of a report found, that did not pass."""
+    limit = _shown(check["measure"], check["tolerance"])
+    found = _FOUND[check["measure"]].format(_shown(check["measure"], check["error"]))
+    return f"{check['name']}: {check['tensor']} {found}, the limit is {limit}{_transformers(check)}"
+
+
+def line_of(check: dict[str, Any]) -> str:
+    """The same of one that passed."""
+    limit = _shown(check["measure"], check["tolerance"])
+    found = _WITHIN[check["measure"]].format(_shown(check["measure"], check["error"]))
+    return f"{check['name']}: {check['tensor']} {found} (at most {limit}{_transformers(check)})"
+
+
+def _shown(measure: str, value: float | None) -> str:
+    if value is None:
+        return "not a number"
+    return f"{value:.1%}" if measure in ("best", "rows") else f"{value:.2e}"
+
+
+def _transformers(check: dict[str, Any]) -> str:
+    if check["reference"] is None:
+        return ""
+    return f"; transformers itself is {_shown(check['measure'], check['reference'])} from float64"

@@ -1,0 +1,102 @@
+"""transformers in float64, whatever type its code names, and as coarse as a bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS, Case
+
+from freeexport.reference_arithmetic import BITS, Float64, coarsening, rounding
+from runtime.precision import EnginePrecision
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BY_NAME = {case.name: case for case in CASES}
+Model = Callable[[Case], Any]
+
+
+def logits(model: Any, **options: Any) -> torch.Tensor:
+    ids = torch.tensor([PROMPTS[2]])
+    inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids, use_cache=False, **inputs, **options).logits
+    return found
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours.double() - theirs.double()).abs().max() / theirs.abs().max())
+
+
+@pytest.mark.parametrize("name", ["llama-grouped-llama3-rope", "qwen3", "mistral-window", "t5-gated-untied", "umt5"])
+def test_it_is_the_model_in_float64_and_the_model_stays_as_it_was(name: str, source_model: Model) -> None:
+    model = source_model(BY_NAME[name])
+    plain = logits(model)
+    with Float64():
+        exact = logits(model)
+    assert exact.dtype is torch.float64
+    assert 1e-8 < distance(plain, exact) < 2e-5
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert torch.equal(logits(model), plain)
+
+
+def test_what_code_asks_for_in_float32_is_float64_too() -> None:
+    scores = torch.tensor([1000.0, 1000.0 + 1e-4], dtype=torch.float64)
+    expected = np.exp(scores.numpy() - scores.numpy().max())
+    expected /= expected.sum()
+    with Float64():
+        found = [
+            torch.nn.functional.softmax(scores, dim=-1, dtype=torch.float32),
+            torch.nn.functional.softmax(scores.float(), dim=-1),
+            torch.nn.functional.softmax(scores.to(torch.float32), dim=-1),
+            torch.nn.functional.softmax(scores.to(dtype=torch.float32), dim=-1),
+        ]
+    for each in found:
+        assert each.dtype is torch.float64
+        np.testing.assert_allclose(each.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_is_about_its_last_bit_off(precision: str, source_model: Model) -> None:
+    model = source_model(BY_NAME["llama-tied"])
+    plain = logits(model)
+    with rounding(model, BITS[precision]):
+        off = distance(logits(model), plain)
+    assert 0.1 < off / 2.0 ** -BITS[precision] < 30
+    assert torch.equal(logits(model), plain)
+
+
+def test_a_value_is_rounded_as_half_precision_rounds_it() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    with rounding(layer := torch.nn.Identity(), BITS["fp16"]):
+        assert torch.equal(layer(values), values.half().float())
+    with rounding(layer, BITS["bf16"]):
+        assert torch.equal(layer(values), values.bfloat16().float())
+
+
+def test_coarse_weights_move_logits_in_proportion(source_model: Model) -> None:
+    model = source_model(BY_NAME["llama-tied"])
+    plain, off = logits(model), {}
+    for error in (0.001, 0.01):
+        precision = EnginePrecision("deep", "int4", "int8-block", 1, error)
+        with coarsening(model, lambda name, found=precision: found, activations=False):
+            moved = logits(model)
+        off[error] = float((moved - plain).norm() / plain.norm())
+    assert off[0.01] == pytest.approx(10 * off[0.001], rel=0.2)
+    with coarsening(model, lambda name: None, activations=True):
+        assert torch.equal(logits(model), plain)
+
+
+def test_eight_bits_are_as_far_off_as_rounding_to_them() -> None:
+    layer = torch.nn.Linear(256, 512, bias=False)
+    read = torch.randn(64, 256, generator=torch.Generator().manual_seed(1))
+    scale = read.abs().amax(-1, keepdim=True) / 127
+    with torch.no_grad():
+        wanted = layer(read)
+        rounded = layer((read / scale).round() * scale)
+        with coarsening(layer, lambda name: EnginePrecision("deep", "int8", None, 1, 0.0), activations=True):
+            coarse = layer(read)
+    assert float((coarse - wanted).norm()) == pytest.approx(float((rounded - wanted).norm()), rel=0.1)

@@ -1,0 +1,209 @@
+"""One row against many: noise of another processor passes, faults of positions, rows and scales do not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES
+from conftest import Bundles
+
+from freeexport.checks import Check
+from freeexport.engine_pair import EnginePair
+from freeexport.parity import engine_checks, sample_batch
+from freeexport.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
+from runtime.bundle import Bundle
+
+BY_NAME = {case.name: case for case in CASES}
+each_model = pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
+each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
+
+# What attention differs by from kernel to kernel, as a share.
+LAST_BITS = 5e-7
+
+Call = dict[str, np.ndarray]
+Run = Callable[..., Call]
+
+
+def checks(path: Path) -> list[Check]:
+    """Those of the engines against themselves."""
+    bundle = Bundle.open(path)
+    return list(engine_checks(bundle, None, sample_batch(bundle)))
+
+
+def failed(found: list[Check]) -> list[str]:
+    return [f"{check.name}: {check.tensor}, {check.measure}" for check in found if not check.passed]
+
+
+def change_cache(pair: EnginePair, engine: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    for array in pair.caches[engine].arrays.values():
+        array[:] = change(array)
+
+
+def shifted_position(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call:
+    """A single step stands one position too early, and writes there."""
+    lengths, width = arguments[2:]
+    if width > 1:
+        return run(pair, name, *arguments)
+    cache = pair.caches[name]
+    right = cache.lengths.copy()
+    cache.lengths[:] = np.maximum(right - 1, 0)
+    outputs = run(pair, name, *arguments)
+    cache.lengths[:] = right + lengths
+    return outputs
+
+
+def another_rows_cache(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call:
+    if arguments[-1] == 1:
+        change_cache(pair, name, lambda array: array[[1, 0, *range(2, len(array))]])
+    return run(pair, name, *arguments)
+
+
+def lost_row(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call:
+    """Single steps do not see the first row of the cache."""
+    if arguments[-1] == 1:
+        for array in pair.caches[name].arrays.values():
+            array[:, :, 0] = 0
+    return run(pair, name, *arguments)
+
+
+def wrong_scale(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call:
+    """Single steps scale attention's scores by half."""
+    keys = [array for part, array in pair.caches[name].arrays.items() if part.endswith("key")]
+    if arguments[-1] > 1:
+        return run(pair, name, *arguments)
+    kept = [array.copy() for array in keys]
+    lengths = pair.caches[name].lengths.copy()
+    for array in keys:
+        array *= 0.5
+    outputs = run(pair, name, *arguments)
+    for array, old in zip(keys, kept, strict=True):
+        for row, length in enumerate(lengths):
+            array[row, :, :length] = old[row, :, :length]
+    return outputs
+
+
+def swapped_rows(run: Run, pair: EnginePair, name: str, *arguments: Any) -> Call:
+    """A sync pass gives its last two rows in the wrong order."""
+    after_a_past = name == "deep" and bool(pair.caches[name].lengths.any())
+    outputs = run(pair, name, *arguments)
+    width = arguments[-1]
+    if after_a_past and width > 1:
+        logits = outputs["logits"].reshape(pair.rows, width, -1)
+        logits[:, [width - 2, width - 1]] = logits[:, [width - 1, width - 2]]
+    return outputs
+
+
+FAULTS = (shifted_position, another_rows_cache, lost_row, wrong_scale, swapped_rows)
+
+
+@pytest.fixture
+def with_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Call]], None]:
+    """Every engine call goes through this function."""
+
+    def inject(fault: Callable[..., Call]) -> None:
+        run = EnginePair._run
+        monkeypatch.setattr(EnginePair, "_run", lambda pair, *arguments: fault(run, pair, *arguments))
+
+    return inject
+
+
+@each_precision
+@each_model
+def test_faults_do_not_pass(name: str, precision: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle(BY_NAME[name], 2, precision=precision)
+    assert failed(checks(path)) == []
+    run = EnginePair._run
+    for fault in FAULTS:
+        with monkeypatch.context() as patched:
+            patched.setattr(EnginePair, "_run", lambda pair, *given, fault=fault: fault(run, pair, *given))
+            found = failed(checks(path))
+        where = "sync pass" if fault is swapped_rows else "stepping against prefill"
+        assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@each_precision
+@each_model
+def test_the_last_bits_of_another_processor_pass(
+    name: str, precision: str, seed: int, bundle: Bundles, with_fault: Callable[[Callable[..., Call]], None]
+) -> None:
+    """Single steps read what attention differs by from kernel to kernel, 8 times over, in the caches of every layer."""
+    generator = np.random.default_rng(seed)
+
+    def changed(array: np.ndarray) -> np.ndarray:
+        return array * (1 + 8 * LAST_BITS * generator.uniform(-1, 1, array.shape)).astype(np.float32)
+
+    def another_processor(run: Run, pair: EnginePair, engine: str, *arguments: Any) -> Call:
+        inputs, outputs, lengths, width = arguments
+        if width == 1:
+            change_cache(pair, engine, changed)
+            inputs = {part: changed(array) if part == "hidden" else array for part, array in inputs.items()}
+        return run(pair, engine, inputs, outputs, lengths, width)
+
+    with_fault(another_processor)
+    found = checks(bundle(BY_NAME[name], 2, precision=precision))
+    assert failed(found) == []
+    # And something did tip over.
+    assert max(check.error for check in found if check.measure == "divergence") > 1e-7
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_do_not_pass_in_fp32(
+    fault: Callable[..., Call], bundle: Bundles, with_fault: Callable[[Callable[..., Call]], None]
+) -> None:
+    with_fault(fault)
+    assert failed(checks(bundle(BY_NAME["llama-tied"], 2)))
+
+
+def moved(divergence: np.ndarray, other_best: np.ndarray | None = None, gap: float = 1.0) -> Moved:
+    count = len(divergence)
+    best = np.zeros(count, bool) if other_best is None else other_best
+    return Moved(divergence, np.zeros(count), np.full(count, gap), np.full(count, 0.1), best)
+
+
+def verdicts(found: Moved, noise: Moved) -> dict[str, bool]:
+    return {check.measure: check.passed for check in row_checks("a", "b", found, noise)}
+
+
+def test_the_limits_are_multiples_of_noise() -> None:
+    noise = moved(np.full(100, 1e-3))
+    assert all(verdicts(moved(np.full(100, 0.9 * FACTOR * 1e-3)), noise).values())
+    assert not verdicts(moved(np.full(100, 1.1 * FACTOR * 1e-3)), noise)["divergence"]
+
+
+def test_a_few_rows_far_off_are_found_among_many() -> None:
+    noise = moved(np.full(100, 1e-3))
+    few = np.zeros(100)
+    few[: int(100 * ROWS) + 1] = 5e-2
+    assert verdicts(moved(few), noise) == {"divergence": True, "nats": True, "best": True, "rows": False}
+
+
+def test_another_best_token_counts_where_noise_decides_nothing() -> None:
+    noise = moved(np.full(200, 1e-3))
+    other = np.zeros(200, bool)
+    other[: int(200 * BEST) + 1] = True
+    assert not verdicts(moved(np.zeros(200), other), noise)["best"]
+    # The two best are as near as noise moves them.
+    assert verdicts(moved(np.zeros(200), other, gap=0.3), noise)["best"]
+
+
+def test_what_is_not_a_number_passes_nowhere() -> None:
+    noise = moved(np.full(10, 1e-3))
+    assert not verdicts(moved(np.full(10, np.nan)), noise)["divergence"]
+    assert not verdicts(moved(np.full(10, np.nan)), noise)["rows"]
+    assert not verdicts(moved(np.zeros(10)), moved(np.full(10, np.nan)))["divergence"]
+
+
+def test_divergence_and_nats_are_those_of_the_definition() -> None:
+    before = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]], np.float32))
+    after = np.log(np.array([[0.6, 0.3, 0.1], [0.3, 0.5, 0.2]], np.float32))
+    found = Moved.between(before, after, np.array([0, 2]))
+    expected = [0.7 * np.log(0.7 / 0.6) + 0.2 * np.log(0.2 / 0.3), (0.5 - 0.3) * np.log(0.5 / 0.3)]
+    np.testing.assert_allclose(found.divergence, expected, rtol=1e-5)
+    np.testing.assert_allclose(found.nats, [np.log(0.7 / 0.6), 0], atol=1e-6)
+    assert found.other_best.tolist() == [False, True]
+    np.testing.assert_allclose(found.gap, np.log([0.7 / 0.2, 0.5 / 0.3]), rtol=1e-5)
