@@ -11,7 +11,6 @@ from freeexport.exit_file import EXIT_FILE
 from freeexport.output_directory import OutputError
 from freeexport.training_options import TrainingOptions
 from runtime.errors import OptionError
-from runtime.json_file import UnreadableError, parse_json, read_object, read_text
 
 OPTIONS = "training_options.json"
 ELAPSED = "elapsed.json"  # seconds of training, in a checkpoint
@@ -21,16 +20,15 @@ TENSORBOARD = "tensorboard"
 
 def last_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint of an interrupted run."""
-    steps = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*")}
-    found = sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]), reverse=True)
+    found = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     return next((path for path in found if _complete(path)), None)
 
 
 def _complete(checkpoint: Path) -> bool:
     # Trainer writes its state last.
     try:
-        parse_json(read_text(checkpoint / "trainer_state.json"), nan=True)
-    except UnreadableError:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
     return all(os.path.exists(checkpoint / name) for name in ("model.safetensors", "optimizer.pt", ELAPSED))
 
@@ -61,7 +59,7 @@ class TrainingDirectory:
         if options.resume:
             if not recorded.is_file():
                 raise OptionError(f"{self.path} holds no run to resume; start one without --resume")
-            before = read_object(recorded, "start anew with --overwrite", OptionError)
+            before = json.loads(recorded.read_text(encoding="utf-8"))
             changed = sorted(name for name in record if record[name] != before.get(name))
             if changed:
                 name = changed[0]

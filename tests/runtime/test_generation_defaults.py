@@ -40,10 +40,13 @@ def test_they_fill_in_what_is_left_open_and_only_for_sampling() -> None:
     assert with_defaults(greedy, defaults) is greedy
 
 
-@pytest.mark.parametrize("content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, [1], "{", "\0"])
+@pytest.mark.parametrize(
+    "content", [{"top_p": 3}, {"temperature": "hot"}, {"top_k": -1}, {"top_k": [0] * 20_000}, [1], "{", "\0"]
+)
 def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"generation_config\.json"):
+    with pytest.raises(BundleError, match=r"generation_config\.json") as refused:
         read_defaults(written(tmp_path, content))
+    assert len(str(refused.value)) < 600
 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> None:
