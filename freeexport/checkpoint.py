@@ -192,12 +192,12 @@ def _open_gguf(path: Path) -> Checkpoint:
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
-    if not (path / "config.json").is_file():
-        hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
-        raise CheckpointError(f"{path} has no config.json; {hint}")
     for file in path.iterdir():
         if file.exists() and not file.is_file() and not file.is_dir():
             raise CheckpointError(f"{file} is no regular file; do not use this checkpoint")
+    if not (path / "config.json").is_file():
+        hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
+        raise CheckpointError(f"{path} has no config.json; {hint}")
     stored = _read_json(path / "config.json")
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:

@@ -22,8 +22,6 @@ from freeexport.training_batches import LengthBatches, loader
 from freeexport.training_directory import ELAPSED
 from freeexport.training_options import Schedule, TrainingOptions
 from freeexport.tuning import Tuning
-from runtime.errors import OptionError
-from runtime.json_file import read_json
 
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
 
@@ -108,16 +106,8 @@ class Clock:
 
 def resumed_clock(options: TrainingOptions, checkpoint: Path | None) -> Clock:
     """A clock that goes on where the checkpoint's stood."""
-    elapsed = 0.0 if checkpoint is None else _elapsed(checkpoint / ELAPSED)
+    elapsed = 0.0 if checkpoint is None else float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
     return Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
-
-
-def _elapsed(path: Path) -> float:
-    remedy = "remove this checkpoint, and resume from the one before"
-    seconds = read_json(path, remedy, OptionError)
-    if type(seconds) not in (int, float) or seconds < 0:
-        raise OptionError(f"{path} holds {repr(seconds)[:80]}, not seconds; {remedy}")
-    return float(seconds)
 
 
 class ExitTrainer(Trainer):

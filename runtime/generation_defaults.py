@@ -29,7 +29,7 @@ def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -
     try:
         GenerationOptions(do_sample=True, **values)
     except OptionError as error:
-        raise BundleError(f"{file}: {error}; or pass your own") from None
+        raise BundleError(f"{file}: {str(error)[:300]}; or pass your own") from None
     return values
 
 

@@ -12,11 +12,8 @@ import pytest
 from freeexport.calibration_source import unknown_of_bundle
 from freeexport.checkpoint import open_checkpoint
 from freeexport.exit_file import read_exit_file
-from freeexport.exit_trainer import _elapsed
 from freeexport.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.replay import exit_trace
-from freeexport.training_directory import TrainingDirectory, last_checkpoint
-from freeexport.training_options import TrainingOptions
 from runtime.cache_entry import read_entry
 from runtime.calibration import read_calibration
 from runtime.errors import FreeExportError
@@ -27,13 +24,9 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "exit.json": lambda path: read_exit_file(path.parent),
     "exit-vocab.json": lambda path: read_exit_vocabulary(path, "", 1, 1),
     "calibration.json": read_calibration,
-    "elapsed.json": _elapsed,
     "entry.json": lambda path: read_entry(path.parent),
     "tokenizer.json": lambda path: unknown_of_bundle(path.parent),
     "answers.jsonl": lambda path: exit_trace(str(path)),
-    "training_options.json": lambda path: TrainingDirectory(
-        path.parent.with_suffix(""), "model", TrainingOptions(Path("data"), 1, resume=True)
-    ),
 }
 CONTENTS = {"nested": "[" * 100_000, "cut": '{"a"', "digits": '{"a": 1' + "0" * 5000 + "}", "empty": "", "null": "\0"}
 
@@ -68,15 +61,3 @@ def test_a_named_pipe_among_a_checkpoints_files_is_refused(directory: Path) -> N
     os.mkfifo(directory / "tokenizer_config.json")
     with pytest.raises(FreeExportError, match=r"tokenizer_config\.json is no regular file"):
         open_checkpoint(str(directory))
-
-
-def test_a_checkpoint_of_training_has_a_number(directory: Path) -> None:
-    (directory / "checkpoint-old").mkdir()
-    assert last_checkpoint(directory) is None
-
-
-@pytest.mark.parametrize("content", ["-1", "[]", '"1"', "true"])
-def test_seconds_of_training_are_a_number(content: str, directory: Path) -> None:
-    (directory / "elapsed.json").write_text(content)
-    with pytest.raises(FreeExportError, match="not seconds"):
-        _elapsed(directory / "elapsed.json")
