@@ -26,7 +26,7 @@ FILE = "chat_template.jinja"
 MOST_SOURCE = 128 * 1024
 
 # Made for web pages; slow beyond their length, and not for prompts.
-_NO_FILTERS = ("pprint", "random", "slice", "striptags", "urlize", "xmlattr")
+_NO_FILTERS = ("pprint", "random", "slice", "striptags", "urlize", "wordwrap", "xmlattr")
 
 _budget: ContextVar[Budget] = ContextVar("budget")
 
@@ -119,6 +119,7 @@ class _Formatter(SandboxedFormatter):
     def format_field(self, value: Any, format_spec: str) -> Any:
         if re.search(r"\d{5}", format_spec):
             raise TemplateLimitError(f"formats a field as {format_spec[:40]!r}")
+        _budget.get().spend(10)
         return _budget.get().made(super().format_field(value, format_spec))
 
 

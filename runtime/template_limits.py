@@ -20,7 +20,8 @@ SIZE, SIZE_PER_CHARACTER = 1 << 20, 8
 ITEM = 8  # characters that an item of a list counts as
 CHARACTERS_PER_STEP = 50
 DEPTH = 64
-BITS = 16_384
+# Larger numbers can be chosen to have one hash, and a set of them takes the square of its size.
+BITS = 60
 PRECISION = 300
 
 # Methods and filters whose result is no longer than a few times what they are given.
@@ -33,8 +34,11 @@ _NEVER_LONGER = (
 )
 # Those of them that do not look at what a list holds: templates ask for the length of all messages at each message.
 _AT_ONCE = "attr count d default first get items keys last length list values"
+STRIPS = ("strip", "lstrip", "rstrip", "trim")  # each character is looked for among those given
+BY_ATTRIBUTE = ("groupby", "join", "map", "max", "min", "rejectattr", "selectattr", "sort", "sum", "unique")
 NEVER_LONGER, AT_ONCE = (frozenset(names.split()) for names in (_NEVER_LONGER, _AT_ONCE))
-_WIDTHS = re.compile(r"%(?:\([^)]*\))?[-+ #0]*(\d*)\.?(\d*)")
+# A width or precision of a format with %: what stands behind it begins with one of these.
+_WIDTH = re.compile(r"(?<!\d)\d++(?=[.hlLdiouxXeEfFgGcrsab%])")
 
 
 class TemplateLimitError(TemplateRuntimeError):
@@ -45,12 +49,10 @@ class Budget:
     """Of one rendering of `messages`."""
 
     def __init__(self, messages: Sequence[Mapping[str, Any]] = ()) -> None:
-        self.most_steps = STEPS + STEPS_PER_MESSAGE * len(messages)
-        self.steps = self.most_steps
-        self.size = 1 << 62  # the messages themselves are no matter of the template
+        self.steps = self.most_steps = self.size = 1 << 62  # for the messages themselves
         given = self.measure(list(messages))
+        self.steps = self.most_steps = STEPS + STEPS_PER_MESSAGE * len(messages) + given
         self.size = SIZE + SIZE_PER_CHARACTER * given
-        self.most_steps = self.steps = self.most_steps + given
 
     def spend(self, steps: int) -> None:
         self.steps -= steps
@@ -68,7 +70,10 @@ class Budget:
             return len(value)
         if isinstance(value, range):
             self.spend(1)
+            _allow_bits(max(value.start, value.stop, key=abs).bit_length())
             return ITEM * len(value)
+        if isinstance(value, int):
+            _allow_bits(value.bit_length())
         items = _items(value)
         if items is None:
             return ITEM
@@ -87,10 +92,7 @@ class Budget:
 
     def made(self, value: Any) -> Any:
         """The value, if what an expression gave is small enough."""
-        if isinstance(value, int):
-            _allow_bits(value.bit_length())
-        else:
-            self.allow(self.measure(value))
+        self.allow(self.measure(value))
         return value
 
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
@@ -107,12 +109,21 @@ class Budget:
         """Refuse a method or filter `name` of `value` whose result would be too large."""
         self.spend(5)
         given = [*args, *named.values()]
+        for argument in given:
+            if isinstance(argument, str):
+                self.spend(len(argument) // CHARACTERS_PER_STEP)
+                if name in BY_ATTRIBUTE:  # a path of names, followed for each item
+                    self.spend((argument.count(".") + argument.count(",")) * _extent(value))
         if name == "round":
             if any(_extent(argument) > PRECISION for argument in given):
                 raise TemplateLimitError(f"rounds to more than {PRECISION} digits")
         elif name == "sum":
             if isinstance(named.get("start", args[1] if len(args) > 1 else 0), (list, tuple)):
                 raise TemplateLimitError("adds up lists with sum")
+        elif name in STRIPS:
+            self.spend(self.measure(value) * sum(map(_extent, given)) // CHARACTERS_PER_STEP)
+        elif name == "title":  # the filter takes words apart one by one
+            self.spend(self.measure(value) // 2)
         elif name in AT_ONCE:
             self.touch(value)
         elif name in NEVER_LONGER:
@@ -158,7 +169,7 @@ class Budget:
 
 def _items(value: Any) -> Iterable[Any] | None:
     if isinstance(value, Namespace):
-        value = object.__getattribute__(value, "_Namespace__attrs")
+        value = object.__getattribute__(value, "_Namespace__attrs")  # it has no other way to all of them
     if isinstance(value, Mapping):
         return (part for item in value.items() for part in item)
     if isinstance(value, (list, tuple, Set, ValuesView, KeysView)):
@@ -174,8 +185,8 @@ def _extent(argument: Any) -> int:
 
 def _width(text: str | bytes) -> int:
     """The largest width or precision of a format with %."""
-    found = _WIDTHS.findall(text if isinstance(text, str) else text.decode("latin-1"))
-    return max((int(digits[:18] or 0) for widths in found for digits in widths), default=0) or 1
+    found = _WIDTH.findall(text if isinstance(text, str) else text.decode("latin-1"))
+    return max((int(digits[:18]) for digits in found), default=0) or 1
 
 
 def _allow_bits(bits: int) -> None:
