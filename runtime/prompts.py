@@ -7,7 +7,7 @@ from functools import partial
 from numbers import Integral
 from typing import Any, TypeGuard
 
-from runtime.errors import BatchError
+from runtime.errors import BatchError, interrupted
 from runtime.prompt import Prompt
 from runtime.reply import Reply
 from runtime.result import GenerationResult
@@ -69,24 +69,33 @@ class Prompts:
 
     def _follow(self, forced: bool) -> None:
         """Let the next prompt join; those of which no request can be made have failed."""
+        interruption: BaseException | None = None
         for number, prompt in self._left:
             try:
                 row, reply = self._ask(prompt)
             except Exception as error:  # this prompt's alone
                 self._finish(number, error)
                 continue
+            except BaseException as error:  # of the thread that drives, and none of the prompts that follow
+                self._finish(number, interrupted(error))
+                interruption = error
+                continue
             row.told = partial(self._told, number, row, reply)
             row.abandoned = self._abandoned
             self._rows[number] = row
             self._scheduler.join(row, forced)
-            return
+            break
+        if interruption is not None:
+            raise interruption
 
     def _told(self, number: int, row: Row, reply: Reply) -> None:
         row.tokens.clear()
         if row.ended:
             del self._rows[number]
-            self._follow(forced=True)
-            self._finish(number, reply.result if row.error is None else row.error)
+            try:
+                self._follow(forced=True)
+            finally:
+                self._finish(number, reply.result if row.error is None else row.error)
 
     def _finish(self, number: int, result: GenerationResult | Exception) -> None:
         self._results[number] = result

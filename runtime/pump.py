@@ -66,7 +66,16 @@ class Pump:
         self._thread.shutdown(wait=False)
 
     def _drive(self, awaited: Awaited) -> None:
-        self._thread.submit(self._scheduler.wait, awaited, True)
+        self._thread.submit(self._wait, awaited)
+
+    def _wait(self, awaited: Awaited) -> None:
+        while True:
+            try:
+                return self._scheduler.wait(awaited, True)
+            except Exception:
+                raise
+            except BaseException:
+                continue  # the request that raised it has ended; the others go on
 
 
 def _teller(news: asyncio.Event) -> Callable[[], None]:

@@ -51,13 +51,13 @@ class Reply:
                 if self._finish is not None:
                     return
         finally:
-            self._text.finish()
             # While the slot is still its own: the loop may run one pass more.
             before = self._clock()
             steps.close()
             self._stats.seconds += self._clock() - before
             if self._ended is not None:
                 self._ended()
+            self._text.finish()
 
     @property
     def result(self) -> GenerationResult:

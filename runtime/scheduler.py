@@ -15,7 +15,7 @@ from typing import NamedTuple
 from runtime.batch import Batch
 from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
-from runtime.errors import EngineError, OptionError, QueueFullError
+from runtime.errors import OptionError, QueueFullError, interrupted
 from runtime.lane import Event, Lane
 from runtime.row import Row
 from runtime.shared_calls import Rules, SharedCalls
@@ -207,7 +207,7 @@ class Scheduler:
             self._end(row, failure)
             return
         except BaseException as interruption:
-            self._end(row, EngineError(f"interrupted by {type(interruption).__name__} in the thread that drove it"))
+            self._end(row, interrupted(interruption))
             raise
         row.since = self._turns
         if not going:
