@@ -164,7 +164,9 @@ def _table(traces: Traces, costs: Costs, choice: Choice, max_pending: int) -> tu
 
 def _row(traces: Traces, costs: Costs, threshold: float, max_pending: int) -> TableRow:
     done = replay(traces, threshold, max_pending)
-    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=done.speedup(costs))
+    # Where nothing can exit, a session decodes as `full`.
+    speedup = 1.0 if threshold >= NEVER_EXIT else done.speedup(costs)
+    return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=speedup)
 
 
 def points(result: Calibrated) -> list[float]:

@@ -87,7 +87,10 @@ class GenerationOptions:
     mode: "free": exits are final. "rollback": the next deep pass takes back those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
         and runs the deep decoder on the prompt alone (static exiting, to compare with).
-    threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
+    threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
+        and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
+    output_confidence: the shallow confidence of every token, also in "full" and at threshold 1: runs the shallow head
+        at each token. Not in "lossless", nor with beams.
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
@@ -112,6 +115,7 @@ class GenerationOptions:
     max_new_tokens: int = 256
     mode: Mode = "free"
     threshold: float | None = None
+    output_confidence: bool = False
     rollback_threshold: float | None = None
     max_pending: int | None = None
     sync_every: int = 4
@@ -152,6 +156,8 @@ class GenerationOptions:
         positive = 0 < _number(self.repetition_penalty) < math.inf
         _real("repetition_penalty", self.repetition_penalty, positive, "above 0; 1 is none")
         _real("length_penalty", self.length_penalty, math.isfinite(_number(self.length_penalty)), "")
+        if self.output_confidence not in (True, False):
+            raise OptionError(f"output_confidence is {self.output_confidence!r}; choose True or False")
         if self.early_stopping not in (True, False, "never"):
             raise OptionError(f"early_stopping is {self.early_stopping!r}; choose True, False or 'never'")
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -181,6 +187,9 @@ class GenerationOptions:
             raise OptionError(
                 f"num_beams is {self.num_beams} in mode {self.mode}: exits do not go with beams; take mode 'full'"
             )
+        if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
+            what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"
+            raise OptionError(f"output_confidence is True with {what}, which has none for every token; leave it out")
         if self.num_beams > 1 and self.samples:
             raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
         if self.num_beams > 1 and self.stop:
