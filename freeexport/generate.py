@@ -16,6 +16,7 @@ from freeexport.answers import answer_file
 from freeexport.jsonl import fields_of
 from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
+from runtime.several import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
@@ -60,7 +61,12 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
 @click.option("--length-penalty", type=float, default=1.0, help="Above 0, beams may be longer.")
 @click.option("--early-stopping", is_flag=True, help="End the search once as many beams are finished.")
-@click.option("--num-return-sequences", type=click.IntRange(1), default=1, help="So many samples or beams, best first.")
+@click.option(
+    "--num-return-sequences",
+    type=click.IntRange(1, MOST_SEQUENCES),
+    default=1,
+    help="So many samples or beams, best first.",
+)
 @click.option("--output-logprobs", is_flag=True, help="Also the log-probability of each token, in JSON.")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")

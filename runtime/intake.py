@@ -12,10 +12,12 @@ from typing import Any
 from runtime.adaptive import AdaptiveThreshold
 from runtime.bundle import Bundle
 from runtime.callbacks import guarded
+from runtime.device import Device
 from runtime.encoder import Encoder
 from runtime.ending import Ending
 from runtime.errors import OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
+from runtime.memory import check_beams
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.paces import Paces
 from runtime.prompt import Prompt, encode_prompt
@@ -57,12 +59,13 @@ class Intake:
 
     def placed(self, run: Run, request: Request, ending: Ending) -> Row:
         """What does `run` in a slot, for this request."""
-        return Row(run, ending.due, until=ending.until, calls_back=bool(request.options.logits_processor))
+        aside = bool(request.options.logits_processor) or request.options.num_beams > 1
+        return Row(run, ending.due, until=ending.until, aside=aside)
 
     def request(
         self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
     ) -> tuple[Request, Ending]:
-        """The request, and what may end it: its deadline is counted from `began`."""
+        """The request, and what may end it: its deadline is counted from `began`. Raises CapacityError for beams."""
         manifest = self._bundle.manifest
         options = GenerationOptions(**known(GenerationOptions, given))
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
@@ -84,6 +87,8 @@ class Intake:
         adapts = self.adaptive is not None and options.threshold is None and options.mode == "free"
         observation = self.adaptive.begin() if self.adaptive is not None and adapts else None
         request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, ending.due, observation)
+        if options.num_beams > 1 and Device.parse(self._options.device).index is None:
+            check_beams(manifest, options.num_beams, request.positions)
         return request, ending
 
     def reply(

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.adaptive import Observation
 from runtime.beam_rows import BeamRows
-from runtime.beams import BeamSearch, Hypothesis
+from runtime.beams import BeamSearch, Hypothesis, Scores
 from runtime.continuation import Continuation, Step
 from runtime.decode import Loop, free, full, lossless, rollback, shallow
 from runtime.decoder import Decoder
@@ -71,6 +71,11 @@ class Request:
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
 
+    @property
+    def positions(self) -> int:
+        """Most of a cache, of each beam's where there are beams."""
+        return len(self._prompt) + self.limit
+
     def start(self, decoder: Decoder) -> Loop:
         """Begin in a slot: the tokens, endless, and what they wait for."""
         if self.options.num_beams > 1:
@@ -111,17 +116,20 @@ class Request:
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options = self.options
-        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self.limit)
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, self.positions)
         sampler = _sampler(options, len(self._prompt), self.eos, (self._seed, 0))
 
-        def score(sequences: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
             newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self._prompt[-1])
-            raw = log_softmax(rows.step(newest, sources))
+            raw = log_softmax((yield from rows.stepping(newest, sources)))
             if sampler is None:
                 return raw, raw
-            read = [np.concatenate([self._prompt, sequence]) for sequence in sequences]
-            processed = [sampler.process(scores.astype(np.float32), ids) for scores, ids in zip(raw, read, strict=True)]
-            return np.stack(processed).astype(np.float64), raw
+            processed = np.empty_like(raw)
+            for row, sequence in enumerate(sequences):
+                read = np.concatenate([self._prompt, sequence])
+                processed[row] = sampler.process(raw[row].astype(np.float32), read)
+                yield None
+            return processed, raw
 
         search = BeamSearch(
             options.num_beams, self.limit, self.eos, float(options.length_penalty), options.early_stopping

@@ -17,7 +17,8 @@ Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
 class Row:
     """`cancelled` is asked while it waits for a slot and between pieces of its prompt. `told` is called, by whichever
     thread drives, after tokens came and at the end. Setting `abandoned` makes it leave at the next turn, and so does
-    the time `until` of the monotonic clock. `calls_back`: it runs code of its caller's."""
+    the time `until` of the monotonic clock. `aside`: a step of it may take long, as where it
+    runs code of its caller's: only the scheduler's own thread drives it."""
 
     def __init__(
         self,
@@ -25,10 +26,10 @@ class Row:
         cancelled: Callable[[], bool],
         told: Callable[[], None] | None = None,
         until: float = math.inf,
-        calls_back: bool = False,
+        aside: bool = False,
     ) -> None:
         self._run, self.cancelled, self.told = run, cancelled, told
-        self.until, self.calls_back = until, calls_back
+        self.until, self.aside = until, aside
         self.tokens: deque[Token] = deque()
         self.abandoned, self.ended = False, False
         self.error: BaseException | None = None

@@ -1,7 +1,7 @@
 """Many requests at the same engines: each turn runs what they wait for, several as one engine call.
 
-A thread that waits for a request drives all of them (runtime/wheel.py). Only while one of them calls back, and for
-asyncio, does a thread of the scheduler's own: what a callback takes, no other caller's thread is stuck in.
+A thread that waits for a request drives all of them (runtime/wheel.py). Only where a step of one may take long, as code
+of its caller's or many beams, and for asyncio, a thread of the scheduler's own does: no caller's thread is stuck in it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Scheduler:
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._borrowed = self._turns = 0
-        self._calling = 0  # requests that call back
+        self._aside = 0  # requests of which a step may take long
         self._closed = False
         self._lock = threading.Lock()
         self._wheel = Wheel(self._lock)
@@ -74,7 +74,7 @@ class Scheduler:
                     "with a larger queue or more slots"
                 )
             self._waiting.append(row)
-            self._calling += row.calls_back
+            self._aside += row.aside
 
     def wait(self, awaited: Awaited, whole: bool, until: float = math.inf) -> bool:
         """Until it is ready; this thread drives meanwhile where no other does. False where it is not ready shortly
@@ -146,7 +146,7 @@ class Scheduler:
     def _wait(self, awaited: Awaited, whole: bool, until: float, own: bool) -> bool:
         self.process.check()
         while not awaited.ready(whole):
-            drives = own or not self._calling
+            drives = own or not self._aside
             if not drives:
                 self.attend(awaited, whole)
             follower = self._wheel.take(awaited, whole, drives, own)
@@ -170,11 +170,11 @@ class Scheduler:
         try:
             while True:
                 swept = self._sweep()
-                if awaited.ready(whole) or (self._calling and not own):
+                if awaited.ready(whole) or (self._aside and not own):
                     return
                 self._turn(swept)
         finally:
-            self._wheel.leave(own=self._calling > 0)
+            self._wheel.leave(own=self._aside > 0)
 
     # A turn
 
@@ -201,7 +201,7 @@ class Scheduler:
             for row in left:
                 if row in self._waiting:
                     self._waiting.remove(row)
-            self._calling -= sum(row.calls_back for row in left)
+            self._aside -= sum(row.aside for row in left)
         self._rows += begun
         with ExitStack() as ends:  # one that is interrupted keeps no other from its end
             for row in left:
@@ -271,7 +271,7 @@ class Scheduler:
             self._end(row, failure)
             return
         except BaseException as interruption:
-            if row.calls_back:  # it comes from its caller's code, and is its caller's
+            if row.aside:  # no interruption of a caller's thread: it comes from its own caller's code
                 self._end(row, interruption)
                 return
             self._end(row, interrupted(interruption))
@@ -291,7 +291,7 @@ class Scheduler:
         decoder.reset()
         with self._lock:
             self._give_back(decoder)
-            self._calling -= row.calls_back
+            self._aside -= row.aside
         row.end(error)
 
     def _give_back(self, decoder: Decoder) -> None:

@@ -131,7 +131,7 @@ class Session:
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/several.py).
 
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that ended before. Raises as
-        `generate` does.
+        `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
         self._refuse_if_closed()
         several = Several(self._intake, prompt, num_return_sequences, cancel, options, monotonic())
