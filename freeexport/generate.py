@@ -160,6 +160,7 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
     click.echo(
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
         f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}"
-        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
+        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
+        f"{'' if stats.mode in (None, options['mode']) else f'; decoded as {stats.mode}: no token can exit'}",
         err=True,
     )

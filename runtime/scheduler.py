@@ -53,6 +53,7 @@ class Scheduler:
         self._lock = threading.Lock()
         self._wheel = Wheel(self._lock)
         self._thread: ThreadPoolExecutor | None = None
+        self._attended = 0  # what that thread waits for now, and will
         self.clock = self._wheel.clock
         self.process = Process()
 
@@ -87,6 +88,7 @@ class Scheduler:
             if self._thread is None:
                 self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
             self._thread.submit(self._attend, awaited, whole)
+            self._attended += 1
 
     def release(self) -> None:
         """Let the own thread end with what it does."""
@@ -147,24 +149,31 @@ class Scheduler:
         self.process.check()
         while not awaited.ready(whole):
             drives = own or not self._aside
-            if not drives:
-                self.attend(awaited, whole)
             follower = self._wheel.take(awaited, whole, drives, own)
             if follower is None:
                 self._drive(awaited, whole, own)
-            elif not self._wheel.sleep(follower, until):
+                continue
+            with self._wheel.followed(follower):
+                if not (drives or self._attended):
+                    self.attend(awaited, whole)
+                woken = self._wheel.sleep(follower, until)
+            if not woken:
                 return False
         return True
 
     def _attend(self, awaited: Awaited, whole: bool) -> None:
-        while True:
-            try:
-                self._wait(awaited, whole, math.inf, own=True)
-                return
-            except Exception:
-                raise
-            except BaseException:
-                continue  # the request that raised it has ended; the others go on
+        try:
+            while not awaited.ready(whole):
+                try:
+                    self._wait(awaited, whole, math.inf, own=True)
+                except Exception:
+                    raise
+                except BaseException:
+                    continue  # the request that raised it has ended; the others go on
+        finally:
+            with self._lock:
+                self._attended -= 1
+            self._wheel.relay()
 
     def _drive(self, awaited: Awaited, whole: bool, own: bool) -> None:
         try:

@@ -7,6 +7,8 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from runtime.ending import patience
@@ -67,14 +69,20 @@ class Wheel:
 
     def sleep(self, follower: Follower, until: float = math.inf) -> bool:
         """Until it is woken, or shortly after `until`, a time of the monotonic clock: whether it was woken."""
-        try:
+        with self.followed(follower):
             woken = follower.awake.wait(patience(until))
-        except BaseException:
-            self._give_up(follower)
-            raise
         if not woken:
             self._give_up(follower)
         return woken
+
+    @contextmanager
+    def followed(self, follower: Follower) -> Iterator[None]:
+        """What it does before it sleeps: it gives up where that raises."""
+        try:
+            yield
+        except BaseException:
+            self._give_up(follower)
+            raise
 
     def leave(self, own: bool = False) -> None:
         """Let another drive: one that still waits, as one that has what it waited for would go without driving. `own`:
@@ -82,6 +90,12 @@ class Wheel:
         with self._lock:
             self._seconds, self._driver = self.clock(), None
             self._pass_on(own)
+
+    def relay(self) -> None:
+        """Where nobody drives, let one drive that waits."""
+        with self._lock:
+            if self._driver is None:
+                self._pass_on(own=False)
 
     def wake(self) -> None:
         """Those who need not wait any more."""
