@@ -93,7 +93,7 @@ def _answer(ask: Ask, line: Line, cancel: threading.Event) -> list[GenerationRes
     if isinstance(line, BrokenLine):
         raise PromptError(line.reason)
     results = ask(line.input, cancel)
-    if not results or results[0].finish_reason == "cancelled":
+    if not results or not results[0].complete:
         tokens = len(results[0].token_ids) if results else 0
         raise LateError(f"the deadline passed after {tokens} tokens; allow more with --deadline")
     return results

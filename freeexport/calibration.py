@@ -170,7 +170,9 @@ def _table(traces: Traces, costs: Costs, choice: Choice, max_pending: int) -> tu
 
 def _row(traces: Traces, costs: Costs, threshold: float, max_pending: int) -> TableRow:
     done = replay(traces, threshold, max_pending)
-    predicted = done.speedup(costs) if costs.trusted else None
+    # Where nothing can exit, a session decodes as `full`.
+    speedup = 1.0 if threshold >= NEVER_EXIT else done.speedup(costs)
+    predicted = speedup if costs.trusted else None
     return TableRow(threshold, done.exit_rate, done.agreement, predicted_speedup=predicted)
 
 

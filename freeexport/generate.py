@@ -17,6 +17,7 @@ from freeexport.jsonl import fields_of
 from freeexport.verb_options import RenamedOption, SectionedCommand, section
 from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
+from runtime.several import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
@@ -82,7 +83,12 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
 @click.option("--length-penalty", type=float, default=1.0, help="Above 0, beams may be longer.")
 @click.option("--early-stopping", is_flag=True, help="End the search once as many beams are finished.")
-@click.option("--num-return-sequences", type=click.IntRange(1), default=1, help="So many samples or beams, best first.")
+@click.option(
+    "--num-return-sequences",
+    type=click.IntRange(1, MOST_SEQUENCES),
+    default=1,
+    help="So many samples or beams, best first.",
+)
 @click.option("--output-logprobs", is_flag=True, help="Also the log-probability of each token, in JSON.")
 @section("Machine")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
@@ -212,7 +218,8 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
     click.echo(
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
         f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}"
-        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
+        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
+        f"{'' if stats.mode in (None, options['mode']) else f'; decoded as {stats.mode}: no token can exit'}",
         err=True,
     )
     return stream.result

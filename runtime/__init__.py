@@ -23,9 +23,10 @@ from runtime.errors import (
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.result import GenerationResult, Stats, Token
 from runtime.session import Session
-from runtime.stream import Stream
+from runtime.stream import AsyncStream, Stream
 
 __all__ = [
+    "AsyncStream",
     "BatchError",
     "Bundle",
     "BundleError",

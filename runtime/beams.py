@@ -12,7 +12,10 @@ from runtime.work import Waits, finish
 
 # Continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from, int64 [B]: to the
 # scores of what comes next, float64 [B, V], processed and raw.
-Score = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+Scores = tuple[np.ndarray, np.ndarray]
+Score = Callable[[np.ndarray, np.ndarray], Scores]
+# The same as a coroutine.
+Scoring = Callable[[np.ndarray, np.ndarray], Waits[Scores]]
 
 # A beam that is there to fill a row, and must not win.
 NEVER = -1e9
@@ -41,10 +44,15 @@ class BeamSearch:
 
     def run(self, score: Score, cancelled: Callable[[], bool] = lambda: False) -> list[Hypothesis]:
         """The `beams` best, best first; none where it was cancelled."""
-        return finish(self.turns(score, cancelled))
 
-    def turns(self, score: Score, cancelled: Callable[[], bool]) -> Waits[list[Hypothesis]]:
-        """The same as a coroutine: between tokens others have a turn."""
+        def at_once(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
+            yield None
+            return score(sequences, sources)
+
+        return finish(self.turns(at_once, cancelled))
+
+    def turns(self, score: Scoring, cancelled: Callable[[], bool]) -> Waits[list[Hypothesis]]:
+        """The same as a coroutine: others have a turn between tokens, and where `score` lets them."""
         sequences, logprobs = np.zeros((self.beams, 0), np.int64), np.zeros((self.beams, 0))
         # All beams are the same at first: only one may give candidates.
         totals, sources = np.array([0.0] + [NEVER] * (self.beams - 1)), np.arange(self.beams)
@@ -54,7 +62,7 @@ class BeamSearch:
                 yield None
             if cancelled():
                 return []
-            scores, raw = score(sequences, sources)
+            scores, raw = yield from score(sequences, sources)
             totals, parents, tokens = self._candidates(totals[:, None] + scores)
             sequences = np.concatenate([sequences[parents], tokens[:, None]], axis=1)
             logprobs = np.concatenate([logprobs[parents], raw[parents, tokens][:, None]], axis=1)

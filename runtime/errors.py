@@ -54,3 +54,8 @@ class BatchError(FreeExportError):
     def __init__(self, message: str, results: list[Any]) -> None:
         super().__init__(message)
         self.results = results
+
+
+def interrupted(interruption: BaseException) -> EngineError:
+    """What a request gets where Ctrl-C, or what else is no Exception, ended the thread that drove it."""
+    return EngineError(f"interrupted by {type(interruption).__name__} in the thread that drove it; ask again")

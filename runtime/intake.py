@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import partial
-from time import monotonic
 from typing import Any
 
 from runtime.adaptive import AdaptiveThreshold
 from runtime.bundle import Bundle
+from runtime.callbacks import guarded
+from runtime.device import Device
 from runtime.encoder import Encoder
+from runtime.ending import Ending
 from runtime.errors import OptionError
 from runtime.generation_defaults import read_defaults, with_defaults
+from runtime.memory import check_beams
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.paces import Paces
 from runtime.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_prompt
 from runtime.reply import Reply, Start
-from runtime.request import Request, threshold_of
-from runtime.row import Row
+from runtime.request import Request, processors_of, threshold_of
+from runtime.row import Row, Run
+from runtime.scheduler import Scheduler
 from runtime.text_stream import TextStream
 from runtime.tokenizer import Tokenizer
 
 
 class Intake:
-    """`capacity` positions a slot; `clock` counts the seconds of requests. Setting `ending` ends all of them after
+    """For a `scheduler` with `capacity` positions a slot. Setting `ending` ends all of them after
     their next token. `paces`: what lossless drafts have taught."""
 
     def __init__(
@@ -36,11 +40,11 @@ class Intake:
         capacity: int,
         tokenizer: Tokenizer | None,
         encoder: Encoder | None,
-        clock: Callable[[], float],
+        scheduler: Scheduler,
         adaptive: AdaptiveThreshold | None,
     ) -> None:
         self._bundle, self._options, self._capacity = bundle, options, capacity
-        self._tokenizer, self._encoder, self._clock = tokenizer, encoder, clock
+        self._tokenizer, self._encoder, self._scheduler = tokenizer, encoder, scheduler
         self.ending = False
         self.adaptive = adaptive
         self.paces = Paces(bundle)
@@ -49,14 +53,19 @@ class Intake:
         self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
     ) -> tuple[Row, Reply]:
         """A request for the scheduler and its answer. Raises PromptError, OptionError."""
-        request, cancelled = self.request(prompt, given, cancel, began)
-        reply = self.reply(request.start, request, cancelled, partial(self.learn, request))
-        return Row(reply.run, cancelled), reply
+        request, ending = self.request(prompt, given, cancel, began)
+        reply = self.reply(request.start, request, ending, began, partial(self.learn, request))
+        return self.placed(reply.run, request, ending), reply
+
+    def placed(self, run: Run, request: Request, ending: Ending) -> Row:
+        """What does `run` in a slot, for this request."""
+        aside = bool(request.options.logits_processor) or request.options.num_beams > 1
+        return Row(run, ending.due, until=ending.until, aside=aside)
 
     def request(
         self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
-    ) -> tuple[Request, Callable[[], bool]]:
-        """The request, which its deadline ends counted from `began`, and what asks whether it is cancelled."""
+    ) -> tuple[Request, Ending]:
+        """The request, and what may end it: its deadline is counted from `began`. Raises CapacityError for beams."""
         manifest = self._bundle.manifest
         options = GenerationOptions(**known(GenerationOptions, given))
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
@@ -64,38 +73,41 @@ class Intake:
                 f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
             )
         if options.threshold is None and isinstance(self._options.threshold, (int, float)):
-            options = dataclasses.replace(options, threshold=self._options.threshold)
+            options = replace(options, threshold=self._options.threshold)
         if options.samples:
             options = with_defaults(options, read_defaults(self._bundle.path, manifest.files))
+        if options.logits_processor:
+            processors = processors_of(options)
+            options = replace(options, logits_processor=[guarded(each, self._scheduler) for each in processors])
         limit = manifest.encoder_capacity or self._capacity
         missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
         parse_special = None if options.parse_special is None else bool(options.parse_special)
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit, parse_special, missing)
         drafts = options.mode == "lossless"
         pace = self.paces.of(threshold_of(options, manifest), options.samples) if drafts else None
-        cancelled = partial(self._cancelled, cancel, _end(options, began))
+        ending = Ending(cancel, deadline_of(options, began), lambda: self.ending)
         adapts = self.adaptive is not None and options.threshold is None and options.mode == "free"
         observation = self.adaptive.begin() if self.adaptive is not None and adapts else None
-        request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, cancelled, observation)
-        return request, cancelled
+        request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, ending.due, observation)
+        if options.num_beams > 1 and Device.parse(self._options.device).index is None:
+            check_beams(manifest, options.num_beams, request.positions)
+        return request, ending
 
     def reply(
         self,
         start: Start,
         request: Request,
-        cancelled: Callable[[], bool],
+        ending: Ending,
+        began: float,
         ended: Callable[[], None] | None = None,
     ) -> Reply:
         text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Reply(start, text, request.eos, request.limit, cancelled, self._clock, ended)
+        return Reply(start, text, request.eos, request.limit, ending, began, self._scheduler.clock, ended)
 
     def learn(self, request: Request) -> None:
         """What a request that has ended saw."""
         if self.adaptive is not None and request.observation is not None:
             self.adaptive.complete(request.observation)
-
-    def _cancelled(self, cancel: threading.Event | None, end: float) -> bool:
-        return self.ending or (cancel is not None and cancel.is_set()) or (end != math.inf and monotonic() >= end)
 
 
 def adapting(bundle: Bundle, options: SessionOptions) -> AdaptiveThreshold | None:
@@ -107,13 +119,13 @@ def adapting(bundle: Bundle, options: SessionOptions) -> AdaptiveThreshold | Non
 
 def known(options: type, given: dict[str, Any]) -> dict[str, Any]:
     """`given`, if these are names of options. Raises OptionError."""
-    names = [field.name for field in dataclasses.fields(options)]
+    names = [field.name for field in fields(options)]
     unknown = sorted(given.keys() - set(names))
     if unknown:
         raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
     return given
 
 
-def _end(options: GenerationOptions, began: float) -> float:
+def deadline_of(options: GenerationOptions, began: float) -> float:
     """When the deadline is, by the monotonic clock."""
     return math.inf if options.deadline is None else began + options.deadline

@@ -75,3 +75,11 @@ class KVCache:
         rows = self.rows if self._fixed else rows
         sizes = self._layers, slots, self._kv_heads, rows, self._head_dim, self._dtype
         return type(self)(*sizes, self._zeros, self._fixed)
+
+    def grown(self, rows: int) -> KVCache:
+        """A cache of at least so many rows that holds what this one does."""
+        other, length = self.resized(len(self.lengths), rows), int(self.lengths.max())
+        for name, array in self.arrays.items():
+            other.arrays[name][:, :, :length] = array[:, :, :length]
+        other.lengths[:] = self.lengths
+        return other

@@ -30,6 +30,17 @@ def check_memory(manifest: Manifest, capacity: int, slots: int) -> None:
         )
 
 
+def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
+    """CapacityError where the caches of a beam search, should it come to so many positions, are more than the memory
+    that is available."""
+    need, available = beams * positions * manifest.kv_bytes_per_token, available_memory()
+    if available is not None and need > available:
+        raise CapacityError(
+            f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB is available; "
+            "lower num_beams or max_new_tokens"
+        )
+
+
 def cross_positions(longest: int, slots: int) -> int:
     """Most positions of prompts that are kept for cross-attention: each sequence's own, and a padded copy where several
     share calls (CrossRows)."""

@@ -96,7 +96,10 @@ class GenerationOptions:
     mode: "free": exits are final. "rollback": the next deep pass takes back those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
         and runs the deep decoder on the prompt alone (static exiting, to compare with).
-    threshold: a token exits if its confidence is greater; in [0, 1], 1 never exits. None is the bundle's.
+    threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
+        and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
+    output_confidence: the shallow confidence of every token, also in "full" and at threshold 1: runs the shallow head
+        at each token. Not in "lossless", nor with beams.
     rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
     max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
@@ -127,6 +130,7 @@ class GenerationOptions:
     max_new_tokens: int = 256
     mode: Mode = "free"
     threshold: float | None = None
+    output_confidence: bool = False
     rollback_threshold: float | None = None
     max_pending: int | None = None
     sync_every: int = 4
@@ -169,6 +173,7 @@ class GenerationOptions:
         check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
         check_bool("ignore_eos", self.ignore_eos)
         check_bool("output_logprobs", self.output_logprobs)
+        check_bool("output_confidence", self.output_confidence)
         if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):
             raise OptionError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         object.__setattr__(self, "stop", _strings(self.stop))
@@ -208,6 +213,9 @@ class GenerationOptions:
             raise OptionError(
                 f"num_beams is {self.num_beams} in mode {self.mode}: exits do not go with beams; take mode 'full'"
             )
+        if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
+            what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"
+            raise OptionError(f"output_confidence is True with {what}, which has none for every token; leave it out")
         if self.num_beams > 1 and self.samples:
             raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
         if self.num_beams > 1 and self.stop:

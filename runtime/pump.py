@@ -1,81 +1,50 @@
-"""Requests of asyncio programs: a thread that drives them, and tells their event loops what has come."""
+"""How an event loop hears from the thread that drives its requests. Imports asyncio: 0.1 s, and few need it."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
+from runtime.ending import patience
 from runtime.prompts import Prompts
-from runtime.result import GenerationResult, Token
-from runtime.row import Row
-from runtime.scheduler import Awaited, Scheduler
-
-if TYPE_CHECKING:
-    import asyncio
+from runtime.result import GenerationResult
+from runtime.scheduler import Scheduler
 
 
-class Pump:
-    """Its thread starts with the first request, and sleeps where there is none."""
+class News:
+    """For one task of the event loop that runs where it is made."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pump")
+    def __init__(self) -> None:
+        self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
-    async def all_of(self, prompts: Prompts) -> list[GenerationResult]:
-        """Results of prompts that have not begun; they are ended where the task is cancelled."""
-        import asyncio  # 0.1 s, and few need it
-
-        news = asyncio.Event()
-        prompts.told = _teller(news)
-        prompts.begin()
-        self._drive(prompts)
-        try:
-            while not prompts.ready(whole=True):
-                await news.wait()
-                news.clear()
-        except BaseException:
-            prompts.abandon()
-            raise
-        return prompts.results()
-
-    async def tokens_of(self, row: Row) -> AsyncIterator[Token]:
-        """The tokens of a row that has not joined; it is ended where the reader leaves."""
-        import asyncio
-
-        news = asyncio.Event()
-        row.told = _teller(news)
-        self._scheduler.join(row)
-        self._drive(row)
-        try:
-            while True:
-                ended = row.ended
-                while row.tokens:
-                    yield row.tokens.popleft()
-                if ended:
-                    break
-                await news.wait()
-                news.clear()
-        finally:
-            row.abandoned = True
-        if row.error is not None:
-            raise row.error
-
-    def close(self) -> None:
-        self._thread.shutdown(wait=False)
-
-    def _drive(self, awaited: Awaited) -> None:
-        self._thread.submit(self._scheduler.wait, awaited, True)
-
-
-def _teller(news: asyncio.Event) -> Callable[[], None]:
-    import asyncio
-
-    loop = asyncio.get_running_loop()
-
-    def tell() -> None:
+    def tell(self) -> None:
+        """From any thread."""
         with suppress(RuntimeError):  # the loop is closed: nobody waits
-            loop.call_soon_threadsafe(news.set)
+            self._loop.call_soon_threadsafe(self._event.set)
 
-    return tell
+    async def come(self, seconds: float | None) -> bool:
+        """Wait for what was told since the last time, so long at most: whether there was anything."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        except TimeoutError:
+            return False
+        self._event.clear()
+        return True
+
+
+async def all_of(scheduler: Scheduler, prompts: Prompts) -> list[GenerationResult]:
+    """Results of prompts that have not begun; they are ended where the task is cancelled."""
+    news = News()
+    prompts.told = news.tell
+    prompts.begin()
+    scheduler.attend(prompts, True)
+    try:
+        while not prompts.ready(whole=True):
+            if not await news.come(patience(prompts.until)):
+                prompts.leave()
+                break
+    except BaseException:
+        prompts.abandon()
+        raise
+    return prompts.results()

@@ -11,7 +11,7 @@ import numpy as np
 
 from runtime.adaptive import Observation
 from runtime.beam_rows import BeamRows
-from runtime.beams import BeamSearch, Hypothesis
+from runtime.beams import BeamSearch, Hypothesis, Scores
 from runtime.continuation import Continuation, Step
 from runtime.decode import Loop, free, full, lossless, rollback, shallow
 from runtime.decoder import Decoder
@@ -19,12 +19,13 @@ from runtime.encoder import Encoder
 from runtime.errors import OptionError
 from runtime.logits import log_softmax
 from runtime.manifest import Manifest
-from runtime.options import GenerationOptions
+from runtime.options import GenerationOptions, Mode
 from runtime.pace import Pace
 from runtime.prediction import Prediction
 from runtime.reply import Start
 from runtime.result import Stats
-from runtime.sampling import Sampler, Warping
+from runtime.sampling import LogitsProcessor, Sampler, Warping
+from runtime.threshold import NEVER_EXIT
 from runtime.work import Waits
 
 # Where a bundle was not calibrated, lossless drafts above this: its tokens are those of full at any threshold.
@@ -33,6 +34,7 @@ DRAFT_THRESHOLD = 0.5
 
 class Request:
     """`limit`: most tokens, by the options and by the room of a slot with `capacity` positions. `eos`: what ends it.
+    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`).
 
     `encoder` of an encoder-decoder, else None; `pace` in mode lossless. `observation` where the threshold adapts: its
     threshold counts. Raises OptionError for options that do not fit the bundle.
@@ -58,6 +60,7 @@ class Request:
         self.limit = min(options.max_new_tokens, capacity - len(self._prompt) + 1)
         self.eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self._threshold = threshold_of(options, manifest) if observation is None else observation.threshold
+        self.mode = _mode(options, self._threshold, observation is not None and observation.learns)
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
@@ -67,6 +70,11 @@ class Request:
             raise OptionError(
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
+
+    @property
+    def positions(self) -> int:
+        """Most of a cache, of each beam's where there are beams."""
+        return len(self._prompt) + self.limit
 
     def start(self, decoder: Decoder) -> Loop:
         """Begin in a slot: the tokens, endless, and what they wait for."""
@@ -108,17 +116,20 @@ class Request:
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options = self.options
-        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self.limit)
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, self.positions)
         sampler = _sampler(options, len(self._prompt), self.eos, (self._seed, 0))
 
-        def score(sequences: np.ndarray, sources: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
             newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self._prompt[-1])
-            raw = log_softmax(rows.step(newest, sources))
+            raw = log_softmax((yield from rows.stepping(newest, sources)))
             if sampler is None:
                 return raw, raw
-            read = [np.concatenate([self._prompt, sequence]) for sequence in sequences]
-            processed = [sampler.process(scores.astype(np.float32), ids) for scores, ids in zip(raw, read, strict=True)]
-            return np.stack(processed).astype(np.float64), raw
+            processed = np.empty_like(raw)
+            for row, sequence in enumerate(sequences):
+                read = np.concatenate([self._prompt, sequence])
+                processed[row] = sampler.process(raw[row].astype(np.float32), read)
+                yield None
+            return processed, raw
 
         search = BeamSearch(
             options.num_beams, self.limit, self.eos, float(options.length_penalty), options.early_stopping
@@ -131,7 +142,7 @@ class Request:
         def start(number: int, decoder: Decoder) -> Loop:
             output = self._continuation(number)
             if number:
-                decoder.stats = Stats(prompt_tokens=len(self._tokens))
+                decoder.stats = Stats(self.mode, len(self._tokens))
                 decoder.trim(len(self._prompt))
             else:
                 decoder.reset()
@@ -148,23 +159,28 @@ class Request:
         return [partial(start, number) for number in range(count)]
 
     def _read(self, decoder: Decoder) -> Waits[Prediction]:
-        decoder.stats.prompt_tokens = len(self._tokens)
+        self._count(decoder.stats)
         if self._encoder is not None:
             decoder.attend(self._encode(decoder))
         # Lossless must not cost more than full before it knows that drafts pay.
-        head = self.options.mode not in ("full", "lossless")
+        head = self.mode not in ("full", "lossless") or self.options.output_confidence
         return (yield from decoder.prefilling(self._prompt, head))
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self._encoder is not None
-        decoder.stats.prompt_tokens = len(self._tokens)
+        self._count(decoder.stats)
         began = perf_counter()
         cross = self._encoder.run(self._tokens, decoder)
         decoder.stats.encode_seconds = perf_counter() - began
         return cross
 
+    def _count(self, stats: Stats) -> None:
+        stats.mode, stats.prompt_tokens = self.mode, len(self._tokens)
+
     def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
-        mode, threshold = self.options.mode, self._threshold
+        mode, threshold = self.mode, self._threshold
+        if mode == "full" and self.options.output_confidence:
+            return free(decoder, first, output, NEVER_EXIT, self._max_pending)
         if mode == "full":
             return full(decoder, first, output)
         if mode == "lossless":
@@ -193,6 +209,13 @@ def threshold_of(options: GenerationOptions, manifest: Manifest) -> float:
     return DRAFT_THRESHOLD if options.mode == "lossless" and uncalibrated else manifest.threshold
 
 
+def _mode(options: GenerationOptions, threshold: float, learns: bool) -> Mode:
+    """Where nothing can exit, the shallow head is run for those who asked for what it says, or learn from it."""
+    if threshold >= NEVER_EXIT and options.mode in ("free", "rollback") and not (options.output_confidence or learns):
+        return "full"
+    return options.mode
+
+
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:
     given = manifest.rollback_threshold if options.rollback_threshold is None else options.rollback_threshold
     if given is None and options.mode == "rollback":
@@ -213,12 +236,17 @@ def _sampler(
         options.min_new_tokens,
         _given(options.repetition_penalty, 1.0),
         options.sequence_bias,
-        tuple(options.logits_processor) if not callable(options.logits_processor) else (options.logits_processor,),
+        processors_of(options),
         _warping(options) if options.samples else None,
         seed,
     )
     plain = not sampler.sequence_bias and not sampler.processors and sampler.repetition_penalty == 1.0
     return None if plain and sampler.warping is None and sampler.min_new_tokens == 0 else sampler
+
+
+def processors_of(options: GenerationOptions) -> tuple[LogitsProcessor, ...]:
+    given = options.logits_processor
+    return (given,) if callable(given) else tuple(given)
 
 
 def _warping(options: GenerationOptions) -> Warping:

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-FinishReason = Literal["eos", "stop", "length", "cancelled"]
+if TYPE_CHECKING:
+    from runtime.options import Mode
+
+FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 
 @dataclass(slots=True)
 class Stats:
     """Counts and seconds of one request.
 
+    `mode` is how it was decoded: as asked for, but "full" where the threshold lets nothing exit; None until it began.
     `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
     `rejected` counts drafts that a sync pass discarded ("rollback", "lossless").
     `sync_sizes[k]` is how many deep passes ran over k rows, `sync_seconds[k]` what all of those took. `seconds` is wall
     time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`
     the deep ones that ran beside the caller and cost it no time.
+
+    `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
+    token. Both by the clock on the wall, as a caller sees them, and 0 where it did not come so far. In a list, the call
+    is that of the list.
     """
 
+    mode: Mode | None = None
     prompt_tokens: int = 0
     tokens: int = 0
     exits: int = 0
@@ -33,6 +42,8 @@ class Stats:
     shallow_seconds: float = 0.0
     deep_seconds: float = 0.0
     overlapped_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    first_token_seconds: float = 0.0
 
     @property
     def exit_rate(self) -> float:
@@ -65,7 +76,8 @@ class Token(NamedTuple):
     """One token of a stream. `text` is what became certain with it, often "" and then more than one token's worth.
 
     `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its
-    head did not run: in "full", and in "lossless" where no draft followed. `logprob` in nats, None unless asked for.
+    head did not run: in "full", where the threshold lets nothing exit, and in "lossless" where no draft followed; see
+    the option `output_confidence`. `logprob` in nats, None unless asked for.
     """
 
     id: int
@@ -77,7 +89,8 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A finished request. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence` and
+    """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are ends of its own; "cancelled" and
+    "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence` and
     `logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop string."""
 
     text: str
@@ -87,3 +100,8 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: Stats
     logprobs: tuple[float, ...] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether it came to an end of its own."""
+        return self.finish_reason not in ("cancelled", "deadline")

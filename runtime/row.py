@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Generator
 
@@ -15,13 +16,23 @@ Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
 
 class Row:
     """`cancelled` is asked while it waits for a slot and between pieces of its prompt. `told` is called, by whichever
-    thread drives, after tokens came and at the end. Setting `abandoned` makes it leave at the next turn."""
+    thread drives, after tokens came and at the end. Setting `abandoned` makes it leave at the next turn, and so does
+    the time `until` of the monotonic clock. `aside`: a step of it may take long, as where it
+    runs code of its caller's: only the scheduler's own thread drives it."""
 
-    def __init__(self, run: Run, cancelled: Callable[[], bool], told: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        run: Run,
+        cancelled: Callable[[], bool],
+        told: Callable[[], None] | None = None,
+        until: float = math.inf,
+        aside: bool = False,
+    ) -> None:
         self._run, self.cancelled, self.told = run, cancelled, told
+        self.until, self.aside = until, aside
         self.tokens: deque[Token] = deque()
         self.abandoned, self.ended = False, False
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.waits: Waiting = None
         self.since = 0  # the turn from which on it waits
         self.begun = False
@@ -60,7 +71,7 @@ class Row:
         if self._coroutine is not None:
             self._coroutine.close()
 
-    def end(self, error: Exception | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """Nothing more will come, for this `error` if there was one."""
         self.waits = self._decoder = self._coroutine = None
         self.error, self.ended = error, True

@@ -1,25 +1,30 @@
 """Many requests at the same engines: each turn runs what they wait for, several as one engine call.
 
-There is no thread of its own: a thread that waits for a request drives all of them (runtime/wheel.py).
+A thread that waits for a request drives all of them (runtime/wheel.py). Only where a step of one may take long, as code
+of its caller's or many beams, and for asyncio, a thread of the scheduler's own does: no caller's thread is stuck in it.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from runtime.batch import Batch
+from runtime.callbacks import inside
 from runtime.cross_rows import CrossRows
 from runtime.decoder import Decoder
-from runtime.errors import EngineError, OptionError, QueueFullError
+from runtime.errors import OptionError, QueueFullError, interrupted
+from runtime.forks import Process
 from runtime.lane import Event, Lane
 from runtime.row import Row
 from runtime.shared_calls import Rules, SharedCalls
-from runtime.wheel import Awaited, Wheel
+from runtime.wheel import REENTRY, Awaited, Wheel
 from runtime.work import Work
 
 # Seconds between looks at whether a slot is free that someone drives by hand.
@@ -27,8 +32,8 @@ WAIT = 0.005
 
 
 class Scheduler:
-    """Thread-safe. `decoders`: one for each slot; `batches` for each lane that runs calls of several; at most `queue`
-    requests wait for a slot."""
+    """Thread-safe, in the process that made it: others get OptionError. `decoders`: one for each slot; `batches` for
+    each lane that runs calls of several; at most `queue` requests wait for a slot."""
 
     def __init__(
         self,
@@ -43,40 +48,54 @@ class Scheduler:
         self._rows: list[Row] = []
         self._waiting: deque[Row] = deque()
         self._borrowed = self._turns = 0
+        self._aside = 0  # requests of which a step may take long
         self._closed = False
         self._lock = threading.Lock()
         self._wheel = Wheel(self._lock)
+        self._thread: ThreadPoolExecutor | None = None
+        self._attended = 0  # what that thread waits for now, and will
         self.clock = self._wheel.clock
+        self.process = Process()
 
     # What threads ask for
 
     def join(self, row: Row, forced: bool = False) -> None:
-        """Queue a request. Raises QueueFullError, and OptionError after `close`, unless `forced`."""
+        """Queue a request. Raises QueueFullError, and OptionError after `close` and within a callback, unless
+        `forced`."""
+        self.process.check()
+        if not forced:
+            self._refuse_within_callback()
         with self._lock:
             if self._closed and not forced:
                 raise OptionError("the session is closed; open a new one")
-            if len(self._waiting) >= self._queue + len(self._free) and not forced:
+            if not forced and self._queued >= self._queue + len(self._free):
+                wait = "request waits" if self._queue == 1 else "requests wait"
                 raise QueueFullError(
-                    f"{self._queue} requests wait for a slot already; ask again later, or open the session "
+                    f"{self._queue} {wait} for a slot already; ask again later, or open the session "
                     "with a larger queue or more slots"
                 )
             self._waiting.append(row)
+            self._aside += row.aside
 
-    def wait(self, awaited: Awaited, whole: bool) -> None:
-        """Until it is ready; this thread drives meanwhile where no other does."""
-        while not awaited.ready(whole):
-            follower = self._wheel.take(awaited, whole)
-            if follower is not None:
-                self._wheel.sleep(follower)
-                continue
-            try:
-                while True:
-                    swept = self._sweep()
-                    if awaited.ready(whole):
-                        break
-                    self._turn(swept)
-            finally:
-                self._wheel.leave()
+    def wait(self, awaited: Awaited, whole: bool, until: float = math.inf) -> bool:
+        """Until it is ready; this thread drives meanwhile where no other does. False where it is not ready shortly
+        after `until`, by the monotonic clock, and another thread drives."""
+        return self._wait(awaited, whole, until, own=False)
+
+    def attend(self, awaited: Awaited, whole: bool) -> None:
+        """Let the scheduler's own thread wait for it, and so drive."""
+        with self._lock:
+            if self._thread is None:
+                self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
+            self._thread.submit(self._attend, awaited, whole)
+            self._attended += 1
+
+    def release(self) -> None:
+        """Let the own thread end with what it does."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=False)
 
     def close(self) -> None:
         """Let nobody in any more."""
@@ -95,9 +114,15 @@ class Scheduler:
         """Whether this thread drives: then it must not wait."""
         return self._wheel.here
 
+    @property
+    def _queued(self) -> int:
+        return len(self._waiting) - sum(row.abandoned for row in self._waiting)
+
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:
         """A free slot, to drive by hand. As long as any is lent, calls are of one sequence each."""
+        self.process.check()
+        self._refuse_within_callback()
         decoder = None
         while decoder is None:
             with self._lock:
@@ -114,13 +139,59 @@ class Scheduler:
                 self._borrowed -= 1
                 self._give_back(decoder)
 
+    def _refuse_within_callback(self) -> None:
+        if self._wheel.here or inside(self):
+            raise OptionError(REENTRY)
+
+    # Who drives
+
+    def _wait(self, awaited: Awaited, whole: bool, until: float, own: bool) -> bool:
+        self.process.check()
+        while not awaited.ready(whole):
+            drives = own or not self._aside
+            follower = self._wheel.take(awaited, whole, drives, own)
+            if follower is None:
+                self._drive(awaited, whole, own)
+                continue
+            with self._wheel.followed(follower):
+                if not (drives or self._attended):
+                    self.attend(awaited, whole)
+                woken = self._wheel.sleep(follower, until)
+            if not woken:
+                return False
+        return True
+
+    def _attend(self, awaited: Awaited, whole: bool) -> None:
+        try:
+            while not awaited.ready(whole):
+                try:
+                    self._wait(awaited, whole, math.inf, own=True)
+                except Exception:
+                    raise
+                except BaseException:
+                    continue  # the request that raised it has ended; the others go on
+        finally:
+            with self._lock:
+                self._attended -= 1
+            self._wheel.relay()
+
+    def _drive(self, awaited: Awaited, whole: bool, own: bool) -> None:
+        try:
+            while True:
+                swept = self._sweep()
+                if awaited.ready(whole) or (self._aside and not own):
+                    return
+                self._turn(swept)
+        finally:
+            self._wheel.leave(own=self._aside > 0)
+
     # A turn
 
     def _sweep(self) -> bool:
-        """Rows that were left leave, waiting ones get free slots, cancelled ones go: whether any did."""
-        gone = False
+        """Rows that were left or are late leave, waiting ones get free slots, cancelled ones go: whether any did."""
+        gone, now = False, time.monotonic()
         for row in tuple(self._rows):
-            if row.abandoned:
+            if row.abandoned or row.until <= now:
                 self._end(row)
                 gone = True
         return (bool(self._waiting) and self._admit()) or gone
@@ -139,9 +210,11 @@ class Scheduler:
             for row in left:
                 if row in self._waiting:
                     self._waiting.remove(row)
+            self._aside -= sum(row.aside for row in left)
         self._rows += begun
-        for row in left:
-            row.end()
+        with ExitStack() as ends:  # one that is interrupted keeps no other from its end
+            for row in left:
+                ends.callback(row.end)
         return bool(begun or left)
 
     def _turn(self, moved: bool) -> None:
@@ -207,7 +280,10 @@ class Scheduler:
             self._end(row, failure)
             return
         except BaseException as interruption:
-            self._end(row, EngineError(f"interrupted by {type(interruption).__name__} in the thread that drove it"))
+            if row.aside:  # no interruption of a caller's thread: it comes from its own caller's code
+                self._end(row, interruption)
+                return
+            self._end(row, interrupted(interruption))
             raise
         row.since = self._turns
         if not going:
@@ -215,7 +291,7 @@ class Scheduler:
         elif row.told is not None:
             row.told()
 
-    def _end(self, row: Row, error: Exception | None = None) -> None:
+    def _end(self, row: Row, error: BaseException | None = None) -> None:
         decoder = row.decoder
         self._rows.remove(row)
         with suppress(Exception):
@@ -224,6 +300,7 @@ class Scheduler:
         decoder.reset()
         with self._lock:
             self._give_back(decoder)
+            self._aside -= row.aside
         row.end(error)
 
     def _give_back(self, decoder: Decoder) -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from runtime.decoder import Decoder
 from runtime.device import Device, check_runnable
 from runtime.errors import CapacityError, OptionError
 from runtime.int8_range import check_int8_range
-from runtime.intake import Intake, adapting, known
+from runtime.intake import Intake, adapting, deadline_of, known
 from runtime.lane import Lane
 from runtime.machine import usable_cores
 from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
@@ -30,14 +29,12 @@ from runtime.options import GenerationOptions, SessionOptions
 from runtime.placement import place
 from runtime.prompt import Prompt
 from runtime.prompts import Prompts, is_list_of_prompts
-from runtime.pump import Pump
-from runtime.result import GenerationResult, Token
-from runtime.row import Row
+from runtime.result import GenerationResult
 from runtime.scheduler import Scheduler
+from runtime.several import Several
 from runtime.shared_calls import rules_of
-from runtime.stream import Stream
+from runtime.stream import AsyncStream, Stream
 from runtime.tokenizer import Tokenizer
-from runtime.work import Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +63,9 @@ class Session:
             shallow, deep = self._placement.lanes(engine, self.overlap)
             self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)
-        self._pump = Pump(self._scheduler)
-        clock = self._scheduler.clock
-        self._intake = Intake(self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, clock, adaptive)
+        self._intake = Intake(
+            self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, adaptive
+        )
         self._closed = False
 
     @property
@@ -109,65 +106,44 @@ class Session:
         return prompts.results()
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
-        """Decode one prompt token by token; arguments as for `generate`. Closing the stream ends the request."""
+        """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
+        request has its place at once, and is decoded as its tokens are read. Closing the stream ends it."""
         self._refuse_if_closed()
-        row, reply = self._intake.row(options, cancel, monotonic(), prompt)
-        return Stream(self._scheduler, row, reply)
+        return Stream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
 
     async def agenerate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
-        if is_list_of_prompts(prompt):
-            return await self._pump.all_of(self._prompts(prompt, cancel, options))
-        self._refuse_if_closed()
-        row, reply = self._intake.row(options, cancel, monotonic(), prompt)
-        async for _ in self._pump.tokens_of(row):
-            pass
-        return reply.result
+        if not is_list_of_prompts(prompt):
+            return await self.astream(prompt, cancel=cancel, **options).drain()
+        from runtime.pump import all_of
 
-    def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncIterator[Token]:
-        """`stream` for asyncio. Leaving the loop ends the request."""
+        return await all_of(self._scheduler, self._prompts(prompt, cancel, options))
+
+    def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncStream:
+        """`stream` for asyncio: raises QueueFullError at the call, before there is an answer to begin. Leaving the loop
+        ends the request."""
         self._refuse_if_closed()
-        row, _ = self._intake.row(options, cancel, monotonic(), prompt)
-        return self._pump.tokens_of(row)
+        return AsyncStream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
 
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
     ) -> list[GenerationResult]:
         """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores.
+        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/several.py).
 
-        Other arguments as for `generate`. Cancelled, it returns those that ended before. Raises as `generate` does.
+        Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that ended before. Raises as
+        `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
         self._refuse_if_closed()
-        request, cancelled = self._intake.request(prompt, {**options, "output_logprobs": True}, cancel, monotonic())
-        beams = request.options.num_beams
-        most = math.inf if request.options.samples else beams
-        if not isinstance(num_return_sequences, int) or not 1 <= num_return_sequences <= most:
-            raise OptionError(
-                f"num_return_sequences is {num_return_sequences!r}; choose 1 or more, "
-                "with do_sample=True or a temperature above 0, or up to num_beams"
-            )
-        replies = [self._intake.reply(start, request, cancelled) for start in request.several(num_return_sequences)]
-
-        def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-            try:
-                for reply in replies:
-                    yield from reply.run(decoder)
-                    if reply.result.finish_reason == "cancelled":
-                        return
-            finally:
-                self._intake.learn(request)
-
-        Stream(self._scheduler, Row(run, cancelled), replies[0]).drain()
-        results = [reply.result for reply in replies if reply.result.finish_reason != "cancelled"]
-        if beams > 1:
-            return results
-        return sorted(results, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
+        several = Several(self._intake, prompt, num_return_sequences, cancel, options, monotonic())
+        Stream(self._scheduler, several.row, several.first).drain()
+        return several.results()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
         """A slot of the session, to drive by hand: for measurements. `prompt` int64 [n] is what the encoder of an
         encoder-decoder reads, by default one token; the decoder has read nothing yet."""
+        self._refuse_if_closed()
         with self._scheduler.borrowed() as decoder:
             decoder.reset()
             if self._encoder is not None:
@@ -178,6 +154,7 @@ class Session:
     @property
     def threshold(self) -> float:
         """What a request of mode "free" that gives no threshold begins with now."""
+        self._scheduler.process.check()
         if self._intake.adaptive is not None:
             return self._intake.adaptive.threshold
         chosen = self.options.threshold
@@ -186,9 +163,15 @@ class Session:
     def adaptive_state(self) -> dict[str, Any]:
         """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
         of another. Raises OptionError where the threshold does not adapt."""
+        self._scheduler.process.check()
         if self._intake.adaptive is None:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
         return self._intake.adaptive.state()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, and refuses requests."""
+        return self._closed
 
     def settle(self) -> None:
         """Wait until loading is done with all that it does beside requests: to measure. They need not wait for it."""
@@ -196,13 +179,16 @@ class Session:
 
     def close(self, drain: bool = False) -> None:
         """Refuse new requests. Running ones end after their next token, and waiting ones at once; with `drain` all come
-        to their end first, streams too, whose tokens can be read afterwards. Idempotent."""
+        to their end first, streams too, whose tokens can be read afterwards. In a fork of its process, nothing but that
+        it is closed. Idempotent."""
         self._closed = True
+        if self._scheduler.process.left:
+            return
         self._scheduler.close()
         if drain:
             self._scheduler.drain()
         self._intake.ending = True
-        self._pump.close()
+        self._scheduler.release()
         self._placement.close(self._scheduler.drain)
 
     def __enter__(self) -> Session:
@@ -214,12 +200,14 @@ class Session:
         self.close()
 
     def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> Prompts:
-        GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
+        options = GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
         self._refuse_if_closed()
-        ask = partial(self._intake.row, given, cancel, monotonic())
-        return Prompts(self._scheduler, ask, prompts, self.options.slots)
+        began = monotonic()
+        ask = partial(self._intake.row, given, cancel, began)
+        return Prompts(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
 
     def _refuse_if_closed(self) -> None:
+        self._scheduler.process.check()
         if self._closed:
             raise OptionError("the session is closed; open a new one")
 

@@ -62,7 +62,9 @@ class Tokenizer:
             return None
         try:
             backend = tokenizers.Tokenizer.from_str(source)
-        except Exception as error:  # the library raises bare Exception for everything it cannot parse
+        except BaseException as error:  # the library raises bare Exception for everything it cannot parse
+            if not _by_the_library(error):
+                raise
             raise _broken(path, error) from None
         problem = growth_problem(backend)
         if problem is not None:
@@ -109,7 +111,9 @@ class Tokenizer:
     def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
             return backend.encode(text, add_special_tokens=special)
-        except Exception as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
+        except BaseException as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
+            if not _by_the_library(error):
+                raise
             raise PromptError(f"the tokenizer cannot encode the text ({_one_line(error)}); change it") from None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
@@ -123,8 +127,16 @@ class Tokenizer:
         return self._template.render(messages, self.special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; special tokens and ids without a token are left out."""
-        return self._backend.decode(ids, skip_special_tokens=True)
+        """The text of `ids`; special tokens and ids without a token are left out. PromptError where it has none."""
+        try:
+            return self._backend.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            if not _by_the_library(error):
+                raise
+            raise PromptError(
+                f"the tokenizer cannot decode the {len(ids)} tokens ({_one_line(error)}); change the prompt, "
+                "or mend the decoder in tokenizer.json"
+            ) from None
 
     def token(self, token_id: int) -> str | None:
         """The token as the vocabulary spells it, not as text; None for an id that has none."""
@@ -173,9 +185,15 @@ def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     return [step for inner in decoder["decoders"] for step in _flat(inner)]
 
 
-def _broken(path: Path, error: Exception) -> BundleError:
+def _by_the_library(error: BaseException) -> bool:
+    """Whether tokenizers raised it. A panic of its Rust code, as of a regular expression that gives up, comes as a
+    BaseException, which would end whatever thread this is."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _broken(path: Path, error: BaseException) -> BundleError:
     return BundleError(f"{path} cannot be read ({_one_line(error)}); convert the checkpoint again")
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]

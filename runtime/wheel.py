@@ -3,12 +3,18 @@ theirs to drive."""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
+from runtime.ending import patience
 from runtime.errors import OptionError
+
+REENTRY = "a callback of a request asked its own session, which waits for the callback; open another session"
 
 
 class Awaited(Protocol):
@@ -16,10 +22,11 @@ class Awaited(Protocol):
 
 
 class Follower(NamedTuple):
-    """A thread that sleeps while another drives."""
+    """A thread that sleeps while another drives. `own`: it is the session's."""
 
     awaited: Awaited
     whole: bool
+    own: bool
     awake: threading.Event
 
 
@@ -45,51 +52,76 @@ class Wheel:
     def clock(self) -> float:
         return self._seconds + (time.perf_counter() - self._began if self._driver is not None else 0.0)
 
-    def take(self, awaited: Awaited, whole: bool) -> Follower | None:
-        """None where this thread is the driver now; else what it is to sleep on."""
+    def take(self, awaited: Awaited, whole: bool, drives: bool = True, own: bool = False) -> Follower | None:
+        """None where this thread is the driver now; else, and where it never `drives`, what it is to sleep on."""
         with self._lock:
-            if self._driver is None:
+            if self._driver is None and drives:
                 self._driver, self._began = threading.get_ident(), time.perf_counter()
                 return None
             if self.here:
-                raise OptionError(
-                    "a callback of a request asked its own session, which waits for the callback; open another session"
-                )
-            follower = Follower(awaited, whole, threading.Event())
+                raise OptionError(REENTRY)
+            follower = Follower(awaited, whole, own, threading.Event())
             if awaited.ready(whole):
                 follower.awake.set()
             else:
                 self.followers.append(follower)
             return follower
 
-    def sleep(self, follower: Follower) -> None:
+    def sleep(self, follower: Follower, until: float = math.inf) -> bool:
+        """Until it is woken, or shortly after `until`, a time of the monotonic clock: whether it was woken."""
+        with self.followed(follower):
+            woken = follower.awake.wait(patience(until))
+        if not woken:
+            self._give_up(follower)
+        return woken
+
+    @contextmanager
+    def followed(self, follower: Follower) -> Iterator[None]:
+        """What it does before it sleeps: it gives up where that raises."""
         try:
-            follower.awake.wait()
+            yield
         except BaseException:
-            with self._lock:
-                if follower in self.followers:
-                    self.followers.remove(follower)
-                elif self._driver is None and self.followers:
-                    self.followers.popleft().awake.set()  # it was this one's turn to drive
+            self._give_up(follower)
             raise
 
-    def leave(self) -> None:
-        """Let another drive: one that still waits, as one that has what it waited for would go without driving."""
+    def leave(self, own: bool = False) -> None:
+        """Let another drive: one that still waits, as one that has what it waited for would go without driving. `own`:
+        the session's thread, where it is among them."""
         with self._lock:
             self._seconds, self._driver = self.clock(), None
-            going = True
-            while self.followers and going:
-                follower = self.followers.popleft()
-                going = follower.awaited.ready(follower.whole)
-                follower.awake.set()
+            self._pass_on(own)
+
+    def relay(self) -> None:
+        """Where nobody drives, let one drive that waits."""
+        with self._lock:
+            if self._driver is None:
+                self._pass_on(own=False)
 
     def wake(self) -> None:
         """Those who need not wait any more."""
         with self._lock:
-            asleep = deque[Follower]()
-            for follower in self.followers:
-                if follower.awaited.ready(follower.whole):
-                    follower.awake.set()
-                else:
-                    asleep.append(follower)
-            self.followers = asleep
+            self._wake()
+
+    def _pass_on(self, own: bool) -> None:
+        self._wake()
+        heirs = [follower for follower in self.followers if follower.own] if own else []
+        heir = next(iter(heirs or self.followers), None)
+        if heir is not None:
+            self.followers.remove(heir)
+            heir.awake.set()
+
+    def _wake(self) -> None:
+        asleep = deque[Follower]()
+        for follower in self.followers:
+            if follower.awaited.ready(follower.whole):
+                follower.awake.set()
+            else:
+                asleep.append(follower)
+        self.followers = asleep
+
+    def _give_up(self, follower: Follower) -> None:
+        with self._lock:
+            if follower in self.followers:
+                self.followers.remove(follower)
+            elif self._driver is None:
+                self._pass_on(own=False)  # it was this one's turn to drive

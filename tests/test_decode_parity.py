@@ -60,7 +60,7 @@ def test_threshold_one_and_mode_full_are_greedy_decoding(
     model = source_model(case)
     with opened(bundle, case, exit_layer, dialect) as session:
         for prompt in PROMPTS:
-            free = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS)
+            free = session.generate(prompt, threshold=1.0, output_confidence=True, max_new_tokens=TOKENS)
             full = session.generate(prompt, mode="full", max_new_tokens=TOKENS)
             assert full.token_ids == free.token_ids
             assert set(full.confidence) == {None}

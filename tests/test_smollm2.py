@@ -70,7 +70,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(session: Session, mo
     assert len(prompts) == 20
     assert session.tokenizer is not None
     for prompt in prompts:
-        free = session.generate(prompt, threshold=1.0, max_new_tokens=NEW_TOKENS)
+        free = session.generate(prompt, threshold=1.0, output_confidence=True, max_new_tokens=NEW_TOKENS)
         assert len(free.token_ids) == NEW_TOKENS or free.finish_reason == "eos"
         assert not any(free.exited)
         ids = session.tokenizer.encode(prompt)

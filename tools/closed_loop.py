@@ -67,7 +67,7 @@ class ClosedLoop:
         self._session, self._count, self._open = session, count, 0
         self._next = zip(itertools.cycle(prompts), itertools.cycle(options), strict=False)
         self._asked: list[Asked] = []
-        self._errors: list[Exception] = []
+        self._errors: list[BaseException] = []
         self._seconds, self._began, self._ended = 0.0, 0.0, 0.0
 
     def run(self, seconds: float) -> Window:
@@ -90,7 +90,7 @@ class ClosedLoop:
         row.told = partial(self._told, asked, row, reply)
         self._asked.append(asked)
         self._open += 1
-        self._session._scheduler.join(row)
+        self._session._scheduler.join(row, forced=True)  # from the thread that drives, too
 
     def _told(self, asked: Asked, row: Row, reply: Reply) -> None:
         now = perf_counter()

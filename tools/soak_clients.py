@@ -186,7 +186,7 @@ class Clients:
         return ask.differs(result)
 
     def _cut_short(self, ask: Ask, result: GenerationResult) -> str | None:
-        if result.finish_reason != "cancelled":
+        if result.complete:
             return self._checked(ask, result)
         self._count(len(result.token_ids))
         return ask.departs(result.token_ids)

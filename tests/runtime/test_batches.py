@@ -238,7 +238,7 @@ def test_a_deadline_ends_a_request_that_decodes_or_waits(slots: int, open_sessio
         return scores
 
     results = session.generate([LISTED[0], LISTED[0]], deadline=0.3, logits_processor=slow, **options)
-    assert [result.finish_reason for result in results] == ["cancelled"] * 2
+    assert [result.finish_reason for result in results] == ["deadline"] * 2
     assert all(0 < len(result.token_ids) < 40 for result in results[:1])
     assert all(result.token_ids == whole.token_ids[: len(result.token_ids)] for result in results)
     assert session.generate(LISTED[0], deadline=100, **options).token_ids == whole.token_ids
@@ -254,16 +254,18 @@ def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> No
     session = open_session(slots=2)
     alone = [session.generate(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
     streams = [session.stream(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
+    # The fourth has its place, and is not read before.
     for stream in streams[:3]:
         next(stream)
+    assert not session.closed
     session.close(drain=True)
-    for stream, theirs in zip(streams[:3], alone, strict=False):
+    assert session.closed
+    for stream, theirs in zip(streams, alone, strict=True):
         list(stream)
         same(stream.result, theirs)
-    # The fourth had not begun.
-    for ask in (lambda: next(streams[3]), lambda: session.generate(LISTED), lambda: session.generate(LISTED[0])):
+    for ask, prompt in ((session.stream, LISTED[3]), (session.generate, LISTED), (session.generate, LISTED[0])):
         with pytest.raises(OptionError, match="closed"):
-            ask()
+            ask(prompt)
 
 
 def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from itertools import product
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from conftest import Bundles
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import OptionError, Session
+from runtime import CapacityError, OptionError, Session
+from runtime.beam_rows import BeamRows
 from runtime.beams import BeamSearch
 from runtime.kv_cache import KVCache
 from runtime.logits import log_softmax
@@ -156,3 +158,54 @@ def test_beams_of_a_decoder_only_bundle_are_refused(bundle: Bundles) -> None:
         pytest.raises(OptionError, match="beam search is for encoder-decoders"),
     ):
         session.generate(PROMPTS[0], mode="full", num_beams=2)
+
+
+def test_a_deadline_holds_whatever_a_step_of_all_beams_takes(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that waits goes at the deadline; the search ends between two engine calls."""
+    stepping, ended = BeamRows.stepping, threading.Event()
+
+    def slow(rows: BeamRows, tokens: np.ndarray, sources: np.ndarray) -> Any:
+        try:
+            ended.wait(2)  # an engine call
+            yield None
+            ended.wait(2)
+            return (yield from stepping(rows, tokens, sources))
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(BeamRows, "stepping", slow)
+    options: dict[str, Any] = {"mode": "full", "num_beams": 256, "max_new_tokens": 100, "deadline": 0.5}
+    with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
+        began = monotonic()
+        result = session.generate(PROMPTS[0], **options)
+        assert monotonic() - began < 1.9
+        assert (result.finish_reason, result.token_ids) == ("deadline", ())
+        assert ended.wait(2.5), "a step went on after the call in which the deadline passed"
+        monkeypatch.undo()
+        assert session.generate(PROMPTS[0], max_new_tokens=3).stats.tokens == 3
+
+
+def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, stepping = list[int](), BeamRows.stepping
+
+    def watched(self: BeamRows, tokens: np.ndarray, sources: np.ndarray) -> Any:
+        logits = yield from stepping(self, tokens, sources)
+        rows.append(self._caches[0].rows)
+        return logits
+
+    options: dict[str, Any] = {"mode": "full", "num_beams": 3, "max_new_tokens": 21, "ignore_eos": True}
+    with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
+        whole = session.generate(PROMPTS[0], **options)
+        monkeypatch.setattr("runtime.beam_rows.FIRST_ROWS", 4)
+        monkeypatch.setattr(BeamRows, "stepping", watched)
+        grown = session.generate(PROMPTS[0], **options)
+    assert grown.token_ids == whole.token_ids
+    assert sorted(set(rows)) == [4, 8, 16, 22]
+
+
+def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
+        monkeypatch.setattr("runtime.memory.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token)
+        assert session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=20).token_ids
+        with pytest.raises(CapacityError, match=r"256 beams of 22 positions need .* lower num_beams or max_new_tokens"):
+            session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=21)

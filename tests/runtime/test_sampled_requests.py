@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -263,3 +264,19 @@ def test_20000_draws_have_the_distribution_of_the_full_model(
     assert counts.sum() == counts[allowed].sum()
     assert chisquare(counts[allowed], 20_000 * chance[allowed]).pvalue > 0.001
     assert (drafted > 15_000) == (mode == "lossless")
+
+
+def test_more_samples_than_one_request_may_have_are_refused(sessions: Sessions) -> None:
+    for count in (0, 1025, 100_000, True, 2.0):
+        with pytest.raises(OptionError, match=f"num_return_sequences is {count}; choose 1 to 1024"):
+            sessions(LLAMA).generate_best(PROMPTS[0], count, **DRAW)  # type: ignore[arg-type]
+
+
+def test_a_deadline_ends_samples_between_two_tokens(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    whole = session.generate_best(PROMPTS[0], 3, max_new_tokens=8, **DRAW)
+    began = monotonic()
+    some = session.generate_best(PROMPTS[0], 1024, max_new_tokens=100, ignore_eos=True, deadline=0.5, **DRAW)
+    assert monotonic() - began < 3
+    assert 0 < len(some) < 1024
+    assert all(result.complete for result in (*some, *whole))

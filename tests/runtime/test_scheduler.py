@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -481,3 +481,42 @@ def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:
     assert len(grouped(asked, rules_of(costly).row_cost)) == 3
     assert rules_of(cheap).patience > rules_of({}).patience > rules_of(costly).patience
     assert rules_of({"deep_1_ms": 1.0}) == Rules()
+
+
+@pytest.mark.parametrize("aside", [(5,), (0, 7, 14, 21), range(24)])
+def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside: Sequence[int]) -> None:
+    """Readers token by token and of the whole, and waits that the own thread has beside them."""
+    machine = Machine(3)
+    requests = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
+    outcomes: list[Any] = [None] * len(requests)
+    drivers: dict[bool, set[str]] = {True: set(), False: set()}
+
+    def reader(number: int) -> None:
+        def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+            for item in requests[number].run(decoder):
+                drivers[number in aside].add(threading.current_thread().name[:7])
+                yield item
+
+        row, tokens = Row(run, lambda: False, aside=number in aside), list[Token]()
+        machine.scheduler.join(row)
+        if number % 4 == 3:
+            machine.scheduler.attend(row, True)
+        while not row.ended or row.tokens:
+            assert machine.scheduler.wait(row, whole=bool(number % 2), until=time.monotonic() + 30)
+            while row.tokens:
+                tokens.append(row.tokens.popleft())
+        outcomes[number] = tokens
+
+    for _ in range(20):
+        threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(requests))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert outcomes == [ask.alone()[0] for ask in requests]
+        outcomes = [None] * len(requests)
+    machine.scheduler.drain()
+    machine.check_empty()
+    assert machine.scheduler._aside == 0
+    assert drivers[True] == {"session"}
+    machine.scheduler.release()

@@ -26,6 +26,7 @@ from runtime import (
     Session,
     Token,
 )
+from runtime.decoder import Decoder
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.kv_cache import KVCache
 from runtime.manifest import MANIFEST, Manifest
@@ -620,3 +621,47 @@ def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) ->
         waiting = session.generate(PROMPT, max_new_tokens=8, cancel=cancel)
     assert (waiting.finish_reason, waiting.token_ids) == ("cancelled", ())
     assert session.generate(PROMPT, max_new_tokens=8).token_ids
+
+
+# A threshold that nothing passes
+
+
+@both
+@pytest.mark.parametrize("mode", ["free", "rollback"])
+def test_where_nothing_can_exit_the_shallow_head_is_not_run(
+    name: str, mode: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[bool] = []
+    stepping = Decoder.stepping
+
+    def watched(decoder: Decoder, token: int, head: bool) -> Any:
+        heads.append(head)
+        return stepping(decoder, token, head)
+
+    monkeypatch.setattr(Decoder, "stepping", watched)
+    session = open_session(name)
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0}
+    full = session.generate(PROMPT, **options, mode="full")
+    # By the threshold given, and by that of a bundle that was not calibrated.
+    for never in ({"threshold": 1.0}, {}):
+        result = session.generate(PROMPT, mode=mode, **options, **never)
+        assert (result.token_ids, result.exited) == (full.token_ids, (False,) * 12)
+        assert result.confidence == (None,) * 12
+        assert result.stats.mode == full.stats.mode == "full"
+    assert heads
+    assert not any(heads)
+    assert session.generate(PROMPT, mode=mode, **options, threshold=0.9).stats.mode == mode
+
+
+@both
+def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "output_confidence": True}
+    full, free = session.generate(PROMPT, mode="full", **options), session.generate(PROMPT, threshold=1.0, **options)
+    assert full.token_ids == free.token_ids == session.generate(PROMPT, mode="full", max_new_tokens=12).token_ids
+    assert full.confidence == pytest.approx(free.confidence, abs=1e-5)
+    assert None not in full.confidence
+    assert not any((*full.exited, *free.exited))
+    assert (full.stats.mode, free.stats.mode) == ("full", "free")
+    with pytest.raises(OptionError, match="output_confidence is True with mode lossless"):
+        session.generate(PROMPT, mode="lossless", **options)

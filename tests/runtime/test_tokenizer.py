@@ -244,3 +244,38 @@ def test_a_tokenizer_with_the_usual_replacements_is_taken(tmp_path: Path) -> Non
     steps += [normalizers.NFKC(), normalizers.Prepend("▁"), normalizers.Lowercase()]
     decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     assert loaded(bundle(tmp_path, bpe(normalizer=normalizers.Sequence(steps), decoder=decoder))).encode("A") == [2, 0]
+
+
+# A regular expression that gives up after many retries: the library's Rust code panics.
+CATASTROPHE, HOPELESS = tokenizers.Regex("(a+)+$"), "a" * 40 + "!"
+
+
+def test_a_panic_of_the_library_while_encoding_is_the_prompts_error() -> None:
+    backend = word_level()
+    backend.pre_tokenizer = pre_tokenizers.Split(CATASTROPHE, "isolated")
+    tokenizer = Tokenizer(backend)
+    with pytest.raises(PromptError, match=r"cannot encode the text .*retry-limit"):
+        tokenizer.encode(HOPELESS)
+    assert tokenizer.encode("hello") == [1, 4]
+
+
+def test_a_panic_of_the_library_while_decoding_is_an_error_of_ours() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, HOPELESS: 2}, unk_token="<unk>"))
+    backend.decoder = decoders.Replace(CATASTROPHE, "b")
+    tokenizer = Tokenizer(backend)
+    with pytest.raises(PromptError, match=r"cannot decode the 1 tokens .*retry-limit"):
+        tokenizer.decode([2])
+    assert tokenizer.decode([1]) == "hello"
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_of_the_library_stays_one(interruption: type[BaseException]) -> None:
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            raise interruption
+
+    tokenizer = Tokenizer(word_level())
+    tokenizer._backend = Interrupted()  # type: ignore[assignment]
+    for ask in (lambda: tokenizer.encode("hello"), lambda: tokenizer.decode([4])):
+        with pytest.raises(interruption):
+            ask()

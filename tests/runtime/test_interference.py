@@ -1,0 +1,359 @@
+"""What one request, its callbacks, or another process may do to the requests beside it: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+from checkpoints import CASES
+from conftest import Bundles
+from tokenizers import pre_tokenizers
+
+from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
+from runtime.engines.onnx import Call
+
+ROOT = Path(__file__).parents[2]
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = "llama-tied", "t5-relu-tied"
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def open_session(bundle: Bundles) -> Iterator[Open]:
+    """Opens sessions with one thread and one slot; closes them after the test."""
+    opened: list[Session] = []
+
+    def open_(name: str = LLAMA, convert: dict[str, Any] | None = None, **options: Any) -> Session:
+        path = bundle(BY_NAME[name], 1, **(convert or {}))
+        opened.append(Session(path, **{"threads": 1, "slots": 1, **options}))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+class Aside:
+    """Runs `work` in a thread of its own; `result` waits for it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._results: list[Any] = []
+        self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+        self._thread.start()
+
+    def result(self, seconds: float = 60.0) -> Any:
+        self._thread.join(seconds)
+        assert self._results, "it waits for ever"
+        if isinstance(self._results[0], BaseException):
+            raise self._results[0]
+        return self._results[0]
+
+    def _run(self, work: Callable[[], Any]) -> None:
+        try:
+            self._results.append(work())
+        except BaseException as error:
+            self._results.append(error)
+
+
+def test_a_panic_of_the_tokenizer_is_one_prompts_error_and_hurts_nobody_else(open_session: Open) -> None:
+    session = open_session()
+    assert session.tokenizer is not None
+    session.tokenizer._backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    prompts = ["hello", "a" * 40 + "!", "world", "a" * 40 + "!", "hello"]
+    # One thread drives all of them: the other's request, and the list of which some prompts panic.
+    other = Aside(lambda: session.generate("hello", max_new_tokens=100, ignore_eos=True, mode="full"))
+
+    def listed() -> list[Any]:
+        with pytest.raises(
+            BatchError, match="2 of 5 prompts failed, the first of them prompt 1: PromptError"
+        ) as failed:
+            session.generate(prompts, max_new_tokens=8)
+        return failed.value.results
+
+    kinds = [type(result) for result in Aside(listed).result()]
+    assert kinds == [GenerationResult, PromptError, GenerationResult, PromptError, GenerationResult]
+    assert other.result().stats.tokens == 100
+
+    async def both_kinds() -> None:
+        with pytest.raises(BatchError, match="2 of 5"):
+            await session.agenerate(prompts, max_new_tokens=8)
+        with pytest.raises(PromptError):
+            await session.agenerate(prompts[1])
+
+    asyncio.run(asyncio.wait_for(both_kinds(), 60))
+
+
+def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = open_session()
+    row = session._intake.row
+
+    def interrupted(given: Any, cancel: Any, began: Any, prompt: Any) -> Any:
+        if prompt == [99]:
+            raise KeyboardInterrupt
+        return row(given, cancel, began, prompt)
+
+    monkeypatch.setattr(session._intake, "row", interrupted)
+
+    def listed() -> list[Any]:
+        with pytest.raises(KeyboardInterrupt):
+            session.generate([[1], [99], [2]], max_new_tokens=4)
+        return [session.generate([1], max_new_tokens=4)]
+
+    assert len(Aside(listed).result()) == 1
+
+    async def main() -> None:
+        await session.agenerate([[1], [99], [2]], max_new_tokens=4)
+
+    with pytest.raises(BatchError, match="interrupted by KeyboardInterrupt") as failed:
+        asyncio.run(asyncio.wait_for(main(), 60))
+    kinds = [type(result).__name__ for result in failed.value.results]
+    assert kinds == ["GenerationResult", "EngineError", "GenerationResult"]
+
+
+# Callbacks that wait for their own session, or for ever
+
+Ask = Callable[[Session], Any]
+
+
+def in_a_thread(session: Session) -> Any:
+    return Aside(lambda: session.generate([5], max_new_tokens=2, deadline=0.3)).result()
+
+
+def in_a_loop(session: Session) -> Any:
+    return asyncio.run(session.agenerate([5], max_new_tokens=2))
+
+
+def in_a_thread_of_a_loop(session: Session) -> Any:
+    return asyncio.run(asyncio.to_thread(session.generate, [5], max_new_tokens=2))  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, Ask] = {
+    "generate": lambda session: session.generate([5], max_new_tokens=2),
+    "a list": lambda session: session.generate([[5], [6]], max_new_tokens=2),
+    "stream": lambda session: session.stream([5], max_new_tokens=2),
+    "best": lambda session: session.generate_best([5], 2, temperature=1.0, max_new_tokens=2),
+    "loop": in_a_loop,
+    "list in a loop": lambda session: asyncio.run(session.agenerate([[5], [6]], max_new_tokens=2)),
+    "thread of a loop": in_a_thread_of_a_loop,
+    "slot": lambda session: session.decoder().__enter__(),
+}
+
+
+@pytest.mark.parametrize("way", REFUSED)
+@pytest.mark.parametrize("outer", ["thread", "loop"])
+def test_a_callback_that_asks_its_own_session_is_told_so(way: str, outer: str, open_session: Open) -> None:
+    session = open_session(slots=4)
+
+    def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        REFUSED[way](session)
+        return scores
+
+    def ask() -> Any:
+        if outer == "thread":
+            return session.generate([7], max_new_tokens=3, logits_processor=asking)
+        return asyncio.run(session.agenerate([7], max_new_tokens=3, logits_processor=asking))
+
+    with pytest.raises(OptionError, match="a callback of a request asked its own session"):
+        Aside(ask).result()
+    assert Aside(lambda: session.generate([7], max_new_tokens=3)).result().stats.tokens == 3
+
+
+def test_a_callback_may_ask_another_session(open_session: Open) -> None:
+    session, other = open_session(), open_session()
+
+    def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        assert asyncio.run(other.agenerate([5], max_new_tokens=2)).stats.tokens == 2
+        assert other.generate([5], max_new_tokens=2).stats.tokens == 2
+        return scores
+
+    asked = Aside(lambda: session.generate([7], max_new_tokens=3, logits_processor=asking))
+    assert asked.result().stats.tokens == 3
+
+
+def test_a_callback_that_waits_for_a_thread_that_asks_ends_with_that_ones_deadline(open_session: Open) -> None:
+    session, inner = open_session(slots=2), list[GenerationResult]()
+
+    def asking(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        inner.append(in_a_thread(session))
+        return scores
+
+    outer = Aside(lambda: session.generate([7], max_new_tokens=2, logits_processor=asking)).result()
+    assert outer.stats.tokens == 2
+    assert [(result.finish_reason, result.token_ids) for result in inner] == [("deadline", ())] * 2
+
+
+class Blocking:
+    """A processor that blocks at its third token, until it is let go."""
+
+    def __init__(self) -> None:
+        self.calls, self.blocks, self.free = 0, threading.Event(), threading.Event()
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        if self.calls == 3:
+            self.blocks.set()
+            assert self.free.wait(60)
+        return scores
+
+
+@pytest.fixture
+def blocking() -> Iterator[Blocking]:
+    processor = Blocking()
+    yield processor
+    processor.free.set()
+
+
+KINDS: dict[str, Callable[[Session, dict[str, Any]], list[GenerationResult]]] = {
+    "one": lambda session, options: [session.generate([8], **options)],
+    "list": lambda session, options: session.generate([[8], [9], [10]], **options),
+    "stream": lambda session, options: [read(session.stream([8], **options))],
+    "one in a loop": lambda session, options: [asyncio.run(session.agenerate([8], **options))],
+    "list in a loop": lambda session, options: asyncio.run(session.agenerate([[8], [9], [10]], **options)),
+}
+
+
+def read(stream: Stream) -> GenerationResult:
+    tokens = list(stream)
+    assert tuple(token.id for token in tokens) == stream.result.token_ids
+    assert "".join(token.text for token in tokens) == stream.result.text
+    return stream.result
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_deadlines_of_others_hold_while_a_callback_blocks(
+    kind: str, open_session: Open, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of the thread that drove everything when the callback's request came."""
+    session = open_session(slots=3)
+    whole = session.generate([8], max_new_tokens=100, ignore_eos=True)
+    options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "deadline": 1.0}
+    run, began_early = Call.run, threading.Event()
+
+    def slowly(call: Call) -> None:
+        began_early.set()
+        threading.Event().wait(0.02)
+        run(call)
+
+    monkeypatch.setattr(Call, "run", slowly)
+    early = Aside(lambda: session.generate([8], mode="full", **options))
+    assert began_early.wait(30)
+    blocked = Aside(lambda: session.generate([7], max_new_tokens=5, ignore_eos=True, logits_processor=blocking))
+    assert blocking.blocks.wait(30)
+    began = monotonic()
+    results = [*KINDS[kind](session, options), early.result()]
+    assert monotonic() - began < 10, "the deadline is one second"
+    assert [result.finish_reason for result in results] == ["deadline"] * len(results)
+    for result in (results[0], results[-1]):
+        assert result.token_ids == whole.token_ids[: len(result.token_ids)]
+        assert result.stats.tokens == len(result.token_ids) < 100
+    blocking.free.set()
+    assert blocked.result().stats.tokens == 5
+    assert (
+        Aside(lambda: session.generate([8], max_new_tokens=100, ignore_eos=True)).result().token_ids == whole.token_ids
+    )
+
+
+class Slowly:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        threading.Event().wait(self._seconds)
+        return scores
+
+
+def test_the_deadline_of_a_request_holds_while_its_own_callback_blocks(open_session: Open, blocking: Blocking) -> None:
+    session = open_session()
+    whole = session.generate([7], max_new_tokens=5, ignore_eos=True)
+    result = Aside(
+        lambda: session.generate([7], max_new_tokens=5, ignore_eos=True, logits_processor=blocking, deadline=0.5)
+    ).result(20)
+    assert (result.finish_reason, result.token_ids) == ("deadline", whole.token_ids[:2])
+    blocking.free.set()
+    assert Aside(lambda: session.generate([7], max_new_tokens=5)).result().stats.tokens == 5
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
+def test_what_a_callback_raises_reaches_its_own_caller_alone(
+    interruption: type[BaseException], open_session: Open
+) -> None:
+    session = open_session(slots=2)
+
+    def raising(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        raise interruption
+
+    other = Aside(lambda: session.generate([8], max_new_tokens=60, ignore_eos=True, logits_processor=Slowly(0.005)))
+    for prompt in ([7], [[7], [9]]):
+        with pytest.raises(interruption):
+            Aside(lambda prompt=prompt: session.generate(prompt, max_new_tokens=3, logits_processor=raising)).result()
+    assert other.result().stats.tokens == 60
+
+
+# Forks
+
+FORKED = """
+import os, sys, threading, time
+from runtime import OptionError, Session
+
+session, stop = Session(sys.argv[1], threads=2, slots=2), threading.Event()
+unread = session.stream([4], max_new_tokens=5)
+
+def work():
+    while not stop.is_set():
+        session.generate([5, 6, 7], max_new_tokens=50, ignore_eos=True)
+
+def refuses(ask):
+    try:
+        ask()
+    except OptionError as error:
+        return "before process" in str(error) and "was forked" in str(error)
+    return False
+
+def child():
+    asks = [lambda: session.generate([5]), lambda: session.generate([[5]]), lambda: session.stream([5]),
+            lambda: session.astream([5]), lambda: session.generate_best([5], 1, temperature=1.0),
+            lambda: session.decoder().__enter__(), lambda: session.threshold, session.adaptive_state]
+    wrong = sum(not refuses(ask) for ask in asks)
+    unread.close()
+    session.close()
+    session.close(drain=True)
+    with Session(sys.argv[1], threads=1, slots=1) as own:
+        wrong += own.generate([5], max_new_tokens=3).stats.tokens != 3
+    return wrong
+
+threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+for thread in threads:
+    thread.start()
+time.sleep(0.3)
+for _ in range(6):
+    pid = os.fork()
+    if pid == 0:
+        os._exit(child())
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+stop.set()
+for thread in threads:
+    thread.join()
+session.generate([5], max_new_tokens=2)
+session.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_others_generate_is_told_to_open_its_own(bundle: Bundles) -> None:
+    path = bundle(BY_NAME[LLAMA], 1)
+    command = [sys.executable, "-c", FORKED, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.stdout.split(), done.returncode) == (["0"] * 6, 0), done.stderr

@@ -1,0 +1,206 @@
+"""Streams of threads and of asyncio programs: when they are taken, what they give, and how they end."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+
+from runtime import AsyncStream, GenerationResult, OptionError, PromptError, QueueFullError, Session
+
+BY_NAME = {case.name: case for case in CASES}
+PROMPT = list(PROMPTS[0])
+ENDLESS: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def open_session(bundle: Bundles) -> Iterator[Open]:
+    """Opens sessions with one thread and one slot; closes them after the test."""
+    opened: list[Session] = []
+
+    def open_(**options: Any) -> Session:
+        opened.append(Session(bundle(BY_NAME["llama-tied"], 1), **{"threads": 1, "slots": 1, **options}))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+def run(work: Any) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 60))
+
+
+def slowly(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    threading.Event().wait(0.01)
+    return scores
+
+
+# Admission
+
+
+def test_a_full_queue_is_said_at_the_call_before_there_is_an_answer(open_session: Open) -> None:
+    session = open_session(queue=1)
+    taken = [session.stream(PROMPT, max_new_tokens=3), session.astream(PROMPT, max_new_tokens=3)]
+    for ask in (session.stream, session.astream, session.generate):
+        with pytest.raises(QueueFullError, match="1 request waits for a slot already"):
+            ask(PROMPT)
+
+    async def main() -> None:
+        for ask in (session.agenerate(PROMPT), session.agenerate([PROMPT, PROMPT])):
+            with pytest.raises(QueueFullError):
+                await ask
+        assert [token.id async for token in taken[1]] == list(taken[1].result.token_ids)
+
+    run(main())
+    assert [token.id for token in taken[0]] == list(taken[0].result.token_ids)
+    assert session.generate(PROMPT, max_new_tokens=2).stats.tokens == 2
+
+
+@pytest.mark.parametrize("way", ["close", "aclose", "forget"])
+def test_streams_that_are_given_up_unread_make_room_in_the_queue(way: str, open_session: Open) -> None:
+    session = open_session(queue=0)
+    alone = session.generate(PROMPT, max_new_tokens=3)
+    for _ in range(3):
+        stream: Any = session.astream(PROMPT) if way == "aclose" else session.stream(PROMPT)
+        if way == "close":
+            stream.close()
+        elif way == "aclose":
+            run(stream.aclose())
+        del stream
+        gc.collect()
+    assert session.generate(PROMPT, max_new_tokens=3).token_ids == alone.token_ids
+
+
+def test_what_is_wrong_with_a_request_is_said_at_the_call(open_session: Open) -> None:
+    session = open_session()
+    for ask in (session.stream, session.astream):
+        with pytest.raises(PromptError):
+            ask([10**6])
+        with pytest.raises(OptionError):
+            ask(PROMPT, threshold=2.0)
+    session.close()
+    for ask in (session.stream, session.astream):
+        with pytest.raises(OptionError, match="closed"):
+            ask(PROMPT)
+
+
+# What they give
+
+
+def test_an_async_stream_has_a_result(open_session: Open) -> None:
+    session = open_session()
+    alone = session.generate(PROMPT, max_new_tokens=12)
+
+    async def main() -> None:
+        stream = session.astream(PROMPT, max_new_tokens=12)
+        assert isinstance(stream, AsyncStream)
+        assert stream.result.token_ids == ()
+        first = await anext(stream)
+        assert stream.result.token_ids[0] == first.id
+        tokens = [first, *[token async for token in stream]]
+        result = stream.result
+        assert tuple(token.id for token in tokens) == result.token_ids == alone.token_ids
+        assert "".join(token.text for token in tokens) == result.text == alone.text
+        assert result.finish_reason == alone.finish_reason
+        assert [token async for token in stream] == []
+        assert (await session.astream(PROMPT, max_new_tokens=12).drain()).token_ids == alone.token_ids
+
+    run(main())
+
+
+def test_an_async_stream_that_is_closed_gives_its_slot_back(open_session: Open) -> None:
+    session = open_session()
+    whole = session.generate(PROMPT, **ENDLESS)
+
+    async def main() -> None:
+        async with session.astream(PROMPT, logits_processor=slowly, **ENDLESS) as stream:
+            first = await anext(stream)
+        await stream.aclose()
+        assert [token async for token in stream] == []
+        assert stream.result.finish_reason == "cancelled"
+        assert first.id == whole.token_ids[0]
+        assert len(stream.result.token_ids) < 100
+        assert (await session.agenerate(PROMPT, max_new_tokens=3)).stats.tokens == 3
+
+    run(main())
+
+
+def test_an_error_of_a_request_comes_out_of_its_async_stream_once(open_session: Open) -> None:
+    session = open_session()
+
+    def broken(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        raise ValueError("broken")
+
+    async def main() -> None:
+        stream = session.astream(PROMPT, logits_processor=broken)
+        with pytest.raises(ValueError, match="broken"):
+            await anext(stream)
+        assert [token async for token in stream] == []
+
+    run(main())
+
+
+# Ends, and how long it took
+
+
+def test_deadline_and_cancel_are_different_ends(open_session: Open) -> None:
+    session, cancel = open_session(), threading.Event()
+    late = session.generate(PROMPT, deadline=0.1, logits_processor=slowly, **ENDLESS)
+    assert (late.finish_reason, late.complete) == ("deadline", False)
+    cancel.set()
+    ended = session.generate(PROMPT, deadline=60, cancel=cancel, **ENDLESS)
+    assert (ended.finish_reason, ended.complete) == ("cancelled", False)
+    whole = session.generate(PROMPT, deadline=60, **ENDLESS)
+    assert (whole.finish_reason, whole.complete) == ("length", True)
+    with session.stream(PROMPT, deadline=60, **ENDLESS) as stream:
+        next(stream)
+    assert stream.result.finish_reason == "cancelled"
+
+
+def test_a_deadline_ends_a_list_that_waits_for_slots(open_session: Open) -> None:
+    session = open_session()
+    began = monotonic()
+    results = session.generate([PROMPT] * 2000, deadline=0.3, logits_processor=slowly, **ENDLESS)
+    assert monotonic() - began < 5
+    assert [result.finish_reason for result in results] == ["deadline"] * 2000
+    assert results[-1].token_ids == ()
+
+
+@pytest.mark.parametrize("way", ["stream", "astream"])
+def test_statistics_have_the_wait_for_a_slot_and_the_time_to_the_first_token(way: str, open_session: Open) -> None:
+    session = open_session()
+
+    def pause(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        threading.Event().wait(0.02)
+        return scores
+
+    def ask() -> GenerationResult:
+        if way == "stream":
+            return session.generate(PROMPT, max_new_tokens=10, ignore_eos=True, logits_processor=pause)
+        return run(session.agenerate(PROMPT, max_new_tokens=10, ignore_eos=True, logits_processor=pause))
+
+    results: list[GenerationResult] = []
+    threads = [threading.Thread(target=lambda: results.append(ask())) for _ in range(2)]
+    began = monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    took = monotonic() - began
+    first, second = sorted((result.stats for result in results), key=lambda stats: stats.queue_seconds)
+    # The second waits for the ten tokens of the first.
+    assert 0 <= first.queue_seconds < second.queue_seconds
+    assert second.queue_seconds > 0.15
+    for stats in (first, second):
+        assert stats.queue_seconds + 0.015 < stats.first_token_seconds < took
