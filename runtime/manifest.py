@@ -57,7 +57,7 @@ class Manifest:
     `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
-    count only.
+    count only. `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone.
     """
 
     schema_version: int
@@ -95,6 +95,7 @@ class Manifest:
     tuned_max_pending: int | None = None
     compute: FloatType | None = None
     packed: bool = False
+    kernels: int | None = None
 
     @property
     def encoder_decoder(self) -> bool:

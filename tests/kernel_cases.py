@@ -105,8 +105,9 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
     return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
 
 
-def session_of(model: onnx.ModelProto, threads: int = 1) -> ort.InferenceSession:
+def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 4
     options.register_custom_ops_library(str(LIBRARY))
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    given = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])

@@ -30,7 +30,8 @@ def loading(
     """
     names = [name for name in ORDER if f"{name}.onnx" in engine_files(bundle.manifest)]
     with ThreadPoolExecutor(min(threads, len(names)), thread_name_prefix="load") as pool:
-        futures = {name: pool.submit(_load, bundle.engine(name), threads, device, packed) for name in names}
+        kernels = bundle.manifest.kernels
+        futures = {name: pool.submit(_load, bundle.engine(name), threads, device, packed, kernels) for name in names}
         try:
             yield lambda name: futures[name].result()
         except BaseException:
@@ -38,11 +39,11 @@ def loading(
             raise
 
 
-def _load(path: Path, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
+def _load(path: Path, threads: int, device: Device, packed: Path | None, kernels: int | None) -> OnnxEngine:
     if packed is not None:
         try:
             return OnnxEngine(packed / path.name, threads, device, optimized=True)
         except EngineError as error:
             # ONNX Runtime compares packed weights with what it would pack, so damage is found here.
             logger.warning("the engine cache is not used: %s; run: freeexport cache clear", error)
-    return OnnxEngine(path, threads, device)
+    return OnnxEngine(path, threads, device, kernels=kernels)

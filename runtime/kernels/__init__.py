@@ -21,9 +21,12 @@ LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
 BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport again"
 
 
-def register(options: Any) -> None:
-    """Let a session with these options of ONNX Runtime use the operators. EngineError where they cannot be had."""
+def register(options: Any, needed: int = VERSION) -> None:
+    """Let a session with these options of ONNX Runtime use the operators, which must be of version `needed` or later.
+    EngineError where they cannot be had."""
     name = instructions()
+    if needed > VERSION:
+        raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
     if name == "scalar":
         logger.warning("this processor has no AVX2: freeexport's kernels run without vector instructions, slowly")
     options.register_custom_ops_library(str(LIBRARY))
@@ -46,6 +49,15 @@ def missing() -> str | None:
     except EngineError as error:
         return str(error)
     return None
+
+
+def kernels_of(needed: int | None) -> str:
+    """Whose operators multiply with a bundle's rounded weights, for a person; `needed` is what its manifest says."""
+    problem = missing()
+    if needed is not None:
+        return f"freeexport's own, version {needed}, " + (f"with {instructions()} here" if problem is None else problem)
+    slower = "" if problem is None else f", which are slower; {problem}"
+    return f"ONNX Runtime's{slower}"
 
 
 @cache
