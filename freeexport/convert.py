@@ -30,8 +30,9 @@ from graphs.weights import WeightFile
 from runtime.bundle import Bundle
 from runtime.calibration import Calibration, check_calibration, read_calibration
 from runtime.exit_vocabulary import ExitVocabulary
+from runtime.kernels import instructions, kernels_of
 from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 from runtime.threshold import NEVER_EXIT
 
 WEIGHTS = "weights.data"
@@ -51,6 +52,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     engines = engine_options(description, options, exit_layer)
     engines.check(description)
     decoder_start(checkpoint, description)
+    if options.kernels == "freeexport" and (options.verify or options.measure):
+        instructions()  # what cannot be run here, cannot be verified: better known before the long work
     calibration = _calibration(checkpoint, description, engines, options.calibration)
     engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
@@ -217,6 +220,8 @@ ROUNDING_PAYS = 64 << 20
               help="Weights of the head, where the others are rounded.  [default: 8 bits]")  # fmt: skip
 @click.option("--exact-rows", is_flag=True, help="Rounded for a CPU: a row gets the same bits in every call, so that "
               "lossless says what full says. 2 % to 25 % slower.")  # fmt: skip
+@click.option("--kernels", type=click.Choice(get_args(Kernels)), default="onnxruntime", show_default=True,
+              help="Whose operators multiply with weights that are rounded for a CPU.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="What a GPU computes in, where weights are rounded.  [default: fp16]")  # fmt: skip
 @section("Result")
@@ -248,6 +253,8 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
     click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}{faster}")
     if manifest.quantization is not None and manifest.quantization.higher:
         click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
+    if manifest.quantization is not None and manifest.target == "cpu":
+        click.echo(f"kernels: {kernels_of(manifest.kernels)}")
     if manifest.exit_vocabulary is not None:
         size, covered = manifest.exit_vocabulary.size, manifest.exit_vocabulary.covered
         known = "of the text" if options["exit_vocab_text"] else "of the shallow decoder's predictions"

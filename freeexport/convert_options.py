@@ -13,7 +13,7 @@ from graphs.ort_dialect import fits_head_size
 from runtime.errors import OptionError
 from runtime.machine import machine_int8_range
 from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
@@ -26,10 +26,11 @@ class ConvertOptions:
     where its attention has a kernel for the model's heads, else "standard". `int8_range` "auto" is what this machine's
     processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it is not. None for `head`
     is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded weights compute in, None for
-    fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `exit_vocab` is how many
-    tokens the shallow head knows, chosen on `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this
-    checkpoint. `calibration` is the file that `freeexport calibrate` wrote for this checkpoint. OptionError where two
-    do not go together, or an exit vocabulary has no text; GraphError for an encoder capacity under 1."""
+    fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `kernels`: whose operators
+    multiply with weights that are rounded for a CPU. `exit_vocab` is how many tokens the shallow head knows, chosen on
+    `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this checkpoint. `calibration` is the file
+    that `freeexport calibrate` wrote for this checkpoint. OptionError where two do not go together, or an exit
+    vocabulary has no text; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -44,6 +45,7 @@ class ConvertOptions:
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     exact_rows: bool = False
+    kernels: Kernels = "onnxruntime"
     exit_vocab: int | Path | Literal["all", "auto"] = "all"
     exit_vocab_text: Path | None = None
     calibration: Path | None = None
@@ -62,6 +64,10 @@ class ConvertOptions:
         if self.int8_layout != "auto" and (self.target != "cpu" or self.precision not in ("int8", "mixed")):
             raise OptionError(
                 f"--int8-layout {self.int8_layout} is of decoders in 8 bits for a CPU; give --precision int8 or mixed"
+            )
+        if self.kernels == "freeexport" and (self.int8_layout, self.int8_range) != ("auto", "auto"):
+            raise OptionError(
+                "--int8-layout and --int8-range are for ONNX Runtime's kernels; leave them out, or --kernels freeexport"
             )
         if self.longest_prompt < 1:
             raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
@@ -95,6 +101,7 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         head=options.head,
         compute=options.compute,
         exact_rows=options.exact_rows,
+        kernels=options.kernels,
         int8_range=int8_range,
         int8_layout=natural if options.int8_layout == "auto" else options.int8_layout,
     )

@@ -68,6 +68,7 @@ class Report:
     cuda: CudaVersions
     tensorrt: TensorRT
     machine: Machine
+    kernels: str
     missing: tuple[MissingExtra, ...]
     problems: tuple[str, ...]
 
@@ -101,6 +102,7 @@ def examine(version_of: VersionOf = installed_version) -> Report:
         cuda=check_cuda(version_of),
         tensorrt=check_tensorrt(version_of),
         machine=detect_machine(),
+        kernels=_own_kernels(),
         missing=missing_extras(version_of),
         problems=problems,
     )
@@ -192,7 +194,7 @@ def show(report: Report) -> None:
         pairs("Providers", [(item.name, _provider_text(item)) for item in report.providers]),
         *([pairs("CUDA", rows)] if (rows := cuda_rows(report.cuda)) else []),
         pairs("TensorRT", tensorrt_rows(report.tensorrt)),
-        pairs("Machine", _machine_rows(report.machine)),
+        pairs("Machine", [*_machine_rows(report.machine), ("freeexport's kernels", report.kernels)]),
     ]
     print_page(tables)
     for item in report.missing:
@@ -201,6 +203,14 @@ def show(report: Report) -> None:
         click.echo(f"problem: {problem}")
     if report.ok:
         click.echo("This installation can decode.")
+
+
+def _own_kernels() -> str:
+    """The instructions that they use here; or why bundles run with ONNX Runtime's, which are slower."""
+    from runtime.kernels import instructions, missing
+
+    problem = missing()
+    return instructions() if problem is None else f"{problem}; until then ONNX Runtime's slower ones are used"
 
 
 def _provider_text(provider: Provider) -> str:

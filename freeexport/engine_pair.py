@@ -16,7 +16,10 @@ class EnginePair:
         self.manifest = bundle.manifest
         self.rows = rows
         self.cross = cross or {}
-        self._engines = {name: OnnxEngine(bundle.engine(name), threads) for name in ("shallow", "deep")}
+        kernels = self.manifest.kernels
+        self._engines = {
+            name: OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("shallow", "deep")
+        }
         self.caches = {
             "shallow": self._cache(self.manifest.shallow_layers),
             "deep": self._cache(self.manifest.deep_layers),

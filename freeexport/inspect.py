@@ -120,7 +120,15 @@ def _model(manifest: Manifest) -> list[tuple[str, str]]:
         ("target", manifest.target),
         ("dialect", manifest.dialect),
         ("precision", manifest.precision),
+        *_kernels(manifest),
     ]
+
+
+def _kernels(manifest: Manifest) -> list[tuple[str, str]]:
+    from runtime.kernels import kernels_of
+
+    rounded = manifest.quantization is not None and manifest.target == "cpu"
+    return [("kernels", kernels_of(manifest.kernels))] if rounded else []
 
 
 def _span(layers: range) -> str:

@@ -171,7 +171,8 @@ def encode(bundle: Bundle, batch: Batch) -> tuple[dict[str, np.ndarray], np.ndar
     """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
     if batch.prompts is None or batch.prompt_lengths is None:
         return {}, None
-    engines = [OnnxEngine(bundle.engine(name), usable_cores()) for name in ("encoder", "prologue")]
+    kernels = bundle.manifest.kernels
+    engines = [OnnxEngine(bundle.engine(name), usable_cores(), kernels=kernels) for name in ("encoder", "prologue")]
     return Encoder(*engines).run_padded(batch.prompts, batch.prompt_lengths)
 
 

@@ -22,13 +22,13 @@ from graphs.ort_dialect import OrtDialect, check_head_size, fits_head_size, misf
 from graphs.packing import Packing, packing
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.plan import ROUNDING, Plan
+from graphs.quantization.plan import ROUNDING, Plan, rounding
 from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.manifest import ConfidenceMeasure, Precision, Target
 from runtime.manifest import Dialect as DialectName
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Quantization
+from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
@@ -47,7 +47,7 @@ class EngineOptions:
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
     where weights are rounded for a GPU, None for its first. `exact_rows`: rounded engines give a row the same bits in
-    every call.
+    every call. `kernels`: whose operators multiply with rounded weights on a CPU.
     """
 
     exit_layer: int
@@ -63,6 +63,7 @@ class EngineOptions:
     target: Target = "cpu"
     compute: FloatType | None = None
     exact_rows: bool = False
+    kernels: Kernels = "onnxruntime"
 
     def check(self, description: Description) -> None:
         layers = len(description.decoder.layers)
@@ -84,6 +85,11 @@ class EngineOptions:
             raise GraphError(
                 f"--exact-rows is for weights that are rounded for a CPU, not for precision {self.precision} of target "
                 f"{self.target}; leave it out"
+            )
+        if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
+            raise GraphError(
+                f"--kernels freeexport is for weights that are rounded for a CPU, not for precision {self.precision} "
+                f"of target {self.target}; leave it out"
             )
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
@@ -132,7 +138,7 @@ class EngineOptions:
     @property
     def plan(self) -> Plan | None:
         """How weights are rounded; None where they are not."""
-        return ROUNDING[self.target].plan(self.precision, self.head, self.int8_layout)
+        return rounding(self.target, self.kernels).plan(self.precision, self.head, self.int8_layout)
 
     @property
     def float_type(self) -> FloatType:
@@ -154,8 +160,9 @@ class EngineBuilder:
         check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
-        self._plan, self._rounding = options.plan, ROUNDING[options.target]
-        self._quantizer = Quantizer(weights, self._rounding.scheme(options.int8_range, options.exact_rows))
+        self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
+        scheme = self._rounding.scheme(options.int8_range, options.exact_rows)
+        self._quantizer = Quantizer(weights, scheme, self._rounding.layout)
 
     @property
     def quantization(self) -> Quantization | None:

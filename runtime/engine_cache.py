@@ -42,8 +42,11 @@ _MAKING = ".making-"
 def packed_engines(bundle: Bundle, options: SessionOptions) -> Path | None:
     """The directory of the cache that a session loads its engines from, None for the bundle itself.
 
-    A session that checks every file of the bundle (`verify="full"`), or runs on a GPU, takes the bundle's own.
+    A session that checks every file of the bundle (`verify="full"`), or runs on a GPU, takes the bundle's own. So does
+    one of a bundle with our own kernels, which reads its weights where they are.
     """
+    if bundle.manifest.kernels is not None:
+        return None
     if options.cache == "off" or options.verify == "full" or options.device != "cpu":
         return None
     if options.cache == "use":
@@ -91,6 +94,10 @@ def write(bundle: Bundle) -> Path:
     Takes the place of entries that were not used for longest. Raises CacheError where it cannot be written, or there
     is no room; nothing is left then. Two processes may write one entry: the first is kept.
     """
+    if bundle.manifest.kernels is not None:
+        raise CacheError(
+            f"{bundle.path} has freeexport's kernels, which read its weights as they are: it needs no cache"
+        )
     found = find(bundle)
     if found is not None:
         return found

@@ -78,6 +78,7 @@ class Manifest:
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
     count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
+    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone.
     """
 
     schema_version: int
@@ -116,6 +117,7 @@ class Manifest:
     compute: FloatType | None = None
     packed: bool = False
     exit_trained: bool | None = None
+    kernels: int | None = None
 
     @property
     def encoder_decoder(self) -> bool:

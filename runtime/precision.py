@@ -12,6 +12,8 @@ FloatType = Literal["fp32", "fp16", "bf16"]
 Int8Range = Literal["full", "reduced"]
 # How the linear layers of decoders for CPUs stand in 8 bits: as "int8", or as "int8-block".
 Int8Layout = Literal["rows", "blocks"]
+# Whose operators multiply with rounded weights on a CPU.
+Kernels = Literal["onnxruntime", "freeexport"]
 # Of a head whose model is rounded: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
 

@@ -8,7 +8,6 @@ from typing import Protocol
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from graphs.graph import MICROSOFT
 from graphs.initializers import drop_unused, external, unread
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
 from runtime.precision import EnginePrecision, HigherTensor, TensorFormat
@@ -62,8 +61,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
             self._stored[tensor.name] = stored
             if stored.rounded:
                 _replace(model.graph, node, stored, products, tensor.name == self._head)
-        if products.domain == MICROSOFT:
-            model.graph.opset_imports[MICROSOFT] = 1
+        if products.domain:
+            model.graph.opset_imports[products.domain] = 1
         drop_unused(model.graph)
         self._record()
         return ir.passes.PassResult(model, modified=bool(self._stored))

@@ -12,10 +12,12 @@ from graphs.description import Description, Encoder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
 from graphs.quantization.linears import Products
 from graphs.quantization.ort_products import OrtProducts
+from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.quantizer import Layout, as_rounded
 from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
 from graphs.quantization.widened_products import WidenedProducts
 from runtime.manifest import Precision, Target
-from runtime.precision import HeadPrecision, Int8Layout, Int8Range, TensorFormat
+from runtime.precision import HeadPrecision, Int8Layout, Int8Range, Kernels, TensorFormat
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Plan:
 @dataclass(frozen=True)
 class Rounding:
     """How a target has weights rounded: plans by precision; what 8 bits of a head are; the scheme for a range of 8-bit
-    weights and for exact rows or not; and the products that read them. `embedding`: the table that tokens are looked up
-    in is rounded too. `layouts`: the decoders' 8 bits can stand in blocks as well as by row."""
+    weights and for exact rows or not; the products that read them, and the layout that these want. `embedding`: the
+    table that tokens are looked up in is rounded too. `layouts`: the decoders' 8 bits can stand in blocks as well as
+    by row."""
 
     plans: dict[Precision, Plan]
     head: TensorFormat
@@ -60,6 +63,7 @@ class Rounding:
     products: Callable[[ir.Graph], Products]
     embedding: bool = False
     layouts: bool = False
+    layout: Layout = as_rounded
 
     def plan(self, precision: Precision, head: HeadPrecision | None, layout: Int8Layout) -> Plan | None:
         """None for a precision that rounds nothing."""
@@ -86,6 +90,19 @@ _CPU = Rounding(
     embedding=True,
     layouts=True,
 )
+# Blocks of 8 bits are as fast for many rows, and every row gets the same bits in every call.
+_CPU_OWN = Rounding(
+    {
+        "int8": Plan("int8-block", "int8-block", "int8-block", "int8-block"),
+        "int4": Plan("int8-block", "int4", "int4", "int8-block"),
+        "mixed": Plan("int8-block", "int4", "int8-block", "int8-block"),
+    },
+    head="int8-block",
+    scheme=lambda range_, exact: IntegerScheme(by_row=False),
+    products=PackedProducts,
+    embedding=True,
+    layout=packed,
+)
 # Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(
     {
@@ -107,6 +124,11 @@ _TENSORRT = Rounding(
     products=WidenedProducts,
 )
 ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TENSORRT}
+
+
+def rounding(target: Target, kernels: Kernels) -> Rounding:
+    """How weights are rounded for these operators."""
+    return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]
 
 
 def _in_blocks(format_: TensorFormat) -> TensorFormat:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -38,11 +39,21 @@ class Stored:
         return bool(self.operands)
 
 
-class Quantizer:
-    """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them."""
+# Of a rounded weight, its inputs and its format: the same weight as it is written.
+Layout = Callable[[Rounded, int, TensorFormat], Rounded]
 
-    def __init__(self, weights: WeightFile, scheme: Scheme) -> None:
-        self._weights, self._scheme = weights, scheme
+
+def as_rounded(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
+    """The layout of ONNX Runtime's and TensorRT's operators."""
+    return rounded
+
+
+class Quantizer:
+    """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `layout`
+    is that of the weights of linear layers."""
+
+    def __init__(self, weights: WeightFile, scheme: Scheme, layout: Layout = as_rounded) -> None:
+        self._weights, self._scheme, self._layout = weights, scheme, layout
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._engines: list[EnginePrecision] = []
         self._higher: list[HigherTensor] = []
@@ -89,7 +100,8 @@ class Quantizer:
             rounded, block = scheme.round(array, format_, tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
             if rounded.error <= scheme.limits[format_]:
-                return self._write(name, format_, rounded, block, lost)
+                written = self._layout(rounded, array.shape[1], format_)
+                return self._write(name, format_, written, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], (), 0, tensor.nbytes, lost or 0.0, 0.0)
 

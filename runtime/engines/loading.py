@@ -41,16 +41,16 @@ def loading(
 
 
 def _load(bundle: Bundle, name: str, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
-    engine = _loaded(bundle.engine(name), threads, device, packed)
+    engine = _loaded(bundle.engine(name), threads, device, packed, bundle.manifest.kernels)
     check_contract(bundle.manifest, name, engine.session)
     return engine
 
 
-def _loaded(path: Path, threads: int, device: Device, packed: Path | None) -> OnnxEngine:
+def _loaded(path: Path, threads: int, device: Device, packed: Path | None, kernels: int | None) -> OnnxEngine:
     if packed is not None:
         try:
             return OnnxEngine(packed / path.name, threads, device, optimized=True)
         except EngineError as error:
             # ONNX Runtime compares packed weights with what it would pack, so damage is found here.
             logger.warning("the engine cache is not used: %s; run: freeexport cache clear", error)
-    return OnnxEngine(path, threads, device)
+    return OnnxEngine(path, threads, device, kernels=kernels)

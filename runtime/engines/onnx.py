@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from runtime import kernels as own_kernels
 from runtime.device import CPU, Device
 from runtime.errors import EngineError
 
@@ -20,7 +21,8 @@ class OnnxEngine:
 
     `optimized`: it is what `save_packed` wrote. `provider_options` are those of ONNX Runtime's provider for a GPU.
     `profile`: ONNX Runtime notes the time of every kernel, and writes it to a file whose name begins so at
-    `session.end_profiling()`. EngineError where it cannot be loaded, or would run elsewhere.
+    `session.end_profiling()`. `kernels`: the version of our own operators that it needs, if any. EngineError where it
+    cannot be loaded, or would run elsewhere.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class OnnxEngine:
         optimized: bool = False,
         provider_options: Mapping[str, str] | None = None,
         profile: Path | None = None,
+        kernels: int | None = None,
     ) -> None:
         ort = import_onnxruntime()
         providers = device.providers(ort, provider_options or {})
@@ -39,6 +42,8 @@ class OnnxEngine:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        if kernels is not None:
+            own_kernels.register(options, kernels)
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:

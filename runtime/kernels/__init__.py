@@ -1,0 +1,75 @@
+"""Our own operators for ONNX Runtime: where their library stands, whether it can be used here, and how.
+
+It is built from `source` when the project is installed where there is a C++ compiler (docs/kernels.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+# The domain of the operators in a graph; the version of operators and weights, which source/version.h has too.
+DOMAIN, VERSION = "freeexport", 1
+LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
+BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport again"
+
+
+def register(options: Any, needed: int = VERSION) -> None:
+    """Let a session with these options of ONNX Runtime use the operators, which must be of version `needed` or later.
+    EngineError where they cannot be had."""
+    name = instructions()
+    if needed > VERSION:
+        raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
+    if name == "scalar":
+        logger.warning("this processor has no AVX2: freeexport's kernels run without vector instructions, slowly")
+    options.register_custom_ops_library(str(LIBRARY))
+
+
+def instructions() -> str:
+    """The instruction set that the kernels use here, by the processor or FREEEXPORT_INSTRUCTIONS: scalar, avx2,
+    avx2-vnni, avx512 or avx512-vnni. EngineError where there is none."""
+    problem = ctypes.c_char_p()
+    name: bytes | None = _library(LIBRARY).freeexport_instructions(ctypes.byref(problem))
+    if name is None:
+        raise EngineError((problem.value or b"").decode())
+    return name.decode()
+
+
+def missing() -> str | None:
+    """Why the operators cannot be used here, and what to do; None where they can."""
+    try:
+        instructions()
+    except EngineError as error:
+        return str(error)
+    return None
+
+
+def kernels_of(needed: int | None) -> str:
+    """Whose operators multiply with a bundle's rounded weights, for a person; `needed` is what its manifest says."""
+    problem = missing()
+    if needed is not None:
+        return f"freeexport's own, version {needed}, " + (f"with {instructions()} here" if problem is None else problem)
+    slower = "" if problem is None else f", which are slower; {problem}"
+    return f"ONNX Runtime's{slower}"
+
+
+@cache
+def _library(path: Path) -> ctypes.CDLL:
+    if not path.is_file():
+        raise EngineError(f"freeexport's kernels are not built here ({path.name} is missing); {BUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.freeexport_kernels_version()
+        library.freeexport_instructions.restype = ctypes.c_char_p
+    except (OSError, AttributeError) as error:
+        raise EngineError(f"{path} cannot be loaded ({error}); {BUILD}") from None
+    if version != VERSION:
+        raise EngineError(f"{path} has version {version} of the kernels, not {VERSION}; install freeexport again")
+    return library

@@ -1,0 +1,39 @@
+// AVX2 with dot products of bytes (AVX-VNNI).
+#include "quads.h"
+#include "vec256.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec : Vec256 {
+  static constexpr int kRows = 4;
+  static Int dot_quad(Int sum, Int weights, Int a) {
+#if defined(__AVXVNNI__)
+    return _mm256_dpbusd_avx_epi32(sum, weights, a);
+#else  // the same instruction as AVX-512 encodes it, for a test on processors that have only that
+    return _mm256_dpbusd_epi32(sum, weights, a);
+#endif
+  }
+  static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
+  template <int Bits>
+  using Quads = VnniQuads<Vec, Bits>;
+};
+
+bool supported() {
+#if defined(__AVXVNNI__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
+#else
+  return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
+#endif
+}
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+namespace freeexport {
+
+const Kernels kAvx2Vnni = {"avx2-vnni", supported, quantize, panel_rows};
+
+}  // namespace freeexport

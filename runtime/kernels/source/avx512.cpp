@@ -1,0 +1,32 @@
+// AVX-512 (F, BW, VL), without dot products of bytes.
+#include "quads.h"
+#include "vec512.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec : Vec512 {
+  static constexpr int kRows = 8;
+  static Int pairs(Int weights, Int a) { return _mm512_maddubs_epi16(weights, a); }
+  static Int sum_pairs(Int a, Int b) { return _mm512_add_epi16(a, b); }
+  static Int widen_pairs(Int a, int16_t factor) { return _mm512_madd_epi16(a, _mm512_set1_epi16(factor)); }
+  static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  template <int Bits>
+  using Quads = PairQuads<Vec, Bits>;
+};
+
+bool supported() {
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl");
+}
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+namespace freeexport {
+
+const Kernels kAvx512 = {"avx512", supported, quantize, panel_rows};
+
+}  // namespace freeexport

@@ -1,0 +1,30 @@
+// AVX-512 (F, BW, VL) with dot products of bytes (VNNI).
+#include "quads.h"
+#include "vec512.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec : Vec512 {
+  static constexpr int kRows = 8;
+  static Int dot_quad(Int sum, Int weights, Int a) { return _mm512_dpbusd_epi32(sum, weights, a); }
+  static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }
+  template <int Bits>
+  using Quads = VnniQuads<Vec, Bits>;
+};
+
+bool supported() {
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+namespace freeexport {
+
+const Kernels kAvx512Vnni = {"avx512-vnni", supported, quantize, panel_rows};
+
+}  // namespace freeexport

@@ -1,0 +1,76 @@
+// y = x W^T + bias for rows x in fp32 and a weight W in 4 or 8 bits, packed in panels of 16 outputs.
+//
+// Rows are quantized to 8 bits, each group of 32 inputs with a scale of its own. Per group the products are summed in
+// integers, exactly; the groups are added up in order, in fp32, with the same operations on every instruction set. So
+// the bits of a row depend on nothing but the row and the weight.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#define FREEEXPORT_INLINE __attribute__((always_inline)) inline
+
+namespace freeexport {
+
+constexpr int kGroup = 32;  // inputs that share a scale of the activations
+constexpr int kPanel = 16;  // outputs that stand together
+
+// A weight [outputs, inputs]. A value v stands for (v - zero point) * scale.
+struct Weight {
+  int64_t outputs, inputs;
+  int bits;     // 4 or 8
+  int block;    // inputs that share a scale and a zero point: a multiple of kGroup
+  // [panels][groups][8 quads of inputs][16 outputs][4 inputs] in 8 bits; in 4 bits the low halves of the bytes of quad
+  // j are quad 2j, the high halves quad 2j + 1, of [4 bytes quads]. What pads outputs and inputs is never seen.
+  const uint8_t* data;
+  const float* scales;   // [panels][blocks][16]
+  const uint8_t* zeros;  // [panels][blocks][16], or null for 8 (4 bits) or 128 (8 bits)
+  const float* bias;     // [outputs], or null
+
+  // Inlined always: a copy that one file compiled for its processor must not serve the others.
+  FREEEXPORT_INLINE int64_t panels() const { return (outputs + kPanel - 1) / kPanel; }
+  FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
+  FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
+  FREEEXPORT_INLINE int64_t group_bytes() const { return int64_t{kGroup} * kPanel * bits / 8; }
+};
+
+// Quantized rows: [rows][groups] of 32 values each, their scales, and the sums of the values with the sign turned.
+struct Rows {
+  int8_t* values;
+  float* scales;
+  int32_t* minus_sums;
+};
+
+// The kernels of one instruction set.
+struct Kernels {
+  const char* name;
+  bool (*supported)();  // by this processor and system
+  // One row x [inputs] to `row` of `rows`.
+  void (*quantize)(const float* x, int64_t inputs, const Rows& rows, int64_t row);
+  // Outputs of one panel for rows first..last of y [rows, outputs].
+  void (*panel)(const Rows& rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y);
+};
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
+#endif
+
+// Calls task(data, i) for i in 0..total, in any order, on any threads.
+using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t total, void* data);
+
+// y [rows, weight.outputs] from x [rows, weight.inputs]. False where there is no memory for it.
+bool packed_linear(const Kernels& kernels, const float* x, int64_t rows, const Weight& weight, float* y,
+                   Parallel parallel, void* context);
+
+// The best kernels of this processor, or those that the environment's FREEEXPORT_INSTRUCTIONS names. Null where these
+// are unknown or not to be had here; `problem` then says so.
+const Kernels* choose_kernels(const char** problem);
+
+// Null for a name that is unknown.
+const Kernels* find_kernels(const char* name);
+
+// Null, or what is wrong with these sizes.
+const char* check_sizes(int64_t outputs, int64_t inputs, int64_t bits, int64_t block);
+
+}  // namespace freeexport

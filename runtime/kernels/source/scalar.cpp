@@ -1,0 +1,47 @@
+// Plain C++, for any processor: what the other kernels are compared with.
+#include <cmath>
+
+#include "packed_linear.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec {
+  using Int = int32_t;
+  using Float = float;
+  static constexpr int kLanes = 1, kRows = 1;
+
+  static Float zero() { return 0.0f; }
+  static Int all(int32_t value) { return value; }
+  static Float floats(const float* from) { return *from; }
+  static Int widened(const uint8_t* from) { return *from; }
+  static Int times_small(Int a, int32_t b) { return a * b; }
+  static Float times(Int a, float b) { return static_cast<float>(a) * b; }
+  static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
+  static void store(float* to, Float value) { *to = value; }
+
+  template <int Bits>
+  struct Quads {
+    const uint8_t* data;
+    explicit Quads(const uint8_t* from) : data(from) {}
+    Int dot(const int8_t* a, Int sum) const {
+      for (int i = 0; i < 32; i++) {
+        const int quad = i / 4, byte = (Bits == 4 ? quad / 2 : quad) * 64 + i % 4;
+        const int value = Bits == 8 ? data[byte] : quad % 2 ? data[byte] >> 4 : data[byte] & 15;
+        sum += value * a[i];
+      }
+      return sum;
+    }
+  };
+};
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+namespace freeexport {
+
+const Kernels kScalar = {"scalar", [] { return true; }, quantize, panel_rows};
+
+}  // namespace freeexport

@@ -1,0 +1,40 @@
+// 8 outputs in registers of 256 bits. Everything but the products of bytes, which differ.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace freeexport {
+namespace {
+
+struct Vec256 {
+  using Int = __m256i;
+  using Float = __m256;
+  static constexpr int kLanes = 8;
+
+  static Float zero() { return _mm256_setzero_ps(); }
+  static Int all(int32_t value) { return _mm256_set1_epi32(value); }
+  static Float floats(const float* from) { return _mm256_loadu_ps(from); }
+  static Int widened(const uint8_t* from) {
+    return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  }
+  // Of values 0 to 255 and -4064 to 4064: as pairs of 16 bits, of which a has one.
+  static Int times_small(Int a, int32_t b) { return _mm256_madd_epi16(a, all(b)); }
+  static Float times(Int a, float b) { return _mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps(b)); }
+  static Float add_product(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+  static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
+
+  static Int load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+  static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
+  static Int high(Int bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
+  static Int quad(const int8_t* a, int index) {
+    int32_t four;
+    std::memcpy(&four, a + 4 * index, 4);
+    return all(four);
+  }
+};
+
+}  // namespace
+}  // namespace freeexport

@@ -1,0 +1,40 @@
+// 16 outputs in registers of 512 bits. Everything but the products of bytes, which differ.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace freeexport {
+namespace {
+
+struct Vec512 {
+  using Int = __m512i;
+  using Float = __m512;
+  static constexpr int kLanes = 16;
+
+  static Float zero() { return _mm512_setzero_ps(); }
+  static Int all(int32_t value) { return _mm512_set1_epi32(value); }
+  static Float floats(const float* from) { return _mm512_loadu_ps(from); }
+  static Int widened(const uint8_t* from) {
+    return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
+  // Of values 0 to 255 and -4064 to 4064: as pairs of 16 bits, of which a has one.
+  static Int times_small(Int a, int32_t b) { return _mm512_madd_epi16(a, all(b)); }
+  static Float times(Int a, float b) { return _mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(b)); }
+  static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+
+  static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
+  static Int high(Int bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
+  static Int quad(const int8_t* a, int index) {
+    int32_t four;
+    std::memcpy(&four, a + 4 * index, 4);
+    return all(four);
+  }
+};
+
+}  // namespace
+}  // namespace freeexport

@@ -1,0 +1,75 @@
+"""Builds the library of our own operators where there is a C++ compiler. All else stands in pyproject.toml.
+
+FREEEXPORT_KERNELS=require makes a library that cannot be built an error, =skip builds none.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+NAME = "runtime.kernels.libfreeexport_kernels"
+SOURCE = Path("runtime", "kernels", "source")
+# The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
+_AVX2, _AVX512 = "-mavx2 -mfma", "-mavx512f -mavx512bw -mavx512vl"
+# Of the files that are compiled for other instructions than the processor's first.
+INSTRUCTIONS = {
+    "avx2": _AVX2,
+    "avx2_vnni": f"{_AVX2} -mavxvnni",
+    "avx512": f"{_AVX2} {_AVX512}",
+    "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
+}
+
+
+def sources() -> list[str]:
+    names = ["library", "packed_linear", "scalar"]
+    if platform.machine() in ("x86_64", "AMD64"):
+        names += INSTRUCTIONS
+    return [str(SOURCE / f"{name}.cpp") for name in names]
+
+
+def extensions() -> list[Extension]:
+    wish = os.environ.get("FREEEXPORT_KERNELS", "")
+    if wish not in ("", "require", "skip"):
+        raise SystemExit(f"FREEEXPORT_KERNELS is {wish!r}; choose require or skip, or unset it")
+    if wish == "skip" or not sys.platform.startswith("linux"):
+        return []
+    headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
+    return [Extension(NAME, sources(), depends=headers, language="c++", optional=wish != "require")]
+
+
+class BuildLibrary(build_ext):
+    """A plain shared library, which Python does not import, each file with its own instructions."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")) + ".so"
+
+    def build_extension(self, ext: Extension) -> None:
+        objects = []
+        for source in ext.sources:
+            flags = FLAGS + INSTRUCTIONS.get(Path(source).stem, "").split()
+            objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
+        target = self.get_ext_fullpath(ext.name)
+        self.compiler.link_shared_object(
+            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed"], target_lang="c++"
+        )
+
+
+class Wheel(bdist_wheel):
+    """For every Python 3, and with the library for one platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = [Path(path) for path in self.get_finalized_command("build_ext").get_outputs()]
+        platform_tag = super().get_tag()[2] if any(path.exists() for path in built) else "any"
+        return "py3", "none", platform_tag
+
+
+if __name__ == "__main__":
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel})

@@ -1,0 +1,90 @@
+"""Which kernels a bundle needs and this machine has, as doctor, inspect and convert say it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner
+from command_errors import error
+from test_inspect import write_bundle
+
+import runtime.kernels
+from freeexport.cli import main
+from runtime.kernels import VERSION, missing
+from runtime.precision import Quantization
+
+CASE = next(case for case in CASES if case.name == "llama-tied")
+ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization("full")}
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
+
+
+def printed(*arguments: str) -> str:
+    """Words, wherever the page breaks its lines."""
+    result = CliRunner().invoke(main, [*arguments])
+    assert result.exit_code == 0, result.output
+    return " ".join(result.stdout.replace("│", " ").split())
+
+
+@pytest.mark.usefixtures("no_library")
+def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
+    tmp_path: Path, checkpoint: Callable[[Any], Path]
+) -> None:
+    assert "ONNX Runtime's slower ones are used" in json.loads(printed("doctor", "--json"))["kernels"]
+    page = printed("inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED)))
+    assert "ONNX Runtime's, which are slower; freeexport's kernels are not built" in page
+    out = convert(checkpoint(CASE), tmp_path / "bundle")
+    assert "kernels: ONNX Runtime's, which are slower; freeexport's kernels are not built here" in out
+    assert "install a C++ compiler" in out
+
+
+@pytest.mark.skipif(missing() is not None, reason="the library is not built")
+def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint: Callable[[Any], Path]) -> None:
+    here = runtime.kernels.instructions()
+    assert json.loads(printed("doctor", "--json"))["kernels"] == here
+    assert f"version {VERSION}, with {here} here" in printed(
+        "inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED, kernels=VERSION))
+    )
+    out = convert(checkpoint(CASE), tmp_path / "bundle", "--kernels", "freeexport")
+    assert f"kernels: freeexport's own, version {VERSION}, with {here} here" in out
+    assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other")
+
+
+def test_a_bundle_in_fp32_has_no_kernels_to_speak_of(tmp_path: Path) -> None:
+    assert "kernels" not in printed("inspect", str(write_bundle(tmp_path / "fp32")))
+
+
+@pytest.mark.usefixtures("no_library")
+def test_what_could_not_be_verified_here_is_refused_before_the_long_work(
+    tmp_path: Path, checkpoint: Callable[[Any], Path]
+) -> None:
+    arguments = ["convert", str(checkpoint(CASE)), str(tmp_path / "out"), "--exit-layer", "1", "--precision", "int8"]
+    result = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport"])
+    assert "freeexport's kernels are not built here" in error(result)
+    assert not (tmp_path / "out").exists()
+    unchecked = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport", "--no-verify", "--no-measure"])
+    assert unchecked.exit_code == 0, unchecked.output
+
+
+def test_options_of_onnx_runtimes_kernels_do_not_go_with_ours(
+    tmp_path: Path, checkpoint: Callable[[Any], Path]
+) -> None:
+    for option in (("--int8-range", "reduced"), ("--int8-layout", "rows")):
+        arguments = ["--precision", "int8", "--kernels", "freeexport", *option]
+        result = CliRunner().invoke(main, ["convert", str(checkpoint(CASE)), str(tmp_path / "out"), *arguments])
+        assert "are for ONNX Runtime's kernels; leave them out" in error(result)
+
+
+def convert(model: Path, out: Path, *arguments: str) -> str:
+    options = ["--exit-layer", "1", "--capacity", "64", "--precision", "int8", "--no-verify", "--no-measure"]
+    result = CliRunner().invoke(main, ["convert", str(model), str(out), *options, *arguments])
+    assert result.exit_code == 0, result.output
+    return result.stdout

@@ -1,0 +1,188 @@
+"""Products on our own operators: graphs of one, and whole bundles."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from checkpoints import CASES, LARGER
+from conftest import Bundles
+from kernel_cases import session_of
+from test_engines import every, pair_of, tokens
+from test_quantized_linears import BIAS, FLOAT, WEIGHT, Source, normal
+
+import runtime.kernels
+from graphs.engines import EngineOptions
+from graphs.errors import GraphError
+from graphs.graph import Graph
+from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.scheme import IntegerScheme
+from graphs.weights import WeightFile
+from runtime import Session
+from runtime.bundle import Bundle
+from runtime.engine_cache import packed_engines, write
+from runtime.errors import CacheError, EngineError
+from runtime.int8_range import check_int8_range
+from runtime.kernels import VERSION, missing
+from runtime.options import SessionOptions
+from runtime.precision import TensorFormat
+
+if problem := missing():
+    pytest.skip(problem, allow_module_level=True)
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA = BY_NAME["llama-tied"]
+OWN: dict[str, Any] = {"kernels": "freeexport"}
+each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("format_", "tolerance"), [("int8-block", 0.015), ("int4", 0.12)])
+def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: float, bias: bool, tmp_path: Path) -> None:
+    with WeightFile(tmp_path / "weights.data") as weights:
+        graph = Graph("g", Source({"w": WEIGHT, "b": BIAS}), weights, FLOAT)
+        x = graph.input("x", FLOAT, ["M", 40])
+        operands = [x, graph.weight("w")] + ([graph.weight("b")] if bias else [])
+        graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
+        quantizer = Quantizer(weights, IntegerScheme(by_row=False), packed)
+        wanted = QuantizeLinears(quantizer, PackedProducts, "deep", format_, lambda name: format_, "head")
+        graph.save(tmp_path / "g.onnx", [wanted])
+    rows = normal(16, 40, seed=2)
+    (y,) = session_of(tmp_path / "g.onnx").run(["y"], {"x": rows})
+    exact = rows @ WEIGHT.T + (BIAS if bias else 0)
+    error = np.linalg.norm(y - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < tolerance
+    for row in range(len(rows)):
+        (alone,) = session_of(tmp_path / "g.onnx").run(["y"], {"x": rows[row : row + 1]})
+        np.testing.assert_array_equal(alone[0], y[row])
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-gated-untied", "llama-biases", "qwen3"])
+def test_every_linear_layer_is_on_our_operators(name: str, precision: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME[name], 1, precision=precision, **OWN)
+    manifest = Bundle.open(path).manifest
+    assert manifest.kernels == VERSION
+    assert manifest.quantization is not None
+    higher = [item.engine for item in manifest.quantization.higher if item.stored == "fp32"]
+    for engine in ("encoder", "prologue", "shallow", "deep") if manifest.encoder_decoder else ("shallow", "deep"):
+        graph = onnx.load(path / f"{engine}.onnx", load_external_data=False).graph
+        kinds = [node.op_type for node in graph.node]
+        assert kinds.count("PackedLinear") > 0
+        assert kinds.count("Gemm") <= higher.count(engine)
+        assert not {"MatMulNBits", "MatMulIntegerToFloat"} & set(kinds)
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-biases", "mistral-window"])
+def test_engines_are_close_to_those_on_onnx_runtimes_operators(name: str, precision: str, bundle: Bundles) -> None:
+    ids, lengths = tokens(23, 9)
+    ours, theirs = (
+        pair_of(bundle(BY_NAME[name], 1, precision=precision, **options), rows=2).shallow(ids, lengths)
+        for options in (OWN, {})
+    )
+    valid = np.arange(23) < lengths[:, None]
+    difference = (ours["hidden"] - theirs["hidden"])[valid]
+    assert 0 < np.linalg.norm(difference) < 0.06 * np.linalg.norm(theirs["hidden"][valid])
+
+
+@each_precision
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_a_row_has_the_same_bits_in_every_call(name: str, precision: str, bundle: Bundles) -> None:
+    pair = pair_of(bundle(BY_NAME[name], 1, precision=precision, exact_rows=True, **OWN), rows=1)
+    past, longest = 21, 16
+    hidden = pair.shallow(*tokens(past + longest))["hidden"]
+    pair.deep(hidden[:, :past], every(1, past))
+    singles = [pair.deep(hidden[:, row : row + 1], every(1, 1))["logits"][0] for row in range(past, past + longest)]
+    for size in (1, 2, 3, 5, 8, 16):
+        pair.trim(past)
+        together = pair.deep(hidden[:, past : past + size], every(1, size))["logits"]
+        np.testing.assert_array_equal(together, np.stack(singles[:size]))
+
+
+def test_a_bundle_is_verified_and_measured_with_the_kernels(bundle: Bundles) -> None:
+    manifest = Bundle.open(bundle(LLAMA, 1, precision="int8", verify=True, measure=True, **OWN)).manifest
+    assert manifest.verified
+    assert manifest.break_even
+
+
+def test_a_session_generates_with_the_kernels(bundle: Bundles) -> None:
+    path = bundle(LARGER[1], 1, precision="int4", exact_rows=True, **OWN)
+    with Session(path, threads=2) as session:
+        full = session.generate([5, 6, 7], max_new_tokens=24, mode="full", ignore_eos=True)
+        lossless = session.generate([5, 6, 7], max_new_tokens=24, mode="lossless", threshold=0.0, ignore_eos=True)
+    assert full.token_ids == lossless.token_ids
+
+
+def test_without_the_library_a_session_says_what_to_install(
+    bundle: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = bundle(LLAMA, 1, precision="int8", **OWN)
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
+    with pytest.raises(EngineError, match=r"kernels are not built here .*; install a C\+\+ compiler"):
+        Session(path)
+
+
+def test_a_bundle_of_a_later_version_is_refused(bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(LLAMA, 1, precision="int8", **OWN))
+    with pytest.raises(EngineError, match=f"version {VERSION + 1} of .* is needed, {VERSION} is here"):
+        runtime.kernels.register(None, VERSION + 1)
+    manifest = replace(opened.manifest, kernels=VERSION + 1)
+    assert type(manifest).from_json(manifest.to_json()).kernels == VERSION + 1
+
+
+def test_graphs_without_the_library_are_refused_by_onnx_runtime(bundle: Bundles) -> None:
+    from runtime.engines.onnx import OnnxEngine
+
+    path = bundle(LLAMA, 1, precision="int8", **OWN)
+    with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded"):
+        OnnxEngine(path / "deep.onnx", 1)
+
+
+def test_a_truncated_weight_file_is_an_error(bundle: Bundles, tmp_path: Path) -> None:
+    from runtime.engines.onnx import OnnxEngine
+
+    path = bundle(LLAMA, 1, precision="int8", **OWN)
+    for name in ("deep.onnx", "weights.data"):
+        (tmp_path / name).write_bytes((path / name).read_bytes())
+    with (tmp_path / "weights.data").open("r+b") as file:
+        file.truncate(5000)
+    with pytest.raises(EngineError, match=r"deep\.onnx cannot be loaded"):
+        OnnxEngine(tmp_path / "deep.onnx", 1, kernels=VERSION)
+
+
+def test_weights_that_are_packed_need_no_engine_cache(bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(LLAMA, 1, precision="int8", **OWN))
+    assert packed_engines(opened, SessionOptions(cache="write")) is None
+    with pytest.raises(CacheError, match="it needs no cache"):
+        write(opened)
+
+
+def test_8_bits_are_for_every_processor(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.int8_range.machine_int8_range", lambda: "reduced")
+    check_int8_range(Bundle.open(bundle(LLAMA, 1, precision="int8", **OWN)).manifest)
+
+
+@pytest.mark.parametrize(("name", "copies"), [("llama-tied", 1), ("t5-gated-untied", 0)])
+def test_a_tied_head_is_declared_as_a_copy(name: str, copies: int, bundle: Bundles) -> None:
+    declared = Bundle.open(bundle(BY_NAME[name], 1, precision="int8", **OWN)).manifest.copies
+    reason = "head, packed for freeexport's kernels, beside the embedding table"
+    assert [copy.reason for copy in declared] == [reason] * copies
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"precision": "fp16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}]
+)
+def test_what_is_not_rounded_for_a_cpu_has_no_kernels(options: dict[str, Any], bundle: Bundles) -> None:
+    with pytest.raises(GraphError, match="--kernels freeexport is for weights that are rounded for a CPU"):
+        bundle(LLAMA, 1, **OWN, **options)
+
+
+def test_engine_options_default_to_onnx_runtimes_kernels() -> None:
+    assert EngineOptions(exit_layer=1, capacity=8).kernels == "onnxruntime"

@@ -1,0 +1,113 @@
+"""Products with packed weights by the library of our own operators, and what they must be."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, helper, numpy_helper
+
+from graphs.quantization.panels import in_panels
+from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
+from runtime.kernels import DOMAIN, LIBRARY
+
+ROUND = {4: round_4_bits, 8: round_8_bits}
+INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A weight [outputs, inputs], as it was rounded and packed; `values` is what it stands for."""
+
+    outputs: int
+    inputs: int
+    bits: int
+    block: int
+    packed: Rounded
+    values: np.ndarray
+    bias: np.ndarray | None = None
+
+    @property
+    def tensors(self) -> list[np.ndarray | None]:
+        return [self.packed.data, self.packed.scales, self.packed.zero_points, self.bias]
+
+
+def random_case(
+    rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
+) -> Case:
+    weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
+    return case_of(ROUND[bits](weight, block), inputs, bits, block, rng.standard_normal(outputs) if bias else None)
+
+
+def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
+    """`values` are worked out from the rounded weight, not from the packed one."""
+    outputs, blocks = rounded.scales.shape
+    data, zeros = rounded.data, np.full((outputs, blocks), 8 if bits == 4 else 128)
+    if bits == 4:
+        data = np.stack([data & 15, data >> 4], -1).reshape(outputs, blocks, block)
+        if rounded.zero_points is not None:
+            halves = rounded.zero_points & 15, rounded.zero_points >> 4
+            zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
+    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None]
+    given = None if bias is None else bias.astype(np.float32)
+    return Case(
+        outputs, inputs, bits, block, in_panels(rounded, inputs, bits), values.reshape(outputs, -1)[:, :inputs], given
+    )
+
+
+def multiply(instructions: str, x: np.ndarray, case: Case, library: Path = LIBRARY) -> np.ndarray:
+    """By the kernels of an instruction set, on one thread, without ONNX Runtime. ValueError where they refuse."""
+    call = ctypes.CDLL(str(library)).freeexport_packed_linear
+    call.restype = ctypes.c_char_p
+    y = np.full((len(x), case.outputs), np.nan, np.float32)
+    sizes = [ctypes.c_int64(size) for size in (len(x), case.outputs, case.inputs)]
+    pointers = [None if array is None else array.ctypes.data_as(ctypes.c_void_p) for array in [x, *case.tensors, y]]
+    problem = call(instructions.encode(), pointers[0], *sizes, case.bits, case.block, *pointers[1:])
+    if problem is not None:
+        raise ValueError(problem.decode())
+    return y
+
+
+def here(instructions: str, library: Path = LIBRARY) -> bool:
+    """Whether this processor has them."""
+    return ctypes.CDLL(str(library)).freeexport_supports(instructions.encode()) == 1
+
+
+def with_rounded_rows(x: np.ndarray, case: Case) -> np.ndarray:
+    """The product in float64, of rows rounded as the operator says it does."""
+    groups = -(-case.inputs // 32)
+    padded = np.zeros((len(x), groups * 32), np.float32)
+    padded[:, : case.inputs] = x
+    grouped = padded.reshape(len(x), groups, 32)
+    peak = np.abs(grouped).max(-1, keepdims=True)
+    steps = np.rint(grouped * np.where(peak > 0, np.float32(127) / np.maximum(peak, 1e-30), 0))
+    rows = (steps.astype(np.float64) * (peak / np.float32(127))).reshape(len(x), -1)[:, : case.inputs]
+    product: np.ndarray = rows @ case.values.T
+    return product if case.bias is None else product + case.bias
+
+
+def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSession:
+    """ONNX Runtime's, with a graph of one PackedLinear. `changes` are other attributes, or other tensors by name."""
+    attributes = {"N": case.outputs, "K": case.inputs, "bits": case.bits, "block_size": case.block}
+    tensors = dict(zip(("data", "scales", "zeros", "bias"), case.tensors, strict=True))
+    attributes.update({name: value for name, value in changes.items() if name in attributes})
+    tensors.update({name: value for name, value in changes.items() if name in tensors})
+    names = [name if array is not None else "" for name, array in tensors.items()]
+    node = helper.make_node("PackedLinear", ["x", *names], ["y"], domain=DOMAIN, **attributes)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    constants = [numpy_helper.from_array(array, name) for name, array in tensors.items() if array is not None]
+    graph = helper.make_graph([node], "one product", [x], [y], constants)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 4
+    options.register_custom_ops_library(str(LIBRARY))
+    given = str(model) if isinstance(model, Path) else model.SerializeToString()
+    return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])

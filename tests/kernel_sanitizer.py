@@ -1,0 +1,71 @@
+"""Run as a script with a folder to build in: every kernel under AddressSanitizer and UndefinedBehaviorSanitizer.
+
+The second process has the sanitizer's library loaded first, as it must be. Kernels for AVX-VNNI are tried with the same
+instructions as AVX-512 encodes them, on a processor that has only those.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
+
+
+def build(folder: Path) -> Path:
+    """The library, with the flags that setup.py has and the sanitizers."""
+    sys.path.insert(0, str(ROOT))
+    import setup
+
+    objects = []
+    for source in setup.sources():
+        name = Path(source).stem
+        flags = setup.INSTRUCTIONS.get(name, "")
+        if name == "avx2_vnni":
+            flags = flags.replace("-mavxvnni", "-mavx512vl -mavx512vnni")
+        objects.append(str(folder / f"{name}.o"))
+        command = ["g++", "-fPIC", *setup.FLAGS, *flags.split(), *SANITIZE, "-c", str(ROOT / source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    library = folder / "sanitized.so"
+    subprocess.run(["g++", "-shared", *SANITIZE, *objects, "-o", str(library)], check=True)
+    return library
+
+
+def check(library: Path) -> None:
+    import numpy as np
+    from kernel_cases import INSTRUCTIONS, here, multiply, random_case
+
+    rng, count = np.random.default_rng(0), 0
+    names = [name for name in INSTRUCTIONS if here(name, library)]
+    for outputs, inputs in ((1, 1), (15, 31), (16, 32), (17, 33), (33, 95), (40, 200), (8, 129)):
+        for bits in (4, 8):
+            for block in (32, 128):
+                case = random_case(rng, outputs, inputs, bits, block, bias=bool(outputs % 2))
+                for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 33):
+                    x = rng.standard_normal((rows, inputs)).astype(np.float32)
+                    x[0, 0] = np.nan if rows == 3 else 1e30
+                    expected = multiply("scalar", x, case, library)
+                    for name in names:
+                        np.testing.assert_array_equal(multiply(name, x, case, library), expected, name)
+                        count += 1
+    print(f"{count} products checked: scalar, {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        check(Path(sys.argv[2]))
+    else:
+        library = build(Path(sys.argv[1]))
+        runtime_library = subprocess.check_output(["g++", "-print-file-name=libasan.so"], text=True).strip()
+        # Python's own allocations are never given back.
+        environment = {
+            **os.environ,
+            "LD_PRELOAD": runtime_library,
+            "ASAN_OPTIONS": "detect_leaks=0",
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        }
+        child = [sys.executable, __file__, "check", str(library)]
+        sys.exit(subprocess.run(child, env=environment).returncode)

@@ -1,0 +1,241 @@
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import INSTRUCTIONS, case_of, here, multiply, random_case, session, with_rounded_rows
+
+import runtime.kernels
+from graphs.quantization.rounding import Rounded
+from runtime.errors import EngineError
+from runtime.kernels import LIBRARY, VERSION, instructions, missing
+
+SOURCE = Path(runtime.kernels.__file__).with_name("source")
+OFFICIAL = Path("/usr/include/onnxruntime/onnxruntime_c_api.h")
+
+if problem := missing():
+    pytest.skip(problem, allow_module_level=True)
+
+
+def rows(rng, count, inputs):
+    """Of values with outliers, as activations have them."""
+    x = rng.standard_normal((count, inputs)).astype(np.float32)
+    x[:, rng.integers(inputs)] *= 30
+    return x
+
+
+def bits_of(array):
+    return array.view(np.int32)
+
+
+shapes = st.tuples(
+    st.integers(0, 2**32), st.integers(1, 33), st.integers(1, 70), st.integers(1, 300), st.sampled_from([4, 8]),
+    st.sampled_from([32, 64, 128]), st.booleans(),
+)  # fmt: skip
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_products_are_those_of_the_rounded_rows_and_weights(shape):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    expected = with_rounded_rows(x, case)
+    np.testing.assert_allclose(multiply("scalar", x, case), expected, atol=2e-6 * np.abs(expected).max())
+
+
+@given(shapes)
+@settings(max_examples=60, deadline=None)
+def test_every_instruction_set_gives_the_same_bits(shape):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    expected = multiply("scalar", x, case)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(bits_of(multiply(name, x, case)), bits_of(expected), name)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 8, 13, 33])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_rows_stay_close_to_the_product_in_fp32(bits, count):
+    rng = np.random.default_rng(count)
+    case, x = random_case(rng, 96, 576, bits), rng.standard_normal((count, 576)).astype(np.float32)
+    exact = x @ case.values.T
+    error = multiply("scalar", x, case) - exact
+    assert np.sqrt(np.square(error).mean() / np.square(exact).mean()) < 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, threads):
+    rng = np.random.default_rng(bits)
+    case, x = random_case(rng, 1000, 576, bits), rows(rng, 33, 576)
+    alone = [multiply("scalar", row[None], case)[0] for row in x]
+    product = session(case, threads)
+    for count in (*range(1, 18), 33):
+        for start in (0, 33 - count):
+            (y,) = product.run(None, {"x": x[start : start + count]})
+            np.testing.assert_array_equal(bits_of(y), bits_of(np.stack(alone[start : start + count])))
+
+
+def test_long_prompts_are_split_over_threads_by_rows_and_outputs():
+    rng = np.random.default_rng(5)
+    case, x = random_case(rng, 90, 320, 8, bias=True), rows(rng, 501, 320)
+    (y,) = session(case, 3).run(None, {"x": x})
+    np.testing.assert_array_equal(bits_of(y), bits_of(multiply("scalar", x, case)))
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+@pytest.mark.parametrize("value", [0, 255])
+def test_8_bits_at_their_limits_do_not_saturate(name, value):
+    if not here(name):
+        pytest.skip(f"this processor has no {name}")
+    case = case_of(Rounded(np.full((16, 2, 32), value, np.uint8), np.ones((16, 2), np.float32), None, 0), 64, 8, 32)
+    x = np.full((9, 64), 127, np.float32)
+    x[3] *= -1
+    np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+@pytest.mark.parametrize("zero", [0, 15])
+def test_4_bits_at_their_limits_do_not_saturate(name, zero):
+    if not here(name):
+        pytest.skip(f"this processor has no {name}")
+    packed_zero = np.full((16, 1), zero | zero << 4, np.uint8)
+    data = np.full((16, 2, 16), 255 - 17 * zero, np.uint8)
+    case = case_of(Rounded(data, np.ones((16, 2), np.float32), packed_zero, 0), 64, 4, 32)
+    x = np.full((3, 64), 127, np.float32)
+    np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_seen_in_its_row_alone(name, bad):
+    if not here(name):
+        pytest.skip(f"this processor has no {name}")
+    rng = np.random.default_rng(1)
+    case, x = random_case(rng, 20, 70, 4), rows(rng, 3, 70)
+    good = multiply(name, x, case)
+    x[1, 40] = bad
+    y = multiply(name, x, case)
+    assert np.isnan(y[1]).all()
+    np.testing.assert_array_equal(y[[0, 2]], good[[0, 2]])
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-38, 1e-31, 1e30])
+def test_very_small_and_very_large_rows(size):
+    rng = np.random.default_rng(2)
+    case = random_case(rng, 20, 70, 8)
+    x = (rows(rng, 2, 70) * size).astype(np.float32)
+    y = multiply("scalar", x, case)
+    np.testing.assert_allclose(y, x.astype(np.float64) @ case.values.T, atol=max(1e-28, np.abs(x).max() * 2))
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(bits_of(multiply(name, x, case)), bits_of(y))
+
+
+def test_no_rows_and_more_dimensions():
+    rng = np.random.default_rng(3)
+    case = random_case(rng, 20, 32, 8)
+    product = session(case)
+    assert product.run(None, {"x": np.zeros((0, 32), np.float32)})[0].shape == (0, 20)
+    x = rows(rng, 6, 32)
+    (y,) = product.run(None, {"x": x.reshape(2, 3, 32)})
+    np.testing.assert_array_equal(y.reshape(6, 20), multiply("scalar", x, case))
+    (y,) = product.run(None, {"x": x[0]})
+    np.testing.assert_array_equal(y, multiply("scalar", x[:1], case)[0])
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+def test_the_environment_chooses_instructions(name, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    if here(name):
+        assert instructions() == name
+    else:
+        with pytest.raises(EngineError, match="this processor lacks"):
+            instructions()
+
+
+def test_instructions_that_are_unknown_are_an_error(monkeypatch):
+    case = random_case(np.random.default_rng(0), 20, 32, 8)
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "mmx")
+    with pytest.raises(EngineError, match="choose scalar, avx2"):
+        instructions()
+    with pytest.raises(Exception, match="choose scalar, avx2"):
+        session(case)
+
+
+WRONG = {
+    "K is 64": {"x": (2, 63)},
+    "no dimension": {"x": ()},
+    "data have 1024 elements, .* want 1536": {"K": 96},
+    "want 1536": {"N": 33},
+    "scales have": {"scales": np.ones(3, np.float32)},
+    "zero points have": {"zeros": np.ones(3, np.uint8)},
+    "bias have": {"bias": np.ones(21, np.float32)},
+    "bits is not 4 or 8": {"bits": 5},
+    "no multiple of 32": {"block_size": 48},
+    "out of range": {"N": -1},
+    "K is out of range|N or K": {"K": 2**40},
+    "input 1 is marked single": {"data": None},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_sizes_that_contradict_each_other_are_an_error(message):
+    case = random_case(np.random.default_rng(0), 20, 64, 4)
+    change = dict(WRONG[message])
+    shape = change.pop("x", (2, 64))
+    with pytest.raises(Exception, match=message):
+        session(case, **change).run(None, {"x": np.ones(shape, np.float32)})
+
+
+def test_a_library_that_is_missing_or_of_another_architecture_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
+    assert "are not built here" in missing()
+    other = bytearray(LIBRARY.read_bytes())
+    other[18:20] = (0xF3 if platform.machine() != "riscv64" else 0x3E).to_bytes(2, "little")  # the ELF header's machine
+    (tmp_path / "other.so").write_bytes(other)
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "other.so")
+    assert "cannot be loaded" in missing()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_library_of_another_version_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "other.so"
+    text = 'extern "C" int freeexport_kernels_version() { return 99; } extern "C" void freeexport_instructions() {}'
+    subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=text, text=True, check=True)
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", path)
+    assert f"has version 99 of the kernels, not {VERSION}" in missing()
+
+
+def test_the_source_and_python_have_the_same_version():
+    assert (SOURCE / "version.h").read_text().split()[-1] == str(VERSION)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None or not OFFICIAL.is_file(), reason="needs g++ and libonnxruntime-dev")
+def test_our_declarations_agree_with_the_official_header(tmp_path):
+    for name in ("ort_api.h", "check_ort_api.cpp"):
+        shutil.copy(SOURCE / name, tmp_path)
+
+    def check():
+        command = ["g++", "-std=c++17", "-fsyntax-only", f"-I{OFFICIAL.parent}", "check_ort_api.cpp"]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    assert check().returncode == 0, check().stderr
+    header = tmp_path / "ort_api.h"
+    header.write_text(header.read_text().replace("unused_11[16]", "unused_11[15]"))
+    assert "KernelInfoGetConstantInput_tensor" in check().stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="needs g++ on x86-64")
+def test_no_kernel_leaves_its_buffers_or_does_what_is_undefined(tmp_path):
+    child = Path(__file__).parent.parent / "kernel_sanitizer.py"
+    done = subprocess.run([sys.executable, child, tmp_path], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "products checked" in done.stdout
