@@ -69,6 +69,19 @@ def _shown(measure: str, value: float | None) -> str:
     return f"{value:.1%}" if measure in ("best", "rows") else f"{value:.2e}"
 
 
+def entry_of(check: dict[str, Any]) -> tuple[str, str]:
+    """A check of a report, older ones too, as a line of a table: what was compared, and the figures."""
+    measure = check.get("measure", "largest")
+    what = f"{check['name']}: {check['tensor']}"
+    if measure not in ("largest", "rms"):
+        what = f"{what}, {measure}"
+    found = "not a number" if check["error"] is None else f"{check['error']:.1e}"
+    reference = "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
+    failed = "" if check["passed"] else "  FAILED"
+    limit = "not a number" if check["tolerance"] is None else f"{check['tolerance']:.0e}"
+    return what, f"{found}, at most {limit}{reference}{failed}"
+
+
 def _transformers(check: dict[str, Any]) -> str:
     if check["reference"] is None:
         return ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from freeexport.checks import entry_of
 from freeexport.page import human_bytes, pairs, print_page, table
 from freeexport.precision_page import higher_table, precision_table
 from runtime.bundle import VERIFICATION
@@ -228,11 +229,7 @@ def _verification(bundle: Bundle) -> list[tuple[str, str]]:
 def _checks(bundle: Bundle, report: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("verified", "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}")]
     rows += [("against", str(report["against"]))] if report.get("against") else []
-    for check in report.get("checks", []):
-        verdict = "" if check["passed"] else "  FAILED"
-        error = "not a number" if check["error"] is None else f"{check['error']:.1e}"
-        figures = f"{error}, at most {check['tolerance']:.0e}{verdict}"
-        rows.append((f"{check['name']}: {check['tensor']}", figures))
+    rows += [entry_of(check) for check in report.get("checks", [])]
     prompts = report.get("greedy", {}).get("prompts", [])
     if prompts:
         equal = sum(prompt["first_difference"] is None for prompt in prompts)
