@@ -81,7 +81,7 @@ class Budget:
             raise TemplateLimitError(f"nests lists more than {DEPTH} deep")
         size = ITEM
         for item in items:
-            self.spend(1)
+            self.spend(2)
             size += ITEM + self.measure(item, depth + 1)
             self.allow(size)
         return size
@@ -98,6 +98,7 @@ class Budget:
     def counted(self, values: Iterable[Any]) -> Iterator[Any]:
         total = 0
         for value in values:
+            self.spend(2)
             total += ITEM + self.measure(value)
             self.allow(total)
             yield value
