@@ -16,7 +16,7 @@ from freeexport.idle import require_idle
 from freeexport.output_file import check_writable, write_whole
 from freeexport.peer_catalog import PEERS
 from freeexport.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 
 

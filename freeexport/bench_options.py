@@ -7,9 +7,9 @@ from pathlib import Path
 
 from freeexport.peer_catalog import find_peer
 from freeexport.replay import exit_trace
-from runtime.device import Device
 from runtime.errors import OptionError
-from runtime.machine import usable_cores
+from runtime.machine.device import Device
+from runtime.machine.machine import usable_cores
 
 
 @dataclass(frozen=True)

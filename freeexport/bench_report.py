@@ -10,7 +10,7 @@ from freeexport.bench_options import BenchOptions
 from freeexport.bench_rows import Row
 from freeexport.machine import detect_machine
 from freeexport.page import human_bytes
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 SCHEMA = 1
 

@@ -25,11 +25,11 @@ from freeexport.peer_model import Source
 from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, exit_trace
 from freeexport.roofline import bandwidth_of, token_bytes
-from runtime.bundle import Bundle
-from runtime.device import Device, check_runnable
+from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
-from runtime.prompt import encode_prompt
-from runtime.tokenizer import Tokenizer
+from runtime.machine.device import Device, check_runnable
+from runtime.text.prompt import encode_prompt
+from runtime.text.tokenizer import Tokenizer
 
 # A static exit: it decides nothing, so it has no threshold.
 SHALLOW = "shallow"

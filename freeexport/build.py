@@ -12,8 +12,8 @@ import click
 from freeexport.progress import progress
 from graphs.tensorrt.build import BuildOptions, Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
-from runtime.bundle import Bundle, engine_files
-from runtime.tensorrt_files import DIRECTORY
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.tensorrt.files import DIRECTORY
 
 
 def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:

@@ -14,10 +14,10 @@ from freeexport.text_format import known_ends
 from graphs.description import Description
 from graphs.engines import EngineOptions
 from graphs.errors import GraphError
-from runtime.bundle import VERIFICATION, sha256_of
+from runtime.bundle.bundle import VERIFICATION, sha256_of
+from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.bundle.precision import Quantization
 from runtime.kernels import VERSION as KERNELS_VERSION
-from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
-from runtime.precision import Quantization
 
 VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from freeexport.output_file import replacing
-from runtime.bundle import Bundle, sha256_of
-from runtime.bundle_calibration import calibration_name, is_calibration
-from runtime.calibration import Calibration, check_calibration
+from runtime.bundle.bundle import Bundle, sha256_of
+from runtime.bundle.calibration import Calibration, calibration_name, check_calibration, is_calibration
+from runtime.bundle.manifest import MANIFEST, File, Manifest
 from runtime.errors import CalibrationError
-from runtime.manifest import MANIFEST, File, Manifest
 
 
 def check_room(calibration: Calibration, max_pending: int) -> None:

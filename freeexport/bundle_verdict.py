@@ -10,9 +10,9 @@ from freeexport.cost import BUSY_CORES, Costs
 from freeexport.idle import TOLERATED
 from freeexport.share import Share, recorded_share
 from freeexport.verdict import Basis, ExitFacts, Verdict, verdict, why_never
-from runtime.bundle import Bundle
-from runtime.calibration import Calibration
-from runtime.manifest import Manifest
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import Calibration
+from runtime.bundle.manifest import Manifest
 
 
 def bundle_verdict(bundle: Bundle) -> Verdict:

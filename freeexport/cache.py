@@ -31,7 +31,7 @@ def command() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the entries as JSON.")
 def list_entries(as_json: bool) -> None:
     """Show what is cached, last used first."""
-    from runtime.engine_cache import cache_root, most_bytes
+    from runtime.engines.packed_cache import cache_root, most_bytes
 
     rows = _entries()
     if as_json:
@@ -53,9 +53,9 @@ def add(bundle: Path) -> None:
 
     Takes 2 to 3 times the disk space of the bundle's weights.
     """
-    from runtime.bundle import Bundle
-    from runtime.cache_entry import read_entry
-    from runtime.engine_cache import write
+    from runtime.bundle.bundle import Bundle
+    from runtime.engines.packed_cache import write
+    from runtime.engines.packed_entry import read_entry
 
     began = time.monotonic()
     place = write(Bundle.open(bundle))
@@ -66,15 +66,15 @@ def add(bundle: Path) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 def clear(bundle: Path | None) -> None:
     """Remove all entries, or with BUNDLE its own. Sessions that are open go on."""
-    from runtime.bundle import Bundle
-    from runtime.engine_cache import clear as clear_entries
+    from runtime.bundle.bundle import Bundle
+    from runtime.engines.packed_cache import clear as clear_entries
 
     gone = clear_entries(None if bundle is None else Bundle.open(bundle))
     click.echo(f"{gone} {'entry' if gone == 1 else 'entries'} removed")
 
 
 def _entries() -> list[dict[str, Any]]:
-    from runtime.engine_cache import entries
+    from runtime.engines.packed_cache import entries
 
     return [
         {

@@ -26,9 +26,9 @@ from freeexport.verb_options import (
     SectionedCommand,
     section,
 )
-from runtime.calibration import Method
+from runtime.bundle.calibration import Method
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure
 from runtime.errors import OptionError
-from runtime.manifest import MANIFEST, ConfidenceMeasure
 
 if TYPE_CHECKING:
     from freeexport.calibration import Calibrated

@@ -25,10 +25,10 @@ from freeexport.trace import Traces
 from freeexport.trace_cache import TraceCache, TraceKey
 from freeexport.training_data import DataError
 from freeexport.verdict import ExitFacts, Verdict, verdict, why_never
-from runtime.bundle import sha256_of
-from runtime.calibration import CALIBRATION_VERSION, Calibration, TableRow
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.bundle import sha256_of
+from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.errors import CalibrationError
-from runtime.threshold import NEVER_EXIT
 
 # Fewer say nothing about a threshold.
 LEAST_TOKENS = 50

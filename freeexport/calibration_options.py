@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from freeexport.sequence_metrics import Metric
-from runtime.calibration import Method
+from runtime.bundle.calibration import Method
+from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError
-from runtime.manifest import ConfidenceMeasure
 
 
 @dataclass(frozen=True)

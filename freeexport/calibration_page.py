@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from freeexport.page import pairs, table
 from freeexport.verdict import MACHINE_BUSY
-from runtime.threshold import NEVER_EXIT, BetaMixture
+from runtime.bundle.beta_mixture import NEVER_EXIT, BetaMixture
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from freeexport.calibration import Calibrated
-    from runtime.calibration import Calibration, TableRow
+    from runtime.bundle.calibration import Calibration, TableRow
 
 COLUMNS = ("threshold", "exits", "agree", "quality", "predicted", "measured")
 

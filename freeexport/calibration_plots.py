@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.plot_style import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_beside, new_figure, save_figure
-from runtime.threshold import NEVER_EXIT
+from runtime.bundle.beta_mixture import NEVER_EXIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -24,14 +24,14 @@ from freeexport.text_format import known_ends, text_format
 from freeexport.threshold_speed import measured_speedups
 from freeexport.trace import Trace
 from freeexport.training_data import DataError, TextFormat
-from runtime.bundle_calibration import is_calibration
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.calibration import is_calibration
+from runtime.bundle.manifest import ConfidenceMeasure, Manifest
+from runtime.bundle.precision import ExitVocabulary
 from runtime.errors import CalibrationError, OptionError, PromptError
-from runtime.exit_vocabulary import ExitVocabulary
 from runtime.json_file import read_object
-from runtime.manifest import ConfidenceMeasure, Manifest
-from runtime.prompt import encode_prompt
-from runtime.threshold import NEVER_EXIT
-from runtime.tokenizer import TOKENIZER
+from runtime.text.prompt import encode_prompt
+from runtime.text.tokenizer import TOKENIZER
 
 if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoint import Checkpoint
     from freeexport.training_data import Example
     from graphs.description import Description
-    from runtime.manifest import ConfidenceMeasure
+    from runtime.bundle.manifest import ConfidenceMeasure
 
 _LOGIT_ROWS = 256  # tokens whose logits are in memory at a time
 

@@ -11,9 +11,9 @@ import numpy as np
 from scipy.optimize import brentq, minimize
 from scipy.special import betaln, digamma
 
-from runtime.beta import EPSILON, LEAST_SHAPE, MOST_CONCENTRATION, Beta, clipped
+from runtime.bundle.beta import EPSILON, LEAST_SHAPE, MOST_CONCENTRATION, Beta, clipped
+from runtime.bundle.beta_mixture import NEVER_EXIT, BetaMixture
 from runtime.errors import CalibrationError
-from runtime.threshold import NEVER_EXIT, BetaMixture
 
 # A token that disagrees is expected once in three times its number at most, with 95 % probability, where none did.
 RULE_OF_THREE = 3.0

@@ -13,7 +13,7 @@ from freeexport.peer_catalog import Peer
 from freeexport.peer_environment import PeerError
 from freeexport.peer_model import Source, installed, peer_command, peer_model
 from freeexport.worker import Worker
-from runtime.user_cache import user_cache
+from runtime.machine.user_cache import user_cache
 
 # Seconds for one answer. A compiling decoder takes minutes for its first prompt.
 LOAD_LIMIT, RUN_LIMIT = 600.0, 600.0

@@ -27,13 +27,12 @@ from graphs.errors import GraphError
 from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
-from runtime.bundle import Bundle
-from runtime.calibration import Calibration, check_calibration, read_calibration
-from runtime.exit_vocabulary import ExitVocabulary
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
+from runtime.bundle.precision import ExitVocabulary, FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 from runtime.kernels import instructions, kernels_of
-from runtime.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
-from runtime.threshold import NEVER_EXIT
 
 WEIGHTS = "weights.data"
 

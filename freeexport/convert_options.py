@@ -10,10 +10,10 @@ from graphs.description import Description
 from graphs.engines import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from graphs.ort_dialect import fits_head_size
+from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision, Target
+from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 from runtime.errors import OptionError
-from runtime.machine import machine_int8_range
-from runtime.manifest import ConfidenceMeasure, Dialect, Precision, Target
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
+from runtime.machine.machine import machine_int8_range
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from freeexport.idle import TOLERATED
-from runtime.manifest import OVERLAP_GAIN
+from runtime.bundle.manifest import OVERLAP_GAIN
 
 # Rows of deep passes whose costs are kept.
 SIZES = (1, 2, 4, 8, 16)

@@ -18,8 +18,8 @@ from freeexport.cost import Costs
 from freeexport.decode_costs import TOKENS, measured_costs
 from freeexport.machine import detect_machine
 from freeexport.replay import ReplaySession
-from runtime.bundle import Bundle
-from runtime.decoder import Decoder
+from runtime.bundle.bundle import Bundle
+from runtime.decoding.decoder import Decoder
 
 MOST_ROWS = 32
 # Valid positions at which calls are timed, and how often.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 
-from runtime.cuda import dotted
+from runtime.cuda.driver import dotted
 
 WHEEL = "onnxruntime-gpu"
 INFO = "build_and_package_info.py"

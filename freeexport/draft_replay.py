@@ -12,12 +12,12 @@ import numpy as np
 
 from freeexport.replay import drawn
 from runtime import Session
-from runtime.decoder import Decoder, RunAhead
-from runtime.draft_costs import DraftCosts
-from runtime.lane import Lane
-from runtime.paces import Paces
-from runtime.prediction import Prediction
-from runtime.work import Waits
+from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.draft_lengths import Paces
+from runtime.decoding.decoder import Decoder, RunAhead
+from runtime.decoding.prediction import Prediction
+from runtime.decoding.slot_call import Waits
+from runtime.engines.runner import Lane
 
 
 class Answer:

@@ -21,9 +21,9 @@ from graphs.description import ForeignEncoder
 from graphs.errors import UnsupportedModelError
 from graphs.foreign_encoder import adapt_encoder
 from graphs.weights import WeightFile
+from runtime.bundle.manifest import Precision
 from runtime.engines.onnx import OnnxEngine
-from runtime.machine import usable_cores
-from runtime.manifest import Precision
+from runtime.machine.machine import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

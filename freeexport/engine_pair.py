@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
+from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
-from runtime.kv_cache import KVCache
 
 
 class EnginePair:

@@ -165,7 +165,7 @@ def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: Optio
 
 def _measured(bundle: Path, layers: int) -> StepCosts:
     from freeexport.exit_cost import measured
-    from runtime.bundle import Bundle
+    from runtime.bundle.bundle import Bundle
 
     manifest = Bundle.open(bundle).manifest
     if manifest.layers != layers:

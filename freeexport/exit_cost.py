@@ -13,7 +13,7 @@ from graphs.weights import Weights
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
+    from runtime.bundle.manifest import Manifest
 
 # A deep pass over 8 rows in float32 takes 1.9 times as long as one over 1 row (12 T5-base layers, 2 CPU cores).
 _ROW_GROWTH = 0.9 / 7

@@ -17,9 +17,9 @@ from freeexport.output_file import check_writable
 from freeexport.page import print_page, table
 from freeexport.verb_options import CONFIDENCES, MAX_NEW_TOKENS, SAMPLES
 from freeexport.verdict import MACHINE_BUSY
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError
-from runtime.manifest import ConfidenceMeasure
-from runtime.threshold import NEVER_EXIT
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,7 @@ from freeexport.text_format import known_ends, text_format
 from freeexport.training_data import DataError
 from graphs.description import Description
 from graphs.errors import GraphError
-from runtime.exit_vocabulary import ExitVocabulary
+from runtime.bundle.precision import ExitVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from freeexport.output_file import write_whole
 from freeexport.schema_file import read_schema_file
+from runtime.bundle.precision import ExitVocabulary
 from runtime.errors import BundleError, OptionError
-from runtime.exit_vocabulary import ExitVocabulary
 
 EXIT_VOCABULARY_VERSION = 1
 REMEDY = "run freeexport exit-vocab again"

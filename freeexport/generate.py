@@ -17,7 +17,7 @@ from freeexport.jsonl import fields_of
 from freeexport.verb_options import RenamedOption, SectionedCommand, section
 from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
-from runtime.several import MOST_SEQUENCES
+from runtime.requests.several import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4

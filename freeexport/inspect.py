@@ -12,15 +12,15 @@ import click
 from freeexport.checks import entry_of
 from freeexport.page import human_bytes, pairs, print_page, table
 from freeexport.precision_page import higher_table, precision_table
-from runtime.bundle import VERIFICATION
+from runtime.bundle.bundle import VERIFICATION
 from runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runtime.bundle import Bundle
-    from runtime.calibration import Calibration
-    from runtime.manifest import Manifest
+    from runtime.bundle.bundle import Bundle
+    from runtime.bundle.calibration import Calibration
+    from runtime.bundle.manifest import Manifest
 
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 NEVER = "1 (never, as calibrated)"
@@ -37,7 +37,7 @@ def command(bundle: Path, as_json: bool) -> None:
     Example:
       freeexport inspect path/to/bundle
     """
-    from runtime.bundle import Bundle
+    from runtime.bundle.bundle import Bundle
 
     opened = Bundle.open(bundle, verify="full")
     if as_json:
@@ -187,7 +187,7 @@ def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
     that is not trained."""
     from freeexport.bundle_verdict import is_busy
     from freeexport.verdict import MACHINE_BUSY
-    from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN
+    from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN
 
     costs = manifest.break_even
     if not costs:

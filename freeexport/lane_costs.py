@@ -10,7 +10,7 @@ import numpy as np
 
 from freeexport.cost import Overlap
 from runtime import Session
-from runtime.decoder import Decoder
+from runtime.decoding.decoder import Decoder
 
 OVERLAP_ROWS, ROUNDS = 4, 7
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from runtime.control_group import ROOT, cpu_quota, memory_limit
-from runtime.machine import usable_cores
+from runtime.machine.cgroup import ROOT, cpu_quota, memory_limit
+from runtime.machine.machine import usable_cores
 
 # Instruction sets that decide which matrix kernels ONNX Runtime picks, by their names in /proc/cpuinfo.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from freeexport.benchmark.peers.wire import Emit, Generate, serve, versions
 from freeexport.peer_catalog import SCRIPTS
-from freeexport.peers.wire import Emit, Generate, serve, versions
 
 if TYPE_CHECKING:
     from freeexport.draft_replay import DraftSession

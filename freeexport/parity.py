@@ -14,13 +14,13 @@ import numpy as np
 from freeexport.checks import Check, Measure
 from freeexport.engine_pair import EnginePair
 from freeexport.row_parity import Arithmetic, Rows, Text, scale_of, self_checks
-from runtime.bundle import Bundle
-from runtime.encoder import Encoder
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import Manifest
+from runtime.bundle.precision import FloatType
+from runtime.engines.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
-from runtime.machine import usable_cores
-from runtime.manifest import Manifest
-from runtime.precision import FloatType
-from runtime.tokenizer import Tokenizer
+from runtime.machine.machine import usable_cores
+from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import torch

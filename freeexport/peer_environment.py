@@ -14,7 +14,7 @@ from pathlib import Path
 from freeexport.output_directory import output_directory
 from freeexport.progress import progress
 from runtime.errors import FreeExportError
-from runtime.user_cache import user_cache
+from runtime.machine.user_cache import user_cache
 
 MARKER = "environment.json"
 # Seconds for all of an environment: the slowest peer is compiled, on one core.

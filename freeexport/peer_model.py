@@ -16,10 +16,10 @@ from freeexport.plain_checkpoint import plain_checkpoint
 from freeexport.progress import progress
 from freeexport.worker import Worker
 from runtime.errors import FreeExportError, OptionError
-from runtime.user_cache import user_cache
+from runtime.machine.user_cache import user_cache
 
 if TYPE_CHECKING:
-    from runtime.manifest import Manifest
+    from runtime.bundle.manifest import Manifest
 
 MARKER = "converted"
 # Seconds for a conversion.

@@ -14,7 +14,7 @@ from freeexport.output_directory import output_directory
 from freeexport.tokenizer_files import write_tokenizer
 from runtime.errors import FreeExportError
 from runtime.json_file import read_object
-from runtime.user_cache import user_cache
+from runtime.machine.user_cache import user_cache
 
 MARKER = "config.json"
 

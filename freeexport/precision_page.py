@@ -9,7 +9,7 @@ from freeexport.page import human_bytes, table
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from runtime.precision import Quantization
+    from runtime.bundle.precision import Quantization
 
 
 def precision_table(quantization: Quantization) -> Table:

@@ -13,10 +13,10 @@ from freeexport.engine_pair import EnginePair
 from freeexport.parity import Batch, encode, forward, in_precision_of, pad, rows_of, sample_batch
 from freeexport.row_noise import log_softmax
 from freeexport.training_data import DataError, read_lines
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
-from runtime.machine import usable_cores
-from runtime.tokenizer import Tokenizer
+from runtime.machine.machine import usable_cores
+from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from runtime.precision import EnginePrecision
+from runtime.bundle.precision import EnginePrecision
 
 # Bits of a significand.
 BITS = {"fp16": 11, "bf16": 8}

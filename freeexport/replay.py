@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from runtime import Session
-from runtime.decoder import Decoder
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.prediction import Prediction
+from runtime.decoding.slot_call import Waits
+from runtime.engines.runner import Lane
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
-from runtime.lane import Lane
-from runtime.prediction import Prediction
-from runtime.work import Waits
 
 # Between the two confidences that a replayed decision is given.
 THRESHOLD = 0.5

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.child import run_child
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 if TYPE_CHECKING:
     import onnx

@@ -12,7 +12,7 @@ import numpy as np
 from freeexport.checks import Check
 from freeexport.engine_pair import EnginePair
 from freeexport.row_noise import FACTOR, Moved, row_checks
-from runtime.precision import FloatType
+from runtime.bundle.precision import FloatType
 
 SYNC_SIZES = (1, 2, 3, 5, 8, 16)
 DRAWS = 3

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
-from runtime.schema import Reader
 
 
 def read_schema_file(path: Path, annotation: type[Any], version: int, remedy: str) -> Any:

@@ -18,7 +18,7 @@ from freeexport.demo_bundle import demo_bundle
 from freeexport.idle import require_idle
 from freeexport.roofline import bandwidth_of
 from runtime import Bundle, Session
-from runtime.machine import usable_cores
+from runtime.machine.machine import usable_cores
 
 EXIT_LAYER, THRESHOLD = 10, 0.9
 QUESTION = "What is the capital of France, and what is it known for?"

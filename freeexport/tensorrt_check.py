@@ -9,7 +9,7 @@ from importlib import util
 from pathlib import Path
 
 from runtime.errors import EngineError
-from runtime.tensorrt_library import LEAST, import_tensorrt, version_numbers
+from runtime.tensorrt.library import LEAST, import_tensorrt, version_numbers
 
 DISTRIBUTION = "tensorrt"
 PROVIDER = "libonnxruntime_providers_tensorrt.so"

@@ -11,8 +11,8 @@ from freeexport.confidence_fit import Fit, fit
 from freeexport.outputs import Outputs
 from freeexport.risk_control import COARSE_THRESHOLDS, THRESHOLDS, lowest_passing, token_losses
 from freeexport.trace import Traces
+from runtime.bundle.beta_mixture import NEVER_EXIT, BetaMixture
 from runtime.errors import OptionError
-from runtime.threshold import NEVER_EXIT, BetaMixture
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from freeexport.replay import ReplaySession
 from freeexport.threshold_choice import held_out_of
 from freeexport.trace import Traces
 from runtime import Bundle
+from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
-from runtime.manifest import Manifest
 
 # Fewer sequences held out say nothing about quality.
 LEAST_HELD_OUT = 10

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from freeexport.output_directory import OutputError, check_output, output_directory
 from freeexport.verification import VerificationError
-from runtime.bundle import VERIFICATION
+from runtime.bundle.bundle import VERIFICATION
+from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.errors import BundleError
-from runtime.manifest import MANIFEST, Manifest
 
 
 def unverified_place(out: Path) -> Path:

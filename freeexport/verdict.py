@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from freeexport.share import Share
-from runtime.calibration import Calibration
+from runtime.bundle.calibration import Calibration
 
 Level = Literal["good", "neutral", "bad"]
 # What a predicted speedup rests on: engine times of this or the bundle's machine, the sizes of layers and head, times

@@ -18,11 +18,11 @@ from freeexport.output_file import write_whole
 from freeexport.progress import Advance, progress
 from graphs.families import describe
 from graphs.fp32_copy import fp32_copy
-from runtime.bundle import VERIFICATION, Bundle
+from runtime.bundle.bundle import VERIFICATION, Bundle
+from runtime.bundle.manifest import Manifest, Precision
+from runtime.bundle.precision import FloatType
 from runtime.errors import FreeExportError
-from runtime.machine import available_memory
-from runtime.manifest import Manifest, Precision
-from runtime.precision import FloatType
+from runtime.machine.machine import available_memory
 
 # Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
 LOGITS = 4 * 48 * 10 * 4

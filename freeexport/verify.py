@@ -11,8 +11,8 @@ import click
 from freeexport.checks import line_of
 from freeexport.output_file import write_whole
 from freeexport.verification import VerificationError, failure, verify, write_report
-from runtime.bundle import Bundle
-from runtime.manifest import MANIFEST
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import MANIFEST
 
 
 @click.command()

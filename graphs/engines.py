@@ -26,9 +26,9 @@ from graphs.quantization.plan import ROUNDING, Plan, rounding
 from graphs.quantization.quantizer import Quantizer
 from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
-from runtime.manifest import ConfidenceMeasure, Precision, Target
-from runtime.manifest import Dialect as DialectName
-from runtime.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels, Quantization
+from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
+from runtime.bundle.manifest import Dialect as DialectName
+from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels, Quantization
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from graphs.widen import HALVES, Widen
-from runtime.bundle import Bundle, engine_files, sha256_of
-from runtime.manifest import MANIFEST, File
+from runtime.bundle.bundle import Bundle, engine_files, sha256_of
+from runtime.bundle.manifest import MANIFEST, File
 
 
 @contextmanager

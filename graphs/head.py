@@ -10,7 +10,7 @@ from graphs.dialect import Dialect
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
 from graphs.packing import Packing
-from runtime.manifest import ConfidenceMeasure
+from runtime.bundle.manifest import ConfidenceMeasure
 
 # The logit of a token that a head does not know: its probability is 0.
 UNKNOWN = np.finfo(np.float32).min

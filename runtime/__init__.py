@@ -6,7 +6,7 @@ with Session("bundle") as session:
     print(session.generate("The capital of France is", max_new_tokens=32).text)
 """
 
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.errors import (
     BatchError,
     BundleError,
@@ -21,9 +21,9 @@ from runtime.errors import (
     QueueFullError,
 )
 from runtime.options import GenerationOptions, SessionOptions
+from runtime.requests.stream import AsyncStream, Stream
 from runtime.result import GenerationResult, Stats, Token
 from runtime.session import Session
-from runtime.stream import AsyncStream, Stream
 
 __all__ = [
     "AsyncStream",

@@ -11,10 +11,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from runtime.device import Device
 from runtime.errors import OptionError
+from runtime.machine.device import Device
 from runtime.option_checks import MOST, check_bool, check_choice, check_number, check_whole, listed, number, shown
-from runtime.sampling import LogitsProcessor
+from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)

@@ -14,27 +14,26 @@ from typing import Any, overload
 
 import numpy as np
 
-from runtime.batch import Batch
-from runtime.bundle import Bundle
-from runtime.cross_rows import CrossRows
-from runtime.decoder import Decoder
-from runtime.device import Device, check_runnable
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
+from runtime.decoding.decoder import Decoder
+from runtime.engines.backend import place
+from runtime.engines.cross_cache import CrossRows
+from runtime.engines.runner import Lane
 from runtime.errors import CapacityError, OptionError
-from runtime.int8_range import check_int8_range
-from runtime.intake import Intake, adapting, deadline_of, known
-from runtime.lane import Lane
-from runtime.machine import usable_cores
-from runtime.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
+from runtime.machine.device import Device, check_runnable
+from runtime.machine.machine import check_int8_range, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.placement import place
-from runtime.prompt import Prompt
-from runtime.prompts import Prompts, is_list_of_prompts
+from runtime.requests.prompt_list import Prompts, is_list_of_prompts
+from runtime.requests.request_builder import Intake, adapting, deadline_of, known
+from runtime.requests.several import Several
+from runtime.requests.stream import AsyncStream, Stream
 from runtime.result import GenerationResult
-from runtime.scheduler import Scheduler
-from runtime.several import Several
-from runtime.shared_calls import rules_of
-from runtime.stream import AsyncStream, Stream
-from runtime.tokenizer import Tokenizer
+from runtime.scheduling.batched_call import Batch
+from runtime.scheduling.batching import rules_of
+from runtime.scheduling.scheduler import Scheduler
+from runtime.text.prompt import Prompt
+from runtime.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +114,7 @@ class Session:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
         if not is_list_of_prompts(prompt):
             return await self.astream(prompt, cancel=cancel, **options).drain()
-        from runtime.pump import all_of
+        from runtime.requests.asyncio_bridge import all_of
 
         return await all_of(self._scheduler, self._prompts(prompt, cancel, options))
 
@@ -129,7 +128,7 @@ class Session:
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
     ) -> list[GenerationResult]:
         """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/several.py).
+        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
 
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that ended before. Raises as
         `generate` does, and CapacityError for beams whose caches would not fit the memory.

@@ -20,7 +20,7 @@ class Machine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **options: Any) -> None:
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
-        monkeypatch.setattr("runtime.cuda._import_runtime", lambda: self.cuda)
+        monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)
         for module in ("onnx", "cuda"):
             monkeypatch.setattr(f"runtime.engines.{module}.import_onnxruntime", lambda: self.onnxruntime)
 

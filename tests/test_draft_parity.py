@@ -24,7 +24,7 @@ from reference import (
 )
 
 from runtime import Session
-from runtime.pace import Pace
+from runtime.adaptation.draft_length import Pace
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

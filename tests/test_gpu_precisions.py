@@ -17,7 +17,7 @@ from freeexport.verification import failure, verify
 from graphs.quantization.rounding import round_4_bits, round_8_bits
 from graphs.quantization.symmetric import round_blocks, round_rows
 from runtime import Bundle, Session
-from runtime.precision import TensorFormat
+from runtime.bundle.precision import TensorFormat
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-untied-many-eos"], BY_NAME["t5-gated-untied"]
@@ -170,5 +170,5 @@ def test_the_manifest_says_what_was_rounded_and_what_is_computed_in(bundle: Bund
 def test_full_range_weights_that_are_widened_run_on_any_processor(
     bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runtime.int8_range.machine_int8_range", lambda: "reduced")
+    monkeypatch.setattr("runtime.machine.machine.machine_int8_range", lambda: "reduced")
     Session(bundle(LLAMA, target="tensorrt", precision="int8"), threads=1).close()

@@ -14,7 +14,7 @@ from conftest import Bundles
 
 from freeexport.cli import main
 from runtime import Session
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
 each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])

@@ -31,8 +31,8 @@ from freeexport.output_file import write_whole
 from freeexport.progress import progress
 from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
-from runtime.bundle import Bundle
-from runtime.machine import usable_cores
+from runtime.bundle.bundle import Bundle
+from runtime.machine.machine import usable_cores
 from tools.closed_loop import ClosedLoop, Window
 
 MODES = ("full", "free", "lossless")

@@ -28,8 +28,8 @@ from freeexport.plot_style import save_figure
 from freeexport.sequence_metrics import Metric
 from freeexport.threshold_choice import choose
 from freeexport.trace import Traces
+from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.errors import CalibrationError
-from runtime.threshold import NEVER_EXIT
 from tools.data.splits import run
 
 SHARES = (0.01, 0.03, 0.1, 0.3, 1.0)

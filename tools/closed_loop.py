@@ -10,8 +10,8 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from runtime import Session
-from runtime.reply import Reply
-from runtime.row import Row
+from runtime.requests.response import Reply
+from runtime.scheduling.task import Row
 
 
 @dataclass

@@ -26,8 +26,8 @@ from freeexport.benchmark import bench_prompts
 from freeexport.draft_replay import DraftSession
 from freeexport.idle import require_idle
 from freeexport.output_file import check_writable, write_whole
-from runtime.bundle import Bundle
-from runtime.pace import Pace
+from runtime.adaptation.draft_length import Pace
+from runtime.bundle.bundle import Bundle
 from runtime.result import Stats
 
 # Replayed drafts are surer than any of these; each kind of request has one to itself, and so a pace.

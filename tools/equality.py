@@ -27,8 +27,8 @@ import numpy as np
 from freeexport.benchmark import bench_prompts
 from freeexport.progress import Advance, progress
 from runtime import GenerationResult, Session
-from runtime.bundle import Bundle
-from runtime.pace import Pace
+from runtime.adaptation.draft_length import Pace
+from runtime.bundle.bundle import Bundle
 
 # Two logits nearer than this may change places between k rows and one, in float32.
 TIE = 1e-4

@@ -21,10 +21,10 @@ from typing import Any
 
 import click
 
-from runtime.cuda import Cuda
-from runtime.device import Device
+from runtime.cuda.driver import Cuda
 from runtime.engines.onnx import import_onnxruntime
 from runtime.errors import FreeExportError
+from runtime.machine.device import Device
 from tools.gpu_steps import STEPS, Bench, Unavailable
 
 SMALL = Path(__file__).parent.parent / "freeexport" / "data" / "g2p"

@@ -17,7 +17,7 @@ from typing import Any
 
 from freeexport.convert import ConvertOptions, convert
 from runtime import Session
-from runtime.cuda_lane import CudaLane
+from runtime.cuda.runner import CudaLane
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "cuda-bindings", "torch", "transformers", "tensorrt")
 PROMPTS = ("the cat sat on the mat", "a quick brown fox", "it was the best of times", "light travels faster than sound")

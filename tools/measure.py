@@ -22,7 +22,7 @@ import numpy as np
 
 from freeexport.idle import require_idle
 from runtime import Session
-from runtime.machine import usable_cores
+from runtime.machine.machine import usable_cores
 
 LENGTH = 128  # valid positions at which deep calls are compared
 

@@ -24,7 +24,7 @@ import numpy as np
 from freeexport.idle import require_idle
 from freeexport.machine import detect_machine
 from runtime import Session
-from runtime.decoder import Decoder
+from runtime.decoding.decoder import Decoder
 from runtime.errors import OptionError
 
 SIZES = (1, 2, 4, 8, 16)

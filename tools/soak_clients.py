@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from runtime import BatchError, GenerationResult, QueueFullError, Session
-from runtime.decoder import Decoder
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.slot_call import Waiting
+from runtime.requests.stream import Stream
 from runtime.result import Token
-from runtime.stream import Stream
-from runtime.work import Waiting
 from tools.soak_asks import Ask
 from tools.soak_faults import Faults, InjectedError
 

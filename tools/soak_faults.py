@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from random import Random
 from unittest import mock
 
-from runtime.batch import Batch
-from runtime.slot_calls import SlotCalls
-from runtime.work import Work
+from runtime.decoding.slot import SlotCalls
+from runtime.decoding.slot_call import Work
+from runtime.scheduling.batched_call import Batch
 
 # Share of the calls of several rows that fail; each row then runs alone.
 FAILING_CALLS = 0.01

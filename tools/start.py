@@ -25,9 +25,9 @@ import click
 
 from freeexport.idle import require_idle
 from runtime import Bundle
-from runtime.cache_entry import read_entry
-from runtime.engine_cache import write
-from runtime.machine import usable_cores
+from runtime.engines.packed_cache import write
+from runtime.engines.packed_entry import read_entry
+from runtime.machine.machine import usable_cores
 
 # Says seconds, is told to go on once all processes are open, then says megabytes.
 PROBE = """

@@ -35,7 +35,7 @@ from runtime import Bundle, Session
 from runtime.engines import loading
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import OptionError
-from runtime.machine import usable_cores
+from runtime.machine.machine import usable_cores
 from tools.kernel_profile import KINDS, Step, read_step
 
 ROUNDS = 5

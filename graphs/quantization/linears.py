@@ -10,7 +10,7 @@ from onnx_ir.tape import Tape
 
 from graphs.initializers import drop_unused, external, unread
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
-from runtime.precision import EnginePrecision, HigherTensor, TensorFormat
+from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
 
 
 class Products(Protocol):

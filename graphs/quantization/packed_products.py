@@ -10,8 +10,8 @@ from graphs.quantization.ort_products import BITS
 from graphs.quantization.panels import in_panels
 from graphs.quantization.quantizer import Stored
 from graphs.quantization.rounding import Rounded
+from runtime.bundle.precision import TensorFormat
 from runtime.kernels import DOMAIN
-from runtime.precision import TensorFormat
 
 
 def packed(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:

@@ -16,8 +16,8 @@ from graphs.quantization.packed_products import PackedProducts, packed
 from graphs.quantization.quantizer import Layout, as_rounded
 from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
 from graphs.quantization.widened_products import WidenedProducts
-from runtime.manifest import Precision, Target
-from runtime.precision import HeadPrecision, Int8Layout, Int8Range, Kernels, TensorFormat
+from runtime.bundle.manifest import Precision, Target
+from runtime.bundle.precision import HeadPrecision, Int8Layout, Int8Range, Kernels, TensorFormat
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from graphs.quantization.rounding import Rounded
 from graphs.quantization.scheme import Scheme
 from graphs.weights import WeightFile
-from runtime.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
+from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
 
 FLOATS: dict[ir.DataType, TensorFormat] = {
     ir.DataType.FLOAT: "fp32",

@@ -8,7 +8,7 @@ import numpy as np
 
 from graphs.quantization.pieces import pieces, relative, total
 from graphs.quantization.scales import at_least
-from runtime.precision import Int8Range
+from runtime.bundle.precision import Int8Range
 
 # The largest weight in 8 bits. Processors that add pairs of products in 16 bits overflow beyond 64.
 PEAK = {"full": 127, "reduced": 63}

@@ -10,7 +10,7 @@ import numpy as np
 
 from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits, round_channels
 from graphs.quantization.symmetric import round_blocks, round_rows
-from runtime.precision import Int8Range, TensorFormat
+from runtime.bundle.precision import Int8Range, TensorFormat
 
 
 class Scheme(Protocol):

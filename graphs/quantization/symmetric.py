@@ -8,7 +8,7 @@ import numpy as np
 from graphs.quantization.pieces import pieces, relative, total
 from graphs.quantization.rounding import CLIPS, Rounded
 from graphs.quantization.scales import at_least
-from runtime.precision import TensorFormat
+from runtime.bundle.precision import TensorFormat
 
 # The type and the largest value of each format.
 TYPES: dict[TensorFormat, tuple[np.dtype, int]] = {

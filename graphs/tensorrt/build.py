@@ -15,12 +15,12 @@ from graphs.errors import BuildError
 from graphs.tensorrt.monitor import monitor_of
 from graphs.tensorrt.network import add_profiles, dimensions, parse
 from graphs.tensorrt.profiles import profiles_of
-from runtime.bundle import Bundle, engine_files
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.bundle.manifest import Manifest
 from runtime.errors import FreeExportError
-from runtime.manifest import Manifest
-from runtime.tensorrt_files import DIRECTORY, EngineFile, is_whole, read_record, record_of, sources_sha256
-from runtime.tensorrt_library import architecture, import_tensorrt, logger_of
-from runtime.tensorrt_plan import Plan
+from runtime.tensorrt.files import DIRECTORY, EngineFile, is_whole, read_record, record_of, sources_sha256
+from runtime.tensorrt.library import architecture, import_tensorrt, logger_of
+from runtime.tensorrt.plan import Plan
 
 # Called with an engine's name, and how much of its build is done: 0 to 1.
 Report = Callable[[str, float], None]

@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from graphs.errors import BuildError
-from runtime.tensorrt_plan import Profile
+from runtime.tensorrt.plan import Profile
 
 
 def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from graphs.errors import BuildError
-from runtime.cross_rows import STEP
-from runtime.manifest import Manifest
-from runtime.tensorrt_plan import Profile
+from runtime.bundle.manifest import Manifest
+from runtime.engines.cross_cache import STEP
+from runtime.tensorrt.plan import Profile
 
 MAX_BATCH = 256
 # What a prompt usually has, for the tactics of prefill.

@@ -16,14 +16,14 @@ import numpy as np
 
 from graphs.errors import BuildError
 from graphs.fp32_copy import fp32_copy
-from runtime.bundle import Bundle, engine_files
-from runtime.cuda import Cuda, Stream
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.cuda.driver import Cuda, Stream
+from runtime.engines.kv_cache import PARTS
 from runtime.engines.onnx import OnnxEngine
-from runtime.engines.tensorrt import TensorRTEngine
 from runtime.errors import DeviceError
-from runtime.kv_cache import PARTS
-from runtime.machine import usable_cores
-from runtime.tensorrt_files import record_of
+from runtime.machine.machine import usable_cores
+from runtime.tensorrt.engine import TensorRTEngine
+from runtime.tensorrt.files import record_of
 
 # Another implementation of fp16, ONNX Runtime's, is 0.4 to 1.2 times as far from fp32 as rounding every result is, by
 # root mean square (18 small checkpoints; tests/graphs/test_widen.py): kernels add up in another order, and fuse.

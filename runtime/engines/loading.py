@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from runtime.bundle import Bundle, engine_files
-from runtime.device import Device
-from runtime.engine_contract import check_contract
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.engines.contract import check_contract
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import EngineError
+from runtime.machine.device import Device
 
 logger = logging.getLogger(__name__)
 

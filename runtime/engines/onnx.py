@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from runtime import kernels as own_kernels
-from runtime.device import CPU, Device
 from runtime.errors import EngineError
+from runtime.machine.device import CPU, Device
 
 # Initializers of fewer bytes stand in the graph that ONNX Runtime writes.
 _SMALL = 1024

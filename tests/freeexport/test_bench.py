@@ -196,7 +196,7 @@ def test_costs_of_every_call(bundle: Bundles, calm: None) -> None:
 
 
 def test_peer_models_need_no_copy_of_a_plain_checkpoint(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
-    from runtime.bundle import Bundle
+    from runtime.bundle.bundle import Bundle
 
     source = peer_model.Source.of(Bundle.open(bundle(LLAMA)).manifest, str(checkpoint(LLAMA)))
     assert source is not None

@@ -10,8 +10,8 @@ import pytest
 from test_inspect import write_bundle
 
 from freeexport.bundle_update import update_bundle
-from runtime.bundle import Bundle
-from runtime.calibration import CALIBRATION_VERSION, Calibration
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration
 from runtime.errors import CalibrationError
 
 CALIBRATION = Calibration(
@@ -35,7 +35,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from freeexport.bundle_update import update_bundle
-from runtime.calibration import Calibration
+from runtime.bundle.calibration import Calibration
 
 left = int(sys.argv[3])
 def counted(function):

@@ -29,11 +29,12 @@ from freeexport.decode_costs import measured_costs
 from freeexport.jsonl import Request
 from freeexport.replay import ReplaySession
 from freeexport.trace import Trace, Traces
-from runtime import Bundle, Session, decode
-from runtime.calibration import read_calibration
-from runtime.continuation import Continuation
+from runtime import Bundle, Session
+from runtime.bundle.calibration import read_calibration
+from runtime.decoding import loops as decode
+from runtime.decoding.output_tokens import Continuation
+from runtime.decoding.slot_call import alone
 from runtime.errors import CalibrationError
-from runtime.work import alone
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]

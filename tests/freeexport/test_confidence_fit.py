@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from freeexport.confidence_fit import fit, most_likely, threshold_at
-from runtime import threshold as runtime_threshold
-from runtime.beta import Beta
+from runtime.bundle import beta_mixture as runtime_threshold
+from runtime.bundle.beta import Beta
+from runtime.bundle.beta_mixture import BetaMixture
 from runtime.errors import CalibrationError
-from runtime.threshold import BetaMixture
 
 AGREE = [(8.0, 1.0), (20.0, 2.0), (2.0, 0.5), (5.0, 0.3)]
 DISAGREE = [(1.0, 2.0), (2.0, 5.0), (0.7, 1.0)]

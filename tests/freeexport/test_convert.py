@@ -28,7 +28,7 @@ from freeexport.cli import main
 from graphs.families import supported
 from graphs.weights import WeightFile
 from runtime import Bundle, Session
-from runtime.manifest import MANIFEST
+from runtime.bundle.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in (*CASES, *LARGER)}

@@ -5,7 +5,7 @@ from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
 from freeexport.draft_replay import DraftSession
-from runtime.pace import Pace
+from runtime.adaptation.draft_length import Pace
 
 BY_NAME = {case.name: case for case in CASES}
 

@@ -18,7 +18,7 @@ from freeexport.exit_vocabulary import exit_vocabulary
 from freeexport.training_data import DataError
 from graphs.families import describe
 from runtime import Bundle, Session
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, MANY_EOS, T5 = BY_NAME["llama-tied"], BY_NAME["llama-untied-many-eos"], BY_NAME["t5-relu-tied"]

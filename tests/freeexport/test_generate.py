@@ -111,7 +111,7 @@ def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
     assert result.exit_code == 0, result.output
     assert result.stderr.count("--chat") == 1
     assert "--chat" not in generate("Hi", "--max-new-tokens", "3").stderr
-    monkeypatch.setattr("runtime.tokenizer.CHAT_TEMPLATE", "no such file")
+    monkeypatch.setattr("runtime.text.tokenizer.CHAT_TEMPLATE", "no such file")
     assert "--chat" not in silent("Hi").stderr
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from command_errors import error
 
 from freeexport import cli
-from runtime.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
+from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
 
 CHECK = {"name": "prefill", "tensor": "deep logits", "error": 3.25e-6, "tolerance": 1e-4, "passed": True}
 PROMPTS = [{"first_difference": None}, {"first_difference": 7}]

@@ -14,8 +14,8 @@ from freeexport.checkpoint import open_checkpoint
 from freeexport.exit_file import read_exit_file
 from freeexport.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.replay import exit_trace
-from runtime.cache_entry import read_entry
-from runtime.calibration import read_calibration
+from runtime.bundle.calibration import read_calibration
+from runtime.engines.packed_entry import read_entry
 from runtime.errors import FreeExportError
 
 READERS: dict[str, Callable[[Path], Any]] = {

@@ -15,8 +15,8 @@ from test_inspect import write_bundle
 
 import runtime.kernels
 from freeexport.cli import main
+from runtime.bundle.precision import Quantization
 from runtime.kernels import VERSION, missing
-from runtime.precision import Quantization
 
 CASE = next(case for case in CASES if case.name == "llama-tied")
 ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization("full")}

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from freeexport.peer_environment import PeerError, environment_key, peer_interpreter
-from runtime.user_cache import user_cache
+from runtime.machine.user_cache import user_cache
 
 
 @pytest.fixture(autouse=True)

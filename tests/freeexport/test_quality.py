@@ -19,8 +19,8 @@ from conftest import Bundles
 from freeexport.cli import main
 from freeexport.quality import Quality, measure_quality
 from freeexport.verification import failure, verify
-from runtime.bundle import Bundle
-from runtime.tokenizer import Tokenizer
+from runtime.bundle.bundle import Bundle
+from runtime.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import torch
 from checkpoints import CASES, PROMPTS, Case
 
 from freeexport.reference_arithmetic import BITS, Float64, coarsening, rounding
-from runtime.precision import EnginePrecision
+from runtime.bundle.precision import EnginePrecision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ from freeexport.checkpoint import open_checkpoint
 from freeexport.exit_cost import analytic
 from freeexport.roofline import engine_bytes, measure_bandwidth, token_bytes
 from graphs.families import describe
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
 

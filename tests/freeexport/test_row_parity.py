@@ -15,7 +15,7 @@ from freeexport.checks import Check
 from freeexport.engine_pair import EnginePair
 from freeexport.parity import engine_checks, sample_batch
 from freeexport.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
 each_model = pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])

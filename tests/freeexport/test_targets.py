@@ -21,8 +21,8 @@ from graphs.engines import EngineOptions
 from graphs.errors import GraphError
 from graphs.families import describe
 from runtime import Bundle, Session
+from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.errors import CapacityError, EngineError
-from runtime.manifest import MANIFEST, Manifest
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-grouped-llama3-rope"]
@@ -91,7 +91,7 @@ def test_a_manifest_without_a_target_is_for_the_cpu(bundle: Bundles) -> None:
     manifest = Bundle.open(bundle(LLAMA)).manifest
     content = dataclasses.asdict(manifest)
     del content["target"]
-    from runtime.manifest import HASH, _hash
+    from runtime.bundle.manifest import HASH, _hash
 
     assert Manifest.from_json(json.dumps({**content, HASH: _hash(content)}), MANIFEST) == manifest
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from freeexport.cli import main
 from freeexport.verification import verify
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 T5 = next(case for case in CASES if case.name.startswith("t5"))

@@ -20,8 +20,8 @@ from freeexport.cost import Costs
 from freeexport.threshold_speed import Setting
 from freeexport.tune_options import TuneOptions
 from runtime import Bundle, Session
+from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.errors import OptionError
-from runtime.manifest import MANIFEST, Manifest
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]

@@ -26,8 +26,8 @@ from freeexport.convert import convert
 from freeexport.convert_options import ConvertOptions
 from freeexport.greedy import TIE, Comparison
 from freeexport.verification import VerificationError, failure, verify, verify_in_child, write_report
-from runtime.bundle import VERIFICATION, Bundle, sha256_of
-from runtime.manifest import MANIFEST, File, Manifest
+from runtime.bundle.bundle import VERIFICATION, Bundle, sha256_of
+from runtime.bundle.manifest import MANIFEST, File, Manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

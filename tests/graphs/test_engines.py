@@ -20,7 +20,7 @@ from graphs.description import Description
 from graphs.engines import EngineOptions, engine_names
 from graphs.errors import GraphError
 from graphs.families import describe
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
 SELECTION = ("t5-relu-tied", "umt5", "llama-yarn-rope", "llama-biases", "mistral-window", "qwen3")

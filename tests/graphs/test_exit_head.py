@@ -15,8 +15,8 @@ from graphs.engines import EngineBuilder, EngineOptions
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile
-from runtime.bundle import Bundle
-from runtime.manifest import Dialect, Manifest
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import Dialect, Manifest
 
 LLAMA = next(case for case in CASES if case.name.startswith("llama"))
 

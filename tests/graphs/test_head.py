@@ -20,7 +20,7 @@ from graphs.errors import GraphError
 from graphs.families import describe
 from graphs.head import UNKNOWN
 from graphs.weights import WeightFile
-from runtime.manifest import ConfidenceMeasure, File, Manifest, Precision
+from runtime.bundle.manifest import ConfidenceMeasure, File, Manifest, Precision
 
 BY_NAME = {case.name: case for case in CASES}
 KNOWN = tuple(range(1, VOCAB_SIZE, 7))

@@ -25,13 +25,13 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
 from runtime import Session
-from runtime.bundle import Bundle
-from runtime.engine_cache import packed_engines, write
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import TensorFormat
+from runtime.engines.packed_cache import packed_engines, write
 from runtime.errors import CacheError, EngineError
-from runtime.int8_range import check_int8_range
 from runtime.kernels import VERSION, missing
+from runtime.machine.machine import check_int8_range
 from runtime.options import SessionOptions
-from runtime.precision import TensorFormat
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
@@ -165,7 +165,7 @@ def test_weights_that_are_packed_need_no_engine_cache(bundle: Bundles) -> None:
 
 
 def test_8_bits_are_for_every_processor(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.int8_range.machine_int8_range", lambda: "reduced")
+    monkeypatch.setattr("runtime.machine.machine.machine_int8_range", lambda: "reduced")
     check_int8_range(Bundle.open(bundle(LLAMA, 1, precision="int8", **OWN)).manifest)
 
 

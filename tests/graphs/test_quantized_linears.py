@@ -22,8 +22,8 @@ from graphs.quantization.ort_products import OrtProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
-from runtime.bundle import Bundle
-from runtime.precision import TensorFormat
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import TensorFormat
 
 FLOAT = ir.DataType.FLOAT
 BY_NAME = {case.name: case for case in CASES}

@@ -13,7 +13,7 @@ from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import LIMITS, IntegerScheme
 from graphs.weights import WeightFile
-from runtime.precision import TensorFormat
+from runtime.bundle.precision import TensorFormat
 
 
 @pytest.fixture

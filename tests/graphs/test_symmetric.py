@@ -21,7 +21,7 @@ from graphs.quantization.scheme import SYMMETRIC_LIMITS, SymmetricScheme
 from graphs.quantization.symmetric import round_blocks, round_rows
 from graphs.quantization.widened_products import WidenedProducts
 from graphs.weights import WeightFile
-from runtime.precision import TensorFormat
+from runtime.bundle.precision import TensorFormat
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 each_type = pytest.mark.parametrize("type_", [np.dtype(kind) for kind in FLOATS], ids=str)

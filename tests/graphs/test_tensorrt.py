@@ -20,9 +20,9 @@ from graphs.errors import BuildError
 from graphs.tensorrt.build import BuildOptions, build
 from graphs.tensorrt.network import parse
 from graphs.tensorrt.profiles import profiles_of
-from runtime.bundle import Bundle
-from runtime.tensorrt_files import DIRECTORY
-from runtime.tensorrt_library import logger_of
+from runtime.bundle.bundle import Bundle
+from runtime.tensorrt.files import DIRECTORY
+from runtime.tensorrt.library import logger_of
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt

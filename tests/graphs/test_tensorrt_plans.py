@@ -18,10 +18,10 @@ from graphs.tensorrt.build import BuildOptions, build, plan_of
 from graphs.tensorrt.monitor import Phases
 from graphs.tensorrt.network import dimensions
 from graphs.tensorrt.profiles import profiles_of
-from runtime.bundle import Bundle, engine_files
+from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
-from runtime.tensorrt_library import check_version, import_tensorrt
-from runtime.tensorrt_plan import Plan, Profile, profile_for
+from runtime.tensorrt.library import check_version, import_tensorrt
+from runtime.tensorrt.plan import Plan, Profile, profile_for
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]

@@ -20,7 +20,7 @@ from freeexport.build import build_and_test
 from graphs.errors import BuildError
 from graphs.tensorrt.build import BuildOptions
 from graphs.tensorrt.self_test import TOLERANCE
-from runtime.tensorrt_files import DIRECTORY
+from runtime.tensorrt.files import DIRECTORY
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]

@@ -15,7 +15,7 @@ from onnx import TensorProto
 from freeexport.engine_pair import EnginePair
 from freeexport.parity import encode, rows_of, sample_batch
 from graphs.fp32_copy import fp32_copy
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
 # One that rounding hurts much, an encoder-decoder and a decoder that it does not.

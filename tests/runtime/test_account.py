@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.account import GRANT, GRANT_SHARE, MOST, Account
+from runtime.adaptation.draft_length import GRANT, GRANT_SHARE, MOST, Account
 
 
 def test_what_is_granted_may_be_lost_and_comes_back_slowly() -> None:

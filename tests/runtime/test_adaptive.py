@@ -18,14 +18,15 @@ from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 from test_manifest import MANIFEST
 
-from runtime import Bundle, OptionError, Session, adaptive
-from runtime.adaptive import AdaptiveThreshold, label_every
-from runtime.beta import Beta
-from runtime.bundle import sha256_of
-from runtime.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
-from runtime.manifest import MANIFEST as MANIFEST_NAME
-from runtime.manifest import File, Manifest
-from runtime.threshold import BetaMixture, threshold_at
+from runtime import Bundle, OptionError, Session
+from runtime.adaptation import adaptive_threshold as adaptive
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, label_every
+from runtime.bundle.beta import Beta
+from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.bundle import sha256_of
+from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
+from runtime.bundle.manifest import MANIFEST as MANIFEST_NAME
+from runtime.bundle.manifest import File, Manifest
 
 SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
 BROAD = BetaMixture(Beta(3.0, 1.0), Beta(1.2, 3.0), 0.6)

@@ -13,9 +13,9 @@ from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
-from runtime.batch import Batch
-from runtime.pace import Pace
-from runtime.work import Work
+from runtime.adaptation.draft_length import Pace
+from runtime.decoding.slot_call import Work
+from runtime.scheduling.batched_call import Batch
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"

@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import CapacityError, OptionError, Session
-from runtime.beam_rows import BeamRows
-from runtime.beams import BeamSearch
-from runtime.kv_cache import KVCache
-from runtime.logits import log_softmax
+from runtime.decoding.beam_rows import BeamRows
+from runtime.decoding.beam_search import BeamSearch
+from runtime.engines.kv_cache import KVCache
+from runtime.text.logits_processors import log_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,7 +196,7 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
     options: dict[str, Any] = {"mode": "full", "num_beams": 3, "max_new_tokens": 21, "ignore_eos": True}
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         whole = session.generate(PROMPTS[0], **options)
-        monkeypatch.setattr("runtime.beam_rows.FIRST_ROWS", 4)
+        monkeypatch.setattr("runtime.decoding.beam_rows.FIRST_ROWS", 4)
         monkeypatch.setattr(BeamRows, "stepping", watched)
         grown = session.generate(PROMPTS[0], **options)
     assert grown.token_ids == whole.token_ids
@@ -205,7 +205,9 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
 
 def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
-        monkeypatch.setattr("runtime.memory.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token)
+        monkeypatch.setattr(
+            "runtime.engines.memory.available_memory", lambda: 256 * 21 * session.manifest.kv_bytes_per_token
+        )
         assert session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=20).token_ids
         with pytest.raises(CapacityError, match=r"256 beams of 22 positions need .* lower num_beams or max_new_tokens"):
             session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=21)

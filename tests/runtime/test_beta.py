@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.beta import (
+from runtime.bundle.beta import (
     EPSILON,
     LEAST_SHAPE,
     MOST_CONCENTRATION,

@@ -17,9 +17,9 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from runtime import Bundle, BundleError, CalibrationError, EngineError, Session
-from runtime.bundle import VERIFICATION, sha256_of
-from runtime.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
-from runtime.manifest import HASH, MANIFEST, SCHEMA_VERSION, File, Manifest, _hash
+from runtime.bundle.bundle import VERIFICATION, sha256_of
+from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
+from runtime.bundle.manifest import HASH, MANIFEST, SCHEMA_VERSION, File, Manifest, _hash
 
 BY_NAME = {case.name: case for case in CASES}
 FILES = {

@@ -11,13 +11,13 @@ from fuzz import fuzz, mutated_bytes, mutated_json
 from test_calibration import CALIBRATED
 from test_manifest import MANIFEST
 
-from runtime.bundle import Bundle, sha256_of
-from runtime.calibration import Calibration
+from runtime.bundle.bundle import Bundle, sha256_of
+from runtime.bundle.calibration import Calibration
+from runtime.bundle.manifest import HASH, File, Manifest, _hash
+from runtime.bundle.manifest import MANIFEST as NAME
 from runtime.errors import BundleError
-from runtime.generation_defaults import GENERATION_CONFIG, read_defaults
 from runtime.json_file import UnreadableError, parse_json
-from runtime.manifest import HASH, File, Manifest, _hash
-from runtime.manifest import MANIFEST as NAME
+from runtime.requests.generation_config import GENERATION_CONFIG, read_defaults
 
 TEXT = MANIFEST.to_json().encode()
 CONTENT = {name: value for name, value in json.loads(TEXT).items() if name != HASH}

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from runtime.beta import Beta
-from runtime.calibration import (
+from runtime.bundle.beta import Beta
+from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.calibration import (
     CALIBRATION_VERSION,
     Calibration,
     TableRow,
@@ -17,7 +18,6 @@ from runtime.calibration import (
     read_calibration,
 )
 from runtime.errors import BundleError, CalibrationError
-from runtime.threshold import BetaMixture
 
 CALIBRATED = Calibration(
     schema_version=CALIBRATION_VERSION,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.chat_template import MOST_SOURCE, ChatTemplate
 from runtime.errors import BundleError, PromptError
+from runtime.text.chat_template import MOST_SOURCE, ChatTemplate
 
 CHAT = [{"role": "user", "content": "hello"}]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
 from runtime.errors import PromptError
-from runtime.prompt import encode_prompt
-from runtime.tokenizer import Tokenizer
+from runtime.text.prompt import encode_prompt
+from runtime.text.tokenizer import Tokenizer
 
 TEMPLATE = """{% for m in messages %}{{ '<|start|>' + m.role + '\n' + m.content | trim + '<|end|>\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|start|>assistant\n' }}{% endif %}"""

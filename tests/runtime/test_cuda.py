@@ -14,8 +14,8 @@ from fake_cuda import Access, FakeCuda, Misuse, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda import Cuda
-from runtime.device_array import DeviceArray
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import Cuda
 from runtime.errors import CapacityError, DeviceError
 
 

@@ -16,8 +16,8 @@ from fake_onnxruntime import CPU
 
 from graphs.fp32_copy import fp32_copy
 from runtime import Session
-from runtime.bundle import Bundle
-from runtime.cuda_lane import CudaLane
+from runtime.bundle.bundle import Bundle
+from runtime.cuda.runner import CudaLane
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]

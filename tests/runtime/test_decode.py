@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import decode
-from runtime.adaptive import Observation
-from runtime.continuation import Continuation, Step
-from runtime.decoder import PREFILL_ROWS, Decoder
-from runtime.draft_costs import DraftCosts
+from runtime.adaptation.adaptive_threshold import Observation
+from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.draft_length import Pace
+from runtime.decoding import loops as decode
+from runtime.decoding.decoder import PREFILL_ROWS, Decoder
+from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.slot_call import alone
+from runtime.engines.kv_cache import KVCache
+from runtime.engines.runner import Lane
 from runtime.errors import CapacityError
-from runtime.kv_cache import KVCache
-from runtime.lane import Lane
-from runtime.pace import Pace
-from runtime.work import alone
 
 WIDTH = 4
 SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token

@@ -10,9 +10,9 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from runtime import Session
-from runtime.device import CPU_PROVIDER, CUDA_PROVIDER, Device
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import EngineError, OptionError
+from runtime.machine.device import CPU_PROVIDER, CUDA_PROVIDER, Device
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 

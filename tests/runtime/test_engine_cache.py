@@ -18,8 +18,8 @@ from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
 from runtime import Bundle, CacheError, GenerationResult, OptionError, Session
-from runtime.cache_entry import ENTRY, read_entry
-from runtime.engine_cache import cache_root, clear, entries, find, write
+from runtime.engines.packed_cache import cache_root, clear, entries, find, write
+from runtime.engines.packed_entry import ENTRY, read_entry
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
@@ -174,7 +174,7 @@ def test_a_session_that_checks_everything_takes_the_bundle_alone(
     llama: Bundle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(llama)
-    monkeypatch.setattr("runtime.engine_cache.find", lambda _: pytest.fail("asked the cache"))
+    monkeypatch.setattr("runtime.engines.packed_cache.find", lambda _: pytest.fail("asked the cache"))
     decode(llama.path, verify="full")
 
 
@@ -183,9 +183,9 @@ def test_another_onnx_runtime_or_processor_has_an_entry_of_its_own(
 ) -> None:
     write(llama)
     with monkeypatch.context() as patched:
-        patched.setattr("runtime.engine_cache.build_of_onnxruntime", lambda: "0.1")
+        patched.setattr("runtime.engines.packed_cache.build_of_onnxruntime", lambda: "0.1")
         assert find(llama) is None
-    monkeypatch.setattr("runtime.engine_cache.cpu_features", lambda: frozenset({"abacus"}))
+    monkeypatch.setattr("runtime.engines.packed_cache.cpu_features", lambda: frozenset({"abacus"}))
     assert find(llama) is None
 
 
@@ -215,7 +215,7 @@ def test_a_write_that_fails_leaves_nothing(llama: Bundle, monkeypatch: pytest.Mo
         (directory / graph.name).write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("runtime.engine_cache.save_packed", fail)
+    monkeypatch.setattr("runtime.engines.packed_cache.save_packed", fail)
     with pytest.raises(CacheError, match="No space left"):
         write(llama)
     assert not list(cache_root().iterdir())

@@ -15,10 +15,10 @@ from checkpoints import CASES, Case
 from conftest import Bundles
 
 from runtime import Bundle, BundleError, EngineError, Session
-from runtime.bundle import sha256_of
-from runtime.engine_contract import check_contract
+from runtime.bundle.bundle import sha256_of
+from runtime.bundle.manifest import HASH, MANIFEST, _hash
+from runtime.engines.contract import check_contract
 from runtime.engines.onnx import OnnxEngine
-from runtime.manifest import HASH, MANIFEST, _hash
 
 BY_NAME = {case.name: case for case in CASES}
 Copy = Callable[..., Path]

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.beta import UNIFORM, Beta, LogSums
+from runtime.adaptation.label_statistics import BINS, Evidence
+from runtime.bundle.beta import UNIFORM, Beta, LogSums
+from runtime.bundle.beta_mixture import BetaMixture, em
 from runtime.errors import OptionError
-from runtime.evidence import BINS, Evidence
-from runtime.threshold import BetaMixture, em
 
 MIXTURE = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
 VAGUE = BetaMixture(UNIFORM, Beta(1.0, 2.0), 0.5)

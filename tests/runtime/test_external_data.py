@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.bundle.external_data import MOST_FIELDS, external_data
 from runtime.errors import BundleError
-from runtime.external_data import MOST_FIELDS, external_data
 
 
 def tensor(location: str | None) -> TensorProto:

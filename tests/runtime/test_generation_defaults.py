@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from runtime.errors import BundleError
-from runtime.generation_defaults import read_defaults, with_defaults
 from runtime.options import GenerationOptions
+from runtime.requests.generation_config import read_defaults, with_defaults
 
 
 def written(directory: Path, content: Any) -> Path:

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import OptionError, Session
-from runtime import huge_pages as module
-from runtime.huge_pages import PAGE, HugePages, Region, added, anonymous, whole_pages
+from runtime.machine import huge_pages as module
+from runtime.machine.huge_pages import PAGE, HugePages, Region, added, anonymous, whole_pages
 
 MAPS = """\
 55d0c0a00000-55d0c0c00000 r-xp 00000000 fd:00 1234                       /usr/bin/python3.11

@@ -11,11 +11,10 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from runtime import Session
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import Int8Range
 from runtime.errors import EngineError
-from runtime.int8_range import check_int8_range
-from runtime.machine import machine_int8_range
-from runtime.precision import Int8Range
+from runtime.machine.machine import check_int8_range, machine_int8_range
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 Processor = Callable[[str], None]
@@ -27,7 +26,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Processor:
 
     def write(text: str) -> None:
         (tmp_path / "cpuinfo").write_text(text)
-        monkeypatch.setattr("runtime.machine._CPUINFO", str(tmp_path / "cpuinfo"))
+        monkeypatch.setattr("runtime.machine.machine._CPUINFO", str(tmp_path / "cpuinfo"))
 
     return write
 
@@ -48,7 +47,7 @@ def test_the_range_follows_the_processor(text: str, expected: Int8Range, process
 
 
 def test_a_system_that_does_not_say_has_the_full_range(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.machine._CPUINFO", "/nowhere/cpuinfo")
+    monkeypatch.setattr("runtime.machine.machine._CPUINFO", "/nowhere/cpuinfo")
     assert machine_int8_range() == "full"
 
 

@@ -6,8 +6,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from runtime.engines.kv_cache import KVCache
 from runtime.errors import CapacityError
-from runtime.kv_cache import KVCache
 
 LAYERS, KV_HEADS, HEAD_DIM = range(2, 4), 2, 3
 SLOTS = st.integers(0, 2)

@@ -17,15 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_decode import LENGTH, WIDTH, Recorder, cached, prompt_of
 
-from runtime import Session, decode
-from runtime.continuation import Continuation, Step
-from runtime.decoder import Decoder
-from runtime.draft_costs import DraftCosts
+from runtime import Session
+from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.draft_length import Pace
+from runtime.decoding import loops as decode
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.slot_call import alone
+from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
-from runtime.kv_cache import KVCache
-from runtime.lane import Lane
-from runtime.pace import Pace
-from runtime.work import alone
+from runtime.engines.runner import Lane
 
 BY_NAME = {case.name: case for case in CASES}
 

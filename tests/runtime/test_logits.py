@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.logits import (
+from runtime.text.logits_processors import (
     bias_sequences,
     forbid,
     keep_min_p,
@@ -30,7 +30,7 @@ from runtime.logits import (
     penalise_repetition,
     softmax,
 )
-from runtime.sampling import Sampler, Warping
+from runtime.text.sampler import Sampler, Warping
 
 VOCABULARY = 200
 CONTEXT = np.array([5, 17, 5, 199, 42, 7, 13])

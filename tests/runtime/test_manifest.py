@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runtime.bundle.manifest import HASH, SCHEMA_VERSION, DeclaredCopy, File, Manifest, _hash
 from runtime.errors import BundleError
-from runtime.manifest import HASH, SCHEMA_VERSION, DeclaredCopy, File, Manifest, _hash
 
 MANIFEST = Manifest(
     schema_version=SCHEMA_VERSION,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from runtime.errors import OptionError
 from runtime.options import MODES, GenerationOptions, SessionOptions
-from runtime.request import _sampler
+from runtime.requests.request import _sampler
 
 
 @pytest.mark.parametrize(

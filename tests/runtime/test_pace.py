@@ -11,9 +11,8 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from runtime.account import GRANT, GRANT_SHARE
-from runtime.draft_costs import MEMORY, WINDOW, DraftCosts
-from runtime.pace import OVERDRAFT, Expected, Pace, Verdict
+from runtime.adaptation.draft_costs import MEMORY, WINDOW, DraftCosts
+from runtime.adaptation.draft_length import GRANT, GRANT_SHARE, OVERDRAFT, Expected, Pace, Verdict
 
 MANY = 16
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
-from runtime.bundle import Bundle
-from runtime.calibration import TableRow
-from runtime.pace import Pace, Verdict
-from runtime.paces import MOST, Paces
+from runtime.adaptation.draft_length import Pace, Verdict
+from runtime.adaptation.draft_lengths import MOST, Paces
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import TableRow
 
 
 def paces(*table: TableRow) -> Paces:

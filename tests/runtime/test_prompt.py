@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from runtime.errors import PromptError
-from runtime.prompt import MAX_BYTES_PER_TOKEN, encode_prompt
-from runtime.tokenizer import Tokenizer
+from runtime.text.prompt import MAX_BYTES_PER_TOKEN, encode_prompt
+from runtime.text.tokenizer import Tokenizer
 
 VOCAB_SIZE = 300  # rows of the embedding, more than the tokenizer has tokens
 LIMIT = 8

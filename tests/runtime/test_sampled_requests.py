@@ -25,8 +25,8 @@ from transformers import (
 )
 
 from runtime import GenerationResult, OptionError, Session
-from runtime.pace import Pace
-from runtime.sampling import race
+from runtime.adaptation.draft_length import Pace
+from runtime.text.sampler import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

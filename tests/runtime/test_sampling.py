@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from runtime.continuation import Continuation
+from runtime.decoding.output_tokens import Continuation
+from runtime.decoding.prediction import Prediction
 from runtime.errors import OptionError
-from runtime.logits import softmax
-from runtime.prediction import Prediction
-from runtime.sampling import Sampler, Warping, log_probability, race
+from runtime.text.logits_processors import softmax
+from runtime.text.sampler import Sampler, Warping, log_probability, race
 
 DRAWS = 20_000
 TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])

@@ -14,23 +14,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime import OptionError, QueueFullError, decode
-from runtime.batch import Batch, grouped
-from runtime.continuation import Continuation, Step
-from runtime.cross_rows import CrossRows
-from runtime.decoder import Decoder
-from runtime.draft_costs import DraftCosts
+from runtime import OptionError, QueueFullError
+from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.draft_length import Pace
+from runtime.decoding import loops as decode
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.prediction import Prediction
+from runtime.decoding.slot_call import Waiting, Work, alone
+from runtime.engines.cross_cache import CrossRows
+from runtime.engines.kv_cache import KVCache
+from runtime.engines.runner import Lane
 from runtime.errors import EngineError
-from runtime.kv_cache import KVCache
-from runtime.lane import Lane
-from runtime.pace import Pace
-from runtime.prediction import Prediction
 from runtime.result import Token
-from runtime.row import Row
-from runtime.scheduler import Scheduler
-from runtime.shared_calls import Rules, SharedCalls, rules_of
-from runtime.wheel import Wheel
-from runtime.work import Waiting, Work, alone
+from runtime.scheduling.batched_call import Batch, grouped
+from runtime.scheduling.batching import Rules, SharedCalls, rules_of
+from runtime.scheduling.leader import Wheel
+from runtime.scheduling.scheduler import Scheduler
+from runtime.scheduling.task import Row
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
 POISON = 99  # a token that makes every call fail that reads it

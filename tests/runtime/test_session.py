@@ -26,10 +26,10 @@ from runtime import (
     Session,
     Token,
 )
-from runtime.decoder import Decoder
+from runtime.bundle.manifest import MANIFEST, Manifest
+from runtime.decoding.decoder import Decoder
+from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
-from runtime.kv_cache import KVCache
-from runtime.manifest import MANIFEST, Manifest
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in CASES}
@@ -319,7 +319,7 @@ def test_a_long_prompt_in_pieces_gives_what_it_gives_at_once(
 ) -> None:
     session = open_session()
     whole = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
-    monkeypatch.setattr("runtime.decoder.PREFILL_ROWS", 7)
+    monkeypatch.setattr("runtime.decoding.decoder.PREFILL_ROWS", 7)
     pieces = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
     assert pieces.token_ids == whole.token_ids
     assert pieces.exited == whole.exited
@@ -336,10 +336,10 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(
 ) -> None:
     # 3 slots, 128 + 16 rows, 5 layers, key and value, 4 heads of 16 floats.
     need = 3 * 144 * 5 * 2 * 4 * 16 * 4
-    monkeypatch.setattr("runtime.memory.available_memory", lambda: need)
+    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need)
     open_session(slots=3)
-    monkeypatch.setattr("runtime.memory.available_memory", lambda: need - 1)
-    monkeypatch.setattr("runtime.placement.KVCache", lambda *_: pytest.fail("allocated"))
+    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need - 1)
+    monkeypatch.setattr("runtime.engines.backend.KVCache", lambda *_: pytest.fail("allocated"))
     with pytest.raises(CapacityError, match=r"needs 0\.0 GB \(3 slots x 144 positions x 2560 bytes\).*lower capacity"):
         open_session(slots=3)
 
@@ -353,9 +353,9 @@ def test_what_cross_attention_reads_counts_as_cache(
     slots: int, positions: int, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     need = positions * open_session(T5).manifest.kv_bytes_per_token
-    monkeypatch.setattr("runtime.memory.available_memory", lambda: need)
+    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need)
     open_session(T5, slots=slots)
-    monkeypatch.setattr("runtime.memory.available_memory", lambda: need - 1)
+    monkeypatch.setattr("runtime.engines.memory.available_memory", lambda: need - 1)
     with pytest.raises(CapacityError, match=r"positions of prompts\).*lower slots"):
         open_session(T5, slots=slots)
 

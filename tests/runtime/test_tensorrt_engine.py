@@ -16,14 +16,14 @@ from fake_cuda_graphs import GraphCuda
 from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import BuildOptions, build
-from runtime.bundle import Bundle
-from runtime.cuda import Cuda, Stream
-from runtime.device_array import DeviceArray
+from runtime.bundle.bundle import Bundle
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.driver import Cuda, Stream
 from runtime.engines.onnx import OnnxEngine
-from runtime.engines.tensorrt import TensorRTEngine
-from runtime.engines.tensorrt_call import RUNS_BEFORE_CAPTURE
 from runtime.errors import CapacityError, DeviceError, EngineError
-from runtime.tensorrt_files import DIRECTORY, record_of
+from runtime.tensorrt.call import RUNS_BEFORE_CAPTURE
+from runtime.tensorrt.engine import TensorRTEngine
+from runtime.tensorrt.files import DIRECTORY, record_of
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]

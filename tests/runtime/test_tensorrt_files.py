@@ -13,10 +13,10 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.errors import EngineError
-from runtime.tensorrt_files import DIRECTORY, EngineFile, find_engine, read_record, record_of, sources_sha256
-from runtime.tensorrt_plan import Plan, Profile, sizes_of
+from runtime.tensorrt.files import DIRECTORY, EngineFile, find_engine, read_record, record_of, sources_sha256
+from runtime.tensorrt.plan import Plan, Profile, sizes_of
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 Put = Callable[..., Path]

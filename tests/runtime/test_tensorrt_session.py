@@ -16,9 +16,9 @@ from device_cases import BY_NAME, LLAMA, MODES, T5, both
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime import Session
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
-from runtime.tensorrt_files import DIRECTORY
+from runtime.tensorrt.files import DIRECTORY
 
 Built = Callable[..., Path]
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from runtime.errors import OptionError
-from runtime.text_stream import TextStream
-from runtime.tokenizer import Tokenizer
+from runtime.text.detokenizer import TextStream
+from runtime.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

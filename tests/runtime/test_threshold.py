@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from runtime.beta import EPSILON, Beta
+from runtime.bundle.beta import EPSILON, Beta
+from runtime.bundle.beta_mixture import BetaMixture, em, threshold_at
 from runtime.errors import CalibrationError
-from runtime.threshold import BetaMixture, em, threshold_at
 
 SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
 BROAD = BetaMixture(Beta(3.0, 1.0), Beta(1.2, 3.0), 0.6)

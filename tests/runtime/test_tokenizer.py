@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from runtime.errors import BundleError, PromptError
-from runtime.tokenizer import Tokenizer
+from runtime.text.tokenizer import Tokenizer
 
 WORDS = ["<unk>", "<s>", "</s>", "<pad>", "hello", "world", "user", ":"]
 CHAT = [{"role": "user", "content": "hello"}]
@@ -202,7 +202,7 @@ def test_text_the_tokenizer_has_no_token_for_is_a_prompt_error() -> None:
 
 
 def test_loading_does_not_import_jinja2_or_torch() -> None:
-    modules = "runtime.tokenizer, runtime.prompt, runtime.text_stream"
+    modules = "runtime.text.tokenizer, runtime.text.prompt, runtime.text.detokenizer"
     code = f"import sys, {modules}; print({{'jinja2', 'torch', 'transformers'}} & {{*sys.modules}})"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "set()"

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from runtime import GenerationResult, Session
-from runtime.batch import Batch
+from runtime.decoding.slot_call import Work
 from runtime.result import Stats
-from runtime.work import Work
+from runtime.scheduling.batched_call import Batch
 from tools.equality import (
     TIE,
     Difference,

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from runtime.text_stream import TextStream
-from runtime.tokenizer import Tokenizer
+from runtime.text.detokenizer import TextStream
+from runtime.text.tokenizer import Tokenizer
 from tools.data.g2p_tokenizer import PAD, Sizes, build_tokenizer, command, vocabulary, write_files
 
 PHRASE = "HH AH L OW | AY M"

@@ -26,8 +26,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """A machine with a card: a slow one."""
     cuda = FakeCuda(5)
     ort = FakeOnnxRuntime(cuda)
-    monkeypatch.setattr("runtime.cuda._import_runtime", lambda: cuda)
-    for module in ("runtime.engines.onnx", "runtime.engines.cuda", "tools.gpu_check"):
+    monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: cuda)
+    for module in ("runtime.engines.onnx", "runtime.cuda.engine", "tools.gpu_check"):
         monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: ort)
     return cuda
 

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from runtime import Session
-from runtime.batch import Batch
-from runtime.decoder import Decoder
-from runtime.work import Work
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.slot_call import Work
+from runtime.scheduling.batched_call import Batch
 from tools.process_memory import Held, held_trimmed
 from tools.soak import Soaked, left_over, main, report, soak
 from tools.soak_clients import Clients

@@ -1,0 +1,1 @@
+"""What a session learns while decoding: threshold, draft length."""

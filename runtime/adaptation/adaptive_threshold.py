@@ -1,0 +1,218 @@
+"""The exit threshold refitted from what sync passes say, while a session decodes.
+
+A sync pass of mode "free" tells for each of its rows whether both decoders predict the same: for the tokens that exited
+since the last pass, for the one below the threshold that made it run, and for one that a full stack forced. What the
+threshold decides is so labelled on both sides of it, whatever the threshold is. Which tokens remain without a label?
+
+- A stack that is left over when a sequence ends. Its tokens are surer than the threshold, so leaving them out would
+  make sure tokens look rarer than they are, the more so the lower the threshold. They count as unlabelled, and EM gives
+  them the labels that tokens of their confidence have. That is right as long as being left over depends on the
+  confidence alone.
+- It may depend on more; and where sequences are short and all tokens exit, no pass runs, nothing is labelled, and a
+  threshold that is too low stays so. So once AUDIT_TOKENS were left over, the stack of the next request that ends is
+  checked by one pass more, an audit, which changes none of its tokens.
+- The first token, which the threshold does not decide: it is not among the tokens that are learned from. Requests with
+  a threshold of their own are not either: their passes would choose other tokens.
+
+What is seen fades exponentially (`Evidence`). The state is a function of the requests in the order in which they
+complete; what a request does is a function of the state at its start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.adaptation.label_statistics import Evidence
+from runtime.bundle.beta import LogSums
+from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.calibration import Calibration
+from runtime.bundle.manifest import ConfidenceMeasure, Manifest
+from runtime.bundle.schema import Reader
+from runtime.errors import BundleError, OptionError
+
+STATE_VERSION = 1
+AUDIT_TOKENS = 256
+# New tokens that make a refit worth its half millisecond.
+REFIT_TOKENS = 64
+# Labels need the deep head at every row of a pass. What that may cost, as a share of the time of decoding.
+LABEL_SHARE = 0.01
+# Rows of a typical pass, by which the cost of labels is judged.
+TYPICAL_ROWS = 4
+# A calibrated threshold without a target implies one: P(agree | c) there, within these bounds.
+LEAST_TARGET, MOST_TARGET = 0.5, 0.9999
+
+
+class Observation:
+    """A request's view: the `threshold` at its start, and what its sync passes say. Of one thread."""
+
+    def __init__(self, threshold: float, learns: bool, audits: bool) -> None:
+        self.threshold, self.learns, self._audits = threshold, learns, audits
+        self.labelled: list[tuple[float, bool]] = []
+        self.unlabelled: list[float] = []
+        self.audited = False
+
+    def label(self, rows: Sequence[tuple[float, bool]]) -> None:
+        """Rows of a sync pass: confidence, and whether both decoders predict the same."""
+        self.labelled.extend(rows)
+
+    def leave(self, confidences: Sequence[float], at_rest: bool = True) -> bool:
+        """The sequence ended with these rows stacked. True asks for a pass over them, whose rows are then labelled:
+        only where no call is under way (`at_rest`)."""
+        if self._audits and at_rest and confidences:
+            self.audited = True
+            return True
+        self.unlabelled.extend(confidences)
+        return False
+
+
+@dataclass(frozen=True)
+class AdaptiveState:
+    """What a session has learned, to go on from later: plain numbers. `source_sha256`, `exit_layer` and `confidence`
+    say of which model. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens without label since the
+    last audit, `fresh`: tokens since the last refit."""
+
+    schema_version: int
+    source_sha256: str
+    exit_layer: int
+    confidence: ConfidenceMeasure
+    requests: int
+    left: int
+    fresh: int
+    agree: tuple[float, ...]
+    disagree: tuple[float, ...]
+    unlabelled: tuple[tuple[float, ...], ...]
+    mixture: BetaMixture
+
+
+class AdaptiveThreshold:
+    """Shared by the requests of a session; thread-safe. `memory`: tokens after which one counts 1/e.
+
+    Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; or with `state`,
+    as `state()` gave it. Raises OptionError where there is no mixture to begin with, or the state is of another model.
+    """
+
+    def __init__(
+        self, manifest: Manifest, calibration: Calibration | None, memory: int, state: Mapping[str, Any] | None = None
+    ) -> None:
+        if calibration is None or calibration.mixture is None:
+            raise OptionError(
+                "threshold is 'adaptive', but this bundle has no calibrated mixture to begin with; "
+                "run freeexport calibrate on it, or give a number"
+            )
+        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
+        self._manifest, self._memory, self._lock = manifest, memory, threading.RLock()
+        self._prior = self._mixture = calibration.mixture
+        self.target = _target(calibration, calibration.mixture)
+        self._every = label_every(manifest.break_even)
+        self._evidence = Evidence.of_mixture(self._prior, min(calibration.positions, memory))
+        self._requests = self._left = self._fresh = 0
+        if state is not None:
+            self._restore(_read_state(state, manifest))
+        self._threshold = threshold_at(self._mixture, self.target)
+
+    @property
+    def threshold(self) -> float:
+        """What a request would begin with now."""
+        return self._threshold
+
+    @property
+    def mixture(self) -> BetaMixture:
+        return self._mixture
+
+    def begin(self) -> Observation:
+        with self._lock:
+            learns = self._requests % self._every == 0
+            return Observation(self._threshold, learns, learns and self._left >= AUDIT_TOKENS)
+
+    def complete(self, observation: Observation) -> None:
+        """Learn from a request that has ended."""
+        with self._lock:
+            self._requests += 1
+            if observation.audited:
+                self._left = 0
+            self._left += len(observation.unlabelled)
+            seen = len(observation.labelled) + len(observation.unlabelled)
+            if seen:
+                self._evidence.add(observation.labelled, observation.unlabelled, self._memory)
+            self._fresh += seen
+            if self._fresh >= REFIT_TOKENS:
+                self._fresh = 0
+                self._mixture = self._evidence.refit(self._mixture, self._prior)
+                self._threshold = threshold_at(self._mixture, self.target)
+
+    def state(self) -> dict[str, Any]:
+        """All that was learned, as JSON can hold it; see AdaptiveState."""
+        with self._lock:
+            manifest, evidence = self._manifest, self._evidence
+            state = AdaptiveState(
+                STATE_VERSION,
+                manifest.source_sha256,
+                manifest.exit_layer,
+                manifest.confidence,
+                self._requests,
+                self._left,
+                self._fresh,
+                tuple(evidence.agree),
+                tuple(evidence.disagree),
+                tuple(tuple(row) for row in evidence.unlabelled.tolist()),
+                self._mixture,
+            )
+        return dataclasses.asdict(state)
+
+    def _restore(self, state: AdaptiveState) -> None:
+        self._evidence = Evidence(LogSums(*state.agree), LogSums(*state.disagree), state.unlabelled)
+        self._mixture = state.mixture
+        self._requests, self._left, self._fresh = state.requests, state.left, state.fresh
+
+
+def label_every(costs: Mapping[str, float]) -> int:
+    """From every how many-th request to learn, so that labels cost LABEL_SHARE of the time, by a bundle's costs.
+
+    The head over all rows of a pass, instead of the last alone, is taken to grow with the rows as the pass does.
+    """
+    rows = TYPICAL_ROWS
+    names = ("shallow_ms", "shallow_without_head_ms", "deep_1_ms", f"deep_{rows}_ms")
+    if any(name not in costs for name in names):
+        return 1
+    shallow, bare, one, several = (costs[name] for name in names)
+    extra = max(0.0, shallow - bare) * max(0.0, several / one - 1)
+    return max(1, math.ceil(extra / (rows * shallow + several) / LABEL_SHARE))
+
+
+def _target(calibration: Calibration, mixture: BetaMixture) -> float:
+    if calibration.method == "bmm" and calibration.target is not None:
+        return min(max(calibration.target, LEAST_TARGET), MOST_TARGET)
+    return min(max(float(mixture.posterior(calibration.threshold)), LEAST_TARGET), MOST_TARGET)
+
+
+def _read_state(given: Mapping[str, Any], manifest: Manifest) -> AdaptiveState:
+    try:
+        listed = {name: _listed(value) for name, value in dict(given).items()}
+        state: AdaptiveState = Reader("start without a state", finite=True).read(
+            AdaptiveState, listed, "adaptive_state"
+        )
+    except (BundleError, TypeError, ValueError) as error:
+        raise OptionError(str(error)) from None
+    for name, value, wanted in (
+        ("schema_version", state.schema_version, STATE_VERSION),
+        ("source_sha256", state.source_sha256, manifest.source_sha256),
+        ("exit_layer", state.exit_layer, manifest.exit_layer),
+        ("confidence", state.confidence, manifest.confidence),
+    ):
+        if value != wanted:
+            raise OptionError(f"adaptive_state: {name} is {value!r}, this bundle has {wanted!r}; start without a state")
+    rows = [state.agree, state.disagree, *state.unlabelled]
+    sound = all(len(row) == 3 and row[0] >= 0 >= max(row[1:]) for row in rows)
+    if not sound or min(state.requests, state.left, state.fresh) < 0:
+        raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
+    return state
+
+
+def _listed(value: Any) -> Any:
+    """Tuples as the lists that JSON has."""
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,127 @@
+"""A bundle on disk, checked before anything in it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from runtime.bundle.calibration import Calibration, check_calibration, is_calibration, read_calibration
+from runtime.bundle.external_data import external_data
+from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, File, Manifest
+from runtime.errors import BundleError
+from runtime.json_file import UnreadableError, read_object, read_text
+
+Verify = Literal["sizes", "full"]
+VERIFICATION = "verification.json"
+LARGEST_REPORT = 64 << 20
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A directory that `freeexport convert` wrote. `sha256` is the hash of its manifest, and so of all its files.
+
+    Of the directory only the files that the manifest lists are read, none of them through a link. Beside them stand the
+    report `verification.json`, and in the folder `tensorrt` the engines that were built later.
+    """
+
+    path: Path
+    manifest: Manifest
+    sha256: str
+
+    @classmethod
+    def open(cls, path: Path | str, verify: Verify = "sizes") -> Bundle:
+        """Read the manifest and check that the files are those it lists: their sizes, or with "full" their content.
+
+        Raises BundleError naming the file that is missing, differs or is a link, or is not listed but named by a graph.
+        """
+        root = Path(path)
+        text = _read_text(root)
+        manifest = Manifest.from_json(text, MANIFEST)
+        for name in engine_files(manifest):
+            if name not in manifest.files:
+                raise BundleError(f"{MANIFEST} lists no {name}; convert the checkpoint again")
+        for name, file in manifest.files.items():
+            _check_file(root, name, file, verify)
+        for graph in engine_files(manifest):
+            for name in external_data(root / graph) - manifest.files.keys():
+                raise BundleError(
+                    f"{graph} has weights in {name[:200]!r}, which {MANIFEST} does not list; do not use this bundle"
+                )
+        return cls(root, manifest, hashlib.sha256(text.encode()).hexdigest())
+
+    def engine(self, name: str) -> Path:
+        """The graph of one engine: encoder, prologue, shallow or deep."""
+        return self.path / f"{name}.onnx"
+
+    @property
+    def verification(self) -> dict[str, Any] | None:
+        """What `freeexport verify` measured, or None."""
+        file = self.path / VERIFICATION
+        if not os.path.lexists(file):
+            return None
+        check_no_link(self.path, VERIFICATION)
+        return read_object(file, "run freeexport verify again", limit=LARGEST_REPORT)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What its threshold was measured by, or None. Raises BundleError where it is not that of this bundle."""
+        manifest = self.manifest
+        name = next(filter(is_calibration, manifest.files), None)
+        if name is None:
+            return None
+        calibration = read_calibration(self.path / name)
+        check_calibration(
+            calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
+        )
+        return calibration
+
+
+def engine_files(manifest: Manifest) -> list[str]:
+    names = ["encoder", "prologue", "shallow", "deep"] if manifest.encoder_decoder else ["shallow", "deep"]
+    return [f"{name}.onnx" for name in names]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _read_text(root: Path) -> str:
+    if not root.is_dir():
+        raise BundleError(f"there is no bundle at {root}; make one with: freeexport convert MODEL {root}")
+    if not os.path.lexists(root / MANIFEST):
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST}")
+    check_no_link(root, MANIFEST)
+    try:
+        return read_text(root / MANIFEST, LARGEST_MANIFEST)
+    except UnreadableError as reason:
+        raise BundleError(f"{MANIFEST} cannot be read ({reason}); convert the checkpoint again") from None
+
+
+def check_no_link(root: Path, name: str) -> None:
+    """BundleError where a file of the bundle at `root`, or a folder on the way to it, is a symbolic link."""
+    if os.path.realpath(root / name) != os.path.join(os.path.realpath(root), *name.split("/")):
+        raise BundleError(
+            f"{name} is a symbolic link, which no file of a bundle may be; copy the bundle with the files themselves: "
+            f"cp -rL {root} COPY"
+        )
+
+
+def _check_file(root: Path, name: str, file: File, verify: Verify) -> None:
+    path = root / name
+    if not path.is_file():
+        wrong = "no regular file" if path.exists() and not path.is_dir() else "missing"
+        raise BundleError(f"{name} is {wrong} in {root}; copy the whole bundle, or convert the checkpoint again")
+    check_no_link(root, name)
+    size = path.stat().st_size
+    if size != file.size:
+        raise BundleError(f"{name} has {size} bytes, the manifest says {file.size}; the copy is incomplete")
+    if verify == "full" and sha256_of(path) != file.sha256:
+        raise BundleError(f"{name} is not the file that was written (sha256 differs); copy or convert it again")

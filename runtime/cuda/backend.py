@@ -1,0 +1,125 @@
+"""A session's engines, caches and encoder on a GPU: a stream for each lane, and everything in the device's memory.
+
+Not yet run on a GPU; checked against tests/fake_cuda.py and tests/fake_onnxruntime.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from runtime.bundle.bundle import Bundle
+from runtime.cuda.driver import Cuda, Stream
+from runtime.cuda.encoder import CudaEncoder
+from runtime.cuda.engine import CudaEngine
+from runtime.cuda.kv_cache import CudaKVCache
+from runtime.cuda.runner import CudaLane
+from runtime.engines import onnx
+from runtime.engines.backend import Load, Placement, cache_sizes, is_fixed
+from runtime.engines.contract import check_contract
+from runtime.engines.cross_cache import STEP
+from runtime.engines.encoder import Encoder
+from runtime.engines.runner import Lane
+from runtime.errors import DeviceError, OptionError
+from runtime.machine.device import Device
+from runtime.options import SessionOptions
+
+logger = logging.getLogger(__name__)
+
+
+class CudaPlacement(Placement):
+    """On `device`. DeviceError where there is none that works; CapacityError before anything is allocated where its
+    memory is too little."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
+        assert device.index is not None
+        self._check_installed(device)
+        self.cuda = Cuda(device.index)
+        self._lanes: list[CudaLane] = []
+        self._engines: list[Any] = []
+        super().__init__(bundle, options, capacity, threads)
+        self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
+
+    @contextmanager
+    def loading(self) -> Iterator[Load]:
+        try:
+            yield self._load
+        except BaseException:
+            self._free()
+            raise
+
+    def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
+        """A shallow step goes before a deep pass where both are ready: a token waits for it."""
+        shallow = self._lane(engine("shallow"), self.manifest.shallow_layers, beside=False)
+        return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=overlap)
+
+    def encoder(self, engine: Load, lane: Lane) -> Encoder | None:
+        manifest = self.manifest
+        if not manifest.encoder_decoder:
+            return None
+        assert isinstance(lane, CudaLane)
+        encoder, prologue = engine("encoder"), engine("prologue")
+        return CudaEncoder(encoder, prologue, lane, manifest.encoder_capacity, manifest.hidden_size)
+
+    def close(self, drain: Callable[[], None]) -> None:
+        try:
+            drain()
+        except OptionError:
+            return  # by a callback of a request, which is not at its end
+        self._free()
+
+    def _free(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+        for engine in self._engines:
+            engine.close()
+        self._lanes.clear()
+        self._engines.clear()
+        with suppress(DeviceError):
+            self.cuda.close()
+
+    def _load(self, name: str) -> Any:
+        # What comes before the first token goes with the shallow lane, which reads it first.
+        stream = self._streams[name == "deep"]
+        captures = name == "shallow" and self.options.cuda_graphs
+        engine = self._engine(name, stream, captures)
+        self._engines.append(engine)
+        return engine
+
+    def _check_installed(self, device: Device) -> None:
+        # That the wheel is the wrong one says more than that a driver is missing.
+        device.providers(onnx.import_onnxruntime(), {})
+
+    def _engine(self, name: str, stream: Stream, captures: bool) -> Any:
+        engine = CudaEngine(self.bundle.engine(name), self.threads, stream, captures)
+        check_contract(self.manifest, name, engine.session)
+        return engine
+
+    def _lane(self, engine: Any, layers: range, beside: bool) -> CudaLane:
+        stream = engine.stream
+
+        def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
+            return self.cuda.zeros(shape, dtype, stream)
+
+        sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
+        lane = CudaLane(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
+        self._lanes.append(lane)
+        return lane
+
+    def _weight_bytes(self) -> int:
+        return self.manifest.weight_bytes
+
+    def _check_memory(self) -> None:
+        manifest, slots = self.manifest, self.options.slots
+        rows = slots * (self.capacity + manifest.max_pending)
+        # A sequence's own, in every width up to the longest, and a padded copy where several share calls.
+        longest = manifest.encoder_capacity
+        rows += slots * (2 * longest + (longest + STEP if slots > 1 else 0)) if longest else 0
+        cache = rows * manifest.kv_bytes_per_token
+        # At least: what two engines share, as the head, each has for itself.
+        weights = self._weight_bytes()
+        what = f"{cache / 1e6:.1f} MB of KV cache ({rows} positions) and {weights / 1e6:.1f} MB of weights"
+        logger.info("device %s: %s", self.cuda, what)
+        self.cuda.require(cache + weights, what)

@@ -1,0 +1,280 @@
+"""A CUDA device through cuda-python: its memory, streams and events. Nothing here waits but `wait` and `synchronize`.
+
+Not yet run on a GPU; checked against tests/fake_cuda.py, which has the names and signatures of cuda-python.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from runtime.cuda.device_array import DeviceArray, Memory
+from runtime.errors import CapacityError, DeviceError
+
+INSTALL = "pip install 'freeexport[gpu]'"
+# What leaves a device unusable for the rest of the process (CUDA Runtime API, cudaError_t): its context is lost.
+LOST = frozenset(
+    f"cudaError{name}"
+    for name in (
+        "IllegalAddress", "LaunchFailure", "LaunchTimeout", "Assert", "HardwareStackError", "IllegalInstruction",
+        "MisalignedAddress", "InvalidAddressSpace", "InvalidPc", "ECCUncorrectable", "NvlinkUncorrectable",
+        "DevicesUnavailable", "ContextIsDestroyed", "Contained", "TensorMemoryLeak", "ExternalDevice", "Unknown",
+    )
+)  # fmt: skip
+
+
+class Cuda:
+    """Device number `index`, for all threads. What it hands out is freed by `close`.
+
+    After an error that loses the device every use raises DeviceError, but `close`, which then frees nothing.
+    """
+
+    def __init__(self, index: int, runtime: Any = None) -> None:
+        """`runtime`: the module cuda.bindings.runtime, imported where it is None. DeviceError where there is no
+        cuda-python, no driver, or no such device."""
+        self.index = index
+        self.runtime = runtime or _import_runtime()
+        self.lost = ""
+        # Held by whoever puts much into a stream, so that another can be captured without being disturbed.
+        self.undisturbed = threading.Lock()
+        # Python may collect garbage, and so come to `free`, while this thread holds it.
+        self._lock = threading.RLock()
+        self._put_off: deque[int] = deque()
+        self._memory: dict[int, int] = {}
+        self._pinned: dict[int, int] = {}
+        self._streams: list[Stream] = []
+        self._events: list[Event] = []
+        self._check_driver()
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index}"
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """A function of the CUDA Runtime API: what it returns after its error code. Raises DeviceError."""
+        if self.lost:
+            raise DeviceError(f"device {self} was lost ({self.lost}); close the session and start the program anew")
+        failed, *values = getattr(self.runtime, name)(*arguments)
+        if int(failed):
+            raise self._error(name, failed)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def make_current(self) -> None:
+        """Make it the device of this thread: needed before memory, streams and events are made."""
+        self.call("cudaSetDevice", self.index)
+
+    def free_memory(self) -> int:
+        """Bytes that can be allocated."""
+        self.make_current()
+        self._free_put_off()
+        free, _ = self.call("cudaMemGetInfo")
+        return int(free)
+
+    def require(self, needed: int, what: str) -> None:
+        """CapacityError where fewer than `needed` bytes are free; `what` needs them."""
+        free = self.free_memory()
+        if needed > free:
+            raise CapacityError(
+                f"{what} needs {needed} bytes of device {self}, and {free} are free; lower capacity or slots, or free "
+                "memory there"
+            )
+
+    def stream(self, urgent: bool) -> Stream:
+        """A new stream that waits for no other; what is `urgent` goes before what is not, where both are ready."""
+        self.make_current()
+        least, greatest = self.call("cudaDeviceGetStreamPriorityRange")
+        flags, priority = self.runtime.cudaStreamNonBlocking, greatest if urgent else least
+        stream = Stream(self, self.call("cudaStreamCreateWithPriority", flags, priority))
+        self._streams.append(stream)
+        return stream
+
+    def event(self, timed: bool = False) -> Event:
+        """A new event, of the past until it is recorded."""
+        self.make_current()
+        flags = self.runtime.cudaEventDefault if timed else self.runtime.cudaEventDisableTiming
+        event = Event(self, self.call("cudaEventCreateWithFlags", flags))
+        self._events.append(event)
+        return event
+
+    def empty(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
+        """Device memory whose copies are put into `stream`; freed with its last view. CapacityError where it is too
+        much."""
+        dtype = np.dtype(dtype)
+        size = max(1, int(np.prod(shape, dtype=np.int64)) * dtype.itemsize)
+        self.make_current()
+        self._free_put_off()
+        address = int(self.call("cudaMalloc", size))
+        with self._lock:
+            self._memory[address] = size
+        return DeviceArray(Memory(self, address, size, stream), address, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
+        """The same, zeroed in `stream`."""
+        array = self.empty(shape, dtype, stream)
+        self.call("cudaMemsetAsync", array.address, 0, array.memory.size, stream.handle)
+        return array
+
+    def pinned(self, size: int) -> np.ndarray:
+        """Host memory uint8 [size] that copies to and from the device do not have to wait for. Lives until `close`."""
+        import ctypes
+
+        self.make_current()
+        address = int(self.call("cudaHostAlloc", max(1, size), self.runtime.cudaHostAllocPortable))
+        with self._lock:
+            self._pinned[address] = size
+        return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
+
+    def free(self, address: int) -> None:
+        """Give device memory back: at once, or where another thread may be capturing, when memory is next wanted.
+        After `close`, or where the device is lost, nothing is left to give back."""
+        self._put_off.append(address)
+        self._free_put_off()
+
+    def _free_put_off(self) -> None:
+        # Whatever thread collects garbage comes here: it must neither disturb a capture nor wait for its end.
+        if not self._put_off or not self.undisturbed.acquire(blocking=False):
+            return
+        try:
+            while self._put_off:
+                address = self._put_off.popleft()
+                with self._lock:
+                    known = self._memory.pop(address, None)
+                if known is not None and not self.lost:
+                    self.runtime.cudaFree(address)
+        finally:
+            self.undisturbed.release()
+
+    def close(self) -> None:
+        """Wait for all streams and free everything. Idempotent, and silent where the device is lost: then the driver
+        has freed it."""
+        with self._lock:
+            memory, self._memory = self._memory, {}
+            pinned, self._pinned = self._pinned, {}
+            streams, self._streams = self._streams, []
+            events, self._events = self._events, []
+        if self.lost:
+            return
+        runtime = self.runtime
+        for stream in streams:
+            runtime.cudaStreamSynchronize(stream.handle)
+        for address in memory:
+            runtime.cudaFree(address)
+        for address in pinned:
+            runtime.cudaFreeHost(address)
+        for event in events:
+            runtime.cudaEventDestroy(event.handle)
+        for stream in streams:
+            runtime.cudaStreamDestroy(stream.handle)
+
+    def _error(self, name: str, failed: Any) -> Exception:
+        code = getattr(failed, "name", str(failed))
+        text = f"{name}: {code}, {_text(self.runtime, failed)}"
+        if code == "cudaErrorMemoryAllocation":
+            return CapacityError(f"device {self} has too little memory ({text}); lower capacity or slots")
+        if code in LOST:
+            self.lost = text
+            return DeviceError(
+                f"device {self} was lost ({text}); requests in flight end here: close the session, start anew"
+            )
+        return DeviceError(f"device {self} refused a call ({text}); run freeexport doctor")
+
+    def _check_driver(self) -> None:
+        failed, version = self.runtime.cudaDriverGetVersion()
+        if int(failed) or not version:
+            raise DeviceError(f"device {self}: no NVIDIA driver is loaded here; install one, or choose device='cpu'")
+        failed, count = self.runtime.cudaGetDeviceCount()
+        name = getattr(failed, "name", str(failed))
+        if name == "cudaErrorInsufficientDriver":
+            _, own = self.runtime.cudaRuntimeGetVersion()
+            raise DeviceError(
+                f"device {self}: the driver is for CUDA {dotted(version)} and cuda-python for {dotted(own)}; "
+                f"install a newer driver, or pip install 'cuda-python=={version // 1000}.*'"
+            )
+        if int(failed) and name != "cudaErrorNoDevice":
+            raise DeviceError(f"device {self}: CUDA does not start ({name}); run freeexport doctor")
+        count = 0 if int(failed) else count
+        if self.index >= count:
+            raise DeviceError(f"device {self} does not exist: this machine shows {count} CUDA devices; choose another")
+
+
+class Stream:
+    """A queue of the device. `handle` is what its functions take, int(handle) its address."""
+
+    def __init__(self, cuda: Cuda, handle: Any) -> None:
+        self.cuda, self.handle = cuda, handle
+        self._passing: Event | None = None
+
+    def record(self, event: Event) -> None:
+        """Let `event` happen once all is done that is in the queue now."""
+        self.cuda.call("cudaEventRecord", event.handle, self.handle)
+
+    def wait(self, event: Event) -> None:
+        """What is put into the queue from now on begins after `event`. The host goes on."""
+        self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
+    def follow(self, other: Stream) -> None:
+        """What is put into this queue from now on begins after all that is in `other` now."""
+        if other is not self:
+            if other._passing is None:
+                other._passing = self.cuda.event()
+            other.record(other._passing)
+            self.wait(other._passing)
+
+    def copy(self, target: int, source: int, size: int) -> None:
+        """Put a copy of `size` bytes between addresses, each of the device or pinned, into the queue."""
+        kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self.cuda.call("cudaMemcpyAsync", target, source, size, kind, self.handle)
+
+    def copy_rows(self, target: int, target_step: int, source: int, source_step: int, width: int, rows: int) -> None:
+        """Put a copy of `rows` pieces of `width` bytes into the queue, each a step of bytes behind the last."""
+        kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
+        self.cuda.call("cudaMemcpy2DAsync", target, target_step, source, source_step, width, rows, kind, self.handle)
+
+    def synchronize(self) -> None:
+        """Let the host wait until the queue is empty. Never on the way to a token."""
+        self.cuda.call("cudaStreamSynchronize", self.handle)
+
+
+class Event:
+    """A point in a stream; recorded again, it is another point."""
+
+    def __init__(self, cuda: Cuda, handle: Any) -> None:
+        self.cuda, self.handle = cuda, handle
+
+    def done(self) -> bool:
+        """Whether it has happened."""
+        failed, *_ = self.cuda.runtime.cudaEventQuery(self.handle)
+        if getattr(failed, "name", "") == "cudaErrorNotReady":
+            return False
+        if int(failed):
+            raise self.cuda._error("cudaEventQuery", failed)
+        return True
+
+    def wait(self) -> None:
+        """Let the host wait until it has happened."""
+        self.cuda.call("cudaEventSynchronize", self.handle)
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Seconds of the device between two timed events that have happened."""
+        return float(self.cuda.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
+
+
+def _import_runtime() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise DeviceError(f"a CUDA device needs cuda-python, which cannot be imported ({first}); {INSTALL}") from error
+    return runtime
+
+
+def _text(runtime: Any, failed: Any) -> str:
+    _, text = runtime.cudaGetErrorString(failed)
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+
+
+def dotted(version: int) -> str:
+    """A version as CUDA's functions say it, 13000, as people do: 13.0."""
+    return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,0 +1,1 @@
+"""One sequence: loops, decoder state, beams."""

@@ -1,0 +1,243 @@
+"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import NamedTuple
+
+import numpy as np
+
+from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.slot import SlotCalls
+from runtime.decoding.slot_call import Waits, Work, finish
+from runtime.engines.runner import Event, Lane
+from runtime.result import Stats
+
+# Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
+PREFILL_ROWS = 512
+
+# What to run the shallow decoder on next while a sync pass runs, given what it said on the token before (None at first)
+# and the tokens that it has run ahead on. None: nothing more.
+RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
+
+
+class _Ahead(NamedTuple):
+    """A shallow step taken before its turn, on a token that may turn out to be another."""
+
+    token: int
+    said: Prediction
+    hidden: np.ndarray
+
+
+class _Pass(NamedTuple):
+    """A sync pass that runs beside."""
+
+    event: Event
+    rows: int
+
+
+class Decoder:
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
+    the background count as stacked. `hidden_size` is d, `vocab_size` V, `max_pending` the rows of the stack.
+    `company`: sequences in the last shallow call, this one included. `want_logits` makes predictions carry logits.
+
+    `prefilling`, `stepping` and `syncing` are coroutines that yield the engine calls they need, so that those of
+    several sequences can be run as one; `prefill`, `step` and `sync` run them at once."""
+
+    def __init__(
+        self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+    ) -> None:
+        self.stats = Stats()
+        self.stacked = 0
+        self.company = 1
+        self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
+        self._shallow, self._deep = shallow, deep
+        self._calls = SlotCalls(shallow, deep, slot, hidden_size, vocab_size, max_pending)
+        self._ahead: deque[_Ahead] = deque()
+        self._started = 0
+        self._background: _Pass | None = None
+
+    @property
+    def slot(self) -> int:
+        return self._calls.slot
+
+    def reset(self) -> None:
+        """Begin a new sequence."""
+        self.stats = Stats()
+        self.trim(0)
+
+    def trim(self, length: int) -> None:
+        """Forget all positions from `length` on, what is stacked and what was run ahead."""
+        if self._background is not None:
+            with suppress(Exception):  # a request that nobody waits for any more
+                self._background.event.wait()
+        self._started, self._background = 0, None
+        self._ahead.clear()
+        self.stacked = 0
+        self._shallow.cache.trim(self.slot, length)
+        self._deep.cache.trim(self.slot, length)
+
+    def drop_stack(self) -> None:
+        """Never show the deep decoder what is stacked: its cache stays behind for the rest of the sequence."""
+        self.stacked = 0
+
+    def attend(self, cross: dict[str, np.ndarray]) -> None:
+        """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
+        self._calls.attend(cross)
+
+    def want_logits(self, wanted: bool) -> None:
+        """Whether predictions carry logits: they are copied out of the engines only then."""
+        self._calls.want_logits(wanted)
+
+    def move(self, other: Decoder) -> None:
+        """Take the place of `other`, which is free, and leave it this one's."""
+        for lane in self.lanes:
+            lane.cache.copy_rows(self.slot, other.slot)
+            lane.cache.trim(self.slot, 0)
+        self._calls.exchange(other._calls)
+
+    @property
+    def in_background(self) -> bool:
+        """Whether a deep pass may be running beside."""
+        return self._background is not None
+
+    def prefill(self, tokens: np.ndarray, head: bool) -> Prediction:
+        """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`."""
+        return finish(self.prefilling(tokens, head))
+
+    def step(self, token: int, head: bool) -> Prediction:
+        """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
+        return finish(self.stepping(token, head))
+
+    def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
+        """Deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
+
+        `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep lane
+        runs beside, the shallow one runs `ahead` meanwhile; `step` takes from that what fits.
+        """
+        return finish(self.syncing(heads, drafts, ahead))
+
+    def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
+        """See `prefill`. Between pieces others have a turn."""
+        for start in range(0, len(tokens), PREFILL_ROWS):
+            if start:
+                yield None
+            began = perf_counter()
+            piece = tokens[None, start : start + PREFILL_ROWS]
+            last = start + piece.shape[1] == len(tokens)
+            self._prefill_piece(piece, head and last, last)
+            self.stats.prefill_seconds += perf_counter() - began
+        return self._calls.answer(0)._replace(confidence=self._calls.guess(head).confidence)
+
+    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
+        """See `step`."""
+        calls = self._calls
+        if self._ahead and self._ahead[0].token == token:
+            _, said, hidden = self._ahead.popleft()
+            said = said if head else NOTHING
+        else:
+            if self._ahead:
+                self._drop_ahead()
+            work = calls.step(token, head)
+            yield work
+            self._step_done(work)
+            said, hidden = calls.guess(head), calls.hidden
+        calls.stack[self.stacked] = hidden
+        self.stacked += 1
+        return said
+
+    def syncing(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[list[Prediction]]:
+        """See `sync`."""
+        if self._background is not None:
+            yield from self._finish_background()
+        work = self._deep_work(heads, drafts)
+        if self._deep.beside:
+            self._background = _Pass(work.submit(), work.rows)
+            if ahead is not None:
+                self._run_ahead(self._background.event, ahead)
+            yield from self._finish_background()
+        else:
+            yield work
+            self._deep_done(work.rows, work.seconds)
+        self.stacked = self._started = 0
+        answer, drafted = self._calls.answer, len(drafts)
+        return [answer(row, row < drafted) for row in range(heads)]
+
+    def start_sync(self, least: int) -> None:
+        """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
+        the deep lane runs beside, and none is under way. It answers nothing; its rows stay stacked until `sync`."""
+        under_way = self._background is not None and not self._background.event.done()
+        if self._deep.beside and not under_way and self.stacked - self._started >= least:
+            if self._background is not None:
+                finish(self._finish_background())
+            work = self._deep_work(heads=0, drafts=())
+            self._background = _Pass(work.submit(), work.rows)
+
+    @property
+    def lanes(self) -> tuple[Lane, Lane]:
+        """The shallow and the deep one."""
+        return self._shallow, self._deep
+
+    def lengths(self) -> tuple[int, int]:
+        """Valid positions of the shallow and of the deep cache."""
+        return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
+
+    def _step_done(self, work: Work) -> None:
+        self.stats.shallow_seconds += work.seconds
+        self.company = work.company
+        self._shallow.cache.extend(self._calls.slot, 1)
+
+    def _deep_work(self, heads: int, drafts: Sequence[int]) -> Work:
+        """The deep decoder on the stacked rows that it has not seen."""
+        work = self._calls.sync(self._started, self.stacked, heads, drafts)
+        self._started = self.stacked
+        self.stats.sync_sizes[work.rows] += 1
+        return work
+
+    def _deep_done(self, rows: int, seconds: float) -> None:
+        self.stats.deep_seconds += seconds
+        self.stats.sync_seconds[rows] = self.stats.sync_seconds.get(rows, 0.0) + seconds
+        self._deep.cache.extend(self._calls.slot, rows)
+
+    def _finish_background(self) -> Waits[None]:
+        assert self._background is not None
+        event, rows = self._background
+        began = perf_counter()
+        if not event.done():
+            yield event
+        self._background = None
+        seconds = event.wait()
+        self.stats.overlapped_seconds += max(0.0, seconds - (perf_counter() - began))
+        self._deep_done(rows, seconds)
+
+    def _run_ahead(self, running: Event, ahead: RunAhead) -> None:
+        tokens: list[int] = []
+        said: Prediction | None = None
+        while not running.done() and len(tokens) < self._max_pending:
+            token = ahead(said, tokens)
+            if token is None:
+                return
+            work = self._calls.step(token, head=True)
+            work.run()
+            self._step_done(work)
+            said = self._calls.guess(head=True)
+            # The buffers are overwritten by the next step.
+            logits = None if said.logits is None else said.logits.copy()
+            self._ahead.append(_Ahead(token, said._replace(logits=logits), self._calls.hidden.copy()))
+            tokens.append(token)
+
+    def _drop_ahead(self) -> None:
+        shallow, _ = self.lengths()
+        self._shallow.cache.trim(self.slot, shallow - len(self._ahead))
+        self._ahead.clear()
+
+    def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
+        calls, rows = self._calls, piece.shape[1]
+        hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
+        self._shallow.run_here(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head)))
+        self._shallow.cache.extend(self.slot, rows)
+        self._deep.run_here(calls.bind(calls.deep_piece(hidden, int(deep_head))))
+        self._deep.cache.extend(self.slot, rows)

@@ -1,0 +1,141 @@
+"""The engine calls of one slot of the KV cache, each bound on first use and kept, and the arrays that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.slot_call import Work
+from runtime.engines.onnx import Call
+from runtime.engines.runner import Lane
+
+
+class SlotCalls:
+    """`hidden_size` is d, `vocab_size` V, `max_pending` the most rows of a deep pass.
+
+    `stack` float32 [max_pending, d] is what deep passes read; `hidden` float32 [d] what the last step gave. `cross` is
+    what cross-attention reads.
+    """
+
+    def __init__(
+        self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+    ) -> None:
+        self.slot = slot
+        self._shallow, self._deep = shallow, deep
+        self._vocab_size, self._max_pending = vocab_size, max_pending
+        self.cross: dict[str, np.ndarray] = {}
+        self._read: dict[Lane, dict[str, Any]] = {shallow: {}, deep: {}}
+        self.stack = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._rows = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
+        self.hidden = self._hidden[0, 0]
+        self._token = np.zeros((1, 1), np.int64)
+        self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
+        self._drafted = np.zeros(max_pending, np.int64)
+        self._logits: dict[Lane, np.ndarray] = {}
+        self._past = {
+            lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
+        }
+        self._steps: dict[bool, Work] = {}
+        self._passes: dict[tuple[int, int, bool], Work] = {}
+
+    def attend(self, cross: dict[str, np.ndarray]) -> None:
+        """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
+        self.cross = cross
+        for lane in (self._shallow, self._deep):
+            self._read[lane] = self._cross_of(lane)
+        for work in (*self._steps.values(), *self._passes.values()):
+            work.attend(self._read[work.lane])
+
+    def want_logits(self, wanted: bool) -> None:
+        """Whether predictions carry logits: they are copied out of the engines only then."""
+        if wanted == bool(self._logits):
+            return
+        rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
+        self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
+        self._forget()
+
+    def exchange(self, other: SlotCalls) -> None:
+        """Change places."""
+        self.slot, other.slot = other.slot, self.slot
+        self._past, other._past = other._past, self._past
+        for calls in (self, other):
+            for work in (*calls._steps.values(), *calls._passes.values()):
+                work.forget()
+
+    def step(self, token: int, head: bool) -> Work:
+        """The shallow decoder on one token."""
+        work = self._steps.get(head)
+        if work is None:
+            work = self._steps[head] = self.piece(self._token, self._hidden, head)
+        self._token[0, 0] = token
+        return work
+
+    def guess(self, head: bool) -> Prediction:
+        """What the last step said."""
+        if not head:
+            return NOTHING
+        logits = self._logits[self._shallow][0] if self._logits else None
+        return Prediction(self._guess.item(0), self._confidence.item(0), None, logits)
+
+    def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> Work:
+        """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
+        rows, apart = end - first, first > 0
+        work = self._passes.get((rows, heads, apart))
+        if work is None:
+            hidden = (self._rows if apart else self.stack)[None, :rows]
+            work = self._passes[rows, heads, apart] = self.deep_piece(hidden, heads)
+        if apart:
+            self._rows[:rows] = self.stack[first:end]
+        if drafts:
+            self._drafted[: len(drafts)] = drafts
+        return work
+
+    def answer(self, row: int, drafted: bool = False) -> Prediction:
+        """What the last deep call said at the `row`-th of its heads."""
+        logits = self._logits[self._deep][row] if self._logits else None
+        return Prediction(self._answers.item(row), None, self._nll.item(row) if drafted else None, logits)
+
+    def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Work:
+        """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
+        count = int(head)
+        outputs = {"hidden": hidden, "token": self._guess[:count], "confidence": self._confidence[:count]}
+        return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
+
+    def deep_piece(self, hidden: np.ndarray, heads: int) -> Work:
+        """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
+        inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
+        outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
+        return self._work(self._deep, inputs, outputs, hidden.shape[1], heads)
+
+    def bind(self, work: Work) -> Call:
+        """A call of this slot alone."""
+        lane, rows, past = work.lane, work.rows, self._past[work.lane]
+        shared = {
+            # The cache's own counter: the engine reads it where `extend` and `trim` write it.
+            "past_lengths": lane.cache.lengths[self.slot : self.slot + 1],
+            "query_lengths": np.array([rows], np.int32),
+            "head_rows": np.arange(rows - work.heads, rows, dtype=np.int64),
+        }
+        return lane.engine.bind(
+            {**work.inputs, **shared, **self._read[lane], **{f"past.{name}": item for name, item in past.items()}},
+            {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
+        )
+
+    def _work(self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int) -> Work:
+        logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
+        return Work(self, lane, inputs, {**outputs, **logits}, rows, heads)
+
+    def _cross_of(self, lane: Lane) -> dict[str, Any]:
+        """What the engine of a lane reads of `cross`."""
+        layers = {name.split(".")[0] for name in lane.cache.arrays}
+        read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+        return {name: lane.value(array) for name, array in read.items()}
+
+    def _forget(self) -> None:
+        self._steps.clear()
+        self._passes.clear()

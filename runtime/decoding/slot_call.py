@@ -1,0 +1,102 @@
+"""What a sequence waits for: mostly its part of an engine call, which may be run together with those of others.
+
+Decoding is written as coroutines: generators that yield what they wait for, and go on when it is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from runtime.engines.onnx import Call
+from runtime.engines.runner import Event, Lane
+
+if TYPE_CHECKING:
+    from runtime.decoding.slot import SlotCalls
+
+T = TypeVar("T")
+Said = TypeVar("Said")
+
+
+class Work:
+    """`rows` rows of a sequence for the engine of `lane`, which is to run the head for the last `heads` of them.
+
+    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
+    "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
+    what the call took that it was last part of, and `company` how many sequences were.
+    """
+
+    __slots__ = ("_call", "_used", "calls", "company", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+
+    def __init__(
+        self,
+        calls: SlotCalls,
+        lane: Lane,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        rows: int,
+        heads: int,
+    ) -> None:
+        self.calls, self.lane, self.inputs, self.outputs = calls, lane, inputs, outputs
+        self.rows, self.heads, self.seconds, self.company = rows, heads, 0.0, 1
+        self._call: Call | None = None
+        self._used = False
+
+    def submit(self) -> Event:
+        """Run it by itself, where calls of its lane run."""
+        return self.lane.submit(self._bound())
+
+    def run(self) -> None:
+        """Run it by itself, to its end."""
+        self.seconds, self.company = self.lane.run(self._bound()), 1
+
+    def _bound(self) -> Call:
+        if self._call is None:
+            self._call = self.calls.bind(self)
+        self._used = True
+        return self._call
+
+    def attend(self, cross: Mapping[str, Any]) -> None:
+        """Read this instead of what the sequence before did. A call that it did not use is forgotten."""
+        if self._call is not None and self._used:
+            self._call.rebind(cross, {})
+        else:
+            self._call = None
+        self._used = False
+
+    def forget(self) -> None:
+        """The slot has changed: bind again."""
+        self._call = None
+
+
+# Work to be run, an event to happen, or None: others may have a turn.
+Waiting = Work | Event | None
+Waits = Generator[Waiting, None, T]
+
+
+def alone(coroutine: Generator[Waiting | Said, None, T]) -> Generator[Said, None, T]:
+    """Run what a coroutine waits for, at once, and pass on the other things that it yields."""
+    try:
+        item = next(coroutine)
+        while True:
+            if isinstance(item, Work):
+                item.run()
+            elif item is not None and not isinstance(item, Event):
+                yield item
+            item = next(coroutine)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        coroutine.close()
+
+
+def finish(coroutine: Waits[T]) -> T:
+    """Run a coroutine to its end by itself: what it returns."""
+    rest: Generator[Any, None, T] = alone(coroutine)
+    try:
+        while True:
+            next(rest)
+    except StopIteration as end:
+        result: T = end.value
+        return result

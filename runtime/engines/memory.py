@@ -1,0 +1,48 @@
+"""What the caches of a session may come to, and whether that is there."""
+
+from __future__ import annotations
+
+import logging
+
+from runtime.bundle.manifest import Manifest
+from runtime.engines.cross_cache import STEP
+from runtime.errors import CapacityError
+from runtime.machine.machine import available_memory
+
+logger = logging.getLogger(__name__)
+
+
+def check_memory(manifest: Manifest, capacity: int, slots: int) -> None:
+    """CapacityError where the caches, full, are more than the memory that is available: self-attention's, and of an
+    encoder-decoder what cross-attention reads, with prompts as long as the bundle allows."""
+    rows, each = capacity + manifest.max_pending, manifest.kv_bytes_per_token
+    need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
+    read = cross_positions(manifest.encoder_capacity, slots)
+    if read:
+        need += read * each
+        what += f", and {read} positions of prompts"
+    logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
+    available = available_memory()
+    if available is not None and need > available:
+        raise CapacityError(
+            f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
+            f"lower {'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
+        )
+
+
+def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
+    """CapacityError where the caches of a beam search, should it come to so many positions, are more than the memory
+    that is available."""
+    need, available = beams * positions * manifest.kv_bytes_per_token, available_memory()
+    if available is not None and need > available:
+        raise CapacityError(
+            f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB is available; "
+            "lower num_beams or max_new_tokens"
+        )
+
+
+def cross_positions(longest: int, slots: int) -> int:
+    """Most positions of prompts that are kept for cross-attention: each sequence's own, and a padded copy where several
+    share calls (CrossRows)."""
+    padded = -(-longest // STEP) * STEP if slots > 1 else 0
+    return slots * (longest + padded)

@@ -1,0 +1,1 @@
+"""Cores, memory, device names, cache directory."""

@@ -1,0 +1,80 @@
+"""What this process may use of the machine: cores and memory, as the kernel and its cgroup allow."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from pathlib import Path
+
+from runtime.bundle.manifest import Manifest
+from runtime.bundle.precision import Int8Range
+from runtime.errors import EngineError
+from runtime.machine.cgroup import cpu_quota, memory_left
+
+_CPUINFO = "/proc/cpuinfo"
+_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
+
+
+def usable_cores() -> int:
+    """Physical cores this process may run on, at least 1: its affinity, less a cgroup's quota."""
+    try:
+        cpus = sorted(os.sched_getaffinity(0))
+    except AttributeError:
+        return max(1, (os.cpu_count() or 1) // 2)
+    cores = {(_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}") for cpu in cpus}
+    quota = cpu_quota()
+    return max(1, len(cores) if quota is None else min(len(cores), math.floor(quota)))
+
+
+def machine_int8_range() -> Int8Range:
+    """How large 8-bit weights may be here: "reduced" on x86 processors without VNNI, which add pairs of 8-bit products
+    in 16 bits and saturate. "full" elsewhere, and where the system does not say."""
+    flags = cpu_features()
+    return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
+
+
+def cpu_features() -> frozenset[str]:
+    """What the first processor can, in the kernel's words; empty where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path(_CPUINFO).read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
+
+
+def available_memory() -> int | None:
+    """Bytes that can be allocated without swapping; None where the system does not say."""
+    limits = [_meminfo(), memory_left()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _topology(cpu: int, name: str) -> str | None:
+    return _first_line(Path(_TOPOLOGY.format(cpu, name)))
+
+
+def _meminfo() -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def _first_line(path: Path) -> str | None:
+    try:
+        return path.read_text().split("\n")[0].strip()
+    except OSError:
+        return None
+
+
+def check_int8_range(manifest: Manifest) -> None:
+    """EngineError where the bundle's 8-bit weights use the full range and sums of their products saturate here."""
+    # Those for a GPU are widened before they are multiplied, wherever that is. Our own kernels do not saturate.
+    quantization = manifest.quantization if manifest.target == "cpu" and manifest.kernels is None else None
+    if quantization is not None and quantization.int8_range == "full" and machine_int8_range() == "reduced":
+        raise EngineError(
+            "this bundle's 8-bit weights need a processor with 8-bit dot products (VNNI), which this one lacks; "
+            "convert with --int8-range reduced"
+        )

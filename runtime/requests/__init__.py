@@ -1,0 +1,1 @@
+"""Prompt + options -> request -> response, sync and asyncio."""

@@ -1,0 +1,1 @@
+"""Many sequences: turns, batching, who drives."""

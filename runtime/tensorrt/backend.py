@@ -1,0 +1,64 @@
+"""A session's engines on TensorRT: those that `freeexport build` made for this GPU.
+
+Not yet run on a GPU; checked against tests/fake_cuda_graphs.py and tests/fake_tensorrt.py.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.cuda.backend import CudaPlacement
+from runtime.cuda.driver import Stream
+from runtime.cuda.staging import ALIGNMENT
+from runtime.engines.backend import cache_sizes
+from runtime.errors import CapacityError, OptionError
+from runtime.machine.device import Device
+from runtime.options import SessionOptions
+from runtime.tensorrt.engine import TensorRTEngine
+from runtime.tensorrt.files import find_engine, read_record
+from runtime.tensorrt.library import architecture_of, import_tensorrt
+
+
+class TensorRTPlacement(CudaPlacement):
+    """On `device`. EngineError where an engine is not built, or only for other weights, another GPU or TensorRT;
+    OptionError where the engines take fewer sequences a call than there are slots."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
+        self._files: dict[str, Path] = {}
+        super().__init__(bundle, options, capacity, threads, device)
+
+    def _check_installed(self, device: Device) -> None:
+        import_tensorrt()
+
+    def _check_memory(self) -> None:
+        version, here = str(import_tensorrt().__version__), architecture_of(self.cuda)
+        for name in (Path(file).stem for file in engine_files(self.manifest)):
+            self._files[name] = find_engine(self.bundle, name, version, here, self.options.verify)
+        self._check_slots()
+        super()._check_memory()
+
+    def _weight_bytes(self) -> int:
+        """Every engine has its own."""
+        return sum(path.stat().st_size for path in self._files.values())
+
+    def _check_slots(self) -> None:
+        slots, manifest = self.options.slots, self.manifest
+        records = [read_record(path) for path in self._files.values()]
+        most = min(record.plan.profiles[0].ranges["B"][2] for record in records if record is not None)
+        if slots > most:
+            raise OptionError(
+                f"slots is {slots}, and the TensorRT engines of this bundle take {most} sequences a call; "
+                f"choose slots={most}, or run: freeexport build {self.bundle.path} --max-batch {slots}"
+            )
+        _, _, *shape, dtype = cache_sizes(manifest, manifest.deep_layers, slots, self.capacity)
+        size = math.prod(shape) * dtype().itemsize
+        if slots > 1 and size % ALIGNMENT:
+            raise CapacityError(
+                f"a slot of this bundle's KV cache has {size} bytes a layer, no multiple of {ALIGNMENT} as TensorRT "
+                "wants it for several slots; choose slots=1, or convert with another --capacity"
+            )
+
+    def _engine(self, name: str, stream: Stream, captures: bool) -> TensorRTEngine:
+        return TensorRTEngine(self._files[name], stream, captures)

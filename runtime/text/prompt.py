@@ -1,0 +1,127 @@
+"""A prompt in any of its three forms, checked and turned into token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeGuard, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from runtime.errors import PromptError
+from runtime.text.tokenizer import Tokenizer
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDArray[np.integer[Any]]
+
+# Real text has 1 to 6 bytes a token, indented code up to about 16. A text longer than 64 bytes for each allowed token
+# is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenising megabytes takes seconds.
+MAX_BYTES_PER_TOKEN = 64
+
+NO_TOKENIZER = "the bundle has no tokenizer"
+UNTRUSTED = "the session does not load the bundle's tokenizer (trust_templates=False)"
+
+_FORMS = "pass text, a list of token ids, or a list of {'role', 'content'} messages"
+
+
+def encode_prompt(
+    prompt: Prompt,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    limit: int,
+    parse_special: bool | None = None,
+    missing: str = NO_TOKENIZER,
+) -> npt.NDArray[np.int64]:
+    """Token ids [n] of `prompt`, 1 <= n <= limit, each in 0..vocab_size-1.
+
+    Text gets the tokenizer's special tokens, a list of ids (or an integer array [n]) is taken as it is, and a list of
+    messages goes through the chat template. `limit` is the most tokens allowed. Control tokens spelled in the prompt
+    become their ids where `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer.
+    Raises PromptError for a prompt that is empty, too long, not valid text, out of range, or of a form that the bundle
+    cannot take.
+    """
+    if tokenizer is None and (isinstance(prompt, str) or _is_chat(prompt)):
+        form = "text" if isinstance(prompt, str) else "chat"
+        raise PromptError(f"{missing}, so it takes no {form}; pass the prompt as a list of token ids")
+    if isinstance(prompt, str):
+        assert tokenizer is not None
+        return _checked(_encode_text(prompt, tokenizer, limit, parse_special in (None, True)), vocab_size, limit)
+    if isinstance(prompt, np.ndarray):
+        return _checked(_listed(prompt, limit), vocab_size, limit)
+    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
+        raise PromptError(f"the prompt is {type(prompt).__name__}; {_FORMS}")
+    if _is_chat(prompt):
+        assert tokenizer is not None
+        return _checked(_encode_chat(prompt, tokenizer, limit, bool(parse_special)), vocab_size, limit)
+    return _checked(prompt, vocab_size, limit)
+
+
+def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+
+
+def _encode_text(text: str, tokenizer: Tokenizer, limit: int, parse_special: bool) -> list[int]:
+    _check_text(text, limit)
+    return tokenizer.encode(text, parse_special=parse_special)
+
+
+def _check_text(text: str, limit: int) -> None:
+    if not text:
+        raise PromptError("the prompt is empty; pass at least one character")
+    most = limit * MAX_BYTES_PER_TOKEN
+    size = len(text) if len(text) > most else _utf8_size(text)
+    if size > most:
+        raise PromptError(
+            f"the prompt has {size} bytes or more, too many for the {limit} tokens that fit; "
+            "shorten it, or convert with a larger capacity"
+        )
+
+
+def _utf8_size(text: str) -> int:
+    try:
+        return len(text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}; "
+            "remove it, or decode the source as UTF-8"
+        ) from None
+
+
+def _encode_chat(
+    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, limit: int, parse_special: bool
+) -> list[int]:
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise PromptError(f"message {index} is {type(message).__name__}; {_FORMS}")
+        for name in ("role", "content"):
+            if not isinstance(message.get(name), str):
+                problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
+                raise PromptError(f"{name!r} of message {index} {problem}; give each message a role and a content text")
+    return tokenizer.encode_chat(messages, parse_special=parse_special, check=lambda text: _check_text(text, limit))
+
+
+def _listed(ids: npt.NDArray[Any], limit: int) -> list[int]:
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        raise PromptError(f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]")
+    _check_count(len(ids), limit)
+    return cast(list[int], ids.tolist())
+
+
+def _checked(ids: Sequence[Any], vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
+    _check_count(len(ids), limit)
+    for index, value in enumerate(ids):
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+            raise PromptError(f"token id {index} of the prompt is {str(value)[:40]!r}, not an integer; {_FORMS}")
+        if not 0 <= value < vocab_size:
+            raise PromptError(
+                f"token id {index} of the prompt is {str(value)[:40]}; the ids of this bundle are 0 to {vocab_size - 1}"
+            )
+    return np.array(ids, dtype=np.int64)
+
+
+def _check_count(count: int, limit: int) -> None:
+    if count == 0:
+        raise PromptError("the prompt is empty; pass at least one token")
+    if count > limit:
+        raise PromptError(
+            f"the prompt has {count} tokens, at most {limit} fit; shorten it, or convert with a larger capacity"
+        )

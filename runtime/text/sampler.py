@@ -1,0 +1,119 @@
+"""How a token is chosen from logits, in the order of transformers' `generate`: processors, then warpers, then a draw.
+
+The draw is an exponential race: token v wins where E_v / p_v is least, with E_v exponential, which happens with
+probability p_v. The E of a position depend on the seed and the position alone: both decoders draw with the same ones.
+A draft is kept where the deep decoder's draw is the same token. What comes out is then the deep decoder's own draw: the
+distribution, and for a seed the very tokens, of mode full, however long the drafts were. (Daliri, Musco and Suresh,
+"Coupling without Communication and Drafter-Invariant Speculative Decoding", 2024.) A draft is kept with probability at
+least (1 - d) / (1 + d), where d is the total variation between the decoders; the acceptance test of Leviathan et al.
+2023 keeps 1 - d, but its tokens depend on how long drafts happen to be, and so on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.errors import OptionError
+from runtime.text.logits_processors import (
+    bias_sequences,
+    forbid,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    log_softmax,
+    penalise_repetition,
+    softmax,
+)
+
+# As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
+# is chosen, and chosen again: the same arguments must give the same scores.
+LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Warping:
+    """What sampling does to scores before it draws. 1.0, 0, 1.0 and 0.0 change nothing."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    def __call__(self, scores: np.ndarray) -> np.ndarray:
+        if self.temperature != 1.0:
+            scores = scores / np.float32(self.temperature)
+        if self.top_k:
+            scores = keep_top_k(scores, self.top_k)
+        if self.top_p < 1.0:
+            scores = keep_top_p(scores, self.top_p)
+        return keep_min_p(scores, self.min_p) if self.min_p else scores
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Chooses a token: a function of the logits, the tokens before, and the seed alone. `warping` None is arg max.
+
+    `prompt_length` of the tokens before are the prompt. `seed` is two numbers: the request's, and which of its samples.
+    """
+
+    prompt_length: int
+    eos: frozenset[int] = frozenset()
+    min_new_tokens: int = 0
+    repetition_penalty: float = 1.0
+    sequence_bias: Mapping[tuple[int, ...], float] | None = None
+    processors: tuple[LogitsProcessor, ...] = ()
+    warping: Warping | None = None
+    seed: tuple[int, int] = (0, 0)
+
+    def __call__(self, logits: np.ndarray, context: np.ndarray) -> int:
+        """The token after `context`, int64 [n], from logits float32 [V], which stay as they are.
+
+        Raises OptionError for what a processor of the caller returned, if it cannot be used.
+        """
+        scores = self.process(logits, context)
+        if self.warping is None:
+            return int(scores.argmax())
+        return race(softmax(self.warping(scores)), self.seed, len(context))
+
+    def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
+        scores = logits
+        if self.sequence_bias:
+            scores = bias_sequences(scores, context, self.sequence_bias)
+        if self.repetition_penalty != 1.0:
+            scores = penalise_repetition(scores, context, self.repetition_penalty)
+        if self.eos and len(context) - self.prompt_length < self.min_new_tokens:
+            scores = forbid(scores, self.eos)
+        for processor in self.processors:
+            scores = _processed(processor, scores, context)
+        return scores
+
+
+def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:
+    """A draw from `probabilities` float64 [V]: the same for the same seed and position."""
+    bits = np.random.Philox(key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
+    times = np.random.Generator(bits).standard_exponential(len(probabilities))
+    arrivals = np.full(len(probabilities), np.inf)
+    np.divide(times, probabilities, out=arrivals, where=probabilities > 0)
+    return int(arrivals.argmin())
+
+
+def log_probability(logits: np.ndarray, token: int) -> float:
+    """Nats, of raw logits float32 [V]."""
+    return float(log_softmax(logits)[token])
+
+
+def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarray) -> np.ndarray:
+    name = getattr(processor, "__name__", type(processor).__name__)
+    # Copies: a processor may write where it reads, and what it gets must not change later.
+    result = np.asarray(processor(context[None].copy(), scores[None].copy()))
+    if result.shape != (1, len(scores)) or not np.issubdtype(result.dtype, np.floating):
+        raise OptionError(
+            f"logits_processor {name} returned {result.dtype} {list(result.shape)}; return floats [1, {len(scores)}]"
+        )
+    row: np.ndarray = result[0].astype(np.float32)
+    if np.isnan(row).any() or not np.isfinite(row.max()):
+        raise OptionError(f"logits_processor {name} left no token to choose (NaN, or all minus infinity); mend it")
+    return row

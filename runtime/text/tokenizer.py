@@ -1,0 +1,199 @@
+"""Text to token ids and back, as the bundle's tokenizer.json and chat template say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Container, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from runtime.errors import BundleError, PromptError
+from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
+from runtime.text.control_tokens import ControlTokens, Escaped
+from runtime.text.tokenizer_growth import growth_problem
+
+if TYPE_CHECKING:
+    from runtime.text.chat_template import ChatTemplate
+
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+LARGEST_CONFIG = 4 << 20  # bytes
+
+
+class Tokenizer:
+    """The tokenizer of a bundle. Safe to use from many threads at once.
+
+    `special_ids` are the ids that `decode` leaves out, `special_tokens` the strings a chat template may name
+    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts` and `known_bytes`: what streams have
+    found single tokens in mid-text to be, where that depends on nothing else.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        chat_template: str | None = None,
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        self.known_texts: dict[int, str] = {}
+        self.known_bytes: dict[int, bytes] = {}
+        self.chat_template = chat_template
+        self.special_tokens = dict(special_tokens or {})
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(index for index, token in added.items() if token.special)
+
+    @classmethod
+    def load(cls, bundle_dir: Path, listed: Container[str] = FILES) -> Tokenizer | None:
+        """Read tokenizer.json and, where they are there, chat_template.jinja and tokenizer_config.json.
+
+        Only what is `listed` is read: the files of a bundle's manifest. None where that has no tokenizer.json. Raises
+        BundleError when a file cannot be read or parsed.
+        """
+        path = bundle_dir / TOKENIZER
+        source = _read(path, listed, LARGEST_FILE)
+        if source is None:
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_str(source)
+        except BaseException as error:  # the library raises bare Exception for everything it cannot parse
+            if not _by_the_library(error):
+                raise
+            raise _broken(path, error) from None
+        problem = growth_problem(backend)
+        if problem is not None:
+            raise _broken(path, ValueError(problem))
+        template = _read(bundle_dir / CHAT_TEMPLATE, listed, LARGEST_CONFIG)
+        return cls(backend, template, _special_tokens(bundle_dir / TOKENIZER_CONFIG, listed))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, added ones included; a model's embedding may have more rows."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, *, special: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False.
+
+        Control tokens that `text` spells become their ids unless `parse_special` is False: then they are text. Raises
+        PromptError for text that the tokenizer has no tokens for, not even an unknown one.
+        """
+        if parse_special:
+            return self._encoding(self._backend, text, special).ids
+        return self._controls.encode_plain(text, special)
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        parse_special: bool = False,
+        check: Callable[[str], None] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does.
+
+        Control tokens are those that the template writes; those in the messages are text, unless `parse_special`.
+        `check` sees the text before it is encoded.
+        """
+        template = self.chat_template or ""
+        escaped = Escaped(messages, {}, False) if parse_special else self._controls.escape(messages, template)
+        text = self.render_chat(escaped.messages)
+        if check is not None:
+            check(text)
+        if not escaped.found:
+            return self.encode(text, special=False)
+        return self._controls.encode_escaped(text, escaped.characters)
+
+    def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
+        try:
+            return backend.encode(text, add_special_tokens=special)
+        except BaseException as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
+            if not _by_the_library(error):
+                raise
+            raise PromptError(f"the tokenizer cannot encode the text ({_one_line(error)}); change it") from None
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        """The text of a conversation by the chat template, which writes its special tokens itself.
+
+        Raises PromptError when there is no template, or it refuses the messages or takes more steps or characters
+        than a template needs, BundleError when it is not valid.
+        """
+        if self.chat_template is None:
+            raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
+        return self._template.render(messages, self.special_tokens)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special tokens and ids without a token are left out. PromptError where it has none."""
+        try:
+            return self._backend.decode(ids, skip_special_tokens=True)
+        except BaseException as error:
+            if not _by_the_library(error):
+                raise
+            raise PromptError(
+                f"the tokenizer cannot decode the {len(ids)} tokens ({_one_line(error)}); change the prompt, "
+                "or mend the decoder in tokenizer.json"
+            ) from None
+
+    def token(self, token_id: int) -> str | None:
+        """The token as the vocabulary spells it, not as text; None for an id that has none."""
+        return self._backend.id_to_token(token_id)
+
+    @cached_property
+    def decoder_steps(self) -> tuple[dict[str, Any], ...]:
+        """The steps that make text of tokens, in order, each as tokenizer.json describes it; a sequence is flat."""
+        return tuple(_flat(json.loads(self._backend.decoder.__getstate__()))) if self._backend.decoder else ()
+
+    @cached_property
+    def _controls(self) -> ControlTokens:
+        return ControlTokens(self._backend, self._encoding)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        from runtime.text.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
+
+        return ChatTemplate(self.chat_template or "")
+
+
+def _read(path: Path, listed: Container[str], limit: int) -> str | None:
+    if path.name not in listed or not path.exists():
+        return None
+    try:
+        return read_text(path, limit)
+    except UnreadableError as error:
+        raise _broken(path, error) from None
+
+
+def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
+    if path.name not in listed or not path.exists():
+        return {}
+    config = read_object(path, "convert the checkpoint again", limit=LARGEST_CONFIG)
+    contents = {
+        name: value.get("content") if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token")
+    }
+    return {name: value for name, value in contents.items() if isinstance(value, str)}
+
+
+def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
+    if decoder["type"] != "Sequence":
+        return [decoder]
+    return [step for inner in decoder["decoders"] for step in _flat(inner)]
+
+
+def _by_the_library(error: BaseException) -> bool:
+    """Whether tokenizers raised it. A panic of its Rust code, as of a regular expression that gives up, comes as a
+    BaseException, which would end whatever thread this is."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _broken(path: Path, error: BaseException) -> BundleError:
+    return BundleError(f"{path} cannot be read ({_one_line(error)}); convert the checkpoint again")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
