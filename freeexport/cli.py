@@ -18,7 +18,7 @@ import click
 
 from freeexport import __version__
 from freeexport.__main__ import INTERRUPTED
-from freeexport.extras import extra_of, install_command
+from freeexport.system.extras import extra_of, install_command
 from runtime.errors import FreeExportError
 
 # In the order of use. A verb whose module this installation lacks is not listed.

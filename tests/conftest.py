@@ -64,8 +64,8 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Converts a case once for each exit layer and options, neither verified nor measured."""
-    from freeexport.convert import convert
-    from freeexport.convert_options import ConvertOptions
+    from freeexport.commands.convert import convert
+    from freeexport.conversion.options import ConvertOptions
 
     converted: dict[Any, Path] = {}
 

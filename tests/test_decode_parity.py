@@ -140,7 +140,7 @@ def test_verification_passes_in_fp16(
 
 
 def assert_verified(path: Any, model: Any) -> None:
-    from freeexport.verification import failure, verify
+    from freeexport.verification.verification import failure, verify
     from runtime import Bundle
 
     report = verify(Bundle.open(path), str(model))

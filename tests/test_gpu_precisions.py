@@ -12,8 +12,8 @@ import pytest
 from checkpoints import CASES, PROMPTS, Case
 from conftest import Bundles
 
-from freeexport.checkpoint import Checkpoint
-from freeexport.verification import failure, verify
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.verification.verification import failure, verify
 from graphs.quantization.rounding import round_4_bits, round_8_bits
 from graphs.quantization.symmetric import round_blocks, round_rows
 from runtime import Bundle, Session
@@ -63,8 +63,8 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 @pytest.fixture
 def rounded_first(bundle: Bundles, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bundle that rounds nothing, of a checkpoint whose linear weights were changed."""
-    from freeexport.convert import convert
-    from freeexport.convert_options import ConvertOptions
+    from freeexport.commands.convert import convert
+    from freeexport.conversion.options import ConvertOptions
 
     def make(case: Case, change: Callable[[str, np.ndarray], np.ndarray], **options: Any) -> Path:
         read = Checkpoint.read

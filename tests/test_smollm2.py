@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 from reference import assert_same_tokens, replay
 
-from freeexport.bundled_models import smollm2
-from freeexport.checkpoint import open_checkpoint
-from freeexport.convert import convert
-from freeexport.convert_options import ConvertOptions
-from freeexport.greedy import NEW_TOKENS, TIE, compare
-from freeexport.reference import reference_model
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.commands.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from freeexport.verification.greedy_parity import NEW_TOKENS, TIE, compare
 from runtime import FreeExportError, Session
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]

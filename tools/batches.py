@@ -23,13 +23,13 @@ from typing import Any
 import click
 import numpy as np
 
-from freeexport.bench_run import SETTLE
-from freeexport.benchmark import bench_prompts
-from freeexport.idle import is_idle, require_idle
-from freeexport.machine import detect_machine
-from freeexport.output_file import write_whole
-from freeexport.progress import progress
-from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
+from freeexport.benchmark.benchmark import bench_prompts
+from freeexport.benchmark.rounds import SETTLE
+from freeexport.costs.forced_exits import THRESHOLD, ReplaySession, exit_trace
+from freeexport.system.idle import is_idle, require_idle
+from freeexport.system.machine import detect_machine
+from freeexport.system.output_file import write_whole
+from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.machine.machine import usable_cores

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from freeexport.bench_report import COLUMNS, SCHEMA, cells, notes
+from freeexport.benchmark.report import COLUMNS, SCHEMA, cells, notes
 
 PAGE = Path("docs/benchmarks.md")
 HEADER = """# Benchmarks

@@ -18,16 +18,16 @@ from typing import Any, get_args
 import click
 import numpy as np
 
-from freeexport.calibrate import open_source
-from freeexport.calibration import check_enough, collect, read_data
-from freeexport.calibration_options import CalibrateOptions
-from freeexport.exit_replay import replay
-from freeexport.output_file import check_writable, write_whole
-from freeexport.page import print_page, table
-from freeexport.plot_style import save_figure
-from freeexport.sequence_metrics import Metric
-from freeexport.threshold_choice import choose
-from freeexport.trace import Traces
+from freeexport.calibration.calibrate import check_enough, collect, read_data
+from freeexport.calibration.choose import choose
+from freeexport.calibration.metrics import Metric
+from freeexport.calibration.options import CalibrateOptions
+from freeexport.commands.calibrate import open_source
+from freeexport.system.output_file import check_writable, write_whole
+from freeexport.system.page import print_page, table
+from freeexport.system.plot import save_figure
+from freeexport.traces.simulate import replay
+from freeexport.traces.trace import Traces
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.errors import CalibrationError
 from tools.data.splits import run

@@ -16,7 +16,7 @@ from typing import get_args
 
 import click
 
-from freeexport.training_options import EXIT_LOSSES, LossName
+from freeexport.training.options import EXIT_LOSSES, LossName
 from tools.data.splits import DataError, run
 
 

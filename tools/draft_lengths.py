@@ -22,10 +22,10 @@ from unittest import mock
 import click
 import numpy as np
 
-from freeexport.benchmark import bench_prompts
-from freeexport.draft_replay import DraftSession
-from freeexport.idle import require_idle
-from freeexport.output_file import check_writable, write_whole
+from freeexport.benchmark.benchmark import bench_prompts
+from freeexport.costs.forced_drafts import DraftSession
+from freeexport.system.idle import require_idle
+from freeexport.system.output_file import check_writable, write_whole
 from runtime.adaptation.draft_length import Pace
 from runtime.bundle.bundle import Bundle
 from runtime.result import Stats

@@ -24,8 +24,8 @@ from unittest import mock
 import click
 import numpy as np
 
-from freeexport.benchmark import bench_prompts
-from freeexport.progress import Advance, progress
+from freeexport.benchmark.benchmark import bench_prompts
+from freeexport.system.progress import Advance, progress
 from runtime import GenerationResult, Session
 from runtime.adaptation.draft_length import Pace
 from runtime.bundle.bundle import Bundle

@@ -15,8 +15,8 @@ from typing import Any
 
 import click
 
-from freeexport.phonemes import Errors, errors
-from freeexport.progress import progress
+from freeexport.calibration.metrics import Errors, errors
+from freeexport.system.progress import progress
 from runtime import Session
 from runtime.options import Mode
 from tools.data.splits import run

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import click
 
-from freeexport.phonemes import Errors, errors
-from freeexport.progress import progress
+from freeexport.calibration.metrics import Errors, errors
+from freeexport.system.progress import progress
 from runtime import GenerationResult, Session
 from runtime.options import Mode
 from tools.data.splits import run

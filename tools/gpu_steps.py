@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from freeexport.convert import ConvertOptions, convert
+from freeexport.commands.convert import ConvertOptions, convert
 from runtime import Session
 from runtime.cuda.runner import CudaLane
 

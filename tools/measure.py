@@ -20,7 +20,7 @@ from time import perf_counter
 import click
 import numpy as np
 
-from freeexport.idle import require_idle
+from freeexport.system.idle import require_idle
 from runtime import Session
 from runtime.machine.machine import usable_cores
 

@@ -21,8 +21,8 @@ from time import perf_counter
 import click
 import numpy as np
 
-from freeexport.idle import require_idle
-from freeexport.machine import detect_machine
+from freeexport.system.idle import require_idle
+from freeexport.system.machine import detect_machine
 from runtime import Session
 from runtime.decoding.decoder import Decoder
 from runtime.errors import OptionError

@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 
-from freeexport.idle import require_idle
+from freeexport.system.idle import require_idle
 from runtime import Bundle
 from runtime.engines.packed_cache import write
 from runtime.engines.packed_entry import read_entry

@@ -26,11 +26,11 @@ from unittest import mock
 
 import click
 
-from freeexport.idle import require_idle
-from freeexport.machine import detect_machine
-from freeexport.peer_catalog import Peer, find_peer
-from freeexport.peer_environment import PeerError
-from freeexport.peer_model import Source, installed, peer_command, peer_model
+from freeexport.benchmark.peers.catalog import Peer, find_peer
+from freeexport.benchmark.peers.environment import PeerError
+from freeexport.benchmark.peers.model import Source, installed, peer_command, peer_model
+from freeexport.system.idle import require_idle
+from freeexport.system.machine import detect_machine
 from runtime import Bundle, Session
 from runtime.engines import loading
 from runtime.engines.onnx import OnnxEngine

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 from conftest import Bundles
 
 from freeexport import cli
-from freeexport.answers import AHEAD, LateError, answer_file, answers
-from freeexport.jsonl import Request
+from freeexport.system.answers import AHEAD, LateError, answer_file, answers
+from freeexport.system.jsonl import Request
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 from runtime.result import Stats
 

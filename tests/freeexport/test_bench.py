@@ -13,10 +13,12 @@ from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
 from conftest import Bundles
 
-from freeexport import benchmark, idle, peer_model
+from freeexport.benchmark import benchmark
+from freeexport.benchmark.peers import model as peer_model
+from freeexport.benchmark.peers.catalog import PEERS, find_peer
+from freeexport.benchmark.peers.environment import PeerError
 from freeexport.cli import main
-from freeexport.peer_catalog import PEERS, find_peer
-from freeexport.peer_environment import PeerError
+from freeexport.system import idle
 from runtime.errors import OptionError
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -38,11 +40,11 @@ def calm(monkeypatch: pytest.MonkeyPatch) -> None:
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Puts a peer in the catalogue that this interpreter runs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("freeexport.contenders.installed", lambda peer: Path(sys.executable))
+    monkeypatch.setattr("freeexport.benchmark.contenders.installed", lambda peer: Path(sys.executable))
     program = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
     root = Path(__file__).parents[2]
     command = [sys.executable, "-c", program, str(root), str(root / "tests"), fake_peer.__file__]
-    for module in ("freeexport.contenders", "freeexport.peer_model"):
+    for module in ("freeexport.benchmark.contenders", "freeexport.benchmark.peers.model"):
         monkeypatch.setattr(f"{module}.peer_command", lambda peer, interpreter: command)
 
     def add(name: str, **changes: Any) -> None:
@@ -171,7 +173,7 @@ def test_a_peer_that_cannot_be_installed_is_reported(
     def installed(peer: Any) -> Path:
         raise PeerError("its environment cannot be built (No matching distribution)")
 
-    monkeypatch.setattr("freeexport.contenders.installed", installed)
+    monkeypatch.setattr("freeexport.benchmark.contenders.installed", installed)
     monkeypatch.setattr(benchmark, "reference_answers", lambda *arguments: (None, None))
     found = json.loads(bench(bundle(LLAMA), *FEW, "--against", "genai", "--model", checkpoint(LLAMA), "--json").stdout)
     assert found["failed"] == {"genai": "its environment cannot be built (No matching distribution)"}

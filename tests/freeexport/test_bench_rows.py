@@ -9,11 +9,11 @@ import fake_peer
 import pytest
 from bench_settings import SETTINGS
 
-from freeexport.bench_report import Report, as_dict, table
-from freeexport.bench_rows import rows_of
-from freeexport.bench_run import Measured, measure
-from freeexport.contenders import Run
-from freeexport.peer_environment import PeerError
+from freeexport.benchmark.contenders import Run
+from freeexport.benchmark.peers.environment import PeerError
+from freeexport.benchmark.report import Report, as_dict, table
+from freeexport.benchmark.rounds import Measured, measure
+from freeexport.benchmark.rows import rows_of
 from runtime.errors import FreeExportError
 
 ROOT = Path(__file__).parents[2]

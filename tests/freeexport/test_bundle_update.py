@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_inspect import write_bundle
 
-from freeexport.bundle_update import update_bundle
+from freeexport.conversion.recalibrate import update_bundle
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration
 from runtime.errors import CalibrationError
@@ -34,7 +34,7 @@ NEWER = replace(CALIBRATION, threshold=0.5, rollback_threshold=1.5)
 KILLED = """
 import os, sys
 from pathlib import Path
-from freeexport.bundle_update import update_bundle
+from freeexport.conversion.recalibrate import update_bundle
 from runtime.bundle.calibration import Calibration
 
 left = int(sys.argv[3])

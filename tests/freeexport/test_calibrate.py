@@ -18,17 +18,19 @@ from command_errors import error
 from conftest import TEXTS, Bundles
 from traces import trace
 
-from freeexport import calibrate, calibration_report, calibration_source
-from freeexport.bundle_traces import trace_of
-from freeexport.calibration import check_enough
-from freeexport.calibration_options import CalibrateOptions
-from freeexport.calibration_source import CheckpointSource, check_unknown
-from freeexport.checkpoint import open_checkpoint
+from freeexport.calibration import report as calibration_report
+from freeexport.calibration import source as calibration_source
+from freeexport.calibration.calibrate import check_enough
+from freeexport.calibration.options import CalibrateOptions
+from freeexport.calibration.source import CheckpointSource, check_unknown
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
-from freeexport.decode_costs import measured_costs
-from freeexport.jsonl import Request
-from freeexport.replay import ReplaySession
-from freeexport.trace import Trace, Traces
+from freeexport.commands import calibrate
+from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.measured import measured_costs
+from freeexport.system.jsonl import Request
+from freeexport.traces.from_bundle import trace_of
+from freeexport.traces.trace import Trace, Traces
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration
 from runtime.decoding import loops as decode

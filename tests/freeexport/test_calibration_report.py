@@ -11,21 +11,21 @@ import numpy as np
 import pytest
 from traces import mixed, trace
 
-from freeexport.calibration import Calibrated, explained, with_measured
-from freeexport.calibration_options import CalibrateOptions
-from freeexport.calibration_plots import (
+from freeexport.calibration.calibrate import Calibrated, explained, with_measured
+from freeexport.calibration.choose import choose
+from freeexport.calibration.options import CalibrateOptions
+from freeexport.calibration.plots import (
     mixture_figure,
     reliability_figure,
     thresholds_figure,
     unreliable,
     write_plots,
 )
-from freeexport.calibration_report import page, write
-from freeexport.calibration_source import Facts
-from freeexport.cost import Costs
-from freeexport.machine import Machine
-from freeexport.threshold_choice import choose
-from freeexport.trace import Traces
+from freeexport.calibration.report import page, write
+from freeexport.calibration.source import Facts
+from freeexport.costs.model import Costs
+from freeexport.system.machine import Machine
+from freeexport.traces.trace import Traces
 
 pytest.importorskip("matplotlib")
 

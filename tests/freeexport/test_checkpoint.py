@@ -14,8 +14,8 @@ from gguf_model import write_gguf
 from safetensors.numpy import save_file
 from safetensors.torch import save_file as save_torch_file
 
-from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.reference import reference_model
+from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from freeexport.checkpoints.transformers_model import reference_model
 from graphs.errors import UnsupportedModelError
 from runtime.errors import FreeExportError
 

@@ -24,10 +24,10 @@ from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.gguf_file import GGUFFile
-from freeexport.jsonl import BrokenLine, Request, read_requests
-from freeexport.weight_files import SafetensorsFile
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.weight_files import SafetensorsFile
+from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from graphs.families import describe
 from runtime.errors import FreeExportError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from freeexport.child import ChildError, run_child
+from freeexport.system.child import ChildError, run_child
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ def running(process: int) -> bool:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_a_child_ends_when_its_parent_is_killed(modules: Path) -> None:
     place = modules / "process"
-    script = f"from freeexport.child import run_child\nrun_child('waiting_module', {str(place)!r})\n"
+    script = f"from freeexport.system.child import run_child\nrun_child('waiting_module', {str(place)!r})\n"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(modules)])}
     parent = subprocess.Popen([sys.executable, "-c", script], env=environment)
     until = time.monotonic() + 60

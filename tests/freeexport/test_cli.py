@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 
 import freeexport
 from freeexport import cli
-from freeexport.extras import EXTRAS, PURPOSES
+from freeexport.system.extras import EXTRAS, PURPOSES
 
 ROOT = Path(__file__).parents[2]
 
@@ -151,7 +151,7 @@ entry.main()
 """
 
 
-@pytest.mark.parametrize("module", ["freeexport.cli", "click", "numpy", "freeexport.doctor"])
+@pytest.mark.parametrize("module", ["freeexport.cli", "click", "numpy", "freeexport.commands.doctor"])
 def test_ctrl_c_while_packages_are_imported_exits_with_130(module: str) -> None:
     done = run_python(INTERRUPTED_IN.replace("MODULE", module))
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from freeexport.confidence_fit import fit, most_likely, threshold_at
+from freeexport.calibration.beta_fit import fit, most_likely, threshold_at
 from runtime.bundle import beta_mixture as runtime_threshold
 from runtime.bundle.beta import Beta
 from runtime.bundle.beta_mixture import BetaMixture

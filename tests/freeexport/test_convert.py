@@ -328,9 +328,9 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def read(*arguments: object) -> None:
         pytest.fail("a weight was read")
 
-    monkeypatch.setattr("freeexport.checkpoint.Checkpoint.read", read)
-    monkeypatch.setattr("freeexport.checkpoint._digest", read)
-    monkeypatch.setattr("freeexport.convert.write_tokenizer", read)
+    monkeypatch.setattr("freeexport.checkpoints.checkpoint.Checkpoint.read", read)
+    monkeypatch.setattr("freeexport.checkpoints.checkpoint._digest", read)
+    monkeypatch.setattr("freeexport.commands.convert.write_tokenizer", read)
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
@@ -359,7 +359,7 @@ def test_a_model_without_an_exit_layer_or_a_start_is_refused_before_any_work(
     result = CliRunner().invoke(main, ["convert", str(checkpoint(LLAMA)), str(place / "out")])
     assert "choose --exit-layer, from 1 to 4" in failed(result)
     model = changed(BY_NAME["t5-relu-tied"], lambda tensors, config: None)
-    monkeypatch.setattr("freeexport.checkpoint._derived_generation_config", lambda config: {})
+    monkeypatch.setattr("freeexport.checkpoints.checkpoint._derived_generation_config", lambda config: {})
     (model / "generation_config.json").write_text("{}")
     assert "names no decoder_start_token_id" in failed(convert(model, place / "out"))
     assert os.listdir(place) == []
@@ -452,19 +452,19 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
 def test_a_failed_verification_leaves_nothing(
     checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from freeexport.verification import VerificationError
+    from freeexport.verification.verification import VerificationError
 
     def wrong(*_: object) -> bool:
         raise VerificationError("prefill: deep logits differs")
 
-    monkeypatch.setattr("freeexport.convert.verify_in_child", wrong)
+    monkeypatch.setattr("freeexport.commands.convert.verify_in_child", wrong)
     assert "deep logits" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert os.listdir(place) == []
 
 
 def refused(directory: Path, *_: object) -> bool:
     """A verification that judged, and found a fault."""
-    from freeexport.verification import VerificationError, write_report
+    from freeexport.verification.verification import VerificationError, write_report
 
     write_report(Bundle.open(directory), {"passed": False, "checks": []})
     raise VerificationError("prefill: deep logits differs")
@@ -476,7 +476,7 @@ def test_a_refused_bundle_is_kept_beside_with_its_report(
     """Through the child process, on a bundle whose weights were damaged just before."""
     from test_verification import scale_weight
 
-    from freeexport import verification
+    from freeexport.verification import verification
 
     def damaged(module: str, command: str, directory: str, *arguments: str) -> str:
         scale_weight(Path(directory), "deep", "model.layers.4.mlp.down_proj", 1.01)
@@ -508,7 +508,7 @@ def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
 ) -> None:
     assert convert(checkpoint(LLAMA), place / "out", *FAST).exit_code == 0
     before = digest(place / "out")
-    monkeypatch.setattr("freeexport.convert.verify_in_child", refused)
+    monkeypatch.setattr("freeexport.commands.convert.verify_in_child", refused)
     for exit_layer in (2, 3):
         line = failed(convert(checkpoint(LLAMA), place / "out", "--overwrite", exit_layer=exit_layer))
         assert f"kept as {place / 'out.unverified'}" in line

@@ -8,10 +8,10 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from freeexport.cost import Costs, Outside, Overlap
-from freeexport.decode_costs import Sample, fit, measured_costs, measured_in_child
-from freeexport.exit_replay import Replay
-from freeexport.replay import ReplaySession
+from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.measured import Sample, fit, measured_costs, measured_in_child
+from freeexport.costs.model import Costs, Outside, Overlap
+from freeexport.traces.simulate import Replay
 from runtime.result import Stats
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")

@@ -10,9 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from freeexport import g2p_demo
 from freeexport.cli import main
-from freeexport.g2p_demo import model_directory, phrases
+from freeexport.demo import g2p as g2p_demo
+from freeexport.demo.g2p import model_directory, phrases
 
 MOST_BYTES = 8_000_000
 
@@ -42,8 +42,8 @@ def test_the_shipped_model_is_small_and_says_where_it_exits() -> None:
 
 
 def test_a_bundle_of_another_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from freeexport.convert_options import ConvertOptions
-    from freeexport.demo_bundle import demo_bundle
+    from freeexport.conversion.options import ConvertOptions
+    from freeexport.demo.bundle import demo_bundle
     from runtime import Bundle
 
     options = ConvertOptions(overwrite=True, measure=False, verify=False)

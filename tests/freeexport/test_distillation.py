@@ -13,12 +13,12 @@ import torch
 from checkpoints import CASES, Case
 from torch import nn
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.exit_module import Exit
-from freeexport.exit_tuning import FrozenExit
-from freeexport.shallow_deep import ShallowDeep, SharedHead
-from freeexport.training_options import LossName, TrainingOptions
-from freeexport.tuning import trainable_model
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.training.exit_adapter import Exit
+from freeexport.training.exit_only import FrozenExit
+from freeexport.training.full import trainable_model
+from freeexport.training.options import LossName, TrainingOptions
+from freeexport.training.shallow_deep import ShallowDeep, SharedHead
 from graphs.families import describe
 
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from freeexport import cli, doctor
-from freeexport.doctor import Provider, examine, missing_extras, probe_onnxruntime, probe_provider, wheel_problems
+from freeexport import cli
+from freeexport.commands import doctor
+from freeexport.commands.doctor import (
+    Provider,
+    examine,
+    missing_extras,
+    probe_onnxruntime,
+    probe_provider,
+    wheel_problems,
+)
 
 ALL_OF_CONVERT = dict.fromkeys(doctor.EXTRAS["convert"], "1.0")
 
@@ -136,5 +144,5 @@ def test_json_holds_the_whole_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_imports_no_torch() -> None:
-    code = "import sys; from freeexport.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from freeexport.commands.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -4,7 +4,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from freeexport.draft_replay import DraftSession
+from freeexport.costs.forced_drafts import DraftSession
 from runtime.adaptation.draft_length import Pace
 
 BY_NAME = {case.name: case for case in CASES}

@@ -10,12 +10,12 @@ import pytest
 from checkpoints import Case, _t5
 from conftest import Bundles
 
-from freeexport import encoder_export
-from freeexport.checkpoint import CheckpointError
-from freeexport.convert import convert
-from freeexport.convert_options import ConvertOptions
-from freeexport.greedy import TIE, compare
-from freeexport.verification import failure, verify
+from freeexport.checkpoints.checkpoint import CheckpointError
+from freeexport.commands.convert import convert
+from freeexport.conversion import encoder_export
+from freeexport.conversion.options import ConvertOptions
+from freeexport.verification.greedy_parity import TIE, compare
+from freeexport.verification.verification import failure, verify
 from graphs.errors import UnsupportedModelError
 from runtime import Bundle, Session
 

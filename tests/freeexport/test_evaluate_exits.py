@@ -13,9 +13,9 @@ from click.testing import CliRunner, Result
 from command_errors import error
 
 from freeexport.cli import main
-from freeexport.evaluate_exits import Options, exit_of
-from freeexport.exit_cost import StepCosts
-from freeexport.exit_evaluation import Evaluation, Exits
+from freeexport.commands.evaluate_exits import Options, exit_of
+from freeexport.costs.per_layer import StepCosts
+from freeexport.traces.every_layer import Evaluation, Exits
 
 BY_NAME = {case.name: case for case in CASES}
 LINES = [
@@ -168,7 +168,7 @@ def test_an_unknown_way_to_force_is_a_usage_error(data: Path) -> None:
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_a_gguf_file_is_evaluated(data: Path) -> None:
-    from freeexport.bundled_models import smollm2
+    from freeexport.checkpoints.packaged_models import smollm2
 
     report = as_json(smollm2(), data, "--samples", "1", "--max-new-tokens", "4")
     assert len(report["exits"]) == 29

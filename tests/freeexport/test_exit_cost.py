@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import CASES, Case
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.exit_cost import StepCosts, analytic, measured
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.costs.per_layer import StepCosts, analytic, measured
 from graphs.families import describe
 from runtime.errors import OptionError
 

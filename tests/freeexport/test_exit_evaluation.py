@@ -15,12 +15,19 @@ import torch
 from checkpoints import CASES, PROMPTS, Case, load
 from safetensors.numpy import save_file
 
-from freeexport.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.exit_evaluation import evaluate, greedy_outputs
-from freeexport.exit_file import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, ExitFile, write_exit_file
-from freeexport.greedy import reference_ids
-from freeexport.text_format import text_format
-from freeexport.training_data import Example
+from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.exit_file import (
+    ADAPTER_DOWN,
+    ADAPTER_NORM,
+    ADAPTER_UP,
+    EXIT_NORM,
+    ExitFile,
+    write_exit_file,
+)
+from freeexport.checkpoints.text_format import text_format
+from freeexport.traces.every_layer import evaluate, greedy_outputs
+from freeexport.verification.greedy_parity import reference_ids
 from graphs.families import describe
 
 BY_NAME = {case.name: case for case in CASES}

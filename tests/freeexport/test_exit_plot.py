@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from bench_settings import SETTINGS
 
-from freeexport import bench_plot, exit_plot
-from freeexport.bench_report import Report as Benchmark
-from freeexport.bench_rows import Row
-from freeexport.evaluate_exits import Exit, Options, Report
-from freeexport.exit_cost import StepCosts
-from freeexport.exit_curve import Curve
+from freeexport.benchmark import plot as bench_plot
+from freeexport.benchmark.report import Report as Benchmark
+from freeexport.benchmark.rows import Row
+from freeexport.commands.evaluate_exits import Exit, Options, Report
+from freeexport.costs.per_layer import StepCosts
+from freeexport.traces import layers_plot as exit_plot
+from freeexport.traces.curve import Curve
 
 pytest.importorskip("matplotlib")
 

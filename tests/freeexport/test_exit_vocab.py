@@ -14,9 +14,10 @@ from click.testing import CliRunner, Result
 from command_errors import error
 from conftest import Bundles
 
-from freeexport import calibration_source, exit_vocab
+from freeexport.calibration import source as calibration_source
 from freeexport.cli import main
-from freeexport.cost import Costs
+from freeexport.commands import exit_vocab
+from freeexport.costs.model import Costs
 from runtime import Bundle, Session
 
 BY_NAME = {case.name: case for case in CASES}

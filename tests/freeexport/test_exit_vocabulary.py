@@ -12,10 +12,10 @@ from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
 from conftest import Bundles
 
-from freeexport.checkpoint import open_checkpoint
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.examples import DataError
 from freeexport.cli import main
-from freeexport.exit_vocabulary import exit_vocabulary
-from freeexport.training_data import DataError
+from freeexport.conversion.exit_vocabulary import exit_vocabulary
 from graphs.families import describe
 from runtime import Bundle, Session
 from runtime.text.tokenizer import Tokenizer

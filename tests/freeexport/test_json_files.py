@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from freeexport.calibration_source import unknown_of_bundle
-from freeexport.checkpoint import open_checkpoint
-from freeexport.exit_file import read_exit_file
-from freeexport.exit_vocabulary_file import read_exit_vocabulary
-from freeexport.replay import exit_trace
+from freeexport.calibration.source import unknown_of_bundle
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import read_exit_file
+from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
+from freeexport.costs.forced_exits import exit_trace
 from runtime.bundle.calibration import read_calibration
 from runtime.engines.packed_entry import read_entry
 from runtime.errors import FreeExportError

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freeexport.jsonl import BrokenLine, Request, ResultWriter, read_requests
+from freeexport.system.jsonl import BrokenLine, Request, ResultWriter, read_requests
 from runtime.errors import OptionError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -108,7 +108,7 @@ def test_a_broken_line_keeps_its_id(requests: Callable[..., list[Any]]) -> None:
 def test_a_line_beyond_the_limit_is_broken_and_the_others_go_on(
     requests: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.jsonl.MAX_LINE", 1 << 20)
+    monkeypatch.setattr("freeexport.system.jsonl.MAX_LINE", 1 << 20)
     longest = json.dumps({"input": "x" * ((1 << 20) - 14)})
     assert len(longest) + 1 == 1 << 20
     read = requests({"input": "a"}, longest, longest + " ", longest * 5, {"input": "b"}, longest + " ")
@@ -121,7 +121,7 @@ def test_a_device_without_lines_ends_in_an_error_with_little_memory() -> None:
     script = """
         import resource
         from pathlib import Path
-        from freeexport.jsonl import read_requests
+        from freeexport.system.jsonl import read_requests
         from runtime.errors import OptionError
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from freeexport.jsonl import Request, ResultWriter
+        from freeexport.system.jsonl import Request, ResultWriter
         from runtime.errors import FreeExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))

@@ -12,8 +12,8 @@ import pytest
 from checkpoints import CASES, Case
 from safetensors.numpy import load_file, save_file
 
-from freeexport.checkpoint import CheckpointError, open_checkpoint
-from freeexport.lora_adapter import LoraAdapter
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.lora_adapter import LoraAdapter
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 QUERY, VALUE = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from freeexport import losses
+from freeexport.training import losses
 
 RANDOM = np.random.default_rng(7)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from freeexport.machine import detect_machine, read_cpuinfo
+from freeexport.system.machine import detect_machine, read_cpuinfo
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from freeexport import output_directory as output_directory_module
-from freeexport.exchange import exchange
-from freeexport.output_directory import OutputError, output_directory
+from freeexport.system import output_directory as output_directory_module
+from freeexport.system.exchange import exchange
+from freeexport.system.output_directory import OutputError, output_directory
 
 MARKER = "marker.json"
 KILLED = 9
@@ -42,7 +42,7 @@ def listing(directory: Path) -> set[str]:
 WRITER = """
 import sys, time
 from pathlib import Path
-from freeexport.output_directory import output_directory
+from freeexport.system.output_directory import output_directory
 with output_directory(Path(sys.argv[1]), "marker.json", True) as directory:
     (directory / "marker.json").write_text("half")
     print(directory, flush=True)
@@ -248,7 +248,7 @@ def test_where_nothing_can_be_exchanged_it_takes_two_steps(
     error: OSError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "out", "old")
-    monkeypatch.setattr("freeexport.output_directory.exchange", lambda *_: False)
+    monkeypatch.setattr("freeexport.system.output_directory.exchange", lambda *_: False)
     rename = Path.rename
 
     def failing(path: Path, target: Path) -> Path:
@@ -276,7 +276,7 @@ def test_what_comes_at_the_last_moment_is_put_back(can: bool, tmp_path: Path, mo
             put_directory(out)
         return can and exchange(one, other)
 
-    monkeypatch.setattr("freeexport.output_directory.exchange", late)
+    monkeypatch.setattr("freeexport.system.output_directory.exchange", late)
     with pytest.raises(OutputError, match="not what this command writes"):
         write(out, "new", overwrite=True)
     assert listing(out) == {"thesis.txt"}
@@ -300,7 +300,7 @@ def test_without_locks_what_others_left_is_left_alone(tmp_path: Path, monkeypatc
     def refuse(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("freeexport.held_file.fcntl.flock", refuse)
+    monkeypatch.setattr("freeexport.system.held_file.fcntl.flock", refuse)
     with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
         (directory / MARKER).write_text("x")
         write(tmp_path / "out", "y")

@@ -9,8 +9,8 @@ import pytest
 from safetensors import SafetensorError
 
 from freeexport import cli
-from freeexport.output_directory import output_directory
-from freeexport.output_file import naming, replacing
+from freeexport.system.output_directory import output_directory
+from freeexport.system.output_file import naming, replacing
 
 NO_ROOM = (errno.EFBIG, errno.ENOSPC, errno.EDQUOT)
 

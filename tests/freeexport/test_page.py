@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from freeexport.page import filled, human_bytes, pairs, print_page, table
+from freeexport.system.page import filled, human_bytes, pairs, print_page, table
 
 
 @pytest.mark.parametrize(

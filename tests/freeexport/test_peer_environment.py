@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from freeexport.peer_environment import PeerError, environment_key, peer_interpreter
+from freeexport.benchmark.peers.environment import PeerError, environment_key, peer_interpreter
 from runtime.machine.user_cache import user_cache
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from freeexport.phonemes import Errors, errors
+from freeexport.calibration.metrics import Errors, errors
 
 TOMATO = ["T AH M EY T OW", "T AH M AA T OW"]
 HI = ["HH AY"]

@@ -9,9 +9,9 @@ from time import sleep
 
 import pytest
 
-from freeexport import progress as progress_module
-from freeexport.child import ChildError, run_child
-from freeexport.progress import duration, plain_progress, progress
+from freeexport.system import progress as progress_module
+from freeexport.system.child import ChildError, run_child
+from freeexport.system.progress import duration, plain_progress, progress
 
 
 class Terminal(io.StringIO):
@@ -112,7 +112,7 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
 
 CHILD = """
 import sys, time
-from freeexport.progress import progress
+from freeexport.system.progress import progress
 with progress("counting", 4) as advance:
     advance(3)
     time.sleep(1)

@@ -7,7 +7,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from freeexport.replay import THRESHOLD, ReplaySession, exit_trace
+from freeexport.costs.forced_exits import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
 from runtime.errors import OptionError
 

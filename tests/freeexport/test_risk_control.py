@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from traces import correlated
 
-from freeexport.risk_control import (
+from freeexport.calibration.risk_control import (
     COARSE_THRESHOLDS,
     THRESHOLDS,
     binomial,

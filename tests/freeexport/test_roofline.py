@@ -7,9 +7,9 @@ import pytest
 from checkpoints import CASES, Case
 from conftest import Bundles
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.exit_cost import analytic
-from freeexport.roofline import engine_bytes, measure_bandwidth, token_bytes
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.costs.per_layer import analytic
+from freeexport.costs.roofline import engine_bytes, measure_bandwidth, token_bytes
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle
 

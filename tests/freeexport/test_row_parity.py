@@ -11,10 +11,10 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from freeexport.checks import Check
-from freeexport.engine_pair import EnginePair
-from freeexport.parity import engine_checks, sample_batch
-from freeexport.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
+from freeexport.verification.checks import Check
+from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.parity import engine_checks, sample_batch
+from freeexport.verification.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}

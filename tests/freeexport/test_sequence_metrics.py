@@ -5,7 +5,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from freeexport.sequence_metrics import Metric, scores
+from freeexport.calibration.metrics import Metric, scores
 
 
 @pytest.mark.parametrize("metric", get_args(Metric))

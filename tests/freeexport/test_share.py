@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from freeexport.share import share
+from freeexport.traces.share import share
 
 
 def test_independent_tokens_have_wilsons_interval() -> None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 from conftest import Bundles
 
 from freeexport.cli import main
-from freeexport.verification import failure, verify
+from freeexport.verification.verification import failure, verify
 from graphs.description import ForeignEncoder
 from graphs.engines import EngineOptions
 from graphs.errors import GraphError
@@ -78,7 +78,7 @@ def test_what_a_target_cannot_do_is_refused(
 
 
 def test_an_exported_encoder_is_for_the_cpu(checkpoint: Checkpoint) -> None:
-    from freeexport.checkpoint import open_checkpoint
+    from freeexport.checkpoints.checkpoint import open_checkpoint
 
     source = open_checkpoint(str(checkpoint(T5)))
     foreign = dataclasses.replace(describe(source.config, source), encoder=ForeignEncoder())

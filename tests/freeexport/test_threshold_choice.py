@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from traces import mixed, trace
 
-from freeexport.calibration_options import CalibrateOptions
-from freeexport.confidence_fit import fit
-from freeexport.outputs import Outputs
-from freeexport.risk_control import COARSE_THRESHOLDS
-from freeexport.threshold_choice import choose, held_out_of
-from freeexport.trace import Traces
+from freeexport.calibration.beta_fit import fit
+from freeexport.calibration.choose import choose, held_out_of
+from freeexport.calibration.options import CalibrateOptions
+from freeexport.calibration.outputs import Outputs
+from freeexport.calibration.risk_control import COARSE_THRESHOLDS
+from freeexport.traces.trace import Traces
 from runtime.errors import OptionError
 
 COUNT = 300

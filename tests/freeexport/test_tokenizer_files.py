@@ -13,8 +13,8 @@ import transformers
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from freeexport.checkpoint import CheckpointError, open_checkpoint
-from freeexport.tokenizer_files import has_tokenizer, write_tokenizer
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.tokenizer_files import has_tokenizer, write_tokenizer
 
 TEXTS = [
     "Hello world, this is a test.",

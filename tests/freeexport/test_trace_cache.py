@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from traces import trace
 
-from freeexport.trace_cache import TraceCache, TraceKey
+from freeexport.traces.cache import TraceCache, TraceKey
 from runtime.errors import OptionError
 
 KEY = TraceKey("ab" * 32, "cd" * 32, 2, "softmax", 64)

@@ -11,7 +11,7 @@ from checkpoints import CASES, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
-from freeexport.verification import verify
+from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from checkpoints import CASES, Case
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.jsonl import Request
-from freeexport.tokenizer_files import load_tokenizer
-from freeexport.training_batches import Collator, LengthBatches
-from freeexport.training_data import DataError, Example, TextFormat, encode, read_lines, split
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.examples import DataError, Example, TextFormat, encode, read_lines, split
+from freeexport.checkpoints.tokenizer_files import load_tokenizer
+from freeexport.system.jsonl import Request
+from freeexport.training.batches import Collator, LengthBatches
 
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
 

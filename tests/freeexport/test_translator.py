@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from freeexport.exit_module import Adapter
-from freeexport.teacher_states import TeacherStates
-from freeexport.translator import begin_linear, low_rank
+from freeexport.training.exit_adapter import Adapter, begin_linear, low_rank
+from freeexport.training.teacher_states import TeacherStates
 
 WIDTH, ROWS, EPSILON = 6, 5000, 1e-6
 

@@ -14,11 +14,14 @@ from click.testing import CliRunner, Result
 from command_errors import error
 from conftest import TEXTS, Bundles
 
-from freeexport import calibration_source, idle, tune_bundles, tune_run
+from freeexport.calibration import source as calibration_source
 from freeexport.cli import main
-from freeexport.cost import Costs
-from freeexport.threshold_speed import Setting
-from freeexport.tune_options import TuneOptions
+from freeexport.costs.model import Costs
+from freeexport.costs.threshold_speed import Setting
+from freeexport.system import idle
+from freeexport.tuning import bundles as tune_bundles
+from freeexport.tuning import tune as tune_run
+from freeexport.tuning.options import TuneOptions
 from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.errors import OptionError

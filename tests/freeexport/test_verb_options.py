@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from freeexport import cli
-from freeexport.verb_options import REST, RenamedOption, SectionedCommand, section
+from freeexport.commands.verb_options import REST, RenamedOption, SectionedCommand, section
 
 LONG = ("convert", "calibrate", "train", "generate", "bench")
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from freeexport.share import Share
-from freeexport.verdict import ExitFacts, verdict
+from freeexport.traces.share import Share
+from freeexport.traces.verdict import ExitFacts, verdict
 
 UNKNOWN = ExitFacts("out", 10, 30)
 TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)

@@ -19,13 +19,13 @@ from click.testing import CliRunner, Result
 from conftest import Bundles
 from safetensors.numpy import load_file, save_file
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.checks import Check
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
-from freeexport.convert import convert
-from freeexport.convert_options import ConvertOptions
-from freeexport.greedy import TIE, Comparison
-from freeexport.verification import VerificationError, failure, verify, verify_in_child, write_report
+from freeexport.commands.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from freeexport.verification.checks import Check
+from freeexport.verification.greedy_parity import TIE, Comparison
+from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle.bundle import VERIFICATION, Bundle, sha256_of
 from runtime.bundle.manifest import MANIFEST, File, Manifest
 
@@ -191,15 +191,15 @@ def test_a_greedy_difference_is_named_by_prompt_and_position() -> None:
 
 
 def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freeexport.greedy
+    import freeexport.verification.greedy_parity
 
-    original = freeexport.greedy.reference_ids
+    original = freeexport.verification.greedy_parity.reference_ids
 
     def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
         ids, gaps = original(*arguments)
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
-    monkeypatch.setattr(freeexport.greedy, "reference_ids", one_id_off)
+    monkeypatch.setattr(freeexport.verification.greedy_parity, "reference_ids", one_id_off)
     report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)))
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]
@@ -262,8 +262,8 @@ def test_the_command_checks_every_byte_first(copy: Copy) -> None:
 def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
     copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("freeexport.verification.available_memory", lambda: 10**9)
-    monkeypatch.setattr("freeexport.verification.run_child", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 10**9)
+    monkeypatch.setattr("freeexport.verification.verification.run_child", lambda *_: pytest.fail("started"))
     path, model = copy(), str(checkpoint(LLAMA))
     assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest)
     errors = capsys.readouterr().err

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from freeexport.trace import Trace, Traces
+from freeexport.traces.trace import Trace, Traces
 
 
 def trace(

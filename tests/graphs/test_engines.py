@@ -13,9 +13,9 @@ import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 from conftest import Bundles
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.engine_pair import EnginePair
-from freeexport.parity import encode, pad, sample_batch
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.parity import encode, pad, sample_batch
 from graphs.description import Description
 from graphs.engines import EngineOptions, engine_names
 from graphs.errors import GraphError

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from checkpoints import CASES, Case
 
-from freeexport.checkpoint import Checkpoint, open_checkpoint
-from freeexport.engine_pair import EnginePair
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.verification.engine_pair import EnginePair
 from graphs.engines import EngineBuilder, EngineOptions
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit_head
 from graphs.families import describe

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 
-from freeexport.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from graphs.description import Description, Encoder
 from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported

@@ -13,8 +13,8 @@ from checkpoints import CASES, VOCAB_SIZE, Case
 from conftest import Bundles
 from test_engines import CONFIDENCES, log_softmax, pair_of, tokens
 
-from freeexport.checkpoint import open_checkpoint
-from freeexport.engine_pair import EnginePair
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.verification.engine_pair import EnginePair
 from graphs.engines import EngineBuilder, EngineOptions
 from graphs.errors import GraphError
 from graphs.families import describe

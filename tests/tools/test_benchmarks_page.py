@@ -8,8 +8,8 @@ import bench_settings
 import pytest
 from click.testing import CliRunner, Result
 
-from freeexport.bench_report import Report, as_dict
-from freeexport.bench_rows import Row
+from freeexport.benchmark.report import Report, as_dict
+from freeexport.benchmark.rows import Row
 from tools.benchmarks_page import main
 
 SETTINGS = {**bench_settings.SETTINGS, "rounds": 3, "compared_with": None}

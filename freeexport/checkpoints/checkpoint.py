@@ -1,0 +1,297 @@
+"""Checkpoints: a Hugging Face directory, a hub name or a GGUF file, read one tensor at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
+from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
+from freeexport.checkpoints.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
+from graphs.limits import check_config
+from runtime.json_file import read_object
+
+# In the order in which transformers looks for them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+_HASH_BLOCK = 1 << 20
+
+
+class Checkpoint:
+    """A model's configuration and weights; tensor names are the keys of the Hugging Face state dict.
+
+    `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
+    `config` has every value that transformers knows for the model type, `generation_config` only what is set.
+    `exit` is what exit.json beside the weights says, None where there is none; parameters of the exit's own are
+    tensors like the others, under the names of freeexport.checkpoints.exit_file. `adapter` is the directory of a LoRA adapter,
+    merged into what is read; `path` is then its base.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        files: Sequence[WeightFile],
+        tensors: dict[str, WeightFile] | None = None,
+        exit_file: ExitFile | None = None,
+        adapter: Path | None = None,
+    ) -> None:
+        self.path = path
+        self.name = name
+        self.config = config
+        self.generation_config = generation_config
+        self.files = tuple(files)
+        self.exit = exit_file
+        self.adapter = adapter
+        self._tensors = {key: file for file in files for key in file.names()} if tensors is None else tensors
+
+    @property
+    def architecture(self) -> str:
+        """The class that saved the model ("LlamaForCausalLM"), or the model type where that is not recorded."""
+        return str((self.config.get("architectures") or [self.config.get("model_type")])[0])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(file.nbytes for file in self.files)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash over config.json and the weight files, in hexadecimal, and over the exit's parameters and the adapter's
+        configuration where there are any. Reads every byte on the first call.
+
+        Raises CheckpointError where the exit's parameters were trained on other weights.
+        """
+        paths = sorted({file.path for file in self.files if file.path.name != EXIT_WEIGHTS})
+        digest = hashlib.sha256()
+        _digest(digest, paths if self.path.is_file() else [self.path / "config.json", *paths])
+        if self.adapter is not None:
+            _digest(digest, [self.adapter / ADAPTER_CONFIG])
+        if self.exit is None or not self.exit.has_parameters:
+            return digest.hexdigest()
+        if digest.hexdigest() != self.exit.base_sha256:
+            raise CheckpointError(
+                f"{self.name}: its exit was trained on other weights (sha256 {self.exit.base_sha256[:12]}..., "
+                f"these have {digest.hexdigest()[:12]}...); put the exit beside the weights it belongs to"
+            )
+        _digest(digest, [file.path for file in self.files if file.path.name == EXIT_WEIGHTS])
+        return digest.hexdigest()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors
+
+    def names(self) -> Iterable[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Raises CheckpointError when there is no such tensor."""
+        return self._file(name).shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor as float32, in memory of its own. Raises CheckpointError when it is not there or not finite."""
+        array = self._file(name).read(name)
+        # NaN survives min and max, so these two see every bad value without a mask of the tensor's size.
+        if array.size and not (np.isfinite(array.min()) and np.isfinite(array.max())):
+            raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
+        return array
+
+    def _file(self, name: str) -> WeightFile:
+        if name not in self._tensors:
+            raise CheckpointError(
+                f"{self.name} has no tensor {name}; check that the weights belong to its config ({self.architecture})"
+            )
+        return self._tensors[name]
+
+
+def _digest(digest: hashlib._Hash, paths: Iterable[Path]) -> None:
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(_HASH_BLOCK):
+                digest.update(block)
+
+
+def open_checkpoint(model: str) -> Checkpoint:
+    """Open a Hugging Face checkpoint directory, a GGUF file (or a directory with one and an exit.json), a directory
+    with a LoRA adapter of peft, or a model of the hub (downloaded unless cached).
+
+    Reads the configuration and the headers of the weight files. Raises CheckpointError when the checkpoint cannot be
+    had, is incomplete or damaged, or is stored quantised other than as GGUF; UnsupportedModelError where a size of the
+    configuration is out of range.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _open_local(path)
+    if path.suffix == ".gguf":
+        return _open_gguf(path)
+    if path.exists():
+        raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
+    return _open_directory(_download(model), model)
+
+
+def _open_local(path: Path) -> Checkpoint:
+    if (path / ADAPTER_CONFIG).is_file():
+        return _open_adapter(path)
+    gguf = sorted(path.glob("*.gguf"))
+    if len(gguf) == 1 and (path / EXIT_FILE).is_file() and not (path / "config.json").is_file():
+        return _open_gguf(gguf[0])
+    return _open_directory(path, path.resolve().name)
+
+
+def _open_adapter(path: Path) -> Checkpoint:
+    adapter = LoraAdapter(path)
+    base = open_checkpoint(adapter.base)
+    merged = adapter.merged(base)
+    tensors = {name: base._file(name) for name in base.names()} | dict.fromkeys(merged.names(), merged)
+    files = [*base.files, adapter.weights]
+    exit_file = read_exit_file(path)
+    return Checkpoint(
+        base.path, path.resolve().name, base.config, base.generation_config, files, tensors, exit_file, path
+    )
+
+
+def _with_exit(
+    directory: Path, config: dict[str, Any], files: list[WeightFile], tensors: dict[str, WeightFile]
+) -> ExitFile | None:
+    """exit.json of the directory; the exit's own tensors join `files` and `tensors`."""
+    exit_file = read_exit_file(directory)
+    if exit_file is None or not exit_file.has_parameters:
+        return exit_file
+    path = directory / EXIT_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
+    file = SafetensorsFile(path)
+    width = int(config.get("d_model") or config["hidden_size"])
+    for name, shape in exit_file.shapes(width).items():
+        if name not in file.names() or file.shape(name) != shape:
+            found = list(file.shape(name)) if name in file.names() else "missing"
+            raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
+    files.append(file)
+    tensors.update(dict.fromkeys(exit_file.shapes(width), file))
+    return exit_file
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; check the path of the GGUF file")
+    file = GGUFFile(path)
+    config = _config(path.parent, str(path), gguf_file=path.name)
+    files: list[WeightFile] = [file]
+    tensors: dict[str, WeightFile] = dict.fromkeys(file.names(), file)
+    exit_file = _with_exit(path.parent, config, files, tensors)
+    return Checkpoint(path, path.name, config, _derived_generation_config(config), files, tensors, exit_file)
+
+
+def _open_directory(path: Path, name: str) -> Checkpoint:
+    for file in path.iterdir():
+        if file.exists() and not file.is_file() and not file.is_dir():
+            raise CheckpointError(f"{file} is no regular file; do not use this checkpoint")
+    if not (path / "config.json").is_file():
+        hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
+        raise CheckpointError(f"{path} has no config.json; {hint}")
+    stored = _read_json(path / "config.json")
+    check_config(stored)  # before transformers makes a list of that many layers
+    if "quantization_config" in stored:
+        raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
+    config = _config(path, str(path))
+    files, tensors = _weight_files(path)
+    exit_file = _with_exit(path, config, files, tensors)
+    return Checkpoint(path, name, config, _generation_config(path, config), files, tensors, exit_file)
+
+
+def _download(model: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
+        raise CheckpointError(f"{model} does not exist; give a checkpoint directory, a hub name or a GGUF file")
+    metadata = ["*.json", "*.txt", "*.model", "*.jinja"]
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            path = Path(snapshot_download(model, allow_patterns=[*metadata, weights], ignore_patterns=["*/*"]))
+            if any(path.glob(weights)):
+                break
+    except Exception as error:  # the hub's client raises types of whichever HTTP library it uses
+        raise CheckpointError(
+            f"{model} is no file or directory here and cannot be had from the hub ({one_line(error)}); "
+            "check the name and the connection"
+        ) from None
+    return path
+
+
+def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # each configuration class checks its values in its own way
+        raise CheckpointError(
+            f"{shown}: transformers cannot read its configuration ({one_line(error)}); "
+            "check model_type, or upgrade transformers"
+        ) from None
+    values = config.to_dict()
+    values.pop("_name_or_path", None)  # a path of this machine
+    check_config(values)
+    return values
+
+
+def _generation_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    derived = _derived_generation_config(config)
+    if not (path / "generation_config.json").is_file():
+        return derived
+    values = _read_json(path / "generation_config.json")
+    if "decoder_start_token_id" in derived:
+        values.setdefault("decoder_start_token_id", derived["decoder_start_token_id"])
+    return values
+
+
+def _derived_generation_config(config: dict[str, Any]) -> dict[str, Any]:
+    values = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
+    if config.get("is_encoder_decoder"):
+        # The fallback of `generate`, then T5's own.
+        start = values.get("decoder_start_token_id", values.get("bos_token_id", values.get("pad_token_id")))
+        values.update({} if start is None else {"decoder_start_token_id": start})
+    return values
+
+
+def _weight_files(path: Path) -> tuple[list[WeightFile], dict[str, WeightFile]]:
+    """The files, and which of them holds each tensor."""
+    found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
+    if found.suffix != ".json":
+        file = _open_weights(found)
+        return [file], dict.fromkeys(file.names(), file)
+    shards = _read_json(found).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{found} has no weight_map; download the checkpoint again")
+    files = {name: _open_shard(found, str(name)) for name in sorted(set(map(str, shards.values())))}
+    for tensor, shard in shards.items():
+        if tensor not in files[str(shard)].names():
+            raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
+    return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
+
+
+def _open_shard(index: Path, name: str) -> WeightFile:
+    if Path(name).name != name:
+        raise CheckpointError(f"{index} names the shard {name!r}, outside its directory; do not use this checkpoint")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index} names the shard {name}, which is missing; download the checkpoint again")
+    return _open_weights(index.parent / name)
+
+
+def _open_weights(path: Path) -> WeightFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    # Configurations have limits without end, which Python writes as Infinity.
+    return read_object(path, "download the checkpoint again", CheckpointError, nan=True)

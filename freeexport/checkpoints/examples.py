@@ -1,0 +1,148 @@
+"""Training examples: JSONL lines as token ids, split into training and validation, too long ones left out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from freeexport.system.jsonl import BrokenLine, Request, read_requests
+from runtime.errors import FreeExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CHUNK = 4096  # texts a call of the tokenizer
+_HASH_RANGE = 1 << 32
+
+
+class DataError(FreeExportError):
+    """A data file is empty, broken, or has nothing that a model could be trained on."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, int32: `prompt` [n] as the model gets it, `target` [m] with its end-of-sequence id."""
+
+    prompt: np.ndarray
+    target: np.ndarray
+    line: int
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Examples that do not fit: how many, of how many, the first one's line, and the limit they passed."""
+
+    path: Path
+    count: int
+    total: int
+    first_line: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.count} of {self.total} examples are longer than {self.limit} tokens and are left out "
+            f"(the first on line {self.first_line}); raise --max-tokens if the model can take them"
+        )
+
+
+@dataclass(frozen=True)
+class TextFormat:
+    """How text becomes token ids. `limit` is the most tokens of a sequence that the model is trained on.
+
+    Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    eos: int
+    limit: int
+    seq2seq: bool
+
+    def fits(self, example: Example) -> bool:
+        prompt, target = len(example.prompt), len(example.target)
+        return max(prompt, target) <= self.limit if self.seq2seq else prompt + target <= self.limit
+
+
+def read_lines(path: Path) -> list[Request]:
+    """The lines of a JSONL file, `input` and `target` each. Raises DataError for a broken line, with its number."""
+    requests = []
+    for line in read_requests(path):
+        if isinstance(line, BrokenLine):
+            raise DataError(f"{path}, line {line.line_number}: {line.reason}; repair or remove the line")
+        if line.target is None:
+            raise DataError(
+                f"{path}, line {line.line_number}: 'target' is missing; give every line an input and a target"
+            )
+        requests.append(line)
+    if not requests:
+        raise DataError(f"{path} has no examples; give one JSON object with 'input' and 'target' a line")
+    return requests
+
+
+def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[Request], list[Request]]:
+    """(training, validation) by a hash of the input: about `share` of the inputs are validation, in every run and
+    whatever else the file holds. Raises DataError where one of the two would be empty."""
+    ranked = [(_hash(request), request) for request in requests]
+    lowest = min(rank for rank, _ in ranked)
+    # A small file may have no hash below the share; then its lowest one stands for it.
+    border = max(share * _HASH_RANGE, lowest + 1)
+    training = [request for rank, request in ranked if rank >= border]
+    if not training:
+        raise DataError(f"{path} has one distinct input, and validation takes it; give more, or a --validation file")
+    return training, [request for rank, request in ranked if rank < border]
+
+
+def _hash(request: Request) -> int:
+    text = json.dumps(request.input, sort_keys=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], LeftOut | None]:
+    """Examples in the order of the file, without those that do not fit. Raises DataError where none fits."""
+    examples = []
+    for start in range(0, len(requests), _CHUNK):
+        chunk = requests[start : start + _CHUNK]
+        prompts = _encode_prompts(chunk, form)
+        targets = _ids(form.tokenizer, [str(request.target) for request in chunk], special=False)
+        for request, prompt, target in zip(chunk, prompts, targets, strict=True):
+            if not prompt:
+                raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
+            ends = [*target, form.eos]
+            examples.append(Example(np.array(prompt, np.int32), np.array(ends, np.int32), request.line_number))
+    fitting = [example for example in examples if form.fits(example)]
+    if len(fitting) == len(examples):
+        return fitting, None
+    first = next(example.line for example in examples if not form.fits(example))
+    left_out = LeftOut(path, len(examples) - len(fitting), len(examples), first, form.limit)
+    if not fitting:
+        raise DataError(f"{path}: none of the {len(examples)} examples fits {form.limit} tokens; raise --max-tokens")
+    return fitting, left_out
+
+
+def _encode_prompts(requests: Sequence[Request], form: TextFormat) -> list[list[int]]:
+    texts = [request.input for request in requests]
+    if all(isinstance(text, str) for text in texts):
+        return _ids(form.tokenizer, texts, special=True)
+    return [ids for text in texts for ids in _encode_prompt(text, form.tokenizer)]
+
+
+def _encode_prompt(text: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if isinstance(text, str):
+        return _ids(tokenizer, [text], special=True)
+    if not tokenizer.chat_template:
+        raise DataError("an input is a list of messages, but the tokenizer has no chat template; give text")
+    # The template writes the special tokens itself.
+    written = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+    return _ids(tokenizer, [str(written)], special=False)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], special: bool) -> list[list[int]]:
+    # `verbose` warns of texts longer than the tokenizer's own limit, which is not ours.
+    encoded = tokenizer(list(texts), add_special_tokens=special, return_attention_mask=False, verbose=False)
+    ids: list[list[int]] = encoded["input_ids"]
+    return ids

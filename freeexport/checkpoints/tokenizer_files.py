@@ -1,0 +1,129 @@
+"""A checkpoint's tokenizer and generation settings as the files that a bundle holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.weight_files import CheckpointError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# transformers 5 makes an empty tokenizer where none of these is there, rather than failing.
+_SOURCES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+_BYT5_OFFSET = 3
+
+
+def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
+    """Write what the bundle needs to turn text into token ids and back; returns the names of the files written.
+
+    Always generation_config.json. Where the checkpoint has a tokenizer also tokenizer.json (encoding with special
+    tokens as AutoTokenizer does, without padding or truncation), tokenizer_config.json (the strings of the special
+    tokens, for chat templates), and chat_template.jinja where it has a chat template.
+    Raises CheckpointError when there is a tokenizer that cannot be read or has no `tokenizers` equivalent.
+    """
+    files = {"generation_config.json": _json(checkpoint.generation_config)}
+    if has_tokenizer(checkpoint):
+        tokenizer = load_tokenizer(checkpoint)
+        files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
+        files["tokenizer_config.json"] = _json(_special_tokens(tokenizer, checkpoint))
+        template = _chat_template(tokenizer)
+        if template is not None:
+            files["chat_template.jinja"] = template
+    for name, text in files.items():
+        (out_dir / name).write_text(text, encoding="utf-8")
+    return list(files)
+
+
+def has_tokenizer(checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint brings a tokenizer; without one, only token ids can be decoded from."""
+    if checkpoint.path.is_file():
+        return any(isinstance(file, GGUFFile) and file.has_tokenizer for file in checkpoint.files)
+    return any((checkpoint.path / name).is_file() for name in _SOURCES)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer as transformers reads it. Raises CheckpointError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    source, options = checkpoint.path, {}
+    if checkpoint.path.is_file():
+        source, options = checkpoint.path.parent, {"gguf_file": checkpoint.path.name}
+    try:
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # tokenizers of every kind, each with errors of its own
+        raise CheckpointError(
+            f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); "
+            "repair the tokenizer files, or remove them to convert without"
+        ) from None
+
+
+def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokenizer:
+    # Not the checkpoint's own tokenizer.json: transformers changes it on loading (bos and eos of Llama, added tokens),
+    # and a file from the hub may have truncation and padding switched on.
+    if type(tokenizer).__name__ == "ByT5Tokenizer":
+        return _byt5(tokenizer)
+    if not tokenizer.is_fast:
+        raise CheckpointError(
+            f"{checkpoint.name}: {type(tokenizer).__name__} has no equivalent in the tokenizers library; "
+            "add a tokenizer.json to the checkpoint, or remove its tokenizer to convert without"
+        )
+    fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    fast.no_padding()
+    fast.no_truncation()
+    return fast
+
+
+def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """Bytes as tokens: the id of a byte is its value + 3, after pad, eos and unk; sentinels follow the bytes."""
+    added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
+    vocabulary = {added[index].content: index for index in range(_BYT5_OFFSET)}
+    vocabulary.update({letter: byte + _BYT5_OFFSET for byte, letter in enumerate(_byte_letters())})
+    fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=added[2].content))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens([added[index] for index in sorted(added)])
+    eos = str(tokenizer.eos_token)
+    fast.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 1)])
+    return fast
+
+
+def _byte_letters() -> list[str]:
+    """The character that stands for each byte in a byte-level tokenizer: itself, or one from U+0100 if unprintable."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> dict[str, str]:
+    for file in checkpoint.files:
+        if isinstance(file, GGUFFile):  # transformers 4.57 takes the wrong token for eos
+            return file.special_tokens()
+    tokens = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+    return {name: str(token) for name, token in tokens.items() if token is not None}
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template or None
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

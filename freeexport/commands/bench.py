@@ -1,0 +1,118 @@
+"""`freeexport bench`: what a bundle's decoding costs, beside other decoders of the same checkpoint, in one run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.benchmark import plot as bench_plot
+from freeexport.benchmark.benchmark import benchmark
+from freeexport.benchmark.options import BenchOptions
+from freeexport.benchmark.peers.catalog import PEERS
+from freeexport.benchmark.report import as_dict, table
+from freeexport.commands.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
+from freeexport.costs import per_call as cost_table
+from freeexport.system.idle import require_idle
+from freeexport.system.output_file import check_writable, write_whole
+from runtime.bundle.bundle import Bundle
+from runtime.errors import OptionError
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@section("Prompts")
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
+@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help=SAMPLES)
+@click.option("--max-new-tokens", "tokens", cls=RenamedOption, old="--tokens", type=click.IntRange(2), default=64,
+              show_default=True, help="Tokens generated for a prompt, its end ignored.")  # fmt: skip
+@section("What is compared")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="PEER|MODEL",
+    help="Another decoder of the same checkpoint, in an environment of its own that is built in the user's cache: "
+    f"{', '.join(PEERS)}. Or the checkpoint, which transformers then runs in this environment. Several times.",
+)
+@click.option("--model", metavar="MODEL", help="The checkpoint that the bundle came from, for peers.")
+@click.option("--also", type=click.Path(path_type=Path), multiple=True,
+              help="Another bundle of that checkpoint, say at another precision; several times.")  # fmt: skip
+@section("Early exits")
+@click.option(
+    "--threshold", type=float, multiple=True, help="Also the modes, with exits above this confidence; several times."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["free", "rollback", "lossless", "shallow"]),
+    multiple=True,
+    default=["free"],
+    show_default=True,
+    help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. Several times.",
+)
+@click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
+@click.option(
+    "--replay",
+    metavar="RATE|FILE",
+    multiple=True,
+    help="Also mode free with exits drawn at this rate, or those of `generate --output`; several times.",
+)
+@click.option(
+    "--replay-drafts",
+    type=float,
+    metavar="RATE",
+    multiple=True,
+    help="Also mode lossless with drafts that are right at this rate; several times.",
+)
+@click.option("--early-exit-draft", is_flag=True, help="Also transformers drafting with the layers before the exit.")
+@click.option("--costs", is_flag=True, help="Only what each call of the engines costs, which predictions rest on.")
+@section("Machine")
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of all, in turn; medians count.")
+@click.option("--device", default="cpu", show_default=True, help="Of the bundles: cpu, or cuda:0 for the first GPU.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
+@section("Results")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw the speeds, too.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON, too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def command(
+    costs: bool, early_exit_draft: bool, plot: Path | None, save: Path | None, as_json: bool, **given: Any
+) -> None:
+    """Measure BUNDLE: mode full, modes that exit at thresholds, and other decoders, interleaved on an idle machine.
+
+    Everyone decodes the same prompts greedily to the same number of tokens, on the same number of threads, in a process
+    of its own. Speed counts from prompt to last token.
+
+    \b
+    Example:
+      freeexport bench bundle --against path/to/checkpoint --threshold 0.8
+      freeexport bench bundle --against hf --against genai --model path/to/checkpoint
+      freeexport bench bundle --threshold 0.5 --threshold 0 --mode free --mode lossless
+      freeexport bench bundle --costs
+    """
+    options = BenchOptions(**given, early_exit_draft=early_exit_draft)
+    if plot is not None:
+        bench_plot.check(plot)
+    check_writable(save, "--save")
+    found, text = _costs(options) if costs else _benchmark(options, plot)
+    if save is not None:
+        write_whole(save, json.dumps(found, indent=2) + "\n")
+    click.echo(json.dumps(found) if as_json else text)
+
+
+def _benchmark(options: BenchOptions, plot: Path | None) -> tuple[dict[str, Any], str]:
+    report = benchmark(options)
+    if plot is not None:
+        bench_plot.write(report, plot)
+    return as_dict(report), table(report)
+
+
+def _costs(options: BenchOptions) -> tuple[dict[str, Any], str]:
+    if options.device != "cpu":
+        raise OptionError(f"--costs are those of the CPU; leave --device {options.device} out")
+    bundle = Bundle.open(options.bundle)
+    idle = require_idle(options.force)
+    costs = cost_table.measure_in_child(bundle.path, options.count, options.rounds)
+    found = cost_table.figures(bundle, costs, options.count, options.rounds, idle)
+    return found, cost_table.table(found)

@@ -1,0 +1,72 @@
+"""`freeexport build`: TensorRT engines for a bundle, on the machine that will run them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.system.progress import progress
+from graphs.tensorrt.build import BuildOptions, Built, build
+from graphs.tensorrt.self_test import SelfTest, self_test
+from runtime.bundle.bundle import Bundle, engine_files
+from runtime.tensorrt.files import DIRECTORY
+
+
+def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:
+    """Build, and then run what was built, where there is a GPU."""
+    built = build_engines(path, options)
+    files = {engine.plan.engine: path / DIRECTORY / engine.plan.file for engine in built}
+    return built, self_test(Bundle.open(path), files, options.max_batch)
+
+
+def build_engines(path: Path, options: BuildOptions) -> list[Built]:
+    """Build the engines of the bundle at `path` under a progress bar. Raises BundleError and BuildError."""
+    bundle = Bundle.open(path)
+    done: dict[str, float] = {}
+    with progress("building TensorRT engines", len(engine_files(bundle.manifest))) as advance:
+
+        def report(engine: str, fraction: float) -> None:
+            advance(fraction - done.get(engine, 0.0))
+            done[engine] = fraction
+
+        return build(bundle, options, report)
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--max-batch", type=int, default=8, show_default=True, help="Most sequences of a call.")
+@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
+              help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
+@click.option("--version-compatible", is_flag=True, help="For later TensorRTs of this major version too.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+def command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.
+
+    Engines are for the GPU and the TensorRT version that are here. What is up to date is kept; an interrupted build
+    keeps the engines that are finished.
+
+    \b
+    Example:
+      freeexport convert path/to/checkpoint bundle --target tensorrt
+      freeexport build bundle --max-batch 4
+    """
+    built, tested = build_and_test(bundle, BuildOptions(**options))
+    if as_json:
+        engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]
+        click.echo(json.dumps({"engines": engines, "self_test": asdict(tested)}, indent=2))
+        return
+    for engine in built:
+        how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
+        click.echo(f"{DIRECTORY}/{engine.plan.file}: {engine.bytes / 1e6:.1f} MB, {how}")
+    click.echo(f"self-test: {_text(tested)}")
+
+
+def _text(tested: SelfTest) -> str:
+    if not tested.ran:
+        return f"not run, {tested.why}"
+    found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
+    return f"passed; largest differences from the graphs, as multiples of what rounding explains: {found}"

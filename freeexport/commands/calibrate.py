@@ -1,0 +1,197 @@
+"""`freeexport calibrate`: a threshold from a few hundred examples, with what it gives and what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from freeexport.calibration.metrics import Metric
+from freeexport.calibration.options import CalibrateOptions
+from freeexport.commands.verb_options import (
+    CONFIDENCES,
+    MAX_NEW_TOKENS,
+    METRICS,
+    SAMPLES,
+    RenamedOption,
+    SectionedCommand,
+    section,
+)
+from freeexport.system.idle import cores_in_use
+from freeexport.system.output_file import write_whole
+from freeexport.system.page import print_page
+from runtime.bundle.calibration import Method
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure
+from runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from freeexport.calibration.calibrate import Calibrated
+    from freeexport.calibration.source import Source
+
+BUSY = (
+    "speedups are not measured: machine busy; run the same command again on an idle machine (nothing is decoded "
+    "again). The threshold does not depend on them"
+)
+DEFAULT_OUTPUT = Path("calibration.json")
+
+
+def calibrate_model(
+    model: str, data: Path, options: CalibrateOptions, output: Path | None = None, threads: int | None = None
+) -> Calibrated:
+    """Calibrate a bundle or a checkpoint, and write nothing but the traces, which are kept beside the `output`: another
+    method, or more samples, need not decode them again.
+
+    Raises DataError, CalibrationError, CheckpointError, BundleError and OptionError.
+    """
+    from freeexport.calibration.calibrate import calibrate, check_enough, collect, points, read_data, with_measured
+
+    requests = read_data(data, options.samples)
+    with open_source(model, options, threads) as source:
+        outputs = source.outputs(requests, options.max_new_tokens) if options.needs_outputs else None
+        if options.measure:
+            source.check_speed()
+        traces = collect(source, data, requests, cache_path(model, output), options.max_new_tokens)
+        check_enough(traces, options)
+        # Timings beside other work mean nothing, but the threshold does not depend on them.
+        busy = cores_in_use() if is_bundle(model) else 0.0
+        costs = replace(source.costs(requests, traces.mean_length), busy=busy)
+        result = calibrate(source, traces, costs, options, outputs)
+        if not costs.trusted:
+            return replace(result, notes=(*result.notes, BUSY))
+        if options.measure:
+            found = source.speedups(requests, points(result), options.max_new_tokens, options.rounds)
+            result = with_measured(result, found)
+        return result
+
+
+def write(result: Calibrated, model: str, output: Path | None) -> None:
+    """To the file `output`; None is into the bundle, which is the old one until it is the new one."""
+    from freeexport.conversion.recalibrate import update_bundle
+
+    if output is None:
+        update_bundle(Path(model), result.calibration)
+        return
+    write_whole(output, result.calibration.to_json())
+
+
+def is_bundle(model: str) -> bool:
+    return (Path(model) / MANIFEST).is_file()
+
+
+def cache_path(model: str, output: Path | None) -> Path:
+    """Where traces are kept: beside the file that is written, or beside the bundle."""
+    if output is not None:
+        return output.with_name(f"{output.name}.traces.jsonl")
+    bundle = Path(os.path.abspath(model))
+    return bundle.with_name(f"{bundle.name}.traces.jsonl")
+
+
+@contextmanager
+def open_source(model: str, options: CalibrateOptions, threads: int | None = None) -> Iterator[Source]:
+    """What MODEL names. Raises OptionError for options that it does not have."""
+    from freeexport.calibration.source import BundleSource, CheckpointSource
+
+    if not is_bundle(model):
+        from freeexport.checkpoints.checkpoint import open_checkpoint
+
+        yield CheckpointSource(open_checkpoint(model), options)
+        return
+    for name in ("confidence", "exit_layer", "max_pending"):
+        if getattr(options, name) is not None:
+            raise OptionError(f"--{name.replace('_', '-')} is for checkpoints; a bundle has its own, fixed at convert")
+    from freeexport.costs.forced_exits import ReplaySession
+
+    with ReplaySession(model, slots=1, threads=threads) as session:
+        yield BundleSource(Path(model), session)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("model")
+@section("Data")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
+@click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, show_default=True,
+              help=SAMPLES)  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
+@section("How the threshold is chosen")
+@click.option("--method", type=click.Choice(get_args(Method)), default="bmm", show_default=True,
+              help="bmm: by P(agree | confidence). risk: the loss of a sequence, with a guarantee. quality: by "
+              "decoding at thresholds and comparing the outputs.")  # fmt: skip
+@click.option("--agreement", "target", cls=RenamedOption, old="--target", type=float,
+              default=CalibrateOptions.target, show_default=True,
+              help="bmm: the share that must agree among tokens as sure as the threshold.")  # fmt: skip
+@click.option("--risk", type=float, default=CalibrateOptions.risk, show_default=True,
+              help="risk: the most loss of a sequence, on average.")  # fmt: skip
+@click.option("--delta", type=float, default=CalibrateOptions.delta, show_default=True,
+              help="risk: the chance that the promise is broken.")  # fmt: skip
+@click.option("--target-quality", type=float,
+              help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
+@click.option("--metric", type=click.Choice(get_args(Metric)),
+              help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
+@section("Where MODEL is a checkpoint")
+@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
+              help=f"{CONFIDENCES}  [default: softmax]")  # fmt: skip
+@click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
+@click.option("--max-pending", type=click.IntRange(1), help="Most rows of a sync pass.  [default: 16]")
+@click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
+              help="Lines that are decoded at once.")  # fmt: skip
+@section("Where MODEL is a bundle")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
+@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True,
+              help="Of --measure.")  # fmt: skip
+@section("Results")
+@click.option("--output", type=click.Path(path_type=Path),
+              help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
+@click.option("--report", type=click.Path(path_type=Path), help="Write a page with pictures to this directory.")
+@click.option("--json", "as_json", is_flag=True, help="Print the calibration and the advice as JSON.")
+def command(
+    model: str,
+    data: Path,
+    output: Path | None,
+    threads: int | None,
+    target_quality: float | None,
+    report: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Find the threshold of a bundle or a checkpoint, MODEL, on the lines of a JSONL file.
+
+    The full model decodes each input; at every token the shallow decoder is asked too. A bundle is updated, whole or
+    not at all; a checkpoint's calibration goes to `convert --calibration`. An interrupted run goes on where it was.
+
+    \b
+    Example:
+      freeexport calibrate bundle --data calibration.jsonl
+      freeexport calibrate bundle --data calibration.jsonl --method risk --risk 0.02 --delta 0.05
+      freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l --report report
+      freeexport calibrate path/to/checkpoint --data calibration.jsonl --output calibration.json
+    """
+    from freeexport.calibration import report as calibration_report
+    from freeexport.calibration.calibrate import advice, verdict_of
+    from freeexport.calibration.page import tables
+
+    if target_quality is not None:
+        if options["method"] == "risk":
+            raise click.UsageError("--target-quality and --method risk are two ways to choose; leave one out")
+        options.update(method="quality", quality=target_quality)
+    target = DEFAULT_OUTPUT if output is None and not is_bundle(model) else output
+    if report is not None:
+        calibration_report.check(report)
+    result = calibrate_model(model, data, CalibrateOptions(**options), target, threads)
+    if report is not None:
+        calibration_report.write(result, report)
+    write(result, model, target)
+    if as_json:
+        even = result.break_even if result.costs.trusted else None
+        said = {"verdict": asdict(verdict_of(result)), "advice": advice(result), "notes": result.notes}
+        click.echo(json.dumps({**asdict(result.calibration), **said, "break_even": even}, indent=2))
+        return
+    print_page(tables(result))
+    click.echo(advice(result))

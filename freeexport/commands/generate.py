@@ -1,0 +1,225 @@
+"""`freeexport generate`: text from a bundle, for one prompt or a file of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from freeexport.commands.verb_options import RenamedOption, SectionedCommand, section
+from freeexport.system.answers import answer_file
+from freeexport.system.jsonl import fields_of
+from runtime import FreeExportError, GenerationResult, Session
+from runtime.options import Mode
+from runtime.requests.several import MOST_SEQUENCES
+
+# Lines of a file that are decoded at once: each holds a slot of the KV cache.
+BATCH = 4
+
+
+def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[tuple[int, ...], float]:
+    biases: dict[tuple[int, ...], float] = {}
+    for text in given:
+        try:
+            sequence, bias = text.split("=")
+            biases[tuple(int(token) for token in sequence.split(","))] = float(bias)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not like 42=-5 or 7,42=2.5", context, parameter) from None
+    return biases
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("prompt", required=False)
+@section("Prompts and results")
+@click.option("--input", "source", type=click.Path(path_type=Path), help="JSON lines with an `input` each.")
+@click.option("--output", "target", type=click.Path(path_type=Path), help="Where the results go, a line each.")
+@click.option("--resume", is_flag=True, help="Go on with the lines that OUTPUT does not have yet.")
+@click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
+@click.option("--batch-size", "batch", cls=RenamedOption, old="--batch", type=click.IntRange(1, 4096),
+              help=f"Lines of --input that are decoded at once.  [default: {BATCH}]")  # fmt: skip
+@click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
+@click.option(
+    "--parse-special/--no-parse-special",
+    default=None,
+    help="Control tokens such as <|im_start|> in the prompt become their ids, or are text.  "
+    "[default: ids in a raw prompt, text in messages]",
+)
+@click.option(
+    "--no-trust-templates",
+    is_flag=True,
+    help="Do not load the bundle's tokenizer and chat template: PROMPT is token ids, as in 1,22,333.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
+@section("Early exits")
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True,
+              help="free: exits are final. rollback: the deep decoder takes back those it finds unlikely. lossless: "
+              "exits are drafts, and the tokens those of full. full: no exits. shallow: only exits.")  # fmt: skip
+@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
+@click.option("--rollback-threshold", type=float, help="Nats above which mode rollback takes a token back.")
+@click.option("--max-pending", type=int, help="Most rows of a sync pass.  [default: the bundle's]")
+@section("Length and end")
+@click.option("--max-new-tokens", type=int, default=256, show_default=True,
+              help="Most tokens generated, end of sequence included.")  # fmt: skip
+@click.option("--stop", multiple=True, help="End before this string; may be given several times.")
+@click.option("--min-new-tokens", type=int, default=0, help="No end of sequence before as many tokens.")
+@click.option("--deadline", type=float, metavar="SECONDS", help="End a prompt that takes longer; a line then failed.")
+@section("Sampling")
+@click.option("--do-sample", is_flag=True, default=None, help="Draw tokens, as generation_config.json recommends.")
+@click.option("--temperature", type=float, help="Draw tokens; 0 is greedy.")
+@click.option("--top-k", type=int, help="Draw from so many best; 0 is all.  [default: 50]")
+@click.option("--top-p", type=float, help="Draw from the fewest best that have this probability together.")
+@click.option("--min-p", type=float, help="Draw from what has this share of the best one's probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens that stand already become less likely.")
+@click.option("--sequence-bias", multiple=True, metavar="ID[,ID...]=NATS", callback=_biases, help="Favour a token.")
+@click.option("--seed", type=int, help="The same seed draws the same tokens.")
+@section("Beams and several results")
+@click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
+@click.option("--length-penalty", type=float, default=1.0, help="Above 0, beams may be longer.")
+@click.option("--early-stopping", is_flag=True, help="End the search once as many beams are finished.")
+@click.option(
+    "--num-return-sequences",
+    type=click.IntRange(1, MOST_SEQUENCES),
+    default=1,
+    help="So many samples or beams, best first.",
+)
+@click.option("--output-logprobs", is_flag=True, help="Also the log-probability of each token, in JSON.")
+@section("Machine")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
+@click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
+@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
+def command(
+    bundle: Path,
+    prompt: str | None,
+    source: Path | None,
+    target: Path | None,
+    resume: bool,
+    overwrite: bool,
+    batch: int | None,
+    chat: bool,
+    device: str,
+    threads: int | None,
+    capacity: int | None,
+    no_trust_templates: bool,
+    num_return_sequences: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Generate with BUNDLE: for PROMPT (or standard input), or for each line of --input.
+
+    \b
+    Example:
+      freeexport generate bundle "The capital of France is" --max-new-tokens 32
+      freeexport generate bundle "Once upon a time" --mode lossless --temperature 0.8 --seed 1
+      freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 --deadline 60
+      freeexport generate cuda-bundle "Once upon a time" --device cuda:0
+    """
+    if source is not None and (prompt is not None or target is None):
+        raise click.UsageError("--input goes with --output and without PROMPT")
+    if source is None and (target is not None or resume or overwrite or batch is not None):
+        raise click.UsageError("--output, --resume, --overwrite and --batch-size go with --input")
+    if source is not None and target is not None and target.exists() and target.samefile(source):
+        raise click.UsageError("--output is the same file as --input")
+    if chat and no_trust_templates:
+        raise click.UsageError("--chat needs the bundle's chat template; leave out --no-trust-templates")
+    slots = 1 if source is None else batch or BATCH
+    trust = not no_trust_templates
+    with _session(
+        bundle, device=device, threads=threads, capacity=capacity, slots=slots, trust_templates=trust
+    ) as session:
+        hint = ChatHint(session)
+
+        def prompt_of(text: Any) -> Any:
+            return _prompt(text, chat) if trust else _ids(text)
+
+        def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
+            prompt = prompt_of(text)
+            if num_return_sequences == 1:
+                results = [session.generate(prompt, cancel=cancel, **options)]
+            else:
+                results = session.generate_best(prompt, num_return_sequences, cancel=cancel, **options)
+            hint(prompt, results)
+            return results
+
+        if source is not None and target is not None:
+            answer_file(ask, source, target, batch or BATCH, resume, overwrite)
+            return
+        text = sys.stdin.read() if prompt is None else prompt
+        if num_return_sequences > 1:
+            _print_all(ask(text), as_json)
+        else:
+            prompt = prompt_of(text)
+            hint(prompt, [_generate_one(session, prompt, as_json, options)])
+
+
+class ChatHint:
+    """Says once, on stderr, that a bundle has a chat template, where a prompt without it was answered with nothing."""
+
+    def __init__(self, session: Session) -> None:
+        tokenizer = session.tokenizer
+        self._wanted = tokenizer is not None and tokenizer.chat_template is not None
+
+    def __call__(self, prompt: Any, results: list[GenerationResult]) -> None:
+        empty = any(result.finish_reason == "eos" and not result.text.strip() for result in results)
+        if self._wanted and empty and isinstance(prompt, str):
+            self._wanted = False
+            click.echo("hint: the answer is empty, and this bundle has a chat template; try --chat", err=True)
+
+
+def _prompt(text: Any, chat: bool) -> Any:
+    return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
+
+
+def _ids(text: Any) -> Any:
+    """Token ids as text names them; what names none stays, and the session says why it is refused."""
+    words = text.replace(",", " ").split() if isinstance(text, str) else []
+    listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
+    return list(map(int, words)) if listed else text
+
+
+def _print_all(results: list[GenerationResult], as_json: bool) -> None:
+    if not results:
+        raise FreeExportError("the deadline passed before the first result; allow more with --deadline")
+    if as_json:
+        click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
+        return
+    for result in results:
+        logprob = sum(result.logprobs or ()) / len(result.token_ids)
+        click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
+
+
+@contextmanager
+def _session(bundle: Path, slots: int, **options: Any) -> Iterator[Session]:
+    with Session(bundle, slots=slots, **options) as session:
+        manifest = session.manifest
+        if sys.stderr.isatty():
+            rows = session.capacity + manifest.max_pending
+            click.echo(f"KV cache: {slots * manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+        yield session
+
+
+def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> GenerationResult:
+    with session.stream(prompt, **options) as stream:
+        for token in stream:
+            if not as_json:
+                click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)
+                sys.stdout.flush()
+    if as_json:
+        click.echo(json.dumps(fields_of(stream.result), ensure_ascii=False))
+        return stream.result
+    click.echo()
+    stats = stream.result.stats
+    click.echo(
+        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
+        f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}"
+        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
+        f"{'' if stats.mode in (None, options['mode']) else f'; decoded as {stats.mode}: no token can exit'}",
+        err=True,
+    )
+    return stream.result

@@ -1,0 +1,273 @@
+"""`freeexport inspect`: what a bundle holds, checked in full, on one page or as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from freeexport.system.page import human_bytes, pairs, print_page, table
+from freeexport.verification.checks import entry_of
+from runtime.bundle.bundle import VERIFICATION
+from runtime.errors import BundleError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.bundle.bundle import Bundle
+    from runtime.bundle.calibration import Calibration
+    from runtime.bundle.manifest import Manifest
+
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from runtime.bundle.precision import Quantization
+
+
+def precision_table(quantization: Quantization) -> Table:
+    """A row an engine."""
+    rows = [
+        (item.engine, item.linears, item.head or "", human_bytes(item.bytes), f"{item.largest_error:.1%}")
+        for item in quantization.engines
+    ]
+    columns = ("engine", "linear layers", "head", "weights#", "largest error#")
+    exact = ", exact rows" if quantization.exact_rows else ""
+    return table(f"Precision (8-bit range: {quantization.int8_range}{exact})", columns, rows)
+
+
+def higher_table(quantization: Quantization) -> Table:
+    """A row a weight that stands higher than its engine, because it would lose too much."""
+    rows = [(item.engine, item.tensor, item.wanted, item.stored, f"{item.error:.1%}") for item in quantization.higher]
+    return table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), rows)
+
+
+_TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
+NEVER = "1 (never, as calibrated)"
+NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest, derived sizes and verification as JSON.")
+def command(bundle: Path, as_json: bool) -> None:
+    """Show what BUNDLE holds, after checking the sha256 of every file.
+
+    \b
+    Example:
+      freeexport inspect path/to/bundle
+    """
+    from runtime.bundle.bundle import Bundle
+
+    opened = Bundle.open(bundle, verify="full")
+    if as_json:
+        click.echo(json.dumps(bundle_as_dict(opened), indent=2))
+    else:
+        print_page(bundle_tables(opened))
+
+
+def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
+    """The manifest with what follows from it (bytes), the verification's figures, and the bundle's own hash."""
+    from freeexport.conversion.bundle_verdict import bundle_verdict
+
+    manifest, calibration = bundle.manifest, bundle.calibration
+    return {
+        "path": str(bundle.path),
+        "sha256": bundle.sha256,
+        "manifest": json.loads(manifest.to_json()),
+        "calibrated": calibrated(manifest),
+        "bundle_bytes": bundle_bytes(manifest),
+        "kv_bytes_per_token": manifest.kv_bytes_per_token,
+        "kv_bytes_per_sequence": manifest.kv_bytes_per_sequence,
+        "calibration": None if calibration is None else asdict(calibration),
+        "verification": bundle.verification,
+        "verdict": asdict(bundle_verdict(bundle)),
+    }
+
+
+def bundle_tables(bundle: Bundle) -> list[Table]:
+    """The page: a table a topic."""
+    manifest = bundle.manifest
+    return [
+        pairs("Bundle", _origin(bundle)),
+        pairs("Model", _model(manifest)),
+        pairs("Exit", _exit(manifest, bundle.calibration)),
+        pairs("Verdict", _verdict(bundle)),
+        *([precision_table(manifest.quantization)] if manifest.quantization else []),
+        *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
+        *_calibration(bundle),
+        pairs("KV cache", _cache(manifest)),
+        pairs("Verification", _verification(bundle)),
+        table("Files", ("name", "size#", "sha256"), _files(manifest)),
+        table("Weights that stand more than once", ("tensor", "size#", "reason"), _copies(manifest)),
+        pairs("Written with", sorted(manifest.versions.items())),
+    ]
+
+
+def calibrated(manifest: Manifest) -> bool:
+    """Whether any token can exit at the bundle's own threshold."""
+    return manifest.threshold < 1.0
+
+
+def bundle_bytes(manifest: Manifest) -> int:
+    """Bytes of all files that the manifest lists."""
+    return sum(file.size for file in manifest.files.values())
+
+
+def _origin(bundle: Bundle) -> list[tuple[str, str]]:
+    manifest = bundle.manifest
+    return [
+        ("path", str(bundle.path)),
+        ("sha256", bundle.sha256),
+        ("made from", manifest.source),
+        ("its sha256", manifest.source_sha256),
+        ("size", f"{human_bytes(bundle_bytes(manifest))}, weights {human_bytes(manifest.weight_bytes)}"),
+    ]
+
+
+def _model(manifest: Manifest) -> list[tuple[str, str]]:
+    kind = "encoder-decoder" if manifest.encoder_decoder else "decoder-only"
+    heads = f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"
+    return [
+        ("family", f"{manifest.family} ({kind})"),
+        (
+            "decoder layers",
+            f"{manifest.layers}: shallow {_span(manifest.shallow_layers)}, deep {_span(manifest.deep_layers)}",
+        ),
+        ("hidden size", str(manifest.hidden_size)),
+        ("heads", heads),
+        ("vocabulary", str(manifest.vocab_size)),
+        ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
+        ("target", manifest.target),
+        ("dialect", manifest.dialect),
+        ("precision", manifest.precision),
+        *_kernels(manifest),
+    ]
+
+
+def _kernels(manifest: Manifest) -> list[tuple[str, str]]:
+    from runtime.kernels import kernels_of
+
+    rounded = manifest.quantization is not None and manifest.target == "cpu"
+    return [("kernels", kernels_of(manifest.kernels))] if rounded else []
+
+
+def _span(layers: range) -> str:
+    """Layer numbers as people count them, from 1."""
+    return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
+
+
+def _exit(manifest: Manifest, calibration: Calibration | None) -> list[tuple[str, str]]:
+    return [
+        ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
+        ("confidence", manifest.confidence),
+        ("threshold", _threshold(manifest, calibration)),
+        ("most pending tokens", str(manifest.max_pending)),
+        *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
+        ("exit vocabulary", _exit_vocabulary(manifest)),
+        *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
+        ("trained", _TRAINED[manifest.exit_trained]),
+        *_break_even(manifest),
+    ]
+
+
+def _threshold(manifest: Manifest, calibration: Calibration | None) -> str:
+    if calibrated(manifest):
+        return f"{manifest.threshold:.4g}"
+    return NOT_CALIBRATED if calibration is None else NEVER
+
+
+def _verdict(bundle: Bundle) -> list[tuple[str, str]]:
+    from freeexport.conversion.bundle_verdict import bundle_verdict
+
+    found = bundle_verdict(bundle)
+    return [("verdict", found.text), *([("next step", found.next_step)] if found.next_step else [])]
+
+
+def _calibration(bundle: Bundle) -> list[Table]:
+    calibration = bundle.calibration
+    if calibration is None:
+        return []
+    from freeexport.calibration.page import calibration_tables
+
+    return calibration_tables(calibration)
+
+
+def _exit_vocabulary(manifest: Manifest) -> str:
+    known = manifest.exit_vocabulary
+    if known is None:
+        return "all tokens"
+    return (
+        f"{known.size} of {manifest.vocab_size} tokens, {known.covered:.2%} of the {known.text_tokens} they come from"
+    )
+
+
+def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
+    """The costs measured at convert, on the machine that converted. What 80 % exits would give says nothing of an exit
+    that is not trained."""
+    from freeexport.conversion.bundle_verdict import is_busy
+    from freeexport.traces.verdict import MACHINE_BUSY
+    from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN
+
+    costs = manifest.break_even
+    if not costs:
+        return [("break-even", "not measured")]
+    if is_busy(costs):
+        return [("break-even", f"{MACHINE_BUSY}; freeexport calibrate measures again")]
+    rate = f"{costs['exit_rate']:.1%}" if "exit_rate" in costs else "none: exits do not pay"
+    rows = [("break-even exit rate", rate)]
+    for name, cost in sorted(costs.items()):
+        if name.startswith("speedup_at_") and manifest.exit_trained is not False:
+            rows.append((f"speedup at {name.removeprefix('speedup_at_')} % exits", f"{cost:.2f}x (predicted)"))
+        elif name == OVERLAP_GAIN:
+            rows.append(("lanes at once", f"{cost:.2f}x in turn, overlap is {'on' if cost >= LEAST_GAIN else 'off'}"))
+        elif name.endswith("_ms"):
+            rows.append((name.removesuffix("_ms").replace("_", " "), f"{cost:.2f} ms"))
+    return rows
+
+
+def _cache(manifest: Manifest) -> list[tuple[str, str]]:
+    rows = [
+        ("capacity", f"{manifest.capacity} tokens"),
+        ("per token", human_bytes(manifest.kv_bytes_per_token)),
+        ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
+    ]
+    if manifest.encoder_decoder:
+        rows.insert(1, ("longest prompt", f"{manifest.encoder_capacity} tokens"))
+    return rows
+
+
+def _verification(bundle: Bundle) -> list[tuple[str, str]]:
+    """A line for each check, and one for greedy decoding; `--json` has all figures."""
+    try:
+        return _checks(bundle, bundle.verification or {})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:80]
+        raise BundleError(f"{VERIFICATION} is no report ({reason}); run freeexport verify again") from None
+
+
+def _checks(bundle: Bundle, report: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("verified", "yes" if bundle.manifest.verified else f"no; run: freeexport verify {bundle.path}")]
+    rows += [("against", str(report["against"]))] if report.get("against") else []
+    rows += [entry_of(check) for check in report.get("checks", [])]
+    prompts = report.get("greedy", {}).get("prompts", [])
+    if prompts:
+        equal = sum(prompt["first_difference"] is None for prompt in prompts)
+        rows.append((f"greedy ids, {report['greedy']['tokens']} tokens", f"{equal} of {len(prompts)} prompts equal"))
+    if quality := report.get("quality"):
+        rows.append(("same best token", f"{quality['agreement']:.1%} of {quality['tokens']}"))
+        rows.append(("perplexity", f"x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"))
+    return rows
+
+
+def _files(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [(name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())]
+
+
+def _copies(manifest: Manifest) -> list[tuple[str, str, str]]:
+    return [(copy.tensor, human_bytes(copy.bytes), copy.reason) for copy in manifest.copies]

@@ -1,0 +1,305 @@
+"""`freeexport train`: fine-tune a checkpoint for one exit."""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
+from freeexport.commands.verb_options import SectionedCommand, section
+from freeexport.system.output_directory import output_directory
+from freeexport.system.output_file import naming
+from freeexport.training.options import (
+    LORA_PRESETS,
+    OFFERED_LOSSES,
+    LoraOptions,
+    LossName,
+    Schedule,
+    TrainingOptions,
+    Tune,
+)
+from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
+
+if TYPE_CHECKING:
+    from freeexport.checkpoints.checkpoint import Checkpoint
+    from freeexport.checkpoints.examples import Example
+    from freeexport.training.full import Tuning
+    from graphs.description import Description
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run came to: `metrics` are those of the best evaluation, whose weights are in `out`."""
+
+    out: str
+    steps: int
+    best_step: int
+    seconds: float
+    metrics: dict[str, float]
+    left_out: tuple[str, ...]
+
+
+def train(model: str, out: Path, options: TrainingOptions) -> Trained:
+    """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
+    complete or not at all. Checkpoints and metrics stand in OUT.training until then.
+
+    Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
+    DataError, OptionError, OutputError, and DivergedError where the loss is no number.
+    """
+    from accelerate import PartialState
+    from torch import cuda
+
+    _quiet()
+    process = PartialState(cpu=not cuda.is_available())
+    with process.main_process_first():
+        directory = TrainingDirectory(out, model, options, process.is_main_process)
+    try:
+        return _train(model, out, options, directory, process)
+    except BaseException:
+        if process.is_main_process:
+            directory.remove_unless_resumable()
+        raise
+
+
+def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
+    from freeexport.training.inputs import described, examples
+
+    with process.main_process_first():
+        checkpoint = _base(model, options, directory, process.is_main_process)
+    description = described(checkpoint, options)
+    training, validation, left_out = examples(checkpoint, description, options)
+    if process.is_main_process:
+        for line in left_out:
+            click.echo(f"warning: {line}", err=True)
+    with process.main_process_first():
+        tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
+    with naming(directory.path):
+        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
+    if process.is_main_process:
+        _write(tuning, checkpoint, options, directory)
+    process.wait_for_everyone()
+    return Trained(str(out), steps, best_step, seconds, metrics, tuple(left_out))
+
+
+def _quiet() -> None:
+    """transformers and torch announce what is no news here; errors are raised."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft)\b")
+
+
+def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, writer: bool) -> Checkpoint:
+    from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+
+    if options.from_config:
+        from freeexport.checkpoints.random_weights import write_random_weights
+
+        base = directory.path / "base"
+        if writer and not base.exists():
+            write_random_weights(Path(model), base, options.seed)
+        return open_checkpoint(str(base))
+    checkpoint = open_checkpoint(model)
+    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
+        raise CheckpointError(f"{model} has an exit of its own already; give the checkpoint that it was trained on")
+    return checkpoint
+
+
+def _tuning(
+    model: str,
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    directory: TrainingDirectory,
+) -> Tuning:
+    if options.tune == "lora":
+        from freeexport.training.full import tune_lora
+
+        return tune_lora(checkpoint, description, options, training, validation, model)
+    if options.tune == "exit":
+        from freeexport.training.exit_only import tune_exit
+
+        return tune_exit(checkpoint, description, options, training, validation, directory.path / "states")
+    from freeexport.training.full import tune_full
+
+    return tune_full(checkpoint, description, options, training, validation)
+
+
+def _run(
+    tuning: Tuning, options: TrainingOptions, directory: TrainingDirectory, writer: bool
+) -> tuple[int, int, float, dict[str, float]]:
+    """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    from freeexport.training.callbacks import Bar, Metrics, StopInTime
+    from freeexport.training.trainer import ExitTrainer, resumed_clock, training_arguments
+
+    checkpoint = last_checkpoint(directory.path) if options.resume else None
+    clock = resumed_clock(options, checkpoint)
+    callbacks: list[TrainerCallback] = [StopInTime(clock)]
+    bar, metrics = Bar(clock), None
+    if options.patience:
+        callbacks.append(EarlyStoppingCallback(options.patience))
+    arguments = training_arguments(options, directory.path, tuning.lengths[0])
+    if writer:
+        after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
+        metrics = Metrics(directory.path / METRICS, clock, directory.path / TENSORBOARD, after)
+        callbacks += [metrics, bar]
+    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks)
+    if metrics is not None:
+        metrics.trainer = trainer
+    try:
+        trainer.run(checkpoint)
+    finally:
+        bar.close()
+    best_step, best = trainer.best()
+    return trainer.state.global_step, best_step, round(clock.elapsed, 1), best
+
+
+def _write(
+    tuning: Tuning,
+    checkpoint: Checkpoint,
+    options: TrainingOptions,
+    directory: TrainingDirectory,
+) -> None:
+    exit_file = ExitFile(
+        exit_layer=options.exit_layer,
+        exit_norm=tuning.exit_norm,
+        adapter_rank=tuning.adapter_rank,
+        base_sha256=checkpoint.sha256,
+        loss=options.loss_name,
+        tune=options.tune,
+    )
+    with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
+        tuning.write(partial)
+        write_exit_file(partial, exit_file)
+        directory.keep_records(partial)
+        _open_to_readers(partial)
+    directory.remove()
+
+
+def _open_to_readers(directory: Path) -> None:
+    """safetensors creates files that their owner alone may read."""
+    mode = (directory / EXIT_FILE).stat().st_mode & 0o777
+    for path in directory.glob("*.safetensors"):
+        if path.stat().st_nlink == 1:  # a link's mode is its base's
+            path.chmod(mode)
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("model")
+@click.argument("out", type=click.Path(path_type=Path))
+@section("Data")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
+@click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: a share of DATA]")
+@click.option(
+    "--validation-share", type=float, default=0.02, show_default=True, help="Of DATA, by a hash of the input."
+)
+@click.option("--train-on-input", is_flag=True, help="Decoder-only: learn the input's tokens too.")
+@click.option(
+    "--max-tokens", type=int, help="Longer examples are left out.  [default: the model's limit, at most 2048]"
+)
+@section("What is trained")
+@click.option("--exit-layer", type=int, required=True, help="The exit stands after this layer, 1 to L - 1.")
+@click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
+              help="ce: cross-entropy of both exits. weighted-ce: of all layers. Others add a distillation to ce: "
+              "kd-dyn of the hidden states of layers matched as they run, kd-unif matched evenly, kd-last of the last "
+              "layer, logit-kd of predictions.  [default: kd-dyn; logit-kd for --tune exit]")  # fmt: skip
+@click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
+@click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True,
+              help="full: all weights. lora: adapters in the layers. exit: what the exit adds.")  # fmt: skip
+@click.option("--lora-rank", type=int, help="Of the adapters.  [default: 16]")
+@click.option("--lora-alpha", type=float, help="Their weight, times the rank.  [default: 32]")
+@click.option("--lora-target", "lora_targets", multiple=True, help="A layer's name; repeatable.  [default: all-linear]")
+@click.option("--lora-dropout", type=float, help="Before the adapters.  [default: 0]")
+@click.option("--lora-preset", type=click.Choice(tuple(LORA_PRESETS)), help="Rank, alpha and targets of a publication.")
+@click.option("--adapter-rank", type=int, default=64, show_default=True, help="Of --tune exit; 0 is a norm alone.")
+@click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
+@section("Length and steps")
+@click.option("--steps", type=int, help="Optimizer steps.")
+@click.option("--epochs", type=float, help="Passes over the data.  [default: 3, without --steps or --time-limit]")
+@click.option("--time-limit", type=float, help="Minutes of training; the schedule ends with them.")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples a device and micro-batch.")
+@click.option("--batch-tokens", type=int, help="Padded tokens a device and micro-batch, instead of examples.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches a step.")
+@click.option("--learning-rate", type=float, help="Peak.  [default: 1e-4; 1e-3 for --tune exit and --from-config]")
+@click.option("--schedule", type=click.Choice(get_args(Schedule)), default="linear", show_default=True,
+              help="Of the learning rate after the warmup.")  # fmt: skip
+@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the run.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of AdamW.")
+@click.option("--dropout", type=float, help="Of the model.  [default: the configuration's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of examples, and of dropout.")
+@section("Machine")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX).")
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
+              help="Of the weights of --tune full.")  # fmt: skip
+@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+@section("Evaluation")
+@click.option(
+    "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
+)
+@click.option("--log-every", type=int, default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
+@click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without progress; 0 never stops.")
+@section("Result")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run in OUT.training.")
+@click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Fine-tune MODEL for an exit after one of its layers, and write it to OUT for `convert`.
+
+    MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. DATA has one JSON object a line, with
+    'input' (text or messages) and 'target'. Start it with torchrun or `accelerate launch` for several GPUs or nodes.
+
+    \b
+    Examples:
+      freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
+      torchrun --nproc-per-node 4 -m freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
+    """
+    lora = _lora_options(**{name: options.pop(name) for name in tuple(options) if name.startswith("lora_")})
+    trained = train(model, out, TrainingOptions(lora=lora, **options))
+    if not _leave_group():
+        return
+    if as_json:
+        click.echo(json.dumps(asdict(trained)))
+        return
+    click.echo(f"{out}: step {trained.best_step} of {trained.steps}, {trained.seconds:.0f} s")
+    for name, value in trained.metrics.items():
+        click.echo(f"{name.removeprefix('eval_').replace('_', ' ')}: {value:.4f}")
+
+
+def _leave_group() -> bool:
+    """Whether this process speaks for the run. Gloo aborts processes that end while they are in a group."""
+    from accelerate import PartialState
+
+    process = PartialState()
+    process.destroy_process_group()
+    return bool(process.is_main_process)
+
+
+def _lora_options(
+    lora_preset: str | None,
+    lora_rank: int | None,
+    lora_alpha: float | None,
+    lora_targets: tuple[str, ...],
+    lora_dropout: float | None,
+) -> LoraOptions:
+    """The preset, or the default, with what was given."""
+    given: dict[str, Any] = {
+        "rank": lora_rank,
+        "alpha": lora_alpha,
+        "targets": lora_targets or None,
+        "dropout": lora_dropout,
+    }
+    base = LORA_PRESETS[lora_preset] if lora_preset else LoraOptions()
+    return replace(base, **{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,83 @@
+"""What a bundle records of its exit: what `convert` and `inspect` give a verdict on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from freeexport.costs.model import BUSY_CORES, Costs
+from freeexport.system.idle import TOLERATED
+from freeexport.traces.share import Share, recorded_share
+from freeexport.traces.verdict import Basis, ExitFacts, Verdict, verdict, why_never
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import Calibration
+from runtime.bundle.manifest import Manifest
+
+
+def bundle_verdict(bundle: Bundle) -> Verdict:
+    """Whether the exit pays, as far as the bundle knows."""
+    return verdict(bundle_facts(bundle))
+
+
+def bundle_facts(bundle: Bundle) -> ExitFacts:
+    """From the manifest, the calibration and the verification. Of sequences nothing is recorded, so shares have no
+    interval."""
+    manifest, calibration = bundle.manifest, bundle.calibration
+    times = manifest.break_even
+    facts = ExitFacts(
+        name=str(bundle.path),
+        exit_layer=manifest.exit_layer,
+        layers=manifest.layers,
+        trained=manifest.exit_trained,
+        agreement=_agreement(bundle.verification or {}),
+        break_even=times.get("exit_rate"),
+        basis=_basis(times),
+    )
+    if calibration is not None:
+        return _calibrated(facts, manifest, calibration)
+    # Of a threshold that came without a calibration nothing is known.
+    return replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None)
+
+
+def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) -> ExitFacts:
+    facts = replace(
+        facts,
+        threshold=calibration.threshold,
+        why_never=why_never(calibration),
+        agreement=Share(calibration.agreement, calibration.positions),
+    )
+    row = next((row for row in calibration.table if row.threshold == calibration.threshold), None)
+    if row is None:
+        return facts
+    exits = round(row.exit_rate * calibration.positions)
+    agreeing = None if row.agreement is None else Share(row.agreement, exits)
+    facts = replace(facts, exit_rate=Share(row.exit_rate, calibration.positions), exit_agreement=agreeing)
+    facts = replace(facts, measured=row.measured_speedup)
+    times = calibration.costs or manifest.break_even
+    costs = Costs.recorded(times)
+    if costs is None:
+        return facts
+    most = calibration.max_pending or manifest.max_pending
+    # Where the engines were not timed at calibration, the table goes by the sizes of layers.
+    predicted = row.predicted_speedup if calibration.costs else None
+    speedup = costs.speedup(row.exit_rate, most) if predicted is None else predicted
+    return replace(facts, break_even=times.get("exit_rate"), speedup=speedup, basis=_basis(times))
+
+
+def _basis(times: Mapping[str, float]) -> Basis:
+    if not times:
+        return "unknown"
+    return "busy" if is_busy(times) else "measured"
+
+
+def is_busy(times: Mapping[str, float]) -> bool:
+    """Whether recorded costs were measured beside other work."""
+    return times.get(BUSY_CORES, 0.0) > TOLERATED
+
+
+def _agreement(verification: Mapping[str, Any]) -> Share | None:
+    """As `freeexport verify` saw it on a few texts."""
+    seen = verification.get("exit")
+    found = seen.get("agreement") if isinstance(seen, Mapping) else None
+    return recorded_share(found) if isinstance(found, Mapping) else None

@@ -1,0 +1,183 @@
+"""An encoder that no builder knows, exported from transformers' code by optimum's exporter or by torch.onnx."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch.overrides import TorchFunctionMode
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.transformers_model import reference_model
+from graphs.description import ForeignEncoder
+from graphs.errors import UnsupportedModelError
+from graphs.foreign_encoder import adapt_encoder
+from graphs.weights import WeightFile
+from runtime.bundle.manifest import Precision
+from runtime.engines.onnx import OnnxEngine
+from runtime.machine.machine import usable_cores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Largest difference between the graph and the model, as a share of the largest value. Its weights are never rounded to
+# 8 or 4 bits, so at those precisions it is as exact as in fp32.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2}
+
+
+def export_encoder(
+    checkpoint: Checkpoint, encoder: ForeignEncoder, weights: WeightFile, directory: Path, precision: Precision
+) -> int:
+    """Write encoder.onnx: `input_ids` int64 [B, E], `lengths` int32 [B] -> `hidden` [B, E, d], for any B and E.
+
+    The graph is run at lengths below and above a block before it counts. Returns the bytes of weights that are stored
+    in fp16 and widened to fp32 in memory. Raises CheckpointError for missing or damaged weights, and
+    UnsupportedModelError where the exporter fails or what it wrote computes something else.
+    """
+    model = reference_model(checkpoint)
+    _check_weights(checkpoint, model)
+    module = _Encoder(model.get_encoder()).eval()
+    del model  # and with it the decoder
+    try:
+        with _quiet(), torch.no_grad():
+            exported = _export(module, encoder.block, directory)
+    except OSError:  # a full disk says nothing about the model
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the encoder of {checkpoint.name} ({checkpoint.architecture}) cannot be exported: {_first_line(error)}; "
+            "try another release of torch or transformers"
+        ) from error
+    compute = ir.DataType.FLOAT16 if precision == "fp16" else ir.DataType.FLOAT
+    widened = adapt_encoder(exported, encoder.block, weights, compute)
+    ir.save(exported, directory / "encoder.onnx")
+    weights.flush()
+    _check_engine(directory / "encoder.onnx", module, encoder.block, precision, checkpoint.name)
+    return widened
+
+
+class _Encoder(torch.nn.Module):
+    """`input_ids` and `attention_mask` int64 [B, N] -> hidden states float32 [B, N, d]."""
+
+    def __init__(self, encoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        with _OneHotByComparison():
+            hidden: torch.Tensor = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        return hidden
+
+
+class _OneHotByComparison(TorchFunctionMode):
+    """one_hot written out: torch.export takes its number of classes for a constant, and LongT5 passes a length."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.one_hot and len(args) == 2:
+            ids, classes = args
+            return (ids[..., None] == torch.arange(classes, device=ids.device)).to(torch.int64)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
+    """transformers draws missing weights at random, or takes others for them; here they are errors, as is NaN. The
+    embedding is the decoder's, and is read with it."""
+    encoder = model.get_encoder()
+    prefix = next(name for name, module in model.named_modules() if module is encoder)
+    for name in encoder.state_dict():
+        if not name.endswith("embed_tokens.weight"):
+            checkpoint.read(f"{prefix}.{name}")
+
+
+def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
+    try:
+        from optimum.exporters.onnx import export
+    except ImportError:
+        return _export_with_torch(module, block)
+    return _export_with_optimum(export, module, block, directory)
+
+
+def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
+    batch, blocks = torch.export.Dim("B", min=1), torch.export.Dim("blocks", min=1)
+    shape = {0: batch, 1: blocks * block if block > 1 else blocks}
+    ids = torch.ones(2, 3 * block, dtype=torch.int64)
+    program = torch.onnx.export(
+        module,
+        (ids, torch.ones_like(ids)),
+        dynamo=True,
+        verbose=False,
+        dynamic_shapes=(shape, shape),
+        input_names=["input_ids", "attention_mask"],
+        output_names=["hidden"],
+    )
+    assert program is not None
+    return program.model
+
+
+def _export_with_optimum(export: Any, module: _Encoder, block: int, directory: Path) -> ir.Model:
+    from optimum.exporters.tasks import TasksManager
+
+    model: Any = module.encoder
+    constructor = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=model.config.model_type, task="text2text-generation", library_name="transformers"
+    )
+    config = constructor(model.config).with_behavior("encoder")
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        path = Path(folder) / "encoder.onnx"
+        export(model, config, path, input_shapes={"batch_size": 2, "sequence_length": 3 * block})
+        exported = ir.load(path)
+        # The folder goes, so weights must not stay in it.
+        return ir.external_data.load_to_model(exported)
+
+
+def _check_engine(path: Path, module: _Encoder, block: int, precision: Precision, name: str) -> None:
+    """Run the engine at prompts shorter and longer than a block: exporters bake in what they take for a constant."""
+    engine = OnnxEngine(path, usable_cores())
+    encoder: Any = module.encoder
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([1], [4 * block + 1, block // 2 + 1, 1]):
+        ids = torch.randint(0, encoder.config.vocab_size, (len(lengths), max(lengths)), generator=generator)
+        mask = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+        with torch.no_grad():
+            theirs = encoder(input_ids=ids, attention_mask=mask.to(torch.int64))[0].numpy()
+        try:
+            (ours,) = engine.run(["hidden"], {"input_ids": ids.numpy(), "lengths": np.array(lengths, np.int32)})
+        except Exception as failure:  # ONNX Runtime's own types share no base
+            raise UnsupportedModelError(_wrong(name, lengths, _first_line(failure))) from failure
+        difference = np.abs(ours.astype(np.float32) - theirs)[mask.numpy()]
+        error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
+        if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
+            raise UnsupportedModelError(_wrong(name, lengths, f"it differs by {error:.1e} of the largest value"))
+
+
+def _wrong(name: str, lengths: list[int], reason: str) -> str:
+    return (
+        f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; "
+        "this encoder is not supported"
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Exporters warn about packages that nobody needs and about their own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]

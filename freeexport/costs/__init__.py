@@ -1,0 +1,1 @@
+"""Cost model; measuring costs; synthetic exits and drafts."""

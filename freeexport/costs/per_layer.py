@@ -1,0 +1,75 @@
+"""What a step costs at any exit layer: by the bytes of weights it reads, or from the measurements of one bundle."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from freeexport.costs.model import BUSY_CORES, SIZES, Costs
+from freeexport.system.idle import TOLERATED
+from graphs.description import Description, Layer, Linear
+from graphs.weights import Weights
+from runtime.errors import OptionError
+
+if TYPE_CHECKING:
+    from runtime.bundle.manifest import Manifest
+
+# A deep pass over 8 rows in float32 takes 1.9 times as long as one over 1 row (12 T5-base layers, 2 CPU cores).
+_ROW_GROWTH = 0.9 / 7
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """One decoder layer and the head, for one token, in any unit; `growth` is what a deep pass over k rows costs
+    relative to one row."""
+
+    layer: float
+    head: float
+    growth: dict[int, float]
+    measured: bool
+
+    def at(self, exit_layer: int, layers: int) -> Costs:
+        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`."""
+        shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
+        deep_passes = {size: deep * factor for size, factor in self.growth.items()}
+        return Costs(shallow + self.head, shallow, deep_passes, measured=self.measured)
+
+
+def analytic(description: Description, weights: Weights) -> StepCosts:
+    """Bytes of float32 weights that a token reads: decoding on a CPU waits for little else."""
+    layers = description.decoder.layers
+    sizes = [sum(_bytes(linear, weights) for linear in _read_each_step(layer)) for layer in layers]
+    head = _FLOAT * math.prod(weights.shape(description.decoder.head.weight))
+    growth = {size: 1 + _ROW_GROWTH * (size - 1) for size in SIZES}
+    return StepCosts(sum(sizes) / len(layers), head, growth, measured=False)
+
+
+def measured(manifest: Manifest) -> StepCosts:
+    """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not, or
+    on a busy machine."""
+    times = manifest.break_even
+    if not {"shallow_ms", "shallow_without_head_ms", "deep_1_ms"} <= times.keys():
+        raise OptionError("the bundle holds no measured costs; convert it again without --no-measure")
+    if times.get(BUSY_CORES, 0.0) > TOLERATED:
+        raise OptionError(
+            f"the bundle's costs were measured while others kept {times[BUSY_CORES]:.1f} cores busy; convert it "
+            "again on an idle machine, or leave --bundle out"
+        )
+    bare, deep = times["shallow_without_head_ms"], times["deep_1_ms"]
+    # Noise can make a small head look like nothing.
+    head = max(0.0, times["shallow_ms"] - bare)
+    growth = {size: times[f"deep_{size}_ms"] / deep for size in SIZES if f"deep_{size}_ms" in times}
+    return StepCosts((bare + deep - head) / manifest.layers, head, growth, measured=True)
+
+
+def _read_each_step(layer: Layer) -> list[Linear]:
+    own, cross, mlp = layer.attention, layer.cross, layer.mlp
+    linears = [own.query, own.key, own.value, own.output, mlp.up, mlp.down]
+    # Keys and values of cross-attention are computed once a request.
+    return linears + ([cross.query, cross.output] if cross else []) + ([mlp.gate] if mlp.gate else [])
+
+
+def _bytes(linear: Linear, weights: Weights) -> int:
+    return _FLOAT * math.prod(weights.shape(linear.weight))

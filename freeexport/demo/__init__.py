@@ -1,0 +1,1 @@
+"""What `freeexport demo` runs."""

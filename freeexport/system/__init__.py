@@ -1,0 +1,1 @@
+"""Terminal, files, child processes, machine. Imports nothing of freeexport."""

@@ -1,0 +1,173 @@
+"""A directory that appears complete or not at all, and never in place of something that is not ours."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from freeexport.system.exchange import exchange
+from freeexport.system.held_file import HeldFile
+from freeexport.system.output_file import naming
+from runtime.errors import FreeExportError
+
+_TEMPORARY = re.compile(r"(partial|old)-([0-9a-f]{16})")
+
+
+class OutputError(FreeExportError):
+    """Something stands where a command wants to write."""
+
+
+@contextmanager
+def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True) -> Iterator[Path]:
+    """Yield an empty directory beside `out` that takes its name when the block ends without an error.
+
+    What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`. The two change
+    places in one step, so that there is always the old one or the new one, whole; where the system cannot do that
+    (see `exchange`) there is none for a moment, and a process that is killed in it leaves the old one beside, which the
+    next call puts back. `sync`: everything is on the disk before. Raises OutputError.
+
+    A process holds a lock while its directory stands beside `out`: what nobody holds was left by one that was killed,
+    on whatever machine or in whatever container, and is removed by the next call.
+    """
+    out = Path(os.path.abspath(out))
+    _remove_abandoned(out)
+    _check_free(out, marker, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _held(out) as token:
+        partial = _beside(out, "partial", token)
+        try:
+            partial.mkdir()
+            with naming(out):
+                yield partial
+            _check_free(out, marker, overwrite)
+            if sync:
+                _sync_all(partial)
+            _swap(partial, out, marker, token)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(out: Path, marker: str, overwrite: bool) -> None:
+    """Before long work: raises OutputError where `output_directory` would."""
+    _check_free(Path(os.path.abspath(out)), marker, overwrite)
+
+
+def _check_free(out: Path, marker: str, overwrite: bool) -> None:
+    if not os.path.lexists(out) or _is_empty(out):
+        return
+    if not _is_ours(out, marker):
+        raise _not_ours(out, marker)
+    if not overwrite:
+        raise OutputError(f"{out} exists; choose another path, or replace it with --overwrite")
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+
+
+def _swap(partial: Path, out: Path, marker: str, token: str) -> None:
+    if not os.path.lexists(out) or _is_empty(out):
+        partial.rename(out)  # over an empty directory too
+        return
+    if not exchange(partial, out):
+        _swap_in_two_steps(partial, out, marker, token)
+    elif not _is_ours(partial, marker):
+        # It came to `out` since that was looked at.
+        if not _exchanged(partial, out):
+            partial.rename(out.with_name(f"{out.name}.found-{token}"))
+        raise _not_ours(out, marker)
+
+
+def _swap_in_two_steps(partial: Path, out: Path, marker: str, token: str) -> None:
+    old = _beside(out, "old", token)
+    out.rename(old)
+    try:
+        if not _is_ours(old, marker):
+            raise _not_ours(out, marker)
+        partial.rename(out)
+    except (OSError, OutputError):
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    try:
+        return exchange(one, other)
+    except OSError:
+        return False
+
+
+def _is_ours(directory: Path, marker: str) -> bool:
+    return not directory.is_symlink() and (directory / marker).is_file()
+
+
+def _not_ours(out: Path, marker: str) -> OutputError:
+    return OutputError(f"{out} exists and is not what this command writes (no {marker}); choose another path")
+
+
+def _beside(out: Path, kind: str, token: str) -> Path:
+    return out.parent / f".{out.name}.{kind}-{token}"
+
+
+def _lock(out: Path, token: str) -> Path:
+    return out.parent / f".{out.name}.lock-{token}"
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[str]:
+    """A name for what stands beside `out` that no other process has, while the lock for it is held."""
+    while True:
+        token = secrets.token_hex(8)
+        held = HeldFile.create(_lock(out, token))
+        if held is not None:
+            break
+    try:
+        yield token
+    finally:
+        held.remove()
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Clear away what killed processes left; put back an old directory whose replacement never came."""
+    beside = f".{glob.escape(out.name)}."
+    for lock in out.parent.glob(f"{beside}lock-*"):
+        token = lock.name.rpartition("-")[2]
+        if _TEMPORARY.fullmatch(f"partial-{token}") is None:
+            continue
+        held = HeldFile.take(lock)
+        if held is None:
+            continue
+        old = _beside(out, "old", token)
+        if old.exists() and not os.path.lexists(out):
+            old.rename(out)
+        for left in (old, _beside(out, "partial", token)):
+            shutil.rmtree(left, ignore_errors=True)
+        held.remove()
+
+
+def _sync_all(directory: Path) -> None:
+    """Everything in a directory is on the disk. Without it a crash of the machine can leave the name and no content."""
+    for place, _, names in os.walk(directory):
+        for name in names:
+            _sync(Path(place, name))
+        _sync(Path(place))
+
+
+def _sync(path: Path) -> None:
+    if not path.is_symlink() and (path.is_dir() or path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            if not path.is_dir():  # of directories not every file system knows
+                raise
+        finally:
+            os.close(descriptor)

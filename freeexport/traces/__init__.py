@@ -1,0 +1,1 @@
+"""What both decoders said at each token; simulating thresholds on that."""

@@ -1,0 +1,204 @@
+"""Every layer of a decoder as an exit: its prediction and confidence at each token, from one forward pass a batch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.text_format import end_ids
+from freeexport.traces.share import Share, share
+from freeexport.training.batches import Collator
+from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
+from graphs.description import Description
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
+
+if TYPE_CHECKING:
+    from freeexport.system.progress import Advance
+
+Forcing = Literal["output", "targets"]
+Head = Callable[[torch.Tensor], torch.Tensor]  # [N, d] -> [N, V]
+_LOGIT_ROWS = 256  # tokens whose logits are in memory at a time: a vocabulary of 150,000 takes 150 MB
+
+
+@dataclass(frozen=True)
+class Exits:
+    """Tokens [N] seen from one layer: `prediction` int64, `confidence` float32 (probability of the best token minus
+    that of the second best)."""
+
+    prediction: np.ndarray
+    confidence: np.ndarray
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """`layers[i]` is layer i + 1; the last is the whole model. `targets` [N] are the tokens that were forced, and
+    `sequences` int64 [N] the number of the sequence that each stands in; None where all are of one."""
+
+    layers: tuple[Exits, ...]
+    targets: np.ndarray
+    sequences: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        return len(self.targets)
+
+    def share(self, hits: np.ndarray, among: np.ndarray | None = None) -> Share | None:
+        """The share of `hits`, bool [N], among all tokens or those `among`, bool [N]; None where there are none."""
+        of = np.zeros(self.tokens, np.int64) if self.sequences is None else self.sequences
+        counted = np.ones(self.tokens, np.bool_) if among is None else among
+        return share(np.bincount(of, hits & counted), np.bincount(of, counted))
+
+    def agrees(self, layer: int) -> np.ndarray:
+        """Whether `layer` (from 1) predicts what the last layer predicts, bool [N]."""
+        agreeing: np.ndarray = self.layers[layer - 1].prediction == self.layers[-1].prediction
+        return agreeing
+
+    def accuracy(self, layer: int) -> float:
+        """Share of tokens that `layer` predicts as the targets have them."""
+        return float((self.layers[layer - 1].prediction == self.targets).mean())
+
+
+@torch.no_grad()
+def greedy_outputs(
+    model: Any, checkpoint: Checkpoint, examples: Sequence[Example], new_tokens: int, batch_size: int, advance: Advance
+) -> list[Example]:
+    """The examples with the model's own greedy output, at most `new_tokens` ids, in place of their targets."""
+    outputs = []
+    for batch in _batches(examples, batch_size):
+        for example, ids in zip(batch, _generate(model, checkpoint, batch, new_tokens), strict=True):
+            outputs.append(replace(example, target=ids))
+        advance(len(batch))
+    return outputs
+
+
+def _generate(model: Any, checkpoint: Checkpoint, batch: Sequence[Example], new_tokens: int) -> list[np.ndarray]:
+    from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+
+    seq2seq = model.config.is_encoder_decoder
+    width = max(len(example.prompt) for example in batch)
+    ids, mask = np.zeros((2, len(batch), width), np.int64)
+    for row, example in enumerate(batch):
+        # A decoder continues at the right end; an encoder's positions count from the left.
+        place = slice(0, len(example.prompt)) if seq2seq else slice(width - len(example.prompt), width)
+        ids[row, place], mask[row, place] = example.prompt, 1
+    ends = end_ids(checkpoint)
+    # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
+    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
+    values = checkpoint.generation_config
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        decoder_start_token_id=values.get("decoder_start_token_id"),
+        bos_token_id=values.get("bos_token_id"),
+    )
+    own, model.generation_config = model.generation_config, config  # its sampling and penalties would fill the gaps
+    try:
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 4.57 knows no other name
+        out = model.generate(
+            input_ids=torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            generation_config=config,
+            **cache,
+        )
+    finally:
+        model.generation_config = own
+    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].numpy()]
+
+
+def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    checkpoint: Checkpoint,
+    description: Description,
+    examples: Sequence[Example],
+    batch_size: int,
+    advance: Advance,
+) -> Evaluation:
+    """Every layer's prediction at each token of the examples' targets, the first of each left out: it comes from the
+    prefill, which always runs all layers.
+
+    A layer is read through the final norm and the head; the exit layer of a checkpoint whose exit has parameters of
+    its own, through those. Takes the memory of all hidden states of a batch, not of their logits.
+    """
+    module = ShallowDeep(model, description, 1, "weighted-ce").eval()
+    heads: list[Head] = [module.head] * module.layers
+    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
+        heads[checkpoint.exit.exit_layer - 1] = own_head(checkpoint, description, module.head)
+    collate = Collator(checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None)
+    targets: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []
+    seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in heads]
+    begun = 0
+    # Long examples first: where memory does not do, it shows at once.
+    for batch in _batches(sorted(examples, key=lambda one: -len(one.prompt) - len(one.target)), batch_size):
+        inputs = collate(batch)
+        labels = _without_first(inputs.pop("labels"))
+        hidden = module.hidden_states(labels, **inputs)
+        for number, head in enumerate(heads):
+            seen[number] += list(_read(head, hidden[number + 1]))
+        targets.append(labels[labels != IGNORED].numpy())
+        sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
+        begun += len(batch)
+        advance(len(batch))
+    layers = tuple(Exits(*(np.concatenate(parts) for parts in zip(*layer, strict=True))) for layer in seen if layer)
+    if not targets:
+        return Evaluation(layers, np.zeros(0, np.int64))
+    return Evaluation(layers, np.concatenate(targets), np.concatenate(sequences))
+
+
+def _without_first(labels: torch.Tensor) -> torch.Tensor:
+    """Labels [B, m] with the first that is not -100 of each row made -100."""
+    first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
+    return labels.scatter(1, first, IGNORED)
+
+
+def _read(
+    head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for rows in hidden.split(_LOGIT_ROWS):
+        if len(rows):
+            logits = head(rows).float()
+            best = logits.topk(2, dim=-1)
+            chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+            yield best.indices[:, 0].numpy(), (chances[:, 0] - chances[:, 1]).numpy()
+
+
+def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
+    """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
+    epsilon = description.decoder.head.norm.epsilon
+    own = {
+        name: torch.from_numpy(checkpoint.read(name))
+        for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
+        if name in checkpoint
+    }
+
+    def norm(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
+
+    def read(hidden: torch.Tensor) -> torch.Tensor:
+        if ADAPTER_UP in own:
+            inner = torch.nn.functional.silu(norm(hidden, own[ADAPTER_NORM]) @ own[ADAPTER_DOWN].T)
+            hidden = hidden + inner @ own[ADAPTER_UP].T
+        return shared.read(norm(hidden, own[EXIT_NORM]) if EXIT_NORM in own else shared.norm(hidden))
+
+    return read
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]

@@ -1,0 +1,30 @@
+"""Traces from a bundle: its own engines decode, and both are asked at every token."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from freeexport.traces.trace import Trace
+from runtime import Session
+
+
+def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Trace:
+    """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence."""
+    manifest = session.manifest
+    start = np.array([manifest.decoder_start_token_id or 0]) if manifest.encoder_decoder else prompt
+    limit = min(max_new_tokens, session.capacity - len(start) + 1)
+    confidence: list[float] = []
+    agrees: list[bool] = []
+    nll: list[float] = []
+    guesses: list[int] = []
+    with session.decoder(prompt) as decoder:
+        token = decoder.prefill(start.astype(np.int64), head=False).token
+        while len(confidence) + 1 < limit and token not in manifest.eos_token_ids:
+            guess = decoder.step(token, head=True)
+            (said,) = decoder.sync(1, drafts=[guess.token])
+            confidence.append(guess.confidence or 0.0)
+            agrees.append(guess.token == said.token)
+            nll.append(said.nll or 0.0)
+            guesses.append(guess.token)
+            token = said.token
+    return Trace.of(line, confidence, agrees, nll, guesses)

@@ -1,0 +1,108 @@
+"""Batches of examples of like length, so that little of a batch is padding; the same for the same seed and epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from freeexport.checkpoints.examples import Example
+from freeexport.training.shallow_deep import IGNORED
+
+
+class LengthBatches(Sampler[list[int]]):
+    """Indices of examples, one batch at a time: those of one device among `devices`.
+
+    A batch has `size` examples, or as many as fit `tokens` padded tokens. Which examples share a batch changes from
+    epoch to epoch among those of like length, the order of the batches freely; their number stays. Devices get
+    equally many: the first batches are repeated where they do not divide.
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], size: int, tokens: int | None, seed: int, device: int = 0, devices: int = 1
+    ) -> None:
+        self.epoch = 0
+        self._rounded = np.array([_rounded(length) for length in lengths])
+        self._seed, self._device, self._devices = seed, device, devices
+        self._cuts = _cuts(np.sort(self._rounded), size, tokens)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-(len(self._cuts) - 1) // self._devices)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        random = np.random.default_rng((self._seed, self.epoch))
+        # A shuffle and a stable sort: random among equals.
+        shuffled = random.permutation(len(self._rounded))
+        order = shuffled[np.argsort(self._rounded[shuffled], kind="stable")]
+        batches = random.permutation(len(self._cuts) - 1)
+        padded = np.resize(batches, len(self) * self._devices)
+        for number in padded[self._device :: self._devices]:
+            yield order[self._cuts[number] : self._cuts[number + 1]].tolist()
+
+
+def _rounded(length: int) -> int:
+    """Up to a multiple of an eighth of its power of two: enough examples are then of equal length."""
+    step = max(1, 1 << max(0, int(length).bit_length() - 4))
+    return -(-length // step) * step
+
+
+def _cuts(lengths: np.ndarray, size: int, tokens: int | None) -> list[int]:
+    """Where batches begin in ascending lengths, and the end."""
+    cuts, start = [0], 0
+    for index, length in enumerate(lengths):
+        full = (index - start) >= size if tokens is None else (index + 1 - start) * length > tokens
+        if full and index > start:
+            cuts.append(index)
+            start = index
+    return [*cuts, len(lengths)]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right, to the longest: `input_ids` and `attention_mask` [B, n], `labels` [B, m].
+
+    Encoder-decoder models also get `decoder_input_ids` [B, m], which begin with `start`. A label is the id that the
+    position's output predicts, -100 where it predicts none: padding, and the prompt of a decoder-only model unless
+    `train_on_input`.
+    """
+
+    start: int | None
+    train_on_input: bool = False
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        if self.start is not None:
+            targets = [example.target for example in examples]
+            shifted = [np.concatenate([[self.start], target[:-1]]) for target in targets]
+            ids, labels = [example.prompt for example in examples], targets
+            extra = {"decoder_input_ids": _padded(shifted, 0)}
+        else:
+            whole = [np.concatenate([example.prompt, example.target]) for example in examples]
+            ids, labels = [one[:-1] for one in whole], [self._labels(example) for example in examples]
+            extra = {}
+        mask = _padded([np.ones(len(one), np.int64) for one in ids], 0)
+        return {"input_ids": _padded(ids, 0), "attention_mask": mask, "labels": _padded(labels, IGNORED), **extra}
+
+    def _labels(self, example: Example) -> np.ndarray:
+        prompt = example.prompt[1:]
+        return np.concatenate([prompt if self.train_on_input else np.full_like(prompt, IGNORED), example.target])
+
+
+def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
+    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64)
+    for row, values in zip(out, rows, strict=True):
+        row[: len(values)] = torch.from_numpy(np.asarray(values, np.int64))
+    return out
+
+
+def loader(dataset: Any, batches: Sampler[list[int]], collate: Any, generator_seed: int = 0) -> DataLoader[Any]:
+    """Batches in this process. A generator of its own keeps the loader away from torch's, which a resumed run needs
+    to find in the state of the checkpoint."""
+    generator = torch.Generator().manual_seed(generator_seed)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator)

@@ -1,0 +1,130 @@
+"""`--tune exit`: only the exit's own norm and adapter are trained, on cached states of the frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
+from freeexport.training import losses
+from freeexport.training.exit_adapter import Exit, begin_linear
+from freeexport.training.full import Tuning, collator, copy_tokenizer, link_or_copy, trainable_model
+from freeexport.training.options import LossName, TrainingOptions
+from freeexport.training.shallow_deep import Metrics, ShallowDeep, SharedHead, measures
+from freeexport.training.teacher_states import cached_states, collate_states
+from graphs.description import Description
+from runtime.errors import OptionError
+
+
+class FrozenExit(nn.Module):
+    """An exit over cached hidden states, with the frozen norm and head of its model."""
+
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_save: tuple[str, ...] | None = None
+
+    def __init__(self, own: Exit, head: SharedHead, layers: tuple[int, int], loss: LossName, alpha: float) -> None:
+        """`layers` are the exit layer and the last one."""
+        super().__init__()
+        self.exit = own
+        self.head = head.requires_grad_(False).eval()
+        self.exit_layer, self.layers = layers
+        self.loss_name, self.alpha = loss, alpha
+
+    def train(self, mode: bool = True) -> FrozenExit:
+        super().train(mode)
+        self.head.eval()  # no dropout between the exit and its teacher
+        return self
+
+    def forward(self, shallow: torch.Tensor, deep: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        """Hidden states [N, d] after the exit layer and the last one, labels [N]."""
+        student = self.exit.norm(self.exit.adapted(shallow))
+        said = self.head.read(student)
+        with torch.no_grad():
+            teacher = self.head.normed(deep)
+            meant = self.head.read(teacher)
+        if not self.training:
+            return measures(said, meant, labels, self.exit_layer, self.layers)
+        exits = {
+            self.exit_layer: losses.cross_entropy(said, labels),
+            self.layers: losses.cross_entropy(meant, labels),  # a constant, so that losses compare with other modes
+        }
+        loss = losses.by_depth(exits)
+        if self.loss_name == "logit-kd":
+            loss = loss + self.alpha * losses.logit_distillation(meant, said)
+        elif self.loss_name == "kd-last":
+            states = {self.exit_layer: student, self.layers: teacher}
+            loss = loss + self.alpha * losses.hidden_distillation(states, [(self.exit_layer, self.layers)])
+        return {"loss": loss}
+
+
+def tune_exit(
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    cache: Path,
+) -> Tuning:
+    """The model is run once over the data; `cache` takes 4 d bytes a trained token. Raises OptionError for an adapter.
+
+    Of several processes, the first must be through before the others call this: they find the cache filled.
+    """
+    if checkpoint.adapter is not None:
+        raise OptionError(
+            f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
+        )
+    model = trainable_model(checkpoint, options).requires_grad_(False)
+    whole = ShallowDeep(model, description, options.exit_layer, "ce")
+    if torch.cuda.is_available():
+        whole.to("cuda")
+    collate = collator(checkpoint, options)
+    states = [
+        cached_states(cache, name, whole, examples, collate, options.bf16)
+        for name, examples in (("training", training), ("validation", validation))
+    ]
+    whole.to("cpu")
+    torch.manual_seed(options.seed)
+    norm = description.decoder.head.norm
+    weight = cast(torch.Tensor, whole.head.norm.weight)
+    own = Exit(weight, norm.epsilon, options.adapter_rank)
+    if own.adapter is not None:
+        begin_linear(own.adapter, states[0], weight.detach().float().numpy())
+    # The norm and the head alone: the layers' memory goes back.
+    head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
+    layers = (options.exit_layer, len(description.decoder.layers))
+    module = FrozenExit(own, head, layers, options.loss_name, options.loss_alpha)
+
+    def write(directory: Path) -> None:
+        tensors = {f"exit.{name}": value.detach().float().cpu() for name, value in own.state_dict().items()}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, directory / EXIT_WEIGHTS)
+        link_base(checkpoint, directory)
+
+    return Tuning(
+        module=module,
+        training=states[0],
+        validation=states[1],
+        lengths=(states[0].lengths, states[1].lengths),
+        collate=collate_states,
+        write=write,
+        exit_norm=True,
+        adapter_rank=options.adapter_rank,
+    )
+
+
+def link_base(checkpoint: Checkpoint, directory: Path) -> None:
+    """The base's weights, configuration and tokenizer, unchanged."""
+    for path in sorted({file.path for file in checkpoint.files}):
+        link_or_copy(path, directory / path.name)
+    if checkpoint.path.is_file():
+        return
+    for index in checkpoint.path.glob("*.index.json"):
+        link_or_copy(index, directory / index.name)
+    link_or_copy(checkpoint.path / "config.json", directory / "config.json")
+    copy_tokenizer(checkpoint, directory)

@@ -1,0 +1,115 @@
+"""Losses of a model with one exit: cross-entropy of both exits, and distillation from the deep layers to the shallow.
+
+Every loss is a sum over rows (predicted positions), so that dividing by the rows of a whole step makes gradient
+accumulation and several devices equal to one large batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from freeexport.training.options import LossName
+
+Pair = tuple[int, int]  # (student: a shallow layer, teacher: any layer), counted from 1
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed over rows, in nats: logits [N, V], labels int64 [N]."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def by_depth(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """The mean of losses by layer, weighted by the layer's number: (S * a + L * b) / (S + L) for two."""
+    total = sum(losses)
+    return torch.stack([loss * (layer / total) for layer, loss in losses.items()]).sum()
+
+
+def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
+    """KL(deep || shallow), summed over rows, in nats; no gradient reaches `deep`. Both are logits [N, V]."""
+    target = F.log_softmax(deep.detach().float(), dim=-1)
+    return F.kl_div(F.log_softmax(shallow.float(), dim=-1), target, reduction="sum", log_target=True)
+
+
+def hidden_distillation(states: Mapping[int, torch.Tensor], pairs: Sequence[Pair]) -> torch.Tensor:
+    """Mean square distance of each pair's states, averaged over pairs and summed over rows.
+
+    `states` maps layers to [N, d], as the head reads them: after the final norm, since the residual stream grows with
+    depth. No gradient reaches a pair's teacher as such (a layer may be teacher in one pair and student in another).
+    """
+    terms = [
+        (states[student].float() - states[teacher].detach().float()).square().mean(-1) for student, teacher in pairs
+    ]
+    return torch.stack(terms).mean(0).sum()
+
+
+def teacher_layers(exit_layer: int, layers: int) -> tuple[int, ...]:
+    """`exit_layer` of all layers, evenly spaced, the last one always among them: 4, 8, ... 24 for 6 of 24."""
+    return tuple(round(layers * number / exit_layer) for number in range(1, exit_layer + 1))
+
+
+def uniform_pairs(exit_layer: int, layers: int) -> list[Pair]:
+    """Each shallow layer with the layer at the same share of the whole depth."""
+    return list(enumerate(teacher_layers(exit_layer, layers), start=1))
+
+
+def align(distances: np.ndarray) -> list[int]:
+    """For each teacher (row) its shallow layer (column), order kept: the non-decreasing choice of least total.
+
+    `distances` [teachers, shallow]; columns count from 0, the leftmost of equal choices is taken.
+    """
+    rows, columns = distances.shape
+    total = np.zeros((rows, columns))
+    best = np.zeros((rows, columns), dtype=int)  # the column of the row above, where the path ends in [row, column]
+    total[0] = distances[0]
+    for row in range(1, rows):
+        for column in range(columns):
+            best[row, column] = int(np.argmin(total[row - 1, : column + 1]))
+            total[row, column] = total[row - 1, best[row, column]] + distances[row, column]
+    path = [int(np.argmin(total[-1]))]
+    for row in range(rows - 1, 0, -1):
+        path.append(int(best[row, path[-1]]))
+    return path[::-1]
+
+
+def dynamic_pairs(states: Mapping[int, torch.Tensor], exit_layer: int, teachers: Sequence[int]) -> list[Pair]:
+    """Each teacher layer with the shallow layer nearest to it in mean square distance, order kept.
+
+    A teacher that is a shallow layer itself is at distance 0 from itself, and then adds nothing to the loss.
+    """
+    shallow = torch.stack([states[layer].detach().float() for layer in range(1, exit_layer + 1)])  # [S, N, d]
+    distances = torch.stack([(shallow - states[layer].detach().float()).square().mean((1, 2)) for layer in teachers])
+    chosen = align(distances.double().cpu().numpy())
+    return [(column + 1, layer) for column, layer in zip(chosen, teachers, strict=True)]
+
+
+def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]:
+    """The layers whose hidden states the loss looks at, ascending; the exit and the last layer always."""
+    kept = {exit_layer, layers}
+    if loss == "weighted-ce":
+        kept.update(range(1, layers + 1))
+    elif loss in ("kd-dyn", "kd-unif"):
+        kept.update(range(1, exit_layer + 1), teacher_layers(exit_layer, layers))
+    elif loss == "kd-dyn-raw":
+        kept.update(range(1, exit_layer + 1), _layers_above(exit_layer, layers))
+    return tuple(sorted(kept))
+
+
+def distilled_pairs(loss: LossName, states: Mapping[int, torch.Tensor], exit_layer: int, layers: int) -> list[Pair]:
+    """Which layers the loss pulls together; none for losses without layer-wise distillation."""
+    if loss == "kd-last":
+        return [(exit_layer, layers)]
+    if loss == "kd-unif":
+        return uniform_pairs(exit_layer, layers)
+    if loss == "kd-dyn-raw":
+        return dynamic_pairs(states, exit_layer, _layers_above(exit_layer, layers))
+    return dynamic_pairs(states, exit_layer, teacher_layers(exit_layer, layers)) if loss == "kd-dyn" else []
+
+
+def _layers_above(exit_layer: int, layers: int) -> tuple[int, ...]:
+    """The teachers of kd-dyn-raw, which is kept to make the old figures of docs/training.md again."""
+    count = min(exit_layer, layers - exit_layer)
+    return tuple(exit_layer + round((layers - exit_layer) * number / count) for number in range(1, count + 1))

@@ -1,0 +1,159 @@
+"""A Hugging Face model seen as two exits that share a head, in the form that the trainer steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from freeexport.training import losses
+from freeexport.training.options import LossName
+from graphs.description import Description
+
+Metrics = dict[str, torch.Tensor]
+MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
+IGNORED = -100  # the label of a position that predicts nothing
+
+
+class SharedHead(nn.Module):
+    """logits = scale * dropout(norm(hidden)) W^T, with the model's own modules."""
+
+    def __init__(self, norm: nn.Module, linear: nn.Module, scale: float, dropout: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm = norm
+        self.linear = linear
+        self.scale = scale
+        self.dropout = dropout if dropout is not None else nn.Identity()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, V]."""
+        return self.read(self.normed(hidden))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N, d] -> [N, d]: what the linear layer reads, and what distillation compares."""
+        states: torch.Tensor = self.dropout(self.norm(hidden))
+        return states
+
+    def read(self, normed: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of what `normed` gives, [N, d]."""
+        logits: torch.Tensor = self.linear(normed * self.scale)
+        return logits
+
+
+class ShallowDeep(nn.Module):
+    """Both exits of a whole model. The model's own parameters are those that are trained.
+
+    Called with a batch it gives `loss`, summed over the rows whose label is not -100, and in evaluation mode also the
+    sums of `measures`.
+    """
+
+    # What transformers' Trainer asks of a model.
+    accepts_loss_kwargs = True
+    _keys_to_ignore_on_save: tuple[str, ...] | None = None
+
+    def __init__(
+        self, model: Any, description: Description, exit_layer: int, loss: LossName = "kd-dyn", alpha: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.exit_layer = exit_layer
+        self.layers = len(description.decoder.layers)
+        self.loss_name = loss
+        self.alpha = alpha
+        self.seq2seq = description.encoder is not None
+        self.head = shared_head(model, description)
+        self.kept = losses.kept_layers(loss, exit_layer, self.layers)
+        self._recording: dict[int, torch.Tensor] | None = None
+        for number, layer in enumerate(decoder_layers(model, description), start=1):
+            if number in self.kept:
+                layer.register_forward_hook(self._recorder(number))
+
+    def _recorder(self, number: int) -> Any:
+        def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            # Gradient checkpointing runs a layer again in the backward pass: then nobody is recording.
+            if self._recording is not None:
+                self._recording[number] = output[0] if isinstance(output, tuple) else output
+
+        return record
+
+    def hidden_states(self, labels: torch.Tensor, **batch: torch.Tensor) -> dict[int, torch.Tensor]:
+        """Outputs of the layers in `kept`, before the final norm, at the rows whose label is not -100: [N, d] each."""
+        rows = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
+        self._recording = {}
+        try:
+            self._run(**batch)
+            recorded = self._recording
+        finally:
+            self._recording = None
+        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in self.kept}
+
+    def _run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        decoder_input_ids: torch.Tensor | None = None,
+    ) -> None:
+        if not self.seq2seq:
+            self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return
+        encoded = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        self.model.decoder(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=encoded[0],
+            encoder_attention_mask=attention_mask,
+            use_cache=False,
+        )
+
+    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Metrics:
+        hidden = self.hidden_states(labels, **batch)
+        targets = labels[labels != IGNORED]
+        if self.loss_name == "weighted-ce" and self.training:
+            return {"loss": self._weighted(hidden, targets)}
+        states = {number: self.head.normed(state) for number, state in hidden.items()}
+        shallow, deep = self.head.read(states[self.exit_layer]), self.head.read(states[self.layers])
+        if not self.training:
+            return measures(shallow, deep, targets, self.exit_layer, self.layers)
+        loss = losses.by_depth(
+            {
+                self.exit_layer: losses.cross_entropy(shallow, targets),
+                self.layers: losses.cross_entropy(deep, targets),
+            }
+        )
+        if self.loss_name == "logit-kd":
+            loss = loss + self.alpha * losses.logit_distillation(deep, shallow)
+        compared = hidden if self.loss_name == "kd-dyn-raw" else states
+        if pairs := losses.distilled_pairs(self.loss_name, compared, self.exit_layer, self.layers):
+            loss = loss + self.alpha * losses.hidden_distillation(compared, pairs)
+        return {"loss": loss}
+
+    def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
+        def read(state: torch.Tensor) -> torch.Tensor:
+            return losses.cross_entropy(self.head(state), targets)
+
+        # One layer's logits in memory at a time, or L times the vocabulary would be.
+        return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})
+
+
+def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
+    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth; logits [N, V], targets [N]."""
+    shallow_loss, deep_loss = losses.cross_entropy(shallow, targets), losses.cross_entropy(deep, targets)
+    said, meant = shallow.argmax(-1), deep.argmax(-1)
+    loss = losses.by_depth({exit_layer: shallow_loss, layers: deep_loss})
+    hits = ((said == targets).sum(), (meant == targets).sum(), (said == meant).sum())
+    return dict(zip(MEASURES, (loss, shallow_loss, deep_loss, *hits), strict=True))
+
+
+def decoder_layers(model: Any, description: Description) -> nn.ModuleList:
+    """The decoder's layers of a Hugging Face model."""
+    layers: nn.ModuleList = model.model.layers if description.encoder is None else model.decoder.block
+    return layers
+
+
+def shared_head(model: Any, description: Description) -> SharedHead:
+    """Final norm and head as the model applies them."""
+    head = description.decoder.head
+    norm = model.get_submodule(head.norm.weight.removesuffix(".weight"))
+    dropout = None if description.encoder is None else model.decoder.dropout
+    return SharedHead(norm, model.get_output_embeddings(), head.scale, dropout)

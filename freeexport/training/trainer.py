@@ -1,0 +1,252 @@
+"""`transformers.Trainer` for a model with an exit: row-exact losses, batches by length, evaluation of both exits."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from freeexport.training.batches import LengthBatches, loader
+from freeexport.training.full import Tuning
+from freeexport.training.options import Schedule, TrainingOptions
+from freeexport.training.run_directory import ELAPSED
+from freeexport.training.shallow_deep import IGNORED, MEASURES
+
+ENDLESS = 1_000_000_000  # steps, where only the time ends a run
+
+
+def training_arguments(options: TrainingOptions, directory: Path, lengths: Sequence[int]) -> TrainingArguments:
+    """Trainer's arguments; checkpoints go to `directory`. `lengths` are those of the examples, in tokens."""
+    steps = _step_count(options, lengths)
+    every = options.evaluate_every or min(500, max(1, steps // 10))
+    return TrainingArguments(
+        output_dir=str(directory),
+        max_steps=steps,
+        gradient_accumulation_steps=options.accumulate,
+        learning_rate=options.rate,
+        weight_decay=options.weight_decay,
+        optim="adamw_torch_fused",
+        bf16=options.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=True,
+        seed=options.seed,
+        eval_strategy="steps",
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=options.log_every,
+        logging_nan_inf_filter=False,
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["labels"],
+    )
+
+
+def _step_count(options: TrainingOptions, lengths: Sequence[int]) -> int:
+    if options.steps is not None:
+        return options.steps
+    if options.epoch_count is None:
+        return ENDLESS
+    processes = PartialState().num_processes
+    batches = len(LengthBatches(lengths, options.batch_size, options.batch_tokens, options.seed, devices=processes))
+    return max(1, math.ceil(options.epoch_count * -(-batches // options.accumulate)))
+
+
+def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
+    """The learning rate as a share of its peak, at `progress` in [0, 1] of a run; `warmup` is a share of the run."""
+    if progress < warmup:
+        return progress / warmup
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse-sqrt":
+        return math.sqrt(max(warmup, 1e-3) / max(progress, warmup, 1e-3))
+    rest = (min(progress, 1.0) - warmup) / max(1.0 - warmup, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * rest)) if schedule == "cosine" else 1.0 - rest
+
+
+class Clock:
+    """Seconds of training, those before a resumed checkpoint included; `limit` in seconds or None.
+
+    `share` of the limit (0 without one) is what it was at the last `tick`, and the same in every process: they must
+    stop at the same step, and agree on the learning rate.
+    """
+
+    def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:
+        self.limit = limit
+        self.share = 0.0 if limit is None else elapsed / limit
+        self._start = time.monotonic() - elapsed
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self._start
+
+    def tick(self) -> None:
+        if self.limit is not None:
+            [self.share] = broadcast_object_list([self.elapsed / self.limit])
+
+
+def resumed_clock(options: TrainingOptions, checkpoint: Path | None) -> Clock:
+    """A clock that goes on where the checkpoint's stood."""
+    elapsed = 0.0 if checkpoint is None else float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
+    return Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
+
+
+class ExitTrainer(Trainer):
+    """Trains a module that gives a `loss` summed over rows, and sums of measures in evaluation mode."""
+
+    def __init__(
+        self,
+        tuning: Tuning,
+        arguments: TrainingArguments,
+        options: TrainingOptions,
+        clock: Clock,
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self.options = options
+        self.clock = clock
+        self.tokens_seen: torch.Tensor | int = 0
+        training_lengths, self._validation_lengths = tuning.lengths
+        self.batches = self._length_batches(training_lengths, options, arguments)
+        super().__init__(
+            model=tuning.module,
+            args=arguments,
+            data_collator=tuning.collate,
+            train_dataset=tuning.training,
+            eval_dataset=tuning.validation,
+            callbacks=[*callbacks, _Epochs(self.batches)],
+        )
+        self.remove_callback(PrinterCallback)  # metrics go to a file
+
+    @staticmethod
+    def _length_batches(lengths: Sequence[int], options: TrainingOptions, where: TrainingArguments) -> LengthBatches:
+        return LengthBatches(
+            lengths, options.batch_size, options.batch_tokens, options.seed, where.process_index, where.world_size
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        # Each process cuts its own share of the batches, so accelerate has nothing to shard.
+        return loader(self.train_dataset, self.batches, self.data_collator, self.args.seed)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The mean over the rows of the whole step, all micro-batches and devices."""
+        outputs = model(**inputs)
+        if "attention_mask" in inputs:
+            self.tokens_seen = self.tokens_seen + inputs["attention_mask"].sum().detach()
+        self.tokens_seen = self.tokens_seen + (inputs["labels"] != IGNORED).sum().detach()
+        rows = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != IGNORED).sum()
+        # Data parallelism averages gradients over processes: undo it, since `rows` already counts those of all.
+        loss = outputs["loss"] / rows * (self.accelerator.num_processes if num_items_in_batch is not None else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Means over the rows of the validation examples, and which share of rows each exit says right."""
+        model, where = cast(torch.nn.Module, self.model), self.args
+        was_training = model.training
+        model.eval()
+        batches = LengthBatches(self._validation_lengths, self.options.batch_size, self.options.batch_tokens, seed=0)
+        rows, *zeros = torch.zeros(1 + len(MEASURES), dtype=torch.float64, device=where.device)
+        sums = dict(zip(MEASURES, zeros, strict=True))  # of a process without batches too
+        for number, batch in enumerate(loader(self.eval_dataset, batches, self.data_collator)):
+            if number % where.world_size != where.process_index:
+                continue
+            batch = self._prepare_inputs(batch)
+            with self.accelerator.autocast():
+                outputs = model(**batch)
+            rows += (batch["labels"] != IGNORED).sum()
+            for name in MEASURES:
+                sums[name] += outputs[name].double()
+        model.train(was_training)
+        metrics = self._means(sums, rows, metric_key_prefix)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _means(self, sums: dict[str, torch.Tensor], rows: torch.Tensor, prefix: str) -> dict[str, float]:
+        names = list(sums)
+        stacked = torch.stack([rows, *(sums[name] for name in names)])
+        if self.args.world_size > 1:
+            stacked = self.accelerator.reduce(stacked, "sum")
+        total, *values = stacked.tolist()
+        return {f"{prefix}_{name}": value / total for name, value in zip(names, values, strict=True)}
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """By steps, or by time where the time limit comes first."""
+        options, clock = self.options, self.clock
+
+        def factor(step: int) -> float:
+            progress = max((step + 1) / num_training_steps, min(clock.share, 1.0))
+            return rate_factor(options.schedule, options.warmup, progress)
+
+        self.lr_scheduler = LambdaLR(cast(torch.optim.Optimizer, optimizer or self.optimizer), factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def run(self, checkpoint: Path | None) -> None:
+        """Train from the start or from `checkpoint`; the module then has the weights of the best evaluation."""
+        if checkpoint is None:
+            self.train()
+            return
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step < self.args.max_steps and self.clock.share < 1:
+            self.train(resume_from_checkpoint=str(checkpoint))
+            return
+        self.state = state  # it was killed between its last step and the end
+        self._load_best_model()
+
+    def best(self) -> tuple[int, dict[str, float]]:
+        """Step and measures of the best evaluation."""
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        best = min(evaluations, key=lambda entry: entry["eval_loss"])
+        return int(best["step"]), {name: value for name, value in best.items() if name.startswith("eval_")}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Only what is trained, each shared tensor once."""
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        parameters = dict(cast(torch.nn.Module, self.model).named_parameters())
+        tensors = parameters if state_dict is None else state_dict
+        trained = {name for name, value in parameters.items() if value.requires_grad}
+        kept = {name: value.detach().contiguous() for name, value in tensors.items() if name in trained}
+        save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / ELAPSED).write_text(json.dumps(self.clock.elapsed), encoding="utf-8")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Frozen parameters are missing from a checkpoint on purpose."""
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Tells the batches which epoch begins."""
+
+    def __init__(self, batches: LengthBatches) -> None:
+        self._batches = batches
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._batches.set_epoch(int(state.epoch or 0))
