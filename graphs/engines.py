@@ -13,18 +13,18 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder, ForeignEncoder, Layer
-from graphs.dialect import Call, Dialect, in_heads, linear
+from graphs.dialects.base import Call, Dialect, in_heads, linear
+from graphs.dialects.ort import OrtDialect, check_head_size, fits_head_size, misfit
+from graphs.dialects.packing import Packing, packing
+from graphs.dialects.standard import StandardDialect
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
 from graphs.layers import decoder_layers, encoder_layers
-from graphs.ort_dialect import OrtDialect, check_head_size, fits_head_size, misfit
-from graphs.packing import Packing, packing
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
 from graphs.quantization.plan import ROUNDING, Plan, rounding
 from graphs.quantization.quantizer import Quantizer
-from graphs.standard_dialect import StandardDialect
 from graphs.weights import WeightFile, Weights
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
 from runtime.bundle.manifest import Dialect as DialectName

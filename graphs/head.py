@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Adapter, Head
-from graphs.dialect import Dialect
+from graphs.dialects.base import Dialect
+from graphs.dialects.packing import Packing
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
-from graphs.packing import Packing
 from runtime.bundle.manifest import ConfidenceMeasure
 
 # The logit of a token that a head does not know: its probability is 0.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphs.description import MLP, Activation, Attention, Layer, Linear, Norm
-from graphs.dialect import Dialect, linear
+from graphs.dialects.base import Dialect, linear
 from graphs.graph import Graph
 
 

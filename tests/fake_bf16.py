@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
-from graphs.widen import Widen
+from graphs.rewrites.widen import Widen
 
 BF16 = ir.DataType.BFLOAT16
 

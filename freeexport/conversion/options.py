@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from graphs.description import Description
+from graphs.dialects.ort import fits_head_size
 from graphs.engines import TARGETS, EngineOptions
 from graphs.errors import GraphError
-from graphs.ort_dialect import fits_head_size
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision, Target
 from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 from runtime.errors import OptionError

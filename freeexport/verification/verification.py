@@ -17,7 +17,7 @@ from freeexport.system.output_file import write_whole
 from freeexport.system.progress import Advance, progress
 from freeexport.verification.checks import Check, failure_of
 from graphs.families import describe
-from graphs.fp32_copy import fp32_copy
+from graphs.rewrites.fp32_copy import fp32_copy
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import Manifest, Precision
 from runtime.bundle.precision import FloatType

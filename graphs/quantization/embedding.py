@@ -6,8 +6,8 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from graphs.graph import MICROSOFT
-from graphs.initializers import drop_unused, external, unread
 from graphs.quantization.quantizer import Quantizer
+from graphs.rewrites.initializers import drop_unused, external, unread
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):

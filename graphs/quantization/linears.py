@@ -8,8 +8,8 @@ from typing import Protocol
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from graphs.initializers import drop_unused, external, unread
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
+from graphs.rewrites.initializers import drop_unused, external, unread
 from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
 
 

@@ -13,9 +13,9 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from graphs.graph import MICROSOFT
-from graphs.initializers import constant
 from graphs.quantization.linears import weight_size
 from graphs.quantization.quantizer import Stored
+from graphs.rewrites.initializers import constant
 
 BITS = {"int4": 4, "int8-block": 8}
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.

@@ -9,7 +9,7 @@ import pytest
 from onnx_ir.tape import Tape
 
 from graphs.errors import GraphError
-from graphs.foreign_encoder import adapt_encoder
+from graphs.rewrites.foreign_encoder import adapt_encoder
 from graphs.weights import WeightFile
 
 BLOCK, VOCAB, WIDTH = 4, 40, 16

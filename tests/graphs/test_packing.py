@@ -8,9 +8,9 @@ import pytest
 from onnxruntime import InferenceSession
 from test_quantized_linears import Source
 
-from graphs.dialect import Call
+from graphs.dialects.base import Call
+from graphs.dialects.packing import packing
 from graphs.graph import Graph
-from graphs.packing import packing
 from graphs.weights import WeightFile
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from graphs.widen import HALVES, Widen
+from graphs.rewrites.widen import HALVES, Widen
 from runtime.bundle.bundle import Bundle, engine_files, sha256_of
 from runtime.bundle.manifest import MANIFEST, File
 
@@ -21,7 +21,7 @@ from runtime.bundle.manifest import MANIFEST, File
 def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
     """The graphs of a bundle, widened from half precision to fp32, and the weights that it has; gone at the end.
 
-    `rounds`: see graphs.widen.Widen. A bundle that computes in fp32 is its own copy.
+    `rounds`: see graphs.rewrites.widen.Widen. A bundle that computes in fp32 is its own copy.
     """
     manifest = bundle.manifest
     if manifest.float_type == "fp32":

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Attention, Norm
-from graphs.dialect import (
+from graphs.dialects.base import (
     Call,
     bias_of_distances,
     flat,
@@ -24,7 +24,7 @@ MASKED = -30000.0
 
 
 class StandardDialect:
-    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache is
+    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache is
     `fixed`, as TensorRT wants it, also the least."""
 
     def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, fixed: bool = False) -> None:

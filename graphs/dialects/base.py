@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Attention, Linear, Norm, RelativeBias, Rotary
+from graphs.dialects.relative_bias import by_distance
 from graphs.graph import Graph
-from graphs.relative_bias import by_distance
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from graphs.dialect import Call
+from graphs.dialects.base import Call
 from graphs.graph import Graph
 
 

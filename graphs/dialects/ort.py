@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Attention, Norm, RelativeBias
-from graphs.dialect import (
+from graphs.dialects.base import (
     Call,
     bias_of_distances,
     flat,
@@ -19,9 +19,9 @@ from graphs.dialect import (
     query_positions,
     rotary_tables,
 )
+from graphs.dialects.packing import Packing
 from graphs.errors import GraphError
 from graphs.graph import MICROSOFT, Dimension, Graph
-from graphs.packing import Packing
 
 
 def fits_head_size(attention: Attention) -> bool:
@@ -48,7 +48,7 @@ def _head_step(attention: Attention) -> int:
 
 
 class OrtDialect:
-    """See graphs.dialect.Dialect. `cache_rows` is the most rows a KV cache of the bundle has.
+    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has.
 
     `alike`: a decoder's attention gives a row the same to the last bit in every call. ONNX Runtime multiplies one row
     by a matrix in another order than several, so attention always has one row more than the call, behind its own:

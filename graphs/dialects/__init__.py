@@ -1,0 +1,1 @@
+"""(optional step) two ways to write attention, norms, cache."""

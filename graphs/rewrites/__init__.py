@@ -1,0 +1,1 @@
+"""(optional step) edits of finished graphs."""
