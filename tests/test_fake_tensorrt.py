@@ -11,7 +11,7 @@ import fake_tensorrt_builder
 import pytest
 from fake_cuda_graphs import GraphCuda
 
-trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/tensorrt_environment.py)")
+trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt
 
 CLASSES = {

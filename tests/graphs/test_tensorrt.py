@@ -24,7 +24,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.tensorrt.files import DIRECTORY
 from runtime.tensorrt.library import logger_of
 
-trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/tensorrt_environment.py)")
+trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt
 
 BY_NAME = {case.name: case for case in (*CASES, *LARGER)}

@@ -12,8 +12,8 @@ from click.testing import CliRunner, Result
 from conftest import Bundles
 
 from runtime import Session
-from tools.batches import Load, Setting, main, options_of, rows_of, table, verdict
-from tools.closed_loop import Asked, ClosedLoop, Window
+from tools.speed.batches import Load, Setting, main, options_of, rows_of, table, verdict
+from tools.speed.closed_loop import Asked, ClosedLoop, Window
 
 CASE = next(case for case in CASES if case.name == "llama-tied")
 
@@ -109,7 +109,7 @@ def run(*arguments: str) -> Result:
 def test_a_table_comes_out_and_is_saved(
     exits: tuple[str, ...], bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tools.batches.SETTLE", 0)
+    monkeypatch.setattr("tools.speed.batches.SETTLE", 0)
     saved = tmp_path / "figures.json"
     batches = ("--batch", "1", "--batch", "3", "--tokens", "8")
     result = run(str(bundle(CASE)), "--mode", "free", *exits, *batches, "--save", str(saved))

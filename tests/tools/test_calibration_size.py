@@ -10,8 +10,8 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from freeexport.traces.trace import Trace, Traces
-from tools import calibration_size
-from tools.calibration_size import Subset, rows, subsets
+from tools.quality import calibration_size
+from tools.quality.calibration_size import Subset, rows, subsets
 
 CASE = next(case for case in CASES if case.name == "t5-relu-tied")
 

@@ -15,7 +15,7 @@ from checkpoints import CASES, Case
 from conftest import Bundles
 from onnx import TensorProto, helper
 
-from tools.cuda_operators import OPSET, RULES, TABLE, Table, check_bundle, main, write
+from tools.gpu.operators import OPSET, RULES, TABLE, Table, check_bundle, main, write
 
 BY_NAME = {case.name: case for case in CASES}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64

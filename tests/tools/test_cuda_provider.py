@@ -1,4 +1,4 @@
-"""What tools/cuda_provider.py says of what a provider did; and, where its wheel is, what the provider does."""
+"""What tools/gpu/provider.py says of what a provider did; and, where its wheel is, what the provider does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from tools.cuda_provider import show
+from tools.gpu.provider import show
 
 # Too large for continuous integration (256 MB): pip download --no-deps onnxruntime-gpu==1.31.1
 WHEEL = "ONNXRUNTIME_GPU_WHEEL"
@@ -55,7 +55,7 @@ def test_the_provider_itself_puts_kernels_into_the_stream_and_nothing_else(
     name: str, options: dict[str, str], bundle: Bundles
 ) -> None:
     path = bundle(BY_NAME[name], target="cuda", **options)
-    command = [sys.executable, "-m", "tools.cuda_provider", str(path), "--wheel", os.environ[WHEEL]]
+    command = [sys.executable, "-m", "tools.gpu.provider", str(path), "--wheel", os.environ[WHEEL]]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "a captured run is graphLaunch" in result.stdout

@@ -8,7 +8,7 @@ from checkpoints import CASES
 from click.testing import CliRunner
 from conftest import Bundles
 
-from tools.draft_lengths import Seen, figures_of, kinds_of, main
+from tools.speed.draft_lengths import Seen, figures_of, kinds_of, main
 
 BY_NAME = {case.name: case for case in CASES}
 

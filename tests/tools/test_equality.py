@@ -15,7 +15,7 @@ from runtime import GenerationResult, Session
 from runtime.decoding.slot_call import Work
 from runtime.result import Stats
 from runtime.scheduling.batched_call import Batch
-from tools.equality import (
+from tools.quality.equality import (
     TIE,
     Difference,
     Equality,

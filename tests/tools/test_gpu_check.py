@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from fake_cuda import FakeCuda
 from fake_onnxruntime import FakeOnnxRuntime
 
-from tools import gpu_check, gpu_steps
+from tools.gpu import check as gpu_check
+from tools.gpu import steps as gpu_steps
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 
@@ -27,7 +28,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     cuda = FakeCuda(5)
     ort = FakeOnnxRuntime(cuda)
     monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: cuda)
-    for module in ("runtime.engines.onnx", "runtime.cuda.engine", "tools.gpu_check"):
+    for module in ("runtime.engines.onnx", "runtime.cuda.engine", "tools.gpu.check"):
         monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: ort)
     return cuda
 

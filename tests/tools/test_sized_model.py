@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from tools.sized_model import ROWS, SIZES, TOKENS, configuration, write_tokenizer
+from tools.speed.sized_model import ROWS, SIZES, TOKENS, configuration, write_tokenizer
 
 
 @pytest.mark.parametrize(("size", "millions"), [("t5-base", 223), ("t5-large", 738)])

@@ -16,9 +16,9 @@ from runtime import Session
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Work
 from runtime.scheduling.batched_call import Batch
-from tools.process_memory import Held, held_trimmed
-from tools.soak import Soaked, left_over, main, report, soak
-from tools.soak_clients import Clients
+from tools.soak.clients import Clients
+from tools.soak.process_memory import Held, held_trimmed
+from tools.soak.run import Soaked, left_over, main, report, soak
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -62,7 +62,7 @@ def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.M
 
 
 def test_a_run_that_fails_before_it_is_watched_is_reported(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.soak.left_over", lambda session: ["requests are left"])
+    monkeypatch.setattr("tools.soak.run.left_over", lambda session: ["requests are left"])
     monkeypatch.setattr(Clients, "run", lambda clients, number, stop, seed: clients.violations.append("mixed up"))
     result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "2", "--asks", "2"])
     assert result.exit_code == 1

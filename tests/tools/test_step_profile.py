@@ -13,8 +13,8 @@ from conftest import Bundles
 
 from runtime import Bundle
 from runtime.errors import OptionError
-from tools.kernel_profile import calls, read_step, typical
-from tools.step_profile import main, profile, profile_peer, table
+from tools.speed.kernel_profile import calls, read_step, typical
+from tools.speed.step_profile import main, profile, profile_peer, table
 
 BY_NAME = {case.name: case for case in CASES}
 

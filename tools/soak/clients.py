@@ -19,8 +19,8 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
 from runtime.requests.stream import Stream
 from runtime.result import Token
-from tools.soak_asks import Ask
-from tools.soak_faults import Faults, InjectedError
+from tools.soak.faults import Faults, InjectedError
+from tools.soak.requests import Ask
 
 # Seconds before a refused client asks again.
 PAUSE = 0.05

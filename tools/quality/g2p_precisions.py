@@ -1,6 +1,6 @@
 """What precisions cost the g2p model on its own task: error rates, and greedy tokens against those of the first bundle.
 
-    python -m tools.g2p_precisions data/g2p/test.jsonl fp32 int8 mixed int4 --output precisions.json
+    python -m tools.quality.g2p_precisions data/g2p/test.jsonl fp32 int8 mixed int4 --output precisions.json
 
 Bundles of one checkpoint, fp32 first. Phrases only; mode full, and free at each bundle's own threshold. One thread.
 """
@@ -19,7 +19,7 @@ from freeexport.system.progress import progress
 from runtime import GenerationResult, Session
 from runtime.options import Mode
 from tools.data.splits import run
-from tools.g2p_evaluation import Line, read
+from tools.quality.g2p_evaluation import Line, read
 
 MODES: tuple[Mode, ...] = ("full", "free")
 

@@ -1,7 +1,7 @@
 """Throughput and latency of a bundle at several requests in flight, and where mode free stops paying.
 
-    python -m tools.batches BUNDLE --data prompts.jsonl --threshold 0.8
-    python -m tools.batches BUNDLE --data prompts.jsonl --replay 0.8 --tokens 48
+    python -m tools.speed.batches BUNDLE --data prompts.jsonl --threshold 0.8
+    python -m tools.speed.batches BUNDLE --data prompts.jsonl --replay 0.8 --tokens 48
 
 As one request ends, the next joins: a server under load, without its network. Every setting runs `--seconds` in each
 of interleaved `--rounds`. Requests end where the model ends them, at --tokens at the latest; with replayed exits, which
@@ -33,7 +33,7 @@ from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.machine.machine import usable_cores
-from tools.closed_loop import ClosedLoop, Window
+from tools.speed.closed_loop import ClosedLoop, Window
 
 MODES = ("full", "free", "lossless")
 

@@ -1,6 +1,6 @@
 """TensorRT as a builder on a machine without a GPU, for the tests marked `tensorrt`.
 
-    eval "$(python tools/tensorrt_environment.py .tensorrt)"
+    eval "$(python tools/gpu/tensorrt_environment.py .tensorrt)"
     python -m pytest -m tensorrt
 
 The package onnxruntime-ep-nv-tensorrt-rtx-cu13 brings NVIDIA's TensorRT-RTX library and ONNX parser, which build

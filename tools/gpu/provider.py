@@ -1,8 +1,8 @@
 """What ONNX Runtime's CUDA provider makes of a bundle's graphs, seen without a device.
 
-    python -m tools.cuda_provider BUNDLE --wheel onnxruntime_gpu-1.31.1-*.whl [--include /usr/local/cuda/include]
+    python -m tools.gpu.provider BUNDLE --wheel onnxruntime_gpu-1.31.1-*.whl [--include /usr/local/cuda/include]
 
-The provider of the wheel is loaded on libraries that have CUDA's names and do nothing (tools/cuda_without_device.c).
+The provider of the wheel is loaded on libraries that have CUDA's names and do nothing (tools/gpu/cuda_without_device.c).
 It places nodes, binds memory, puts kernels into streams and captures graphs as it would, and no kernel runs. For each
 engine this says which nodes run on the CPU, and of a run with one token a row: copies between host and device, copies
 as large as a cache, waits for the device; and whether a CUDA graph of it is captured, and launched by one call without
@@ -54,7 +54,7 @@ def main(bundle: Path, wheel: Path, include: str, child: bool) -> None:
             "PYTHONPATH": os.pathsep.join([directory, str(Path.cwd())]),
             "CUDA_LOG": str(place / "log"),
         }
-        command = [sys.executable, "-m", "tools.cuda_provider", str(bundle), "--wheel", str(wheel), "--child"]
+        command = [sys.executable, "-m", "tools.gpu.provider", str(bundle), "--wheel", str(wheel), "--child"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if result.returncode:
         raise click.ClickException(f"the provider does not run: {result.stderr.strip()[-600:]}")

@@ -1,6 +1,6 @@
 """Are the tokens of lossless those of full, and are the tokens of a row those that it has alone?
 
-    python -m tools.equality BUNDLE --data prompts.jsonl --samples 200
+    python -m tools.quality.equality BUNDLE --data prompts.jsonl --samples 200
 
 Every prompt is decoded alone in mode full and in free, to --tokens/2 to --tokens tokens; then in lossless, alone and by
 --batch threads, and in full and free by --batch threads: rows of common calls join and leave at any time. Lossless

@@ -1,6 +1,6 @@
 """Many clients at one session for minutes: nothing may be lost or mixed up, and nothing may grow.
 
-    python -m tools.soak BUNDLE --seconds 300
+    python -m tools.soak.run BUNDLE --seconds 300
 
 The clients ask for random prompts, lengths, modes and samplings; they cancel, set deadlines, stop reading, raise in
 callbacks, and engine calls fail. Every result must be the one that the request gives alone, or its beginning where it
@@ -25,10 +25,10 @@ from typing import Any
 import click
 
 from runtime import Session
-from tools.process_memory import Held, held, held_trimmed
-from tools.soak_asks import draw_asks
-from tools.soak_clients import Clients
-from tools.soak_faults import Faults
+from tools.soak.clients import Clients
+from tools.soak.faults import Faults
+from tools.soak.process_memory import Held, held, held_trimmed
+from tools.soak.requests import draw_asks
 
 # Seconds after which a request that has not ended counts as lost.
 LOST = 60.0

@@ -1,6 +1,6 @@
 """A checkpoint of a known model's size with random weights: to measure speed where the model itself is not at hand.
 
-    python -m tools.sized_model t5-base OUT        T5 v1.0: t5-base or t5-large
+    python -m tools.speed.sized_model t5-base OUT        T5 v1.0: t5-base or t5-large
 
 What it writes means nothing; what it costs is what the real one costs. Run from the root.
 """

@@ -1,7 +1,7 @@
 """Everything that only a machine with a card can tell, in one command of less than eight minutes.
 
-    python -m tools.gpu_check                      # a T5-base-sized model, random weights; docs/gpu-check.md, .json
-    python -m tools.gpu_check --model CHECKPOINT --exit-layer 6 --skip peers --output report
+    python -m tools.gpu.check                      # a T5-base-sized model, random weights; docs/gpu-check.md, .json
+    python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --skip peers --output report
 
 Steps: environment, correctness (tokens against the CPU in fp32), lanes (overlap and CUDA graphs on and off), timeline
 (shallow steps within a deep pass, by events), cpu, peers (transformers, torch.compile). A step that cannot be done says
@@ -25,7 +25,7 @@ from runtime.cuda.driver import Cuda
 from runtime.engines.onnx import import_onnxruntime
 from runtime.errors import FreeExportError
 from runtime.machine.device import Device
-from tools.gpu_steps import STEPS, Bench, Unavailable
+from tools.gpu.steps import STEPS, Bench, Unavailable
 
 SMALL = Path(__file__).parent.parent / "freeexport" / "data" / "g2p"
 # Begin no step after so many seconds.
@@ -85,7 +85,7 @@ def default_model(card: bool, work: Path) -> tuple[Path, int | None]:
     """With a card one of a size that means something; else the package's own, which every machine decodes quickly."""
     if not card:
         return SMALL, None
-    from tools.sized_model import main as sized_model
+    from tools.speed.sized_model import main as sized_model
 
     sized_model.main(["t5-base", str(work / "t5-base")], standalone_mode=False)
     return work / "t5-base", 4
@@ -124,7 +124,7 @@ def attempt(step: Any, bench: Bench) -> dict[str, Any]:
 def page(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = ["# GPU check", "", f"{report['date']}, card: {report['card']}. {report['why']}".rstrip(), ""]
-    lines += [f"Model: {report['model']}. Made by `python -m tools.gpu_check`.", ""]
+    lines += [f"Model: {report['model']}. Made by `python -m tools.gpu.check`.", ""]
     for name, step in report["steps"].items():
         lines += [f"## {name}: {step['state']} ({step['seconds']} s)", ""]
         if "why" in step:

@@ -1,7 +1,7 @@
 """Time the engines of several bundles of one model, in turn and in one run: what does each precision gain?
 
-    python tools/precision.py BUNDLE BUNDLE ...            milliseconds a call and tokens/s, as a table
-    python tools/precision.py BUNDLE ... --json FILE       the same figures, and the settings, as JSON
+    python tools/speed/precision.py BUNDLE BUNDLE ...            milliseconds a call and tokens/s, as a table
+    python tools/speed/precision.py BUNDLE ... --json FILE       the same figures, and the settings, as JSON
 
 Needs bundles of one checkpoint with one exit layer, converted at different precisions or exit vocabularies. Exits are
 drawn, not decided: an untrained exit has the same costs as a trained one at the same exit rate.

@@ -1,6 +1,6 @@
 """Where the time of a token goes in mode full: kernel by kernel, by ONNX Runtime's own profile.
 
-    python -m tools.step_profile BUNDLE [BUNDLE ...] [--against genai-int4] [--json FILE]
+    python -m tools.speed.step_profile BUNDLE [BUNDLE ...] [--against genai-int4] [--json FILE]
 
 Each bundle decodes twice, on the engines that a session runs: as it is, for the seconds of a token and of its engine
 calls, and with kernels noted. Noting takes longer than many a kernel, so what the fastest operator is noted with is
@@ -36,7 +36,7 @@ from runtime.engines import loading
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
-from tools.kernel_profile import KINDS, Step, read_step
+from tools.speed.kernel_profile import KINDS, Step, read_step
 
 ROUNDS = 5
 

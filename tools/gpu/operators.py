@@ -1,9 +1,9 @@
 """Whether ONNX Runtime's CUDA provider has a kernel for each node of a bundle: its operator, types and attributes.
 
-    python tools/cuda_operators.py BUNDLE
-    python tools/cuda_operators.py --dump     # a new table, where onnxruntime-gpu is installed and its libraries load
+    python tools/gpu/operators.py BUNDLE
+    python tools/gpu/operators.py --dump     # a new table, where onnxruntime-gpu is installed and its libraries load
 
-The table, tools/cuda_operators.json, is what the provider of one version registers. What it registers and then refuses
+The table, tools/gpu/operators.json, is what the provider of one version registers. What it registers and then refuses
 to run is in RULES. A node without a kernel would run on the CPU, with its inputs and outputs copied between.
 """
 

@@ -1,4 +1,4 @@
-"""The steps of tools/gpu_check.py: each gives what it measured, as JSON can hold it, or raises why it cannot."""
+"""The steps of tools/gpu/check.py: each gives what it measured, as JSON can hold it, or raises why it cannot."""
 
 from __future__ import annotations
 
