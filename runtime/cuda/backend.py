@@ -1,6 +1,6 @@
 """A session's engines, caches and encoder on a GPU: a stream for each lane, and everything in the device's memory.
 
-Not yet run on a GPU; checked against tests/fake_cuda.py and tests/fake_onnxruntime.py.
+Not yet run on a GPU; checked against tests/fakes/fake_cuda.py and tests/fakes/fake_onnxruntime.py.
 """
 
 from __future__ import annotations

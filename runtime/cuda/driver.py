@@ -1,6 +1,6 @@
 """A CUDA device through cuda-python: its memory, streams and events. Nothing here waits but `wait` and `synchronize`.
 
-Not yet run on a GPU; checked against tests/fake_cuda.py, which has the names and signatures of cuda-python.
+Not yet run on a GPU; checked against tests/fakes/fake_cuda.py, which has the names and signatures of cuda-python.
 """
 
 from __future__ import annotations

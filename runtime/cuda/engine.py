@@ -1,6 +1,6 @@
 """An engine on ONNX Runtime's CUDA provider: its calls are put into a stream and work on memory of the device.
 
-Not yet run on a GPU; checked against tests/fake_onnxruntime.py.
+Not yet run on a GPU; checked against tests/fakes/fake_onnxruntime.py.
 """
 
 from __future__ import annotations

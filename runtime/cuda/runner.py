@@ -1,6 +1,6 @@
 """A lane on a GPU: an engine, its KV cache, and a stream. Only a wait for an event holds the host up.
 
-Not yet run on a GPU; checked against tests/fake_cuda.py.
+Not yet run on a GPU; checked against tests/fakes/fake_cuda.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A session's engines on TensorRT: those that `freeexport build` made for this GPU.
 
-Not yet run on a GPU; checked against tests/fake_cuda_graphs.py and tests/fake_tensorrt.py.
+Not yet run on a GPU; checked against tests/fakes/fake_cuda_graphs.py and tests/fakes/fake_tensorrt.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A stand-in for the package `tensorrt` on the fake of CUDA: ONNX Runtime computes what the engines would.
 
-It has the names and signatures of NVIDIA's bindings (tests/test_fake_tensorrt.py) as far as they are used. An
+It has the names and signatures of NVIDIA's bindings (tests/fakes/test_fake_tensorrt.py) as far as they are used. An
 "engine" is a few lines (fake_tensorrt_builder). What TensorRT refuses is refused in its way, `False` or
 `None` and a line in the log; what it leaves undefined raises `Misuse`: an address that was never set, is no multiple of
 256 or overlaps another; an output that is not where its input is; too little memory to work in; a graph captured before
