@@ -1,6 +1,6 @@
 """The `freeexport` command: one module a verb, imported when it is called, and the one place where errors become text.
 
-A verb is a module `freeexport/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of the verb
+A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of the verb
 is an underscore in its module's name.
 """
 
@@ -76,7 +76,7 @@ class Verbs(click.Group):
 
 
 def _module(verb: str) -> str:
-    return f"freeexport.{verb.replace('-', '_')}"
+    return f"freeexport.commands.{verb.replace('-', '_')}"
 
 
 def describe(error: BaseException) -> str:

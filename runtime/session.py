@@ -14,10 +14,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from runtime.backends import place
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
 from runtime.decoding.decoder import Decoder
-from runtime.engines.backend import place
 from runtime.engines.cross_cache import CrossRows
 from runtime.engines.runner import Lane
 from runtime.errors import CapacityError, OptionError

@@ -13,6 +13,7 @@ from freeexport.benchmark.peers.catalog import Peer
 from freeexport.benchmark.peers.environment import PeerError
 from freeexport.benchmark.peers.model import Source, installed, peer_command, peer_model
 from freeexport.benchmark.worker import Worker
+from freeexport.system.child import PACKAGES
 from runtime.machine.user_cache import user_cache
 
 # Seconds for one answer. A compiling decoder takes minutes for its first prompt.
@@ -191,7 +192,7 @@ def _own_server() -> list[str]:
 
 def _variables(threads: int) -> dict[str, str]:
     # The packages may stand in a source tree that only this process's path knows.
-    ours = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    ours = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     return {
         "PYTHONPATH": ours,
         "OMP_NUM_THREADS": str(threads),

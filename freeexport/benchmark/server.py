@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freeexport.benchmark.benchmark.peers.wire import Emit, Generate, serve, versions
 from freeexport.benchmark.peers.catalog import SCRIPTS
+from freeexport.benchmark.peers.wire import Emit, Generate, serve, versions
 
 if TYPE_CHECKING:
     from freeexport.costs.forced_drafts import DraftSession

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from freeexport.checkpoints.schema_file import read_schema_file
 from freeexport.checkpoints.weight_files import CheckpointError
-from freeexport.training.options import LossName, Tune
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 from runtime.errors import BundleError
+
+LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"]
+Tune = Literal["full", "lora", "exit"]
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1

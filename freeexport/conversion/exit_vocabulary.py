@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,13 +12,16 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import DataError
 from freeexport.checkpoints.text_format import known_ends, text_format
 from freeexport.system.jsonl import BrokenLine, read_requests
-from freeexport.tuning.vocabulary_gains import STEP, ranked_tokens
 from graphs.description import Description
 from graphs.errors import GraphError
 from runtime.bundle.precision import ExitVocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Rows of a matrix product come in multiples of this.
+STEP = 64
+
 
 # What "auto" aims at. A token that is left out never exits, so the exit rate can lose at most the rest.
 COVERED = 0.99
@@ -72,3 +75,10 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[list[
     for start in range(0, len(texts), CHUNK):
         encoded = tokenizer(texts[start : start + CHUNK], add_special_tokens=False, verbose=False)
         yield from encoded["input_ids"]
+
+
+def ranked_tokens(ends: Sequence[int], *counts: np.ndarray) -> np.ndarray:
+    """All token ids: `ends`, then by counts [V], of which the first decides, then the lower ids first, as vocabularies
+    are roughly in the order of use."""
+    ranked = np.lexsort((np.arange(len(counts[0])), *(-count for count in reversed(counts))))
+    return np.concatenate([np.array(sorted(ends), np.int64), ranked[~np.isin(ranked, ends)]])

@@ -15,8 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import freeexport
 from freeexport.system.progress import VARIABLE, ChildProgress
 from runtime.errors import FreeExportError
+
+# The folder to import the packages from; they may stand in a source tree that only this process knows.
+PACKAGES = str(Path(freeexport.__file__).resolve().parents[1])
 
 
 class ChildError(FreeExportError):
@@ -26,8 +30,7 @@ class ChildError(FreeExportError):
 def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
     """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
     and nothing to read. Its progress is shown as this process's own. Raises ChildError with its error line."""
-    # The packages may stand in a source tree that only this process's path knows.
-    path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     watched, held = os.pipe()
     try:
         return _output(module, arguments, watched, {"PYTHONPATH": path, VARIABLE: "1", **(variables or {})})

@@ -12,11 +12,11 @@ from torch import nn
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
-from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName
 from freeexport.training import losses
 from freeexport.training.exit_adapter import Exit, begin_linear
 from freeexport.training.full import Tuning, collator, copy_tokenizer, link_or_copy, trainable_model
-from freeexport.training.options import LossName, TrainingOptions
+from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import Metrics, ShallowDeep, SharedHead, measures
 from freeexport.training.teacher_states import cached_states, collate_states
 from graphs.description import Description

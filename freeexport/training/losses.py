@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from freeexport.training.options import LossName
+from freeexport.checkpoints.exit_file import LossName
 
 Pair = tuple[int, int]  # (student: a shallow layer, teacher: any layer), counted from 1
 

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from freeexport.checkpoints.exit_file import LossName, Tune
 from runtime.errors import OptionError
 
-LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"]
-Tune = Literal["full", "lora", "exit"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "inverse-sqrt"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as recompute
 
+from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.options import LossName
 from graphs.description import Description
 
 Metrics = dict[str, torch.Tensor]

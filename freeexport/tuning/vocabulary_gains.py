@@ -7,13 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from freeexport.conversion.exit_vocabulary import STEP, ranked_tokens
 from freeexport.costs.model import Costs
 from freeexport.traces.simulate import Replay, replay
 from freeexport.traces.trace import Trace, Traces
 from runtime.errors import CalibrationError
 
-# Rows of a matrix product come in multiples of this.
-STEP = 64
 # Tells the folds apart: what is chosen on one half of the sequences is judged on the other.
 FOLDS = 2
 # Predictions are no better than that, and a larger vocabulary is the safer one on other text.
@@ -103,13 +102,6 @@ def _ranked(
     exits = _counts([one.token[one.sure(threshold)] for one in sequences], vocabulary)
     said = _counts([one.token for one in sequences], vocabulary)
     return ranked_tokens(ends, exits, said, written)
-
-
-def ranked_tokens(ends: Sequence[int], *counts: np.ndarray) -> np.ndarray:
-    """All token ids: `ends`, then by counts [V], of which the first decides, then the lower ids first, as vocabularies
-    are roughly in the order of use."""
-    ranked = np.lexsort((np.arange(len(counts[0])), *(-count for count in reversed(counts))))
-    return np.concatenate([np.array(sorted(ends), np.int64), ranked[~np.isin(ranked, ends)]])
 
 
 def _gain(

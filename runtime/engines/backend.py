@@ -16,7 +16,7 @@ from runtime.engines.loading import loading
 from runtime.engines.memory import check_memory
 from runtime.engines.packed_cache import packed_engines
 from runtime.engines.runner import Lane
-from runtime.machine.device import CPU, Device
+from runtime.machine.device import CPU
 from runtime.machine.huge_pages import HugePages
 from runtime.options import SessionOptions
 
@@ -83,17 +83,3 @@ def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) ->
 def is_fixed(manifest: Manifest) -> bool:
     """Whether the graphs take a cache of one length only."""
     return manifest.target == "tensorrt"
-
-
-def place(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Placement:
-    """What the options ask for. Raises CapacityError, EngineError, DeviceError."""
-    device = Device.parse(options.device)
-    if device.index is None:
-        return Placement(bundle, options, capacity, threads)
-    if bundle.manifest.target == "tensorrt":
-        from runtime.tensorrt.backend import TensorRTPlacement
-
-        return TensorRTPlacement(bundle, options, capacity, threads, device)
-    from runtime.cuda.backend import CudaPlacement
-
-    return CudaPlacement(bundle, options, capacity, threads, device)

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-import freeexport.benchmark.benchmark.peers
+import freeexport.benchmark.peers
 
-sys.path.insert(0, str(Path(freeexport.benchmark.benchmark.peers.__file__).parent))
+sys.path.insert(0, str(Path(freeexport.benchmark.peers.__file__).parent))
 from wire import Emit, Generate, serve
 
 DIES, HANGS, FAILS, SHORT = 101, 102, 103, 104

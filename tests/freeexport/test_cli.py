@@ -14,8 +14,7 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-import freeexport
-from freeexport import cli
+from freeexport import cli, commands
 from freeexport.system.extras import EXTRAS, PURPOSES
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +30,9 @@ def run_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         lines = [header, "import click", "@click.command()", "def command():", f"    {body}"]
         (tmp_path / "probe.py").write_text("\n".join(lines))
         importlib.invalidate_caches()
-        monkeypatch.setattr(freeexport, "__path__", [*freeexport.__path__, str(tmp_path)])
+        monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
         monkeypatch.setitem(cli.VERBS, "probe", "A verb for tests.")
-        monkeypatch.delitem(sys.modules, "freeexport.probe", raising=False)
+        monkeypatch.delitem(sys.modules, "freeexport.commands.probe", raising=False)
         return CliRunner().invoke(cli.main, [*arguments, "probe"])
 
     return run

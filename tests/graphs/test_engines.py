@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Case
+from checkpoints import CASES, Case
 from conftest import Bundles
+from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.verification.engine_pair import EnginePair
-from freeexport.verification.parity import encode, pad, sample_batch
 from graphs.description import Description
 from graphs.engines import EngineOptions, engine_names
 from graphs.errors import GraphError
@@ -26,32 +25,6 @@ BY_NAME = {case.name: case for case in CASES}
 SELECTION = ("t5-relu-tied", "umt5", "llama-yarn-rope", "llama-biases", "mistral-window", "qwen3")
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 each_dialect = pytest.mark.parametrize("dialect", ["ort", "standard"])
-
-
-def pair_of(path: Path, rows: int) -> EnginePair:
-    """Engines over `rows` sequences that all read the first sample prompt, where there is an encoder."""
-    bundle = Bundle.open(path)
-    batch = sample_batch(bundle)
-    if batch.prompts is not None and batch.prompt_lengths is not None:
-        width = int(batch.prompt_lengths[0])
-        prompts, lengths = np.repeat(batch.prompts[:1, :width], rows, 0), np.full(rows, width, np.int32)
-        batch = replace(batch, prompts=prompts, prompt_lengths=lengths)
-    return EnginePair(bundle, rows, 1, encode(bundle, batch)[0])
-
-
-def tokens(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random right-padded token ids int64 [B, n] and their lengths int32 [B]."""
-    generator = np.random.default_rng(0)
-    return pad([generator.integers(3, VOCAB_SIZE, length).tolist() for length in lengths])
-
-
-def every(rows: int, count: int) -> np.ndarray:
-    return np.full(rows, count, np.int32)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
 @each_dialect
@@ -127,13 +100,6 @@ def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.n
         found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
     states, logits = zip(*found, strict=True)
     return np.concatenate(states), np.concatenate(logits)
-
-
-CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "softmax": lambda p: np.sort(p)[:, -1] - np.sort(p)[:, -2],
-    "max-prob": lambda p: p.max(-1),
-    "entropy": lambda p: 1 + (p * np.log(np.maximum(p, 1e-300))).sum(-1) / np.log(p.shape[-1]),
-}
 
 
 @each_dialect

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, VOCAB_SIZE, Case
 from conftest import Bundles
-from test_engines import CONFIDENCES, log_softmax, pair_of, tokens
+from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.verification.engine_pair import EnginePair

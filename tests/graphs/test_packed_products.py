@@ -11,9 +11,10 @@ import onnx
 import pytest
 from checkpoints import CASES, LARGER
 from conftest import Bundles
+from engine_cases import every, pair_of, tokens
 from kernel_cases import session_of
-from test_engines import every, pair_of, tokens
-from test_quantized_linears import BIAS, FLOAT, WEIGHT, Source, normal
+from linear_case import BIAS, FLOAT, WEIGHT, normal
+from tensor_source import Source
 
 import runtime.kernels
 from graphs.engines import EngineOptions

@@ -12,8 +12,10 @@ import onnxruntime
 import pytest
 from checkpoints import CASES, LARGER
 from conftest import Bundles
+from engine_cases import every, pair_of, tokens
+from linear_case import BIAS, FLOAT, WEIGHT, normal
 from onnx_ir.tape import Tape
-from test_engines import every, pair_of, tokens
+from tensor_source import Source
 
 from graphs.graph import IR_VERSION, OPSET, Graph
 from graphs.quantization.embedding import QuantizeEmbedding
@@ -25,40 +27,16 @@ from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.precision import TensorFormat
 
-FLOAT = ir.DataType.FLOAT
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ("int8", "int4", "mixed")
 SELECTION = ("t5-relu-tied", "t5-gated-untied", "llama-tied", "llama-biases", "mistral-window", "qwen3")
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
-class Source:
-    """Checkpoint tensors in memory."""
-
-    def __init__(self, tensors: dict[str, np.ndarray]) -> None:
-        self.tensors = tensors
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
-
-
 @pytest.fixture
 def weights(tmp_path: Path) -> Iterator[WeightFile]:
     with WeightFile(tmp_path / "weights.data") as file:
         yield file
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-WEIGHT, BIAS = normal(24, 40), normal(24, seed=1)
 
 
 def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> Callable[[np.ndarray], np.ndarray]:

@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from test_quantized_linears import Source
+from tensor_source import Source
 
 from graphs.graph import Graph
 from graphs.quantization.linears import QuantizeLinears

@@ -27,7 +27,7 @@ from runtime.errors import FreeExportError
 from runtime.machine.device import Device
 from tools.gpu.steps import STEPS, Bench, Unavailable
 
-SMALL = Path(__file__).parent.parent / "freeexport" / "data" / "g2p"
+SMALL = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
 # Begin no step after so many seconds.
 LIMIT = 400
 

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from tools.data.splits import DataError, run
 from tools.models.demo_card import card, read_curves
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
 EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
 TARGET = "0.98"

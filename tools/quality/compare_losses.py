@@ -16,7 +16,8 @@ from typing import get_args
 
 import click
 
-from freeexport.training.options import EXIT_LOSSES, LossName
+from freeexport.checkpoints.exit_file import LossName
+from freeexport.training.options import EXIT_LOSSES
 from tools.data.splits import DataError, run
 
 

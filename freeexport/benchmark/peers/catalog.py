@@ -9,7 +9,7 @@ from typing import Any
 
 from runtime.errors import OptionError
 
-SCRIPTS = Path(__file__).parent / "peers"
+SCRIPTS = Path(__file__).parent
 
 _TORCH = "torch>=2.6,<3"
 _TRANSFORMERS = (_TORCH, "transformers>=5,<6")

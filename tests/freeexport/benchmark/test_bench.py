@@ -42,7 +42,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("freeexport.benchmark.contenders.installed", lambda peer: Path(sys.executable))
     program = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     command = [sys.executable, "-c", program, str(root), str(root / "tests"), fake_peer.__file__]
     for module in ("freeexport.benchmark.contenders", "freeexport.benchmark.peers.model"):
         monkeypatch.setattr(f"{module}.peer_command", lambda peer, interpreter: command)

@@ -16,7 +16,7 @@ from freeexport.benchmark.rounds import Measured, measure
 from freeexport.benchmark.rows import rows_of
 from runtime.errors import FreeExportError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)

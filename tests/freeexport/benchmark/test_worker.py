@@ -17,7 +17,7 @@ LOAD = {"op": "load", "model": "", "threads": 1, "cpus": [], "options": {}}
 
 @pytest.fixture
 def worker() -> Iterator[Worker]:
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     worker = Worker(COMMAND, {"PYTHONPATH": root})
     yield worker
     worker.close()

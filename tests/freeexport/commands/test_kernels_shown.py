@@ -11,7 +11,7 @@ import pytest
 from checkpoints import CASES
 from click.testing import CliRunner
 from command_errors import error
-from test_inspect import write_bundle
+from handmade_bundle import write_bundle
 
 import runtime.kernels
 from freeexport.cli import main

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_inspect import write_bundle
+from handmade_bundle import write_bundle
 
 from freeexport.conversion.recalibrate import update_bundle
 from runtime.bundle.bundle import Bundle

@@ -30,7 +30,7 @@ from graphs.weights import WeightFile
 from runtime import Bundle, Session
 from runtime.bundle.manifest import MANIFEST
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BY_NAME = {case.name: case for case in (*CASES, *LARGER)}
 LLAMA = BY_NAME["llama-tied"]
 FAST = ("--no-verify", "--no-measure", "--capacity", "64")
@@ -474,7 +474,7 @@ def test_a_refused_bundle_is_kept_beside_with_its_report(
     checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through the child process, on a bundle whose weights were damaged just before."""
-    from test_verification import scale_weight
+    from damaged_bundle import scale_weight
 
     from freeexport.verification import verification
 

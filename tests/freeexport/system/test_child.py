@@ -12,7 +12,7 @@ import pytest
 
 from freeexport.system.child import ChildError, run_child
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from freeexport.system import output_directory as output_directory_module
-from freeexport.system.exchange import exchange
-from freeexport.system.output_directory import OutputError, output_directory
+from freeexport.system.output_directory import OutputError, exchange, output_directory
 
 MARKER = "marker.json"
 KILLED = 9

@@ -14,10 +14,11 @@ from checkpoints import CASES, Case
 from torch import nn
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import LossName
 from freeexport.training.exit_adapter import Exit
 from freeexport.training.exit_only import FrozenExit
 from freeexport.training.full import trainable_model
-from freeexport.training.options import LossName, TrainingOptions
+from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead
 from graphs.families import describe
 

@@ -21,19 +21,19 @@ from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import DataError
-from freeexport.checkpoints.exit_file import read_exit_file
+from freeexport.checkpoints.exit_file import LossName, read_exit_file
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.commands.train import command, train
 from freeexport.system.output_directory import OutputError
 from freeexport.training.full import trainable_model
-from freeexport.training.options import EXIT_LOSSES, LORA_PRESETS, LoraOptions, LossName, TrainingOptions
+from freeexport.training.options import EXIT_LOSSES, LORA_PRESETS, LoraOptions, TrainingOptions
 from freeexport.training.run_directory import last_checkpoint
 from freeexport.training.shallow_deep import ShallowDeep
 from freeexport.training.trainer import rate_factor
 from graphs.families import describe
 from runtime.errors import OptionError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
 
 

@@ -103,7 +103,7 @@ def test_a_rounded_bundle_is_verified(
 
 
 def test_a_spoilt_scale_fails(bundle: Bundles, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:
-    from test_verification import scale_weight
+    from damaged_bundle import scale_weight
 
     path = Path(shutil.copytree(bundle(LLAMA, 2, precision="int8"), tmp_path / "copy"))
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj.weight.int8-block.scales", 3.0)

@@ -7,7 +7,6 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +16,7 @@ import pytest
 from checkpoints import CASES, Case
 from click.testing import CliRunner, Result
 from conftest import Bundles
+from damaged_bundle import scale_weight
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -26,8 +26,8 @@ from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.checks import Check
 from freeexport.verification.greedy_parity import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
-from runtime.bundle.bundle import VERIFICATION, Bundle, sha256_of
-from runtime.bundle.manifest import MANIFEST, File, Manifest
+from runtime.bundle.bundle import VERIFICATION, Bundle
+from runtime.bundle.manifest import MANIFEST, Manifest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,21 +45,6 @@ Copy = Callable[..., Path]
 def copy(bundle: Bundles, tmp_path: Path) -> Copy:
     """A bundle that a test may damage."""
     return lambda case=LLAMA: Path(shutil.copytree(bundle(case, 2), tmp_path / "copy"))
-
-
-def scale_weight(path: Path, engine: str, name: str, factor: float) -> None:
-    """Multiply a tensor of a bundle, and list the changed file in the manifest as if it were right."""
-    tensors = onnx.load(path / f"{engine}.onnx", load_external_data=False).graph.initializer
-    tensor = next(t for t in tensors if t.name.startswith(name))
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    start, length = int(place["offset"]), int(place["length"])
-    content = bytearray((path / "weights.data").read_bytes())
-    scaled = np.frombuffer(bytes(content[start : start + length]), np.float32) * np.float32(factor)
-    content[start : start + length] = scaled.tobytes()
-    (path / "weights.data").write_bytes(content)
-    manifest = Bundle.open(path).manifest
-    files = {**manifest.files, "weights.data": File(len(content), sha256_of(path / "weights.data"))}
-    (path / MANIFEST).write_text(replace(manifest, files=files).to_json())
 
 
 def zero_middle(path: Path, engine: str, name: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from onnxruntime import InferenceSession
-from test_quantized_linears import Source
+from tensor_source import Source
 
 from graphs.dialects.base import Call
 from graphs.dialects.packing import packing

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
-from test_manifest import MANIFEST
+from manifest_case import MANIFEST
 
 from runtime import Bundle, OptionError, Session
 from runtime.adaptation import adaptive_threshold as adaptive

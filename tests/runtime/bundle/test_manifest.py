@@ -8,40 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from manifest_case import MANIFEST
 
-from runtime.bundle.manifest import HASH, SCHEMA_VERSION, DeclaredCopy, File, Manifest, _hash
+from runtime.bundle.manifest import HASH, SCHEMA_VERSION, Manifest, _hash
 from runtime.errors import BundleError
-
-MANIFEST = Manifest(
-    schema_version=SCHEMA_VERSION,
-    family="llama",
-    dialect="ort",
-    precision="fp32",
-    layers=5,
-    exit_layer=2,
-    hidden_size=64,
-    vocab_size=288,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    capacity=100,
-    max_pending=8,
-    encoder_capacity=0,
-    confidence="softmax",
-    threshold=0.75,
-    eos_token_ids=(2, 7),
-    bos_token_id=1,
-    pad_token_id=None,
-    decoder_start_token_id=None,
-    verified=True,
-    source="checkpoint",
-    source_sha256="ab" * 32,
-    weight_bytes=1234,
-    files={"shallow.onnx": File(10, "cd" * 32), "deep.onnx": File(20, "ef" * 32)},
-    versions={"onnx": "1.20"},
-    copies=(DeclaredCopy("lm_head.weight", 99, "packed"),),
-    break_even={"exit_rate": 0.5},
-)
 
 
 def signed(**changes: Any) -> str:

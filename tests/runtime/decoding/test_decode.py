@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, WIDTH, Recorder, cached, prompt_of
 
 from runtime.adaptation.adaptive_threshold import Observation
 from runtime.adaptation.draft_costs import DraftCosts
@@ -22,64 +22,6 @@ from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Lane
 from runtime.errors import CapacityError
-
-WIDTH = 4
-SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token
-
-
-@dataclass
-class Recorder:
-    """An engine that writes the token it read at each position into its cache, and checks where it is called.
-
-    A hidden state is [position, token, ...]. The shallow confidence at position p is `trace[p]`, the deep cross-entropy
-    of whatever was drafted there `nll[p]`. The deep decoder agrees with the shallow one where `agrees[p]`.
-    """
-
-    cache: KVCache
-    name: str
-    trace: Sequence[float] = ()
-    nll: Sequence[float] = ()
-    agrees: Sequence[bool] = ()
-    calls: list[int] = field(default_factory=list)
-    heads: list[int] = field(default_factory=list)
-
-    def token(self, position: int) -> int:
-        agreed = self.name == "shallow" or (position < len(self.agrees) and self.agrees[position])
-        return int(position) + (SHALLOW_TOKEN if agreed else DEEP_TOKEN)
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> RecordedCall:
-        return RecordedCall(self, inputs, outputs)
-
-
-@dataclass
-class RecordedCall:
-    engine: Recorder
-    inputs: Mapping[str, Any]
-    outputs: Mapping[str, Any]
-
-    def run(self) -> None:
-        engine, inputs, outputs = self.engine, self.inputs, self.outputs
-        (past,), (rows,) = inputs["past_lengths"], inputs["query_lengths"]
-        positions = np.arange(past, past + rows)
-        if engine.name == "shallow":
-            tokens = inputs["input_ids"][0]
-            outputs["hidden"][0, :, 0], outputs["hidden"][0, :, 1] = positions, tokens
-        else:
-            hidden = inputs["hidden"][0]
-            # Absolute positions, in order, none left out: what a sync pass must get.
-            assert hidden[:, 0].tolist() == positions.tolist()
-            tokens = hidden[:, 1]
-        assert len(tokens) == rows
-        for array in engine.cache.arrays.values():
-            array[0, 0, past : past + rows, 0] = tokens
-        heads = positions[inputs["head_rows"]]
-        outputs["token"][:] = [engine.token(position) for position in heads]
-        if engine.name == "shallow":
-            outputs["confidence"][:] = [engine.trace[position] for position in heads]
-        else:
-            outputs["nll"][:] = [engine.nll[position] if engine.nll else 0 for position in heads]
-        engine.calls.append(int(rows))
-        engine.heads.append(len(heads))
 
 
 def decoder_of(
@@ -97,10 +39,6 @@ def decoder_of(
     return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
-def prompt_of(length: int) -> np.ndarray:
-    return np.arange(length, dtype=np.int64) + 10
-
-
 def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Continuation]:
     """What every loop takes first."""
     return decoder, decoder.prefill(prompt, head=True), Continuation(prompt, limit)
@@ -112,11 +50,6 @@ def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: in
 
 def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
     return alone(decode.full(decoder, decoder.prefill(prompt, head=False), Continuation(prompt, 400)))
-
-
-def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
-    """The valid rows of every array of a cache; one element where all layers agree."""
-    return {tuple(array[0, 0, :length, 0].tolist()) for array in engine.cache.arrays.values()}
 
 
 confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
@@ -214,7 +147,6 @@ def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(len
 
 # Modes whose exits are drafts
 
-LENGTH = 60
 traces = st.lists(confidences, min_size=LENGTH, max_size=LENGTH)
 Loop = Any
 

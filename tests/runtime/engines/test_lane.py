@@ -15,7 +15,7 @@ from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_decode import LENGTH, WIDTH, Recorder, cached, prompt_of
+from recording_engine import LENGTH, WIDTH, Recorder, cached, prompt_of
 
 from runtime import Session
 from runtime.adaptation.draft_costs import DraftCosts

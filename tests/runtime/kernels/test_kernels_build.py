@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 LIBRARY = "runtime/kernels/libfreeexport_kernels.so"
 
 pytest.importorskip("setuptools")

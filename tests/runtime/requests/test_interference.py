@@ -22,7 +22,7 @@ from tokenizers import pre_tokenizers
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
 from runtime.engines.onnx import Call
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
 

@@ -56,6 +56,6 @@ def test_the_provider_itself_puts_kernels_into_the_stream_and_nothing_else(
 ) -> None:
     path = bundle(BY_NAME[name], target="cuda", **options)
     command = [sys.executable, "-m", "tools.gpu.provider", str(path), "--wheel", os.environ[WHEEL]]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "a captured run is graphLaunch" in result.stdout

@@ -1,0 +1,47 @@
+"""Pairs of engines and what to feed them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from checkpoints import VOCAB_SIZE
+
+from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.parity import encode, pad, sample_batch
+from runtime.bundle.bundle import Bundle
+
+
+def pair_of(path: Path, rows: int) -> EnginePair:
+    """Engines over `rows` sequences that all read the first sample prompt, where there is an encoder."""
+    bundle = Bundle.open(path)
+    batch = sample_batch(bundle)
+    if batch.prompts is not None and batch.prompt_lengths is not None:
+        width = int(batch.prompt_lengths[0])
+        prompts, lengths = np.repeat(batch.prompts[:1, :width], rows, 0), np.full(rows, width, np.int32)
+        batch = replace(batch, prompts=prompts, prompt_lengths=lengths)
+    return EnginePair(bundle, rows, 1, encode(bundle, batch)[0])
+
+
+def tokens(*lengths: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random right-padded token ids int64 [B, n] and their lengths int32 [B]."""
+    generator = np.random.default_rng(0)
+    return pad([generator.integers(3, VOCAB_SIZE, length).tolist() for length in lengths])
+
+
+def every(rows: int, count: int) -> np.ndarray:
+    return np.full(rows, count, np.int32)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "softmax": lambda p: np.sort(p)[:, -1] - np.sort(p)[:, -2],
+    "max-prob": lambda p: p.max(-1),
+    "entropy": lambda p: 1 + (p * np.log(np.maximum(p, 1e-300))).sum(-1) / np.log(p.shape[-1]),
+}

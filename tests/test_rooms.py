@@ -1,0 +1,133 @@
+"""Who may import whom: data flows one way, from a checkpoint to a session (docs/architecture.md)."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("runtime", "graphs", "freeexport")
+LARGEST_ROOM = 13
+
+# A room is a folder of a package, or a file at its top. Every room may import the files named "everywhere".
+EVERYWHERE = {"runtime": {"errors", "json_file", "option_checks"}, "graphs": {"errors"}, "freeexport": set[str]()}
+ALLOWED: dict[str, dict[str, str]] = {
+    "runtime": {
+        "errors": "",
+        "json_file": "",
+        "option_checks": "",
+        "kernels": "",
+        "bundle": "",
+        "text": "",
+        "machine": "bundle",
+        "options": "machine text",
+        "result": "options",
+        "adaptation": "bundle",
+        "engines": "kernels bundle machine options",
+        "cuda": "engines bundle machine options",
+        "tensorrt": "cuda engines bundle machine options",
+        "backends": "engines cuda tensorrt bundle machine options",
+        "decoding": "engines adaptation text result",
+        "scheduling": "decoding engines result",
+        "requests": "scheduling decoding engines adaptation text machine bundle options result",
+        "session": "backends requests scheduling decoding engines adaptation text bundle machine options result",
+    },
+    "freeexport": {
+        "system": "",
+        "costs": "system",
+        "checkpoints": "system",
+        "training": "checkpoints system",
+        "traces": "training checkpoints costs system",
+        "verification": "traces training checkpoints costs system",
+        "conversion": "verification traces training checkpoints costs system",
+        "calibration": "traces checkpoints costs system",
+        "tuning": "calibration conversion traces costs system",
+        "benchmark": "verification traces checkpoints costs system",
+        "demo": "benchmark conversion calibration checkpoints costs system",
+        "commands": "benchmark calibration checkpoints conversion verification costs system traces training tuning",
+        "cli": "system",
+        "__main__": "cli",
+    },
+}
+# To be untied: logic that still stands in a verb.
+UNTIED = {
+    "freeexport.demo.bundle freeexport.commands.convert.convert",
+    "freeexport.traces.exit_report freeexport.commands.evaluate_exits.Exit",
+    "freeexport.traces.exit_report freeexport.commands.evaluate_exits.Report",
+    "freeexport.traces.exit_report freeexport.commands.evaluate_exits.TARGETS",
+    "freeexport.traces.layers_plot freeexport.commands.evaluate_exits.Report",
+    "freeexport.tuning.tune freeexport.commands.calibrate.cache_path",
+    # The entry point must not import the command line before it can end quietly.
+    "freeexport.cli freeexport.__main__.INTERRUPTED",
+}
+# Which package may import which other.
+BELOW = {"runtime": set[str](), "graphs": {"runtime"}, "freeexport": {"runtime", "graphs"}}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names that a file imports, those for type checkers and inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # `from freeexport import cli` names the module only here.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(dotted: str) -> tuple[str, str]:
+    package, _, rest = dotted.partition(".")
+    return package, rest.partition(".")[0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_follow_the_direction_of_the_data(package: str) -> None:
+    wrong = list[str]()
+    for path in sorted((ROOT / package).rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        here = room(name)[1]
+        for target in imports(path):
+            other, there = room(target)
+            if other not in PACKAGES or here == "__init__":
+                continue
+            if other != package:
+                allowed = other in BELOW[package]
+            elif package not in ALLOWED or there in (here, ""):
+                allowed = True
+            else:
+                allowed = there in EVERYWHERE[package] or there in ALLOWED[package][here].split()
+                allowed = allowed or there == "__version__"
+            allowed = allowed or f"{name} {target}" in UNTIED
+            if not allowed:
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_rooms_have_no_circle(package: str) -> None:
+    seen = set[str]()
+    for name, below in ALLOWED[package].items():
+        assert set(below.split()) - set(ALLOWED[package]) == set()
+        seen.add(name)
+    order = list[str]()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in order:
+            for other in ALLOWED[package][name].split():
+                visit(other, (*path, name))
+            order.append(name)
+
+    for name in ALLOWED[package]:
+        visit(name, ())
+    assert set(order) == seen
+
+
+def test_a_room_is_found_at_a_glance() -> None:
+    for package in (*PACKAGES, "tools"):
+        for folder in {path.parent for path in (ROOT / package).rglob("*.py")}:
+            files = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+            limit = LARGEST_ROOM if folder.name != "commands" else 20  # a file for each verb
+            assert len(files) <= limit, f"{folder.relative_to(ROOT)} holds {len(files)} files"
