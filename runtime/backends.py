@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from runtime.bundle.bundle import Bundle
-from runtime.engines.backend import Placement
+from runtime.engines.backend import Backend
 from runtime.machine.device import Device
 from runtime.options import SessionOptions
 
 
-def place(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Placement:
+def open_backend(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Backend:
     """What the options ask for. Raises CapacityError, EngineError, DeviceError."""
     device = Device.parse(options.device)
     if device.index is None:
-        return Placement(bundle, options, capacity, threads)
+        return Backend(bundle, options, capacity, threads)
     if bundle.manifest.target == "tensorrt":
-        from runtime.tensorrt.backend import TensorRTPlacement
+        from runtime.tensorrt.backend import TensorRTBackend
 
-        return TensorRTPlacement(bundle, options, capacity, threads, device)
-    from runtime.cuda.backend import CudaPlacement
+        return TensorRTBackend(bundle, options, capacity, threads, device)
+    from runtime.cuda.backend import CudaBackend
 
-    return CudaPlacement(bundle, options, capacity, threads, device)
+    return CudaBackend(bundle, options, capacity, threads, device)

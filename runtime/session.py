@@ -14,22 +14,22 @@ from typing import Any, overload
 
 import numpy as np
 
-from runtime.backends import place
+from runtime.backends import open_backend
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
 from runtime.decoding.decoder import Decoder
-from runtime.engines.cross_cache import CrossRows
-from runtime.engines.runner import Lane
+from runtime.engines.cross_cache import CrossCache
+from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_int8_range, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.requests.prompt_list import Prompts, is_list_of_prompts
-from runtime.requests.request_builder import Intake, adapting, deadline_of, known
+from runtime.requests.prompt_list import PromptList, is_list_of_prompts
+from runtime.requests.request_builder import RequestBuilder, adapting, deadline_of, known
 from runtime.requests.several import Several
 from runtime.requests.stream import AsyncStream, Stream
 from runtime.result import GenerationResult
-from runtime.scheduling.batched_call import Batch
+from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
 from runtime.scheduling.scheduler import Scheduler
 from runtime.text.prompt import Prompt
@@ -54,7 +54,7 @@ class Session:
         self.capacity = _capacity(manifest, self.options.capacity)
         adaptive = adapting(self.bundle, self.options)
         self.threads = self.options.threads or usable_cores()
-        self._placement = place(self.bundle, self.options, self.capacity, self.threads)
+        self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
         self.overlap = self._overlaps(manifest)
         with self._placement.loading() as engine:
             trusted = self.options.trust_templates
@@ -62,7 +62,7 @@ class Session:
             shallow, deep = self._placement.lanes(engine, self.overlap)
             self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)
-        self._intake = Intake(
+        self._intake = RequestBuilder(
             self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, adaptive
         )
         self._closed = False
@@ -106,7 +106,7 @@ class Session:
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
-        request has its place at once, and is decoded as its tokens are read. Closing the stream ends it."""
+        request has its open_backend at once, and is decoded as its tokens are read. Closing the stream ends it."""
         self._refuse_if_closed()
         return Stream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
 
@@ -198,29 +198,29 @@ class Session:
     ) -> None:
         self.close()
 
-    def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> Prompts:
+    def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> PromptList:
         options = GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
         self._refuse_if_closed()
         began = monotonic()
         ask = partial(self._intake.row, given, cancel, began)
-        return Prompts(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
+        return PromptList(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
 
     def _refuse_if_closed(self) -> None:
         self._scheduler.process.check()
         if self._closed:
             raise OptionError("the session is closed; open a new one")
 
-    def _schedule(self, shallow: Lane, deep: Lane) -> Scheduler:
+    def _schedule(self, shallow: Runner, deep: Runner) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
         decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
-        cross = CrossRows(slots, shallow.zeros)
-        batches = {lane: Batch(lane, cross, *sizes) for lane in (shallow, deep)}
+        cross = CrossCache(slots, shallow.zeros)
+        batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
         return Scheduler(
             decoders, batches, cross, self.options.queue, rules_of(manifest.break_even)._replace(packed=manifest.packed)
         )
 
-    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
         return Decoder(shallow, deep, slot, *self._sizes)
 
     @property

@@ -23,7 +23,7 @@ from freeexport.costs.roofline import bandwidth_of, token_bytes
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.jsonl import Request, read_requests
 from freeexport.system.progress import progress
-from freeexport.traces.simulate import Replay
+from freeexport.traces.simulate import SimulatedRun
 from freeexport.verification.parity import sample_ids
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
@@ -198,7 +198,7 @@ def _with_prediction(row: Row, ours: Ours, costs: Costs | None, measured: Measur
     )
     done = _runs(measured, row.name)
     passes = sum((Counter(run.sync_sizes) for run in done), Counter[int]())
-    replay = Replay(tokens=sum(len(run.tokens) - 1 for run in done), sync_sizes=passes)
+    replay = SimulatedRun(tokens=sum(len(run.tokens) - 1 for run in done), sync_sizes=passes)
     return replace(row, predicted=seconds / (prompts + (seconds - prompts) / replay.speedup(costs)))
 
 

@@ -13,7 +13,7 @@ from freeexport.benchmark.peers.catalog import SCRIPTS
 from freeexport.benchmark.peers.wire import Emit, Generate, serve, versions
 
 if TYPE_CHECKING:
-    from freeexport.costs.forced_drafts import DraftSession
+    from freeexport.costs.forced_drafts import ForcedDraftSession
     from runtime import Session
 
 
@@ -26,19 +26,21 @@ def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, di
 
 
 def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    from freeexport.costs.forced_drafts import DraftSession
-    from freeexport.costs.forced_exits import ReplaySession
+    from freeexport.costs.forced_drafts import ForcedDraftSession
+    from freeexport.costs.forced_exits import ForcedExitSession
     from runtime import Session
 
     trace, rate = options.pop("replay", None), options.pop("drafts", None)
     given: dict[str, Any] = {"threads": threads, "slots": 1, "device": options.pop("device", "cpu")}
     if rate is not None:
-        return _drafting(DraftSession(path, **given), rate, options), {"versions": versions("onnxruntime", "numpy")}
-    session = Session(path, **given) if trace is None else ReplaySession(Path(path), trace, **given)
+        return _drafting(ForcedDraftSession(path, **given), rate, options), {
+            "versions": versions("onnxruntime", "numpy")
+        }
+    session = Session(path, **given) if trace is None else ForcedExitSession(Path(path), trace, **given)
     return _generating(session, options), {"versions": versions("onnxruntime", "numpy")}
 
 
-def _drafting(session: DraftSession, rate: float, options: dict[str, Any]) -> Generate:
+def _drafting(session: ForcedDraftSession, rate: float, options: dict[str, Any]) -> Generate:
     decode = _generating(session, options)
     answers: dict[tuple[int, ...], tuple[int, ...]] = {}
 

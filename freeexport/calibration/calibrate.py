@@ -21,7 +21,7 @@ from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from freeexport.system.progress import progress
 from freeexport.traces.cache import TraceCache, TraceKey
 from freeexport.traces.share import share
-from freeexport.traces.simulate import Replay, replay
+from freeexport.traces.simulate import SimulatedRun, replay
 from freeexport.traces.trace import Traces
 from freeexport.traces.verdict import ExitFacts, Verdict, verdict, why_never
 from runtime.bundle.beta_mixture import NEVER_EXIT
@@ -43,7 +43,7 @@ class Calibrated:
     calibration: Calibration
     traces: Traces
     costs: Costs
-    chosen: Replay
+    chosen: SimulatedRun
     break_even: float | None
     layers: int
     max_pending: int

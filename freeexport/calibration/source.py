@@ -17,7 +17,7 @@ from freeexport.calibration.options import CalibrateOptions
 from freeexport.calibration.outputs import Outputs
 from freeexport.checkpoints.examples import DataError, TextFormat
 from freeexport.checkpoints.text_format import known_ends, text_format
-from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
 from freeexport.costs.model import Costs
 from freeexport.costs.threshold_speed import measured_speedups
@@ -96,7 +96,7 @@ class Source(Protocol):
 class BundleSource:
     """A bundle and an open session of it."""
 
-    def __init__(self, path: Path, session: ReplaySession) -> None:
+    def __init__(self, path: Path, session: ForcedExitSession) -> None:
         self.path, self.session = path, session
         self._unknown = unknown_of_bundle(path, session.manifest.files)
 

@@ -105,9 +105,9 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
     for name in ("confidence", "exit_layer", "max_pending"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name.replace('_', '-')} is for checkpoints; a bundle has its own, fixed at convert")
-    from freeexport.costs.forced_exits import ReplaySession
+    from freeexport.costs.forced_exits import ForcedExitSession
 
-    with ReplaySession(model, slots=1, threads=threads) as session:
+    with ForcedExitSession(model, slots=1, threads=threads) as session:
         yield BundleSource(Path(model), session)
 
 

@@ -30,7 +30,7 @@ from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDire
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
     from freeexport.checkpoints.examples import Example
-    from freeexport.training.full import Tuning
+    from freeexport.training.full import Trainable
     from graphs.description import Description
 
 
@@ -122,7 +122,7 @@ def _tuning(
     training: Sequence[Example],
     validation: Sequence[Example],
     directory: TrainingDirectory,
-) -> Tuning:
+) -> Trainable:
     if options.tune == "lora":
         from freeexport.training.full import tune_lora
 
@@ -137,7 +137,7 @@ def _tuning(
 
 
 def _run(
-    tuning: Tuning, options: TrainingOptions, directory: TrainingDirectory, writer: bool
+    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool
 ) -> tuple[int, int, float, dict[str, float]]:
     """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -168,7 +168,7 @@ def _run(
 
 
 def _write(
-    tuning: Tuning,
+    tuning: Trainable,
     checkpoint: Checkpoint,
     options: TrainingOptions,
     directory: TrainingDirectory,

@@ -13,11 +13,11 @@ import numpy as np
 from freeexport.costs.forced_exits import drawn
 from runtime import Session
 from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_lengths import Paces
+from runtime.adaptation.draft_lengths import DraftLengths
 from runtime.decoding.decoder import Decoder, RunAhead
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import Waits
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 
 
 class Answer:
@@ -64,7 +64,7 @@ class DraftDecoder(Decoder):
         ]
 
 
-class DraftSession(Session):
+class ForcedDraftSession(Session):
     """A session of one slot, without overlap, that can replay drafts in mode "lossless"."""
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
@@ -84,7 +84,7 @@ class DraftSession(Session):
     @contextmanager
     def beginning(self) -> Iterator[None]:
         """Requests meanwhile are as the first of a session: nothing is known of drafts."""
-        learned, self._intake.paces = self._intake.paces, Paces(self.bundle)
+        learned, self._intake.paces = self._intake.paces, DraftLengths(self.bundle)
         try:
             yield
         finally:
@@ -95,5 +95,5 @@ class DraftSession(Session):
         """What requests have learned of what drafts cost."""
         return self._intake.paces.costs
 
-    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
         return DraftDecoder(self._answer, shallow, deep, slot, *self._sizes)

@@ -13,7 +13,7 @@ from runtime import Session
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import Waits
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 
@@ -85,7 +85,7 @@ class ReplayDecoder(Decoder):
         return said._replace(confidence=float(exits))
 
 
-class ReplaySession(Session):
+class ForcedExitSession(Session):
     """A session in which a token exits where `trace` says so, at any threshold inside (0, 1), unless the stack is full;
     without a trace it is like any other. For modes that take nothing back: "free" without overlap."""
 
@@ -97,7 +97,7 @@ class ReplaySession(Session):
         # It is there to be measured.
         self.settle()
 
-    def __enter__(self) -> ReplaySession:
+    def __enter__(self) -> ForcedExitSession:
         return self
 
     @contextmanager
@@ -109,6 +109,6 @@ class ReplaySession(Session):
         finally:
             self._script.trace = before
 
-    def _decoder(self, shallow: Lane, deep: Lane, slot: int) -> Decoder:
+    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
         # Sequences side by side must not exit in step.
         return ReplayDecoder(self._script, slot * STRIDE, shallow, deep, slot, *self._sizes)

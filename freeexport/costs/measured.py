@@ -17,7 +17,7 @@ from time import perf_counter
 
 import numpy as np
 
-from freeexport.costs.forced_exits import THRESHOLD, ReplaySession, drawn
+from freeexport.costs.forced_exits import THRESHOLD, ForcedExitSession, drawn
 from freeexport.costs.model import SIZES, Costs, Outside
 from freeexport.costs.overlap import measured_overlap
 from freeexport.system.child import run_child
@@ -56,7 +56,11 @@ class Sample:
 
 
 def measured_costs(
-    session: ReplaySession, prompts: Sequence[np.ndarray], tokens: int, rounds: int = ROUNDS, seconds: float = SECONDS
+    session: ForcedExitSession,
+    prompts: Sequence[np.ndarray],
+    tokens: int,
+    rounds: int = ROUNDS,
+    seconds: float = SECONDS,
 ) -> Costs:
     """Time a session that nothing else uses: `tokens` tokens after prompts like these, int64 [n] each."""
     scripts = _scripts(session.manifest.max_pending)
@@ -135,7 +139,7 @@ def _scripts(max_pending: int) -> list[list[bool]]:
 
 
 def _round(
-    session: ReplaySession, prompts: Sequence[np.ndarray], tokens: int, scripts: Sequence[Sequence[bool]]
+    session: ForcedExitSession, prompts: Sequence[np.ndarray], tokens: int, scripts: Sequence[Sequence[bool]]
 ) -> list[Sample]:
     """One request in each mode and with each script, prompt after prompt, so that what slows the machine down for a
     while slows them all."""
@@ -143,7 +147,7 @@ def _round(
 
 
 def _requests(
-    session: ReplaySession, prompt: np.ndarray, tokens: int, scripts: Sequence[Sequence[bool]]
+    session: ForcedExitSession, prompt: np.ndarray, tokens: int, scripts: Sequence[Sequence[bool]]
 ) -> Iterator[Sample]:
     most = max(2, tokens)
     yield Sample.of(False, session.generate(prompt, mode="full", max_new_tokens=most, ignore_eos=True).stats)
@@ -165,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     """Print the costs of the bundle named first as JSON; settings are those of `measured_in_child`."""
     bundle, given = Path(arguments[0]), json.loads(arguments[1])
     busy = cores_in_use()
-    with ReplaySession(bundle, slots=2 if given["overlap"] else 1, threads=given["threads"]) as session:
+    with ForcedExitSession(bundle, slots=2 if given["overlap"] else 1, threads=given["threads"]) as session:
         manifest = session.manifest
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
         random = np.random.default_rng(0)

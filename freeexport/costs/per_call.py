@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import TOKENS, measured_costs
 from freeexport.costs.model import Costs
 from freeexport.system.child import run_child
@@ -47,7 +47,7 @@ class CostTable:
     decoding: Costs
 
 
-def measure_table(session: ReplaySession, context: int = CONTEXT, rounds: int = ROUNDS) -> CostTable:
+def measure_table(session: ForcedExitSession, context: int = CONTEXT, rounds: int = ROUNDS) -> CostTable:
     """Time the calls of a session that nothing else uses, at `context` valid positions; medians of `rounds`. Deep
     passes over 1 to 32 rows, as far as the bundle has room for them."""
     manifest = session.manifest
@@ -150,7 +150,7 @@ def _sync(decoder: Decoder, heads: int) -> float:
 def main(arguments: Sequence[str]) -> None:
     """Print the table of the bundle named first, on as many threads and rounds as said then, as JSON."""
     bundle, threads, rounds = arguments
-    with ReplaySession(Path(bundle), slots=1, threads=int(threads)) as session:
+    with ForcedExitSession(Path(bundle), slots=1, threads=int(threads)) as session:
         print(json.dumps(asdict(measure_table(session, rounds=int(rounds)))))
 
 

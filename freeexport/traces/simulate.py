@@ -10,7 +10,7 @@ from freeexport.traces.trace import Trace, Traces
 
 
 @dataclass
-class Replay:
+class SimulatedRun:
     """`agreeing` of the `exits` have the deep decoder's token. `sync_sizes[k]` passes ran over k rows; what is on the
     stack at the end of a sequence runs in none."""
 
@@ -37,15 +37,15 @@ class Replay:
         return costs.full / (costs.step + passes / self.tokens)
 
 
-def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
+def replay(traces: Traces, threshold: float, max_pending: int) -> SimulatedRun:
     """Decode the traces in mode `free`, as far as that follows the full model's output."""
-    total = Replay()
+    total = SimulatedRun()
     for trace in traces.sequences:
         _replay_one(trace, threshold, max_pending, total)
     return total
 
 
-def _replay_one(trace: Trace, threshold: float, max_pending: int, total: Replay) -> None:
+def _replay_one(trace: Trace, threshold: float, max_pending: int, total: SimulatedRun) -> None:
     stacked = 0
     for exits, agrees in zip(trace.sure(threshold).tolist(), trace.agrees.tolist(), strict=True):
         stacked += 1

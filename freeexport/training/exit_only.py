@@ -15,7 +15,7 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName
 from freeexport.training import losses
 from freeexport.training.exit_adapter import Exit, begin_linear
-from freeexport.training.full import Tuning, collator, copy_tokenizer, link_or_copy, trainable_model
+from freeexport.training.full import Trainable, collator, copy_tokenizer, link_or_copy, trainable_model
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import Metrics, ShallowDeep, SharedHead, measures
 from freeexport.training.teacher_states import cached_states, collate_states
@@ -71,7 +71,7 @@ def tune_exit(
     training: Sequence[Example],
     validation: Sequence[Example],
     cache: Path,
-) -> Tuning:
+) -> Trainable:
     """The model is run once over the data; `cache` takes 4 d bytes a trained token. Raises OptionError for an adapter.
 
     Of several processes, the first must be through before the others call this: they find the cache filled.
@@ -106,7 +106,7 @@ def tune_exit(
         save_file({name: value.contiguous() for name, value in tensors.items()}, directory / EXIT_WEIGHTS)
         link_base(checkpoint, directory)
 
-    return Tuning(
+    return Trainable(
         module=module,
         training=states[0],
         validation=states[1],

@@ -46,7 +46,7 @@ class Dataset(Protocol):
 
 
 @dataclass
-class Tuning:
+class Trainable:
     """`module` is stepped on batches that `collate` makes of `training`; `lengths` in tokens run parallel to the
     two sets. `write` puts the trained weights into an empty directory."""
 
@@ -66,7 +66,7 @@ def tune_full(
     options: TrainingOptions,
     training: Sequence[Example],
     validation: Sequence[Example],
-) -> Tuning:
+) -> Trainable:
     """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs."""
     model = trainable_model(checkpoint, options)
     module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha)
@@ -85,9 +85,9 @@ def on_examples(
     training: Sequence[Example],
     validation: Sequence[Example],
     write: Callable[[Path], None],
-) -> Tuning:
+) -> Trainable:
     """A tuning that runs the whole model on text."""
-    return Tuning(
+    return Trainable(
         module=module,
         training=training,
         validation=validation,
@@ -155,7 +155,7 @@ def tune_lora(
     training: Sequence[Example],
     validation: Sequence[Example],
     model_name: str,
-) -> Tuning:
+) -> Trainable:
     """The adapter is written with `model_name` as its base: a hub name as it is, a path as an absolute one.
 
     Raises OptionError where no layer has the name of a target.

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from freeexport.training.batches import LengthBatches, loader
-from freeexport.training.full import Tuning
+from freeexport.training.full import Trainable
 from freeexport.training.options import Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
@@ -115,7 +115,7 @@ class ExitTrainer(Trainer):
 
     def __init__(
         self,
-        tuning: Tuning,
+        tuning: Trainable,
         arguments: TrainingArguments,
         options: TrainingOptions,
         clock: Clock,

@@ -11,7 +11,7 @@ from typing import Any
 
 from freeexport.calibration.choose import held_out_of
 from freeexport.calibration.source import BundleSource
-from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.model import Costs
 from freeexport.system.jsonl import Request
 from freeexport.traces.trace import Traces
@@ -54,7 +54,7 @@ def opened(paths: Sequence[Path], threads: int | None) -> Iterator[list[BundleSo
     for path, manifest in zip(paths[1:], manifests[1:], strict=True):
         _check_alike(paths[0], manifests[0], path, manifest)
     with ExitStack() as stack:
-        sessions = [stack.enter_context(ReplaySession(path, slots=1, threads=threads)) for path in paths]
+        sessions = [stack.enter_context(ForcedExitSession(path, slots=1, threads=threads)) for path in paths]
         yield [BundleSource(path, session) for path, session in zip(paths, sessions, strict=True)]
 
 

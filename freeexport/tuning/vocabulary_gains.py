@@ -9,7 +9,7 @@ import numpy as np
 
 from freeexport.conversion.exit_vocabulary import STEP, ranked_tokens
 from freeexport.costs.model import Costs
-from freeexport.traces.simulate import Replay, replay
+from freeexport.traces.simulate import SimulatedRun, replay
 from freeexport.traces.trace import Trace, Traces
 from runtime.errors import CalibrationError
 
@@ -27,7 +27,7 @@ class Gain:
     size: int
     covers: float
     lost: float
-    replayed: Replay
+    replayed: SimulatedRun
     costs: Costs
 
     @property

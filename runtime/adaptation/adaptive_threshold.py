@@ -14,7 +14,7 @@ threshold decides is so labelled on both sides of it, whatever the threshold is.
 - The first token, which the threshold does not decide: it is not among the tokens that are learned from. Requests with
   a threshold of their own are not either: their passes would choose other tokens.
 
-What is seen fades exponentially (`Evidence`). The state is a function of the requests in the order in which they
+What is seen fades exponentially (`LabelStatistics`). The state is a function of the requests in the order in which they
 complete; what a request does is a function of the state at its start.
 """
 
@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from runtime.adaptation.label_statistics import Evidence
+from runtime.adaptation.label_statistics import LabelStatistics
 from runtime.bundle.beta import LogSums
 from runtime.bundle.beta_mixture import BetaMixture, threshold_at
 from runtime.bundle.calibration import Calibration
@@ -47,7 +47,7 @@ TYPICAL_ROWS = 4
 LEAST_TARGET, MOST_TARGET = 0.5, 0.9999
 
 
-class Observation:
+class RequestLabels:
     """A request's view: the `threshold` at its start, and what its sync passes say. Of one thread."""
 
     def __init__(self, threshold: float, learns: bool, audits: bool) -> None:
@@ -109,7 +109,7 @@ class AdaptiveThreshold:
         self._prior = self._mixture = calibration.mixture
         self.target = _target(calibration, calibration.mixture)
         self._every = label_every(manifest.break_even)
-        self._evidence = Evidence.of_mixture(self._prior, min(calibration.positions, memory))
+        self._evidence = LabelStatistics.of_mixture(self._prior, min(calibration.positions, memory))
         self._requests = self._left = self._fresh = 0
         if state is not None:
             self._restore(_read_state(state, manifest))
@@ -124,12 +124,12 @@ class AdaptiveThreshold:
     def mixture(self) -> BetaMixture:
         return self._mixture
 
-    def begin(self) -> Observation:
+    def begin(self) -> RequestLabels:
         with self._lock:
             learns = self._requests % self._every == 0
-            return Observation(self._threshold, learns, learns and self._left >= AUDIT_TOKENS)
+            return RequestLabels(self._threshold, learns, learns and self._left >= AUDIT_TOKENS)
 
-    def complete(self, observation: Observation) -> None:
+    def complete(self, observation: RequestLabels) -> None:
         """Learn from a request that has ended."""
         with self._lock:
             self._requests += 1
@@ -165,7 +165,7 @@ class AdaptiveThreshold:
         return dataclasses.asdict(state)
 
     def _restore(self, state: AdaptiveState) -> None:
-        self._evidence = Evidence(LogSums(*state.agree), LogSums(*state.disagree), state.unlabelled)
+        self._evidence = LabelStatistics(LogSums(*state.agree), LogSums(*state.disagree), state.unlabelled)
         self._mixture = state.mixture
         self._requests, self._left, self._fresh = state.requests, state.left, state.fresh
 

@@ -14,7 +14,7 @@ GRANT, GRANT_SHARE = 0.3, 0.0075
 MOST = 8.0
 
 
-class Account:
+class DraftBudget:
     """`balance` in tokens of mode full."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ OVERDRAFT = 0.3
 PLAIN_TOKENS, DRAFTS = 8, 64
 
 
-class Verdict(NamedTuple):
+class DraftOutcome(NamedTuple):
     """A row that the shallow head was asked at: `sure`, above the threshold; `kept`, the deep decoder chose the same.
     `kept` counts only where sure."""
 
@@ -66,30 +66,30 @@ class Expected(NamedTuple):
     kept: float
 
 
-class Pace:
+class DraftLength:
     """Shared by requests that draft alike; nothing it says changes a token, so a lost update does no harm.
 
     `costs`: of drafts of up to `max_pending` - 1 tokens. `expected` counts as much as a few rows that were seen.
     `others`: a pace whose shares of sure rows and kept drafts are this one's, too.
     """
 
-    def __init__(self, costs: DraftCosts, expected: Expected | None = None, others: Pace | None = None) -> None:
-        self._costs, self._account = costs, Account()
+    def __init__(self, costs: DraftCosts, expected: Expected | None = None, others: DraftLength | None = None) -> None:
+        self._costs, self._account = costs, DraftBudget()
         self._sure: _Share = others._sure if others else _Share(expected and expected.sure)
         self._kept: _Share = others._kept if others else _Share(expected and expected.kept)
-        self._among: dict[int, Pace] = {}
+        self._among: dict[int, DraftLength] = {}
         self._length = self._asked = self._plain = self._drafts = 0
         self._rows_to_review = 0 if expected else 1
         # A step without the head comes first, to tell what the head costs.
         self._tokens_to_probe = 2
 
-    def among(self, company: int) -> Pace:
+    def among(self, company: int) -> DraftLength:
         """The pace where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
         if company == 1:
             return self
         size = (company - 1).bit_length()
         if size not in self._among:
-            self._among[size] = Pace(self._costs.anew(), others=self)
+            self._among[size] = DraftLength(self._costs.anew(), others=self)
         return self._among[size]
 
     def plan(self, most: int) -> tuple[int, bool]:
@@ -136,7 +136,7 @@ class Pace:
         self._asked += asked
         self._account.book(tokens, self._costs.expected(asked, rows) / self._costs.full)
 
-    def observe_drafts(self, verdicts: Iterable[Verdict]) -> None:
+    def observe_drafts(self, verdicts: Iterable[DraftOutcome]) -> None:
         for verdict in verdicts:
             self._sure.observe(verdict.sure)
             if verdict.sure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 
 from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_length import Expected, Pace
+from runtime.adaptation.draft_length import DraftLength, Expected
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import TableRow
 
@@ -13,23 +13,23 @@ from runtime.bundle.calibration import TableRow
 MOST = 64
 
 
-class Paces:
+class DraftLengths:
     """One for requests that draft at one threshold, sampling or not; what drafts cost is the same for all. Before
     anything was drafted, `costs` and shares are what the bundle records."""
 
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self.costs = DraftCosts(bundle.manifest.max_pending, bundle.manifest.break_even)
-        self._paces: dict[tuple[float, bool], Pace] = {}
+        self._paces: dict[tuple[float, bool], DraftLength] = {}
 
-    def of(self, threshold: float, samples: bool) -> Pace:
+    def of(self, threshold: float, samples: bool) -> DraftLength:
         """Raises BundleError where the bundle's calibration cannot be read."""
         key = threshold, samples
         pace = self._paces.get(key)
         if pace is None:
             if len(self._paces) >= MOST:
                 self._paces.pop(next(iter(self._paces)), None)
-            pace = self._paces.setdefault(key, Pace(self.costs, self._expected(threshold)))
+            pace = self._paces.setdefault(key, DraftLength(self.costs, self._expected(threshold)))
         return pace
 
     def _expected(self, threshold: float) -> Expected | None:

@@ -21,7 +21,7 @@ ROUNDS = 3
 _LIMIT = math.log(1 - EPSILON) - math.log(EPSILON)
 
 
-class Evidence:
+class LabelStatistics:
     """Of bounded size. A token counts exp(-n / memory) once n tokens came after it."""
 
     def __init__(self, agree: LogSums, disagree: LogSums, unlabelled: Sequence[Sequence[float]] = ()) -> None:
@@ -32,7 +32,7 @@ class Evidence:
             raise OptionError(f"unlabelled has shape {self.unlabelled.shape}, not {(BINS, 3)}; start without a state")
 
     @classmethod
-    def of_mixture(cls, mixture: BetaMixture, tokens: float) -> Evidence:
+    def of_mixture(cls, mixture: BetaMixture, tokens: float) -> LabelStatistics:
         """What `tokens` labelled tokens of a mixture are on average."""
         share = mixture.weight_agree
         return cls(mixture.agree.expected(tokens * share), mixture.disagree.expected(tokens * (1 - share)))

@@ -15,13 +15,13 @@ from runtime.cuda.driver import Cuda, Stream
 from runtime.cuda.encoder import CudaEncoder
 from runtime.cuda.engine import CudaEngine
 from runtime.cuda.kv_cache import CudaKVCache
-from runtime.cuda.runner import CudaLane
+from runtime.cuda.runner import CudaRunner
 from runtime.engines import onnx
-from runtime.engines.backend import Load, Placement, cache_sizes, is_fixed
+from runtime.engines.backend import Backend, Load, cache_sizes, is_fixed
 from runtime.engines.contract import check_contract
 from runtime.engines.cross_cache import STEP
 from runtime.engines.encoder import Encoder
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 from runtime.errors import DeviceError, OptionError
 from runtime.machine.device import Device
 from runtime.options import SessionOptions
@@ -29,7 +29,7 @@ from runtime.options import SessionOptions
 logger = logging.getLogger(__name__)
 
 
-class CudaPlacement(Placement):
+class CudaBackend(Backend):
     """On `device`. DeviceError where there is none that works; CapacityError before anything is allocated where its
     memory is too little."""
 
@@ -37,7 +37,7 @@ class CudaPlacement(Placement):
         assert device.index is not None
         self._check_installed(device)
         self.cuda = Cuda(device.index)
-        self._lanes: list[CudaLane] = []
+        self._lanes: list[CudaRunner] = []
         self._engines: list[Any] = []
         super().__init__(bundle, options, capacity, threads)
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
@@ -50,16 +50,16 @@ class CudaPlacement(Placement):
             self._free()
             raise
 
-    def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
+    def lanes(self, engine: Load, overlap: bool) -> tuple[Runner, Runner]:
         """A shallow step goes before a deep pass where both are ready: a token waits for it."""
         shallow = self._lane(engine("shallow"), self.manifest.shallow_layers, beside=False)
         return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=overlap)
 
-    def encoder(self, engine: Load, lane: Lane) -> Encoder | None:
+    def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
         manifest = self.manifest
         if not manifest.encoder_decoder:
             return None
-        assert isinstance(lane, CudaLane)
+        assert isinstance(lane, CudaRunner)
         encoder, prologue = engine("encoder"), engine("prologue")
         return CudaEncoder(encoder, prologue, lane, manifest.encoder_capacity, manifest.hidden_size)
 
@@ -97,14 +97,14 @@ class CudaPlacement(Placement):
         check_contract(self.manifest, name, engine.session)
         return engine
 
-    def _lane(self, engine: Any, layers: range, beside: bool) -> CudaLane:
+    def _lane(self, engine: Any, layers: range, beside: bool) -> CudaRunner:
         stream = engine.stream
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return self.cuda.zeros(shape, dtype, stream)
 
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        lane = CudaLane(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
+        lane = CudaRunner(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
         self._lanes.append(lane)
         return lane
 

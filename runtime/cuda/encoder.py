@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from runtime.cuda.runner import CudaLane
+from runtime.cuda.runner import CudaRunner
 from runtime.engines.encoder import Encoder
 
 # Prompts are padded to powers of 2 from here on, so that calls for their width, and CUDA graphs, are there already.
@@ -17,7 +17,7 @@ LEAST_WIDTH = 32
 class CudaEncoder(Encoder):
     """`lane`: in whose stream and thread the engines run. `longest` prompt, in tokens; `hidden_size` is d."""
 
-    def __init__(self, encoder: Any, prologue: Any, lane: CudaLane, longest: int, hidden_size: int) -> None:
+    def __init__(self, encoder: Any, prologue: Any, lane: CudaRunner, longest: int, hidden_size: int) -> None:
         super().__init__(encoder, prologue)
         self._lane, self._longest, self._hidden_size = lane, longest, hidden_size
         self._places: WeakKeyDictionary[Any, dict[int, _Place]] = WeakKeyDictionary()
@@ -40,7 +40,7 @@ class CudaEncoder(Encoder):
 class _Place:
     """What a prompt of one width is read from and leads to, and the bound calls between."""
 
-    def __init__(self, encoder: Any, prologue: Any, lane: CudaLane, width: int, hidden_size: int) -> None:
+    def __init__(self, encoder: Any, prologue: Any, lane: CudaRunner, width: int, hidden_size: int) -> None:
         self.tokens = np.zeros((1, width), np.int64)
         lengths = np.zeros(1, np.int32)
         shapes = {name: (1, heads, width, size) for name, (_, heads, _, size) in prologue.output_shapes.items()}

@@ -13,11 +13,11 @@ import numpy as np
 from runtime.cuda import driver as cuda
 from runtime.cuda.device_array import DeviceArray
 from runtime.engines.kv_cache import KVCache
-from runtime.engines.runner import Event, Lane
+from runtime.engines.runner import Event, Runner
 from runtime.errors import EngineError
 
 
-class CudaLane(Lane):
+class CudaRunner(Runner):
     """`engine`: its calls have `enqueue`, which puts them into `stream`, and `finish`, which waits for them and lets
     the host's arrays have what they gave. `beside`: the caller goes on meanwhile.
 
@@ -92,7 +92,7 @@ class CudaLane(Lane):
 class _Enqueued(Event):
     """A call that is being put into a stream, or is there. `wait` says how long the device took."""
 
-    def __init__(self, lane: CudaLane, call: Any, future: Future[tuple[cuda.Event, cuda.Event]]) -> None:
+    def __init__(self, lane: CudaRunner, call: Any, future: Future[tuple[cuda.Event, cuda.Event]]) -> None:
         super().__init__(0.0)
         self._lane, self._call, self._future = lane, call, future
         self._waited = False

@@ -11,7 +11,7 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waits
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 
 # Positions that the caches begin with, and grow from: an engine call takes as long as all their positions do.
 FIRST_ROWS = 32
@@ -60,7 +60,7 @@ class BeamRows:
         self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})
 
 
-def _repeated(array: Any, beams: int, lane: Lane) -> Any:
+def _repeated(array: Any, beams: int, lane: Runner) -> Any:
     """[1, ...] -> [beams, ...]."""
     if isinstance(array, np.ndarray):
         return np.repeat(array, beams, axis=0)
@@ -71,7 +71,7 @@ def _repeated(array: Any, beams: int, lane: Lane) -> Any:
 
 
 def _bind(
-    lane: Lane,
+    lane: Runner,
     cache: KVCache,
     cross: dict[str, np.ndarray],
     inputs: Mapping[str, Any],

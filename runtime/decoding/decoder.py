@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.decoding.prediction import NOTHING, Prediction
-from runtime.decoding.slot import SlotCalls
-from runtime.decoding.slot_call import Waits, Work, finish
-from runtime.engines.runner import Event, Lane
+from runtime.decoding.slot import Slot
+from runtime.decoding.slot_call import SlotCall, Waits, finish
+from runtime.engines.runner import Event, Runner
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
@@ -48,14 +48,14 @@ class Decoder:
     several sequences can be run as one; `prefill`, `step` and `sync` run them at once."""
 
     def __init__(
-        self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+        self, shallow: Runner, deep: Runner, slot: int, hidden_size: int, vocab_size: int, max_pending: int
     ) -> None:
         self.stats = Stats()
         self.stacked = 0
         self.company = 1
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
-        self._calls = SlotCalls(shallow, deep, slot, hidden_size, vocab_size, max_pending)
+        self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
         self._ahead: deque[_Ahead] = deque()
         self._started = 0
         self._background: _Pass | None = None
@@ -177,7 +177,7 @@ class Decoder:
             self._background = _Pass(work.submit(), work.rows)
 
     @property
-    def lanes(self) -> tuple[Lane, Lane]:
+    def lanes(self) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""
         return self._shallow, self._deep
 
@@ -185,12 +185,12 @@ class Decoder:
         """Valid positions of the shallow and of the deep cache."""
         return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
 
-    def _step_done(self, work: Work) -> None:
+    def _step_done(self, work: SlotCall) -> None:
         self.stats.shallow_seconds += work.seconds
         self.company = work.company
         self._shallow.cache.extend(self._calls.slot, 1)
 
-    def _deep_work(self, heads: int, drafts: Sequence[int]) -> Work:
+    def _deep_work(self, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on the stacked rows that it has not seen."""
         work = self._calls.sync(self._started, self.stacked, heads, drafts)
         self._started = self.stacked

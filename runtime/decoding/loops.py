@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
-from runtime.adaptation.draft_length import Pace, Verdict
+from runtime.adaptation.draft_length import DraftLength, DraftOutcome
 from runtime.decoding.decoder import Decoder, RunAhead
-from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import Waiting, Waits
 from runtime.result import Stats
@@ -25,7 +25,7 @@ Observe = Callable[[Sequence[tuple[float, bool]]], None]
 Leave = Callable[[Sequence[float], bool], bool]
 
 
-def full(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
+def full(decoder: Decoder, first: Prediction, output: OutputTokens) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
     yield output.add(output.choose(first), False, None, first)
     while True:
@@ -37,7 +37,7 @@ def full(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
 def free(
     decoder: Decoder,
     first: Prediction,
-    output: Continuation,
+    output: OutputTokens,
     threshold: float,
     max_pending: int,
     sync_every: int = 0,
@@ -81,7 +81,7 @@ def _labels(guesses: Sequence[Prediction], said: Sequence[Prediction]) -> list[t
     return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, said, strict=True)]
 
 
-def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
+def shallow(decoder: Decoder, first: Prediction, output: OutputTokens) -> Loop:
     """Static exiting: after the first token, which is the deep decoder's, the shallow decoder goes on alone."""
     yield output.add(output.choose(first), False, first.confidence, first)
     while True:
@@ -92,7 +92,7 @@ def shallow(decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
 
 
 def rollback(
-    decoder: Decoder, first: Prediction, output: Continuation, threshold: float, max_pending: int, limit: float
+    decoder: Decoder, first: Prediction, output: OutputTokens, threshold: float, max_pending: int, limit: float
 ) -> Loop:
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
@@ -107,7 +107,7 @@ def rollback(
 
 
 def lossless(
-    decoder: Decoder, first: Prediction, output: Continuation, threshold: float, max_pending: int, pace: Pace
+    decoder: Decoder, first: Prediction, output: OutputTokens, threshold: float, max_pending: int, pace: DraftLength
 ) -> Loop:
     """The tokens of `full`: exited tokens are drafts, kept as far as the deep decoder chooses the same."""
     yield output.add(output.choose(first), False, first.confidence, first)
@@ -149,7 +149,7 @@ class Draft(NamedTuple):
         return sum(guess.confidence is not None for guess in self.guesses)
 
 
-def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, head: bool) -> Waits[Draft]:
+def _draft(decoder: Decoder, output: OutputTokens, threshold: float, most: int, head: bool) -> Waits[Draft]:
     """Until a token is not sure, `most` are drafted, or one would end the request. `head`: ask the shallow head also at
     the row after the `most`-th."""
     tokens: list[int] = []
@@ -166,13 +166,13 @@ def _draft(decoder: Decoder, output: Continuation, threshold: float, most: int, 
             return Draft(tokens, guesses, None)
 
 
-def _verify(decoder: Decoder, output: Continuation, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
+def _verify(decoder: Decoder, output: OutputTokens, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
     """What the deep decoder says at every row of a draft."""
     ahead = _run_ahead(output, threshold, draft.tokens, draft.following)
     return (yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead))
 
 
-def _run_ahead(output: Continuation, threshold: float, drafts: list[int], following: int | None) -> RunAhead | None:
+def _run_ahead(output: OutputTokens, threshold: float, drafts: list[int], following: int | None) -> RunAhead | None:
     """Take the shallow decoder's own prediction for the next token, and go on as long as it is sure."""
     if following is None:
         return None
@@ -187,7 +187,7 @@ def _run_ahead(output: Continuation, threshold: float, drafts: list[int], follow
     return ahead
 
 
-def _agreement(output: Continuation, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
+def _agreement(output: OutputTokens, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
     """How many drafts the deep decoder chooses too, and what it chooses after them, if it was asked."""
     for row, prediction in enumerate(said):
         token = output.choose(prediction, drafts[:row])
@@ -197,7 +197,7 @@ def _agreement(output: Continuation, drafts: list[int], said: list[Prediction]) 
 
 
 def _settle(
-    decoder: Decoder, output: Continuation, draft: Draft, said: list[Prediction], kept: int, correction: int | None
+    decoder: Decoder, output: OutputTokens, draft: Draft, said: list[Prediction], kept: int, correction: int | None
 ) -> Iterator[Step]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
@@ -212,14 +212,14 @@ def _settle(
         yield output.add(correction, False, draft.guesses[kept].confidence, said[kept])
 
 
-def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[Verdict]:
+def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[DraftOutcome]:
     """What is known of each row's guess, up to the first that was refused."""
     for row in range(min(kept + 1, len(draft.guesses))):
         if row < len(draft.tokens):
-            yield Verdict(True, row < kept)
+            yield DraftOutcome(True, row < kept)
         elif draft.following is not None:
             sure = _sure(draft.guesses[row], threshold)
-            yield Verdict(sure, sure and draft.following == correction)
+            yield DraftOutcome(sure, sure and draft.following == correction)
 
 
 def _sure(guess: Prediction, threshold: float) -> bool:

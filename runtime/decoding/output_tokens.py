@@ -21,7 +21,7 @@ class Step(NamedTuple):
     logprob: float | None = None
 
 
-class Continuation:
+class OutputTokens:
     """Choosing does not depend on what was chosen and given up before: a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `sampler` None is arg max.

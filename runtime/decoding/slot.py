@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from runtime.decoding.prediction import NOTHING, Prediction
-from runtime.decoding.slot_call import Work
+from runtime.decoding.slot_call import SlotCall
 from runtime.engines.onnx import Call
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 
 
-class SlotCalls:
+class Slot:
     """`hidden_size` is d, `vocab_size` V, `max_pending` the most rows of a deep pass.
 
     `stack` float32 [max_pending, d] is what deep passes read; `hidden` float32 [d] what the last step gave. `cross` is
@@ -21,13 +21,13 @@ class SlotCalls:
     """
 
     def __init__(
-        self, shallow: Lane, deep: Lane, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+        self, shallow: Runner, deep: Runner, slot: int, hidden_size: int, vocab_size: int, max_pending: int
     ) -> None:
         self.slot = slot
         self._shallow, self._deep = shallow, deep
         self._vocab_size, self._max_pending = vocab_size, max_pending
         self.cross: dict[str, np.ndarray] = {}
-        self._read: dict[Lane, dict[str, Any]] = {shallow: {}, deep: {}}
+        self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
         self.stack = shallow.zeros((max_pending, hidden_size), np.float32)
         self._rows = shallow.zeros((max_pending, hidden_size), np.float32)
         self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
@@ -36,12 +36,12 @@ class SlotCalls:
         self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._drafted = np.zeros(max_pending, np.int64)
-        self._logits: dict[Lane, np.ndarray] = {}
+        self._logits: dict[Runner, np.ndarray] = {}
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
-        self._steps: dict[bool, Work] = {}
-        self._passes: dict[tuple[int, int, bool], Work] = {}
+        self._steps: dict[bool, SlotCall] = {}
+        self._passes: dict[tuple[int, int, bool], SlotCall] = {}
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
@@ -59,7 +59,7 @@ class SlotCalls:
         self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
         self._forget()
 
-    def exchange(self, other: SlotCalls) -> None:
+    def exchange(self, other: Slot) -> None:
         """Change places."""
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
@@ -67,7 +67,7 @@ class SlotCalls:
             for work in (*calls._steps.values(), *calls._passes.values()):
                 work.forget()
 
-    def step(self, token: int, head: bool) -> Work:
+    def step(self, token: int, head: bool) -> SlotCall:
         """The shallow decoder on one token."""
         work = self._steps.get(head)
         if work is None:
@@ -82,7 +82,7 @@ class SlotCalls:
         logits = self._logits[self._shallow][0] if self._logits else None
         return Prediction(self._guess.item(0), self._confidence.item(0), None, logits)
 
-    def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> Work:
+    def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
         rows, apart = end - first, first > 0
         work = self._passes.get((rows, heads, apart))
@@ -100,19 +100,19 @@ class SlotCalls:
         logits = self._logits[self._deep][row] if self._logits else None
         return Prediction(self._answers.item(row), None, self._nll.item(row) if drafted else None, logits)
 
-    def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Work:
+    def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
         count = int(head)
         outputs = {"hidden": hidden, "token": self._guess[:count], "confidence": self._confidence[:count]}
         return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
 
-    def deep_piece(self, hidden: np.ndarray, heads: int) -> Work:
+    def deep_piece(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
         inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         return self._work(self._deep, inputs, outputs, hidden.shape[1], heads)
 
-    def bind(self, work: Work) -> Call:
+    def bind(self, work: SlotCall) -> Call:
         """A call of this slot alone."""
         lane, rows, past = work.lane, work.rows, self._past[work.lane]
         shared = {
@@ -126,11 +126,13 @@ class SlotCalls:
             {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
 
-    def _work(self, lane: Lane, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int) -> Work:
+    def _work(
+        self, lane: Runner, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int
+    ) -> SlotCall:
         logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
-        return Work(self, lane, inputs, {**outputs, **logits}, rows, heads)
+        return SlotCall(self, lane, inputs, {**outputs, **logits}, rows, heads)
 
-    def _cross_of(self, lane: Lane) -> dict[str, Any]:
+    def _cross_of(self, lane: Runner) -> dict[str, Any]:
         """What the engine of a lane reads of `cross`."""
         layers = {name.split(".")[0] for name in lane.cache.arrays}
         read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}

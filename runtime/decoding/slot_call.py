@@ -9,16 +9,16 @@ from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from runtime.engines.onnx import Call
-from runtime.engines.runner import Event, Lane
+from runtime.engines.runner import Event, Runner
 
 if TYPE_CHECKING:
-    from runtime.decoding.slot import SlotCalls
+    from runtime.decoding.slot import Slot
 
 T = TypeVar("T")
 Said = TypeVar("Said")
 
 
-class Work:
+class SlotCall:
     """`rows` rows of a sequence for the engine of `lane`, which is to run the head for the last `heads` of them.
 
     `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
@@ -30,8 +30,8 @@ class Work:
 
     def __init__(
         self,
-        calls: SlotCalls,
-        lane: Lane,
+        calls: Slot,
+        lane: Runner,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any],
         rows: int,
@@ -69,8 +69,8 @@ class Work:
         self._call = None
 
 
-# Work to be run, an event to happen, or None: others may have a turn.
-Waiting = Work | Event | None
+# SlotCall to be run, an event to happen, or None: others may have a turn.
+Waiting = SlotCall | Event | None
 Waits = Generator[Waiting, None, T]
 
 
@@ -79,7 +79,7 @@ def alone(coroutine: Generator[Waiting | Said, None, T]) -> Generator[Said, None
     try:
         item = next(coroutine)
         while True:
-            if isinstance(item, Work):
+            if isinstance(item, SlotCall):
                 item.run()
             elif item is not None and not isinstance(item, Event):
                 yield item

@@ -15,7 +15,7 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.loading import loading
 from runtime.engines.memory import check_memory
 from runtime.engines.packed_cache import packed_engines
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 from runtime.machine.device import CPU
 from runtime.machine.huge_pages import HugePages
 from runtime.options import SessionOptions
@@ -25,7 +25,7 @@ Load = Callable[[str], Any]
 Sizes = tuple[range, int, int, int, int, Any]
 
 
-class Placement:
+class Backend:
     """On the CPU. `capacity` positions a slot; `threads` of an engine call. CapacityError for too little memory."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
@@ -47,12 +47,12 @@ class Placement:
         if self._huge_pages is not None:
             self._huge_pages.begin()
 
-    def lanes(self, engine: Load, overlap: bool) -> tuple[Lane, Lane]:
+    def lanes(self, engine: Load, overlap: bool) -> tuple[Runner, Runner]:
         """The shallow and the deep one, which runs beside the other where they `overlap`."""
-        shallow = Lane(engine("shallow"), self._cache(self.manifest.shallow_layers))
-        return shallow, Lane(engine("deep"), self._cache(self.manifest.deep_layers), beside=overlap)
+        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_layers))
+        return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers), beside=overlap)
 
-    def encoder(self, engine: Load, lane: Lane) -> Encoder | None:
+    def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
         """Of an encoder-decoder; what it gives is read in `lane` first."""
         return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
 

@@ -11,7 +11,7 @@ import numpy as np
 STEP = 32
 
 
-class CrossRows:
+class CrossCache:
     """Keys and values of every slot, padded to one width, [slots, heads, E, head_dim]: rows of a call must stand
     together. `version` changes where the arrays do. Holds nothing until sequences are first run together.
     `zeros(shape, dtype)` makes an array."""

@@ -30,7 +30,7 @@ class Event:
         return self._seconds
 
 
-class Lane:
+class Runner:
     """`beside`: calls run in a thread of the lane's own, one after the other, and `submit` does not wait for them."""
 
     def __init__(self, engine: OnnxEngine, cache: KVCache, beside: bool = False) -> None:

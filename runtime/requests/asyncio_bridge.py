@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from runtime.requests.prompt_list import Prompts
+from runtime.requests.prompt_list import PromptList
 from runtime.result import GenerationResult
 from runtime.scheduling.ending import patience
 from runtime.scheduling.scheduler import Scheduler
@@ -33,7 +33,7 @@ class News:
         return True
 
 
-async def all_of(scheduler: Scheduler, prompts: Prompts) -> list[GenerationResult]:
+async def all_of(scheduler: Scheduler, prompts: PromptList) -> list[GenerationResult]:
     """Results of prompts that have not begun; they are ended where the task is cancelled."""
     news = News()
     prompts.told = news.tell

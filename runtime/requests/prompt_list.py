@@ -10,14 +10,14 @@ from time import monotonic
 from typing import Any, TypeGuard
 
 from runtime.errors import BatchError, interrupted
-from runtime.requests.response import Reply
+from runtime.requests.response import Response
 from runtime.result import GenerationResult, Stats
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Row
+from runtime.scheduling.task import Task
 from runtime.text.prompt import Prompt
 
 # Makes a request of a prompt, or raises what is wrong with it.
-Ask = Callable[[Prompt], tuple[Row, Reply]]
+Ask = Callable[[Prompt], tuple[Task, Response]]
 
 
 def is_list_of_prompts(prompt: Any) -> TypeGuard[Sequence[Prompt]]:
@@ -27,7 +27,7 @@ def is_list_of_prompts(prompt: Any) -> TypeGuard[Sequence[Prompt]]:
     return not isinstance(prompt[0], (Integral, float, Mapping))
 
 
-class Prompts:
+class PromptList:
     """The requests of a list. As many are in the scheduler at once as there are `slots`, so a long list neither fills
     the queue nor keeps other callers out. `until` is the deadline of all, by the monotonic clock. `told` is called, by
     whichever thread drives, when all have ended."""
@@ -41,7 +41,7 @@ class Prompts:
         self._left = iter(list(enumerate(prompts)))
         self._open = len(prompts)
         self._results: list[GenerationResult | BaseException | None] = [None] * len(prompts)
-        self._under_way: dict[int, tuple[Row, Reply]] = {}
+        self._under_way: dict[int, tuple[Task, Response]] = {}
         self._abandoned = False
 
     def begin(self) -> None:
@@ -110,7 +110,7 @@ class Prompts:
         if interruption is not None:
             raise interruption
 
-    def _told(self, number: int, row: Row, reply: Reply) -> None:
+    def _told(self, number: int, row: Task, reply: Response) -> None:
         row.tokens.clear()
         if row.ended:
             del self._under_way[number]

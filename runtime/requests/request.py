@@ -9,15 +9,15 @@ from time import perf_counter
 
 import numpy as np
 
-from runtime.adaptation.adaptive_threshold import Observation
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.adaptive_threshold import RequestLabels
+from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.beam_rows import BeamRows
 from runtime.decoding.beam_search import BeamSearch, Hypothesis, Scores
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
-from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import Waits
 from runtime.engines.encoder import Encoder
@@ -47,9 +47,9 @@ class Request:
         encoder: Encoder | None,
         tokens: np.ndarray,
         options: GenerationOptions,
-        pace: Pace | None,
+        pace: DraftLength | None,
         cancelled: Callable[[], bool],
-        observation: Observation | None = None,
+        observation: RequestLabels | None = None,
     ) -> None:
         self.options = options
         self.observation = observation
@@ -177,7 +177,7 @@ class Request:
     def _count(self, stats: Stats) -> None:
         stats.mode, stats.prompt_tokens = self.mode, len(self._tokens)
 
-    def _loop(self, decoder: Decoder, first: Prediction, output: Continuation) -> Loop:
+    def _loop(self, decoder: Decoder, first: Prediction, output: OutputTokens) -> Loop:
         mode, threshold = self.mode, self._threshold
         if mode == "full" and self.options.output_confidence:
             return free(decoder, first, output, NEVER_EXIT, self._max_pending)
@@ -196,9 +196,9 @@ class Request:
         # What a pass in the background reads gets no answer, and so no label.
         return free(decoder, first, output, threshold, self._max_pending, 0, seen.label, seen.leave)
 
-    def _continuation(self, sample: int) -> Continuation:
+    def _continuation(self, sample: int) -> OutputTokens:
         sampler = _sampler(self.options, len(self._prompt), self.eos, (self._seed, sample))
-        return Continuation(self._prompt, self.limit, self.eos, sampler, self.options.output_logprobs)
+        return OutputTokens(self._prompt, self.limit, self.eos, sampler, self.options.output_logprobs)
 
 
 def threshold_of(options: GenerationOptions, manifest: Manifest) -> float:

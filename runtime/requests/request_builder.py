@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
-from runtime.adaptation.draft_lengths import Paces
+from runtime.adaptation.draft_lengths import DraftLengths
 from runtime.bundle.bundle import Bundle
 from runtime.engines.encoder import Encoder
 from runtime.engines.memory import check_beams
@@ -19,17 +19,17 @@ from runtime.machine.device import Device
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.generation_config import read_defaults, with_defaults
 from runtime.requests.request import Request, processors_of, threshold_of
-from runtime.requests.response import Reply, Start
+from runtime.requests.response import Response, Start
 from runtime.scheduling.callbacks import guarded
 from runtime.scheduling.ending import Ending
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Row, Run
-from runtime.text.detokenizer import TextStream
+from runtime.scheduling.task import Run, Task
+from runtime.text.detokenizer import Detokenizer
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_prompt
 from runtime.text.tokenizer import Tokenizer
 
 
-class Intake:
+class RequestBuilder:
     """For a `scheduler` with `capacity` positions a slot. Setting `ending` ends all of them after
     their next token. `paces`: what lossless drafts have taught."""
 
@@ -47,20 +47,20 @@ class Intake:
         self._tokenizer, self._encoder, self._scheduler = tokenizer, encoder, scheduler
         self.ending = False
         self.adaptive = adaptive
-        self.paces = Paces(bundle)
+        self.paces = DraftLengths(bundle)
 
     def row(
         self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
-    ) -> tuple[Row, Reply]:
+    ) -> tuple[Task, Response]:
         """A request for the scheduler and its answer. Raises PromptError, OptionError."""
         request, ending = self.request(prompt, given, cancel, began)
         reply = self.reply(request.start, request, ending, began, partial(self.learn, request))
         return self.placed(reply.run, request, ending), reply
 
-    def placed(self, run: Run, request: Request, ending: Ending) -> Row:
+    def placed(self, run: Run, request: Request, ending: Ending) -> Task:
         """What does `run` in a slot, for this request."""
         aside = bool(request.options.logits_processor) or request.options.num_beams > 1
-        return Row(run, ending.due, until=ending.until, aside=aside)
+        return Task(run, ending.due, until=ending.until, aside=aside)
 
     def request(
         self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
@@ -100,9 +100,9 @@ class Intake:
         ending: Ending,
         began: float,
         ended: Callable[[], None] | None = None,
-    ) -> Reply:
-        text = TextStream(self._tokenizer, tuple(request.options.stop))
-        return Reply(start, text, request.eos, request.limit, ending, began, self._scheduler.clock, ended)
+    ) -> Response:
+        text = Detokenizer(self._tokenizer, tuple(request.options.stop))
+        return Response(start, text, request.eos, request.limit, ending, began, self._scheduler.clock, ended)
 
     def learn(self, request: Request) -> None:
         """What a request that has ended saw."""

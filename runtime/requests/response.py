@@ -13,20 +13,20 @@ from runtime.decoding.output_tokens import Step
 from runtime.decoding.slot_call import Waiting
 from runtime.result import FinishReason, GenerationResult, Stats, Token
 from runtime.scheduling.ending import Ending
-from runtime.text.detokenizer import TextStream
+from runtime.text.detokenizer import Detokenizer
 
 # Begins a request in a slot, which it resets first.
 Start = Callable[[Decoder], Loop]
 
 
-class Reply:
+class Response:
     """`eos` ends it, and `limit` tokens do, and what `ending` says after each token. It was asked for at `asked` by the
     monotonic clock; `clock` in seconds; `ended` is called at its end, if it had a slot."""
 
     def __init__(
         self,
         start: Start,
-        text: TextStream,
+        text: Detokenizer,
         eos: frozenset[int],
         limit: int,
         ending: Ending,

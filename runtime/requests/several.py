@@ -9,8 +9,8 @@ from typing import Any
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
 from runtime.errors import OptionError
-from runtime.requests.request_builder import Intake
-from runtime.requests.response import Reply
+from runtime.requests.request_builder import RequestBuilder
+from runtime.requests.response import Response
 from runtime.result import GenerationResult, Token
 from runtime.text.prompt import Prompt
 
@@ -24,7 +24,7 @@ class Several:
 
     def __init__(
         self,
-        intake: Intake,
+        intake: RequestBuilder,
         prompt: Prompt,
         count: int,
         cancel: threading.Event | None,
@@ -57,7 +57,7 @@ class Several:
         finally:
             self._intake.learn(self._request)
 
-    def _reply(self, number: int) -> Reply:
+    def _reply(self, number: int) -> Response:
         return self._intake.reply(self._starts[number], self._request, self._ending, self._began)
 
 

@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from runtime.requests.response import Reply
+from runtime.requests.response import Response
 from runtime.result import GenerationResult, Token
 from runtime.scheduling.ending import patience
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Row
+from runtime.scheduling.task import Task
 
 if TYPE_CHECKING:
     from runtime.requests.asyncio_bridge import News
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class _Request:
     """A request that has a place among the others from the start. Raises as Scheduler.join does."""
 
-    def __init__(self, scheduler: Scheduler, row: Row, reply: Reply) -> None:
+    def __init__(self, scheduler: Scheduler, row: Task, reply: Response) -> None:
         self._scheduler, self._row, self._reply = scheduler, row, reply
         self._given = 0
         self._rest: deque[Token] | None = None  # what is left to read, where it was left

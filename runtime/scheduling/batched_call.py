@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.slot_call import Work
-from runtime.engines.cross_cache import CrossRows
+from runtime.decoding.slot_call import SlotCall
+from runtime.engines.cross_cache import CrossCache
 from runtime.engines.onnx import Call
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 
 # What a further row of a call costs, as a share of the first, where a bundle does not say: in a padded place it costs
 # as much as anywhere.
@@ -19,18 +19,18 @@ ROW_COST = 0.1
 MOST_CALLS = 256
 
 
-class Batch:
+class BatchedCall:
     """The calls of one lane over the slots between the first and the last that take part; those in between that do not
     are idle rows. `hidden_size` is d, `vocab_size` V."""
 
-    def __init__(self, lane: Lane, cross: CrossRows, hidden_size: int, vocab_size: int) -> None:
+    def __init__(self, lane: Runner, cross: CrossCache, hidden_size: int, vocab_size: int) -> None:
         self._lane, self._cross = lane, cross
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
         self._layers = {name.split(".")[0] for name in lane.cache.arrays}
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._version = cross.version
 
-    def run(self, works: Sequence[Work]) -> None:
+    def run(self, works: Sequence[SlotCall]) -> None:
         """Run what sequences wait for as one call, and hand each its part."""
         first, count, width = _area(works)
         places = [work.calls.slot - first for work in works]
@@ -53,7 +53,7 @@ class Batch:
             head += work.heads
             work.seconds, work.company = seconds, len(works)
 
-    def _inputs(self, works: Sequence[Work], places: list[int], count: int, width: int) -> dict[str, Any]:
+    def _inputs(self, works: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
         name = "input_ids" if "input_ids" in works[0].inputs else "hidden"
         shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
         rows = np.zeros(shape, np.int64) if name == "input_ids" else self._lane.scratch("rows", shape, np.float32)
@@ -66,7 +66,9 @@ class Batch:
             inputs["emitted"] = np.concatenate([work.inputs["emitted"] for work in works])
         return inputs
 
-    def _outputs(self, works: Sequence[Work], count: int, width: int, heads: int, with_logits: bool) -> dict[str, Any]:
+    def _outputs(
+        self, works: Sequence[SlotCall], count: int, width: int, heads: int, with_logits: bool
+    ) -> dict[str, Any]:
         outputs: dict[str, Any] = {"token": np.empty(heads, np.int64)}
         if "hidden" in works[0].outputs:
             outputs["hidden"] = self._lane.scratch("hidden", (count, width, self._hidden_size), np.float32)
@@ -77,7 +79,7 @@ class Batch:
             outputs["logits"] = np.empty((heads, self._vocab_size), np.float32)
         return outputs
 
-    def _call(self, works: Sequence[Work], first: int, count: int, with_logits: bool) -> Call:
+    def _call(self, works: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
         for work in works:
             self._cross.place(work.calls.slot, work.calls.cross)
         if self._version != self._cross.version:
@@ -100,22 +102,22 @@ class Batch:
         return self._calls[key]
 
 
-def grouped(works: Sequence[Work], row_cost: float = ROW_COST) -> list[list[Work]]:
+def grouped(works: Sequence[SlotCall], row_cost: float = ROW_COST) -> list[list[SlotCall]]:
     """Which works to run as one call each: those with far more rows than the others go alone, where padding all of
     them to that size, and idle rows between, would cost more than another call."""
-    groups: list[list[Work]] = []
+    groups: list[list[SlotCall]] = []
     rest = sorted(works, key=lambda work: work.rows)
     while len(rest) > 1 and _cost(rest, row_cost) > _cost(rest[:-1], row_cost) + _cost(rest[-1:], row_cost):
         groups.append([rest.pop()])
     return [*groups, rest]
 
 
-def _cost(works: Sequence[Work], row_cost: float) -> float:
+def _cost(works: Sequence[SlotCall], row_cost: float) -> float:
     _, count, width = _area(works)
     return 1 + row_cost * (count * width - 1)
 
 
-def _area(works: Sequence[Work]) -> tuple[int, int, int]:
+def _area(works: Sequence[SlotCall]) -> tuple[int, int, int]:
     """The first slot, how many from there on, and the most rows of one."""
     slots = [work.calls.slot for work in works]
     return min(slots), max(slots) + 1 - min(slots), max(work.rows for work in works)

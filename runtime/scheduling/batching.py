@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from runtime.decoding.slot_call import Work
-from runtime.engines.runner import Lane
-from runtime.scheduling.batched_call import ROW_COST, Batch, grouped
-from runtime.scheduling.task import Row
+from runtime.decoding.slot_call import SlotCall
+from runtime.engines.runner import Runner
+from runtime.scheduling.batched_call import ROW_COST, BatchedCall, grouped
+from runtime.scheduling.task import Task
 
 
-class Rules(NamedTuple):
+class BatchRules(NamedTuple):
     """A deep pass runs once the share `ready` of the rows waits for one, or one has waited `patience` turns for others
     to join it. `row_cost`: what a further row of a call costs, as a share of the first. `packed`: of deep passes,
     padding and idle rows cost nothing."""
@@ -22,36 +22,36 @@ class Rules(NamedTuple):
     packed: bool = False
 
 
-def rules_of(costs: Mapping[str, float]) -> Rules:
+def rules_of(costs: Mapping[str, float]) -> BatchRules:
     """The best for the costs that a manifest records, by simulation (docs/serving.md): the cheaper a
     further row, the more pays waiting for it."""
     if not {"deep_1_ms", "deep_8_ms"} <= costs.keys():
-        return Rules()
+        return BatchRules()
     row = max(0.0, (costs["deep_8_ms"] / costs["deep_1_ms"] - 1) / 7)
     if row < 0.08:
-        return Rules(1.0, 8, row)
-    return Rules(0.5, 4, row) if row < 0.2 else Rules(0.25, 2, row)
+        return BatchRules(1.0, 8, row)
+    return BatchRules(0.5, 4, row) if row < 0.2 else BatchRules(0.25, 2, row)
 
 
-class SharedCalls:
+class BatchPolicy:
     """`batches` for each lane that runs calls of several sequences; `shallow` is the lane that goes first."""
 
-    def __init__(self, batches: Mapping[Lane, Batch], shallow: Lane, rules: Rules) -> None:
+    def __init__(self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules) -> None:
         self._batches, self._shallow, self._rules = batches, shallow, rules
 
-    def choose(self, rows: Sequence[Row], turn: int) -> list[Row]:
+    def choose(self, rows: Sequence[Task], turn: int) -> list[Task]:
         """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once enough wait
         for one, or one has waited long: a row that waits does nothing, so waiting for all may lose more than it
         saves."""
-        shallow, deep = list[Row](), list[Row]()
+        shallow, deep = list[Task](), list[Task]()
         for row in rows:
-            if isinstance(row.waits, Work):
+            if isinstance(row.waits, SlotCall):
                 (shallow if row.waits.lane is self._shallow else deep).append(row)
         waited = max((turn - row.since for row in deep), default=0)
         enough = len(deep) >= self._rules.ready * (len(deep) + len(shallow))
         return deep if deep and (enough or waited >= self._rules.patience) else shallow
 
-    def run(self, works: Sequence[Work], together: bool) -> Iterator[tuple[Work, Exception | None]]:
+    def run(self, works: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
         """Run works of one lane, as few calls where `together`: each with its error. What a call wrote is to be counted
         before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted ones."""
         for group in self._grouped(works) if together else [[work] for work in works]:
@@ -59,7 +59,7 @@ class SharedCalls:
             for work in group:
                 yield work, failed.get(id(work))
 
-    def _grouped(self, works: Sequence[Work]) -> Sequence[Sequence[Work]]:
+    def _grouped(self, works: Sequence[SlotCall]) -> Sequence[Sequence[SlotCall]]:
         lane = works[0].lane
         if lane not in self._batches:
             return [[work] for work in works]
@@ -67,7 +67,7 @@ class SharedCalls:
             return [works]
         return grouped(works, self._rules.row_cost)
 
-    def _call(self, works: Sequence[Work]) -> dict[int, Exception]:
+    def _call(self, works: Sequence[SlotCall]) -> dict[int, Exception]:
         try:
             if len(works) == 1:
                 works[0].run()

@@ -30,7 +30,7 @@ class Follower(NamedTuple):
     awake: threading.Event
 
 
-class Wheel:
+class Leader:
     """`lock` guards who drives, and whatever else its owner guards with it. `clock` counts the seconds in which anyone
     drove: what a reader does between tokens does not count."""
 

@@ -16,16 +16,16 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import Work
-from runtime.engines.cross_cache import CrossRows
-from runtime.engines.runner import Event, Lane
+from runtime.decoding.slot_call import SlotCall
+from runtime.engines.cross_cache import CrossCache
+from runtime.engines.runner import Event, Runner
 from runtime.errors import OptionError, QueueFullError, interrupted
-from runtime.scheduling.batched_call import Batch
-from runtime.scheduling.batching import Rules, SharedCalls
+from runtime.scheduling.batched_call import BatchedCall
+from runtime.scheduling.batching import BatchPolicy, BatchRules
 from runtime.scheduling.callbacks import inside
 from runtime.scheduling.forks import Process
-from runtime.scheduling.leader import REENTRY, Awaited, Wheel
-from runtime.scheduling.task import Row
+from runtime.scheduling.leader import REENTRY, Awaited, Leader
+from runtime.scheduling.task import Task
 
 # Seconds between looks at whether a slot is free that someone drives by hand.
 WAIT = 0.005
@@ -38,20 +38,20 @@ class Scheduler:
     def __init__(
         self,
         decoders: Sequence[Decoder],
-        batches: Mapping[Lane, Batch],
-        cross: CrossRows,
+        batches: Mapping[Runner, BatchedCall],
+        cross: CrossCache,
         queue: int,
-        rules: Rules = Rules(),  # noqa: B008 - it cannot be changed
+        rules: BatchRules = BatchRules(),  # noqa: B008 - it cannot be changed
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = SharedCalls(batches, decoders[0].lanes[0], rules)
-        self._rows: list[Row] = []
-        self._waiting: deque[Row] = deque()
+        self._calls = BatchPolicy(batches, decoders[0].lanes[0], rules)
+        self._rows: list[Task] = []
+        self._waiting: deque[Task] = deque()
         self._borrowed = self._turns = 0
         self._aside = 0  # requests of which a step may take long
         self._closed = False
         self._lock = threading.Lock()
-        self._wheel = Wheel(self._lock)
+        self._wheel = Leader(self._lock)
         self._thread: ThreadPoolExecutor | None = None
         self._attended = 0  # what that thread waits for now, and will
         self.clock = self._wheel.clock
@@ -59,7 +59,7 @@ class Scheduler:
 
     # What threads ask for
 
-    def join(self, row: Row, forced: bool = False) -> None:
+    def join(self, row: Task, forced: bool = False) -> None:
         """Queue a request. Raises QueueFullError, and OptionError after `close` and within a callback, unless
         `forced`."""
         self.process.check()
@@ -197,7 +197,7 @@ class Scheduler:
         return (bool(self._waiting) and self._admit()) or gone
 
     def _admit(self) -> bool:
-        begun, left = list[Row](), list[Row]()
+        begun, left = list[Task](), list[Task]()
         with self._lock:
             while self._waiting and (self._free or self._waiting[0].abandoned):
                 row = self._waiting.popleft()
@@ -219,7 +219,7 @@ class Scheduler:
 
     def _turn(self, moved: bool) -> None:
         self._turns += 1
-        if len(self._rows) == 1 and isinstance(work := self._rows[0].waits, Work):
+        if len(self._rows) == 1 and isinstance(work := self._rows[0].waits, SlotCall):
             self._step_alone(self._rows[0], work)
         else:
             moved = self._resume() or moved
@@ -229,7 +229,7 @@ class Scheduler:
         if self._wheel.followers:
             self._wheel.wake()
 
-    def _step_alone(self, row: Row, work: Work) -> None:
+    def _step_alone(self, row: Task, work: SlotCall) -> None:
         """What `_run_calls` does, where there is nothing to choose: most often, so it must cost little."""
         try:
             work.run()
@@ -262,7 +262,7 @@ class Scheduler:
         if len(chosen) > 1 and not self._borrowed:
             self._close_gaps()
         waiting = {id(row.waits): row for row in chosen}
-        works = [row.waits for row in chosen if isinstance(row.waits, Work)]
+        works = [row.waits for row in chosen if isinstance(row.waits, SlotCall)]
         interrupted: BaseException | None = None
         for work, error in self._calls.run(works, together=not self._borrowed):
             try:
@@ -273,7 +273,7 @@ class Scheduler:
             raise interrupted
         return True
 
-    def _advance(self, row: Row, error: Exception | None = None) -> None:
+    def _advance(self, row: Task, error: Exception | None = None) -> None:
         try:
             going = row.advance(error)
         except Exception as failure:
@@ -291,7 +291,7 @@ class Scheduler:
         elif row.told is not None:
             row.told()
 
-    def _end(self, row: Row, error: BaseException | None = None) -> None:
+    def _end(self, row: Task, error: BaseException | None = None) -> None:
         decoder = row.decoder
         self._rows.remove(row)
         with suppress(Exception):

@@ -14,7 +14,7 @@ from runtime.result import Token
 Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
 
 
-class Row:
+class Task:
     """`cancelled` is asked while it waits for a slot and between pieces of its prompt. `told` is called, by whichever
     thread drives, after tokens came and at the end. Setting `abandoned` makes it leave at the next turn, and so does
     the time `until` of the monotonic clock. `aside`: a step of it may take long, as where it

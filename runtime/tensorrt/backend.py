@@ -9,7 +9,7 @@ import math
 from pathlib import Path
 
 from runtime.bundle.bundle import Bundle, engine_files
-from runtime.cuda.backend import CudaPlacement
+from runtime.cuda.backend import CudaBackend
 from runtime.cuda.driver import Stream
 from runtime.cuda.staging import ALIGNMENT
 from runtime.engines.backend import cache_sizes
@@ -21,7 +21,7 @@ from runtime.tensorrt.files import find_engine, read_record
 from runtime.tensorrt.library import architecture_of, import_tensorrt
 
 
-class TensorRTPlacement(CudaPlacement):
+class TensorRTBackend(CudaBackend):
     """On `device`. EngineError where an engine is not built, or only for other weights, another GPU or TensorRT;
     OptionError where the engines take fewer sequences a call than there are slots."""
 

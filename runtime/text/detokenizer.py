@@ -13,7 +13,7 @@ from runtime.text.tokenizer import Tokenizer
 _PER_TOKEN = frozenset({"Metaspace", "WordPiece", "Replace", "Strip"})
 
 
-class TextStream:
+class Detokenizer:
     """Final text of a token sequence, token by token.
 
     What `push` and `finish` return, joined, is `tokenizer.decode` of all ids, cut before the first stop string. First

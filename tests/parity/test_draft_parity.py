@@ -24,7 +24,7 @@ from reference import (
 )
 
 from runtime import Session
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -118,7 +118,7 @@ def test_rollback_without_a_limit_is_free_and_with_limit_zero_is_full(bundle: Bu
 def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
     case: Case, max_pending: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, True))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, True))
     model, exit_layer, rejected = source_model(case), case.exit_layers[-1], 0
     with opened(bundle, case, exit_layer) as session:
         for prompt in PROMPTS[::2]:
@@ -157,7 +157,7 @@ def test_lossless_is_full(
 ) -> None:
     """12 prompts a case, 216 in all."""
     if not adapted:
-        monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+        monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     differences, drafts = [], 0
     with opened(bundle, case, case.exit_layers[-1]) as session:
         for number, prompt in enumerate(prompts(12, seed=len(case.name))):

@@ -17,7 +17,7 @@ from typing import Any
 
 from freeexport.commands.convert import ConvertOptions, convert
 from runtime import Session
-from runtime.cuda.runner import CudaLane
+from runtime.cuda.runner import CudaRunner
 
 PACKAGES = ("onnxruntime", "onnxruntime-gpu", "cuda-bindings", "torch", "transformers", "tensorrt")
 PROMPTS = ("the cat sat on the mat", "a quick brown fox", "it was the best of times", "light travels faster than sound")
@@ -117,8 +117,8 @@ def timeline(bench: Bench) -> dict[str, Any]:
         session.generate(PROMPTS[0], **options)
         with session.decoder() as decoder:
             shallow, deep = decoder.lanes
-        assert isinstance(shallow, CudaLane)
-        assert isinstance(deep, CudaLane)
+        assert isinstance(shallow, CudaRunner)
+        assert isinstance(deep, CudaRunner)
         origin = shallow.stream.cuda.event(timed=True)
         shallow.stream.record(origin)
         steps, passes = shallow.watch(origin), deep.watch(origin)

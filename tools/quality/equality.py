@@ -27,7 +27,7 @@ import numpy as np
 from freeexport.benchmark.benchmark import bench_prompts
 from freeexport.system.progress import Advance, progress
 from runtime import GenerationResult, Session
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.bundle import Bundle
 
 # Two logits nearer than this may change places between k rows and one, in float32.
@@ -186,7 +186,7 @@ def unexplained(
 def run(equality: Equality, settings: Sequence[Setting], advance: Advance | None = None) -> list[Difference]:
     """All differences. Drafts are as long as they may be, else lossless would stop drafting where it does not pay."""
     found: list[Difference] = []
-    with mock.patch.object(Pace, "plan", lambda pace, most: (most, True)):
+    with mock.patch.object(DraftLength, "plan", lambda pace, most: (most, True)):
         for setting in settings:
             found += equality.differences(setting)
             if advance is not None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from freeexport.benchmark.benchmark import bench_prompts
 from freeexport.benchmark.rounds import SETTLE
-from freeexport.costs.forced_exits import THRESHOLD, ReplaySession, exit_trace
+from freeexport.costs.forced_exits import THRESHOLD, ForcedExitSession, exit_trace
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.machine import detect_machine
 from freeexport.system.output_file import write_whole
@@ -131,7 +131,7 @@ def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session
         session = Session(bundle, **options)
         session.settle()
         return session
-    return ReplaySession(bundle, exit_trace(load.replay), onward=True, **options)
+    return ForcedExitSession(bundle, exit_trace(load.replay), onward=True, **options)
 
 
 def measure(session: Session, settings: Sequence[Setting], load: Load) -> dict[Setting, list[Window]]:

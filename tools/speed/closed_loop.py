@@ -10,8 +10,8 @@ from time import monotonic, perf_counter
 from typing import Any
 
 from runtime import Session
-from runtime.requests.response import Reply
-from runtime.scheduling.task import Row
+from runtime.requests.response import Response
+from runtime.scheduling.task import Task
 
 
 @dataclass
@@ -92,7 +92,7 @@ class ClosedLoop:
         self._open += 1
         self._session._scheduler.join(row, forced=True)  # from the thread that drives, too
 
-    def _told(self, asked: Asked, row: Row, reply: Reply) -> None:
+    def _told(self, asked: Asked, row: Task, reply: Response) -> None:
         now = perf_counter()
         asked.times += [now] * len(row.tokens)
         asked.exits += sum(token.exited for token in row.tokens)

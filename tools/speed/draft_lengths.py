@@ -23,10 +23,10 @@ import click
 import numpy as np
 
 from freeexport.benchmark.benchmark import bench_prompts
-from freeexport.costs.forced_drafts import DraftSession
+from freeexport.costs.forced_drafts import ForcedDraftSession
 from freeexport.system.idle import require_idle
 from freeexport.system.output_file import check_writable, write_whole
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.bundle import Bundle
 from runtime.result import Stats
 
@@ -95,7 +95,7 @@ def main(
     idle = require_idle(force)
     prompts = bench_prompts(Bundle.open(bundle), data, samples)
     kinds = kinds_of(rate, threshold, length)
-    with DraftSession(bundle, threads=threads) as session:
+    with ForcedDraftSession(bundle, threads=threads) as session:
         session.settle()
         seen = measure(session, prompts, kinds, tokens, rounds, warm)
         costs = session.draft_costs
@@ -129,7 +129,12 @@ def kinds_of(rates: Sequence[float], thresholds: Sequence[float], lengths: Seque
 
 
 def measure(
-    session: DraftSession, prompts: Sequence[Sequence[int]], kinds: Sequence[Kind], tokens: int, rounds: int, warm: int
+    session: ForcedDraftSession,
+    prompts: Sequence[Sequence[int]],
+    kinds: Sequence[Kind],
+    tokens: int,
+    rounds: int,
+    warm: int,
 ) -> dict[Kind, Seen]:
     """Every kind on every prompt in turn, each round beginning with another kind. Tokens that differ from those of full
     in full precision are an error of the runtime's, not of this tool's."""
@@ -151,13 +156,13 @@ def measure(
 
 
 @contextmanager
-def _as_asked(session: DraftSession, kind: Kind, answer: Sequence[int]) -> Iterator[None]:
+def _as_asked(session: ForcedDraftSession, kind: Kind, answer: Sequence[int]) -> Iterator[None]:
     with ExitStack() as stack:
         if kind.first:
             stack.enter_context(session.beginning())
         if kind.length is not None:
             fixed = kind.length
-            stack.enter_context(mock.patch.object(Pace, "plan", lambda pace, most: (min(most, fixed), False)))
+            stack.enter_context(mock.patch.object(DraftLength, "plan", lambda pace, most: (min(most, fixed), False)))
         stack.enter_context(nullcontext() if kind.rate is None else session.drafting(answer, kind.rate))
         yield
 

@@ -26,7 +26,7 @@ from freeexport.calibration.source import CheckpointSource, check_unknown
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
 from freeexport.commands import calibrate
-from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
 from freeexport.system.jsonl import Request
 from freeexport.traces.from_bundle import trace_of
@@ -34,7 +34,7 @@ from freeexport.traces.trace import Trace, Traces
 from runtime import Bundle, Session
 from runtime.bundle.calibration import read_calibration
 from runtime.decoding import loops as decode
-from runtime.decoding.output_tokens import Continuation
+from runtime.decoding.output_tokens import OutputTokens
 from runtime.decoding.slot_call import alone
 from runtime.errors import CalibrationError
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_and_its_bundle_give_the_same_traces(
     requests = [Request(number, text) for number, text in enumerate(TEXTS[:6], start=1)]
     options = CalibrateOptions(confidence=measure, exit_layer=1, batch_size=4)
     torch_traces = list(CheckpointSource(open_checkpoint(str(checkpoint(case))), options).traces(requests, 9))
-    with ReplaySession(bundle(case, confidence=measure), slots=1) as session:
+    with ForcedExitSession(bundle(case, confidence=measure), slots=1) as session:
         ours = list(calibration_source.BundleSource(session.bundle.path, session).traces(requests, 9))
     for mine, theirs in zip(ours, torch_traces, strict=True):
         assert mine.line == theirs.line
@@ -98,7 +98,7 @@ def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles
         labels: list[tuple[float, bool]] = []
         with session.decoder(prompt) as decoder:
             start = np.array([session.manifest.decoder_start_token_id or 0]) if case is T5 else prompt
-            output = Continuation(start, 15)
+            output = OutputTokens(start, 15)
             loop = alone(decode.free(decoder, decoder.prefill(start, head=True), output, 1.0, 4, observe=labels.extend))
             tokens = [step.token for step in islice(loop, len(full))]
     assert tokens == list(full)

@@ -8,10 +8,10 @@ import pytest
 from checkpoints import CASES
 from conftest import Bundles
 
-from freeexport.costs.forced_exits import ReplaySession
+from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import Sample, fit, measured_costs, measured_in_child
 from freeexport.costs.model import Costs, Outside, Overlap
-from freeexport.traces.simulate import Replay
+from freeexport.traces.simulate import SimulatedRun
 from runtime.result import Stats
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -68,7 +68,7 @@ def test_speedups_at_other_exit_rates_are_predicted_from_noisy_requests(exit_rat
     done = [sample(exit_rate, 200, seed) for seed in range(50, 60)]
     seconds = sum(one.shallow + one.outside + sum(one.deep[k] * n for k, n in one.sizes.items()) for one in done)
     steps = sum(one.steps for one in done)
-    replay = Replay(tokens=steps, sync_sizes=sum((Counter(one.sizes) for one in done), Counter[int]()))
+    replay = SimulatedRun(tokens=steps, sync_sizes=sum((Counter(one.sizes) for one in done), Counter[int]()))
     assert replay.speedup(fit(samples(noise=0.1))) == pytest.approx(TRUE.full * steps / seconds, rel=0.05)
 
 
@@ -100,7 +100,7 @@ def test_a_sample_of_a_request_counts_its_steps_and_passes() -> None:
 
 
 def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
-    with ReplaySession(bundle(LLAMA, max_pending=4), slots=1, threads=1) as session:
+    with ForcedExitSession(bundle(LLAMA, max_pending=4), slots=1, threads=1) as session:
         prompts = [np.array([5, 6, 7]), np.array([8])]
         costs = measured_costs(session, prompts, tokens=12, rounds=2, seconds=0.2)
         # Nothing is replayed any more.

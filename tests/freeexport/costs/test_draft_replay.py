@@ -4,8 +4,8 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from freeexport.costs.forced_drafts import DraftSession
-from runtime.adaptation.draft_length import Pace
+from freeexport.costs.forced_drafts import ForcedDraftSession
+from runtime.adaptation.draft_length import DraftLength
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -15,9 +15,9 @@ BY_NAME = {case.name: case for case in CASES}
 def test_drafts_are_right_at_the_rate_asked_for_and_the_tokens_those_of_full(
     name: str, rate: float, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (min(most, 2), False))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (min(most, 2), False))
     asked = {"max_new_tokens": 40, "ignore_eos": True}
-    with DraftSession(bundle(BY_NAME[name]), threads=1) as session:
+    with ForcedDraftSession(bundle(BY_NAME[name]), threads=1) as session:
         full = session.generate(list(PROMPTS[0]), mode="full", **asked)
         with session.drafting(full.token_ids, rate):
             drafted = session.generate(list(PROMPTS[0]), mode="lossless", threshold=0.5, **asked)

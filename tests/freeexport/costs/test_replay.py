@@ -7,7 +7,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from freeexport.costs.forced_exits import THRESHOLD, ReplaySession, exit_trace
+from freeexport.costs.forced_exits import THRESHOLD, ForcedExitSession, exit_trace
 from runtime import Session
 from runtime.errors import OptionError
 
@@ -16,7 +16,7 @@ LLAMA = next(case for case in CASES if case.name == "llama-tied")
 
 def test_tokens_exit_as_the_trace_says(bundle: Bundles) -> None:
     trace = [True, True, False, True, False, False]
-    with ReplaySession(bundle(LLAMA), trace, threads=1, slots=1) as session:
+    with ForcedExitSession(bundle(LLAMA), trace, threads=1, slots=1) as session:
         for _ in range(2):  # each request begins the trace anew
             result = session.generate(
                 list(PROMPTS[0]), threshold=THRESHOLD, max_new_tokens=7, mode="free", ignore_eos=True
@@ -27,7 +27,7 @@ def test_tokens_exit_as_the_trace_says(bundle: Bundles) -> None:
 
 def test_a_session_without_a_trace_is_like_any_other_but_while_it_replays_one(bundle: Bundles) -> None:
     prompt, options = list(PROMPTS[0]), {"threshold": THRESHOLD, "max_new_tokens": 7, "ignore_eos": True}
-    with Session(bundle(LLAMA), threads=1, slots=1) as plain, ReplaySession(bundle(LLAMA), threads=1) as session:
+    with Session(bundle(LLAMA), threads=1, slots=1) as plain, ForcedExitSession(bundle(LLAMA), threads=1) as session:
         expected = plain.generate(prompt, **options).confidence
         assert session.generate(prompt, **options).confidence == expected
         with session.replaying([True, False]):
@@ -36,7 +36,7 @@ def test_a_session_without_a_trace_is_like_any_other_but_while_it_replays_one(bu
 
 
 def test_a_full_stack_forces_a_pass_whatever_the_trace_says(bundle: Bundles) -> None:
-    with ReplaySession(bundle(LLAMA, max_pending=3), [True], threads=1, slots=1) as session:
+    with ForcedExitSession(bundle(LLAMA, max_pending=3), [True], threads=1, slots=1) as session:
         result = session.generate(list(PROMPTS[0]), threshold=THRESHOLD, max_new_tokens=7, ignore_eos=True)
     assert result.exited == (False, True, True, False, True, True, False)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.adaptation.label_statistics import BINS, Evidence
+from runtime.adaptation.label_statistics import BINS, LabelStatistics
 from runtime.bundle.beta import UNIFORM, Beta, LogSums
 from runtime.bundle.beta_mixture import BetaMixture, em
 from runtime.errors import OptionError
@@ -19,8 +19,8 @@ FOREVER = 1e12
 confidences = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 1.0]), max_size=20)
 
 
-def nothing() -> Evidence:
-    return Evidence(LogSums(), LogSums())
+def nothing() -> LabelStatistics:
+    return LabelStatistics(LogSums(), LogSums())
 
 
 def drawn(count: int, seed: int = 0) -> tuple[list[float], list[bool]]:
@@ -102,4 +102,4 @@ def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
 
 def test_bins_of_another_number_are_refused() -> None:
     with pytest.raises(OptionError, match="unlabelled has shape"):
-        Evidence(LogSums(), LogSums(), [[1.0, -1.0, -1.0]])
+        LabelStatistics(LogSums(), LogSums(), [[1.0, -1.0, -1.0]])

@@ -12,16 +12,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from runtime.adaptation.draft_costs import MEMORY, WINDOW, DraftCosts
-from runtime.adaptation.draft_length import GRANT, GRANT_SHARE, OVERDRAFT, Expected, Pace, Verdict
+from runtime.adaptation.draft_length import GRANT, GRANT_SHARE, OVERDRAFT, DraftLength, DraftOutcome, Expected
 
 MANY = 16
 
 
-def new_pace(recorded: Mapping[str, float] | None = None, expected: Expected | None = None, many: int = MANY) -> Pace:
-    return Pace(DraftCosts(many, recorded or {}), expected)
+def new_pace(
+    recorded: Mapping[str, float] | None = None, expected: Expected | None = None, many: int = MANY
+) -> DraftLength:
+    return DraftLength(DraftCosts(many, recorded or {}), expected)
 
 
-def speedup(pace: Pace, length: int) -> float:
+def speedup(pace: DraftLength, length: int) -> float:
     return list(pace.speedups(length))[-1]
 
 
@@ -51,7 +53,7 @@ class Machine:
         """Seconds of a token in mode full."""
         return self.bare + self.first + self.outside
 
-    def run(self, pace: Pace, tokens: int) -> float:
+    def run(self, pace: DraftLength, tokens: int) -> float:
         """Decode; returns the speed as a multiple of mode full on the same machine."""
         done = seconds = 0.0
         while done < tokens:
@@ -59,7 +61,7 @@ class Machine:
             done, seconds = done + more, seconds + spent
         return done * self.full / seconds
 
-    def request(self, pace: Pace, tokens: int) -> float:
+    def request(self, pace: DraftLength, tokens: int) -> float:
         """Seconds of a request of so many tokens after the first; no draft goes beyond its end."""
         left, seconds = tokens, 0.0
         while left:
@@ -67,7 +69,7 @@ class Machine:
             left, seconds = left - more, seconds + spent
         return seconds
 
-    def one_pass(self, pace: Pace, left: int) -> tuple[int, float]:
+    def one_pass(self, pace: DraftLength, left: int) -> tuple[int, float]:
         """The tokens that it made final, of at most `left`, and its seconds."""
         most, probe = pace.plan(MANY - 1)
         self.lengths[most] += 1
@@ -90,13 +92,13 @@ class Machine:
             pace.observe_plain(shallow, deep)
         return tokens, shallow + deep + self.outside
 
-    def _verdicts(self, drafts: int, kept: int, stopped: bool, probe: bool) -> list[Verdict]:
-        verdicts = [Verdict(True, row < kept) for row in range(min(drafts, kept + 1))]
+    def _verdicts(self, drafts: int, kept: int, stopped: bool, probe: bool) -> list[DraftOutcome]:
+        verdicts = [DraftOutcome(True, row < kept) for row in range(min(drafts, kept + 1))]
         if kept == drafts and probe:
             sure = self.chance.random() < self.sure
-            verdicts.append(Verdict(sure, sure and self.chance.random() < self.kept))
+            verdicts.append(DraftOutcome(sure, sure and self.chance.random() < self.kept))
         elif kept == drafts and stopped:
-            verdicts.append(Verdict(False, False))
+            verdicts.append(DraftOutcome(False, False))
         return verdicts
 
     def _noisy(self, seconds: float) -> float:
@@ -238,7 +240,7 @@ def test_a_length_never_exceeds_what_is_asked() -> None:
     assert pace.plan(0) == (0, False)
 
 
-def asks(machine: Machine, pace: Pace, tokens: int) -> list[bool]:
+def asks(machine: Machine, pace: DraftLength, tokens: int) -> list[bool]:
     """Of each pass over so many tokens, whether the shallow head was asked."""
     asked, plan = [], pace.plan
     with pytest.MonkeyPatch.context() as patch:

@@ -3,22 +3,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import cast
 
-from runtime.adaptation.draft_length import Pace, Verdict
-from runtime.adaptation.draft_lengths import MOST, Paces
+from runtime.adaptation.draft_length import DraftLength, DraftOutcome
+from runtime.adaptation.draft_lengths import MOST, DraftLengths
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import TableRow
 
 
-def paces(*table: TableRow) -> Paces:
+def paces(*table: TableRow) -> DraftLengths:
     manifest = SimpleNamespace(
         max_pending=8,
         break_even={"shallow_ms": 2.0, "shallow_without_head_ms": 1.0, "deep_1_ms": 8.0, "deep_8_ms": 12.0},
     )
     calibration = SimpleNamespace(table=table) if table else None
-    return Paces(cast(Bundle, SimpleNamespace(manifest=manifest, calibration=calibration)))
+    return DraftLengths(cast(Bundle, SimpleNamespace(manifest=manifest, calibration=calibration)))
 
 
-def longer(pace: Pace) -> float:
+def longer(pace: DraftLength) -> float:
     """What drafts of one token are expected to gain."""
     return list(pace.speedups(1))[1]
 
@@ -30,7 +30,7 @@ def test_requests_of_one_threshold_share_what_they_have_seen_and_all_share_costs
     assert learned.of(0.5, True) is not pace
     other = learned.of(0.6, False)
     pace.observe_costs(1, 1, 0.004, 0.010, 1)
-    pace.observe_drafts([Verdict(True, True)])
+    pace.observe_drafts([DraftOutcome(True, True)])
     assert longer(other) < longer(pace)
     assert learned.costs["asked"] == 0.004
     assert learned.costs[1] == 0.010

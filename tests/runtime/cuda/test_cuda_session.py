@@ -17,7 +17,7 @@ from fake_onnxruntime import CPU
 from graphs.rewrites.fp32_copy import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.runner import CudaLane
+from runtime.cuda.runner import CudaRunner
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
@@ -231,14 +231,14 @@ def test_times_are_read_before_their_events_serve_again(
     target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The lane's thread records what was given back as soon as another call comes."""
-    give_back = CudaLane.give_back
+    give_back = CudaRunner.give_back
 
-    def at_once(lane: CudaLane, begin: Any, end: Any) -> None:
+    def at_once(lane: CudaRunner, begin: Any, end: Any) -> None:
         give_back(lane, begin, end)
         lane.stream.record(begin)
         lane.stream.record(end)
 
-    monkeypatch.setattr(CudaLane, "give_back", at_once)
+    monkeypatch.setattr(CudaRunner, "give_back", at_once)
     with Session(target(LLAMA), device="cuda:0", overlap=True, threads=1) as session:
         assert session.generate(list(PROMPTS[0]), max_new_tokens=12, threshold=0.5).stats.deep_seconds > 0
 

@@ -12,15 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, WIDTH, Recorder, cached, prompt_of
 
-from runtime.adaptation.adaptive_threshold import Observation
+from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
-from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 from runtime.errors import CapacityError
 
 
@@ -34,14 +34,14 @@ def decoder_of(
     lanes = []
     for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
         cache = KVCache(layers, 1, 1, rows, 1, np.float32)
-        lanes.append(Lane(Recorder(cache, name, trace, nll, agrees), cache))  # type: ignore[arg-type]
+        lanes.append(Runner(Recorder(cache, name, trace, nll, agrees), cache))  # type: ignore[arg-type]
     decoder = Decoder(lanes[0], lanes[1], slot=0, hidden_size=WIDTH, vocab_size=1, max_pending=max_pending)
     return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
-def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Continuation]:
+def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, OutputTokens]:
     """What every loop takes first."""
-    return decoder, decoder.prefill(prompt, head=True), Continuation(prompt, limit)
+    return decoder, decoder.prefill(prompt, head=True), OutputTokens(prompt, limit)
 
 
 def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Step]:
@@ -49,7 +49,7 @@ def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: in
 
 
 def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
-    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), Continuation(prompt, 400)))
+    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), OutputTokens(prompt, 400)))
 
 
 confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
@@ -215,7 +215,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     prompt = prompt_of(3)
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    pace, turn = Pace(DraftCosts(max_pending, {})), iter(range(10_000))
+    pace, turn = DraftLength(DraftCosts(max_pending, {})), iter(range(10_000))
 
     def plan(most: int) -> tuple[int, bool]:
         length, probe = plans[next(turn) % len(plans)]
@@ -271,7 +271,7 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
 
 def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
     decoder, _, _ = decoder_of([0, 0, 0.1])
-    seen = Observation(0.5, learns=True, audits=True)
+    seen = RequestLabels(0.5, learns=True, audits=True)
     loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=seen.label, leave=seen.leave))
     list(islice(loop, 2))
     loop.close()
@@ -280,7 +280,7 @@ def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
 
 def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
     trace = [0, 0, 0.9, 0.2, 0.9]
-    observation = Observation(0.5, learns=True, audits=True)
+    observation = RequestLabels(0.5, learns=True, audits=True)
     for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):
         decoder, _, deep = decoder_of(trace)
         observation.unlabelled.clear()

@@ -19,14 +19,14 @@ from recording_engine import LENGTH, WIDTH, Recorder, cached, prompt_of
 
 from runtime import Session
 from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -62,7 +62,7 @@ def decoder_of(
         engine = (DelayedRecorder if beside else Recorder)(cache, name, trace, nll, agrees)
         if isinstance(engine, DelayedRecorder):
             engine.chance = random.Random(f"{name} {seed}")
-        lanes.append(Lane(engine, cache, beside=beside and name == "deep"))  # type: ignore[arg-type]
+        lanes.append(Runner(engine, cache, beside=beside and name == "deep"))  # type: ignore[arg-type]
     return Decoder(lanes[0], lanes[1], 0, WIDTH, 1, max_pending), lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
@@ -71,7 +71,7 @@ def steps_of(
 ) -> list[Step]:
     prompt = prompt_of(3)
     head = mode != "full"
-    begun = decoder, decoder.prefill(prompt, head), Continuation(prompt, tokens)
+    begun = decoder, decoder.prefill(prompt, head), OutputTokens(prompt, tokens)
     loops: dict[str, Callable[[], Iterator[Step]]] = {
         "full": lambda: alone(decode.full(*begun)),
         "free": lambda: alone(decode.free(*begun, threshold, max_pending, sync_every)),
@@ -81,9 +81,9 @@ def steps_of(
     return list(islice(loops[mode](), tokens))
 
 
-def longest(max_pending: int) -> Pace:
+def longest(max_pending: int) -> DraftLength:
     """Drafts as long as can be: how long they are otherwise is a matter of timing."""
-    pace = Pace(DraftCosts(max_pending, {}))
+    pace = DraftLength(DraftCosts(max_pending, {}))
     pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
     return pace
 
@@ -216,7 +216,7 @@ def test_sessions_give_the_same_tokens_with_and_without_overlap_and_from_many_th
 ) -> None:
     plain, overlapped = pairs(name)
     assert (plain.overlap, overlapped.overlap) == (False, True)
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     requests: list[dict[str, Any]] = [
         {"threshold": threshold, "max_pending": max_pending, **sampling}
         for threshold, max_pending in ((0.05, 16), (0.3, 3))

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from runtime import GenerationResult, OptionError, Session
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.text.sampler import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +89,7 @@ def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_
 def test_lossless_draws_the_tokens_of_full_for_the_same_seed(
     name: str, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     session, kept, rejected = sessions(name), 0, 0
     for seed in range(10):
         options: dict[str, Any] = {**DRAW, "seed": seed, "max_new_tokens": 20, "output_logprobs": True}
@@ -248,7 +248,7 @@ def test_20000_draws_have_the_distribution_of_the_full_model(
     mode: str, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second token, over all first tokens, of a vocabulary of eight."""
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     allowed = list(range(40, 48))
     bias = {token: -1e9 for token in range(VOCAB_SIZE) if token not in allowed}
     results = sessions(LLAMA).generate_best(

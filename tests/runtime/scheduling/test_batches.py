@@ -13,9 +13,9 @@ from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
-from runtime.adaptation.draft_length import Pace
-from runtime.decoding.slot_call import Work
-from runtime.scheduling.batched_call import Batch
+from runtime.adaptation.draft_length import DraftLength
+from runtime.decoding.slot_call import SlotCall
+from runtime.scheduling.batched_call import BatchedCall
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -44,13 +44,13 @@ def open_session(bundle: Bundles) -> Iterator[Open]:
 def shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many sequences each shared call was for."""
     sizes: list[int] = []
-    run = Batch.run
+    run = BatchedCall.run
 
-    def watched(batch: Batch, works: Sequence[Work]) -> None:
+    def watched(batch: BatchedCall, works: Sequence[SlotCall]) -> None:
         sizes.append(len(works))
         run(batch, works)
 
-    monkeypatch.setattr(Batch, "run", watched)
+    monkeypatch.setattr(BatchedCall, "run", watched)
     return sizes
 
 
@@ -91,7 +91,7 @@ def test_a_list_gives_what_each_of_its_prompts_gives_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # How long lossless drafts are otherwise is a matter of timing.
-    monkeypatch.setattr(Pace, "plan", lambda pace, most: (most, False))
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     session = open_session(name)
     options = {"mode": mode, "max_new_tokens": 16, **options}
     alone = [session.generate(prompt, **options) for prompt in LISTED]

@@ -16,22 +16,22 @@ from hypothesis import strategies as st
 
 from runtime import OptionError, QueueFullError
 from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_length import Pace
+from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.output_tokens import Continuation, Step
+from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
-from runtime.decoding.slot_call import Waiting, Work, alone
-from runtime.engines.cross_cache import CrossRows
+from runtime.decoding.slot_call import SlotCall, Waiting, alone
+from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
-from runtime.engines.runner import Lane
+from runtime.engines.runner import Runner
 from runtime.errors import EngineError
 from runtime.result import Token
-from runtime.scheduling.batched_call import Batch, grouped
-from runtime.scheduling.batching import Rules, SharedCalls, rules_of
-from runtime.scheduling.leader import Wheel
+from runtime.scheduling.batched_call import BatchedCall, grouped
+from runtime.scheduling.batching import BatchPolicy, BatchRules, rules_of
+from runtime.scheduling.leader import Leader
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Row
+from runtime.scheduling.task import Task
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
 POISON = 99  # a token that makes every call fail that reads it
@@ -113,11 +113,11 @@ class Machine:
         for name, layers in (("shallow", range(2)), ("deep", range(2, 4))):
             cache = KVCache(layers, slots, 1, ROWS + MAX_PENDING, 1, np.float32)
             engine = HashingEngine(name, cache, self.calls[name])
-            lanes.append(Lane(engine, cache, beside and name == "deep"))  # type: ignore[arg-type]
+            lanes.append(Runner(engine, cache, beside and name == "deep"))  # type: ignore[arg-type]
         self.lanes = lanes
         self.decoders = [Decoder(lanes[0], lanes[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
-        cross = CrossRows(slots)
-        batches = {lane: Batch(lane, cross, WIDTH, VOCABULARY) for lane in lanes}
+        cross = CrossCache(slots)
+        batches = {lane: BatchedCall(lane, cross, WIDTH, VOCABULARY) for lane in lanes}
         self.scheduler = Scheduler(self.decoders, batches, cross, queue)
 
     def check_empty(self) -> None:
@@ -138,7 +138,7 @@ class Turns:
         return self.left < 0
 
 
-class Failing(Continuation):
+class Failing(OutputTokens):
     """Its callback raises at the token `fails`, or gives out poison at the token `poisons`."""
 
     fails = poisons = -1
@@ -175,7 +175,7 @@ class Ask:
             return (yield from decode.free(decoder, first, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
             return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
-        pace = Pace(DraftCosts(self.max_pending, {}))
+        pace = DraftLength(DraftCosts(self.max_pending, {}))
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
         pace.among = lambda company: pace  # type: ignore[method-assign]
         return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
@@ -228,8 +228,8 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
 ) -> None:
     machine = Machine(slots, beside=beside)
     scheduler, turn = machine.scheduler, 0
-    rows: list[Row] = []
-    leaving: list[tuple[int, Row]] = []
+    rows: list[Task] = []
+    leaving: list[tuple[int, Task]] = []
 
     def turns(count: int) -> None:
         nonlocal turn
@@ -240,7 +240,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
                 row.abandoned = row.abandoned or when <= turn
 
     for ask, pause, stays in arrivals:
-        rows.append(Row(ask.run, lambda: False))
+        rows.append(Task(ask.run, lambda: False))
         scheduler.join(rows[-1])
         if stays is not None:
             leaving.append((turn + stays, rows[-1]))
@@ -265,7 +265,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
 
 def test_rows_share_calls_and_deep_passes_collect() -> None:
     machine = Machine(8)
-    rows = [Row(Ask((number,), tokens=12, threshold=0.4).run, lambda: False) for number in range(8)]
+    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run, lambda: False) for number in range(8)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -279,7 +279,7 @@ def test_rows_share_calls_and_deep_passes_collect() -> None:
 def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
     machine = Machine(3)
     asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
-    rows = [Row(ask.run, lambda: False) for ask in asks]
+    rows = [Task(ask.run, lambda: False) for ask in asks]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -290,7 +290,7 @@ def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_
 
 def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
     machine, bare = Machine(4), Machine(4)
-    machine.scheduler.join(Row(Ask((1, 2, 3), tokens=14).run, lambda: False))
+    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run, lambda: False))
     machine.scheduler.drain()
     list(alone(Ask((1, 2, 3), tokens=14).run(bare.decoders[0])))
     assert machine.calls == bare.calls
@@ -300,7 +300,7 @@ def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None
 def test_a_sequence_knows_how_many_share_its_calls() -> None:
     machine = Machine(3)
     for number in range(3):
-        machine.scheduler.join(Row(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run, lambda: False))
+        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run, lambda: False))
     machine.scheduler.wait(Turns(12), whole=True)
     assert [decoder.company for decoder in machine.decoders] == [3, 3, 3]
     machine.scheduler.drain()
@@ -311,7 +311,7 @@ def test_a_sequence_knows_how_many_share_its_calls() -> None:
 def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
     machine = Machine(3)
     good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
-    rows = [Row(ask.run, lambda: False) for ask in (good, bad, good)]
+    rows = [Task(ask.run, lambda: False) for ask in (good, bad, good)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -324,7 +324,7 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
     for number in range(20):
-        row = Row(Ask((number,), tokens=6, mode="full").run, lambda: False)
+        row = Task(Ask((number,), tokens=6, mode="full").run, lambda: False)
         row.told = lambda row=row, number=number: ended.append(number) if row.ended else None  # type: ignore[misc]
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -334,8 +334,8 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
 def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
     machine = Machine(4)
     for number in range(3):
-        machine.scheduler.join(Row(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run, lambda: False))
-    lonely = Row(Ask((50,), tokens=10, mode="full").run, lambda: False)
+        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run, lambda: False))
+    lonely = Task(Ask((50,), tokens=10, mode="full").run, lambda: False)
     machine.scheduler.join(lonely)
     turns = 0
     while not lonely.ended:
@@ -346,7 +346,7 @@ def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     machine = Machine(1, queue=2)
-    rows = [Row(Ask((1,), tokens=2).run, lambda: False) for _ in range(4)]
+    rows = [Task(Ask((1,), tokens=2).run, lambda: False) for _ in range(4)]
     for row in rows[:3]:
         machine.scheduler.join(row)
     with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
@@ -365,7 +365,7 @@ def test_a_callback_that_asks_its_own_session_is_told_so() -> None:
         machine.scheduler.drain()
         yield None
 
-    row = Row(run, lambda: False)
+    row = Task(run, lambda: False)
     machine.scheduler.join(row)
     machine.scheduler.drain()
     assert isinstance(row.error, OptionError)
@@ -379,7 +379,7 @@ def test_an_interrupted_driver_leaves_the_others_sound() -> None:
         yield None
         raise KeyboardInterrupt
 
-    rows = [Row(good.run, lambda: False), Row(run, lambda: False)]
+    rows = [Task(good.run, lambda: False), Task(run, lambda: False)]
     for row in rows:
         machine.scheduler.join(row)
     with pytest.raises(KeyboardInterrupt):
@@ -396,7 +396,7 @@ def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
     outcomes: list[Any] = [None] * len(requests)
 
     def reader(number: int) -> None:
-        row, tokens = Row(requests[number].run, lambda: False), list[Token]()
+        row, tokens = Task(requests[number].run, lambda: False), list[Token]()
         machine.scheduler.join(row)
         while not row.ended or row.tokens:
             machine.scheduler.wait(row, whole=bool(number % 2))
@@ -423,7 +423,7 @@ class Flag:
 
 def test_who_leaves_the_wheel_hands_it_to_one_that_still_waits() -> None:
     """One that has what it waited for would go without driving, and the others would sleep for ever."""
-    wheel, flags, awake = Wheel(threading.Lock()), [Flag(), Flag(), Flag()], list[int]()
+    wheel, flags, awake = Leader(threading.Lock()), [Flag(), Flag(), Flag()], list[int]()
 
     def follow(number: int) -> None:
         follower = wheel.take(flags[number], True)
@@ -446,11 +446,11 @@ def test_who_leaves_the_wheel_hands_it_to_one_that_still_waits() -> None:
     assert len(wheel.followers) == 1
 
 
-def works(*asked: tuple[int, int]) -> list[Work]:
+def works(*asked: tuple[int, int]) -> list[SlotCall]:
     """Slots with the rows that they want."""
     machine = Machine(16)
     lane = machine.lanes[1]
-    return [Work(machine.decoders[slot], lane, {}, {}, rows, 1) for slot, rows in asked]
+    return [SlotCall(machine.decoders[slot], lane, {}, {}, rows, 1) for slot, rows in asked]
 
 
 @pytest.mark.parametrize(
@@ -469,8 +469,8 @@ def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], si
 def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
     asked = works((0, 1), (1, 16), (15, 1))
     deep, shallow = asked[0].lane, asked[0].calls._shallow
-    batches = {lane: Batch(lane, CrossRows(16), WIDTH, VOCABULARY) for lane in (deep, shallow)}
-    sizes = [[len(group) for group in SharedCalls(batches, shallow, Rules(packed=packed))._grouped(asked)]
+    batches = {lane: BatchedCall(lane, CrossCache(16), WIDTH, VOCABULARY) for lane in (deep, shallow)}
+    sizes = [[len(group) for group in BatchPolicy(batches, shallow, BatchRules(packed=packed))._grouped(asked)]
              for packed in (True, False)]  # fmt: skip
     assert sizes == [[3], [1, 1, 1]]
 
@@ -481,7 +481,7 @@ def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:
     assert len(grouped(asked, rules_of(cheap).row_cost)) == 1
     assert len(grouped(asked, rules_of(costly).row_cost)) == 3
     assert rules_of(cheap).patience > rules_of({}).patience > rules_of(costly).patience
-    assert rules_of({"deep_1_ms": 1.0}) == Rules()
+    assert rules_of({"deep_1_ms": 1.0}) == BatchRules()
 
 
 @pytest.mark.parametrize("aside", [(5,), (0, 7, 14, 21), range(24)])
@@ -498,7 +498,7 @@ def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside:
                 drivers[number in aside].add(threading.current_thread().name[:7])
                 yield item
 
-        row, tokens = Row(run, lambda: False, aside=number in aside), list[Token]()
+        row, tokens = Task(run, lambda: False, aside=number in aside), list[Token]()
         machine.scheduler.join(row)
         if number % 4 == 3:
             machine.scheduler.attend(row, True)

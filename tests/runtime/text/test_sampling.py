@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from runtime.decoding.output_tokens import Continuation
+from runtime.decoding.output_tokens import OutputTokens
 from runtime.decoding.prediction import Prediction
 from runtime.errors import OptionError
 from runtime.text.logits_processors import softmax
@@ -154,7 +154,7 @@ def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int
         seen.append(ids[0].tolist())
         return scores
 
-    output = Continuation(np.array([7, 8]), 10, sampler=Sampler(2, processors=(watch,)))
+    output = OutputTokens(np.array([7, 8]), 10, sampler=Sampler(2, processors=(watch,)))
     said = Prediction(0, logits=np.zeros(10, np.float32))
     for index, ahead in enumerate(drafts):
         output.choose(said, ahead)
@@ -163,7 +163,7 @@ def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int
 
 
 def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
-    output = Continuation(np.array([1, 2]), 4, frozenset({9}))
+    output = OutputTokens(np.array([1, 2]), 4, frozenset({9}))
     said = Prediction(5)
     assert [output.ends([5]), output.ends([9]), output.ends([9, 5]), output.ends([5] * 3), output.ends([5] * 4)] == [
         False,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
 from runtime.errors import OptionError
-from runtime.text.detokenizer import TextStream
+from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
@@ -109,7 +109,7 @@ def expected(tokenizer: Tokenizer, ids: list[int], stop: Sequence[str]) -> tuple
     return tokenizer.decode(ids), None
 
 
-def run(stream: TextStream, ids: list[int]) -> tuple[list[str], int | None]:
+def run(stream: Detokenizer, ids: list[int]) -> tuple[list[str], int | None]:
     """The pieces, the last of them from `finish`, and the number of tokens when the stream stopped."""
     pieces, count = [], None
     for index, token_id in enumerate(ids, start=1):
@@ -123,7 +123,7 @@ def run(stream: TextStream, ids: list[int]) -> tuple[list[str], int | None]:
 @given(named_ids())
 def test_pieces_join_to_the_decoded_text(case: tuple[str, list[int]]) -> None:
     name, ids = case
-    stream = TextStream(BUILT[name], [])
+    stream = Detokenizer(BUILT[name], [])
     pieces, _ = run(stream, ids)
     assert "".join(pieces) == stream.text == BUILT[name].decode(ids)
 
@@ -132,7 +132,7 @@ def test_pieces_join_to_the_decoded_text(case: tuple[str, list[int]]) -> None:
 @given(named_ids(), stops)
 def test_text_ends_before_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
     name, ids = case
-    stream = TextStream(BUILT[name], stop)
+    stream = Detokenizer(BUILT[name], stop)
     pieces, count = run(stream, ids)
     assert ("".join(pieces), count) == expected(BUILT[name], ids, stop)
     assert stream.text == "".join(pieces)
@@ -143,7 +143,7 @@ def test_text_ends_before_the_first_stop_string(case: tuple[str, list[int]], sto
 @given(named_ids(tuple(TOKENIZERS)), stops)
 def test_what_was_handed_out_stays_true(case: tuple[str, list[int]], stop: list[str]) -> None:
     name, ids = case
-    stream = TextStream(BUILT[name], stop)
+    stream = Detokenizer(BUILT[name], stop)
     final, _ = expected(BUILT[name], ids, stop)
     for token_id in ids:
         stream.push(token_id)
@@ -158,7 +158,7 @@ def test_any_bytes_stream_as_they_decode(content: bytes) -> None:
     spelt = {"byte-level": [letters.index(letter) for letter in _letters(content)], "llama-2": list(content)}
     for name, offsets in spelt.items():
         ids = [len(SPECIAL) + offset for offset in offsets]
-        pieces, _ = run(TextStream(BUILT[name]), ids)
+        pieces, _ = run(Detokenizer(BUILT[name]), ids)
         assert "".join(pieces) == BUILT[name].decode(ids)
 
 
@@ -175,7 +175,7 @@ def spelt(name: str, *tokens: str) -> list[int]:
 
 
 def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> list[str]:
-    return run(TextStream(BUILT[name], stop), spelt(name, *tokens))[0]
+    return run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0]
 
 
 def test_a_character_is_never_cut() -> None:
@@ -203,7 +203,7 @@ def test_spaces_dropped_at_the_beginning_may_be_several_tokens() -> None:
 
 def test_spaces_dropped_at_the_end_are_so_only_there() -> None:
     tokenizer = byte_fallback(*LLAMA_STEPS[:3], decoders.Strip(" ", 0, 1))
-    pieces, _ = run(TextStream(tokenizer), spelt("llama-2", "a", "▁", "b", "▁"))
+    pieces, _ = run(Detokenizer(tokenizer), spelt("llama-2", "a", "▁", "b", "▁"))
     assert "".join(pieces) == "a b"
 
 
@@ -213,7 +213,7 @@ def test_a_decoder_that_may_change_all_of_its_text_gives_it_at_the_end() -> None
 
 
 def test_a_stop_string_across_tokens_is_withheld_and_dropped() -> None:
-    stream = TextStream(BUILT["byte-level"], ["b\nb"])
+    stream = Detokenizer(BUILT["byte-level"], ["b\nb"])
     ids = spelt("byte-level", "a", "b", "Ċ", "b", "a")
     assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "", ""]
     assert stream.stopped
@@ -244,7 +244,7 @@ def test_of_two_stop_strings_the_one_complete_first_counts_whatever_the_tokens()
 
 
 def test_a_stop_string_spelt_in_byte_tokens_stops_at_its_last_byte() -> None:
-    stream = TextStream(BUILT["llama-2"], ["\n"])
+    stream = Detokenizer(BUILT["llama-2"], ["\n"])
     first, newline = spelt("llama-2", "▁a", "<0x0A>")
     assert stream.push(first) == "a"
     assert not stream.stopped
@@ -260,22 +260,22 @@ def test_an_incomplete_character_is_no_replacement_character_to_stop_at() -> Non
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
-    stream = TextStream(None, [])
+    stream = Detokenizer(None, [])
     assert (stream.push(7), stream.finish(), stream.text, stream.stopped) == ("", "", "", False)
     with pytest.raises(OptionError, match="no tokenizer"):
-        TextStream(None, ["a"])
+        Detokenizer(None, ["a"])
 
 
 @pytest.mark.parametrize("stop", ["word", [""], [3], ["a", None]])
 def test_stop_strings_that_are_none_are_refused(stop: object) -> None:
     with pytest.raises(OptionError, match="stop"):
-        TextStream(BUILT["byte-level"], stop)  # type: ignore[arg-type]
+        Detokenizer(BUILT["byte-level"], stop)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["byte-level", "llama-2", "t5", "word-level"])
 def test_a_push_decodes_only_the_newest_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = BUILT[name]
-    stream = TextStream(tokenizer, ["never"])
+    stream = Detokenizer(tokenizer, ["never"])
     decode, counts = tokenizer.decode, list[int]()
     monkeypatch.setattr(tokenizer, "decode", lambda ids: counts.append(len(ids)) or decode(ids))
     ids = [i for i in range(tokenizer.vocab_size) if tokenizer.token(i) in ("a", "b", "▁a", "Ġ")]

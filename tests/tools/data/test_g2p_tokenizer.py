@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from runtime.text.detokenizer import TextStream
+from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 from tools.data.g2p_tokenizer import PAD, Sizes, build_tokenizer, command, vocabulary, write_files
 
@@ -76,7 +76,7 @@ def test_the_runtime_streams_the_text_that_it_decodes(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer is not None
     ids = tokenizer.encode(PHRASE)
-    stream = TextStream(tokenizer)
+    stream = Detokenizer(tokenizer)
     assert [stream.push(token) for token in ids[:3]] == ["HH", " AH", " L"]
     for token in ids[3:]:
         stream.push(token)

@@ -12,9 +12,9 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from runtime import GenerationResult, Session
-from runtime.decoding.slot_call import Work
+from runtime.decoding.slot_call import SlotCall
 from runtime.result import Stats
-from runtime.scheduling.batched_call import Batch
+from runtime.scheduling.batched_call import BatchedCall
 from tools.quality.equality import (
     TIE,
     Difference,
@@ -64,14 +64,14 @@ def test_tokens_of_200_prompts_are_those_of_full_and_those_alone(name: str, prec
 
 
 def test_a_row_that_is_another_when_it_is_not_alone_is_found(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    run_batch = Batch.run
+    run_batch = BatchedCall.run
 
-    def wrong(batch: Batch, works: Sequence[Work]) -> None:
+    def wrong(batch: BatchedCall, works: Sequence[SlotCall]) -> None:
         run_batch(batch, works)
         for work in works:
             work.outputs["token"][:] = 5
 
-    monkeypatch.setattr(Batch, "run", wrong)
+    monkeypatch.setattr(BatchedCall, "run", wrong)
     with pytest.raises(AssertionError):
         check(bundle(BY_NAME["llama-tied"]), 8, [0.3], 12, "fp32")
     result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--samples", "8", "--tokens", "12"])

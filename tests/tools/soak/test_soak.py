@@ -14,8 +14,8 @@ from conftest import Bundles
 
 from runtime import Session
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import Work
-from runtime.scheduling.batched_call import Batch
+from runtime.decoding.slot_call import SlotCall
+from runtime.scheduling.batched_call import BatchedCall
 from tools.soak.clients import Clients
 from tools.soak.process_memory import Held, held_trimmed
 from tools.soak.run import Soaked, left_over, main, report, soak
@@ -45,15 +45,15 @@ def test_the_same_for_ten_seconds(name: str, overlap: bool, bundle: Bundles) -> 
 
 
 def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Batch.run
+    run = BatchedCall.run
 
-    def mixed_up(batch: Batch, works: Sequence[Work]) -> None:
+    def mixed_up(batch: BatchedCall, works: Sequence[SlotCall]) -> None:
         run(batch, works)
         tokens = [work.outputs["token"][:1] for work in works]
         if len(works) == 5 and all(map(len, tokens)):
             tokens[0][:], tokens[1][:] = tokens[1].copy(), tokens[0].copy()
 
-    monkeypatch.setattr(Batch, "run", mixed_up)
+    monkeypatch.setattr(BatchedCall, "run", mixed_up)
     found = soaked(bundle(BY_NAME["llama-tied"]), 20, 8)
     assert any("not its own" in what or "differ" in what for what in found.violations)
     result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "5", "--asks", "40"])
