@@ -1,7 +1,7 @@
 """The `freeexport` command: one module a verb, imported when it is called, and the one place where errors become text.
 
-A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of the verb
-is an underscore in its module's name.
+A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of
+the verb is an underscore in its module's name.
 """
 
 from __future__ import annotations

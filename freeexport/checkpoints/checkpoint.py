@@ -31,8 +31,8 @@ class Checkpoint:
     `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
     `config` has every value that transformers knows for the model type, `generation_config` only what is set.
     `exit` is what exit.json beside the weights says, None where there is none; parameters of the exit's own are
-    tensors like the others, under the names of freeexport.checkpoints.exit_file. `adapter` is the directory of a LoRA adapter,
-    merged into what is read; `path` is then its base.
+    tensors like the others, under the names of freeexport.checkpoints.exit_file. `adapter` is the directory of a LoRA
+    adapter, merged into what is read; `path` is then its base.
     """
 
     def __init__(

@@ -24,8 +24,8 @@ MASKED = -30000.0
 
 
 class StandardDialect:
-    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache is
-    `fixed`, as TensorRT wants it, also the least."""
+    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache
+    is `fixed`, as TensorRT wants it, also the least."""
 
     def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, fixed: bool = False) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows

@@ -26,7 +26,7 @@ from runtime.tensorrt.engine import TensorRTEngine
 from runtime.tensorrt.files import record_of
 
 # Another implementation of fp16, ONNX Runtime's, is 0.4 to 1.2 times as far from fp32 as rounding every result is, by
-# root mean square (18 small checkpoints; tests/graphs/rewrites/test_widen.py): kernels add up in another order, and fuse.
+# root mean square (18 small checkpoints; tests/graphs/rewrites/test_widen.py): kernels add in another order, and fuse.
 TOLERANCE = 3.0
 # What rounding explains at least, as a share of an output: where it happens to change nothing.
 LEAST = {"fp16": 2.0**-11, "bf16": 2.0**-8}

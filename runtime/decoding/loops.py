@@ -1,7 +1,7 @@
 """The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
 
-Each is endless: the caller stops. `first` is what the prompt's last row says. They are coroutines (runtime/decoding/slot_call.py):
-between steps they yield the engine calls that they wait for.
+Each is endless: the caller stops. `first` is what the prompt's last row says. They are coroutines
+(runtime/decoding/slot_call.py): between steps they yield the engine calls that they wait for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """An engine on TensorRT: a file that `freeexport build` wrote, loaded for a device, and its execution contexts.
 
-Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names and signatures of TensorRT's package.
+Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names and signatures of TensorRT's
+package.
 """
 
 from __future__ import annotations

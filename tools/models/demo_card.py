@@ -43,7 +43,7 @@ Made for demonstration and tests. It knows American English names and words, one
 
 
 def card(curves: list[dict[str, Any]], config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Markdown. `curves` are reports of tools/quality/g2p_evaluation.py, the shipped exit first; `config` is config.json."""
+    """Markdown. `curves`: reports of tools/quality/g2p_evaluation.py, the shipped exit first; `config`: config.json."""
     tables = [_table(curve, part) for curve in curves for part in ("on_phrases", "on_words")]
     return CARD.format(
         layers=config["num_layers"],

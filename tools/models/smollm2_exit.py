@@ -21,7 +21,8 @@ from freeexport.checkpoints.packaged_models import smollm2
 from tools.data.splits import DataError, run
 
 ROOT = Path(__file__).resolve().parents[2]
-# As wide a bottleneck as the linear map from layer to layer needs: two units a dimension (freeexport/training/exit_adapter.py).
+# As wide a bottleneck as the linear map from layer to layer needs: two units a dimension
+# (freeexport/training/exit_adapter.py).
 RANK = 1152
 SOURCES = {"foldoc": ("tools.data.foldoc",), "summarization": ("tools.data.debian", "summarization")}
 

@@ -1,6 +1,7 @@
 """How many sequences a calibration needs: thresholds from random subsets of the set, and what they do on other texts.
 
-    python -m tools.quality.calibration_size BUNDLE calibration.jsonl test.jsonl --metric per --plot docs/calibration_size.png
+    python -m tools.quality.calibration_size BUNDLE calibration.jsonl test.jsonl --metric per \\
+        --plot docs/calibration_size.png
 
 The calibration set is decoded once. Each subset's threshold is then applied to the test set, decoded in mode free: how
 many tokens exit, and how much of the full model's metric is kept. Nothing is timed, so the machine need not be idle.

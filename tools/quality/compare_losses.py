@@ -1,6 +1,7 @@
 """The losses of `freeexport train` on equal terms: one checkpoint, data set, seed and number of steps for each.
 
-    python -m tools.quality.compare_losses MODEL WORK --data train.jsonl --validation valid.jsonl --exit-layer 2 --steps 400
+    python -m tools.quality.compare_losses MODEL WORK --data train.jsonl --validation valid.jsonl --exit-layer 2 \\
+        --steps 400
 
 Further options go to `freeexport train`. Prints accuracy of both exits on the validation file, and their agreement.
 """

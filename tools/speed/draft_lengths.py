@@ -1,6 +1,6 @@
 """What lossless drafts gain on this machine: as long as the pace decides, and at fixed lengths.
 
-    python -m tools.speed.draft_lengths BUNDLE --rate 0 --rate 0.5 --rate 0.8 --rate 0.9 --length 1 --length 2 --length 4
+    python -m tools.speed.draft_lengths BUNDLE --rate 0 --rate 0.5 --rate 0.8 --length 1 --length 2 --length 4
     python -m tools.speed.draft_lengths BUNDLE --threshold 0.5 --tokens 32
 
 All in one process, in turn, prompt by prompt, against mode full in the same turn: ratios hold where the machine's speed

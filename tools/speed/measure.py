@@ -1,6 +1,6 @@
 """Measure what the engine contract promises: no copy of the cache, small overhead, bounded memory.
 
-    python tools/speed/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256, same valid length
+    python tools/speed/measure.py capacity BUNDLE      time of a deep call at capacity 2048 against 256
     python tools/speed/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
     python tools/speed/measure.py memory BUNDLE        resident memory of an open session after decoding
     python tools/speed/measure.py pages BUNDLE         mode full with its weights in huge pages against without
