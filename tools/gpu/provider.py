@@ -4,9 +4,10 @@
 
 The provider of the wheel is loaded on libraries that have CUDA's names and do nothing
 (tools/gpu/cuda_without_device.c). It places nodes, binds memory, puts kernels into streams and captures graphs as it
-would, and no kernel runs. For each engine this says which nodes run on the CPU, and of a run with one token a row: copies between host and device, copies
-as large as a cache, waits for the device; and whether a CUDA graph of it is captured, and launched by one call without
-a wait. Needs gcc, binutils, a CUDA 13 toolkit's headers, and the wheel (pip download onnxruntime-gpu==1.31.1).
+would, and no kernel runs. For each engine this says which nodes run on the CPU, and of a run with one token a row:
+copies between host and device, copies as large as a cache, waits for the device; and whether a CUDA graph of it is
+captured, and launched by one call without a wait. Needs gcc, binutils, a CUDA 13 toolkit's headers, and the wheel
+(pip download onnxruntime-gpu==1.31.1).
 """
 
 from __future__ import annotations
