@@ -79,9 +79,7 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             line = file.readline(MAX_LINE)
             skipped += len(line)
             if skipped > MAX_SKIPPED:
-                raise OptionError(
-                    f"{path}, line {number} does not end within {MAX_SKIPPED >> 20} MiB; name a JSONL file"
-                )
+                raise OptionError(f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL file")
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from None
     return None
