@@ -23,7 +23,7 @@ LONGEST = 20
 LONGEST_MESSAGE = 2000
 
 Input = TypeVar("Input")
-Path = tuple[Any, ...]
+Way = tuple[Any, ...]
 
 # What readers stumble over.
 TOKENS = (
@@ -124,7 +124,7 @@ def fuzz(
     return of
 
 
-def _places(value: Any, way: Path = ()) -> Iterator[Path]:
+def _places(value: Any, way: Way = ()) -> Iterator[Way]:
     """The ways to every value in `value`."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in list(items)[:50]:
@@ -132,7 +132,7 @@ def _places(value: Any, way: Path = ()) -> Iterator[Path]:
         yield from _places(item, (*way, key))
 
 
-def _value(root: Any, way: Path) -> Any:
+def _value(root: Any, way: Way) -> Any:
     for key in way:
         root = root[key]
     return root
