@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from freeexport import cli
 from runtime import Session
 
 CASE = next(case for case in CASES if case.name == "llama-tied")
+ROOT = Path(__file__).parents[2]
 Run = Callable[..., Result]
 
 
@@ -203,3 +206,15 @@ def test_without_trust_prompts_and_results_are_token_ids(generate: Run, session:
     lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert lines[0]["token_ids"] == ids
     assert "takes no text" in lines[1]["error"]
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_closed_stream_does_not_keep_it_from_generating(closed: str, bundle: Bundles, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"input": "Hi"}\n')
+    files = f"--input {tmp_path / 'in.jsonl'} --output {tmp_path / 'out.jsonl'} --max-new-tokens 3 --threads 1"
+    command = f"{sys.executable} -m freeexport generate {bundle(CASE, 2)} {files} {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "Traceback" not in done.stderr
+    (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["token_ids"]) == 3
