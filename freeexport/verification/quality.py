@@ -60,10 +60,10 @@ def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path | None = 
     batches = [sample_batch(bundle)] if data is None else _batches(bundle, data)
     sums, count = np.zeros(5), 0
     for batch in batches:
-        *logits, targets = _predictions(bundle, model, batch)
+        ours, theirs, coarse, targets = _predictions(bundle, model, batch)
         for start in range(0, len(targets), _BLOCK):
             block = slice(start, start + _BLOCK)
-            sums += _sums(*(each[block] for each in logits), targets[block])
+            sums += _sums(ours[block], theirs[block], coarse[block], targets[block])
         count += len(targets)
     if not count:
         raise DataError("no text has two tokens, so nothing is predicted; give longer text")
