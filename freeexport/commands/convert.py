@@ -220,7 +220,8 @@ ROUNDING_PAYS = 64 << 20
 @click.option("--exact-rows", is_flag=True, help="Rounded for a CPU: a row gets the same bits in every call, so that "
               "lossless says what full says. 2 % to 25 % slower.")  # fmt: skip
 @click.option("--kernels", type=click.Choice(get_args(Kernels)), default="onnxruntime", show_default=True,
-              help="Whose operators multiply with weights that are rounded for a CPU.")  # fmt: skip
+              help="onnxruntime: a portable graph. freeexport: our own operators, "
+              "for quantized weights on a CPU.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="What a GPU computes in, where weights are rounded.  [default: fp16]")  # fmt: skip
 @section("Result")
