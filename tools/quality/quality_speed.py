@@ -107,7 +107,10 @@ def main(bundle: Path, rounds: int, count: int, plot: Path | None, output: Path 
     require_idle(force)
     with Session(bundle, threads=THREADS, slots=1) as session:
         points = measure(session, phrases()[:count], rounds)
-    click.echo(f"{detect_machine()}, {THREADS} thread, fp32, {count} phrases, {rounds} rounds")
+    machine = detect_machine()
+    click.echo(
+        f"{machine.cpu} ({' '.join(machine.features)}), {THREADS} thread, fp32, {count} phrases, {rounds} rounds"
+    )
     for one in points:
         click.echo(
             f"{one.mode:8} {one.threshold if one.threshold is not None else '':<5} {one.phoneme_error_rate:6.2%} errors "
