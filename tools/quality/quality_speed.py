@@ -112,10 +112,9 @@ def main(bundle: Path, rounds: int, count: int, plot: Path | None, output: Path 
         f"{machine.cpu} ({' '.join(machine.features)}), {THREADS} thread, fp32, {count} phrases, {rounds} rounds"
     )
     for one in points:
-        click.echo(
-            f"{one.mode:8} {one.threshold if one.threshold is not None else '':<5} {one.phoneme_error_rate:6.2%} errors "
-            f"{one.exit_rate:4.0%} exit {one.tokens_per_second:6.0f} tokens/s {one.speedup:.2f}x"
-        )
+        at = "" if one.threshold is None else f"{one.threshold:g}"
+        rates = f"{one.phoneme_error_rate:6.2%} errors, {one.exit_rate:4.0%} exit"
+        click.echo(f"{one.mode:8} {at:5} {rates}, {one.tokens_per_second:6.0f} tokens/s, {one.speedup:.2f}x")
     if output is not None:
         output.write_text(json.dumps([asdict(point) for point in points], indent=1) + "\n", encoding="utf-8")
     if plot is not None:
