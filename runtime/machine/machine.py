@@ -47,10 +47,12 @@ def host(threads: int) -> Host:
 
 
 def costs_here(manifest: Manifest, threads: int) -> Costs | None:
-    """The bundle's costs where they were measured on this machine, with as many threads of an engine call; else None:
-    what another machine takes says little of this one."""
+    """The bundle's costs where they were measured on this machine, idle, with as many threads of an engine call; else
+    None: what another machine takes says little of this one."""
     costs = manifest.costs
-    return costs if costs is not None and costs.host is not None and costs.host == host(threads) else None
+    if costs is None or costs.host is None or not costs.trusted:
+        return None
+    return costs if costs.host == host(threads) else None
 
 
 def _processor() -> str:

@@ -23,13 +23,14 @@ LLAMA = next(case for case in CASES if case.name == "llama-tied")
 HERE = host(threads=1)
 # A further row costs nothing: wait for all of them.
 MEASURED = Costs(0.002, 0.001, {1: 0.01, 8: 0.01}, host=HERE)
-ELSEWHERE = [
-    None,
-    replace(HERE, processor="another"),
-    replace(HERE, cores=HERE.cores + 1),
-    replace(HERE, threads=2),
-    replace(HERE, onnxruntime="1.0"),
-]
+ELSEWHERE = {
+    "unknown": replace(MEASURED, host=None),
+    "processor": replace(MEASURED, host=replace(HERE, processor="another")),
+    "cores": replace(MEASURED, host=replace(HERE, cores=HERE.cores + 1)),
+    "threads": replace(MEASURED, host=replace(HERE, threads=2)),
+    "onnxruntime": replace(MEASURED, host=replace(HERE, onnxruntime="1.0")),
+    "busy": replace(MEASURED, busy=1.5),
+}
 
 WithCosts = Callable[[Costs | None], Session]
 
@@ -71,9 +72,8 @@ def test_costs_measured_here_are_acted_on(session_of: WithCosts) -> None:
     assert session._intake.paces.costs.base == MEASURED
 
 
-@pytest.mark.parametrize("place", ELSEWHERE)
-def test_costs_of_another_machine_are_not(place: object, session_of: WithCosts) -> None:
-    costs = replace(MEASURED, host=place)  # type: ignore[arg-type]
+@pytest.mark.parametrize("costs", ELSEWHERE.values(), ids=list(ELSEWHERE))
+def test_costs_of_another_machine_or_a_busy_one_are_not(costs: Costs, session_of: WithCosts) -> None:
     assert costs_here(replace(A_MANIFEST, costs=costs), threads=1) is None
     session = session_of(costs)
     assert policy_of(session).rules == rules_of(None)._replace(packed=session.manifest.packed)
