@@ -37,8 +37,8 @@ class SessionOptions:
     slots: sequences that can be decoded at once, in common engine calls; further requests wait. Default 4.
     queue: requests that may wait for a slot; one more is refused with QueueFullError. Default 256.
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
-    overlap: run deep passes beside shallow steps, in a thread of their own. The tokens are the same. None is on where
-        the bundle's costs say that it pays.
+    overlap: on a GPU, run deep passes beside shallow steps, in a stream of their own. The tokens are the same. None is
+        on. On a CPU both would share cores and memory bandwidth, which measured slower: True is refused there.
     threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated and is refitted from
         what sync passes say (docs/calibration.md); other modes then take the bundle's. None is the bundle's.
     adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
@@ -80,9 +80,13 @@ class SessionOptions:
             raise OptionError(f"adaptive_state is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
         if self.adaptive_state is not None and not isinstance(self.adaptive_state, Mapping):
             raise OptionError(f"adaptive_state is {shown(self.adaptive_state)}; give what adaptive_state() gave")
-        check_bool("overlap", self.overlap, none="(as measured)")
+        check_bool("overlap", self.overlap, none="(on, on a GPU)")
         check_choice("verify", self.verify, ("sizes", "full"))
-        Device.parse(self.device)
+        if Device.parse(self.device).index is None and self.overlap:
+            raise OptionError(
+                "overlap is True on the CPU, where both engines share the cores and it measured slower "
+                "(152 tokens/s, in turn 251); leave it out"
+            )
         object.__setattr__(self, "cache", _cache_use(self.cache))
         for name in ("huge_pages", "cuda_graphs", "trust_templates"):
             check_bool(name, getattr(self, name))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +15,13 @@ import numpy as np
 
 from runtime.backends import open_backend
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
+from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.machine.device import Device, check_runnable
-from runtime.machine.machine import check_int8_range, usable_cores
+from runtime.machine.machine import check_int8_range, costs_here, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
 from runtime.requests.request_builder import RequestBuilder, adapting, deadline_of, known
@@ -34,8 +33,6 @@ from runtime.scheduling.batching import rules_of
 from runtime.scheduling.scheduler import Scheduler
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
-
-logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -52,18 +49,26 @@ class Session:
         check_int8_range(manifest)
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
-        adaptive = adapting(self.bundle, self.options)
         self.threads = self.options.threads or usable_cores()
+        self._costs = costs_here(manifest, self.threads)
+        adaptive = adapting(self.bundle, self.options, self._costs)
         self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
-        self.overlap = self._overlaps(manifest)
         with self._placement.loading() as engine:
             trusted = self.options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files) if trusted else None
-            shallow, deep = self._placement.lanes(engine, self.overlap)
+            shallow, deep = self._placement.lanes(engine)
             self._encoder = self._placement.encoder(engine, shallow)
+        self.overlap = deep.beside
         self._scheduler = self._schedule(shallow, deep)
         self._intake = RequestBuilder(
-            self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, adaptive
+            self.bundle,
+            self.options,
+            self.capacity,
+            self._tokenizer,
+            self._encoder,
+            self._scheduler,
+            adaptive,
+            self._costs,
         )
         self._closed = False
 
@@ -216,9 +221,8 @@ class Session:
         decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
         batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
-        return Scheduler(
-            decoders, batches, cross, self.options.queue, rules_of(manifest.break_even)._replace(packed=manifest.packed)
-        )
+        rules = rules_of(self._costs)._replace(packed=manifest.packed)
+        return Scheduler(decoders, batches, cross, self.options.queue, rules)
 
     def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
         return Decoder(shallow, deep, slot, *self._sizes)
@@ -227,14 +231,6 @@ class Session:
     def _sizes(self) -> tuple[int, int, int]:
         """What a decoder is made with besides its lanes and slot."""
         return self.manifest.hidden_size, self.manifest.vocab_size, self.manifest.max_pending
-
-    def _overlaps(self, manifest: Manifest) -> bool:
-        """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""
-        gain = manifest.break_even.get(OVERLAP_GAIN)
-        chosen = gain is not None and gain >= LEAST_GAIN if self.options.overlap is None else self.options.overlap
-        known = "not measured" if gain is None else f"{gain:.2f}x both in turn"
-        logger.info("overlap of shallow and deep: %s (%s)", "on" if chosen else "off", known)
-        return chosen
 
 
 def _capacity(manifest: Manifest, asked: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import SCHEMA_VERSION, DeclaredCopy, File, Manifest
 
 MANIFEST = Manifest(
@@ -32,5 +33,7 @@ MANIFEST = Manifest(
     files={"shallow.onnx": File(10, "cd" * 32), "deep.onnx": File(20, "ef" * 32)},
     versions={"onnx": "1.20"},
     copies=(DeclaredCopy("lm_head.weight", 99, "packed"),),
-    break_even={"exit_rate": 0.5},
+    costs=Costs(
+        0.002, 0.001, {1: 0.008, 2: 0.009, 16: 0.02}, Outside(1e-4, 2e-4, 3e-4), host=Host("a CPU", 4, 2, "1.32")
+    ),
 )

@@ -18,7 +18,6 @@ from freeexport.benchmark.rounds import Measured, measure
 from freeexport.benchmark.rows import Answers, Row, rows_of
 from freeexport.costs.forced_exits import THRESHOLD, exit_trace
 from freeexport.costs.measured import measured_in_child
-from freeexport.costs.model import Costs
 from freeexport.costs.roofline import bandwidth_of, token_bytes
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.jsonl import Request, read_requests
@@ -26,6 +25,7 @@ from freeexport.system.progress import progress
 from freeexport.traces.simulate import SimulatedRun
 from freeexport.verification.parity import sample_ids
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import Costs
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device, check_runnable
 from runtime.text.prompt import encode_prompt

@@ -16,7 +16,6 @@ from freeexport.calibration.outputs import Outputs
 from freeexport.calibration.risk_control import sequences_needed
 from freeexport.calibration.source import Facts, Source
 from freeexport.checkpoints.examples import DataError
-from freeexport.costs.model import Costs
 from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from freeexport.system.progress import progress
 from freeexport.traces.cache import TraceCache, TraceKey
@@ -27,6 +26,7 @@ from freeexport.traces.verdict import ExitFacts, Verdict, verdict, why_never
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
+from runtime.bundle.costs import Costs, recordable
 from runtime.errors import CalibrationError
 
 # Fewer say nothing about a threshold.
@@ -142,7 +142,7 @@ def explained(
         rollback_threshold=limit,
         mixture=choice.mixture,
         table=_table(traces, costs, choice, most),
-        costs=costs.as_manifest(most),
+        costs=recordable(costs),
         created_with={"freeexport": __version__, "python": platform.python_version()},
         max_pending=max_pending if most < facts.max_pending else None,
     )

@@ -19,13 +19,13 @@ from freeexport.checkpoints.examples import DataError, TextFormat
 from freeexport.checkpoints.text_format import known_ends, text_format
 from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
-from freeexport.costs.model import Costs
 from freeexport.costs.threshold_speed import measured_speedups
 from freeexport.system.jsonl import Request
 from freeexport.traces.from_bundle import trace_of
 from freeexport.traces.trace import Trace
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.calibration import is_calibration
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.bundle.precision import ExitVocabulary
 from runtime.errors import CalibrationError, OptionError, PromptError

@@ -30,6 +30,7 @@ from graphs.weights import WeightFile
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
+from runtime.bundle.costs import recordable
 from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, DeclaredCopy, Dialect, Manifest, Precision, Target
 from runtime.bundle.precision import ExitVocabulary, FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
 from runtime.kernels import instructions, kernels_of
@@ -68,8 +69,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
                 manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
-            costs = measured_in_child(directory, overlap=True)
-            manifest = replace(manifest, break_even=costs.as_manifest(manifest.max_pending))
+            manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
         _write_manifest(manifest, directory)
     return manifest
 

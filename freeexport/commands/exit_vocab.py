@@ -13,11 +13,12 @@ from freeexport.calibration.options import CalibrateOptions
 from freeexport.commands.calibrate import cache_path, is_bundle, open_source
 from freeexport.commands.verb_options import CONFIDENCES, MAX_NEW_TOKENS, SAMPLES
 from freeexport.conversion.exit_vocabulary_file import ExitVocabularyFile
-from freeexport.system.idle import TOLERATED, cores_in_use
+from freeexport.system.idle import cores_in_use
 from freeexport.system.output_file import check_writable
 from freeexport.system.page import print_page, table
 from freeexport.traces.verdict import MACHINE_BUSY
 from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.costs import TOLERATED
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError
 

@@ -210,24 +210,29 @@ def _exit_vocabulary(manifest: Manifest) -> str:
 def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
     """The costs measured at convert, on the machine that converted. What 80 % exits would give says nothing of an exit
     that is not trained."""
-    from freeexport.conversion.bundle_verdict import is_busy
     from freeexport.traces.verdict import MACHINE_BUSY
-    from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN
 
-    costs = manifest.break_even
-    if not costs:
+    costs, most = manifest.costs, manifest.max_pending
+    if costs is None:
         return [("break-even", "not measured")]
-    if is_busy(costs):
+    if not costs.trusted:
         return [("break-even", f"{MACHINE_BUSY}; freeexport calibrate measures again")]
-    rate = f"{costs['exit_rate']:.1%}" if "exit_rate" in costs else "none: exits do not pay"
-    rows = [("break-even exit rate", rate)]
-    for name, cost in sorted(costs.items()):
-        if name.startswith("speedup_at_") and manifest.exit_trained is not False:
-            rows.append((f"speedup at {name.removeprefix('speedup_at_')} % exits", f"{cost:.2f}x (predicted)"))
-        elif name == OVERLAP_GAIN:
-            rows.append(("lanes at once", f"{cost:.2f}x in turn, overlap is {'on' if cost >= LEAST_GAIN else 'off'}"))
-        elif name.endswith("_ms"):
-            rows.append((name.removesuffix("_ms").replace("_", " "), f"{cost:.2f} ms"))
+    rate = costs.break_even(most)
+    rows = [("break-even exit rate", "none: exits do not pay" if rate is None else f"{rate:.1%}")]
+    if manifest.exit_trained is not False:
+        for percent in (50, 80, 90):
+            rows.append((f"speedup at {percent} % exits", f"{costs.speedup(percent / 100, most):.2f}x (predicted)"))
+    outside = costs.outside
+    seconds = {
+        "shallow": costs.shallow,
+        "shallow without head": costs.shallow_without_head,
+        **{f"deep {rows}": taken for rows, taken in costs.deep.items()},
+        **{"outside full": outside.full, "outside free": outside.free, "outside sync": outside.sync},
+    }
+    rows += [(name, f"{1e3 * taken:.2f} ms") for name, taken in seconds.items()]
+    if costs.host is not None:
+        host = costs.host
+        rows.append(("measured on", f"{host.processor}, {host.threads} threads, onnxruntime {host.onnxruntime}"))
     return rows
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from freeexport.costs.model import BUSY_CORES, Costs
-from freeexport.system.idle import TOLERATED
 from freeexport.traces.share import Share, recorded_share
 from freeexport.traces.verdict import Basis, ExitFacts, Verdict, verdict, why_never
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import Manifest
 
 
@@ -24,15 +23,14 @@ def bundle_facts(bundle: Bundle) -> ExitFacts:
     """From the manifest, the calibration and the verification. Of sequences nothing is recorded, so shares have no
     interval."""
     manifest, calibration = bundle.manifest, bundle.calibration
-    times = manifest.break_even
     facts = ExitFacts(
         name=str(bundle.path),
         exit_layer=manifest.exit_layer,
         layers=manifest.layers,
         trained=manifest.exit_trained,
         agreement=_agreement(bundle.verification or {}),
-        break_even=times.get("exit_rate"),
-        basis=_basis(times),
+        break_even=None if manifest.costs is None else manifest.costs.break_even(manifest.max_pending),
+        basis=_basis(manifest.costs),
     )
     if calibration is not None:
         return _calibrated(facts, manifest, calibration)
@@ -54,26 +52,20 @@ def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) 
     agreeing = None if row.agreement is None else Share(row.agreement, exits)
     facts = replace(facts, exit_rate=Share(row.exit_rate, calibration.positions), exit_agreement=agreeing)
     facts = replace(facts, measured=row.measured_speedup)
-    times = calibration.costs or manifest.break_even
-    costs = Costs.recorded(times)
+    costs = calibration.costs or manifest.costs
     if costs is None:
         return facts
     most = calibration.max_pending or manifest.max_pending
     # Where the engines were not timed at calibration, the table goes by the sizes of layers.
     predicted = row.predicted_speedup if calibration.costs else None
     speedup = costs.speedup(row.exit_rate, most) if predicted is None else predicted
-    return replace(facts, break_even=times.get("exit_rate"), speedup=speedup, basis=_basis(times))
+    return replace(facts, break_even=costs.break_even(most), speedup=speedup, basis=_basis(costs))
 
 
-def _basis(times: Mapping[str, float]) -> Basis:
-    if not times:
+def _basis(costs: Costs | None) -> Basis:
+    if costs is None:
         return "unknown"
-    return "busy" if is_busy(times) else "measured"
-
-
-def is_busy(times: Mapping[str, float]) -> bool:
-    """Whether recorded costs were measured beside other work."""
-    return times.get(BUSY_CORES, 0.0) > TOLERATED
+    return "measured" if costs.trusted else "busy"
 
 
 def _agreement(verification: Mapping[str, Any]) -> Share | None:

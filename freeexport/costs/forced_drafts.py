@@ -12,8 +12,8 @@ import numpy as np
 
 from freeexport.costs.forced_exits import drawn
 from runtime import Session
-from runtime.adaptation.draft_costs import DraftCosts
-from runtime.adaptation.draft_lengths import DraftLengths
+from runtime.adaptation.call_costs import CallCosts
+from runtime.adaptation.draft_length import DraftLengths
 from runtime.decoding.decoder import Decoder, RunAhead
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import Waits
@@ -84,14 +84,14 @@ class ForcedDraftSession(Session):
     @contextmanager
     def beginning(self) -> Iterator[None]:
         """Requests meanwhile are as the first of a session: nothing is known of drafts."""
-        learned, self._intake.paces = self._intake.paces, DraftLengths(self.bundle)
+        learned, self._intake.paces = self._intake.paces, DraftLengths(CallCosts(self._intake.paces.costs.base))
         try:
             yield
         finally:
             self._intake.paces = learned
 
     @property
-    def draft_costs(self) -> DraftCosts:
+    def draft_costs(self) -> CallCosts:
         """What requests have learned of what drafts cost."""
         return self._intake.paces.costs
 

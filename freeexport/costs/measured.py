@@ -14,17 +14,21 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
 from freeexport.costs.forced_exits import THRESHOLD, ForcedExitSession, drawn
-from freeexport.costs.model import SIZES, Costs, Outside
-from freeexport.costs.overlap import measured_overlap
 from freeexport.system.child import run_child
 from freeexport.system.idle import cores_in_use
 from freeexport.system.progress import progress
+from runtime.bundle.costs import Costs, Outside
+from runtime.bundle.schema import Reader
+from runtime.machine.machine import host
 from runtime.result import Stats
 
+# Rows of deep passes whose costs are kept.
+SIZES = (1, 2, 4, 8, 16)
 # Exit rates of the requests in mode free. In one request more, passes run over each of SIZES in turn.
 RATES = (0.0, 0.5, 0.8, 0.95)
 # Prompts a round, and rounds, as far as they fit into so many seconds; at least the fewest rounds.
@@ -77,16 +81,20 @@ def measured_costs(
         for _ in range(rounds):
             runs.append(_round(session, few, tokens, scripts))
             advance()
-    return fit([_typical(again) for again in zip(*runs, strict=True)])
+    return replace(fit([_typical(again) for again in zip(*runs, strict=True)]), host=host(session.threads))
 
 
-def measured_in_child(
-    bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT, overlap: bool = False
-) -> Costs:
+def measured_in_child(bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT) -> Costs:
     """The same in a process of its own, of which nothing is left, after prompts of `context` random tokens; with what
-    lanes cost each other where `overlap`, and with what else kept the machine busy."""
-    given = {"threads": threads, "tokens": tokens, "context": context, "overlap": overlap}
-    return Costs.of(json.loads(run_child("freeexport.costs.measured", str(bundle), json.dumps(given))))
+    else kept the machine busy."""
+    given = {"threads": threads, "tokens": tokens, "context": context}
+    return costs_of(json.loads(run_child("freeexport.costs.measured", str(bundle), json.dumps(given))))
+
+
+def costs_of(found: Any) -> Costs:
+    """From what `asdict` gave, as JSON keeps it."""
+    costs: Costs = Reader("measure again").read(Costs, found, "costs")
+    return costs
 
 
 def fit(samples: Sequence[Sample]) -> Costs:
@@ -169,14 +177,12 @@ def main(arguments: Sequence[str]) -> None:
     """Print the costs of the bundle named first as JSON; settings are those of `measured_in_child`."""
     bundle, given = Path(arguments[0]), json.loads(arguments[1])
     busy = cores_in_use()
-    with ForcedExitSession(bundle, slots=2 if given["overlap"] else 1, threads=given["threads"]) as session:
+    with ForcedExitSession(bundle, slots=1, threads=given["threads"]) as session:
         manifest = session.manifest
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
         random = np.random.default_rng(0)
         prompts = [random.integers(0, manifest.vocab_size, max(1, min(given["context"], room))) for _ in range(PROMPTS)]
         costs = measured_costs(session, prompts, given["tokens"])
-        if given["overlap"]:
-            costs = replace(costs, overlap=measured_overlap(session, given["context"] + given["tokens"] // 2))
     print(json.dumps(asdict(replace(costs, busy=busy))))
 
 

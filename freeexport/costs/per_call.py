@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from freeexport.costs.forced_exits import ForcedExitSession
-from freeexport.costs.measured import TOKENS, measured_costs
-from freeexport.costs.model import Costs
+from freeexport.costs.measured import TOKENS, costs_of, measured_costs
 from freeexport.system.child import run_child
 from freeexport.system.machine import detect_machine
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import Costs
 from runtime.decoding.decoder import Decoder
 
 MOST_ROWS = 32
@@ -80,12 +80,13 @@ def measure_in_child(bundle: Path, threads: int, rounds: int) -> CostTable:
     """The same in a process of its own, of which nothing is left."""
     found = json.loads(run_child("freeexport.costs.per_call", str(bundle), str(threads), str(rounds)))
     deep = tuple(DeepCost(**cost) for cost in found["deep"])
-    return CostTable(**{**found, "deep": deep, "decoding": Costs.of(found["decoding"])})
+    return CostTable(**{**found, "deep": deep, "decoding": costs_of(found["decoding"])})
 
 
 def figures(bundle: Bundle, costs: CostTable, threads: int, rounds: int, idle: bool) -> dict[str, Any]:
     """As JSON: the settings, and milliseconds."""
     manifest = bundle.manifest
+    most = manifest.max_pending
     per_call = [
         {"rows": cost.rows, "bare_ms": 1e3 * cost.bare, "last_ms": 1e3 * cost.last, "all_ms": 1e3 * cost.all}
         for cost in costs.deep
@@ -105,7 +106,11 @@ def figures(bundle: Bundle, costs: CostTable, threads: int, rounds: int, idle: b
         "shallow_without_head_ms": 1e3 * costs.shallow_without_head,
         "overhead_us": 1e6 * costs.decoding.outside.full,
         "deep": per_call,
-        "predicted": costs.decoding.as_manifest(manifest.max_pending),
+        "decoding": asdict(costs.decoding),
+        "predicted": {
+            "exit_rate": costs.decoding.break_even(most),
+            **{f"speedup_at_{percent}": costs.decoding.speedup(percent / 100, most) for percent in (50, 80, 90)},
+        },
     }
 
 
@@ -123,7 +128,7 @@ def table(found: Mapping[str, Any]) -> str:
         f"{cost['last_ms'] / cost['rows']:8.2f}"
         for cost in found["deep"]
     ]
-    rate = predicted.get("exit_rate")
+    rate = predicted["exit_rate"]
     pays = "exits never pay" if rate is None else f"exits pay from {rate:.1%} on"
     rates = ", ".join(f"at {percent} % {predicted[f'speedup_at_{percent}']:.2f}x" for percent in (50, 80, 90))
     lines.append(f"predicted: {pays}; {rates} of mode full")

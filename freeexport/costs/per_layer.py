@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from freeexport.costs.model import BUSY_CORES, SIZES, Costs
-from freeexport.system.idle import TOLERATED
+from freeexport.costs.measured import SIZES
 from graphs.description import Description, Layer, Linear
 from graphs.weights import Weights
+from runtime.bundle.costs import Costs
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -49,19 +49,17 @@ def analytic(description: Description, weights: Weights) -> StepCosts:
 def measured(manifest: Manifest) -> StepCosts:
     """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not, or
     on a busy machine."""
-    times = manifest.break_even
-    if not {"shallow_ms", "shallow_without_head_ms", "deep_1_ms"} <= times.keys():
+    costs = manifest.costs
+    if costs is None:
         raise OptionError("the bundle holds no measured costs; convert it again without --no-measure")
-    if times.get(BUSY_CORES, 0.0) > TOLERATED:
+    if not costs.trusted:
         raise OptionError(
-            f"the bundle's costs were measured while others kept {times[BUSY_CORES]:.1f} cores busy; convert it "
+            f"the bundle's costs were measured while others kept {costs.busy:.1f} cores busy; convert it "
             "again on an idle machine, or leave --bundle out"
         )
-    bare, deep = times["shallow_without_head_ms"], times["deep_1_ms"]
-    # Noise can make a small head look like nothing.
-    head = max(0.0, times["shallow_ms"] - bare)
-    growth = {size: times[f"deep_{size}_ms"] / deep for size in SIZES if f"deep_{size}_ms" in times}
-    return StepCosts((bare + deep - head) / manifest.layers, head, growth, measured=True)
+    layers = costs.shallow_without_head + costs.deep[1] - costs.head
+    growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
+    return StepCosts(1e3 * layers / manifest.layers, 1e3 * costs.head, growth, measured=True)
 
 
 def _read_each_step(layer: Layer) -> list[Linear]:

@@ -6,10 +6,10 @@ import time
 
 import psutil
 
+from runtime.bundle.costs import TOLERATED
 from runtime.errors import FreeExportError
 
-# Cores' worth of work by others that still counts as idle: the system's own housekeeping.
-TOLERATED, WINDOW = 0.15, 1.0
+WINDOW = 1.0
 
 
 class BusyMachineError(FreeExportError):

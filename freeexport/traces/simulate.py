@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from freeexport.costs.model import Costs
 from freeexport.traces.trace import Trace, Traces
+from runtime.bundle.costs import Costs
 
 
 @dataclass
@@ -31,10 +31,7 @@ class SimulatedRun:
     def speedup(self, costs: Costs) -> float:
         """Tokens per second of decoding as a multiple of mode full's: docs/method.md, with the passes of the replay in
         place of an expectation. 1 without tokens."""
-        if not self.tokens:
-            return 1.0
-        passes = sum(count * costs.sync(rows) for rows, count in self.sync_sizes.items())
-        return costs.full / (costs.step + passes / self.tokens)
+        return costs.speedup_of(self.sync_sizes, self.tokens) if self.tokens else 1.0
 
 
 def replay(traces: Traces, threshold: float, max_pending: int) -> SimulatedRun:

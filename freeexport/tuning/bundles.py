@@ -12,10 +12,10 @@ from typing import Any
 from freeexport.calibration.choose import held_out_of
 from freeexport.calibration.source import BundleSource
 from freeexport.costs.forced_exits import ForcedExitSession
-from freeexport.costs.model import Costs
 from freeexport.system.jsonl import Request
 from freeexport.traces.trace import Traces
 from runtime import Bundle
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from freeexport.costs.model import Costs
 from freeexport.traces.simulate import replay
 from freeexport.traces.trace import Traces
+from runtime.bundle.costs import Costs
 
 THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45,
               0.4, 0.3, 0.2, 0.1, 0.0)  # fmt: skip

@@ -56,7 +56,7 @@ def as_dict(tuned: Tuned, written: bool) -> dict[str, Any]:
             "exit_layer": entry.manifest.exit_layer,
             "agreement": entry.traces.agreement,
             "break_even": entry.costs.break_even(entry.manifest.max_pending),
-            "costs": entry.costs.as_manifest(entry.manifest.max_pending),
+            "costs": asdict(entry.costs),
         }
         for entry in tuned.entries
     ]

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from freeexport.conversion.exit_vocabulary import STEP, ranked_tokens
-from freeexport.costs.model import Costs
 from freeexport.traces.simulate import SimulatedRun, replay
 from freeexport.traces.trace import Trace, Traces
+from runtime.bundle.costs import Costs
 from runtime.errors import CalibrationError
 
 # Tells the folds apart: what is chosen on one half of the sequences is judged on the other.

@@ -31,6 +31,7 @@ from runtime.adaptation.label_statistics import LabelStatistics
 from runtime.bundle.beta import LogSums
 from runtime.bundle.beta_mixture import BetaMixture, threshold_at
 from runtime.bundle.calibration import Calibration
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError, OptionError
@@ -93,11 +94,17 @@ class AdaptiveThreshold:
     """Shared by the requests of a session; thread-safe. `memory`: tokens after which one counts 1/e.
 
     Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; or with `state`,
-    as `state()` gave it. Raises OptionError where there is no mixture to begin with, or the state is of another model.
+    as `state()` gave it. `costs` on this machine, None where unknown, decide how many requests it learns from. Raises
+    OptionError where there is no mixture to begin with, or the state is of another model.
     """
 
     def __init__(
-        self, manifest: Manifest, calibration: Calibration | None, memory: int, state: Mapping[str, Any] | None = None
+        self,
+        manifest: Manifest,
+        calibration: Calibration | None,
+        memory: int,
+        state: Mapping[str, Any] | None = None,
+        costs: Costs | None = None,
     ) -> None:
         if calibration is None or calibration.mixture is None:
             raise OptionError(
@@ -108,7 +115,7 @@ class AdaptiveThreshold:
         self._manifest, self._memory, self._lock = manifest, memory, threading.RLock()
         self._prior = self._mixture = calibration.mixture
         self.target = _target(calibration, calibration.mixture)
-        self._every = label_every(manifest.break_even)
+        self._every = label_every(costs)
         self._evidence = LabelStatistics.of_mixture(self._prior, min(calibration.positions, memory))
         self._requests = self._left = self._fresh = 0
         if state is not None:
@@ -170,18 +177,17 @@ class AdaptiveThreshold:
         self._requests, self._left, self._fresh = state.requests, state.left, state.fresh
 
 
-def label_every(costs: Mapping[str, float]) -> int:
-    """From every how many-th request to learn, so that labels cost LABEL_SHARE of the time, by a bundle's costs.
+def label_every(costs: Costs | None) -> int:
+    """From every how many-th request to learn, so that labels cost LABEL_SHARE of the time; every one where costs are
+    unknown.
 
     The head over all rows of a pass, instead of the last alone, is taken to grow with the rows as the pass does.
     """
-    rows = TYPICAL_ROWS
-    names = ("shallow_ms", "shallow_without_head_ms", "deep_1_ms", f"deep_{rows}_ms")
-    if any(name not in costs for name in names):
+    if costs is None:
         return 1
-    shallow, bare, one, several = (costs[name] for name in names)
-    extra = max(0.0, shallow - bare) * max(0.0, several / one - 1)
-    return max(1, math.ceil(extra / (rows * shallow + several) / LABEL_SHARE))
+    several = costs.deep_pass(TYPICAL_ROWS)
+    extra = costs.head * max(0.0, several / costs.deep[1] - 1)
+    return max(1, math.ceil(extra / (TYPICAL_ROWS * costs.shallow + several) / LABEL_SHARE))
 
 
 def _target(calibration: Calibration, mixture: BetaMixture) -> float:

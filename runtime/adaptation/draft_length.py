@@ -1,156 +1,110 @@
-"""How long lossless drafts should be: the length that measured acceptance and costs make fastest, often none."""
+"""How long lossless drafts should be: the length that measured acceptance and costs make fastest, often none.
+
+Time lost to drafting is bounded: by a small budget, by a small share of all time, and by what drafts saved before.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.call_costs import CallCosts
 
-# In tokens of mode full: what drafts may lose before they have won anything, and the share of all tokens that makes
-# up for it afterwards.
-GRANT, GRANT_SHARE = 0.3, 0.0075
-# The most that is put by: what may be lost again where drafts no longer pay.
-MOST = 8.0
-
-
-class DraftBudget:
-    """`balance` in tokens of mode full."""
-
-    def __init__(self) -> None:
-        self.balance = GRANT
-
-    def bears(self, loss: float) -> bool:
-        """Whether so many tokens may be lost. As much as is granted always may, before or after."""
-        return self.balance >= min(loss, GRANT)
-
-    def book(self, tokens: float, cost: float) -> None:
-        """`tokens` were made for what as many as `cost` take in mode full."""
-        self.balance = min(MOST, self.balance + tokens - cost)
-        self.grant(tokens)
-
-    def grant(self, tokens: float) -> None:
-        """`tokens` were made, as mode full makes them."""
-        if self.balance < GRANT:
-            self.balance = min(GRANT, self.balance + GRANT_SHARE * tokens)
-
-
-# Drafts must promise this much over mode full to begin with, so that an error of the estimates does not cost speed, and
-# the least of it to go on: asking costs time outside the engines, too.
-MARGIN, LEAST = 1.01, 1.003
-# What asking the shallow head while nothing is drafted may cost, as a share of a token in mode full.
-PROBE_SHARE = 0.005
-# And no more often than this: it costs time outside the engines, too.
-PROBE_TOKENS = 16
-# Rows that are asked one after the other at first, and the most between decisions.
-FIRST_ROWS, REVIEW_ROWS = 8, 8
-# How far a draft that fails may overdraw the account; one of a single token may always.
+# The budget, in tokens of mode full: what drafts may lose before they have saved anything, the share of all tokens that
+# refills it, and the most that is kept of what they saved, to be lost where they no longer pay.
+GRANT, GRANT_SHARE, MOST_SAVED = 0.3, 0.0075, 8.0
+# How far a draft that fails may overdraw the budget; one of a single token may always.
 OVERDRAFT = 0.3
-# Once costs are known, of so many tokens without a draft one is measured; and of so many drafts one token is made
-# without, as what drafts gain is counted in such tokens.
+# Drafts must promise this much over mode full to begin with, and the least of it to go on.
+MARGIN, LEAST = 1.01, 1.003
+# What running the shallow head while nothing is drafted may cost, as a share of a token, and at most how often it runs.
+PROBE_SHARE, PROBE_TOKENS = 0.005, 16
+# Rows with the head that are probed one after the other at first, and the most rows between decisions.
+FIRST_ROWS, REVIEW_ROWS = 8, 8
+# Once costs are known, of so many tokens without a draft one is measured; after so many drafts a token has none.
 PLAIN_TOKENS, DRAFTS = 8, 64
+# Observations that an average of acceptance goes back.
+RECENT = 32
+# Thresholds for which a session remembers how long drafts should be.
+MOST_THRESHOLDS = 64
 
 
 class DraftOutcome(NamedTuple):
-    """A row that the shallow head was asked at: `sure`, above the threshold; `kept`, the deep decoder chose the same.
-    `kept` counts only where sure."""
+    """A row with the shallow head: `sure`, above the threshold; `kept`, the deep decoder chose the same. `kept` counts
+    only where sure."""
 
     sure: bool
     kept: bool
 
 
-class Expected(NamedTuple):
-    """What a calibration says: the share of rows that are sure, and of those that are kept."""
-
-    sure: float
-    kept: float
-
-
 class DraftLength:
-    """Shared by requests that draft alike; nothing it says changes a token, so a lost update does no harm.
+    """Shared by requests that draft alike; nothing it says changes a token, so a lost update does no harm. `others` has
+    the same acceptance, and other costs."""
 
-    `costs`: of drafts of up to `max_pending` - 1 tokens. `expected` counts as much as a few rows that were seen.
-    `others`: a pace whose shares of sure rows and kept drafts are this one's, too.
-    """
-
-    def __init__(self, costs: DraftCosts, expected: Expected | None = None, others: DraftLength | None = None) -> None:
-        self._costs, self._account = costs, DraftBudget()
-        self._sure: _Share = others._sure if others else _Share(expected and expected.sure)
-        self._kept: _Share = others._kept if others else _Share(expected and expected.kept)
+    def __init__(self, costs: CallCosts, others: DraftLength | None = None) -> None:
+        self._costs = costs
+        self.sure: Average = others.sure if others else Average()
+        self.kept: Average = others.kept if others else Average()
         self._among: dict[int, DraftLength] = {}
+        self._budget = GRANT
         self._length = self._asked = self._plain = self._drafts = 0
-        self._rows_to_review = 0 if expected else 1
-        # A step without the head comes first, to tell what the head costs.
-        self._tokens_to_probe = 2
+        self._rows_to_review = 1
+        self._tokens_to_probe = 2  # a step without the head comes first, to tell what the head costs
 
     def among(self, company: int) -> DraftLength:
-        """The pace where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
+        """Where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
         if company == 1:
             return self
         size = (company - 1).bit_length()
         if size not in self._among:
-            self._among[size] = DraftLength(self._costs.anew(), others=self)
+            self._among[size] = DraftLength(CallCosts(self._costs.base), self)
         return self._among[size]
 
     def plan(self, most: int) -> tuple[int, bool]:
-        """The length of the next draft, up to `most`, and whether to ask the shallow head at the row after it too."""
+        """The length of the next draft, up to `most`, and whether to run the shallow head at the row after it too."""
         if self._rows_to_review <= 0:
             self._review(most)
-        if most == 0 or self._account.balance <= 0:
+        if most == 0 or self._budget <= 0:
             return 0, False
         if self._length > 0:
             self._drafts += 1
-            if self._drafts % DRAFTS == 0:
-                return 0, False
-            return self._affordable(min(self._length, most)), False
+            return (0, False) if self._drafts % DRAFTS == 0 else (self._affordable(min(self._length, most)), False)
         self._tokens_to_probe -= 1
-        return (0, False) if self._tokens_to_probe > 0 else self._ask()
-
-    def _ask(self) -> tuple[int, bool]:
-        """Ask the shallow head, if the account bears it. Once it was asked, a draft of one token costs no more than its
-        further row, and often pays by itself."""
-        costs = self._costs
-        full, kept = costs.full, self._kept.value
-        # More than nothing must speak for it: a session begins with a half.
-        further = max(0.5, (costs["bare"] + costs[2] - costs[1]) / full)
-        loss = max(0.0, costs.head / full + self._sure.value * min(0.0, further - kept))
-        if not self._account.bears(loss):
-            return 0, False
-        # At first every second row is asked, to see both costs; later so few that it does not show.
-        self._tokens_to_probe = max(PROBE_TOKENS, int(loss / PROBE_SHARE)) if self._asked >= FIRST_ROWS else 2
-        return (1, False) if kept > further else (0, True)
+        return (0, False) if self._tokens_to_probe > 0 else self._probe()
 
     def observe_plain(self, shallow: float, deep: float) -> None:
-        """A token without a draft, the head not asked: seconds of its step and of its deep pass."""
+        """A token without a draft or the head: seconds of its step and of its deep pass."""
         self._plain += 1
         if self._plain < PLAIN_TOKENS and self._asked >= FIRST_ROWS and self._length == 0:
             return
         self._costs.observe(0, 1, shallow, deep)
-        self._account.grant(self._plain)
+        self._refill(self._plain)
         self._plain = 0
 
     def observe_costs(self, asked: int, rows: int, shallow: float, deep: float, tokens: int) -> None:
         """Seconds of `rows` shallow steps, `asked` of them with the head, and of the deep pass over them, which made so
-        many `tokens` final. What drafts gain or lose is kept account of, by what such steps take as a rule."""
+        many `tokens` final. What was saved or lost is what such steps usually take."""
         self._costs.observe(asked, rows, shallow, deep)
         self._asked += asked
-        self._account.book(tokens, self._costs.expected(asked, rows) / self._costs.full)
+        saved = tokens - self._costs.expected(asked, rows) / self._costs.full
+        self._budget = min(MOST_SAVED, self._budget + saved)
+        self._refill(tokens)
 
-    def observe_drafts(self, verdicts: Iterable[DraftOutcome]) -> None:
-        for verdict in verdicts:
-            self._sure.observe(verdict.sure)
-            if verdict.sure:
-                self._kept.observe(verdict.kept)
+    def observe_drafts(self, outcomes: Iterable[DraftOutcome]) -> None:
+        for outcome in outcomes:
+            self.sure.observe(outcome.sure)
+            if outcome.sure:
+                self.kept.observe(outcome.kept)
             self._rows_to_review -= 1
 
     def speedups(self, most: int) -> Iterator[float]:
         """Predicted speed with drafts of up to 0, 1, ... `most` tokens, as multiples of mode full."""
-        sure, kept, costs = self._sure.value, self._kept.value, self._costs
-        asked, bare, full = costs["asked"], costs["bare"], costs.full
+        sure, kept, costs = self.sure.value, self.kept.value, self._costs
+        asked, bare, full = costs.step(True), costs.step(False), costs.full
         tokens, reached, drafted, stopped, both = 1.0, 1.0, 0.0, 0.0, 1.0
         for length in range(most + 1):
             # `reached`: the chance that the draft gets so long; `stopped`: deep passes of drafts that ended before.
-            deep = costs[length + 1]
+            deep = costs.deep_pass(length + 1)
             yield tokens * full / (asked * drafted + bare * reached + stopped + deep * reached)
             drafted += reached
             stopped += deep * reached * (1 - sure)
@@ -161,24 +115,52 @@ class DraftLength:
     def _review(self, most: int) -> None:
         speed, length = max((speed, length) for length, speed in enumerate(self.speedups(most)))
         self._length = length if speed > (MARGIN if self._length == 0 else LEAST) else 0
-        self._rows_to_review = max(1, min(REVIEW_ROWS, self._sure.count // 4))
+        self._rows_to_review = max(1, min(REVIEW_ROWS, self.sure.count // 4))
+
+    def _probe(self) -> tuple[int, bool]:
+        """Run the shallow head, if the budget bears it. Once it ran, a draft of one token costs no more than its
+        further row, and often pays by itself."""
+        costs, kept = self._costs, self.kept.value
+        full = costs.full
+        # More than nothing must speak for it: a session begins with a half.
+        further = max(0.5, (costs.step(False) + costs.deep_pass(2) - costs.deep_pass(1)) / full)
+        loss = max(0.0, costs.head / full + self.sure.value * min(0.0, further - kept))
+        if self._budget < min(loss, GRANT):
+            return 0, False
+        # At first every second row is probed, to see both costs; later so few that it does not show.
+        self._tokens_to_probe = max(PROBE_TOKENS, int(loss / PROBE_SHARE)) if self._asked >= FIRST_ROWS else 2
+        return (1, False) if kept > further else (0, True)
 
     def _affordable(self, length: int) -> int:
-        """The longest draft up to `length` that the account bears if nothing of it is kept; one token at least."""
-        costs, limit = self._costs, self._account.balance + OVERDRAFT + 1
-        full = costs.full
-        while length > 1 and costs.expected(length, length + 1) > limit * full:
-            length -= 1
-        return length
+        """The longest draft up to `length` that the budget bears if nothing of it is kept; one token at least."""
+        limit = (self._budget + OVERDRAFT + 1) * self._costs.full
+        return next((n for n in range(length, 1, -1) if self._costs.expected(n, n + 1) <= limit), 1)
+
+    def _refill(self, tokens: float) -> None:
+        if self._budget < GRANT:
+            self._budget = min(GRANT, self._budget + GRANT_SHARE * tokens)
 
 
-class _Share:
-    """A share of late: what lies 32 observations back counts a third. It begins as one half, twice seen, or as
-    `expected`, four times."""
+class Average:
+    """A share that holds, of late: begins as one half, seen twice."""
 
-    def __init__(self, expected: float | None = None) -> None:
-        self.value, self.count = (0.5, 2) if expected is None else (expected, 4)
+    def __init__(self) -> None:
+        self.value, self.count = 0.5, 2
 
     def observe(self, holds: bool) -> None:
         self.count += 1
-        self.value += (holds - self.value) / min(self.count, 32)
+        self.value += (holds - self.value) / min(self.count, RECENT)
+
+
+class DraftLengths:
+    """One for requests that draft at one threshold, sampling or not; what calls cost is the same for all."""
+
+    def __init__(self, costs: CallCosts) -> None:
+        self.costs = costs
+        self._lengths: dict[tuple[float, bool], DraftLength] = {}
+
+    def of(self, threshold: float, samples: bool) -> DraftLength:
+        key = threshold, samples
+        if key not in self._lengths and len(self._lengths) >= MOST_THRESHOLDS:
+            self._lengths.pop(next(iter(self._lengths)), None)
+        return self._lengths.setdefault(key, DraftLength(self.costs))

@@ -8,16 +8,17 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.costs import Costs, migrated
 from runtime.bundle.manifest import ConfidenceMeasure
-from runtime.bundle.schema import Reader
+from runtime.bundle.schema import Reader, migrate
 from runtime.errors import CalibrationError
 from runtime.json_file import UnreadableError, parse_json, read_text
 
 CALIBRATION = "calibration.json"
-CALIBRATION_VERSION = 1
+CALIBRATION_VERSION, CALIBRATION_MINOR = 2, 0
 REMEDY = "run freeexport calibrate again"
 
 # Limits of what is read: bytes of the file, and entries of its table.
@@ -72,9 +73,10 @@ class Calibration:
     rollback_threshold: float | None = None
     mixture: BetaMixture | None = None
     table: tuple[TableRow, ...] = ()
-    costs: dict[str, float] = field(default_factory=dict)
+    costs: Costs | None = None
     created_with: dict[str, str] = field(default_factory=dict)
     max_pending: int | None = None
+    schema_minor: int = CALIBRATION_MINOR
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True, allow_nan=False) + "\n"
@@ -86,20 +88,18 @@ class Calibration:
             raw = parse_json(text, nan=True)
         except UnreadableError as reason:
             raise CalibrationError(f"{where} cannot be read ({reason}); {REMEDY}") from None
-        if isinstance(raw, dict):
-            version = raw.get("schema_version")
-            if isinstance(version, int) and version > CALIBRATION_VERSION:
-                raise CalibrationError(
-                    f"{where} has schema version {version}, this freeexport reads up to {CALIBRATION_VERSION}; "
-                    "upgrade it"
-                )
-        calibration: Calibration = Reader(REMEDY, True, MOST_ENTRIES).read(cls, raw, str(where))
+        newer = isinstance(raw, dict) and migrate(
+            raw, str(where), (CALIBRATION_VERSION, CALIBRATION_MINOR), {1: _with_typed_costs}
+        )
+        calibration: Calibration = Reader(REMEDY, True, MOST_ENTRIES, skips=newer).read(cls, raw, str(where))
         calibration._check(str(where))
         return calibration
 
     def _check(self, where: str) -> None:
         rules = [
             (self.schema_version == CALIBRATION_VERSION, "schema_version", self.schema_version),
+            (self.schema_minor == CALIBRATION_MINOR, "schema_minor", self.schema_minor),
+            (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.vocab_size > 0, "vocab_size", self.vocab_size),
             (self.exit_layer >= 1, "exit_layer", self.exit_layer),
             (_share(self.threshold), "threshold", self.threshold),
@@ -120,6 +120,11 @@ class Calibration:
         for holds, name, value in rules:
             if not holds:
                 raise CalibrationError(f"{where}: {name} = {repr(value)[:80]} is out of range; {REMEDY}")
+
+
+def _with_typed_costs(content: dict[str, Any]) -> None:
+    """From version 1, which had milliseconds by name."""
+    content["costs"] = migrated(content.get("costs"))
 
 
 def read_calibration(path: Path) -> Calibration:

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from runtime.bundle.costs import Costs, migrated
 from runtime.bundle.precision import ExitVocabulary, FloatType, Quantization
-from runtime.bundle.schema import Reader
+from runtime.bundle.schema import Reader, migrate
 from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, parse_json
 
-SCHEMA_VERSION = 1
+# A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 0
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 
@@ -37,10 +39,6 @@ LARGEST = {
 }
 LARGEST_SIZE = 1 << 50
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-# A cost of the manifest: how much faster a deep pass and shallow steps are at the same time than in turn. Part of what
-# is run ahead is thrown away, so it must be clearly faster.
-OVERLAP_GAIN, LEAST_GAIN = "overlap_gain", 1.3
 
 ConfidenceMeasure = Literal["softmax", "max-prob", "entropy"]
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8", "int4", "mixed"]
@@ -77,7 +75,9 @@ class Manifest:
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
     count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
-    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone.
+    `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
+    `convert` measured them, None where it did not. `schema_minor`: once read, that of this code, as `schema_version`
+    is: older bundles are migrated in memory.
     """
 
     schema_version: int
@@ -107,7 +107,7 @@ class Manifest:
     files: dict[str, File]
     versions: dict[str, str] = field(default_factory=dict)
     copies: tuple[DeclaredCopy, ...] = ()
-    break_even: dict[str, float] = field(default_factory=dict)
+    costs: Costs | None = None
     quantization: Quantization | None = None
     exit_vocabulary: ExitVocabulary | None = None
     rollback_threshold: float | None = None
@@ -117,6 +117,7 @@ class Manifest:
     packed: bool = False
     exit_trained: bool | None = None
     kernels: int | None = None
+    schema_minor: int = SCHEMA_MINOR
 
     @property
     def encoder_decoder(self) -> bool:
@@ -149,7 +150,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The manifest as text, with a hash of itself."""
-        content = dataclasses.asdict(self)
+        content = json.loads(json.dumps(dataclasses.asdict(self)))  # keys as they are read back
         return json.dumps({**content, HASH: _hash(content)}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
@@ -161,15 +162,13 @@ class Manifest:
             raise BundleError(f"{where} cannot be read ({reason}); convert the checkpoint again") from None
         if not isinstance(raw, dict):
             raise BundleError(f"{where} holds {type(raw).__name__}, not an object; convert the checkpoint again")
-        version = raw.get("schema_version")
-        if isinstance(version, int) and version > SCHEMA_VERSION:
-            raise BundleError(
-                f"{where} has schema version {version}, this freeexport reads up to {SCHEMA_VERSION}; upgrade it"
-            )
         digest = raw.pop(HASH, None)
-        if digest != _hash(raw):
+        written = _hash(raw)
+        newer = migrate(raw, str(where), (SCHEMA_VERSION, SCHEMA_MINOR), {1: _with_typed_costs})
+        if digest != written:
             raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
-        manifest: Manifest = Reader("convert the checkpoint again", True, MOST_ENTRIES).read(cls, raw, str(where))
+        remedy = "upgrade freeexport, or convert the checkpoint again" if newer else "convert the checkpoint again"
+        manifest: Manifest = Reader(remedy, True, MOST_ENTRIES, skips=newer).read(cls, raw, str(where))
         manifest._check(str(where))
         return manifest
 
@@ -178,6 +177,8 @@ class Manifest:
         rules: list[tuple[bool, str, Any]] = [
             *(((value := getattr(self, name)) <= most, name, value) for name, most in LARGEST.items()),
             (self.schema_version == SCHEMA_VERSION, "schema_version", self.schema_version),
+            (self.schema_minor == SCHEMA_MINOR, "schema_minor", self.schema_minor),
+            (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.layers >= 2, "layers", self.layers),
             (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
             (min(self.hidden_size, self.vocab_size, self.heads, self.kv_heads, self.head_dim) > 0, "sizes", 0),
@@ -207,6 +208,11 @@ class Manifest:
                     f"{where}: {name!r} has size {file.size} and sha256 {file.sha256[:80]!r}, which cannot be; "
                     "convert the checkpoint again"
                 )
+
+
+def _with_typed_costs(content: dict[str, Any]) -> None:
+    """From version 1, whose `break_even` had milliseconds by name."""
+    content["costs"] = migrated(content.pop("break_even", None))
 
 
 def _hash(content: dict[str, Any]) -> str:

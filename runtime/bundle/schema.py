@@ -6,6 +6,7 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,11 +16,12 @@ from runtime.errors import BundleError, FreeExportError
 @dataclass(frozen=True)
 class Reader:
     """`remedy` ends each message: what to do about a file that does not fit. `finite`: refuse NaN and infinity.
-    `most`: entries of an array or an object, None for any number."""
+    `most`: entries of an array or an object, None for any number. `skips`: pass over fields that are not known."""
 
     remedy: str
     finite: bool = False
     most: int | None = None
+    skips: bool = False
 
     def read(self, annotation: Any, value: Any, where: str) -> Any:
         """`value` (parsed JSON) as the annotated type; BundleError names the place where it does not fit."""
@@ -31,7 +33,9 @@ class Reader:
         if origin is tuple and isinstance(value, list):
             return tuple(self.read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
         if origin is dict and isinstance(value, dict):
-            return {key: self.read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+            keys = [self._number(key, where) for key in value] if arguments[0] is int else list(value)
+            items = (self.read(arguments[1], item, f"{where}.{key}") for key, item in value.items())
+            return dict(zip(keys, items, strict=True))
         if origin is Literal and value in arguments:
             return value
         if origin in (types.UnionType, typing.Union):
@@ -43,6 +47,12 @@ class Reader:
         choices = "one of " + ", ".join(map(repr, arguments)) if origin is Literal else None
         wanted = choices or getattr(annotation, "__name__", origin)
         raise BundleError(f"{where} is {str(value)[:80]!r}, expected {wanted}; {self.remedy}")
+
+    def _number(self, key: str, where: str) -> int:
+        """A key: JSON has no numbers there."""
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise BundleError(f"{where} has the key {key[:80]!r}, expected a number; {self.remedy}")
+        return int(key)
 
     def _float(self, number: float, where: str) -> float:
         try:
@@ -63,13 +73,40 @@ class Reader:
         }
         unknown = value.keys() - fields.keys()
         for problem, names in (("lacks", required - value.keys()), ("has unknown fields", unknown)):
-            if names:
+            if names and not (names is unknown and self.skips):
                 raise BundleError(f"{where} {problem} {_listed(names)}; {self.remedy}")
-        read = {name: self.read(hints[name], item, f"{where}: {name}") for name, item in value.items()}
+        read = {
+            name: self.read(hints[name], item, f"{where}: {name}") for name, item in value.items() if name in fields
+        }
         try:
             return annotation(**read)
         except FreeExportError as error:
             raise BundleError(f"{where}: {error}; {self.remedy}") from None
+
+
+def migrate(
+    content: dict[str, Any],
+    where: str,
+    version: tuple[int, int],
+    migrations: Mapping[int, Callable[[dict[str, Any]], None]],
+) -> bool:
+    """Bring parsed JSON to `version` (major, minor), in place, by what `migrations` do to each older major version.
+
+    True where it is of a newer minor version, which may have fields that are unknown here. What is no version is left,
+    to be refused. Raises BundleError for a newer major version.
+    """
+    major, minor = content.get("schema_version"), content.get("schema_minor", 0)
+    if type(major) is not int or type(minor) is not int or minor < 0:
+        return False
+    if major > version[0]:
+        raise BundleError(
+            f"{where} has schema version {major}, this freeexport reads up to {version[0]}; upgrade freeexport"
+        )
+    while major in migrations:
+        migrations[major](content)
+        major, minor = major + 1, 0
+    content["schema_version"], content["schema_minor"] = major, version[1]
+    return minor > version[1]
 
 
 def _listed(names: set[str]) -> str:

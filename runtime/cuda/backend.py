@@ -50,10 +50,11 @@ class CudaBackend(Backend):
             self._free()
             raise
 
-    def lanes(self, engine: Load, overlap: bool) -> tuple[Runner, Runner]:
-        """A shallow step goes before a deep pass where both are ready: a token waits for it."""
+    def lanes(self, engine: Load) -> tuple[Runner, Runner]:
+        """The deep one runs beside the other unless `overlap` is False. A shallow step goes before a deep pass where
+        both are ready: a token waits for it."""
         shallow = self._lane(engine("shallow"), self.manifest.shallow_layers, beside=False)
-        return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=overlap)
+        return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=self.options.overlap is not False)
 
     def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
         manifest = self.manifest

@@ -33,7 +33,7 @@ class CudaEncoder(Encoder):
         place.tokens[0, : len(tokens)], place.tokens[0, len(tokens) :] = tokens, 0
         place.cross["cross_lengths"][0] = len(tokens)
         for call in place.calls:
-            self._lane.run_here(call)
+            self._lane.run(call)
         return place.cross
 
 

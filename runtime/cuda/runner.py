@@ -5,7 +5,7 @@ Not yet run on a GPU; checked against tests/fakes/fake_cuda.py.
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -26,8 +26,9 @@ class CudaRunner(Runner):
     """
 
     def __init__(self, engine: Any, cache: KVCache, stream: cuda.Stream, beside: bool) -> None:
-        super().__init__(engine, cache, beside=True)
-        self.stream, self._beside = stream, beside
+        super().__init__(engine, cache)
+        self.stream, self.beside = stream, beside
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane")
         device = stream.cuda
         # Enough for what is ever under way, so that none is made while another lane captures.
         self._events = [(device.event(timed=True), device.event(timed=True)) for _ in range(4)]
@@ -35,18 +36,10 @@ class CudaRunner(Runner):
         self._origin: cuda.Event | None = None
         self._seen: list[tuple[float, float]] = []
 
-    @property
-    def beside(self) -> bool:
-        return self._beside
-
     def submit(self, call: Any) -> Event:
-        assert self._thread is not None
         return _Enqueued(self, call, self._thread.submit(self._enqueue, call))
 
     def run(self, call: Any) -> float:
-        return self.submit(call).wait()
-
-    def run_here(self, call: Any) -> float:
         return self.submit(call).wait()
 
     def value(self, array: Any) -> Any:
@@ -70,7 +63,6 @@ class CudaRunner(Runner):
 
     def close(self) -> None:
         """No call may be submitted any more. Those that were are put into the stream first."""
-        assert self._thread is not None
         self._thread.shutdown()
         self._scratch.clear()
 

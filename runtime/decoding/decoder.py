@@ -237,7 +237,7 @@ class Decoder:
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         calls, rows = self._calls, piece.shape[1]
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
-        self._shallow.run_here(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head)))
+        self._shallow.run(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head)))
         self._shallow.cache.extend(self.slot, rows)
-        self._deep.run_here(calls.bind(calls.deep_piece(hidden, int(deep_head))))
+        self._deep.run(calls.bind(calls.deep_piece(hidden, int(deep_head))))
         self._deep.cache.extend(self.slot, rows)

@@ -47,10 +47,10 @@ class Backend:
         if self._huge_pages is not None:
             self._huge_pages.begin()
 
-    def lanes(self, engine: Load, overlap: bool) -> tuple[Runner, Runner]:
-        """The shallow and the deep one, which runs beside the other where they `overlap`."""
+    def lanes(self, engine: Load) -> tuple[Runner, Runner]:
+        """The shallow and the deep one."""
         shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_layers))
-        return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers), beside=overlap)
+        return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
     def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
         """Of an encoder-decoder; what it gives is read in `lane` first."""

@@ -1,11 +1,7 @@
-"""A lane: an engine, its KV cache, and where its calls run: at once, or in a thread beside the caller's.
-
-On a GPU a lane is a stream: runtime/cuda/runner.py.
-"""
+"""An engine with its KV cache, and how its calls are run: at once. On a GPU in a stream: runtime/cuda/runner.py."""
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
 from time import perf_counter
 from typing import Any
 
@@ -31,26 +27,22 @@ class Event:
 
 
 class Runner:
-    """`beside`: calls run in a thread of the lane's own, one after the other, and `submit` does not wait for them."""
+    """`beside`: the caller goes on while a submitted call runs. Not on a CPU, where both engines would share the cores
+    and the memory bandwidth: it measured slower (docs/decoding.md)."""
 
-    def __init__(self, engine: OnnxEngine, cache: KVCache, beside: bool = False) -> None:
+    def __init__(self, engine: OnnxEngine, cache: KVCache) -> None:
         self.engine, self.cache = engine, cache
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane") if beside else None
-
-    @property
-    def beside(self) -> bool:
-        return self._thread is not None
+        self.beside = False
 
     def submit(self, call: Call) -> Event:
-        return Event(_timed(call)) if self._thread is None else _Submitted(self._thread.submit(_timed, call))
+        """Run a call, or let it run beside."""
+        return Event(self.run(call))
 
     def run(self, call: Call) -> float:
-        """Submit a call and wait for it: the seconds it took."""
-        return _timed(call) if self._thread is None else self._thread.submit(_timed, call).result()
-
-    def run_here(self, call: Call) -> float:
-        """Run a call in this thread, before those that were submitted and have not begun: the seconds it took."""
-        return _timed(call)
+        """Run a call to its end: the seconds it took."""
+        began = perf_counter()
+        call.run()
+        return perf_counter() - began
 
     def value(self, array: Any) -> Any:
         """An array in the form that the engine binds at once: for those that are bound again and again."""
@@ -63,20 +55,3 @@ class Runner:
     def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """The same, of finite numbers, until the next call for this name."""
         return np.zeros(shape, dtype)
-
-
-class _Submitted(Event):
-    def __init__(self, future: Future[float]) -> None:
-        self._future = future
-
-    def done(self) -> bool:
-        return self._future.done()
-
-    def wait(self) -> float:
-        return self._future.result()
-
-
-def _timed(call: Call) -> float:
-    began = perf_counter()
-    call.run()
-    return perf_counter() - began

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import platform
 from pathlib import Path
 
+from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.precision import Int8Range
 from runtime.errors import EngineError
@@ -32,6 +34,33 @@ def machine_int8_range() -> Int8Range:
     in 16 bits and saturate. "full" elsewhere, and where the system does not say."""
     flags = cpu_features()
     return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
+
+
+def host(threads: int) -> Host:
+    """This machine as costs name it, where an engine call takes so many threads."""
+    onnxruntime = ""
+    with contextlib.suppress(ImportError, AttributeError):  # who loads an engine says what is wrong
+        import onnxruntime as ort
+
+        onnxruntime = str(ort.__version__)
+    return Host(_processor(), usable_cores(), threads, onnxruntime)
+
+
+def costs_here(manifest: Manifest, threads: int) -> Costs | None:
+    """The bundle's costs where they were measured on this machine, idle, with as many threads of an engine call; else
+    None: what another machine takes says little of this one."""
+    costs = manifest.costs
+    if costs is None or costs.host is None or not costs.trusted:
+        return None
+    return costs if costs.host == host(threads) else None
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path(_CPUINFO).read_text(errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def cpu_features() -> frozenset[str]:

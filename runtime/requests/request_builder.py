@@ -10,8 +10,10 @@ from functools import partial
 from typing import Any
 
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
-from runtime.adaptation.draft_lengths import DraftLengths
+from runtime.adaptation.call_costs import CallCosts
+from runtime.adaptation.draft_length import DraftLengths
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.engines.encoder import Encoder
 from runtime.engines.memory import check_beams
 from runtime.errors import OptionError
@@ -31,7 +33,7 @@ from runtime.text.tokenizer import Tokenizer
 
 class RequestBuilder:
     """For a `scheduler` with `capacity` positions a slot. Setting `ending` ends all of them after
-    their next token. `paces`: what lossless drafts have taught."""
+    their next token. `paces`: what lossless drafts have taught, beginning with `costs` of this machine."""
 
     def __init__(
         self,
@@ -42,12 +44,13 @@ class RequestBuilder:
         encoder: Encoder | None,
         scheduler: Scheduler,
         adaptive: AdaptiveThreshold | None,
+        costs: Costs | None,
     ) -> None:
         self._bundle, self._options, self._capacity = bundle, options, capacity
         self._tokenizer, self._encoder, self._scheduler = tokenizer, encoder, scheduler
         self.ending = False
         self.adaptive = adaptive
-        self.paces = DraftLengths(bundle)
+        self.paces = DraftLengths(CallCosts(costs or NEUTRAL))
 
     def row(
         self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
@@ -110,11 +113,12 @@ class RequestBuilder:
             self.adaptive.complete(request.observation)
 
 
-def adapting(bundle: Bundle, options: SessionOptions) -> AdaptiveThreshold | None:
+def adapting(bundle: Bundle, options: SessionOptions, costs: Costs | None) -> AdaptiveThreshold | None:
     """None where the threshold is a number. Raises OptionError for a state that does not fit."""
     if options.threshold != "adaptive":
         return None
-    return AdaptiveThreshold(bundle.manifest, bundle.calibration, options.adaptive_memory, options.adaptive_state)
+    memory, state = options.adaptive_memory, options.adaptive_state
+    return AdaptiveThreshold(bundle.manifest, bundle.calibration, memory, state, costs)
 
 
 def known(options: type, given: dict[str, Any]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class BatchedCall:
         outputs = self._outputs(works, count, width, len(heads), with_logits)
         call = self._call(works, first, count, with_logits)
         call.rebind(inputs, outputs)
-        seconds, head = self._lane.run_here(call), 0
+        seconds, head = self._lane.run(call), 0
         for work, place in zip(works, places, strict=True):
             for name, target in work.outputs.items():
                 source = outputs[name]

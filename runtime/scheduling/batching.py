@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
 from typing import NamedTuple
 
+from runtime.bundle.costs import Costs
 from runtime.decoding.slot_call import SlotCall
 from runtime.engines.runner import Runner
 from runtime.scheduling.batched_call import ROW_COST, BatchedCall, grouped
 from runtime.scheduling.task import Task
 
+# Of so many deep passes those over the fewest and over the most rows tell what a further row costs, where they are so
+# many times apart.
+LEARNED, OUTER, APART = 64, 8, 1.5
+
 
 class BatchRules(NamedTuple):
     """A deep pass runs once the share `ready` of the rows waits for one, or one has waited `patience` turns for others
     to join it. `row_cost`: what a further row of a call costs, as a share of the first. `packed`: of deep passes,
-    padding and idle rows cost nothing."""
+    padding and idle rows cost nothing. Where they are not `known` to be right for this machine, they are replaced once
+    enough calls were timed."""
 
     ready: float = 0.5
     patience: int = 4
     row_cost: float = ROW_COST
     packed: bool = False
+    known: bool = True
 
 
-def rules_of(costs: Mapping[str, float]) -> BatchRules:
-    """The best for the costs that a manifest records, by simulation (docs/serving.md): the cheaper a
+def rules_of(costs: Costs | None) -> BatchRules:
+    """The best for costs on this machine, None where they are not known, by simulation (docs/serving.md): the cheaper a
     further row, the more pays waiting for it."""
-    if not {"deep_1_ms", "deep_8_ms"} <= costs.keys():
-        return BatchRules()
-    row = max(0.0, (costs["deep_8_ms"] / costs["deep_1_ms"] - 1) / 7)
+    if costs is None:
+        return BatchRules(known=False)
+    return _rules(max(0.0, (costs.deep_pass(8) / costs.deep_pass(1) - 1) / 7))
+
+
+def _rules(row: float) -> BatchRules:
     if row < 0.08:
         return BatchRules(1.0, 8, row)
     return BatchRules(0.5, 4, row) if row < 0.2 else BatchRules(0.25, 2, row)
@@ -37,7 +48,8 @@ class BatchPolicy:
     """`batches` for each lane that runs calls of several sequences; `shallow` is the lane that goes first."""
 
     def __init__(self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules) -> None:
-        self._batches, self._shallow, self._rules = batches, shallow, rules
+        self._batches, self._shallow, self.rules = batches, shallow, rules
+        self._timed: list[tuple[int, float]] = []
 
     def choose(self, rows: Sequence[Task], turn: int) -> list[Task]:
         """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once enough wait
@@ -48,8 +60,8 @@ class BatchPolicy:
             if isinstance(row.waits, SlotCall):
                 (shallow if row.waits.lane is self._shallow else deep).append(row)
         waited = max((turn - row.since for row in deep), default=0)
-        enough = len(deep) >= self._rules.ready * (len(deep) + len(shallow))
-        return deep if deep and (enough or waited >= self._rules.patience) else shallow
+        enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow))
+        return deep if deep and (enough or waited >= self.rules.patience) else shallow
 
     def run(self, works: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
         """Run works of one lane, as few calls where `together`: each with its error. What a call wrote is to be counted
@@ -63,9 +75,9 @@ class BatchPolicy:
         lane = works[0].lane
         if lane not in self._batches:
             return [[work] for work in works]
-        if self._rules.packed and lane is not self._shallow:
+        if self.rules.packed and lane is not self._shallow:
             return [works]
-        return grouped(works, self._rules.row_cost)
+        return grouped(works, self.rules.row_cost)
 
     def _call(self, works: Sequence[SlotCall]) -> dict[int, Exception]:
         try:
@@ -78,4 +90,19 @@ class BatchPolicy:
                 return {id(works[0]): error}
             # Whose fault it was shows when each runs alone: nothing has been counted as written.
             return {key: failure for work in works for key, failure in self._call([work]).items()}
+        if not self.rules.known and works[0].lane is not self._shallow:
+            self._learn(works)
         return {}
+
+    def _learn(self, works: Sequence[SlotCall]) -> None:
+        """From the rows and the seconds of a deep pass: a row costs about the same, whichever sequence it is of."""
+        self._timed.append((sum(work.rows for work in works), works[0].seconds))
+        if len(self._timed) < LEARNED:
+            return
+        timed, self._timed = sorted(self._timed), []
+        few, short = map(median, zip(*timed[:OUTER], strict=True))
+        many, long = map(median, zip(*timed[-OUTER:], strict=True))
+        if many >= APART * few:
+            further = max(0.0, long - short) / (many - few)
+            first = short - (few - 1) * further
+            self.rules = _rules(min(1.0, further / first) if first > 0 else 1.0)._replace(packed=self.rules.packed)

@@ -16,6 +16,13 @@ from runtime.options import MODES, GenerationOptions, SessionOptions
 from runtime.requests.request import _sampler
 
 
+def test_overlap_is_for_gpus_and_says_why() -> None:
+    with pytest.raises(OptionError, match=r"overlap is True on the CPU, .* slower .*; leave it out"):
+        SessionOptions(overlap=True)
+    assert SessionOptions(overlap=False).overlap is False
+    assert SessionOptions(overlap=True, device="cuda:0").overlap is True
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

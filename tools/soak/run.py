@@ -142,7 +142,6 @@ def left_over(session: Session) -> list[str]:
 @click.option("--queue", type=click.IntRange(0), default=48, show_default=True, help="Too few, so some are refused.")
 @click.option("--asks", type=click.IntRange(1), default=150, show_default=True, help="Different requests.")
 @click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each engine.")
-@click.option("--overlap", is_flag=True, help="Deep passes beside shallow steps.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(bundle: Path, **given: Any) -> None:
     found = soak(bundle, **given)

@@ -109,8 +109,8 @@ def main(
         )
     passes = range(1, max((1, *length)) + 2)
     click.echo(
-        f"learned: a step {1e3 * costs['bare']:.2f} ms, with the head {1e3 * costs['asked']:.2f}; deep passes over "
-        + ", ".join(f"{rows}: {1e3 * costs[rows]:.2f}" for rows in passes)
+        f"learned: a step {1e3 * costs.step(False):.2f} ms, with head {1e3 * costs.step(True):.2f}; deep passes over "
+        + ", ".join(f"{rows}: {1e3 * costs.deep_pass(rows):.2f}" for rows in passes)
     )
     if save is not None:
         write_whole(save, json.dumps({"bundle": bundle.name, "settings": used, "idle": idle, "kinds": found}) + "\n")

@@ -23,9 +23,9 @@ from freeexport.calibration.plots import (
 )
 from freeexport.calibration.report import page, write
 from freeexport.calibration.source import Facts
-from freeexport.costs.model import Costs
 from freeexport.system.machine import Machine
 from freeexport.traces.trace import Traces
+from runtime.bundle.costs import Costs
 
 pytest.importorskip("matplotlib")
 

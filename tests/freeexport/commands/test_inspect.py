@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from command_errors import error
 from handmade_bundle import VERIFICATION, write_bundle
 
 from freeexport import cli
+from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest
+
+COSTS = Costs(0.012, 0.01, {1: 0.02, 8: 0.03, 16: 0.045}, Outside(1e-4, 1e-4, 1e-4), host=Host("a CPU", 4, 2, "1.32"))
 
 
 def inspect(*arguments: str | Path) -> Result:
@@ -51,17 +55,18 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
         write_bundle(
             tmp_path / "bundle",
             threshold=0.8125,
-            break_even={"exit_rate": 0.317, "speedup_at_80": 1.5, "deep_1_ms": 20.0},
+            costs=COSTS,
         )
     )
     assert row(result, "threshold") == "0.8125"
-    assert row(result, "break-even exit rate") == "31.7%"
-    assert row(result, "speedup at 80 % exits") == "1.50x (predicted)"
+    assert row(result, "break-even exit rate") == "11.3%"
+    assert row(result, "speedup at 80 % exits") == "1.73x (predicted)"
+    assert row(result, "measured on") == "a CPU, 2 threads, onnxruntime 1.32"
     assert row(result, "deep 1") == "20.00 ms"
 
 
 def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "bundle", exit_trained=False, break_even={"exit_rate": 0.3, "speedup_at_80": 1.5})
+    bundle = write_bundle(tmp_path / "bundle", exit_trained=False, costs=COSTS)
     agreement = {"value": 0.0397, "count": 252, "low": 0.02, "high": 0.08}
     seen = {**VERIFICATION, "exit": {"agreement": agreement}}
     (bundle / "verification.json").write_text(json.dumps(seen))
@@ -71,19 +76,19 @@ def test_an_untrained_exit_is_called_so_and_promises_nothing(tmp_path: Path) -> 
     assert "at 4.0% (95% interval 2.0% to 8.0%) of the model's own tokens" in " ".join(result.stdout.split())
     assert row(result, "trained") == "no, the checkpoint has no exit.json"
     assert row(result, "next step").startswith("train it (freeexport train), or use mode lossless")
-    assert "1.50x" not in result.stdout
+    assert "1.73x" not in result.stdout
     answer = json.loads(inspect(bundle, "--json").stdout)
     assert answer["verdict"]["level"] == "bad"
     assert answer["verdict"]["text"].startswith("does not pay")
 
 
 def test_costs_of_a_busy_machine_are_not_shown_as_advice(tmp_path: Path) -> None:
-    costs = {"exit_rate": 0.3, "speedup_at_80": 1.5, "deep_1_ms": 20.0, "busy_cores": 1.3}
-    result = inspect(write_bundle(tmp_path / "bundle", exit_trained=True, break_even=costs))
+    busy = replace(COSTS, busy=1.3)
+    result = inspect(write_bundle(tmp_path / "bundle", exit_trained=True, costs=busy))
     assert row(result, "break-even") == "not measured: machine busy; freeexport calibrate measures again"
     assert "not measured: machine busy" in row(result, "verdict")
-    assert "1.50x" not in result.stdout
-    assert "30.0%" not in result.stdout
+    assert "1.73x" not in result.stdout
+    assert "11.3%" not in result.stdout
 
 
 def test_damaged_agreement_in_the_report_is_not_repeated(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from conftest import Bundles
 
 from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import Sample, fit, measured_costs, measured_in_child
-from freeexport.costs.model import Costs, Outside, Overlap
 from freeexport.traces.simulate import SimulatedRun
+from runtime.bundle.costs import Costs, Outside, recordable
+from runtime.machine.machine import host
 from runtime.result import Stats
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -110,34 +111,30 @@ def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
     assert costs.measured
 
 
-def test_costs_from_a_process_of_its_own_with_what_lanes_cost_each_other(bundle: Bundles) -> None:
-    costs = measured_in_child(bundle(LLAMA, max_pending=4), threads=1, tokens=6, context=4, overlap=True)
-    assert isinstance(costs.overlap, Overlap)
+def test_costs_from_a_process_of_its_own_say_where_they_hold(bundle: Bundles) -> None:
+    costs = measured_in_child(bundle(LLAMA, max_pending=4), threads=1, tokens=6, context=4)
     assert costs.deep_pass(4) > 0
-    assert {"shallow_ms", "deep_1_ms", "outside_sync_ms", "overlap_gain"} <= costs.as_manifest(4).keys()
+    assert costs.host == host(threads=1)
+    assert costs.sound
 
 
-def test_costs_survive_json() -> None:
-    import json
+def test_speedups_are_those_of_the_passes_that_ran() -> None:
+    """At a rate of exits, of the passes that come of it on average."""
+    sizes = sizes_of(200_000, 0.7, seed=3)
+    assert TRUE.speedup(0.7, 16) == pytest.approx(TRUE.speedup_of(sizes, 200_000), rel=0.01)
+    assert TRUE.speedup(0.0, 1) == TRUE.speedup_of({1: 1}, 1)
+    even = TRUE.break_even(16)
+    assert even is not None
+    assert TRUE.speedup(even, 16) >= 1 > TRUE.speedup(even - 0.001, 16)
+    assert replace(TRUE, shallow=9.0).break_even(16) is None
 
-    whole = replace(TRUE, overlap=Overlap(1.5, 1.2, 1.1))
-    for costs in (TRUE, whole):
-        assert Costs.of(json.loads(json.dumps(asdict(costs)))) == costs
 
-
-def test_recorded_costs_predict_as_those_measured_did() -> None:
-    busy = replace(TRUE, busy=1.3)
-    for costs in (TRUE, busy):
-        read = Costs.recorded(costs.as_manifest(16))
-        assert read is not None
-        assert list(read.deep) == list(costs.deep)
-        assert read.speedup(0.8, 16) == pytest.approx(costs.speedup(0.8, 16))
-        assert read.trusted == costs.trusted
+def test_costs_of_a_busy_machine_are_not_trusted() -> None:
     assert TRUE.trusted
-    assert not busy.trusted
-    assert "busy_cores" not in TRUE.as_manifest(16)
-    assert Costs.recorded({}) is None
+    assert not replace(TRUE, busy=1.3).trusted
 
 
-def test_what_is_not_measured_is_not_recorded() -> None:
-    assert replace(TRUE, measured=False).as_manifest(16) == {}
+def test_what_is_not_measured_or_cannot_be_is_not_recorded() -> None:
+    assert recordable(TRUE) is TRUE
+    for change in ({"measured": False}, {"shallow": 0.0}, {"deep": {2: 1.0}}, {"deep": {1: -1.0}}):
+        assert recordable(replace(TRUE, **change)) is None  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from checkpoints import CASES, Case
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.costs.per_layer import StepCosts, analytic, measured
 from graphs.families import describe
+from runtime.bundle.costs import Costs
 from runtime.errors import OptionError
 
 BY_NAME = {case.name: case for case in CASES}
@@ -48,13 +49,20 @@ def test_an_early_exit_that_always_exits_is_faster_than_a_late_one() -> None:
 
 
 def test_measured_costs_reproduce_the_bundle_at_its_own_layer() -> None:
-    times = {"shallow_ms": 5.0, "shallow_without_head_ms": 4.0, "deep_1_ms": 9.0, "deep_8_ms": 18.0}
-    costs = measured(SimpleNamespace(break_even=times, layers=12))  # type: ignore[arg-type]
-    assert (costs.layer, costs.head, costs.growth) == (1.0, 1.0, {1: 1.0, 8: 2.0})
-    assert costs.at(4, 12).shallow == 5
-    assert costs.at(4, 12).deep == {1: 9, 8: 18}
+    recorded = Costs(0.005, 0.004, {1: 0.009, 8: 0.018})
+    costs = measured(SimpleNamespace(costs=recorded, layers=12))  # type: ignore[arg-type]
+    assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
+    assert costs.growth == {1: 1.0, 8: 2.0}
+    assert costs.at(4, 12).shallow == pytest.approx(5)
+    assert costs.at(4, 12).deep == pytest.approx({1: 9, 8: 18})
 
 
 def test_a_bundle_without_measurements_is_refused() -> None:
     with pytest.raises(OptionError, match="--no-measure"):
-        measured(SimpleNamespace(break_even={}, layers=12))  # type: ignore[arg-type]
+        measured(SimpleNamespace(costs=None, layers=12))  # type: ignore[arg-type]
+
+
+def test_costs_of_a_busy_machine_are_refused() -> None:
+    busy = Costs(0.005, 0.004, {1: 0.009}, busy=1.5)
+    with pytest.raises(OptionError, match=r"others kept 1\.5 cores busy"):
+        measured(SimpleNamespace(costs=busy, layers=12))  # type: ignore[arg-type]

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import mixed, trace
 
-from freeexport.costs.model import Costs, Outside
 from freeexport.traces.simulate import replay
 from freeexport.traces.trace import Traces
+from runtime.bundle.costs import Costs, Outside
 
 COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0})
 

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import trace
 
-from freeexport.costs.model import Costs
 from freeexport.traces.simulate import replay
 from freeexport.traces.trace import Traces
 from freeexport.tuning.vocabulary_gains import exit_gains
+from runtime.bundle.costs import Costs
 from runtime.errors import CalibrationError
 
 COSTS = Costs(shallow=3.0, shallow_without_head=1.0, deep={1: 2.0, 16: 2.0})

@@ -17,8 +17,8 @@ from conftest import Bundles
 from freeexport.calibration import source as calibration_source
 from freeexport.cli import main
 from freeexport.commands import exit_vocab
-from freeexport.costs.model import Costs
 from runtime import Bundle, Session
+from runtime.bundle.costs import Costs
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]

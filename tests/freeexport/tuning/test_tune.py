@@ -16,13 +16,13 @@ from conftest import TEXTS, Bundles
 
 from freeexport.calibration import source as calibration_source
 from freeexport.cli import main
-from freeexport.costs.model import Costs
 from freeexport.costs.threshold_speed import Setting
 from freeexport.system import idle
 from freeexport.tuning import bundles as tune_bundles
 from freeexport.tuning import tune as tune_run
 from freeexport.tuning.options import TuneOptions
 from runtime import Bundle, Session
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.errors import OptionError
 

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import mixed, trace
 
-from freeexport.costs.model import Costs
 from freeexport.traces.trace import Traces
 from freeexport.tuning.grid import THRESHOLDS, Point, apart, first_passing, front, grid
+from runtime.bundle.costs import Costs
 
 COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0, 16: 9.0})
 POINT = Point(0, 0.5, 8, exit_rate=0.5, agreement=0.9, predicted=1.5)

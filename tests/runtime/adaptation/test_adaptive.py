@@ -17,6 +17,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 from manifest_case import MANIFEST
+from thread_runner import lanes_beside
 
 from runtime import Bundle, OptionError, Session
 from runtime.adaptation import adaptive_threshold as adaptive
@@ -25,8 +26,10 @@ from runtime.bundle.beta import Beta
 from runtime.bundle.beta_mixture import BetaMixture, threshold_at
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST as MANIFEST_NAME
 from runtime.bundle.manifest import File, Manifest
+from runtime.engines.backend import Backend
 
 SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
 BROAD = BetaMixture(Beta(3.0, 1.0), Beta(1.2, 3.0), 0.6)
@@ -120,7 +123,7 @@ def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.Mon
     assert unbiased.mixture.weight_agree == pytest.approx(0.85, abs=0.02)
     assert unbiased.threshold == pytest.approx(threshold_at(SHARP, 0.5), abs=0.015)
     # Were they ignored, sure tokens would look rare: this is what the correction is worth.
-    monkeypatch.setattr(adaptive.Observation, "leave", lambda seen, confidences: False)
+    monkeypatch.setattr(adaptive.RequestLabels, "leave", lambda seen, confidences: False)
     naive = adapting(SHARP, target=0.5)
     Requests(seed=3, mean=6).run(naive, SHARP, 20_000)
     assert naive.mixture.weight_agree < 0.78
@@ -228,13 +231,13 @@ def test_there_must_be_a_mixture_to_begin_with(calibration: Calibration | None) 
 
 
 def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
-    assert label_every({}) == 1
-    light = {"shallow_ms": 4.0, "shallow_without_head_ms": 3.95, "deep_1_ms": 10.0, "deep_4_ms": 13.0}
-    heavy = {**light, "shallow_without_head_ms": 1.5}
+    assert label_every(None) == 1
+    light = Costs(4.0, 3.95, {1: 10.0, 4: 13.0})
+    heavy = replace(light, shallow_without_head=1.5)
     assert label_every(light) == 1
     every = label_every(heavy)
     assert every > 2
-    threshold = AdaptiveThreshold(replace(MANIFEST, break_even=heavy), calibration_of(MANIFEST, SURE, 0.9), 4000)
+    threshold = AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SURE, 0.9), 4000, costs=heavy)
     learns = []
     for _ in range(3 * every):
         seen = threshold.begin()
@@ -248,7 +251,7 @@ def test_learning_takes_far_less_than_a_millisecond_a_request() -> None:
     taken: list[float] = []
     learn = threshold.complete
 
-    def timed(seen: adaptive.Observation) -> None:
+    def timed(seen: adaptive.RequestLabels) -> None:
         began = thread_time()
         learn(seen)
         taken.append(thread_time() - began)
@@ -368,8 +371,12 @@ def test_a_number_is_the_default_of_a_session(open_session: Open) -> None:
     assert not any(given.exited)
 
 
-def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(open_session: Open) -> None:
-    sessions = [open_session(), open_session(), open_session(overlap=True)]
+def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sessions = [open_session(), open_session()]
+    monkeypatch.setattr(Backend, "lanes", lanes_beside)
+    sessions.append(open_session())
     outcomes = [decoded(session, 10) for session in sessions]
     assert outcomes[0] == outcomes[1] == outcomes[2]
     first, second, overlapped = (session.adaptive_state() for session in sessions)
@@ -440,7 +447,10 @@ def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
     overlap: bool, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
-    session, plain = open_session(overlap=overlap), open_session(threshold=None)
+    plain = open_session(threshold=None)
+    if overlap:
+        monkeypatch.setattr(Backend, "lanes", lanes_beside)
+    session = open_session()
     for count in range(1, 14):
         threshold = session.threshold
         expected = plain.generate(PROMPTS[0], threshold=threshold, **OPTIONS).token_ids

@@ -11,12 +11,14 @@ import pytest
 from runtime.bundle.beta import Beta
 from runtime.bundle.beta_mixture import BetaMixture
 from runtime.bundle.calibration import (
+    CALIBRATION_MINOR,
     CALIBRATION_VERSION,
     Calibration,
     TableRow,
     check_calibration,
     read_calibration,
 )
+from runtime.bundle.costs import Costs
 from runtime.errors import BundleError, CalibrationError
 
 CALIBRATED = Calibration(
@@ -34,7 +36,7 @@ CALIBRATED = Calibration(
     rollback_threshold=3.0,
     mixture=BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.9),
     table=(TableRow(0.5, 0.8, 0.95, 0.99, 1.8, 1.7), TableRow(1.0, 0.0)),
-    costs={"shallow_ms": 1.5},
+    costs=Costs(0.002, 0.001, {1: 0.01, 8: 0.02}),
     created_with={"freeexport": "0.1.0"},
 )
 REMOVED = object()
@@ -64,7 +66,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_what_was_not_measured_may_be_left_out() -> None:
     optional = ["target", "risk", "delta", "rollback_threshold", "mixture", "table", "costs", "created_with"]
     read = Calibration.from_json(written(**dict.fromkeys(optional, REMOVED)))
-    assert (read.mixture, read.table, read.costs) == (None, (), {})
+    assert (read.mixture, read.table, read.costs) == (None, (), None)
 
 
 def test_a_number_that_is_none_is_not_written() -> None:
@@ -89,7 +91,8 @@ def test_a_number_that_is_none_is_not_written() -> None:
         ("delta", math.nan),
         ("rollback_threshold", -1.0),
         ("rollback_threshold", math.inf),
-        ("costs", {"shallow_ms": math.nan}),
+        ("costs", {"shallow": math.nan, "shallow_without_head": 1.0, "deep": {"1": 1.0}}),
+        ("schema_minor", -1),
         ("mixture", {"agree": {"a": 0.0, "b": 1.0}, "disagree": {"a": 1.0, "b": 1.0}, "weight_agree": 0.5}),
         ("mixture", {"agree": {"a": 1.0, "b": 1.0}, "disagree": {"a": 1.0, "b": 1.0}, "weight_agree": 1.0}),
         ("table", [{"threshold": 0.5, "exit_rate": 1.5}]),
@@ -147,3 +150,10 @@ def test_a_calibration_fits_the_model_it_was_measured_on_alone() -> None:
         changed[position] = other
         with pytest.raises(CalibrationError, match=reason):
             check_calibration(CALIBRATED, *changed)
+
+
+def test_version_1_is_migrated_and_a_newer_minor_version_read() -> None:
+    times = {"shallow_ms": 2.0, "shallow_without_head_ms": 1.0, "deep_1_ms": 8.0, "speedup_at_80": 1.2}
+    read = Calibration.from_json(written(schema_version=1, schema_minor=REMOVED, costs=times))
+    assert read == replace(CALIBRATED, costs=Costs(0.002, 0.001, {1: 0.008}))
+    assert Calibration.from_json(written(schema_minor=CALIBRATION_MINOR + 1, novelty=1)) == CALIBRATED

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from manifest_case import MANIFEST
 
-from runtime.bundle.manifest import HASH, SCHEMA_VERSION, Manifest, _hash
+from runtime.bundle.costs import Costs, Outside
+from runtime.bundle.manifest import HASH, SCHEMA_MINOR, SCHEMA_VERSION, Manifest, _hash
 from runtime.errors import BundleError
 
 
@@ -41,8 +42,8 @@ def test_what_is_written_is_read_back() -> None:
 
 
 def test_fields_with_defaults_may_be_left_out() -> None:
-    read = Manifest.from_json(signed(versions=REMOVED, copies=REMOVED, break_even=REMOVED))
-    assert read == replace(MANIFEST, versions={}, copies=(), break_even={})
+    read = Manifest.from_json(signed(versions=REMOVED, copies=REMOVED, costs=REMOVED))
+    assert read == replace(MANIFEST, versions={}, copies=(), costs=None)
 
 
 def test_a_manifest_without_a_threshold_of_rollback_is_read() -> None:
@@ -89,7 +90,7 @@ def test_a_field_of_the_wrong_type_is_refused_by_name(name: str) -> None:
     value = getattr(MANIFEST, name)
     wrong: list[Any] = [[["x"]], {"x": {"y": 1}}]
     wrong += [5, True] if isinstance(value, (str, dict, tuple)) else ["5"]
-    wrong += [None] if value is not None and name != "bos_token_id" else []
+    wrong += [None] if value is not None and name not in ("bos_token_id", "costs") else []
     wrong += [1] if isinstance(value, bool) else []
     wrong += [2.5, True] if type(value) is int else []
     for item in wrong:
@@ -110,6 +111,12 @@ def test_an_unknown_field_is_refused_by_name() -> None:
     ("name", "value"),
     [
         ("schema_version", 0),
+        ("schema_minor", -1),
+        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {}}),
+        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"2": 1.0}}),
+        ("costs", {"shallow": 1.0, "shallow_without_head": 0.0, "deep": {"1": 1.0}}),
+        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"one": 1.0}}),
+        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"1": 1.0}, "busy": -1.0}),
         ("layers", 1),
         ("layers", 10**6),
         ("hidden_size", 10**9),
@@ -205,3 +212,38 @@ def test_bytes_of_the_kv_cache(precision: Any, size: int) -> None:
     assert manifest.kv_bytes_per_sequence == manifest.kv_bytes_per_token * 108
     with_encoder = replace(manifest, encoder_capacity=50)
     assert with_encoder.kv_bytes_per_sequence == manifest.kv_bytes_per_token * 158
+
+
+def test_fields_of_a_newer_minor_version_are_skipped() -> None:
+    files = {name: {"size": file.size, "sha256": file.sha256, "mode": 2} for name, file in MANIFEST.files.items()}
+    assert Manifest.from_json(signed(schema_minor=SCHEMA_MINOR + 1, surprise={"a": [1]}, files=files)) == MANIFEST
+    # What is known must fit all the same.
+    assert "lacks layers" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, layers=REMOVED))
+    assert "upgrade freeexport" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, dialect="new"))
+
+
+TIMES = {"shallow_ms": 2.0, "shallow_without_head_ms": 1.0, "deep_1_ms": 8.0, "deep_16_ms": 20.0, "deep_2_ms": 9.0}
+
+
+def version_1(**changes: Any) -> str:
+    return signed(**{"schema_version": 1, "schema_minor": REMOVED, "costs": REMOVED, **changes})
+
+
+def test_a_manifest_of_version_1_is_migrated() -> None:
+    times = {**TIMES, "outside_sync_ms": 0.5, "speedup_at_80": 1.5, "overlap_gain": 0.5, "busy_cores": 0.25}
+    read = Manifest.from_json(version_1(break_even=times))
+    costs = Costs(0.002, 0.001, {1: 0.008, 2: 0.009, 16: 0.02}, Outside(sync=0.0005), busy=0.25)
+    assert read == replace(MANIFEST, costs=costs)
+    assert Manifest.from_json(read.to_json()) == read
+
+
+@pytest.mark.parametrize(
+    "times",
+    [{}, {"exit_rate": 0.5}, {**TIMES, "deep_1_ms": 0.0}, {**TIMES, "deep_2_ms": "x"}, [1], "x", REMOVED],
+)
+def test_costs_of_version_1_that_say_nothing_are_left_out(times: Any) -> None:
+    assert Manifest.from_json(version_1(break_even=times)).costs is None
+
+
+def test_version_1_knows_no_other_fields() -> None:
+    assert "unknown fields surprise" in refusal(version_1(break_even={}, surprise=1))

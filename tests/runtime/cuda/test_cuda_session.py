@@ -90,6 +90,13 @@ def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeyp
         assert [result.token_ids for result in session.generate(prompts, **options)] == want
 
 
+def test_passes_run_beside_steps_unless_told_otherwise(target: Any, machine: Machine) -> None:
+    for chosen, beside in ((None, True), (True, True), (False, False)):
+        with Session(target(LLAMA), device="cuda:0", overlap=chosen, threads=1) as session:
+            assert session.overlap is beside
+    assert not Session(target(LLAMA), threads=1).overlap
+
+
 def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     options: dict[str, Any] = {"num_beams": 3, "mode": "full", "max_new_tokens": 10}
     with Session(target(T5), device="cuda:0", threads=1) as session:

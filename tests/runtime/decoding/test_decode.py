@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, WIDTH, Recorder, cached, prompt_of
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
@@ -215,7 +215,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     prompt = prompt_of(3)
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    pace, turn = DraftLength(DraftCosts(max_pending, {})), iter(range(10_000))
+    pace, turn = DraftLength(CallCosts()), iter(range(10_000))
 
     def plan(most: int) -> tuple[int, bool]:
         length, probe = plans[next(turn) % len(plans)]

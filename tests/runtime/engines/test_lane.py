@@ -16,14 +16,16 @@ from conftest import Bundles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import LENGTH, WIDTH, Recorder, cached, prompt_of
+from thread_runner import ThreadRunner, lanes_beside
 
 from runtime import Session
-from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.slot_call import alone
+from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
@@ -62,7 +64,8 @@ def decoder_of(
         engine = (DelayedRecorder if beside else Recorder)(cache, name, trace, nll, agrees)
         if isinstance(engine, DelayedRecorder):
             engine.chance = random.Random(f"{name} {seed}")
-        lanes.append(Runner(engine, cache, beside=beside and name == "deep"))  # type: ignore[arg-type]
+        runner = ThreadRunner if beside and name == "deep" else Runner
+        lanes.append(runner(engine, cache))  # type: ignore[arg-type]
     return Decoder(lanes[0], lanes[1], 0, WIDTH, 1, max_pending), lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
@@ -83,7 +86,7 @@ def steps_of(
 
 def longest(max_pending: int) -> DraftLength:
     """Drafts as long as can be: how long they are otherwise is a matter of timing."""
-    pace = DraftLength(DraftCosts(max_pending, {}))
+    pace = DraftLength(CallCosts())
     pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
     return pace
 
@@ -200,7 +203,10 @@ def pairs(bundle: Bundles) -> Iterator[Callable[[str], tuple[Session, Session]]]
     def pair(name: str) -> tuple[Session, Session]:
         if name not in opened:
             path = bundle(BY_NAME[name], 2)
-            opened[name] = Session(path, threads=1, slots=3), Session(path, threads=1, slots=3, overlap=True)
+            plain = Session(path, threads=1, slots=3)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Backend, "lanes", lanes_beside)
+                opened[name] = plain, Session(path, threads=1, slots=3)
         return opened[name]
 
     yield pair

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
+from thread_runner import lanes_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding.slot_call import SlotCall
+from runtime.engines.backend import Backend
 from runtime.scheduling.batched_call import BatchedCall
 
 BY_NAME = {case.name: case for case in CASES}
@@ -289,8 +291,11 @@ def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open)
     assert len(results[0].token_ids) < 80
 
 
-def test_sessions_that_overlap_batch_their_shallow_steps(open_session: Open, shared: list[int]) -> None:
-    session = open_session(overlap=True)
+def test_sessions_that_overlap_batch_their_shallow_steps(
+    open_session: Open, shared: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Backend, "lanes", lanes_beside)
+    session = open_session()
     options: dict[str, Any] = {"threshold": 0.1, "max_new_tokens": 12, "sync_every": 2}
     alone = [session.generate(prompt, **options) for prompt in LISTED]
     for ours, theirs in zip(session.generate(LISTED, **options), alone, strict=True):

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_runner import ThreadRunner
 
 from runtime import OptionError, QueueFullError
-from runtime.adaptation.draft_costs import DraftCosts
+from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
+from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.output_tokens import OutputTokens, Step
@@ -28,7 +30,7 @@ from runtime.engines.runner import Runner
 from runtime.errors import EngineError
 from runtime.result import Token
 from runtime.scheduling.batched_call import BatchedCall, grouped
-from runtime.scheduling.batching import BatchPolicy, BatchRules, rules_of
+from runtime.scheduling.batching import LEARNED, BatchPolicy, BatchRules, rules_of
 from runtime.scheduling.leader import Leader
 from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.task import Task
@@ -113,7 +115,8 @@ class Machine:
         for name, layers in (("shallow", range(2)), ("deep", range(2, 4))):
             cache = KVCache(layers, slots, 1, ROWS + MAX_PENDING, 1, np.float32)
             engine = HashingEngine(name, cache, self.calls[name])
-            lanes.append(Runner(engine, cache, beside and name == "deep"))  # type: ignore[arg-type]
+            runner = ThreadRunner if beside and name == "deep" else Runner
+            lanes.append(runner(engine, cache))  # type: ignore[arg-type]
         self.lanes = lanes
         self.decoders = [Decoder(lanes[0], lanes[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
         cross = CrossCache(slots)
@@ -175,7 +178,7 @@ class Ask:
             return (yield from decode.free(decoder, first, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
             return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
-        pace = DraftLength(DraftCosts(self.max_pending, {}))
+        pace = DraftLength(CallCosts())
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
         pace.among = lambda company: pace  # type: ignore[method-assign]
         return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
@@ -476,12 +479,51 @@ def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
 
 
 def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:
-    costly, cheap = ({"deep_1_ms": 1.0, "deep_8_ms": eight} for eight in (4.0, 1.01))
+    costly, cheap = (Costs(1.0, 1.0, {1: 1.0, 8: eight}) for eight in (4.0, 1.01))
     asked = works((0, 1), (1, 16), (15, 1))
     assert len(grouped(asked, rules_of(cheap).row_cost)) == 1
     assert len(grouped(asked, rules_of(costly).row_cost)) == 3
-    assert rules_of(cheap).patience > rules_of({}).patience > rules_of(costly).patience
-    assert rules_of({"deep_1_ms": 1.0}) == BatchRules()
+    assert rules_of(cheap).patience > rules_of(None).patience > rules_of(costly).patience
+    assert rules_of(None) == BatchRules(known=False)
+
+
+class Timed:
+    """A batch of which a call takes `first` seconds, and `further` for each row but the first."""
+
+    def __init__(self, first: float, further: float) -> None:
+        self.first, self.further = first, further
+
+    def run(self, asked: Sequence[SlotCall]) -> None:
+        for work in asked:
+            work.seconds = self.first + (sum(work.rows for work in asked) - 1) * self.further
+
+
+@pytest.mark.parametrize(("further", "patience"), [(0.01, 8), (0.1, 4), (0.5, 2)])
+def test_rules_that_are_not_known_are_learned_from_calls(further: float, patience: int) -> None:
+    few, many = works((0, 1), (1, 1)), works((0, 4), (1, 4))
+    deep, shallow = few[0].lane, few[0].calls._shallow
+    for work in many:
+        work.lane = deep
+    batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, further))
+    policies = {known: BatchPolicy(batches, shallow, BatchRules(packed=True, known=known)) for known in (True, False)}
+    for known, policy in policies.items():
+        for turn in range(LEARNED):
+            assert policy.rules.known == known
+            assert [error for _, error in policy.run(few if turn % 2 else many, together=True)] == [None, None]
+    assert policies[True].rules == BatchRules(packed=True)
+    learned = policies[False].rules
+    assert (learned.patience, learned.packed, learned.known) == (patience, True, True)
+    assert learned.row_cost == pytest.approx(further)
+
+
+def test_rules_are_not_learned_from_calls_of_one_size() -> None:
+    asked = works((0, 1), (1, 1))
+    deep, shallow = asked[0].lane, asked[0].calls._shallow
+    batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, 0.1))
+    policy = BatchPolicy(batches, shallow, BatchRules(packed=True, known=False))
+    for _ in range(3 * LEARNED):
+        list(policy.run(asked, together=True))
+    assert policy.rules == BatchRules(packed=True, known=False)
 
 
 @pytest.mark.parametrize("aside", [(5,), (0, 7, 14, 21), range(24)])

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping
 
 import pytest
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from runtime.adaptation.draft_costs import MEMORY, WINDOW, DraftCosts
-from runtime.adaptation.draft_length import GRANT, GRANT_SHARE, OVERDRAFT, DraftLength, DraftOutcome, Expected
+from runtime.adaptation.call_costs import CallCosts
+from runtime.adaptation.draft_length import (
+    GRANT,
+    GRANT_SHARE,
+    MOST_SAVED,
+    MOST_THRESHOLDS,
+    OVERDRAFT,
+    DraftLength,
+    DraftLengths,
+    DraftOutcome,
+)
+from runtime.bundle.costs import NEUTRAL, Costs
 
 MANY = 16
 
 
-def new_pace(
-    recorded: Mapping[str, float] | None = None, expected: Expected | None = None, many: int = MANY
-) -> DraftLength:
-    return DraftLength(DraftCosts(many, recorded or {}), expected)
+def new_pace(base: Costs = NEUTRAL) -> DraftLength:
+    return DraftLength(CallCosts(base))
 
 
 def speedup(pace: DraftLength, length: int) -> float:
@@ -157,13 +164,7 @@ def test_a_session_never_loses_more_than_is_granted_and_one_draft(
 ) -> None:
     """At no moment, whatever was won before and wherever the share of right drafts changes."""
     machine = Machine(sure, kept, bare, head, further=further, seed=seed)
-    recorded = {
-        "shallow_ms": bare + head,
-        "shallow_without_head_ms": bare,
-        "deep_1_ms": 10.0,
-        "deep_2_ms": 10 + further,
-    }
-    pace = new_pace({**recorded, "deep_16_ms": 10 + 15 * further})
+    pace = new_pace(Costs(bare + head, bare, {1: 10.0, 2: 10 + further}))
     one_draft = (2 * bare + head + 10 + further) / machine.full - 1
     done = seconds = 0.0
     for turn in range(600):
@@ -262,14 +263,6 @@ def test_rows_are_asked_as_far_as_is_granted_where_none_is_sure() -> None:
     assert 4 <= sum(asked) < 20
 
 
-def test_a_row_that_was_asked_is_drafted_where_that_costs_less_than_it_may_give() -> None:
-    costs = {"shallow_ms": 6, "shallow_without_head_ms": 3, "deep_1_ms": 10, "deep_2_ms": 11, "deep_16_ms": 25}
-    # Drafts do not pay, for the head; but it was asked, and four milliseconds more may save thirteen.
-    hopeful, hopeless = new_pace(costs, Expected(0.5, 0.6)), new_pace(costs, Expected(0.5, 0.5))
-    assert [hopeful.plan(MANY - 1) for _ in range(2)] == [(0, False), (1, False)]
-    assert [hopeless.plan(MANY - 1) for _ in range(2)] == [(0, False), (0, True)]
-
-
 def test_a_head_that_costs_nothing_is_asked_rarely_too() -> None:
     """Asking takes time outside the engines."""
     machine, pace = Machine(0.0, 0.0, head=0.0), new_pace()
@@ -278,14 +271,14 @@ def test_a_head_that_costs_nothing_is_asked_rarely_too() -> None:
 
 
 def test_recorded_costs_give_the_shape_and_measured_ones_the_size() -> None:
-    recorded = {"shallow_ms": 4.0, "shallow_without_head_ms": 3.0, "deep_1_ms": 10.0, "deep_4_ms": 16.0}
-    pace = new_pace(recorded, many=8)
+    recorded = Costs(4.0, 3.0, {1: 10.0, 4: 16.0})
+    pace = new_pace(recorded)
     for _ in range(50):
         pace.observe_costs(1, 1, 8e-3, 20e-3, 1)
         pace.observe_costs(0, 1, 6e-3, 20e-3, 1)
     # Twice the recorded costs: drafts of up to three look as they would there.
     for length in range(4):
-        assert speedup(pace, length) == pytest.approx(speedup(new_pace(recorded, many=8), length), rel=1e-3)
+        assert speedup(pace, length) == pytest.approx(speedup(new_pace(recorded), length), rel=1e-3)
 
 
 def test_the_predicted_speedup_is_the_simulated_one() -> None:
@@ -293,8 +286,8 @@ def test_the_predicted_speedup_is_the_simulated_one() -> None:
         machine, pace = Machine(0.8, 0.7, seed=length), new_pace()
         pace.plan = lambda most, length=length: (length, False)  # type: ignore[method-assign,misc]
         measured = machine.run(pace, 20_000)
-        known = new_pace({"shallow_ms": 4, "shallow_without_head_ms": 3, "deep_1_ms": 10, "deep_16_ms": 25})
-        known._sure.value, known._kept.value = 0.8, 0.7
+        known = new_pace(Costs(4, 3, {1: 10, 16: 25}))
+        known.sure.value, known.kept.value = 0.8, 0.7
         assert speedup(known, length) == pytest.approx(measured, rel=0.02)
 
 
@@ -310,54 +303,6 @@ def test_calls_that_others_share_have_costs_of_their_own() -> None:
     assert alone.run(pace, 500) > 1.3
 
 
-def test_a_hiccup_passes_for_nothing() -> None:
-    costs = DraftCosts(8, {})
-    for _ in range(3):
-        costs.observe(0, 1, 1.0, 10.0)
-    costs.observe(1, 1, 30.0, 10.0)  # the first of its kind
-    assert costs["asked"] < 20.0
-    for _ in range(2):
-        costs.observe(1, 1, 1.5, 10.0)
-    costs.observe(0, 1, 50.0, 500.0)
-    assert (costs["asked"], costs["bare"], costs[1]) == (pytest.approx(2.0, abs=0.5), 1.0, 10.0)
-
-
-def test_no_cost_is_ever_nothing() -> None:
-    """A step that was measured too long must not make the head look free: that would never be noticed."""
-    costs = DraftCosts(8, {})
-    costs.observe(0, 1, 100.0, 10.0)
-    for _ in range(WINDOW):
-        costs.observe(2, 3, 5.0, 12.0)
-        assert costs["asked"] > 0
-    for _ in range(WINDOW):
-        costs.observe(0, 1, 1.0, 10.0)
-        costs.observe(2, 3, 5.0, 12.0)
-    assert (costs["bare"], costs["asked"]) == (1.0, pytest.approx(2.0, rel=0.1))
-
-
-def test_a_cost_not_seen_for_long_is_forgotten() -> None:
-    """It may have been measured while others kept the machine busy."""
-    costs = DraftCosts(8, {"shallow_without_head_ms": 1.0, "deep_1_ms": 10.0, "deep_8_ms": 17.0})
-    for _ in range(20):
-        costs.observe(0, 1, 1.0, 10.0)
-    for _ in range(2):
-        costs.observe(4, 4, 5.0, 100.0)
-    assert costs[4] == 100.0
-    for _ in range(MEMORY + 1):
-        costs.observe(0, 1, 1.0, 10.0)
-    assert costs[4] == pytest.approx(13.0)
-
-
-def test_what_a_calibration_says_is_believed_until_it_turns_out_wrong() -> None:
-    costs = {"shallow_ms": 4, "shallow_without_head_ms": 3, "deep_1_ms": 10, "deep_16_ms": 25}
-    good, bad = new_pace(costs, Expected(0.9, 0.95)), new_pace(costs, Expected(0.3, 0.4))
-    assert good.plan(MANY - 1)[0] == 1  # as much as an account bears that has won nothing
-    assert bad.plan(MANY - 1)[0] == 0
-    assert Machine(0.9, 0.95).request(good, 32) < 0.9 * 32 * 13
-    betrayed = new_pace(costs, Expected(0.9, 0.95))
-    assert Machine(0.9, 0.0).run(betrayed, 2000) > 0.98
-
-
 def test_what_drafts_have_lost_keeps_them_away_until_it_is_made_up_for() -> None:
     machine, pace = Machine(1.0, 1.0), new_pace()
     machine.run(pace, 1000)
@@ -370,3 +315,42 @@ def test_what_drafts_have_lost_keeps_them_away_until_it_is_made_up_for() -> None
         pace.observe_plain(3.0, 10.0)
     # Of one token, until more is won again.
     assert pace.plan(MANY - 1)[0] == 1
+
+
+def test_savings_are_kept_up_to_a_limit() -> None:
+    pace = new_pace()
+    assert Machine(1.0, 1.0).run(pace, 20_000) > 1.3
+    machine, done, seconds = Machine(1.0, 0.0), 0.0, 0.0
+    for _ in range(300):
+        more, spent = machine.one_pass(pace, MANY)
+        done, seconds = done + more, seconds + spent
+    one_draft = (MANY * (3.0 + 1.0) + 25.0) / machine.full
+    assert seconds / machine.full - done < MOST_SAVED + GRANT + GRANT_SHARE * done + one_draft
+
+
+def longer(pace: DraftLength) -> float:
+    """What drafts of one token are expected to gain."""
+    return speedup(pace, 1)
+
+
+def test_requests_of_one_threshold_share_what_they_have_seen_and_all_share_costs() -> None:
+    learned = DraftLengths(CallCosts(Costs(0.002, 0.001, {1: 0.008, 8: 0.012})))
+    pace = learned.of(0.5, False)
+    assert learned.of(0.5, False) is pace
+    assert learned.of(0.5, True) is not pace
+    other = learned.of(0.6, False)
+    pace.observe_costs(1, 1, 0.004, 0.010, 1)
+    pace.observe_drafts([DraftOutcome(True, True)])
+    assert longer(other) < longer(pace)
+    assert learned.costs.step(True) == 0.004
+    assert learned.costs.deep_pass(1) == 0.010
+
+
+def test_only_so_many_thresholds_are_remembered() -> None:
+    learned = DraftLengths(CallCosts())
+    first = learned.of(0.0, False)
+    for number in range(1, MOST_THRESHOLDS):
+        learned.of(number / 100, False)
+    assert learned.of(0.0, False) is first
+    learned.of(0.99, False)
+    assert learned.of(0.0, False) is not first

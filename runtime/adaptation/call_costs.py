@@ -1,0 +1,99 @@
+"""What engine calls take on this machine: seconds of shallow steps and deep passes, measured while decoding."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from statistics import median
+
+from runtime.bundle.costs import NEUTRAL, Costs
+
+# The median of so many calls counts, so that one slow call has no effect.
+WINDOW = 9
+# Calls after which a cost that was not among them is forgotten: the machine may have changed meanwhile.
+MEMORY = 512
+
+
+class CallCosts:
+    """Seconds of a shallow step, with the head or without, and of deep passes by rows: measured, else `base`, scaled
+    as the nearest that was measured."""
+
+    def __init__(self, base: Costs = NEUTRAL) -> None:
+        self.base = base
+        self._steps = _Kinds(lambda head: base.shallow if head else base.shallow_without_head)
+        self._passes = _Kinds(base.deep_pass)
+
+    def step(self, head: bool) -> float:
+        return self._steps[head]
+
+    def deep_pass(self, rows: int) -> float:
+        return self._passes[rows]
+
+    @property
+    def full(self) -> float:
+        """A token of mode full."""
+        return self.step(False) + self.deep_pass(1)
+
+    @property
+    def head(self) -> float:
+        return max(0.0, self.step(True) - self.step(False))
+
+    def observe(self, asked: int, rows: int, shallow: float, deep: float) -> None:
+        """`rows` shallow steps took so long, `asked` of them with the head, and the deep pass over them."""
+        self._passes.observe(rows, deep)
+        if asked:
+            # A step with the head takes as long as one without, at least.
+            rest = shallow - (rows - asked) * self.step(False)
+            self._steps.observe(True, max(rest / asked, shallow / rows))
+        else:
+            self._steps.observe(False, shallow / rows)
+
+    def expected(self, asked: int, rows: int) -> float:
+        """Seconds of what `observe` is told of."""
+        return asked * self.step(True) + (rows - asked) * self.step(False) + self.deep_pass(rows)
+
+
+class _Kinds:
+    """Costs of calls by kind, a number: near ones cost alike. `base` is what they cost elsewhere."""
+
+    def __init__(self, base: Callable[[int], float]) -> None:
+        self._base = cache(base)
+        self._seen: dict[int, _Calls] = {}
+        self._count = 0
+
+    def __getitem__(self, kind: int) -> float:
+        calls = self._seen.get(kind)
+        return self._scaled(kind) if calls is None or self._stale(calls) else calls.seconds
+
+    def observe(self, kind: int, seconds: float) -> None:
+        calls = self._seen.get(kind)
+        if calls is None or self._stale(calls):
+            # The first of its kind binds its call, and finds its weights on no page: it must not count alone.
+            calls = self._seen[kind] = _Calls(self._scaled(kind) if self._count else seconds)
+        self._count += 1
+        calls.add(seconds, self._count)
+
+    def _stale(self, calls: _Calls) -> bool:
+        return self._count - calls.last > MEMORY
+
+    def _scaled(self, kind: int) -> float:
+        known = [other for other, calls in self._seen.items() if other != kind and not self._stale(calls)]
+        if not known:
+            return self._base(kind)
+        nearest = min(known, key=lambda other: abs(other - kind))
+        return self._base(kind) * self._seen[nearest].seconds / self._base(nearest)
+
+
+class _Calls:
+    """The median of the last calls of a kind; `last` counts calls of all kinds."""
+
+    __slots__ = ("_window", "last", "seconds")
+
+    def __init__(self, expected: float) -> None:
+        self._window = deque([expected], WINDOW)
+        self.seconds, self.last = expected, 0
+
+    def add(self, seconds: float, number: int) -> None:
+        self._window.append(seconds)
+        self.seconds, self.last = median(self._window), number
