@@ -51,12 +51,12 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("--samples", ("Lines of --data used, the first.",)),
-        ("--max-new-tokens", ("Most tokens generated", "Tokens generated for a prompt, its end ignored.")),
+        ("--samples", ("Use only the first N lines of --data.",)),
+        ("--max-new-tokens", ("Generate at most so many tokens", "Tokens to generate for a prompt; ends")),
         ("--threshold", ("above this confidence",)),
         ("--agreement", ("must agree",)),
         ("--save", ("JSON",)),
-        ("--plot", ("Draw", "PNG")),
+        ("--plot", ("plot the speeds", "PNG")),
         ("--report", ("directory",)),
         ("--json", ("Print",)),
     ],
