@@ -92,7 +92,7 @@ class SessionOptions:
 class GenerationOptions:
     """How one request is decoded. OptionError names a value that is out of range, and options that contradict.
 
-    max_new_tokens: maximum number of tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
+    max_new_tokens: maximum tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
     mode: "free": exits are final. "rollback": the next deep pass rejects those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
         and runs the deep decoder on the prompt alone (static exiting, to compare with).
@@ -211,7 +211,8 @@ class GenerationOptions:
             )
         if self.num_beams > 1 and self.mode != "full":
             raise OptionError(
-                f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; use mode 'full'"
+                f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; "
+                "use mode 'full'"
             )
         if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
             what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"

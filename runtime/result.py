@@ -17,7 +17,7 @@ class Stats:
     """Counts and seconds of one request.
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
-    `exits` and `forced` count tokens after the first: forced ones were confident enough to exit, but the stack was full.
+    `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless").
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
     time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`

@@ -127,7 +127,7 @@ class Session:
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
     ) -> list[GenerationResult]:
-        """Several continuations of one prompt, best first; the prompt is read once: samples by log-probability per token, or
+        """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
 
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as

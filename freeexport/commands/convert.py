@@ -222,7 +222,7 @@ ROUNDING_PAYS = 64 << 20
 @click.option("--exact-rows", is_flag=True, help="Quantized for a CPU: results do not depend on the batch, so lossless "
               "equals full bit for bit. 2 % to 27 % slower.")  # fmt: skip
 @click.option("--kernels", type=click.Choice(get_args(Kernels)), default="onnxruntime", show_default=True,
-              help="Operators for quantized weights on a CPU.")  # fmt: skip
+              help="Operators for quantized weights on a CPU. onnxruntime: its own. freeexport: ours.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
 @section("Result")

@@ -217,7 +217,7 @@ def _open_to_readers(directory: Path) -> None:
 @click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
               help="ce: cross-entropy of both exits. weighted-ce: of all layers. Others add a distillation to ce: "
               "kd-dyn of hidden states, layers matched dynamically, kd-unif matched evenly, kd-last of the last "
-              "layer, logit-kd of predictions.  [default: kd-dyn, or logit-kd for --tune exit]")  # fmt: skip
+              "layer, logit-kd of predictions.  [default: kd-dyn; with --tune exit, logit-kd]")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True,
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
