@@ -1,4 +1,4 @@
-"""What a caller may ask for, checked where it enters."""
+"""Options of sessions and requests, validated on construction."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ class SessionOptions:
     """How a session runs. OptionError names a value that is out of range.
 
     threads: CPU threads of an engine call; None is one per physical core this process may use.
-    slots: sequences that can be decoded at once, in common engine calls; further requests wait. Default 4.
+    slots: requests that are decoded at once, in shared engine calls; further requests wait. Default 4.
     queue: requests that may wait for a slot; one more is refused with QueueFullError. Default 256.
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
     overlap: on a GPU, run deep passes beside shallow steps, in a stream of their own. The tokens are the same. None is
         on. On a CPU both would share cores and memory bandwidth, which measured slower: True is refused there.
     threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated and is refitted from
-        what sync passes say (docs/calibration.md); other modes then take the bundle's. None is the bundle's.
-    adaptive_memory: tokens after which what was seen counts 1/e. Default 4000.
-    adaptive_state: what `Session.adaptive_state()` gave, to go on from there.
-    device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. Never another than that.
+        the agreement in sync passes (docs/calibration.md); other modes then use the bundle's. None is the bundle's.
+    adaptive_memory: the weight of a token is 1/e after so many further tokens. Default 4000.
+    adaptive_state: of `Session.adaptive_state()`, to continue from there.
+    device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
     cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
         (docs/serving.md). Default True.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
-    cuda_graphs: on a GPU, capture shallow steps that come again as CUDA graphs: one call starts all their kernels.
+    cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
     """
 
     threads: int | None = None
@@ -96,16 +96,16 @@ class SessionOptions:
 class GenerationOptions:
     """How one request is decoded. OptionError names a value that is out of range, and options that contradict.
 
-    max_new_tokens: most tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
-    mode: "free": exits are final. "rollback": the next deep pass takes back those it finds unlikely. "lossless": exits
+    max_new_tokens: maximum tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
+    mode: "free": exits are final. "rollback": the next deep pass rejects those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
         and runs the deep decoder on the prompt alone (static exiting, to compare with).
     threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
         and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
     output_confidence: the shallow confidence of every token, also in "full" and at threshold 1: runs the shallow head
         at each token. Not in "lossless", nor with beams.
-    rollback_threshold: nats of deep cross-entropy above which "rollback" takes a token back. None is the bundle's.
-    max_pending: most rows of a sync pass; None is the bundle's (in mode free, as it was tuned).
+    rollback_threshold: nats of deep cross-entropy above which "rollback" rejects a token. None is the bundle's.
+    max_pending: maximum tokens in a sync pass; None is the bundle's (in mode free, as it was tuned).
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
     parse_special: control tokens that the prompt spells, such as <|im_start|>, become their ids; else they are text, as
         with llama.cpp's option of this name and transformers' split_special_tokens. None is True for a text prompt, as
@@ -113,7 +113,7 @@ class GenerationOptions:
     stop: generation ends before the first of these strings appears in the text.
     ignore_eos: go on after an end-of-sequence token (to measure).
     deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
-        with the tokens it has, and finish_reason "cancelled". None is no deadline.
+        with the tokens so far, and finish_reason "deadline". None is no deadline.
 
     The others have the names and meaning of transformers' GenerationConfig, but for `seed`. Sampling is opt-in: with
     `do_sample` or a `temperature` above 0, None takes the value of the bundle's generation_config.json, then the
@@ -215,7 +215,8 @@ class GenerationOptions:
             )
         if self.num_beams > 1 and self.mode != "full":
             raise OptionError(
-                f"num_beams is {self.num_beams} in mode {self.mode}: exits do not go with beams; take mode 'full'"
+                f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; "
+                "use mode 'full'"
             )
         if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
             what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"

@@ -16,16 +16,16 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 class Stats:
     """Counts and seconds of one request.
 
-    `mode` is how it was decoded: as asked for, but "full" where the threshold lets nothing exit; None until it began.
-    `exits` and `forced` count tokens after the first: forced ones were sure enough to exit but found the stack full.
-    `rejected` counts drafts that a sync pass discarded ("rollback", "lossless").
-    `sync_sizes[k]` is how many deep passes ran over k rows, `sync_seconds[k]` what all of those took. `seconds` is wall
+    `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
+    `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
+    `rejected` counts drafts that a sync pass rejected ("rollback", "lossless").
+    `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
     time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`
-    the deep ones that ran beside the caller and cost it no time.
+    the deep ones that ran in the background and cost the caller no time.
 
     `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
-    token. Both by the clock on the wall, as a caller sees them, and 0 where it did not come so far. In a list, the call
-    is that of the list.
+    token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
+    the list.
     """
 
     mode: Mode | None = None
@@ -52,7 +52,7 @@ class Stats:
 
     @property
     def acceptance(self) -> float:
-        """Share of the exits that were kept: 1 in "free", where every exit is final, and where none was tried."""
+        """Share of the exits that were accepted: 1 in "free", where every exit is final, and if there was none."""
         return self.exits / (self.exits + self.rejected) if self.rejected else 1.0
 
     @property
@@ -73,7 +73,7 @@ class Stats:
 
 
 class Token(NamedTuple):
-    """One token of a stream. `text` is what became certain with it, often "" and then more than one token's worth.
+    """One token of a stream. `text` is the text that became final with it: often "", then that of several tokens.
 
     `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its
     head did not run: in "full", where the threshold lets nothing exit, and in "lossless" where no draft followed; see
@@ -89,7 +89,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
-    """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are ends of its own; "cancelled" and
+    """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are regular ends; "cancelled" and
     "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence` and
     `logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop string."""
 
@@ -103,5 +103,5 @@ class GenerationResult:
 
     @property
     def complete(self) -> bool:
-        """Whether it came to an end of its own."""
+        """Whether it ended regularly, neither cancelled nor at its deadline."""
         return self.finish_reason not in ("cancelled", "deadline")

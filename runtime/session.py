@@ -111,7 +111,7 @@ class Session:
 
     def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
-        request has its open_backend at once, and is decoded as its tokens are read. Closing the stream ends it."""
+        request enters the queue at once, and is decoded as its tokens are read. Closing the stream ends it."""
         self._refuse_if_closed()
         return Stream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
 
@@ -124,7 +124,7 @@ class Session:
         return await all_of(self._scheduler, self._prompts(prompt, cancel, options))
 
     def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncStream:
-        """`stream` for asyncio: raises QueueFullError at the call, before there is an answer to begin. Leaving the loop
+        """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
         ends the request."""
         self._refuse_if_closed()
         return AsyncStream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
@@ -132,10 +132,10 @@ class Session:
     def generate_best(
         self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
     ) -> list[GenerationResult]:
-        """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
+        """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
 
-        Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that ended before. Raises as
+        Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as
         `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
         self._refuse_if_closed()
@@ -157,7 +157,7 @@ class Session:
 
     @property
     def threshold(self) -> float:
-        """What a request of mode "free" that gives no threshold begins with now."""
+        """The threshold with which a request of mode "free" without its own would begin now."""
         self._scheduler.process.check()
         if self._intake.adaptive is not None:
             return self._intake.adaptive.threshold
@@ -165,8 +165,8 @@ class Session:
         return self.manifest.threshold if chosen is None else float(chosen)
 
     def adaptive_state(self) -> dict[str, Any]:
-        """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
-        of another. Raises OptionError where the threshold does not adapt."""
+        """The learned state of a session with threshold="adaptive", a dict for JSON: another session continues from it
+        (SessionOptions.adaptive_state). Raises OptionError if the threshold is not adaptive."""
         self._scheduler.process.check()
         if self._intake.adaptive is None:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
@@ -178,13 +178,12 @@ class Session:
         return self._closed
 
     def settle(self) -> None:
-        """Wait until loading is done with all that it does beside requests: to measure. They need not wait for it."""
+        """Wait for the background work of loading, before a measurement. Requests need not wait for it."""
         self._placement.settle()
 
     def close(self, drain: bool = False) -> None:
-        """Refuse new requests. Running ones end after their next token, and waiting ones at once; with `drain` all come
-        to their end first, streams too, whose tokens can be read afterwards. In a fork of its process, nothing but that
-        it is closed. Idempotent."""
+        """Refuse new requests; end running ones after their next token and waiting ones at once. With `drain`, complete
+        all first, streams too, whose tokens can be read afterwards. Does nothing else in a fork. Idempotent."""
         self._closed = True
         if self._scheduler.process.left:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,49 @@ from click.testing import CliRunner
 from freeexport.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"<!-- run -->\n```(\w*)\n(.*?)```", re.DOTALL)
+DOCS = ROOT / "docs"
+TUTORIALS = sorted(DOCS.glob("tutorial-*.md"))
+RUN, SERVER = "<!-- run -->", "<!-- server -->"
+
+
+def blocks(page: Path, mark: str) -> list[tuple[str, str]]:
+    """Language and text of each block below `mark`, in order."""
+    text = page.read_text(encoding="utf-8")
+    found: list[tuple[str, str]] = re.findall(re.escape(mark) + r"\n```(\w*)\n(.*?)```", text, re.DOTALL)
+    return found
+
+
+def run_page(page: Path) -> None:
+    """Run the marked blocks of a page in order, in the working directory."""
+    for language, text in blocks(page, RUN):
+        if language == "python":
+            run_program([sys.executable, "-c", text])
+            continue
+        for line in text.replace("\\\n", " ").strip().splitlines():
+            if line.startswith("freeexport "):
+                run_verb(line)
+            else:
+                run_program(["bash", "-euc", line])
+
+
+def run_program(arguments: list[str]) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    packages = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PATH": path, "PYTHONPATH": packages}
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{arguments[-1]}\n{done.stderr}"
+
+
+def run_verb(line: str) -> None:
+    """In this process, so that torch is imported once. `> FILE` at the end takes the output."""
+    command, _, file = line.partition(" > ")
+    arguments = shlex.split(command, comments=True)[1:]
+    if arguments[0] == "bench":
+        arguments.append("--force")  # the page asks for an idle machine
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+    if file:
+        Path(file).write_text(result.stdout, encoding="utf-8")
 
 
 @pytest.fixture
@@ -33,19 +77,56 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoint: Calla
 
 
 def test_the_commands_and_the_program_of_the_readme_run_in_order(workplace: Path) -> None:
-    blocks = BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert {language for language, _ in blocks} == {"", "python"}
-    for language, text in blocks:
-        if language == "python":
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            done = subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            continue
-        for line in text.strip().splitlines():
-            program, *arguments = shlex.split(line, comments=True)
-            assert program == "freeexport"
-            result = CliRunner().invoke(main, arguments)
-            assert result.exit_code == 0, f"{line}\n{result.output}"
+    assert {language for language, _ in blocks(ROOT / "README.md", RUN)} == {"", "python"}
+    run_page(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_the_commands_and_programs_of_a_tutorial_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+def test_a_tutorial_leaves_no_command_or_program_out() -> None:
+    assert len(TUTORIALS) == 3
+    for page in TUTORIALS:
+        marked = blocks(page, RUN) + blocks(page, SERVER)
+        assert len(marked) == len(re.findall(r"^```\w*\n", page.read_text(encoding="utf-8"), re.MULTILINE)) / 2
+
+
+SERVER_CHECK = """
+import server
+from fastapi.testclient import TestClient
+
+with TestClient(server.app) as client:
+    answer = client.post("/generate", json={"prompt": "g2p: hello"})
+    assert answer.status_code == 200, answer.text
+    assert answer.json() == {"text": "HH AH L OW", "finish_reason": "eos"}, answer.text
+    assert client.post("/stream", json={"prompt": "g2p: hello"}).text == "HH AH L OW"
+    assert client.post("/generate", json={"prompt": ""}).status_code == 400
+    held = [server.app.state.session.stream("g2p: hello") for _ in range(4 + 16)]
+    for path in ("/generate", "/stream"):
+        refused = client.post(path, json={"prompt": "g2p: hello"})
+        assert refused.status_code == 429 and refused.headers["retry-after"] == "1", refused.text
+    for stream in held:
+        stream.close()
+    assert client.post("/generate", json={"prompt": "g2p: hello"}).status_code == 200
+"""
+
+
+def test_the_server_of_the_tutorial_answers_streams_and_refuses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ((_, text),) = blocks(DOCS / "tutorial-application.md", SERVER)
+    ast.parse(text)
+    if find_spec("fastapi") is None or find_spec("httpx") is None:
+        pytest.skip("fastapi and httpx are not installed")
+    monkeypatch.chdir(tmp_path)
+    run_verb(f"freeexport convert {ROOT / 'freeexport' / 'data' / 'g2p'} bundle --no-verify --no-measure")
+    (tmp_path / "server.py").write_text(text, encoding="utf-8")
+    run_program([sys.executable, "-c", SERVER_CHECK])
 
 
 def test_every_make_target_of_the_readme_exists() -> None:
@@ -56,6 +137,14 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 def test_every_link_of_the_documentation_leads_somewhere() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
-            assert (page.parent / link).exists(), f"{page.name} links to {link}"
+    for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]:
+        for link, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)\s]*)\)", page.read_text(encoding="utf-8")):
+            target = page.parent / link if link else page
+            assert target.exists(), f"{page.name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

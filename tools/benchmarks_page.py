@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import click
 from freeexport.benchmark.report import COLUMNS, SCHEMA, cells, notes
 
 PAGE = Path("docs/benchmarks.md")
+WIDTH = 120
 HEADER = """# Benchmarks
 
 Made from docs/benchmarks/*.json by `python -m tools.benchmarks_page`; do not edit. [How they are measured, and what the
@@ -62,8 +64,12 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
     title = re.sub(r"^\d+-", "", name).replace("-", " ").replace("_", " ")
     lines = [f"## {title}", "", *_table(COLUMNS, map(cells, found["rows"]))]
     if found["failed"]:
-        lines += ["", *(f"- {peer}: not run: {reason}" for peer, reason in found["failed"].items())]
-    return "\n".join([*lines, "", *(f"- {note}" for note in notes(found)), ""])
+        lines += ["", *(_item(f"{peer}: not run: {reason}") for peer, reason in found["failed"].items())]
+    return "\n".join([*lines, "", *(_item(note) for note in notes(found)), ""])
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
 
 
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -83,9 +83,7 @@ def found(result: Calibrated) -> list[tuple[str, str]]:
     even = "none: exits do not pay" if result.break_even is None else f"{result.break_even:.1%}"
     if not result.costs.trusted:
         even = MACHINE_BUSY
-    taken = (
-        [] if result.caught is None else [("rollback takes back", f"{result.caught:.0%} of the exits that disagree")]
-    )
+    taken = [] if result.caught is None else [("rollback rejects", f"{result.caught:.0%} of the exits that disagree")]
     return [
         *recorded(result.calibration),
         *taken,
@@ -106,7 +104,7 @@ def promise(calibration: Calibration) -> str:
         kept = f"with probability {1 - (calibration.delta or 0):.0%}"
         return f"risk: loss of a sequence at most {calibration.risk:g} on average, {kept}"
     if calibration.method == "quality":
-        return f"quality: at least {calibration.target:.1%} of the full model's, on sequences the choice did not see"
+        return f"quality: at least {calibration.target:.1%} of the full model's, on sequences not used for the choice"
     if calibration.threshold >= NEVER_EXIT:
         return f"bmm: P(agree | confidence) reaches {calibration.target:g} nowhere"
     return f"bmm: P(agree | confidence) is at least {calibration.target:g} from the threshold on"

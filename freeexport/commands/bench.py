@@ -1,4 +1,4 @@
-"""`freeexport bench`: what a bundle's decoding costs, beside other decoders of the same checkpoint, in one run."""
+"""`freeexport bench`: the speed of a bundle and of other decoders of the same checkpoint, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ from runtime.errors import OptionError
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
 @click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help=SAMPLES)
 @click.option("--max-new-tokens", "tokens", cls=RenamedOption, old="--tokens", type=click.IntRange(2), default=64,
-              show_default=True, help="Tokens generated for a prompt, its end ignored.")  # fmt: skip
+              show_default=True, help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
 @section("What is compared")
 @click.option(
     "--against",
     multiple=True,
     metavar="PEER|MODEL",
     help="Another decoder of the same checkpoint, in an environment of its own that is built in the user's cache: "
-    f"{', '.join(PEERS)}. Or the checkpoint, which transformers then runs in this environment. Several times.",
+    f"{', '.join(PEERS)}. Or the checkpoint, which transformers then runs in this environment. May be repeated.",
 )
 @click.option("--model", metavar="MODEL", help="The checkpoint that the bundle came from, for peers.")
 @click.option("--also", type=click.Path(path_type=Path), multiple=True,
-              help="Another bundle of that checkpoint, say at another precision; several times.")  # fmt: skip
+              help="Another bundle of that checkpoint, e.g. at another precision. May be repeated.")  # fmt: skip
 @section("Early exits")
 @click.option(
-    "--threshold", type=float, multiple=True, help="Also the modes, with exits above this confidence; several times."
+    "--threshold",
+    type=float,
+    multiple=True,
+    help="Also run the modes, with exits above this confidence. May be repeated.",
 )
 @click.option(
     "--mode",
@@ -49,40 +52,44 @@ from runtime.errors import OptionError
     multiple=True,
     default=["free"],
     show_default=True,
-    help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. Several times.",
+    help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. May be repeated.",
 )
 @click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
 @click.option(
     "--replay",
     metavar="RATE|FILE",
     multiple=True,
-    help="Also mode free with exits drawn at this rate, or those of `generate --output`; several times.",
+    help="Also run mode free with exits forced at this rate, or those of `generate --output`. May be repeated.",
 )
 @click.option(
     "--replay-drafts",
     type=float,
     metavar="RATE",
     multiple=True,
-    help="Also mode lossless with drafts that are right at this rate; several times.",
+    help="Also run mode lossless with this share of correct drafts. May be repeated.",
 )
-@click.option("--early-exit-draft", is_flag=True, help="Also transformers drafting with the layers before the exit.")
-@click.option("--costs", is_flag=True, help="Only what each call of the engines costs, which predictions rest on.")
+@click.option(
+    "--early-exit-draft", is_flag=True, help="Also run transformers, drafting with the layers before the exit."
+)
+@click.option("--costs", is_flag=True, help="Only time each engine call alone.")
 @section("Machine")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Of all, in turn; medians count.")
-@click.option("--device", default="cpu", show_default=True, help="Of the bundles: cpu, or cuda:0 for the first GPU.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds; the median counts."
+)
+@click.option("--device", default="cpu", show_default=True, help="For the bundles: cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
 @section("Results")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Draw the speeds, too.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Write the figures as JSON, too.")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also plot the speeds.")
+@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 def command(
     costs: bool, early_exit_draft: bool, plot: Path | None, save: Path | None, as_json: bool, **given: Any
 ) -> None:
     """Measure BUNDLE: mode full, modes that exit at thresholds, and other decoders, interleaved on an idle machine.
 
-    Everyone decodes the same prompts greedily to the same number of tokens, on the same number of threads, in a process
-    of its own. Speed counts from prompt to last token.
+    All contenders decode the same prompts greedily to the same number of tokens, on the same number of threads, each in
+    a process of its own. Speed counts from prompt to last token.
 
     \b
     Example:

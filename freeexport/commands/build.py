@@ -38,16 +38,18 @@ def build_engines(path: Path, options: BuildOptions) -> list[Built]:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--max-batch", type=int, default=8, show_default=True, help="Most sequences of a call.")
+@click.option("--max-batch", type=int, default=8, show_default=True, help="Maximum batch size.")
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
               help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
-@click.option("--version-compatible", is_flag=True, help="For later TensorRTs of this major version too.")
+@click.option(
+    "--version-compatible", is_flag=True, help="Engines that later TensorRTs of this major version can run, too."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
     """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.
 
-    Engines are for the GPU and the TensorRT version that are here. What is up to date is kept; an interrupted build
-    keeps the engines that are finished.
+    Engines are built for this machine's GPU and TensorRT version. Engines that are up to date are kept; an interrupted
+    build keeps the finished ones.
 
     \b
     Example:
@@ -69,4 +71,4 @@ def _text(tested: SelfTest) -> str:
     if not tested.ran:
         return f"not run, {tested.why}"
     found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
-    return f"passed; largest differences from the graphs, as multiples of what rounding explains: {found}"
+    return f"passed; largest differences from the graphs, as multiples of the rounding error of their type: {found}"

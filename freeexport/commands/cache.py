@@ -17,8 +17,8 @@ from freeexport.system.page import human_bytes, pairs, print_page, table
 def command() -> None:
     """Show, fill and clear the cache of engines with packed weights.
 
-    It lies in $XDG_CACHE_HOME/freeexport/engines (default ~/.cache). FREEEXPORT_CACHE_GB limits its size, and
-    FREEEXPORT_CACHE=off keeps sessions from it.
+    It is in $XDG_CACHE_HOME/freeexport/engines (default ~/.cache). FREEEXPORT_CACHE_GB limits its size, and
+    FREEEXPORT_CACHE=off turns it off for sessions.
 
     \b
     Example:
@@ -30,7 +30,7 @@ def command() -> None:
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print the entries as JSON.")
 def list_entries(as_json: bool) -> None:
-    """Show what is cached, last used first."""
+    """List the entries, most recently used first."""
     from runtime.engines.packed_cache import cache_root, most_bytes
 
     rows = _entries()
@@ -49,7 +49,7 @@ def list_entries(as_json: bool) -> None:
 @command.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 def add(bundle: Path) -> None:
-    """Write the engines of BUNDLE as ONNX Runtime runs them on this processor, unless they are there.
+    """Add the engines of BUNDLE, optimized and packed for this processor, unless they are cached already.
 
     Takes 2 to 3 times the disk space of the bundle's weights.
     """
@@ -65,7 +65,7 @@ def add(bundle: Path) -> None:
 @command.command()
 @click.argument("bundle", type=click.Path(path_type=Path), required=False)
 def clear(bundle: Path | None) -> None:
-    """Remove all entries, or with BUNDLE its own. Sessions that are open go on."""
+    """Remove all entries, or only those of BUNDLE. Open sessions continue."""
     from runtime.bundle.bundle import Bundle
     from runtime.engines.packed_cache import clear as clear_entries
 

@@ -1,4 +1,4 @@
-"""`freeexport calibrate`: a threshold from a few hundred examples, with what it gives and what it promises."""
+"""`freeexport calibrate`: a threshold from a few hundred examples, with what it gives and what it guarantees."""
 
 from __future__ import annotations
 
@@ -125,11 +125,11 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
               "decoding at thresholds and comparing the outputs.")  # fmt: skip
 @click.option("--agreement", "target", cls=RenamedOption, old="--target", type=float,
               default=CalibrateOptions.target, show_default=True,
-              help="bmm: the share that must agree among tokens as sure as the threshold.")  # fmt: skip
+              help="bmm: the share of tokens at the threshold that must agree.")  # fmt: skip
 @click.option("--risk", type=float, default=CalibrateOptions.risk, show_default=True,
-              help="risk: the most loss of a sequence, on average.")  # fmt: skip
+              help="risk: maximum mean loss of a sequence.")  # fmt: skip
 @click.option("--delta", type=float, default=CalibrateOptions.delta, show_default=True,
-              help="risk: the chance that the promise is broken.")  # fmt: skip
+              help="risk: probability that the guarantee fails.")  # fmt: skip
 @click.option("--target-quality", type=float,
               help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
 @click.option("--metric", type=click.Choice(get_args(Metric)),
@@ -137,15 +137,15 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
 @section("Where MODEL is a checkpoint")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
               help=f"{CONFIDENCES}  [default: softmax]")  # fmt: skip
-@click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
-@click.option("--max-pending", type=click.IntRange(1), help="Most rows of a sync pass.  [default: 16]")
+@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
+@click.option("--max-pending", type=click.IntRange(1), help="Maximum tokens in a sync pass.  [default: 16]")
 @click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
-              help="Lines that are decoded at once.")  # fmt: skip
+              help="Lines to decode at once.")  # fmt: skip
 @section("Where MODEL is a bundle")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
 @click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True,
-              help="Of --measure.")  # fmt: skip
+              help="Interleaved rounds of --measure.")  # fmt: skip
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
@@ -163,8 +163,8 @@ def command(
 ) -> None:
     """Find the threshold of a bundle or a checkpoint, MODEL, on the lines of a JSONL file.
 
-    The full model decodes each input; at every token the shallow decoder is asked too. A bundle is updated, whole or
-    not at all; a checkpoint's calibration goes to `convert --calibration`. An interrupted run goes on where it was.
+    The full model decodes each input, and the shallow decoder runs at every token. A bundle is updated atomically; a
+    checkpoint's calibration is for `convert --calibration`. An interrupted run continues where it stopped.
 
     \b
     Example:

@@ -165,7 +165,7 @@ class ExitVocabularyType(click.ParamType):
             return Path(value)
 
 
-# Bytes of fp32 weights: those of smaller models stay in a processor's cache, and rounded ones are no faster.
+# Bytes of fp32 weights: those of smaller models stay in a processor's cache, and quantized ones are no faster.
 ROUNDING_PAYS = 64 << 20
 
 
@@ -173,7 +173,7 @@ ROUNDING_PAYS = 64 << 20
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @section("The exit")
-@click.option("--exit-layer", type=int, help="The exit stands after this layer.  [default: as trained, exit.json]")
+@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True,
               help=CONFIDENCES)  # fmt: skip
 @click.option(
@@ -182,20 +182,22 @@ ROUNDING_PAYS = 64 << 20
     default="all",
     show_default=True,
     metavar="N|auto|all|FILE",
-    help="Tokens that the shallow head knows, the others never exit: how many, or what exit-vocab wrote.",
+    help="Tokens of the shallow head; others never exit. A number, or the file of exit-vocab.",
 )
 @click.option("--exit-vocab-text", type=click.Path(path_type=Path),
-              help="JSON lines to choose them on: text as the model will write it.")  # fmt: skip
-@click.option("--max-pending", type=int, default=16, show_default=True, help="Most rows of a sync pass.")
-@click.option("--calibration", type=click.Path(path_type=Path), help="What freeexport calibrate wrote for MODEL.")
+              help="JSON lines to choose them from: text like the model's output.")  # fmt: skip
+@click.option("--max-pending", type=int, default=16, show_default=True, help="Maximum tokens in a sync pass.")
+@click.option(
+    "--calibration", type=click.Path(path_type=Path), help="The calibration file of freeexport calibrate for MODEL."
+)
 @section("Engines")
 @click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True,
               help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (then freeexport build).")  # fmt: skip
 @click.option("--precision", type=click.Choice(get_args(Precision)),
-              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder of 4 bits and a deep one of 8. "
+              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
               "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
-              help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 alone.  "
+              help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 only.  "
               "[default: ort, for a GPU standard]")  # fmt: skip
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
@@ -206,7 +208,7 @@ ROUNDING_PAYS = 64 << 20
     default="auto",
     show_default=True,
     help="Of 8-bit weights. full: -127 to 127. reduced: half, for processors without 8-bit dot products (VNNI). auto: "
-    "as this one needs.",
+    "for this processor.",
 )
 @click.option(
     "--int8-layout",
@@ -216,18 +218,17 @@ ROUNDING_PAYS = 64 << 20
     help="Of 8-bit decoders: blocks for one token at a time, rows for long prompts and batches. auto: by --int8-range.",
 )
 @click.option("--head", type=click.Choice(get_args(HeadPrecision)),
-              help="Weights of the head, where the others are rounded.  [default: 8 bits]")  # fmt: skip
-@click.option("--exact-rows", is_flag=True, help="Rounded for a CPU: a row gets the same bits in every call, so that "
-              "lossless says what full says. 2 % to 25 % slower.")  # fmt: skip
+              help="Weights of the head, where the others are quantized.  [default: 8 bits]")  # fmt: skip
+@click.option("--exact-rows", is_flag=True, help="Quantized for a CPU: results do not depend on the batch, so lossless "
+              "equals full bit for bit. 2 % to 27 % slower.")  # fmt: skip
 @click.option("--kernels", type=click.Choice(get_args(Kernels)), default="onnxruntime", show_default=True,
-              help="onnxruntime: a portable graph. freeexport: our own operators, "
-              "for quantized weights on a CPU.")  # fmt: skip
+              help="Operators for quantized weights on a CPU. onnxruntime: its own. freeexport: ours.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
-              help="What a GPU computes in, where weights are rounded.  [default: fp16]")  # fmt: skip
+              help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
 @section("Result")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
 @click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
-@click.option("--overwrite", is_flag=True, help="Replace a bundle that stands at OUT.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: bool, **options: Any) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
@@ -271,7 +272,7 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
     rounded = (
         ""
         if manifest.quantization is None
-        else (f"; it was fitted in fp32, calibrate the bundle for the threshold of {manifest.precision}")
+        else (f"; it was calibrated in fp32; calibrate the bundle for a threshold in {manifest.precision}")
     )
     never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
     return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"

@@ -214,7 +214,7 @@ def _requests(data: Path, options: Options) -> list[Request]:
     type=click.Choice(["output", "targets"]),
     default=Options.forcing,
     show_default=True,
-    help="What the decoder reads: its own greedy output, or the data's targets.",
+    help="Text that the decoder reads: its own greedy output, or the data's targets.",
 )
 @click.option("--samples", type=click.IntRange(1), default=Options.samples, show_default=True, help=SAMPLES)
 @click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement, show_default=True,
@@ -222,13 +222,19 @@ def _requests(data: Path, options: Options) -> list[Request]:
 @click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, show_default=True,
               help=MAX_NEW_TOKENS)  # fmt: skip
 @click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens, show_default=True,
-              help="Most tokens read of a line, prompt included.")  # fmt: skip
+              help="Read at most so many tokens of a line, prompt included.")  # fmt: skip
 @click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, show_default=True,
-              help="Lines that are decoded at once.")  # fmt: skip
+              help="Lines to decode at once.")  # fmt: skip
 @click.option(
-    "--max-pending", type=click.IntRange(1), default=Options.max_pending, show_default=True, help="Rows of a sync pass."
+    "--max-pending",
+    type=click.IntRange(1),
+    default=Options.max_pending,
+    show_default=True,
+    help="Maximum tokens in a sync pass.",
 )
-@click.option("--bundle", type=click.Path(path_type=Path), help="Take the costs that this bundle of MODEL measured.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Use the costs that were measured on this bundle of MODEL."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this PNG (needs the extra bench).")
 def command(model: str, data: Path, as_json: bool, plot: Path | None, **options: Any) -> None:

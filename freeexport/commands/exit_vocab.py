@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from freeexport.tuning.vocabulary_gains import ExitGains, Gain
 
 BUSY = (
-    f"{MACHINE_BUSY}, and the size that is best depends on speed: run it again on an idle machine, or give --size; "
+    f"{MACHINE_BUSY}, and the best size depends on speed: run it again on an idle machine, or give --size; "
     "exits do not depend on it"
 )
 COLUMNS = ("tokens#", "covered#", "exits lost#", "exits#", "shallow step#", "predicted#", "")
@@ -119,18 +119,22 @@ def advice(found: ExitGains, chosen: Gain, output: Path, idle: bool = True) -> s
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
 @click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"), show_default=True,
               help="For convert --exit-vocab.")  # fmt: skip
-@click.option("--size", type=click.IntRange(2), help="Tokens to know.  [default: the most that is as fast as any]")
+@click.option(
+    "--size", type=click.IntRange(2), help="Tokens of the shallow head.  [default: the most that is as fast as any]"
+)
 @click.option("--threshold", type=click.FloatRange(0, 1),
-              help="A token exits above this confidence.  [default: as calibrated, or would be]")  # fmt: skip
+              help="A token exits above this confidence.  [default: the calibrated one]")  # fmt: skip
 @click.option("--samples", type=click.IntRange(2), default=CalibrateOptions.samples, show_default=True,
               help=SAMPLES)  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
               help=MAX_NEW_TOKENS)  # fmt: skip
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
               help=f"Checkpoints. {CONFIDENCES}  [default: softmax]")  # fmt: skip
-@click.option("--exit-layer", type=int, help="Checkpoints: where the exit stands.  [default: as trained, exit.json]")
-@click.option("--max-pending", type=click.IntRange(1), help="Checkpoints: most rows of a sync pass.  [default: 16]")
-@click.option("--threads", type=click.IntRange(1), help="Bundles.  [default: one per physical core]")
+@click.option("--exit-layer", type=int, help="Checkpoints: exit after this layer.  [default: as trained, exit.json]")
+@click.option(
+    "--max-pending", type=click.IntRange(1), help="Checkpoints: maximum tokens in a sync pass.  [default: 16]"
+)
+@click.option("--threads", type=click.IntRange(1), help="Bundles: CPU threads.  [default: one per physical core]")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
     model: str,
@@ -146,10 +150,10 @@ def command(
     exit_layer: int | None,
     max_pending: int | None,
 ) -> None:
-    """Choose the tokens that the shallow head of MODEL, a bundle or a checkpoint, should know.
+    """Choose the tokens of the shallow head of MODEL, a bundle or a checkpoint.
 
-    A smaller head makes a shallow step cheaper, and a token that it does not know never exits. The tokens are ranked by
-    how often they exit; exits lost are counted on sequences that the ranking did not see.
+    A smaller head makes a shallow step faster, but a token outside of it never exits. The tokens are ranked by how
+    often they exit; lost exits are counted on sequences that the ranking did not use.
 
     \b
     Example:

@@ -39,11 +39,11 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.argument("prompt", required=False)
 @section("Prompts and results")
 @click.option("--input", "source", type=click.Path(path_type=Path), help="JSON lines with an `input` each.")
-@click.option("--output", "target", type=click.Path(path_type=Path), help="Where the results go, a line each.")
-@click.option("--resume", is_flag=True, help="Go on with the lines that OUTPUT does not have yet.")
+@click.option("--output", "target", type=click.Path(path_type=Path), help="Write the results here, a line each.")
+@click.option("--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
 @click.option("--batch-size", "batch", cls=RenamedOption, old="--batch", type=click.IntRange(1, 4096),
-              help=f"Lines of --input that are decoded at once.  [default: {BATCH}]")  # fmt: skip
+              help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
 @click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
 @click.option(
     "--parse-special/--no-parse-special",
@@ -59,37 +59,48 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
 @section("Early exits")
 @click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True,
-              help="free: exits are final. rollback: the deep decoder takes back those it finds unlikely. lossless: "
-              "exits are drafts, and the tokens those of full. full: no exits. shallow: only exits.")  # fmt: skip
+              help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
+              "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
-@click.option("--rollback-threshold", type=float, help="Nats above which mode rollback takes a token back.")
-@click.option("--max-pending", type=int, help="Most rows of a sync pass.  [default: the bundle's]")
+@click.option("--rollback-threshold", type=float, help="Nats above which mode rollback rejects a token.")
+@click.option("--max-pending", type=int, help="Maximum tokens in a sync pass.  [default: the bundle's]")
 @section("Length and end")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True,
-              help="Most tokens generated, end of sequence included.")  # fmt: skip
-@click.option("--stop", multiple=True, help="End before this string; may be given several times.")
-@click.option("--min-new-tokens", type=int, default=0, help="No end of sequence before as many tokens.")
-@click.option("--deadline", type=float, metavar="SECONDS", help="End a prompt that takes longer; a line then failed.")
+              help="Generate at most so many tokens, end of sequence included.")  # fmt: skip
+@click.option("--stop", multiple=True, help="End before this string. May be repeated.")
+@click.option("--min-new-tokens", type=int, default=0, help="No end of sequence before so many tokens.")
+@click.option(
+    "--deadline",
+    type=float,
+    metavar="SECONDS",
+    help="End a prompt that takes longer; with --input its line has failed.",
+)
 @section("Sampling")
-@click.option("--do-sample", is_flag=True, default=None, help="Draw tokens, as generation_config.json recommends.")
-@click.option("--temperature", type=float, help="Draw tokens; 0 is greedy.")
-@click.option("--top-k", type=int, help="Draw from so many best; 0 is all.  [default: 50]")
-@click.option("--top-p", type=float, help="Draw from the fewest best that have this probability together.")
-@click.option("--min-p", type=float, help="Draw from what has this share of the best one's probability.")
-@click.option("--repetition-penalty", type=float, help="Above 1, tokens that stand already become less likely.")
-@click.option("--sequence-bias", multiple=True, metavar="ID[,ID...]=NATS", callback=_biases, help="Favour a token.")
-@click.option("--seed", type=int, help="The same seed draws the same tokens.")
+@click.option("--do-sample", is_flag=True, default=None, help="Sample, with the values of generation_config.json.")
+@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
+@click.option("--top-k", type=int, help="Sample from the K best tokens; 0 is all.  [default: 50]")
+@click.option("--top-p", type=float, help="Sample from the fewest best tokens with this total probability.")
+@click.option("--min-p", type=float, help="Sample from tokens with this share of the best one's probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1, tokens that occurred become less likely.")
+@click.option(
+    "--sequence-bias",
+    multiple=True,
+    metavar="ID[,ID...]=NATS",
+    callback=_biases,
+    help="Add to a token's logit. May be repeated.",
+)
+@click.option("--seed", type=int, help="The same seed gives the same tokens.")
 @section("Beams and several results")
 @click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
-@click.option("--length-penalty", type=float, default=1.0, help="Above 0, beams may be longer.")
-@click.option("--early-stopping", is_flag=True, help="End the search once as many beams are finished.")
+@click.option("--length-penalty", type=float, default=1.0, help="Above 0 favours longer beams.")
+@click.option("--early-stopping", is_flag=True, help="End the search once --num-beams beams are finished.")
 @click.option(
     "--num-return-sequences",
     type=click.IntRange(1, MOST_SEQUENCES),
     default=1,
-    help="So many samples or beams, best first.",
+    help="Return so many samples or beams, best first.",
 )
-@click.option("--output-logprobs", is_flag=True, help="Also the log-probability of each token, in JSON.")
+@click.option("--output-logprobs", is_flag=True, help="Also return the log-probability of each token, in JSON.")
 @section("Machine")
 @click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")

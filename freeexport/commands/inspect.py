@@ -42,7 +42,7 @@ def precision_table(quantization: Quantization) -> Table:
 
 
 def higher_table(quantization: Quantization) -> Table:
-    """A row a weight that stands higher than its engine, because it would lose too much."""
+    """A row a weight with a higher precision than its engine, because it would lose too much."""
     rows = [(item.engine, item.tensor, item.wanted, item.stored, f"{item.error:.1%}") for item in quantization.higher]
     return table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), rows)
 
@@ -104,7 +104,7 @@ def bundle_tables(bundle: Bundle) -> list[Table]:
         pairs("KV cache", _cache(manifest)),
         pairs("Verification", _verification(bundle)),
         table("Files", ("name", "size#", "sha256"), _files(manifest)),
-        table("Weights that stand more than once", ("tensor", "size#", "reason"), _copies(manifest)),
+        table("Weights stored more than once", ("tensor", "size#", "reason"), _copies(manifest)),
         pairs("Written with", sorted(manifest.versions.items())),
     ]
 

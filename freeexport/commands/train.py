@@ -48,7 +48,7 @@ class Trained:
 
 def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
-    complete or not at all. Checkpoints and metrics stand in OUT.training until then.
+    complete or not at all. Checkpoints and metrics are in OUT.training until then.
 
     Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
     DataError, OptionError, OutputError, and DivergedError where the loss is no number.
@@ -204,55 +204,73 @@ def _open_to_readers(directory: Path) -> None:
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
 @click.option("--validation", type=click.Path(path_type=Path), help="JSONL to evaluate on.  [default: a share of DATA]")
 @click.option(
-    "--validation-share", type=float, default=0.02, show_default=True, help="Of DATA, by a hash of the input."
+    "--validation-share",
+    type=float,
+    default=0.02,
+    show_default=True,
+    help="Share of DATA to evaluate on, by a hash of the input.",
 )
-@click.option("--train-on-input", is_flag=True, help="Decoder-only: learn the input's tokens too.")
-@click.option(
-    "--max-tokens", type=int, help="Longer examples are left out.  [default: the model's limit, at most 2048]"
-)
+@click.option("--train-on-input", is_flag=True, help="Decoder-only: also train on the tokens of the input.")
+@click.option("--max-tokens", type=int, help="Skip longer examples.  [default: the model's limit, at most 2048]")
 @section("What is trained")
-@click.option("--exit-layer", type=int, required=True, help="The exit stands after this layer, 1 to L - 1.")
+@click.option("--exit-layer", type=int, required=True, help="Exit after this layer, 1 to L - 1.")
 @click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
               help="ce: cross-entropy of both exits. weighted-ce: of all layers. Others add a distillation to ce: "
-              "kd-dyn of the hidden states of layers matched as they run, kd-unif matched evenly, kd-last of the last "
-              "layer, logit-kd of predictions.  [default: kd-dyn; logit-kd for --tune exit]")  # fmt: skip
+              "kd-dyn of hidden states, layers matched dynamically, kd-unif matched evenly, kd-last of the last "
+              "layer, logit-kd of predictions.  [default: kd-dyn; with --tune exit, logit-kd]")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True,
-              help="full: all weights. lora: adapters in the layers. exit: what the exit adds.")  # fmt: skip
-@click.option("--lora-rank", type=int, help="Of the adapters.  [default: 16]")
-@click.option("--lora-alpha", type=float, help="Their weight, times the rank.  [default: 32]")
-@click.option("--lora-target", "lora_targets", multiple=True, help="A layer's name; repeatable.  [default: all-linear]")
-@click.option("--lora-dropout", type=float, help="Before the adapters.  [default: 0]")
+              help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
+@click.option("--lora-rank", type=int, help="Rank of the adapters.  [default: 16]")
+@click.option("--lora-alpha", type=float, help="Weight of the adapters, times the rank.  [default: 32]")
+@click.option(
+    "--lora-target", "lora_targets", multiple=True, help="A layer's name. May be repeated.  [default: all-linear]"
+)
+@click.option("--lora-dropout", type=float, help="Dropout before the adapters.  [default: 0]")
 @click.option("--lora-preset", type=click.Choice(tuple(LORA_PRESETS)), help="Rank, alpha and targets of a publication.")
-@click.option("--adapter-rank", type=int, default=64, show_default=True, help="Of --tune exit; 0 is a norm alone.")
+@click.option(
+    "--adapter-rank",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Rank of the adapter of --tune exit; 0 is a norm only.",
+)
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
 @section("Length and steps")
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data.  [default: 3, without --steps or --time-limit]")
 @click.option("--time-limit", type=float, help="Minutes of training; the schedule ends with them.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples a device and micro-batch.")
-@click.option("--batch-tokens", type=int, help="Padded tokens a device and micro-batch, instead of examples.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches a step.")
-@click.option("--learning-rate", type=float, help="Peak.  [default: 1e-4; 1e-3 for --tune exit and --from-config]")
+@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples per device and micro-batch.")
+@click.option("--batch-tokens", type=int, help="Padded tokens per device and micro-batch, instead of examples.")
+@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches per step.")
+@click.option(
+    "--learning-rate", type=float, help="Peak learning rate.  [default: 1e-4; 1e-3 for --tune exit and --from-config]"
+)
 @click.option("--schedule", type=click.Choice(get_args(Schedule)), default="linear", show_default=True,
-              help="Of the learning rate after the warmup.")  # fmt: skip
-@click.option("--warmup", type=float, default=0.05, show_default=True, help="Share of the run.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Of AdamW.")
-@click.option("--dropout", type=float, help="Of the model.  [default: the configuration's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the order of examples, and of dropout.")
+              help="Learning rate after the warmup.")  # fmt: skip
+@click.option("--warmup", type=float, default=0.05, show_default=True, help="Warmup, as a share of the run.")
+@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Weight decay of AdamW.")
+@click.option("--dropout", type=float, help="Dropout of the model.  [default: the configuration's]")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for the order of examples, and for dropout.")
 @section("Machine")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX).")
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
-              help="Of the weights of --tune full.")  # fmt: skip
-@click.option("--gradient-checkpointing", is_flag=True, help="Less memory, a third more time.")
+              help="Type of the weights of --tune full.")  # fmt: skip
+@click.option("--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time.")
 @section("Evaluation")
 @click.option(
     "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
 )
 @click.option("--log-every", type=int, default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
-@click.option("--patience", type=int, default=5, show_default=True, help="Evaluations without progress; 0 never stops.")
+@click.option(
+    "--patience",
+    type=int,
+    default=5,
+    show_default=True,
+    help="Stop after so many evaluations without progress; 0 never stops.",
+)
 @section("Result")
-@click.option("--resume", is_flag=True, help="Go on with the interrupted run in OUT.training.")
+@click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(model: str, out: Path, as_json: bool, **options: Any) -> None:

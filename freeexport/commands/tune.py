@@ -21,27 +21,28 @@ from freeexport.tuning.options import TuneOptions
 @click.option("--target-quality", "quality", type=float, default=TuneOptions.quality, show_default=True,
               help="The share of the full model's metric to keep.")  # fmt: skip
 @click.option("--metric", type=click.Choice(get_args(Metric)), default=TuneOptions.metric, show_default=True,
-              help=f"What outputs are compared by. {METRICS}")  # fmt: skip
+              help=f"Compares outputs. {METRICS}")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=TuneOptions.samples, show_default=True,
               help=f"{SAMPLES} Every third is held out.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(2), default=TuneOptions.max_new_tokens, show_default=True,
               help=MAX_NEW_TOKENS)  # fmt: skip
 @click.option("--candidates", type=click.IntRange(1), default=TuneOptions.candidates, show_default=True,
-              help="Most choices that are decoded on the lines held out, and timed.")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds, show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="[default: one per physical core]")
-@click.option("--write", is_flag=True, help="Put the choice into its bundle, as calibrate does.")
-@click.option("--force", is_flag=True, help="On a busy machine too, where speeds mean little.")
-@click.option("--save", type=click.Path(path_type=Path), help="Write what was found to this file, as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print it as JSON.")
+              help="Maximum choices to decode on the held-out lines, and to time.")  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds, show_default=True,
+              help="Interleaved rounds; the median counts.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option("--write", is_flag=True, help="Store the choice in its bundle, as calibrate does.")
+@click.option("--force", is_flag=True, help="Run on a busy machine too, where speeds mean little.")
+@click.option("--save", type=click.Path(path_type=Path), help="Write the result to this file as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     bundles: tuple[Path, ...], data: Path, write: bool, save: Path | None, as_json: bool, **options: Any
 ) -> None:
-    """Choose among BUNDLES of one model, which exit after different layers, and choose threshold and max_pending: what
-    is fastest of all that keeps the quality. One bundle will do.
+    """Choose the fastest bundle, threshold and max_pending that keep the quality, among BUNDLES of one model with exits
+    after different layers. One bundle is enough.
 
-    Speed and agreement of every choice are predicted from one run over two thirds of the lines; the choices at the edge
-    of the wanted quality are decoded there, and the best few on the others, and timed in turn with mode full.
+    Speed and agreement of every choice are predicted from one run over two thirds of the lines. Choices near the wanted
+    quality are decoded there, and the best few on the other lines, interleaved with mode full and timed.
 
     \b
     Example:

@@ -12,13 +12,13 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 REST = "Other options"
 # One meaning everywhere, one text (CONTRIBUTING.md has the rule).
-SAMPLES = "Lines of --data used, the first."
-MAX_NEW_TOKENS = "Most tokens generated for a line."
+SAMPLES = "Use only the first N lines of --data."
+MAX_NEW_TOKENS = "Generate at most so many tokens for a line."
 CONFIDENCES = (
-    "softmax: probability of the best token less that of the second. max-prob: of the best alone. entropy: 1 less the "
-    "entropy as a share of the largest."
+    "softmax: probability of the best token minus that of the second. max-prob: of the best alone. entropy: 1 minus "
+    "the normalized entropy."
 )
-METRICS = "exact: the same text. rouge-l, bleu, chrf: of texts. wer, per: 1 less the rate of wrong words or phonemes."
+METRICS = "exact: the same text. rouge-l, bleu, chrf: of texts. wer, per: 1 minus the rate of wrong words or phonemes."
 
 
 class SectionedCommand(click.Command):

@@ -17,11 +17,11 @@ from runtime.bundle.manifest import MANIFEST
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--against", metavar="MODEL", help="The checkpoint the bundle was made from.")
+@click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def command(bundle: Path, against: str | None, data: Path | None, as_json: bool) -> None:
-    """Check every byte of BUNDLE, and its engines: against the checkpoint, and called in one piece and in many.
+    """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
 
     With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
 

@@ -67,7 +67,7 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase, path: Path) -> Iterator[list[
     texts = []
     for request in read_requests(path):
         if isinstance(request, BrokenLine):
-            raise DataError(f"{path}, line {request.line_number}: {request.reason}; mend it")
+            raise DataError(f"{path}, line {request.line_number}: {request.reason}; fix it")
         text = request.target if request.target is not None else request.input
         texts.append(text if isinstance(text, str) else " ".join(message["content"] for message in text))
     if not texts:

@@ -117,7 +117,7 @@ def _uncalibrated(facts: ExitFacts) -> Verdict:
 
 
 def _never(facts: ExitFacts) -> Verdict:
-    why = facts.why_never or "no threshold reaches what was asked for"
+    why = facts.why_never or "no threshold meets the target"
     if facts.untrained:
         untrained = f"does not pay: {facts.where} is untrained{_agreeing(facts)} and never exits: {why}"
         return Verdict("bad", untrained, _train_or_lossless())
@@ -155,7 +155,7 @@ def _gain(facts: ExitFacts) -> str:
 def _agreeing(facts: ExitFacts) -> str:
     if facts.agreement is None:
         return ""
-    return f" (the shallow prediction is the deep one at {facts.agreement} of the model's own tokens)"
+    return f" (shallow and deep prediction agree at {facts.agreement} of the model's own tokens)"
 
 
 def _rates(facts: ExitFacts) -> str:

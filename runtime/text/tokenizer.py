@@ -135,7 +135,7 @@ class Tokenizer:
                 raise
             raise PromptError(
                 f"the tokenizer cannot decode the {len(ids)} tokens ({_one_line(error)}); change the prompt, "
-                "or mend the decoder in tokenizer.json"
+                "or fix the decoder in tokenizer.json"
             ) from None
 
     def token(self, token_id: int) -> str | None:

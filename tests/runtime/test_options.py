@@ -222,8 +222,11 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
         ({"top_k": 5, "temperature": 0}, "top_k is 5, but nothing is sampled"),
         ({"min_p": 0.0, "do_sample": False}, "min_p is 0.0, but nothing is sampled"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, more than max_new_tokens, 4"),
-        ({"num_beams": 4}, "num_beams is 4 in mode free: exits do not go with beams; take mode 'full'"),
-        ({"num_beams": 2, "mode": "lossless"}, "exits do not go with beams"),
+        (
+            {"num_beams": 4},
+            "num_beams is 4 in mode free: early exit is not supported with beam search; use mode 'full'",
+        ),
+        ({"num_beams": 2, "mode": "lossless"}, "early exit is not supported with beam search"),
         ({"num_beams": 2, "mode": "full", "temperature": 1.0}, "num_beams is 2 with sampling"),
         ({"num_beams": 2, "mode": "full", "stop": "end"}, "num_beams is 2 with stop strings"),
     ],

@@ -132,7 +132,7 @@ def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--top-p", "0.5"), "nothing is sampled"),
         (("--num-return-sequences", "2"), "num_return_sequences is 2"),
-        (("--num-beams", "2"), "exits do not go with beams"),
+        (("--num-beams", "2"), "early exit is not supported with beam search"),
         (("--num-beams", "2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],
 )

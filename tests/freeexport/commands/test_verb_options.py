@@ -51,12 +51,12 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
 @pytest.mark.parametrize(
     ("name", "texts"),
     [
-        ("--samples", ("Lines of --data used, the first.",)),
-        ("--max-new-tokens", ("Most tokens generated", "Tokens generated for a prompt, its end ignored.")),
+        ("--samples", ("Use only the first N lines of --data.",)),
+        ("--max-new-tokens", ("Generate at most so many tokens", "Tokens to generate for a prompt; ends")),
         ("--threshold", ("above this confidence",)),
         ("--agreement", ("must agree",)),
         ("--save", ("JSON",)),
-        ("--plot", ("Draw", "PNG")),
+        ("--plot", ("plot the speeds", "PNG")),
         ("--report", ("directory",)),
         ("--json", ("Print",)),
     ],
@@ -88,8 +88,8 @@ def test_every_choice_of_a_long_help_is_explained() -> None:
     obvious = {"--schedule", "--lora-preset", "--dtype", "--compute", "--head"}
     for verb, option in options():
         if verb in LONG and isinstance(option.type, click.Choice) and option.opts[0] not in obvious:
-            offered = [choice for choice in option.type.choices if choice in (option.metavar or choice)]
-            unexplained = [choice for choice in offered if choice not in (option.help or "")]
+            shown = [choice for choice in option.type.choices if choice in (option.metavar or choice)]
+            unexplained = [choice for choice in shown if choice not in (option.help or "")]
             assert unexplained == [] or (verb, option.opts[0]) == ("bench", "--mode"), (verb, option.opts[0])
 
 
