@@ -19,11 +19,12 @@ from typing import Any, get_args
 import click
 import numpy as np
 
-from freeexport.calibration.calibrate import check_enough, collect, read_data
+from freeexport.calibration.calibrate import check_enough, collect
 from freeexport.calibration.choose import choose
 from freeexport.calibration.metrics import Metric
+from freeexport.calibration.open_source import open_source
 from freeexport.calibration.options import CalibrateOptions
-from freeexport.commands.calibrate import open_source
+from freeexport.checkpoints.examples import read_examples
 from freeexport.system.output_file import check_writable, write_whole
 from freeexport.system.page import print_page, table
 from freeexport.system.plot import save_figure
@@ -69,8 +70,8 @@ def measure(
     with open_source(str(bundle), options, threads) as source:
         most = options.max_new_tokens
         files = [cache_to / f"{bundle.name}.{path.stem}.traces.jsonl" for path in (calibration, test)]
-        known = collect(source, calibration, read_data(calibration, options.samples), files[0], most)
-        requests = read_data(test, test_samples)
+        known = collect(source, calibration, read_examples(calibration, options.samples), files[0], most)
+        requests = read_examples(test, test_samples)
         unseen = collect(source, test, requests, files[1], most)
         outputs = source.outputs(requests, most)
         pending = source.facts.max_pending
