@@ -21,8 +21,8 @@ class Machine:
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
         monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)
-        for module in ("onnx", "cuda"):
-            monkeypatch.setattr(f"runtime.engines.{module}.import_onnxruntime", lambda: self.onnxruntime)
+        for module in ("runtime.engines.onnx", "runtime.cuda.engine"):
+            monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 
 def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, version: str = "11.4.0.106", **options: Any) -> GraphCuda:

@@ -113,7 +113,7 @@ class _Session:
         runtime = self._runtime
         assert options.entries["disable_synchronize_execution_providers"] == "1"
         assert ("gpu_graph_id" in options.entries) == self._captures
-        runtime.cuda.driver.check_undisturbing("a run, which may allocate,")
+        runtime.cuda.check_undisturbing("a run, which may allocate,")
         if runtime.fails:
             raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUDA failure 700\nand more")
         graph = options.entries.get("gpu_graph_id", "-1")
@@ -139,7 +139,7 @@ class _Session:
         self._graphs[key] = kept
         for _ in range(2):
             self._enqueue(kept)
-        with runtime.cuda.driver.captured():
+        with runtime.cuda.captured():
             pass
         self._enqueue(kept)
 
