@@ -45,9 +45,9 @@ class SessionOptions:
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
     cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
-        none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "use".
+        none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "off". Provisional.
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
-        (docs/serving.md). Default True.
+        (docs/serving.md). Default False. Provisional.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
@@ -64,7 +64,7 @@ class SessionOptions:
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
     cache: CacheUse | None = None
-    huge_pages: bool = True
+    huge_pages: bool = False
     cuda_graphs: bool = True
     trust_templates: bool = True
 
@@ -233,7 +233,7 @@ def _is_text(value: Any, text: str) -> bool:
 
 
 def _cache_use(given: Any) -> CacheUse:
-    name, use = ("cache", given) if given is not None else (CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE) or "use")
+    name, use = ("cache", given) if given is not None else (CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE) or "off")
     chosen: CacheUse | None = next((choice for choice in get_args(CacheUse) if _is_text(use, choice)), None)
     if chosen is None:
         raise OptionError(f"{name} is {shown(use)}; choose 'use', 'write' or 'off'")

@@ -64,7 +64,7 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
 @pytest.fixture(scope="session")
 def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPathFactory) -> Bundles:
     """Converts a case once for each exit layer and options, neither verified nor measured."""
-    from freeexport.commands.convert import convert
+    from freeexport.conversion.convert import convert
     from freeexport.conversion.options import ConvertOptions
 
     converted: dict[Any, Path] = {}

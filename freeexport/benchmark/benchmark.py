@@ -16,17 +16,17 @@ from freeexport.benchmark.peers.model import Source
 from freeexport.benchmark.report import Report, settings
 from freeexport.benchmark.rounds import Measured, measure
 from freeexport.benchmark.rows import Answers, Row, rows_of
+from freeexport.checkpoints.examples import read_examples
 from freeexport.costs.forced_exits import THRESHOLD, exit_trace
 from freeexport.costs.measured import measured_in_child
 from freeexport.costs.roofline import bandwidth_of, token_bytes
 from freeexport.system.idle import is_idle, require_idle
-from freeexport.system.jsonl import Request, read_requests
 from freeexport.system.progress import progress
 from freeexport.traces.simulate import SimulatedRun
 from freeexport.verification.parity import sample_ids
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import OptionError
 from runtime.machine.device import Device, check_runnable
 from runtime.text.prompt import encode_prompt
 from runtime.text.tokenizer import Tokenizer
@@ -75,10 +75,8 @@ def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[in
     if data is None:
         return [ids[:longest] for ids in sample_ids(bundle)][:limit]
     tokenizer = Tokenizer.load(bundle.path, bundle.manifest.files)
-    requests = [request for request in read_requests(data) if isinstance(request, Request)][:limit]
-    if not requests:
-        raise FreeExportError(f"{data} has no line that can be used; each needs an `input`")
-    return [encode_prompt(r.input, tokenizer, manifest.vocab_size, longest).tolist() for r in requests]
+    examples = read_examples(data, limit)
+    return [encode_prompt(one.input, tokenizer, manifest.vocab_size, longest).tolist() for one in examples]
 
 
 def contenders_of(options: BenchOptions, bundles: Sequence[Bundle], source: Source | None) -> list[Contender]:

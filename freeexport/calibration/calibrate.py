@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
 from freeexport import __version__
@@ -15,8 +14,7 @@ from freeexport.calibration.options import CalibrateOptions
 from freeexport.calibration.outputs import Outputs
 from freeexport.calibration.risk_control import sequences_needed
 from freeexport.calibration.source import Facts, Source
-from freeexport.checkpoints.examples import DataError
-from freeexport.system.jsonl import BrokenLine, Request, read_requests
+from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
 from freeexport.traces.cache import TraceCache, TraceKey
 from freeexport.traces.share import share
@@ -55,18 +53,6 @@ class Calibrated:
     @property
     def predicted(self) -> float:
         return self.chosen.speedup(self.costs)
-
-
-def read_data(path: Path, samples: int) -> list[Request]:
-    """The first lines. Raises DataError for a broken one, and where there is none."""
-    requests: list[Request] = []
-    for line in islice(read_requests(path), samples):
-        if isinstance(line, BrokenLine):
-            raise DataError(f"{path}, line {line.line_number}: {line.reason}; repair or remove the line")
-        requests.append(line)
-    if not requests:
-        raise DataError(f"{path} has no examples; give one JSON object with 'input' a line")
-    return requests
 
 
 def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:

@@ -176,7 +176,7 @@ class CheckpointSource:
 
         self._checkpoint, self._options = checkpoint, options
         self._description: Description = describe(checkpoint.config, checkpoint)
-        self._exit_layer = _exit_layer(checkpoint, len(self._description.decoder.layers), options.exit_layer)
+        self._exit_layer = checkpoint.exit_layer(len(self._description.decoder.layers), options.exit_layer)
         self._tracer: Any = None
 
     @property
@@ -276,14 +276,3 @@ def unknown_of_bundle(path: Path, listed: Container[str] = (TOKENIZER,)) -> int 
         return int(model["unk_id"])
     vocabulary, token = model.get("vocab"), model.get("unk_token")
     return vocabulary.get(token) if isinstance(vocabulary, dict) and token is not None else None
-
-
-def _exit_layer(checkpoint: Checkpoint, layers: int, asked: int | None) -> int:
-    trained = None if checkpoint.exit is None else checkpoint.exit.exit_layer
-    if trained is not None and asked not in (None, trained):
-        raise OptionError(f"{checkpoint.name} was trained to exit after layer {trained}, not {asked}; leave it out")
-    chosen = asked if trained is None else trained
-    if chosen is None or not 1 <= chosen < layers:
-        given = "no exit.json" if chosen is None else f"{layers} layers, --exit-layer is {chosen}"
-        raise OptionError(f"{checkpoint.name} has {given}; choose --exit-layer, from 1 to {layers - 1}")
-    return chosen

@@ -17,6 +17,7 @@ from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
 from graphs.limits import check_config
+from runtime.errors import OptionError
 from runtime.json_file import read_object
 
 # In the order in which transformers looks for them.
@@ -86,6 +87,17 @@ class Checkpoint:
             )
         _digest(digest, [file.path for file in self.files if file.path.name == EXIT_WEIGHTS])
         return digest.hexdigest()
+
+    def exit_layer(self, layers: int, given: int | None) -> int:
+        """Where the exit of a decoder of so many layers is: as trained, or as given. Raises OptionError."""
+        trained = None if self.exit is None else self.exit.exit_layer
+        if trained is not None and given not in (None, trained):
+            raise OptionError(f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out")
+        chosen = given if trained is None else trained
+        if chosen is None or not 1 <= chosen < layers:
+            problem = "there is no exit.json" if chosen is None else f"exit layer {chosen} is out of range"
+            raise OptionError(f"{self.name}: {problem}; choose --exit-layer, from 1 to {layers - 1}")
+        return chosen
 
     def __contains__(self, name: object) -> bool:
         return name in self._tensors

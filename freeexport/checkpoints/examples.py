@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from runtime.errors import FreeExportError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+TARGETS_WANTED = "give every line an input and a target"
 _CHUNK = 4096  # texts a call of the tokenizer
 _HASH_RANGE = 1 << 32
 
@@ -68,19 +70,19 @@ class TextFormat:
         return max(prompt, target) <= self.limit if self.seq2seq else prompt + target <= self.limit
 
 
-def read_lines(path: Path) -> list[Request]:
-    """The lines of a JSONL file, `input` and `target` each. Raises DataError for a broken line, with its number."""
+def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[Request]:
+    """The first `limit` lines of a JSONL file, or all. `need_target`: the remedy for a line without a target; "" where
+    none is needed. Raises DataError for a broken line, with its number, and for an empty file."""
     requests = []
-    for line in read_requests(path):
+    for line in islice(read_requests(path), limit):
         if isinstance(line, BrokenLine):
             raise DataError(f"{path}, line {line.line_number}: {line.reason}; repair or remove the line")
-        if line.target is None:
-            raise DataError(
-                f"{path}, line {line.line_number}: 'target' is missing; give every line an input and a target"
-            )
+        if need_target and line.target is None:
+            raise DataError(f"{path}, line {line.line_number}: 'target' is missing; {need_target}")
         requests.append(line)
     if not requests:
-        raise DataError(f"{path} has no examples; give one JSON object with 'input' and 'target' a line")
+        fields = "'input' and 'target'" if need_target else "'input'"
+        raise DataError(f"{path} has no examples; give one JSON object with {fields} a line")
     return requests
 
 

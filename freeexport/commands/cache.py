@@ -17,8 +17,8 @@ from freeexport.system.page import human_bytes, pairs, print_page, table
 def command() -> None:
     """Show, fill and clear the cache of engines with packed weights.
 
-    It is in $XDG_CACHE_HOME/freeexport/engines (default ~/.cache). FREEEXPORT_CACHE_GB limits its size, and
-    FREEEXPORT_CACHE=off turns it off for sessions.
+    It is in $XDG_CACHE_HOME/freeexport/engines (default ~/.cache). FREEEXPORT_CACHE_GB limits its size.
+    Provisional: sessions use it with cache="use", or FREEEXPORT_CACHE=use in the environment.
 
     \b
     Example:

@@ -9,24 +9,20 @@ from typing import TYPE_CHECKING, get_args
 
 import click
 
+from freeexport.calibration.open_source import is_bundle
 from freeexport.calibration.options import CalibrateOptions
-from freeexport.commands.calibrate import cache_path, is_bundle, open_source
 from freeexport.commands.verb_options import CONFIDENCES, MAX_NEW_TOKENS, SAMPLES
-from freeexport.conversion.exit_vocabulary_file import ExitVocabularyFile
 from freeexport.system.idle import cores_in_use
 from freeexport.system.output_file import check_writable
 from freeexport.system.page import print_page, table
 from freeexport.traces.verdict import MACHINE_BUSY
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from freeexport.tuning.exit_vocabulary import gains_of, vocabulary_file
 from runtime.bundle.costs import TOLERATED
 from runtime.bundle.manifest import ConfidenceMeasure
-from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from freeexport.calibration.source import Facts
-    from freeexport.traces.trace import Traces
     from freeexport.tuning.vocabulary_gains import ExitGains, Gain
 
 BUSY = (
@@ -34,54 +30,6 @@ BUSY = (
     "exits do not depend on it"
 )
 COLUMNS = ("tokens#", "covered#", "exits lost#", "exits#", "shallow step#", "predicted#", "")
-
-
-def gains_of(
-    model: str, data: Path, options: CalibrateOptions, output: Path, size: int | None, threshold: float | None,
-    threads: int | None,
-) -> tuple[Facts, Traces, ExitGains]:  # fmt: skip
-    """Collect traces, as calibrate does and keeps them, and see what a head of fewer tokens would lose and win.
-
-    Raises OptionError for a bundle that has an exit vocabulary, a size out of range, and a threshold that is unknown;
-    what `calibrate_model` raises.
-    """
-    from freeexport.calibration.calibrate import check_enough, collect, read_data
-    from freeexport.conversion.exit_vocabulary import check_size
-    from freeexport.tuning.vocabulary_gains import exit_gains
-
-    requests = read_data(data, options.samples)
-    with open_source(model, options, threads) as source:
-        facts = source.facts
-        check_size(size, len(facts.ends), facts.vocab_size)
-        if facts.exit_vocabulary is not None:
-            raise OptionError(f"{model} has an exit vocabulary already; give a bundle without")
-        kept = cache_path(model, None if is_bundle(model) else output)
-        traces = collect(source, data, requests, kept, options.max_new_tokens)
-        check_enough(traces, options)
-        costs = source.costs(requests, traces.mean_length)
-        targets = [request.target for request in requests if request.target]
-        found = exit_gains(
-            traces,
-            _threshold(facts, traces, options) if threshold is None else threshold,
-            costs,
-            facts.max_pending,
-            facts.vocab_size,
-            facts.ends,
-            source.token_ids(targets),
-            () if size is None else (size,),
-        )
-        return facts, traces, found
-
-
-def _threshold(facts: Facts, traces: Traces, options: CalibrateOptions) -> float:
-    """That of a calibrated bundle; else the one that calibrate would choose."""
-    from freeexport.calibration.choose import choose
-
-    known = facts.threshold
-    found = choose(traces, options, None).threshold if known >= NEVER_EXIT else known
-    if found >= NEVER_EXIT:
-        raise OptionError("calibrate would let no token exit, so no vocabulary pays; give a --threshold")
-    return found
 
 
 def page(found: ExitGains, chosen: Gain, idle: bool = True) -> Table:
@@ -169,7 +117,7 @@ def command(
     facts, traces, found = gains_of(model, data, options, output, size, threshold, threads)
     chosen = found.best if size is None else found.at(size)
     if chosen is not found.whole:
-        _file(facts, traces, found, chosen).write(output)
+        vocabulary_file(facts, traces, found, chosen).write(output)
     if as_json:
         click.echo(json.dumps({"threshold": found.threshold, "chosen": chosen.size, "gains": _rows(found.gains)}))
     else:
@@ -191,16 +139,3 @@ def _rows(gains: Iterable[Gain]) -> list[dict[str, float]]:
         }
         for gain in gains
     ]
-
-
-def _file(facts: Facts, traces: Traces, found: ExitGains, chosen: Gain) -> ExitVocabularyFile:
-    return ExitVocabularyFile(
-        source_sha256=facts.source_sha256,
-        vocab_size=facts.vocab_size,
-        exit_layer=facts.exit_layer,
-        threshold=found.threshold,
-        predictions=traces.tokens,
-        covered=chosen.covers,
-        exits_lost=chosen.lost,
-        tokens=tuple(sorted(map(int, found.ranked[: chosen.size]))),
-    )

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import warnings
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import click
 
-from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.commands.verb_options import SectionedCommand, section
-from freeexport.system.output_directory import output_directory
-from freeexport.system.output_file import naming
 from freeexport.training.options import (
     LORA_PRESETS,
     OFFERED_LOSSES,
@@ -25,176 +19,7 @@ from freeexport.training.options import (
     TrainingOptions,
     Tune,
 )
-from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
-
-if TYPE_CHECKING:
-    from freeexport.checkpoints.checkpoint import Checkpoint
-    from freeexport.checkpoints.examples import Example
-    from freeexport.training.full import Trainable
-    from graphs.description import Description
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a run came to: `metrics` are those of the best evaluation, whose weights are in `out`."""
-
-    out: str
-    steps: int
-    best_step: int
-    seconds: float
-    metrics: dict[str, float]
-    left_out: tuple[str, ...]
-
-
-def train(model: str, out: Path, options: TrainingOptions) -> Trained:
-    """Fine-tune `model` (a checkpoint directory, hub name, GGUF file or LoRA adapter) and write the result to `out`,
-    complete or not at all. Checkpoints and metrics are in OUT.training until then.
-
-    Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
-    DataError, OptionError, OutputError, and DivergedError where the loss is no number.
-    """
-    from accelerate import PartialState
-    from torch import cuda
-
-    _quiet()
-    process = PartialState(cpu=not cuda.is_available())
-    with process.main_process_first():
-        directory = TrainingDirectory(out, model, options, process.is_main_process)
-    try:
-        return _train(model, out, options, directory, process)
-    except BaseException:
-        if process.is_main_process:
-            directory.remove_unless_resumable()
-        raise
-
-
-def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
-    from freeexport.training.inputs import described, examples
-
-    with process.main_process_first():
-        checkpoint = _base(model, options, directory, process.is_main_process)
-    description = described(checkpoint, options)
-    training, validation, left_out = examples(checkpoint, description, options)
-    if process.is_main_process:
-        for line in left_out:
-            click.echo(f"warning: {line}", err=True)
-    with process.main_process_first():
-        tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
-    with naming(directory.path):
-        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
-    if process.is_main_process:
-        _write(tuning, checkpoint, options, directory)
-    process.wait_for_everyone()
-    return Trained(str(out), steps, best_step, seconds, metrics, tuple(left_out))
-
-
-def _quiet() -> None:
-    """transformers and torch announce what is no news here; errors are raised."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft)\b")
-
-
-def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, writer: bool) -> Checkpoint:
-    from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-
-    if options.from_config:
-        from freeexport.checkpoints.random_weights import write_random_weights
-
-        base = directory.path / "base"
-        if writer and not base.exists():
-            write_random_weights(Path(model), base, options.seed)
-        return open_checkpoint(str(base))
-    checkpoint = open_checkpoint(model)
-    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
-        raise CheckpointError(f"{model} has an exit of its own already; give the checkpoint that it was trained on")
-    return checkpoint
-
-
-def _tuning(
-    model: str,
-    checkpoint: Checkpoint,
-    description: Description,
-    options: TrainingOptions,
-    training: Sequence[Example],
-    validation: Sequence[Example],
-    directory: TrainingDirectory,
-) -> Trainable:
-    if options.tune == "lora":
-        from freeexport.training.full import tune_lora
-
-        return tune_lora(checkpoint, description, options, training, validation, model)
-    if options.tune == "exit":
-        from freeexport.training.exit_only import tune_exit
-
-        return tune_exit(checkpoint, description, options, training, validation, directory.path / "states")
-    from freeexport.training.full import tune_full
-
-    return tune_full(checkpoint, description, options, training, validation)
-
-
-def _run(
-    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool
-) -> tuple[int, int, float, dict[str, float]]:
-    """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
-    from transformers import EarlyStoppingCallback, TrainerCallback
-
-    from freeexport.training.callbacks import Bar, Metrics, StopInTime
-    from freeexport.training.trainer import ExitTrainer, resumed_clock, training_arguments
-
-    checkpoint = last_checkpoint(directory.path) if options.resume else None
-    clock = resumed_clock(options, checkpoint)
-    callbacks: list[TrainerCallback] = [StopInTime(clock)]
-    bar, metrics = Bar(clock), None
-    if options.patience:
-        callbacks.append(EarlyStoppingCallback(options.patience))
-    arguments = training_arguments(options, directory.path, tuning.lengths[0])
-    if writer:
-        after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        metrics = Metrics(directory.path / METRICS, clock, directory.path / TENSORBOARD, after)
-        callbacks += [metrics, bar]
-    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks)
-    if metrics is not None:
-        metrics.trainer = trainer
-    try:
-        trainer.run(checkpoint)
-    finally:
-        bar.close()
-    best_step, best = trainer.best()
-    return trainer.state.global_step, best_step, round(clock.elapsed, 1), best
-
-
-def _write(
-    tuning: Trainable,
-    checkpoint: Checkpoint,
-    options: TrainingOptions,
-    directory: TrainingDirectory,
-) -> None:
-    exit_file = ExitFile(
-        exit_layer=options.exit_layer,
-        exit_norm=tuning.exit_norm,
-        adapter_rank=tuning.adapter_rank,
-        base_sha256=checkpoint.sha256,
-        loss=options.loss_name,
-        tune=options.tune,
-    )
-    with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
-        tuning.write(partial)
-        write_exit_file(partial, exit_file)
-        directory.keep_records(partial)
-        _open_to_readers(partial)
-    directory.remove()
-
-
-def _open_to_readers(directory: Path) -> None:
-    """safetensors creates files that their owner alone may read."""
-    mode = (directory / EXIT_FILE).stat().st_mode & 0o777
-    for path in directory.glob("*.safetensors"):
-        if path.stat().st_nlink == 1:  # a link's mode is its base's
-            path.chmod(mode)
+from freeexport.training.train import train
 
 
 @click.command(cls=SectionedCommand)

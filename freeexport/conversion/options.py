@@ -27,10 +27,9 @@ class ConvertOptions:
     processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it is not. None for `head`
     is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded weights compute in, None for
     fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `kernels`: whose operators
-    multiply with weights that are rounded for a CPU. `exit_vocab` is how many tokens the shallow head knows, chosen on
-    `exit_vocab_text`, or the file that `freeexport exit-vocab` wrote for this checkpoint. `calibration` is the file
-    that `freeexport calibrate` wrote for this checkpoint. OptionError where two do not go together, or an exit
-    vocabulary has no text; GraphError for an encoder capacity under 1."""
+    multiply with weights that are rounded for a CPU. `exit_vocab` is the file of `freeexport exit-vocab` for
+    this checkpoint, `calibration` that of `freeexport calibrate`. OptionError where two do not go together; GraphError
+    for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -46,20 +45,14 @@ class ConvertOptions:
     compute: FloatType | None = None
     exact_rows: bool = False
     kernels: Kernels = "onnxruntime"
-    exit_vocab: int | Path | Literal["all", "auto"] = "all"
-    exit_vocab_text: Path | None = None
+    exit_vocab: Path | None = None
     calibration: Path | None = None
     verify: bool = True
     measure: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if (self.exit_vocab == "auto" or isinstance(self.exit_vocab, int)) != (self.exit_vocab_text is not None):
-            raise OptionError(
-                "an exit vocabulary is chosen on text; give both --exit-vocab and --exit-vocab-text, or the file of "
-                "freeexport exit-vocab"
-            )
-        if self.exit_vocab != "all" and self.calibration is not None:
+        if self.exit_vocab is not None and self.calibration is not None:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
         if self.int8_layout != "auto" and (self.target != "cpu" or self.precision not in ("int8", "mixed")):
             raise OptionError(

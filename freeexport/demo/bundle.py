@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from freeexport.commands.convert import convert
+from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime import Bundle, BundleError
 

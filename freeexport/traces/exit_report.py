@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from freeexport.commands.evaluate_exits import TARGETS, Exit, Report
 from freeexport.system.page import pairs, table
+from freeexport.traces.compare_layers import TARGETS, Exit, Report
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from freeexport.commands.evaluate_exits import Report
+    from freeexport.traces.compare_layers import Report
 
 _MOST_CURVES = 12
 _MOST_VALUES = 16  # bars that have room for a number above each

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import DataError, Example, encode, read_lines, split
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples, split
 from freeexport.checkpoints.text_format import text_format
 from freeexport.training.options import TrainingOptions
 from graphs.description import Description
@@ -30,13 +30,13 @@ def examples(
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
     form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
-    training = read_lines(options.data)
+    training = read_examples(options.data, need_target=TARGETS_WANTED)
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")
     if options.validation is None:
         training, validation = split(training, options.validation_share, options.data)
     else:
-        validation = read_lines(options.validation)
+        validation = read_examples(options.validation, need_target=TARGETS_WANTED)
     first, left_out = encode(training, form, options.data)
     second, also_left_out = encode(validation, form, options.validation or options.data)
     return first, second, [str(part) for part in (left_out, also_left_out) if part is not None]

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from freeexport.calibration.beta_fit import fit
-from freeexport.calibration.calibrate import Calibrated, check_enough, collect, explained, read_data, with_measured
+from freeexport.calibration.calibrate import Calibrated, check_enough, collect, explained, with_measured
 from freeexport.calibration.choose import Choice
+from freeexport.calibration.open_source import cache_path
 from freeexport.calibration.options import CalibrateOptions
 from freeexport.calibration.outputs import Outputs
 from freeexport.calibration.source import BundleSource
-from freeexport.commands.calibrate import cache_path
+from freeexport.checkpoints.examples import read_examples
 from freeexport.costs.threshold_speed import Setting, speeds_in_turn
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.jsonl import Request
@@ -84,7 +85,7 @@ def tune(paths: Sequence[Path], data: Path, options: TuneOptions) -> Tuned:
     Raises BusyMachineError, DataError, CalibrationError, BundleError, and OptionError for bundles that do not go
     together and for too few samples.
     """
-    requests = read_data(data, options.samples)
+    requests = read_examples(data, options.samples)
     idle = require_idle(options.force)
     with opened(paths, options.threads) as sources:
         chosen_by, held_out = split(sources, requests)

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from freeexport.conversion.exit_vocabulary import STEP, ranked_tokens
 from freeexport.traces.simulate import SimulatedRun, replay
 from freeexport.traces.trace import Trace, Traces
 from runtime.bundle.costs import Costs
 from runtime.errors import CalibrationError
 
+# The fewest tokens of a head; others double.
+STEP = 64
 # Tells the folds apart: what is chosen on one half of the sequences is judged on the other.
 FOLDS = 2
 # Predictions are no better than that, and a larger vocabulary is the safer one on other text.
@@ -98,10 +99,12 @@ def _sizes(vocabulary: int, ends: int, more: Sequence[int]) -> list[int]:
 def _ranked(
     sequences: Sequence[Trace], threshold: float, written: np.ndarray, vocabulary: int, ends: Sequence[int]
 ) -> np.ndarray:
-    """By exits, then by shallow predictions, then by frequency in text."""
+    """All token ids: `ends`, then by exits, shallow predictions and frequency in text, then the lower ids first, as
+    vocabularies are roughly in the order of use."""
     exits = _counts([one.token[one.sure(threshold)] for one in sequences], vocabulary)
     said = _counts([one.token for one in sequences], vocabulary)
-    return ranked_tokens(ends, exits, said, written)
+    ranked = np.lexsort((np.arange(vocabulary), -written, -said, -exits))
+    return np.concatenate([np.array(sorted(ends), np.int64), ranked[~np.isin(ranked, ends)]])
 
 
 def _gain(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from freeexport.checkpoints.examples import DataError, read_lines
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
 from freeexport.verification.engine_pair import EnginePair
 from freeexport.verification.parity import Batch, encode, forward, in_precision_of, pad, rows_of, sample_batch
 from freeexport.verification.row_noise import log_softmax
@@ -109,7 +109,7 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
-    requests = read_lines(data)[:LINES]
+    requests = read_examples(data, LINES, TARGETS_WANTED)
     longest = min(LONGEST, manifest.capacity)
     for start in range(0, len(requests), ROWS):
         chunk = requests[start : start + ROWS]

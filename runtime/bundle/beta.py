@@ -23,6 +23,12 @@ class LogSums(NamedTuple):
     log: float = 0.0
     log_rest: float = 0.0
 
+    @classmethod
+    def of(cls, confidences: np.ndarray) -> LogSums:
+        """Of tokens [n], each of weight 1."""
+        inside = clipped(confidences)
+        return cls(float(inside.size), float(np.log(inside).sum()), float(np.log1p(-inside).sum()))
+
     def __add__(self, other: LogSums) -> LogSums:  # type: ignore[override]
         return LogSums(self.weight + other.weight, self.log + other.log, self.log_rest + other.log_rest)
 
@@ -75,13 +81,6 @@ UNIFORM = Beta(1.0, 1.0)
 
 def clipped(confidence: np.ndarray | float) -> np.ndarray:
     return np.clip(np.asarray(confidence, np.float64), EPSILON, 1 - EPSILON)
-
-
-def from_moments(mean: float, variance: float) -> Beta:
-    """The Beta with this mean, in (0, 1), and this variance, as far as shapes are bounded."""
-    concentration = mean * (1 - mean) / variance - 1 if variance > 0 else MOST_CONCENTRATION
-    concentration = max(concentration, LEAST_SHAPE)
-    return _bounded(mean * concentration, (1 - mean) * concentration)
 
 
 def most_likely(sums: LogSums, start: Beta, steps: int = 30) -> Beta:

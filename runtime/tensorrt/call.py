@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from runtime.cuda.device_array import DeviceArray, moved
-from runtime.cuda.driver import Stream
+from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.device_call import DeviceCall, Layout
 from runtime.cuda.graph import CudaGraph
 from runtime.cuda.staging import ALIGNMENT, Staging, laid_out
 from runtime.errors import EngineError
@@ -25,159 +26,79 @@ RUNS_BEFORE_CAPTURE = 3
 CAPTURED_PROFILE = "decode"
 
 
-class _Layout(NamedTuple):
-    """Where the arrays of the host stand in a staging: inputs from 0 to `sent`, outputs to `fetched`, then, to `size`,
-    outputs that nobody asked for. `addresses` of arrays of the device; `streams` that these must be ready in."""
-
-    shapes: dict[str, tuple[int, ...]]
-    offsets: dict[str, int]
-    addresses: dict[str, int]
-    streams: tuple[Stream, ...]
-    sent: int
-    fetched: int
-    size: int
-
-
-class TensorRTCall:
-    """Change the arrays in place, run, read the arrays. `enqueue` and `finish` are the two halves of `run`: nothing in
-    between may touch the arrays."""
+class TensorRTCall(DeviceCall):
+    _engine: TensorRTEngine
 
     def __init__(self, engine: TensorRTEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._engine = engine
-        self._inputs: dict[str, Any] = {}
-        self._outputs: dict[str, Any] = {}
-        self._layout: _Layout | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}  # of arrays of the device
         self._context: Context | None = None
-        self._staging: Staging | None = None
         self._graph: CudaGraph | None = None
-        self._runs = 0
-        self._under_way = False
         self._own = False  # context and staging are this call's alone, and stay
-        self.rebind(inputs, outputs)
-
-    def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        """Other arrays, of any shape, for these names; the others stay. EngineError for a name or type that the engine
-        does not have."""
-        for given, kept, is_input in ((inputs, self._inputs, True), (outputs, self._outputs, False)):
-            for name, array in given.items():
-                self._check(name, array, is_input)
-                if moved(kept.get(name), array):
-                    self._layout = None
-                kept[name] = array
-
-    def run(self) -> None:
-        self.enqueue()
-        self.finish()
-
-    def enqueue(self) -> None:
-        """Put the run into the engine's stream. Raises EngineError, CapacityError."""
-        engine = self._engine
-        with engine.lock:
-            if engine.captures:
-                self._enqueue()
-            else:
-                # Another lane may capture, and its stream be one that this call waits for.
-                with engine.stream.cuda.undisturbed:
-                    self._enqueue()
-
-    def _enqueue(self) -> None:
-        engine = self._engine
-        engine.stream.cuda.make_current()
-        engine.forget_errors()
-        if self._layout is None:
-            self._prepare()
-        layout = self._layout
-        assert layout is not None
-        staging = self._staging = self._staging or engine.staging.take(layout.size)
-        if self._under_way:
-            # A run that failed: the device may still be reading what it was given.
-            engine.stream.synchronize()
-        self._under_way = True
-        for name, array in self._inputs.items():
-            if name in layout.offsets:
-                staging.view(layout.offsets[name], array)[...] = array
-        for stream in layout.streams:
-            engine.stream.follow(stream)
-        self._put(layout, staging)
-        engine.stream.record(staging.event)
-        self._runs += 1
-
-    def finish(self) -> None:
-        """Wait for it, and let the arrays of the host have what it gave."""
-        staging, layout = self._staging, self._layout
-        assert staging is not None
-        assert layout is not None
-        try:
-            staging.event.wait()
-            self._under_way = False
-            for name, array in self._outputs.items():
-                if name in layout.offsets:
-                    array[...] = staging.view(layout.offsets[name], array)
-        finally:
-            if not self._own:
-                with self._engine.lock:
-                    self._engine.staging.give(staging)
-                self._staging = None
+        super().__init__(engine, inputs, outputs)
 
     def close(self) -> None:
         """Let go of memory, graph and contexts: it may not run any more."""
         self._drop_graph()
         self._layout = self._context = None
 
-    def _prepare(self) -> None:
-        """Decide where everything stands."""
+    def _alone(self) -> AbstractContextManager[Any]:
+        return self._engine.lock
+
+    def _enqueue(self) -> None:
+        self._engine.forget_errors()
+        super()._enqueue()
+
+    def _finished(self) -> None:
+        if not self._own and self._staging is not None:
+            with self._engine.lock:
+                self._engine.staging.give(self._staging)
+            self._staging = None
+
+    def _prepare(self) -> Layout:
         engine = self._engine
         self._drop_graph()
-        shapes = {name: tuple(array.shape) for name, array in self._inputs.items()}
+        shapes = self._shapes = {name: tuple(array.shape) for name, array in self._inputs.items()}
         missing = [name for name, tensor in engine.tensors.items() if tensor.is_input and name not in shapes]
         if missing:
             raise EngineError(f"a call of the TensorRT engine {engine.name} lacks {', '.join(missing)}")
         self._context = engine.context(engine.profile(shapes))
         self._context.set_shapes(shapes)
+        layout = Layout.of(self._inputs, self._outputs, engine.stream)
         bound = {**self._inputs, **self._outputs}
-        on_device = {name: array for name, array in bound.items() if isinstance(array, DeviceArray)}
-        inputs, sent = laid_out({n: a.nbytes for n, a in self._inputs.items() if n not in on_device})
-        outputs, fetched = laid_out({n: a.nbytes for n, a in self._outputs.items() if n not in on_device}, sent)
-        addresses = {name: array.address for name, array in on_device.items()}
+        addresses = {name: array.address for name, array in bound.items() if isinstance(array, DeviceArray)}
         # What is written in place stands where it is read.
         addresses |= {f"present.{name[5:]}": address for name, address in addresses.items() if name.startswith("past.")}
+        self._addresses = addresses
         placed = bound.keys() | addresses.keys()
         unbound = {name: self._bytes(self._context, name) for name in engine.output_names if name not in placed}
-        discarded, size = laid_out(unbound, fetched)
-        streams = {array.memory.stream for array in on_device.values()} - {engine.stream}
-        self._layout = _Layout(
-            shapes,
-            {**inputs, **outputs, **discarded},
-            addresses,
-            tuple(streams),
-            sent,
-            fetched,
-            size,
-        )
+        discarded, size = laid_out(unbound, layout.fetched)
+        self._layout = layout._replace(offsets={**layout.offsets, **discarded}, size=size)
+        return self._layout
 
-    def _put(self, layout: _Layout, staging: Staging) -> None:
+    def _launch(self, layout: Layout, staging: Staging) -> None:
         if self._graph is not None:
             self._graph.launch()
-        elif self._wants_graph(layout):
+        elif self._wants_graph():
             self._capture(layout, staging)
         else:
             assert self._context is not None
             self._set(self._context, layout, staging)
             self._put_each(self._context, layout, staging)
 
-    def _wants_graph(self, layout: _Layout) -> bool:
+    def _wants_graph(self) -> bool:
         engine = self._engine
         if not engine.captures or self._runs < RUNS_BEFORE_CAPTURE:
             return False
         # What TensorRT reads from the host's memory would stay what it was when it was captured.
         fixed = any(tensor.on_host for tensor in engine.tensors.values())
-        return not fixed and engine.profile(layout.shapes).name == CAPTURED_PROFILE
+        return not fixed and engine.profile(self._shapes).name == CAPTURED_PROFILE
 
-    def _capture(self, layout: _Layout, staging: Staging) -> None:
+    def _capture(self, layout: Layout, staging: Staging) -> None:
         """Run it, and make it a graph for the next time. Its context is its own, as no other call may change it."""
         engine = self._engine
-        context = engine.new_context(engine.profile(layout.shapes))
-        context.set_shapes(layout.shapes)
+        context = engine.new_context(engine.profile(self._shapes))
+        context.set_shapes(self._shapes)
         self._set(context, layout, staging)
         # TensorRT wants to have run once with these shapes before it is captured.
         self._put_each(context, layout, staging)
@@ -192,10 +113,10 @@ class TensorRTCall:
             return
         self._context, self._own = context, True
 
-    def _set(self, context: Context, layout: _Layout, staging: Staging) -> None:
+    def _set(self, context: Context, layout: Layout, staging: Staging) -> None:
         tensors = self._engine.tensors
-        context.set_shapes(layout.shapes)
-        context.set_addresses(layout.addresses)
+        context.set_shapes(self._shapes)
+        context.set_addresses(self._addresses)
         context.set_addresses(
             {
                 name: staging.host(offset) if tensors[name].on_host else staging.device.address + offset
@@ -204,7 +125,7 @@ class TensorRTCall:
         )
 
     @staticmethod
-    def _put_each(context: Context, layout: _Layout, staging: Staging) -> None:
+    def _put_each(context: Context, layout: Layout, staging: Staging) -> None:
         staging.send(0, layout.sent)
         context.enqueue()
         staging.fetch(layout.sent, layout.fetched)
@@ -233,6 +154,3 @@ class TensorRTCall:
                 f"{name} stands at address {array.address}, and TensorRT wants multiples of {ALIGNMENT}; "
                 "open the session with slots=1, or convert with another capacity"
             )
-
-    def __del__(self) -> None:
-        self.close()

@@ -63,7 +63,7 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 @pytest.fixture
 def rounded_first(bundle: Bundles, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A bundle that rounds nothing, of a checkpoint whose linear weights were changed."""
-    from freeexport.commands.convert import convert
+    from freeexport.conversion.convert import convert
     from freeexport.conversion.options import ConvertOptions
 
     def make(case: Case, change: Callable[[str, np.ndarray], np.ndarray], **options: Any) -> Path:

@@ -16,7 +16,7 @@ from reference import assert_same_tokens, replay
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.packaged_models import smollm2
 from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.commands.convert import convert
+from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.greedy_parity import NEW_TOKENS, TIE, compare
 from runtime import FreeExportError, Session

@@ -15,7 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from freeexport.commands.convert import ConvertOptions, convert
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from runtime import Session
 from runtime.cuda.runner import CudaRunner
 

@@ -18,6 +18,7 @@ from command_errors import error
 from conftest import TEXTS, Bundles
 from traces import trace
 
+from freeexport.calibration import open_source
 from freeexport.calibration import report as calibration_report
 from freeexport.calibration import source as calibration_source
 from freeexport.calibration.calibrate import check_enough
@@ -25,7 +26,6 @@ from freeexport.calibration.options import CalibrateOptions
 from freeexport.calibration.source import CheckpointSource, check_unknown
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
-from freeexport.commands import calibrate
 from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
 from freeexport.system.jsonl import Request
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_source, "measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
-    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 0.0)
+    monkeypatch.setattr(open_source, "cores_in_use", lambda: 0.0)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_busy_machine_measures_no_speed(
     own: Callable[..., Path], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = own(T5, measure=True)
-    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 1.3)
+    monkeypatch.setattr(open_source, "cores_in_use", lambda: 1.3)
     given = ("--data", data, "--target", 0.2, "--measure")
     answer = calibrated(path, *given)
     assert 0 < answer["threshold"] < 1
@@ -161,7 +161,7 @@ def test_a_busy_machine_measures_no_speed(
     assert "x the speed of mode full" not in page
     shown = " ".join(run("inspect", path).stdout.split())
     assert "speed not measured: machine busy" in shown
-    monkeypatch.setattr(calibrate, "cores_in_use", lambda: 0.0)
+    monkeypatch.setattr(open_source, "cores_in_use", lambda: 0.0)
     again = calibrated(path, *given)
     assert "machine busy" not in json.dumps(again)
     assert again["costs"]["busy"] == 0
@@ -180,7 +180,9 @@ def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: P
     bundle = Bundle.open(out, verify="full")
     assert bundle.manifest.threshold == answer["threshold"]
     assert bundle.calibration == read_calibration(file)
-    assert "another confidence measure 'entropy'" in error(run("convert", model, out, "--exit-layer", 3, *quick))
+    assert "another confidence measure 'entropy'" in error(
+        run("convert", model, tmp_path / "other", "--exit-layer", 3, *quick)
+    )
     wrong_layer = ("--exit-layer", 1, "--confidence", "entropy")
     assert "another exit layer 3, not 1" in error(run("convert", model, tmp_path / "other", *wrong_layer, *quick))
     other = ("convert", checkpoint(LLAMA), tmp_path / "other", "--exit-layer", 3, "--confidence", "entropy")
@@ -188,8 +190,8 @@ def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: P
     assert not (tmp_path / "other").exists()
 
 
-def test_a_calibration_does_not_go_with_an_exit_vocabulary(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
-    vocabulary = ("--exit-vocab", 64, "--exit-vocab-text", data)
+def test_a_calibration_does_not_go_with_an_exit_vocabulary(checkpoint: Directory, tmp_path: Path) -> None:
+    vocabulary = ("--exit-vocab", tmp_path / "exit-vocab.json")
     result = run("convert", checkpoint(T5), tmp_path / "out", "--calibration", tmp_path / "x.json", *vocabulary)
     assert "calibrate the bundle" in error(result)
 
@@ -311,7 +313,7 @@ def test_a_report_of_before_stands_until_the_new_one_is_written(tmp_path: Path) 
 def test_an_exit_layer_that_is_none_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
     given = ("calibrate", checkpoint(T5), "--data", data, "--output", tmp_path / "out.json")
     assert f"choose --exit-layer, from 1 to {T5.layers - 1}" in error(run(*given))
-    assert "--exit-layer is 6" in error(run(*given, "--exit-layer", T5.layers))
+    assert "exit layer 6 is out of range" in error(run(*given, "--exit-layer", T5.layers))
     assert not (tmp_path / "out.json").exists()
 
 

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import CASES, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.examples import DataError, Example, TextFormat, encode, read_lines, split
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, TextFormat, encode, read_examples, split
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.system.jsonl import Request
 from freeexport.training.batches import Collator, LengthBatches
@@ -45,7 +45,7 @@ def written(path: Path, *lines: Any) -> Path:
 )
 def test_broken_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], reason: str) -> None:
     with pytest.raises(DataError, match=reason):
-        read_lines(written(tmp_path / "data.jsonl", *lines))
+        read_examples(written(tmp_path / "data.jsonl", *lines), need_target=TARGETS_WANTED)
 
 
 def test_split_is_stable_and_keeps_equal_inputs_together(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_an_exit_layer_out_of_range_is_refused_with_the_range(
 ) -> None:
     line = failed(convert(checkpoint(LLAMA), place / "out", *FAST, exit_layer=exit_layer))
     assert f"exit layer {exit_layer} is out of range" in line
-    assert "choose 1 to 4" in line
+    assert "choose --exit-layer, from 1 to 4" in line
     assert os.listdir(place) == []
 
 
@@ -330,7 +330,7 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("freeexport.checkpoints.checkpoint.Checkpoint.read", read)
     monkeypatch.setattr("freeexport.checkpoints.checkpoint._digest", read)
-    monkeypatch.setattr("freeexport.commands.convert.write_tokenizer", read)
+    monkeypatch.setattr("freeexport.conversion.convert.write_tokenizer", read)
 
 
 @pytest.mark.usefixtures("no_weights_are_read")
@@ -457,7 +457,7 @@ def test_a_failed_verification_leaves_nothing(
     def wrong(*_: object) -> bool:
         raise VerificationError("prefill: deep logits differs")
 
-    monkeypatch.setattr("freeexport.commands.convert.verify_in_child", wrong)
+    monkeypatch.setattr("freeexport.conversion.convert.verify_in_child", wrong)
     assert "deep logits" in failed(convert(checkpoint(LLAMA), place / "out"))
     assert os.listdir(place) == []
 
@@ -508,7 +508,7 @@ def test_a_refused_bundle_replaces_an_earlier_one_and_leaves_out_alone(
 ) -> None:
     assert convert(checkpoint(LLAMA), place / "out", *FAST).exit_code == 0
     before = digest(place / "out")
-    monkeypatch.setattr("freeexport.commands.convert.verify_in_child", refused)
+    monkeypatch.setattr("freeexport.conversion.convert.verify_in_child", refused)
     for exit_layer in (2, 3):
         line = failed(convert(checkpoint(LLAMA), place / "out", "--overwrite", exit_layer=exit_layer))
         assert f"kept as {place / 'out.unverified'}" in line

@@ -11,8 +11,8 @@ from checkpoints import Case, _t5
 from conftest import Bundles
 
 from freeexport.checkpoints.checkpoint import CheckpointError
-from freeexport.commands.convert import convert
 from freeexport.conversion import encoder_export
+from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.greedy_parity import TIE, compare
 from freeexport.verification.verification import failure, verify

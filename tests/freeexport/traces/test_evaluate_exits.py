@@ -13,8 +13,8 @@ from click.testing import CliRunner, Result
 from command_errors import error
 
 from freeexport.cli import main
-from freeexport.commands.evaluate_exits import Options, exit_of
 from freeexport.costs.per_layer import StepCosts
+from freeexport.traces.compare_layers import Options, exit_of
 from freeexport.traces.every_layer import Evaluation, Exits
 
 BY_NAME = {case.name: case for case in CASES}

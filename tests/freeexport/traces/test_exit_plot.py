@@ -11,9 +11,9 @@ from bench_settings import SETTINGS
 from freeexport.benchmark import plot as bench_plot
 from freeexport.benchmark.report import Report as Benchmark
 from freeexport.benchmark.rows import Row
-from freeexport.commands.evaluate_exits import Exit, Options, Report
 from freeexport.costs.per_layer import StepCosts
 from freeexport.traces import layers_plot as exit_plot
+from freeexport.traces.compare_layers import Exit, Options, Report
 from freeexport.traces.curve import Curve
 
 pytest.importorskip("matplotlib")

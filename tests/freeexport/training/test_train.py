@@ -23,12 +23,13 @@ from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import DataError
 from freeexport.checkpoints.exit_file import LossName, read_exit_file
 from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.commands.train import command, train
+from freeexport.commands.train import command
 from freeexport.system.output_directory import OutputError
 from freeexport.training.full import trainable_model
 from freeexport.training.options import EXIT_LOSSES, LORA_PRESETS, LoraOptions, TrainingOptions
 from freeexport.training.run_directory import last_checkpoint
 from freeexport.training.shallow_deep import ShallowDeep
+from freeexport.training.train import train
 from freeexport.training.trainer import rate_factor
 from graphs.families import describe
 from runtime.errors import OptionError
@@ -341,7 +342,7 @@ def test_resume_needs_the_same_options(
         raise RuntimeError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr("freeexport.commands.train._write", fail)
+        patch.setattr("freeexport.training.train._write", fail)
         with pytest.raises(RuntimeError, match="no room"):
             train(model, out, options)
     with pytest.raises(OutputError, match="interrupted run"):

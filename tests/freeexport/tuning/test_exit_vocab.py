@@ -21,7 +21,7 @@ from runtime import Bundle, Session
 from runtime.bundle.costs import Costs
 
 BY_NAME = {case.name: case for case in CASES}
-LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-deep-decoder"]
+LLAMA, T5, MANY_EOS = (BY_NAME[name] for name in ("llama-tied", "t5-deep-decoder", "llama-untied-many-eos"))
 # The head is most of a step.
 PAYS = Costs(shallow=1.0, shallow_without_head=0.1, deep={1: 0.2, 16: 0.3})
 Directory = Callable[[Case], Path]
@@ -61,9 +61,18 @@ def test_what_is_chosen_makes_a_bundle_whose_exits_are_of_it(
     assert facts.size == 100
     with Session(out) as session:
         freely = session.generate("Hello", mode="free", threshold=0.0, max_new_tokens=24, ignore_eos=True)
+        options = {"mode": "full", "max_new_tokens": 24, "ignore_eos": True}
+        full = session.generate("Hello", **options)
     exits = {token for token, exited in zip(freely.token_ids, freely.exited, strict=True) if exited}
     assert exits
     assert exits <= set(tokens)
+    # The deep head knows all tokens.
+    with Session(bundle(case)) as whole:
+        assert whole.generate("Hello", **options).token_ids == full.token_ids
+    assert (
+        f"100 of {Bundle.open(out).manifest.vocab_size} tokens"
+        in CliRunner().invoke(main, ["inspect", str(out)]).stdout
+    )
     # Of its own bundle there is nothing more to choose.
     assert "has an exit vocabulary already" in error(run(out, *given))
 
@@ -126,6 +135,14 @@ def test_what_cannot_be_is_refused(
     output = () if "--output" in arguments else ("--output", tmp_path / "out.json")
     assert message in error(run(bundle(LLAMA), "--data", data, *output, *arguments))
     assert not (tmp_path / "out.json").exists()
+
+
+def test_every_end_of_sequence_is_known(bundle: Bundles, data: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "exit-vocab.json"
+    given = ("--data", data, "--threshold", 0, "--output", chosen)
+    assert "11 that end a sequence, choose 11 to 288" in error(run(bundle(MANY_EOS), *given, "--size", 10))
+    assert run(bundle(MANY_EOS), *given, "--size", 12).exit_code == 0
+    assert {2, *range(223, 233)} < set(json.loads(chosen.read_text())["tokens"])
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
-from freeexport.commands.convert import convert
+from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.checks import Check
 from freeexport.verification.greedy_parity import TIE, Comparison

@@ -16,20 +16,13 @@ from runtime.bundle.beta import (
     UNIFORM,
     Beta,
     LogSums,
-    clipped,
     digamma,
-    from_moments,
     most_likely,
     trigamma,
 )
 from runtime.errors import CalibrationError
 
 shapes = st.floats(0.05, 200)
-
-
-def sums_of(confidences: np.ndarray) -> LogSums:
-    inside = clipped(confidences)
-    return LogSums(float(len(inside)), float(np.log(inside).sum()), float(np.log1p(-inside).sum()))
 
 
 @pytest.mark.parametrize("beta", [Beta(1, 1), Beta(2, 3), Beta(8, 0.5), Beta(0.3, 0.3), Beta(500, 20)])
@@ -65,7 +58,7 @@ def test_the_expected_sums_of_a_beta_give_it_back_from_any_start(
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=30), shapes, shapes)
 def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: float, b: float) -> None:
-    sums, start = sums_of(np.array(confidences)), Beta(a, b)
+    sums, start = LogSums.of(np.array(confidences)), Beta(a, b)
     for steps in (1, 2, 50):
         found = most_likely(sums, start, steps)
         assert found.log_likelihood(sums) >= start.log_likelihood(sums)
@@ -76,24 +69,10 @@ def test_a_fit_is_never_less_likely_than_its_start(confidences: list[float], a: 
 def test_log_sums_are_all_that_a_likelihood_needs() -> None:
     confidences = np.array([0.0, 0.2, 0.9, 1.0])
     beta = Beta(3, 0.7)
-    assert beta.log_likelihood(sums_of(confidences)) == pytest.approx(float(beta.log_density(confidences).sum()))
-    halves = sums_of(confidences[:2]) + sums_of(confidences[2:])
-    assert beta.log_likelihood(halves.scaled(2.0)) == pytest.approx(2 * beta.log_likelihood(sums_of(confidences)))
+    assert beta.log_likelihood(LogSums.of(confidences)) == pytest.approx(float(beta.log_density(confidences).sum()))
+    halves = LogSums.of(confidences[:2]) + LogSums.of(confidences[2:])
+    assert beta.log_likelihood(halves.scaled(2.0)) == pytest.approx(2 * beta.log_likelihood(LogSums.of(confidences)))
     assert UNIFORM.expected(3.0) == pytest.approx((3.0, -3.0, -3.0))
-
-
-@given(a=shapes, b=shapes)
-def test_moments_give_back_a_beta(a: float, b: float) -> None:
-    beta = Beta(a, b)
-    variance = a * b / ((a + b) ** 2 * (a + b + 1))
-    found = from_moments(beta.mean, variance)
-    assert (found.a, found.b) == pytest.approx((a, b), rel=1e-3, abs=2 * LEAST_SHAPE)
-
-
-def test_no_variance_is_a_peak_within_the_bounds() -> None:
-    peak = from_moments(0.7, 0.0)
-    assert peak.mean == pytest.approx(0.7)
-    assert peak.a + peak.b == pytest.approx(MOST_CONCENTRATION)
 
 
 @pytest.mark.parametrize("shape", [0.0, -1.0, math.nan, math.inf])

@@ -17,7 +17,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 
-from runtime import Bundle, CacheError, GenerationResult, OptionError, Session
+from runtime import Bundle, CacheError, GenerationResult, OptionError, Session, SessionOptions
 from runtime.engines.packed_cache import cache_root, clear, entries, find, write
 from runtime.engines.packed_entry import ENTRY, read_entry
 
@@ -272,6 +272,8 @@ def test_the_environment_says_what_an_option_leaves_open(llama: Bundle, monkeypa
     monkeypatch.setenv("FREEEXPORT_CACHE", "write")
     decode(llama.path)
     assert find(llama) is not None
+    monkeypatch.delenv("FREEEXPORT_CACHE")
+    assert SessionOptions().cache == "off"
     monkeypatch.setenv("FREEEXPORT_CACHE", "maybe")
     with pytest.raises(OptionError, match="FREEEXPORT_CACHE is 'maybe'"):
         decode(llama.path)

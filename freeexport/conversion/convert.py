@@ -1,0 +1,123 @@
+"""A checkpoint becomes a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.tokenizer_files import write_tokenizer
+from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
+from freeexport.conversion.manifest import Written, decoder_start, head_copies, new_manifest
+from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.recalibrate import check_room, with_calibration
+from freeexport.conversion.unverified import kept_where_refused, unverified_place
+from freeexport.costs.measured import measured_in_child
+from freeexport.system.output_directory import check_output, output_directory
+from freeexport.system.progress import progress
+from freeexport.verification.verification import verify_in_child
+from graphs.description import Description, ForeignEncoder
+from graphs.engines import EngineBuilder, EngineOptions, engine_names
+from graphs.exit_head import with_exit_head
+from graphs.families import describe
+from graphs.weights import WeightFile
+from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
+from runtime.bundle.costs import recordable
+from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest, Precision
+from runtime.bundle.precision import ExitVocabulary
+from runtime.kernels import instructions
+
+WEIGHTS = "weights.data"
+
+
+def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
+    """Write the bundle of `model` to `out`, complete or not at all, and return its manifest.
+
+    Raises CheckpointError, UnsupportedModelError, OptionError, GraphError, CalibrationError where the calibration is of
+    another model, and FreeExportError where `out` is in the way or verification fails.
+    """
+    check_output(out, MANIFEST, options.overwrite)
+    unverified = unverified_place(out) if options.verify else out
+    checkpoint = open_checkpoint(model)
+    description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
+    exit_layer = checkpoint.exit_layer(len(description.decoder.layers), options.exit_layer)
+    engines = engine_options(description, options, exit_layer)
+    engines.check(description)
+    decoder_start(checkpoint, description)
+    if options.kernels == "freeexport" and (options.verify or options.measure):
+        instructions()  # what cannot be run here, cannot be verified: better known before the long work
+    calibration = _calibration(checkpoint, description, engines, options.calibration)
+    engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
+    with output_directory(out, MANIFEST, options.overwrite) as directory:
+        write_tokenizer(checkpoint, directory)
+        written = _write_engines(checkpoint, description, engines, directory)
+        manifest = new_manifest(checkpoint, description, engines, options, written, directory)
+        manifest = replace(manifest, exit_vocabulary=vocabulary)
+        if calibration is not None:
+            manifest = with_calibration(manifest, calibration, directory)
+        _write_manifest(manifest, directory)
+        if options.verify:
+            with kept_where_refused(directory, unverified):
+                manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
+        # What a processor takes says nothing about a GPU.
+        if options.measure and options.target == "cpu":
+            manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
+        _write_manifest(manifest, directory)
+    return manifest
+
+
+def _calibration(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, path: Path | None
+) -> Calibration | None:
+    """The file, if any, checked before the long work."""
+    if path is None:
+        return None
+    calibration = read_calibration(path)
+    check_room(calibration, engines.max_pending)
+    # The hash reads every weight, so all else is compared first.
+    check_calibration(
+        calibration, calibration.source_sha256, description.vocab_size, engines.exit_layer, engines.confidence
+    )
+    check_calibration(calibration, checkpoint.sha256, description.vocab_size, engines.exit_layer, engines.confidence)
+    return calibration
+
+
+def _with_exit_vocabulary(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, options: ConvertOptions
+) -> tuple[EngineOptions, ExitVocabulary | None]:
+    if options.exit_vocab is None:
+        return engines, None
+    chosen = read_exit_vocabulary(options.exit_vocab, checkpoint.sha256, description.vocab_size, engines.exit_layer)
+    return replace(engines, exit_tokens=chosen.tokens), chosen.facts
+
+
+def _write_engines(
+    checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path
+) -> Written:
+    copies: list[DeclaredCopy] = []
+    names = engine_names(description)
+    with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
+        builder = EngineBuilder(description, options, checkpoint, weights, directory)
+        for name in names:
+            if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
+                copies += _export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
+            else:
+                getattr(builder, name)()
+            advance()
+        quantization = builder.quantization
+        return Written(weights.bytes, (*head_copies(description, options, quantization), *copies), quantization)
+
+
+def _export_encoder(
+    checkpoint: Checkpoint, encoder: ForeignEncoder, weights: WeightFile, directory: Path, precision: Precision
+) -> list[DeclaredCopy]:
+    # torch takes a second to import, and only these encoders need it here.
+    from freeexport.conversion.encoder_export import export_encoder
+
+    widened = export_encoder(checkpoint, encoder, weights, directory, precision)
+    reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
+    return [DeclaredCopy("encoder", widened, reason)] if widened else []
+
+
+def _write_manifest(manifest: Manifest, directory: Path) -> None:
+    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
