@@ -20,6 +20,7 @@ from graphs.errors import GraphError
 from graphs.families import describe
 from graphs.head import UNKNOWN
 from graphs.weights import WeightFile
+from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import ConfidenceMeasure, File, Manifest, Precision
 
 BY_NAME = {case.name: case for case in CASES}
@@ -47,10 +48,11 @@ def pair(checkpoint: Callable[[Case], Path], bundle: Bundles, tmp_path: Path) ->
 
 
 def resized(text: str, path: Path) -> str:
-    """The manifest with the size of the shallow engine as it is now."""
+    """The manifest with the files of the shallow engine as they are now."""
     manifest = Manifest.from_json(text)
-    shallow = File((path / "shallow.onnx").stat().st_size, "")
-    return replace(manifest, files={**manifest.files, "shallow.onnx": shallow}).to_json()
+    names = ("shallow.onnx", "shallow.data")
+    new = {name: File((path / name).stat().st_size, sha256_of(path / name)) for name in names}
+    return replace(manifest, files={**manifest.files, **new}).to_json()
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])

@@ -20,7 +20,7 @@ from freeexport import cli
 from runtime import Session
 
 CASE = next(case for case in CASES if case.name == "llama-tied")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 Run = Callable[..., Result]
 
 
