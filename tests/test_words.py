@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 import runtime
 from freeexport import cli
@@ -57,21 +58,18 @@ def wrong(text: str) -> list[str]:
 
 
 def helps() -> Iterator[tuple[str, str]]:
-    """Every command's name and its whole help, options that are hidden left out."""
-    context = click.Context(cli.main, info_name="freeexport")
-    for verb in cli.main.list_commands(context):
-        command = cli.main.get_command(context, verb)
-        assert command is not None
-        yield from _helps(command, click.Context(command, context, info_name=verb))
+    """Every command's name and its help, as it is printed."""
 
+    def below(command: click.Command, path: list[str]) -> Iterator[tuple[str, str]]:
+        yield " ".join(["freeexport", *path]), CliRunner().invoke(cli.main, [*path, "--help"]).output
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                inner = command.get_command(context, name)
+                assert inner is not None
+                yield from below(inner, [*path, name])
 
-def _helps(command: click.Command, context: click.Context) -> Iterator[tuple[str, str]]:
-    yield context.command_path, command.get_help(context)
-    if isinstance(command, click.Group):
-        for name in command.list_commands(context):
-            below = command.get_command(context, name)
-            assert below is not None
-            yield from _helps(below, click.Context(below, context, info_name=name))
+    yield from below(cli.main, [])
 
 
 def docstrings() -> Iterator[tuple[str, str]]:
