@@ -145,6 +145,15 @@ def test_every_link_of_the_documentation_leads_somewhere() -> None:
             assert not anchor or anchor in anchors(target), f"{page.name} links to {link}#{anchor}"
 
 
+def test_every_script_that_the_documentation_names_exists() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        modules = [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tools\.[\w.]*\w)", text)]
+        paths = re.findall(r"\b((?:tools|tests|freeexport|graphs|runtime)/[\w/]*\w\.\w+)", text)
+        missing = [name for name in [*modules, *paths] if not (ROOT / name).exists()]
+        assert missing == [], page.name
+
+
 def anchors(page: Path) -> set[str]:
     """Of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
