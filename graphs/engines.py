@@ -235,10 +235,11 @@ class EngineBuilder:
         wanted = plan.wanted(engine, self.description, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
+        passes = [linears, *(fusion() for fusion in self._rounding.fusions)]
         if not self._rounding.embedding:
-            return [linears]
+            return passes
         table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
-        return [linears, QuantizeEmbedding(self._quantizer, table)] if table else [linears]
+        return [*passes, QuantizeEmbedding(self._quantizer, table)] if table else passes
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])

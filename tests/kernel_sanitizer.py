@@ -36,7 +36,7 @@ def build(folder: Path) -> Path:
 
 def check(library: Path) -> None:
     import numpy as np
-    from kernel_cases import INSTRUCTIONS, here, multiply, random_case
+    from kernel_cases import ACTIVATIONS, INSTRUCTIONS, here, multiply, random_case
 
     rng, count = np.random.default_rng(0), 0
     names = [name for name in INSTRUCTIONS if here(name, library)]
@@ -47,10 +47,14 @@ def check(library: Path) -> None:
                 for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 33):
                     x = rng.standard_normal((rows, inputs)).astype(np.float32)
                     x[0, 0] = np.nan if rows == 3 else 1e30
-                    expected = multiply("scalar", x, case, library)
-                    for name in names:
-                        np.testing.assert_array_equal(multiply(name, x, case, library), expected, name)
-                        count += 1
+                    up = random_case(rng, outputs, inputs, 12 - bits, 64)
+                    norm = rng.standard_normal(inputs).astype(np.float32)
+                    fused = {"skip": x[::-1].copy(), "norm": norm, "activation": ACTIVATIONS[rows % 4], "up": up}
+                    for extra in ({}, fused):
+                        expected = multiply("scalar", x, case, library, **extra)
+                        for name in names:
+                            np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
+                            count += 1
     print(f"{count} products checked: scalar, {', '.join(names)}")
 
 

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from graphs.description import Description, Encoder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
+from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.linears import Products
 from graphs.quantization.ort_products import OrtProducts
 from graphs.quantization.packed_products import PackedProducts, packed
@@ -55,7 +56,7 @@ class Rounding:
     """How a target has weights rounded: plans by precision; what 8 bits of a head are; the scheme for a range of 8-bit
     weights and for exact rows or not; the products that read them, and the layout that these want. `embedding`: the
     table that tokens are looked up in is rounded too. `layouts`: the decoders' 8 bits can stand in blocks as well as
-    by row."""
+    by row. `fusions`: passes over the graphs with these products."""
 
     plans: dict[Precision, Plan]
     head: TensorFormat
@@ -64,6 +65,7 @@ class Rounding:
     embedding: bool = False
     layouts: bool = False
     layout: Layout = as_rounded
+    fusions: tuple[type[ir.passes.InPlacePass], ...] = ()
 
     def plan(self, precision: Precision, head: HeadPrecision | None, layout: Int8Layout) -> Plan | None:
         """None for a precision that rounds nothing."""
@@ -102,6 +104,7 @@ _CPU_OWN = Rounding(
     products=PackedProducts,
     embedding=True,
     layout=packed,
+    fusions=(FuseProducts,),
 )
 # Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(

@@ -22,7 +22,7 @@ struct Vec : Vec256 {
 
 namespace freeexport {
 
-const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, quantize,
+const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, prepare,
                        panel_rows};
 
 }  // namespace freeexport

@@ -34,6 +34,6 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx2Vnni = {"avx2-vnni", supported, quantize, panel_rows};
+const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panel_rows};
 
 }  // namespace freeexport

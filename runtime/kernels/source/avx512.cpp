@@ -27,6 +27,6 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512 = {"avx512", supported, quantize, panel_rows};
+const Kernels kAvx512 = {"avx512", supported, prepare, panel_rows};
 
 }  // namespace freeexport

@@ -25,6 +25,6 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512Vnni = {"avx512-vnni", supported, quantize, panel_rows};
+const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panel_rows};
 
 }  // namespace freeexport

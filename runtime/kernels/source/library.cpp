@@ -2,6 +2,7 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 
 #include "ort_api.h"
 #include "packed_linear.h"
@@ -12,13 +13,14 @@
 namespace freeexport {
 namespace {
 
-enum Input : size_t { kX, kData, kScales, kZeros, kBias, kInputs };
+enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, kUpScales, kUpZeros, kInputs };
+enum Output : size_t { kY, kTotal, kOutputs };
 
-// One PackedLinear of a session.
+// One PackedLinear of a session: what it computes, without the tensors, which are asked for in each call.
 struct Kernel {
   const ort::Api* api;
   const Kernels* kernels;
-  Weight sizes;     // without its tensors, which are asked for in each call
+  Product product;
   bool given[kInputs];
 };
 
@@ -46,16 +48,25 @@ ort::Status* elements_of(const ort::Api* api, const ort::Value* value, int64_t* 
   return status;
 }
 
-// Weights are constants, so they are looked at once.
-ort::Status* check_constant(const ort::Api* api, const ort::KernelInfo* info, size_t input, int type, int64_t expected,
-                            bool* given) {
-  static const char* const kNames[] = {"x", "data", "scales", "zero points", "bias"};
-  size_t inputs = 0, name = 0;
+// Whether an optional input is there: one that is left out has an empty name.
+ort::Status* find_inputs(const ort::Api* api, const ort::KernelInfo* info, bool* given) {
+  size_t inputs = 0;
   RETURN_IF_ERROR(api->KernelInfo_GetInputCount(info, &inputs));
-  // An optional input that is left out has an empty name.
-  if (input < inputs) RETURN_IF_ERROR(api->KernelInfo_GetInputName(info, input, nullptr, &name));
-  *given = name > 1;
-  if (!*given) return nullptr;
+  for (size_t input = 0; input < kInputs; input++) {
+    size_t name = 0;
+    if (input < inputs) RETURN_IF_ERROR(api->KernelInfo_GetInputName(info, input, nullptr, &name));
+    given[input] = name > 1;
+  }
+  return nullptr;
+}
+
+// Weights are constants, so they are looked at once.
+ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type,
+                            int64_t expected) {
+  static const char* const kNames[] = {"x",    "data",  "scales",    "zero points", "bias",
+                                       "skip", "norms", "up's data", "up's scales", "up's zero points"};
+  const ort::Api* api = kernel.api;
+  if (!kernel.given[input]) return nullptr;
   int constant = 0, found_type = 0;
   const ort::Value* value = nullptr;
   RETURN_IF_ERROR(api->KernelInfoGetConstantInput_tensor(info, input, &constant, &value));
@@ -67,12 +78,22 @@ ort::Status* check_constant(const ort::Api* api, const ort::KernelInfo* info, si
               static_cast<long long>(count), static_cast<long long>(expected));
 }
 
-ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, Weight* weight) {
+// The tensors of a weight, which begin at input `data`.
+ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, const Weight& w) {
+  const int64_t scales = w.panels() * w.blocks() * kPanel;
+  const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
+  RETURN_IF_ERROR(check_constant(kernel, info, data, ort::kUint8, bytes));
+  RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat, scales));
+  return check_constant(kernel, info, data + 2, ort::kUint8, scales);
+}
+
+ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* bits_name,
+                        const char* block_name, Weight* weight) {
   int64_t bits = 0, block = 0;
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight->outputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight->inputs));
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "bits", &bits));
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "block_size", &block));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, bits_name, &bits));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, block_name, &block));
   if (const char* problem = check_sizes(weight->outputs, weight->inputs, bits, block))
     return fail(api, ort::kInvalidGraph, "%s", problem);
   weight->bits = static_cast<int>(bits);
@@ -80,19 +101,40 @@ ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, Weight
   return nullptr;
 }
 
+ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, int* activation) {
+  static const char* const kNames[kActivations] = {"none", "relu", "silu", "gelu-tanh"};
+  char name[32] = "none";
+  size_t size = sizeof(name);
+  if (ort::Status* status = api->KernelInfoGetAttribute_string(info, "activation", name, &size))
+    api->ReleaseStatus(status);  // it has none
+  for (*activation = 0; *activation < kActivations; ++*activation)
+    if (std::strcmp(kNames[*activation], name) == 0) return nullptr;
+  return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu and gelu-tanh");
+}
+
+ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
+  const ort::Api* api = kernel->api;
+  Product& product = kernel->product;
+  const bool* given = kernel->given;
+  RETURN_IF_ERROR(read_sizes(api, info, "bits", "block_size", &product.weight));
+  RETURN_IF_ERROR(check_weight(*kernel, info, kData, product.weight));
+  RETURN_IF_ERROR(check_constant(*kernel, info, kBias, ort::kFloat, product.weight.outputs));
+  RETURN_IF_ERROR(check_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs));
+  RETURN_IF_ERROR(read_activation(api, info, &product.activation));
+  if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
+  if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
+  if (given[kUpData] != given[kUpScales]) return fail(api, ort::kInvalidGraph, "up's data go with its scales");
+  if (!given[kUpData]) return nullptr;
+  RETURN_IF_ERROR(read_sizes(api, info, "up_bits", "up_block_size", &product.up));
+  return check_weight(*kernel, info, kUpData, product.up);
+}
+
 ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
   const char* problem = nullptr;
   Kernel kernel = {api, choose_kernels(&problem), {}, {}};
   if (kernel.kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
-  Weight& w = kernel.sizes;
-  RETURN_IF_ERROR(read_sizes(api, info, &w));
-  const int64_t scales = w.panels() * w.blocks() * kPanel;
-  bool* given = kernel.given;
-  const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
-  RETURN_IF_ERROR(check_constant(api, info, kData, ort::kUint8, bytes, &given[kData]));
-  RETURN_IF_ERROR(check_constant(api, info, kScales, ort::kFloat, scales, &given[kScales]));
-  RETURN_IF_ERROR(check_constant(api, info, kZeros, ort::kUint8, scales, &given[kZeros]));
-  RETURN_IF_ERROR(check_constant(api, info, kBias, ort::kFloat, w.outputs, &given[kBias]));
+  RETURN_IF_ERROR(find_inputs(api, info, kernel.given));
+  RETURN_IF_ERROR(read_product(info, &kernel));
   // Without C++'s own allocation the library needs nothing but the C library, of any version.
   auto* kept = static_cast<Kernel*>(std::malloc(sizeof(Kernel)));
   if (kept == nullptr) return fail(api, ort::kEngineError, "no memory");
@@ -109,9 +151,10 @@ ort::Status* input_of(const Kernel& kernel, const ort::KernelContext* context, s
   return kernel.api->GetTensorMutableData(const_cast<ort::Value*>(value), const_cast<void**>(data));
 }
 
-// The shape of x with the outputs in place of the inputs, and how many rows that is.
-ort::Status* output_shape(const Kernel& kernel, const ort::Value* x, int64_t* shape, size_t* rank, int64_t* rows) {
-  constexpr size_t kMostRank = 8;
+constexpr size_t kMostRank = 8;
+
+// The shape of x, and how many rows that is.
+ort::Status* shape_of(const Kernel& kernel, const ort::Value* x, int64_t* shape, size_t* rank, int64_t* rows) {
   const ort::Api* api = kernel.api;
   ort::TypeAndShape* info = nullptr;
   RETURN_IF_ERROR(api->GetTensorTypeAndShape(x, &info));
@@ -121,14 +164,37 @@ ort::Status* output_shape(const Kernel& kernel, const ort::Value* x, int64_t* sh
   if (status == nullptr) status = api->GetDimensions(info, shape, *rank);
   api->ReleaseTensorTypeAndShapeInfo(info);
   if (status != nullptr) return status;
-  int64_t& last = shape[*rank - 1];
-  if (last != kernel.sizes.inputs)
-    return fail(api, ort::kInvalidArgument, "rows of x have %lld values, K is %lld", static_cast<long long>(last),
-                static_cast<long long>(kernel.sizes.inputs));
-  last = kernel.sizes.outputs;
+  if (shape[*rank - 1] != kernel.product.weight.inputs)
+    return fail(api, ort::kInvalidArgument, "rows of x have %lld values, K is %lld",
+                static_cast<long long>(shape[*rank - 1]), static_cast<long long>(kernel.product.weight.inputs));
   *rows = 1;
   for (size_t i = 0; i + 1 < *rank; i++) *rows *= shape[i];
   return nullptr;
+}
+
+ort::Status* check_skip(const Kernel& kernel, const ort::KernelContext* context, int64_t expected) {
+  const ort::Value* skip = nullptr;
+  int64_t count = 0;
+  int type = 0;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetInput(context, kSkip, &skip));
+  RETURN_IF_ERROR(elements_of(kernel.api, skip, &count, &type));
+  if (count == expected) return nullptr;
+  return fail(kernel.api, ort::kInvalidArgument, "skip has %lld values, x has %lld", static_cast<long long>(count),
+              static_cast<long long>(expected));
+}
+
+ort::Status* output_of(const Kernel& kernel, ort::KernelContext* context, size_t output, const int64_t* shape,
+                       size_t rank, float** data) {
+  ort::Value* value = nullptr;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, shape, rank, &value));
+  if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "skip goes with a second output, the sum");
+  return kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data));
+}
+
+void set_tensors(const void* const* inputs, Weight* weight) {
+  weight->data = static_cast<const uint8_t*>(inputs[0]);
+  weight->scales = static_cast<const float*>(inputs[1]);
+  weight->zeros = static_cast<const uint8_t*>(inputs[2]);
 }
 
 struct Session {
@@ -147,27 +213,29 @@ void parallel_for(void* context, void (*task)(void*, size_t), size_t total, void
 ort::Status* compute(void* op, ort::KernelContext* context) {
   const Kernel& kernel = *static_cast<Kernel*>(op);
   const ort::Api* api = kernel.api;
+  Product product = kernel.product;
   const ort::Value* x = nullptr;
   RETURN_IF_ERROR(api->KernelContext_GetInput(context, kX, &x));
-  int64_t shape[8], rows = 0;
+  int64_t shape[kMostRank];
   size_t rank = 0;
-  RETURN_IF_ERROR(output_shape(kernel, x, shape, &rank, &rows));
-  ort::Value* y = nullptr;
-  RETURN_IF_ERROR(api->KernelContext_GetOutput(context, 0, shape, rank, &y));
-  void *from = nullptr, *to = nullptr;
-  RETURN_IF_ERROR(api->GetTensorMutableData(const_cast<ort::Value*>(x), &from));
-  RETURN_IF_ERROR(api->GetTensorMutableData(y, &to));
-  const void* constants[kInputs] = {};
-  for (size_t input = kData; input < kInputs; input++)
-    RETURN_IF_ERROR(input_of(kernel, context, input, &constants[input]));
-  Weight weight = kernel.sizes;
-  weight.data = static_cast<const uint8_t*>(constants[kData]);
-  weight.scales = static_cast<const float*>(constants[kScales]);
-  weight.zeros = static_cast<const uint8_t*>(constants[kZeros]);
-  weight.bias = static_cast<const float*>(constants[kBias]);
+  RETURN_IF_ERROR(shape_of(kernel, x, shape, &rank, &product.rows));
+  if (kernel.given[kSkip]) {
+    RETURN_IF_ERROR(check_skip(kernel, context, product.rows * product.weight.inputs));
+    RETURN_IF_ERROR(output_of(kernel, context, kTotal, shape, rank, &product.total));
+  }
+  shape[rank - 1] = product.weight.outputs;
+  RETURN_IF_ERROR(output_of(kernel, context, kY, shape, rank, &product.y));
+  const void* inputs[kInputs] = {};
+  for (size_t input = kX; input < kInputs; input++)
+    RETURN_IF_ERROR(input_of(kernel, context, input, &inputs[input]));
+  product.x = static_cast<const float*>(inputs[kX]);
+  product.skip = static_cast<const float*>(inputs[kSkip]);
+  product.norm = static_cast<const float*>(inputs[kNorm]);
+  product.weight.bias = static_cast<const float*>(inputs[kBias]);
+  set_tensors(inputs + kData, &product.weight);
+  set_tensors(inputs + kUpData, &product.up);
   Session session = {api, context, nullptr};
-  if (!packed_linear(*kernel.kernels, static_cast<const float*>(from), rows, weight, static_cast<float*>(to),
-                     parallel_for, &session))
+  if (!packed_linear(*kernel.kernels, product, parallel_for, &session))
     return fail(api, ort::kEngineError, "no memory for the rows of a call");
   return session.status;
 }
@@ -179,15 +247,18 @@ constexpr ort::CustomOp packed_linear_op() {
   op.GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return nullptr; };
   op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
-    return input == kData || input == kZeros ? ort::kUint8 : ort::kFloat;
+    const bool bytes = input == kData || input == kZeros || input == kUpData || input == kUpZeros;
+    return bytes ? ort::kUint8 : ort::kFloat;
   };
   op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
-    return input == kZeros || input == kBias ? ort::kOptional : ort::kRequired;
+    return input <= kScales ? ort::kRequired : ort::kOptional;
   };
   op.GetInputMemoryType = [](const ort::CustomOp*, size_t) { return 0; };
-  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kOutputs; };
   op.GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
-  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t output) {
+    return output == kY ? ort::kRequired : ort::kOptional;
+  };
   op.GetVariadicInputMinArity = op.GetVariadicInputHomogeneity = [](const ort::CustomOp*) { return 0; };
   op.GetVariadicOutputMinArity = op.GetVariadicOutputHomogeneity = [](const ort::CustomOp*) { return 0; };
   op.GetStartVersion = [](const ort::CustomOp*) { return 1; };
@@ -237,13 +308,11 @@ EXPORT int freeexport_supports(const char* instructions) {
 }
 
 // PackedLinear on one thread, for tests. Null, or what is wrong.
-EXPORT const char* freeexport_packed_linear(const char* instructions, const float* x, int64_t rows, int64_t outputs,
-                                            int64_t inputs, int bits, int block, const uint8_t* data,
-                                            const float* scales, const uint8_t* zeros, const float* bias, float* y) {
+EXPORT const char* freeexport_packed_linear(const char* instructions, const freeexport::Product* product) {
   using namespace freeexport;
   const Kernels* kernels = find_kernels(instructions);
   if (kernels == nullptr || !kernels->supported()) return "no such instructions here";
-  if (const char* problem = check_sizes(outputs, inputs, bits, block)) return problem;
-  const Weight weight = {outputs, inputs, bits, block, data, scales, zeros, bias};
-  return packed_linear(*kernels, x, rows, weight, y, serial, nullptr) ? nullptr : "no memory";
+  const Weight& w = product->weight;
+  if (const char* problem = check_sizes(w.outputs, w.inputs, w.bits, w.block)) return problem;
+  return packed_linear(*kernels, *product, serial, nullptr) ? nullptr : "no memory";
 }

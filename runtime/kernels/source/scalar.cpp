@@ -42,6 +42,6 @@ struct Vec {
 
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, quantize, panel_rows};
+const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows};
 
 }  // namespace freeexport
