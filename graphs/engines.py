@@ -17,6 +17,7 @@ from graphs.dialect import Call, Dialect, in_heads, linear
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
+from graphs.kernel_dialect import HEAD_SIZE, KernelDialect
 from graphs.layers import decoder_layers, encoder_layers
 from graphs.ort_dialect import OrtDialect, check_head_size
 from graphs.packing import Packing, packing
@@ -162,7 +163,8 @@ class EngineBuilder:
     @property
     def quantization(self) -> Quantization | None:
         """What became of the weights of the engines built so far; None where they were not rounded."""
-        return replace(self._quantizer.report, exact_rows=self.options.exact_rows) if self._plan else None
+        exact = self.options.exact_rows or self._always_exact
+        return replace(self._quantizer.report, exact_rows=exact) if self._plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S and the head."""
@@ -247,10 +249,22 @@ class EngineBuilder:
     @property
     def _extra_rows(self) -> int:
         """That attention has behind those of a call. Where all passes have one row, they are alike anyway."""
-        return int(self.options.exact_rows and self.options.max_pending > 1)
+        exact = self.options.exact_rows and not self._always_exact
+        return int(exact and self.options.max_pending > 1)
+
+    @property
+    def _own_attention(self) -> bool:
+        return self.options.kernels == "freeexport" and self.description.attention.head_dim % HEAD_SIZE == 0
+
+    @property
+    def _always_exact(self) -> bool:
+        """Whether every operator of a decoder gives a row the same bits in every call. Cross-attention does not."""
+        return self._own_attention and self.description.encoder is None
 
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
+        if call.past_lengths is not None and self._own_attention:
+            return KernelDialect(graph, call, width, rows, self._extra_rows > 0, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, width, rows, self._extra_rows > 0, packed)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")

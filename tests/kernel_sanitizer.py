@@ -36,6 +36,7 @@ def build(folder: Path) -> Path:
 
 def check(library: Path) -> None:
     import numpy as np
+    from attention_cases import attend, random_call, random_layer
     from kernel_cases import ACTIVATIONS, INSTRUCTIONS, here, multiply, random_case
 
     rng, count = np.random.default_rng(0), 0
@@ -55,6 +56,13 @@ def check(library: Path) -> None:
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
                             count += 1
+    for heads, kv_heads, size, window, kinds in ((3, 1, 16, 0, "r"), (5, 1, 48, 3, "b"), (4, 4, 64, 0, "rn")):
+        layer = random_layer(rng, heads, kv_heads, size, window, kinds)
+        for packed in (False, True):
+            call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+            expected = attend("scalar", layer, call.fresh(), packed, library)
+            for name in names:
+                np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
     print(f"{count} products checked: scalar, {', '.join(names)}")
 
 

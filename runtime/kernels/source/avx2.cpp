@@ -20,9 +20,12 @@ struct Vec : Vec256 {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+
 namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, prepare,
-                       panel_rows};
+                       panel_rows,
+                       store_row, attend};
 
 }  // namespace freeexport

@@ -32,8 +32,11 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+
 namespace freeexport {
 
-const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panel_rows};
+const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panel_rows,
+                       store_row, attend};
 
 }  // namespace freeexport

@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+
 #define FREEEXPORT_INLINE __attribute__((always_inline)) inline
 
 namespace freeexport {
@@ -68,15 +70,15 @@ struct Kernels {
   void (*prepare)(const Product& product, int64_t row, float* normed, const Rows& rows);
   // Outputs of one panel for rows first..last, at most kTaskRows.
   void (*panel)(const Product& product, const Rows& rows, int64_t first, int64_t last, int64_t panel);
+  // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
+  void (*store_row)(const Attention& attention, const Place& place);
+  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
 };
 
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
 #endif
-
-// Calls task(data, i) for i in 0..total, in any order, on any threads.
-using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t total, void* data);
 
 // False where there is no memory for it.
 bool packed_linear(const Kernels& kernels, const Product& product, Parallel parallel, void* context);

@@ -11,6 +11,14 @@ struct Vec {
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;
 
+  static Float set(float value) { return value; }
+  static float fold(const Float (&parts)[16]) {
+    float sums[16];
+    for (int j = 0; j < 16; j++) sums[j] = parts[j];
+    for (int half = 8; half > 0; half /= 2)
+      for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+    return sums[0];
+  }
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
@@ -40,8 +48,11 @@ struct Vec {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows};
+const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows,
+                       store_row, attend};
 
 }  // namespace freeexport
