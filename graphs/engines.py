@@ -163,7 +163,7 @@ class EngineBuilder:
     @property
     def quantization(self) -> Quantization | None:
         """What became of the weights of the engines built so far; None where they were not rounded."""
-        exact = self.options.exact_rows or self._always_exact
+        exact = self.options.exact_rows or self._own_attention
         return replace(self._quantizer.report, exact_rows=exact) if self._plan else None
 
     def shallow(self) -> None:
@@ -249,22 +249,18 @@ class EngineBuilder:
     @property
     def _extra_rows(self) -> int:
         """That attention has behind those of a call. Where all passes have one row, they are alike anyway."""
-        exact = self.options.exact_rows and not self._always_exact
+        exact = self.options.exact_rows and not self._own_attention
         return int(exact and self.options.max_pending > 1)
 
     @property
     def _own_attention(self) -> bool:
+        """With which every operator of a decoder gives a row the same bits in every call."""
         return self.options.kernels == "freeexport" and self.description.attention.head_dim % HEAD_SIZE == 0
-
-    @property
-    def _always_exact(self) -> bool:
-        """Whether every operator of a decoder gives a row the same bits in every call. Cross-attention does not."""
-        return self._own_attention and self.description.encoder is None
 
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
         if call.past_lengths is not None and self._own_attention:
-            return KernelDialect(graph, call, width, rows, self._extra_rows > 0, packed)
+            return KernelDialect(graph, call, width, rows, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, width, rows, self._extra_rows > 0, packed)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")

@@ -1,11 +1,11 @@
-"""Attention of decoders on our own operators (docs/kernels.md); all else as in OrtDialect."""
+"""Decoders whose attention is on our own operators (docs/kernels.md); norms as in OrtDialect."""
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
 from graphs.description import Attention, RelativeBias
-from graphs.dialect import Call, query_key_value, rotary_tables
+from graphs.dialect import Call, linear, query_key_value, rotary_tables
 from graphs.graph import Dimension, Graph
 from graphs.ort_dialect import OrtDialect
 from graphs.packing import Packing
@@ -17,13 +17,11 @@ HEAD_SIZE = 16
 
 
 class KernelDialect(OrtDialect):
-    """See graphs.dialect.Dialect. Self-attention gives a row the same bits in every call, and takes rows as they stand
+    """See graphs.dialect.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
     between attentions, with padding or, with `packing`, without."""
 
-    def __init__(
-        self, graph: Graph, call: Call, width: int, cache_rows: int, alike: bool, packing: Packing | None
-    ) -> None:
-        super().__init__(graph, call, width, cache_rows, alike, packing)
+    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int, packing: Packing | None) -> None:
+        super().__init__(graph, call, width, cache_rows, packing=packing)
         self._tables: dict[str, ir.Value] = {}
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
@@ -50,6 +48,25 @@ class KernelDialect(OrtDialect):
         for part, written in zip(("key", "value"), present, strict=True):
             graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
         out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, heads * attention.head_dim])
+        return out
+
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+        graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
+        width = heads * attention.head_dim
+        rows = linear(graph, x, attention.query, width, self.width)
+        shape: list[Dimension] = ["B", kv_heads, "E", attention.head_dim]
+        prompt = [graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        out = graph.op(
+            "CrossAttention",
+            [rows, *prompt, call.cross_lengths, call.query_lengths],
+            DOMAIN,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            head_size=attention.head_dim,
+            scale=attention.scale,
+            packed=int(self._packing is not None),
+        )
+        out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, width])
         return out
 
     def _by_distance(self, attention: Attention) -> ir.Value | None:

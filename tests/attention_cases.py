@@ -21,11 +21,11 @@ class _Attention(ctypes.Structure):
     """That of runtime/kernels/source/attention.h."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity")),
+        *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
         ("scale", ctypes.c_float),
         ("window", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("input", "past_key", "past_value", "key", "value")),
-        *((name, ctypes.c_void_p) for name in ("past_lengths", "query_lengths")),
+        *((name, ctypes.c_void_p) for name in ("cross_lengths", "past_lengths", "query_lengths")),
         ("packed", ctypes.c_bool),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
         ("positions", ctypes.c_int64),
@@ -108,7 +108,7 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
         capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
-        packed=packed, positions=64, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
+        width=layer.width, packed=packed, positions=64, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:
@@ -184,3 +184,22 @@ def feeds(layer: Layer, call: Call, packed: bool) -> dict[str, np.ndarray]:
         "rows": np.ascontiguousarray(rows), "past_key": call.key, "past_value": call.value,
         "past_lengths": call.past, "query_lengths": call.lengths, **layer.tables,
     }  # fmt: skip
+
+
+CROSS = ("rows", "key", "value", "lengths", "query_lengths")
+
+
+def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
+    """With a graph of one CrossAttention."""
+    attributes = {
+        "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size, "packed": int(packed),
+        "scale": layer.scale,
+    }  # fmt: skip
+    node = helper.make_node("CrossAttention", CROSS, ["y"], domain=DOMAIN, **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT32 if "lengths" in name else TensorProto.FLOAT, None)
+        for name in CROSS
+    ]
+    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)

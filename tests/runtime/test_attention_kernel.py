@@ -1,6 +1,16 @@
 import numpy as np
 import pytest
-from attention_cases import Call, attend, attention_session, exact, feeds, random_call, random_layer
+from attention_cases import (
+    Call,
+    Layer,
+    attend,
+    attention_session,
+    cross_session,
+    exact,
+    feeds,
+    random_call,
+    random_layer,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import INSTRUCTIONS, here
@@ -129,3 +139,44 @@ def test_attributes_out_of_range_are_an_error(message, attributes):
     layer = random_layer(np.random.default_rng(4), 2, 1, 16, 0, "")
     with pytest.raises(Exception, match=message):
         attention_session(layer, True, **attributes)
+
+
+def crossed(session, rows, key, value, lengths, counts):
+    (y,) = session.run(None, {"rows": rows, "key": key, "value": value, "lengths": lengths, "query_lengths": counts})
+    return y
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, monkeypatch):
+    if not here(name):
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    rng = np.random.default_rng(6)
+    layer, counts, lengths = Layer(6, 3, 48), np.array([4, 1, 9], np.int32), np.array([17, 30, 1], np.int32)
+    rows = rng.standard_normal((3, 9, 6, 48)).astype(np.float32)
+    key, value = (rng.standard_normal((3, 3, 30, 48)).astype(np.float32) for _ in range(2))
+    valid = np.arange(9) < counts[:, None]
+    padded = crossed(cross_session(layer, False, 2), rows.reshape(27, -1), key, value, lengths, counts)
+    packed = crossed(cross_session(layer, True, 2), rows[valid].reshape(-1, 288), key, value, lengths, counts)
+    np.testing.assert_array_equal(padded.reshape(3, 9, -1)[valid], packed)
+    np.testing.assert_array_equal(padded.reshape(3, 9, -1)[~valid], 0)
+    alone, one = cross_session(layer, True), np.ones(1, np.int32)
+    for place, (b, row) in enumerate(np.argwhere(valid)):
+        scores = np.einsum("hd,hed->he", rows[b, row], np.repeat(key[b, :, : lengths[b]], 2, 0).astype(float)) * 0.2
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("he,hed->hd", weights, np.repeat(value[b, :, : lengths[b]], 2, 0))
+        np.testing.assert_allclose(packed[place], expected.reshape(-1), atol=2e-5)
+        given = rows[b, row].reshape(1, -1), key[b : b + 1], value[b : b + 1], lengths[b : b + 1], one
+        np.testing.assert_array_equal(crossed(alone, *given)[0], packed[place])
+
+
+def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
+    layer, rows, key = Layer(2, 2, 16), np.ones((2, 32), np.float32), np.ones((2, 2, 5, 16), np.float32)
+    counts = np.ones(2, np.int32)
+    y = crossed(cross_session(layer, True), rows, key, key, np.array([0, 3], np.int32), counts)
+    np.testing.assert_array_equal(y, np.repeat([[0.0], [1.0]], 32, 1))
+    with pytest.raises(Exception, match="cross_lengths go beyond the keys"):
+        crossed(cross_session(layer, True), rows, key, key, np.array([6, 3], np.int32), counts)
+    with pytest.raises(Exception, match="dimension 3 of past_value is 8, not 16"):
+        crossed(cross_session(layer, True), rows, key, key[..., :8], counts, counts)

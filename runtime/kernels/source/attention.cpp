@@ -56,9 +56,11 @@ void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t 
 const char* check_lengths(const Attention& a) {
   int64_t counted = 0;
   for (int64_t b = 0; b < a.batch; b++) {
-    const int64_t past = a.past_lengths[b], query = a.query_lengths[b];
+    const int64_t query = a.query_lengths[b];
+    const int64_t past = a.cross_lengths ? a.cross_lengths[b] : a.past_lengths[b];
     if (past < 0 || query < 0) return "a length is negative";
-    if (past + query > a.capacity) return "past_lengths and query_lengths go beyond the cache";
+    if (a.cross_lengths && past > a.capacity) return "cross_lengths go beyond the keys";
+    if (!a.cross_lengths && past + query > a.capacity) return "past_lengths and query_lengths go beyond the cache";
     if (a.cosine != nullptr && past + query > a.positions) return "positions go beyond the rotary tables";
     if (!a.packed && query * a.batch > a.rows) return "query_lengths go beyond the rows of a sequence";
     counted += query;
@@ -72,7 +74,8 @@ int64_t find_places(const Attention& a, Place* places) {
   int64_t count = 0;
   for (int64_t b = 0; b < a.batch; b++) {
     const int64_t query = a.query_lengths[b], first = a.packed ? count : b * rows;
-    for (int64_t i = 0; i < query; i++, count++) places[count] = {first + i, b, a.past_lengths[b] + i};
+    for (int64_t i = 0; i < query; i++, count++)
+      places[count] = {first + i, b, a.cross_lengths ? a.cross_lengths[b] - 1 : a.past_lengths[b] + i};
     if (!a.packed)
       std::memset(a.y + (first + query) * width, 0, static_cast<size_t>((rows - query) * width) * sizeof(float));
   }
@@ -97,12 +100,13 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   auto* places = static_cast<Place*>(std::malloc(static_cast<size_t>(a.rows + 1) * sizeof(Place)));
   if (places == nullptr) return "no memory for the rows of a call";
   const int64_t count = find_places(a, places);
-  copy_past(a);
+  if (!a.cross_lengths) copy_past(a);
   int64_t longest = 1;
   for (int64_t i = 0; i < count; i++) longest = longest < places[i].position ? places[i].position : longest;
   const int64_t products = a.heads / a.kv_heads * longest * a.size * 2, values = a.kv_heads * a.size * 2;
   Call call = {kernels, a, places, count, kStoredValues / values + 1, kTaskProducts / products + 1, false};
-  run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
+  if (!a.cross_lengths)
+    run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
   run(parallel, context, attend_task, (count * a.kv_heads + call.task_units - 1) / call.task_units, call);
   std::free(places);
   return call.failed ? "no memory for the scores of a row" : nullptr;

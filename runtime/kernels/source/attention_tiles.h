@@ -28,7 +28,7 @@ inline void norm_and_turn(const Attention& a, const float* norm, int64_t positio
 // Keys and values of a row to the cache.
 inline void store_row(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
-  const float* keys = a.input + (place.row * (a.heads + 2 * a.kv_heads) + a.heads) * a.size;
+  const float* keys = a.input + place.row * a.width + a.heads * a.size;
   for (int64_t head = 0; head < a.kv_heads; head++) {
     const int64_t at = ((place.sequence * a.kv_heads + head) * a.capacity + place.position) * a.size;
     std::memcpy(a.key + at, keys + head * a.size, bytes);
@@ -107,7 +107,7 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t head, i
   const int64_t count = end - begin, stride = a.capacity;
   const int64_t at = ((place.sequence * a.kv_heads + kv_head) * a.capacity + begin) * size;
   float *queries = room, *scores = room + kSharing * size;
-  const float* input = a.input + (place.row * (a.heads + 2 * a.kv_heads) + head) * size;
+  const float* input = a.input + place.row * a.width + head * size;
   std::memcpy(queries, input, static_cast<size_t>(Q * size) * sizeof(float));
   for (int q = 0; q < Q; q++) norm_and_turn(a, a.query_norm, place.position, queries + q * size);
   dots<Q>(queries, a.key + at, size, count, scores, stride);
@@ -130,6 +130,11 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t head, i
 // All heads of a group, for one row. `room` is of attention_room.
 inline void attend(const Attention& a, const Place& place, int64_t kv_head, float* room) {
   const int64_t group = a.heads / a.kv_heads, first = kv_head * group;
+  if (place.position < 0) {  // there is nothing to attend to
+    float* y = a.y + (place.row * a.heads + first) * a.size;
+    std::memset(y, 0, static_cast<size_t>(group * a.size) * sizeof(float));
+    return;
+  }
   for (int64_t g = 0; g < group; g += kSharing) {
     const int64_t left = group - g;
     if (left >= 4)

@@ -28,6 +28,7 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   RETURN_IF_ERROR(api->CreateCustomOpDomain("freeexport", &domain));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedLinearOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCachedAttentionOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
   return api->AddCustomOpDomain(options, domain);
 }
 
