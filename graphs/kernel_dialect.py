@@ -31,7 +31,7 @@ class KernelDialect(OrtDialect):
         past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
         norms = (attention.query_norm, attention.key_norm)
-        weights = [norm and graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
+        weights = [None if norm is None else graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
         out, *present = graph.ops(
             "CachedAttention",
             [rows, *past, call.past_lengths, call.query_lengths, cos, sin, self._by_distance(attention), *weights],
