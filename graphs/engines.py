@@ -158,7 +158,7 @@ class EngineBuilder:
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
         scheme = self._rounding.scheme(options.int8_range, options.exact_rows)
-        self._quantizer = Quantizer(weights, scheme, self._rounding.layout)
+        self._quantizer = Quantizer(weights, scheme, self._rounding.layout, self._rounding.scales)
 
     @property
     def quantization(self) -> Quantization | None:

@@ -41,7 +41,13 @@ def random_case(
     rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
 ) -> Case:
     weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
-    return case_of(ROUND[bits](weight, block), inputs, bits, block, rng.standard_normal(outputs) if bias else None)
+    return case_of(
+        ROUND[bits](weight, block, np.dtype(np.float16)),
+        inputs,
+        bits,
+        block,
+        rng.standard_normal(outputs) if bias else None,
+    )
 
 
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
@@ -53,7 +59,7 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
         if rounded.zero_points is not None:
             halves = rounded.zero_points & 15, rounded.zero_points >> 4
             zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
-    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None]
+    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None].astype(np.float64)
     given = None if bias is None else bias.astype(np.float32)
     return Case(
         outputs, inputs, bits, block, in_panels(rounded, inputs, bits), values.reshape(outputs, -1)[:, :inputs], given

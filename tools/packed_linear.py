@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +48,10 @@ def weight(rng: np.random.Generator, outputs: int, inputs: int, bits: int) -> Ro
     return Rounded(data, scales, zeros, 0.0)
 
 
+def packed(rounded: Rounded, inputs: int, bits: int) -> Rounded:
+    return in_panels(replace(rounded, scales=rounded.scales.astype(np.float16)), inputs, bits)
+
+
 def product(kind: str, name: str, x: str, rounded: Rounded, inputs: int, bits: int) -> onnx.NodeProto:
     sizes = {"N": len(rounded.scales), "K": inputs, "bits": bits, "block_size": block_of(bits, inputs)}
     tensors = [f"{name}.{part}" for part in ("data", "scales", "zeros")[: 2 + (rounded.zero_points is not None)]]
@@ -64,7 +69,7 @@ def write(model: str, bits: int, folder: Path) -> None:
         for index, (outputs, inputs) in enumerate(shapes):
             rounded, name = weight(rng, outputs, inputs, bits), f"{number}.{index}"
             for kind, (nodes, constants) in graphs.items():
-                stored = in_panels(rounded, inputs, bits) if kind == "PackedLinear" else rounded
+                stored = packed(rounded, inputs, bits) if kind == "PackedLinear" else rounded
                 nodes.append(product(kind, name, f"x{inputs}", rounded, inputs, bits))
                 parts = {"data": stored.data, "scales": stored.scales, "zeros": stored.zero_points}
                 constants += [

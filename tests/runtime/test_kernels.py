@@ -140,7 +140,7 @@ def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywher
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations_of_very_large_and_small_values(activation):
     values = np.array([-1e38, -500, -88, -1e-30, 0, 1e-30, 10, 88, 500, 1e38, np.nan], np.float32)
-    case = case_of(Rounded(np.full((1, 1, 32), 129, np.uint8), np.ones((1, 1), np.float32), None, 0), 1, 8, 32)
+    case = case_of(Rounded(np.full((1, 1, 32), 129, np.uint8), np.ones((1, 1), np.float16), None, 0), 1, 8, 32)
     for name in filter(here, ("scalar", *INSTRUCTIONS)):
         expected = activated(activation, values.astype(np.float64))
         y = multiply(name, values[:, None], case, activation=activation)[:, 0]
@@ -168,7 +168,7 @@ def test_a_graph_has_norm_sum_activation_and_gate_in_one_operator():
 def test_8_bits_at_their_limits_do_not_saturate(name, value):
     if not here(name):
         pytest.skip(f"this processor has no {name}")
-    case = case_of(Rounded(np.full((16, 2, 32), value, np.uint8), np.ones((16, 2), np.float32), None, 0), 64, 8, 32)
+    case = case_of(Rounded(np.full((16, 2, 32), value, np.uint8), np.ones((16, 2), np.float16), None, 0), 64, 8, 32)
     x = np.full((9, 64), 127, np.float32)
     x[3] *= -1
     np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
@@ -181,7 +181,7 @@ def test_4_bits_at_their_limits_do_not_saturate(name, zero):
         pytest.skip(f"this processor has no {name}")
     packed_zero = np.full((16, 1), zero | zero << 4, np.uint8)
     data = np.full((16, 2, 16), 255 - 17 * zero, np.uint8)
-    case = case_of(Rounded(data, np.ones((16, 2), np.float32), packed_zero, 0), 64, 4, 32)
+    case = case_of(Rounded(data, np.ones((16, 2), np.float16), packed_zero, 0), 64, 4, 32)
     x = np.full((3, 64), 127, np.float32)
     np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
 
@@ -209,6 +209,20 @@ def test_very_small_and_very_large_rows(size):
     np.testing.assert_allclose(y, x.astype(np.float64) @ case.values.T, atol=max(1e-28, np.abs(x).max() * 2))
     for name in filter(here, INSTRUCTIONS):
         np.testing.assert_array_equal(bits_of(multiply(name, x, case)), bits_of(y))
+
+
+def test_scales_of_every_kind_of_float16_are_read_alike():
+    rng = np.random.default_rng(8)
+    scales = np.array([6e-8, 1e-6, 6.1e-5, 0.1, 60000, np.inf, -0.5, 0] * 2, np.float16)[:, None]
+    case = case_of(Rounded(rng.integers(0, 256, (16, 1, 32), np.uint8), scales, None, 0), 32, 8, 32)
+    x = rows(rng, 3, 32)
+    y = multiply("scalar", x, case)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(multiply(name, x, case), y)
+    finite = np.isfinite(scales[:, 0])
+    case.values[~finite] = 0
+    np.testing.assert_allclose(y[:, finite], with_rounded_rows(x, case)[:, finite], rtol=1e-5)
+    assert not np.isfinite(y[:, ~finite]).any()
 
 
 def test_no_rows_and_more_dimensions():
@@ -247,7 +261,7 @@ WRONG = {
     "no dimension": {"x": ()},
     "data have 1024 elements, .* want 1536": {"K": 96},
     "want 1536": {"N": 33},
-    "scales have": {"scales": np.ones(3, np.float32)},
+    "scales have": {"scales": np.ones(3, np.float16)},
     "zero points have": {"zeros": np.ones(3, np.uint8)},
     "bias have": {"bias": np.ones(21, np.float32)},
     "bits is not 4 or 8": {"bits": 5},
@@ -266,10 +280,10 @@ WRONG = {
     },
     "none of none, relu, silu and gelu-tanh": {"activation": "tanh"},
     "up's data go with its scales": {"up_data": np.ones(3, np.uint8)},
-    "up_bits": {"up_data": np.ones(3, np.uint8), "up_scales": np.ones(3, np.float32)},
+    "up_bits": {"up_data": np.ones(3, np.uint8), "up_scales": np.ones(3, np.float16)},
     "up's data have 3 elements": {
         "up_data": np.ones(3, np.uint8),
-        "up_scales": np.ones(3, np.float32),
+        "up_scales": np.ones(3, np.float16),
         "up_bits": 4,
         "up_block_size": 32,
     },

@@ -27,7 +27,7 @@ struct Weight {
   // [panels][groups][8 quads of inputs][16 outputs][4 inputs] in 8 bits; in 4 bits the low halves of the bytes of quad
   // j are quad 2j, the high halves quad 2j + 1, of [4 bytes quads]. What pads outputs and inputs is never seen.
   const uint8_t* data;
-  const float* scales;   // [panels][blocks][16]
+  const uint16_t* scales;  // [panels][blocks][16], float16
   const uint8_t* zeros;  // [panels][blocks][16], or null for 8 (4 bits) or 128 (8 bits)
   const float* bias;     // [outputs], or null
 

@@ -40,7 +40,7 @@ ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, siz
   const int64_t scales = w.panels() * w.blocks() * kPanel;
   const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
   RETURN_IF_ERROR(check_constant(kernel, info, data, ort::kUint8, bytes));
-  RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat, scales));
+  RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat16, scales));
   return check_constant(kernel, info, data + 2, ort::kUint8, scales);
 }
 
@@ -127,7 +127,7 @@ ort::Status* output_of(const Kernel& kernel, ort::KernelContext* context, size_t
 
 void set_tensors(const void* const* inputs, Weight* weight) {
   weight->data = static_cast<const uint8_t*>(inputs[0]);
-  weight->scales = static_cast<const float*>(inputs[1]);
+  weight->scales = static_cast<const uint16_t*>(inputs[1]);
   weight->zeros = static_cast<const uint8_t*>(inputs[2]);
 }
 
@@ -166,6 +166,7 @@ constexpr ort::CustomOp packed_linear_op() {
   op.GetName = [](const ort::CustomOp*) { return "PackedLinear"; };
   op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
   op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    if (input == kScales || input == kUpScales) return ort::kFloat16;
     const bool bytes = input == kData || input == kZeros || input == kUpData || input == kUpZeros;
     return bytes ? ort::kUint8 : ort::kFloat;
   };

@@ -22,6 +22,13 @@ struct Vec {
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
+  static Float halves(const uint16_t* from) {
+    const int exponent = *from >> 10 & 31, fraction = *from & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                       : exponent     ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
+                                      : std::ldexp(static_cast<float>(fraction), -24);
+    return *from & 0x8000 ? -size : size;
+  }
   static Int widened(const uint8_t* from) { return *from; }
   static Int times_small(Int a, int32_t b) { return a * b; }
   static Float times(Int a, float b) { return static_cast<float>(a) * b; }

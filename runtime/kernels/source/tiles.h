@@ -140,7 +140,7 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
   const int64_t groups = weight.groups(), blocks = weight.blocks(), bytes = weight.group_bytes();
   const int64_t groups_of_block = weight.block / kGroup;
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
-  const float* scales = weight.scales + panel * blocks * kPanel + lane;
+  const uint16_t* scales = weight.scales + panel * blocks * kPanel + lane;
   const uint8_t* zeros = weight.zeros ? weight.zeros + panel * blocks * kPanel + lane : nullptr;
   const int8_t* values = rows.values + first * groups * kGroup;
   const float* row_scales = rows.scales + first * groups;
@@ -153,7 +153,7 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
   int64_t next = 0;
   for (int64_t g = 0; g < groups; g++, data += bytes) {
     if (g == next) {
-      scale = Vec::floats(scales);
+      scale = Vec::halves(scales);
       scales += kPanel;
       if (zeros) {
         zero = Vec::widened(zeros);

@@ -25,6 +25,9 @@ struct Vec256 {
   static Float zero() { return _mm256_setzero_ps(); }
   static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(const float* from) { return _mm256_loadu_ps(from); }
+  static Float halves(const uint16_t* from) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  }
   static Int widened(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   }

@@ -26,6 +26,9 @@ struct Vec512 {
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
+  static Float halves(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   static Int widened(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
