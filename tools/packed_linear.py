@@ -48,10 +48,6 @@ def weight(rng: np.random.Generator, outputs: int, inputs: int, bits: int) -> Ro
     return Rounded(data, scales, zeros, 0.0)
 
 
-def packed(rounded: Rounded, inputs: int, bits: int) -> Rounded:
-    return in_panels(replace(rounded, scales=rounded.scales.astype(np.float16)), inputs, bits)
-
-
 def product(kind: str, name: str, x: str, rounded: Rounded, inputs: int, bits: int) -> onnx.NodeProto:
     sizes = {"N": len(rounded.scales), "K": inputs, "bits": bits, "block_size": block_of(bits, inputs)}
     tensors = [f"{name}.{part}" for part in ("data", "scales", "zeros")[: 2 + (rounded.zero_points is not None)]]
@@ -69,7 +65,8 @@ def write(model: str, bits: int, folder: Path) -> None:
         for index, (outputs, inputs) in enumerate(shapes):
             rounded, name = weight(rng, outputs, inputs, bits), f"{number}.{index}"
             for kind, (nodes, constants) in graphs.items():
-                stored = packed(rounded, inputs, bits) if kind == "PackedLinear" else rounded
+                halved = replace(rounded, scales=rounded.scales.astype(np.float16))
+                stored = in_panels(halved, inputs, bits) if kind == "PackedLinear" else rounded
                 nodes.append(product(kind, name, f"x{inputs}", rounded, inputs, bits))
                 parts = {"data": stored.data, "scales": stored.scales, "zeros": stored.zero_points}
                 constants += [
