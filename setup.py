@@ -29,10 +29,8 @@ INSTRUCTIONS = {
 
 
 def sources() -> list[str]:
-    names = ["attention", "attention_op", "library", "packed_linear", "packed_linear_op", "scalar"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        names += INSTRUCTIONS
-    return [str(SOURCE / f"{name}.cpp") for name in names]
+    left_out = {"check_ort_api"} | (set() if platform.machine() in ("x86_64", "AMD64") else set(INSTRUCTIONS))
+    return [str(path) for path in sorted(SOURCE.glob("*.cpp")) if path.stem not in left_out]
 
 
 def extensions() -> list[Extension]:

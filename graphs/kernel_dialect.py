@@ -69,6 +69,13 @@ class KernelDialect(OrtDialect):
         out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, width])
         return out
 
+    def best_two(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """[R, V] -> the indices of the best two int64 [R, 2], and the logarithm of the sum of exponentials [R]."""
+        top, log_sum = self.graph.ops("BestTwo", [logits], 2, DOMAIN)
+        top.type, top.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([None, 2])
+        log_sum.type, log_sum.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None])
+        return top, log_sum
+
     def _by_distance(self, attention: Attention) -> ir.Value | None:
         """The bias of each distance [reach + 1, heads]; layers share a table."""
         bias = attention.relative_bias

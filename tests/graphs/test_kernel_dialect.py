@@ -97,6 +97,26 @@ def test_lossless_is_full_to_the_token(precision: str, bundle: Bundles) -> None:
     assert [result.token_ids for result in batched] == full
 
 
+@pytest.mark.parametrize("measure", ["softmax", "max-prob", "entropy"])
+def test_predictions_are_those_of_the_logits(measure: str, bundle: Bundles) -> None:
+    path = bundle(BY_NAME["llama-tied"], 1, confidence=measure, **OWN)
+    assert ("BestTwo" in kinds(path, "deep")) == (measure != "entropy")
+    pair, (ids, lengths) = pair_of(path, rows=1), tokens(30)
+    shallow = pair.shallow(ids, lengths)
+    deep = pair.deep(shallow["hidden"], lengths)
+    for found in (shallow, deep):
+        logits = found["logits"].astype(np.float64)
+        probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities /= probabilities.sum(-1, keepdims=True)
+        ordered = np.sort(probabilities, -1)
+        entropy = 1 + (probabilities * np.log(probabilities)).sum(-1) / np.log(logits.shape[-1])
+        expected = {"softmax": ordered[:, -1] - ordered[:, -2], "max-prob": ordered[:, -1], "entropy": entropy}
+        np.testing.assert_array_equal(found["token"], logits.argmax(-1))
+        np.testing.assert_allclose(found["confidence"], expected[measure], atol=1e-5)
+    # The pair asks for the nats of token 0.
+    np.testing.assert_allclose(deep["nll"], -np.log(probabilities[:, 0]), atol=1e-4)
+
+
 @pytest.mark.parametrize("exact", [False, True])
 def test_heads_without_a_kernel_keep_onnx_runtimes_attention(exact: bool, bundle: Bundles) -> None:
     path = bundle(BY_NAME["t5-relu-tied"], 1, **OWN, exact_rows=exact)  # whose heads have 8 values

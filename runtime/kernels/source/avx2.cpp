@@ -21,11 +21,12 @@ struct Vec : Vec256 {
 #include "tiles.h"
 
 #include "attention_tiles.h"
+#include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
                        panel_rows,
-                       store_row, attend};
+                       store_row, attend, piece};
 
 }  // namespace freeexport

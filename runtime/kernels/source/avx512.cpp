@@ -26,10 +26,11 @@ bool supported() {
 #include "tiles.h"
 
 #include "attention_tiles.h"
+#include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx512 = {"avx512", supported, prepare, panel_rows,
-                       store_row, attend};
+                       store_row, attend, piece};
 
 }  // namespace freeexport

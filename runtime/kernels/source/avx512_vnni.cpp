@@ -24,10 +24,11 @@ bool supported() {
 #include "tiles.h"
 
 #include "attention_tiles.h"
+#include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panel_rows,
-                       store_row, attend};
+                       store_row, attend, piece};
 
 }  // namespace freeexport

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "best_two.h"
 
 #define FREEEXPORT_INLINE __attribute__((always_inline)) inline
 
@@ -73,6 +74,8 @@ struct Kernels {
   // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
   void (*store_row)(const Attention& attention, const Place& place);
   void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
+  // Of a head: the best two of `count` logits, the first of which has number `first`.
+  void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
 };
 
 extern const Kernels kScalar;

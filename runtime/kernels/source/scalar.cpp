@@ -56,10 +56,11 @@ struct Vec {
 #include "tiles.h"
 
 #include "attention_tiles.h"
+#include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows,
-                       store_row, attend};
+                       store_row, attend, piece};
 
 }  // namespace freeexport
