@@ -63,7 +63,30 @@ def check(library: Path) -> None:
             expected = attend("scalar", layer, call.fresh(), packed, library)
             for name in names:
                 np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
+    run_in_onnx_runtime(library)
     print(f"{count} products checked: scalar, {', '.join(names)}")
+
+
+def run_in_onnx_runtime(library: Path) -> None:
+    """The operators around the kernels, on several threads."""
+    import kernel_cases
+    import numpy as np
+    from attention_cases import attention_session, feeds, random_call, random_layer
+
+    kernel_cases.LIBRARY = library
+    from test_best_two_kernel import best_two
+
+    rng = np.random.default_rng(1)
+    for count in (2, 63, 64, 65, 4096, 4097, 9000):
+        best_two(3)(rng.standard_normal((3, count)).astype(np.float32))
+    case = kernel_cases.random_case(rng, 90, 70, 4, bias=True)
+    product = kernel_cases.session(case, 3)
+    for rows in (0, 1, 9, 70):
+        product.run(None, {"x": rng.standard_normal((rows, 70)).astype(np.float32)})
+    layer = random_layer(rng, 6, 2, 32, 7, "rn")
+    for packed in (False, True):
+        call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+        attention_session(layer, packed, 3).run(None, feeds(layer, call, packed))
 
 
 if __name__ == "__main__":
@@ -77,7 +100,7 @@ if __name__ == "__main__":
             **os.environ,
             "LD_PRELOAD": runtime_library,
             "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "runtime"))),
         }
         child = [sys.executable, __file__, "check", str(library)]
         sys.exit(subprocess.run(child, env=environment).returncode)
