@@ -18,7 +18,7 @@ NAME = "runtime.kernels.libfreeexport_kernels"
 SOURCE = Path("runtime", "kernels", "source")
 # The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
-_AVX2, _AVX512 = "-mavx2 -mfma", "-mavx512f -mavx512bw -mavx512vl"
+_AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # Of the files that are compiled for other instructions than the processor's first.
 INSTRUCTIONS = {
     "avx2": _AVX2,
@@ -29,10 +29,8 @@ INSTRUCTIONS = {
 
 
 def sources() -> list[str]:
-    names = ["library", "packed_linear", "scalar"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        names += INSTRUCTIONS
-    return [str(SOURCE / f"{name}.cpp") for name in names]
+    left_out = {"check_ort_api"} | (set() if platform.machine() in ("x86_64", "AMD64") else set(INSTRUCTIONS))
+    return [str(path) for path in sorted(SOURCE.glob("*.cpp")) if path.stem not in left_out]
 
 
 def extensions() -> list[Extension]:

@@ -20,6 +20,7 @@ from graphs.dialects.standard import StandardDialect
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
+from graphs.kernel_dialect import HEAD_SIZE, KernelDialect
 from graphs.layers import decoder_layers, encoder_layers
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
@@ -162,12 +163,13 @@ class EngineBuilder:
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
         scheme = self._rounding.scheme(options.int8_range, options.exact_rows)
-        self._quantizer = Quantizer(weights, scheme, self._rounding.layout)
+        self._quantizer = Quantizer(weights, scheme, self._rounding.layout, self._rounding.scales)
 
     @property
     def quantization(self) -> Quantization | None:
         """What became of the weights of the engines built so far; None where they were not rounded."""
-        return replace(self._quantizer.report, exact_rows=self.options.exact_rows) if self._plan else None
+        exact = self.options.exact_rows or self._own_attention
+        return replace(self._quantizer.report, exact_rows=exact) if self._plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S and the head."""
@@ -240,10 +242,11 @@ class EngineBuilder:
         wanted = plan.wanted(engine, self.description, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
+        passes = [linears, *(fusion() for fusion in self._rounding.fusions)]
         if not self._rounding.embedding:
-            return [linears]
+            return passes
         table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
-        return [linears, QuantizeEmbedding(self._quantizer, table)] if table else [linears]
+        return [*passes, QuantizeEmbedding(self._quantizer, table)] if table else passes
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
@@ -251,10 +254,18 @@ class EngineBuilder:
     @property
     def _extra_rows(self) -> int:
         """That attention has behind those of a call. Where all passes have one row, they are alike anyway."""
-        return int(self.options.exact_rows and self.options.max_pending > 1)
+        exact = self.options.exact_rows and not self._own_attention
+        return int(exact and self.options.max_pending > 1)
+
+    @property
+    def _own_attention(self) -> bool:
+        """With which every operator of a decoder gives a row the same bits in every call."""
+        return self.options.kernels == "freeexport" and self.description.attention.head_dim % HEAD_SIZE == 0
 
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
+        if call.past_lengths is not None and self._own_attention:
+            return KernelDialect(graph, call, width, rows, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, width, rows, self._extra_rows > 0, packed)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")

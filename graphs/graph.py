@@ -126,7 +126,7 @@ class Graph:
             self._outputs,
             nodes=self._tape.nodes,
             initializers=list(self._initializers.values()),
-            opset_imports={"": OPSET, **({MICROSOFT: 1} if self._uses_microsoft() else {})},
+            opset_imports={"": OPSET, **{node.domain: 1 for node in self._tape.nodes if node.domain}},
             name=self.name,
         )
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport")
@@ -139,9 +139,6 @@ class Graph:
         found = self._source.shape(name)
         if found != tuple(shape):
             raise GraphError(f"weight {name} is {list(found)}, the configuration says {list(shape)}")
-
-    def _uses_microsoft(self) -> bool:
-        return any(node.domain == MICROSOFT for node in self._tape.nodes)
 
     def _unread(
         self, name: str, shape: Sequence[int], dtype: ir.DataType | None, produce: Callable[[], np.ndarray]

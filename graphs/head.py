@@ -9,6 +9,7 @@ from graphs.description import Adapter, Head
 from graphs.dialects.base import Dialect
 from graphs.dialects.packing import Packing
 from graphs.graph import Graph
+from graphs.kernel_dialect import KernelDialect
 from graphs.layers import activate, fp32_linear
 from runtime.bundle.manifest import ConfidenceMeasure
 
@@ -42,10 +43,13 @@ def head_outputs(
     normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head, size[1])
     weight = _weight(graph, head, size, packed, tokens)
     logits = graph.to_float(graph.op("Gemm", [normed, weight], transB=1))  # [R, V], or [R, N]
-    log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]
-    _, top = graph.ops("TopK", [logits, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)  # [R, 2]
-    token = graph.op("Gather", [top, graph.constant(np.int64(0))], axis=1)
-    measured = _confidence(graph, log_probabilities, top, confidence, vocabulary)
+    choice: _Choice
+    if isinstance(dialect, KernelDialect) and confidence != "entropy":
+        choice = _OwnChoice(graph, dialect, logits)
+    else:
+        choice = _Choice(graph, logits)
+    token = graph.op("Gather", [choice.top, graph.constant(np.int64(0))], axis=1)
+    measured = _confidence(graph, choice, confidence, vocabulary)
     if tokens is not None:
         known = graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
         token = graph.op("Gather", [known, token], axis=0)
@@ -54,10 +58,37 @@ def head_outputs(
     graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
     if emitted is not None:
         index = graph.op("Unsqueeze", [emitted, graph.constant([1])])
-        chosen = graph.op("GatherElements", [log_probabilities, index], axis=1)
+        chosen = choice.log_probabilities_of(index)
         nll = graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
         graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
     graph.output("logits", logits, ir.DataType.FLOAT, ["R", size[0]])
+
+
+class _Choice:
+    """The best two of logits [R, V], and logarithms of probabilities."""
+
+    def __init__(self, graph: Graph, logits: ir.Value) -> None:
+        self.graph = graph
+        self.log_probabilities = graph.op("LogSoftmax", [logits], axis=-1)  # [R, V]
+        # [R, 2]
+        _, self.top = graph.ops("TopK", [logits, graph.constant([2])], 2, axis=-1, largest=1, sorted=1)
+
+    def log_probabilities_of(self, index: ir.Value) -> ir.Value:
+        """int64 [R, n] -> float32 [R, n]."""
+        return self.graph.op("GatherElements", [self.log_probabilities, index], axis=1)
+
+
+class _OwnChoice(_Choice):
+    """By one pass of our own operator over the logits."""
+
+    def __init__(self, graph: Graph, dialect: KernelDialect, logits: ir.Value) -> None:
+        self.graph, self._logits = graph, logits
+        self.top, log_sum = dialect.best_two(logits)
+        self._log_sum = graph.op("Unsqueeze", [log_sum, graph.constant([1])])
+
+    def log_probabilities_of(self, index: ir.Value) -> ir.Value:
+        found = self.graph.op("GatherElements", [self._logits, index], axis=1)
+        return self.graph.op("Sub", [found, self._log_sum])
 
 
 def exit_rows(head: Head) -> str:
@@ -100,16 +131,15 @@ def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter,
     return graph.op("Add", [hidden, outer])
 
 
-def _confidence(
-    graph: Graph, log_probabilities: ir.Value, top: ir.Value, measure: ConfidenceMeasure, vocabulary: int
-) -> ir.Value:
+def _confidence(graph: Graph, choice: _Choice, measure: ConfidenceMeasure, vocabulary: int) -> ir.Value:
     """[R] in [0, 1], higher is surer."""
     if measure == "entropy":
+        log_probabilities = choice.log_probabilities
         terms = graph.op("Mul", [graph.op("Exp", [log_probabilities]), log_probabilities])
         negative = graph.op("ReduceSum", [terms, graph.constant([1])], keepdims=0)
         scaled = graph.op("Div", [negative, graph.constant(np.float32(np.log(vocabulary)))])
         return _clip(graph, graph.op("Add", [scaled, graph.constant(np.float32(1))]))
-    best_two = graph.op("Exp", [graph.op("GatherElements", [log_probabilities, top], axis=1)])
+    best_two = graph.op("Exp", [choice.log_probabilities_of(choice.top)])
     best = graph.op("Gather", [best_two, graph.constant(np.int64(0))], axis=1)
     if measure == "max-prob":
         return _clip(graph, best)

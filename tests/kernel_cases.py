@@ -16,6 +16,7 @@ from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from runtime.kernels import DOMAIN, LIBRARY
 
 ROUND = {4: round_4_bits, 8: round_8_bits}
+EPSILON = 1e-5
 INSTRUCTIONS = ("avx2", "avx2-vnni", "avx512", "avx512-vnni")
 
 
@@ -40,7 +41,13 @@ def random_case(
     rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
 ) -> Case:
     weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
-    return case_of(ROUND[bits](weight, block), inputs, bits, block, rng.standard_normal(outputs) if bias else None)
+    return case_of(
+        ROUND[bits](weight, block, np.dtype(np.float16)),
+        inputs,
+        bits,
+        block,
+        rng.standard_normal(outputs) if bias else None,
+    )
 
 
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
@@ -52,24 +59,72 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
         if rounded.zero_points is not None:
             halves = rounded.zero_points & 15, rounded.zero_points >> 4
             zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
-    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None]
+    values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None].astype(np.float64)
     given = None if bias is None else bias.astype(np.float32)
     return Case(
         outputs, inputs, bits, block, in_panels(rounded, inputs, bits), values.reshape(outputs, -1)[:, :inputs], given
     )
 
 
-def multiply(instructions: str, x: np.ndarray, case: Case, library: Path = LIBRARY) -> np.ndarray:
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
+        *((name, ctypes.c_int) for name in ("bits", "block")),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "bias")),
+    )
+
+
+class _Product(ctypes.Structure):
+    """That of runtime/kernels/source/packed_linear.h."""
+
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("x", "skip", "norm")),
+        ("epsilon", ctypes.c_float),
+        ("activation", ctypes.c_int),
+        ("weight", _Weight),
+        ("up", _Weight),
+        *((name, ctypes.c_void_p) for name in ("total", "y")),
+    )
+
+
+INPUTS = ("data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros")
+ACTIVATIONS = ("none", "relu", "silu", "gelu-tanh")
+
+
+def multiply(
+    instructions: str,
+    x: np.ndarray,
+    case: Case,
+    library: Path = LIBRARY,
+    skip: np.ndarray | None = None,
+    norm: np.ndarray | None = None,
+    activation: str = "none",
+    up: Case | None = None,
+) -> np.ndarray:
     """By the kernels of an instruction set, on one thread, without ONNX Runtime. ValueError where they refuse."""
     call = ctypes.CDLL(str(library)).freeexport_packed_linear
     call.restype = ctypes.c_char_p
-    y = np.full((len(x), case.outputs), np.nan, np.float32)
-    sizes = [ctypes.c_int64(size) for size in (len(x), case.outputs, case.inputs)]
-    pointers = [None if array is None else array.ctypes.data_as(ctypes.c_void_p) for array in [x, *case.tensors, y]]
-    problem = call(instructions.encode(), pointers[0], *sizes, case.bits, case.block, *pointers[1:])
+    y, total = np.full((len(x), case.outputs), np.nan, np.float32), np.full_like(x, np.nan)
+    product = _Product(len(x), _address(x), _address(skip), _address(norm), EPSILON, ACTIVATIONS.index(activation))
+    product.weight = _weight(case)
+    if up is not None:
+        product.up = _weight(up)
+    product.total, product.y = _address(total), _address(y)
+    problem = call(instructions.encode(), ctypes.byref(product))
     if problem is not None:
         raise ValueError(problem.decode())
+    if skip is not None:
+        np.testing.assert_array_equal(total, x + skip)
     return y
+
+
+def _weight(case: Case) -> _Weight:
+    return _Weight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors))
+
+
+def _address(array: np.ndarray | None) -> int | None:
+    return None if array is None else array.ctypes.data
 
 
 def here(instructions: str, library: Path = LIBRARY) -> bool:
@@ -91,16 +146,21 @@ def with_rounded_rows(x: np.ndarray, case: Case) -> np.ndarray:
 
 
 def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSession:
-    """ONNX Runtime's, with a graph of one PackedLinear. `changes` are other attributes, or other tensors by name."""
+    """ONNX Runtime's, with a graph of one PackedLinear. `changes` are attributes, or tensors by the names of inputs;
+    `skip` is a second input of the graph where it is given."""
     attributes = {"N": case.outputs, "K": case.inputs, "bits": case.bits, "block_size": case.block}
-    tensors = dict(zip(("data", "scales", "zeros", "bias"), case.tensors, strict=True))
-    attributes.update({name: value for name, value in changes.items() if name in attributes})
-    tensors.update({name: value for name, value in changes.items() if name in tensors})
+    tensors = dict.fromkeys(INPUTS) | dict(zip(INPUTS, case.tensors, strict=False))
+    for name, value in changes.items():
+        (tensors if name in tensors else attributes)[name] = value
     names = [name if array is not None else "" for name, array in tensors.items()]
-    node = helper.make_node("PackedLinear", ["x", *names], ["y"], domain=DOMAIN, **attributes)
-    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    outputs = ["y", "total"] if tensors["skip"] is not None and "single" not in attributes else ["y"]
+    attributes.pop("single", None)
+    node = helper.make_node("PackedLinear", ["x", *names], outputs, domain=DOMAIN, **attributes)
+    given = ["x", "skip"] if tensors.pop("skip") is not None else ["x"]
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*given, *outputs)}
     constants = [numpy_helper.from_array(array, name) for name, array in tensors.items() if array is not None]
-    graph = helper.make_graph([node], "one product", [x], [y], constants)
+    ends = [values[name] for name in given], [values[name] for name in outputs]
+    graph = helper.make_graph([node], "one product", *ends, constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
 

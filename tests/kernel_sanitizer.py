@@ -36,7 +36,8 @@ def build(folder: Path) -> Path:
 
 def check(library: Path) -> None:
     import numpy as np
-    from kernel_cases import INSTRUCTIONS, here, multiply, random_case
+    from attention_cases import attend, random_call, random_layer
+    from kernel_cases import ACTIVATIONS, INSTRUCTIONS, here, multiply, random_case
 
     rng, count = np.random.default_rng(0), 0
     names = [name for name in INSTRUCTIONS if here(name, library)]
@@ -47,11 +48,45 @@ def check(library: Path) -> None:
                 for rows in (1, 2, 3, 4, 5, 7, 8, 9, 17, 33):
                     x = rng.standard_normal((rows, inputs)).astype(np.float32)
                     x[0, 0] = np.nan if rows == 3 else 1e30
-                    expected = multiply("scalar", x, case, library)
-                    for name in names:
-                        np.testing.assert_array_equal(multiply(name, x, case, library), expected, name)
-                        count += 1
+                    up = random_case(rng, outputs, inputs, 12 - bits, 64)
+                    norm = rng.standard_normal(inputs).astype(np.float32)
+                    fused = {"skip": x[::-1].copy(), "norm": norm, "activation": ACTIVATIONS[rows % 4], "up": up}
+                    for extra in ({}, fused):
+                        expected = multiply("scalar", x, case, library, **extra)
+                        for name in names:
+                            np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
+                            count += 1
+    for heads, kv_heads, size, window, kinds in ((3, 1, 16, 0, "r"), (5, 1, 48, 3, "b"), (4, 4, 64, 0, "rn")):
+        layer = random_layer(rng, heads, kv_heads, size, window, kinds)
+        for packed in (False, True):
+            call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+            expected = attend("scalar", layer, call.fresh(), packed, library)
+            for name in names:
+                np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
+    run_in_onnx_runtime(library)
     print(f"{count} products checked: scalar, {', '.join(names)}")
+
+
+def run_in_onnx_runtime(library: Path) -> None:
+    """The operators around the kernels, on several threads."""
+    import kernel_cases
+    import numpy as np
+    from attention_cases import attention_session, feeds, random_call, random_layer
+
+    kernel_cases.LIBRARY = library
+    from test_best_two_kernel import best_two
+
+    rng = np.random.default_rng(1)
+    for count in (2, 63, 64, 65, 4096, 4097, 9000):
+        best_two(3)(rng.standard_normal((3, count)).astype(np.float32))
+    case = kernel_cases.random_case(rng, 90, 70, 4, bias=True)
+    product = kernel_cases.session(case, 3)
+    for rows in (0, 1, 9, 70):
+        product.run(None, {"x": rng.standard_normal((rows, 70)).astype(np.float32)})
+    layer = random_layer(rng, 6, 2, 32, 7, "rn")
+    for packed in (False, True):
+        call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+        attention_session(layer, packed, 3).run(None, feeds(layer, call, packed))
 
 
 if __name__ == "__main__":
@@ -65,7 +100,7 @@ if __name__ == "__main__":
             **os.environ,
             "LD_PRELOAD": runtime_library,
             "ASAN_OPTIONS": "detect_leaks=0",
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+            "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "runtime"))),
         }
         child = [sys.executable, __file__, "check", str(library)]
         sys.exit(subprocess.run(child, env=environment).returncode)

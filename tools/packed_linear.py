@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,8 @@ def write(model: str, bits: int, folder: Path) -> None:
         for index, (outputs, inputs) in enumerate(shapes):
             rounded, name = weight(rng, outputs, inputs, bits), f"{number}.{index}"
             for kind, (nodes, constants) in graphs.items():
-                stored = in_panels(rounded, inputs, bits) if kind == "PackedLinear" else rounded
+                halved = replace(rounded, scales=rounded.scales.astype(np.float16))
+                stored = in_panels(halved, inputs, bits) if kind == "PackedLinear" else rounded
                 nodes.append(product(kind, name, f"x{inputs}", rounded, inputs, bits))
                 parts = {"data": stored.data, "scales": stored.scales, "zeros": stored.zero_points}
                 constants += [

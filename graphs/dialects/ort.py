@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
@@ -70,14 +71,27 @@ class OrtDialect:
         self._biases: dict[str, ir.Value] = {}
         self._extra = alike and call.past_lengths is not None
         self._packing = packing
-        # The call as attention sees it.
-        self._attended = self._with_extra(call) if self._extra else call
-        if call.past_lengths is not None:
-            total = graph.op("Add", [call.past_lengths, self._attended.query_lengths])
-            one, zero = graph.constant(np.int32(1)), graph.constant(np.int32(0))
-            # An idle row has nothing before it and nothing new: the operator wants 0 there, not -1.
-            self._last = graph.op("Max", [graph.op("Sub", [total, one]), zero])
-            self._longest = graph.op("ReduceMax", [total, graph.constant([0])], keepdims=0)
+
+    @cached_property
+    def _attended(self) -> Call:
+        """The call as attention sees it."""
+        return self._with_extra(self.call) if self._extra else self.call
+
+    @cached_property
+    def _total(self) -> ir.Value:
+        assert self.call.past_lengths is not None
+        return self.graph.op("Add", [self.call.past_lengths, self._attended.query_lengths])
+
+    @cached_property
+    def _last(self) -> ir.Value:
+        graph, one, zero = self.graph, np.int32(1), np.int32(0)
+        # An idle row has nothing before it and nothing new: the operator wants 0 there, not -1.
+        last = graph.op("Sub", [self._total, graph.constant(one)])
+        return graph.op("Max", [last, graph.constant(zero)])
+
+    @cached_property
+    def _longest(self) -> ir.Value:
+        return self.graph.op("ReduceMax", [self._total, self.graph.constant([0])], keepdims=0)
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)

@@ -13,7 +13,7 @@ PANEL, GROUP = 16, 32
 
 def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
     """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`
-    float32 and `zero_points` uint8 [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
+    and `zero_points` uint8 [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
     outputs, blocks = rounded.scales.shape
     panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
     data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)

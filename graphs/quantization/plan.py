@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
+from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.linears import Products
 from graphs.quantization.ort_products import OrtProducts
 from graphs.quantization.packed_products import PackedProducts, packed
@@ -53,9 +55,9 @@ class Plan:
 @dataclass(frozen=True)
 class Rounding:
     """How a target has weights rounded: plans by precision; what 8 bits of a head are; the scheme for a range of 8-bit
-    weights and for exact rows or not; the products that read them, and the layout that these want. `embedding`: the
-    table that tokens are looked up in is rounded too. `layouts`: the decoders' 8 bits can stand in blocks as well as
-    by row."""
+    weights and for exact rows or not; the products that read them, and the layout and scales that these want.
+    `embedding`: the table that tokens are looked up in is rounded too. `layouts`: the decoders' 8 bits can stand in
+    blocks as well as by row. `fusions`: passes over the graphs with these products."""
 
     plans: dict[Precision, Plan]
     head: TensorFormat
@@ -64,6 +66,8 @@ class Rounding:
     embedding: bool = False
     layouts: bool = False
     layout: Layout = as_rounded
+    scales: np.dtype | None = None
+    fusions: tuple[type[ir.passes.InPlacePass], ...] = ()
 
     def plan(self, precision: Precision, head: HeadPrecision | None, layout: Int8Layout) -> Plan | None:
         """None for a precision that rounds nothing."""
@@ -102,6 +106,8 @@ _CPU_OWN = Rounding(
     products=PackedProducts,
     embedding=True,
     layout=packed,
+    scales=np.dtype(np.float16),
+    fusions=(FuseProducts,),
 )
 # Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(

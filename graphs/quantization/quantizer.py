@@ -50,17 +50,18 @@ def as_rounded(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
 
 class Quantizer:
     """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `layout`
-    is that of the weights of linear layers."""
+    is that of the weights of linear layers, and `scales` the type of their scales, None for the weight's own."""
 
-    def __init__(self, weights: WeightFile, scheme: Scheme, layout: Layout = as_rounded) -> None:
-        self._weights, self._scheme, self._layout = weights, scheme, layout
+    def __init__(
+        self, weights: WeightFile, scheme: Scheme, layout: Layout = as_rounded, scales: np.dtype | None = None
+    ) -> None:
+        self._weights, self._scheme, self._layout, self._scales = weights, scheme, layout, scales
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._engines: list[EnginePrecision] = []
         self._higher: list[HigherTensor] = []
 
     def store(self, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
-        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit. Scales are of
-        the tensor's type."""
+        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit."""
         assert tensor.name is not None
         kind = FLOATS[tensor.dtype]
         # Scales of another type mean other values.
@@ -97,7 +98,7 @@ class Quantizer:
         # What a graph reads is float32, whatever type it is written in.
         array = tensor.numpy()
         while format_ is not None and format_ in scheme.limits:
-            rounded, block = scheme.round(array, format_, tensor.dtype.numpy())
+            rounded, block = scheme.round(array, format_, self._scales or tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
             if rounded.error <= scheme.limits[format_]:
                 written = self._layout(rounded, array.shape[1], format_)

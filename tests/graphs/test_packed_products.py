@@ -51,7 +51,7 @@ def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: floa
         x = graph.input("x", FLOAT, ["M", 40])
         operands = [x, graph.weight("w")] + ([graph.weight("b")] if bias else [])
         graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
-        quantizer = Quantizer(weights, IntegerScheme(by_row=False), packed)
+        quantizer = Quantizer(weights, IntegerScheme(by_row=False), packed, np.dtype(np.float16))
         wanted = QuantizeLinears(quantizer, PackedProducts, "deep", format_, lambda name: format_, "head")
         graph.save(tmp_path / "g.onnx", [wanted])
     rows = normal(16, 40, seed=2)

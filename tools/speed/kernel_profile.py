@@ -12,8 +12,23 @@ from typing import Any
 
 # Kinds of kernels by their operators; what stands in none of them is glue.
 KINDS = {
-    "products": ("MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "MatMul", "FusedMatMul", "Gemm"),
-    "attention": ("GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax"),
+    "products": (
+        "PackedLinear",
+        "MatMulNBits",
+        "MatMulIntegerToFloat",
+        "DynamicQuantizeMatMul",
+        "MatMul",
+        "FusedMatMul",
+        "Gemm",
+    ),
+    "attention": (
+        "CachedAttention",
+        "CrossAttention",
+        "GroupQueryAttention",
+        "MultiHeadAttention",
+        "Attention",
+        "Softmax",
+    ),
     "norms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
     "best tokens": ("LogSoftmax", "TopK", "ArgMax", "GatherElements"),
 }

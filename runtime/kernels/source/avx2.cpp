@@ -1,4 +1,4 @@
-// AVX2 and FMA, without dot products of bytes.
+// AVX2, FMA and F16C, without dot products of bytes.
 #include "quads.h"
 #include "vec256.h"
 
@@ -20,9 +20,13 @@ struct Vec : Vec256 {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
 namespace freeexport {
 
-const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, quantize,
-                       panel_rows};
+const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
+                       panel_rows,
+                       store_row, attend, piece};
 
 }  // namespace freeexport

@@ -21,7 +21,7 @@ struct Vec : Vec256 {
 
 bool supported() {
 #if defined(__AVXVNNI__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("avxvnni");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avxvnni");
 #else
   return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl");
 #endif
@@ -32,8 +32,12 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
 namespace freeexport {
 
-const Kernels kAvx2Vnni = {"avx2-vnni", supported, quantize, panel_rows};
+const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panel_rows,
+                       store_row, attend, piece};
 
 }  // namespace freeexport

@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL), without dot products of bytes.
+// AVX-512 (F, BW, DQ, VL), without dot products of bytes.
 #include "quads.h"
 #include "vec512.h"
 
@@ -16,7 +16,7 @@ struct Vec : Vec512 {
 };
 
 bool supported() {
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
 
@@ -25,8 +25,12 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
 namespace freeexport {
 
-const Kernels kAvx512 = {"avx512", supported, quantize, panel_rows};
+const Kernels kAvx512 = {"avx512", supported, prepare, panel_rows,
+                       store_row, attend, piece};
 
 }  // namespace freeexport

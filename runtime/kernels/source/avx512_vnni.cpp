@@ -1,4 +1,4 @@
-// AVX-512 (F, BW, VL) with dot products of bytes (VNNI).
+// AVX-512 (F, BW, DQ, VL) with dot products of bytes (VNNI).
 #include "quads.h"
 #include "vec512.h"
 
@@ -14,7 +14,7 @@ struct Vec : Vec512 {
 };
 
 bool supported() {
-  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+  return __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
 
@@ -23,8 +23,12 @@ bool supported() {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
 namespace freeexport {
 
-const Kernels kAvx512Vnni = {"avx512-vnni", supported, quantize, panel_rows};
+const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panel_rows,
+                       store_row, attend, piece};
 
 }  // namespace freeexport

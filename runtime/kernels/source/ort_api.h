@@ -9,7 +9,7 @@ namespace freeexport::ort {
 
 constexpr uint32_t kApiVersion = 18;
 constexpr int kInvalidArgument = 2, kInvalidGraph = 10, kEngineError = 6;  // OrtErrorCode
-constexpr int kFloat = 1, kUint8 = 2;                                       // ONNXTensorElementDataType
+constexpr int kFloat = 1, kUint8 = 2, kInt32 = 6, kInt64 = 7, kFloat16 = 10;  // ONNXTensorElementDataType
 constexpr int kRequired = 0, kOptional = 1;                                 // OrtCustomOpInputOutputCharacteristic
 
 struct Status;
@@ -36,9 +36,11 @@ struct Api {
   void* unused_4[1];
   Status* (*GetTensorShapeElementCount)(const TypeAndShape* info, size_t* out);
   Status* (*GetTensorTypeAndShape)(const Value* value, TypeAndShape** out);
-  void* unused_5[20];
+  void* unused_5[19];
+  Status* (*KernelInfoGetAttribute_float)(const KernelInfo* info, const char* name, float* out);
   Status* (*KernelInfoGetAttribute_int64)(const KernelInfo* info, const char* name, int64_t* out);
-  void* unused_6[3];
+  Status* (*KernelInfoGetAttribute_string)(const KernelInfo* info, const char* name, char* out, size_t* size);
+  void* unused_6[2];
   Status* (*KernelContext_GetInput)(const KernelContext* context, size_t index, const Value** out);
   Status* (*KernelContext_GetOutput)(KernelContext* context, size_t index, const int64_t* shape, size_t rank,
                                      Value** out);

@@ -6,10 +6,10 @@
 namespace freeexport {
 namespace {
 
-// What one task does at least, so that handing it to a thread is worth while: bytes of weights, and rows of a block.
-constexpr int64_t kTaskBytes = 24 << 10, kTaskRows = 64;
-// Inputs of all rows beyond which they are quantized in parallel, so many rows a task.
-constexpr int64_t kManyInputs = 64 << 10, kQuantizedRows = 8;
+// What one task reads at least, so that handing it to a thread is worth while.
+constexpr int64_t kTaskBytes = 24 << 10;
+// Inputs of all rows beyond which these are prepared in parallel, so many a task.
+constexpr int64_t kManyInputs = 64 << 10, kPreparedRows = 8;
 
 const Kernels* const kAll[] = {  // the best first
 #if defined(__x86_64__)
@@ -20,30 +20,34 @@ const Kernels* const kAll[] = {  // the best first
 
 struct Call {
   const Kernels& kernels;
-  const float* x;
-  int64_t rows;
-  const Weight& weight;
-  float* y;
+  const Product& product;
   Rows quantized;
+  float* normed;  // [rows, inputs], where there is a norm
   int64_t task_panels, row_blocks;
 };
 
 int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-void quantize_task(void* data, size_t index) {
+void prepare_rows(const Call& call, int64_t first, int64_t last) {
+  const int64_t inputs = call.product.weight.inputs;
+  for (int64_t row = first; row < last; row++)
+    call.kernels.prepare(call.product, row, call.normed ? call.normed + row * inputs : nullptr, call.quantized);
+}
+
+void prepare_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
-  const int64_t first = static_cast<int64_t>(index) * kQuantizedRows;
-  for (int64_t row = first; row < least(first + kQuantizedRows, call.rows); row++)
-    call.kernels.quantize(call.x + row * call.weight.inputs, call.weight.inputs, call.quantized, row);
+  const int64_t first = static_cast<int64_t>(index) * kPreparedRows;
+  prepare_rows(call, first, least(first + kPreparedRows, call.product.rows));
 }
 
 void panel_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t first = static_cast<int64_t>(index) % call.row_blocks * kTaskRows;
   const int64_t panel = static_cast<int64_t>(index) / call.row_blocks * call.task_panels;
-  for (int64_t p = panel; p < least(panel + call.task_panels, call.weight.panels()); p++)
-    call.kernels.panel(call.quantized, first, least(first + kTaskRows, call.rows), call.weight, p, call.y);
+  const int64_t end = least(panel + call.task_panels, call.product.weight.panels());
+  for (int64_t p = panel; p < end; p++)
+    call.kernels.panel(call.product, call.quantized, first, least(first + kTaskRows, call.product.rows), p);
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
@@ -55,22 +59,26 @@ void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t 
 
 }  // namespace
 
-bool packed_linear(const Kernels& kernels, const float* x, int64_t rows, const Weight& weight, float* y,
-                   Parallel parallel, void* context) {
+bool packed_linear(const Kernels& kernels, const Product& product, Parallel parallel, void* context) {
+  const Weight& weight = product.weight;
+  const int64_t rows = product.rows;
   if (rows == 0) return true;
-  const size_t groups = static_cast<size_t>(rows * weight.groups());
-  auto* memory = static_cast<int8_t*>(std::malloc(groups * (kGroup + sizeof(float) + sizeof(int32_t))));
+  const auto groups = static_cast<size_t>(rows * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
+  const size_t normed = product.norm ? inputs * sizeof(float) : 0;
+  auto* memory = static_cast<char*>(std::malloc(groups * (kGroup + sizeof(float) + sizeof(int32_t)) + normed));
   if (memory == nullptr) return false;
   auto* scales = reinterpret_cast<float*>(memory + groups * kGroup);
-  const Rows quantized = {memory, scales, reinterpret_cast<int32_t*>(scales + groups)};
-  const int64_t panel_bytes = weight.groups() * weight.group_bytes();
+  auto* minus_sums = reinterpret_cast<int32_t*>(scales + groups);
+  auto* room = normed ? reinterpret_cast<float*>(minus_sums + groups) : nullptr;
+  int64_t panel_bytes = weight.groups() * weight.group_bytes();
+  if (product.up.data != nullptr) panel_bytes += weight.groups() * product.up.group_bytes();
   const int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
-  Call call = {kernels, x, rows, weight, y, quantized, task_panels, parts(rows, kTaskRows)};
-  if (rows * weight.inputs > kManyInputs) {
-    run(parallel, context, quantize_task, parts(rows, kQuantizedRows), call);
-  } else {
-    for (int64_t row = 0; row < rows; row++) kernels.quantize(x + row * weight.inputs, weight.inputs, quantized, row);
-  }
+  Call call = {kernels, product, {reinterpret_cast<int8_t*>(memory), scales, minus_sums},
+               room,    task_panels, parts(rows, kTaskRows)};
+  if (rows * weight.inputs > kManyInputs)
+    run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
+  else
+    prepare_rows(call, 0, rows);
   run(parallel, context, panel_task, parts(weight.panels(), task_panels) * call.row_blocks, call);
   std::free(memory);
   return true;

@@ -1,4 +1,5 @@
-// y = x W^T + bias for rows x in fp32 and a weight W in 4 or 8 bits, packed in panels of 16 outputs.
+// y = x W^T + bias for rows x in fp32 and a weight W in 4 or 8 bits, packed in panels of 16 outputs; and what stands
+// before and behind such a product in a transformer: the RMS norm of a sum, an activation, and a gate.
 //
 // Rows are quantized to 8 bits, each group of 32 inputs with a scale of its own. Per group the products are summed in
 // integers, exactly; the groups are added up in order, in fp32, with the same operations on every instruction set. So
@@ -8,12 +9,16 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
+#include "best_two.h"
+
 #define FREEEXPORT_INLINE __attribute__((always_inline)) inline
 
 namespace freeexport {
 
 constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that stand together
+constexpr int64_t kTaskRows = 64;  // that one task multiplies with a panel, at most
 
 // A weight [outputs, inputs]. A value v stands for (v - zero point) * scale.
 struct Weight {
@@ -23,7 +28,7 @@ struct Weight {
   // [panels][groups][8 quads of inputs][16 outputs][4 inputs] in 8 bits; in 4 bits the low halves of the bytes of quad
   // j are quad 2j, the high halves quad 2j + 1, of [4 bytes quads]. What pads outputs and inputs is never seen.
   const uint8_t* data;
-  const float* scales;   // [panels][blocks][16]
+  const uint16_t* scales;  // [panels][blocks][16], float16
   const uint8_t* zeros;  // [panels][blocks][16], or null for 8 (4 bits) or 128 (8 bits)
   const float* bias;     // [outputs], or null
 
@@ -32,6 +37,23 @@ struct Weight {
   FREEEXPORT_INLINE int64_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   FREEEXPORT_INLINE int64_t blocks() const { return (inputs + block - 1) / block; }
   FREEEXPORT_INLINE int64_t group_bytes() const { return int64_t{kGroup} * kPanel * bits / 8; }
+};
+
+enum Activation : int { kNone, kRelu, kSilu, kGeluTanh, kActivations };
+
+// Of one call: y = activation(n W^T + bias), times n U^T where there is an `up` U; with n = x, or, where there is a
+// `norm`, n = t / sqrt(mean(t^2) + epsilon) * norm of t = x + skip, or of t = x without skip.
+struct Product {
+  int64_t rows;
+  const float* x;      // [rows, inputs]
+  const float* skip;   // the same, or null
+  const float* norm;   // [inputs], or null; where there is skip, it is there
+  float epsilon;
+  int activation;
+  Weight weight;
+  Weight up;           // of the same sizes, or data is null
+  float* total;        // [rows, inputs]: x + skip; null without skip
+  float* y;            // [rows, outputs]
 };
 
 // Quantized rows: [rows][groups] of 32 values each, their scales, and the sums of the values with the sign turned.
@@ -45,10 +67,15 @@ struct Rows {
 struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor and system
-  // One row x [inputs] to `row` of `rows`.
-  void (*quantize)(const float* x, int64_t inputs, const Rows& rows, int64_t row);
-  // Outputs of one panel for rows first..last of y [rows, outputs].
-  void (*panel)(const Rows& rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y);
+  // A row of a product to that of `rows`; `normed` [inputs] is room for it where there is a norm.
+  void (*prepare)(const Product& product, int64_t row, float* normed, const Rows& rows);
+  // Outputs of one panel for rows first..last, at most kTaskRows.
+  void (*panel)(const Product& product, const Rows& rows, int64_t first, int64_t last, int64_t panel);
+  // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
+  void (*store_row)(const Attention& attention, const Place& place);
+  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
+  // Of a head: the best two of `count` logits, the first of which has number `first`.
+  void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
 };
 
 extern const Kernels kScalar;
@@ -56,12 +83,8 @@ extern const Kernels kScalar;
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
 #endif
 
-// Calls task(data, i) for i in 0..total, in any order, on any threads.
-using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t total, void* data);
-
-// y [rows, weight.outputs] from x [rows, weight.inputs]. False where there is no memory for it.
-bool packed_linear(const Kernels& kernels, const float* x, int64_t rows, const Weight& weight, float* y,
-                   Parallel parallel, void* context);
+// False where there is no memory for it.
+bool packed_linear(const Kernels& kernels, const Product& product, Parallel parallel, void* context);
 
 // The best kernels of this processor, or those that the environment's FREEEXPORT_INSTRUCTIONS names. Null where these
 // are unknown or not to be had here; `problem` then says so.

@@ -11,9 +11,24 @@ struct Vec {
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;
 
+  static Float set(float value) { return value; }
+  static float fold(const Float (&parts)[16]) {
+    float sums[16];
+    for (int j = 0; j < 16; j++) sums[j] = parts[j];
+    for (int half = 8; half > 0; half /= 2)
+      for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+    return sums[0];
+  }
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
+  static Float halves(const uint16_t* from) {
+    const int exponent = *from >> 10 & 31, fraction = *from & 1023;
+    const float size = exponent == 31 ? (fraction ? NAN : INFINITY)
+                       : exponent     ? std::ldexp(1024.0f + static_cast<float>(fraction), exponent - 25)
+                                      : std::ldexp(static_cast<float>(fraction), -24);
+    return *from & 0x8000 ? -size : size;
+  }
   static Int widened(const uint8_t* from) { return *from; }
   static Int times_small(Int a, int32_t b) { return a * b; }
   static Float times(Int a, float b) { return static_cast<float>(a) * b; }
@@ -40,8 +55,12 @@ struct Vec {
 
 #include "tiles.h"
 
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, quantize, panel_rows};
+const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows,
+                       store_row, attend, piece};
 
 }  // namespace freeexport

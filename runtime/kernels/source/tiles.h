@@ -32,6 +32,57 @@ inline int32_t peak_bits(const float* group) {
   return peak;
 }
 
+// 16 sums next to each other, then their sum: the same order for every width of registers.
+inline float sum_of_squares(const float* x, int64_t count) {
+  float sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16)
+    for (int j = 0; j < 16; j++) sums[j] += x[i + j] * x[i + j];
+  for (int j = 0; i < count; i++, j++) sums[j] += x[i] * x[i];
+  for (int half = 8; half > 0; half /= 2)
+    for (int j = 0; j < half; j++) sums[j] += sums[j + half];
+  return sums[0];
+}
+
+inline float root(float value) { return __builtin_sqrtf(value); }
+
+// e^x, to about 1e-7 of it: 2^n times a polynomial (of Cephes). Plain operations, which give the same bits everywhere.
+// Beyond 88.4, where n is 128, it is infinite.
+inline float exponential(float x) {
+  constexpr float kRound = 12582912.0f;
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  const float rounded = x * 1.44269504088896341f + kRound;
+  const float n = rounded - kRound;
+  const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float mantissa = p * (r * r) + r + 1.0f;
+  uint32_t bits, power;
+  std::memcpy(&bits, &rounded, sizeof(bits));
+  power = (bits - 0x4b400000u + 127u) << 23;  // of 2^n; the low bits of `rounded` are n
+  float scale;
+  std::memcpy(&scale, &power, sizeof(scale));
+  return mantissa * scale;
+}
+
+inline void activate(int activation, float* x, int64_t count) {
+  if (activation == kRelu) {
+    for (int64_t i = 0; i < count; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i];
+  } else if (activation == kSilu) {
+    for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1.0f + exponential(-x[i]));
+  } else if (activation == kGeluTanh) {
+    for (int64_t i = 0; i < count; i++) {
+      const float inner = 0.7978845608f * (x[i] + 0.044715f * (x[i] * x[i] * x[i]));
+      x[i] = x[i] / (1.0f + exponential(-2.0f * inner));
+    }
+  }
+}
+
 inline void quantize(const float* x, int64_t inputs, const Rows& rows, int64_t row) {
   constexpr int32_t kInfinite = 0x7f800000;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest even
@@ -65,13 +116,31 @@ inline void quantize(const float* x, int64_t inputs, const Rows& rows, int64_t r
   }
 }
 
-// Rows `first`.. of a tile of M, times `Vec::kLanes` outputs of a panel from `lane` on.
+inline void prepare(const Product& product, int64_t row, float* normed, const Rows& rows) {
+  const int64_t inputs = product.weight.inputs;
+  const float* x = product.x + row * inputs;
+  if (product.skip != nullptr) {
+    float* total = product.total + row * inputs;
+    for (int64_t i = 0; i < inputs; i++) total[i] = x[i] + product.skip[row * inputs + i];
+    x = total;
+  }
+  if (product.norm != nullptr) {
+    const float mean = sum_of_squares(x, inputs) / static_cast<float>(inputs);
+    const float scale = 1.0f / root(mean + product.epsilon);
+    for (int64_t i = 0; i < inputs; i++) normed[i] = (x[i] * scale) * product.norm[i];
+    x = normed;
+  }
+  quantize(x, inputs, rows, row);
+}
+
+// Rows `first`.. of a tile of M, times `Vec::kLanes` outputs of a panel from `lane` on, to y of rows `stride` apart.
 template <int Bits, int M>
-inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t panel, int lane, float* y) {
+inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t panel, int lane, float* y,
+                 int64_t stride) {
   const int64_t groups = weight.groups(), blocks = weight.blocks(), bytes = weight.group_bytes();
   const int64_t groups_of_block = weight.block / kGroup;
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
-  const float* scales = weight.scales + panel * blocks * kPanel + lane;
+  const uint16_t* scales = weight.scales + panel * blocks * kPanel + lane;
   const uint8_t* zeros = weight.zeros ? weight.zeros + panel * blocks * kPanel + lane : nullptr;
   const int8_t* values = rows.values + first * groups * kGroup;
   const float* row_scales = rows.scales + first * groups;
@@ -84,7 +153,7 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
   int64_t next = 0;
   for (int64_t g = 0; g < groups; g++, data += bytes) {
     if (g == next) {
-      scale = Vec::floats(scales);
+      scale = Vec::halves(scales);
       scales += kPanel;
       if (zeros) {
         zero = Vec::widened(zeros);
@@ -110,11 +179,11 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
     Vec::store(out, sums[m]);
     if (weight.bias)
       for (int i = 0; i < count; i++) out[i] += weight.bias[output + i];
-    std::memcpy(y + (first + m) * weight.outputs + output, out, static_cast<size_t>(count) * sizeof(float));
+    std::memcpy(y + m * stride + lane, out, static_cast<size_t>(count) * sizeof(float));
   }
 }
 
-using Tile = void (*)(const Rows&, int64_t, const Weight&, int64_t, int, float*);
+using Tile = void (*)(const Rows&, int64_t, const Weight&, int64_t, int, float*, int64_t);
 
 // Of 1 to Vec::kRows rows.
 template <int Bits>
@@ -128,13 +197,36 @@ struct Tiles {
   }
 };
 
-inline void panel_rows(const Rows& rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y) {
+// Of rows first..last to y, whose first value is that of row `first` and the panel's first output.
+inline void multiply(const Rows& rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
+                     int64_t stride) {
   static constexpr Tiles<4> in_4_bits{};
   static constexpr Tiles<8> in_8_bits{};
   const Tile* tiles = weight.bits == 4 ? in_4_bits.of : in_8_bits.of;
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += Vec::kLanes)
     for (int64_t m = first; m < last; m += Vec::kRows)
-      tiles[last - m < Vec::kRows ? last - m : Vec::kRows](rows, m, weight, panel, lane, y);
+      tiles[last - m < Vec::kRows ? last - m : Vec::kRows](rows, m, weight, panel, lane, y + (m - first) * stride, stride);
+}
+
+inline void panel_rows(const Product& product, const Rows& rows, int64_t first, int64_t last, int64_t panel) {
+  const Weight& weight = product.weight;
+  float* y = product.y + first * weight.outputs + panel * kPanel;
+  if (product.activation == kNone && product.up.data == nullptr) {
+    multiply(rows, first, last, weight, panel, y, weight.outputs);
+    return;
+  }
+  float gate[kTaskRows * kPanel] = {}, up[kTaskRows * kPanel];
+  const int64_t values = (last - first) * kPanel;
+  multiply(rows, first, last, weight, panel, gate, kPanel);
+  activate(product.activation, gate, values);
+  if (product.up.data != nullptr) {
+    std::memset(up, 0, sizeof(up));
+    multiply(rows, first, last, product.up, panel, up, kPanel);
+    for (int64_t i = 0; i < values; i++) gate[i] *= up[i];
+  }
+  const int64_t left = weight.outputs - panel * kPanel;
+  const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
+  for (int64_t m = 0; m < last - first; m++) std::memcpy(y + m * weight.outputs, gate + m * kPanel, bytes);
 }
 
 }  // namespace

@@ -14,9 +14,21 @@ struct Vec512 {
   using Float = __m512;
   static constexpr int kLanes = 16;
 
+  static Float set(float value) { return _mm512_set1_ps(value); }
+  // The sum of 16 values: halves are added to each other.
+  static float fold(const Float (&parts)[1]) {
+    const __m256 high = _mm512_extractf32x8_ps(parts[0], 1);
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(parts[0]), high);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
+  static Float halves(const uint16_t* from) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  }
   static Int widened(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import INSTRUCTIONS, case_of, here, multiply, random_case, session, with_rounded_rows
+from kernel_cases import (
+    ACTIVATIONS,
+    EPSILON,
+    INSTRUCTIONS,
+    case_of,
+    here,
+    multiply,
+    random_case,
+    session,
+    with_rounded_rows,
+)
 
 import runtime.kernels
 from graphs.quantization.rounding import Rounded
@@ -90,12 +100,75 @@ def test_long_prompts_are_split_over_threads_by_rows_and_outputs():
     np.testing.assert_array_equal(bits_of(y), bits_of(multiply("scalar", x, case)))
 
 
+def activated(activation, x):
+    """In float64."""
+    if activation == "relu":
+        return np.maximum(x, 0)
+    inner = 2 * np.sqrt(2 / np.pi) * (x + 0.044715 * x**3) if activation == "gelu-tanh" else x
+    with np.errstate(over="ignore"):
+        return x / (1 + np.exp(-inner)) if activation != "none" else x
+
+
+@given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(["", "norm", "skip"]), st.sampled_from([None, 4, 8]))
+@settings(max_examples=80, deadline=None)
+def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    skip = rows(rng, count, inputs) if before == "skip" else None
+    norm = rng.standard_normal(inputs).astype(np.float32) if before else None
+    up = None if up_bits is None else random_case(rng, outputs, inputs, up_bits, 32)
+    fused = {"skip": skip, "norm": norm, "activation": activation, "up": up}
+    y = multiply("scalar", x, case, **fused)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(bits_of(multiply(name, x, case, **fused)), bits_of(y), name)
+    for row in {0, count // 2, count - 1}:
+        alone = {**fused, "skip": None if skip is None else skip[row : row + 1]}
+        np.testing.assert_array_equal(bits_of(multiply("scalar", x[row : row + 1], case, **alone)[0]), bits_of(y[row]))
+    total = x if skip is None else x + skip
+    if norm is not None:
+        scale = 1 / np.sqrt(np.square(total, dtype=np.float64).mean(1, keepdims=True) + EPSILON)
+        total = (total * scale * norm).astype(np.float32)
+    expected = activated(activation, with_rounded_rows(total, case))
+    expected *= 1 if up is None else with_rounded_rows(total, up)
+    # Where a norm's last bit tips a value over to the next of 255 steps.
+    tolerance = 3e-2 if before else 4e-6
+    np.testing.assert_allclose(y, expected, atol=tolerance * np.abs(expected).max() + 1e-12)
+    assert np.median(np.abs(y - expected)) <= 1e-4 * np.abs(expected).max() + 1e-12
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activations_of_very_large_and_small_values(activation):
+    values = np.array([-1e38, -500, -88, -1e-30, 0, 1e-30, 10, 88, 500, 1e38, np.nan], np.float32)
+    case = case_of(Rounded(np.full((1, 1, 32), 129, np.uint8), np.ones((1, 1), np.float16), None, 0), 1, 8, 32)
+    for name in filter(here, ("scalar", *INSTRUCTIONS)):
+        expected = activated(activation, values.astype(np.float64))
+        y = multiply(name, values[:, None], case, activation=activation)[:, 0]
+        np.testing.assert_allclose(y, expected, rtol=3e-6, atol=1e-30)
+
+
+def test_a_graph_has_norm_sum_activation_and_gate_in_one_operator():
+    rng = np.random.default_rng(9)
+    case, up, x, skip = *(random_case(rng, 90, 96, bits) for bits in (4, 8)), rows(rng, 40, 96), rows(rng, 40, 96)
+    norm = rng.standard_normal(96).astype(np.float32)
+    fused = session(
+        case, 2, skip=skip, norm=norm, epsilon=EPSILON, activation="silu", up_data=up.packed.data,
+        up_scales=up.packed.scales, up_zeros=up.packed.zero_points, up_bits=8, up_block_size=32,
+    )  # fmt: skip
+    y, total = fused.run(None, {"x": x, "skip": skip})
+    expected = multiply("scalar", x, case, skip=skip, norm=norm, activation="silu", up=up)
+    np.testing.assert_array_equal(bits_of(y), bits_of(expected))
+    np.testing.assert_array_equal(total, x + skip)
+    with pytest.raises(Exception, match="skip has 96 values, x has 3840"):
+        fused.run(None, {"x": x, "skip": skip[:1]})
+
+
 @pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
 @pytest.mark.parametrize("value", [0, 255])
 def test_8_bits_at_their_limits_do_not_saturate(name, value):
     if not here(name):
         pytest.skip(f"this processor has no {name}")
-    case = case_of(Rounded(np.full((16, 2, 32), value, np.uint8), np.ones((16, 2), np.float32), None, 0), 64, 8, 32)
+    case = case_of(Rounded(np.full((16, 2, 32), value, np.uint8), np.ones((16, 2), np.float16), None, 0), 64, 8, 32)
     x = np.full((9, 64), 127, np.float32)
     x[3] *= -1
     np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
@@ -108,7 +181,7 @@ def test_4_bits_at_their_limits_do_not_saturate(name, zero):
         pytest.skip(f"this processor has no {name}")
     packed_zero = np.full((16, 1), zero | zero << 4, np.uint8)
     data = np.full((16, 2, 16), 255 - 17 * zero, np.uint8)
-    case = case_of(Rounded(data, np.ones((16, 2), np.float32), packed_zero, 0), 64, 4, 32)
+    case = case_of(Rounded(data, np.ones((16, 2), np.float16), packed_zero, 0), 64, 4, 32)
     x = np.full((3, 64), 127, np.float32)
     np.testing.assert_array_equal(multiply(name, x, case), x @ case.values.T)
 
@@ -136,6 +209,20 @@ def test_very_small_and_very_large_rows(size):
     np.testing.assert_allclose(y, x.astype(np.float64) @ case.values.T, atol=max(1e-28, np.abs(x).max() * 2))
     for name in filter(here, INSTRUCTIONS):
         np.testing.assert_array_equal(bits_of(multiply(name, x, case)), bits_of(y))
+
+
+def test_scales_of_every_kind_of_float16_are_read_alike():
+    rng = np.random.default_rng(8)
+    scales = np.array([6e-8, 1e-6, 6.1e-5, 0.1, 60000, np.inf, -0.5, 0] * 2, np.float16)[:, None]
+    case = case_of(Rounded(rng.integers(0, 256, (16, 1, 32), np.uint8), scales, None, 0), 32, 8, 32)
+    x = rows(rng, 3, 32)
+    y = multiply("scalar", x, case)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(multiply(name, x, case), y)
+    finite = np.isfinite(scales[:, 0])
+    case.values[~finite] = 0
+    np.testing.assert_allclose(y[:, finite], with_rounded_rows(x, case)[:, finite], rtol=1e-5)
+    assert not np.isfinite(y[:, ~finite]).any()
 
 
 def test_no_rows_and_more_dimensions():
@@ -174,7 +261,7 @@ WRONG = {
     "no dimension": {"x": ()},
     "data have 1024 elements, .* want 1536": {"K": 96},
     "want 1536": {"N": 33},
-    "scales have": {"scales": np.ones(3, np.float32)},
+    "scales have": {"scales": np.ones(3, np.float16)},
     "zero points have": {"zeros": np.ones(3, np.uint8)},
     "bias have": {"bias": np.ones(21, np.float32)},
     "bits is not 4 or 8": {"bits": 5},
@@ -182,6 +269,24 @@ WRONG = {
     "out of range": {"N": -1},
     "K is out of range|N or K": {"K": 2**40},
     "input 1 is marked single": {"data": None},
+    "norms have 3 elements": {"norm": np.ones(3, np.float32), "epsilon": 1e-5},
+    "epsilon": {"norm": np.ones(64, np.float32)},
+    "skip goes with a norm": {"skip": np.ones(64, np.float32)},
+    "skip goes with a second output": {
+        "skip": np.ones(64, np.float32),
+        "norm": np.ones(64, np.float32),
+        "epsilon": 1e-5,
+        "single": True,
+    },
+    "none of none, relu, silu and gelu-tanh": {"activation": "tanh"},
+    "up's data go with its scales": {"up_data": np.ones(3, np.uint8)},
+    "up_bits": {"up_data": np.ones(3, np.uint8), "up_scales": np.ones(3, np.float16)},
+    "up's data have 3 elements": {
+        "up_data": np.ones(3, np.uint8),
+        "up_scales": np.ones(3, np.float16),
+        "up_bits": 4,
+        "up_block_size": 32,
+    },
 }
 
 
@@ -190,8 +295,13 @@ def test_sizes_that_contradict_each_other_are_an_error(message):
     case = random_case(np.random.default_rng(0), 20, 64, 4)
     change = dict(WRONG[message])
     shape = change.pop("x", (2, 64))
+
+    def run():
+        wrong = session(case, **change)
+        wrong.run(["y"], {given.name: np.ones(shape, np.float32) for given in wrong.get_inputs()})
+
     with pytest.raises(Exception, match=message):
-        session(case, **change).run(None, {"x": np.ones(shape, np.float32)})
+        run()
 
 
 def test_a_library_that_is_missing_or_of_another_architecture_is_named(tmp_path, monkeypatch):

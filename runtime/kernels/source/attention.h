@@ -1,0 +1,54 @@
+// Attention of a decoder over its KV cache, which it extends in place: every row of a call sees what stands before it in
+// its sequence, and itself; or, with `cross_lengths`, over the keys and values of a prompt. A row is summed in an order that is its own, whatever else is in the call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace freeexport {
+
+struct Attention {
+  int64_t batch, rows;  // sequences, and rows of all of them
+  int64_t heads, kv_heads, size, capacity;
+  int64_t width;              // of a row of input: (heads + 2 kv_heads) * size, or heads * size of cross-attention
+  float scale;
+  int64_t window;             // newest positions that a row sees, itself included; 0 for all
+  const float* input;         // [rows, width]: query, key, value
+  const float* past_key;      // [batch, kv_heads, capacity, size], as the next three
+  const float* past_value;
+  float* key;                 // what is attended to: the same memory as the past's, or another that is filled
+  float* value;
+  const int32_t* cross_lengths;  // [batch]: valid positions of keys that all rows see; or null
+  const int32_t* past_lengths;   // [batch]: valid positions before the call
+  const int32_t* query_lengths;  // [batch]: rows that count
+  bool packed;                // rows that count stand side by side; else each sequence has rows / batch of them
+  const float* cosine;        // [positions, size / 2] of rotary halves, or null
+  const float* sine;
+  int64_t positions;
+  const float* bias;          // [reach + 1, heads] by distance, the last for all that is further; or null
+  int64_t reach;
+  const float* query_norm;    // [size], or null: each head's own norm
+  const float* key_norm;
+  float epsilon;
+  float* y;                   // [rows, heads * size]; rows that do not count are 0
+};
+
+// A row that counts: where it stands in the call, and in which sequence at which position, the last that it sees.
+struct Place {
+  int64_t row, sequence, position;
+};
+
+// Heads of a group that are summed side by side: they share keys and values.
+constexpr int kSharing = 4;
+
+// Room for one call of `attend`, in floats.
+__attribute__((always_inline)) inline int64_t attention_room(const Attention& a) { return kSharing * (a.size + a.capacity); }
+
+struct Kernels;
+// Calls task(data, i) for i in 0..total, in any order, on any threads.
+using Parallel = void (*)(void* context, void (*task)(void*, size_t), size_t total, void* data);
+
+// Null, or what is wrong with the lengths or the memory.
+const char* attention(const Kernels& kernels, const Attention& attention, Parallel parallel, void* context);
+
+}  // namespace freeexport

@@ -1,0 +1,207 @@
+// CachedAttention and CrossAttention as operators of ONNX Runtime.
+#include "operators.h"
+
+namespace freeexport {
+namespace {
+
+enum Input : size_t {
+  kRows, kPastKey, kPastValue, kPastLengths, kQueryLengths, kCosine, kSine, kBias, kQueryNorm, kKeyNorm, kInputs
+};
+enum Output : size_t { kY, kKey, kValue, kOutputs };
+// Of CrossAttention, beside kRows, kPastKey and kPastValue, which are those of the prompt, and kQueryLengths.
+constexpr size_t kCrossLengths = kPastLengths, kCrossInputs = kQueryLengths + 1;
+
+// One CachedAttention or CrossAttention of a session: what it computes, without the tensors.
+struct Kernel {
+  const ort::Api* api;
+  const Kernels* kernels;
+  Attention attention;
+  bool given[kInputs];
+};
+
+ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
+  const ort::Api* api = kernel->api;
+  Attention& a = kernel->attention;
+  int64_t packed = 0;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "num_heads", &a.heads));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "kv_num_heads", &a.kv_heads));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "head_size", &a.size));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "packed", &packed));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "scale", &a.scale));
+  a.packed = packed != 0;
+  constexpr int64_t kMost = 1 << 16;
+  if (a.heads < 1 || a.kv_heads < 1 || a.heads > kMost || a.heads % a.kv_heads != 0)
+    return fail(api, ort::kInvalidGraph, "num_heads is no multiple of kv_num_heads");
+  if (a.size < 16 || a.size > kMost || a.size % 16 != 0)
+    return fail(api, ort::kInvalidGraph, "head_size is no multiple of 16");
+  return nullptr;
+}
+
+ort::Status* read_attributes(const ort::KernelInfo* info, Kernel* kernel) {
+  const ort::Api* api = kernel->api;
+  Attention& a = kernel->attention;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "window", &a.window));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &a.epsilon));
+  a.width = (a.heads + 2 * a.kv_heads) * a.size;
+  if (a.window < 0) return fail(api, ort::kInvalidGraph, "window is negative");
+  if (kernel->given[kCosine] != kernel->given[kSine]) return fail(api, ort::kInvalidGraph, "cosine goes with sine");
+  return nullptr;
+}
+
+ort::Status* begin_kernel(const ort::Api* api, const ort::KernelInfo* info, size_t inputs, Kernel* kernel) {
+  const char* problem = nullptr;
+  *kernel = {api, choose_kernels(&problem), {}, {}};
+  if (kernel->kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
+  RETURN_IF_ERROR(find_inputs(api, info, inputs, kernel->given));
+  return read_sizes(info, kernel);
+}
+
+ort::Status* create_cached(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kInputs, &kernel));
+  RETURN_IF_ERROR(read_attributes(info, &kernel));
+  return keep(api, kernel, out);
+}
+
+ort::Status* create_cross(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel;
+  RETURN_IF_ERROR(begin_kernel(api, info, kCrossInputs, &kernel));
+  kernel.attention.width = kernel.attention.heads * kernel.attention.size;
+  return keep(api, kernel, out);
+}
+
+// Checks an input's shape against one of which -1 may be anything, which it becomes.
+ort::Status* check_shape(const Kernel& kernel, const ort::KernelContext* context, size_t input, const char* name,
+                         size_t rank, int64_t* expected) {
+  if (!kernel.given[input]) return nullptr;
+  const ort::Value* value = nullptr;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetInput(context, input, &value));
+  int64_t shape[kMostRank];
+  size_t found = 0;
+  RETURN_IF_ERROR(shape_of(kernel.api, value, name, shape, &found));
+  if (found != rank)
+    return fail(kernel.api, ort::kInvalidArgument, "%s has %zu dimensions, not %zu", name, found, rank);
+  for (size_t i = 0; i < rank; i++) {
+    if (expected[i] == -1) expected[i] = shape[i];
+    if (shape[i] != expected[i])
+      return fail(kernel.api, ort::kInvalidArgument, "dimension %zu of %s is %lld, not %lld", i, name,
+                  static_cast<long long>(shape[i]), static_cast<long long>(expected[i]));
+  }
+  return nullptr;
+}
+
+ort::Status* check_shapes(const Kernel& kernel, const ort::KernelContext* context, Attention* a) {
+  int64_t rows[2] = {-1, a->width}, cache[4] = {-1, a->kv_heads, -1, a->size};
+  int64_t tables[2] = {-1, a->size / 2}, bias[2] = {-1, a->heads}, norm[1] = {a->size};
+  RETURN_IF_ERROR(check_shape(kernel, context, kRows, "rows", 2, rows));
+  RETURN_IF_ERROR(check_shape(kernel, context, kPastKey, "past_key", 4, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kPastValue, "past_value", 4, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kPastLengths, "past_lengths", 1, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kQueryLengths, "query_lengths", 1, cache));
+  RETURN_IF_ERROR(check_shape(kernel, context, kCosine, "cosine", 2, tables));
+  RETURN_IF_ERROR(check_shape(kernel, context, kSine, "sine", 2, tables));
+  RETURN_IF_ERROR(check_shape(kernel, context, kBias, "bias", 2, bias));
+  RETURN_IF_ERROR(check_shape(kernel, context, kQueryNorm, "query_norm", 1, norm));
+  RETURN_IF_ERROR(check_shape(kernel, context, kKeyNorm, "key_norm", 1, norm));
+  a->rows = rows[0];
+  a->batch = cache[0];
+  a->capacity = cache[2];
+  a->positions = tables[0];
+  a->reach = bias[0] - 1;
+  if (kernel.given[kBias] && a->reach < 0) return fail(kernel.api, ort::kInvalidArgument, "bias has no rows");
+  if (!a->packed && (a->batch == 0 ? a->rows != 0 : a->rows % a->batch != 0))
+    return fail(kernel.api, ort::kInvalidArgument, "rows are no multiple of the sequences");
+  return nullptr;
+}
+
+ort::Status* make_outputs(const Kernel& kernel, ort::KernelContext* context, size_t outputs, Attention* a) {
+  const int64_t y[2] = {a->rows, a->heads * a->size}, cache[4] = {a->batch, a->kv_heads, a->capacity, a->size};
+  float** const data[kOutputs] = {&a->y, &a->key, &a->value};
+  for (size_t output = kY; output < outputs; output++) {
+    ort::Value* value = nullptr;
+    RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, output == kY ? y : cache, output == kY ? 2 : 4,
+                                                        &value));
+    if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "an output is missing");
+    RETURN_IF_ERROR(kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data[output])));
+  }
+  return nullptr;
+}
+
+// Shapes are checked, outputs are made, and all tensors but lengths are set.
+ort::Status* begin_call(const Kernel& kernel, ort::KernelContext* context, size_t outputs, const void** inputs,
+                        Attention* a) {
+  RETURN_IF_ERROR(check_shapes(kernel, context, a));
+  for (size_t input = kRows; input < kInputs; input++)
+    RETURN_IF_ERROR(input_of(kernel.api, context, input, kernel.given[input], &inputs[input]));
+  const float** const tensors[kInputs] = {&a->input,  &a->past_key, &a->past_value, nullptr,        nullptr,
+                                          &a->cosine, &a->sine,     &a->bias,       &a->query_norm, &a->key_norm};
+  for (size_t input = kRows; input < kInputs; input++)
+    if (tensors[input] != nullptr) *tensors[input] = static_cast<const float*>(inputs[input]);
+  a->query_lengths = static_cast<const int32_t*>(inputs[kQueryLengths]);
+  return make_outputs(kernel, context, outputs, a);
+}
+
+ort::Status* run(const Kernel& kernel, const ort::KernelContext* context, const Attention& a) {
+  Session session = {kernel.api, context, nullptr};
+  const char* problem = attention(*kernel.kernels, a, parallel_for, &session);
+  if (problem != nullptr) return fail(kernel.api, ort::kInvalidArgument, "%s", problem);
+  return session.status;
+}
+
+ort::Status* compute_cached(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  Attention a = kernel.attention;
+  const void* inputs[kInputs] = {};
+  RETURN_IF_ERROR(begin_call(kernel, context, kOutputs, inputs, &a));
+  a.past_lengths = static_cast<const int32_t*>(inputs[kPastLengths]);
+  return run(kernel, context, a);
+}
+
+ort::Status* compute_cross(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  Attention a = kernel.attention;
+  const void* inputs[kInputs] = {};
+  RETURN_IF_ERROR(begin_call(kernel, context, kKey, inputs, &a));
+  a.cross_lengths = static_cast<const int32_t*>(inputs[kCrossLengths]);
+  a.key = const_cast<float*>(a.past_key);  // which are not written to
+  a.value = const_cast<float*>(a.past_value);
+  return run(kernel, context, a);
+}
+
+constexpr ort::CustomOp common_attention() {
+  ort::CustomOp op = common_callbacks();
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    return input == kPastLengths || input == kQueryLengths ? ort::kInt32 : ort::kFloat;
+  };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
+    return input <= kQueryLengths ? ort::kRequired : ort::kOptional;
+  };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  return op;
+}
+
+constexpr ort::CustomOp cached_attention_op() {
+  ort::CustomOp op = common_attention();
+  op.GetName = [](const ort::CustomOp*) { return "CachedAttention"; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kOutputs; };
+  op.CreateKernelV2 = create_cached;
+  op.KernelComputeV2 = compute_cached;
+  return op;
+}
+
+constexpr ort::CustomOp cross_attention_op() {
+  ort::CustomOp op = common_attention();
+  op.GetName = [](const ort::CustomOp*) { return "CrossAttention"; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kCrossInputs; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.CreateKernelV2 = create_cross;
+  op.KernelComputeV2 = compute_cross;
+  return op;
+}
+
+}  // namespace
+
+constexpr ort::CustomOp kCachedAttentionOp = cached_attention_op(), kCrossAttentionOp = cross_attention_op();
+
+}  // namespace freeexport

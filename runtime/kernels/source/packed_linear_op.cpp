@@ -1,0 +1,189 @@
+// PackedLinear as an operator of ONNX Runtime.
+#include <cstring>
+
+#include "operators.h"
+
+namespace freeexport {
+namespace {
+
+enum Input : size_t { kX, kData, kScales, kZeros, kBias, kSkip, kNorm, kUpData, kUpScales, kUpZeros, kInputs };
+enum Output : size_t { kY, kTotal, kOutputs };
+
+// One PackedLinear of a session: what it computes, without the tensors, which are asked for in each call.
+struct Kernel {
+  const ort::Api* api;
+  const Kernels* kernels;
+  Product product;
+  bool given[kInputs];
+};
+
+// Weights are constants, so they are looked at once.
+ort::Status* check_constant(const Kernel& kernel, const ort::KernelInfo* info, size_t input, int type,
+                            int64_t expected) {
+  static const char* const kNames[] = {"x",    "data",  "scales",    "zero points", "bias",
+                                       "skip", "norms", "up's data", "up's scales", "up's zero points"};
+  const ort::Api* api = kernel.api;
+  if (!kernel.given[input]) return nullptr;
+  int constant = 0, found_type = 0;
+  const ort::Value* value = nullptr;
+  RETURN_IF_ERROR(api->KernelInfoGetConstantInput_tensor(info, input, &constant, &value));
+  if (!constant) return fail(api, ort::kInvalidGraph, "%s are no constant of the graph", kNames[input]);
+  int64_t count = 0;
+  RETURN_IF_ERROR(elements_of(api, value, &count, &found_type));
+  if (count == expected && found_type == type) return nullptr;
+  return fail(api, ort::kInvalidGraph, "%s have %lld elements, N, K, bits and block_size want %lld", kNames[input],
+              static_cast<long long>(count), static_cast<long long>(expected));
+}
+
+// The tensors of a weight, which begin at input `data`.
+ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, size_t data, const Weight& w) {
+  const int64_t scales = w.panels() * w.blocks() * kPanel;
+  const int64_t bytes = w.panels() * w.groups() * w.group_bytes();
+  RETURN_IF_ERROR(check_constant(kernel, info, data, ort::kUint8, bytes));
+  RETURN_IF_ERROR(check_constant(kernel, info, data + 1, ort::kFloat16, scales));
+  return check_constant(kernel, info, data + 2, ort::kUint8, scales);
+}
+
+ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* bits_name,
+                        const char* block_name, Weight* weight) {
+  int64_t bits = 0, block = 0;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight->outputs));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight->inputs));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, bits_name, &bits));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, block_name, &block));
+  if (const char* problem = check_sizes(weight->outputs, weight->inputs, bits, block))
+    return fail(api, ort::kInvalidGraph, "%s", problem);
+  weight->bits = static_cast<int>(bits);
+  weight->block = static_cast<int>(block);
+  return nullptr;
+}
+
+ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, int* activation) {
+  static const char* const kNames[kActivations] = {"none", "relu", "silu", "gelu-tanh"};
+  char name[32] = "none";
+  size_t size = sizeof(name);
+  if (ort::Status* status = api->KernelInfoGetAttribute_string(info, "activation", name, &size))
+    api->ReleaseStatus(status);  // it has none
+  for (*activation = 0; *activation < kActivations; ++*activation)
+    if (std::strcmp(kNames[*activation], name) == 0) return nullptr;
+  return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu and gelu-tanh");
+}
+
+ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
+  const ort::Api* api = kernel->api;
+  Product& product = kernel->product;
+  const bool* given = kernel->given;
+  RETURN_IF_ERROR(read_sizes(api, info, "bits", "block_size", &product.weight));
+  RETURN_IF_ERROR(check_weight(*kernel, info, kData, product.weight));
+  RETURN_IF_ERROR(check_constant(*kernel, info, kBias, ort::kFloat, product.weight.outputs));
+  RETURN_IF_ERROR(check_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs));
+  RETURN_IF_ERROR(read_activation(api, info, &product.activation));
+  if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
+  if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
+  if (given[kUpData] != given[kUpScales]) return fail(api, ort::kInvalidGraph, "up's data go with its scales");
+  if (!given[kUpData]) return nullptr;
+  RETURN_IF_ERROR(read_sizes(api, info, "up_bits", "up_block_size", &product.up));
+  return check_weight(*kernel, info, kUpData, product.up);
+}
+
+ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  const char* problem = nullptr;
+  Kernel kernel = {api, choose_kernels(&problem), {}, {}};
+  if (kernel.kernels == nullptr) return fail(api, ort::kEngineError, "%s", problem);
+  RETURN_IF_ERROR(find_inputs(api, info, kInputs, kernel.given));
+  RETURN_IF_ERROR(read_product(info, &kernel));
+  return keep(api, kernel, out);
+}
+
+// The shape of x, and how many rows that is.
+ort::Status* rows_of(const Kernel& kernel, const ort::Value* x, int64_t* shape, size_t* rank, int64_t* rows) {
+  RETURN_IF_ERROR(shape_of(kernel.api, x, "x", shape, rank));
+  if (shape[*rank - 1] != kernel.product.weight.inputs)
+    return fail(kernel.api, ort::kInvalidArgument, "rows of x have %lld values, K is %lld",
+                static_cast<long long>(shape[*rank - 1]), static_cast<long long>(kernel.product.weight.inputs));
+  *rows = 1;
+  for (size_t i = 0; i + 1 < *rank; i++) *rows *= shape[i];
+  return nullptr;
+}
+
+ort::Status* check_skip(const Kernel& kernel, const ort::KernelContext* context, int64_t expected) {
+  const ort::Value* skip = nullptr;
+  int64_t count = 0;
+  int type = 0;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetInput(context, kSkip, &skip));
+  RETURN_IF_ERROR(elements_of(kernel.api, skip, &count, &type));
+  if (count == expected) return nullptr;
+  return fail(kernel.api, ort::kInvalidArgument, "skip has %lld values, x has %lld", static_cast<long long>(count),
+              static_cast<long long>(expected));
+}
+
+ort::Status* output_of(const Kernel& kernel, ort::KernelContext* context, size_t output, const int64_t* shape,
+                       size_t rank, float** data) {
+  ort::Value* value = nullptr;
+  RETURN_IF_ERROR(kernel.api->KernelContext_GetOutput(context, output, shape, rank, &value));
+  if (value == nullptr) return fail(kernel.api, ort::kInvalidGraph, "skip goes with a second output, the sum");
+  return kernel.api->GetTensorMutableData(value, reinterpret_cast<void**>(data));
+}
+
+void set_tensors(const void* const* inputs, Weight* weight) {
+  weight->data = static_cast<const uint8_t*>(inputs[0]);
+  weight->scales = static_cast<const uint16_t*>(inputs[1]);
+  weight->zeros = static_cast<const uint8_t*>(inputs[2]);
+}
+
+ort::Status* compute(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  const ort::Api* api = kernel.api;
+  Product product = kernel.product;
+  const ort::Value* x = nullptr;
+  RETURN_IF_ERROR(api->KernelContext_GetInput(context, kX, &x));
+  int64_t shape[kMostRank];
+  size_t rank = 0;
+  RETURN_IF_ERROR(rows_of(kernel, x, shape, &rank, &product.rows));
+  if (kernel.given[kSkip]) {
+    RETURN_IF_ERROR(check_skip(kernel, context, product.rows * product.weight.inputs));
+    RETURN_IF_ERROR(output_of(kernel, context, kTotal, shape, rank, &product.total));
+  }
+  shape[rank - 1] = product.weight.outputs;
+  RETURN_IF_ERROR(output_of(kernel, context, kY, shape, rank, &product.y));
+  const void* inputs[kInputs] = {};
+  for (size_t input = kX; input < kInputs; input++)
+    RETURN_IF_ERROR(input_of(api, context, input, kernel.given[input], &inputs[input]));
+  product.x = static_cast<const float*>(inputs[kX]);
+  product.skip = static_cast<const float*>(inputs[kSkip]);
+  product.norm = static_cast<const float*>(inputs[kNorm]);
+  product.weight.bias = static_cast<const float*>(inputs[kBias]);
+  set_tensors(inputs + kData, &product.weight);
+  set_tensors(inputs + kUpData, &product.up);
+  Session session = {api, context, nullptr};
+  if (!packed_linear(*kernel.kernels, product, parallel_for, &session))
+    return fail(api, ort::kEngineError, "no memory for the rows of a call");
+  return session.status;
+}
+
+constexpr ort::CustomOp packed_linear_op() {
+  ort::CustomOp op = common_callbacks();
+  op.GetName = [](const ort::CustomOp*) { return "PackedLinear"; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    if (input == kScales || input == kUpScales) return ort::kFloat16;
+    const bool bytes = input == kData || input == kZeros || input == kUpData || input == kUpZeros;
+    return bytes ? ort::kUint8 : ort::kFloat;
+  };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
+    return input <= kScales ? ort::kRequired : ort::kOptional;
+  };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return kOutputs; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t output) {
+    return output == kY ? ort::kRequired : ort::kOptional;
+  };
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = compute;
+  return op;
+}
+
+}  // namespace
+
+constexpr ort::CustomOp kPackedLinearOp = packed_linear_op();
+
+}  // namespace freeexport

@@ -1,0 +1,205 @@
+"""Attention by the library of our own operators, and what it must be."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+from kernel_cases import session_of
+from onnx import TensorProto, helper
+
+from runtime.kernels import DOMAIN, LIBRARY
+
+EPSILON = 1e-6
+TABLES = ("cosine", "sine", "bias", "query_norm", "key_norm")
+
+
+class _Attention(ctypes.Structure):
+    """That of runtime/kernels/source/attention.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
+        ("scale", ctypes.c_float),
+        ("window", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("input", "past_key", "past_value", "key", "value")),
+        *((name, ctypes.c_void_p) for name in ("cross_lengths", "past_lengths", "query_lengths")),
+        ("packed", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
+        ("positions", ctypes.c_int64),
+        ("bias", ctypes.c_void_p),
+        ("reach", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm")),
+        ("epsilon", ctypes.c_float),
+        ("y", ctypes.c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer; `tables` are those of TABLES that it has. `window` 0 sees all."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    window: int = 0
+    tables: dict[str, np.ndarray] = field(default_factory=dict)
+    scale: float = 0.2
+
+    @property
+    def width(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.size
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rows [B, R, width] of which `lengths` count, behind `past` positions of caches [B, kv_heads, C, size]."""
+
+    rows: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    past: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def valid(self) -> np.ndarray:
+        """[B, R]: which rows count."""
+        valid: np.ndarray = np.arange(self.rows.shape[1]) < self.lengths[:, None]
+        return valid
+
+    def fresh(self) -> Call:
+        """With caches of its own."""
+        return replace(self, key=self.key.copy(), value=self.value.copy())
+
+
+def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int, window: int, kinds: str) -> Layer:
+    """`kinds` has r for rotary positions, b for a bias by distance, n for norms of heads."""
+    tables = {}
+    if "r" in kinds:
+        angles = rng.standard_normal((64, size // 2)).astype(np.float32)
+        tables |= {"cosine": np.cos(angles), "sine": np.sin(angles)}
+    if "b" in kinds:
+        tables["bias"] = rng.standard_normal((9, heads)).astype(np.float32)
+    if "n" in kinds:
+        tables |= {name: rng.standard_normal(size).astype(np.float32) for name in ("query_norm", "key_norm")}
+    return Layer(heads, kv_heads, size, window, tables)
+
+
+def random_call(
+    rng: np.random.Generator, layer: Layer, past: list[int], lengths: list[int], capacity: int = 40
+) -> Call:
+    rows = rng.standard_normal((len(past), max(lengths), layer.width)).astype(np.float32)
+    shape = len(past), layer.kv_heads, 40, layer.size
+    caches = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
+    return Call(rows, *caches, np.array(past, np.int32), np.array(lengths, np.int32))
+
+
+def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: Path = LIBRARY) -> np.ndarray:
+    """y [B, R, heads * size], 0 where rows do not count; extends the caches of `call`. ValueError where refused."""
+    function = ctypes.CDLL(str(library)).freeexport_attention
+    function.restype = ctypes.c_char_p
+    rows = np.ascontiguousarray(call.rows[call.valid] if packed else call.rows.reshape(-1, layer.width))
+    y = np.full((len(rows), layer.heads * layer.size), np.nan, np.float32)
+    at = {name: array.ctypes.data for name, array in layer.tables.items()}
+    given = _Attention(
+        batch=len(call.rows), rows=len(rows), heads=layer.heads, kv_heads=layer.kv_heads, size=layer.size,
+        capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
+        past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
+        value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
+        width=layer.width, packed=packed, positions=64, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
+    )  # fmt: skip
+    problem = function(instructions.encode(), ctypes.byref(given))
+    if problem is not None:
+        raise ValueError(problem.decode())
+    if not packed:
+        return y.reshape(*call.rows.shape[:2], -1)
+    spread = np.zeros((*call.rows.shape[:2], y.shape[1]), np.float32)
+    spread[call.valid] = y
+    return spread
+
+
+def exact(layer: Layer, call: Call) -> np.ndarray:
+    """The same in float64, row by row; the caches of `call` are extended."""
+    tables = {name: array.astype(np.float64) for name, array in layer.tables.items()}
+    y = np.zeros((*call.rows.shape[:2], layer.heads * layer.size))
+    for b, (past, length) in enumerate(zip(call.past, call.lengths, strict=True)):
+        for r in range(length):
+            position = past + r
+            heads = call.rows[b, r].astype(np.float64).reshape(-1, layer.size)
+            query, key, value = np.split(heads, [layer.heads, layer.heads + layer.kv_heads])
+            query = _turned(_normed(query, tables.get("query_norm")), tables, position)
+            call.key[b, :, position] = _turned(_normed(key, tables.get("key_norm")), tables, position)
+            call.value[b, :, position] = value
+            begin = max(0, position + 1 - layer.window) if layer.window else 0
+            distance = np.minimum(position - np.arange(begin, position + 1), 8)
+            for head in range(layer.heads):
+                group = head // (layer.heads // layer.kv_heads)
+                scores = call.key[b, group, begin : position + 1].astype(np.float64) @ query[head] * layer.scale
+                scores += tables["bias"][distance, head] if "bias" in tables else 0
+                weights = np.exp(scores - scores.max())
+                place = slice(head * layer.size, (head + 1) * layer.size)
+                y[b, r, place] = weights / weights.sum() @ call.value[b, group, begin : position + 1]
+    return y
+
+
+def _normed(x: np.ndarray, norm: np.ndarray | None) -> np.ndarray:
+    return x if norm is None else x / np.sqrt(np.square(x).mean(-1, keepdims=True) + EPSILON) * norm
+
+
+def _turned(x: np.ndarray, tables: dict[str, np.ndarray], position: int) -> np.ndarray:
+    if "cosine" not in tables:
+        return x
+    cosine, sine = tables["cosine"][position], tables["sine"][position]
+    low, high = np.split(x, 2, axis=-1)
+    return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
+
+
+INPUTS = ("rows", "past_key", "past_value", "past_lengths", "query_lengths")
+
+
+def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: object) -> ort.InferenceSession:
+    """ONNX Runtime's, with a graph of one CachedAttention whose tables are inputs, too. `changes` are attributes."""
+    attributes = {
+        "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size, "window": layer.window,
+        "packed": int(packed), "scale": layer.scale, "epsilon": EPSILON, **changes,
+    }  # fmt: skip
+    names = [*INPUTS, *(name if name in layer.tables else "" for name in TABLES)]
+    node = helper.make_node("CachedAttention", names, ["y", "key", "value"], domain=DOMAIN, **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT32 if "lengths" in name else TensorProto.FLOAT, None)
+        for name in names
+        if name
+    ]
+    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "key", "value")]
+    graph = helper.make_graph([node], "one attention", inputs, outputs)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def feeds(layer: Layer, call: Call, packed: bool) -> dict[str, np.ndarray]:
+    rows = call.rows[call.valid] if packed else call.rows.reshape(-1, layer.width)
+    return {
+        "rows": np.ascontiguousarray(rows), "past_key": call.key, "past_value": call.value,
+        "past_lengths": call.past, "query_lengths": call.lengths, **layer.tables,
+    }  # fmt: skip
+
+
+CROSS = ("rows", "key", "value", "lengths", "query_lengths")
+
+
+def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
+    """With a graph of one CrossAttention."""
+    attributes = {
+        "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size, "packed": int(packed),
+        "scale": layer.scale,
+    }  # fmt: skip
+    node = helper.make_node("CrossAttention", CROSS, ["y"], domain=DOMAIN, **attributes)
+    inputs = [
+        helper.make_tensor_value_info(name, TensorProto.INT32 if "lengths" in name else TensorProto.FLOAT, None)
+        for name in CROSS
+    ]
+    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)

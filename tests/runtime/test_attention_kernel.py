@@ -1,0 +1,182 @@
+import numpy as np
+import pytest
+from attention_cases import (
+    Call,
+    Layer,
+    attend,
+    attention_session,
+    cross_session,
+    exact,
+    feeds,
+    random_call,
+    random_layer,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kernel_cases import INSTRUCTIONS, here
+
+from runtime.kernels import missing
+
+if problem := missing():
+    pytest.skip(problem, allow_module_level=True)
+
+layers = st.tuples(
+    st.integers(0, 2**32), st.sampled_from([(1, 1), (3, 1), (4, 2), (9, 3), (5, 1), (12, 12)]),
+    st.sampled_from([16, 32, 48, 64, 128]), st.sampled_from([0, 1, 5, 30]), st.sampled_from(["", "r", "b", "rn", "n"]),
+)  # fmt: skip
+sequences = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 12)), min_size=1, max_size=3)
+
+
+def made(layer, sequence):
+    seed, (heads, kv_heads), size, window, kinds = layer
+    rng = np.random.default_rng(seed)
+    made_layer = random_layer(rng, heads, kv_heads, size, window, kinds)
+    past, lengths = (list(values) for values in zip(*sequence, strict=True))
+    lengths[0] = max(lengths[0], 1)
+    return made_layer, random_call(rng, made_layer, past, lengths)
+
+
+@given(layers, sequences, st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, sequence, packed):
+    layer, call = made(layer, sequence)
+    ours, expected = call.fresh(), call.fresh()
+    y, wanted = attend("scalar", layer, ours, packed), exact(layer, expected)
+    np.testing.assert_allclose(y, wanted, atol=2e-5)
+    np.testing.assert_allclose(ours.key, expected.key, atol=2e-5)
+    np.testing.assert_array_equal(ours.value, expected.value)
+    for name in filter(here, INSTRUCTIONS):
+        again = call.fresh()
+        np.testing.assert_array_equal(attend(name, layer, again, packed), y, name)
+        np.testing.assert_array_equal(again.key, ours.key, name)
+
+
+@given(layers, sequences)
+@settings(max_examples=40, deadline=None)
+def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
+    layer, call = made(layer, sequence)
+    together = attend("scalar", layer, call.fresh(), packed=True)
+    for b, length in enumerate(call.lengths):
+        caches = call.key[b : b + 1].copy(), call.value[b : b + 1].copy()
+        for row in range(length):
+            past = call.past[b : b + 1] + np.int32(row)
+            one = Call(call.rows[b : b + 1, row : row + 1], *caches, past, np.ones(1, np.int32))
+            np.testing.assert_array_equal(attend("scalar", layer, one, packed=False)[0, 0], together[b, row])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("packed", [False, True])
+def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, threads):
+    rng = np.random.default_rng(0)
+    layer = random_layer(rng, 9, 3, 64, 0, "r")
+    call = random_call(rng, layer, [3, 0, 11], [20, 7, 16])
+    expected = call.fresh()
+    wanted = attend("scalar", layer, expected, packed)
+    y, key, value = attention_session(layer, packed, threads).run(None, feeds(layer, call, packed))
+    np.testing.assert_array_equal(y, wanted[call.valid] if packed else wanted.reshape(y.shape))
+    for b, total in enumerate(call.past + call.lengths):  # what lies behind is unspecified
+        np.testing.assert_array_equal(key[b, :, :total], expected.key[b, :, :total])
+        np.testing.assert_array_equal(value[b, :, :total], expected.value[b, :, :total])
+
+
+def test_a_row_that_is_no_number_is_seen_in_what_comes_after_it_alone():
+    rng = np.random.default_rng(1)
+    layer = random_layer(rng, 4, 2, 32, 0, "r")
+    call = random_call(rng, layer, [5, 5], [4, 4])
+    good = attend("scalar", layer, call.fresh(), True)
+    call.rows[0, 2, 0] = np.nan  # of its query
+    call.rows[0, 3, 4 * 32] = np.nan  # of a key
+    for name in filter(here, ("scalar", *INSTRUCTIONS)):
+        y = attend(name, layer, call.fresh(), True)
+        np.testing.assert_array_equal(y[0, :2], good[0, :2])
+        np.testing.assert_array_equal(y[1], good[1])
+        assert np.isnan(y[0, 2, :32]).all()
+        assert np.isnan(y[0, 3, :64]).all()
+
+
+def test_sequences_that_are_idle_and_calls_without_rows():
+    rng = np.random.default_rng(2)
+    layer = random_layer(rng, 2, 1, 16, 0, "")
+    call = random_call(rng, layer, [0, 9], [0, 1])
+    np.testing.assert_array_equal(attend("scalar", layer, call.fresh(), False)[0], 0)
+    empty = Call(call.rows[:, :0], call.key, call.value, call.past, np.zeros(2, np.int32))
+    assert attention_session(layer, False).run(["y"], feeds(layer, empty, False))[0].shape == (0, 32)
+
+
+WRONG = {
+    "beyond the cache": {"past_lengths": np.array([39, 0], np.int32)},
+    "a length is negative": {"past_lengths": np.array([-1, 0], np.int32)},
+    "do not add up": {"query_lengths": np.array([1, 1], np.int32)},
+    "dimension 0 of query_lengths is 3": {"query_lengths": np.ones(3, np.int32)},
+    "dimension 1 of rows is 5": {"rows": np.ones((5, 5), np.float32)},
+    "past_value has 3 dimensions": {"past_value": np.ones((2, 1, 40), np.float32)},
+    "dimension 2 of past_value is 39, not 40": {"past_value": np.ones((2, 1, 39, 16), np.float32)},
+    "beyond the rotary tables": {"cosine": np.ones((2, 8), np.float32), "sine": np.ones((2, 8), np.float32)},
+    "dimension 0 of sine is 3, not 64": {"sine": np.ones((3, 8), np.float32)},
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_inputs_that_contradict_each_other_are_an_error(message):
+    rng = np.random.default_rng(3)
+    layer = random_layer(rng, 2, 1, 16, 0, "r")
+    session = attention_session(layer, True)
+    given = {**feeds(layer, random_call(rng, layer, [4, 0], [2, 3]), True), **WRONG[message]}
+    with pytest.raises(Exception, match=message):
+        session.run(None, given)
+
+
+@pytest.mark.parametrize(
+    ("message", "attributes"),
+    [
+        ("no multiple of kv_num_heads", {"kv_num_heads": 3}),
+        ("no multiple of kv_num_heads", {"kv_num_heads": 0}),
+        ("head_size is no multiple of 16", {"head_size": 24}),
+        ("window is negative", {"window": -1}),
+    ],
+)
+def test_attributes_out_of_range_are_an_error(message, attributes):
+    layer = random_layer(np.random.default_rng(4), 2, 1, 16, 0, "")
+    with pytest.raises(Exception, match=message):
+        attention_session(layer, True, **attributes)
+
+
+def crossed(session, rows, key, value, lengths, counts):
+    (y,) = session.run(None, {"rows": rows, "key": key, "value": value, "lengths": lengths, "query_lengths": counts})
+    return y
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
+def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, monkeypatch):
+    if not here(name):
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    rng = np.random.default_rng(6)
+    layer, counts, lengths = Layer(6, 3, 48), np.array([4, 1, 9], np.int32), np.array([17, 30, 1], np.int32)
+    rows = rng.standard_normal((3, 9, 6, 48)).astype(np.float32)
+    key, value = (rng.standard_normal((3, 3, 30, 48)).astype(np.float32) for _ in range(2))
+    valid = np.arange(9) < counts[:, None]
+    padded = crossed(cross_session(layer, False, 2), rows.reshape(27, -1), key, value, lengths, counts)
+    packed = crossed(cross_session(layer, True, 2), rows[valid].reshape(-1, 288), key, value, lengths, counts)
+    np.testing.assert_array_equal(padded.reshape(3, 9, -1)[valid], packed)
+    np.testing.assert_array_equal(padded.reshape(3, 9, -1)[~valid], 0)
+    alone, one = cross_session(layer, True), np.ones(1, np.int32)
+    for place, (b, row) in enumerate(np.argwhere(valid)):
+        scores = np.einsum("hd,hed->he", rows[b, row], np.repeat(key[b, :, : lengths[b]], 2, 0).astype(float)) * 0.2
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        expected = np.einsum("he,hed->hd", weights, np.repeat(value[b, :, : lengths[b]], 2, 0))
+        np.testing.assert_allclose(packed[place], expected.reshape(-1), atol=2e-5)
+        given = rows[b, row].reshape(1, -1), key[b : b + 1], value[b : b + 1], lengths[b : b + 1], one
+        np.testing.assert_array_equal(crossed(alone, *given)[0], packed[place])
+
+
+def test_cross_attention_to_nothing_is_0_and_beyond_the_keys_an_error():
+    layer, rows, key = Layer(2, 2, 16), np.ones((2, 32), np.float32), np.ones((2, 2, 5, 16), np.float32)
+    counts = np.ones(2, np.int32)
+    y = crossed(cross_session(layer, True), rows, key, key, np.array([0, 3], np.int32), counts)
+    np.testing.assert_array_equal(y, np.repeat([[0.0], [1.0]], 32, 1))
+    with pytest.raises(Exception, match="cross_lengths go beyond the keys"):
+        crossed(cross_session(layer, True), rows, key, key, np.array([6, 3], np.int32), counts)
+    with pytest.raises(Exception, match="dimension 3 of past_value is 8, not 16"):
+        crossed(cross_session(layer, True), rows, key, key[..., :8], counts, counts)
