@@ -48,10 +48,10 @@ def pair(checkpoint: Callable[[Case], Path], bundle: Bundles, tmp_path: Path) ->
 
 
 def resized(text: str, path: Path) -> str:
-    """The manifest with the size of the shallow engine as it is now."""
+    """The manifest with the files of the shallow engine as they are now."""
     manifest = Manifest.from_json(text)
-    shallow = File((path / "shallow.onnx").stat().st_size, "")
-    return replace(manifest, files={**manifest.files, "shallow.onnx": shallow}).to_json()
+    shallow = {name: File((path / name).stat().st_size, "0" * 64) for name in ("shallow.onnx", "shallow.data")}
+    return replace(manifest, files={**manifest.files, **shallow}).to_json()
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
