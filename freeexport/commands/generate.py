@@ -13,8 +13,7 @@ from typing import Any, get_args
 import click
 
 from freeexport.commands.verb_options import RenamedOption, SectionedCommand, section
-from freeexport.system.answers import answer_file
-from freeexport.system.jsonl import fields_of
+from freeexport.system.answers import answer_file, fields_of
 from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
 from runtime.requests.several import MOST_SEQUENCES

@@ -17,7 +17,8 @@ from freeexport.system.output_directory import check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
-from graphs.engines import EngineBuilder, EngineOptions, engine_names
+from graphs.engine_options import EngineOptions
+from graphs.engines import EngineBuilder, engine_names
 from graphs.exit_head import with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile

@@ -12,7 +12,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.text_format import known_ends
 from freeexport.conversion.options import ConvertOptions
 from graphs.description import Description
-from graphs.engines import EngineOptions
+from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from runtime.bundle.bundle import VERIFICATION, sha256_of
 from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest

@@ -8,7 +8,7 @@ from typing import Literal
 
 from graphs.description import Description
 from graphs.dialects.ort import fits_head_size
-from graphs.engines import TARGETS, EngineOptions
+from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision, Target
 from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels

@@ -16,7 +16,8 @@ from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from graphs.description import Description
-from graphs.engines import EngineOptions, engine_names
+from graphs.engine_options import EngineOptions
+from graphs.engines import engine_names
 from graphs.errors import GraphError
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle

@@ -11,7 +11,8 @@ from checkpoints import CASES, Case
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.verification.engine_pair import EnginePair
-from graphs.engines import EngineBuilder, EngineOptions
+from graphs.engine_options import EngineOptions
+from graphs.engines import EngineBuilder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit_head
 from graphs.families import describe
 from graphs.weights import WeightFile

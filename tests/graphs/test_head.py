@@ -15,7 +15,8 @@ from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.verification.engine_pair import EnginePair
-from graphs.engines import EngineBuilder, EngineOptions
+from graphs.engine_options import EngineOptions
+from graphs.engines import EngineBuilder
 from graphs.errors import GraphError
 from graphs.families import describe
 from graphs.head import UNKNOWN

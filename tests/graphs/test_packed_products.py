@@ -17,7 +17,7 @@ from linear_case import BIAS, FLOAT, WEIGHT, normal
 from tensor_source import Source
 
 import runtime.kernels
-from graphs.engines import EngineOptions
+from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from graphs.graph import Graph
 from graphs.quantization.linears import QuantizeLinears

@@ -16,7 +16,7 @@ from command_errors import error
 from conftest import Bundles
 
 from freeexport import cli
-from freeexport.commands.build import build_and_test
+from freeexport.conversion.tensorrt_build import build_and_test
 from graphs.errors import BuildError
 from graphs.tensorrt.build import BuildOptions
 from graphs.tensorrt.self_test import TOLERANCE

@@ -14,10 +14,9 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import click
@@ -33,15 +32,8 @@ from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.machine.machine import usable_cores
+from tools.speed.batch_rows import MODES, Setting, rows_of, table
 from tools.speed.closed_loop import ClosedLoop, Window
-
-MODES = ("full", "free", "lossless")
-
-
-@dataclass(frozen=True)
-class Setting:
-    mode: str
-    batch: int
 
 
 @dataclass(frozen=True)
@@ -54,24 +46,6 @@ class Load:
     tokens: int
     seconds: float
     rounds: int
-
-
-@dataclass(frozen=True)
-class Row:
-    """`tokens_per_second`: the median over rounds, `spread` the largest less the smallest as a share of it, `ratio` its
-    multiple of mode full's at the same batch. Milliseconds between tokens, and of whole requests from joining to the
-    last token: median and 95th percentile."""
-
-    mode: str
-    batch: int
-    tokens_per_second: float
-    spread: float
-    ratio: float
-    token_ms: float
-    token_ms_95: float
-    request_ms: float
-    request_ms_95: float
-    exit_rate: float
 
 
 @click.command(help=__doc__)
@@ -162,50 +136,6 @@ def options_of(mode: str, load: Load) -> list[dict[str, Any]]:
     return [{**options, "max_new_tokens": int(length), "ignore_eos": True} for length in lengths]
 
 
-def rows_of(windows: Mapping[Setting, Sequence[Window]]) -> list[Row]:
-    full = {setting.batch: _speed(turns)[0] for setting, turns in windows.items() if setting.mode == "full"}
-    rows = []
-    for setting, turns in windows.items():
-        speed, spread = _speed(turns)
-        gaps = 1e3 * np.concatenate([turn.gaps for turn in turns])
-        latencies = 1e3 * np.concatenate([turn.latencies for turn in turns])
-        rows.append(
-            Row(
-                setting.mode,
-                setting.batch,
-                speed,
-                spread,
-                speed / full[setting.batch],
-                *_percentiles(gaps),
-                *_percentiles(latencies),
-                median(turn.exit_rate for turn in turns),
-            )
-        )
-    return sorted(rows, key=lambda row: (MODES.index(row.mode), row.batch))
-
-
-def _speed(turns: Sequence[Window]) -> tuple[float, float]:
-    speeds = [turn.tokens_per_second for turn in turns]
-    middle = median(speeds)
-    return middle, (max(speeds) - min(speeds)) / middle
-
-
-def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    return float(np.median(values)), float(np.percentile(values, 95))
-
-
-def verdict(ratios: Mapping[int, float], mode: str) -> str:
-    """Where a mode stops paying, of its multiples of mode full's tokens/s by batch."""
-    batches = sorted(ratios)
-    losing = next((batch for batch in batches if ratios[batch] < 1), None)
-    if losing is None:
-        return f"{mode} pays at every batch measured, up to {batches[-1]} ({ratios[batches[-1]]:.2f}x)"
-    if losing == batches[0]:
-        return f"{mode} pays at no batch from {losing} on ({ratios[losing]:.2f}x)"
-    last = batches[batches.index(losing) - 1]
-    return f"{mode} stops paying between batch {last} ({ratios[last]:.2f}x) and {losing} ({ratios[losing]:.2f}x)"
-
-
 def describe(session: Session, load: Load) -> dict[str, Any]:
     """What the figures depend on."""
     manifest, machine = session.manifest, detect_machine()
@@ -224,28 +154,6 @@ def describe(session: Session, load: Load) -> dict[str, Any]:
         "cpu": machine.cpu,
         "memory": machine.memory,
     }
-
-
-def table(about: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """Markdown, with what it depends on above and what follows from it below."""
-    lines = [
-        f"{about['model']}, exit after layer {about['exit_layer']}, {about['precision']}, exits {about['exits']}; "
-        f"{about['threads']} threads of {about['of_cores']} cores ({about['cpu']}), {about['prompts']} prompts, up to "
-        f"{about['tokens']} tokens, {about['rounds']} rounds of {about['seconds']:g} s"
-        + ("" if about["idle"] else ", BUSY MACHINE: not figures"),
-        "",
-        "| batch | mode | tokens/s | spread | of full | token ms | 95 % | request ms | 95 % | exits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        exits = "" if row.mode == "full" else f"{row.exit_rate:.0%}"
-        lines.append(
-            f"| {row.batch} | {row.mode} | {row.tokens_per_second:.1f} | {row.spread:.0%} | {row.ratio:.2f}x "
-            f"| {row.token_ms:.2f} | {row.token_ms_95:.2f} | {row.request_ms:.0f} | {row.request_ms_95:.0f} | {exits} |"
-        )
-    for mode in dict.fromkeys(row.mode for row in rows if row.mode != "full"):
-        lines += ["", verdict({row.batch: row.ratio for row in rows if row.mode == mode}, mode)]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from conftest import Bundles
 from freeexport.cli import main
 from freeexport.verification.verification import failure, verify
 from graphs.description import ForeignEncoder
-from graphs.engines import EngineOptions
+from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from graphs.families import describe
 from runtime import Bundle, Session

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freeexport.system.jsonl import BrokenLine, Request, ResultWriter, read_requests
+from freeexport.system.answers import ResultWriter
+from freeexport.system.jsonl import BrokenLine, Request, read_requests
 from runtime.errors import OptionError
 
 CHAT = [{"role": "user", "content": "hi"}]
@@ -284,7 +285,8 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     code = """
         import resource, signal, sys
         from pathlib import Path
-        from freeexport.system.jsonl import Request, ResultWriter
+        from freeexport.system.jsonl import Request
+        from freeexport.system.answers import ResultWriter
         from runtime.errors import FreeExportError
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))

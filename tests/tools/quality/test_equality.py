@@ -15,15 +15,14 @@ from runtime import GenerationResult, Session
 from runtime.decoding.slot_call import SlotCall
 from runtime.result import Stats
 from runtime.scheduling.batched_call import BatchedCall
-from tools.quality.equality import (
+from tools.quality.equality import main, random_prompts
+from tools.quality.token_equality import (
     TIE,
     Difference,
     Equality,
     Setting,
     first_difference,
-    main,
     noise,
-    random_prompts,
     run,
     settings_of,
     unexplained,

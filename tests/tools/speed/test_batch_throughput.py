@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from conftest import Bundles
 
 from runtime import Session
-from tools.speed.batches import Load, Setting, main, options_of, rows_of, table, verdict
+from tools.speed.batch_rows import Setting, rows_of, table, verdict
+from tools.speed.batches import Load, main, options_of
 from tools.speed.closed_loop import Asked, ClosedLoop, Window
 
 CASE = next(case for case in CASES if case.name == "llama-tied")

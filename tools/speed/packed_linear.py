@@ -1,6 +1,6 @@
 """PackedLinear against MatMulNBits: all linear layers of a decoder one after the other, k rows at once, in turn.
 
-    python tools/packed_linear.py --model smollm2 --rows 1 4 8 16 --threads 1 2
+    python tools/speed/packed_linear.py --model smollm2 --rows 1 4 8 16 --threads 1 2
 
 Milliseconds for all layers: the median, and the range of the middle half. The ratio is the median of the ratios of runs
 next to each other. Weights are random; MatMulNBits has accuracy level 4 and the blocks that convert would choose.

@@ -1,0 +1,140 @@
+"""What is decided when engines are built, and which decisions go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import onnx_ir as ir
+
+from graphs.description import Description, ForeignEncoder
+from graphs.dialects.ort import check_head_size, fits_head_size, misfit
+from graphs.errors import GraphError
+from graphs.quantization.plan import ROUNDING, Plan, rounding
+from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
+from runtime.bundle.manifest import Dialect as DialectName
+from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
+
+# The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
+# provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
+TARGETS: dict[Target, tuple[DialectName | None, tuple[Precision, ...]]] = {
+    "cpu": (None, ("fp32", "int8", "int4", "mixed", "fp16")),
+    "cuda": ("standard", ("fp16", "bf16", "fp32", "int8", "int4")),
+    "tensorrt": ("standard", ("fp16", "bf16", "int8", "fp8", "int4")),
+}
+FLOAT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What is decided when engines are built. GraphError where a value is out of range.
+
+    `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
+    where weights are rounded for a GPU, None for its first. `exact_rows`: rounded engines give a row the same bits in
+    every call. `kernels`: whose operators multiply with rounded weights on a CPU.
+    """
+
+    exit_layer: int
+    capacity: int
+    max_pending: int = 16
+    precision: Precision = "fp32"
+    dialect: DialectName = "ort"
+    confidence: ConfidenceMeasure = "softmax"
+    int8_range: Int8Range = "full"
+    int8_layout: Int8Layout = "blocks"
+    head: HeadPrecision | None = None
+    exit_tokens: tuple[int, ...] = ()
+    target: Target = "cpu"
+    compute: FloatType | None = None
+    exact_rows: bool = False
+    kernels: Kernels = "onnxruntime"
+
+    def check(self, description: Description) -> None:
+        layers = len(description.decoder.layers)
+        if not 1 <= self.exit_layer < layers:
+            raise GraphError(
+                f"exit layer {self.exit_layer} is out of range; this model has {layers} decoder layers, "
+                f"choose 1 to {layers - 1}"
+            )
+        limit = description.decoder.max_positions
+        if self.capacity < 1 or (limit is not None and self.capacity > limit):
+            raise GraphError(f"capacity {self.capacity} is out of range; choose 1 to {limit or 'any length'}")
+        if not 1 <= self.max_pending <= 256:
+            raise GraphError(f"max_pending {self.max_pending} is out of range; choose 1 to 256")
+        if self.head is not None and self.plan is None:
+            rounding = ", ".join(ROUNDING[self.target].plans)
+            raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
+        self._check_dialect(description)
+        if self.exact_rows and (self.plan is None or self.dialect != "ort"):
+            raise GraphError(
+                f"--exact-rows is for weights that are rounded for a CPU, not for precision {self.precision} of target "
+                f"{self.target}; leave it out"
+            )
+        if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
+            raise GraphError(
+                f"--kernels freeexport is for weights that are rounded for a CPU, not for precision {self.precision} "
+                f"of target {self.target}; leave it out"
+            )
+        if self.exit_tokens:
+            check_tokens(self.exit_tokens, description.vocab_size)
+        self._check_target(description)
+        if self.dialect == "ort":
+            check_head_size(description.attention)
+
+    def _check_dialect(self, description: Description) -> None:
+        if self.dialect == "ort" or self.target != "cpu" or self.plan is None:
+            return
+        needs = f"precision {self.precision} needs operators of ONNX Runtime"
+        if fits_head_size(description.attention):
+            raise GraphError(f"{needs}; choose --dialect ort, or fp32 or fp16")
+        raise GraphError(f"{needs}, but {misfit(description.attention)}; choose --precision fp32")
+
+    def _check_target(self, description: Description) -> None:
+        dialect, precisions = TARGETS[self.target]
+        if self.target != "cpu" and isinstance(description.encoder, ForeignEncoder):
+            raise GraphError(
+                f"target {self.target} is not for {description.family}, whose encoder is exported from its own code; "
+                "choose --target cpu"
+            )
+        if dialect is not None and self.dialect != dialect:
+            raise GraphError(f"target {self.target} needs dialect {dialect}, not {self.dialect}; leave --dialect out")
+        if self.precision not in precisions:
+            raise GraphError(
+                f"target {self.target} has no precision {self.precision}; choose --precision {' or '.join(precisions)}"
+            )
+        self._check_compute()
+
+    def _check_compute(self) -> None:
+        types = [name for name in TARGETS[self.target][1] if name in FLOAT_TYPES]
+        if self.compute is not None and (self.plan is None or self.target == "cpu"):
+            raise GraphError(
+                f"--compute {self.compute} is for weights that are rounded for a GPU, not for precision "
+                f"{self.precision} of target {self.target}; leave it out"
+            )
+        if self.compute not in (None, *types):
+            raise GraphError(f"target {self.target} does not compute in {self.compute}; choose {' or '.join(types)}")
+
+    @property
+    def packed(self) -> bool:
+        """Whether the deep engine computes the rows of a call that count only."""
+        return self.dialect == "ort"
+
+    @property
+    def plan(self) -> Plan | None:
+        """How weights are rounded; None where they are not."""
+        return rounding(self.target, self.kernels).plan(self.precision, self.head, self.int8_layout)
+
+    @property
+    def float_type(self) -> FloatType:
+        """Of activations, and of weights that are not rounded."""
+        if self.precision in ("fp32", "fp16", "bf16"):
+            return self.precision
+        if self.target == "cpu":
+            return "fp32"
+        return self.compute or "fp16"
+
+
+def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
+    """GraphError where an exit vocabulary is not at least two tokens of the vocabulary, ascending."""
+    if len(tokens) < 2 or any(a >= b for a, b in pairwise(tokens)) or tokens[0] < 0 or tokens[-1] >= vocabulary:
+        raise GraphError(f"an exit vocabulary is 2 to {vocabulary} different tokens of the model, in ascending order")
