@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from graphs.description import Description, Encoder, Layer
 from graphs.dialects.base import Call, Dialect, in_heads, linear
+from graphs.dialects.kernels import HEAD_SIZE, KernelDialect
 from graphs.dialects.ort import OrtDialect
 from graphs.dialects.packing import Packing, packing
 from graphs.dialects.standard import StandardDialect
@@ -20,7 +21,6 @@ from graphs.engine_options import FLOAT_TYPES, EngineOptions
 from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
-from graphs.kernel_dialect import HEAD_SIZE, KernelDialect
 from graphs.layers import decoder_layers, encoder_layers
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears

@@ -7,9 +7,9 @@ import onnx_ir as ir
 
 from graphs.description import Adapter, Head
 from graphs.dialects.base import Dialect
+from graphs.dialects.kernels import KernelDialect
 from graphs.dialects.packing import Packing
 from graphs.graph import Graph
-from graphs.kernel_dialect import KernelDialect
 from graphs.layers import activate, fp32_linear
 from runtime.bundle.manifest import ConfidenceMeasure
 

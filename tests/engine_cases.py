@@ -45,3 +45,13 @@ CONFIDENCES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "max-prob": lambda p: p.max(-1),
     "entropy": lambda p: 1 + (p * np.log(np.maximum(p, 1e-300))).sum(-1) / np.log(p.shape[-1]),
 }
+
+
+def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hidden states [n, d] and logits [n, V] of ids [n], the first `read` of them in one call, the others alone."""
+    pair, found = pair_of(path, rows=1), list[tuple[np.ndarray, np.ndarray]]()
+    for first, end in [(0, read), *((place, place + 1) for place in range(read, len(ids)))]:
+        hidden = pair.shallow(ids[None, first:end], every(1, end - first))["hidden"]
+        found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
+    states, logits = zip(*found, strict=True)
+    return np.concatenate(states), np.concatenate(logits)

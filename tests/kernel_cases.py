@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -171,3 +172,16 @@ def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.Inference
     options.register_custom_ops_library(str(LIBRARY))
     given = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+
+
+def best_two(threads: int = 1) -> Any:
+    """logits -> the best two of each row, and log sum exp, by ONNX Runtime."""
+    node = helper.make_node("BestTwo", ["logits"], ["top", "log_sum"], domain=DOMAIN)
+    ends = [
+        [helper.make_tensor_value_info(name, kind, None)]
+        for name, kind in (("logits", TensorProto.FLOAT), ("top", TensorProto.INT64), ("log_sum", TensorProto.FLOAT))
+    ]
+    graph = helper.make_graph([node], "one", ends[0], ends[1] + ends[2])
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    session = session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+    return lambda logits: session.run(None, {"logits": logits})

@@ -74,7 +74,7 @@ def run_in_onnx_runtime(library: Path) -> None:
     from attention_cases import attention_session, feeds, random_call, random_layer
 
     kernel_cases.LIBRARY = library
-    from test_best_two_kernel import best_two
+    from kernel_cases import best_two
 
     rng = np.random.default_rng(1)
     for count in (2, 63, 64, 65, 4096, 4097, 9000):

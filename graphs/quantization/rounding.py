@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphs.quantization.pieces import pieces, relative, total
-from graphs.quantization.scales import at_least
 from runtime.bundle.precision import Int8Range
 
 # The largest weight in 8 bits. Processors that add pairs of products in 16 bits overflow beyond 64.
@@ -122,3 +121,11 @@ def _in_blocks(rows: np.ndarray, block: int) -> np.ndarray:
     padded = np.zeros((count, blocks * block), np.float32)
     padded[:, : rows.shape[1]] = rows
     return padded.reshape(count, blocks, block)
+
+
+def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
+    """Float32 scales as the least numbers of a type that are not smaller, so that no value leaves its range; 1 for 0,
+    the scale of weights that are all 0, which would be divided by."""
+    found = np.where(exact > 0, exact, 1).astype(type_)
+    above = np.nextafter(found, np.array(np.inf, type_))
+    return np.where(found.astype(np.float32) < exact, above, found)

@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from graphs.quantization.pieces import pieces, relative, total
-from graphs.quantization.rounding import CLIPS, Rounded
-from graphs.quantization.scales import at_least
+from graphs.quantization.rounding import CLIPS, Rounded, at_least
 from runtime.bundle.precision import TensorFormat
 
 # The type and the largest value of each format.

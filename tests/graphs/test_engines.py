@@ -12,7 +12,7 @@ import onnx
 import pytest
 from checkpoints import CASES, Case
 from conftest import Bundles
-from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
+from engine_cases import CONFIDENCES, every, log_softmax, one_by_one, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from graphs.description import Description
@@ -91,16 +91,6 @@ def test_exact_rows_have_the_same_bits_in_every_call(name: str, precision: str, 
             np.testing.assert_array_equal(hidden[row, :count], single[row][0][past : past + count])
             np.testing.assert_array_equal(logits[row, :count], single[row][1][past : past + count])
         pasts = pasts + counts
-
-
-def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hidden states [n, d] and logits [n, V] of ids [n], the first `read` of them in one call, the others alone."""
-    pair, found = pair_of(path, rows=1), list[tuple[np.ndarray, np.ndarray]]()
-    for first, end in [(0, read), *((place, place + 1) for place in range(read, len(ids)))]:
-        hidden = pair.shallow(ids[None, first:end], every(1, end - first))["hidden"]
-        found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
-    states, logits = zip(*found, strict=True)
-    return np.concatenate(states), np.concatenate(logits)
 
 
 @each_dialect

@@ -10,12 +10,13 @@ import onnx
 import pytest
 from checkpoints import CASES
 from conftest import Bundles
-from freeexport.convert import convert
-from freeexport.convert_options import ConvertOptions
+from engine_cases import pair_of, tokens
 from kernel_cases import session_of
-from test_engines import pair_of, tokens
-from test_quantized_linears import FLOAT, Source, normal
+from linear_case import FLOAT, normal
+from tensor_source import Source
 
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from graphs.graph import MICROSOFT, Graph
 from graphs.quantization import plan
 from graphs.quantization.fusion import FuseProducts

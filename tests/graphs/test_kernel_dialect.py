@@ -11,13 +11,13 @@ import onnx
 import pytest
 from checkpoints import CASES
 from conftest import Bundles
-from freeexport.convert import convert
-from freeexport.convert_options import ConvertOptions
-from test_engines import every, one_by_one, pair_of, tokens
+from engine_cases import every, one_by_one, pair_of, tokens
 
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from graphs.engines import EngineBuilder
 from runtime import Session
-from runtime.bundle import Bundle
+from runtime.bundle.bundle import Bundle
 from runtime.kernels import missing
 
 if problem := missing():

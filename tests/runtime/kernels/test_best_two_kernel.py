@@ -2,26 +2,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_cases import INSTRUCTIONS, here, session_of
-from onnx import TensorProto, helper
+from kernel_cases import INSTRUCTIONS, best_two, here
 
-from runtime.kernels import DOMAIN, missing
+from runtime.kernels import missing
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
-
-
-def best_two(threads=1):
-    """logits -> the best two of each row, and log sum exp, by ONNX Runtime."""
-    node = helper.make_node("BestTwo", ["logits"], ["top", "log_sum"], domain=DOMAIN)
-    ends = [
-        [helper.make_tensor_value_info(name, kind, None)]
-        for name, kind in (("logits", TensorProto.FLOAT), ("top", TensorProto.INT64), ("log_sum", TensorProto.FLOAT))
-    ]
-    graph = helper.make_graph([node], "one", ends[0], ends[1] + ends[2])
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    session = session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
-    return lambda logits: session.run(None, {"logits": logits})
 
 
 RUN = {threads: best_two(threads) for threads in (1, 3)}

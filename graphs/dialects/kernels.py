@@ -5,11 +5,11 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphs.description import Attention, RelativeBias
-from graphs.dialect import Call, linear, query_key_value, rotary_tables
+from graphs.dialects.base import Call, linear, query_key_value, rotary_tables
+from graphs.dialects.ort import OrtDialect
+from graphs.dialects.packing import Packing
+from graphs.dialects.relative_bias import by_distance
 from graphs.graph import Dimension, Graph
-from graphs.ort_dialect import OrtDialect
-from graphs.packing import Packing
-from graphs.relative_bias import by_distance
 from runtime.kernels import DOMAIN
 
 # Heads whose size is a multiple of this have a kernel.
@@ -17,7 +17,7 @@ HEAD_SIZE = 16
 
 
 class KernelDialect(OrtDialect):
-    """See graphs.dialect.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
+    """See graphs.dialects.base.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
     between attentions, with padding or, with `packing`, without."""
 
     def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int, packing: Packing | None) -> None:
