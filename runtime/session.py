@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 
@@ -21,17 +21,21 @@ from runtime.decoding.decoder import Decoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
+from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_int8_range, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
-from runtime.requests.request_builder import RequestBuilder, adapting, deadline_of, known
+from runtime.requests.request_builder import RequestBuilder, deadline_of
+from runtime.requests.response import Response
 from runtime.requests.several import Several
 from runtime.requests.stream import AsyncStream, Stream
+from runtime.requests.thresholds import Thresholds
 from runtime.result import GenerationResult
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
 from runtime.scheduling.scheduler import Scheduler
+from runtime.scheduling.task import Task
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 
@@ -42,17 +46,20 @@ class Session:
     """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
     itself, and its result does not depend on what else runs (docs/serving.md).
 
-    Keyword arguments are those of SessionOptions. Raises BundleError, CapacityError, EngineError, OptionError.
+    `options`, and keyword arguments in place of its fields, are those of SessionOptions. Raises BundleError,
+    CapacityError, EngineError, OptionError.
     """
 
-    def __init__(self, bundle: Path | str, **options: Any) -> None:
-        self.options = SessionOptions(**known(SessionOptions, options))
+    def __init__(
+        self, bundle: Path | str, options: SessionOptions | None = None, **keywords: Unpack[SessionKeywords]
+    ) -> None:
+        self.options = merged(SessionOptions, options, keywords)
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
         check_int8_range(manifest)
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
-        adaptive = adapting(self.bundle, self.options)
+        self._thresholds = Thresholds(self.bundle, self.options)
         self.threads = self.options.threads or usable_cores()
         self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
         self.overlap = self._overlaps(manifest)
@@ -63,7 +70,7 @@ class Session:
             self._encoder = self._placement.encoder(engine, shallow)
         self._scheduler = self._schedule(shallow, deep)
         self._intake = RequestBuilder(
-            self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, adaptive
+            self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, self._thresholds
         )
         self._closed = False
 
@@ -78,24 +85,42 @@ class Session:
 
     @overload
     def generate(
-        self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], *, cancel: threading.Event | None = None, **options: Any
+        self,
+        prompt: Sequence[Prompt],
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]: ...
 
-    def generate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
-        """Decode one prompt to its end, or each of a list of prompts. Keyword arguments are those of GenerationOptions.
+    def generate(
+        self,
+        prompt: Any,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any:
+        """Decode one prompt to its end, or each of a list of prompts. `options` are GenerationOptions; keyword
+        arguments are its fields, and take the place of what it says.
 
         A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
         ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,
         OptionError, QueueFullError; for a list BatchError, after all have ended, where any failed.
         """
         if not is_list_of_prompts(prompt):
-            return self.stream(prompt, cancel=cancel, **options).drain()
-        prompts = self._prompts(prompt, cancel, options)
+            return self.stream(prompt, options, cancel=cancel, **keywords).drain()
+        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
         prompts.begin()
         try:
             prompts.wait()
@@ -104,28 +129,74 @@ class Session:
             raise
         return prompts.results()
 
-    def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
-        request has its open_backend at once, and is decoded as its tokens are read. Closing the stream ends it."""
-        self._refuse_if_closed()
-        return Stream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
+        request has its place at once, and is decoded as its tokens are read. Closing the stream ends it."""
+        return Stream(self._scheduler, *self._ask(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
-    async def agenerate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
+    @overload
+    async def agenerate(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> GenerationResult: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Sequence[Prompt],
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> list[GenerationResult]: ...
+
+    async def agenerate(
+        self,
+        prompt: Any,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
         if not is_list_of_prompts(prompt):
-            return await self.astream(prompt, cancel=cancel, **options).drain()
+            return await self.astream(prompt, options, cancel=cancel, **keywords).drain()
         from runtime.requests.asyncio_bridge import all_of
 
-        return await all_of(self._scheduler, self._prompts(prompt, cancel, options))
+        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
+        return await all_of(self._scheduler, prompts)
 
-    def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncStream:
+    def astream(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> AsyncStream:
         """`stream` for asyncio: raises QueueFullError at the call, before there is an answer to begin. Leaving the loop
         ends the request."""
-        self._refuse_if_closed()
-        return AsyncStream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
+        return AsyncStream(self._scheduler, *self._ask(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
     def generate_best(
-        self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        num_return_sequences: int,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
         """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
@@ -134,7 +205,8 @@ class Session:
         `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
         self._refuse_if_closed()
-        several = Several(self._intake, prompt, num_return_sequences, cancel, options, monotonic())
+        chosen = merged(GenerationOptions, options, keywords)
+        several = Several(self._intake, prompt, num_return_sequences, cancel, chosen, monotonic())
         Stream(self._scheduler, several.row, several.first).drain()
         return several.results()
 
@@ -154,18 +226,15 @@ class Session:
     def threshold(self) -> float:
         """What a request of mode "free" that gives no threshold begins with now."""
         self._scheduler.process.check()
-        if self._intake.adaptive is not None:
-            return self._intake.adaptive.threshold
-        chosen = self.options.threshold
-        return self.manifest.threshold if chosen is None else float(chosen)
+        return self._thresholds.decide(None, "free").value
 
     def adaptive_state(self) -> dict[str, Any]:
         """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
         of another. Raises OptionError where the threshold does not adapt."""
         self._scheduler.process.check()
-        if self._intake.adaptive is None:
+        if self._thresholds.adaptive is None:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
-        return self._intake.adaptive.state()
+        return self._thresholds.adaptive.state()
 
     @property
     def closed(self) -> bool:
@@ -198,11 +267,16 @@ class Session:
     ) -> None:
         self.close()
 
-    def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> PromptList:
-        options = GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
+    def _ask(self, prompt: Prompt, cancel: threading.Event | None, options: GenerationOptions) -> tuple[Task, Response]:
+        self._refuse_if_closed()
+        return self._intake.row(options, cancel, monotonic(), prompt)
+
+    def _prompts(
+        self, prompts: Sequence[Prompt], cancel: threading.Event | None, options: GenerationOptions
+    ) -> PromptList:
         self._refuse_if_closed()
         began = monotonic()
-        ask = partial(self._intake.row, given, cancel, began)
+        ask = partial(self._intake.row, options, cancel, began)
         return PromptList(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
 
     def _refuse_if_closed(self) -> None:

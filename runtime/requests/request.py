@@ -9,7 +9,6 @@ from time import perf_counter
 
 import numpy as np
 
-from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
@@ -24,20 +23,18 @@ from runtime.engines.encoder import Encoder
 from runtime.errors import OptionError
 from runtime.options import GenerationOptions, Mode
 from runtime.requests.response import Start
+from runtime.requests.thresholds import Threshold
 from runtime.result import Stats
 from runtime.text.logits_processors import log_softmax
 from runtime.text.sampler import LogitsProcessor, Sampler, Warping
-
-# Where a bundle was not calibrated, lossless drafts above this: its tokens are those of full at any threshold.
-DRAFT_THRESHOLD = 0.5
 
 
 class Request:
     """`limit`: most tokens, by the options and by the room of a slot with `capacity` positions. `eos`: what ends it.
     `mode`: how it is decoded, which is not always as asked for (see the option `threshold`).
 
-    `encoder` of an encoder-decoder, else None; `pace` in mode lossless. `observation` where the threshold adapts: its
-    threshold counts. Raises OptionError for options that do not fit the bundle.
+    `encoder` of an encoder-decoder, else None; `pace` in mode lossless. `observation`: what it teaches, where the
+    threshold adapts. Raises OptionError for options that do not fit the bundle.
     """
 
     def __init__(
@@ -47,20 +44,19 @@ class Request:
         encoder: Encoder | None,
         tokens: np.ndarray,
         options: GenerationOptions,
+        threshold: Threshold,
         pace: DraftLength | None,
         cancelled: Callable[[], bool],
-        observation: RequestLabels | None = None,
     ) -> None:
         self.options = options
-        self.observation = observation
+        self._threshold, self.observation = threshold
         self._tokens, self._encoder, self._pace, self._cancelled = tokens, encoder, pace, cancelled
         # What the decoder reads before its first token.
         self._prompt = tokens if encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
         # The newest token is never read back, so it needs no position.
         self.limit = min(options.max_new_tokens, capacity - len(self._prompt) + 1)
         self.eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
-        self._threshold = threshold_of(options, manifest) if observation is None else observation.threshold
-        self.mode = _mode(options, self._threshold, observation is not None and observation.learns)
+        self.mode = _mode(options, self._threshold, self.observation is not None and self.observation.learns)
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
@@ -199,14 +195,6 @@ class Request:
     def _continuation(self, sample: int) -> OutputTokens:
         sampler = _sampler(self.options, len(self._prompt), self.eos, (self._seed, sample))
         return OutputTokens(self._prompt, self.limit, self.eos, sampler, self.options.output_logprobs)
-
-
-def threshold_of(options: GenerationOptions, manifest: Manifest) -> float:
-    """The confidence above which a token of this request exits or is drafted."""
-    if options.threshold is not None:
-        return float(options.threshold)
-    uncalibrated = manifest.threshold >= 1.0
-    return DRAFT_THRESHOLD if options.mode == "lossless" and uncalibrated else manifest.threshold
 
 
 def _mode(options: GenerationOptions, threshold: float, learns: bool) -> Mode:

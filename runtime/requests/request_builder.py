@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
-from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from runtime.adaptation.draft_lengths import DraftLengths
 from runtime.bundle.bundle import Bundle
 from runtime.engines.encoder import Encoder
@@ -18,8 +16,9 @@ from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.generation_config import read_defaults, with_defaults
-from runtime.requests.request import Request, processors_of, threshold_of
+from runtime.requests.request import Request, processors_of
 from runtime.requests.response import Response, Start
+from runtime.requests.thresholds import Thresholds
 from runtime.scheduling.callbacks import guarded
 from runtime.scheduling.ending import Ending
 from runtime.scheduling.scheduler import Scheduler
@@ -41,19 +40,19 @@ class RequestBuilder:
         tokenizer: Tokenizer | None,
         encoder: Encoder | None,
         scheduler: Scheduler,
-        adaptive: AdaptiveThreshold | None,
+        thresholds: Thresholds,
     ) -> None:
         self._bundle, self._options, self._capacity = bundle, options, capacity
         self._tokenizer, self._encoder, self._scheduler = tokenizer, encoder, scheduler
         self.ending = False
-        self.adaptive = adaptive
+        self.thresholds = thresholds
         self.paces = DraftLengths(bundle)
 
     def row(
-        self, given: dict[str, Any], cancel: threading.Event | None, began: float, prompt: Prompt
+        self, options: GenerationOptions, cancel: threading.Event | None, began: float, prompt: Prompt
     ) -> tuple[Task, Response]:
         """A request for the scheduler and its answer. Raises PromptError, OptionError."""
-        request, ending = self.request(prompt, given, cancel, began)
+        request, ending = self.request(prompt, options, cancel, began)
         reply = self.reply(request.start, request, ending, began, partial(self.learn, request))
         return self.placed(reply.run, request, ending), reply
 
@@ -63,17 +62,14 @@ class RequestBuilder:
         return Task(run, ending.due, until=ending.until, aside=aside)
 
     def request(
-        self, prompt: Prompt, given: dict[str, Any], cancel: threading.Event | None, began: float
+        self, prompt: Prompt, options: GenerationOptions, cancel: threading.Event | None, began: float
     ) -> tuple[Request, Ending]:
         """The request, and what may end it: its deadline is counted from `began`. Raises CapacityError for beams."""
         manifest = self._bundle.manifest
-        options = GenerationOptions(**known(GenerationOptions, given))
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
             raise OptionError(
                 f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
             )
-        if options.threshold is None and isinstance(self._options.threshold, (int, float)):
-            options = replace(options, threshold=self._options.threshold)
         if options.samples:
             options = with_defaults(options, read_defaults(self._bundle.path, manifest.files))
         if options.logits_processor:
@@ -83,12 +79,10 @@ class RequestBuilder:
         missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
         parse_special = None if options.parse_special is None else bool(options.parse_special)
         tokens = encode_prompt(prompt, self._tokenizer, manifest.vocab_size, limit, parse_special, missing)
-        drafts = options.mode == "lossless"
-        pace = self.paces.of(threshold_of(options, manifest), options.samples) if drafts else None
+        threshold = self.thresholds.decide(options.threshold, options.mode)
+        pace = self.paces.of(threshold.value, options.samples) if options.mode == "lossless" else None
         ending = Ending(cancel, deadline_of(options, began), lambda: self.ending)
-        adapts = self.adaptive is not None and options.threshold is None and options.mode == "free"
-        observation = self.adaptive.begin() if self.adaptive is not None and adapts else None
-        request = Request(manifest, self._capacity, self._encoder, tokens, options, pace, ending.due, observation)
+        request = Request(manifest, self._capacity, self._encoder, tokens, options, threshold, pace, ending.due)
         if options.num_beams > 1 and Device.parse(self._options.device).index is None:
             check_beams(manifest, options.num_beams, request.positions)
         return request, ending
@@ -106,24 +100,8 @@ class RequestBuilder:
 
     def learn(self, request: Request) -> None:
         """What a request that has ended saw."""
-        if self.adaptive is not None and request.observation is not None:
-            self.adaptive.complete(request.observation)
-
-
-def adapting(bundle: Bundle, options: SessionOptions) -> AdaptiveThreshold | None:
-    """None where the threshold is a number. Raises OptionError for a state that does not fit."""
-    if options.threshold != "adaptive":
-        return None
-    return AdaptiveThreshold(bundle.manifest, bundle.calibration, options.adaptive_memory, options.adaptive_state)
-
-
-def known(options: type, given: dict[str, Any]) -> dict[str, Any]:
-    """`given`, if these are names of options. Raises OptionError."""
-    names = [field.name for field in fields(options)]
-    unknown = sorted(given.keys() - set(names))
-    if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
-    return given
+        if self.thresholds.adaptive is not None and request.observation is not None:
+            self.thresholds.adaptive.complete(request.observation)
 
 
 def deadline_of(options: GenerationOptions, began: float) -> float:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
 from runtime.errors import OptionError
+from runtime.options import GenerationOptions
 from runtime.requests.request_builder import RequestBuilder
 from runtime.requests.response import Response
 from runtime.result import GenerationResult, Token
@@ -28,11 +30,11 @@ class Several:
         prompt: Prompt,
         count: int,
         cancel: threading.Event | None,
-        given: dict[str, Any],
+        options: GenerationOptions,
         began: float,
     ) -> None:
         self._intake, self._began = intake, began
-        self._request, self._ending = intake.request(prompt, {**given, "output_logprobs": True}, cancel, began)
+        self._request, self._ending = intake.request(prompt, replace(options, output_logprobs=True), cancel, began)
         _check(count, self._request.options.samples, self._request.options.num_beams)
         self._starts = self._request.several(count)
         self.first = self._reply(0)

@@ -1,8 +1,8 @@
 """Many requests at the same engines: each turn runs what they wait for, several as one engine call.
 
 A thread that waits for a request drives all of them (runtime/scheduling/leader.py). Only where a step of one may take
-long, as code of its caller's or many beams, and for asyncio, a thread of the scheduler's own does: no caller's thread is
-stuck in it.
+long, as code of its caller's or many beams, and for asyncio, a thread of the scheduler's own does: no caller's thread
+is stuck in it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import BatchError, GenerationResult, QueueFullError, Session
+from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
 from runtime.requests.stream import Stream
@@ -142,7 +142,7 @@ class Clients:
     def _engine_fails(self, ask: Ask, source: Random) -> str | None:
         """At a shallow step. Beams have engine calls of their own."""
         number = source.randint(0, 12)
-        row, reply = self._session._intake.row(ask.options, None, time.monotonic(), ask.prompt)
+        row, reply = self._session._ask(ask.prompt, None, GenerationOptions(**ask.options))
         run = row._run
 
         def doomed(decoder: Decoder) -> Generator[Token | Waiting, None, None]:

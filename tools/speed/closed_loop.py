@@ -6,10 +6,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
-from runtime import Session
+from runtime import GenerationOptions, Session
 from runtime.requests.response import Response
 from runtime.scheduling.task import Task
 
@@ -85,7 +85,7 @@ class ClosedLoop:
 
     def _join(self) -> None:
         prompt, options = next(self._next)
-        row, reply = self._session._intake.row(options, None, monotonic(), prompt)
+        row, reply = self._session._ask(prompt, None, GenerationOptions(**options))
         asked = Asked(perf_counter())
         row.told = partial(self._told, asked, row, reply)
         self._asked.append(asked)
