@@ -6,17 +6,17 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
 from typing import Any, Unpack, overload
 
 import numpy as np
 
+from runtime.adaptation.draft_lengths import DraftLengths
 from runtime.backends import open_backend
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import LEAST_GAIN, OVERLAP_GAIN, Manifest
+from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
@@ -26,16 +26,14 @@ from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_int8_range, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
-from runtime.requests.request_builder import RequestBuilder, deadline_of
-from runtime.requests.response import Response
-from runtime.requests.several import Several
+from runtime.requests.request import Model, Request, check_count
+from runtime.requests.request_builder import RequestBuilder
 from runtime.requests.stream import AsyncStream, Stream
 from runtime.requests.thresholds import Thresholds
 from runtime.result import GenerationResult
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Task
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 
@@ -46,12 +44,18 @@ class Session:
     """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
     itself, and its result does not depend on what else runs (docs/serving.md).
 
-    `options`, and keyword arguments in place of its fields, are those of SessionOptions. Raises BundleError,
+    `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
+    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). Raises BundleError,
     CapacityError, EngineError, OptionError.
     """
 
     def __init__(
-        self, bundle: Path | str, options: SessionOptions | None = None, **keywords: Unpack[SessionKeywords]
+        self,
+        bundle: Path | str,
+        options: SessionOptions | None = None,
+        *,
+        decisions: Decisions | None = None,
+        **keywords: Unpack[SessionKeywords],
     ) -> None:
         self.options = merged(SessionOptions, options, keywords)
         self.bundle = Bundle.open(bundle, self.options.verify)
@@ -68,10 +72,9 @@ class Session:
             self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files) if trusted else None
             shallow, deep = self._placement.lanes(engine, self.overlap)
             self._encoder = self._placement.encoder(engine, shallow)
-        self._scheduler = self._schedule(shallow, deep)
-        self._intake = RequestBuilder(
-            self.bundle, self.options, self.capacity, self._tokenizer, self._encoder, self._scheduler, self._thresholds
-        )
+        self._scheduler = self._schedule(shallow, deep, decisions)
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer)
+        self._builder = RequestBuilder(self.bundle, self.options, model, self._scheduler, self._thresholds)
         self._closed = False
 
     @property
@@ -84,7 +87,7 @@ class Session:
         return self._tokenizer
 
     @overload
-    def generate(
+    def generate(  # type: ignore[overload-overlap]
         self,
         prompt: Prompt,
         options: GenerationOptions | None = None,
@@ -139,10 +142,10 @@ class Session:
     ) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
         request has its place at once, and is decoded as its tokens are read. Closing the stream ends it."""
-        return Stream(self._scheduler, *self._ask(prompt, cancel, merged(GenerationOptions, options, keywords)))
+        return Stream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
     @overload
-    async def agenerate(
+    async def agenerate(  # type: ignore[overload-overlap]
         self,
         prompt: Prompt,
         options: GenerationOptions | None = None,
@@ -187,7 +190,7 @@ class Session:
     ) -> AsyncStream:
         """`stream` for asyncio: raises QueueFullError at the call, before there is an answer to begin. Leaving the loop
         ends the request."""
-        return AsyncStream(self._scheduler, *self._ask(prompt, cancel, merged(GenerationOptions, options, keywords)))
+        return AsyncStream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
     def generate_best(
         self,
@@ -199,16 +202,16 @@ class Session:
         **keywords: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
         """As many continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
+        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/request.py).
 
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that ended before. Raises as
         `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
-        self._refuse_if_closed()
         chosen = merged(GenerationOptions, options, keywords)
-        several = Several(self._intake, prompt, num_return_sequences, cancel, chosen, monotonic())
-        Stream(self._scheduler, several.row, several.first).drain()
-        return several.results()
+        check_count(num_return_sequences, chosen)
+        request = self._request(prompt, cancel, chosen, num_return_sequences)
+        Stream(self._scheduler, request).drain()
+        return request.best()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
@@ -227,6 +230,15 @@ class Session:
         """What a request of mode "free" that gives no threshold begins with now."""
         self._scheduler.process.check()
         return self._thresholds.decide(None, "free").value
+
+    @property
+    def draft_lengths(self) -> DraftLengths:
+        """What requests of mode "lossless" have learned of drafts. Replace it, to measure as if they were the first."""
+        return self._builder.draft_lengths
+
+    @draft_lengths.setter
+    def draft_lengths(self, learned: DraftLengths) -> None:
+        self._builder.draft_lengths = learned
 
     def adaptive_state(self) -> dict[str, Any]:
         """What a session with threshold="adaptive" has learned, as JSON can hold it: for SessionOptions.adaptive_state
@@ -255,7 +267,7 @@ class Session:
         self._scheduler.close()
         if drain:
             self._scheduler.drain()
-        self._intake.ending = True
+        self._scheduler.closing = True
         self._scheduler.release()
         self._placement.close(self._scheduler.drain)
 
@@ -267,40 +279,37 @@ class Session:
     ) -> None:
         self.close()
 
-    def _ask(self, prompt: Prompt, cancel: threading.Event | None, options: GenerationOptions) -> tuple[Task, Response]:
+    def _request(
+        self, prompt: Prompt, cancel: threading.Event | None, options: GenerationOptions, count: int | None = None
+    ) -> Request:
         self._refuse_if_closed()
-        return self._intake.row(options, cancel, monotonic(), prompt)
+        return self._builder.request(prompt, options, self._builder.caller(options, cancel), count)
 
     def _prompts(
         self, prompts: Sequence[Prompt], cancel: threading.Event | None, options: GenerationOptions
     ) -> PromptList:
         self._refuse_if_closed()
-        began = monotonic()
-        ask = partial(self._intake.row, options, cancel, began)
-        return PromptList(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
+        caller = self._builder.caller(options, cancel)
+
+        def ask(prompt: Prompt) -> Request:
+            return self._builder.request(prompt, options, caller)
+
+        return PromptList(self._scheduler, ask, prompts, self.options.slots, caller.until)
 
     def _refuse_if_closed(self) -> None:
         self._scheduler.process.check()
         if self._closed:
             raise OptionError("the session is closed; open a new one")
 
-    def _schedule(self, shallow: Runner, deep: Runner) -> Scheduler:
+    def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
+        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
         batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
         return Scheduler(
             decoders, batches, cross, self.options.queue, rules_of(manifest.break_even)._replace(packed=manifest.packed)
         )
-
-    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
-        return Decoder(shallow, deep, slot, *self._sizes)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """What a decoder is made with besides its lanes and slot."""
-        return self.manifest.hidden_size, self.manifest.vocab_size, self.manifest.max_pending
 
     def _overlaps(self, manifest: Manifest) -> bool:
         """Whether deep passes run beside shallow steps: as asked, else as the costs that `convert` measured say."""

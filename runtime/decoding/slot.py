@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import SlotCall
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
@@ -16,8 +16,8 @@ from runtime.engines.runner import Runner
 class Slot:
     """`hidden_size` is d, `vocab_size` V, `max_pending` the most rows of a deep pass.
 
-    `stack` float32 [max_pending, d] is what deep passes read; `hidden` float32 [d] what the last step gave. `cross` is
-    what cross-attention reads.
+    `stack` float32 [max_pending, d] is what deep passes read. `token` int64 [1, 1] is what a step reads, `hidden`
+    float32 [d], `said` int64 [1] and `confidence` float32 [1] what it gave. `cross` is what cross-attention reads.
     """
 
     def __init__(
@@ -32,11 +32,12 @@ class Slot:
         self._rows = shallow.zeros((max_pending, hidden_size), np.float32)
         self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
         self.hidden = self._hidden[0, 0]
-        self._token = np.zeros((1, 1), np.int64)
-        self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self.token = np.zeros((1, 1), np.int64)
+        self.said, self.confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
+        self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
@@ -57,7 +58,9 @@ class Slot:
             return
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
-        self._forget()
+        self.logits = self._logits[self._shallow][0] if wanted else None
+        self._steps.clear()
+        self._passes.clear()
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
@@ -67,20 +70,12 @@ class Slot:
             for work in (*calls._steps.values(), *calls._passes.values()):
                 work.forget()
 
-    def step(self, token: int, head: bool) -> SlotCall:
-        """The shallow decoder on one token."""
+    def step(self, head: bool) -> SlotCall:
+        """The shallow decoder on `token`."""
         work = self._steps.get(head)
         if work is None:
-            work = self._steps[head] = self.piece(self._token, self._hidden, head)
-        self._token[0, 0] = token
+            work = self._steps[head] = self.piece(self.token, self._hidden, head)
         return work
-
-    def guess(self, head: bool) -> Prediction:
-        """What the last step said."""
-        if not head:
-            return NOTHING
-        logits = self._logits[self._shallow][0] if self._logits else None
-        return Prediction(self._guess.item(0), self._confidence.item(0), None, logits)
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
@@ -103,7 +98,7 @@ class Slot:
     def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
         count = int(head)
-        outputs = {"hidden": hidden, "token": self._guess[:count], "confidence": self._confidence[:count]}
+        outputs = {"hidden": hidden, "token": self.said[:count], "confidence": self.confidence[:count]}
         return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
 
     def deep_piece(self, hidden: np.ndarray, heads: int) -> SlotCall:
@@ -137,7 +132,3 @@ class Slot:
         layers = {name.split(".")[0] for name in lane.cache.arrays}
         read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
         return {name: lane.value(array) for name, array in read.items()}
-
-    def _forget(self) -> None:
-        self._steps.clear()
-        self._passes.clear()

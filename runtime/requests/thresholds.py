@@ -15,10 +15,16 @@ DRAFT_THRESHOLD = 0.5
 
 class Threshold(NamedTuple):
     """Of one request: the confidence above which a token exits or is drafted. `labels`: where it adapts, what the
-    request has to teach."""
+    request has to teach the session's `adaptive` one."""
 
     value: float
     labels: RequestLabels | None = None
+    adaptive: AdaptiveThreshold | None = None
+
+    def learn(self) -> None:
+        """The request has ended."""
+        if self.adaptive is not None and self.labels is not None:
+            self.adaptive.complete(self.labels)
 
 
 class Thresholds:
@@ -50,7 +56,7 @@ class Thresholds:
             return Threshold(self._of_session)
         if self.adaptive is not None and mode == "free":
             labels = self.adaptive.begin()
-            return Threshold(labels.threshold, labels)
+            return Threshold(labels.threshold, labels, self.adaptive)
         if self._of_bundle >= NEVER_EXIT and mode == "lossless":
             return Threshold(DRAFT_THRESHOLD)
         return Threshold(self._of_bundle)

@@ -33,7 +33,8 @@ WAIT = 0.005
 
 
 class Scheduler:
-    """Thread-safe, in the process that made it: others get OptionError. `decoders`: one for each slot; `batches` for
+    """Thread-safe, in the process that made it: others get OptionError. Setting `closing` ends requests after their
+    next token. `decoders`: one for each slot; `batches` for
     each lane that runs calls of several; at most `queue` requests wait for a slot."""
 
     def __init__(
@@ -50,7 +51,7 @@ class Scheduler:
         self._waiting: deque[Task] = deque()
         self._borrowed = self._turns = 0
         self._aside = 0  # requests of which a step may take long
-        self._closed = False
+        self._closed = self.closing = False
         self._lock = threading.Lock()
         self._wheel = Leader(self._lock)
         self._thread: ThreadPoolExecutor | None = None
@@ -207,7 +208,7 @@ class Scheduler:
                     continue
                 row.begin(self._free.pop(0))
                 begun.append(row)
-            left += [row for row in self._waiting if row.abandoned or row.cancelled()]
+            left += [row for row in self._waiting if row.abandoned or row.caller.gone()]
             for row in left:
                 if row in self._waiting:
                     self._waiting.remove(row)
@@ -250,7 +251,7 @@ class Scheduler:
             # To the end of the line.
             self._rows.remove(row)
             self._rows.append(row)
-            if row.begun and row.cancelled():
+            if row.begun and row.caller.gone():
                 self._end(row)
             else:
                 self._advance(row)

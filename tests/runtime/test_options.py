@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from runtime.errors import OptionError
 from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.options import MODES, GenerationOptions, SessionOptions
-from runtime.requests.request import _sampler
+from runtime.requests.sampling import sampler_of
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
     options = GenerationOptions(
         temperature=temperature, repetition_penalty=penalty, top_k=1, sequence_bias={1: 1e20, 2: -1e20}
     )
-    sampler = _sampler(options, 1, frozenset(), (0, 0))
+    sampler = sampler_of(options, 1, frozenset(), (0, 0))
     assert sampler is not None
     assert sampler(np.array([-1e4, 5.0, 2.0, 1e4], np.float32), np.array([0])) == 1
 

@@ -120,7 +120,7 @@ def test_tokens_without_a_label_do_not_bias_the_estimate(monkeypatch: pytest.Mon
     assert unbiased.mixture.weight_agree == pytest.approx(0.85, abs=0.02)
     assert unbiased.threshold == pytest.approx(threshold_at(SHARP, 0.5), abs=0.015)
     # Were they ignored, sure tokens would look rare: this is what the correction is worth.
-    monkeypatch.setattr(adaptive.Observation, "leave", lambda seen, confidences: False)
+    monkeypatch.setattr(adaptive.RequestLabels, "leave", lambda seen, confidences: False)
     naive = adapting(SHARP, target=0.5)
     Requests(seed=3, mean=6).run(naive, SHARP, 20_000)
     assert naive.mixture.weight_agree < 0.78
@@ -248,7 +248,7 @@ def test_learning_takes_far_less_than_a_millisecond_a_request() -> None:
     taken: list[float] = []
     learn = threshold.complete
 
-    def timed(seen: adaptive.Observation) -> None:
+    def timed(seen: adaptive.RequestLabels) -> None:
         began = thread_time()
         learn(seen)
         taken.append(thread_time() - began)

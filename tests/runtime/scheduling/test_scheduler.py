@@ -19,8 +19,8 @@ from runtime.adaptation.draft_costs import DraftCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import SlotCall, Waiting, alone
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
@@ -138,7 +138,7 @@ class Turns:
         return self.left < 0
 
 
-class Failing(OutputTokens):
+class Failing(Response):
     """Its callback raises at the token `fails`, or gives out poison at the token `poisons`."""
 
     fails = poisons = -1
@@ -164,7 +164,7 @@ class Ask:
     fails: int = -1
     poisons: int = -1
 
-    def steps(self, decoder: Decoder) -> Generator[Step | Waiting, None, None]:
+    def steps(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         prompt = np.array(self.prompt, np.int64)
         first = yield from decoder.prefilling(prompt, head=True)
         output = Failing(prompt, self.tokens)
@@ -184,9 +184,9 @@ class Ask:
         decoder.reset()
         count = 0
         for item in self.steps(decoder):
-            if isinstance(item, Step):
+            if isinstance(item, Token):
                 count += 1
-                yield Token(item.token, "", item.exited, item.confidence)
+                yield item
                 if count == self.tokens:
                     return
             else:
@@ -240,7 +240,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
                 row.abandoned = row.abandoned or when <= turn
 
     for ask, pause, stays in arrivals:
-        rows.append(Task(ask.run, lambda: False))
+        rows.append(Task(ask.run))
         scheduler.join(rows[-1])
         if stays is not None:
             leaving.append((turn + stays, rows[-1]))
@@ -265,7 +265,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
 
 def test_rows_share_calls_and_deep_passes_collect() -> None:
     machine = Machine(8)
-    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run, lambda: False) for number in range(8)]
+    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run) for number in range(8)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -279,7 +279,7 @@ def test_rows_share_calls_and_deep_passes_collect() -> None:
 def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
     machine = Machine(3)
     asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
-    rows = [Task(ask.run, lambda: False) for ask in asks]
+    rows = [Task(ask.run) for ask in asks]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -290,7 +290,7 @@ def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_
 
 def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
     machine, bare = Machine(4), Machine(4)
-    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run, lambda: False))
+    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run))
     machine.scheduler.drain()
     list(alone(Ask((1, 2, 3), tokens=14).run(bare.decoders[0])))
     assert machine.calls == bare.calls
@@ -300,7 +300,7 @@ def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None
 def test_a_sequence_knows_how_many_share_its_calls() -> None:
     machine = Machine(3)
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run, lambda: False))
+        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run))
     machine.scheduler.wait(Turns(12), whole=True)
     assert [decoder.company for decoder in machine.decoders] == [3, 3, 3]
     machine.scheduler.drain()
@@ -311,7 +311,7 @@ def test_a_sequence_knows_how_many_share_its_calls() -> None:
 def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
     machine = Machine(3)
     good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
-    rows = [Task(ask.run, lambda: False) for ask in (good, bad, good)]
+    rows = [Task(ask.run) for ask in (good, bad, good)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -324,7 +324,7 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
     for number in range(20):
-        row = Task(Ask((number,), tokens=6, mode="full").run, lambda: False)
+        row = Task(Ask((number,), tokens=6, mode="full").run)
         row.told = lambda row=row, number=number: ended.append(number) if row.ended else None  # type: ignore[misc]
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -334,8 +334,8 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
 def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
     machine = Machine(4)
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run, lambda: False))
-    lonely = Task(Ask((50,), tokens=10, mode="full").run, lambda: False)
+        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run))
+    lonely = Task(Ask((50,), tokens=10, mode="full").run)
     machine.scheduler.join(lonely)
     turns = 0
     while not lonely.ended:
@@ -346,7 +346,7 @@ def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     machine = Machine(1, queue=2)
-    rows = [Task(Ask((1,), tokens=2).run, lambda: False) for _ in range(4)]
+    rows = [Task(Ask((1,), tokens=2).run) for _ in range(4)]
     for row in rows[:3]:
         machine.scheduler.join(row)
     with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
@@ -365,7 +365,7 @@ def test_a_callback_that_asks_its_own_session_is_told_so() -> None:
         machine.scheduler.drain()
         yield None
 
-    row = Task(run, lambda: False)
+    row = Task(run)
     machine.scheduler.join(row)
     machine.scheduler.drain()
     assert isinstance(row.error, OptionError)
@@ -379,7 +379,7 @@ def test_an_interrupted_driver_leaves_the_others_sound() -> None:
         yield None
         raise KeyboardInterrupt
 
-    rows = [Task(good.run, lambda: False), Task(run, lambda: False)]
+    rows = [Task(good.run), Task(run)]
     for row in rows:
         machine.scheduler.join(row)
     with pytest.raises(KeyboardInterrupt):
@@ -396,7 +396,7 @@ def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
     outcomes: list[Any] = [None] * len(requests)
 
     def reader(number: int) -> None:
-        row, tokens = Task(requests[number].run, lambda: False), list[Token]()
+        row, tokens = Task(requests[number].run), list[Token]()
         machine.scheduler.join(row)
         while not row.ended or row.tokens:
             machine.scheduler.wait(row, whole=bool(number % 2))
@@ -498,7 +498,7 @@ def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside:
                 drivers[number in aside].add(threading.current_thread().name[:7])
                 yield item
 
-        row, tokens = Task(run, lambda: False, aside=number in aside), list[Token]()
+        row, tokens = Task(run, aside=number in aside), list[Token]()
         machine.scheduler.join(row)
         if number % 4 == 3:
             machine.scheduler.attend(row, True)
