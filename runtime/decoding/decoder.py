@@ -157,7 +157,7 @@ class Decoder:
             self.stats.prefill_seconds += perf_counter() - began
         if self._decisions is not None:
             self._decisions.begin(self, len(tokens))
-        return self._calls.answer(0)._replace(confidence=self._calls.confidence.item(0) if head else None)
+        return self._calls.answer(0)._replace(confidence=self._calls.confidence[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
         """What the step of `step` needs: nothing where it was run ahead. `guess` says what came of it."""
@@ -168,8 +168,8 @@ class Decoder:
                 return ()
             self._drop_ahead()
         calls = self._calls
-        calls.token[0, 0] = token
-        self._step = call = calls.step(head)
+        calls.token[0] = token
+        self._step = call = calls.steps.get(head) or calls.step(head)
         return (call,)
 
     def guess(self) -> Prediction:
@@ -183,8 +183,8 @@ class Decoder:
             self.stats.shallow_seconds += call.seconds
             self.company = call.company
             self._shallow.cache.extend(calls.slot, 1)
-            said, hidden = self._said() if self._head else NOTHING, calls.hidden
-        calls.stack[self.stacked] = hidden
+            said, hidden = self._said() if self._head else NOTHING, calls.newest
+        calls.rows[self.stacked][:] = hidden
         self.stacked += 1
         return said
 
@@ -241,7 +241,7 @@ class Decoder:
     def _said(self) -> Prediction:
         """By the step that ran, which is counted."""
         calls = self._calls
-        said = Prediction(calls.said.item(0), calls.confidence.item(0), None, calls.logits)
+        said = Prediction(calls.said[0], calls.confidence[0], None, calls.logits)
         if self._decisions is not None:
             said = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, said)
         return said
@@ -276,7 +276,7 @@ class Decoder:
             token = ahead(said, tokens)
             if token is None:
                 return
-            self._calls.token[0, 0] = token
+            self._calls.token[0] = token
             work = self._calls.step(head=True)
             work.run()
             self.stats.shallow_seconds += work.seconds

@@ -125,7 +125,9 @@ class Response:
         logprob: float | None = None,
     ) -> Token:
         """Make a token final. Its log-probability, where it is wanted, is what `said` gives it, else `logprob`."""
-        self.newest = self._ids[self._length] = token
+        self.newest = token
+        if self._sampler is not None:
+            self._ids[self._length] = token
         self._length += 1
         if self._logprobs and said is not None and said.logits is not None:
             logprob = log_probability(said.logits, token)

@@ -101,6 +101,13 @@ class Leader:
             if self._driver is None:
                 self._pass_on(own=False)
 
+    def leave_to_own(self) -> None:
+        """Where nobody drives, let the session's thread, if it waits: for one that was to drive and must not any
+        more."""
+        with self._lock:
+            if self._driver is None and any(follower.own for follower in self.followers):
+                self._pass_on(own=True)
+
     def wake(self) -> None:
         """Those who need not wait any more."""
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import zlib
@@ -521,3 +522,47 @@ def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside:
     assert machine.scheduler._aside == 0
     assert drivers[True] == {"session"}
     machine.scheduler.release()
+
+
+def test_a_thread_that_was_to_drive_and_must_not_any_more_leaves_it_to_the_own_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine, entered, gate = Machine(4), threading.Event(), threading.Event()
+    scheduler, sleep = machine.scheduler, Leader.sleep
+
+    def gated(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+        entered.set()
+        gate.wait(20)
+        yield from Ask((1,), tokens=1).run(decoder)
+
+    first, second, third = Task(gated), Task(Ask((2,), tokens=40).run), Task(Ask((3,), tokens=40).run)
+    late, joined = Task(Ask((4,), tokens=2).run, aside=True), list[Task]()
+
+    def slept(leader: Leader, follower: Any, until: float = math.inf) -> bool:
+        woken = sleep(leader, follower, until)
+        if threading.current_thread() is threads[1] and not joined:
+            joined.append(late)
+            scheduler.join(late)  # after it was woken to drive, and before it does
+        return woken
+
+    monkeypatch.setattr(Leader, "sleep", slept)
+
+    def others_wait(count: int) -> None:
+        while len(scheduler._wheel.followers) < count:
+            time.sleep(0.001)
+
+    for row in (first, second, third):
+        scheduler.join(row)
+    threads = [threading.Thread(target=scheduler.wait, args=(row, True), daemon=True) for row in (first, second)]
+    threads[0].start()
+    assert entered.wait(20)
+    threads[1].start()
+    others_wait(1)
+    scheduler.attend(third, True)
+    others_wait(2)
+    gate.set()
+    threads[1].join(5)
+    assert second.ended
+    assert joined
+    scheduler.drain()
+    scheduler.release()
