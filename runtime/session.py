@@ -5,28 +5,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from time import monotonic
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, Unpack, overload
 
 import numpy as np
 
+from runtime.adaptation.draft_length import DraftLengths
 from runtime.backends import open_backend
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
+from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
+from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_int8_range, costs_here, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
-from runtime.requests.request_builder import RequestBuilder, adapting, deadline_of, known
-from runtime.requests.several import Several
+from runtime.requests.request import Model, Request, check_count
+from runtime.requests.request_builder import RequestBuilder
 from runtime.requests.stream import AsyncStream, Stream
+from runtime.requests.thresholds import Thresholds
 from runtime.result import GenerationResult
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
@@ -39,11 +41,20 @@ class Session:
     """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
     itself, and its result does not depend on what else runs (docs/serving.md).
 
-    Keyword arguments are those of SessionOptions. Raises BundleError, CapacityError, EngineError, OptionError.
+    `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
+    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). Raises BundleError,
+    CapacityError, EngineError, OptionError.
     """
 
-    def __init__(self, bundle: Path | str, **options: Any) -> None:
-        self.options = SessionOptions(**known(SessionOptions, options))
+    def __init__(
+        self,
+        bundle: Path | str,
+        options: SessionOptions | None = None,
+        *,
+        decisions: Decisions | None = None,
+        **keywords: Unpack[SessionKeywords],
+    ) -> None:
+        self.options = merged(SessionOptions, options, keywords)
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
         check_int8_range(manifest)
@@ -51,7 +62,7 @@ class Session:
         self.capacity = _capacity(manifest, self.options.capacity)
         self.threads = self.options.threads or usable_cores()
         self._costs = costs_here(manifest, self.threads)
-        adaptive = adapting(self.bundle, self.options, self._costs)
+        self._thresholds = Thresholds(self.bundle, self.options, self._costs)
         self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
         with self._placement.loading() as engine:
             trusted = self.options.trust_templates
@@ -59,17 +70,9 @@ class Session:
             shallow, deep = self._placement.lanes(engine)
             self._encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
-        self._scheduler = self._schedule(shallow, deep)
-        self._intake = RequestBuilder(
-            self.bundle,
-            self.options,
-            self.capacity,
-            self._tokenizer,
-            self._encoder,
-            self._scheduler,
-            adaptive,
-            self._costs,
-        )
+        self._scheduler = self._schedule(shallow, deep, decisions)
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer)
+        self._builder = RequestBuilder(self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs)
         self._closed = False
 
     @property
@@ -82,25 +85,43 @@ class Session:
         return self._tokenizer
 
     @overload
-    def generate(
-        self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any
+    def generate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self, prompt: Sequence[Prompt], *, cancel: threading.Event | None = None, **options: Any
+        self,
+        prompt: Sequence[Prompt],
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]: ...
 
-    def generate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
-        """Decode one prompt to its end, or each of a list of prompts. Keyword arguments are those of GenerationOptions.
+    def generate(
+        self,
+        prompt: Any,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any:
+        """Decode one prompt to its end, or each of a list of prompts. `options` are GenerationOptions; keyword
+        arguments are its fields, and take the place of what it says.
 
         A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
         ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,
         OptionError, QueueFullError; for a list BatchError, after all have ended, where any failed.
         """
         if not is_list_of_prompts(prompt):
-            return self.stream(prompt, cancel=cancel, **options).drain()
-        prompts = self._prompts(prompt, cancel, options)
+            return self.stream(prompt, options, cancel=cancel, **keywords).drain()
+        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
         prompts.begin()
         try:
             prompts.wait()
@@ -109,39 +130,86 @@ class Session:
             raise
         return prompts.results()
 
-    def stream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> Stream:
+    def stream(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
         request enters the queue at once, and is decoded as its tokens are read. Closing the stream ends it."""
-        self._refuse_if_closed()
-        return Stream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
+        return Stream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
-    async def agenerate(self, prompt: Any, *, cancel: threading.Event | None = None, **options: Any) -> Any:
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> GenerationResult: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompt: Sequence[Prompt],
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> list[GenerationResult]: ...
+
+    async def agenerate(
+        self,
+        prompt: Any,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
         if not is_list_of_prompts(prompt):
-            return await self.astream(prompt, cancel=cancel, **options).drain()
+            return await self.astream(prompt, options, cancel=cancel, **keywords).drain()
         from runtime.requests.asyncio_bridge import all_of
 
-        return await all_of(self._scheduler, self._prompts(prompt, cancel, options))
+        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
+        return await all_of(self._scheduler, prompts)
 
-    def astream(self, prompt: Prompt, *, cancel: threading.Event | None = None, **options: Any) -> AsyncStream:
+    def astream(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
+    ) -> AsyncStream:
         """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
         ends the request."""
-        self._refuse_if_closed()
-        return AsyncStream(self._scheduler, *self._intake.row(options, cancel, monotonic(), prompt))
+        return AsyncStream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
     def generate_best(
-        self, prompt: Prompt, num_return_sequences: int, *, cancel: threading.Event | None = None, **options: Any
+        self,
+        prompt: Prompt,
+        num_return_sequences: int,
+        options: GenerationOptions | None = None,
+        *,
+        cancel: threading.Event | None = None,
+        **keywords: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
         """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/several.py).
+        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/request.py).
 
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as
         `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
-        self._refuse_if_closed()
-        several = Several(self._intake, prompt, num_return_sequences, cancel, options, monotonic())
-        Stream(self._scheduler, several.row, several.first).drain()
-        return several.results()
+        chosen = merged(GenerationOptions, options, keywords)
+        check_count(num_return_sequences, chosen)
+        request = self._request(prompt, cancel, chosen, num_return_sequences)
+        Stream(self._scheduler, request).drain()
+        return request.best()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
@@ -159,18 +227,24 @@ class Session:
     def threshold(self) -> float:
         """The threshold with which a request of mode "free" without its own would begin now."""
         self._scheduler.process.check()
-        if self._intake.adaptive is not None:
-            return self._intake.adaptive.threshold
-        chosen = self.options.threshold
-        return self.manifest.threshold if chosen is None else float(chosen)
+        return self._thresholds.decide(None, "free").value
+
+    @property
+    def draft_lengths(self) -> DraftLengths:
+        """What requests of mode "lossless" have learned of drafts. Replace it, to measure as if they were the first."""
+        return self._builder.draft_lengths
+
+    @draft_lengths.setter
+    def draft_lengths(self, learned: DraftLengths) -> None:
+        self._builder.draft_lengths = learned
 
     def adaptive_state(self) -> dict[str, Any]:
         """The learned state of a session with threshold="adaptive", a dict for JSON: another session continues from it
         (SessionOptions.adaptive_state). Raises OptionError if the threshold is not adaptive."""
         self._scheduler.process.check()
-        if self._intake.adaptive is None:
+        if self._thresholds.adaptive is None:
             raise OptionError(f"threshold is {self.options.threshold!r}; only an 'adaptive' one has a state")
-        return self._intake.adaptive.state()
+        return self._thresholds.adaptive.state()
 
     @property
     def closed(self) -> bool:
@@ -190,7 +264,7 @@ class Session:
         self._scheduler.close()
         if drain:
             self._scheduler.drain()
-        self._intake.ending = True
+        self._scheduler.closing = True
         self._scheduler.release()
         self._placement.close(self._scheduler.drain)
 
@@ -202,34 +276,36 @@ class Session:
     ) -> None:
         self.close()
 
-    def _prompts(self, prompts: Sequence[Prompt], cancel: threading.Event | None, given: dict[str, Any]) -> PromptList:
-        options = GenerationOptions(**known(GenerationOptions, given))  # what is wrong for all is raised at once
+    def _request(
+        self, prompt: Prompt, cancel: threading.Event | None, options: GenerationOptions, count: int | None = None
+    ) -> Request:
         self._refuse_if_closed()
-        began = monotonic()
-        ask = partial(self._intake.row, given, cancel, began)
-        return PromptList(self._scheduler, ask, prompts, self.options.slots, deadline_of(options, began))
+        return self._builder.request(prompt, options, self._builder.caller(options, cancel), count)
+
+    def _prompts(
+        self, prompts: Sequence[Prompt], cancel: threading.Event | None, options: GenerationOptions
+    ) -> PromptList:
+        self._refuse_if_closed()
+        caller = self._builder.caller(options, cancel)
+
+        def ask(prompt: Prompt) -> Request:
+            return self._builder.request(prompt, options, caller)
+
+        return PromptList(self._scheduler, ask, prompts, self.options.slots, caller.until)
 
     def _refuse_if_closed(self) -> None:
         self._scheduler.process.check()
         if self._closed:
             raise OptionError("the session is closed; open a new one")
 
-    def _schedule(self, shallow: Runner, deep: Runner) -> Scheduler:
+    def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        decoders = [self._decoder(shallow, deep, slot) for slot in range(slots)]
+        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
         batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
         rules = rules_of(self._costs)._replace(packed=manifest.packed)
         return Scheduler(decoders, batches, cross, self.options.queue, rules)
-
-    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
-        return Decoder(shallow, deep, slot, *self._sizes)
-
-    @property
-    def _sizes(self) -> tuple[int, int, int]:
-        """What a decoder is made with besides its lanes and slot."""
-        return self.manifest.hidden_size, self.manifest.vocab_size, self.manifest.max_pending
 
 
 def _capacity(manifest: Manifest, asked: int | None) -> int:

@@ -24,6 +24,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "text": "",
         "machine": "bundle",
         "options": "machine text",
+        "keywords": "options text",
         "result": "options",
         "adaptation": "bundle",
         "engines": "kernels bundle machine options",
@@ -33,7 +34,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "decoding": "engines adaptation text result",
         "scheduling": "decoding engines adaptation bundle result",
         "requests": "scheduling decoding engines adaptation text machine bundle options result",
-        "session": "backends requests scheduling decoding engines adaptation text bundle machine options result",
+        "session": "backends requests scheduling decoding engines adaptation text bundle machine "
+        "options keywords result",
     },
     "freeexport": {
         "system": "",

@@ -16,7 +16,7 @@ from freeexport.commands.verb_options import RenamedOption, SectionedCommand, se
 from freeexport.system.answers import answer_file, fields_of
 from runtime import FreeExportError, GenerationResult, Session
 from runtime.options import Mode
-from runtime.requests.several import MOST_SEQUENCES
+from runtime.requests.request import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4

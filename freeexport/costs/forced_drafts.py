@@ -8,60 +8,44 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from freeexport.costs.forced_exits import drawn
 from runtime import Session
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLengths
-from runtime.decoding.decoder import Decoder, RunAhead
+from runtime.decoding.decisions import Decisions
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.prediction import Prediction
-from runtime.decoding.slot_call import Waits
-from runtime.engines.runner import Runner
 
 
-class Answer:
+class Answer(Decisions):
     """What mode full said to a prompt, for drafts to be taken from; None: the shallow decoder drafts. The draft of
-    place i is right where `right[i]`."""
+    place i is sure, and right where `right[i]`. The deep decoder says the answer, as with quantized weights it might
+    stray from it over several rows."""
 
     def __init__(self) -> None:
         self.tokens: Sequence[int] | None = None
         self.right: Sequence[bool] = [True]
+        self._prompt = 0
 
+    def begin(self, decoder: Decoder, prompt: int) -> None:
+        self._prompt = prompt
 
-class DraftDecoder(Decoder):
-    """A decoder whose shallow predictions are sure, and right where the answer says so. The deep decoder says the
-    answer, as with rounded weights it might stray from it over several rows. Everything runs."""
-
-    def __init__(self, answer: Answer, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._answer, self._prompt = answer, 0
-
-    def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
-        self._prompt = len(tokens)
-        return (yield from super().prefilling(tokens, head))
-
-    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
-        said = yield from super().stepping(token, head)
-        tokens, right = self._answer.tokens, self._answer.right
-        if tokens is None or not head:
+    def guess(self, decoder: Decoder, position: int, said: Prediction) -> Prediction:
+        if self.tokens is None:
             return said
         # Places are counted from the first token, which comes from the prompt's last row.
-        place = self.lengths()[0] - self._prompt
-        if place >= len(tokens):
+        place = position + 1 - self._prompt
+        if place >= len(self.tokens):
             return said._replace(confidence=0.0)
-        wrong = 0 if right[place % len(right)] else 1
-        return said._replace(token=(tokens[place] + wrong) % self.vocab_size, confidence=1.0)
+        wrong = 0 if self.right[place % len(self.right)] else 1
+        return said._replace(token=(self.tokens[place] + wrong) % decoder.vocab_size, confidence=1.0)
 
-    def syncing(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[list[Prediction]]:
-        said = yield from super().syncing(heads, drafts, ahead)
-        tokens = self._answer.tokens
+    def answers(self, decoder: Decoder, first: int, said: list[Prediction]) -> list[Prediction]:
+        tokens = self.tokens
         if tokens is None:
             return said
-        first = self.lengths()[1] - self._prompt - heads + 1
-        return [
-            one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in enumerate(said, first)
-        ]
+        places = enumerate(said, first + 1 - self._prompt)
+        return [one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in places]
 
 
 class ForcedDraftSession(Session):
@@ -69,7 +53,7 @@ class ForcedDraftSession(Session):
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self._answer = Answer()
-        super().__init__(bundle, **{**options, "overlap": False, "slots": 1})
+        super().__init__(bundle, decisions=self._answer, **{**options, "overlap": False, "slots": 1})
 
     @contextmanager
     def drafting(self, tokens: Sequence[int], rate: float) -> Iterator[None]:
@@ -84,16 +68,13 @@ class ForcedDraftSession(Session):
     @contextmanager
     def beginning(self) -> Iterator[None]:
         """Requests meanwhile are as the first of a session: nothing is known of drafts."""
-        learned, self._intake.paces = self._intake.paces, DraftLengths(CallCosts(self._intake.paces.costs.base))
+        learned, self.draft_lengths = self.draft_lengths, DraftLengths(CallCosts(self.draft_lengths.costs.base))
         try:
             yield
         finally:
-            self._intake.paces = learned
+            self.draft_lengths = learned
 
     @property
     def draft_costs(self) -> CallCosts:
         """What requests have learned of what drafts cost."""
-        return self._intake.paces.costs
-
-    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
-        return DraftDecoder(self._answer, shallow, deep, slot, *self._sizes)
+        return self.draft_lengths.costs

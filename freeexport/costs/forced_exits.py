@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 
 from runtime import Session
+from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.prediction import Prediction
-from runtime.decoding.slot_call import Waits
-from runtime.engines.runner import Runner
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 
@@ -54,35 +53,26 @@ def _recorded(path: Path) -> list[bool]:
     return exits
 
 
-class Script:
-    """Which tokens of the next requests exit; None: as the model says. `onward`: a request begins where the one before
-    it in its slot left off, so that many short ones have the rate of the trace."""
+class Script(Decisions):
+    """Shallow predictions are as sure as the trace says; None: as the model says. Sequences side by side do not exit in
+    step. `onward`: a request begins where the one before it in its slot left off, so that many short ones have the rate
+    of the trace."""
 
     def __init__(self, trace: Sequence[bool] | None, onward: bool) -> None:
         self.trace, self.onward = trace, onward
+        self._starts: dict[Decoder, int] = {}
+        self._rows: dict[Decoder, int] = {}
 
+    def begin(self, decoder: Decoder, prompt: int) -> None:
+        start = self._starts.setdefault(decoder, len(self._starts) * STRIDE)
+        self._rows[decoder] = self._rows.get(decoder, start) if self.onward else start
 
-class ReplayDecoder(Decoder):
-    """A decoder whose shallow predictions are as sure as the script says, from row `start` of it at each request, if it
-    does not go onward."""
-
-    def __init__(self, script: Script, start: int, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._script, self._start, self._row = script, start, start
-
-    def reset(self) -> None:
-        super().reset()
-        if not self._script.onward:
-            self._row = self._start
-
-    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
-        said = yield from super().stepping(token, head)
-        trace = self._script.trace
-        if trace is None or not head:
+    def guess(self, decoder: Decoder, position: int, said: Prediction) -> Prediction:
+        if self.trace is None:
             return said
-        exits = trace[self._row % len(trace)]
-        self._row += 1
-        return said._replace(confidence=float(exits))
+        row = self._rows[decoder]
+        self._rows[decoder] = row + 1
+        return said._replace(confidence=float(self.trace[row % len(self.trace)]))
 
 
 class ForcedExitSession(Session):
@@ -93,7 +83,7 @@ class ForcedExitSession(Session):
         self, bundle: Path | str, trace: Sequence[bool] | None = None, onward: bool = False, **options: Any
     ) -> None:
         self._script = Script(trace, onward)
-        super().__init__(bundle, **{**options, "overlap": False})
+        super().__init__(bundle, decisions=self._script, **{**options, "overlap": False})
         # It is there to be measured.
         self.settle()
 
@@ -108,7 +98,3 @@ class ForcedExitSession(Session):
             yield
         finally:
             self._script.trace = before
-
-    def _decoder(self, shallow: Runner, deep: Runner, slot: int) -> Decoder:
-        # Sequences side by side must not exit in step.
-        return ReplayDecoder(self._script, slot * STRIDE, shallow, deep, slot, *self._sizes)

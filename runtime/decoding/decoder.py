@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.decoding.decisions import Decisions
 from runtime.decoding.prediction import NOTHING, Prediction
 from runtime.decoding.slot import Slot
-from runtime.decoding.slot_call import SlotCall, Waits, finish
+from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
 from runtime.engines.runner import Event, Runner
 from runtime.result import Stats
 
@@ -44,11 +45,20 @@ class Decoder:
     the background count as stacked. `hidden_size` is d, `vocab_size` V, `max_pending` the rows of the stack.
     `company`: sequences in the last shallow call, this one included. `want_logits` makes predictions carry logits.
 
-    `prefilling`, `stepping` and `syncing` are coroutines that yield the engine calls they need, so that those of
-    several sequences can be run as one; `prefill`, `step` and `sync` run them at once."""
+    `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
+    be run as one; `guess` and `answers` are what these said. `prefill`, `step` and `sync` run them at once.
+    `decisions`: see there.
+    """
 
     def __init__(
-        self, shallow: Runner, deep: Runner, slot: int, hidden_size: int, vocab_size: int, max_pending: int
+        self,
+        shallow: Runner,
+        deep: Runner,
+        slot: int,
+        hidden_size: int,
+        vocab_size: int,
+        max_pending: int,
+        decisions: Decisions | None = None,
     ) -> None:
         self.stats = Stats()
         self.stacked = 0
@@ -56,8 +66,13 @@ class Decoder:
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
+        self._decisions = decisions
+        self._step: SlotCall | None = None  # that was asked for last; None where it was run ahead
+        self._head = False
+        self._asked = 0, 0  # heads and drafts of the last sync pass
         self._ahead: deque[_Ahead] = deque()
         self._started = 0
+        self._pass: SlotCall | None = None  # that was asked for last, where it does not run beside
         self._background: _Pass | None = None
 
     @property
@@ -100,6 +115,11 @@ class Decoder:
         self._calls.exchange(other._calls)
 
     @property
+    def overlaps(self) -> bool:
+        """Whether deep passes run beside shallow steps."""
+        return self._deep.beside
+
+    @property
     def in_background(self) -> bool:
         """Whether a deep pass may be running beside."""
         return self._background is not None
@@ -110,7 +130,9 @@ class Decoder:
 
     def step(self, token: int, head: bool) -> Prediction:
         """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
-        return finish(self.stepping(token, head))
+        for call in self.stepping(token, head):
+            call.run()
+        return self.guess()
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
         """Deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
@@ -118,7 +140,10 @@ class Decoder:
         `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep lane
         runs beside, the shallow one runs `ahead` meanwhile; `step` takes from that what fits.
         """
-        return finish(self.syncing(heads, drafts, ahead))
+        for waits in self.syncing(heads, drafts, ahead):
+            if isinstance(waits, SlotCall):
+                waits.run()
+        return self.answers()
 
     def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
         """See `prefill`. Between pieces others have a turn."""
@@ -130,41 +155,69 @@ class Decoder:
             last = start + piece.shape[1] == len(tokens)
             self._prefill_piece(piece, head and last, last)
             self.stats.prefill_seconds += perf_counter() - began
-        return self._calls.answer(0)._replace(confidence=self._calls.guess(head).confidence)
+        if self._decisions is not None:
+            self._decisions.begin(self, len(tokens))
+        return self._calls.answer(0)._replace(confidence=self._calls.confidence[0] if head else None)
 
-    def stepping(self, token: int, head: bool) -> Waits[Prediction]:
-        """See `step`."""
+    def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
+        """What the step of `step` needs: nothing where it was run ahead. `guess` says what came of it."""
+        self._head = head
+        if self._ahead:
+            if self._ahead[0].token == token:
+                self._step = None
+                return ()
+            self._drop_ahead()
         calls = self._calls
-        if self._ahead and self._ahead[0].token == token:
+        calls.token[0] = token
+        self._step = call = calls.steps.get(head) or calls.step(head)
+        return (call,)
+
+    def guess(self) -> Prediction:
+        """Count the step that ran, onto the stack: what it said."""
+        calls, call = self._calls, self._step
+        if call is None:
             _, said, hidden = self._ahead.popleft()
-            said = said if head else NOTHING
+            if not self._head:
+                said = NOTHING
         else:
-            if self._ahead:
-                self._drop_ahead()
-            work = calls.step(token, head)
-            yield work
-            self._step_done(work)
-            said, hidden = calls.guess(head), calls.hidden
-        calls.stack[self.stacked] = hidden
+            self.stats.shallow_seconds += call.seconds
+            self.company = call.company
+            self._shallow.cache.extend(calls.slot, 1)
+            said, hidden = self._said() if self._head else NOTHING, calls.newest
+        calls.rows[self.stacked][:] = hidden
         self.stacked += 1
         return said
 
-    def syncing(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[list[Prediction]]:
-        """See `sync`."""
+    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
+        """What the pass of `sync` needs. `answers` says what came of it."""
+        self._asked = heads, len(drafts)
+        if self._deep.beside:
+            return self._syncing_beside(heads, drafts, ahead)
+        self._pass = call = self._deep_work(heads, drafts)
+        return (call,)
+
+    def answers(self) -> list[Prediction]:
+        """Count the sync pass that ran, and empty the stack: what it said."""
+        call = self._pass
+        if call is not None:
+            self._pass = None
+            self._deep_done(call.rows, call.seconds)
+        self.stacked = self._started = 0
+        heads, drafted = self._asked
+        said = [self._calls.answer(row, row < drafted) for row in range(heads)]
+        if self._decisions is not None:
+            first = self._deep.cache.lengths.item(self.slot) - heads
+            said = self._decisions.answers(self, first, said)
+        return said
+
+    def _syncing_beside(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[None]:
         if self._background is not None:
             yield from self._finish_background()
         work = self._deep_work(heads, drafts)
-        if self._deep.beside:
-            self._background = _Pass(work.submit(), work.rows)
-            if ahead is not None:
-                self._run_ahead(self._background.event, ahead)
-            yield from self._finish_background()
-        else:
-            yield work
-            self._deep_done(work.rows, work.seconds)
-        self.stacked = self._started = 0
-        answer, drafted = self._calls.answer, len(drafts)
-        return [answer(row, row < drafted) for row in range(heads)]
+        self._background = _Pass(work.submit(), work.rows)
+        if ahead is not None:
+            self._run_ahead(self._background.event, ahead)
+        yield from self._finish_background()
 
     def start_sync(self, least: int) -> None:
         """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
@@ -185,10 +238,13 @@ class Decoder:
         """Valid positions of the shallow and of the deep cache."""
         return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
 
-    def _step_done(self, work: SlotCall) -> None:
-        self.stats.shallow_seconds += work.seconds
-        self.company = work.company
-        self._shallow.cache.extend(self._calls.slot, 1)
+    def _said(self) -> Prediction:
+        """By the step that ran, which is counted."""
+        calls = self._calls
+        said = Prediction(calls.said[0], calls.confidence[0], None, calls.logits)
+        if self._decisions is not None:
+            said = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, said)
+        return said
 
     def _deep_work(self, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on the stacked rows that it has not seen."""
@@ -220,10 +276,12 @@ class Decoder:
             token = ahead(said, tokens)
             if token is None:
                 return
-            work = self._calls.step(token, head=True)
+            self._calls.token[0] = token
+            work = self._calls.step(head=True)
             work.run()
-            self._step_done(work)
-            said = self._calls.guess(head=True)
+            self.stats.shallow_seconds += work.seconds
+            self._shallow.cache.extend(self.slot, 1)
+            said = self._said()
             # The buffers are overwritten by the next step.
             logits = None if said.logits is None else said.logits.copy()
             self._ahead.append(_Ahead(token, said._replace(logits=logits), self._calls.hidden.copy()))

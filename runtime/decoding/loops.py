@@ -1,133 +1,137 @@
 """The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
 
-Each is endless: the caller stops. `first` is what the prompt's last row says. They are coroutines
-(runtime/decoding/slot_call.py): between steps they yield the engine calls that they wait for.
+`first` is what the prompt's last row says. Each makes tokens final in `response` until that is finished. They are
+coroutines (runtime/decoding/slot_call.py): between steps they yield the engine calls that they wait for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
+from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.draft_length import DraftLength, DraftOutcome
 from runtime.decoding.decoder import Decoder, RunAhead
-from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import Waiting, Waits
-from runtime.result import Stats
+from runtime.result import Stats, Token
 
-Loop = Generator[Step | Waiting, None, None]
-
-# Called after each sync pass with the shallow confidence and whether both decoders' arg max agree, of every row.
-Observe = Callable[[Sequence[tuple[float, bool]]], None]
-# Called at the end with the confidences of what is left on the stack, and whether no call is under way, so that a pass
-# over it can be run. True asks for that pass, to be observed.
-Leave = Callable[[Sequence[float], bool], bool]
+Loop = Generator[Token | Waiting, None, None]
 
 
-def full(decoder: Decoder, first: Prediction, output: OutputTokens) -> Loop:
+def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
-    yield output.add(output.choose(first), False, None, first)
-    while True:
-        yield from decoder.stepping(output.newest, head=False)
-        (said,) = yield from decoder.syncing(1, (), None)
-        yield output.add(output.choose(said), False, None, said)
+    yield response.add(response.choose(first), False, None, first)
+    while not response.finished:
+        said = yield from _deep_token(decoder, response)
+        yield response.add(response.choose(said), False, None, said)
 
 
 def free(
     decoder: Decoder,
     first: Prediction,
-    output: OutputTokens,
+    response: Response,
     threshold: float,
     max_pending: int,
     sync_every: int = 0,
-    observe: Observe | None = None,
-    leave: Leave | None = None,
+    labels: RequestLabels | None = None,
 ) -> Loop:
     """FREE: tokens surer than `threshold` exit and wait on the stack; the others run the deep decoder over all that
     wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on in the
-    background; 0 is never, and `observe` needs 0. `leave` is asked where the caller closes the generator."""
-    yield output.add(output.choose(first), False, first.confidence, first)
-    guesses: list[Prediction] = []
-    at_rest = False
+    background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
+    yield response.add(response.choose(first), False, first.confidence, first)
+    sync_every = sync_every if decoder.overlaps else 0
+    rows: list[Prediction] = []  # of the stack, where they are to be labelled
+    at_rest = True
     try:
-        while True:
+        while not response.finished:
+            if sync_every:
+                decoder.start_sync(sync_every)
             at_rest = False
-            guess = yield from decoder.stepping(output.newest, head=True)
-            guesses.append(guess)
-            token = output.choose(guess)
-            if _sure(guess, threshold) and decoder.stacked < max_pending:
+            yield from decoder.stepping(response.newest, head=True)
+            guess = decoder.guess()
+            token = response.choose(guess)
+            sure = (guess.confidence or 0.0) > threshold
+            if labels is not None:
+                rows.append(guess)
+            if sure and decoder.stacked < max_pending:
                 decoder.stats.exits += 1
                 at_rest = True
-                yield output.add(token, True, guess.confidence, guess)
-                if sync_every:
-                    decoder.start_sync(sync_every)
+                yield response.add(token, True, guess.confidence, guess)
                 continue
-            decoder.stats.forced += _sure(guess, threshold)
-            heads, ahead = 1 if observe is None else len(guesses), _run_ahead(output, threshold, [], token)
-            said = yield from decoder.syncing(heads, (), ahead)
-            if observe is not None:
-                observe(_labels(guesses, said))
-            guesses.clear()
-            yield output.add(output.choose(said[-1]), False, guess.confidence, said[-1])
-    except GeneratorExit:
-        left = [guess.confidence or 0.0 for guess in guesses]
-        if leave is not None and leave(left, at_rest) and observe is not None:
-            observe(_labels(guesses, decoder.sync(len(guesses))))
-        raise
+            decoder.stats.forced += sure
+            yield from decoder.syncing(len(rows) or 1, (), _run_ahead(decoder, response, threshold, [], token))
+            said = decoder.answers()
+            if labels is not None:
+                labels.label(_labels(rows, said))
+                rows.clear()
+            yield response.add(response.choose(said[-1]), False, guess.confidence, said[-1])
+    finally:
+        # What is left on the stack, which one pass more may tell of where no call is under way.
+        if labels is not None and labels.leave([guess.confidence or 0.0 for guess in rows], at_rest):
+            labels.label(_labels(rows, decoder.sync(len(rows))))
 
 
 def _labels(guesses: Sequence[Prediction], said: Sequence[Prediction]) -> list[tuple[float, bool]]:
     return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, said, strict=True)]
 
 
-def shallow(decoder: Decoder, first: Prediction, output: OutputTokens) -> Loop:
+def shallow(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     """Static exiting: after the first token, which is the deep decoder's, the shallow decoder goes on alone."""
-    yield output.add(output.choose(first), False, first.confidence, first)
-    while True:
-        guess = yield from decoder.stepping(output.newest, head=True)
+    yield response.add(response.choose(first), False, first.confidence, first)
+    while not response.finished:
+        yield from decoder.stepping(response.newest, head=True)
+        guess = decoder.guess()
         decoder.drop_stack()
         decoder.stats.exits += 1
-        yield output.add(output.choose(guess), True, guess.confidence, guess)
+        yield response.add(response.choose(guess), True, guess.confidence, guess)
 
 
 def rollback(
-    decoder: Decoder, first: Prediction, output: OutputTokens, threshold: float, max_pending: int, limit: float
+    decoder: Decoder, first: Prediction, response: Response, threshold: float, max_pending: int, limit: float
 ) -> Loop:
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
-    yield output.add(output.choose(first), False, first.confidence, first)
-    while True:
-        draft = yield from _draft(decoder, output, threshold, max_pending - 1, head=True)
-        said = yield from _verify(decoder, output, threshold, draft)
+    yield response.add(response.choose(first), False, first.confidence, first)
+    while not response.finished:
+        draft = yield from _draft(decoder, response, threshold, max_pending - 1, head=True)
+        said = yield from _verify(decoder, response, threshold, draft)
         tokens = draft.tokens
         kept = next((row for row in range(len(tokens)) if (said[row].nll or 0.0) > limit), len(tokens))
-        correction = output.choose(said[kept], tokens[:kept]) if kept < len(said) else None
-        yield from _settle(decoder, output, draft, said, kept, correction)
+        correction = response.choose(said[kept], tokens[:kept]) if kept < len(said) else None
+        yield from _settle(decoder, response, draft, said, kept, correction)
 
 
 def lossless(
-    decoder: Decoder, first: Prediction, output: OutputTokens, threshold: float, max_pending: int, pace: DraftLength
+    decoder: Decoder, first: Prediction, response: Response, threshold: float, max_pending: int, pace: DraftLength
 ) -> Loop:
     """The tokens of `full`: exited tokens are drafts, kept as far as the deep decoder chooses the same."""
-    yield output.add(output.choose(first), False, first.confidence, first)
-    while True:
+    yield response.add(response.choose(first), False, first.confidence, first)
+    while not response.finished:
         now = pace.among(decoder.company)
         most, probe = now.plan(max_pending - 1)
         before = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
         if most == 0 and not probe:
-            yield from decoder.stepping(output.newest, head=False)
-            (plain,) = yield from decoder.syncing(1, (), None)
+            plain = yield from _deep_token(decoder, response)
             now.observe_plain(*_since(before, decoder.stats))
-            yield output.add(output.choose(plain), False, None, plain)
+            yield response.add(response.choose(plain), False, None, plain)
             continue
-        draft = yield from _draft(decoder, output, threshold, most, head=probe)
-        said = yield from _verify(decoder, output, threshold, draft)
-        kept, correction = _agreement(output, draft.tokens, said)
+        draft = yield from _draft(decoder, response, threshold, most, head=probe)
+        said = yield from _verify(decoder, response, threshold, draft)
+        kept, correction = _agreement(response, draft.tokens, said)
         tokens = kept + (correction is not None)
         now.observe_costs(draft.asked, len(said), *_since(before, decoder.stats), tokens)
         now.observe_drafts(_verdicts(draft, threshold, kept, correction))
-        yield from _settle(decoder, output, draft, said, kept, correction)
+        yield from _settle(decoder, response, draft, said, kept, correction)
+
+
+def _deep_token(decoder: Decoder, response: Response) -> Waits[Prediction]:
+    """Both decoders on the newest token, the shallow head not asked: what the deep one says."""
+    yield from decoder.stepping(response.newest, head=False)
+    decoder.guess()
+    yield from decoder.syncing(heads=1)
+    return decoder.answers()[0]
 
 
 def _since(before: tuple[float, float], stats: Stats) -> tuple[float, float]:
@@ -149,56 +153,61 @@ class Draft(NamedTuple):
         return sum(guess.confidence is not None for guess in self.guesses)
 
 
-def _draft(decoder: Decoder, output: OutputTokens, threshold: float, most: int, head: bool) -> Waits[Draft]:
+def _draft(decoder: Decoder, response: Response, threshold: float, most: int, head: bool) -> Waits[Draft]:
     """Until a token is not sure, `most` are drafted, or one would end the request. `head`: ask the shallow head also at
     the row after the `most`-th."""
     tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        guess = yield from decoder.stepping(tokens[-1] if tokens else output.newest, head or len(tokens) < most)
+        token = tokens[-1] if tokens else response.newest
+        yield from decoder.stepping(token, head or len(tokens) < most)
+        guess = decoder.guess()
         guesses.append(guess)
-        following = None if guess.confidence is None else output.choose(guess, tokens)
+        following = None if guess.confidence is None else response.choose(guess, tokens)
         if following is None or not _sure(guess, threshold) or len(tokens) == most:
             decoder.stats.forced += _sure(guess, threshold)
             return Draft(tokens, guesses, following)
         tokens.append(following)
-        if output.ends(tokens):
+        if response.ends(tokens):
             return Draft(tokens, guesses, None)
 
 
-def _verify(decoder: Decoder, output: OutputTokens, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
+def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
     """What the deep decoder says at every row of a draft."""
-    ahead = _run_ahead(output, threshold, draft.tokens, draft.following)
-    return (yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead))
+    ahead = _run_ahead(decoder, response, threshold, draft.tokens, draft.following)
+    yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead)
+    return decoder.answers()
 
 
-def _run_ahead(output: OutputTokens, threshold: float, drafts: list[int], following: int | None) -> RunAhead | None:
+def _run_ahead(
+    decoder: Decoder, response: Response, threshold: float, drafts: list[int], following: int | None
+) -> RunAhead | None:
     """Take the shallow decoder's own prediction for the next token, and go on as long as it is sure."""
-    if following is None:
+    if following is None or not decoder.overlaps:
         return None
 
     def ahead(said: Prediction | None, tokens: Sequence[int]) -> int | None:
         if said is not None and not _sure(said, threshold):
             return None
         path = [*drafts, *tokens]
-        token = following if said is None else output.choose(said, path)
-        return None if output.ends([*path, token]) else token
+        token = following if said is None else response.choose(said, path)
+        return None if response.ends([*path, token]) else token
 
     return ahead
 
 
-def _agreement(output: OutputTokens, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
+def _agreement(response: Response, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
     """How many drafts the deep decoder chooses too, and what it chooses after them, if it was asked."""
     for row, prediction in enumerate(said):
-        token = output.choose(prediction, drafts[:row])
+        token = response.choose(prediction, drafts[:row])
         if row == len(drafts) or token != drafts[row]:
             return row, token
     return len(drafts), None
 
 
 def _settle(
-    decoder: Decoder, output: OutputTokens, draft: Draft, said: list[Prediction], kept: int, correction: int | None
-) -> Iterator[Step]:
+    decoder: Decoder, response: Response, draft: Draft, said: list[Prediction], kept: int, correction: int | None
+) -> Iterator[Token]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
     decoder.stats.rejected += len(draft.tokens) - kept
@@ -206,10 +215,12 @@ def _settle(
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
+        if response.finished:
+            return
         decoder.stats.exits += 1
-        yield output.add(draft.tokens[row], True, draft.guesses[row].confidence, said[row])
-    if correction is not None:
-        yield output.add(correction, False, draft.guesses[kept].confidence, said[kept])
+        yield response.add(draft.tokens[row], True, draft.guesses[row].confidence, said[row])
+    if correction is not None and not response.finished:
+        yield response.add(correction, False, draft.guesses[kept].confidence, said[kept])
 
 
 def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[DraftOutcome]:

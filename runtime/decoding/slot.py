@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.prediction import Prediction
 from runtime.decoding.slot_call import SlotCall
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
@@ -16,8 +16,9 @@ from runtime.engines.runner import Runner
 class Slot:
     """`hidden_size` is d, `vocab_size` V, `max_pending` the most rows of a deep pass.
 
-    `stack` float32 [max_pending, d] is what deep passes read; `hidden` float32 [d] what the last step gave. `cross` is
-    what cross-attention reads.
+    `stack` float32 [max_pending, d] is what deep passes read. `token` int64 [1] is what a step reads, `hidden` float32
+    [d], `said` int64 [1] and `confidence` float32 [1] what it gave. Those, and `newest` and `rows`, which are `hidden`
+    and the rows of `stack`, are plain memory: numpy takes long for little. `cross` is what cross-attention reads.
     """
 
     def __init__(
@@ -29,18 +30,22 @@ class Slot:
         self.cross: dict[str, np.ndarray] = {}
         self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
         self.stack = shallow.zeros((max_pending, hidden_size), np.float32)
+        self.rows = [_memory(self.stack[row]) for row in range(max_pending)]
         self._rows = shallow.zeros((max_pending, hidden_size), np.float32)
         self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
         self.hidden = self._hidden[0, 0]
+        self.newest = _memory(self.hidden)
         self._token = np.zeros((1, 1), np.int64)
-        self._guess, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self._said, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self.token, self.said, self.confidence = self._token[0].data, self._said.data, self._confidence.data
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
+        self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
-        self._steps: dict[bool, SlotCall] = {}
+        self.steps: dict[bool, SlotCall] = {}  # by whether they ask the head
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
@@ -48,7 +53,7 @@ class Slot:
         self.cross = cross
         for lane in (self._shallow, self._deep):
             self._read[lane] = self._cross_of(lane)
-        for work in (*self._steps.values(), *self._passes.values()):
+        for work in (*self.steps.values(), *self._passes.values()):
             work.attend(self._read[work.lane])
 
     def want_logits(self, wanted: bool) -> None:
@@ -57,30 +62,24 @@ class Slot:
             return
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
-        self._forget()
+        self.logits = self._logits[self._shallow][0] if wanted else None
+        self.steps.clear()
+        self._passes.clear()
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
         for calls in (self, other):
-            for work in (*calls._steps.values(), *calls._passes.values()):
+            for work in (*calls.steps.values(), *calls._passes.values()):
                 work.forget()
 
-    def step(self, token: int, head: bool) -> SlotCall:
-        """The shallow decoder on one token."""
-        work = self._steps.get(head)
+    def step(self, head: bool) -> SlotCall:
+        """The shallow decoder on `token`."""
+        work = self.steps.get(head)
         if work is None:
-            work = self._steps[head] = self.piece(self._token, self._hidden, head)
-        self._token[0, 0] = token
+            work = self.steps[head] = self.piece(self._token, self._hidden, head)
         return work
-
-    def guess(self, head: bool) -> Prediction:
-        """What the last step said."""
-        if not head:
-            return NOTHING
-        logits = self._logits[self._shallow][0] if self._logits else None
-        return Prediction(self._guess.item(0), self._confidence.item(0), None, logits)
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
@@ -103,7 +102,7 @@ class Slot:
     def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
         count = int(head)
-        outputs = {"hidden": hidden, "token": self._guess[:count], "confidence": self._confidence[:count]}
+        outputs = {"hidden": hidden, "token": self._said[:count], "confidence": self._confidence[:count]}
         return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
 
     def deep_piece(self, hidden: np.ndarray, heads: int) -> SlotCall:
@@ -138,6 +137,7 @@ class Slot:
         read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
         return {name: lane.value(array) for name, array in read.items()}
 
-    def _forget(self) -> None:
-        self._steps.clear()
-        self._passes.clear()
+
+def _memory(array: Any) -> Any:
+    """The memory of an array of the host."""
+    return array.data if isinstance(array, np.ndarray) else array

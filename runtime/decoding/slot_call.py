@@ -48,7 +48,9 @@ class SlotCall:
 
     def run(self) -> None:
         """Run it by itself, to its end."""
-        self.seconds, self.company = self.lane.run(self._bound()), 1
+        call = self._call or self._bound()
+        self._used = True
+        self.seconds, self.company = self.lane.run(call), 1
 
     def _bound(self) -> Call:
         if self._call is None:

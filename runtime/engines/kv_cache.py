@@ -33,6 +33,7 @@ class KVCache:
         self.rows, self._zeros, self._fixed = rows, zeros, fixed
         self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
         self.lengths = np.zeros(slots, np.int32)
+        self._counts = self.lengths.data  # the same, for single numbers
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
         self.arrays = {
             f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS
@@ -45,10 +46,10 @@ class KVCache:
 
     def extend(self, slot: int, count: int) -> None:
         """Count the rows that an engine has just written. CapacityError where they are more than there is room for."""
-        length = int(self.lengths[slot]) + count
+        length = self._counts[slot] + count
         if length > self.rows:
             raise CapacityError(f"a sequence of {length} positions does not fit a KV cache of {self.rows} rows")
-        self.lengths[slot] = length
+        self._counts[slot] = length
 
     def trim(self, slot: int, length: int) -> None:
         """Forget all but the first `length` rows: the only way back."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 from runtime.requests.prompt_list import PromptList
 from runtime.result import GenerationResult
-from runtime.scheduling.ending import patience
+from runtime.scheduling.patience import patience
 from runtime.scheduling.scheduler import Scheduler
 
 

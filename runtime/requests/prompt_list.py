@@ -9,15 +9,16 @@ from numbers import Integral
 from time import monotonic
 from typing import Any, TypeGuard
 
+from runtime.decoding.response import Response
 from runtime.errors import BatchError, interrupted
-from runtime.requests.response import Response
+from runtime.requests.request import Request
 from runtime.result import GenerationResult, Stats
 from runtime.scheduling.scheduler import Scheduler
 from runtime.scheduling.task import Task
 from runtime.text.prompt import Prompt
 
 # Makes a request of a prompt, or raises what is wrong with it.
-Ask = Callable[[Prompt], tuple[Task, Response]]
+Ask = Callable[[Prompt], Request]
 
 
 def is_list_of_prompts(prompt: Any) -> TypeGuard[Sequence[Prompt]]:
@@ -94,7 +95,7 @@ class PromptList:
                 self._finish(number, _late())
                 continue
             try:
-                row, reply = self._ask(prompt)
+                request = self._ask(prompt)
             except Exception as error:  # this prompt's alone
                 self._finish(number, error)
                 continue
@@ -102,6 +103,7 @@ class PromptList:
                 self._finish(number, interrupted(error))
                 interruption = error
                 continue
+            row, reply = request.task(), request.responses[0]
             row.told = partial(self._told, number, row, reply)
             row.abandoned = self._abandoned
             self._under_way[number] = row, reply

@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
-from runtime.requests.response import Response
+from runtime.requests.request import Request
 from runtime.result import GenerationResult, Token
-from runtime.scheduling.ending import patience
+from runtime.scheduling.patience import patience
 from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Task
 
 if TYPE_CHECKING:
     from runtime.requests.asyncio_bridge import News
@@ -19,8 +18,9 @@ if TYPE_CHECKING:
 class _Request:
     """A request that has a place among the others from the start. Raises as Scheduler.join does."""
 
-    def __init__(self, scheduler: Scheduler, row: Task, reply: Response) -> None:
-        self._scheduler, self._row, self._reply = scheduler, row, reply
+    def __init__(self, scheduler: Scheduler, request: Request) -> None:
+        self._scheduler, self._reply = scheduler, request.responses[0]
+        self._row = row = request.task()
         self._given = 0
         self._rest: deque[Token] | None = None  # what is left to read, where it was left
         scheduler.join(row)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 from runtime.errors import OptionError
-from runtime.scheduling.ending import patience
+from runtime.scheduling.patience import patience
 
 REENTRY = "a callback of a request asked its own session, which waits for the callback; open another session"
 
@@ -56,7 +56,9 @@ class Leader:
         """None where this thread is the driver now; else, and where it never `drives`, what it is to sleep on."""
         with self._lock:
             if self._driver is None and drives:
-                self._driver, self._began = threading.get_ident(), time.perf_counter()
+                # In this order: another thread may ask for the time.
+                self._began = time.perf_counter()
+                self._driver = threading.get_ident()
                 return None
             if self.here:
                 raise OptionError(REENTRY)
@@ -88,7 +90,9 @@ class Leader:
         """Let another drive: one that still waits, as one that has what it waited for would go without driving. `own`:
         the session's thread, where it is among them."""
         with self._lock:
-            self._seconds, self._driver = self.clock(), None
+            seconds = self.clock()
+            self._driver = None
+            self._seconds = seconds
             self._pass_on(own)
 
     def relay(self) -> None:
@@ -96,6 +100,13 @@ class Leader:
         with self._lock:
             if self._driver is None:
                 self._pass_on(own=False)
+
+    def leave_to_own(self) -> None:
+        """Where nobody drives, let the session's thread, if it waits: for one that was to drive and must not any
+        more."""
+        with self._lock:
+            if self._driver is None and any(follower.own for follower in self.followers):
+                self._pass_on(own=True)
 
     def wake(self) -> None:
         """Those who need not wait any more."""

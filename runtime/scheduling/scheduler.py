@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import SlotCall
+from runtime.decoding.slot_call import SlotCall, Waiting
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Event, Runner
 from runtime.errors import OptionError, QueueFullError, interrupted
@@ -33,7 +33,8 @@ WAIT = 0.005
 
 
 class Scheduler:
-    """Thread-safe, in the process that made it: others get OptionError. `decoders`: one for each slot; `batches` for
+    """Thread-safe, in the process that made it: others get OptionError. Setting `closing` ends requests after their
+    next token. `decoders`: one for each slot; `batches` for
     each lane that runs calls of several; at most `queue` requests wait for a slot."""
 
     def __init__(
@@ -50,7 +51,7 @@ class Scheduler:
         self._waiting: deque[Task] = deque()
         self._borrowed = self._turns = 0
         self._aside = 0  # requests of which a step may take long
-        self._closed = False
+        self._closed = self.closing = False
         self._lock = threading.Lock()
         self._wheel = Leader(self._lock)
         self._thread: ThreadPoolExecutor | None = None
@@ -155,7 +156,9 @@ class Scheduler:
                 self._drive(awaited, whole, own)
                 continue
             with self._wheel.followed(follower):
-                if not (drives or self._attended):
+                if not drives and self._attended:
+                    self._wheel.leave_to_own()
+                elif not drives:
                     self.attend(awaited, whole)
                 woken = self._wheel.sleep(follower, until)
             if not woken:
@@ -182,7 +185,7 @@ class Scheduler:
                 swept = self._sweep()
                 if awaited.ready(whole) or (self._aside and not own):
                     return
-                self._turn(swept)
+                self._turn(swept, awaited, whole)
         finally:
             self._wheel.leave(own=self._aside > 0)
 
@@ -207,7 +210,7 @@ class Scheduler:
                     continue
                 row.begin(self._free.pop(0))
                 begun.append(row)
-            left += [row for row in self._waiting if row.abandoned or row.cancelled()]
+            left += [row for row in self._waiting if row.abandoned or row.caller.gone()]
             for row in left:
                 if row in self._waiting:
                     self._waiting.remove(row)
@@ -218,11 +221,11 @@ class Scheduler:
                 ends.callback(row.end)
         return bool(begun or left)
 
-    def _turn(self, moved: bool) -> None:
-        self._turns += 1
-        if len(self._rows) == 1 and isinstance(work := self._rows[0].waits, SlotCall):
-            self._step_alone(self._rows[0], work)
+    def _turn(self, moved: bool, awaited: Awaited, whole: bool) -> None:
+        if len(self._rows) == 1 and isinstance(call := self._rows[0].waits, SlotCall):
+            self._run_alone(self._rows[0], call, awaited, whole)
         else:
+            self._turns += 1
             moved = self._resume() or moved
             moved = self._run_calls() or moved
             if not moved:
@@ -230,14 +233,21 @@ class Scheduler:
         if self._wheel.followers:
             self._wheel.wake()
 
-    def _step_alone(self, row: Task, work: SlotCall) -> None:
-        """What `_run_calls` does, where there is nothing to choose: most often, so it must cost little."""
-        try:
-            work.run()
-        except Exception as error:
-            self._advance(row, error)
-        else:
-            self._advance(row)
+    def _run_alone(self, task: Task, call: Waiting, awaited: Awaited, whole: bool) -> None:
+        """Turns of the only task, while nothing else is to be done. Most turns are these. What they touch has left the
+        processor's cache during the engine call, so each function and array here counts."""
+        while isinstance(call, SlotCall):
+            self._turns += 1
+            try:
+                call.run()
+            except Exception as error:
+                self._advance(task, error)
+            else:
+                self._advance(task)
+            call = task.waits
+            late = task.until != math.inf and task.until <= time.monotonic()
+            if self._waiting or self._wheel.followers or task.abandoned or late or awaited.ready(whole):
+                return
 
     def _resume(self) -> bool:
         """Go on with rows whose event has happened, and with one that waits for its turn alone: the next piece of a
@@ -250,7 +260,7 @@ class Scheduler:
             # To the end of the line.
             self._rows.remove(row)
             self._rows.append(row)
-            if row.begun and row.cancelled():
+            if row.begun and row.caller.gone():
                 self._end(row)
             else:
                 self._advance(row)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Generator
 
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.response import NOBODY, Caller
 from runtime.decoding.slot_call import Waiting
 from runtime.result import Token
 
@@ -15,21 +15,14 @@ Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
 
 
 class Task:
-    """`cancelled` is asked while it waits for a slot and between pieces of its prompt. `told` is called, by whichever
-    thread drives, after tokens came and at the end. Setting `abandoned` makes it leave at the next turn, and so does
-    the time `until` of the monotonic clock. `aside`: a step of it may take long, as where it
-    runs code of its caller's: only the scheduler's own thread drives it."""
+    """Its `caller` may end it while it waits for a slot and between pieces of its prompt; at its deadline `until` it
+    leaves at the next turn, and so it does once `abandoned` is set. `told`, where it is set, is called, by whichever
+    thread drives, after tokens came and at the end. `aside`: a step of it may take long, as where it runs code of its
+    caller's: only the scheduler's own thread drives it."""
 
-    def __init__(
-        self,
-        run: Run,
-        cancelled: Callable[[], bool],
-        told: Callable[[], None] | None = None,
-        until: float = math.inf,
-        aside: bool = False,
-    ) -> None:
-        self._run, self.cancelled, self.told = run, cancelled, told
-        self.until, self.aside = until, aside
+    def __init__(self, run: Run, caller: Caller = NOBODY, aside: bool = False) -> None:
+        self._run, self.caller, self.until, self.aside = run, caller, caller.until, aside
+        self.told: Callable[[], None] | None = None
         self.tokens: deque[Token] = deque()
         self.abandoned, self.ended = False, False
         self.error: BaseException | None = None

@@ -50,7 +50,9 @@ class Detokenizer:
             return ""
         settled = self._decoding.push(token_id)
         if not self._stop:
-            return self._give(settled)
+            if settled:
+                self._pieces.append(settled)
+            return settled
         self._held += settled
         draft = self._decoding.draft()
         return self._release(draft, final=False) if settled or draft else ""
@@ -161,14 +163,18 @@ class _ByteLevel:
     """Tokens are bytes in disguise: all that can be open is one UTF-8 character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self._texts = tokenizer, tokenizer.known_texts
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open = False
 
     def push(self, token_id: int) -> str:
-        content = self._tokenizer.known_bytes.get(token_id)
-        if content is None:
-            content = self._tokenizer.known_bytes[token_id] = self._bytes_of(token_id)
-        return self._utf8.decode(content)
+        if not self._open and token_id in self._texts:
+            return self._texts[token_id]
+        text = self._utf8.decode(self._bytes_of(token_id))
+        begun, self._open = self._open, bool(self._utf8.getstate()[0])
+        if not begun and not self._open:
+            self._texts[token_id] = text
+        return text
 
     def _bytes_of(self, token_id: int) -> bytes:
         token = self._tokenizer.token(token_id)
@@ -183,6 +189,7 @@ class _ByteLevel:
         return ""
 
     def flush(self) -> str:
+        self._open = False
         return self._utf8.decode(b"", final=True)
 
 

@@ -29,8 +29,8 @@ class Tokenizer:
     """The tokenizer of a bundle. Safe to use from many threads at once.
 
     `special_ids` are the ids that `decode` leaves out, `special_tokens` the strings a chat template may name
-    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts` and `known_bytes`: what streams have
-    found single tokens in mid-text to be, where that depends on nothing else.
+    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts`: what streams have found single
+    tokens in mid-text to be, where that depends on nothing else.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.known_texts: dict[int, str] = {}
-        self.known_bytes: dict[int, bytes] = {}
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()

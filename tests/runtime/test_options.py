@@ -4,7 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from typing import Any
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -12,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import OptionError
+from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.options import MODES, GenerationOptions, SessionOptions
-from runtime.requests.request import _sampler
+from runtime.requests.sampling import sampler_of
 
 
 def test_overlap_is_for_gpus_and_says_why() -> None:
@@ -209,7 +214,7 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
     options = GenerationOptions(
         temperature=temperature, repetition_penalty=penalty, top_k=1, sequence_bias={1: 1e20, 2: -1e20}
     )
-    sampler = _sampler(options, 1, frozenset(), (0, 0))
+    sampler = sampler_of(options, 1, frozenset(), (0, 0))
     assert sampler is not None
     assert sampler(np.array([-1e4, 5.0, 2.0, 1e4], np.float32), np.array([0])) == 1
 
@@ -279,3 +284,57 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     assert GenerationOptions(stop="end").stop == ("end",)
     assert GenerationOptions(stop=["a", "b"]).stop == ("a", "b")
     assert GenerationOptions().stop == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"), [(SessionOptions, SessionKeywords), (GenerationOptions, GenerationKeywords)]
+)
+def test_keywords_are_the_fields_of_the_options_with_their_types(options: type, keywords: type) -> None:
+    assert get_type_hints(keywords) == get_type_hints(options)
+
+
+def test_keywords_take_the_place_of_what_an_object_says() -> None:
+    given = GenerationOptions(mode="full", max_new_tokens=5, stop=["x"])
+    assert merged(GenerationOptions, given, {}) is given
+    assert merged(GenerationOptions, given, {"max_new_tokens": 7}) == GenerationOptions(
+        mode="full", max_new_tokens=7, stop=["x"]
+    )
+    assert merged(SessionOptions, None, {"slots": 2}) == SessionOptions(slots=2)
+
+
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 5}, 8, SessionOptions()])
+def test_other_objects_than_options_are_refused(wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"^options is .*; give a GenerationOptions, or its fields as keywords$"):
+        merged(GenerationOptions, wrong, {})
+
+
+MISTAKES = """
+from runtime import GenerationOptions, Session, SessionOptions
+
+def good(session: Session) -> str:
+    Session("bundle", SessionOptions(slots=1), threads=2)
+    several = session.generate(["a", "b"], GenerationOptions(mode="full"), max_new_tokens=8, stop=["x"])
+    return several[0].text + session.generate("a", threshold=0.5).text
+
+async def better(session: Session) -> str:
+    return (await session.agenerate("a", max_new_tokens=8)).text
+
+def bad(session: Session) -> None:
+    Session("bundle", slot=1)  # 14
+    session.generate("a", max_new_tokenz=8)  # 15
+    session.stream("a", mode="fre")  # 16
+    session.astream("a", max_new_tokens="8")  # 17
+    session.generate_best("a", 2, SessionOptions())  # 18
+"""
+
+
+@pytest.mark.slow
+def test_a_type_checker_finds_options_that_do_not_exist_and_wrong_types(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    root = Path(__file__).resolve().parents[2]
+    file = tmp_path / "application.py"
+    file.write_text(MISTAKES)
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file", "", "--follow-imports", "silent", str(file)]
+    ran = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(root)})
+    lines = [int(line.split(":")[1]) for line in ran.stdout.splitlines() if ": error:" in line]
+    assert lines == [14, 15, 16, 17, 18], ran.stdout

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime import BatchError, GenerationResult, QueueFullError, Session
+from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
 from runtime.requests.stream import Stream
@@ -142,8 +142,8 @@ class Clients:
     def _engine_fails(self, ask: Ask, source: Random) -> str | None:
         """At a shallow step. Beams have engine calls of their own."""
         number = source.randint(0, 12)
-        row, reply = self._session._intake.row(ask.options, None, time.monotonic(), ask.prompt)
-        run = row._run
+        request = self._session._request(ask.prompt, None, GenerationOptions(**ask.options))
+        run = request.run
 
         def doomed(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
             self._faults.left[decoder._calls] = number
@@ -152,9 +152,9 @@ class Clients:
             finally:
                 del self._faults.left[decoder._calls]
 
-        row._run = doomed
+        request.run = doomed  # type: ignore[method-assign]
         steps = 0 if ask.options.get("num_beams", 1) > 1 else len(ask.alone.token_ids) - 1
-        return self._fails(ask, Stream(self._session._scheduler, row, reply).drain, InjectedError, steps > number)
+        return self._fails(ask, Stream(self._session._scheduler, request).drain, InjectedError, steps > number)
 
     def _fails(self, ask: Ask, run: Callable[[], GenerationResult], kind: type[Exception], must: bool) -> str | None:
         """Whether it fails so where it `must`, and where not, only on what was drafted or run ahead in vain."""

@@ -6,11 +6,10 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from time import monotonic, perf_counter
+from time import perf_counter
 from typing import Any
 
-from runtime import Session
-from runtime.requests.response import Response
+from runtime import GenerationOptions, Session
 from runtime.scheduling.task import Task
 
 
@@ -85,14 +84,14 @@ class ClosedLoop:
 
     def _join(self) -> None:
         prompt, options = next(self._next)
-        row, reply = self._session._intake.row(options, None, monotonic(), prompt)
+        row = self._session._request(prompt, None, GenerationOptions(**options)).task()
         asked = Asked(perf_counter())
-        row.told = partial(self._told, asked, row, reply)
+        row.told = partial(self._told, asked, row)
         self._asked.append(asked)
         self._open += 1
         self._session._scheduler.join(row, forced=True)  # from the thread that drives, too
 
-    def _told(self, asked: Asked, row: Task, reply: Response) -> None:
+    def _told(self, asked: Asked, row: Task) -> None:
         now = perf_counter()
         asked.times += [now] * len(row.tokens)
         asked.exits += sum(token.exited for token in row.tokens)

@@ -32,9 +32,10 @@ from freeexport.system.jsonl import Request
 from freeexport.traces.from_bundle import trace_of
 from freeexport.traces.trace import Trace, Traces
 from runtime import Bundle, Session
+from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.bundle.calibration import read_calibration
 from runtime.decoding import loops as decode
-from runtime.decoding.output_tokens import OutputTokens
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.errors import CalibrationError
 
@@ -95,15 +96,16 @@ def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles
         prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
         trace = trace_of(session, 1, prompt, 15)
         full = session.generate(prompt, mode="full", max_new_tokens=15).token_ids
-        labels: list[tuple[float, bool]] = []
+        labels = RequestLabels(1.0, learns=True, audits=False)
         with session.decoder(prompt) as decoder:
             start = np.array([session.manifest.decoder_start_token_id or 0]) if case is T5 else prompt
-            output = OutputTokens(start, 15)
-            loop = alone(decode.free(decoder, decoder.prefill(start, head=True), output, 1.0, 4, observe=labels.extend))
-            tokens = [step.token for step in islice(loop, len(full))]
+            output = Response(start, 15)
+            first = decoder.prefill(start, head=True)
+            loop = alone(decode.free(decoder, first, output, 1.0, 4, labels=labels))
+            tokens = [step.id for step in islice(loop, len(full))]
     assert tokens == list(full)
     assert len(trace) == len(full) - 1
-    assert labels == [(float(c), bool(a)) for c, a in zip(trace.confidence, trace.agrees, strict=True)]
+    assert labels.labelled == [(float(c), bool(a)) for c, a in zip(trace.confidence, trace.agrees, strict=True)]
     # What the deep decoder chose itself has the highest probability: at most ln V nats.
     assert (trace.nll[trace.agrees] <= np.log(session.manifest.vocab_size) + 1e-4).all()
 

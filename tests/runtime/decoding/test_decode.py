@@ -17,11 +17,12 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, Decoder
-from runtime.decoding.output_tokens import OutputTokens, Step
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError
+from runtime.result import Token
 
 
 def decoder_of(
@@ -39,17 +40,17 @@ def decoder_of(
     return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
 
 
-def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, OutputTokens]:
+def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Response]:
     """What every loop takes first."""
-    return decoder, decoder.prefill(prompt, head=True), OutputTokens(prompt, limit)
+    return decoder, decoder.prefill(prompt, head=True), Response(prompt, limit)
 
 
-def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Step]:
+def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Token]:
     return alone(decode.free(*begun(decoder, prompt), threshold, max_pending))
 
 
-def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Step]:
-    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), OutputTokens(prompt, 400)))
+def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Token]:
+    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), Response(prompt, 400)))
 
 
 confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
@@ -67,7 +68,7 @@ def test_lengths_flags_and_sync_passes_hold_at_every_step(
     # The first confidence of the trace belongs to the prompt's last position, which never exits.
     before = [0.0] * (prompt_length - 1)
     decoder, shallow, deep = decoder_of(before + trace, max_pending)
-    prompt, steps = prompt_of(prompt_length), list[Step]()
+    prompt, steps = prompt_of(prompt_length), list[Token]()
     pending, passes, forced = 0, list[int](), 0
     for step in islice(free(decoder, prompt, threshold, max_pending), len(trace)):
         index, position = len(steps), prompt_length + len(steps) - 1
@@ -79,12 +80,12 @@ def test_lengths_flags_and_sync_passes_hold_at_every_step(
             passes += [] if exits else [pending + 1]
             pending = pending + 1 if exits else 0
         assert step.exited == exits
-        assert step.token == position + (SHALLOW_TOKEN if exits else DEEP_TOKEN)
+        assert step.id == position + (SHALLOW_TOKEN if exits else DEEP_TOKEN)
         steps.append(step)
         shallow_length, deep_length = decoder.lengths()
         assert decoder.stacked == pending
         assert shallow_length == deep_length + decoder.stacked == position + 1
-        read = (*prompt.tolist(), *(earlier.token for earlier in steps[:-1]))
+        read = (*prompt.tolist(), *(earlier.id for earlier in steps[:-1]))
         assert cached(shallow, shallow_length) == {read}
         assert cached(deep, deep_length) == {read[:deep_length]}
     stats = decoder.stats
@@ -126,7 +127,7 @@ def test_a_full_stack_forces_a_pass_over_all_its_rows() -> None:
 def test_mode_full_runs_both_engines_for_every_token_and_no_shallow_head() -> None:
     decoder, shallow, deep = decoder_of()
     steps = list(islice(full(decoder, prompt_of(3)), 5))
-    assert steps == [Step(DEEP_TOKEN + position, False, None) for position in range(2, 7)]
+    assert steps == [Token(DEEP_TOKEN + position, "", False, None) for position in range(2, 7)]
     assert (shallow.calls, deep.calls) == ([3, 1, 1, 1, 1], [3, 1, 1, 1, 1])
     assert (set(shallow.heads), set(deep.heads)) == ({0}, {1})
     assert decoder.stats.exits == decoder.stats.forced == 0
@@ -154,10 +155,10 @@ Loop = Any
 def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, limit: int, prompt: np.ndarray) -> Any:
     """The steps of a loop up to `limit` tokens. Whenever one is final, both caches must hold what was read so far,
     and nothing given up; deep rows may lie ahead of a token that is about to be."""
-    steps = list[Step]()
+    steps = list[Token]()
     for step in islice(loop, limit):
         steps.append(step)
-        known = (*prompt.tolist(), *(earlier.token for earlier in steps))
+        known = (*prompt.tolist(), *(earlier.id for earlier in steps))
         shallow_length, deep_length = decoder.lengths()
         assert shallow_length == deep_length + decoder.stacked
         assert decoder.stacked == 0
@@ -190,7 +191,7 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
         # The last token of the request is verified even where the stack is full but for it.
         room = pending < max_pending - 1
         assert step.exited == (sure and room and nll[position] <= limit)
-        assert step.token == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
+        assert step.id == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
         assert step.confidence == np.float32(trace[position])
         pending = pending + 1 if step.exited else 0
     assert max(deep.calls[1:], default=1) <= max_pending
@@ -224,7 +225,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     pace.plan = plan  # type: ignore[method-assign]
     loop = alone(decode.lossless(*begun(decoder, prompt, tokens), threshold, max_pending, pace))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
-    assert [step.token for step in steps] == [step.token for step in islice(full(whole, prompt), tokens)]
+    assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):
         assert not step.exited or (agrees[index + 2] and trace[index + 2] > threshold)
         assert step.confidence in (None, np.float32(trace[index + 2]))
@@ -240,11 +241,9 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
 
 def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
     decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
-    labels: list[Any] = []
-    list(islice(alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append)), 5))
-    assert labels == [
-        [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)],
-    ]
+    labels = RequestLabels(0.5, learns=True, audits=False)
+    list(islice(alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=labels)), 5))
+    assert labels.labelled == [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)]
     assert deep.heads == [1, 3]
 
 
@@ -252,27 +251,21 @@ def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
 def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit: bool) -> None:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
     decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
-    labels, left = list[Any](), list[Any]()
-
-    def leave(confidences: Sequence[float], at_rest: bool) -> bool:
-        assert at_rest
-        left.append(list(confidences))
-        return audit
-
-    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=labels.append, leave=leave))
+    seen = RequestLabels(0.5, learns=True, audits=audit)
+    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=seen))
     steps = list(islice(loop, 5))
     loop.close()
     assert [step.exited for step in steps] == [False, True, False, True, True]
-    assert left == [[np.float32(0.8), np.float32(0.7)]]
-    of_passes = [[(np.float32(0.9), True), (np.float32(0.2), False)]]
-    assert labels == of_passes + [[(np.float32(0.8), True), (np.float32(0.7), False)]] * audit
+    assert seen.unlabelled == [np.float32(0.8), np.float32(0.7)] * (not audit)
+    of_passes = [(np.float32(0.9), True), (np.float32(0.2), False)]
+    assert seen.labelled == of_passes + [(np.float32(0.8), True), (np.float32(0.7), False)] * audit
     assert deep.calls == [2, 2] + [2] * audit
 
 
 def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
     decoder, _, _ = decoder_of([0, 0, 0.1])
     seen = RequestLabels(0.5, learns=True, audits=True)
-    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=seen.label, leave=seen.leave))
+    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=seen))
     list(islice(loop, 2))
     loop.close()
     assert (seen.labelled, seen.unlabelled, seen.audited) == ([(np.float32(0.1), False)], [], False)
@@ -284,11 +277,11 @@ def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
     for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):
         decoder, _, deep = decoder_of(trace)
         observation.unlabelled.clear()
-        loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, observe=observation.label, leave=observation.leave)
+        loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=observation)
         while calls:  # up to a step, the next step, and the sync pass, none of which is run
             item = next(loop)
-            calls -= not isinstance(item, Step)
-            if calls and not isinstance(item, Step):
+            calls -= not isinstance(item, Token)
+            if calls and not isinstance(item, Token):
                 item.run()
         loop.close()
         assert observation.unlabelled == pytest.approx(left)

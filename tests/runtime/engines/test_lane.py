@@ -23,12 +23,13 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.output_tokens import OutputTokens, Step
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
+from runtime.result import Token
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -71,11 +72,11 @@ def decoder_of(
 
 def steps_of(
     decoder: Decoder, mode: str, threshold: float, max_pending: int, sync_every: int, tokens: int
-) -> list[Step]:
+) -> list[Token]:
     prompt = prompt_of(3)
     head = mode != "full"
-    begun = decoder, decoder.prefill(prompt, head), OutputTokens(prompt, tokens)
-    loops: dict[str, Callable[[], Iterator[Step]]] = {
+    begun = decoder, decoder.prefill(prompt, head), Response(prompt, tokens)
+    loops: dict[str, Callable[[], Iterator[Token]]] = {
         "full": lambda: alone(decode.full(*begun)),
         "free": lambda: alone(decode.free(*begun, threshold, max_pending, sync_every)),
         "rollback": lambda: alone(decode.rollback(*begun, threshold, max_pending, 2.0)),
@@ -118,7 +119,7 @@ def test_overlap_changes_no_token_whatever_the_lanes_take(
         steps = steps_of(decoder, mode, 0.5, max_pending, sync_every, tokens)
         stats = decoder.stats
         outcomes.append((steps, stats.exits, stats.forced, stats.rejected))
-        read = (*prompt_of(3).tolist(), *(step.token for step in steps[:-1]))
+        read = (*prompt_of(3).tolist(), *(step.id for step in steps[:-1]))
         if decoder.stacked:
             decoder.sync()
         shallow_length, deep_length = decoder.lengths()

@@ -98,14 +98,14 @@ def test_an_interruption_while_prompts_are_read_leaves_no_list_waiting(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = open_session()
-    row = session._intake.row
+    request = session._builder.request
 
-    def interrupted(given: Any, cancel: Any, began: Any, prompt: Any) -> Any:
+    def interrupted(prompt: Any, *arguments: Any) -> Any:
         if prompt == [99]:
             raise KeyboardInterrupt
-        return row(given, cancel, began, prompt)
+        return request(prompt, *arguments)
 
-    monkeypatch.setattr(session._intake, "row", interrupted)
+    monkeypatch.setattr(session._builder, "request", interrupted)
 
     def listed() -> list[Any]:
         with pytest.raises(KeyboardInterrupt):

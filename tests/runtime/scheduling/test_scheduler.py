@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import zlib
@@ -21,8 +22,8 @@ from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.output_tokens import OutputTokens, Step
 from runtime.decoding.prediction import Prediction
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import SlotCall, Waiting, alone
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
@@ -141,7 +142,7 @@ class Turns:
         return self.left < 0
 
 
-class Failing(OutputTokens):
+class Failing(Response):
     """Its callback raises at the token `fails`, or gives out poison at the token `poisons`."""
 
     fails = poisons = -1
@@ -167,7 +168,7 @@ class Ask:
     fails: int = -1
     poisons: int = -1
 
-    def steps(self, decoder: Decoder) -> Generator[Step | Waiting, None, None]:
+    def steps(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         prompt = np.array(self.prompt, np.int64)
         first = yield from decoder.prefilling(prompt, head=True)
         output = Failing(prompt, self.tokens)
@@ -187,9 +188,9 @@ class Ask:
         decoder.reset()
         count = 0
         for item in self.steps(decoder):
-            if isinstance(item, Step):
+            if isinstance(item, Token):
                 count += 1
-                yield Token(item.token, "", item.exited, item.confidence)
+                yield item
                 if count == self.tokens:
                     return
             else:
@@ -243,7 +244,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
                 row.abandoned = row.abandoned or when <= turn
 
     for ask, pause, stays in arrivals:
-        rows.append(Task(ask.run, lambda: False))
+        rows.append(Task(ask.run))
         scheduler.join(rows[-1])
         if stays is not None:
             leaving.append((turn + stays, rows[-1]))
@@ -268,7 +269,7 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
 
 def test_rows_share_calls_and_deep_passes_collect() -> None:
     machine = Machine(8)
-    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run, lambda: False) for number in range(8)]
+    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run) for number in range(8)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -282,7 +283,7 @@ def test_rows_share_calls_and_deep_passes_collect() -> None:
 def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
     machine = Machine(3)
     asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
-    rows = [Task(ask.run, lambda: False) for ask in asks]
+    rows = [Task(ask.run) for ask in asks]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -293,7 +294,7 @@ def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_
 
 def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
     machine, bare = Machine(4), Machine(4)
-    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run, lambda: False))
+    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run))
     machine.scheduler.drain()
     list(alone(Ask((1, 2, 3), tokens=14).run(bare.decoders[0])))
     assert machine.calls == bare.calls
@@ -303,7 +304,7 @@ def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None
 def test_a_sequence_knows_how_many_share_its_calls() -> None:
     machine = Machine(3)
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run, lambda: False))
+        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run))
     machine.scheduler.wait(Turns(12), whole=True)
     assert [decoder.company for decoder in machine.decoders] == [3, 3, 3]
     machine.scheduler.drain()
@@ -314,7 +315,7 @@ def test_a_sequence_knows_how_many_share_its_calls() -> None:
 def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
     machine = Machine(3)
     good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
-    rows = [Task(ask.run, lambda: False) for ask in (good, bad, good)]
+    rows = [Task(ask.run) for ask in (good, bad, good)]
     for row in rows:
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -327,7 +328,7 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
     for number in range(20):
-        row = Task(Ask((number,), tokens=6, mode="full").run, lambda: False)
+        row = Task(Ask((number,), tokens=6, mode="full").run)
         row.told = lambda row=row, number=number: ended.append(number) if row.ended else None  # type: ignore[misc]
         machine.scheduler.join(row)
     machine.scheduler.drain()
@@ -337,8 +338,8 @@ def test_no_request_waits_for_long_beside_others_without_end() -> None:
 def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
     machine = Machine(4)
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run, lambda: False))
-    lonely = Task(Ask((50,), tokens=10, mode="full").run, lambda: False)
+        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run))
+    lonely = Task(Ask((50,), tokens=10, mode="full").run)
     machine.scheduler.join(lonely)
     turns = 0
     while not lonely.ended:
@@ -349,7 +350,7 @@ def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
     machine = Machine(1, queue=2)
-    rows = [Task(Ask((1,), tokens=2).run, lambda: False) for _ in range(4)]
+    rows = [Task(Ask((1,), tokens=2).run) for _ in range(4)]
     for row in rows[:3]:
         machine.scheduler.join(row)
     with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
@@ -368,7 +369,7 @@ def test_a_callback_that_asks_its_own_session_is_told_so() -> None:
         machine.scheduler.drain()
         yield None
 
-    row = Task(run, lambda: False)
+    row = Task(run)
     machine.scheduler.join(row)
     machine.scheduler.drain()
     assert isinstance(row.error, OptionError)
@@ -382,7 +383,7 @@ def test_an_interrupted_driver_leaves_the_others_sound() -> None:
         yield None
         raise KeyboardInterrupt
 
-    rows = [Task(good.run, lambda: False), Task(run, lambda: False)]
+    rows = [Task(good.run), Task(run)]
     for row in rows:
         machine.scheduler.join(row)
     with pytest.raises(KeyboardInterrupt):
@@ -399,7 +400,7 @@ def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
     outcomes: list[Any] = [None] * len(requests)
 
     def reader(number: int) -> None:
-        row, tokens = Task(requests[number].run, lambda: False), list[Token]()
+        row, tokens = Task(requests[number].run), list[Token]()
         machine.scheduler.join(row)
         while not row.ended or row.tokens:
             machine.scheduler.wait(row, whole=bool(number % 2))
@@ -540,7 +541,7 @@ def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside:
                 drivers[number in aside].add(threading.current_thread().name[:7])
                 yield item
 
-        row, tokens = Task(run, lambda: False, aside=number in aside), list[Token]()
+        row, tokens = Task(run, aside=number in aside), list[Token]()
         machine.scheduler.join(row)
         if number % 4 == 3:
             machine.scheduler.attend(row, True)
@@ -563,3 +564,47 @@ def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside:
     assert machine.scheduler._aside == 0
     assert drivers[True] == {"session"}
     machine.scheduler.release()
+
+
+def test_a_thread_that_was_to_drive_and_must_not_any_more_leaves_it_to_the_own_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machine, entered, gate = Machine(4), threading.Event(), threading.Event()
+    scheduler, sleep = machine.scheduler, Leader.sleep
+
+    def gated(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
+        entered.set()
+        gate.wait(20)
+        yield from Ask((1,), tokens=1).run(decoder)
+
+    first, second, third = Task(gated), Task(Ask((2,), tokens=40).run), Task(Ask((3,), tokens=40).run)
+    late, joined = Task(Ask((4,), tokens=2).run, aside=True), list[Task]()
+
+    def slept(leader: Leader, follower: Any, until: float = math.inf) -> bool:
+        woken = sleep(leader, follower, until)
+        if threading.current_thread() is threads[1] and not joined:
+            joined.append(late)
+            scheduler.join(late)  # after it was woken to drive, and before it does
+        return woken
+
+    monkeypatch.setattr(Leader, "sleep", slept)
+
+    def others_wait(count: int) -> None:
+        while len(scheduler._wheel.followers) < count:
+            time.sleep(0.001)
+
+    for row in (first, second, third):
+        scheduler.join(row)
+    threads = [threading.Thread(target=scheduler.wait, args=(row, True), daemon=True) for row in (first, second)]
+    threads[0].start()
+    assert entered.wait(20)
+    threads[1].start()
+    others_wait(1)
+    scheduler.attend(third, True)
+    others_wait(2)
+    gate.set()
+    threads[1].join(5)
+    assert second.ended
+    assert joined
+    scheduler.drain()
+    scheduler.release()

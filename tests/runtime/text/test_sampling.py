@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from runtime.decoding.output_tokens import OutputTokens
 from runtime.decoding.prediction import Prediction
+from runtime.decoding.response import Response
 from runtime.errors import OptionError
 from runtime.text.logits_processors import softmax
 from runtime.text.sampler import Sampler, Warping, log_probability, race
@@ -154,16 +154,16 @@ def test_a_choice_sees_the_final_tokens_and_its_own_drafts(drafts: list[list[int
         seen.append(ids[0].tolist())
         return scores
 
-    output = OutputTokens(np.array([7, 8]), 10, sampler=Sampler(2, processors=(watch,)))
+    output = Response(np.array([7, 8]), 10, sampler=Sampler(2, processors=(watch,)))
     said = Prediction(0, logits=np.zeros(10, np.float32))
     for index, ahead in enumerate(drafts):
         output.choose(said, ahead)
         assert seen[-1] == [7, 8, *final[:index], *ahead]
-        assert output.add(final[index], False, None, said).token == final[index] == output.newest
+        assert output.add(final[index], False, None, said).id == final[index] == output.newest
 
 
 def test_a_draft_ends_a_request_by_end_of_sequence_or_length() -> None:
-    output = OutputTokens(np.array([1, 2]), 4, frozenset({9}))
+    output = Response(np.array([1, 2]), 4, frozenset({9}))
     said = Prediction(5)
     assert [output.ends([5]), output.ends([9]), output.ends([9, 5]), output.ends([5] * 3), output.ends([5] * 4)] == [
         False,

@@ -1,0 +1,211 @@
+"""What comes back for one request: the loops choose its tokens and make them final, here, to its end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from time import monotonic
+from typing import Protocol
+
+import numpy as np
+
+from runtime.decoding.prediction import Prediction
+from runtime.result import FinishReason, GenerationResult, Stats, Token
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.sampler import Sampler, log_probability
+
+
+class Host(Protocol):
+    """What decodes requests. `closing`: it ends all of them after their next token."""
+
+    closing: bool
+
+    def clock(self) -> float:
+        """Seconds in which anything was decoded."""
+
+
+class Idle:
+    """A host of requests that are driven by hand."""
+
+    closing = False
+
+    def clock(self) -> float:
+        return 0.0
+
+
+class Caller:
+    """Who asked, as far as the request depends on it: `asked` and `until`, the deadline, by the monotonic clock;
+    `cancel`, where it was given, ends the request after its next token."""
+
+    def __init__(
+        self,
+        host: Host,
+        cancel: threading.Event | None = None,
+        asked: float = 0.0,
+        until: float = math.inf,
+    ) -> None:
+        self.host, self.cancel, self.asked, self.until = host, cancel, asked, until
+
+    @property
+    def reason(self) -> FinishReason | None:
+        """Why the request is to end now; None where it may go on."""
+        if self.host.closing or (self.cancel is not None and self.cancel.is_set()):
+            return "cancelled"
+        return "deadline" if self.until != math.inf and monotonic() >= self.until else None
+
+    def gone(self) -> bool:
+        return self.reason is not None
+
+
+NOBODY = Caller(Idle())
+
+
+class Response:
+    """The tokens of one request so far, and the next: choosing does not depend on what was chosen and given up before,
+    so a draft is chosen as the final token is.
+
+    `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
+    `sampler` None is arg max. `logprobs`: also of each token. `finished`: why it has ended, None until then.
+    """
+
+    def __init__(
+        self,
+        prompt: np.ndarray,
+        limit: int,
+        eos: frozenset[int] = frozenset(),
+        sampler: Sampler | None = None,
+        logprobs: bool = False,
+        text: Detokenizer | None = None,
+        caller: Caller = NOBODY,
+    ) -> None:
+        self.tokens: list[Token] = []
+        self.newest = int(prompt[-1])
+        self.finished: FinishReason | None = None
+        self._ids = np.empty(len(prompt) + limit, np.int64)
+        self._ids[: len(prompt)] = prompt
+        self._length, self._end = len(prompt), len(prompt) + limit
+        self._eos, self._sampler, self._logprobs = eos, sampler, logprobs
+        self._text, self._caller = text or Detokenizer(None), caller
+        self._rest = ""  # text that was withheld when it was cut short
+        self._stats, self._first = Stats(), 0.0
+        self._began: float | None = None  # by the host's clock, while it has a slot
+        self._left: GenerationResult | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        return self._sampler is not None or self._logprobs
+
+    @property
+    def complete(self) -> bool:
+        """Whether it came to an end of its own."""
+        return self.finished not in (None, "cancelled", "deadline")
+
+    def choose(self, said: Prediction, drafts: Sequence[int] = ()) -> int:
+        """The token that comes after the final ones and `drafts`."""
+        if self._sampler is None:
+            return said.token
+        length = self._length + len(drafts)
+        self._ids[self._length : length] = drafts
+        assert said.logits is not None
+        return self._sampler(said.logits, self._ids[:length])
+
+    def ends(self, drafts: Sequence[int]) -> bool:
+        """Whether the request is over with the last of `drafts`, should all of them become final."""
+        return drafts[-1] in self._eos or self._length + len(drafts) >= self._end
+
+    def add(
+        self,
+        token: int,
+        exited: bool,
+        confidence: float | None,
+        said: Prediction | None = None,
+        logprob: float | None = None,
+    ) -> Token:
+        """Make a token final. Its log-probability, where it is wanted, is what `said` gives it, else `logprob`."""
+        self.newest = token
+        if self._sampler is not None:
+            self._ids[self._length] = token
+        self._length += 1
+        if self._logprobs and said is not None and said.logits is not None:
+            logprob = log_probability(said.logits, token)
+        if token in self._eos:
+            text, self.finished = "", "eos"
+        else:
+            text = self._text.push(token)
+            if self._text.stopped:
+                self.finished = "stop"
+            elif self._length == self._end:
+                self.finished = "length"
+            else:
+                self.finished = self._caller.reason
+        if self.finished is not None:
+            text += self._text.finish()
+        final = Token(token, text, exited, confidence, logprob)
+        self.tokens.append(final)
+        if len(self.tokens) == 1:
+            self._first = monotonic()
+        return final
+
+    def begin(self, stats: Stats) -> None:
+        """Its slot is there, whose `stats` are its own from now on."""
+        stats.queue_seconds = monotonic() - self._caller.asked
+        self._stats, self._began = stats, self._caller.host.clock()
+
+    def end(self) -> None:
+        """Nothing more will come: say why, unless it came to its end."""
+        if self.finished is None:
+            self.finished = self._caller.reason or "cancelled"
+
+    def close(self) -> None:
+        """It ends, and gives its slot back."""
+        self.end()
+        self._rest = self._text.finish()
+        self._count()
+        self._began = None
+
+    def leave(self) -> GenerationResult:
+        """Stop waiting for it at its deadline: the tokens so far, and what comes later is not seen any more."""
+        if self._left is None:
+            self._count()
+            # Whoever drives may go on writing to them.
+            sizes, seconds = Counter(dict(self._stats.sync_sizes)), dict(self._stats.sync_seconds)
+            stats = dataclasses.replace(self._stats, sync_sizes=sizes, sync_seconds=seconds)
+            self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
+        return self._left
+
+    @property
+    def result(self) -> GenerationResult:
+        """The tokens so far; `finish_reason` is "cancelled" or "deadline" unless it came to its end."""
+        if self._left is not None:
+            return self._left
+        self._count()
+        reason = self.finished or self._caller.reason or "cancelled"
+        return _result(tuple(self.tokens), self._rest, reason, self._stats)
+
+    def tokens_from(self, number: int) -> list[Token]:
+        """Those of the result from this one on."""
+        return self.tokens[number : len(self.result.token_ids)]
+
+    def _count(self) -> None:
+        """What is not worth counting at every token."""
+        self._stats.tokens = len(self.tokens)
+        if self.tokens:
+            self._stats.first_token_seconds = self._first - self._caller.asked
+        if self._began is not None:
+            self._stats.seconds = self._caller.host.clock() - self._began
+
+
+def _result(tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats) -> GenerationResult:
+    logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
+    return GenerationResult(
+        text="".join(token.text for token in tokens) + rest,
+        token_ids=tuple(token.id for token in tokens),
+        exited=tuple(token.exited for token in tokens),
+        confidence=tuple(token.confidence for token in tokens),
+        finish_reason=reason,
+        stats=stats,
+        logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
+    )

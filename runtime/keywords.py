@@ -1,0 +1,77 @@
+"""Options as keyword arguments, for editors and type checkers, and the one place where they become typed objects."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Literal, TypedDict, TypeVar
+
+from runtime.errors import OptionError
+from runtime.option_checks import shown
+from runtime.options import CacheUse, GenerationOptions, Mode, SessionOptions
+from runtime.text.sampler import LogitsProcessor
+
+Options = TypeVar("Options", SessionOptions, GenerationOptions)
+
+
+class SessionKeywords(TypedDict, total=False):
+    """The fields of SessionOptions, which says what they mean."""
+
+    threads: int | None
+    slots: int
+    queue: int
+    capacity: int | None
+    overlap: bool | None
+    threshold: float | Literal["adaptive"] | None
+    adaptive_memory: int
+    adaptive_state: Mapping[str, Any] | None
+    verify: Literal["sizes", "full"]
+    device: str
+    cache: CacheUse | None
+    huge_pages: bool
+    cuda_graphs: bool
+    trust_templates: bool
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The fields of GenerationOptions, which says what they mean."""
+
+    max_new_tokens: int
+    mode: Mode
+    threshold: float | None
+    output_confidence: bool
+    rollback_threshold: float | None
+    max_pending: int | None
+    sync_every: int
+    parse_special: bool | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    deadline: float | None
+    min_new_tokens: int
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    sequence_bias: Mapping[Any, float] | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    output_logprobs: bool
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+
+
+def merged(kind: type[Options], given: Options | None, keywords: Mapping[str, Any]) -> Options:
+    """The options given as an object, or the defaults, with `keywords` in place of its fields. Raises OptionError for
+    another object, an unknown keyword, and what `kind` refuses."""
+    names = [field.name for field in fields(kind)]
+    unknown = sorted(keywords.keys() - set(names))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
+    if given is None:
+        return kind(**keywords)
+    if not isinstance(given, kind):
+        raise OptionError(f"options is {shown(given)}; give a {kind.__name__}, or its fields as keywords")
+    return replace(given, **keywords) if keywords else given
