@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from freeexport import cli
 from freeexport.commands import doctor
-from freeexport.commands.doctor import (
+from freeexport.system import installation
+from freeexport.system.installation import (
     Provider,
     examine,
     missing_extras,
@@ -22,7 +23,7 @@ from freeexport.commands.doctor import (
     wheel_problems,
 )
 
-ALL_OF_CONVERT = dict.fromkeys(doctor.EXTRAS["convert"], "1.0")
+ALL_OF_CONVERT = dict.fromkeys(installation.EXTRAS["convert"], "1.0")
 
 
 def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> Any:
@@ -64,7 +65,7 @@ def test_both_wheels_are_a_problem_with_a_command() -> None:
     assert install == "pip install 'freeexport[gpu]'"
 
 
-@pytest.mark.parametrize("wheel", doctor.WHEELS)
+@pytest.mark.parametrize("wheel", installation.WHEELS)
 def test_one_wheel_is_no_problem(wheel: str) -> None:
     assert wheel_problems({wheel: "1.32.0"}) == ()
 
@@ -144,5 +145,5 @@ def test_json_holds_the_whole_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_imports_no_torch() -> None:
-    code = "import sys; from freeexport.commands.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
+    code = "import sys; from freeexport.system.installation import examine; examine(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -299,7 +299,7 @@ def test_without_locks_what_others_left_is_left_alone(tmp_path: Path, monkeypatc
     def refuse(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("freeexport.system.held_file.fcntl.flock", refuse)
+    monkeypatch.setattr("freeexport.system.output_directory.fcntl.flock", refuse)
     with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
         (directory / MARKER).write_text("x")
         write(tmp_path / "out", "y")
