@@ -77,7 +77,7 @@ def _by_quality(fitted: Fit, options: CalibrateOptions, outputs: Outputs) -> Cho
     for threshold in reversed(passing):
         quality[threshold] = outputs.kept(metric, threshold, held_out)
         if quality[threshold] >= options.quality:
-            note = f"the quality was decoded on {int(held_out.sum())} sequences that the choice did not see"
+            note = f"the quality was decoded on {int(held_out.sum())} sequences not used for the choice"
             return Choice(threshold, fitted.mixture, quality, (note,))
     return Choice(NEVER_EXIT, fitted.mixture, quality)
 

@@ -145,7 +145,7 @@ class ResultWriter:
             if self._end and resume:
                 self._take_up()
             elif self._end and not overwrite:
-                raise OptionError(f"{path} exists; go on with --resume, replace it with --overwrite, or name another")
+                raise OptionError(f"{path} exists; continue with --resume, replace with --overwrite, or name another")
         except BaseException:
             self._file.close()
             raise
@@ -206,7 +206,7 @@ class ResultWriter:
         except OSError as error:
             self._drop_partial()
             raise FreeExportError(
-                f"{self._path} cannot be written ({error.strerror}); make room, then go on with --resume"
+                f"{self._path} cannot be written ({error.strerror}); make room, then continue with --resume"
             ) from None
         self._end += len(line)
 

@@ -72,7 +72,7 @@ class TraceCache:
             if not whole and content[: len(_START)] == _START[: len(content)]:
                 return False  # a run killed in its first line
             raise OptionError(
-                f"{self._path} is in the way and holds no traces that can be read; move it, or name another --output"
+                f"{self._path} exists and holds no traces that can be read; move it, or name another --output"
             ) from None
         if len(whole) < len(content):  # a killed run's last line
             with self._path.open("r+b") as file:

@@ -92,9 +92,9 @@ class TrainingDirectory:
             return
         if self.path.exists():
             if not recorded.is_file() and any(self.path.iterdir()):
-                raise OutputError(f"{self.path} is in the way and no training run; move it, or choose another OUT")
+                raise OutputError(f"{self.path} exists and is not a training run; move it, or choose another OUT")
             if last_checkpoint(self.path) and not options.overwrite:
-                raise OutputError(f"{self.path} holds an interrupted run; go on with --resume, or drop it: --overwrite")
+                raise OutputError(f"{self.path} holds an interrupted run; use --resume, or --overwrite to replace it")
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True)
         recorded.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -39,7 +39,7 @@ def advice(tuned: Tuned) -> str:
     return (
         f"{entry.path}, exit layer {entry.manifest.exit_layer} of {entry.manifest.layers}, threshold "
         f"{point.threshold:g}, max_pending {point.max_pending}: {one.quality:.1%} of the full model's "
-        f"{tuned.options.metric} on {tuned.held_out} sequences that the choice did not see, at {one.gain:.2f}x its "
+        f"{tuned.options.metric} on {tuned.held_out} sequences not used for the choice, at {one.gain:.2f}x its "
         f"speed ({one.measured:.2f}x measured, {point.predicted:.2f}x predicted of the same bundle in mode full)"
     )
 

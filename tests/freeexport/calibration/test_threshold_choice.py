@@ -75,7 +75,7 @@ def test_the_quality_goes_down_until_too_much_is_lost() -> None:
     assert choice.threshold == 0.7
     assert choice.quality == {0.7: 1.0}
     assert 0.5 not in outputs.asked
-    assert "100 sequences that the choice did not see" in choice.notes[0]
+    assert "100 sequences not used for the choice" in choice.notes[0]
 
 
 def test_what_fails_on_unseen_sequences_is_given_up_for_the_next_that_does_not() -> None:

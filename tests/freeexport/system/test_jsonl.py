@@ -182,7 +182,7 @@ def test_a_lone_surrogate_is_written_escaped(tmp_path: Path) -> None:
 def test_an_output_with_content_is_refused_untouched(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text("precious")
-    with pytest.raises(OptionError, match="exists; go on with --resume, replace it with --overwrite"):
+    with pytest.raises(OptionError, match="exists; continue with --resume, replace with --overwrite"):
         ResultWriter(path)
     with pytest.raises(OptionError, match="contradict"):
         ResultWriter(path, resume=True, overwrite=True)

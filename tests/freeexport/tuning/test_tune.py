@@ -105,7 +105,7 @@ def test_the_table_says_what_each_candidate_gives_and_names_the_choice(bundle: B
     result = run(bundle(LLAMA, 1), bundle(LLAMA, 2), "--data", data, "--target-quality", 0.5)
     assert result.exit_code == 0, result.output
     assert "chosen" in result.stdout
-    assert "of the full model's chrf on 12 sequences that the choice did not see, at 1.50x its speed" in result.stdout
+    assert "of the full model's chrf on 12 sequences not used for the choice, at 1.50x its speed" in result.stdout
 
 
 def test_bundles_of_equal_names_are_told_apart(bundle: Bundles, data: Path) -> None:
