@@ -37,7 +37,7 @@ class Slot:
         self.newest = _memory(self.hidden)
         self._token = np.zeros((1, 1), np.int64)
         self._said, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self.token, self.said, self.confidence = self._token[0].data, self._said.data, self._confidence.data
+        self.token, self.said, self.confidence = map(_memory, (self._token[0], self._said, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}

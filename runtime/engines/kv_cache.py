@@ -33,7 +33,7 @@ class KVCache:
         self.rows, self._zeros, self._fixed = rows, zeros, fixed
         self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
         self.lengths = np.zeros(slots, np.int32)
-        self._counts = self.lengths.data  # the same, for single numbers
+        self._counts: Any = self.lengths.data  # the same, for single numbers
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.
         self.arrays = {
             f"{layer}.{part}": zeros((slots, kv_heads, rows, head_dim), dtype) for layer in layers for part in PARTS

@@ -5,7 +5,7 @@
     python tools/speed/measure.py memory BUNDLE        resident memory of an open session after decoding
     python tools/speed/measure.py pages BUNDLE         mode full with its weights in huge pages against without
 
-Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` a tiny one.
+Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` the bundle whose figure it is.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 from freeexport.system.idle import require_idle
-from runtime import Session
+from runtime import GenerationOptions, Session
 from runtime.machine.machine import usable_cores
 
 LENGTH = 128  # valid positions at which deep calls are compared
@@ -72,18 +72,22 @@ def capacity(bundle: Path, rows: int, rounds: int, force: bool) -> None:
 @click.option("--rounds", type=int, default=9, show_default=True)
 @click.option("--force", is_flag=True)
 def overhead(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
-    """Time outside the engine calls: the loop, the text stream, the bookkeeping."""
+    """Decode seconds minus the seconds inside engine runs, per generated token, of one request alone: the loop, the
+    text, the bookkeeping. The figure for a model is the one of its own bundle: after an engine call that reads all of
+    its weights, nothing of the loop is in the processor's caches."""
     idle = require_idle(force)
-    with Session(bundle, slots=1) as session:
-        prompt = [5] * 4
-        for mode, threshold in (("full", None), ("free", 1.0), ("free", 0.0)):
+    kinds: dict[str, GenerationOptions] = {
+        "full": GenerationOptions(mode="full"),
+        "free, no token exits": GenerationOptions(threshold=1.0, output_confidence=True),
+        "free, every token exits": GenerationOptions(threshold=0.0),
+    }
+    with Session(bundle, slots=1, overlap=False) as session:
+        session.settle()
+        for name, options in kinds.items():
             spent = []
             for _ in range(rounds):
-                result = session.generate(
-                    prompt, mode=mode, threshold=threshold, max_new_tokens=tokens, ignore_eos=True
-                )
-                spent.append(result.stats.overhead_seconds / result.stats.tokens)
-            name = mode if threshold is None else f"{mode} at threshold {threshold:g}"
+                stats = session.generate([5] * 4, options, max_new_tokens=tokens, ignore_eos=True).stats
+                spent.append(stats.overhead_seconds / stats.tokens)
             click.echo(
                 f"{name}: {1e6 * median(spent):.1f} microseconds a token outside the engines, {tokens} tokens, "
                 f"median of {rounds}" + ("" if idle else " (busy machine)")
