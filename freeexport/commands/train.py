@@ -19,7 +19,7 @@ from freeexport.training.options import (
     TrainingOptions,
     Tune,
 )
-from freeexport.training.train import train
+from freeexport.training.train import leave_group, train
 
 
 @click.command(cls=SectionedCommand)
@@ -111,7 +111,7 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     """
     lora = _lora_options(**{name: options.pop(name) for name in tuple(options) if name.startswith("lora_")})
     trained = train(model, out, TrainingOptions(lora=lora, **options))
-    if not _leave_group():
+    if not leave_group():
         return
     if as_json:
         click.echo(json.dumps(asdict(trained)))
@@ -119,15 +119,6 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
     click.echo(f"{out}: step {trained.best_step} of {trained.steps}, {trained.seconds:.0f} s")
     for name, value in trained.metrics.items():
         click.echo(f"{name.removeprefix('eval_').replace('_', ' ')}: {value:.4f}")
-
-
-def _leave_group() -> bool:
-    """Whether this process speaks for the run. Gloo aborts processes that end while they are in a group."""
-    from accelerate import PartialState
-
-    process = PartialState()
-    process.destroy_process_group()
-    return bool(process.is_main_process)
 
 
 def _lora_options(

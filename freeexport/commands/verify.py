@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import click
 
-from freeexport.system.output_file import write_whole
 from freeexport.verification.checks import line_of
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import MANIFEST
 
 
 @click.command()
@@ -35,20 +32,12 @@ def command(bundle: Path, against: str | None, data: Path | None, as_json: bool)
     report = verify(opened, against, data)
     if against is not None:
         write_report(opened, report)
-        _mark(opened, report["passed"])
     if as_json:
         click.echo(json.dumps(report))
     if not report["passed"]:
         raise VerificationError(failure(report))
     if not as_json:
         _print(report)
-
-
-def _mark(bundle: Bundle, passed: bool) -> None:
-    """Say in the manifest whether the bundle is verified."""
-    if bundle.manifest.verified == passed:
-        return
-    write_whole(bundle.path / MANIFEST, replace(bundle.manifest, verified=passed).to_json())
 
 
 def _print(report: dict) -> None:

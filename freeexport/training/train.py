@@ -78,6 +78,15 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
     return Trained(str(out), steps, best_step, seconds, metrics, tuple(left_out))
 
 
+def leave_group() -> bool:
+    """Whether this process speaks for the run. Gloo aborts processes that end while they are in a group."""
+    from accelerate import PartialState
+
+    process = PartialState()
+    process.destroy_process_group()
+    return bool(process.is_main_process)
+
+
 def _quiet() -> None:
     """transformers and torch announce what is no news here; errors are raised."""
     import transformers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from freeexport.verification.checks import Check, failure_of
 from graphs.families import describe
 from graphs.rewrites.fp32_copy import fp32_copy
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.bundle.manifest import Manifest, Precision
+from runtime.bundle.manifest import MANIFEST, Manifest, Precision
 from runtime.bundle.precision import FloatType
 from runtime.errors import FreeExportError
 from runtime.machine.machine import available_memory
@@ -109,9 +109,13 @@ def _found(report: dict[str, Any]) -> str:
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
+    """Into verification.json of the bundle, and into its manifest whether it is verified."""
     # NaN is no JSON: a check that gave it is recorded with null, and as failed.
     finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
     write_whole(bundle.path / VERIFICATION, json.dumps(finite, indent=2, allow_nan=False) + "\n")
+    if bundle.manifest.verified != report["passed"]:
+        marked = replace(bundle.manifest, verified=report["passed"])
+        write_whole(bundle.path / MANIFEST, marked.to_json())
 
 
 def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -265,6 +266,6 @@ def test_a_failed_child_is_the_reason(copy: Copy, checkpoint: Checkpoint) -> Non
 
 
 def test_nan_is_written_as_null(tmp_path: Path) -> None:
-    manifest = cast(Manifest, None)
+    manifest = cast(Manifest, SimpleNamespace(verified=False))
     write_report(Bundle(tmp_path, manifest, ""), {"passed": False, "checks": [{"error": math.nan}]})
     assert json.loads((tmp_path / "verification.json").read_text())["checks"] == [{"error": None}]
