@@ -5,7 +5,7 @@
     python tools/speed/measure.py memory BUNDLE        resident memory of an open session after decoding
     python tools/speed/measure.py pages BUNDLE         mode full with its weights in huge pages against without
 
-Run on an idle machine; `capacity` needs a bundle converted with --capacity 2048 or more, `overhead` the bundle whose figure it is.
+Run on an idle machine. `capacity` needs a bundle of --capacity 2048 or more, `overhead` the bundle to be measured.
 """
 
 from __future__ import annotations
