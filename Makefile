@@ -3,7 +3,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+# Two processes, a file each at a time: most tests keep one core busy.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
 DEMO_EXTRAS := .[cpu,convert,demo]

@@ -98,7 +98,7 @@ def test_a_verified_bundle_says_so_and_generates(checkpoint: Checkpoint, place: 
     assert seen["low"] <= seen["value"] <= seen["high"]
     said = result.stdout.splitlines()[-1]
     assert said.startswith("does not pay: the exit after layer 2 of 5 is untrained")
-    assert f"the deep one at {seen['value']:.1%} (95% interval" in said
+    assert f"agree at {seen['value']:.1%} (95% interval" in said
     assert "Next: train it (freeexport train), or use mode lossless" in said
     assert "the speed of" not in said
     assert "at 80 %" not in result.stdout
