@@ -47,7 +47,7 @@ class SessionOptions:
     cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
         none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "off". Provisional.
     huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
-        (docs/serving.md). Default False. Provisional.
+        (docs/serving.md). Default True. Provisional.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
@@ -64,7 +64,7 @@ class SessionOptions:
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
     cache: CacheUse | None = None
-    huge_pages: bool = False
+    huge_pages: bool = True
     cuda_graphs: bool = True
     trust_templates: bool = True
 
