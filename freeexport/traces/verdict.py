@@ -129,7 +129,7 @@ def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
     rates, gain, even = _rates(facts), _gain(facts), facts.break_even
     if facts.measured is None and even is None:
         next_step = "exit after another layer (freeexport evaluate-exits), or use mode full"
-        return Verdict("bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", next_step)
+        return Verdict("bad", f"does not pay: {rates}; it {_saves_nothing(facts)}", next_step)
     if speedup <= 1:
         needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
         next_step = "train the exit (freeexport train), ask for less (--agreement), or use mode full"
