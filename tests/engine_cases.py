@@ -55,3 +55,21 @@ def one_by_one(path: Path, ids: np.ndarray, read: int) -> tuple[np.ndarray, np.n
         found.append((hidden[0], pair.deep(hidden, every(1, end - first))["logits"]))
     states, logits = zip(*found, strict=True)
     return np.concatenate(states), np.concatenate(logits)
+
+
+def check_rows_are_exact(path: Path) -> None:
+    """Rows of three sequences, in calls of up to 16, have the bits that they have one at a time."""
+    ids, lengths = tokens(25, 14, 36)
+    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows behind the last that count
+    single = [one_by_one(path, ids[row, :length], 9) for row, length in enumerate(lengths)]
+    batch, pasts = pair_of(path, rows=3), every(3, 9)
+    batch.deep(batch.shallow(ids[:, :9], pasts)["hidden"], pasts)
+    while (counts := np.minimum(lengths - pasts, [16, 1, 5])).any():
+        width = counts.max()
+        new = np.stack([ids[row, past : past + width] for row, past in enumerate(pasts)])
+        hidden = batch.shallow(new, counts)["hidden"]
+        logits = batch.deep(hidden, counts)["logits"].reshape(3, width, -1)
+        for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
+            np.testing.assert_array_equal(hidden[row, :count], single[row][0][past : past + count])
+            np.testing.assert_array_equal(logits[row, :count], single[row][1][past : past + count])
+        pasts = pasts + counts

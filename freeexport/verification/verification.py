@@ -18,6 +18,7 @@ from freeexport.system.progress import Advance, progress
 from freeexport.verification.checks import Check, failure_of
 from graphs.families import describe
 from graphs.rewrites.fp32_copy import fp32_copy
+from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, Manifest, Precision
 from runtime.bundle.precision import FloatType
@@ -65,10 +66,11 @@ def _verify(
     passed = all(check.passed for check in checks)
     advance()
     if reference is not None:
-        report["greedy"] = _greedy(bundle, reference, checks)
-        advance()
-        report["exit"] = _exit(bundle)
-        advance()
+        with Session(bundle.path, slots=1) as session:
+            report["greedy"] = _greedy(session, reference, checks)
+            advance()
+            report["exit"] = _exit(session)
+            advance()
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
     return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest, checks)})}
@@ -181,16 +183,14 @@ def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
     return {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
 
 
-def _exit(bundle: Bundle) -> dict[str, Any]:
+def _exit(session: Session) -> dict[str, Any]:
     """How often the shallow prediction is the deep one, along the full model's own output."""
     from freeexport.traces.from_bundle import trace_of
     from freeexport.traces.share import share
     from freeexport.verification.greedy_parity import NEW_TOKENS
-    from runtime import Session
 
-    with Session(bundle.path, slots=1) as session:
-        prompts = [np.array(ids, np.int64) for ids in _prompts(bundle)]
-        traces = [trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)]
+    prompts = [np.array(ids, np.int64) for ids in _prompts(session.bundle)]
+    traces = [trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)]
     agreement = share([int(trace.agrees.sum()) for trace in traces], [len(trace) for trace in traces])
     return {"agreement": None if agreement is None else asdict(agreement)}
 
@@ -202,13 +202,11 @@ def _prompts(bundle: Bundle) -> list[list[int]]:
     return [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
 
 
-def _greedy(bundle: Bundle, model: Any, checks: list[Check]) -> dict[str, Any]:
+def _greedy(session: Session, model: Any, checks: list[Check]) -> dict[str, Any]:
     from freeexport.verification.greedy_parity import NEW_TOKENS, compare
-    from runtime import Session
 
-    with Session(bundle.path, slots=1) as session:
-        comparisons = compare(session, model, _prompts(bundle))
-    tie = _tie(bundle.manifest.precision, checks)
+    comparisons = compare(session, model, _prompts(session.bundle))
+    tie = _tie(session.manifest.precision, checks)
     return {
         "tokens": NEW_TOKENS,
         "tie": tie,

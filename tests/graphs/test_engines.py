@@ -12,7 +12,7 @@ import onnx
 import pytest
 from checkpoints import CASES, Case
 from conftest import Bundles
-from engine_cases import CONFIDENCES, every, log_softmax, one_by_one, pair_of, tokens
+from engine_cases import CONFIDENCES, check_rows_are_exact, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from graphs.description import Description
@@ -77,20 +77,7 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str,
 @pytest.mark.parametrize("name", SELECTION)
 def test_exact_rows_have_the_same_bits_in_every_call(name: str, precision: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision, exact_rows=True)
-    ids, lengths = tokens(25, 14, 36)
-    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows behind the last that count
-    single = [one_by_one(path, ids[row, :length], 9) for row, length in enumerate(lengths)]
-    batch, pasts = pair_of(path, rows=3), every(3, 9)
-    batch.deep(batch.shallow(ids[:, :9], pasts)["hidden"], pasts)
-    while (counts := np.minimum(lengths - pasts, [16, 1, 5])).any():
-        width = counts.max()
-        new = np.stack([ids[row, past : past + width] for row, past in enumerate(pasts)])
-        hidden = batch.shallow(new, counts)["hidden"]
-        logits = batch.deep(hidden, counts)["logits"].reshape(3, width, -1)
-        for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
-            np.testing.assert_array_equal(hidden[row, :count], single[row][0][past : past + count])
-            np.testing.assert_array_equal(logits[row, :count], single[row][1][past : past + count])
-        pasts = pasts + counts
+    check_rows_are_exact(path)
 
 
 @each_dialect

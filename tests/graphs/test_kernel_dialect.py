@@ -11,7 +11,7 @@ import onnx
 import pytest
 from checkpoints import CASES
 from conftest import Bundles
-from engine_cases import every, one_by_one, pair_of, tokens
+from engine_cases import check_rows_are_exact, every, pair_of, tokens
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
@@ -70,20 +70,7 @@ def test_rows_are_exact_without_an_option(name: str, precision: str, bundle: Bun
     quantization = Bundle.open(path).manifest.quantization
     assert quantization is not None
     assert quantization.exact_rows
-    ids, lengths = tokens(25, 14, 36)
-    ids = np.pad(ids, ((0, 0), (0, 16)))  # rows behind the last that count
-    single = [one_by_one(path, ids[row, :length], 9) for row, length in enumerate(lengths)]
-    batch, pasts = pair_of(path, rows=3), every(3, 9)
-    batch.deep(batch.shallow(ids[:, :9], pasts)["hidden"], pasts)
-    while (counts := np.minimum(lengths - pasts, [16, 1, 5])).any():
-        width = counts.max()
-        new = np.stack([ids[row, past : past + width] for row, past in enumerate(pasts)])
-        hidden = batch.shallow(new, counts)["hidden"]
-        logits = batch.deep(hidden, counts)["logits"].reshape(3, width, -1)
-        for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
-            np.testing.assert_array_equal(hidden[row, :count], single[row][0][past : past + count])
-            np.testing.assert_array_equal(logits[row, :count], single[row][1][past : past + count])
-        pasts = pasts + counts
+    check_rows_are_exact(path)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
