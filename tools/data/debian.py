@@ -1,10 +1,12 @@
-"""Translation and summarization from the descriptions of Debian's packages.
+"""Translation, summarization and text restoration from the descriptions of Debian's packages.
 
     python -m tools.data.debian summarization data/summarization
+    python -m tools.data.debian restoration data/restoration
     python -m tools.data.debian translation-de data/en-de
     python -m tools.data.debian translation-fr data/en-fr
 
 - summarization: the long description -> the one-line synopsis ("summarize: ...").
+- restoration: a sentence in lower case without punctuation -> the sentence.
 - translation: synopses and paragraphs, English -> German or French ("translate English to German: ...").
 
 Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import click
 
+from tools.data import restoration
 from tools.data.apt import fetch_index
 from tools.data.splits import Example, limited, normalised, report, run, split_of, write_data_set
 
@@ -172,6 +175,18 @@ def summaries(english: Mapping[str, Description]) -> Iterator[Pair]:
             yield Pair(md5, f"summarize: {text.body}", text.synopsis)
 
 
+def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
+    """Stripped sentence -> sentence, each stripped sentence once."""
+    seen = set()
+    for md5, text in english.items():
+        for paragraph in text.paragraphs:
+            for sentence in restoration.sentences(paragraph):
+                key = restoration.stripped(sentence)
+                if key not in seen:
+                    seen.add(key)
+                    yield Pair(md5, key + restoration.SEPARATOR, sentence)
+
+
 def translations(english: Mapping[str, Description], other: Mapping[str, Description], language: str) -> Iterator[Pair]:
     """English -> translation, synopses and paragraphs, each English text once; what is left in English is left out."""
     seen = set()
@@ -213,12 +228,16 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
         family = families(english, sources(file))
     if task == "summarization":
         return list(summaries(english)), family
+    if task == "restoration":
+        return list(restorations(english)), family
     language = task.removeprefix("translation-")
     return list(translations(english, read(language), language)), family
 
 
 @click.command()
-@click.argument("task", type=click.Choice(["summarization", *(f"translation-{language}" for language in LANGUAGES)]))
+@click.argument(
+    "task", type=click.Choice(["summarization", "restoration", *(f"translation-{language}" for language in LANGUAGES)])
+)
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--index",

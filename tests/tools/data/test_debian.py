@@ -200,3 +200,13 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "50 train" in result.output
     shutil.rmtree(out)
+
+
+def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
+    text = (
+        "It is a shell (POSIX), for people who like short names; see dash(1) as well. "
+        "this one starts in lower case, so it is left out."
+    )
+    (pair,) = debian.restorations({"a": Description("x", "y", (text, text))})
+    assert pair.input == "it is a shell posix for people who like short names see dash 1 as well\n=> "
+    assert pair.target == "It is a shell (POSIX), for people who like short names; see dash(1) as well."
