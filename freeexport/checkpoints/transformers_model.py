@@ -34,6 +34,10 @@ def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
     model = loader.from_pretrained(
         source, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **options
     )
+    if "gguf_file" in options:
+        # Its weights are float32 by now, but transformers would refuse to save them.
+        model.hf_quantizer = None
+        vars(model.config).pop("quantization_config", None)
     return (model if checkpoint.adapter is None else _merged(model, checkpoint.adapter)).eval()
 
 

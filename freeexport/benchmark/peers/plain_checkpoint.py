@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
@@ -43,11 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     source, place = arguments
     checkpoint = open_checkpoint(source)
     with output_directory(Path(place), MARKER, overwrite=True) as partial:
-        model: Any = reference_model(checkpoint)
-        # Weights of a GGUF file are float32 by now, which transformers would not believe.
-        model.hf_quantizer = None
-        vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(partial)
+        reference_model(checkpoint).save_pretrained(partial)
         write_tokenizer(checkpoint, partial)
         _generic_tokenizer(partial / "tokenizer_config.json")
 

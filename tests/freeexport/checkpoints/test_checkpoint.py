@@ -336,6 +336,14 @@ def test_gguf_tensors_equal_what_transformers_loads(tmp_path: Path, architecture
     assert_equals_model(checkpoint, model)
 
 
+def test_the_model_of_a_gguf_can_be_saved(tmp_path: Path) -> None:
+    source = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf")))
+    reference_model(source).save_pretrained(tmp_path / "out")
+    saved = open_checkpoint(str(tmp_path / "out"))
+    assert "quantization_config" not in saved.config
+    assert_equals_model(saved, reference_model(source))
+
+
 def test_a_gguf_is_described_like_a_directory(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(write_gguf(tmp_path / "tiny.gguf")))
     assert checkpoint.name == "tiny.gguf"
