@@ -1,21 +1,17 @@
-"""Products with rounded weights on ONNX Runtime's operators.
+"""Products with rounded weights on ONNX Runtime's MatMulNBits.
 
-8 bits by row: activations get one scale a row, so that a row's result does not depend on its neighbours, and k rows at
-once are k single rows (DynamicQuantizeMatMul has one scale for all). Blocks: MatMulNBits, which quantises by row too.
+It rounds activations by row and block, so that k rows at once are k single rows (DynamicQuantizeMatMul has one scale
+for all), and does not saturate on processors without VNNI (docs/precision.md).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from graphs.graph import MICROSOFT
 from graphs.quantization.linears import weight_size
 from graphs.quantization.quantizer import Stored
-from graphs.rewrites.initializers import constant
 
 BITS = {"int4": 4, "int8-block": 8}
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.
@@ -27,57 +23,12 @@ class OrtProducts:
 
     domain = MICROSOFT
 
-    def __init__(self, graph: ir.Graph, rounds_activations: bool = True) -> None:
-        self._graph, self._rows = graph, _Rows(graph)
+    def __init__(self, rounds_activations: bool = True) -> None:
         self._attributes = {"accuracy_level": INT8_ACTIVATIONS} if rounds_activations else {}
 
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value], head: bool) -> ir.Value:
-        x, _, *rest = node.inputs
-        assert x is not None
-        if stored.format == "int8":
-            made = self._by_row(tape, x, operands, head)
-        else:
-            made = self._in_blocks(tape, x, operands, BITS[stored.format], stored.block, weight_size(node))
-        return tape.op("Add", [made, rest[0]]) if rest and rest[0] is not None else made
-
-    def _by_row(self, tape: Tape, x: ir.Value, operands: list[ir.Value], head: bool) -> ir.Value:
-        rounded, scales = self._rows.round(tape, x, head)
-        data, channels = operands
-        one = constant(self._graph, "rows.one", np.float32(1))
-        middle = constant(self._graph, "rows.middle", np.uint8(128))
-        inputs = [rounded, data, one, channels, middle]
-        return tape.op("Mul", [tape.op("MatMulIntegerToFloat", inputs, domain=MICROSOFT), scales])
-
-    def _in_blocks(
-        self, tape: Tape, x: ir.Value, operands: list[ir.Value], bits: int, block: int, size: tuple[int, int]
-    ) -> ir.Value:
-        attributes: dict[str, Any] = {"N": size[0], "K": size[1], "bits": bits, "block_size": block, **self._attributes}
-        return tape.op("MatMulNBits", [x, *operands], attributes, domain=MICROSOFT)
-
-
-class _Rows:
-    """Activations rounded to 8 bits by row, each value once: x -> uint8 [M, K], and the scales [M, 1]."""
-
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
-        self._rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._middles: dict[bool, ir.Value] = {}
-
-    def round(self, tape: Tape, x: ir.Value, head: bool) -> tuple[ir.Value, ir.Value]:
-        if x not in self._rounded:
-            axis = constant(self._graph, "rows.axis", np.array([1], np.int64))
-            step = constant(self._graph, "rows.step", np.float32(1 / 127))
-            peak = tape.op("ReduceMax", [tape.op("Abs", [x]), axis], {"keepdims": 1})
-            # A row that is all 0 has a scale of 0, which makes its products 0 whatever it is rounded to.
-            scales = tape.op("Mul", [peak, step])
-            by_row = [x, tape.op("Squeeze", [scales, axis]), self._middle(tape, x, head)]
-            self._rounded[x] = tape.op("QuantizeLinear", by_row, {"axis": 0}), scales
-        return self._rounded[x]
-
-    def _middle(self, tape: Tape, x: ir.Value, head: bool) -> ir.Value:
-        """Zero points uint8 [M], 128 each. The inputs of all layers have the same rows, that of the head others."""
-        if head not in self._middles:
-            rows = tape.op("Shape", [x], {"start": 0, "end": 1})
-            middle = constant(self._graph, "rows.middles", np.array([128], np.uint8))
-            self._middles[head] = tape.op("Expand", [middle, rows])
-        return self._middles[head]
+    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
+        x, _, *bias = node.inputs
+        outputs, inputs = weight_size(node)
+        size = {"N": outputs, "K": inputs, "bits": BITS[stored.format], "block_size": stored.block}
+        made = tape.op("MatMulNBits", [x, *operands], {**size, **self._attributes}, domain=MICROSOFT)
+        return tape.op("Add", [made, bias[0]]) if bias and bias[0] is not None else made

@@ -24,10 +24,7 @@ class PackedProducts:
 
     domain = DOMAIN
 
-    def __init__(self, graph: ir.Graph) -> None:
-        pass
-
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value], head: bool) -> ir.Value:
+    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
         x, _, *bias = node.inputs
         outputs, inputs = weight_size(node)
         data, scales, *zeros = operands

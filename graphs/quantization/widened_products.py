@@ -13,10 +13,7 @@ class WidenedProducts:
 
     domain = ""
 
-    def __init__(self, graph: ir.Graph) -> None:
-        pass
-
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value], head: bool) -> ir.Value:
+    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
         x, _, *rest = node.inputs
         attributes = {"axis": 1, "block_size": stored.block} if stored.block else {"axis": 0}
         weight = tape.op("DequantizeLinear", operands, attributes)

@@ -14,7 +14,6 @@ from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.loading import loading
 from runtime.engines.memory import check_memory
-from runtime.engines.packed_cache import packed_engines
 from runtime.engines.runner import Runner
 from runtime.machine.device import CPU
 from runtime.machine.huge_pages import HugePages
@@ -40,9 +39,10 @@ class Backend:
     @contextmanager
     def loading(self) -> Iterator[Load]:
         """Gives what gives an engine by its name. EngineError where one cannot be loaded."""
-        packed = packed_engines(self.bundle, self.options)
-        self._huge_pages = HugePages() if self.options.huge_pages else None
-        with loading(self.bundle, self.threads, CPU, packed) as engine:
+        # Our own kernels read their weights where they are mapped.
+        moves = self.options.huge_pages and self.manifest.kernels is None
+        self._huge_pages = HugePages() if moves else None
+        with loading(self.bundle, self.threads, CPU) as engine:
             yield engine
         if self._huge_pages is not None:
             self._huge_pages.begin()

@@ -114,7 +114,7 @@ def test_a_product_is_that_with_the_widened_weight(
         quantizer = Quantizer(weights, SymmetricScheme())
         graph.save(
             tmp_path / "g.onnx",
-            [QuantizeLinears(quantizer, WidenedProducts, "deep", format_, lambda name: format_, "head")],
+            [QuantizeLinears(quantizer, WidenedProducts(), "deep", format_, lambda name: format_, "head")],
         )
     assert [engine.bytes for engine in quantizer.report.engines] == [
         24 * 128 * (4 if format_ == "int4" else 8) // 8 + 24 * (2 if format_ == "int4" else 1) * kind.itemsize
