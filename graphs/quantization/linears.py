@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from graphs.quantization.products import Products
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
 from graphs.rewrites.initializers import drop_unused, external, unread
 from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
-
-
-class Products(Protocol):
-    """Products in the operators of a target, which are of `domain`."""
-
-    domain: str
-
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the rounded weight."""
-        ...
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
@@ -85,15 +75,6 @@ class QuantizeLinears(ir.passes.InPlacePass):
             largest_error=max((stored.error for stored in self._stored.values()), default=0.0),
         )
         self._quantizer.record(precision, higher)
-
-
-def weight_size(node: ir.Node) -> tuple[int, int]:
-    """Outputs and inputs of a product's weight."""
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.shape is not None
-    outputs, inputs = weight.shape.numpy()
-    return outputs, inputs
 
 
 def _products(graph: ir.Graph) -> list[ir.Node]:

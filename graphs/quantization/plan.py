@@ -10,12 +10,10 @@ import onnx_ir as ir
 
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
 from graphs.quantization.fusion import FuseProducts
-from graphs.quantization.linears import Products
-from graphs.quantization.ort_products import OrtProducts
-from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.panels import packed
+from graphs.quantization.products import OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.quantizer import Layout, as_rounded
 from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
-from graphs.quantization.widened_products import WidenedProducts
 from runtime.bundle.manifest import Precision, Target
 from runtime.bundle.precision import HeadPrecision, Kernels, TensorFormat
 
@@ -47,7 +45,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a target has weights rounded: plans by precision, with a head of 8 bits; the scheme; the products that read
+    """How a target has weights rounded: plans by precision; the scheme; the products that read
     them, and the layout and scales that these want. `embedding`: the table that tokens are looked up in is rounded
     too. `fusions`: passes over the graphs with these products."""
 
@@ -62,7 +60,9 @@ class Rounding:
     def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
         """None for a precision that rounds nothing."""
         plan = self.plans.get(precision)
-        return replace(plan, head="int4") if plan is not None and head == "int4" else plan
+        if plan is None or head is None:
+            return plan
+        return replace(plan, head="int4" if head == "int4" else self.plans["int8"].head)
 
 
 # On a CPU activations are rounded as well. Blocks, as sums of whole rows saturate on processors without 8-bit dot

@@ -21,7 +21,8 @@ from graphs.graph import MICROSOFT, Graph
 from graphs.quantization import plan
 from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.panels import packed
+from graphs.quantization.products import PackedProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile

@@ -20,7 +20,8 @@ import runtime.kernels
 from graphs.errors import GraphError
 from graphs.graph import Graph
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.panels import packed
+from graphs.quantization.products import PackedProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile

@@ -21,7 +21,7 @@ from tensor_source import Source
 from graphs.graph import IR_VERSION, OPSET, Graph
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.ort_products import OrtProducts
+from graphs.quantization.products import OrtProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile

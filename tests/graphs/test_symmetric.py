@@ -14,11 +14,11 @@ from tensor_source import Source
 
 from graphs.graph import Graph
 from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.products import WidenedProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded, at_least, round_4_bits, round_8_bits
 from graphs.quantization.scheme import SYMMETRIC_LIMITS, SymmetricScheme
 from graphs.quantization.symmetric import round_blocks, round_rows
-from graphs.quantization.widened_products import WidenedProducts
 from graphs.weights import WeightFile
 from runtime.bundle.precision import TensorFormat
 

@@ -32,7 +32,7 @@ from freeexport.benchmark.peers.model import Source, installed, peer_command, pe
 from freeexport.system.idle import require_idle
 from freeexport.system.machine import detect_machine
 from runtime import Bundle, Session
-from runtime.engines import loading
+from runtime.engines import backend
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
@@ -129,7 +129,7 @@ def _noting(directory: Path) -> Iterator[dict[str, OnnxEngine]]:
         engines[path.stem] = OnnxEngine(path, *given, profile=directory / path.stem, **options)
         return engines[path.stem]
 
-    with mock.patch.object(loading, "OnnxEngine", load):
+    with mock.patch.object(backend, "OnnxEngine", load):
         yield engines
 
 
