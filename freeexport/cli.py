@@ -33,7 +33,6 @@ VERBS: dict[str, str] = {
     "verify": "Check a bundle against the checkpoint it came from.",
     "generate": "Generate text with a bundle.",
     "bench": "Measure the speed of a bundle.",
-    "cache": "Show, fill and clear the cache of engines.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Check this installation and machine.",
     "demo": "Convert a small model, generate, and compare speeds.",

@@ -13,7 +13,7 @@ from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING, Plan, rounding
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
 from runtime.bundle.manifest import Dialect as DialectName
-from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
+from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
@@ -30,8 +30,8 @@ class EngineOptions:
     """What is decided when engines are built. GraphError where a value is out of range.
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
-    where weights are rounded for a GPU, None for its first. `exact_rows`: rounded engines give a row the same bits in
-    every call. `kernels`: whose operators multiply with rounded weights on a CPU.
+    where weights are rounded for a GPU, None for its first. `kernels`: whose operators multiply with rounded weights on
+    a CPU.
     """
 
     exit_layer: int
@@ -40,13 +40,10 @@ class EngineOptions:
     precision: Precision = "fp32"
     dialect: DialectName = "ort"
     confidence: ConfidenceMeasure = "softmax"
-    int8_range: Int8Range = "full"
-    int8_layout: Int8Layout = "blocks"
     head: HeadPrecision | None = None
     exit_tokens: tuple[int, ...] = ()
     target: Target = "cpu"
     compute: FloatType | None = None
-    exact_rows: bool = False
     kernels: Kernels = "onnxruntime"
 
     def check(self, description: Description) -> None:
@@ -65,11 +62,6 @@ class EngineOptions:
             rounding = ", ".join(ROUNDING[self.target].plans)
             raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
         self._check_dialect(description)
-        if self.exact_rows and (self.plan is None or self.dialect != "ort"):
-            raise GraphError(
-                f"--exact-rows is for weights that are rounded for a CPU, not for precision {self.precision} of target "
-                f"{self.target}; leave it out"
-            )
         if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
             raise GraphError(
                 f"--kernels freeexport is for weights that are rounded for a CPU, not for precision {self.precision} "
@@ -122,7 +114,7 @@ class EngineOptions:
     @property
     def plan(self) -> Plan | None:
         """How weights are rounded; None where they are not."""
-        return rounding(self.target, self.kernels).plan(self.precision, self.head, self.int8_layout)
+        return rounding(self.target, self.kernels).plan(self.precision, self.head)
 
     @property
     def float_type(self) -> FloatType:

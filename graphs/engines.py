@@ -5,7 +5,6 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +42,12 @@ class EngineBuilder:
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
-        scheme = self._rounding.scheme(options.int8_range, options.exact_rows)
-        self._quantizer = Quantizer(weights, scheme, self._rounding.layout, self._rounding.scales)
+        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.layout, self._rounding.scales)
 
     @property
     def quantization(self) -> Quantization | None:
         """What became of the weights of the engines built so far; None where they were not rounded."""
-        exact = self.options.exact_rows or self._own_attention
-        return replace(self._quantizer.report, exact_rows=exact) if self._plan else None
+        return self._quantizer.report if self._plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S and the head."""
@@ -71,7 +68,7 @@ class EngineBuilder:
         width = self.description.hidden_size
         stacked = graph.input("hidden", FLOAT, ["B", "k", width])
         call = self._decoder_call(graph, stacked)
-        rows = packing(graph, call, self._extra_rows) if self.options.packed else None
+        rows = packing(graph, call) if self.options.packed else None
         dialect = self._dialect(graph, call, rows)
         layers = self.description.decoder.layers[self.options.exit_layer :]
         x = rows.packed(graph, stacked) if rows else graph.op("Reshape", [stacked, graph.constant([-1, width])])
@@ -120,7 +117,7 @@ class EngineBuilder:
             return []
 
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
-        wanted = plan.wanted(engine, self.description, head)
+        wanted = plan.wanted(engine, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
         passes = [linears, *(fusion() for fusion in self._rounding.fusions)]
@@ -133,12 +130,6 @@ class EngineBuilder:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
 
     @property
-    def _extra_rows(self) -> int:
-        """That attention has behind those of a call. Where all passes have one row, they are alike anyway."""
-        exact = self.options.exact_rows and not self._own_attention
-        return int(exact and self.options.max_pending > 1)
-
-    @property
     def _own_attention(self) -> bool:
         """With which every operator of a decoder gives a row the same bits in every call."""
         return self.options.kernels == "freeexport" and self.description.attention.head_dim % HEAD_SIZE == 0
@@ -148,7 +139,7 @@ class EngineBuilder:
         if call.past_lengths is not None and self._own_attention:
             return KernelDialect(graph, call, width, rows, packed)
         if self.options.dialect == "ort":
-            return OrtDialect(graph, call, width, rows, self._extra_rows > 0, packed)
+            return OrtDialect(graph, call, width, rows, packed)
         return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:

@@ -10,7 +10,6 @@ from runtime.bundle.bundle import Bundle
 from runtime.errors import (
     BatchError,
     BundleError,
-    CacheError,
     CalibrationError,
     CapacityError,
     DeviceError,
@@ -30,7 +29,6 @@ __all__ = [
     "BatchError",
     "Bundle",
     "BundleError",
-    "CacheError",
     "CalibrationError",
     "CapacityError",
     "DeviceError",

@@ -37,10 +37,6 @@ class DeviceError(EngineError):
     """A device is missing, has no driver that fits, refused a call, or was lost while it worked."""
 
 
-class CacheError(FreeExportError):
-    """The engine cache cannot be written or read. A session goes on without it."""
-
-
 class QueueFullError(FreeExportError):
     """As many requests wait for a slot of the session as may; the request was not taken."""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from runtime.errors import OptionError
 from runtime.option_checks import shown
-from runtime.options import CacheUse, GenerationOptions, Mode, SessionOptions
+from runtime.options import GenerationOptions, Mode, SessionOptions
 from runtime.text.sampler import LogitsProcessor
 
 Options = TypeVar("Options", SessionOptions, GenerationOptions)
@@ -27,7 +27,6 @@ class SessionKeywords(TypedDict, total=False):
     adaptive_state: Mapping[str, Any] | None
     verify: Literal["sizes", "full"]
     device: str
-    cache: CacheUse | None
     huge_pages: bool
     cuda_graphs: bool
     trust_templates: bool

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
@@ -18,8 +17,6 @@ from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-CacheUse = Literal["use", "write", "off"]
-CACHE_VARIABLE = "FREEEXPORT_CACHE"
 
 # Logits are float32: divided by less, or raised by more, they become infinite, and every token is token 0.
 LEAST_DIVISOR, MOST_PENALTY, MOST_BIAS = 1e-6, 1e6, 1e20
@@ -44,10 +41,8 @@ class SessionOptions:
     adaptive_memory: the weight of a token is 1/e after so many further tokens. Default 4000.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
-    cache: the engine cache (docs/serving.md): "use" loads from an entry that is there, "write" makes it where there is
-        none, "off" does neither. None is what the environment variable FREEEXPORT_CACHE says, else "off". Provisional.
-    huge_pages: move weights to pages of 2 MiB after loading, in a thread of its own, on Linux: tokens come faster
-        (docs/serving.md). Default True. Provisional.
+    huge_pages: move weights that ONNX Runtime packed (fp32, --kernels onnxruntime) to pages of 2 MiB after loading, in
+        a thread of its own, on Linux: tokens come faster (docs/serving.md). Default True. Provisional.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
@@ -63,7 +58,6 @@ class SessionOptions:
     adaptive_state: Mapping[str, Any] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
-    cache: CacheUse | None = None
     huge_pages: bool = True
     cuda_graphs: bool = True
     trust_templates: bool = True
@@ -87,7 +81,6 @@ class SessionOptions:
                 "overlap is True on the CPU, where both engines share the cores and it measured slower "
                 "(152 tokens/s, in turn 251); leave it out"
             )
-        object.__setattr__(self, "cache", _cache_use(self.cache))
         for name in ("huge_pages", "cuda_graphs", "trust_templates"):
             check_bool(name, getattr(self, name))
 
@@ -230,14 +223,6 @@ class GenerationOptions:
 def _is_text(value: Any, text: str) -> bool:
     """Equal, where comparing with an array would give an array."""
     return isinstance(value, str) and value == text
-
-
-def _cache_use(given: Any) -> CacheUse:
-    name, use = ("cache", given) if given is not None else (CACHE_VARIABLE, os.environ.get(CACHE_VARIABLE) or "off")
-    chosen: CacheUse | None = next((choice for choice in get_args(CacheUse) if _is_text(use, choice)), None)
-    if chosen is None:
-        raise OptionError(f"{name} is {shown(use)}; choose 'use', 'write' or 'off'")
-    return chosen
 
 
 def _strings(stop: Any) -> tuple[str, ...]:

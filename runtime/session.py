@@ -22,7 +22,7 @@ from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.machine.device import Device, check_runnable
-from runtime.machine.machine import check_int8_range, costs_here, usable_cores
+from runtime.machine.machine import check_saturation, costs_here, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
 from runtime.requests.request import Model, Request, check_count
@@ -57,7 +57,7 @@ class Session:
         self.options = merged(SessionOptions, options, keywords)
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
-        check_int8_range(manifest)
+        check_saturation(manifest)
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         self.threads = self.options.threads or usable_cores()

@@ -104,7 +104,7 @@ def test_the_documentation_uses_the_words_of_the_field(page: Path) -> None:
 
 def test_the_help_of_every_verb_uses_the_words_of_the_field() -> None:
     found = dict(helps())
-    assert {"freeexport convert", "freeexport cache add"} <= set(found)
+    assert {"freeexport convert"} <= set(found)
     assert {name: words for name, text in found.items() if (words := wrong(text))} == {}
 
 

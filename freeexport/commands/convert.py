@@ -7,14 +7,14 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
+from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, retired, section
 from freeexport.conversion.bundle_verdict import bundle_verdict
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Manifest, Precision, Target
-from runtime.bundle.precision import FloatType, HeadPrecision, Int8Layout, Int8Range, Kernels
+from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
 from runtime.kernels import kernels_of
 
 
@@ -43,29 +43,16 @@ from runtime.kernels import kernels_of
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
 @section("Quantized weights")
-@click.option(
-    "--int8-range",
-    type=click.Choice(["auto", *get_args(Int8Range)]),
-    default="auto",
-    show_default=True,
-    help="Of 8-bit weights. full: -127 to 127. reduced: half, for processors without 8-bit dot products (VNNI). auto: "
-    "for this processor.",
-)
-@click.option(
-    "--int8-layout",
-    type=click.Choice(["auto", *get_args(Int8Layout)]),
-    default="auto",
-    show_default=True,
-    help="Of 8-bit decoders: blocks for one token at a time, rows for long prompts and batches. auto: by --int8-range.",
-)
 @click.option("--head", type=click.Choice(get_args(HeadPrecision)),
               help="Weights of the head, where the others are quantized.  [default: 8 bits]")  # fmt: skip
-@click.option("--exact-rows", is_flag=True, help="Quantized for a CPU: results do not depend on the batch, so lossless "
-              "equals full bit for bit. 2 % to 27 % slower.")  # fmt: skip
-@click.option("--kernels", type=click.Choice(get_args(Kernels)), default="onnxruntime", show_default=True,
-              help="Operators for quantized weights on a CPU. onnxruntime: its own. freeexport: ours.")  # fmt: skip
+@click.option("--kernels", type=click.Choice(get_args(Kernels)),
+              help="Operators for quantized weights on a CPU. freeexport: ours. onnxruntime: its own, which other "
+              "programs run too.  [default: freeexport where its library is built]")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
+@retired("--exact-rows", "with --kernels freeexport, the default, results never depend on the batch", is_flag=True)
+@retired("--int8-range", "8-bit weights run on every processor")
+@retired("--int8-layout", "8-bit weights are in blocks")
 @section("Result")
 @click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
 @click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")

@@ -37,8 +37,7 @@ def precision_table(quantization: Quantization) -> Table:
         for item in quantization.engines
     ]
     columns = ("engine", "linear layers", "head", "weights#", "largest error#")
-    exact = ", exact rows" if quantization.exact_rows else ""
-    return table(f"Precision (8-bit range: {quantization.int8_range}{exact})", columns, rows)
+    return table("Precision", columns, rows)
 
 
 def higher_table(quantization: Quantization) -> Table:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from runtime.errors import OptionError
+
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 REST = "Other options"
@@ -46,6 +48,16 @@ def section(title: str) -> Callable[[Decorated], Decorated]:
         return function
 
     return mark
+
+
+def retired(name: str, instead: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
+    """A hidden option of the version before, which is refused with what replaced it."""
+
+    def refuse(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        if value:
+            raise OptionError(f"{name} was removed: {instead}; leave it out")
+
+    return click.option(name, hidden=True, expose_value=False, callback=refuse, **attributes)
 
 
 class RenamedOption(click.Option):

@@ -73,15 +73,12 @@ def _verify(
             advance()
         report["quality"] = _quality(bundle, reference, data)
         passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
-    return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest, checks)})}
+    return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest)})}
 
 
-def remedy(manifest: Manifest, checks: list[Check]) -> str:
+def remedy(manifest: Manifest) -> str:
     """What to do about a bundle that does not pass."""
-    ways, rounded = [], manifest.quantization
-    rows_differ = any(not check.passed and check.reference is None for check in checks)
-    if rounded is not None and manifest.target == "cpu" and not rounded.exact_rows and rows_differ:
-        ways.append("--exact-rows")
+    ways = []
     if manifest.precision != "fp32":
         ways.append("a higher --precision")
     elif manifest.dialect == "ort":

@@ -21,7 +21,7 @@ class KernelDialect(OrtDialect):
     between attentions, with padding or, with `packing`, without."""
 
     def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int, packing: Packing | None) -> None:
-        super().__init__(graph, call, width, cache_rows, packing=packing)
+        super().__init__(graph, call, width, cache_rows, packing)
         self._tables: dict[str, ir.Value] = {}
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:

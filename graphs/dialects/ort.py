@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -51,10 +50,6 @@ def _head_step(attention: Attention) -> int:
 class OrtDialect:
     """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has.
 
-    `alike`: a decoder's attention gives a row the same to the last bit in every call. ONNX Runtime multiplies one row
-    by a matrix in another order than several, so attention always has one row more than the call, behind its own:
-    causal attention hides it from them, and what it writes to the cache is behind the valid rows.
-
     `packing`: between attentions there are the rows that count only.
     """
 
@@ -64,23 +59,16 @@ class OrtDialect:
         call: Call,
         width: int,
         cache_rows: int = 0,
-        alike: bool = False,
         packing: Packing | None = None,
     ) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
         self._biases: dict[str, ir.Value] = {}
-        self._extra = alike and call.past_lengths is not None
         self._packing = packing
-
-    @cached_property
-    def _attended(self) -> Call:
-        """The call as attention sees it."""
-        return self._with_extra(self.call) if self._extra else self.call
 
     @cached_property
     def _total(self) -> ir.Value:
         assert self.call.past_lengths is not None
-        return self.graph.op("Add", [self.call.past_lengths, self._attended.query_lengths])
+        return self.graph.op("Add", [self.call.past_lengths, self.call.query_lengths])
 
     @cached_property
     def _last(self) -> ir.Value:
@@ -113,7 +101,7 @@ class OrtDialect:
         shape: list[Dimension] = ["B", kv_heads, "cache", size]
         past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
         inputs = [query, key, value, *past, self._last, self._longest, cos, sin, None, self._bias(attention)]
-        inputs += [None] * 5 + [self._attended.query_lengths]
+        inputs += [None] * 5 + [self.call.query_lengths]
         out, *present = graph.ops(
             "GroupQueryAttention",
             inputs,
@@ -159,31 +147,14 @@ class OrtDialect:
         return self._in_rows(query), self._in_rows(key), self._in_rows(value)
 
     def _in_rows(self, x: ir.Value) -> ir.Value:
-        """[M, n] -> [B, rows that attention sees, n]."""
-        graph = self.graph
+        """[M, n] -> [B, rows, n]."""
         if self._packing is not None:
-            return self._packing.in_rows(graph, x)
-        rows = in_rows(graph, x, self.call)
-        if not self._extra:
-            return rows
-        return graph.op("Pad", [rows, graph.constant([0, 1]), None, graph.constant([1])])
+            return self._packing.in_rows(self.graph, x)
+        return in_rows(self.graph, x, self.call)
 
     def _flat(self, x: ir.Value, width: int) -> ir.Value:
-        """[B, rows that attention sees, width] -> [M, width]."""
-        graph = self.graph
-        if self._packing is not None:
-            return self._packing.packed(graph, x)
-        if self._extra:
-            x = graph.op("Slice", [x, graph.constant([0]), graph.constant([-1]), graph.constant([1])])
-        return flat(graph, x, width)
-
-    def _with_extra(self, call: Call) -> Call:
-        graph = self.graph
-        size = graph.op("Add", [call.size, graph.constant([0, 1])])
-        # Idle rows have none, as nothing may be written for them.
-        extra = graph.op("Min", [call.query_lengths, graph.constant(np.int32(1))])
-        lengths = graph.op("Add", [call.query_lengths, extra])
-        return replace(call, size=size, query_lengths=lengths)
+        """[B, rows, width] -> [M, width]."""
+        return self._packing.packed(self.graph, x) if self._packing is not None else flat(self.graph, x, width)
 
     def _attend(
         self,
@@ -213,7 +184,7 @@ class OrtDialect:
 
     def _expand(self, bias: RelativeBias, heads: int) -> ir.Value:
         graph = self.graph
-        queries = query_positions(graph, self._attended)
+        queries = query_positions(graph, self.call)
         if self.call.past_lengths is None:
             keys = graph.op("Squeeze", [queries, graph.constant([0])])
         else:

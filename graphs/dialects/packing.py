@@ -14,7 +14,7 @@ from graphs.graph import Graph
 @dataclass(frozen=True)
 class Packing:
     """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
-    of the call is; of padding, any. `attended` int64 [B, rows + extra]: the same for those that attention sees."""
+    of the call is; of padding, any. `attended`: the same, [B, rows]."""
 
     valid: ir.Value
     rows: ir.Value
@@ -25,22 +25,19 @@ class Packing:
         return graph.op("GatherND", [x, self.valid])
 
     def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
-        """[N, n] -> [B, rows + extra, n]."""
+        """[N, n] -> [B, rows, n]."""
         return graph.op("Gather", [x, self.attended], axis=0)
 
 
-def packing(graph: Graph, call: Call, extra: int = 0) -> Packing:
-    """Of a call. Attention sees so many `extra` rows of each sequence behind those of the call."""
-    rows = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
+def packing(graph: Graph, call: Call) -> Packing:
+    """Of a call."""
+    longest = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
     first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
-    steps = graph.op("Range", [first, graph.op("Add", [rows, graph.constant(np.int64(extra))]), one])
+    steps = graph.op("Range", [first, longest, one])
     lengths = graph.op("Unsqueeze", [graph.cast(call.query_lengths, ir.DataType.INT64), graph.constant([1])])
-    counts = graph.op("Less", [steps, lengths])  # [B, rows + extra]
+    counts = graph.op("Less", [steps, lengths])  # [B, rows]
     valid = graph.op("Transpose", [graph.op("NonZero", [counts])], perm=[1, 0])
     flags = graph.op("Reshape", [graph.cast(counts, ir.DataType.INT64), graph.constant([-1])])
     before = graph.op("Sub", [graph.op("CumSum", [flags, first]), one])
-    attended = graph.op("Reshape", [graph.op("Max", [before, first]), graph.op("Shape", [counts])])
-    own = attended
-    if extra:
-        own = graph.op("Slice", [attended, graph.constant([0]), graph.constant([-extra]), graph.constant([1])])
-    return Packing(valid, graph.op("Reshape", [own, graph.constant([-1])]), attended)
+    rows = graph.op("Max", [before, first])
+    return Packing(valid, rows, graph.op("Reshape", [rows, graph.op("Shape", [counts])]))

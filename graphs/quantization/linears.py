@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from graphs.quantization.products import Products
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
 from graphs.rewrites.initializers import drop_unused, external, unread
 from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
-
-
-class Products(Protocol):
-    """Products of one graph in the operators of a target, which are of `domain`."""
-
-    domain: str
-
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value], head: bool) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the rounded weight. The `head`'s x has
-        other rows than the layers'."""
-        ...
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
@@ -35,7 +24,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
     def __init__(
         self,
         quantizer: Quantizer,
-        products: Callable[[ir.Graph], Products],
+        products: Products,
         engine: str,
         linears: TensorFormat,
         wanted: Callable[[str], TensorFormat],
@@ -52,7 +41,6 @@ class QuantizeLinears(ir.passes.InPlacePass):
                 raise ir.passes.PreconditionError(f"{node.name}: not a product with an unwritten floating weight")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        products = self._products(model.graph)
         for node in _products(model.graph):
             tensor = unread(node.inputs[1])
             assert tensor is not None
@@ -60,9 +48,9 @@ class QuantizeLinears(ir.passes.InPlacePass):
             stored = self._quantizer.store(tensor, self._wanted(tensor.name))
             self._stored[tensor.name] = stored
             if stored.rounded:
-                _replace(model.graph, node, stored, products, tensor.name == self._head)
-        if products.domain:
-            model.graph.opset_imports[products.domain] = 1
+                _replace(model.graph, node, stored, self._products)
+        if self._products.domain:
+            model.graph.opset_imports[self._products.domain] = 1
         drop_unused(model.graph)
         self._record()
         return ir.passes.PassResult(model, modified=bool(self._stored))
@@ -89,20 +77,11 @@ class QuantizeLinears(ir.passes.InPlacePass):
         self._quantizer.record(precision, higher)
 
 
-def weight_size(node: ir.Node) -> tuple[int, int]:
-    """Outputs and inputs of a product's weight."""
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.shape is not None
-    outputs, inputs = weight.shape.numpy()
-    return outputs, inputs
-
-
 def _products(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "Gemm"]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, stored: Stored, products: Products, head: bool) -> None:
+def _replace(graph: ir.Graph, node: ir.Node, stored: Stored, products: Products) -> None:
     tape = Tape()
-    made = products.product(tape, node, stored, [external(graph, tensor) for tensor in stored.operands], head)
+    made = products.product(tape, node, stored, [external(graph, tensor) for tensor in stored.operands])
     ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])

@@ -6,9 +6,16 @@ import numpy as np
 
 from graphs.quantization.pieces import pieces
 from graphs.quantization.rounding import Rounded
+from runtime.bundle.precision import TensorFormat
 
+BITS: dict[TensorFormat, int] = {"int4": 4, "int8-block": 8}
 # Outputs that stand together, and inputs that share a scale of the activations.
 PANEL, GROUP = 16, 32
+
+
+def packed(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
+    """See graphs.quantization.quantizer.Layout."""
+    return in_panels(rounded, inputs, BITS[format_])
 
 
 def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:

@@ -89,7 +89,7 @@ class Quantizer:
 
     @property
     def report(self) -> Quantization:
-        return Quantization(self._scheme.int8_range, tuple(self._engines), tuple(self._higher))
+        return Quantization(tuple(self._engines), tuple(self._higher))
 
     def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
         format_: TensorFormat | None = wanted

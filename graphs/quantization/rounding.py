@@ -1,4 +1,4 @@
-"""Weights rounded to 8 or 4 bits, in numpy: by output channel, or in blocks along the inputs."""
+"""Weights rounded to 8 or 4 bits in blocks along the inputs, in numpy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from graphs.quantization.pieces import pieces, relative, total
-from runtime.bundle.precision import Int8Range
 
-# The largest weight in 8 bits. Processors that add pairs of products in 16 bits overflow beyond 64.
-PEAK = {"full": 127, "reduced": 63}
 # How far the range of 4 bits is pulled in: clipping the ends of a block costs less than coarse steps for all of it.
 CLIPS = (1.0, 0.92, 0.85, 0.78)
 FLOAT32 = np.dtype(np.float32)
@@ -25,20 +22,6 @@ class Rounded:
     scales: np.ndarray
     zero_points: np.ndarray | None
     error: float
-
-
-def round_channels(weight: np.ndarray, range_: Int8Range) -> Rounded:
-    """[outputs, inputs] float32 -> int8 [inputs, outputs] and a scale for each output."""
-    peak = PEAK[range_]
-    data = np.empty(weight.shape[::-1], np.int8)
-    scales = at_least(np.abs(weight).max(axis=1) / peak, FLOAT32)
-    lost = 0.0
-    for rows in pieces(weight):
-        steps = weight[rows] / scales[rows, None]
-        rounded = np.rint(steps)
-        data[:, rows] = rounded.T
-        lost += total(np.square((steps - rounded) * scales[rows, None]))
-    return Rounded(data, scales, None, relative(lost, weight))
 
 
 def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import numpy as np
 
-from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits, round_channels
+from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from graphs.quantization.symmetric import round_blocks, round_rows
-from runtime.bundle.precision import Int8Range, TensorFormat
+from runtime.bundle.precision import TensorFormat
 
 
 class Scheme(Protocol):
@@ -23,39 +23,26 @@ class Scheme(Protocol):
     @property
     def higher(self) -> Mapping[TensorFormat, TensorFormat]: ...
 
-    @property
-    def int8_range(self) -> Int8Range:
-        """Of 8-bit weights."""
-        ...
-
     def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
         """[outputs, inputs] float32 in a format, with scales of that type; and how many inputs share one, 0 for all."""
         ...
 
 
-# Weights that are spread like a bell lose 0.078 in 4 bits, 0.008 in 8 by channel, or 0.016 with the range halved;
-# outliers, alone in their channel, cost more.
-LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8": 0.03, "int8-block": 0.03}
-HIGHER: dict[TensorFormat, TensorFormat] = {"int4": "int8", "int8": "int8-block"}
+# Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
+LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8-block": 0.03}
+HIGHER: dict[TensorFormat, TensorFormat] = {"int4": "int8-block"}
 # 4 bits come in blocks of 32, or larger ones where a weight bears it: 16 would take half as long again.
 BLOCK, LARGER_BLOCKS, EASY = 32, (64, 128), 0.06
 # 8 bits come in the largest of these that divides the inputs, else in blocks of 32: fewer scales are faster, and lose
 # hardly more (docs/precision.md).
 BLOCKS_OF_8_BITS = (128, 64)
-# ONNX Runtime 1.32 sums one row of larger blocks in another order than several rows, as seen with AVX-512 and VNNI.
-SAME_SUMS: dict[TensorFormat, int] = {"int8-block": 64, "int4": 32}
 
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """For ONNX Runtime's integer operators. `by_row`: whether a target has those for weights by output channel.
-    `blocks`: of 8 bits, besides 32. `exact_rows`: no blocks whose kernels sum one row in another order than several.
-    """
+    """For operators that read weights in blocks. `blocks`: of 8 bits, besides 32."""
 
-    int8_range: Int8Range = "full"
-    by_row: bool = True
     blocks: tuple[int, ...] = BLOCKS_OF_8_BITS
-    exact_rows: bool = False
 
     @property
     def limits(self) -> Mapping[TensorFormat, float]:
@@ -63,26 +50,20 @@ class IntegerScheme:
 
     @property
     def higher(self) -> Mapping[TensorFormat, TensorFormat]:
-        return HIGHER if self.by_row else {"int4": "int8-block"}
+        return HIGHER
 
     def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
-        if format_ == "int8":
-            return round_channels(weight, self.int8_range), 0
         if format_ == "int8-block":
-            fitting = (size for size in self._allowed(self.blocks, format_) if weight.shape[1] % size == 0)
-            block = next(fitting, BLOCK)
+            block = next((size for size in self.blocks if weight.shape[1] % size == 0), BLOCK)
             return round_8_bits(weight, block, scales), block
         rounded, block = round_4_bits(weight, BLOCK, scales), BLOCK
-        for larger in self._allowed(LARGER_BLOCKS, format_):
+        for larger in LARGER_BLOCKS:
             if rounded.error > EASY:
                 break
             candidate = round_4_bits(weight, larger, scales)
             if candidate.error <= EASY:
                 rounded, block = candidate, larger
         return rounded, block
-
-    def _allowed(self, blocks: tuple[int, ...], format_: TensorFormat) -> list[int]:
-        return [size for size in blocks if size <= SAME_SUMS[format_] or not self.exact_rows]
 
 
 # What a bell loses here: 0.10 in 4 bits, 0.026 in fp8, 0.008 in 8 bits.
@@ -95,10 +76,6 @@ SYMMETRIC_BLOCKS = (64, 32)
 class SymmetricScheme:
     """For weights that a graph widens before a product: DequantizeLinear, without zero points, which TensorRT does not
     take."""
-
-    @property
-    def int8_range(self) -> Int8Range:
-        return "full"
 
     @property
     def limits(self) -> Mapping[TensorFormat, float]:

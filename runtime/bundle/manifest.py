@@ -167,6 +167,8 @@ class Manifest:
         newer = migrate(raw, str(where), (SCHEMA_VERSION, SCHEMA_MINOR), {1: _with_typed_costs})
         if digest != written:
             raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
+        if isinstance(raw.get("quantization"), dict):
+            raw["quantization"].pop("exact_rows", None)  # of older bundles
         remedy = "upgrade freeexport, or convert the checkpoint again" if newer else "convert the checkpoint again"
         manifest: Manifest = Reader(remedy, True, MOST_ENTRIES, skips=newer).read(cls, raw, str(where))
         manifest._check(str(where))

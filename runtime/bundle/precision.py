@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-# int8: weights by output channel, activations by row. int8-block and int4: blocks along the inputs. For TensorRT
-# weights alone are rounded: int8 and fp8 by output channel, int4 in blocks.
+# int8-block and int4: blocks along the inputs, activations by row and block. For TensorRT weights alone are rounded:
+# int8 and fp8 by output channel, int4 in blocks. Older bundles for CPUs have int8 too, with activations by row.
 TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp8"]
 FloatType = Literal["fp32", "fp16", "bf16"]
-Int8Range = Literal["full", "reduced"]
-# How the linear layers of decoders for CPUs stand in 8 bits: as "int8", or as "int8-block".
-Int8Layout = Literal["rows", "blocks"]
 # Whose operators multiply with rounded weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Of a head whose model is rounded: "int8" is in blocks.
@@ -43,13 +40,11 @@ class EnginePrecision:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights were rounded. `int8_range` "full" needs a processor with 8-bit dot products. With
-    `exact_rows` a row gets the same bits in every call."""
+    """How a bundle's weights were rounded. `int8_range` is of older bundles: of weights that are int8 for a CPU."""
 
-    int8_range: Int8Range
     engines: tuple[EnginePrecision, ...] = ()
     higher: tuple[HigherTensor, ...] = ()
-    exact_rows: bool = False
+    int8_range: Literal["full", "reduced"] | None = None
 
 
 @dataclass(frozen=True)

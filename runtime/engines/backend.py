@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from runtime.bundle.bundle import Bundle
+from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
+from runtime.engines.contract import check_contract
 from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
-from runtime.engines.loading import loading
 from runtime.engines.memory import check_memory
-from runtime.engines.packed_cache import packed_engines
+from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Runner
-from runtime.machine.device import CPU
 from runtime.machine.huge_pages import HugePages
 from runtime.options import SessionOptions
 
 # An engine by its name.
 Load = Callable[[str], Any]
+# What takes longest begins first.
+ORDER = ("deep", "encoder", "shallow", "prologue")
 Sizes = tuple[range, int, int, int, int, Any]
 
 
@@ -39,13 +41,29 @@ class Backend:
 
     @contextmanager
     def loading(self) -> Iterator[Load]:
-        """Gives what gives an engine by its name. EngineError where one cannot be loaded."""
-        packed = packed_engines(self.bundle, self.options)
-        self._huge_pages = HugePages() if self.options.huge_pages else None
-        with loading(self.bundle, self.threads, CPU, packed) as engine:
-            yield engine
+        """Load all engines, `threads` at a time, and give what waits for one of them by its name.
+
+        ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a
+        second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
+        """
+        # Our own kernels read their weights where they are mapped.
+        moves = self.options.huge_pages and self.manifest.kernels is None
+        self._huge_pages = HugePages() if moves else None
+        names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]
+        with ThreadPoolExecutor(min(self.threads, len(names)), thread_name_prefix="load") as pool:
+            futures = {name: pool.submit(self._load, name) for name in names}
+            try:
+                yield lambda name: futures[name].result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         if self._huge_pages is not None:
             self._huge_pages.begin()
+
+    def _load(self, name: str) -> Any:
+        engine = OnnxEngine(self.bundle.engine(name), self.threads, kernels=self.manifest.kernels)
+        check_contract(self.manifest, name, engine.session)
+        return engine
 
     def lanes(self, engine: Load) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""

@@ -38,6 +38,7 @@ class CrossCache:
     def forget(self, slot: int) -> None:
         """The slot's sequence has left."""
         self._placed.pop(slot, None)
+        self._lengths[slot] = 1  # engines check the lengths of idle rows, too, against arrays that may become narrower
 
     def rows(self, layers: set[str], first: int, count: int) -> dict[str, np.ndarray]:
         """What an engine of these layers reads for `count` slots from `first` on."""

@@ -12,14 +12,11 @@ from runtime import kernels as own_kernels
 from runtime.errors import EngineError
 from runtime.machine.device import CPU, Device
 
-# Initializers of fewer bytes stand in the graph that ONNX Runtime writes.
-_SMALL = 1024
-
 
 class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
-    `optimized`: it is what `save_packed` wrote. `provider_options` are those of ONNX Runtime's provider for a GPU.
+    `provider_options` are those of ONNX Runtime's provider for a GPU.
     `profile`: ONNX Runtime notes the time of every kernel, and writes it to a file whose name begins so at
     `session.end_profiling()`. `kernels`: the version of our own operators that it needs, if any. EngineError where it
     cannot be loaded, or would run elsewhere.
@@ -30,7 +27,6 @@ class OnnxEngine:
         path: Path,
         threads: int,
         device: Device = CPU,
-        optimized: bool = False,
         provider_options: Mapping[str, str] | None = None,
         profile: Path | None = None,
         kernels: int | None = None,
@@ -38,8 +34,6 @@ class OnnxEngine:
         ort = import_onnxruntime()
         providers = device.providers(ort, provider_options or {})
         options = _options(ort, threads)
-        if optimized:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         if kernels is not None:
@@ -105,28 +99,6 @@ class Call:
 def value(item: Any) -> Any:
     """An array as a value of ONNX Runtime, on the same memory; values pass through."""
     return import_onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
-
-
-def save_packed(graph: Path, directory: Path) -> None:
-    """Write `graph` to `directory` as ONNX Runtime would run it on this processor: optimised, and beside it the weights
-    twice, as they are and in the kernels' own layout, to be mapped. EngineError where it cannot."""
-    ort = import_onnxruntime()
-    options = _options(ort, 1)
-    options.optimized_model_filepath = str(directory / graph.name)
-    prefix = "session.optimized_model_external_initializers"
-    options.add_session_config_entry(f"{prefix}_file_name", f"{graph.stem}.data")
-    options.add_session_config_entry(f"{prefix}_min_size_in_bytes", str(_SMALL))
-    options.add_session_config_entry("session.save_external_prepacked_constant_initializers", "1")
-    try:
-        ort.InferenceSession(str(graph), options, providers=CPU.providers(ort, {}))
-    except Exception as error:
-        raise EngineError(f"{graph.name} cannot be saved with packed weights: {_first_line(error)}") from error
-
-
-def build_of_onnxruntime() -> str:
-    """Version and build: layouts of packed weights are those of one build."""
-    ort = import_onnxruntime()
-    return f"{ort.__version__} ({ort.get_build_info()})"
 
 
 def _options(ort: Any, threads: int) -> Any:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
-from runtime.bundle.precision import Int8Range
 from runtime.errors import EngineError
 from runtime.machine.cgroup import cpu_quota, memory_left
 
@@ -27,13 +26,6 @@ def usable_cores() -> int:
     cores = {(_topology(cpu, "physical_package_id"), _topology(cpu, "core_id") or f"cpu{cpu}") for cpu in cpus}
     quota = cpu_quota()
     return max(1, len(cores) if quota is None else min(len(cores), math.floor(quota)))
-
-
-def machine_int8_range() -> Int8Range:
-    """How large 8-bit weights may be here: "reduced" on x86 processors without VNNI, which add pairs of 8-bit products
-    in 16 bits and saturate. "full" elsewhere, and where the system does not say."""
-    flags = cpu_features()
-    return "reduced" if "avx2" in flags and not flags & {"avx512_vnni", "avx_vnni"} else "full"
 
 
 def host(threads: int) -> Host:
@@ -98,12 +90,14 @@ def _first_line(path: Path) -> str | None:
         return None
 
 
-def check_int8_range(manifest: Manifest) -> None:
-    """EngineError where the bundle's 8-bit weights use the full range and sums of their products saturate here."""
-    # Those for a GPU are widened before they are multiplied, wherever that is. Our own kernels do not saturate.
-    quantization = manifest.quantization if manifest.target == "cpu" and manifest.kernels is None else None
-    if quantization is not None and quantization.int8_range == "full" and machine_int8_range() == "reduced":
+def check_saturation(manifest: Manifest) -> None:
+    """EngineError where products of an older bundle's 8-bit weights saturate here: ONNX Runtime adds pairs of them in
+    16 bits on x86 processors without 8-bit dot products, where weights by output channel have the full range."""
+    found, flags = manifest.quantization, cpu_features()
+    if found is None or manifest.target != "cpu" or found.int8_range != "full" or "avx2" not in flags:
+        return
+    if any(engine.linears == "int8" for engine in found.engines) and not flags & {"avx512_vnni", "avx_vnni"}:
         raise EngineError(
             "this bundle's 8-bit weights need a processor with 8-bit dot products (VNNI), which this one lacks; "
-            "convert with --int8-range reduced"
+            "convert the checkpoint again"
         )

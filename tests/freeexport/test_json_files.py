@@ -15,7 +15,6 @@ from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.costs.forced_exits import exit_trace
 from runtime.bundle.calibration import read_calibration
-from runtime.engines.packed_entry import read_entry
 from runtime.errors import FreeExportError
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -24,7 +23,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "exit.json": lambda path: read_exit_file(path.parent),
     "exit-vocab.json": lambda path: read_exit_vocabulary(path, "", 1, 1),
     "calibration.json": read_calibration,
-    "entry.json": lambda path: read_entry(path.parent),
     "tokenizer.json": lambda path: unknown_of_bundle(path.parent),
     "answers.jsonl": lambda path: exit_trace(str(path)),
 }

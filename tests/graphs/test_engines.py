@@ -12,7 +12,7 @@ import onnx
 import pytest
 from checkpoints import CASES, Case
 from conftest import Bundles
-from engine_cases import CONFIDENCES, check_rows_are_exact, every, log_softmax, pair_of, tokens
+from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from graphs.description import Description
@@ -71,13 +71,6 @@ def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, dialect: str,
             np.testing.assert_allclose(deep[row, :count], logits, atol=1e-4, rtol=0)
         ended = alone.deep(alone.shallow(last[row : row + 1], every(1, 1))["hidden"], every(1, 1))["logits"]
         np.testing.assert_allclose(final[row], ended[0], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
-@pytest.mark.parametrize("name", SELECTION)
-def test_exact_rows_have_the_same_bits_in_every_call(name: str, precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], 1, precision=precision, exact_rows=True)
-    check_rows_are_exact(path)
 
 
 @each_dialect

@@ -21,7 +21,8 @@ from graphs.graph import MICROSOFT, Graph
 from graphs.quantization import plan
 from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.packed_products import PackedProducts, packed
+from graphs.quantization.panels import packed
+from graphs.quantization.products import PackedProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
@@ -52,8 +53,8 @@ class Small:
                 given = [graph.input(name, FLOAT, ["M", 40]) for name in rows]
                 for number, value in enumerate(build(graph, *given)):
                     graph.output(f"y{number}", value, FLOAT, ["M", "N"])
-                quantizer = Quantizer(weights, IntegerScheme(by_row=False), packed, np.dtype(np.float16))
-                wanted = QuantizeLinears(quantizer, PackedProducts, "deep", "int4", lambda name: "int4", "head")
+                quantizer = Quantizer(weights, IntegerScheme(), packed, np.dtype(np.float16))
+                wanted = QuantizeLinears(quantizer, PackedProducts(), "deep", "int4", lambda name: "int4", "head")
                 graph.save(path, [wanted, *passes])
             found.append(session_of(path).run(None, rows))
             model = onnx.load(path, load_external_data=False)

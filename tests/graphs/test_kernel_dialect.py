@@ -17,7 +17,6 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.engines import EngineBuilder
 from runtime import Session
-from runtime.bundle.bundle import Bundle
 from runtime.kernels import missing
 
 if problem := missing():
@@ -66,16 +65,13 @@ def test_attention_computes_what_onnx_runtimes_does(
 @pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("name", [*DECODERS, "t5-wide-heads", "mt5"])
 def test_rows_are_exact_without_an_option(name: str, precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], 1, precision=precision, kernels="freeexport")
-    quantization = Bundle.open(path).manifest.quantization
-    assert quantization is not None
-    assert quantization.exact_rows
+    path = bundle(BY_NAME[name], 1, precision=precision)
     check_rows_are_exact(path)
 
 
 @pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 def test_lossless_is_full_to_the_token(precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME["llama-biases"], 1, precision=precision, kernels="freeexport")
+    path = bundle(BY_NAME["llama-biases"], 1, precision=precision)
     prompts = [np.random.default_rng(seed).integers(3, 90, 9).tolist() for seed in range(12)]
     with Session(path, threads=2, slots=4) as session:
         given = {"max_new_tokens": 40, "ignore_eos": True}
@@ -104,10 +100,6 @@ def test_predictions_are_those_of_the_logits(measure: str, bundle: Bundles) -> N
     np.testing.assert_allclose(deep["nll"], -np.log(probabilities[:, 0]), atol=1e-4)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_heads_without_a_kernel_keep_onnx_runtimes_attention(exact: bool, bundle: Bundles) -> None:
-    path = bundle(BY_NAME["t5-relu-tied"], 1, **OWN, exact_rows=exact)  # whose heads have 8 values
-    quantization = Bundle.open(path).manifest.quantization
-    assert quantization is not None
-    assert quantization.exact_rows == exact
+def test_heads_without_a_kernel_keep_onnx_runtimes_attention(bundle: Bundles) -> None:
+    path = bundle(BY_NAME["t5-relu-tied"], 1, **OWN)  # whose heads have 8 values
     assert {"GroupQueryAttention", "MultiHeadAttention", "PackedLinear"} <= kinds(path, "deep")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,7 @@ from tensor_source import Source
 from graphs.graph import IR_VERSION, OPSET, Graph
 from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.ort_products import OrtProducts
+from graphs.quantization.products import OrtProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
@@ -30,6 +31,7 @@ from runtime.bundle.precision import TensorFormat
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ("int8", "int4", "mixed")
 SELECTION = ("t5-relu-tied", "t5-gated-untied", "llama-tied", "llama-biases", "mistral-window", "qwen3")
+ORT = {"kernels": "onnxruntime"}
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 
 
@@ -47,30 +49,14 @@ def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> C
     graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
     path = weights.path.parent / "g.onnx"
     quantizer = Quantizer(weights, IntegerScheme())
-    graph.save(path, [QuantizeLinears(quantizer, OrtProducts, "deep", format_, lambda name: format_, "head")])
+    graph.save(path, [QuantizeLinears(quantizer, OrtProducts(), "deep", format_, lambda name: format_, "head")])
     weights.flush()
     onnx.checker.check_model(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda rows: session.run(["y"], {"x": rows})[0]
 
 
-def by_row(x: np.ndarray) -> np.ndarray:
-    """x, rounded to 8 bits by row, and W by channel: the product in exact integers."""
-    rows = np.abs(x).max(1, keepdims=True) / np.float32(127)
-    channels = np.abs(WEIGHT).max(1) / np.float32(127)
-    integers = np.rint(x / rows).astype(np.int64) @ np.rint(WEIGHT / channels[:, None]).astype(np.int64).T
-    return integers * rows * channels
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_8_bits_by_row_are_exact_integer_products(rows: int, bias: bool, weights: WeightFile) -> None:
-    x = normal(rows, 40, seed=2) * np.logspace(-3, 3, rows, dtype=np.float32)[:, None]
-    expected = by_row(x) + (BIAS if bias else 0)
-    np.testing.assert_allclose(product(weights, "int8", bias)(x), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("format_", "tolerance"), [("int8", 0.02), ("int8-block", 0.015), ("int4", 0.12)])
+@pytest.mark.parametrize(("format_", "tolerance"), [("int8-block", 0.015), ("int4", 0.12)])
 def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: float, weights: WeightFile) -> None:
     x = normal(9, 40, seed=2)
     ours, exact = product(weights, format_)(x), x @ WEIGHT.T
@@ -78,7 +64,7 @@ def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: floa
     assert 1e-4 < error < tolerance
 
 
-@pytest.mark.parametrize("format_", ["int8", "int8-block", "int4"])
+@pytest.mark.parametrize("format_", ["int8-block", "int4"])
 def test_a_row_is_what_it_is_alone(format_: TensorFormat, weights: WeightFile) -> None:
     run, x = product(weights, format_), normal(16, 40, seed=2)
     x[3] *= 1000  # one scale for all rows would round the others away
@@ -87,7 +73,7 @@ def test_a_row_is_what_it_is_alone(format_: TensorFormat, weights: WeightFile) -
         np.testing.assert_array_equal(together[row], run(x[row : row + 1])[0])
 
 
-@pytest.mark.parametrize("format_", ["int8", "int8-block", "int4"])
+@pytest.mark.parametrize("format_", ["int8-block", "int4"])
 def test_no_rows_and_rows_of_zeros(format_: TensorFormat, weights: WeightFile) -> None:
     run = product(weights, format_)
     assert run(np.zeros((0, 40), np.float32)).shape == (0, 24)
@@ -109,9 +95,8 @@ def model_of(weights: WeightFile, **attributes: int) -> ir.Model:
 
 
 def test_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
-    linears = QuantizeLinears(
-        Quantizer(weights, IntegerScheme()), OrtProducts, "deep", "int8", lambda name: "int8", "head"
-    )
+    quantizer = Quantizer(weights, IntegerScheme())
+    linears = QuantizeLinears(quantizer, OrtProducts(), "deep", "int4", lambda name: "int4", "head")
     with pytest.raises(ir.passes.PreconditionError):
         linears(model_of(weights))
     with pytest.raises(ir.passes.PreconditionError):
@@ -121,7 +106,7 @@ def test_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
 def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
     model = model_of(weights, transB=1)
     quantizer = Quantizer(weights, IntegerScheme())
-    QuantizeLinears(quantizer, OrtProducts, "deep", "int8", lambda name: "fp32", "head")(model)
+    QuantizeLinears(quantizer, OrtProducts(), "deep", "int4", lambda name: "fp32", "head")(model)
     assert [node.op_type for node in model.graph] == ["Gemm"]
     (engine,) = quantizer.report.engines
     assert (engine.bytes, engine.largest_error, engine.head) == (24 * 40 * 4, 0.0, None)
@@ -149,13 +134,10 @@ def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights
 # Whole engines
 
 
-BY_ROW = {"precision": "int8", "int8_layout": "rows"}
-
-
-@pytest.mark.parametrize("options", [*({"precision": name} for name in PRECISIONS), BY_ROW], ids=[*PRECISIONS, "rows"])
+@each_precision
 @pytest.mark.parametrize("name", SELECTION)
-def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, options: dict, bundle: Bundles) -> None:
-    pair = pair_of(bundle(BY_NAME[name], 1, **options), rows=1)
+def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, precision: str, bundle: Bundles) -> None:
+    pair = pair_of(bundle(BY_NAME[name], 1, precision=precision, **ORT), rows=1)
     past, longest = 21, 16
     hidden = pair.shallow(*tokens(past + longest))["hidden"]
     pair.deep(hidden[:, :past], every(1, past))
@@ -169,7 +151,7 @@ def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, options: di
 @each_precision
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-biases"])
 def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], 1, precision=precision)
+    path = bundle(BY_NAME[name], 1, precision=precision, **ORT)
     ids, lengths = tokens(9, 4, 17)
     pair = pair_of(path, rows=3)
     hidden = pair.shallow(ids, lengths)["hidden"]
@@ -193,7 +175,7 @@ def assert_equal_but_for_steps(ours: np.ndarray, theirs: np.ndarray) -> None:
 @each_precision
 @pytest.mark.parametrize("name", ["t5-gated-untied", "llama-tied"])
 def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], 1, precision=precision)
+    path = bundle(BY_NAME[name], 1, precision=precision, **ORT)
     manifest = Bundle.open(path).manifest
     assert manifest.quantization is not None
     engines = {item.engine: item for item in manifest.quantization.engines}
@@ -212,31 +194,15 @@ def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, b
 
 def test_the_precisions_take_the_room_they_promise(bundle: Bundles) -> None:
     case = LARGER[1]
-    sizes = {name: (bundle(case, 1, precision=name) / "weights.data").stat().st_size for name in ("fp32", *PRECISIONS)}
+    formats: dict[str, dict[str, Any]] = {"fp32": {}, **{name: {"precision": name, **ORT} for name in PRECISIONS}}
+    sizes = {name: (bundle(case, 1, **given) / "weights.data").stat().st_size for name, given in formats.items()}
     assert sizes["int8"] < 0.3 * sizes["fp32"]
     assert sizes["int4"] < sizes["mixed"] < sizes["int8"]
 
 
-def test_8_bits_stand_in_blocks_or_by_row_as_asked_for(bundle: Bundles) -> None:
-    case, formats = BY_NAME["t5-gated-untied"], {}
-    for options in ({}, BY_ROW, {"int8_range": "reduced"}, {**BY_ROW, "precision": "mixed"}):
-        path = bundle(case, 1, **{"precision": "int8", "int8_range": "full", **options})
-        quantization = Bundle.open(path).manifest.quantization
-        assert quantization is not None
-        formats[str(options)] = {item.engine: item.linears for item in quantization.engines}
-    prompt = {"encoder": "int8", "prologue": "int8"}
-    by_row, blocks, in_4_bits = (dict.fromkeys(("shallow", "deep"), kind) for kind in ("int8", "int8-block", "int4"))
-    assert list(formats.values()) == [
-        {**prompt, **blocks},
-        {**prompt, **by_row},
-        {**prompt, **by_row},
-        {**prompt, **by_row, "shallow": in_4_bits["shallow"]},
-    ]
-
-
 def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> None:
     case = LARGER[1]
-    eight, four = bundle(case, 1, precision="int8"), bundle(case, 1, precision="int8", head="int4")
+    eight, four = (bundle(case, 1, precision="int8", **ORT, **head) for head in ({}, {"head": "int4"}))
     formats = [
         {item.engine: (item.linears, item.head) for item in Bundle.open(path).manifest.quantization.engines}  # type: ignore[union-attr]
         for path in (eight, four)

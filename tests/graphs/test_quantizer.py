@@ -37,9 +37,9 @@ def with_outliers(inputs: int, every: int, rest: float) -> np.ndarray:
     return array
 
 
-@pytest.mark.parametrize("wanted", ["int4", "int8", "int8-block"])
+@pytest.mark.parametrize("wanted", ["int4", "int8-block"])
 def test_ordinary_weights_get_what_was_wanted(wanted: TensorFormat, weights: WeightFile) -> None:
-    stored = Quantizer(weights, IntegerScheme("reduced")).store(tensor(bell()), wanted)
+    stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), wanted)
     assert stored.format == wanted
     assert stored.error == stored.lost <= LIMITS[wanted]
     assert stored.bytes == weights.bytes
@@ -48,8 +48,7 @@ def test_ordinary_weights_get_what_was_wanted(wanted: TensorFormat, weights: Wei
 @pytest.mark.parametrize(
     ("array", "wanted", "stored"),
     [
-        (with_outliers(64, 32, 0.2), "int4", "int8"),
-        (with_outliers(1024, 1024, 0.02), "int8", "int8-block"),
+        (with_outliers(64, 32, 0.2), "int4", "int8-block"),
         (with_outliers(1024, 1024, 0.02), "int4", "int4"),
     ],
 )
@@ -64,7 +63,7 @@ def test_a_weight_that_loses_too_much_gets_the_next_format(
 
 
 def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.quantization.scheme.LIMITS", {"int4": 0.0, "int8": 0.0, "int8-block": 0.0})
+    monkeypatch.setattr("graphs.quantization.scheme.LIMITS", {"int4": 0.0, "int8-block": 0.0})
     stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "int4")
     assert (stored.format, stored.operands) == ("fp32", ())
     assert 0.05 < stored.lost < 0.12
@@ -93,28 +92,21 @@ def test_8_bits_have_the_largest_block_that_divides_the_inputs(width: int, block
         assert stored.block == block
         assert stored.error < 0.01
     # CUDA's kernels were tried with these alone.
-    alone = ROUNDING["cuda"].scheme("full", False)
+    alone = ROUNDING["cuda"].scheme
     assert Quantizer(weights, alone).store(tensor(bell(16, width), "cuda"), "int8-block").block == 32
 
 
 def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:
     quantizer = Quantizer(weights, IntegerScheme())
-    first = quantizer.store(tensor(bell()), "int8")
+    first = quantizer.store(tensor(bell()), "int4")
     written = weights.bytes
 
     def never() -> ir.Tensor:
         raise AssertionError("read again")
 
     again = ir.LazyTensor(never, ir.DataType.FLOAT, ir.Shape((16, 64)), name="w")
-    assert quantizer.store(again, "int8") is first
+    assert quantizer.store(again, "int4") is first
     assert weights.bytes == written
-
-
-def test_exact_rows_have_smaller_blocks(weights: WeightFile) -> None:
-    quantizer = Quantizer(weights, IntegerScheme(exact_rows=True))
-    assert quantizer.store(tensor(bell(16, 256)), "int8-block").block == 64
-    assert quantizer.store_table(tensor(bell(16, 256), "table")).block == 64
-    assert quantizer.store(tensor(easy(), "easy"), "int4").block == 32
 
 
 @pytest.mark.parametrize("width", [64, 96, 256])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits, round_channels
+from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 
 
 def weight(outputs: int, inputs: int, seed: int = 0) -> np.ndarray:
@@ -47,17 +47,6 @@ def test_blocks_say_their_error(inputs: int, block: int) -> None:
     assert 0.002 < eight.error < 0.01
 
 
-@pytest.mark.parametrize(("range_", "peak"), [("full", 127), ("reduced", 63)])
-def test_channels_say_their_error_and_keep_their_range(range_: str, peak: int) -> None:
-    exact = weight(24, 40)
-    rounded = round_channels(exact, range_)  # type: ignore[arg-type]
-    assert rounded.data.shape == (40, 24)
-    assert np.abs(rounded.data.astype(int)).max() == peak
-    values = rounded.data.T * rounded.scales[:, None]
-    assert rounded.error == pytest.approx(error(exact, values), rel=1e-4)
-    assert np.abs(exact - values).max() <= rounded.scales.max() / 2 * 1.0001
-
-
 def test_4_bits_are_better_than_the_plain_grid() -> None:
     exact = weight(64, 256)
     blocks = exact.reshape(64, -1, 32)
@@ -82,15 +71,13 @@ def test_constant_weights_are_exact(value: float) -> None:
     exact = np.full((4, 64), value, np.float32)
     np.testing.assert_allclose(read_4_bits(round_4_bits(exact, 32), 64), exact, rtol=1e-6)
     np.testing.assert_allclose(read_8_bits(round_8_bits(exact, 32), 64), exact, rtol=1e-6)
-    rounded = round_channels(exact, "full")
-    np.testing.assert_allclose(rounded.data.T * rounded.scales[:, None], exact, rtol=1e-6)
 
 
 def test_one_row_is_rounded_as_it_is_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = weight(50, 64)
-    whole = round_4_bits(exact, 32), round_8_bits(exact, 32), round_channels(exact, "full")
+    whole = round_4_bits(exact, 32), round_8_bits(exact, 32)
     monkeypatch.setattr("graphs.quantization.pieces.CHUNK", 7 * 64)
-    pieces = round_4_bits(exact, 32), round_8_bits(exact, 32), round_channels(exact, "full")
+    pieces = round_4_bits(exact, 32), round_8_bits(exact, 32)
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a.data, b.data)
         np.testing.assert_array_equal(a.scales, b.scales)

@@ -14,11 +14,11 @@ from tensor_source import Source
 
 from graphs.graph import Graph
 from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.products import WidenedProducts
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded, at_least, round_4_bits, round_8_bits
 from graphs.quantization.scheme import SYMMETRIC_LIMITS, SymmetricScheme
 from graphs.quantization.symmetric import round_blocks, round_rows
-from graphs.quantization.widened_products import WidenedProducts
 from graphs.weights import WeightFile
 from runtime.bundle.precision import TensorFormat
 
@@ -114,7 +114,7 @@ def test_a_product_is_that_with_the_widened_weight(
         quantizer = Quantizer(weights, SymmetricScheme())
         graph.save(
             tmp_path / "g.onnx",
-            [QuantizeLinears(quantizer, WidenedProducts, "deep", format_, lambda name: format_, "head")],
+            [QuantizeLinears(quantizer, WidenedProducts(), "deep", format_, lambda name: format_, "head")],
         )
     assert [engine.bytes for engine in quantizer.report.engines] == [
         24 * 128 * (4 if format_ == "int4" else 8) // 8 + 24 * (2 if format_ == "int4" else 1) * kind.itemsize

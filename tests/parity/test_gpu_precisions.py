@@ -165,10 +165,3 @@ def test_the_manifest_says_what_was_rounded_and_what_is_computed_in(bundle: Bund
     assert "memory of the device" in copy.reason
     assert (half.compute, half.float_type) == ("fp16", "fp16")
     assert half.kv_bytes_per_token == manifest.kv_bytes_per_token
-
-
-def test_full_range_weights_that_are_widened_run_on_any_processor(
-    bundle: Bundles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("runtime.machine.machine.machine_int8_range", lambda: "reduced")
-    Session(bundle(LLAMA, target="tensorrt", precision="int8"), threads=1).close()

@@ -58,7 +58,6 @@ def test_overlap_is_for_gpus_and_says_why() -> None:
         ("huge_pages", 1),
         ("cuda_graphs", "no"),
         ("device", None),
-        ("cache", ["use"]),
     ],
 )
 def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:

@@ -5,9 +5,8 @@
 Every prompt is decoded alone in mode full and in free, to --tokens/2 to --tokens tokens; then in lossless, alone and by
 --batch threads, and in full and free by --batch threads: rows of common calls join and leave at any time. Lossless
 drafts as much as it may, whether that pays or not. Each difference is listed with how far apart the two best choices
-were: in float32, below 1e-4 is a tie of k rows against one; of rounded weights, below what the logits of k rows and of
-single steps were measured to differ by. Ends with 1 where a difference is no tie, or, of rounded weights, where more
-than one prompt in a hundred differs.
+were. Ends with 1 where there is one, but for ties of k rows against one in float32, below 1e-4. With quantized weights
+there is none on our own kernels, and now and then one on ONNX Runtime's.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from freeexport.benchmark.benchmark import bench_prompts
 from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from tools.quality.token_equality import NOISE_PROMPTS, ROUNDED, TIE, Equality, noise, run, settings_of, unexplained
+from tools.quality.token_equality import TIE, Equality, run, settings_of
 
 
 @click.command(help=__doc__)
@@ -43,9 +42,8 @@ def main(
     with Session(bundle, threads=threads, slots=batch) as session, progress("comparing", len(settings)) as advance:
         equality = Equality(session, prompts, tokens, batch, ignore_eos=data is None)
         found = run(equality, settings, advance)
-        exact = manifest.precision == "fp32"
-        tie = TIE if exact else noise(session, prompts[:NOISE_PROMPTS], tokens)
-    wrong = unexplained(found, len(prompts), tie, 1.0 if exact else ROUNDED)
+    tie = TIE if manifest.precision == "fp32" else 0.0
+    wrong = [one for one in found if not one.distance < tie]
     click.echo(
         f"{manifest.source}, {manifest.precision}: {len(prompts)} prompts, up to {tokens} tokens, {batch} slots, "
         f"{equality.drafts} drafts; a tie is below {tie:.2g}"
@@ -56,8 +54,7 @@ def main(
     for one in found:
         click.echo(f"  prompt {one.prompt} differs at token {one.place} in {one.setting}: distance {one.distance:.2g}")
     if wrong:
-        far = sum(not one.distance < tie for one in wrong)
-        raise SystemExit(f"error: {far} differences are not ties, or more than one prompt in a hundred differs")
+        raise SystemExit(f"error: {len(wrong)} differences are not ties")
 
 
 def random_prompts(vocab_size: int, count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:

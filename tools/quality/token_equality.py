@@ -18,11 +18,6 @@ from runtime.adaptation.draft_length import DraftLength
 
 # Two logits nearer than this may change places between k rows and one, in float32.
 TIE = 1e-4
-# Rows of the passes that are compared with single steps.
-PASSES = (2, 5, 16)
-NOISE_PROMPTS = 8
-# Share of prompts that may differ where weights are rounded.
-ROUNDED = 0.01
 
 
 @dataclass(frozen=True)
@@ -132,41 +127,6 @@ def first_difference(ours: GenerationResult, alone: GenerationResult) -> int | N
     place = next((place for place, (mine, theirs) in enumerate(pairs) if mine != theirs), shorter)
     same_end = len(ours.token_ids) == len(alone.token_ids) and ours.finish_reason == alone.finish_reason
     return None if place == shorter and same_end else place
-
-
-def noise(session: Session, prompts: Sequence[list[int]], tokens: int) -> float:
-    """By how much logits of a sync pass over k rows differ from those of single steps, at most, along what mode full
-    says."""
-    worst = 0.0
-    for prompt in prompts:
-        said = session.generate(prompt, mode="full", max_new_tokens=tokens, ignore_eos=True).token_ids[:-1]
-        single = _logits(session, prompt, said, 1)
-        worst = max(worst, *(float(np.abs(_logits(session, prompt, said, rows) - single).max()) for rows in PASSES))
-    return worst
-
-
-def _logits(session: Session, prompt: list[int], said: Sequence[int], rows: int) -> np.ndarray:
-    """Of the deep decoder after each token, float32 [n, V], in passes over as many rows."""
-    start, found = session.manifest.decoder_start_token_id, list[np.ndarray]()
-    read = [int(start or 0)] if session.manifest.encoder_decoder else prompt
-    with session.decoder(np.array(prompt)) as decoder:
-        decoder.want_logits(True)
-        decoder.prefill(np.array(read), head=False)
-        for first in range(0, len(said), rows):
-            part = said[first : first + rows]
-            for token in part:
-                decoder.step(token, head=False)
-            found += [answer.logits.copy() for answer in decoder.sync(len(part)) if answer.logits is not None]
-    return np.stack(found)
-
-
-def unexplained(
-    differences: Sequence[Difference], prompts: int, tie: float, share: float = ROUNDED
-) -> list[Difference]:
-    """Those that equality does not allow: whatever is no `tie`, and all of a setting in which more than a `share` of
-    the prompts differs."""
-    counts = Counter(difference.setting for difference in differences)
-    return [one for one in differences if not one.distance < tie or counts[one.setting] > share * prompts]
 
 
 def run(equality: Equality, settings: Sequence[Setting], advance: Advance | None = None) -> list[Difference]:

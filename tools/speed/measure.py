@@ -104,9 +104,7 @@ def pages(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
     idle = require_idle(force)
     speeds: dict[bool, list[float]] = {False: [], True: []}
     with ExitStack() as stack:
-        sessions = {
-            huge: stack.enter_context(Session(bundle, slots=1, cache="off", huge_pages=huge)) for huge in speeds
-        }
+        sessions = {huge: stack.enter_context(Session(bundle, slots=1, huge_pages=huge)) for huge in speeds}
         began = perf_counter()
         sessions[True].settle()
         moving = perf_counter() - began

@@ -2,19 +2,16 @@
 
     python -m tools.speed.start BUNDLE BUNDLE ... [--json FILE]
 
-For each bundle, without the engine cache and with it: seconds that `Session(bundle)` takes in a new process, imports
-aside, everything in the page cache; that as a multiple of reading the bundle's bytes; and of two processes that have
-both decoded, the memory that one has to itself (private) and its proportional share (PSS). The engine cache is a
-temporary one, in --cache. Run on an idle machine.
+For each bundle: seconds that `Session(bundle)` takes in a new process, imports aside, everything in the page cache;
+that as a multiple of reading the bundle's bytes; and of two processes that have both decoded, the memory that one has
+to itself (private) and its proportional share (PSS). Run on an idle machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +22,6 @@ import click
 
 from freeexport.system.idle import require_idle
 from runtime import Bundle
-from runtime.engines.packed_cache import write
-from runtime.engines.packed_entry import read_entry
 from runtime.machine.machine import usable_cores
 
 # Says seconds, is told to go on once all processes are open, then says megabytes.
@@ -54,62 +49,51 @@ sys.stdin.readline()
 
 @dataclass(frozen=True)
 class Figures:
-    """Seconds and megabytes. `added`: seconds to make the cache's entry, whose size is `cache_mb`."""
+    """Seconds and megabytes."""
 
     bundle: str
     bundle_mb: float
     read: float
-    start: dict[str, float]
-    private: dict[str, float]
-    pss: dict[str, float]
-    added: float
-    cache_mb: float
+    start: float
+    private: float
+    pss: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.bundle} ({self.bundle_mb:.0f} MB): read {self.read:.3f} s, start {self.start:.3f} s "
+            f"({self.start / self.read:.1f}x); each of two processes: private {self.private:.0f} MB, "
+            f"PSS {self.pss:.0f} MB"
+        )
 
 
 @click.command(help=__doc__)
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--rounds", type=int, default=7, show_default=True)
 @click.option("--threads", type=int, default=None, help="Of a session.  [default: one per core]")
-@click.option("--cache", type=click.Path(path_type=Path, file_okay=False), help="Where the temporary cache lies.")
 @click.option("--json", "output", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True)
-def main(
-    bundles: tuple[Path, ...], rounds: int, threads: int | None, cache: Path | None, output: Path | None, force: bool
-) -> None:
+def main(bundles: tuple[Path, ...], rounds: int, threads: int | None, output: Path | None, force: bool) -> None:
     idle = require_idle(force)
     threads = threads or usable_cores()
     figures = []
     for path in bundles:
-        with tempfile.TemporaryDirectory(dir=cache) as directory:
-            os.environ["XDG_CACHE_HOME"] = directory
-            figures.append(measure(path, rounds, threads))
-        click.echo(row(figures[-1]) + ("" if idle else " (busy machine)"))
+        figures.append(measure(path, rounds, threads))
+        click.echo(f"{figures[-1]}" + ("" if idle else " (busy machine)"))
     if output is not None:
         output.write_text(json.dumps({"threads": threads, "rows": [asdict(item) for item in figures]}, indent=2))
 
 
 def measure(path: Path, rounds: int, threads: int) -> Figures:
-    """The medians of `rounds`, with and without cache in turn."""
-    bundle = Bundle.open(path)
-    began = time.perf_counter()
-    place = write(bundle)
-    added = time.perf_counter() - began
-    for directory in (path, place):
-        read(directory)
-    starts: dict[str, list[float]] = {"off": [], "use": []}
-    for _ in range(rounds):
-        for use, times in starts.items():
-            times.append(processes_of(path, use, threads, 1)[0][0])
-    memory = {use: processes_of(path, use, threads, 2)[0][1] for use in starts}
+    """The medians of `rounds`."""
+    read(path)
+    held = processes_of(path, threads, 2)[0][1]
     return Figures(
         bundle=path.name,
-        bundle_mb=sum(file.size for file in bundle.manifest.files.values()) / 1e6,
+        bundle_mb=sum(file.size for file in Bundle.open(path).manifest.files.values()) / 1e6,
         read=median(read(path) for _ in range(rounds)),
-        start={use: median(times) for use, times in starts.items()},
-        private={use: held["private"] for use, held in memory.items()},
-        pss={use: held["pss"] for use, held in memory.items()},
-        added=added,
-        cache_mb=read_entry(place).bytes / 1e6,
+        start=median(processes_of(path, threads, 1)[0][0] for _ in range(rounds)),
+        private=held["private"],
+        pss=held["pss"],
     )
 
 
@@ -125,15 +109,14 @@ def read(directory: Path) -> float:
     return time.perf_counter() - began
 
 
-def processes_of(path: Path, use: str, threads: int, count: int) -> list[tuple[float, dict[str, float]]]:
+def processes_of(path: Path, threads: int, count: int) -> list[tuple[float, dict[str, float]]]:
     """Seconds and megabytes of as many processes, opened one after the other and held together."""
     command = [sys.executable, "-c", PROBE, str(path), str(threads)]
-    environment = {**os.environ, "FREEEXPORT_CACHE": use}
     open_: list[subprocess.Popen[str]] = []
     try:
         seconds = []
         for _ in range(count):
-            open_.append(subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=environment))
+            open_.append(subprocess.Popen(command, stdin=-1, stdout=-1, text=True))
             seconds.append(answer(open_[-1]))
         held = []
         for process in open_:
@@ -151,21 +134,6 @@ def answer(process: subprocess.Popen[str], word: str = "") -> Any:
         process.stdin.write(word)
         process.stdin.flush()
     return json.loads(process.stdout.readline())
-
-
-def row(item: Figures) -> str:
-    def pair(values: dict[str, float]) -> str:
-        return f"{values['off']:.0f} -> {values['use']:.0f} MB"
-
-    start, cached = item.start["off"], item.start["use"]
-    return "; ".join(
-        (
-            f"{item.bundle} ({item.bundle_mb:.0f} MB): read {item.read:.3f} s",
-            f"start {start:.3f} s ({start / item.read:.1f}x), cached {cached:.3f} s ({cached / item.read:.1f}x)",
-            f"each of two processes: private {pair(item.private)}, PSS {pair(item.pss)}",
-            f"the entry: {item.cache_mb:.0f} MB, written in {item.added:.1f} s",
-        )
-    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from freeexport.benchmark.peers.model import Source, installed, peer_command, pe
 from freeexport.system.idle import require_idle
 from freeexport.system.machine import detect_machine
 from runtime import Bundle, Session
-from runtime.engines import loading
+from runtime.engines import backend
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
@@ -100,7 +100,7 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
     """Of a bundle. Raises what `Session` raises."""
     tokens_and_engines = _timed(path, threads, context, tokens)
     with tempfile.TemporaryDirectory() as directory:
-        with _noting(Path(directory)) as engines, Session(path, slots=1, threads=threads, cache="off") as session:
+        with _noting(Path(directory)) as engines, Session(path, slots=1, threads=threads) as session:
             session.settle()
             session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True)
         files = {name: Path(engines[name].session.end_profiling()) for name in ("shallow", "deep")}
@@ -111,7 +111,7 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
 def _timed(path: Path, threads: int, context: int, tokens: int) -> dict[str, float]:
     """Seconds of a token after the first, and of its engine calls: medians over rounds."""
     rounds = []
-    with Session(path, slots=1, threads=threads, cache="off") as session:
+    with Session(path, slots=1, threads=threads) as session:
         session.settle()
         for _ in range(ROUNDS + 1):
             stats = session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True).stats
@@ -129,7 +129,7 @@ def _noting(directory: Path) -> Iterator[dict[str, OnnxEngine]]:
         engines[path.stem] = OnnxEngine(path, *given, profile=directory / path.stem, **options)
         return engines[path.stem]
 
-    with mock.patch.object(loading, "OnnxEngine", load):
+    with mock.patch.object(backend, "OnnxEngine", load):
         yield engines
 
 

@@ -19,7 +19,7 @@ from runtime.bundle.precision import Quantization
 from runtime.kernels import VERSION, missing
 
 CASE = next(case for case in CASES if case.name == "llama-tied")
-ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization("full")}
+ROUNDED: dict[str, Any] = {"precision": "int8", "quantization": Quantization()}
 
 
 @pytest.fixture
@@ -53,9 +53,9 @@ def test_with_the_library_its_instructions_are_named(tmp_path: Path, checkpoint:
     assert f"version {VERSION}, with {here} here" in printed(
         "inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED, kernels=VERSION))
     )
-    out = convert(checkpoint(CASE), tmp_path / "bundle", "--kernels", "freeexport")
+    out = convert(checkpoint(CASE), tmp_path / "bundle")
     assert f"kernels: freeexport's own, version {VERSION}, with {here} here" in out
-    assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other")
+    assert "kernels: ONNX Runtime's\n" in convert(checkpoint(CASE), tmp_path / "other", "--kernels", "onnxruntime")
 
 
 def test_a_bundle_in_fp32_has_no_kernels_to_speak_of(tmp_path: Path) -> None:
@@ -72,15 +72,6 @@ def test_what_could_not_be_verified_here_is_refused_before_the_long_work(
     assert not (tmp_path / "out").exists()
     unchecked = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport", "--no-verify", "--no-measure"])
     assert unchecked.exit_code == 0, unchecked.output
-
-
-def test_options_of_onnx_runtimes_kernels_do_not_go_with_ours(
-    tmp_path: Path, checkpoint: Callable[[Any], Path]
-) -> None:
-    for option in (("--int8-range", "reduced"), ("--int8-layout", "rows")):
-        arguments = ["--precision", "int8", "--kernels", "freeexport", *option]
-        result = CliRunner().invoke(main, ["convert", str(checkpoint(CASE)), str(tmp_path / "out"), *arguments])
-        assert "are for ONNX Runtime's kernels; leave them out" in error(result)
 
 
 def convert(model: Path, out: Path, *arguments: str) -> str:

@@ -272,8 +272,9 @@ def test_an_exit_layer_out_of_range_is_refused_with_the_range(
         (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
         (("--max-pending", "0"), "max_pending 0 is out of range"),
         (("--head", "int4"), "precision fp32 rounds nothing; --head int4 goes with int8, int4, mixed"),
-        (("--int8-layout", "rows"), "--int8-layout rows is of decoders in 8 bits for a CPU; give --precision int8"),
-        (("--int8-layout", "blocks", "--precision", "int4"), "give --precision int8 or mixed"),
+        (("--exact-rows",), "--exact-rows was removed: with --kernels freeexport, the default, results"),
+        (("--int8-layout", "rows"), "--int8-layout was removed: 8-bit weights are in blocks; leave it out"),
+        (("--int8-range", "auto"), "--int8-range was removed: 8-bit weights run on every processor; leave it out"),
     ],
 )
 def test_an_option_out_of_place_is_refused_with_what_goes(
@@ -303,7 +304,7 @@ def test_heads_without_a_fused_kernel_take_the_standard_dialect_and_convert_says
     [
         (("--dialect", "ort"), "heads of size 8 do not fit the ort dialect, whose operator needs a multiple of 16"),
         (("--precision", "int8"), "precision int8 needs operators of ONNX Runtime, but attention heads of size 8"),
-        (("--precision", "int4", "--exact-rows"), "precision int4 needs operators of ONNX Runtime, but attention"),
+        (("--precision", "int4"), "precision int4 needs operators of ONNX Runtime, but attention"),
     ],
 )
 def test_heads_without_a_fused_kernel_are_refused_where_it_is_needed(

@@ -99,7 +99,7 @@ def test_a_rounded_bundle_is_verified(
     assert opened.verification["greedy"]["tie"] is None
     page = CliRunner().invoke(main, ["inspect", str(path)]).stdout
     assert "same best token" in page
-    assert "Precision (8-bit range" in page
+    assert "largest error" in page
 
 
 def test_a_spoilt_scale_fails(bundle: Bundles, checkpoint: Callable[[Case], Path], tmp_path: Path) -> None:

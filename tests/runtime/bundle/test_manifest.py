@@ -169,7 +169,14 @@ def test_a_file_has_one_plain_name(name: str) -> None:
 
 def test_precision_and_quantization_go_together() -> None:
     assert "no quantization with precision 'int8'" in refusal(signed(precision="int8"))
-    assert "a quantization with precision 'fp32'" in refusal(signed(quantization={"int8_range": "full"}))
+    assert "a quantization with precision 'fp32'" in refusal(signed(quantization={}))
+
+
+def test_what_older_manifests_say_of_quantization_is_read_or_passed_over() -> None:
+    older = signed(precision="int8", quantization={"int8_range": "reduced", "exact_rows": True})
+    quantization = Manifest.from_json(older).quantization
+    assert quantization is not None
+    assert quantization.int8_range == "reduced"
 
 
 @pytest.mark.parametrize(

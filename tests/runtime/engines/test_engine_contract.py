@@ -71,7 +71,7 @@ def test_the_graphs_of_every_family_are_as_the_manifest_says(case: Case, bundle:
 def test_so_are_those_of_every_precision(name: str, options: dict[str, Any], bundle: Bundles) -> None:
     opened = Bundle.open(bundle(BY_NAME[name], **options))
     for graph in opened.path.glob("*.onnx"):
-        check_contract(opened.manifest, graph.stem, OnnxEngine(graph, 1).session)
+        check_contract(opened.manifest, graph.stem, OnnxEngine(graph, 1, kernels=opened.manifest.kernels).session)
 
 
 @pytest.mark.parametrize(
