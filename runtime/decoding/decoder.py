@@ -79,9 +79,14 @@ class Decoder:
     def slot(self) -> int:
         return self._calls.slot
 
+    @property
+    def shared_calls(self) -> bool:
+        """Whether any engine call of the sequence was shared with others."""
+        return self._calls.shared_calls
+
     def reset(self) -> None:
         """Begin a new sequence."""
-        self.stats = Stats()
+        self.stats, self._calls.shared_calls = Stats(), False
         self.trim(0)
 
     def trim(self, length: int) -> None:

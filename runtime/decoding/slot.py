@@ -47,6 +47,7 @@ class Slot:
         }
         self.steps: dict[bool, SlotCall] = {}  # by whether they ask the head
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
+        self.shared_calls = False  # whether any since the sequence began was shared with others
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""

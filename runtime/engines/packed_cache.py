@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from runtime.bundle.bundle import Bundle, engine_files
+from runtime.bundle.bundle import Bundle, engine_files, engines_digest
 from runtime.engines.onnx import build_of_onnxruntime, save_packed
 from runtime.engines.packed_entry import ENTRY, SCHEMA_VERSION, Entry, check_entry, read_entry, write_entry
 from runtime.errors import CacheError, EngineError, FreeExportError
@@ -60,12 +60,6 @@ def packed_engines(bundle: Bundle, options: SessionOptions) -> Path | None:
 
 def cache_root() -> Path:
     return user_cache("engines")
-
-
-def engines_of(bundle: Bundle) -> str:
-    """A name for what its engines compute: other calibration, tokenizer or costs change nothing."""
-    files = bundle.manifest.files.items()
-    return _digest(sorted((name, file.sha256) for name, file in files if name.endswith((".onnx", ".data"))))
 
 
 def find(bundle: Bundle) -> Path | None:
@@ -110,7 +104,7 @@ def write(bundle: Bundle) -> Path:
         try:
             for graph in engine_files(bundle.manifest):
                 save_packed(bundle.path / graph, making)
-            write_entry(making, bundle.path, engines_of(bundle), build_of_onnxruntime())
+            write_entry(making, bundle.path, engines_digest(bundle.manifest), build_of_onnxruntime())
             _move(making, place, bundle)
         finally:
             shutil.rmtree(making, ignore_errors=True)
@@ -138,7 +132,7 @@ def clear(bundle: Bundle | None = None) -> int:
     """Remove all entries, or those of one bundle for any machine; how many. Processes that have mapped one keep it."""
     gone = 0
     for path, entry, _ in list(entries()):
-        if bundle is None or (entry is not None and entry.engines == engines_of(bundle)):
+        if bundle is None or (entry is not None and entry.engines == engines_digest(bundle.manifest)):
             shutil.rmtree(path)
             gone += 1
     return gone
@@ -157,7 +151,9 @@ def most_bytes() -> int:
 
 def _place(bundle: Bundle) -> Path:
     machine = [platform.machine(), sorted(cpu_features())]
-    return cache_root() / _digest([SCHEMA_VERSION, engines_of(bundle), build_of_onnxruntime(), machine])[:32]
+    return (
+        cache_root() / _digest([SCHEMA_VERSION, engines_digest(bundle.manifest), build_of_onnxruntime(), machine])[:32]
+    )
 
 
 def _digest(content: object) -> str:
