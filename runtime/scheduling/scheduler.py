@@ -236,18 +236,28 @@ class Scheduler:
     def _run_alone(self, task: Task, call: Waiting, awaited: Awaited, whole: bool) -> None:
         """Turns of the only task, while nothing else is to be done. Most turns are these. What they touch has left the
         processor's cache during the engine call, so each function and array here counts."""
+        wheel = self._wheel
         while isinstance(call, SlotCall):
             self._turns += 1
+            error: Exception | None = None
             try:
                 call.run()
-            except Exception as error:
-                self._advance(task, error)
-            else:
-                self._advance(task)
-            call = task.waits
-            late = task.until != math.inf and task.until <= time.monotonic()
-            if self._waiting or self._wheel.followers or task.abandoned or late or awaited.ready(whole):
+            except Exception as failure:
+                error = failure
+            try:
+                going = task.advance(error)
+            except BaseException as failure:
+                self._fail(task, failure)
                 return
+            if task.told is not None or not going:
+                self._advanced(task, going)
+            if not going or self._waiting or wheel.followers or task.abandoned:
+                return
+            if task.until != math.inf and task.until <= time.monotonic():
+                return
+            if not (whole and awaited is task) and awaited.ready(whole):
+                return
+            call = task.waits
 
     def _resume(self) -> bool:
         """Go on with rows whose event has happened, and with one that waits for its turn alone: the next piece of a
@@ -287,20 +297,26 @@ class Scheduler:
     def _advance(self, row: Task, error: Exception | None = None) -> None:
         try:
             going = row.advance(error)
-        except Exception as failure:
-            self._end(row, failure)
-            return
-        except BaseException as interruption:
-            if row.aside:  # no interruption of a caller's thread: it comes from its own caller's code
-                self._end(row, interruption)
-                return
-            self._end(row, interrupted(interruption))
-            raise
+        except BaseException as failure:
+            self._fail(row, failure)
+        else:
+            self._advanced(row, going)
+
+    def _advanced(self, row: Task, going: bool) -> None:
         row.since = self._turns
         if not going:
             self._end(row)
         elif row.told is not None:
             row.told()
+
+    def _fail(self, row: Task, error: BaseException) -> None:
+        """End it with its error. An interruption is raised again, unless the task runs its caller's own code, whose
+        interruption that is."""
+        if isinstance(error, Exception) or row.aside:
+            self._end(row, error)
+            return
+        self._end(row, interrupted(error))
+        raise error
 
     def _end(self, row: Task, error: BaseException | None = None) -> None:
         decoder = row.decoder
