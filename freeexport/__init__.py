@@ -9,65 +9,29 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime import (
-        AsyncStream,
-        BatchError,
-        Bundle,
-        BundleError,
-        CalibrationError,
-        CapacityError,
-        DeviceError,
-        EngineError,
-        FreeExportError,
-        GenerationOptions,
-        GenerationResult,
-        OptionError,
-        PromptError,
-        QueueFullError,
-        Session,
-        SessionOptions,
-        Stats,
-        Stream,
-        Token,
-    )
+    from runtime import *  # noqa: F403 - `runtime.__all__` lists them
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "AsyncStream",
-    "BatchError",
-    "Bundle",
-    "BundleError",
-    "CalibrationError",
-    "CapacityError",
-    "DeviceError",
-    "EngineError",
-    "FreeExportError",
-    "GenerationOptions",
-    "GenerationResult",
-    "OptionError",
-    "PromptError",
-    "QueueFullError",
-    "Session",
-    "SessionOptions",
-    "Stats",
-    "Stream",
-    "Token",
-]
-
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    # Not for a module of this package, which is asked for here before it is imported.
+    if name != "__all__" and not name[0].isupper():
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import runtime
 
-    if not hasattr(runtime, name):
+    public = getattr(runtime, "__all__", None)
+    if public is None:
         place = runtime.__file__ or next(iter(runtime.__path__), "another folder")
         raise ImportError(
             f"{place} hides the package runtime that freeexport installs; rename it, or run from another folder"
         )
+    if name == "__all__":
+        return public
+    if name not in public:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(runtime, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__getattr__("__all__")})

@@ -21,8 +21,9 @@ from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.keywords import GenerationKeywords, SessionKeywords, merged
+from runtime.machine.cost_cache import costs_for
 from runtime.machine.device import Device, check_runnable
-from runtime.machine.machine import check_saturation, costs_here, usable_cores
+from runtime.machine.machine import check_saturation, usable_cores
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
 from runtime.requests.request import Model, Request, check_count
@@ -61,7 +62,8 @@ class Session:
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         self.threads = self.options.threads or usable_cores()
-        self._costs = costs_here(manifest, self.threads)
+        on_cpu = Device.parse(self.options.device).index is None
+        self._costs, learned_costs = costs_for(manifest, self.threads, on_cpu)
         self._thresholds = Thresholds(self.bundle, self.options, self._costs)
         self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
         with self._placement.loading() as engine:
@@ -71,7 +73,7 @@ class Session:
             self._encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
         self._scheduler = self._schedule(shallow, deep, decisions)
-        model = Model(manifest, self.capacity, self._encoder, self._tokenizer)
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs)
         self._builder = RequestBuilder(self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs)
         self._closed = False
 

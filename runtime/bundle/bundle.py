@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,12 @@ class Bundle:
             calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
         )
         return calibration
+
+
+def engines_digest(manifest: Manifest) -> str:
+    """A name for what its engines compute: other calibration, tokenizer or costs change nothing."""
+    files = sorted((n, file.sha256) for n, file in manifest.files.items() if n.endswith((".onnx", ".data")))
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def engine_files(manifest: Manifest) -> list[str]:

@@ -79,9 +79,14 @@ class Decoder:
     def slot(self) -> int:
         return self._calls.slot
 
+    @property
+    def shared_calls(self) -> bool:
+        """Whether any engine call of the sequence was shared with others."""
+        return self._calls.shared_calls
+
     def reset(self) -> None:
         """Begin a new sequence."""
-        self.stats = Stats()
+        self.stats, self._calls.shared_calls = Stats(), False
         self.trim(0)
 
     def trim(self, length: int) -> None:
@@ -210,6 +215,41 @@ class Decoder:
             said = self._decisions.answers(self, first, said)
         return said
 
+    @property
+    def direct(self) -> bool:
+        """Whether a token of mode full may be `direct_step`, `direct_pass` and `direct_answer`, each with the call that
+        the one before gave run: the same as `stepping` and `syncing`, in fewer functions."""
+        return not (self._deep.beside or self._decisions)
+
+    def direct_step(self, token: int) -> SlotCall:
+        """The step on a token, without the head. Nothing may be stacked."""
+        calls = self._calls
+        calls.token[0] = token
+        self._step = call = calls.steps.get(False) or calls.step(False)
+        return call
+
+    def direct_pass(self) -> SlotCall:
+        """Count the step that ran: the pass over it."""
+        calls, call = self._calls, self._step
+        assert call is not None
+        self.stats.shallow_seconds += call.seconds
+        self.company = call.company
+        self._shallow.cache.extend(calls.slot, 1)
+        self._pass = call = calls.direct or calls.direct_pass()
+        return call
+
+    def direct_answer(self) -> Prediction:
+        """Count the pass that ran: the deep prediction."""
+        call, stats = self._pass, self.stats
+        assert call is not None
+        seconds = call.seconds
+        self._pass = None
+        stats.deep_seconds += seconds
+        stats.sync_sizes[1] += 1
+        stats.sync_seconds[1] = stats.sync_seconds.get(1, 0.0) + seconds
+        self._deep.cache.extend(self._calls.slot, 1)
+        return self._calls.answer(0)
+
     def _syncing_beside(self, heads: int, drafts: Sequence[int], ahead: RunAhead | None) -> Waits[None]:
         if self._background is not None:
             yield from self._finish_background()
@@ -241,7 +281,7 @@ class Decoder:
     def _said(self) -> Prediction:
         """By the step that ran, which is counted."""
         calls = self._calls
-        said = Prediction(calls.said[0], calls.confidence[0], None, calls.logits)
+        said: Prediction = tuple.__new__(Prediction, (calls.said[0], calls.confidence[0], None, calls.logits))
         if self._decisions is not None:
             said = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, said)
         return said

@@ -23,8 +23,14 @@ Loop = Generator[Token | Waiting, None, None]
 def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
     yield response.add(response.choose(first), False, None, first)
+    direct = decoder.direct
     while not response.finished:
-        said = yield from _deep_token(decoder, response)
+        if direct:
+            yield decoder.direct_step(response.newest)
+            yield decoder.direct_pass()
+            said = decoder.direct_answer()
+        else:
+            said = yield from _deep_token(decoder, response)
         yield response.add(response.choose(said), False, None, said)
 
 

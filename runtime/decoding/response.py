@@ -89,6 +89,9 @@ class Response:
         self._length, self._end = len(prompt), len(prompt) + limit
         self._eos, self._sampler, self._logprobs = eos, sampler, logprobs
         self._text, self._caller = text or Detokenizer(None), caller
+        # Looked up once: what is called for every token is seldom in the processor's cache.
+        self._push, self._host = self._text.push, caller.host
+        self._may_leave = caller.cancel is not None or caller.until != math.inf
         self._rest = ""  # text that was withheld when it was cut short
         self._stats, self._first = Stats(), 0.0
         self._began: float | None = None  # by the host's clock, while it has a slot
@@ -134,16 +137,17 @@ class Response:
         if token in self._eos:
             text, self.finished = "", "eos"
         else:
-            text = self._text.push(token)
+            text = self._push(token)
             if self._text.stopped:
                 self.finished = "stop"
             elif self._length == self._end:
                 self.finished = "length"
-            else:
+            elif self._may_leave or self._host.closing:
                 self.finished = self._caller.reason
         if self.finished is not None:
             text += self._text.finish()
-        final = Token(token, text, exited, confidence, logprob)
+        # Without the function that a named tuple makes itself with.
+        final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob))
         self.tokens.append(final)
         if len(self.tokens) == 1:
             self._first = monotonic()

@@ -39,6 +39,7 @@ class Slot:
         self._said, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self.token, self.said, self.confidence = map(_memory, (self._token[0], self._said, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
+        self._answer = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
         self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
@@ -47,6 +48,8 @@ class Slot:
         }
         self.steps: dict[bool, SlotCall] = {}  # by whether they ask the head
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
+        self.direct: SlotCall | None = None  # see `direct_pass`
+        self.shared_calls = False  # whether any since the sequence began was shared with others
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
@@ -65,6 +68,7 @@ class Slot:
         self.logits = self._logits[self._shallow][0] if wanted else None
         self.steps.clear()
         self._passes.clear()
+        self.direct = None
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
@@ -94,10 +98,16 @@ class Slot:
             self._drafted[: len(drafts)] = drafts
         return work
 
+    def direct_pass(self) -> SlotCall:
+        """The deep decoder on what the last step gave, with the head."""
+        self.direct = self._passes[0, 1, False] = self.deep_piece(self._hidden, 1)
+        return self.direct
+
     def answer(self, row: int, drafted: bool = False) -> Prediction:
         """What the last deep call said at the `row`-th of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
-        return Prediction(self._answers.item(row), None, self._nll.item(row) if drafted else None, logits)
+        nll = self._nll.item(row) if drafted else None
+        return tuple.__new__(Prediction, (self._answer[row], None, nll, logits))
 
     def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""

@@ -20,6 +20,7 @@ from runtime.decoding.response import Caller, Response
 from runtime.decoding.slot_call import Waits
 from runtime.engines.encoder import Encoder
 from runtime.errors import OptionError
+from runtime.machine.cost_cache import CostCache
 from runtime.options import GenerationOptions, Mode
 from runtime.requests.sampling import check_biases, sampler_of
 from runtime.requests.thresholds import Threshold
@@ -35,12 +36,13 @@ MOST_SEQUENCES = 1024
 
 class Model(NamedTuple):
     """What requests of a session are for. `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None;
-    `tokenizer` None: results have no text."""
+    `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known."""
 
     manifest: Manifest
     capacity: int
     encoder: Encoder | None
     tokenizer: Tokenizer | None
+    costs: CostCache | None = None
 
 
 class Request:
@@ -84,7 +86,7 @@ class Request:
             )
         self._first: Prediction | None = None
         self._found: list[Hypothesis] = []
-        self._tokenizer, self._count = model.tokenizer, count
+        self._tokenizer, self._costs, self._count = model.tokenizer, model.costs, count
         self.responses = [self._response(0)]
 
     def run(self, decoder: Decoder) -> Loop:
@@ -104,6 +106,7 @@ class Request:
                     yield from loop
                 finally:
                     response.close()
+                self._learn_costs(decoder, response)
                 if not response.complete:
                     return
         finally:
@@ -120,6 +123,18 @@ class Request:
         if self.options.num_beams > 1:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
+
+    def _learn_costs(self, decoder: Decoder, response: Response) -> None:
+        if self._costs is None or self.mode not in ("full", "free") or decoder.shared_calls:
+            return
+        # Logits are copied out, and rows that teach the threshold have a head of their own: such calls take longer.
+        if response.needs_logits or self.options.num_beams > 1 or self._threshold.labels is not None:
+            return
+        stats = decoder.stats
+        head = self.mode == "free" or self.options.output_confidence
+        passes = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
+        outside = stats.overhead_seconds
+        self._costs.learn(head, stats.tokens - 1, stats.shallow_seconds, outside, passes)
 
     def _response(self, number: int) -> Response:
         options = self.options

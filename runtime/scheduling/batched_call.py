@@ -51,7 +51,7 @@ class BatchedCall:
                 source = outputs[name]
                 target[:] = source[place : place + 1] if name == "hidden" else source[head : head + work.heads]
             head += work.heads
-            work.seconds, work.company = seconds, len(works)
+            work.seconds, work.company, work.calls.shared_calls = seconds, len(works), True
 
     def _inputs(self, works: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
         name = "input_ids" if "input_ids" in works[0].inputs else "hidden"

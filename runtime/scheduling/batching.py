@@ -1,4 +1,4 @@
-"""What rows wait for at the engines: which of them go next, and as how many calls."""
+"""Which of the engine calls that tasks wait for run next, and how many of them as one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LEARNED, OUTER, APART = 64, 8, 1.5
 
 
 class BatchRules(NamedTuple):
-    """A deep pass runs once the share `ready` of the rows waits for one, or one has waited `patience` turns for others
+    """A deep pass runs once the share `ready` of the tasks waits for one, or one has waited `patience` turns for others
     to join it. `row_cost`: what a further row of a call costs, as a share of the first. `packed`: of deep passes,
     padding and idle rows cost nothing. Where they are not `known` to be right for this machine, they are replaced once
     enough calls were timed."""
@@ -45,58 +45,58 @@ def _rules(row: float) -> BatchRules:
 
 
 class BatchPolicy:
-    """`batches` for each lane that runs calls of several sequences; `shallow` is the lane that goes first."""
+    """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first."""
 
     def __init__(self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules) -> None:
         self._batches, self._shallow, self.rules = batches, shallow, rules
         self._timed: list[tuple[int, float]] = []
 
-    def choose(self, rows: Sequence[Task], turn: int) -> list[Task]:
-        """Rows that wait for one lane. Shallow steps first, so that deep passes collect. Those run once enough wait
-        for one, or one has waited long: a row that waits does nothing, so waiting for all may lose more than it
-        saves."""
+    def choose(self, tasks: Sequence[Task], turn: int) -> list[Task]:
+        """Tasks that wait for one engine. Shallow steps first, so that deep passes accumulate. Those run once enough
+        tasks wait for one, or one has waited long: a task that waits does nothing, so waiting for all may lose more
+        than it saves."""
         shallow, deep = list[Task](), list[Task]()
-        for row in rows:
-            if isinstance(row.waits, SlotCall):
-                (shallow if row.waits.lane is self._shallow else deep).append(row)
-        waited = max((turn - row.since for row in deep), default=0)
+        for task in tasks:
+            if isinstance(task.waits, SlotCall):
+                (shallow if task.waits.lane is self._shallow else deep).append(task)
+        waited = max((turn - task.since for task in deep), default=0)
         enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow))
         return deep if deep and (enough or waited >= self.rules.patience) else shallow
 
-    def run(self, works: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
-        """Run works of one lane, as few calls where `together`: each with its error. What a call wrote is to be counted
+    def run(self, calls: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
+        """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be counted
         before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted ones."""
-        for group in self._grouped(works) if together else [[work] for work in works]:
+        for group in self._grouped(calls) if together else [[call] for call in calls]:
             failed = self._call(group)
-            for work in group:
-                yield work, failed.get(id(work))
+            for call in group:
+                yield call, failed.get(id(call))
 
-    def _grouped(self, works: Sequence[SlotCall]) -> Sequence[Sequence[SlotCall]]:
-        lane = works[0].lane
+    def _grouped(self, calls: Sequence[SlotCall]) -> Sequence[Sequence[SlotCall]]:
+        lane = calls[0].lane
         if lane not in self._batches:
-            return [[work] for work in works]
+            return [[call] for call in calls]
         if self.rules.packed and lane is not self._shallow:
-            return [works]
-        return grouped(works, self.rules.row_cost)
+            return [calls]
+        return grouped(calls, self.rules.row_cost)
 
-    def _call(self, works: Sequence[SlotCall]) -> dict[int, Exception]:
+    def _call(self, calls: Sequence[SlotCall]) -> dict[int, Exception]:
         try:
-            if len(works) == 1:
-                works[0].run()
+            if len(calls) == 1:
+                calls[0].run()
             else:
-                self._batches[works[0].lane].run(works)
+                self._batches[calls[0].lane].run(calls)
         except Exception as error:
-            if len(works) == 1:
-                return {id(works[0]): error}
+            if len(calls) == 1:
+                return {id(calls[0]): error}
             # Whose fault it was shows when each runs alone: nothing has been counted as written.
-            return {key: failure for work in works for key, failure in self._call([work]).items()}
-        if not self.rules.known and works[0].lane is not self._shallow:
-            self._learn(works)
+            return {key: failure for call in calls for key, failure in self._call([call]).items()}
+        if not self.rules.known and calls[0].lane is not self._shallow:
+            self._learn(calls)
         return {}
 
-    def _learn(self, works: Sequence[SlotCall]) -> None:
+    def _learn(self, calls: Sequence[SlotCall]) -> None:
         """From the rows and the seconds of a deep pass: a row costs about the same, whichever sequence it is of."""
-        self._timed.append((sum(work.rows for work in works), works[0].seconds))
+        self._timed.append((sum(call.rows for call in calls), calls[0].seconds))
         if len(self._timed) < LEARNED:
             return
         timed, self._timed = sorted(self._timed), []

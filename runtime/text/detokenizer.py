@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from runtime.errors import OptionError
@@ -36,23 +36,16 @@ class Detokenizer:
         self.stopped = False
         self._stop = tuple(dict.fromkeys(stop))
         self._decoding = _decoding_of(tokenizer) if tokenizer is not None else None
-        self._pieces: list[str] = []
         self._held = ""
+        # Takes the next token; returns the text that has become final, often "".
+        self.push: Callable[[int], str] = _no_text
+        if self._decoding is not None:
+            self.push = self._push_until_stop if self._stop else self._decoding.push
 
-    @property
-    def text(self) -> str:
-        """Everything handed out so far; all of the text once `finish` was called."""
-        return "".join(self._pieces)
-
-    def push(self, token_id: int) -> str:
-        """Take the next token; returns the text that has become final, often ""."""
+    def _push_until_stop(self, token_id: int) -> str:
         if self._decoding is None or self.stopped:
             return ""
         settled = self._decoding.push(token_id)
-        if not self._stop:
-            if settled:
-                self._pieces.append(settled)
-            return settled
         self._held += settled
         draft = self._decoding.draft()
         return self._release(draft, final=False) if settled or draft else ""
@@ -70,15 +63,14 @@ class Detokenizer:
         end = _first_stop(text, self._stop)
         if end is not None:
             self.stopped, self._held = True, ""
-            return self._give(text[:end])
+            return text[:end]
         end = len(self._held) - (0 if final else _begun(self._held, self._stop))
         text, self._held = self._held[:end], self._held[end:]
-        return self._give(text)
-
-    def _give(self, text: str) -> str:
-        if text:
-            self._pieces.append(text)
         return text
+
+
+def _no_text(_: int) -> str:
+    return ""
 
 
 def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:

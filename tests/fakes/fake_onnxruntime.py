@@ -2,7 +2,7 @@
 of fake_cuda and work on its memory.
 
 What the provider does with a user's stream and with graphs is as onnxruntime-gpu 1.31.1 was seen to do it on a CUDA
-runtime without a device (tools/gpu/provider.py): the first run with a gpu_graph_id in a thread runs, is captured and
+runtime without a device: the first run with a gpu_graph_id in a thread runs, is captured and
 launched; later ones in that thread launch what was captured, whatever is bound.
 """
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
@@ -27,7 +28,7 @@ from runtime import (
     Token,
 )
 from runtime.bundle.manifest import MANIFEST, Manifest
-from runtime.decoding.decoder import Decoder
+from runtime.decoding.slot import Slot
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
 
@@ -632,13 +633,13 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
     name: str, mode: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads: list[bool] = []
-    stepping = Decoder.stepping
+    piece = Slot.piece
 
-    def watched(decoder: Decoder, token: int, head: bool) -> Any:
+    def watched(slot: Slot, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Any:
         heads.append(head)
-        return stepping(decoder, token, head)
+        return piece(slot, tokens, hidden, head)
 
-    monkeypatch.setattr(Decoder, "stepping", watched)
+    monkeypatch.setattr(Slot, "piece", watched)
     session = open_session(name)
     options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0}
     full = session.generate(PROMPT, **options, mode="full")
@@ -651,6 +652,7 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
     assert heads
     assert not any(heads)
     assert session.generate(PROMPT, mode=mode, **options, threshold=0.9).stats.mode == mode
+    assert any(heads)
 
 
 @both

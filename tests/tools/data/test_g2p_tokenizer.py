@@ -77,11 +77,9 @@ def test_the_runtime_streams_the_text_that_it_decodes(tmp_path: Path) -> None:
     assert tokenizer is not None
     ids = tokenizer.encode(PHRASE)
     stream = Detokenizer(tokenizer)
-    assert [stream.push(token) for token in ids[:3]] == ["HH", " AH", " L"]
-    for token in ids[3:]:
-        stream.push(token)
-    stream.finish()
-    assert stream.text == PHRASE
+    pieces = [stream.push(token) for token in ids]
+    assert pieces[:3] == ["HH", " AH", " L"]
+    assert "".join(pieces) + stream.finish() == PHRASE
 
 
 def test_a_width_that_heads_do_not_divide_is_a_usage_error(tmp_path: Path) -> None:
