@@ -217,6 +217,9 @@ class GenerationOptions:
             check_choice("drafts", self.drafts, get_args(Drafts))
         if self.draft_source is not None and not callable(self.draft_source):
             raise OptionError(f"draft_source is {shown(self.draft_source)}; give a callable")
+        text = self.predicted_output
+        if not (text is None or isinstance(text, (str, Sequence, np.ndarray))) or isinstance(text, (bytes, bytearray)):
+            raise OptionError(f"predicted_output is {shown(text)}; give text or a list of token ids")
         for name in ("drafts", "predicted_output", "draft_source"):
             given = getattr(self, name)
             if given is None:

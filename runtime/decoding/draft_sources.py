@@ -7,6 +7,7 @@ not, so what a source is worth is known before anything is drafted from it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -85,11 +86,10 @@ class Repetition:
 
     def read(self, token: int) -> None:
         text = self.text
-        if self.agrees and text.tokens[self._place] == token:
-            self._place, self.agrees = self._place + 1, self.agrees + 1
-        else:
-            self.agrees = 0
+        followed = self.agrees and text.tokens[self._place] == token
         text.push(token)
+        self._place += 1
+        self.agrees = self.agrees + 1 if followed and text.tokens[self._place] != GAP else 0
         if self.agrees < LONGEST:
             place, size = text.repeated(longer_than=self.agrees)
             if size:
@@ -106,38 +106,38 @@ class Expected:
     name = "predicted"
 
     def __init__(self, tokens: Sequence[int]) -> None:
-        self._tokens, self._place, self.agrees = list(tokens), 0, 0
+        self._tokens = list(tokens)
+        self._place = self.agrees = 0
+        self._left = 0  # the place where it was last followed
         self._newest: list[int] = []
 
     def read(self, token: int) -> None:
         self._newest = [*self._newest[1 - LONGEST :], token]
         if self._tokens[self._place : self._place + 1] == [token]:
             self._place, self.agrees = self._place + 1, self.agrees + 1
-            return
-        # Where the same tokens stand near by, else as if this token had taken the place of another.
-        places = self._places(token)
-        following = self._place + 1
-        self._place = max(
-            places, key=lambda place: (self._agreement(place), -abs(place - following)), default=following
-        )
-        self.agrees = self._agreement(self._place)
+        else:
+            # Where the same tokens stand near by, else as if this one had taken the place of another.
+            following = self._place + 1
+            found = ((self._agreement(place), -abs(place - following), place) for place in self._places(token))
+            self.agrees, _, self._place = max(found, default=(0, 0, following))
+        if self.agrees >= SHORTEST:
+            self._left = self._place
 
     def candidates(self, most: int) -> list[int]:
         return self._tokens[self._place : self._place + most]
 
     def _places(self, token: int) -> Iterator[int]:
         """Behind each occurrence of a token."""
-        start, end = max(0, self._place - NEAR), min(len(self._tokens), self._place + NEAR)
-        while start < end:
-            try:
-                start = self._tokens.index(token, start, end) + 1
-            except ValueError:
-                return
+        start, end = max(0, self._left - NEAR), min(len(self._tokens), self._left + NEAR)
+        while token in self._tokens[start:end]:
+            start = self._tokens.index(token, start) + 1
             yield start
 
     def _agreement(self, place: int) -> int:
-        pairs = zip(reversed(self._tokens[max(0, place - LONGEST) : place]), reversed(self._newest), strict=False)
-        return next((count for count, (one, other) in enumerate(pairs) if one != other), min(place, len(self._newest)))
+        """How many tokens before a place are the newest of the output, up to LONGEST."""
+        before = self._tokens[max(0, place - LONGEST) : place]
+        pairs = zip(reversed(before), reversed(self._newest), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class Own:

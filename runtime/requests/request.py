@@ -175,10 +175,9 @@ class Request:
         if options.drafts == "exit":
             return None
         source = () if self._encoder is None else self._tokens.tolist()
-        read = () if self._encoder is not None else self._tokens.tolist()
         predicted = options.predicted_output
         assert not isinstance(predicted, str)
-        return DraftSources(self._vocab_size, read, source, predicted, options.draft_source)
+        return DraftSources(self._vocab_size, self._prompt.tolist(), source, predicted, options.draft_source)
 
     def _beam(self, decoder: Decoder, response: Response, number: int) -> Waits[Loop]:
         """The best beams of one search, best first."""

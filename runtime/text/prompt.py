@@ -70,7 +70,7 @@ def encode_expected(
             raise OptionError("predicted_output is text, and there is no tokenizer; pass a list of token ids")
         _check_text(given, limit)
         return np.array(tokenizer.encode(given, special=False)[:limit], np.int64)
-    except (PromptError, TypeError) as error:
+    except PromptError as error:
         raise OptionError(f"predicted_output: {error}".replace("the prompt", "it")) from None
 
 
