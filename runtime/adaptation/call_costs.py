@@ -25,6 +25,7 @@ class CallCosts:
         # By rows; WITH_HEAD is a step of one row with the head.
         self._steps = _Kinds(lambda rows: base.shallow if rows == WITH_HEAD else _shallow_rows(base, rows))
         self._passes = _Kinds(base.deep_pass)
+        self.most_rows = 1  # of shallow calls that were measured
 
     def step(self, head: bool) -> float:
         return self._steps[WITH_HEAD if head else 1]
@@ -60,6 +61,7 @@ class CallCosts:
         self._passes.observe(rows, deep)
         if not asked and rows == together:
             self._steps.observe(together, shallow)
+            self.most_rows = max(self.most_rows, together)
 
     def expected(self, asked: int, rows: int, together: int = 1) -> float:
         """Seconds of what `observe` and `observe_together` are told of."""

@@ -26,7 +26,7 @@ MARGIN, LEAST = 1.01, 1.003
 PROBE_SHARE, PROBE_TOKENS = 0.005, 16
 # Rows with the head that are probed one after the other at first, and the most rows between decisions.
 FIRST_ROWS, REVIEW_ROWS = 8, 8
-# Once costs are known, of so many tokens without a draft one is measured; after so many drafts a token has none.
+# Once costs are known, of so many tokens without a draft one is measured; before so many drafts a token has none.
 PLAIN_TOKENS, DRAFTS = 8, 64
 # Observations that an average of acceptance goes back.
 RECENT = 32
@@ -61,7 +61,8 @@ class DraftLength:
         self._tokens_to_call = 0
         self._among: dict[int, DraftLength] = {}
         self._budget = GRANT
-        self._length = self._asked = self._plain = self._drafts = 0
+        self._length = self._asked = self._plain = self._drafts = self._measured = 0
+        self._candidate_drafts = 0
         self._speed = 1.0  # with drafts of that length
         self._rows_to_review = 1
         self._tokens_to_probe = 2  # a step without the head comes first, to tell what the head costs
@@ -95,8 +96,9 @@ class DraftLength:
     def observe_plain(self, shallow: float, deep: float) -> None:
         """A token without a draft or the head: seconds of its step and of its deep pass."""
         self._plain += 1
-        if self._plain < PLAIN_TOKENS and self._asked >= FIRST_ROWS and self._length == 0:
+        if self._plain < PLAIN_TOKENS and self._measured >= FIRST_ROWS and self._length == 0:
             return
+        self._measured += 1
         self._costs.observe(0, 1, shallow, deep)
         self._refill(self._plain)
         self._plain = 0
@@ -110,8 +112,11 @@ class DraftLength:
             self._costs.observe_together(asked, rows, together, shallow, deep)
         else:
             self._costs.observe(asked, rows, shallow, deep)
-        saved = tokens - self._costs.expected(asked, rows, together) / self._costs.full
-        self._budget = min(MOST_SAVED, self._budget + saved)
+        seconds = self._costs.expected(asked, rows, together)
+        if together > 1:
+            # What the first call over so many rows takes, to bind it as well, is not yet what is expected.
+            seconds = min(shallow + deep, 2 * seconds)
+        self._budget = min(MOST_SAVED, self._budget + tokens - seconds / self._costs.full)
         self._refill(tokens)
 
     def observe_drafts(self, outcomes: Iterable[DraftOutcome]) -> None:
@@ -132,8 +137,12 @@ class DraftLength:
         length, speed = self._plans[key]
         if speed <= max(MARGIN, self._speed):
             return 0
+        self._candidate_drafts += 1
+        if self._candidate_drafts % DRAFTS == 1:
+            return 0
         limit = (self._budget + OVERDRAFT + 1) * self._costs.full
-        fits = (n for n in reversed(COUNTS) if n <= min(length, count))
+        # Of twice as many rows as were seen so far, not more: what they cost is a guess.
+        fits = (n for n in reversed(COUNTS) if n <= min(length, count, 2 * self._costs.most_rows - 1))
         return next((n for n in fits if n == 1 or self._costs.expected(0, n + 1, n + 1) <= limit), 1)
 
     def observe_candidate(self, source: str, agrees: int, right: bool) -> None:
@@ -146,20 +155,17 @@ class DraftLength:
 
     def plan_call(self) -> bool:
         """Whether to call the caller's own source, whose calls take time as well."""
-        if self._budget <= 0:
-            return False
-        tokens = self._call_seconds.value / self._costs.full
-        if max(self._candidate_speedups("own", 0, tokens)) > MARGIN:
-            return True
         self._tokens_to_call -= 1
-        if self._tokens_to_call > 0 or self._budget < min(tokens, GRANT):
-            return False
-        self._tokens_to_call = max(PROBE_TOKENS, int(tokens / PROBE_SHARE))
-        return True
+        tokens = self._call_seconds.value / self._costs.full
+        if self._budget <= 0 or max(self._candidate_speedups("own", 0, tokens)) > MARGIN:
+            return self._budget > 0
+        return self._tokens_to_call <= 0 and self._budget >= min(tokens, GRANT)
 
     def observe_call(self, seconds: float) -> None:
         self._call_seconds.observe(seconds)
-        self._budget = max(-MOST_DEBT, self._budget - seconds / self._costs.full)
+        tokens = seconds / self._costs.full
+        self._tokens_to_call = max(PROBE_TOKENS, int(tokens / PROBE_SHARE))
+        self._budget = max(-MOST_DEBT, self._budget - tokens)
 
     def speedups(self, most: int) -> Iterator[float]:
         """Predicted speed with drafts of up to 0, 1, ... `most` tokens, as multiples of mode full."""
