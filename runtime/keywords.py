@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 
 from runtime.errors import OptionError
 from runtime.option_checks import shown
-from runtime.options import GenerationOptions, Mode, SessionOptions
+from runtime.options import Drafts, DraftSource, GenerationOptions, Mode, SessionOptions
 from runtime.text.sampler import LogitsProcessor
 
 Options = TypeVar("Options", SessionOptions, GenerationOptions)
@@ -41,6 +41,9 @@ class GenerationKeywords(TypedDict, total=False):
     output_confidence: bool
     rollback_threshold: float | None
     max_pending: int | None
+    drafts: Drafts | None
+    predicted_output: str | Sequence[int] | None
+    draft_source: DraftSource | None
     sync_every: int
     parse_special: bool | None
     stop: Sequence[str]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, Literal, get_args
@@ -17,6 +17,9 @@ from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Drafts = Literal["auto", "exit", "lookup", "none"]
+# Token ids that may come after those that the decoder read or wrote so far, int64 [n].
+DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
 
 # Logits are float32: divided by less, or raised by more, they become infinite, and every token is token 0.
 LEAST_DIVISOR, MOST_PENALTY, MOST_BIAS = 1e-6, 1e6, 1e20
@@ -99,6 +102,11 @@ class GenerationOptions:
         at each token. Not in "lossless", nor with beams.
     rollback_threshold: nats of deep cross-entropy above which "rollback" rejects a token. None is the bundle's.
     max_pending: maximum tokens in a sync pass; None is the bundle's (in mode free, as it was tuned).
+    drafts: in "lossless", where drafts come from: "exit", the shallow decoder; "lookup", text that is repeated, of the
+        prompt or of the output; "none", which is "full". None is "auto": lookup first, else the exit (docs/drafts.md).
+    predicted_output: text or token ids that the output is expected to be, but for changes: drafts for "lossless".
+    draft_source: called as source(token_ids int64 [n]), with what the decoder read and wrote so far, it returns a list
+        of token ids that may follow: drafts for "lossless". Those beyond a sync pass are not used. It must return soon.
     sync_every: where a session overlaps, "free" starts a deep pass once so many tokens wait; 0 is never. Default 4.
     parse_special: control tokens that the prompt spells, such as <|im_start|>, become their ids; else they are text, as
         with llama.cpp's option of this name and transformers' split_special_tokens. None is True for a text prompt, as
@@ -130,6 +138,9 @@ class GenerationOptions:
     output_confidence: bool = False
     rollback_threshold: float | None = None
     max_pending: int | None = None
+    drafts: Drafts | None = None
+    predicted_output: str | Sequence[int] | None = None
+    draft_source: DraftSource | None = None
     sync_every: int = 4
     parse_special: bool | None = None
     stop: Sequence[str] = ()
@@ -177,6 +188,7 @@ class GenerationOptions:
         object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
         object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
         self._check_together()
+        self._check_drafts()
 
     @property
     def samples(self) -> bool:
@@ -192,6 +204,23 @@ class GenerationOptions:
         check_number("min_p", self.min_p, 0, 1, "from 0 (all tokens) to 1")
         allowed = f"from {LEAST_DIVISOR} to {MOST_PENALTY:.0f}; 1 is none"
         check_number("repetition_penalty", self.repetition_penalty, LEAST_DIVISOR, MOST_PENALTY, allowed)
+
+    def _check_drafts(self) -> None:
+        if self.drafts is not None:
+            check_choice("drafts", self.drafts, get_args(Drafts))
+        if self.draft_source is not None and not callable(self.draft_source):
+            raise OptionError(f"draft_source is {shown(self.draft_source)}; give a callable")
+        text = self.predicted_output
+        if not (text is None or isinstance(text, (str, Sequence, np.ndarray))) or isinstance(text, (bytes, bytearray)):
+            raise OptionError(f"predicted_output is {shown(text)}; give text or a list of token ids")
+        for name in ("drafts", "predicted_output", "draft_source"):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            if self.mode != "lossless":
+                raise OptionError(f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use 'lossless'")
+            if name != "drafts" and self.drafts in ("exit", "none"):
+                raise OptionError(f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'")
 
     def _check_together(self) -> None:
         if self.do_sample is False and self.temperature:

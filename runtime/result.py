@@ -13,12 +13,28 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 
 @dataclass(slots=True)
+class DraftStats:
+    """Of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`. One that the exit continued counts
+    for both sources."""
+
+    drafts: int = 0
+    proposed: int = 0
+    accepted: int = 0
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted tokens of a draft."""
+        return self.accepted / max(1, self.drafts)
+
+
+@dataclass(slots=True)
 class Stats:
     """Counts and seconds of one request.
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
     `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
-    `rejected` counts drafts that a sync pass rejected ("rollback", "lossless").
+    `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
+    "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
     time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`
     the deep ones that ran in the background and cost the caller no time.
@@ -34,6 +50,7 @@ class Stats:
     exits: int = 0
     forced: int = 0
     rejected: int = 0
+    drafts: dict[str, DraftStats] = field(default_factory=dict)
     sync_sizes: Counter[int] = field(default_factory=Counter)
     sync_seconds: dict[int, float] = field(default_factory=dict)
     seconds: float = 0.0
@@ -52,8 +69,17 @@ class Stats:
 
     @property
     def acceptance(self) -> float:
-        """Share of the exits that were accepted: 1 in "free", where every exit is final, and if there was none."""
-        return self.exits / (self.exits + self.rejected) if self.rejected else 1.0
+        """Share of the drafts that were accepted: 1 in "free", where every exit is final, and if there was none."""
+        others = sum(drafts.accepted for source, drafts in self.drafts.items() if source != "exit")
+        accepted = self.exits + others
+        return accepted / (accepted + self.rejected) if self.rejected else 1.0
+
+    def count_draft(self, source: str, proposed: int, accepted: int) -> None:
+        if proposed:
+            counts = self.drafts.setdefault(source, DraftStats())
+            counts.drafts += 1
+            counts.proposed += proposed
+            counts.accepted += accepted
 
     @property
     def sync_passes(self) -> int:

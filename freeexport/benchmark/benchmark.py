@@ -132,8 +132,11 @@ def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
         replace(full, mode="free", threshold=THRESHOLD, replay=tuple(exit_trace(what)), replay_name=what)
         for what in options.replay
     ]
-    drafts = [replace(full, mode="lossless", threshold=THRESHOLD, drafts=rate) for rate in options.replay_drafts]
-    return [full, *modes, *replays, *drafts]
+    drafts = [replace(full, mode="lossless", drafts=source) for source in options.drafts]
+    replayed = [
+        replace(full, mode="lossless", threshold=THRESHOLD, drafts="exit", right=rate) for rate in options.replay_drafts
+    ]
+    return [full, *modes, *drafts, *replays, *replayed]
 
 
 def _source(options: BenchOptions, bundles: Sequence[Bundle]) -> Source | None:

@@ -69,8 +69,8 @@ class Contender(Protocol):
 @dataclass(frozen=True)
 class Ours:
     """A bundle in one mode; `threshold` for those that exit, `rollback_threshold` for rollback. `replay`: exits as in
-    that trace, called `replay_name`; `drafts`: drafts of which this share is right. `label` tells bundles apart, where
-    there are several."""
+    that trace, called `replay_name`. `drafts`: where lossless has them from; `right`: drafts of which this share is
+    right. `label` tells bundles apart, where there are several."""
 
     bundle: Path
     threads: int
@@ -80,7 +80,8 @@ class Ours:
     precision: str = ""
     replay: tuple[bool, ...] | None = None
     replay_name: str = ""
-    drafts: float | None = None
+    drafts: str | None = None
+    right: float | None = None
     label: str = ""
     device: str = "cpu"
     required: bool = True
@@ -90,8 +91,10 @@ class Ours:
         exits = "" if self.threshold is None else f", threshold {self.threshold:g}"
         if self.replay is not None:
             exits = f", exits replayed: {self.replay_name}"
-        if self.drafts is not None:
-            exits = f", drafts replayed: {self.drafts:g} right"
+        elif self.right is not None:
+            exits = f", drafts replayed: {self.right:g} right"
+        elif self.drafts is not None:
+            exits = f", drafts: {self.drafts}"
         return f"{self.label + ' ' if self.label else ''}{self.mode}{exits}"
 
     def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
@@ -100,6 +103,7 @@ class Ours:
             "threshold": self.threshold,
             "rollback_threshold": self.rollback_threshold,
             "drafts": self.drafts,
+            "right": self.right,
             "device": self.device,
         }
         options = {name: value for name, value in given.items() if value is not None}

@@ -24,6 +24,7 @@ class BenchOptions:
     also: tuple[Path, ...] = ()
     threshold: tuple[float, ...] = ()
     mode: tuple[str, ...] = ("free",)
+    drafts: tuple[str, ...] = ()
     rollback_threshold: float | None = None
     replay: tuple[str, ...] = ()
     replay_drafts: tuple[float, ...] = ()
@@ -39,7 +40,7 @@ class BenchOptions:
         Device.parse(self.device)
         if self.early_exit_draft and not self.checkpoints:
             raise OptionError("--early-exit-draft goes with --against MODEL; or use --against hf-early-exit")
-        for name in ("against", "replay"):
+        for name in ("against", "replay", "drafts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise OptionError(f"--{name} names {max(values, key=values.count)} twice; name it once")

@@ -82,7 +82,7 @@ def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         "" if same is None else f"{same:.0%}",
         "" if same is None else "never" if place is None else f"at {place:.0f}",
         f"{exits:.0%}" if exits else "",
-        f"{row['acceptance']:.0%}" if exits else "",
+        f"{row['acceptance']:.0%}" if exits or row["acceptance"] < 1 else "",
         "" if row["roofline"] is None else f"{row['roofline']:.0%}",
     )
 

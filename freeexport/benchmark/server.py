@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    """`options` are those of a generation and the `device`, with `replay` a trace of exits or `drafts` a rate of right
-    ones; or `{"checkpoint": True}`."""
+    """`options` are those of a generation and the `device`, with `replay` a trace of exits or `right` a rate of right
+    drafts; or `{"checkpoint": True}`."""
     if options.pop("checkpoint", False):
         return _transformers(path, threads, options)
     return _bundle(path, threads, options)
@@ -30,7 +30,7 @@ def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate,
     from freeexport.costs.forced_exits import ForcedExitSession
     from runtime import Session
 
-    trace, rate = options.pop("replay", None), options.pop("drafts", None)
+    trace, rate = options.pop("replay", None), options.pop("right", None)
     given: dict[str, Any] = {"threads": threads, "slots": 1, "device": options.pop("device", "cpu")}
     if rate is not None:
         return _drafting(ForcedDraftSession(path, **given), rate, options), {

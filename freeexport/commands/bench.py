@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -19,6 +19,7 @@ from freeexport.system.idle import require_idle
 from freeexport.system.output_file import check_writable, write_whole
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
+from runtime.options import Drafts
 
 
 @click.command(cls=SectionedCommand)
@@ -53,6 +54,12 @@ from runtime.errors import OptionError
     default=["free"],
     show_default=True,
     help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. May be repeated.",
+)
+@click.option(
+    "--drafts",
+    type=click.Choice(get_args(Drafts)),
+    multiple=True,
+    help="Also run mode lossless with drafts of the exit, of repeated text (lookup), or both (auto). May be repeated.",
 )
 @click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
 @click.option(
@@ -96,6 +103,7 @@ def command(
       freeexport bench bundle --against path/to/checkpoint --threshold 0.8
       freeexport bench bundle --against hf --against genai --model path/to/checkpoint
       freeexport bench bundle --threshold 0.5 --threshold 0 --mode free --mode lossless
+      freeexport bench bundle --drafts lookup --against hf-lookup --model path/to/checkpoint
       freeexport bench bundle --costs
     """
     options = BenchOptions(**given, early_exit_draft=early_exit_draft)

@@ -14,8 +14,9 @@ import click
 
 from freeexport.commands.verb_options import RenamedOption, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
-from runtime import FreeExportError, GenerationResult, Session
-from runtime.options import Mode
+from runtime import FreeExportError, GenerationResult, OptionError, Session, Stats
+from runtime.json_file import UnreadableError, read_text
+from runtime.options import Drafts, Mode
 from runtime.requests.request import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
@@ -63,6 +64,11 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
 @click.option("--rollback-threshold", type=float, help="Nats above which mode rollback rejects a token.")
 @click.option("--max-pending", type=int, help="Maximum tokens in a sync pass.  [default: the bundle's]")
+@click.option("--drafts", type=click.Choice(get_args(Drafts)),
+              help="Where mode lossless takes drafts from. exit: the shallow decoder. lookup: text that is repeated. "
+              "none: nowhere. auto: lookup, else exit.  [default: auto]")  # fmt: skip
+@click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
+              help="Text that the output is expected to be, but for changes: drafts for mode lossless.")  # fmt: skip
 @section("Length and end")
 @click.option("--max-new-tokens", type=int, default=256, show_default=True,
               help="Generate at most so many tokens, end of sequence included.")  # fmt: skip
@@ -118,6 +124,7 @@ def command(
     capacity: int | None,
     no_trust_templates: bool,
     num_return_sequences: int,
+    predicted_output: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -127,6 +134,7 @@ def command(
     Example:
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
       freeexport generate bundle "Once upon a time" --mode lossless --temperature 0.8 --seed 1
+      freeexport generate bundle "Correct the spelling: ..." --mode lossless --predicted-output draft.txt
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 --deadline 60
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
@@ -138,6 +146,10 @@ def command(
         raise click.UsageError("--output is the same file as --input")
     if chat and no_trust_templates:
         raise click.UsageError("--chat needs the bundle's chat template; leave out --no-trust-templates")
+    if source is not None and predicted_output is not None:
+        raise click.UsageError("--predicted-output is for one PROMPT; leave out --input")
+    if predicted_output is not None:
+        options["predicted_output"] = _text_of(predicted_output)
     slots = 1 if source is None else batch or BATCH
     trust = not no_trust_templates
     with _session(
@@ -193,6 +205,13 @@ def _ids(text: Any) -> Any:
     return list(map(int, words)) if listed else text
 
 
+def _text_of(path: Path) -> str:
+    try:
+        return read_text(path)
+    except UnreadableError as error:
+        raise OptionError(f"--predicted-output {path} cannot be read ({error}); give a text file in UTF-8") from None
+
+
 def _print_all(results: list[GenerationResult], as_json: bool) -> None:
     if not results:
         raise FreeExportError("the deadline passed before the first result; allow more with --deadline")
@@ -227,9 +246,18 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
     stats = stream.result.stats
     click.echo(
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
-        f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}"
+        f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}{_sources(stats)}"
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
         f"{'' if stats.mode in (None, options['mode']) else f'; decoded as {stats.mode}: no token can exit'}",
         err=True,
     )
     return stream.result
+
+
+def _sources(stats: Stats) -> str:
+    """What came of drafts that no exit made."""
+    return "".join(
+        f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time), "
+        for source, counts in stats.drafts.items()
+        if source != "exit"
+    )

@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -105,6 +106,7 @@ def _answer(ask: Ask, line: Line, cancel: threading.Event) -> list[GenerationRes
 
 def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, Any]:
     """A result as JSON can hold it, with the texts of the `others` of its prompt."""
+    drafts = result.stats.drafts
     return {
         "text": result.text,
         "token_ids": list(result.token_ids),
@@ -112,6 +114,7 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
         "finish_reason": result.finish_reason,
         "seconds": round(result.stats.seconds, 6),
         "exit_rate": round(result.stats.exit_rate, 6),
+        **({"drafts": {source: asdict(counts) for source, counts in drafts.items()}} if drafts else {}),
         **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
         **({"others": [other.text for other in others]} if others else {}),
     }

@@ -1,4 +1,4 @@
-"""What engine calls take on this machine: seconds of shallow steps and deep passes, measured while decoding."""
+"""What engine calls take on this machine: seconds of shallow calls and deep passes, measured while decoding."""
 
 from __future__ import annotations
 
@@ -13,19 +13,26 @@ from runtime.bundle.costs import NEUTRAL, Costs
 WINDOW = 9
 # Calls after which a cost that was not among them is forgotten: the machine may have changed meanwhile.
 MEMORY = 512
+WITH_HEAD = 0
 
 
 class CallCosts:
-    """Seconds of a shallow step, with the head or without, and of deep passes by rows: measured, else `base`, scaled
-    as the nearest that was measured."""
+    """Seconds of a shallow step with the head, of shallow calls without it and of deep passes by rows: measured, else
+    `base`, scaled as the nearest that was measured. `base` has shallow calls over several rows grow as deep ones do."""
 
     def __init__(self, base: Costs = NEUTRAL) -> None:
         self.base = base
-        self._steps = _Kinds(lambda head: base.shallow if head else base.shallow_without_head)
+        # By rows; WITH_HEAD is a step of one row with the head.
+        self._steps = _Kinds(lambda rows: base.shallow if rows == WITH_HEAD else _shallow_rows(base, rows))
         self._passes = _Kinds(base.deep_pass)
+        self.most_rows = 1  # of shallow calls that were measured
 
     def step(self, head: bool) -> float:
-        return self._steps[head]
+        return self._steps[WITH_HEAD if head else 1]
+
+    def shallow_rows(self, rows: int) -> float:
+        """A shallow call without the head."""
+        return self._steps[rows]
 
     def deep_pass(self, rows: int) -> float:
         return self._passes[rows]
@@ -45,13 +52,25 @@ class CallCosts:
         if asked:
             # A step with the head takes as long as one without, at least.
             rest = shallow - (rows - asked) * self.step(False)
-            self._steps.observe(True, max(rest / asked, shallow / rows))
+            self._steps.observe(WITH_HEAD, max(rest / asked, shallow / rows))
         else:
-            self._steps.observe(False, shallow / rows)
+            self._steps.observe(1, shallow / rows)
 
-    def expected(self, asked: int, rows: int) -> float:
-        """Seconds of what `observe` is told of."""
-        return asked * self.step(True) + (rows - asked) * self.step(False) + self.deep_pass(rows)
+    def observe_together(self, asked: int, rows: int, together: int, shallow: float, deep: float) -> None:
+        """The same where the first `together` rows were one shallow call."""
+        self._passes.observe(rows, deep)
+        if not asked and rows == together:
+            self._steps.observe(together, shallow)
+            self.most_rows = max(self.most_rows, together)
+
+    def expected(self, asked: int, rows: int, together: int = 1) -> float:
+        """Seconds of what `observe` and `observe_together` are told of."""
+        single = rows - together
+        return self.shallow_rows(together) + single * self.step(False) + asked * self.head + self.deep_pass(rows)
+
+
+def _shallow_rows(base: Costs, rows: int) -> float:
+    return base.shallow_without_head * base.deep_pass(rows) / base.deep_pass(1)
 
 
 class _Kinds:

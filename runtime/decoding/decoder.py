@@ -193,6 +193,24 @@ class Decoder:
         self.stacked += 1
         return said
 
+    def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
+        """Shallow steps on several tokens as one call, onto the empty stack; the head for the last. `guesses` says what
+        came of them."""
+        self._drop_ahead()
+        self._head = head
+        self._step = call = self._calls.steps_together(tokens, head)
+        return (call,)
+
+    def guesses(self) -> list[Prediction]:
+        """Count the steps that ran as one call: a prediction for each, of the last alone where the head ran."""
+        call = self._step
+        assert call is not None
+        self.stats.shallow_seconds += call.seconds
+        self.company = call.company
+        self._shallow.cache.extend(self._calls.slot, call.rows)
+        self.stacked = call.rows
+        return [NOTHING] * (call.rows - 1) + [self._said() if self._head else NOTHING]
+
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         """What the pass of `sync` needs. `answers` says what came of it."""
         self._asked = heads, len(drafts)
@@ -328,6 +346,8 @@ class Decoder:
             tokens.append(token)
 
     def _drop_ahead(self) -> None:
+        if not self._ahead:
+            return
         shallow, _ = self.lengths()
         self._shallow.cache.trim(self.slot, shallow - len(self._ahead))
         self._ahead.clear()

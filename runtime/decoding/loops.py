@@ -12,6 +12,7 @@ from typing import NamedTuple
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.draft_length import DraftLength, DraftOutcome
 from runtime.decoding.decoder import Decoder, RunAhead
+from runtime.decoding.draft_sources import NONE, Candidates, DraftSources
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import Waiting, Waits
@@ -110,24 +111,34 @@ def rollback(
 
 
 def lossless(
-    decoder: Decoder, first: Prediction, response: Response, threshold: float, max_pending: int, pace: DraftLength
+    decoder: Decoder,
+    first: Prediction,
+    response: Response,
+    threshold: float,
+    max_pending: int,
+    pace: DraftLength,
+    sources: DraftSources | None = None,
+    exits: bool = True,
 ) -> Loop:
-    """The tokens of `full`: exited tokens are drafts, kept as far as the deep decoder chooses the same."""
+    """The tokens of `full`: drafts are kept as far as the deep decoder chooses the same. Those of `sources` go first;
+    tokens that exit follow, or are the draft where there are none."""
     yield response.add(response.choose(first), False, first.confidence, first)
+    pace.begin()
     while not response.finished:
         now = pace.among(decoder.company)
-        most, probe = now.plan(max_pending - 1)
+        most, probe = now.plan(max_pending - 1) if exits else (0, False)
+        found = NONE if sources is None else sources.propose(response, now, max_pending - 1)
         before = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
-        if most == 0 and not probe:
+        if most == 0 and not probe and not found.tokens:
             plain = yield from _deep_token(decoder, response)
             now.observe_plain(*_since(before, decoder.stats))
             yield response.add(response.choose(plain), False, None, plain)
             continue
-        draft = yield from _draft(decoder, response, threshold, most, head=probe)
+        draft = yield from _draft(decoder, response, threshold, most, probe, found)
         said = yield from _verify(decoder, response, threshold, draft)
         kept, correction = _agreement(response, draft.tokens, said)
-        tokens = kept + (correction is not None)
-        now.observe_costs(draft.asked, len(said), *_since(before, decoder.stats), tokens)
+        tokens, seconds = kept + (correction is not None), _since(before, decoder.stats)
+        now.observe_costs(draft.asked, len(said), *seconds, tokens, draft.together)
         now.observe_drafts(_verdicts(draft, threshold, kept, correction))
         yield from _settle(decoder, response, draft, said, kept, correction)
 
@@ -147,35 +158,48 @@ def _since(before: tuple[float, float], stats: Stats) -> tuple[float, float]:
 
 class Draft(NamedTuple):
     """Shallow steps without the deep decoder: `guesses`, what was said at each row, and the `tokens` taken after the
-    rows but the last; after the last too where that ends the request. `following` would be next, None where unknown."""
+    rows but the last; after the last too where that ends the request. `following` would be next, None where unknown.
+    The first of the tokens, so many, were `found` by a source, and their rows one call; the others exited."""
 
     tokens: list[int]
     guesses: list[Prediction]
     following: int | None
+    found: Candidates = NONE
 
     @property
     def asked(self) -> int:
         """Rows at which the shallow head ran."""
         return sum(guess.confidence is not None for guess in self.guesses)
 
+    @property
+    def together(self) -> int:
+        """Rows of the first shallow call."""
+        return min(len(self.found.tokens) + 1, len(self.guesses))
 
-def _draft(decoder: Decoder, response: Response, threshold: float, most: int, head: bool) -> Waits[Draft]:
-    """Until a token is not sure, `most` are drafted, or one would end the request. `head`: ask the shallow head also at
-    the row after the `most`-th."""
-    tokens: list[int] = []
+
+def _draft(
+    decoder: Decoder, response: Response, threshold: float, most: int, head: bool, found: Candidates = NONE
+) -> Waits[Draft]:
+    """The tokens `found`; then until a token is not sure, `most` are drafted, or one would end the request. `head`: ask
+    the shallow head also at the row after the last."""
+    tokens, ends = list(found.tokens), bool(found.tokens) and response.ends(found.tokens)
     guesses: list[Prediction] = []
     while True:
-        token = tokens[-1] if tokens else response.newest
-        yield from decoder.stepping(token, head or len(tokens) < most)
-        guess = decoder.guess()
-        guesses.append(guess)
+        if tokens and not guesses:
+            read = [response.newest, *tokens[: len(tokens) - ends]]
+            yield from decoder.stepping_together(read, not ends and (head or len(tokens) < most))
+            guesses = decoder.guesses()
+        else:
+            yield from decoder.stepping(tokens[-1] if tokens else response.newest, head or len(tokens) < most)
+            guesses.append(decoder.guess())
+        guess = guesses[-1]
         following = None if guess.confidence is None else response.choose(guess, tokens)
-        if following is None or not _sure(guess, threshold) or len(tokens) == most:
+        if following is None or not _sure(guess, threshold) or len(tokens) >= most:
             decoder.stats.forced += _sure(guess, threshold)
-            return Draft(tokens, guesses, following)
+            return Draft(tokens, guesses, following, found)
         tokens.append(following)
         if response.ends(tokens):
-            return Draft(tokens, guesses, None)
+            return Draft(tokens, guesses, None, found)
 
 
 def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
@@ -216,22 +240,25 @@ def _settle(
 ) -> Iterator[Token]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
-    decoder.stats.rejected += len(draft.tokens) - kept
+    stats, found = decoder.stats, len(draft.found.tokens)
+    stats.rejected += len(draft.tokens) - kept
+    stats.count_draft(draft.found.source, found, min(found, kept))
+    stats.count_draft("exit", len(draft.tokens) - found, max(0, kept - found))
     surplus = len(said) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         if response.finished:
             return
-        decoder.stats.exits += 1
-        yield response.add(draft.tokens[row], True, draft.guesses[row].confidence, said[row])
+        stats.exits += row >= found
+        yield response.add(draft.tokens[row], row >= found, draft.guesses[row].confidence, said[row])
     if correction is not None and not response.finished:
         yield response.add(correction, False, draft.guesses[kept].confidence, said[kept])
 
 
 def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[DraftOutcome]:
-    """What is known of each row's guess, up to the first that was refused."""
-    for row in range(min(kept + 1, len(draft.guesses))):
+    """What is known of each row's guess that the shallow head made, up to the first that was refused."""
+    for row in range(len(draft.found.tokens), min(kept + 1, len(draft.guesses))):
         if row < len(draft.tokens):
             yield DraftOutcome(True, row < kept)
         elif draft.following is not None:

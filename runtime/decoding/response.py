@@ -119,6 +119,11 @@ class Response:
         """Whether the request is over with the last of `drafts`, should all of them become final."""
         return drafts[-1] in self._eos or self._length + len(drafts) >= self._end
 
+    def within(self, drafts: list[int]) -> list[int]:
+        """Those up to the one that ends the request, should all of them become final."""
+        ends = (place + 1 for place, token in enumerate(drafts) if token in self._eos)
+        return drafts[: min(next(ends, len(drafts)), self._end - self._length)]
+
     def add(
         self,
         token: int,

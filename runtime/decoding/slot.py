@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class Slot:
         self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
         self.hidden = self._hidden[0, 0]
         self.newest = _memory(self.hidden)
-        self._token = np.zeros((1, 1), np.int64)
+        self._tokens = np.zeros((1, max_pending), np.int64)
+        self._token = self._tokens[:, :1]
         self._said, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self.token, self.said, self.confidence = map(_memory, (self._token[0], self._said, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
@@ -47,6 +49,7 @@ class Slot:
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
         self.steps: dict[bool, SlotCall] = {}  # by whether they ask the head
+        self._together: dict[tuple[int, bool], SlotCall] = {}  # the same, by rows
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
         self.direct: SlotCall | None = None  # see `direct_pass`
         self.shared_calls = False  # whether any since the sequence began was shared with others
@@ -56,7 +59,7 @@ class Slot:
         self.cross = cross
         for lane in (self._shallow, self._deep):
             self._read[lane] = self._cross_of(lane)
-        for work in (*self.steps.values(), *self._passes.values()):
+        for work in self._works():
             work.attend(self._read[work.lane])
 
     def want_logits(self, wanted: bool) -> None:
@@ -66,8 +69,8 @@ class Slot:
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
         self.logits = self._logits[self._shallow][0] if wanted else None
-        self.steps.clear()
-        self._passes.clear()
+        for works in (self.steps, self._together, self._passes):
+            works.clear()
         self.direct = None
 
     def exchange(self, other: Slot) -> None:
@@ -75,7 +78,7 @@ class Slot:
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
         for calls in (self, other):
-            for work in (*calls.steps.values(), *calls._passes.values()):
+            for work in calls._works():
                 work.forget()
 
     def step(self, head: bool) -> SlotCall:
@@ -83,6 +86,16 @@ class Slot:
         work = self.steps.get(head)
         if work is None:
             work = self.steps[head] = self.piece(self._token, self._hidden, head)
+        return work
+
+    def steps_together(self, tokens: Sequence[int], head: bool) -> SlotCall:
+        """The shallow decoder on tokens, into the first rows of the stack; the head for the last of them."""
+        rows = len(tokens)
+        self._tokens[0, :rows] = tokens
+        work = self._together.get((rows, head))
+        if work is None:
+            work = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head)
+            self._together[rows, head] = work
         return work
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
@@ -134,6 +147,9 @@ class Slot:
             {**work.inputs, **shared, **self._read[lane], **{f"past.{name}": item for name, item in past.items()}},
             {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
+
+    def _works(self) -> Iterator[SlotCall]:
+        return chain(self.steps.values(), self._together.values(), self._passes.values())
 
     def _work(
         self, lane: Runner, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int

@@ -14,6 +14,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.beam_rows import BeamRows
 from runtime.decoding.beam_search import BeamSearch, Hypothesis, Scores
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Caller, Response
@@ -87,6 +88,7 @@ class Request:
         self._first: Prediction | None = None
         self._found: list[Hypothesis] = []
         self._tokenizer, self._costs, self._count = model.tokenizer, model.costs, count
+        self._vocab_size = manifest.vocab_size
         self.responses = [self._response(0)]
 
     def run(self, decoder: Decoder) -> Loop:
@@ -114,7 +116,8 @@ class Request:
 
     def task(self) -> Task:
         """For a scheduler: a step of it may take long where it runs code of its caller's, or many beams."""
-        aside = bool(self.options.logits_processor) or self.options.num_beams > 1
+        own = bool(self.options.logits_processor) or self.options.draft_source is not None
+        aside = own or self.options.num_beams > 1
         return Task(self.run, self.caller, aside)
 
     def best(self) -> list[GenerationResult]:
@@ -170,7 +173,10 @@ class Request:
             return full(decoder, first, response)
         if mode == "lossless":
             assert self._pace is not None
-            return lossless(decoder, first, response, threshold, self._max_pending, self._pace)
+            exits = self.options.drafts != "lookup"
+            return lossless(
+                decoder, first, response, threshold, self._max_pending, self._pace, self._draft_sources(), exits
+            )
         if mode == "rollback":
             return rollback(decoder, first, response, threshold, self._max_pending, self._rollback_threshold)
         if mode == "shallow":
@@ -179,6 +185,15 @@ class Request:
             return free(decoder, first, response, threshold, self._max_pending, self.options.sync_every)
         # What a pass in the background reads gets no answer, and so no label.
         return free(decoder, first, response, threshold, self._max_pending, 0, labels)
+
+    def _draft_sources(self) -> DraftSources | None:
+        options = self.options
+        if options.drafts == "exit":
+            return None
+        source = () if self._encoder is None else self._tokens.tolist()
+        predicted = options.predicted_output
+        assert not isinstance(predicted, str)
+        return DraftSources(self._vocab_size, self._prompt.tolist(), source, predicted, options.draft_source)
 
     def _beam(self, decoder: Decoder, response: Response, number: int) -> Waits[Loop]:
         """The best beams of one search, best first."""
@@ -237,6 +252,8 @@ def check_count(count: int, options: GenerationOptions) -> None:
 
 def _mode(options: GenerationOptions, threshold: Threshold) -> Mode:
     """Where nothing can exit, the shallow head is run for those who asked for what it says, or learn from it."""
+    if options.drafts == "none":
+        return "full"
     learns = threshold.labels is not None and threshold.labels.learns
     never = threshold.value >= NEVER_EXIT and options.mode in ("free", "rollback")
     return "full" if never and not (options.output_confidence or learns) else options.mode

@@ -22,7 +22,7 @@ from runtime.requests.sampling import processors_of
 from runtime.requests.thresholds import Thresholds
 from runtime.scheduling.callbacks import guarded
 from runtime.scheduling.scheduler import Scheduler
-from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_prompt
+from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
 
 
 class RequestBuilder:
@@ -62,14 +62,27 @@ class RequestBuilder:
         if options.logits_processor:
             processors = processors_of(options)
             options = replace(options, logits_processor=[guarded(each, self._scheduler) for each in processors])
+        if options.draft_source is not None:
+            options = replace(options, draft_source=guarded(options.draft_source, self._scheduler))
+        if options.predicted_output is not None:
+            expected = encode_expected(
+                options.predicted_output, self._model.tokenizer, manifest.vocab_size, self._model.capacity
+            )
+            options = replace(options, predicted_output=expected.tolist())
         limit = manifest.encoder_capacity or self._model.capacity
         missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
         parse_special = None if options.parse_special is None else bool(options.parse_special)
         tokens = encode_prompt(prompt, self._model.tokenizer, manifest.vocab_size, limit, parse_special, missing)
         threshold = self._thresholds.decide(options.threshold, options.mode)
         lossless = options.mode == "lossless"
-        pace = self.draft_lengths.of(threshold.value, options.samples) if lossless else None
+        pace = self.draft_lengths.of(threshold.value, options.samples, _sources(options)) if lossless else None
         request = Request(self._model, tokens, options, threshold, pace, caller, count or 1)
         if options.num_beams > 1 and Device.parse(self._options.device).index is None:
             check_beams(manifest, options.num_beams, request.positions)
         return request
+
+
+def _sources(options: GenerationOptions) -> str:
+    """What tells requests apart that draft from other sources: what they learn of drafts is their own."""
+    own = [name for name in ("predicted_output", "draft_source") if getattr(options, name) is not None]
+    return ", ".join([options.drafts or "auto", *own])

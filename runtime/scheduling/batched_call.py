@@ -49,7 +49,10 @@ class BatchedCall:
         for work, place in zip(works, places, strict=True):
             for name, target in work.outputs.items():
                 source = outputs[name]
-                target[:] = source[place : place + 1] if name == "hidden" else source[head : head + work.heads]
+                if name == "hidden":
+                    target[:] = source[place : place + 1, : work.rows]
+                else:
+                    target[:] = source[head : head + work.heads]
             head += work.heads
             work.seconds, work.company, work.calls.shared_calls = seconds, len(works), True
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import PromptError
+from runtime.errors import OptionError, PromptError
 from runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDArray[np.integer[Any]]
@@ -53,6 +53,25 @@ def encode_prompt(
         assert tokenizer is not None
         return _checked(_encode_chat(prompt, tokenizer, limit, bool(parse_special)), vocab_size, limit)
     return _checked(prompt, vocab_size, limit)
+
+
+def encode_expected(
+    given: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, limit: int
+) -> npt.NDArray[np.int64]:
+    """Token ids [n] of the option predicted_output, at most the first `limit`, which may be more than can be generated;
+    nothing of an empty one. Raises OptionError for what is neither text nor token ids, and for megabytes."""
+    try:
+        if len(given) == 0:
+            return np.empty(0, np.int64)
+        if not isinstance(given, str):
+            ids = _listed(given[:limit], limit) if isinstance(given, np.ndarray) else list(given[:limit])
+            return _checked(ids, vocab_size, limit)
+        if tokenizer is None:
+            raise OptionError("predicted_output is text, and there is no tokenizer; pass a list of token ids")
+        _check_text(given, limit)
+        return np.array(tokenizer.encode(given, special=False)[:limit], np.int64)
+    except PromptError as error:
+        raise OptionError(f"predicted_output: {error}".replace("the prompt", "it")) from None
 
 
 def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:

@@ -63,6 +63,8 @@ _ALL = (
     _transformers("hf-compile", compile=True),
     # The layer is that of the bundle's exit, which the benchmark fills in.
     _transformers("hf-early-exit", decoder_only=True, early_exit=None),
+    # As many tokens as its documentation drafts.
+    _transformers("hf-lookup", lookup=10),
     Peer("optimum", "fp32", "run_optimum.py", _OPTIMUM),
     _genai("genai", "fp32"),
     _genai("genai-int4", "int4"),

@@ -1,4 +1,4 @@
-"""transformers' generate, float32, with its KV cache: eager, compiled, or drafting with its own first layers."""
+"""transformers' generate, float32, with its KV cache: eager, compiled, or drafting with layers or text of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, di
 
 
 def generator(model: Any, options: dict[str, Any]) -> Generate:
-    """`options`: `compile`, and `early_exit`, the layer after which drafts are made; decoder-only models."""
+    """`options`: `compile`; `early_exit`, the layer after which drafts are made, for decoder-only models; `lookup`, the
+    tokens of a draft from the prompt."""
     config = model.config
     settings = model.generation_config
     # Decoding goes on after an end of sequence, so that all write equally many tokens.
@@ -47,6 +48,9 @@ def generator(model: Any, options: dict[str, Any]) -> Generate:
         model.forward = torch.compile(model.forward)
     if options.get("early_exit"):
         given["assistant_early_exit"] = options["early_exit"]
+
+    if options.get("lookup"):
+        given["prompt_lookup_num_tokens"] = options["lookup"]
 
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
         ids = torch.tensor([prompt])

@@ -9,13 +9,13 @@ from typing import Any
 
 import fake_peer
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, Case, load
 from click.testing import CliRunner, Result
 from conftest import Bundles
 
 from freeexport.benchmark import benchmark
 from freeexport.benchmark.peers import model as peer_model
-from freeexport.benchmark.peers.catalog import PEERS, find_peer
+from freeexport.benchmark.peers.catalog import PEERS, SCRIPTS, find_peer
 from freeexport.benchmark.peers.environment import PeerError
 from freeexport.cli import main
 from freeexport.system import idle
@@ -81,6 +81,7 @@ def test_work_that_begins_in_between_withholds_the_ratios(
         (("--replay", "1.5"), "no rate of exits"),
         (("--replay", "missing.jsonl"), "there is no such file"),
         (("--replay-drafts", "1.5"), "no share of right drafts"),
+        (("--drafts", "lookup", "--drafts", "lookup"), "--drafts names lookup twice"),
         (("--threshold", "2"), "choose one from 0 to 1"),
         (("--device", "gpu"), "device is 'gpu'"),
         (("--device", "cuda:0"), "convert again with --target cuda"),
@@ -205,3 +206,23 @@ def test_peer_models_need_no_copy_of_a_plain_checkpoint(bundle: Bundles, checkpo
     assert source is not None
     assert source.plain == checkpoint(LLAMA)
     assert source.gguf is None
+
+
+def test_each_source_of_drafts_is_a_row_that_equals_full(bundle: Bundles, calm: None) -> None:
+    drafts = [part for source in ("auto", "exit", "lookup") for part in ("--drafts", source)]
+    found = json.loads(bench(bundle(LLAMA), *FEW, *drafts, "--json").stdout)
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["full", "lossless, drafts: auto", "lossless, drafts: exit", "lossless, drafts: lookup"]
+    assert {row["agreement"] for row in rows.values()} == {1}
+
+
+def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Callable[[Case], Path]) -> None:
+    sys.path.insert(0, str(SCRIPTS))
+    from run_transformers import generator
+
+    plain, lookup = list[int](), list[int]()
+    prompt = [*range(20, 40)] * 3
+    generator(load(checkpoint(LLAMA)), {})(prompt, 24, lambda *tokens: plain.extend(tokens))
+    generator(load(checkpoint(LLAMA)), {"lookup": 10})(prompt, 24, lambda *tokens: lookup.extend(tokens))
+    assert lookup == plain
+    assert PEERS["hf-lookup"].options == {"lookup": 10}

@@ -66,6 +66,35 @@ def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, s
     assert ours["logprobs"] == pytest.approx(expected.logprobs)
 
 
+def test_drafts_are_taken_from_the_sources_asked_for_and_told(generate: Run, session: Session, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 60, "mode": "lossless"}
+    full = session.generate("Hi there", **options, drafts="none")
+    draft = tmp_path / "draft.txt"
+    draft.write_text(full.text, encoding="utf-8")
+    arguments = ("Hi there", "--mode", "lossless", "--max-new-tokens", "60")
+    for more in (("--drafts", "exit"), ("--drafts", "none"), ("--predicted-output", str(draft))):
+        ours = json.loads(generate(*arguments, *more, "--json").stdout)
+        assert ours["token_ids"] == list(full.token_ids)
+        assert more[0] == "--predicted-output" or "lookup" not in ours.get("drafts", {})
+    for more, message in (
+        (("--drafts", "some"), "'some' is not one of"),
+        (("--predicted-output", str(tmp_path / "none.txt")), "none.txt cannot be read (No such file or directory)"),
+        (("--predicted-output", str(tmp_path)), "cannot be read (it is a directory"),
+        (("--mode", "free", "--drafts", "lookup"), "drafts is 'lookup' in mode free, which drafts nothing"),
+        (("--predicted-output", str(draft), "--drafts", "none"), "but drafts is 'none'"),
+    ):
+        refused = generate(*arguments, *more)
+        assert refused.exit_code in (1, 2)
+        assert message in refused.output + str(refused.exception)
+    lines = tmp_path / "in.jsonl"
+    lines.write_text('{"input": "Hi"}\n')
+    refused = generate(
+        *("--input", str(lines), "--output", str(tmp_path / "out"), "--mode", "lossless"),
+        *("--predicted-output", str(draft)),
+    )
+    assert "--predicted-output is for one PROMPT" in refused.output
+
+
 def test_several_samples_are_printed_best_first(generate: Run, session: Session, tmp_path: Path) -> None:
     arguments = ("--temperature", "1", "--seed", "2", "--max-new-tokens", "5", "--num-return-sequences", "3")
     texts = [r.text for r in session.generate_best("Hi", 3, temperature=1.0, seed=2, max_new_tokens=5)]

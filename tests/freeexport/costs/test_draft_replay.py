@@ -17,11 +17,12 @@ def test_drafts_are_right_at_the_rate_asked_for_and_the_tokens_those_of_full(
 ) -> None:
     monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (min(most, 2), False))
     asked = {"max_new_tokens": 40, "ignore_eos": True}
+    exits = {**asked, "mode": "lossless", "drafts": "exit"}
     with ForcedDraftSession(bundle(BY_NAME[name]), threads=1) as session:
         full = session.generate(list(PROMPTS[0]), mode="full", **asked)
         with session.drafting(full.token_ids, rate):
-            drafted = session.generate(list(PROMPTS[0]), mode="lossless", threshold=0.5, **asked)
-        undrafted = session.generate(list(PROMPTS[0]), mode="lossless", threshold=1.0, **asked)
+            drafted = session.generate(list(PROMPTS[0]), threshold=0.5, **exits)
+        undrafted = session.generate(list(PROMPTS[0]), threshold=1.0, **exits)
     assert drafted.token_ids == undrafted.token_ids == full.token_ids
     tried = drafted.stats.exits + drafted.stats.rejected
     assert tried > 20

@@ -1,0 +1,238 @@
+"""Drafts that no exit makes: text that may be repeated, and whatever the caller's own code expects.
+
+A candidate is a token that may come next. Final tokens show which candidates were right, whether they were drafted or
+not, so what a source is worth is known before anything is drafted from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.adaptation.draft_length import DraftLength
+from runtime.decoding.response import Response
+from runtime.errors import OptionError
+from runtime.option_checks import shown
+from runtime.options import DraftSource
+
+# Tokens of the n-grams that are looked up.
+SHORTEST, LONGEST = 2, 5
+# Places of a text that are indexed; of a longer one the older half is forgotten.
+MOST_PLACES = 16_384
+# A predicted text is searched so many tokens before and after the place where the output left it.
+NEAR = 64
+# Between texts that do not follow each other.
+GAP = -1
+
+
+class NGrams:
+    """A text that grows, and for each n-gram in it, of SHORTEST to LONGEST tokens, what came after it last. Bounded:
+    n-grams of at most `most` places are kept. `vocab_size` V bounds the tokens."""
+
+    def __init__(self, vocab_size: int, most: int = MOST_PLACES) -> None:
+        self.tokens: list[int] = []
+        self._vocab_size, self._most = vocab_size, most
+        self._forget()
+
+    def push(self, token: int) -> None:
+        """Add the next token; GAP: what comes does not follow what was."""
+        place = len(self.tokens)
+        if place - self._first >= self._most:
+            recent = self.tokens[-(self._most // 2) :]
+            del self.tokens[-len(recent) :]
+            self._forget()
+            for earlier in recent:
+                self.push(earlier)
+        self.tokens.append(token)
+        if token == GAP:
+            self._known = 0
+            return
+        # The newest n-gram of each size, as one number, now has a place behind it.
+        keys, vocab_size = self._keys, self._vocab_size
+        for size in range(SHORTEST, self._known + 1):
+            self._places[size][keys[size]] = place
+        for size in range(LONGEST, 1, -1):
+            keys[size] = keys[size - 1] * vocab_size + token
+        keys[1] = token
+        self._known = min(LONGEST, self._known + 1)
+
+    def repeated(self, longer_than: int = 0) -> tuple[int, int]:
+        """The place behind the latest earlier occurrence of the longest n-gram that the text ends with, and its n; 0
+        and 0 where none of more than `longer_than` tokens occurs."""
+        for size in range(self._known, max(SHORTEST, longer_than + 1) - 1, -1):
+            place = self._places[size].get(self._keys[size])
+            if place is not None:
+                return place, size
+        return 0, 0
+
+    def _forget(self) -> None:
+        self._first, self._known = len(self.tokens), 0
+        self._keys = [0] * (LONGEST + 1)
+        self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
+
+
+class Repetition:
+    """What followed, where the newest tokens stood before. `agrees`: how many of them did, 0 where none is known."""
+
+    name = "lookup"
+
+    def __init__(self, vocab_size: int) -> None:
+        self.text = NGrams(vocab_size)
+        self._place = self.agrees = 0
+
+    def read(self, token: int) -> None:
+        text = self.text
+        followed = self.agrees and text.tokens[self._place] == token
+        text.push(token)
+        self._place += 1
+        self.agrees = self.agrees + 1 if followed and text.tokens[self._place] != GAP else 0
+        if self.agrees < LONGEST:
+            place, size = text.repeated(longer_than=self.agrees)
+            if size:
+                self._place, self.agrees = place, size
+
+    def candidates(self, most: int) -> list[int]:
+        found = self.text.tokens[self._place : self._place + most] if self.agrees else []
+        return found[: found.index(GAP)] if GAP in found else found
+
+
+class Expected:
+    """What is left of a text that the output is expected to be, but for changes."""
+
+    name = "predicted"
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        self._tokens = list(tokens)
+        self._place = self.agrees = 0
+        self._left = 0  # the place where it was last followed
+        self._newest: list[int] = []
+
+    def read(self, token: int) -> None:
+        self._newest = [*self._newest[1 - LONGEST :], token]
+        if self._tokens[self._place : self._place + 1] == [token]:
+            self._place, self.agrees = self._place + 1, self.agrees + 1
+        else:
+            # Where the same tokens stand near by, else as if this one had taken the place of another.
+            following = self._place + 1
+            found = ((self._agreement(place), -abs(place - following), place) for place in self._places(token))
+            self.agrees, _, self._place = max(found, default=(0, 0, following))
+        if self.agrees >= SHORTEST:
+            self._left = self._place
+
+    def candidates(self, most: int) -> list[int]:
+        return self._tokens[self._place : self._place + most]
+
+    def _places(self, token: int) -> Iterator[int]:
+        """Behind each occurrence of a token."""
+        start, end = max(0, self._left - NEAR), min(len(self._tokens), self._left + NEAR)
+        while token in self._tokens[start:end]:
+            start = self._tokens.index(token, start) + 1
+            yield start
+
+    def _agreement(self, place: int) -> int:
+        """How many tokens before a place are the newest of the output, up to LONGEST."""
+        before = self._tokens[max(0, place - LONGEST) : place]
+        pairs = zip(reversed(before), reversed(self._newest), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+class Own:
+    """What the caller's code returns for the tokens so far, int64 [n], of the decoder. OptionError for what is no list
+    of token ids."""
+
+    name, agrees = "own", 0
+
+    def __init__(self, source: DraftSource, vocab_size: int) -> None:
+        self._source, self._vocab_size = source, vocab_size
+
+    def candidates(self, context: Sequence[int], most: int) -> list[int]:
+        given: Any = self._source(np.array(context, np.int64))
+        fits = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1)
+        found = [token for token in given[:most] if _is_id(token)] if fits else []
+        if not fits or len(found) < len(given[:most]) or not all(0 <= token < self._vocab_size for token in found):
+            raise OptionError(
+                f"draft_source returned {shown(given)}; return a list of token ids, integers from 0 to "
+                f"{self._vocab_size - 1}, empty where nothing is expected"
+            )
+        return [int(token) for token in found]
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+
+
+class Candidates(NamedTuple):
+    """`tokens` of a `source` that may come next; so many tokens before them agree with it."""
+
+    source: str
+    agrees: int
+    tokens: list[int]
+
+
+# Nothing to draft.
+NONE = Candidates("", 0, [])
+
+
+class DraftSources:
+    """Of one sequence. `prompt`: what the decoder read before the first token; `text`: what else may be repeated, as
+    the encoder's prompt; `predicted`: the output that is expected; `own`: the caller's source."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        prompt: Sequence[int] = (),
+        text: Sequence[int] = (),
+        predicted: Sequence[int] | None = None,
+        own: DraftSource | None = None,
+    ) -> None:
+        self._own = None if own is None else Own(own, vocab_size)
+        self._expected = None if predicted is None else Expected(predicted)
+        self._repetition = Repetition(vocab_size)
+        for part in filter(len, (predicted or (), text)):
+            for token in (*part, GAP):
+                self._repetition.text.push(token)
+        for token in prompt:
+            self._repetition.read(token)
+        self._context = list(prompt)
+        self._open: list[Candidates] = []  # for the tokens that come after the context
+        self._begun = len(prompt)
+
+    def propose(self, response: Response, pace: DraftLength, most: int) -> Candidates:
+        """The next draft, of at most `most` tokens: of the first source whose draft is predicted to pay."""
+        self._follow([token.id for token in response.tokens[len(self._context) - self._begun :]], pace)
+        for found in self._candidates(pace, most):
+            self._open.append(found)
+            tokens = response.within(found.tokens)
+            count = pace.plan_candidates(found.source, found.agrees, len(tokens))
+            if count:
+                return found._replace(tokens=tokens[:count])
+        return NONE
+
+    def _candidates(self, pace: DraftLength, most: int) -> Iterator[Candidates]:
+        if self._own is not None and most and pace.plan_call():
+            began = perf_counter()
+            tokens = self._own.candidates(self._context, most)
+            pace.observe_call(perf_counter() - began)
+            yield Candidates(self._own.name, 0, tokens)
+        for source in filter(None, (self._expected, self._repetition)):
+            yield Candidates(source.name, source.agrees, source.candidates(most))
+
+    def _follow(self, final: list[int], pace: DraftLength) -> None:
+        """Tokens that have become final: which candidates were right."""
+        for source, agrees, tokens in self._open:
+            if not tokens and source == Own.name:
+                pace.observe_candidate(source, agrees, False)
+            for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
+                pace.observe_candidate(source, agrees + place, candidate == token)
+                if candidate != token:
+                    break
+        self._open = []
+        self._context += final
+        for token in final:
+            self._repetition.read(token)
+            if self._expected is not None:
+                self._expected.read(token)

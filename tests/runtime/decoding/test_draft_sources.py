@@ -1,0 +1,185 @@
+"""Where drafts come from, against searching all of the text; and the loop that drafts them, on recorded engines."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from recording_engine import DEEP_TOKEN, LENGTH, prompt_of
+from test_decode import begun, decoder_of, drafted, full
+
+from runtime.adaptation.call_costs import CallCosts
+from runtime.adaptation.draft_length import COUNTS, DraftLength
+from runtime.decoding import loops as decode
+from runtime.decoding.draft_sources import GAP, LONGEST, SHORTEST, DraftSources, Expected, NGrams, Own, Repetition
+from runtime.decoding.slot_call import alone
+from runtime.errors import OptionError
+
+VOCAB = 4
+tokens = st.integers(0, VOCAB - 1)
+texts = st.lists(tokens | st.just(GAP), max_size=80)
+
+
+def searched(text: list[int], longest: int = LONGEST) -> tuple[int, int]:
+    """The latest place behind the longest n-gram that the text ends with, by brute force."""
+    for size in range(longest, SHORTEST - 1, -1):
+        newest = text[-size:]
+        if len(newest) < size or GAP in newest:
+            continue
+        for place in range(len(text) - 1, size - 1, -1):
+            if text[place - size : place] == newest and text[place] != GAP:
+                return place, size
+    return 0, 0
+
+
+@given(texts)
+def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) -> None:
+    index = NGrams(VOCAB)
+    for count, token in enumerate(text, 1):
+        index.push(token)
+        assert index.repeated() == searched(text[:count])
+        for size in range(LONGEST + 1):
+            longer = searched(text[:count])
+            assert index.repeated(longer_than=size) == (longer if longer[1] > size else (0, 0))
+
+
+@given(st.lists(tokens, min_size=30, max_size=300))
+def test_a_bounded_index_knows_the_newest_half_and_holds_no_more_than_it_may(text: list[int]) -> None:
+    index = NGrams(VOCAB, most=20)
+    for count, token in enumerate(text, 1):
+        index.push(token)
+        assert sum(map(len, index._places)) <= 20 * (LONGEST - SHORTEST + 1)
+        place, size = index.repeated()
+        assert size == 0 or text[place - size : place] == text[count - size : count]
+        assert size >= searched(text[:count][-10:])[1]
+    assert index.tokens == text
+
+
+@given(texts)
+def test_repetition_follows_the_longest_match(text: list[int]) -> None:
+    source = Repetition(VOCAB)
+    read: list[int] = []
+    for token in text:
+        if token == GAP:
+            source.text.push(token)
+            source.agrees = 0
+        else:
+            source.read(token)
+        read.append(token)
+        assert min(source.agrees, LONGEST) == searched(read)[1]
+        candidates = source.candidates(6)
+        assert GAP not in candidates
+        assert bool(candidates) == bool(source.agrees)
+        # What was found really stood there: the tokens that agree, then the candidates.
+        whole = [*read[len(read) - source.agrees :], *candidates]
+        assert not source.agrees or any(read[at : at + len(whole)] == whole for at in range(len(read)))
+
+
+def test_an_expected_text_is_followed_over_changes_insertions_and_deletions() -> None:
+    expected = list(range(100, 140))
+    output = [*expected[:6], 7, *expected[7:12], 8, 9, *expected[12:20], *expected[25:]]
+    source, right = Expected(expected), 0
+    for token in output:
+        right += source.candidates(1) == [token]
+        source.read(token)
+    # Wrong are the three new tokens, the first one after each change of the length, and what follows the deletion.
+    assert right >= len(output) - 7
+    assert source.candidates(5) == []
+
+
+def test_an_expected_text_is_found_again_after_a_long_insertion() -> None:
+    source = Expected(range(100, 200))
+    for token in [*range(100, 110), *range(1000, 1200), 110, 111]:
+        source.read(token)
+    assert (source.agrees, source.candidates(3)) == (2, [112, 113, 114])
+
+
+def test_an_expected_text_stands_still_for_an_output_that_is_another() -> None:
+    source = Expected([1, 2, 3])
+    for token in range(50, 90):
+        source.read(token)
+        assert source.agrees == 0
+    assert source.candidates(4) == []
+
+
+@pytest.mark.parametrize(
+    "given", [None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]]
+)
+def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> None:
+    with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
+        Own(lambda ids: given, VOCAB).candidates([1], 15)
+
+
+def test_of_too_many_tokens_those_are_used_that_fit_a_pass() -> None:
+    assert Own(lambda ids: [1] * 10_000_000, VOCAB).candidates([1], 15) == [1] * 15
+    assert Own(lambda ids: np.array([2, 3], np.int32), VOCAB).candidates([1], 15) == [2, 3]
+    assert Own(lambda ids: (), VOCAB).candidates([1], 15) == []
+
+
+@given(
+    plans=st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 7)), min_size=1, max_size=20),
+    right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
+    agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
+    max_pending=st.integers(1, 8),
+    limit=st.integers(1, 40),
+)
+def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
+    plans: list[tuple[int, bool, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
+) -> None:
+    """Candidates are right at some positions, and go before exits in the same draft."""
+    prompt = prompt_of(3)
+    whole, _, _ = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
+    wanted = [step.id for step in islice(full(whole, prompt), limit)]
+    decoder, shallow, deep = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
+    pace, turn = DraftLength(CallCosts()), iter(range(10_000))
+    plan = plans[0]
+
+    def exits(most: int) -> tuple[int, bool]:
+        nonlocal plan
+        plan = plans[next(turn) % len(plans)]
+        return min(plan[0], most), plan[1]
+
+    def own(ids: np.ndarray) -> list[int]:
+        place = len(ids) - len(prompt)
+        return [token if right[at % len(right)] else 1 for at, token in enumerate(wanted[place:], place)]
+
+    pace.plan = exits  # type: ignore[method-assign]
+    pace.plan_call = lambda: True  # type: ignore[method-assign]
+    pace.plan_candidates = lambda source, agrees, count: min(plan[2], count)  # type: ignore[method-assign]
+    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), own=own)
+    loop = alone(decode.lossless(*begun(decoder, prompt, limit), 0.5, max_pending, pace, sources))
+    steps = drafted(loop, decoder, shallow, deep, limit, prompt)
+    assert [step.id for step in steps] == wanted
+    assert max(deep.calls[1:], default=1) <= max_pending
+    drafts = decoder.stats.drafts
+    assert sum(counts.accepted for counts in drafts.values()) <= len(steps)
+    assert sum(counts.proposed - counts.accepted for counts in drafts.values()) == decoder.stats.rejected
+    if limit > 2 and max_pending > 1 and all(right) and all(plan[2] for plan in plans):
+        assert drafts["own"].accepted == drafts["own"].proposed > 0
+
+
+def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
+    decoder, shallow, deep = decoder_of([1.0] * LENGTH)
+    pace = DraftLength(CallCosts())
+    pace.plan_candidates = lambda source, agrees, count: min(7, count)  # type: ignore[method-assign]
+    prompt = prompt_of(3)
+    wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]
+    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
+    loop = alone(decode.lossless(*begun(decoder, prompt, 17), 0.5, 16, pace, sources, exits=False))
+    assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
+    assert shallow.calls == deep.calls == [3, 8, 8]
+    assert shallow.heads[1:] == [0, 0]
+    assert deep.heads[1:] == [8, 8]
+    assert (decoder.stats.drafts["predicted"].mean_accepted, decoder.stats.exits) == (7.0, 0)
+
+
+def test_candidates_are_drafted_in_few_numbers() -> None:
+    """Calls for each number of rows are bound once."""
+    pace = DraftLength(CallCosts())
+    for count in range(1, 16):
+        for agrees in range(10):
+            assert pace.plan_candidates("lookup", agrees, count) in (0, *COUNTS)

@@ -1,0 +1,326 @@
+"""Drafts of every source through a session: the tokens stay those of full, and bad input is the request's own error."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE
+from conftest import Bundles
+from scipy.stats import chisquare
+
+from runtime import BatchError, GenerationOptions, OptionError, Session
+from runtime.adaptation.draft_length import DraftLength
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5 = "llama-tied", "t5-relu-tied"
+both = pytest.mark.parametrize("name", [LLAMA, T5])
+Sessions = Callable[[str], Session]
+
+
+@pytest.fixture(scope="module")
+def sessions(bundle: Bundles) -> Iterator[Sessions]:
+    opened: dict[str, Session] = {}
+
+    def session(name: str) -> Session:
+        if name not in opened:
+            opened[name] = Session(bundle(BY_NAME[name], 2), threads=1, slots=4)
+        return opened[name]
+
+    yield session
+    for item in opened.values():
+        item.close()
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is found is drafted, whether it pays or not."""
+    monkeypatch.setattr(DraftLength, "plan_candidates", lambda pace, source, agrees, count: count)
+    monkeypatch.setattr(DraftLength, "plan_call", lambda pace: True)
+
+
+def changed(tokens: tuple[int, ...], share: float = 0.1, seed: int = 0) -> list[int]:
+    source = np.random.default_rng(seed)
+    return [int(source.integers(3, VOCAB_SIZE)) if source.random() < share else token for token in tokens]
+
+
+@both
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("drafts", ["auto", "lookup"])
+def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, sessions: Sessions) -> None:
+    session = sessions(name)
+    for prompt in PROMPTS:
+        options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
+        full = session.generate(prompt, mode="full", **options)
+        expected = changed(full.token_ids)
+        start = 1 if name == T5 else len(prompt)
+        given: dict[str, dict[str, Any]] = {
+            "lookup": {},
+            "predicted": {"predicted_output": expected},
+            "own": {"draft_source": lambda ids, expected=expected, start=start: expected[len(ids) - start :]},
+        }
+        for source, more in given.items():
+            ours = session.generate(prompt, mode="lossless", drafts=drafts, **options, **more)
+            assert ours.token_ids == full.token_ids
+            assert ours.text == full.text
+            if source != "lookup":
+                counts = ours.stats.drafts[source]
+                assert 0 < counts.accepted < counts.proposed
+                assert ours.stats.sync_passes < 30
+            assert sum(ours.exited) == ours.stats.exits
+            assert 0 <= ours.stats.acceptance <= 1
+
+
+@pytest.mark.usefixtures("eager")
+def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
+    """What it generates becomes its prompt: the output is found there only where the output follows the prompt."""
+    session = sessions(T5)
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+    proposed = 0
+    for prompt in PROMPTS:
+        source = list(prompt)
+        for _ in range(3):
+            full = session.generate(source, mode="full", **options)
+            ours = session.generate(source, mode="lossless", drafts="lookup", **options)
+            assert ours.token_ids == full.token_ids
+            # What was generated becomes a prompt: its n-grams stand in the source.
+            source = [*full.token_ids, *source][:100]
+            proposed += ours.stats.drafts["lookup"].proposed if "lookup" in ours.stats.drafts else 0
+    assert proposed
+
+
+@pytest.mark.usefixtures("eager")
+def test_drafts_share_batches_with_every_mode_and_leave_the_others_alone(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    wanted = [session.generate(prompt, mode="full", max_new_tokens=40, ignore_eos=True) for prompt in PROMPTS]
+
+    def ask(number: int) -> bool:
+        tokens = wanted[number % 3].token_ids
+        more: dict[str, Any] = [
+            {"mode": "lossless", "predicted_output": changed(tokens, seed=number)},
+            {"mode": "lossless", "drafts": "lookup"},
+            {"mode": "lossless", "drafts": "exit", "threshold": 0.1},
+            {"mode": "full"},
+            {"mode": "lossless", "draft_source": lambda ids: list(tokens[len(ids) - len(PROMPTS[number % 3]) :])},
+        ][number % 5]
+        ours = session.generate(PROMPTS[number % 3], max_new_tokens=40, ignore_eos=True, **more)
+        return ours.token_ids == tokens
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(ask, range(45)))
+
+
+@pytest.mark.usefixtures("eager")
+def test_streams_stop_strings_and_ends_of_sequence_are_those_of_full(sessions: Sessions, bundle: Bundles) -> None:
+    session = sessions(LLAMA)
+    full = session.generate(PROMPTS[0], mode="full", max_new_tokens=40, ignore_eos=True)
+    stop = full.text[10:12]
+    wanted = session.generate(PROMPTS[0], mode="full", max_new_tokens=40, ignore_eos=True, stop=[stop])
+    with session.stream(
+        PROMPTS[0],
+        mode="lossless",
+        predicted_output=full.token_ids,
+        max_new_tokens=40,
+        ignore_eos=True,
+        stop=[stop],
+    ) as stream:
+        text = "".join(token.text for token in stream)
+    assert (text, stream.result.token_ids, stream.result.finish_reason) == (wanted.text, wanted.token_ids, "stop")
+    with Session(bundle(BY_NAME["llama-untied-many-eos"], 1), threads=1, slots=1) as other:
+        for prompt in PROMPTS:
+            until = other.generate(prompt, mode="full", max_new_tokens=60)
+            beyond = other.generate(prompt, mode="full", max_new_tokens=60, ignore_eos=True).token_ids
+            ours = other.generate(prompt, mode="lossless", predicted_output=beyond, max_new_tokens=60)
+            assert (ours.token_ids, ours.finish_reason) == (until.token_ids, until.finish_reason)
+
+
+@pytest.mark.usefixtures("eager")
+def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+
+    def odd(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        return np.where(np.arange(VOCAB_SIZE) % 2 == ids.shape[1] % 2, scores, scores - 2).astype(np.float32)
+
+    options: dict[str, Any] = {
+        "max_new_tokens": 40,
+        "ignore_eos": True,
+        "logits_processor": odd,
+        "repetition_penalty": 1.3,
+        "sequence_bias": {(7,): 1.0},
+        "output_logprobs": True,
+    }
+    full = session.generate(PROMPTS[0], mode="full", **options)
+    ours = session.generate(PROMPTS[0], mode="lossless", predicted_output=changed(full.token_ids), **options)
+    assert ours.token_ids == full.token_ids
+    assert ours.logprobs == pytest.approx(full.logprobs, abs=1e-4)
+    assert ours.stats.drafts["predicted"].accepted
+
+
+@pytest.mark.usefixtures("eager")
+def test_sampled_tokens_are_those_of_full_for_every_seed_and_so_is_their_distribution(sessions: Sessions) -> None:
+    """Chi-square of the second token, which a draft proposes each time, against the full model's probabilities."""
+    session, draws, count = sessions(LLAMA), [], 1500
+    options: dict[str, Any] = {"temperature": 1.5, "top_k": 4, "max_new_tokens": 2, "ignore_eos": True}
+    first = session.generate(PROMPTS[1], mode="full", max_new_tokens=1, ignore_eos=True).token_ids[0]
+    # The first token is fixed, so that the second has one distribution.
+    options["sequence_bias"] = {(PROMPTS[1][-1], first): 100.0}
+    prompt = list(PROMPTS[1])
+    scores = logits_after(session, [*prompt, first])
+    best = np.argsort(scores)[-4:]
+    likelihood = np.exp(scores[best] / 1.5) / np.exp(scores[best] / 1.5).sum()
+    accepted = 0
+    for seed in range(count):
+        ours = session.generate(
+            prompt, mode="lossless", drafts="lookup", predicted_output=[first, int(best[-1])], seed=seed, **options
+        )
+        if seed < 50:
+            full = session.generate(prompt, mode="full", seed=seed, **options)
+            assert ours.token_ids == full.token_ids
+        assert ours.token_ids[0] == first
+        draws.append(ours.token_ids[1])
+        accepted += ours.stats.drafts["predicted"].accepted
+    assert 0 < accepted < count
+    assert chisquare([draws.count(token) for token in best], likelihood * count).pvalue > 1e-3
+
+
+def logits_after(session: Session, ids: list[int]) -> np.ndarray:
+    scores: list[np.ndarray] = []
+
+    def keep(_: np.ndarray, given: np.ndarray) -> np.ndarray:
+        scores.append(given[0].astype(np.float64))
+        return given
+
+    session.generate(ids, mode="full", max_new_tokens=1, ignore_eos=True, logits_processor=keep)
+    return scores[0]
+
+
+@pytest.mark.usefixtures("eager")
+def test_several_samples_draft_each(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_new_tokens": 20, "ignore_eos": True}
+    full = session.generate_best(PROMPTS[0], 3, mode="full", **options)
+    ours = session.generate_best(
+        PROMPTS[0], 3, mode="lossless", predicted_output=full[1].token_ids, drafts="lookup", **options
+    )
+    assert [one.token_ids for one in ours] == [one.token_ids for one in full]
+    assert any(one.stats.drafts for one in ours)
+
+
+def test_no_drafts_are_full(sessions: Sessions) -> None:
+    ours = sessions(LLAMA).generate(PROMPTS[0], mode="lossless", drafts="none", max_new_tokens=20, ignore_eos=True)
+    assert (ours.stats.mode, ours.stats.drafts, ours.stats.sync_sizes) == ("full", {}, {1: 19})
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_source_that_raises_is_the_error_of_its_request_alone(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+
+    def broken(ids: np.ndarray) -> list[int]:
+        raise KeyError("nothing retrieved")
+
+    with pytest.raises(KeyError, match="nothing retrieved"):
+        session.generate(PROMPTS[0], mode="lossless", draft_source=broken, max_new_tokens=20)
+    with pytest.raises(BatchError) as caught:
+        session.generate([PROMPTS[0], PROMPTS[1]], mode="lossless", draft_source=broken, max_new_tokens=20)
+    assert all(isinstance(result, KeyError) for result in caught.value.results)
+    for given in (None, "text", [VOCAB_SIZE], [-1], [0.5]):
+        with pytest.raises(OptionError, match="draft_source returned"):
+            session.generate(PROMPTS[0], mode="lossless", draft_source=lambda ids, given=given: given)
+    assert session.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True).stats.tokens == 4
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_source_that_blocks_keeps_no_caller_beyond_its_deadline(sessions: Sessions) -> None:
+    gate = threading.Event()
+
+    def blocked(ids: np.ndarray) -> list[int]:
+        gate.wait(20)
+        return []
+
+    began = time.monotonic()
+    ours = sessions(LLAMA).generate(
+        PROMPTS[0], mode="lossless", draft_source=blocked, deadline=0.3, max_new_tokens=20, ignore_eos=True
+    )
+    gate.set()
+    assert time.monotonic() - began < 10
+    assert ours.finish_reason == "deadline"
+    cancel = threading.Event()
+    cancel.set()
+    ended = sessions(LLAMA).generate(
+        PROMPTS[0], mode="lossless", predicted_output=[1] * 20, cancel=cancel, max_new_tokens=20, ignore_eos=True
+    )
+    assert ended.finish_reason == "cancelled"
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+
+    def nested(ids: np.ndarray) -> list[int]:
+        return list(session.generate(PROMPTS[1], max_new_tokens=2).token_ids)
+
+    with pytest.raises(OptionError):
+        session.generate(PROMPTS[0], mode="lossless", draft_source=nested, max_new_tokens=20, ignore_eos=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"drafts": "auto"}, r"drafts is 'auto' in mode free, which drafts nothing; use 'lossless'"),
+        ({"mode": "full", "drafts": "lookup"}, "drafts is 'lookup' in mode full"),
+        ({"mode": "rollback", "predicted_output": "x"}, "predicted_output is 'x' in mode rollback"),
+        ({"draft_source": list}, "draft_source is <class 'list'> in mode free"),
+        ({"mode": "lossless", "drafts": "some"}, "drafts is 'some'; choose 'auto', 'exit', 'lookup' or 'none'"),
+        ({"mode": "lossless", "drafts": 3}, "drafts is 3; choose"),
+        ({"mode": "lossless", "draft_source": [1]}, r"draft_source is \[1\]; give a callable"),
+        (
+            {"mode": "lossless", "drafts": "none", "predicted_output": "x"},
+            "predicted_output is 'x', but drafts is 'none'",
+        ),
+        ({"mode": "lossless", "drafts": "exit", "draft_source": list}, "but drafts is 'exit'"),
+    ],
+)
+def test_options_that_contradict_are_named(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        GenerationOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("x" * 10_000_000, "predicted_output: it has 10000000 bytes or more, too many for the 128 tokens"),
+        ([VOCAB_SIZE], "predicted_output: token id 0 of it is 288; the ids of this bundle are 0 to 287"),
+        ([-1], "predicted_output: token id 0 of it is -1"),
+        (["a"], "predicted_output: token id 0 of it is 'a', not an integer"),
+        (5, "predicted_output is 5; give text or a list of token ids"),
+        (b"abc", "predicted_output is b'abc'; give text or a list of token ids"),
+        ({1: 2}, "predicted_output is {1: 2}; give text"),
+        (np.zeros((2, 2)), "predicted_output"),
+        ("\ud800", "predicted_output: it has a lone surrogate"),
+    ],
+)
+def test_a_predicted_output_that_cannot_be_used_is_refused(given: Any, message: str, sessions: Sessions) -> None:
+    with pytest.raises(OptionError, match=message):
+        sessions(LLAMA).generate(PROMPTS[0], mode="lossless", predicted_output=given, max_new_tokens=4)
+
+
+def test_a_predicted_output_may_be_empty_or_longer_than_what_fits(sessions: Sessions) -> None:
+    session = sessions(LLAMA)
+    full = session.generate(PROMPTS[0], mode="full", max_new_tokens=20, ignore_eos=True)
+    for given in ("", [], full.text, list(full.token_ids) * 100, np.array(full.token_ids)):
+        ours = session.generate(PROMPTS[0], mode="lossless", predicted_output=given, max_new_tokens=20, ignore_eos=True)
+        assert ours.token_ids == full.token_ids
+
+
+def test_without_a_tokenizer_a_predicted_output_is_token_ids(bundle: Bundles) -> None:
+    with Session(bundle(BY_NAME[LLAMA], 2), threads=1, slots=1, trust_templates=False) as session:
+        with pytest.raises(OptionError, match="predicted_output is text, and there is no tokenizer"):
+            session.generate(PROMPTS[0], mode="lossless", predicted_output="text")
+        assert session.generate(PROMPTS[0], mode="lossless", predicted_output=[5, 6], max_new_tokens=3).token_ids
