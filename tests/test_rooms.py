@@ -31,7 +31,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "cuda": "engines bundle machine options",
         "tensorrt": "cuda engines bundle machine options",
         "backends": "engines cuda tensorrt bundle machine options",
-        "decoding": "engines adaptation text result",
+        "decoding": "engines adaptation text options result",
         "scheduling": "decoding engines adaptation bundle result",
         "requests": "scheduling decoding engines adaptation text machine bundle options result",
         "session": "backends requests scheduling decoding engines adaptation text bundle machine "
