@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,12 @@ MESSAGES = [{"role": "user", "content": "hello"}]
 class Running:
     """`url` without /v1, `log`: its lines. `stop` as SIGTERM does; `thread` ends when it has drained."""
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerOptions, buffer: int | None = None) -> None:
         self.log: list[dict[str, Any]] = []
         self._listening = listen("127.0.0.1", 0)
+        self._buffer = buffer  # bytes, of sockets; None is the system's
+        if buffer is not None:
+            self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
         self.address: tuple[str, int] = self._listening.getsockname()
         self.url = "http://{}:{}".format(*self.address)
         self._options, self._ready, self.failed = options, threading.Event(), None
@@ -35,11 +38,17 @@ class Running:
         assert self._ready.wait(60), self.failed
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._stop.set)
+        if self.thread.is_alive():
+            with suppress(RuntimeError):  # it ends now
+                self._loop.call_soon_threadsafe(self._stop.set)
 
     def send(self, data: bytes) -> socket.socket:
         """A connection on which this was sent."""
-        connection = socket.create_connection(self.address, timeout=20)
+        connection = socket.socket()
+        if self._buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
+        connection.settimeout(20)
+        connection.connect(self.address)
         connection.sendall(data)
         return connection
 
@@ -57,9 +66,11 @@ class Running:
 
 
 @contextmanager
-def running(*bundles: Path, slots: int = 4, queue: int = 64, **options: Any) -> Iterator[Running]:
+def running(
+    *bundles: Path, slots: int = 4, queue: int = 64, buffer: int | None = None, **options: Any
+) -> Iterator[Running]:
     session = SessionOptions(threads=1, slots=slots, queue=queue)
-    server = Running(ServerOptions(bundles, session=session, **options))
+    server = Running(ServerOptions(bundles, session=session, **options), buffer)
     try:
         yield server
     finally:

@@ -107,3 +107,4 @@ class EventStream:
     async def _write(self, send: Send, data: bytes) -> None:
         self._written = asyncio.get_running_loop().time()
         await send({"type": "http.response.body", "body": data, "more_body": True})
+        await asyncio.sleep(0)  # where tokens are there already, others have their turn

@@ -10,7 +10,8 @@ import openai
 import pytest
 from running_server import ENDLESS, MESSAGES, Running, eventually, running
 
-from runtime import Session
+from freeexport.serving.replies import usage
+from runtime import GenerationResult, Session, Stats
 
 FREE = {"free": {"threshold": 0.3}}
 
@@ -59,12 +60,14 @@ def test_a_chat_is_what_the_session_generates_with_usage(client: openai.OpenAI, 
     assert usage.free["exit_rate"] > 0
 
 
-def test_drafts_are_accepted_and_rejected_predictions(client: openai.OpenAI) -> None:
-    body = {"free": {"mode": "lossless", "threshold": 0.1}}
-    usage = client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=60, extra_body=body).usage
-    details = usage.completion_tokens_details
-    assert usage.free["mode"] == "lossless"
-    assert details.accepted_prediction_tokens + details.rejected_prediction_tokens > 0
+def test_drafts_are_accepted_and_rejected_predictions() -> None:
+    stats = Stats("lossless", prompt_tokens=5, tokens=11, exits=6, rejected=2)
+    exits = Stats("free", prompt_tokens=5, tokens=11, exits=6)
+    results = [GenerationResult("", (), (), (), "eos", each) for each in (stats, exits)]
+    details = usage(results, [5])["completion_tokens_details"]
+    assert details == {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2}
+    assert usage(results, [5])["total_tokens"] == 27
+    assert usage(results, [5])["free"]["exit_rate"] == 0.6
 
 
 def test_a_stream_has_one_id_and_ends_with_usage(client: openai.OpenAI, session: Session) -> None:
@@ -180,9 +183,10 @@ def test_a_deadline_is_said_before_and_in_the_middle_of_a_stream(client: openai.
     with pytest.raises(openai.APIStatusError, match=r"deadline of 0.05 s passed after \d+ tokens") as raised:
         client.chat.completions.create(**options)
     assert raised.value.status_code == 408
+    stream = client.chat.completions.create(stream=True, **options)
+    assert next(stream).choices
     with pytest.raises(openai.APIError, match="deadline"):
-        for chunk in client.chat.completions.create(stream=True, **options):
-            assert chunk.choices
+        list(stream)
 
 
 def test_the_servers_limit_of_seconds_is_a_gateway_timeout(chat: Path) -> None:
