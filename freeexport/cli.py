@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "build": "Build the TensorRT engines of a bundle.",
     "verify": "Check a bundle against the checkpoint it came from.",
     "generate": "Generate text with a bundle.",
+    "serve": "Serve bundles to clients of OpenAI's interface.",
     "bench": "Measure the speed of a bundle.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Check this installation and machine.",

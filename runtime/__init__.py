@@ -17,8 +17,10 @@ from runtime.errors import (
     FreeExportError,
     OptionError,
     PromptError,
+    PromptLengthError,
     QueueFullError,
 )
+from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.stream import AsyncStream, Stream
 from runtime.result import GenerationResult, Stats, Token
@@ -36,9 +38,13 @@ __all__ = [
     "FreeExportError",
     "GenerationOptions",
     "GenerationResult",
+    "Histogram",
+    "Metrics",
     "OptionError",
     "PromptError",
+    "PromptLengthError",
     "QueueFullError",
+    "RequestEvent",
     "Session",
     "SessionOptions",
     "Stats",

@@ -21,6 +21,10 @@ class PromptError(FreeExportError):
     """A prompt is empty, too long, not valid text, or holds token ids out of range."""
 
 
+class PromptLengthError(PromptError):
+    """A prompt is longer than fits."""
+
+
 class CapacityError(FreeExportError):
     """The KV cache asked for does not fit the bundle or the machine's memory."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,8 @@ from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.machine.cost_cache import costs_for
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_saturation, usable_cores
+from runtime.metrics import Metrics, Observer, RequestEvent
+from runtime.option_checks import shown
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.prompt_list import PromptList, is_list_of_prompts
 from runtime.requests.request import Model, Request, check_count
@@ -33,6 +35,7 @@ from runtime.requests.thresholds import Thresholds
 from runtime.result import GenerationResult
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
+from runtime.scheduling.callbacks import guarded
 from runtime.scheduling.scheduler import Scheduler
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
@@ -43,8 +46,9 @@ class Session:
     itself, and its result does not depend on what else runs (docs/serving.md).
 
     `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
-    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). Raises BundleError,
-    CapacityError, EngineError, OptionError.
+    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). `on_event` is called with
+    each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
+    EngineError, OptionError.
     """
 
     def __init__(
@@ -53,9 +57,12 @@ class Session:
         options: SessionOptions | None = None,
         *,
         decisions: Decisions | None = None,
+        on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
         self.options = merged(SessionOptions, options, keywords)
+        if on_event is not None and not callable(on_event):
+            raise OptionError(f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent")
         self.bundle = Bundle.open(bundle, self.options.verify)
         manifest = self.bundle.manifest
         check_saturation(manifest)
@@ -72,9 +79,13 @@ class Session:
             shallow, deep = self._placement.lanes(engine)
             self._encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
+        self._lanes = shallow, deep
         self._scheduler = self._schedule(shallow, deep, decisions)
         model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs)
-        self._builder = RequestBuilder(self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs)
+        self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
+        self._builder = RequestBuilder(
+            self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs, self._observer
+        )
         self._closed = False
 
     @property
@@ -192,6 +203,11 @@ class Session:
         ends the request."""
         return AsyncStream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
 
+    def encode(self, prompt: Prompt) -> np.ndarray:
+        """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. Raises
+        PromptError."""
+        return self._builder.encode(prompt)
+
     def generate_best(
         self,
         prompt: Prompt,
@@ -239,6 +255,15 @@ class Session:
     @draft_lengths.setter
     def draft_lengths(self, learned: DraftLengths) -> None:
         self._builder.draft_lengths = learned
+
+    def metrics(self) -> Metrics:
+        """What was counted since the session was opened, and what runs now."""
+        metrics = self._observer.metrics()
+        metrics.running, metrics.waiting = self._scheduler.running, self._scheduler.waiting
+        used = int(self._lanes[0].cache.lengths.sum())
+        metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
+        metrics.threshold = self.threshold
+        return metrics
 
     def adaptive_state(self) -> dict[str, Any]:
         """The learned state of a session with threshold="adaptive", a dict for JSON: another session continues from it

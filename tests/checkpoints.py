@@ -285,6 +285,9 @@ LARGER: tuple[Case, ...] = (
     _t5("t5-larger-untied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512),
 )
 
+# With room for answers that take a while.
+LONG = _llama("llama-long", (1, 4), max_position_embeddings=8192)
+
 # And so wide that beside their weights what TensorRT adds to an engine is small.
 WIDE: tuple[Case, ...] = (
     _llama("llama-wide", (1,), vocab_size=8192, hidden_size=512, intermediate_size=1536),

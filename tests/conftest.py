@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from checkpoints import Case, load
+from checkpoints import CASES, LONG, Case, load
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -79,6 +79,18 @@ def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPath
         return converted[key]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def chat(bundle: Bundles) -> Path:
+    """A decoder with a chat template, and room for long answers."""
+    return bundle(LONG, 1, capacity=4096)
+
+
+@pytest.fixture(scope="session")
+def t5(bundle: Bundles) -> Path:
+    """An encoder-decoder."""
+    return bundle(next(case for case in CASES if case.name == "t5-relu-tied"), 1)
 
 
 @pytest.fixture

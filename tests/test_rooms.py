@@ -26,6 +26,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "options": "machine text",
         "keywords": "options text",
         "result": "options",
+        "metrics": "result",
         "adaptation": "bundle",
         "engines": "kernels bundle machine options",
         "cuda": "engines bundle machine options",
@@ -33,12 +34,13 @@ ALLOWED: dict[str, dict[str, str]] = {
         "backends": "engines cuda tensorrt bundle machine options",
         "decoding": "engines adaptation text options result",
         "scheduling": "decoding engines adaptation bundle result",
-        "requests": "scheduling decoding engines adaptation text machine bundle options result",
+        "requests": "scheduling decoding engines adaptation text machine bundle options result metrics",
         "session": "backends requests scheduling decoding engines adaptation text bundle machine "
-        "options keywords result",
+        "options keywords result metrics",
     },
     "freeexport": {
         "system": "",
+        "serving": "",
         "costs": "system",
         "checkpoints": "system",
         "training": "checkpoints system",
@@ -49,7 +51,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "tuning": "calibration conversion traces checkpoints costs system",
         "benchmark": "verification traces checkpoints costs system",
         "demo": "benchmark conversion calibration checkpoints costs system",
-        "commands": "benchmark calibration checkpoints conversion verification costs system traces training tuning",
+        "commands": "benchmark calibration checkpoints conversion verification costs serving system traces training "
+        "tuning",
         "cli": "system",
         "__main__": "cli",
     },

@@ -19,6 +19,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "sentencepiece",
         "protobuf",
     ),
+    "serve": ("starlette", "uvicorn", "msgspec", "prometheus-client"),
     "bench": ("matplotlib",),
     "calibrate": ("scipy",),
     "metrics": ("rouge-score", "sacrebleu", "jiwer"),
@@ -33,6 +34,7 @@ PURPOSES: dict[str, str] = {
     "tensorrt": "build and run TensorRT engines (NVIDIA GPU)",
     "convert": "convert and verify checkpoints",
     "train": "train LoRA adapters, and record in TensorBoard",
+    "serve": "serve bundles over HTTP",
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
     "metrics": "compare outputs when calibrating",
@@ -41,7 +43,13 @@ PURPOSES: dict[str, str] = {
 }
 
 # Import names that differ from the distribution that brings them.
-_DISTRIBUTIONS = {"rouge_score": "rouge-score", "google": "protobuf", "optimum": "optimum-onnx", "cuda": "cuda-python"}
+_DISTRIBUTIONS = {
+    "rouge_score": "rouge-score",
+    "google": "protobuf",
+    "optimum": "optimum-onnx",
+    "cuda": "cuda-python",
+    "prometheus_client": "prometheus-client",
+}
 
 
 def extra_of(module: str) -> str | None:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Protocol
 
@@ -68,7 +68,8 @@ class Response:
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `sampler` None is arg max. `logprobs`: also of each token. `finished`: why it has ended, None until then.
+    `sampler` None is arg max. `logprobs`: also of each token. `finished`: why it has ended, None until then. `times`:
+    when each token became final, by the monotonic clock.
     """
 
     def __init__(
@@ -80,8 +81,10 @@ class Response:
         logprobs: bool = False,
         text: Detokenizer | None = None,
         caller: Caller = NOBODY,
+        on_first_token: Callable[[], None] | None = None,
     ) -> None:
         self.tokens: list[Token] = []
+        self.times: list[float] = []
         self.newest = int(prompt[-1])
         self.finished: FinishReason | None = None
         self._ids = np.empty(len(prompt) + limit, np.int64)
@@ -93,7 +96,7 @@ class Response:
         self._push, self._host = self._text.push, caller.host
         self._may_leave = caller.cancel is not None or caller.until != math.inf
         self._rest = ""  # text that was withheld when it was cut short
-        self._stats, self._first = Stats(), 0.0
+        self._stats, self._on_first_token = Stats(), on_first_token
         self._began: float | None = None  # by the host's clock, while it has a slot
         self._left: GenerationResult | None = None
 
@@ -153,9 +156,10 @@ class Response:
             text += self._text.finish()
         # Without the function that a named tuple makes itself with.
         final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob))
+        self.times.append(monotonic())
         self.tokens.append(final)
-        if len(self.tokens) == 1:
-            self._first = monotonic()
+        if self._on_first_token is not None and len(self.tokens) == 1:
+            self._on_first_token()
         return final
 
     def begin(self, stats: Stats) -> None:
@@ -202,7 +206,7 @@ class Response:
         """What is not worth counting at every token."""
         self._stats.tokens = len(self.tokens)
         if self.tokens:
-            self._stats.first_token_seconds = self._first - self._caller.asked
+            self._stats.first_token_seconds = self.times[0] - self._caller.asked
         if self._began is not None:
             self._stats.seconds = self._caller.host.clock() - self._began
 

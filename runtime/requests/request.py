@@ -22,6 +22,7 @@ from runtime.decoding.slot_call import Waits
 from runtime.engines.encoder import Encoder
 from runtime.errors import OptionError
 from runtime.machine.cost_cache import CostCache
+from runtime.metrics import Watch
 from runtime.options import GenerationOptions, Mode
 from runtime.requests.sampling import check_biases, sampler_of
 from runtime.requests.thresholds import Threshold
@@ -51,8 +52,8 @@ class Request:
     `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `positions`: most of a
     cache, of each beam's where there are beams.
 
-    `tokens` int64 [n] is the prompt. `pace` in mode lossless. Raises OptionError for options that do not fit the
-    bundle.
+    `tokens` int64 [n] is the prompt. `pace` in mode lossless. `watch` is told what happens to it. Raises
+    OptionError for options that do not fit the bundle.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Request:
         pace: DraftLength | None,
         caller: Caller,
         count: int = 1,
+        watch: Watch | None = None,
     ) -> None:
         manifest = model.manifest
+        self._watch = watch
         self.options, self.caller = options, caller
         self._tokens, self._encoder, self._pace, self._threshold = tokens, model.encoder, pace, threshold
         # What the decoder reads before its first token.
@@ -100,6 +103,8 @@ class Request:
                 response = self.responses[number]
                 self._reset(decoder, number)
                 response.begin(decoder.stats)
+                if self._watch is not None and not number:
+                    self._watch.started()
                 try:
                     if self.options.num_beams > 1:
                         loop = yield from self._beam(decoder, response, number)
@@ -118,7 +123,18 @@ class Request:
         """For a scheduler: a step of it may take long where it runs code of its caller's, or many beams."""
         own = bool(self.options.logits_processor) or self.options.draft_source is not None
         aside = own or self.options.num_beams > 1
-        return Task(self.run, self.caller, aside)
+        return Task(self.run, self.caller, aside, self._observe)
+
+    def _observe(self, kind: str, error: BaseException | None) -> None:
+        if self._watch is None:
+            return
+        if kind == "ended":
+            results = [(response.result, response.times) for response in self.responses]
+            self._watch.ended(self.caller.asked, results, error)
+        elif error is not None:
+            self._watch.refused(error)
+        else:
+            self._watch.queued()
 
     def best(self) -> list[GenerationResult]:
         """Of the continuations that came to their end, best first."""
@@ -143,7 +159,9 @@ class Request:
         options = self.options
         sampler = sampler_of(options, len(self._prompt), self._eos, (self._seed, number))
         text = Detokenizer(self._tokenizer, tuple(options.stop))
-        return Response(self._prompt, self._limit, self._eos, sampler, options.output_logprobs, text, self.caller)
+        first = self._watch.first_token if self._watch is not None and number == 0 else None
+        logprobs = options.output_logprobs
+        return Response(self._prompt, self._limit, self._eos, sampler, logprobs, text, self.caller, first)
 
     def _reset(self, decoder: Decoder, number: int) -> None:
         """Begin anew, or after the prompt, which was read."""

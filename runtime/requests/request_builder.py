@@ -7,6 +7,8 @@ import threading
 from dataclasses import replace
 from time import monotonic
 
+import numpy as np
+
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLengths
 from runtime.bundle.bundle import Bundle
@@ -15,6 +17,7 @@ from runtime.decoding.response import Caller
 from runtime.engines.memory import check_beams
 from runtime.errors import OptionError
 from runtime.machine.device import Device
+from runtime.metrics import Observer
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.generation_config import read_defaults, with_defaults
 from runtime.requests.request import Model, Request
@@ -36,9 +39,10 @@ class RequestBuilder:
         scheduler: Scheduler,
         thresholds: Thresholds,
         costs: Costs | None,
+        observer: Observer,
     ) -> None:
         self._bundle, self._options, self._model = bundle, options, model
-        self._scheduler, self._thresholds = scheduler, thresholds
+        self._scheduler, self._thresholds, self._observer = scheduler, thresholds, observer
         self.draft_lengths = DraftLengths(CallCosts(costs or NEUTRAL))
 
     def caller(self, options: GenerationOptions, cancel: threading.Event | None) -> Caller:
@@ -46,6 +50,14 @@ class RequestBuilder:
         asked = monotonic()
         until = math.inf if options.deadline is None else asked + options.deadline
         return Caller(self._scheduler, cancel, asked, until)
+
+    def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
+        """Token ids int64 [n]. Raises PromptError."""
+        manifest = self._model.manifest
+        limit = manifest.encoder_capacity or self._model.capacity
+        missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
+        parse_special = None if parse_special is None else bool(parse_special)
+        return encode_prompt(prompt, self._model.tokenizer, manifest.vocab_size, limit, parse_special, missing)
 
     def request(self, prompt: Prompt, options: GenerationOptions, caller: Caller, count: int | None = None) -> Request:
         """Of so many continuations, to be ordered by log-probability; None is one as it is. Raises PromptError,
@@ -69,14 +81,11 @@ class RequestBuilder:
                 options.predicted_output, self._model.tokenizer, manifest.vocab_size, self._model.capacity
             )
             options = replace(options, predicted_output=expected.tolist())
-        limit = manifest.encoder_capacity or self._model.capacity
-        missing = NO_TOKENIZER if self._options.trust_templates else UNTRUSTED
-        parse_special = None if options.parse_special is None else bool(options.parse_special)
-        tokens = encode_prompt(prompt, self._model.tokenizer, manifest.vocab_size, limit, parse_special, missing)
+        tokens = self.encode(prompt, options.parse_special)
         threshold = self._thresholds.decide(options.threshold, options.mode)
         lossless = options.mode == "lossless"
         pace = self.draft_lengths.of(threshold.value, options.samples, _sources(options)) if lossless else None
-        request = Request(self._model, tokens, options, threshold, pace, caller, count or 1)
+        request = Request(self._model, tokens, options, threshold, pace, caller, count or 1, self._observer.watch())
         if options.num_beams > 1 and Device.parse(self._options.device).index is None:
             check_beams(manifest, options.num_beams, request.positions)
         return request

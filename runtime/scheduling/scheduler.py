@@ -56,10 +56,18 @@ class Scheduler(Turns):
         self.process.check()
         if not forced:
             self._refuse_within_callback()
+        row.observe("queued", None)  # before another thread may begin it
+        try:
+            self._let_in(row, forced)
+        except (OptionError, QueueFullError) as error:
+            row.observe("refused", error)
+            raise
+
+    def _let_in(self, row: Task, forced: bool) -> None:
         with self._lock:
             if self._closed and not forced:
                 raise OptionError("the session is closed; open a new one")
-            if not forced and self._queued >= self._queue + len(self._free):
+            if not forced and self.waiting >= self._queue + len(self._free):
                 wait = "request waits" if self._queue == 1 else "requests wait"
                 raise QueueFullError(
                     f"{self._queue} {wait} for a slot already; ask again later, or open the session "
@@ -106,8 +114,14 @@ class Scheduler(Turns):
         return self._wheel.here
 
     @property
-    def _queued(self) -> int:
-        return len(self._waiting) - sum(row.abandoned for row in self._waiting)
+    def running(self) -> int:
+        """Requests that have a slot."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return len(self._waiting) - sum(row.abandoned for row in tuple(self._waiting))
 
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:

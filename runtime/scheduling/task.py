@@ -10,6 +10,9 @@ from runtime.decoding.response import NOBODY, Caller
 from runtime.decoding.slot_call import Waiting
 from runtime.result import Token
 
+# Told that a request was "queued", then that it was "refused" or has "ended", each for an error if there was one.
+Observe = Callable[[str, BaseException | None], None]
+
 # What a request does in a slot.
 Run = Callable[[Decoder], Generator[Token | Waiting, None, None]]
 
@@ -18,10 +21,12 @@ class Task:
     """Its `caller` may end it while it waits for a slot and between pieces of its prompt; at its deadline `until` it
     leaves at the next turn, and so it does once `abandoned` is set. `told`, where it is set, is called, by whichever
     thread drives, after tokens came and at the end. `aside`: a step of it may take long, as where it runs code of its
-    caller's: only the scheduler's own thread drives it."""
+    caller's: only the scheduler's own thread drives it. `observe` must not raise."""
 
-    def __init__(self, run: Run, caller: Caller = NOBODY, aside: bool = False) -> None:
-        self._run, self.caller, self.until, self.aside = run, caller, caller.until, aside
+    def __init__(
+        self, run: Run, caller: Caller = NOBODY, aside: bool = False, observe: Observe = lambda kind, error: None
+    ) -> None:
+        self._run, self.caller, self.until, self.aside, self.observe = run, caller, caller.until, aside, observe
         self.told: Callable[[], None] | None = None
         self.tokens: deque[Token] = deque()
         self.abandoned, self.ended = False, False
@@ -67,6 +72,7 @@ class Task:
     def end(self, error: BaseException | None = None) -> None:
         """Nothing more will come, for this `error` if there was one."""
         self.waits = self._decoder = self._coroutine = None
+        self.observe("ended", error)
         self.error, self.ended = error, True
         if self.told is not None:
             self.told()

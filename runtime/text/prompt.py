@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import numpy as np
 import numpy.typing as npt
 
-from runtime.errors import OptionError, PromptError
+from runtime.errors import OptionError, PromptError, PromptLengthError
 from runtime.text.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDArray[np.integer[Any]]
@@ -89,7 +89,7 @@ def _check_text(text: str, limit: int) -> None:
     most = limit * MAX_BYTES_PER_TOKEN
     size = len(text) if len(text) > most else _utf8_size(text)
     if size > most:
-        raise PromptError(
+        raise PromptLengthError(
             f"the prompt has {size} bytes or more, too many for the {limit} tokens that fit; "
             "shorten it, or convert with a larger capacity"
         )
@@ -141,6 +141,6 @@ def _check_count(count: int, limit: int) -> None:
     if count == 0:
         raise PromptError("the prompt is empty; pass at least one token")
     if count > limit:
-        raise PromptError(
+        raise PromptLengthError(
             f"the prompt has {count} tokens, at most {limit} fit; shorten it, or convert with a larger capacity"
         )

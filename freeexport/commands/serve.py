@@ -1,0 +1,90 @@
+"""`freeexport serve`: bundles behind OpenAI's interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from freeexport.commands.verb_options import SectionedCommand, section
+from runtime.options import Mode, SessionOptions
+
+KEY = "FREEEXPORT_API_KEY"
+DEMO = Path(".demo/g2p")
+
+
+@click.command(cls=SectionedCommand)
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path))
+@section("What is served")
+@click.option("--name", "names", multiple=True, help="Name of a model, in the order of BUNDLES. May be repeated.  "
+              "[default: the directory's]")  # fmt: skip
+@click.option("--demo", is_flag=True, help=f"Serve the pronunciation model of this package, converted to {DEMO}.")
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True,
+              help="Of requests that name none: free, rollback, lossless, full or shallow.")  # fmt: skip
+@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
+@section("Clients")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is a free one.")
+@click.option("--api-key", envvar=KEY, help=f"Key that clients must send; better as the variable {KEY}.")
+@click.option("--origin", "origins", multiple=True, help="Origin of pages that may ask, * is any. May be repeated.")
+@click.option("--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True,
+              help="Largest body of a request, in bytes.")  # fmt: skip
+@click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
+              help="End a request that takes longer.")  # fmt: skip
+@click.option("--log-prompts", is_flag=True, help="Write prompts to the log, too.")
+@section("Machine")
+@click.option("--slots", type=int, default=4, show_default=True, help="Requests of a bundle that are decoded at once.")
+@click.option("--queue", type=int, default=256, show_default=True, help="Requests that may wait; more get 429.")
+@click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
+@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
+@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
+@click.option("--shutdown-timeout", type=click.FloatRange(0), default=30.0, show_default=True, metavar="SECONDS",
+              help="After SIGTERM running requests have so long to end.")  # fmt: skip
+@click.pass_context
+def command(
+    context: click.Context,
+    bundles: tuple[Path, ...],
+    demo: bool,
+    host: str,
+    port: int,
+    threshold: float | None,
+    slots: int,
+    queue: int,
+    threads: int | None,
+    capacity: int | None,
+    device: str,
+    **options: Any,
+) -> None:
+    """Serve BUNDLES to clients of OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Requests of one bundle share engine calls. A line of JSON for each goes to standard output. SIGTERM ends the server
+    after the running requests. Prometheus reads /metrics.
+
+    \b
+    Example:
+      freeexport serve bundle --port 8000
+      freeexport serve --demo
+      curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "g2p: hello world"}'
+    """
+    from freeexport.serving.server import run
+    from freeexport.serving.service import ServerOptions
+
+    if context.get_parameter_source("api_key") is click.core.ParameterSource.COMMANDLINE:
+        click.echo(f"warning: other users of this machine can read --api-key; set {KEY} instead", err=True)
+    session = SessionOptions(
+        threads=threads, slots=slots, queue=queue, capacity=capacity, device=device, threshold=threshold
+    )
+    served = (*bundles, *((_demo(),) if demo else ()))
+    run(ServerOptions(served, session=session, **options), host, port)
+
+
+def _demo() -> Path:
+    """Converted in a process of its own, where it was not: the server loads no torch."""
+    from freeexport.system.child import run_child
+
+    if not (DEMO / "freeexport.json").exists():
+        model = Path(__file__).resolve().parents[1] / "data" / "g2p"
+        click.echo(f"converting {model.name} to {DEMO}", err=True)
+        run_child("freeexport", "convert", str(model), str(DEMO), "--calibration", str(model / "calibration.json"))
+    return DEMO

@@ -1,0 +1,97 @@
+"""What sessions count, for Prometheus."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from freeexport.serving.service import Service
+from runtime import Histogram, Metrics
+
+PREFIX = "freeexport_"
+FINISHED = ("eos", "stop", "length", "cancelled", "deadline", "error")
+
+# The name for Prometheus, the field of Metrics, and what it is.
+GAUGES = {
+    "num_requests_running": ("running", "Requests that have a slot."),
+    "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
+    "kv_cache_usage_perc": ("kv_cache_usage", "Share of the KV cache's positions in use, 0 to 1."),
+    "threshold": ("threshold", "Confidence above which tokens exit in mode free; it moves where it is adaptive."),
+}
+COUNTERS = {
+    "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were read."),
+    "generation_tokens": ("generated_tokens", "Tokens that were generated."),
+    "deep_passes": ("deep_passes", "Sync passes of the deep decoder, after the prompt."),
+    "rollback_tokens": ("rejected_tokens", "Shallow predictions that a sync pass rejected."),
+    "spec_decode_num_drafts": ("drafts", "Sync passes that verified a draft, in modes lossless and rollback."),
+    "spec_decode_num_draft_tokens": ("draft_tokens", "Tokens of drafts."),
+    "spec_decode_num_accepted_tokens": ("accepted_tokens", "Tokens of drafts that were accepted."),
+}
+HISTOGRAMS = {
+    "time_to_first_token_seconds": ("time_to_first_token", "From the request to its first token."),
+    "inter_token_latency_seconds": ("inter_token_latency", "From a token to the next."),
+    "e2e_request_latency_seconds": ("request_latency", "From the request to its end."),
+    "request_queue_time_seconds": ("queue_time", "From the request until its prompt began to be read."),
+    "request_prefill_time_seconds": ("prefill_time", "Reading the prompt."),
+    "request_decode_time_seconds": ("decode_time", "From the prompt to the last token."),
+    "sync_pass_rows": ("pass_rows", "Tokens of a sync pass."),
+}
+
+
+class SessionCollector(Collector):
+    """Reads the sessions of a service where it is asked, so requests pay nothing for it."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        measured = {name: session.metrics() for name, session in self._service.sessions.items()}
+        yield from families(measured)
+        responses = CounterMetricFamily(PREFIX + "http_responses", "Responses.", labels=["path", "status"])
+        for (path, status), count in self._service.responses.items():
+            responses.add_metric([path, str(status)], count)
+        yield responses
+
+
+def families(measured: Mapping[str, Metrics]) -> Iterator[Metric]:
+    """Every figure, with the label model_name."""
+    label = ["model_name"]
+    for name, (field, text) in GAUGES.items():
+        gauge = GaugeMetricFamily(PREFIX + name, text, labels=label)
+        for model, metrics in measured.items():
+            gauge.add_metric([model], getattr(metrics, field))
+        yield gauge
+    for name, (field, text) in COUNTERS.items():
+        counter = CounterMetricFamily(PREFIX + name, text, labels=label)
+        for model, metrics in measured.items():
+            counter.add_metric([model], getattr(metrics, field))
+        yield counter
+    for name, (field, text) in HISTOGRAMS.items():
+        histogram = HistogramMetricFamily(PREFIX + name, text, labels=label)
+        for model, metrics in measured.items():
+            values: Histogram = getattr(metrics, field)
+            bounds = [*(f"{bound:g}" for bound in values.bounds), "+Inf"]
+            histogram.add_metric([model], list(zip(bounds, accumulate(values.counts), strict=True)), values.total)
+        yield histogram
+    finished = CounterMetricFamily(
+        PREFIX + "request_success", "Requests by what ended them.", labels=["model_name", "finished_reason"]
+    )
+    exits = CounterMetricFamily(
+        PREFIX + "exit_tokens", "Tokens by the decoder whose prediction they are.", labels=["model_name", "depth"]
+    )
+    for model, metrics in measured.items():
+        for reason in FINISHED:
+            finished.add_metric([model, reason], metrics.finished[reason])
+        exits.add_metric([model, "shallow"], metrics.exited_tokens)
+        exits.add_metric([model, "deep"], metrics.deep_tokens)
+    yield from (finished, exits)
+
+
+def registry(service: Service) -> CollectorRegistry:
+    """Of this service alone: several may be in one process."""
+    own = CollectorRegistry()
+    own.register(SessionCollector(service))
+    return own

@@ -1,0 +1,250 @@
+"""Requests as OpenAI's clients write them: typed, validated, and refused by the name of the field."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from freeexport.serving.errors import ApiError
+from runtime import GenerationOptions
+from runtime.options import Mode
+
+MOST_CHOICES = 128
+MOST_STOPS, LONGEST_STOP = 16, 1024
+MOST_BIASES = 1024
+
+# Fields that say nothing with these values, as clients send them unasked. Others of the same name are refused.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "functions": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "top_logprobs": (0,),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+# Why a field of OpenAI's is refused, where that is not plain.
+BECAUSE = {
+    "frequency_penalty": "repetition_penalty is the penalty there is",
+    "presence_penalty": "repetition_penalty is the penalty there is",
+    "top_logprobs": "only the log-probabilities of the tokens themselves are known: leave it out, or 0",
+    "logprobs": "only the log-probabilities of the tokens themselves are known: ask for 0",
+    "best_of": "use n",
+}
+
+Requested = TypeVar("Requested", bound="Request")
+Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What FREE adds. `deadline`: seconds for the whole request. `exits`: chunks say which of their tokens exited."""
+
+    mode: Mode | None = None
+    threshold: float | None = None
+    deadline: float | None = None
+    exits: bool = False
+
+
+class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+
+
+class Request(msgspec.Struct, kw_only=True):
+    """What chats and completions share."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=MOST_CHOICES)] = 1
+    logit_bias: dict[str, float] = {}
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    free: Free = msgspec.field(default_factory=Free)
+
+    @property
+    def limit(self) -> int | None:
+        """Most tokens to generate, where the request says so."""
+        return self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return False
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def check(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options is given without stream; add stream: true", None, "stream_options")
+        stops = self.stops
+        if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
+            wrong = f"has {len(stops)} strings" if len(stops) > MOST_STOPS else "has a string that is too long"
+            raise ApiError(
+                400, f"stop {wrong}; give at most {MOST_STOPS} of at most {LONGEST_STOP} characters", None, "stop"
+            )
+        if len(self.logit_bias) > MOST_BIASES:
+            raise ApiError(
+                400, f"logit_bias has {len(self.logit_bias)} tokens; give at most {MOST_BIASES}", None, "logit_bias"
+            )
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    def options(self, mode: Mode, deadline: float | None) -> GenerationOptions:
+        """Of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own. Raises
+        OptionError."""
+        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
+        temperature = self.temperature
+        if temperature is None and (self.top_k or self.min_p or self.top_p not in (None, 1)):
+            temperature = 1.0
+        if not temperature:  # greedy: these choose nothing
+            sampling = {}
+        deadlines = [seconds for seconds in (self.free.deadline, deadline) if seconds is not None]
+        return GenerationOptions(
+            mode=self.free.mode or mode,
+            threshold=self.free.threshold,
+            deadline=min(deadlines, default=None),
+            temperature=temperature,
+            repetition_penalty=self.repetition_penalty,
+            stop=self.stops,
+            sequence_bias=_biases(self.logit_bias),
+            output_logprobs=self.wants_logprobs,
+            **sampling,
+        )
+
+
+class Part(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[Part]
+    name: str | None = None
+    tool_calls: list[Any] | None = None
+    tool_call_id: str | None = None
+
+    def plain(self, number: int) -> dict[str, str]:
+        """For a chat template. `developer` is OpenAI's new name of the system."""
+        for field in ("name", "tool_calls", "tool_call_id"):
+            if getattr(self, field):
+                raise _unsupported(f"messages[{number}].{field}", "messages have a role and a text")
+        role = "system" if self.role == "developer" else self.role
+        if isinstance(self.content, str):
+            return {"role": role, "content": self.content}
+        for place, part in enumerate(self.content):
+            if part.type != "text" or part.text is None:
+                raise _unsupported(f"messages[{number}].content[{place}].type {part.type!r}", "this model reads text")
+        return {"role": role, "content": "".join(part.text or "" for part in self.content)}
+
+
+class ChatRequest(Request, kw_only=True):
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
+    max_completion_tokens: Count | None = None
+    logprobs: bool = False
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs
+
+    @property
+    def prompts(self) -> list[Any]:
+        return [[message.plain(number) for number, message in enumerate(self.messages)]]
+
+
+class CompletionRequest(Request, kw_only=True):
+    prompt: str | list[int | str | list[int]]
+    logprobs: int | None = None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None
+
+    def check(self) -> None:
+        super().check()
+        if self.logprobs:
+            raise _unsupported(f"logprobs {self.logprobs}", BECAUSE["logprobs"], "logprobs")
+        if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
+            wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
+            raise ApiError(400, f"prompt {wrong}; give a text, token ids, or a list of them", None, "prompt")
+
+    @property
+    def prompts(self) -> list[Any]:
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+
+
+class TokenizeRequest(msgspec.Struct):
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(msgspec.Struct):
+    tokens: list[Annotated[int, msgspec.Meta(ge=0)]]
+    model: str | None = None
+
+
+Body = TypeVar("Body", bound=msgspec.Struct)
+
+
+def parse(body: bytes, kind: type[Body]) -> Body:
+    """A request body as `kind`. Raises ApiError naming what is not JSON, not supported, or of a wrong type."""
+    try:
+        given = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}", "invalid_json") from None
+    if not isinstance(given, dict):
+        raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json")
+    known = {field.name for field in msgspec.structs.fields(kind)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in [name for name in given if name not in known]:
+        if given.pop(name) not in NEUTRAL.get(name, ()):
+            raise _unsupported(name[:80], BECAUSE.get(name, "remove it"), name[:80])
+    try:
+        request = msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        param = re.sub(r"^\.", "", path.rstrip("`")) or None
+        raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
+    if isinstance(request, Request):
+        request.check()
+    return request
+
+
+def _unsupported(what: str, advice: str, param: str | None = None) -> ApiError:
+    return ApiError(400, f"{what} is not supported; {advice}", "unsupported", param or what.partition(" ")[0])
+
+
+def _biases(given: dict[str, float]) -> dict[int, float] | None:
+    try:
+        return {int(token): bias for token, bias in given.items()} or None
+    except ValueError:
+        wrong = next(token for token in given if not token.lstrip("-").isdigit())
+        raise ApiError(400, f"logit_bias has {wrong[:40]!r}; its keys are token ids", None, "logit_bias") from None

@@ -1,0 +1,124 @@
+"""What is answered: chats, completions, their chunks and usage, as OpenAI writes them."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from runtime import GenerationResult, Session, Token
+
+REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
+
+
+class Reply:
+    """To one request: `id` and `created` are those of all its chunks."""
+
+    def __init__(self, session: Session, model: str, request: ChatRequest | CompletionRequest) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self.id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
+        self._session, self._request, self._model, self._created = session, request, model, int(time.time())
+        self._ends = frozenset(session.manifest.eos_token_ids)
+
+    def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        """`prompts`: tokens of each prompt."""
+        choices = [self._whole_choice(index, result) for index, result in enumerate(results)]
+        kind = "chat.completion" if self._chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
+
+    def opening(self, index: int) -> dict[str, Any] | None:
+        """The chunk before the first token of a choice, in a chat."""
+        return self._chunk(index, {"role": "assistant", "content": ""}) if self._chat else None
+
+    def chunk(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+        text = "".join(token.text for token in tokens)
+        return self._chunk(index, {"content": text} if self._chat else text, tokens)
+
+    def closing(self, index: int, result: GenerationResult, tokens: Sequence[Token]) -> dict[str, Any]:
+        """The last chunk of a choice; `tokens` that no chunk had."""
+        text = "".join(token.text for token in tokens)
+        delta = ({"content": text} if text else {}) if self._chat else text
+        return self._chunk(index, delta, tokens, REASONS[result.finish_reason])
+
+    def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+        """The chunk that has no choice."""
+        return {**self._head(self._chunks), "choices": [], "usage": usage(results, prompts)}
+
+    @property
+    def _chunks(self) -> str:
+        return "chat.completion.chunk" if self._chat else "text_completion"
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
+
+    def _chunk(
+        self, index: int, delta: Any, tokens: Sequence[Token] = (), finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta" if self._chat else "text": delta}
+        choice["logprobs"] = self._logprobs(tokens) if self._request.wants_logprobs and tokens else None
+        choice["finish_reason"] = finish_reason
+        if self._request.free.exits:
+            choice["free"] = {"exited": [token.exited for token in tokens]}
+        chunk = {**self._head(self._chunks), "choices": [choice]}
+        return {**chunk, "usage": None} if self._request.include_usage else chunk
+
+    def _whole_choice(self, index: int, result: GenerationResult) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index}
+        if self._chat:
+            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
+        else:
+            choice["text"] = result.text
+        logprobs = result.logprobs or [None] * len(result.token_ids)
+        tokens = [
+            Token(token, "", exited, None, logprob)
+            for token, exited, logprob in zip(result.token_ids, result.exited, logprobs, strict=True)
+        ]
+        choice["logprobs"] = self._logprobs(tokens) if self._request.wants_logprobs else None
+        choice["finish_reason"] = REASONS[result.finish_reason]
+        if self._request.free.exits:
+            choice["free"] = {"exited": list(result.exited)}
+        return choice
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        """Of the tokens but the end of the sequence, which is no text."""
+        kept = [(self._spelled(token.id), token.logprob) for token in tokens if token.id not in self._ends]
+        if self._chat:
+            content = [
+                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+                for text, logprob in kept
+            ]
+            return {"content": content, "refusal": None}
+        texts, logprobs = [text for text, _ in kept], [logprob for _, logprob in kept]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": []}
+
+    def _spelled(self, token: int) -> str:
+        tokenizer = self._session.tokenizer
+        if tokenizer is None:
+            return str(token)
+        return tokenizer.decode([token]) or tokenizer.token(token) or str(token)
+
+
+def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
+    """Tokens of all choices; a prompt counts once, however many choices it has. Predictions are accepted and rejected
+    in modes "lossless" and "rollback"; in "free" every exit is final."""
+    stats = [result.stats for result in results]
+    read, written = sum(prompts), sum(each.tokens for each in stats)
+    drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
+    later = sum(max(0, each.tokens - 1) for each in stats)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": sum(each.exits for each in drafting),
+            "rejected_prediction_tokens": sum(each.rejected for each in drafting),
+        },
+        "prompt_tokens_details": {"cached_tokens": 0},
+        "free": {
+            "mode": stats[0].mode,
+            "exit_rate": round(sum(each.exits for each in stats) / max(1, later), 4),
+            "sync_passes": sum(each.sync_passes for each in stats),
+        },
+    }

@@ -1,0 +1,216 @@
+"""The endpoints: OpenAI's, vLLM's /tokenize, KServe's health, and Prometheus' /metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from typing import Any
+
+import msgspec
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from freeexport.serving import protocol
+from freeexport.serving.errors import ApiError, api_error
+from freeexport.serving.events import EventStream
+from freeexport.serving.generation import ClientGone, begin, while_there
+from freeexport.serving.metrics import registry
+from freeexport.serving.replies import Reply
+from freeexport.serving.service import Service
+from runtime import PromptError, Session
+from runtime.text.tokenizer import Tokenizer
+
+# Seconds in which a body must have come.
+BODY_SECONDS = 30.0
+# Bytes of a body that is too large that are read all the same: most clients read no answer before they have sent all.
+DISCARDED = 64 << 20
+
+
+def json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
+
+
+def application(service: Service) -> Starlette:
+    """The ASGI application of a service."""
+    endpoints = Endpoints(service)
+    routes = [
+        Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
+        Route("/v1/completions", endpoints.completions, methods=["POST"]),
+        Route("/v1/models", endpoints.models),
+        Route("/v1/models/{model:path}", endpoints.model),
+        Route("/tokenize", endpoints.tokenize, methods=["POST"]),
+        Route("/detokenize", endpoints.detokenize, methods=["POST"]),
+        Route("/health", endpoints.ready),
+        Route("/v2/health/live", endpoints.live),
+        Route("/v2/health/ready", endpoints.ready),
+        Route("/v2/models/{model:path}/ready", endpoints.model_ready),
+        Route("/metrics", endpoints.metrics),
+    ]
+    origins = list(service.options.origins)
+    allow = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+    return Starlette(
+        routes=routes,
+        middleware=[allow] if origins else [],
+        exception_handlers={ApiError: _refuse, HTTPException: _http_error, Exception: _refuse},
+    )
+
+
+class Endpoints:
+    def __init__(self, service: Service) -> None:
+        self._service, self._registry = service, registry(service)
+
+    async def chat(self, request: Request) -> Any:
+        return await self._generate(request, protocol.ChatRequest)
+
+    async def completions(self, request: Request) -> Any:
+        return await self._generate(request, protocol.CompletionRequest)
+
+    async def _generate(
+        self, request: Request, kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest]
+    ) -> Any:
+        record = self._service.begin(request.url.path)
+        try:
+            asked = await self._parsed(request, kind)
+            if self._service.options.log_prompts:
+                record.line["prompt"] = asked.prompts
+            name, session = self._service.session(asked.model)
+            reply = Reply(session, name, asked)
+            record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
+            options = self._service.options
+            generation = await begin(session, asked, options.mode, options.deadline)
+            record.line["prompt_tokens"] = sum(generation.prompts)
+            if asked.stream:
+                return EventStream(generation, reply, asked, record)
+            try:
+                whole = await while_there(request.receive, generation.results())
+            finally:
+                await generation.end()
+                record.results = [stream.result for stream in generation.streams]
+        except (ClientGone, ClientDisconnect):
+            record.end(499)
+            return Response(status_code=499)
+        except BaseException as error:
+            failed = api_error(error)
+            record.end(failed.status, failed)
+            if failed.status == 500:
+                raise
+            raise failed from None
+        record.end(200)
+        return json(reply.whole(whole, generation.prompts), headers={"x-request-id": reply.id})
+
+    async def models(self, request: Request) -> Response:
+        self._authorize(request)
+        return json({"object": "list", "data": [self._model(name) for name in self._service.sessions]})
+
+    async def model(self, request: Request) -> Response:
+        self._authorize(request)
+        name, _ = self._service.session(request.path_params["model"])
+        return json(self._model(name))
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await self._parsed(request, protocol.TokenizeRequest)
+        _, session = self._service.session(asked.model)
+        if asked.messages and asked.prompt is None:
+            prompt = [message.plain(number) for number, message in enumerate(asked.messages)]
+            ids = (await asyncio.to_thread(session.encode, prompt)).tolist()
+        elif asked.prompt is not None and asked.messages is None:
+            tokenizer = _tokenizer(session)
+            ids = await asyncio.to_thread(tokenizer.encode, asked.prompt, special=asked.add_special_tokens)
+        else:
+            raise ApiError(400, "give either prompt or messages", None, "prompt")
+        most = session.manifest.encoder_capacity or session.capacity
+        return json({"count": len(ids), "max_model_len": most, "tokens": ids})
+
+    async def detokenize(self, request: Request) -> Response:
+        asked = await self._parsed(request, protocol.DetokenizeRequest)
+        _, session = self._service.session(asked.model)
+        most = session.manifest.vocab_size
+        wrong = next((token for token in asked.tokens if token >= most), None)
+        if wrong is not None:
+            raise ApiError(400, f"tokens has {wrong}; ids of this model are 0 to {most - 1}", None, "tokens")
+        return json({"prompt": _tokenizer(session).decode(asked.tokens)})
+
+    async def live(self, request: Request) -> Response:
+        return json({"live": True})
+
+    async def ready(self, request: Request) -> Response:
+        state = self._service.state
+        return json({"status": state, "ready": state == "ready"}, 200 if state == "ready" else 503)
+
+    async def model_ready(self, request: Request) -> Response:
+        name, _ = self._service.session(request.path_params["model"])
+        return json({"name": name, "ready": True})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _parsed(self, request: Request, kind: type[protocol.Body]) -> protocol.Body:
+        self._authorize(request)
+        return protocol.parse(await read_body(request, self._service.options.max_body), kind)
+
+    def _authorize(self, request: Request) -> None:
+        key = self._service.options.api_key
+        if key is None:
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+            raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
+
+    def _model(self, name: str) -> dict[str, Any]:
+        session = self._service.sessions[name]
+        manifest = session.manifest
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.created,
+            "owned_by": "freeexport",
+            "max_model_len": manifest.encoder_capacity or session.capacity,
+            "free": {"exit_layer": manifest.exit_layer, "layers": manifest.layers, "threshold": session.threshold},
+        }
+
+
+async def read_body(request: Request, most: int) -> bytes:
+    """Raises ApiError for one that is too large or does not come."""
+    told = request.headers.get("content-length", "")
+    too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
+    if told.isdigit() and int(told[:20]) > most and "expect" in request.headers:
+        raise too_large  # it waits before it sends the body
+    body, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for piece in request.stream():
+                size += len(piece)
+                if size <= most:
+                    body += piece
+                elif size > max(most, DISCARDED):
+                    break
+    except TimeoutError:
+        late = f"the body did not come within {BODY_SECONDS:g} s; send it at once"
+        raise ApiError(408, late, "body_timeout") from None
+    if size > most:
+        raise too_large
+    return bytes(body)
+
+
+def _tokenizer(session: Session) -> Tokenizer:
+    if session.tokenizer is None:
+        raise PromptError("the bundle has no tokenizer; use token ids")
+    return session.tokenizer
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    failed = api_error(error)
+    return json(failed.body, failed.status, failed.headers)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    said = {404: f"there is no {request.url.path[:80]}", 405: f"{request.method} is not a method of this path"}
+    failed = ApiError(error.status_code, said.get(error.status_code, error.detail), None)
+    return json(failed.body, failed.status, dict(error.headers or {}))

@@ -1,0 +1,146 @@
+"""What is served: the models, whether they are ready, and a line of JSON for each request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from freeexport.serving.errors import ApiError, draining
+from runtime import GenerationResult, OptionError, Session, SessionOptions
+from runtime.options import Mode
+
+State = Literal["loading", "ready", "draining"]
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """`bundles` are served as `names`, by default those of their directories. `mode` is that of requests that name
+    none, `deadline` the most seconds of any. `max_body` bytes. `shutdown_timeout`: seconds that running requests have
+    to end. `origins` may ask from a browser's page; "*" is any. Raises OptionError."""
+
+    bundles: Sequence[Path]
+    names: Sequence[str] = ()
+    session: SessionOptions = field(default_factory=SessionOptions)
+    mode: Mode = "free"
+    deadline: float | None = None
+    api_key: str | None = None
+    max_body: int = 4 << 20
+    shutdown_timeout: float = 30.0
+    origins: Sequence[str] = ()
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.bundles:
+            raise OptionError("no bundle is named; give at least one, as freeexport serve BUNDLE, or --demo")
+        if len(self.names) > len(self.bundles):
+            raise OptionError(f"{len(self.names)} names are given for {len(self.bundles)} bundles; give one for each")
+        given = [*self.names, *(path.resolve().name for path in self.bundles[len(self.names) :])]
+        object.__setattr__(self, "names", given)
+        twice = [name for name, count in Counter(given).items() if count > 1]
+        if twice:
+            raise OptionError(f"two bundles are named {twice[0]!r}; give each a name of its own with --name")
+        if self.api_key is not None and (not self.api_key or not self.api_key.isascii()):
+            raise OptionError("the API key is empty or has letters outside ASCII; give another, or none")
+
+
+class Record:
+    """The line of the log for one request. `results`: those of its choices, as far as they came."""
+
+    def __init__(self, path: str, ended: Callable[[Record, int], None]) -> None:
+        self.line: dict[str, Any] = {"time": round(time.time(), 3), "path": path}
+        self.results: list[GenerationResult] = []
+        self._began, self._ended = time.monotonic(), ended
+
+    def end(self, status: int, error: BaseException | None = None) -> None:
+        """With this status: 499 where the client left before."""
+        stats = [result.stats for result in self.results]
+        if stats:
+            written = sum(each.tokens for each in stats)
+            self.line |= {
+                "completion_tokens": written,
+                "exit_rate": round(sum(each.exits for each in stats) / max(1, written - len(stats)), 4),
+                "finish_reasons": [result.finish_reason for result in self.results],
+                "queue_seconds": round(max(each.queue_seconds for each in stats), 4),
+                "first_token_seconds": round(max(each.first_token_seconds for each in stats), 4),
+            }
+        self.line |= {"status": status, "seconds": round(time.monotonic() - self._began, 4)}
+        if error is not None:
+            self.line["error"] = str(error)[:300]
+        self._ended(self, status)
+
+
+class Service:
+    """The sessions of one process. They share its cores: `open` them once, before requests are taken."""
+
+    def __init__(self, options: ServerOptions, log: Callable[[str], None]) -> None:
+        self.options, self._log = options, log
+        self.sessions: dict[str, Session] = {}
+        self.state: State = "loading"
+        self.created = int(time.time())
+        self.responses: Counter[tuple[str, int]] = Counter()
+        self._running, self._idle = 0, asyncio.Event()
+        self._idle.set()
+
+    def open(self) -> None:
+        """Load every bundle; none stays open where one cannot be. Raises BundleError and others."""
+        opened: dict[str, Session] = {}
+        try:
+            for name, path in zip(self.options.names, self.options.bundles, strict=True):
+                opened[name] = Session(path, self.options.session)
+        except BaseException:
+            for session in opened.values():
+                session.close()
+            raise
+        self.sessions = opened
+        if self.state == "loading":
+            self.state = "ready"
+
+    def close(self) -> None:
+        """End the requests that still run: they are told so."""
+        for session in self.sessions.values():
+            session.close()
+
+    async def drain(self) -> None:
+        """Refuse new requests, and wait for the running ones, the time they have; then end them."""
+        self.state = "draining"
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), self.options.shutdown_timeout)
+        await asyncio.to_thread(self.close)
+
+    def session(self, name: str | None) -> tuple[str, Session]:
+        """Of the model that a request names; the only one, where it names none. Raises ApiError."""
+        if self.state == "loading":
+            raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
+        if self.state == "draining":
+            raise draining()
+        if name is None and len(self.sessions) > 1:
+            raise ApiError(400, f"model is missing; choose {self._choices}", "missing_model", "model")
+        name = next(iter(self.sessions)) if name is None else name
+        if name not in self.sessions:
+            raise ApiError(404, f"there is no model {name[:80]!r}; choose {self._choices}", "model_not_found", "model")
+        return name, self.sessions[name]
+
+    def begin(self, path: str) -> Record:
+        """A request that a shutdown waits for, until its record ends."""
+        self._running += 1
+        self._idle.clear()
+        return Record(path, self._ended)
+
+    def _ended(self, record: Record, status: int) -> None:
+        self._running -= 1
+        if self._running == 0:
+            self._idle.set()
+        self.responses[record.line["path"], status] += 1
+        self._log(msgspec.json.encode(record.line).decode())
+
+    @property
+    def _choices(self) -> str:
+        return " or ".join(map(repr, self.sessions))

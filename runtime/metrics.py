@@ -1,0 +1,199 @@
+"""What a session counts of its requests, and the events it tells of them while they run."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+import warnings
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from runtime.result import GenerationResult
+
+# Upper bounds, seconds: of waiting and whole requests, and of the time between two tokens.
+REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+PASS_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+EventKind = Literal["queued", "started", "first_token", "ended"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEvent:
+    """What happened to a request, numbered within its session, at `time`, seconds since 1970.
+
+    "queued": it was asked for, in the thread that asked. "started": its prompt is read next. "first_token". "ended":
+    with its `result`, or the `error` that it raised, such as QueueFullError.
+    """
+
+    kind: EventKind
+    request: int
+    time: float
+    result: GenerationResult | None = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class Histogram:
+    """`counts[i]` values are at most `bounds[i]` and more than the bound before; the last count is of those above all
+    bounds. `total` is their sum."""
+
+    bounds: Sequence[float]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = self.counts or [0] * (len(self.bounds) + 1)
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+    def copy(self) -> Histogram:
+        return Histogram(self.bounds, list(self.counts), self.total)
+
+
+def _of_requests() -> Histogram:
+    return Histogram(REQUEST_SECONDS)
+
+
+@dataclass(slots=True)
+class Metrics:
+    """Counts since the session was opened; tokens and passes of a request are added when it ends, seconds are seconds.
+
+    running, waiting: requests with and without a slot. kv_cache_usage: share of all slots' positions in use.
+    finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
+    exited_tokens, deep_tokens: accepted shallow predictions and the others. rejected_tokens: shallow predictions that a
+    deep pass rejected. drafts, draft_tokens, accepted_tokens: of modes "lossless" and "rollback". threshold: with which
+    a request of mode "free" without its own would begin now.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    kv_cache_usage: float = 0.0
+    threshold: float = 1.0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    exited_tokens: int = 0
+    deep_tokens: int = 0
+    deep_passes: int = 0
+    rejected_tokens: int = 0
+    drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)
+    time_to_first_token: Histogram = field(default_factory=_of_requests)
+    inter_token_latency: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
+    request_latency: Histogram = field(default_factory=_of_requests)
+    queue_time: Histogram = field(default_factory=_of_requests)
+    prefill_time: Histogram = field(default_factory=_of_requests)
+    decode_time: Histogram = field(default_factory=_of_requests)
+    pass_rows: Histogram = field(default_factory=lambda: Histogram(PASS_ROWS))
+
+    def copy(self) -> Metrics:
+        values = {name: getattr(self, name) for name in self.__slots__}
+        copied = {name: value.copy() for name, value in values.items() if isinstance(value, (Histogram, Counter))}
+        return Metrics(**{**values, **copied})
+
+    def add(self, result: GenerationResult, token_times: Sequence[float]) -> None:
+        """Count a continuation of a prompt, whose tokens became final at these times."""
+        stats = result.stats
+        self.generated_tokens += stats.tokens
+        self.exited_tokens += stats.exits
+        self.deep_tokens += max(0, stats.tokens - stats.exits)
+        self.deep_passes += stats.sync_passes
+        self.rejected_tokens += stats.rejected
+        if stats.mode in ("lossless", "rollback"):
+            self.drafts += sum(count for rows, count in stats.sync_sizes.items() if rows > 1)
+            self.draft_tokens += stats.exits + stats.rejected
+            self.accepted_tokens += stats.exits
+        for rows, count in stats.sync_sizes.items():
+            self.pass_rows.observe(rows, count)
+        for earlier, later in itertools.pairwise(token_times):
+            self.inter_token_latency.observe(later - earlier)
+
+
+class Observer:
+    """Counts the requests of a session, and calls `hook` with each event, in whichever thread decodes.
+
+    What the hook raises is a warning: it ends no request.
+    """
+
+    def __init__(self, hook: Callable[[RequestEvent], None] | None) -> None:
+        self._hook = hook
+        self._numbers = itertools.count()
+        self._lock = threading.Lock()
+        self._metrics = Metrics()
+
+    def watch(self) -> Watch:
+        return Watch(self, next(self._numbers))
+
+    def tell(self, event: RequestEvent) -> None:
+        if self._hook is not None:
+            try:
+                self._hook(event)
+            except Exception as error:
+                warnings.warn(f"on_event raised {type(error).__name__}: {error}; fix it", RuntimeWarning, stacklevel=2)
+
+    def count(self, asked: float, results: Iterable[tuple[GenerationResult, Sequence[float]]], failed: bool) -> None:
+        """A request that was asked for at this time of the monotonic clock has ended."""
+        results = list(results)
+        with self._lock:
+            metrics, first = self._metrics, results[0][0]
+            metrics.finished["error" if failed else first.finish_reason] += 1
+            metrics.request_latency.observe(time.monotonic() - asked)
+            for result, times in results:
+                metrics.add(result, times)
+            stats = first.stats
+            metrics.prompt_tokens += stats.prompt_tokens
+            if stats.mode is not None:  # it had a slot
+                prefill = stats.encode_seconds + stats.prefill_seconds
+                metrics.queue_time.observe(stats.queue_seconds)
+                metrics.prefill_time.observe(prefill)
+                metrics.decode_time.observe(max(0.0, sum(r.stats.seconds for r, _ in results) - prefill))
+            if first.token_ids:
+                metrics.time_to_first_token.observe(stats.first_token_seconds)
+
+    def metrics(self) -> Metrics:
+        with self._lock:
+            return self._metrics.copy()
+
+
+class Watch:
+    """Of one request: what it tells the observer."""
+
+    __slots__ = ("_number", "_observer")
+
+    def __init__(self, observer: Observer, number: int) -> None:
+        self._observer, self._number = observer, number
+
+    def queued(self) -> None:
+        self._tell("queued")
+
+    def started(self) -> None:
+        self._tell("started")
+
+    def first_token(self) -> None:
+        self._tell("first_token")
+
+    def refused(self, error: BaseException) -> None:
+        """It was not let in, and counts as no request."""
+        self._tell("ended", error=error)
+
+    def ended(
+        self,
+        asked: float,
+        results: Sequence[tuple[GenerationResult, Sequence[float]]],
+        error: BaseException | None,
+    ) -> None:
+        self._observer.count(asked, results, error is not None)
+        self._tell("ended", None if error is not None else results[0][0], error)
+
+    def _tell(
+        self, kind: EventKind, result: GenerationResult | None = None, error: BaseException | None = None
+    ) -> None:
+        self._observer.tell(RequestEvent(kind, self._number, time.time(), result, error))

@@ -1,0 +1,139 @@
+"""The command `freeexport serve`, as it is run: signals, imports, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from running_server import ENDLESS, MESSAGES
+
+from freeexport.cli import main
+
+ROOT = Path(__file__).parents[3]
+HEAVY = ("torch", "transformers", "onnx", "scipy")
+
+
+@contextmanager
+def command(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process, its address and what it said before it was ready."""
+    code = (
+        "import sys, atexit; from freeexport.cli import main;"
+        f"atexit.register(lambda: print('imported', *(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr));"
+        f"main(['serve', *{list(arguments)!r}])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            said = list[str]()
+            assert process.stderr is not None
+            for line in process.stderr:
+                said.append(line)
+                if line.startswith("serving"):
+                    break
+            found = re.search(r"http://\S+(?=/v1)", said[-1])
+            assert found, said
+            yield process, found.group(), said
+        finally:
+            process.kill()
+
+
+def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: Path, t5: Path) -> None:
+    options = ("--name", "chat", "--name", "t5", "--port", "0", "--threads", "1", "--shutdown-timeout", "20")
+    with command(str(chat), str(t5), *options) as (process, url, said):
+        assert "serving chat, t5 on" in said[-1]
+        asked = {"model": "chat", "messages": MESSAGES, "max_tokens": 400, **ENDLESS}
+        answers: list[Any] = []
+
+        def ask(stream: bool) -> None:
+            try:
+                answers.append(httpx.post(f"{url}/v1/chat/completions", json={**asked, "stream": stream}, timeout=60))
+            except httpx.HTTPError as error:
+                answers.append(error)
+
+        threads = [threading.Thread(target=ask, args=(number % 2 == 0,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        while httpx.get(f"{url}/metrics").text.count('num_requests_waiting{model_name="chat"} 4') == 0:
+            assert not answers
+        process.send_signal(signal.SIGTERM)
+        for thread in threads:
+            thread.join()
+        out, err = process.communicate(timeout=30)
+    assert [answer.status_code for answer in answers] == [200] * 8
+    assert sum("data: [DONE]" in answer.text for answer in answers) == 4
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert [line["completion_tokens"] for line in lines] == [400] * 8
+    assert process.returncode == 0
+    assert err.splitlines()[-1].strip() == "imported"
+
+
+def refused(*arguments: str, **variables: str) -> str:
+    result = CliRunner().invoke(main, ["serve", *arguments], env=variables)
+    assert result.exit_code == 1, result.output
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("error: ")
+    return last
+
+
+def test_a_port_in_use_is_named_before_anything_is_loaded(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert refused(str(tmp_path / "missing"), "--port", port) == (
+            f"error: port {port} of 127.0.0.1: Address already in use; choose another --port"
+        )
+    assert "choose another --host" in refused(str(tmp_path), "--host", "no.such.host.invalid", "--port", "0")
+
+
+def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> None:
+    assert "no bundle is named" in refused("--port", "0")
+    assert f"{tmp_path / 'missing'}" in refused(str(tmp_path / "missing"), "--port", "0")
+    assert "two bundles are named 'llama-long'" in refused(str(chat), str(chat), "--port", "0")
+    assert "two bundles are named 'a'" in refused(str(chat), str(chat), "--name", "a", "--name", "a")
+    assert "3 names are given for 1 bundles" in refused(str(chat), *["--name", "a"] * 3)
+    assert "cuda" in refused(str(chat), "--device", "cuda:0", "--port", "0")
+    assert "threshold is 3.0" in refused(str(chat), "--threshold", "3")
+
+
+@pytest.mark.parametrize("warned", [True, False])
+def test_a_key_on_the_command_line_is_warned_of(warned: bool, tmp_path: Path) -> None:
+    given = ["--api-key", "secret"] if warned else []
+    result = CliRunner().invoke(
+        main, ["serve", str(tmp_path / "x"), "--port", "0", *given], env={"FREEEXPORT_API_KEY": "secret"}
+    )
+    assert ("other users of this machine can read --api-key; set FREEEXPORT_API_KEY" in result.stderr) == warned
+    assert "secret" not in result.output
+
+
+def test_the_demo_is_converted_once_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from freeexport.commands import serve
+    from freeexport.serving import server
+
+    asked, served = [], []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("freeexport.system.child.run_child", lambda *given: asked.append(given))
+    monkeypatch.setattr(server, "run", lambda options, host, port: served.append(options.bundles))
+    assert CliRunner().invoke(main, ["serve", "--demo"]).exit_code == 0
+    assert asked[0][:2] == ("freeexport", "convert")
+    assert Path(asked[0][2], "model.safetensors").exists()
+    assert served == [(serve.DEMO,)]
+    serve.DEMO.mkdir(parents=True)
+    (serve.DEMO / "freeexport.json").write_text("{}")
+    CliRunner().invoke(main, ["serve", "--demo"])
+    assert len(asked) == 1

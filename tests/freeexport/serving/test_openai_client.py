@@ -1,0 +1,199 @@
+"""The official client, unchanged, against a server on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from running_server import ENDLESS, MESSAGES, Running, eventually, running
+
+from freeexport.serving.replies import usage
+from runtime import GenerationResult, Session, Stats
+
+FREE = {"free": {"threshold": 0.3}}
+
+
+@pytest.fixture(scope="module")
+def server(chat: Path, t5: Path) -> Iterator[Running]:
+    with running(chat, t5, names=("chat", "t5"), slots=4, queue=4) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def session(chat: Path) -> Iterator[Session]:
+    with Session(chat, threads=1) as session:
+        yield session
+
+
+def test_models_are_listed_and_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["chat", "t5"]
+    assert client.models.retrieve("t5").owned_by == "freeexport"
+
+
+def test_a_chat_is_what_the_session_generates_with_usage(client: openai.OpenAI, session: Session) -> None:
+    answer = client.chat.completions.create(
+        model="chat", messages=MESSAGES, max_tokens=20, logprobs=True, extra_body=FREE
+    )
+    expected = session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, output_logprobs=True)
+    (choice,) = answer.choices
+    assert choice.message.content == expected.text
+    assert choice.finish_reason == "length"
+    assert choice.logprobs.content[0].logprob == pytest.approx(expected.logprobs[0], abs=1e-4)
+    assert len(choice.logprobs.content) == 20
+    usage = answer.usage
+    assert (usage.prompt_tokens, usage.completion_tokens) == (expected.stats.prompt_tokens, 20)
+    assert usage.total_tokens == usage.prompt_tokens + 20
+    assert usage.free == {
+        "mode": "free",
+        "exit_rate": round(expected.stats.exit_rate, 4),
+        "sync_passes": expected.stats.sync_passes,
+    }
+    assert usage.free["exit_rate"] > 0
+
+
+def test_drafts_are_accepted_and_rejected_predictions() -> None:
+    stats = Stats("lossless", prompt_tokens=5, tokens=11, exits=6, rejected=2)
+    exits = Stats("free", prompt_tokens=5, tokens=11, exits=6)
+    results = [GenerationResult("", (), (), (), "eos", each) for each in (stats, exits)]
+    details = usage(results, [5])["completion_tokens_details"]
+    assert details == {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2}
+    assert usage(results, [5])["total_tokens"] == 27
+    assert usage(results, [5])["free"]["exit_rate"] == 0.6
+
+
+def test_a_stream_has_one_id_and_ends_with_usage(client: openai.OpenAI, session: Session) -> None:
+    options: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 20, "extra_body": FREE}
+    chunks = list(client.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
+    assert len({(chunk.id, chunk.created, chunk.object) for chunk in chunks}) == 1
+    *told, last = chunks
+    assert told[0].choices[0].delta.role == "assistant"
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in told)
+    assert text == session.generate(MESSAGES, max_new_tokens=20, threshold=0.3).text
+    assert [chunk.choices[0].finish_reason for chunk in told[-2:]] == [None, "length"]
+    assert last.choices == []
+    assert last.usage.completion_tokens == 20
+    assert all(chunk.usage is None for chunk in told)
+
+
+def test_choices_stream_side_by_side_and_a_seed_repeats_them(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "chat", "prompt": "once", "n": 3, "temperature": 1.0, "seed": 7}
+    whole = client.completions.create(max_tokens=12, **options)
+    again = client.completions.create(max_tokens=12, stream=True, **options)
+    streamed = ["", "", ""]
+    for chunk in again:
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert [choice.text for choice in whole.choices] == streamed
+    assert len(set(streamed)) == 3
+
+
+def test_prompts_are_texts_or_ids_and_an_encoder_decoder_reads_them(client: openai.OpenAI, t5: Path) -> None:
+    with Session(t5, threads=1) as session:
+        ids = session.encode("one").tolist()
+        expected = [session.generate(prompt, max_new_tokens=9).text for prompt in ("one", "two")]
+    answer = client.completions.create(model="t5", prompt=["one", "two"], max_tokens=9)
+    assert [choice.text for choice in answer.choices] == expected
+    assert client.completions.create(model="t5", prompt=ids, max_tokens=9).choices[0].text == expected[0]
+    both = client.completions.create(model="t5", prompt=[ids, ids], max_tokens=9)
+    assert [choice.text for choice in both.choices] == [expected[0]] * 2
+    assert both.usage.prompt_tokens == 2 * len(ids)
+
+
+def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: Session) -> None:
+    text = session.generate(MESSAGES, max_new_tokens=40).text
+    stop = text[5:7]
+    answer = client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=40, stop=[stop])
+    assert answer.choices[0].message.content == text[: text.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "param", "message"),
+    [
+        ({"model": "gpt-9"}, openai.NotFoundError, "model", "there is no model 'gpt-9'; choose 'chat' or 't5'"),
+        ({"model": "t5"}, openai.BadRequestError, "prompt", "no chat template"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "not supported"),
+        ({"top_logprobs": 3, "logprobs": True}, openai.BadRequestError, "top_logprobs", "leave it out"),
+        ({"temperature": -1}, openai.BadRequestError, "temperature", "temperature is -1"),
+        ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "prompt has 30 tokens and max_tokens is 5000"),
+        ({"n": 9}, openai.BadRequestError, "n", "takes 8 choices at once"),
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, openai.BadRequestError, "prompt",
+         "prompt has 5025 tokens, at most 4096 fit"),
+        ({"extra_body": {"free": {"mode": "fast"}}}, openai.BadRequestError, "free.mode", "Invalid enum value"),
+        ({"extra_body": {"free": {"threshold": 2}}}, openai.BadRequestError, "free.threshold", "free.threshold is 2"),
+    ],
+)  # fmt: skip
+def test_errors_are_the_clients_own_classes(
+    given: dict[str, Any], kind: type[openai.APIStatusError], param: str, message: str, client: openai.OpenAI
+) -> None:
+    with pytest.raises(kind) as raised:
+        client.chat.completions.create(**{"model": "chat", "messages": MESSAGES, **given})
+    assert raised.value.param == param
+    assert message in raised.value.message
+
+
+def test_a_wrong_key_and_a_body_that_is_too_large(chat: Path) -> None:
+    with running(chat, api_key="right", max_body=20_000) as server:
+        base = f"{server.url}/v1"
+        with openai.OpenAI(base_url=base, api_key="wrong", max_retries=0) as client:
+            with pytest.raises(openai.AuthenticationError, match="API key is missing or wrong"):
+                client.chat.completions.create(model="llama-long", messages=MESSAGES)
+            with pytest.raises(openai.AuthenticationError):
+                client.models.list()
+        with openai.OpenAI(base_url=base, api_key="right", max_retries=0) as client:
+            assert client.chat.completions.create(model="llama-long", messages=MESSAGES, max_tokens=2).choices
+            with pytest.raises(openai.APIStatusError, match="larger than 20000 bytes") as raised:
+                client.completions.create(model="llama-long", prompt="x" * 30_000)
+            assert raised.value.status_code == 413
+
+
+def test_a_full_queue_is_a_rate_limit_that_says_when_to_come_again(server: Running, client: openai.OpenAI) -> None:
+    session = server.service.sessions["chat"]
+    held = [session.stream([1, 2, 3]) for _ in range(8)]
+    with pytest.raises(openai.RateLimitError) as raised:
+        client.chat.completions.create(model="chat", messages=MESSAGES)
+    for stream in held:
+        stream.close()
+    assert raised.value.code == "queue_full"
+    assert raised.value.response.headers["retry-after"] == "1"
+    assert client.chat.completions.create(model="chat", messages=MESSAGES, max_tokens=1).choices
+
+
+def test_choices_enter_the_queue_all_or_none(server: Running, client: openai.OpenAI) -> None:
+    session = server.service.sessions["chat"]
+    held = [session.stream([1, 2, 3]) for _ in range(6)]
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(model="chat", prompt="x", n=3, temperature=1.0)
+    for stream in held:
+        stream.close()
+    assert eventually(lambda: session.metrics().waiting + session.metrics().running == 0)
+
+
+def test_a_deadline_is_said_before_and_in_the_middle_of_a_stream(client: openai.OpenAI) -> None:
+    late = {"free": {"deadline": 0.05}, **ENDLESS}
+    options: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 4000, "extra_body": late}
+    with pytest.raises(openai.APIStatusError, match=r"deadline of 0.05 s passed after \d+ tokens") as raised:
+        client.chat.completions.create(**options)
+    assert raised.value.status_code == 408
+    stream = client.chat.completions.create(stream=True, **options)
+    assert next(stream).choices
+    with pytest.raises(openai.APIError, match="deadline"):
+        list(stream)
+
+
+def test_the_servers_limit_of_seconds_is_a_gateway_timeout(chat: Path) -> None:
+    with (
+        running(chat, deadline=0.05) as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client,
+        pytest.raises(openai.InternalServerError, match="the server's limit") as raised,
+    ):
+        client.chat.completions.create(model="llama-long", messages=MESSAGES, max_tokens=4000, extra_body=ENDLESS)
+    assert raised.value.status_code == 504

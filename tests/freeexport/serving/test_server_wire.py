@@ -1,0 +1,312 @@
+"""What comes over the wire, byte for byte, and what clients do to a server that they should not."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_server import ENDLESS, MESSAGES, Running, eventually, read, running, status
+
+from freeexport.serving import events, routes
+from runtime import Session
+from tools.soak.process_memory import Held, held_trimmed
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+LONG: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4000, "stream": True, **ENDLESS}
+
+
+@pytest.fixture(scope="module")
+def server(chat: Path) -> Iterator[Running]:
+    with running(chat, names=("m",), slots=4, queue=200, max_body=100_000) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def http(server: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url) as client:
+        yield client
+
+
+def still_answers(server: Running) -> bool:
+    asked = {"messages": MESSAGES, "max_tokens": 2}
+    return httpx.post(server.url + CHAT, json=asked, timeout=30).status_code == 200
+
+
+def idle(session: Session) -> bool:
+    counted = session.metrics()
+    return counted.running == counted.waiting == 0 and counted.kv_cache_usage == 0
+
+
+# Formats
+
+
+def test_a_stream_is_these_bytes(http: httpx.Client) -> None:
+    asked = {"prompt": [5, 6], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+    answer = http.post(TEXT, json=asked)
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    shown = re.sub(r'"(id|created)":("cmpl-[0-9a-f]{24}"|\d+)', r'"\1":0', answer.text)
+    head = 'data: {"id":0,"object":"text_completion","created":0,"model":"m",'
+    *chunks, usage, done, end = shown.split("\n\n")
+    assert (done, end) == ("data: [DONE]", "")
+    assert chunks[-1] == head + (
+        '"choices":[{"index":0,"text":"","logprobs":null,"finish_reason":"length"}],"usage":null}'
+    )
+    assert all(
+        re.fullmatch(
+            re.escape(head)
+            + r'"choices":\[{"index":0,"text":".+","logprobs":null,"finish_reason":null}\],"usage":null}',
+            chunk,
+        )
+        for chunk in chunks[:-1]
+    )
+    assert usage == head + (
+        '"choices":[],"usage":{"prompt_tokens":2,"completion_tokens":2,"total_tokens":4,"completion_tokens_details":'
+        '{"accepted_prediction_tokens":0,"rejected_prediction_tokens":0},"prompt_tokens_details":{"cached_tokens":0},'
+        '"free":{"mode":"full","exit_rate":0.0,"sync_passes":1}}}'
+    )
+
+
+def test_chunks_say_which_of_their_tokens_exited(http: httpx.Client, server: Running) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 30, "free": {"threshold": 0.3, "exits": True}}
+    lines = http.post(CHAT, json={**asked, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    streamed = [flag for chunk in chunks for flag in chunk["choices"][0]["free"]["exited"]]
+    result = server.service.sessions["m"].generate(MESSAGES, max_new_tokens=30, threshold=0.3)
+    assert streamed == list(result.exited)
+    assert http.post(CHAT, json=asked).json()["choices"][0]["free"]["exited"] == streamed
+    assert 0 < sum(streamed) < 30
+
+
+def test_a_silent_stream_has_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "PING_SECONDS", 0.1)
+    session = server.service.sessions["m"]
+    held = [session.stream([1]) for _ in range(4)]
+    with httpx.stream("POST", server.url + TEXT, json={"prompt": "x", "max_tokens": 1, "stream": True}) as answer:
+        lines = answer.iter_lines()
+        assert [next(lines), next(lines)] == [": ping", ""]
+        for stream in held:
+            stream.close()
+        assert list(lines)[-2:] == ["data: [DONE]", ""]
+
+
+def test_tokens_and_text_go_both_ways(http: httpx.Client, server: Running) -> None:
+    session = server.service.sessions["m"]
+    found = http.post("/tokenize", json={"prompt": "hello"}).json()
+    assert found == {"count": 6, "max_model_len": 4096, "tokens": session.encode("hello").tolist()}
+    assert http.post("/tokenize", json={"prompt": "hello", "add_special_tokens": False}).json()["count"] == 5
+    assert http.post("/tokenize", json={"messages": MESSAGES}).json()["tokens"] == session.encode(MESSAGES).tolist()
+    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": "hello"}
+    for path, body in (("/tokenize", {}), ("/detokenize", {"tokens": [288]}), ("/detokenize", {"tokens": [-1]})):
+        assert http.post(path, json=body).status_code == 400
+
+
+def test_health_is_open_and_names_the_model(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ready", "ready": True}
+    assert http.get("/v2/health/live").json() == {"live": True}
+    assert http.get("/v2/health/ready").status_code == 200
+    assert http.get("/v2/models/m/ready").json() == {"name": "m", "ready": True}
+    assert http.get("/v2/models/other/ready").status_code == 404
+    assert http.get("/nothing").json()["error"]["message"] == "there is no /nothing"
+    assert http.get(CHAT).status_code == 405
+
+
+def test_metrics_count_what_the_log_says(chat: Path) -> None:
+    with running(chat, names=("m",)) as server:
+        for mode, threshold in (("free", 0.3), ("lossless", 0.1), ("full", None)):
+            asked = {"messages": MESSAGES, "max_tokens": 30, "free": {"mode": mode, "threshold": threshold}}
+            assert httpx.post(server.url + CHAT, json=asked).status_code == 200
+        text = httpx.get(server.url + "/metrics").text
+        figures = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    label = '{model_name="m"}'
+    assert float(figures[f"freeexport_generation_tokens_total{label}"]) == 90
+    assert float(figures[f"freeexport_prompt_tokens_total{label}"]) == sum(line["prompt_tokens"] for line in server.log)
+    depths = [
+        float(figures[f'freeexport_exit_tokens_total{{depth="{d}",model_name="m"}}']) for d in ("shallow", "deep")
+    ]
+    assert sum(depths) == 90
+    assert depths[0] == sum(round(line["exit_rate"] * 29) for line in server.log)
+    assert float(figures['freeexport_request_success_total{finished_reason="length",model_name="m"}']) == 3
+    assert float(figures[f"freeexport_inter_token_latency_seconds_count{label}"]) == 87
+    for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_decode_time"):
+        assert float(figures[f"freeexport_{name}_seconds_count{label}"]) == 3
+    assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
+
+
+def test_the_log_has_no_prompt_unless_it_is_asked_for(chat: Path) -> None:
+    asked = {"messages": [{"role": "user", "content": "a secret"}], "max_tokens": 2}
+    for wanted in (False, True):
+        with running(chat, log_prompts=wanted) as server:
+            httpx.post(server.url + CHAT, json=asked)
+            httpx.post(server.url + CHAT, json={**asked, "tools": [1]})
+        assert ("a secret" in json.dumps(server.log)) == wanted
+        assert [line["status"] for line in server.log] == [200, 400]
+        assert {"id", "model", "prompt_tokens", "exit_rate", "queue_seconds", "seconds"} <= set(server.log[0])
+
+
+def test_pages_of_other_origins_may_ask_only_where_allowed(chat: Path) -> None:
+    asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    with running(chat) as closed, running(chat, origins=("http://page",)) as allowed:
+        assert "access-control-allow-origin" not in httpx.options(closed.url + CHAT, headers=asking).headers
+        answer = httpx.options(allowed.url + CHAT, headers=asking)
+        assert answer.headers["access-control-allow-origin"] == "http://page"
+
+
+# Clients that misbehave
+
+
+def test_a_hundred_clients_that_vanish_free_their_slots(server: Running) -> None:
+    session = server.service.sessions["m"]
+    bodies = [json.dumps({**LONG, "stream": stream}).encode() for stream in (True, False)]
+    source, before = random.Random(4), len(server.log)
+    held: list[Held] = []
+    for turn in (1, 2):
+        connections = [server.ask(CHAT, bodies[number % 2]) for number in range(50)]
+        for connection in source.sample(connections, 50):
+            time.sleep(source.random() * 0.01)
+            connection.close()
+        assert eventually(lambda: idle(session)), session.metrics()
+        assert eventually(lambda: len(server.log) == before + 50 * turn)  # noqa: B023
+        held.append(held_trimmed())
+    assert {line["status"] for line in server.log[before:]} == {499}
+    assert held[1].resident - held[0].resident < 30e6
+    assert still_answers(server)
+
+
+def test_a_slot_is_free_within_a_token_of_a_client_that_left(server: Running) -> None:
+    session, written = server.service.sessions["m"], server.log
+    with server.ask(CHAT, json.dumps(LONG).encode()) as connection:
+        assert connection.recv(1 << 16)
+        assert eventually(lambda: session.metrics().running == 1)
+    left = time.monotonic()
+    assert eventually(lambda: idle(session))
+    assert time.monotonic() - left < 1
+    assert eventually(lambda: written[-1]["status"] == 499)
+    assert written[-1]["completion_tokens"] < 4000
+
+
+def test_a_slow_reader_keeps_no_slot_and_gets_all_in_the_end(chat: Path) -> None:
+    with running(chat, slots=1, buffer=4096) as server:
+        session = next(iter(server.service.sessions.values()))
+        connection = server.ask(CHAT, json.dumps({**LONG, "max_tokens": 1000, "free": {"exits": True}}).encode())
+        assert eventually(lambda: session.metrics().finished["length"] == 1, 60)
+        assert idle(session)
+        assert server.log == []  # most of it waits to be read
+        assert still_answers(server)
+        assert read(connection).endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_of_ten_megabytes_is_refused(told: bool, server: Running) -> None:
+    body = b"x" * 10_000_000
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    if told:
+        head += f"Content-Length: {len(body)}\r\n\r\n"
+    else:
+        head += f"Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n"
+        body += b"\r\n0\r\n\r\n"
+    connection = server.send(head.encode())
+    sent = threading.Thread(target=_send, args=(connection, body))
+    sent.start()
+    answer = read(connection)
+    sent.join()
+    assert status(answer) == 413
+    assert b"larger than 100000 bytes" in answer
+    assert still_answers(server)
+
+
+def _send(connection: Any, data: bytes) -> None:
+    try:
+        connection.sendall(data)
+    except OSError:
+        pass  # the server had enough
+
+
+def test_a_body_that_does_not_come_is_given_up(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routes, "BODY_SECONDS", 0.2)
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n"
+    half = server.send(head.encode() + b'{"mess')
+    assert status(half.recv(1 << 16)) == 408
+    half.close()
+    before = len(server.log)
+    server.send(head.encode() + b'{"mess').close()
+    assert eventually(lambda: len(server.log) > before)
+    assert server.log[-1]["status"] == 499
+    assert still_answers(server)
+
+
+@pytest.mark.parametrize("body", [b"\xff\xfe\xfd", b"{" * 50_000, b'{"prompt": "\xc3\x28"}', b"", b"0" * 90_000])
+def test_a_malformed_body_is_an_error_of_the_client(body: bytes, server: Running) -> None:
+    answer = read(server.ask(CHAT, body))
+    assert status(answer) == 400
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"".join(b"X-%d: %s\r\n" % (number, b"y" * 100) for number in range(5_000)),
+        b"X: " + b"y" * 1_000_000,
+        b"no header at all\r\n",
+    ],
+    ids=["many", "long", "malformed"],
+)
+def test_a_flood_of_headers_is_cut_off(head: bytes, server: Running) -> None:
+    connection = server.send(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n")
+    _send(connection, head + b"\r\n\r\n")
+    try:
+        assert status(read(connection)) == 400
+    except ConnectionResetError:
+        pass
+    assert still_answers(server)
+
+
+# Loading and ending
+
+
+def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> None:
+    with running(chat, names=("m",)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
+        answers: list[httpx.Response] = []
+        asked = {"messages": MESSAGES, "max_tokens": 1500, **ENDLESS}
+        asking = threading.Thread(target=lambda: answers.append(httpx.post(server.url + CHAT, json=asked, timeout=60)))
+        asking.start()
+        session = server.service.sessions["m"]
+        assert eventually(lambda: session.metrics().running == 1)
+        server.stop()
+        assert eventually(lambda: http.get("/health").status_code == 503)
+        refused = http.post(CHAT, json=asked)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "shutting_down")
+        assert http.get("/v2/health/live").status_code == 200
+        asking.join()
+        server.thread.join(10)
+    assert answers[0].status_code == 200
+    assert answers[0].json()["usage"]["completion_tokens"] == 1500
+
+
+def test_what_still_runs_at_the_end_of_the_shutdown_is_told_so(chat: Path) -> None:
+    with running(chat, names=("m",), shutdown_timeout=0.1) as server:
+        answers: dict[bool, bytes] = {}
+
+        def ask(stream: bool) -> None:
+            answers[stream] = read(server.ask(CHAT, json.dumps({**LONG, "stream": stream}).encode()))
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
+        for thread in threads:
+            thread.start()
+        assert eventually(lambda: server.service.sessions["m"].metrics().running == 2)
+        server.stop()
+        for thread in threads:
+            thread.join(20)
+    assert status(answers[False]) == 503
+    assert b'"code":"shutting_down"' in answers[False]
+    assert status(answers[True]) == 200
+    assert b'data: {"error":{"message":"the server is shutting down' in answers[True]
+    assert b"data: [DONE]" in answers[True]
+    assert sorted(line["status"] for line in server.log) == [503, 503]

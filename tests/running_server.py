@@ -1,0 +1,99 @@
+"""A server in a thread of this process, on a free port, for tests of what comes over the wire."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from freeexport.serving.server import listen, serve
+from freeexport.serving.service import ServerOptions, Service
+from runtime import SessionOptions
+
+# Not the end of the sequence: the models are random.
+ENDLESS = {"logit_bias": {"2": -100}}
+MESSAGES = [{"role": "user", "content": "hello"}]
+
+
+class Running:
+    """`url` without /v1, `log`: its lines. `stop` as SIGTERM does; `thread` ends when it has drained."""
+
+    def __init__(self, options: ServerOptions, buffer: int | None = None) -> None:
+        self.log: list[dict[str, Any]] = []
+        self._listening = listen("127.0.0.1", 0)
+        self._buffer = buffer  # bytes, of sockets; None is the system's
+        if buffer is not None:
+            self._listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
+        self.address: tuple[str, int] = self._listening.getsockname()
+        self.url = "http://{}:{}".format(*self.address)
+        self._options, self._ready, self.failed = options, threading.Event(), None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+        assert self._ready.wait(60), self.failed
+
+    def stop(self) -> None:
+        if self.thread.is_alive():
+            with suppress(RuntimeError):  # it ends now
+                self._loop.call_soon_threadsafe(self._stop.set)
+
+    def send(self, data: bytes) -> socket.socket:
+        """A connection on which this was sent."""
+        connection = socket.socket()
+        if self._buffer is not None:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
+        connection.settimeout(20)
+        connection.connect(self.address)
+        connection.sendall(data)
+        return connection
+
+    def ask(self, path: str, body: bytes, headers: str = "") -> socket.socket:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}Content-Length: {len(body)}\r\n\r\n"
+        return self.send(head.encode() + body)
+
+    def _run(self) -> None:
+        async def main() -> None:
+            self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+            self.service = Service(self._options, lambda line: self.log.append(json.loads(line)))
+            await serve(self.service, self._listening, self._stop, self._ready.set)
+
+        asyncio.run(main())
+
+
+@contextmanager
+def running(
+    *bundles: Path, slots: int = 4, queue: int = 64, buffer: int | None = None, **options: Any
+) -> Iterator[Running]:
+    session = SessionOptions(threads=1, slots=slots, queue=queue)
+    server = Running(ServerOptions(bundles, session=session, **options), buffer)
+    try:
+        yield server
+    finally:
+        server.stop()
+        server.thread.join(30)
+        assert not server.thread.is_alive()
+
+
+def read(connection: socket.socket) -> bytes:
+    """To the end of the connection."""
+    with connection:
+        parts = []
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+        return b"".join(parts)
+
+
+def status(response: bytes) -> int:
+    return int(response.split(b" ", 2)[1])
+
+
+def eventually(true: Callable[[], bool], seconds: float = 10) -> bool:
+    until = time.monotonic() + seconds
+    while not true() and time.monotonic() < until:
+        time.sleep(0.005)
+    return true()

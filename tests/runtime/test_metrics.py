@@ -1,0 +1,98 @@
+"""What a session counts, and the events that it tells of."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime import GenerationResult, Metrics, OptionError, QueueFullError, RequestEvent, Session, Stats
+from runtime.metrics import TOKEN_SECONDS, Histogram
+
+PROMPT = [5, 6, 7]
+
+
+def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 9.0):
+        histogram.observe(value)
+    histogram.observe(2.0, times=3)
+    assert (histogram.counts, histogram.total) == ([2, 4, 1], 18.0)
+
+
+def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
+    passes = Counter({1: 4, 3: 2})
+    stats = [Stats(mode, tokens=11, exits=6, rejected=2, sync_sizes=passes) for mode in ("lossless", "free")]
+    counted = Metrics()
+    for each in stats:
+        counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
+    assert (counted.drafts, counted.draft_tokens, counted.accepted_tokens) == (2, 8, 6)
+    assert (counted.exited_tokens, counted.deep_tokens, counted.rejected_tokens) == (12, 10, 4)
+    assert counted.deep_passes == 12
+    assert counted.pass_rows.counts[:3] == [8, 0, 4]
+    assert sum(counted.inter_token_latency.counts) == 4
+    assert counted.inter_token_latency.counts[TOKEN_SECONDS.index(0.001) : TOKEN_SECONDS.index(0.0025) + 1] != [0, 0]
+
+
+def test_requests_are_counted_as_they_end(chat: Path) -> None:
+    with Session(chat, threads=1, slots=1) as session:
+        results = session.generate([PROMPT, PROMPT], max_new_tokens=9, threshold=0.3)
+        stream = session.stream(PROMPT, max_new_tokens=9)
+        next(stream)
+        during = session.metrics()
+        stream.close()
+        after = session.metrics()
+    assert (during.running, during.waiting) == (1, 0)
+    assert 3 / 4096 <= during.kv_cache_usage <= 5 / 4096
+    assert (after.running, after.kv_cache_usage) == (0, 0)
+    assert after.finished == {"length": 2, "cancelled": 1}
+    assert after.generated_tokens == during.generated_tokens + 1 == 19
+    assert after.prompt_tokens == 9
+    assert after.exited_tokens == sum(result.stats.exits for result in results)
+    assert sum(after.time_to_first_token.counts) == sum(after.queue_time.counts) == 3
+    assert during.finished == {"length": 2}  # a copy
+
+
+def test_events_of_a_request_come_in_order(chat: Path) -> None:
+    told: list[RequestEvent] = []
+    with Session(chat, threads=1, slots=1, queue=0, on_event=told.append) as session:
+        result = session.generate(PROMPT, max_new_tokens=3)
+        with session.stream(PROMPT), pytest.raises(QueueFullError):
+            session.generate(PROMPT)
+    of = {number: list(events) for number, events in itertools.groupby(told[:4], lambda event: event.request)}
+    assert [event.kind for event in of[0]] == ["queued", "started", "first_token", "ended"]
+    assert of[0][-1].result == result
+    assert [event.time for event in of[0]] == sorted(event.time for event in of[0])
+    refused = [event for event in told if event.request == 2]
+    assert [event.kind for event in refused] == ["queued", "ended"]
+    assert isinstance(refused[-1].error, QueueFullError)
+    left = [event for event in told if event.request == 1]
+    assert [event.kind for event in left] == ["queued", "ended"]
+    assert left[-1].result is not None
+    assert left[-1].result.finish_reason == "cancelled"
+
+
+def test_a_request_that_raises_is_counted_as_an_error(chat: Path) -> None:
+    def broken(ids: Any, scores: Any) -> Any:
+        raise ArithmeticError("broken")
+
+    told: list[RequestEvent] = []
+    with Session(chat, threads=1, on_event=told.append) as session:
+        with pytest.raises(ArithmeticError):
+            session.generate(PROMPT, logits_processor=broken)
+        assert session.metrics().finished == {"error": 1}
+    assert isinstance(told[-1].error, ArithmeticError)
+
+
+def test_a_hook_that_raises_ends_no_request_and_may_not_ask_its_session(chat: Path) -> None:
+    def hook(event: RequestEvent) -> None:
+        session.generate(PROMPT)
+
+    with Session(chat, threads=1, on_event=hook) as session:
+        with pytest.warns(RuntimeWarning, match="on_event raised OptionError: a callback of a request asked its own"):
+            assert len(session.generate(PROMPT, max_new_tokens=3).token_ids) == 3
+    with pytest.raises(OptionError, match="on_event is 3; give a callable"):
+        Session(chat, on_event=3)  # type: ignore[arg-type]
