@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from freeexport.calibration.metrics import Errors, errors
+from freeexport.metrics.phonemes import Errors, errors
 from freeexport.system.progress import progress
 from runtime import Session
 from runtime.options import Mode

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from freeexport.calibration.metrics import Errors, errors
+from freeexport.metrics.phonemes import Errors, errors
 from freeexport.system.progress import progress
 from runtime import GenerationResult, Session
 from runtime.options import Mode

@@ -15,8 +15,8 @@ from statistics import median
 
 import click
 
-from freeexport.calibration.metrics import Errors, errors
 from freeexport.demo.g2p import THREADS, Phrase, phrases
+from freeexport.metrics.phonemes import Errors, errors
 from freeexport.system.idle import require_idle
 from freeexport.system.machine import detect_machine
 from freeexport.system.plot import BLUE, GREY, ORANGE, new_figure, save_figure
