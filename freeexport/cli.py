@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "build": "Build the TensorRT engines of a bundle.",
     "verify": "Check a bundle against the checkpoint it came from.",
     "generate": "Generate text with a bundle.",
+    "evaluate": "Compare methods on a task: quality and speed.",
     "bench": "Measure the speed of a bundle.",
     "cache": "Show, fill and clear the cache of engines.",
     "inspect": "Show what a bundle holds.",

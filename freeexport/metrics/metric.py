@@ -39,6 +39,11 @@ class Metric:
     needs: tuple[int, str] | None = None
     signature: str = ""
 
+    @property
+    def label(self) -> str:
+        """For a table: an error rate's says that 1 is best."""
+        return f"1 - {self.name.upper()}" if self.name in ("wer", "per") else self.name
+
     def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
         """Statistics float64 [n, k]. Raises MetricError where the metric does not fit the references."""
         rows = [self.statistics(text, reference) for text, reference in zip(outputs, references, strict=True)]

@@ -24,7 +24,9 @@ def metric(name: str) -> Metric:
         return _sacrebleu(name)
     if name == "wer":
         return _words()
-    compare = {"exact": _equal, "squad-em": _squad_exact, "squad-f1": _squad_f1}[name]
+    if name == "exact":
+        return Metric(name, _exact, mean)
+    compare = {"squad-em": _squad_exact, "squad-f1": _squad_f1}[name]
     return Metric(name, _best(compare), mean)
 
 
@@ -33,8 +35,12 @@ def _best(score: Callable[[str, str], float]) -> Statistics:
     return lambda output, reference: (max(float(score(output, text)) for text in reference.texts), 1.0)
 
 
-def _equal(output: str, reference: str) -> float:
-    return output.strip() == reference.strip()
+def _exact(output: str, reference: Reference) -> Sequence[float]:
+    if reference.words is not None:
+        words = [" ".join(word.split()) for word in output.split("|")]
+        known = [[" ".join(text.split()) for text in texts] for texts in reference.words]
+        return len(words) == len(known) and all(map(list.__contains__, known, words)), 1
+    return any(output.strip() == text.strip() for text in reference.texts), 1
 
 
 def _rouge(name: str) -> Metric:

@@ -116,3 +116,8 @@ def test_references_are_alternatives_of_the_line_or_of_its_words() -> None:
     assert Reference.of("a", ["b", "a"], "") == Reference(("a", "b"))
     assert Reference.of(None, [["a", "b"], ["c"]], "") == Reference(("a | c",), (("a", "b"), ("c",)))
     assert Reference.of(None, None, "") is None
+
+
+def test_a_line_is_exact_where_every_word_is_one_of_its_alternatives() -> None:
+    words = [Reference.of("A | C", [["A", "B B"], ["C"]], "")] * 3
+    assert scores("exact", ["B B | C", "A|C", "C | A"], [one for one in words if one]).tolist() == [True, True, False]
