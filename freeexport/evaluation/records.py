@@ -64,7 +64,7 @@ class Records:
         if overwrite or not (output / RUN).exists():
             self._path.unlink(missing_ok=True)
             write_whole(output / RUN, json.dumps(run, indent=2, sort_keys=True) + "\n")
-        self._found = {record.key: record for record in _read(self._path)}
+        self._found = {record.key: record for record in read_records(self._path)}
         self._file = FileIO(self._path, "ab")
 
     def __enter__(self) -> Records:
@@ -130,7 +130,7 @@ def _filled(record: Record) -> dict[str, Any]:
     return {name: value for name, value in asdict(record).items() if value not in (None, "", ())}
 
 
-def _read(path: Path) -> Iterator[Record]:
+def read_records(path: Path) -> Iterator[Record]:
     """A partial last line, of a run that was killed, is cut off."""
     if not path.exists():
         return

@@ -117,7 +117,7 @@ def measure(work: Path, checkpoints: dict[str, Path]) -> None:
         if not bundle.exists():
             python("freeexport", "convert", str(checkpoint), str(bundle))
         for part in PARTS:
-            data = test_part(work / "test" / "test.jsonl", part)
+            data = part_of(work / "test" / "test.jsonl", part)
             options = ("--methods", "full,static,free", "--metric", "per", "--metric", "word-acc", "--threads", "1")
             output = ("--samples", "1000", "--output", str(evaluation(work, name, part)))
             python("freeexport", "evaluate", str(bundle), "--data", str(data), *options, *output)
@@ -127,7 +127,7 @@ def evaluation(work: Path, name: str, part: str) -> Path:
     return work / f"{name}-on-{part}"
 
 
-def test_part(path: Path, part: str) -> Path:
+def part_of(path: Path, part: str) -> Path:
     """The phrases or the single words of a test split, in a file beside it."""
     lines = path.read_text(encoding="utf-8").splitlines()
     chosen = [line for line in lines if (len(json.loads(line)["references"]) > 1) == (part == "phrases")]
