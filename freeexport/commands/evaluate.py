@@ -65,8 +65,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """Compare methods of decoding on a task: quality against references, and speed, interleaved line by line.
 
     BUNDLEs may be those of several checkpoints, each with the METHODS that it was trained for. What is relative is so
-    to the full model of the same bundle, or of the first one. OUTPUT gets evaluation.json and .csv, curve.png and .svg,
-    report.html and outputs.jsonl.
+    to the full model of the same bundle, or of the first one. OUTPUT gets report.html,
+    results.md, evaluation.json and .csv, curve.png and .svg, and outputs.jsonl.
 
     \b
     Example:
@@ -86,7 +86,7 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
         click.echo(json.dumps(as_dict(found), indent=2))
         return
     print_page(tables(found))
-    click.echo(f"{found.options.output}: report.html, evaluation.json, evaluation.csv, curve.png, curve.svg")
+    click.echo(f"{found.options.output}: report.html, results.md, evaluation.json and .csv, curve.png and .svg")
 
 
 @command.command("judge")

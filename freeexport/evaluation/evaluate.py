@@ -149,11 +149,12 @@ def write(found: Evaluation) -> None:
     """Figures, pictures and the page, beside the outputs. Needs matplotlib."""
     from freeexport.evaluation.page import page
     from freeexport.evaluation.picture import quality_speed
-    from freeexport.evaluation.report import as_csv, as_dict
+    from freeexport.evaluation.report import as_csv, as_dict, as_markdown
 
     out = found.options.output
     write_whole(out / "evaluation.json", json.dumps(as_dict(found), indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found))
+    write_whole(out / "results.md", as_markdown(found))
     figure = quality_speed(found)
     for name in ("curve.png", "curve.svg"):
         save_figure(figure, out / name)

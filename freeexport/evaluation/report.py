@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import onnxruntime
 
 from freeexport import __version__
 from freeexport.evaluation.figures import Curve, Row, Score
-from freeexport.system.page import pairs, table
+from freeexport.system.page import filled, pairs, table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -90,6 +91,23 @@ def about(found: Evaluation) -> list[tuple[str, str]]:
 
 def versions() -> dict[str, str]:
     return {"freeexport": __version__, "onnxruntime": onnxruntime.__version__, "python": platform.python_version()}
+
+
+def as_markdown(found: Evaluation) -> str:
+    """The tables for a page of results."""
+    shown = [
+        filled(columns(found), [cells(row, found) for row in found.rows]),
+        filled(curve_columns(found), [curve_cells(curve) for curve in found.curves]),
+    ]
+    facts = "\n".join(f"- {name}: {value}" for name, value in about(found))
+    return "\n\n".join([*(_markdown(*one) for one in shown), facts]) + "\n"
+
+
+def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(name.rstrip("#") for name in names) + " |"]
+    lines.append("|" + "|".join("--:" if name.endswith("#") else ":--" for name in names) + "|")
+    lines.extend("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join(lines)
 
 
 def as_dict(found: Evaluation) -> dict[str, Any]:

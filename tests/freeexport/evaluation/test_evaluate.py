@@ -88,6 +88,9 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     assert [row["setting"] for row in listed] == list(rows)
     assert float(listed[0]["exact value"]) == 0.75
     assert json.loads((out / "evaluation.json").read_text())["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
+    lines = (out / "results.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
+    assert lines[2].startswith(f"| {listed[0]['bundle']} | fp32 | full | 0.7500 | 100.0%")
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(out / "curve.svg").getroot().tag.endswith("svg")
     records = [json.loads(line) for line in (out / OUTPUTS).read_text().splitlines()]
