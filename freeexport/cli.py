@@ -33,6 +33,7 @@ VERBS: dict[str, str] = {
     "verify": "Check a bundle against the checkpoint it came from.",
     "generate": "Generate text with a bundle.",
     "serve": "Serve bundles to clients of OpenAI's interface.",
+    "evaluate": "Compare methods on a task: quality and speed.",
     "bench": "Measure the speed of a bundle.",
     "inspect": "Show what a bundle holds.",
     "doctor": "Check this installation and machine.",

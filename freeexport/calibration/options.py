@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from freeexport.calibration.metrics import Metric
+from freeexport.metrics.metric import check_name
 from runtime.bundle.calibration import Method
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError
@@ -29,7 +29,7 @@ class CalibrateOptions:
     target: float = 0.95
     risk: float = 0.05
     delta: float = 0.05
-    metric: Metric | None = None
+    metric: str | None = None
     quality: float = 0.99
     measure: bool = False
     rounds: int = 5
@@ -40,6 +40,8 @@ class CalibrateOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
+        if self.metric is not None:
+            check_name(self.metric)
         for name in ("target", "risk", "delta", "quality"):
             value = getattr(self, name)
             if not 0 < value < 1:

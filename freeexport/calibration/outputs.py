@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.calibration.metrics import Metric, scores
+from freeexport.metrics.metric import metric_of, scores
+from freeexport.metrics.reference import Reference
 from freeexport.system.progress import Advance, progress
 from runtime import Session
 
@@ -18,7 +19,7 @@ class Outputs:
     None for the full model's own outputs."""
 
     def __init__(
-        self, session: Session, prompts: Sequence[np.ndarray], targets: Sequence[str] | None, max_new_tokens: int
+        self, session: Session, prompts: Sequence[np.ndarray], targets: Sequence[Reference] | None, max_new_tokens: int
     ) -> None:
         self._session, self._prompts, self._targets = session, list(prompts), targets
         self._most = max_new_tokens
@@ -32,6 +33,10 @@ class Outputs:
         with progress("decoding, full", len(self)) as advance:
             return [self._text(prompt, advance, mode="full") for prompt in self._prompts]
 
+    @property
+    def _own(self) -> list[Reference]:
+        return [Reference((text,)) for text in self.full]
+
     def free(self, threshold: float, max_pending: int | None = None) -> list[str]:
         """With sync passes over at most `max_pending` rows, by default as the bundle says."""
         key = threshold, max_pending
@@ -41,20 +46,23 @@ class Outputs:
                 self._free[key] = [self._text(prompt, advance, **options) for prompt in self._prompts]
         return self._free[key]
 
-    def against_full(self, metric: Metric, threshold: float) -> np.ndarray:
+    def against_full(self, metric: str, threshold: float) -> np.ndarray:
         """Scores [n] of outputs in mode free, against those of the full model."""
-        return scores(metric, self.free(threshold), self.full)
+        return scores(metric, self.free(threshold), self._own)
 
     def kept(
-        self, metric: Metric, threshold: float, part: np.ndarray | None = None, max_pending: int | None = None
+        self, metric: str, threshold: float, part: np.ndarray | None = None, max_pending: int | None = None
     ) -> float:
         """The metric in mode free as a share of the full model's, over the sequences where `part`, bool [n], is true,
         or all; 0 where the full model scores 0, or there are none."""
-        references = self.full if self._targets is None else self._targets
+        references = self._own if self._targets is None else self._targets
         chosen = np.ones(len(self), np.bool_) if part is None else part
-        whole = float(np.sum(scores(metric, self.full, references)[chosen]))
-        free = self.free(threshold, max_pending)
-        return float(np.sum(scores(metric, free, references)[chosen])) / whole if whole else 0.0
+        if not chosen.any():
+            return 0.0
+        measure = metric_of(metric)
+        whole = measure.of(measure.table(self.full, references)[chosen])
+        free = measure.of(measure.table(self.free(threshold, max_pending), references)[chosen])
+        return free / whole if whole else 0.0
 
     def _text(self, prompt: np.ndarray, advance: Advance, **options: Any) -> str:
         text = self._session.generate(prompt, max_new_tokens=self._most, **options).text

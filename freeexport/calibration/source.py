@@ -20,9 +20,11 @@ from freeexport.checkpoints.text_format import known_ends, text_format
 from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
 from freeexport.costs.threshold_speed import measured_speedups
+from freeexport.metrics.reference import Reference
 from freeexport.system.jsonl import Request
 from freeexport.traces.from_bundle import trace_of
 from freeexport.traces.trace import Trace
+from runtime import Session
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.calibration import is_calibration
 from runtime.bundle.costs import Costs
@@ -124,25 +126,8 @@ class BundleSource:
             yield trace_of(self.session, request.line_number, prompt, max_new_tokens)
 
     def prompts(self, requests: Sequence[Request]) -> list[tuple[Request, np.ndarray]]:
-        """The requests that fit, with their token ids [n]; a warning for the others. DataError where none fits."""
-        manifest = self.session.manifest
-        limit = manifest.encoder_capacity or self.session.capacity - 1
-        fitting: list[tuple[Request, np.ndarray]] = []
-        reasons: list[str] = []
-        for request in requests:
-            try:
-                ids = encode_prompt(request.input, self.session.tokenizer, manifest.vocab_size, limit)
-                fitting.append((request, ids))
-            except PromptError as error:
-                reasons.append(f"line {request.line_number}: {error}")
-        if reasons and not fitting:
-            raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
-        if reasons:
-            click.echo(
-                f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}", err=True
-            )
-        check_unknown([ids for _, ids in fitting], self._unknown)
-        return fitting
+        """As `fitting_prompts`."""
+        return fitting_prompts(self.session, requests, self._unknown)
 
     def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
         tokenizer = self.session.tokenizer
@@ -154,9 +139,10 @@ class BundleSource:
 
     def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
         fitting = self.prompts(requests)
-        targets = [request.target for request, _ in fitting if request.target is not None]
-        references = targets if len(targets) == len(fitting) else None
-        return Outputs(self.session, [ids for _, ids in fitting], references, max_new_tokens)
+        found = [reference_of(request) for request, _ in fitting]
+        references = [reference for reference in found if reference is not None]
+        targets = references if len(references) == len(fitting) else None
+        return Outputs(self.session, [ids for _, ids in fitting], targets, max_new_tokens)
 
     def check_speed(self) -> None:
         pass
@@ -245,6 +231,34 @@ class CheckpointSource:
                 model, self._checkpoint, self._description, facts.exit_layer, facts.confidence
             )
         return self._tracer
+
+
+def fitting_prompts(
+    session: Session, requests: Sequence[Request], unknown: int | None
+) -> list[tuple[Request, np.ndarray]]:
+    """The requests that fit, with their token ids [n]; a warning for the others. `unknown`: the id of the tokenizer's
+    unknown token. DataError where none fits, CalibrationError for data of another vocabulary."""
+    manifest = session.manifest
+    limit = manifest.encoder_capacity or session.capacity - 1
+    fitting: list[tuple[Request, np.ndarray]] = []
+    reasons: list[str] = []
+    for request in requests:
+        try:
+            ids = encode_prompt(request.input, session.tokenizer, manifest.vocab_size, limit)
+            fitting.append((request, ids))
+        except PromptError as error:
+            reasons.append(f"line {request.line_number}: {error}")
+    if reasons and not fitting:
+        raise DataError(f"none of the {len(requests)} inputs can be used; {reasons[0]}")
+    if reasons:
+        click.echo(f"warning: {len(reasons)} of {len(requests)} inputs are left out; the first, {reasons[0]}", err=True)
+    check_unknown([ids for _, ids in fitting], unknown)
+    return fitting
+
+
+def reference_of(request: Request) -> Reference | None:
+    """What the outputs of a line are compared with; OptionError where it cannot be read."""
+    return Reference.of(request.target, request.references, f"line {request.line_number}")
 
 
 def check_unknown(prompts: Iterable[np.ndarray], unknown: int | None) -> None:

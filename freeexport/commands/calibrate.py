@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from freeexport.calibration.metrics import Metric
 from freeexport.calibration.open_source import calibrate_model, is_bundle
 from freeexport.calibration.options import CalibrateOptions
 from freeexport.commands.verb_options import (
@@ -17,6 +16,7 @@ from freeexport.commands.verb_options import (
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
+    MetricName,
     RenamedOption,
     SectionedCommand,
     section,
@@ -63,7 +63,7 @@ def write(result: Calibrated, model: str, output: Path | None) -> None:
               help="risk: probability that the guarantee fails.")  # fmt: skip
 @click.option("--target-quality", type=float,
               help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
-@click.option("--metric", type=click.Choice(get_args(Metric)),
+@click.option("--metric", type=MetricName(),
               help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
 @section("Where MODEL is a checkpoint")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),

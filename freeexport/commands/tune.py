@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
-from freeexport.calibration.metrics import Metric
-from freeexport.commands.verb_options import MAX_NEW_TOKENS, METRICS, SAMPLES
+from freeexport.commands.verb_options import MAX_NEW_TOKENS, METRICS, SAMPLES, MetricName
 from freeexport.system.output_file import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.tuning.options import TuneOptions
@@ -20,7 +19,7 @@ from freeexport.tuning.options import TuneOptions
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
 @click.option("--target-quality", "quality", type=float, default=TuneOptions.quality, show_default=True,
               help="The share of the full model's metric to keep.")  # fmt: skip
-@click.option("--metric", type=click.Choice(get_args(Metric)), default=TuneOptions.metric, show_default=True,
+@click.option("--metric", type=MetricName(), default=TuneOptions.metric, show_default=True,
               help=f"Compares outputs. {METRICS}")  # fmt: skip
 @click.option("--samples", type=click.IntRange(1), default=TuneOptions.samples, show_default=True,
               help=f"{SAMPLES} Every third is held out.")  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
+from freeexport.metrics.metric import check_name
 from runtime.errors import OptionError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -20,7 +21,24 @@ CONFIDENCES = (
     "softmax: probability of the best token minus that of the second. max-prob: of the best alone. entropy: 1 minus "
     "the normalized entropy."
 )
-METRICS = "exact: the same text. rouge-l, bleu, chrf: of texts. wer, per: 1 minus the rate of wrong words or phonemes."
+METRICS = (
+    "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, per, word-acc: 1 minus "
+    "the rate of wrong words, phonemes, or pronunciations of words. squad-em, squad-f1: of answers. case-f1, punct-f1: "
+    "of capitals and punctuation. module:function: a function of output and reference, from 0 to 1."
+)
+
+
+class MetricName(click.ParamType):
+    """The name of a metric (freeexport/metrics/metric.py), not yet loaded."""
+
+    name = "metric"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        try:
+            check_name(value)
+        except OptionError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 class SectionedCommand(click.Command):

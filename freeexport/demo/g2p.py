@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from freeexport.calibration.metrics import Errors, errors
 from freeexport.conversion.options import ConvertOptions
 from freeexport.demo.bundle import demo_bundle
+from freeexport.metrics.phonemes import Errors, errors
 from freeexport.system.idle import require_idle
 from freeexport.system.page import print_page, table
 from runtime import Session

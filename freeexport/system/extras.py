@@ -23,6 +23,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "bench": ("matplotlib",),
     "calibrate": ("scipy",),
     "metrics": ("rouge-score", "sacrebleu", "jiwer"),
+    "evaluate": ("httpx",),
     "demo": ("rapidfuzz",),
     "train": ("peft", "tensorboard"),
     "optimum": ("optimum-onnx",),
@@ -38,6 +39,7 @@ PURPOSES: dict[str, str] = {
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
     "metrics": "compare outputs when calibrating",
+    "evaluate": "compare methods on a task, and have outputs judged",
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }

@@ -21,12 +21,14 @@ _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 @dataclass(frozen=True)
 class Request:
-    """A line of the input file: `input` is text or messages; `line_number` counts from 1, blank lines included."""
+    """A line of the input file: `input` is text or messages; `line_number` counts from 1, blank lines included.
+    `references`: as the line has them, not checked."""
 
     line_number: int
     input: str | list[dict[str, str]]
     target: str | None = None
     id: str | int | None = None
+    references: Any = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def _parse(number: int, line: bytes) -> Request | BrokenLine:
         problem = f"'target' is {type(target).__name__}, not a string"
     if problem is not None:
         return BrokenLine(number, problem, identity)
-    return Request(number, record["input"], target, identity)
+    return Request(number, record["input"], target, identity, record.get("references"))
 
 
 def _input_problem(record: dict[str, Any]) -> str | None:

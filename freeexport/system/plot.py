@@ -32,6 +32,6 @@ def legend_beside(axes: Axes) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """As PNG. Replaces `path`, whole or not at all."""
+    """As SVG where `path` ends so, else as PNG. Replaces `path`, whole or not at all."""
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=DPI)
+        figure.savefig(partial, format="svg" if path.suffix == ".svg" else "png", dpi=DPI)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from freeexport.calibration.metrics import Metric
+from freeexport.metrics.metric import check_name
 from runtime.errors import OptionError
 
 
@@ -15,7 +15,7 @@ class TuneOptions:
     `force`: on a busy machine too."""
 
     quality: float = 0.99
-    metric: Metric = "exact"
+    metric: str = "exact"
     samples: int = 500
     max_new_tokens: int = 128
     candidates: int = 3
@@ -24,6 +24,7 @@ class TuneOptions:
     force: bool = False
 
     def __post_init__(self) -> None:
+        check_name(self.metric)
         if not 0 < self.quality < 1:
             raise OptionError(f"target quality is {self.quality!r}; choose a number between 0 and 1")
         for name in ("samples", "max_new_tokens", "candidates", "rounds"):

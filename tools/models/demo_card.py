@@ -1,8 +1,7 @@
-"""The model card of the demo's model, with the figures that tools/quality/g2p_evaluation.py measured."""
+"""The model card of the demo's model, with the figures that `freeexport evaluate` measured."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -43,39 +42,37 @@ Made for demonstration and tests. It knows American English names and words, one
 
 
 def card(curves: list[dict[str, Any]], config: dict[str, Any], facts: dict[str, Any]) -> str:
-    """Markdown. `curves`: reports of tools/quality/g2p_evaluation.py, the shipped exit first; `config`: config.json."""
-    tables = [_table(curve, part) for curve in curves for part in ("on_phrases", "on_words")]
+    """Markdown. `curves`: each an evaluation.json, the shipped exit first; `config`: config.json."""
     return CARD.format(
         layers=config["num_layers"],
         decoder_layers=config["num_decoder_layers"],
         width=config["d_model"],
-        exit_layer=curves[0]["exit_layer"],
-        tables="\n\n".join(tables),
+        exit_layer=_exit_layer(curves[0]),
+        tables="\n\n".join(map(_table, curves)),
         **facts,
     )
 
 
-def _table(curve: dict[str, Any], part: str) -> str:
-    points = curve[part]
-    whole = points[0]["phoneme_error_rate"]
-    kind = f"{curve['phrases']} phrases of 8 to 10 words" if part == "on_phrases" else f"{curve['words']} single words"
+def _exit_layer(curve: dict[str, Any]) -> int:
+    layer: int = next(iter(curve["bundles"].values()))["exit_layer"]
+    return layer
+
+
+def _table(curve: dict[str, Any]) -> str:
+    points = curve["rows"]
+    whole = 1 - points[0]["scores"]["per"]["value"]
+    kind = "phrases of 8 to 10 words" if Path(curve["data"]).stem == "phrases" else "single words"
     lines = [
-        f"Exit after layer {curve['exit_layer']}, {kind}:",
+        f"Exit after layer {_exit_layer(curve)}, {curve['lines']} {kind}:",
         "",
         "| | exited | PER | loss | WER |",
         "|---|---|---|---|---|",
     ]
     for point in points:
-        name = {"full": "whole model", "shallow": "shallow decoder alone"}.get(
-            point["mode"], f"FREE, threshold {point['threshold'] or 0:g}"
+        name = {"full": "whole model", "static": "shallow decoder alone"}.get(
+            point["setting"], f"FREE, {point['setting']}"
         )
-        loss = point["phoneme_error_rate"] / whole - 1 if whole else 0.0
-        lines.append(
-            f"| {name} | {point['exit_rate']:.0%} | {point['phoneme_error_rate']:.2%} | {loss:+.1%} "
-            f"| {point['word_error_rate']:.1%} |"
-        )
+        phonemes, words = (1 - point["scores"][metric]["value"] for metric in ("per", "word-acc"))
+        loss = phonemes / whole - 1 if whole else 0.0
+        lines.append(f"| {name} | {point['exit_rate']:.0%} | {phonemes:.2%} | {loss:+.1%} | {words:.1%} |")
     return "\n".join(lines)
-
-
-def read_curves(paths: list[Path]) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

@@ -24,11 +24,12 @@ import click
 from safetensors import safe_open
 
 from tools.data.splits import DataError, run
-from tools.models.demo_card import card, read_curves
+from tools.models.demo_card import card
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
 EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
+PARTS = ("phrases", "words")
 TARGET = "0.98"
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
 SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
@@ -110,15 +111,29 @@ def other_exit(work: Path, checkpoint: Path) -> Path:
 
 
 def measure(work: Path, checkpoints: dict[str, Path]) -> None:
-    """Bundles and curves of both exits."""
+    """Bundles of both exits, and their evaluations on phrases and on single words."""
     for name, checkpoint in checkpoints.items():
-        bundle, curve = work / f"{name}-bundle", work / f"{name}-curve.json"
+        bundle = work / f"{name}-bundle"
         if not bundle.exists():
             python("freeexport", "convert", str(checkpoint), str(bundle))
-        if not curve.exists():
-            python(
-                "tools.quality.g2p_evaluation", str(bundle), str(work / "test" / "test.jsonl"), "--output", str(curve)
-            )
+        for part in PARTS:
+            data = part_of(work / "test" / "test.jsonl", part)
+            options = ("--methods", "full,static,free", "--metric", "per", "--metric", "word-acc", "--threads", "1")
+            output = ("--samples", "1000", "--output", str(evaluation(work, name, part)))
+            python("freeexport", "evaluate", str(bundle), "--data", str(data), *options, *output)
+
+
+def evaluation(work: Path, name: str, part: str) -> Path:
+    return work / f"{name}-on-{part}"
+
+
+def part_of(path: Path, part: str) -> Path:
+    """The phrases or the single words of a test split, in a file beside it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    chosen = [line for line in lines if (len(json.loads(line)["references"]) > 1) == (part == "phrases")]
+    out = path.with_name(f"{part}.jsonl")
+    out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    return out
 
 
 def calibrate(work: Path) -> Path:
@@ -142,7 +157,8 @@ def ship(work: Path, checkpoint: Path) -> None:
     lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN][:TEST_PHRASES]
     shutil.copy(calibrate(work), DATA / "calibration.json")
-    curves = read_curves([work / "exit-curve.json", work / "other-curve.json"])
+    places = [evaluation(work, name, part) / "evaluation.json" for name in ("exit", "other") for part in PARTS]
+    curves = [json.loads(place.read_text(encoding="utf-8")) for place in places]
     (DATA / "MODEL_CARD.md").write_text(_card(checkpoint, curves), encoding="utf-8")
     (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
     click.echo(f"{DATA}: {size / 1e6:.1f} MB of model, {len(phrases)} test phrases")

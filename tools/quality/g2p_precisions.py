@@ -14,14 +14,27 @@ from pathlib import Path
 
 import click
 
-from freeexport.calibration.metrics import Errors, errors
+from freeexport.metrics.phonemes import Errors, errors
 from freeexport.system.progress import progress
 from runtime import GenerationResult, Session
 from runtime.options import Mode
 from tools.data.splits import run
-from tools.quality.g2p_evaluation import Line, read
 
 MODES: tuple[Mode, ...] = ("full", "free")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One test item: its prompt, and the pronunciations of each of its words."""
+
+    input: str
+    references: list[list[str]]
+
+
+def read(path: Path, limit: int) -> list[Line]:
+    """The first `limit` phrases of a test split."""
+    items = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+    return [Line(item["input"], item["references"]) for item in items if len(item["references"]) > 1][:limit]
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def _row(
 @click.option("--limit", type=click.IntRange(1), default=1000, show_default=True, help="Phrases.")
 @click.option("--output", type=click.Path(path_type=Path))
 def command(data: Path, bundles: tuple[Path, ...], limit: int, output: Path | None) -> None:
-    phrases, _ = read(data, limit)
+    phrases = read(data, limit)
     reference: list[tuple[int, ...]] = []
     rows: list[Row] = []
     for bundle in bundles:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from freeexport.calibration.metrics import Errors, errors
+from freeexport.metrics.metric import metric_of
+from freeexport.metrics.phonemes import Errors, errors
+from freeexport.metrics.reference import Reference
 
 TOMATO = ["T AH M EY T OW", "T AH M AA T OW"]
 HI = ["HH AY"]
@@ -30,8 +32,8 @@ def test_errors_are_those_counted_by_hand(text: str, references: list[list[str]]
     assert errors(text, references) == expected
 
 
-def test_rates_are_shares_of_the_references() -> None:
-    total = errors("HH EY", [HI]) + errors("T AH M EY T OW", [TOMATO])
-    assert total.phoneme_error_rate == 1 / 8
-    assert total.word_error_rate == 1 / 2
-    assert Errors().phoneme_error_rate == 0
+def test_rates_are_those_of_all_phonemes_and_all_words() -> None:
+    outputs = ["HH EY", "T AH M EY T OW"]
+    references = [Reference(("HH AY",), (tuple(HI),)), Reference(("T AH M AA T OW", "T AH M EY T OW"))]
+    assert metric_of("per").of(metric_of("per").table(outputs, references)) == pytest.approx(7 / 8)
+    assert metric_of("word-acc").of(metric_of("word-acc").table(outputs, references)) == 1 / 2

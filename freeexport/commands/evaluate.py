@@ -1,0 +1,133 @@
+"""`freeexport evaluate`: methods of decoding on a task, by quality and speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from freeexport.commands.verb_options import MAX_NEW_TOKENS, METRICS, SAMPLES, MetricName, SectionedCommand, section
+from freeexport.evaluation.options import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
+from freeexport.system.page import print_page
+
+
+class _RunByDefault(click.Group):
+    """`evaluate BUNDLE ...` is `evaluate run BUNDLE ...`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(cls=_RunByDefault)
+def command() -> None:
+    """Compare methods of decoding on a task, by quality and speed: `freeexport evaluate BUNDLE ...`.
+
+    \b
+    Example:
+      freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
+      freeexport evaluate run --help
+    """
+
+
+@command.command(cls=SectionedCommand)
+@click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
+@section("Data")
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
+@click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, show_default=True,
+              help=SAMPLES)  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, show_default=True,
+              help=MAX_NEW_TOKENS)  # fmt: skip
+@section("What is compared")
+@click.option("--metric", "metrics", type=MetricName(), multiple=True, required=True,
+              help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
+@click.option("--methods", default="full,static,free,lossless", show_default=True,
+              help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
+              "exits above thresholds. adaptive: above one that is learned while decoding.")  # fmt: skip
+@click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS, show_default=True,
+              help="Run method free with exits above this confidence, beside the calibrated one. "
+              "May be repeated.")  # fmt: skip
+@click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality, show_default=True,
+              help="The share of the full model's metric to keep.")  # fmt: skip
+@section("Machine")
+@click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds, show_default=True,
+              help="Interleaved rounds; the median counts.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@section("Results")
+@click.option("--output", type=click.Path(path_type=Path), required=True,
+              help="The directory of outputs and results. A run that was interrupted goes on there.")  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace what another run left in --output.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> None:
+    """Compare methods of decoding on a task: quality against references, and speed, interleaved line by line.
+
+    BUNDLEs may be those of several checkpoints, each with the METHODS that it was trained for. What is relative is so
+    to the full model of the same bundle, or of the first one. OUTPUT gets report.html,
+    results.md, evaluation.json and .csv, curve.png and .svg, and outputs.jsonl.
+
+    \b
+    Example:
+      freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
+      freeexport evaluate fp32 int8 --data test.jsonl --metric per --metric exact --output results --rounds 3
+      freeexport evaluate kd=full,free,lossless ce=static --data test.jsonl --metric bleu --output results
+    """
+    import matplotlib  # noqa: F401
+
+    from freeexport.evaluation.evaluate import evaluate, write
+    from freeexport.evaluation.report import as_dict, tables
+
+    chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
+    found = evaluate(EvaluateOptions(bundles=chosen, **given))
+    write(found)
+    if as_json:
+        click.echo(json.dumps(as_dict(found), indent=2))
+        return
+    print_page(tables(found))
+    click.echo(f"{found.options.output}: report.html, results.md, evaluation.json and .csv, curve.png and .svg")
+
+
+@command.command("judge")
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1.")
+@click.option("--judge-model", "model", required=True, help="The chat model that judges.")
+@click.option("--setting", required=True, help="What is compared with full, such as 'free 0.8'.")
+@click.option("--bundle-name", "bundle", help="Whose outputs are judged.  [default: those of the only bundle]")
+@click.option("--key-variable", default="OPENAI_API_KEY", show_default=True,
+              help="The environment variable that holds the key, where the endpoint wants one.")  # fmt: skip
+@click.option("--kind", "kinds", type=click.Choice(["likert", "pairwise"]), multiple=True,
+              default=["likert", "pairwise"], show_default=True,
+              help="likert: each output from 1 to 5. pairwise: the better one of two. May be repeated.")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL of the evaluation, where it was moved.")
+@click.option("--samples", type=click.IntRange(1), default=100, show_default=True, help=SAMPLES)
+@click.option("--repeats", type=click.IntRange(1), default=2, show_default=True,
+              help="Verdicts of each; a pair changes its order from one to the next.")  # fmt: skip
+@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def judge_outputs(
+    output: Path, endpoint: str, model: str, bundle: str | None, key_variable: str, as_json: bool, **given: Any
+) -> None:
+    """Have a chat model judge what `evaluate` left in the directory OUTPUT: full against another setting.
+
+    The order of a pair is random and changes with each repeat. An interrupted run goes on: nothing is judged twice.
+
+    \b
+    Example:
+      freeexport evaluate judge results --endpoint https://host/v1 --judge-model NAME --setting "free 0.8"
+    """
+    import os
+
+    from freeexport.evaluation.endpoint import Endpoint
+    from freeexport.evaluation.judge import JudgeOptions, judge, only_bundle, summary, summary_tables
+    from freeexport.system.output_file import write_whole
+
+    options = JudgeOptions(output, bundle or only_bundle(output), endpoint=endpoint, model=model, **given)
+    with Endpoint(endpoint, model, os.environ.get(key_variable) or None) as opened:
+        found = summary(judge(options, opened), options)
+    write_whole(output / "judge.json", json.dumps(found, indent=2) + "\n")
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    print_page(summary_tables(found, options))

@@ -1,0 +1,109 @@
+"""What a user decides about an evaluation, checked where it enters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from freeexport.metrics.metric import check_name
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.manifest import Manifest
+from runtime.errors import OptionError
+
+Method = Literal["full", "static", "free", "adaptive", "rollback", "lossless"]
+METHODS: tuple[Method, ...] = get_args(Method)
+THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to decode. `threshold`: of "free"; the others decide it themselves."""
+
+    method: Method
+    threshold: float | None = None
+    calibrated: bool = False
+
+    @property
+    def name(self) -> str:
+        at = "" if self.threshold is None else f" {self.threshold:.4g}"
+        return f"{self.method}{at}{', calibrated' if self.calibrated else ''}"
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The options of a request, in a session whose own threshold is adaptive where that is asked for."""
+        if self.method == "adaptive":
+            return {"mode": "free"}
+        return {"mode": "shallow" if self.method == "static" else self.method, "threshold": self.threshold}
+
+
+def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
+    """Of a bundle, full first: "free" at each threshold and at that of its calibration, where it has one."""
+    found: list[Setting] = []
+    for method in sorted(set(methods), key=METHODS.index):
+        if method != "free":
+            found.append(Setting(method))
+            continue
+        calibrated = manifest.threshold if manifest.threshold < NEVER_EXIT else None
+        grid = {value: Setting("free", value) for value in thresholds}
+        if calibrated is not None:
+            grid[calibrated] = Setting("free", calibrated, calibrated=True)
+        found.extend(grid[value] for value in sorted(grid))
+    return found
+
+
+def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tuple[Method, ...]]:
+    """Of an argument `BUNDLE`, or `BUNDLE=METHOD,METHOD`, whose methods then stand in place of `methods`."""
+    path, equals, listed = text.rpartition("=")
+    if equals and listed and set(listed.split(",")) <= set(METHODS):
+        return Path(path), methods_of(listed)
+    return Path(text), tuple(methods)
+
+
+def methods_of(text: str) -> tuple[Method, ...]:
+    """From names with commas between. Raises OptionError for one that there is not."""
+    names = [name.strip() for name in text.split(",")]
+    known: dict[str, Method] = {name: name for name in METHODS}
+    for name in names:
+        if name not in known:
+            raise OptionError(f"--methods {name!r} is no method; choose from {', '.join(METHODS)}")
+    return tuple(known[name] for name in names)
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """`bundles`: each with its methods. `metrics`: the first is that of curves. `rounds`: how often everything is
+    decoded, interleaved; the median of a line counts. `quality`: the share of the full model's that "the fastest
+    setting" must keep. `output`: the directory of results, which another run goes on with."""
+
+    bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
+    data: Path
+    output: Path
+    metrics: tuple[str, ...]
+    thresholds: tuple[float, ...] = THRESHOLDS
+    samples: int = 500
+    rounds: int = 1
+    max_new_tokens: int = 128
+    threads: int | None = None
+    quality: float = 0.99
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in self.metrics:
+            check_name(name)
+        for value in self.thresholds:
+            if not 0 <= value < NEVER_EXIT:
+                raise OptionError(f"--threshold {value:g} is out of range; choose one from 0 to below 1")
+        for name in ("samples", "rounds", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise OptionError(f"{name} is {getattr(self, name)!r}; choose 1 or more")
+        if not 0 < self.quality <= 1:
+            raise OptionError(f"target quality is {self.quality!r}; choose a share above 0, up to 1")
+        if not self.bundles or "full" not in self.bundles[0][1]:
+            raise OptionError(
+                "the first bundle has no method full, which others are compared with; add it to --methods"
+            )
+        paths = [path.resolve() for path, _ in self.bundles]
+        if len(set(paths)) < len(paths):
+            raise OptionError(f"{max(paths, key=paths.count)} is named twice; name it once, with all its methods")

@@ -1,0 +1,1 @@
+"""How good outputs are against references: one scale for `calibrate`, `tune` and `evaluate`."""

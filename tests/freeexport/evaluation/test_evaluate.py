@@ -1,0 +1,259 @@
+"""`freeexport evaluate` from bundles and data to its report."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from checkpoints import CASES
+from click.testing import CliRunner, Result
+from conftest import Bundles
+
+from freeexport.calibration import source as calibration_source
+from freeexport.cli import main
+from freeexport.costs.measured import measured_costs
+from freeexport.evaluation import measure as measuring
+from freeexport.evaluation.options import METHODS, Setting, settings_of
+from freeexport.evaluation.page import pieces
+from freeexport.evaluation.records import OUTPUTS, RUN
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+
+CASE = next(case for case in CASES if case.name == "t5-relu-tied")
+Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "cores_in_use", lambda: 0.0)
+
+
+@pytest.fixture
+def path(bundle: Bundles) -> Path:
+    return bundle(CASE)
+
+
+@pytest.fixture
+def data(tmp_path: Path, path: Path) -> Path:
+    """Four lines, whose references are what the full model writes, but for the last."""
+    file = tmp_path / "data.jsonl"
+    inputs = ["one two", "<three> & four", "five six seven", "x"]
+    with Session(path, slots=1) as session:
+        texts = [session.generate(text, mode="full", max_new_tokens=12).text for text in inputs]
+    texts[-1] = "something else"
+    lines = [json.dumps({"input": text, "target": target}) for text, target in zip(inputs, texts, strict=True)]
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path, path: Path, data: Path) -> Run:
+    def call(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
+        given = ("--metric", "exact", "--max-new-tokens", 12, "--threads", 1, "--output", tmp_path / "out")
+        options = ("--threshold", 0.3, "--threshold", 0.7)
+        everything = ("evaluate", *bundles, "--data", file, *given, *options, *arguments)
+        return CliRunner().invoke(main, [str(one) for one in everything])
+
+    return call
+
+
+def figures(result: Result) -> dict[str, dict[str, Any]]:
+    assert result.exit_code == 0, result.output
+    return {row["setting"]: row for row in json.loads(result.stdout)["rows"]}
+
+
+def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: Path) -> None:
+    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback"))
+    result = run("--methods", methods, "--rounds", 2, "--metric", "chrf", "--json")
+    rows = figures(result)
+    assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lossless"]
+    full, static, lossless = rows["full"], rows["static"], rows["lossless"]
+    assert full["scores"]["exact"]["value"] == 0.75
+    assert full["request_speed"] == full["scores"]["exact"]["relative"] == full["same"] == 1
+    assert (full["layers"], static["layers"], static["exit_rate"]) == (CASE.layers, 1, 1)
+    assert lossless["same"] == 1
+    assert lossless["scores"] == {name: {**score, "low": 1, "high": 1} for name, score in full["scores"].items()}
+    assert rows["free 0.3"]["exit_rate"] >= rows["free 0.7"]["exit_rate"]
+    assert all(row["request_speed"] > 0 and row["lines"] == 4 for row in rows.values())
+    out = tmp_path / "out"
+    with (out / "evaluation.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["setting"] for row in listed] == list(rows)
+    assert float(listed[0]["exact value"]) == 0.75
+    assert json.loads((out / "evaluation.json").read_text())["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
+    lines = (out / "results.md").read_text().splitlines()
+    assert len({line.count("|") for line in lines[: 2 + len(rows)]}) == 1
+    assert lines[2].startswith(f"| {listed[0]['bundle']} | fp32 | full | 0.7500 | 100.0%")
+    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(out / "curve.svg").getroot().tag.endswith("svg")
+    records = [json.loads(line) for line in (out / OUTPUTS).read_text().splitlines()]
+    assert len(records) == 5 * 4 * 2
+    assert {record["busy"] for record in records} == {0}
+
+
+def test_the_report_is_one_file_with_escaped_text_and_marked_tokens(run: Run, tmp_path: Path) -> None:
+    assert run("--methods", "full,static").exit_code == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "&lt;three&gt; &amp; four" in text
+    assert "<three>" not in text
+    assert '<span class="exited">' in text.partition("<h2>Outputs</h2>")[2]
+    assert "text-decoration:underline" in text
+    assert "<svg" in text
+    assert not any(word in text for word in ("<script", "src=", "<link", "@import"))
+
+
+def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    decode = measuring._decode
+
+    def counted(*given: Any) -> Any:
+        decoded.append(given[4][0])
+        if len(decoded) == 5:
+            raise KeyboardInterrupt
+        return decode(*given)
+
+    monkeypatch.setattr(measuring, "_decode", counted)
+    assert run("--methods", "full,lossless").exit_code == 130
+    outputs = tmp_path / "out" / OUTPUTS
+    before = outputs.read_text()
+    assert before.count("\n") == 4
+    outputs.write_text(before + '{"bundle": "t5-re')  # as a killed process leaves it
+    assert run("--methods", "full,lossless").exit_code == 0
+    assert decoded == [1, 1, 2, 2, 3, 3, 3, 4, 4]
+    assert outputs.read_text().startswith(before)
+    # Another metric, and more rounds, need no more than what is new.
+    assert run("--methods", "full,lossless", "--metric", "wer").exit_code == 0
+    assert len(decoded) == 9
+    assert run("--methods", "full,lossless", "--rounds", 2).exit_code == 0
+    assert len(decoded) == 17
+
+
+def test_an_output_of_another_run_is_refused_by_what_differs(run: Run, tmp_path: Path) -> None:
+    assert run("--methods", "full").exit_code == 0
+    result = run("--methods", "full,static", "--samples", 3)
+    assert result.exit_code == 1
+    assert "holds another run, with other samples, settings; name another --output" in result.stderr
+    assert run("--methods", "full,static", "--samples", 3, "--overwrite").exit_code == 0
+    (tmp_path / "out" / RUN).unlink()
+    assert "is not what evaluate writes (no run.json)" in run("--overwrite").stderr
+
+
+def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
+    run: Run, bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_source, "measured_costs", partial(measured_costs, rounds=1, seconds=0.1))
+    calibration = tmp_path / "calibration.json"
+    many = tmp_path / "many.jsonl"
+    many.write_text("".join(json.dumps({"input": f"line {n}"}) + "\n" for n in range(12)))
+    source = bundle(CASE)
+    done = CliRunner().invoke(
+        main,
+        [*map(str, ("calibrate", source, "--data", many, "--agreement", 0.3, "--max-new-tokens", 12)), "--output",
+         str(calibration)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    calibrated = bundle(CASE, calibration=calibration)
+    assert 0 < Bundle.open(calibrated).manifest.threshold < 1
+    rows = figures(run("--methods", "full,free,adaptive", "--json", bundles=(calibrated,)))
+    assert any("calibrated" in name for name in rows)
+    records = [json.loads(line) for line in (tmp_path / "out" / OUTPUTS).read_text().splitlines()]
+    states = [record["adaptive_state"] for record in records if record["setting"] == "adaptive"]
+    assert len(states) == 4
+    assert states[0] != states[-1]
+    assert all(0 <= record["threshold"] <= 1 for record in records if record["setting"] == "adaptive")
+
+
+def test_figures_say_what_they_mean_where_the_exit_was_not_trained(run: Run) -> None:
+    notes = json.loads(run("--methods", "full,static,free", "--json").stdout)["notes"]
+    assert any(
+        "was not trained for its exit after layer 1: its figures for static, free show" in note for note in notes
+    )
+    assert any("is not calibrated" in note for note in notes)
+
+
+def test_each_bundle_has_the_methods_that_were_given_for_it(run: Run, bundle: Bundles, path: Path) -> None:
+    other = bundle(CASE, 2)
+    rows = json.loads(run("--json", bundles=(f"{path}=full,free", f"{other}=static")).stdout)["rows"]
+    assert [(row["bundle"], row["setting"]) for row in rows] == [
+        (str(path), "full"), (str(path), "free 0.3"), (str(path), "free 0.7"), (str(other), "static"),
+    ]  # fmt: skip
+    assert rows[-1]["against"] == str(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--metric", "rouge"), "'rouge' is no metric; choose from exact"),
+        (("--metric", "case-f1x:y.z"), "is no metric"),
+        (("--metric", "no_such_module:f"), "No module named 'no_such_module'"),
+        (("--methods", "full,calm"), "'calm' is no method; choose from full"),
+        (("--methods", "free"), "the first bundle has no method full"),
+        (("--threshold", "1"), "--threshold 1 is out of range"),
+        (("--target-quality", "0"), "target quality is 0.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_decoded(
+    run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    result = run(*arguments)
+    assert result.exit_code in (1, 2)
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([{"input": "x"}], "line 1 has no 'target' and no 'references'"),
+        ([{"input": "x", "target": "y", "references": 3}], "line 1: 'references' is 3"),
+        ([{"input": "long " * 200, "target": "y"}], "none of the 1 inputs can be used; line 1"),
+        ([{"input": "x", "target": "lower case"}], "metric case-f1 does not fit these data"),
+    ],
+)
+def test_data_that_cannot_be_compared_are_refused(
+    run: Run, tmp_path: Path, lines: list[dict[str, Any]], message: str
+) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    extra = ("--metric", "case-f1") if "case-f1" in message else ()
+    result = run(*extra, file=file)
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_a_metric_that_the_full_model_scores_0_in_is_noted(run: Run, tmp_path: Path) -> None:
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"input": "x", "target": "q"}\n{"input": "y", "target": "q"}\n')
+    found = json.loads(run("--methods", "full,static", "--json", file=file).stdout)
+    assert any("exact gives the full model of" in note for note in found["notes"])
+    assert found["rows"][1]["scores"]["exact"]["relative"] is None
+
+
+def test_settings_have_the_calibrated_threshold_once(path: Path) -> None:
+    manifest = replace(Bundle.open(path).manifest, threshold=0.7)
+    assert settings_of(("free", "full"), (0.7, 0.3), manifest) == [
+        Setting("full"),
+        Setting("free", 0.3),
+        Setting("free", 0.7, calibrated=True),
+    ]
+
+
+def test_pieces_of_an_output_make_its_text(path: Path) -> None:
+    with Session(path, slots=1) as session:
+        tokenizer, ends = session.tokenizer, set(session.manifest.eos_token_ids)
+    assert tokenizer is not None
+    ids = [*tokenizer.encode("a naïve text", special=False), *ends]
+    found = pieces(tokenizer, ids, ends)
+    assert len(found) == len(ids)
+    assert "".join(found) == "a naïve text"
+    assert "ï" in found  # of two bytes, with the second
+    assert pieces(None, [3, 4], ends) == ["3 ", "4 "]
