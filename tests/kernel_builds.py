@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,7 +25,8 @@ def objects(folder: Path, compiler: str, processor: str, *extra: str, **replaced
         run(compiler, "-fPIC", *flags, *extra, "-c", str(ROOT / source), "-o", made)
         return made
 
-    files = setup.sources(processor)
+    with chdir(ROOT):
+        files = setup.sources(processor)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(compiled, files, files.values()))
 
