@@ -67,7 +67,7 @@ class BuildLibrary(build_ext):
             objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
-            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed"], target_lang="c++"
+            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed,-z,defs"], target_lang="c++"
         )
 
 

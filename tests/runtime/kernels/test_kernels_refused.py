@@ -127,6 +127,6 @@ def test_what_the_library_says_to_onnx_runtime_is_one_line(monkeypatch):
         def register_custom_ops_library(self, path):
             raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : freeexport: it is too old\nand so on")
 
-    with pytest.raises(EngineError, match="^it is too old$"):
+    with pytest.raises(EngineError, match=r"^it is too old$"):
         register(Options())
     register(ort.SessionOptions())
