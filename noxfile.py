@@ -1,10 +1,24 @@
-"""Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters."""
+"""Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters.
+
+`nox -s wheels` makes the wheels, `nox -s sanitize` tries the kernels under sanitizers.
+"""
 
 from __future__ import annotations
+
+import platform
+import re
+import shutil
+from pathlib import Path
 
 import nox
 
 nox.options.reuse_existing_virtualenvs = True
+
+nox.options.sessions = ["tests", "lint"]
+
+# The oldest glibc that a wheel with the library may ask for, and Debian's compilers.
+GLIBC = (2, 28)
+COMPILERS = {"x86_64": "x86_64-linux-gnu-g++", "aarch64": "aarch64-linux-gnu-g++"}
 
 TRANSFORMERS = {"4.57": "transformers>=4.57,<4.58", "5": "transformers>=5,<6"}
 
@@ -25,3 +39,39 @@ def lint(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("processor", list(COMPILERS), ids=list(COMPILERS))
+def wheels(session: nox.Session, processor: str) -> None:
+    """Make a wheel with the kernels in dist/, for this processor or, cross-compiled, for another."""
+    compiler, made = COMPILERS[processor], Path(session.create_tmp())
+    if shutil.which(compiler) is None:
+        session.error(f"{compiler} is missing (Debian: apt-get install g++-{processor.replace('_', '-')}-linux-gnu)")
+    session.install("build", "setuptools>=77", "wheel", "auditwheel", "check-wheel-contents")
+    environment = {"CXX": compiler, "_PYTHON_HOST_PLATFORM": f"linux-{processor}", "FREEEXPORT_KERNELS": "require"}
+    shutil.rmtree(made, ignore_errors=True)
+    # By way of a source distribution: what an earlier build left here must not come in.
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(made), env=environment)
+    (wheel,) = made.glob("*.whl")
+    report = " ".join(str(session.run("auditwheel", "show", str(wheel), silent=True)).split())
+    found = re.search(r'platform tag: "manylinux_(\d+)_(\d+)_' + processor, report)
+    if found is None or (int(found[1]), int(found[2])) > GLIBC:
+        session.error(f"the wheel is not for manylinux_{GLIBC[0]}_{GLIBC[1]}_{processor}: {report}")
+    tag = f"manylinux_{GLIBC[0]}_{GLIBC[1]}_{processor}"
+    session.run("wheel", "tags", "--remove", "--platform-tag", tag, str(wheel))
+    (wheel,) = made.glob(f"*{tag}.whl")
+    session.run("check-wheel-contents", "--toplevel", "freeexport,graphs,runtime", str(wheel))
+    Path("dist").mkdir(exist_ok=True)
+    session.log(f"made {shutil.copy(wheel, 'dist')}")
+    if processor == platform.machine():
+        session.install("--force-reinstall", f"freeexport[cpu] @ {wheel.resolve().as_uri()}")
+        session.chdir(made)  # not the checkout: what is imported must be what was installed
+        session.run("python", "-c", "from runtime.kernels import instructions; print(instructions())")
+
+
+@nox.session
+def sanitize(session: nox.Session) -> None:
+    """Run every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    session.install("-e", ".[cpu,convert]")
+    session.run("python", "tests/kernel_sanitizer.py", session.create_tmp())

@@ -1,13 +1,14 @@
 """Builds the library of our own operators where there is a C++ compiler. All else stands in pyproject.toml.
 
-FREEEXPORT_KERNELS=require makes a library that cannot be built an error, =skip builds none.
+FREEEXPORT_KERNELS=require makes a library that cannot be built an error, =skip builds none. For another processor than
+this one CXX names a compiler for it, and _PYTHON_HOST_PLATFORM the platform (`nox -s wheels`).
 """
 
 from __future__ import annotations
 
 import os
-import platform
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -19,18 +20,29 @@ SOURCE = Path("runtime", "kernels", "source")
 # The same bits everywhere: no multiplication and addition may become one operation unless the source says so.
 FLAGS = ["-std=c++17", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti"]
 _AVX2, _AVX512 = "-mavx2 -mfma -mf16c", "-mavx512f -mavx512bw -mavx512dq -mavx512vl"
-# Of the files that are compiled for other instructions than the processor's first.
+# Of the files that are compiled for other instructions than the processor's first, by its name.
 INSTRUCTIONS = {
-    "avx2": _AVX2,
-    "avx2_vnni": f"{_AVX2} -mavxvnni",
-    "avx512": f"{_AVX2} {_AVX512}",
-    "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
+    "x86_64": {
+        "avx2": _AVX2,
+        "avx2_vnni": f"{_AVX2} -mavxvnni",
+        "avx512": f"{_AVX2} {_AVX512}",
+        "avx512_vnni": f"{_AVX2} {_AVX512} -mavx512vnni",
+    },
+    "aarch64": {"neon": "-march=armv8-a+dotprod", "neon_i8mm": "-march=armv8-a+i8mm"},
 }
 
 
-def sources() -> list[str]:
-    left_out = {"check_ort_api"} | (set() if platform.machine() in ("x86_64", "AMD64") else set(INSTRUCTIONS))
-    return [str(path) for path in sorted(SOURCE.glob("*.cpp")) if path.stem not in left_out]
+def processor() -> str:
+    """Which the library is built for."""
+    return sysconfig.get_platform().rpartition("-")[2]
+
+
+def sources(built_for: str) -> dict[str, list[str]]:
+    """The files of a library, with the flags of each."""
+    given = INSTRUCTIONS.get(built_for, {})
+    left_out = {"check_ort_api"}.union(*INSTRUCTIONS.values()) - set(given)
+    files = [path for path in sorted(SOURCE.glob("*.cpp")) if path.stem not in left_out]
+    return {str(path): FLAGS + given.get(path.stem, "").split() for path in files}
 
 
 def extensions() -> list[Extension]:
@@ -40,7 +52,7 @@ def extensions() -> list[Extension]:
     if wish == "skip" or not sys.platform.startswith("linux"):
         return []
     headers = [str(path) for path in sorted(SOURCE.glob("*.h"))]
-    return [Extension(NAME, sources(), depends=headers, language="c++", optional=wish != "require")]
+    return [Extension(NAME, list(sources(processor())), depends=headers, language="c++", optional=wish != "require")]
 
 
 class BuildLibrary(build_ext):
@@ -51,12 +63,11 @@ class BuildLibrary(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         objects = []
-        for source in ext.sources:
-            flags = FLAGS + INSTRUCTIONS.get(Path(source).stem, "").split()
+        for source, flags in sources(processor()).items():
             objects += self.compiler.compile([source], output_dir=self.build_temp, extra_postargs=flags)
         target = self.get_ext_fullpath(ext.name)
         self.compiler.link_shared_object(
-            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed"], target_lang="c++"
+            objects, target, libraries=["m"], extra_preargs=["-Wl,--as-needed,-z,defs"], target_lang="c++"
         )
 
 

@@ -11,26 +11,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+from kernel_builds import objects, run
+
 ROOT = Path(__file__).resolve().parent.parent
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g"]
 
 
 def build(folder: Path) -> Path:
     """The library, with the flags that setup.py has and the sanitizers."""
-    sys.path.insert(0, str(ROOT))
-    import setup
-
-    objects = []
-    for source in setup.sources():
-        name = Path(source).stem
-        flags = setup.INSTRUCTIONS.get(name, "")
-        if name == "avx2_vnni":
-            flags = flags.replace("-mavxvnni", "-mavx512vl -mavx512vnni")
-        objects.append(str(folder / f"{name}.o"))
-        command = ["g++", "-fPIC", *setup.FLAGS, *flags.split(), *SANITIZE, "-c", str(ROOT / source), "-o", objects[-1]]
-        subprocess.run(command, check=True)
+    as_avx512 = "-mavx2 -mfma -mf16c -mavx512vl -mavx512vnni"
+    files = objects(folder, "g++", "x86_64", *SANITIZE, avx2_vnni=as_avx512)
     library = folder / "sanitized.so"
-    subprocess.run(["g++", "-shared", *SANITIZE, *objects, "-o", str(library)], check=True)
+    run("g++", "-shared", *SANITIZE, *files, "-o", str(library))
     return library
 
 

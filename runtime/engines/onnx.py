@@ -41,7 +41,8 @@ class OnnxEngine:
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
         except Exception as error:
-            raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
+            upgrade = "; upgrade freeexport" if "is not a registered function/op" in str(error) else ""
+            raise EngineError(f"{path.name} cannot be loaded: {_first_line(error)}{upgrade}") from error
         device.check_active(self.session, path.name)
         self.file = path.name
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,18 @@ def register(options: Any, needed: int = VERSION) -> None:
     if needed > VERSION:
         raise EngineError(f"version {needed} of freeexport's kernels is needed, {VERSION} is here; upgrade freeexport")
     if name == "scalar":
-        logger.warning("this processor has no AVX2: freeexport's kernels run without vector instructions, slowly")
-    options.register_custom_ops_library(str(LIBRARY))
+        chosen = os.environ.get("FREEEXPORT_INSTRUCTIONS")
+        why = "FREEEXPORT_INSTRUCTIONS is scalar" if chosen else "this processor has neither AVX2 nor NEON dot products"
+        _warn_once(f"{why}: freeexport's kernels run without vector instructions, slowly")
+    try:
+        options.register_custom_ops_library(str(LIBRARY))
+    except Exception as error:  # of a class that only ONNX Runtime names
+        raise EngineError(str(error).splitlines()[0].rpartition("freeexport: ")[2]) from error
 
 
 def instructions() -> str:
     """The instruction set that the kernels use here, by the processor or FREEEXPORT_INSTRUCTIONS: scalar, avx2,
-    avx2-vnni, avx512 or avx512-vnni. EngineError where there is none."""
+    avx2-vnni, avx512, avx512-vnni, neon or neon-i8mm. EngineError where there is none."""
     problem = ctypes.c_char_p()
     name: bytes | None = _library(LIBRARY).freeexport_instructions(ctypes.byref(problem))
     if name is None:
@@ -58,6 +64,11 @@ def kernels_of(needed: int | None) -> str:
         return f"freeexport's own, version {needed}, " + (f"with {instructions()} here" if problem is None else problem)
     slower = "" if problem is None else f", which are slower; {problem}"
     return f"ONNX Runtime's{slower}"
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @cache

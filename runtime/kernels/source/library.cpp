@@ -18,9 +18,10 @@ void serial(void*, void (*task)(void*, size_t), size_t total, void* data) {
 EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOptions* options,
                                                   const freeexport::ort::ApiBase* base) {
   using namespace freeexport;
-  // A runtime that is older has no interface of this version; it logs that, and a graph then lacks its operators.
   const ort::Api* api = base->GetApi(ort::kApiVersion);
-  if (api == nullptr) return nullptr;
+  if (api == nullptr)  // which it logs; the first version can say so, too
+    return fail(base->GetApi(1), ort::kEngineError, "ONNX Runtime %s is too old for these kernels; install 1.%u or later",
+                base->GetVersionString(), ort::kApiVersion);
   const char* problem = nullptr;
   if (choose_kernels(&problem) == nullptr) return fail(api, ort::kEngineError, "%s", problem);
   // ONNX Runtime keeps pointers to it, for sessions that may outlive any owner here.

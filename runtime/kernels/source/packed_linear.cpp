@@ -14,6 +14,8 @@ constexpr int64_t kManyInputs = 64 << 10, kPreparedRows = 8;
 const Kernels* const kAll[] = {  // the best first
 #if defined(__x86_64__)
     &kAvx512Vnni, &kAvx512, &kAvx2Vnni, &kAvx2,
+#elif defined(__aarch64__)
+    &kNeonI8mm, &kNeon,
 #endif
     &kScalar,
 };
@@ -98,8 +100,14 @@ const Kernels* choose_kernels(const char** problem) {
   }
   const Kernels* found = find_kernels(wanted);
   if (found == nullptr) {
-    *problem = "FREEEXPORT_INSTRUCTIONS names no instruction set of freeexport's kernels; choose scalar, avx2, "
-               "avx2-vnni, avx512 or avx512-vnni, or unset it";
+    *problem = "FREEEXPORT_INSTRUCTIONS names no instruction set of freeexport's kernels; choose scalar, "
+#if defined(__x86_64__)
+               "avx2, avx2-vnni, avx512 or avx512-vnni, or unset it";
+#elif defined(__aarch64__)
+               "neon or neon-i8mm, or unset it";
+#else
+               "or unset it";
+#endif
   } else if (!found->supported()) {
     *problem = "FREEEXPORT_INSTRUCTIONS names instructions that this processor lacks; unset it";
     found = nullptr;

@@ -81,6 +81,8 @@ struct Kernels {
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni;
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonI8mm;
 #endif
 
 // False where there is no memory for it.

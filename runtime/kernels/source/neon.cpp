@@ -1,0 +1,37 @@
+// NEON with dot products of signed bytes (ARMv8.2 DotProd).
+#include "vec_neon.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec : VecNeon {
+  // Weights of 8 bits are taken as signed, 128 less than they are; 128 times the sum of the group is added again.
+  static constexpr uint8_t kFlip = 128;
+  static Int unflipped(int8x16_t first, int8x16_t second, Int start) {
+    const int8x16_t ones = vdupq_n_s8(1);
+    const int32_t sum = vaddvq_s32(vdotq_s32(vdotq_s32(vdupq_n_s32(0), first, ones), second, ones));
+    const int32x4_t missing = vdupq_n_s32(sum * 128);
+    return {vaddq_s32(start.low, missing), vaddq_s32(start.high, missing)};
+  }
+  template <int Lane>
+  static int32x4_t dot_quad(int32x4_t sum, uint8x16_t weights, int8x16_t a) {
+    return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(weights), a, Lane);
+  }
+  template <int Bits>
+  using Quads = NeonQuads<Vec, Bits>;
+};
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
+namespace freeexport {
+
+const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panel_rows,
+                       store_row, attend, piece};
+
+}  // namespace freeexport

@@ -1,0 +1,31 @@
+// NEON with dot products of unsigned and signed bytes (ARMv8.6 I8MM).
+#include "vec_neon.h"
+
+namespace freeexport {
+namespace {
+
+struct Vec : VecNeon {
+  static constexpr uint8_t kFlip = 0;
+  static Int unflipped(int8x16_t, int8x16_t, Int start) { return start; }
+  template <int Lane>
+  static int32x4_t dot_quad(int32x4_t sum, uint8x16_t weights, int8x16_t a) {
+    return vusdotq_laneq_s32(sum, weights, a, Lane);
+  }
+  template <int Bits>
+  using Quads = NeonQuads<Vec, Bits>;
+};
+
+}  // namespace
+}  // namespace freeexport
+
+#include "tiles.h"
+
+#include "attention_tiles.h"
+#include "best_two_tiles.h"
+
+namespace freeexport {
+
+const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panel_rows,
+                           store_row, attend, piece};
+
+}  // namespace freeexport

@@ -1,0 +1,96 @@
+// 8 outputs in two registers of NEON. Everything but the products of bytes, which differ.
+#pragma once
+
+#include <arm_neon.h>
+#include <sys/auxv.h>
+
+#include <cstdint>
+
+namespace freeexport {
+namespace {
+
+struct VecNeon {
+  struct Int {
+    int32x4_t low, high;
+  };
+  struct Float {
+    float32x4_t low, high;
+  };
+  static constexpr int kLanes = 8, kRows = 4;
+
+  static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
+  // The sum of 16 values: halves are added to each other.
+  static float fold(const Float (&parts)[2]) {
+    const float32x4_t four = vaddq_f32(vaddq_f32(parts[0].low, parts[1].low), vaddq_f32(parts[0].high, parts[1].high));
+    return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
+  }
+  static Float zero() { return set(0.0f); }
+  static Int all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
+  static Float floats(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }
+  static Float halves(const uint16_t* from) {
+    const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(from));
+    return {vcvt_f32_f16(vget_low_f16(half)), vcvt_high_f32_f16(half)};
+  }
+  static Int widened(const uint8_t* from) {
+    const uint16x8_t wide = vmovl_u8(vld1_u8(from));
+    return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
+  }
+  static Int times_small(Int a, int32_t b) { return {vmulq_n_s32(a.low, b), vmulq_n_s32(a.high, b)}; }
+  static Float times(Int a, float b) {
+    return {vmulq_n_f32(vcvtq_f32_s32(a.low), b), vmulq_n_f32(vcvtq_f32_s32(a.high), b)};
+  }
+  static Float add_product(Float a, Float b, Float c) {
+    return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
+  }
+  static void store(float* to, Float value) {
+    vst1q_f32(to, value.low);
+    vst1q_f32(to + 4, value.high);
+  }
+};
+
+// The 8 quads of a group, for 8 outputs: what `V::dot_quad<i>` multiplies with inputs 4i to 4i + 3, which are lane i of
+// a register. `V::kFlip` turns weights of 8 bits into what it takes.
+template <typename V, int Bits>
+struct NeonQuads {
+  uint8x16_t low[8], high[8];
+
+  explicit NeonQuads(const uint8_t* data) {
+    for (int j = 0; j < Bits; j++) {
+      const uint8x16_t first = vld1q_u8(data + 64 * j), second = vld1q_u8(data + 64 * j + 16);
+      if constexpr (Bits == 4) {
+        low[2 * j] = vandq_u8(first, vdupq_n_u8(15));
+        high[2 * j] = vandq_u8(second, vdupq_n_u8(15));
+        low[2 * j + 1] = vshrq_n_u8(first, 4);
+        high[2 * j + 1] = vshrq_n_u8(second, 4);
+      } else {
+        low[j] = veorq_u8(first, vdupq_n_u8(V::kFlip));
+        high[j] = veorq_u8(second, vdupq_n_u8(V::kFlip));
+      }
+    }
+  }
+
+  typename V::Int dot(const int8_t* a, typename V::Int start) const {
+    const int8x16_t first = vld1q_s8(a), second = vld1q_s8(a + 16);
+    if constexpr (Bits == 8) start = V::unflipped(first, second, start);
+    typename V::Int odd = V::all(0);
+    add<0>(first, start);
+    add<1>(first, odd);
+    add<2>(first, start);
+    add<3>(first, odd);
+    add<4>(second, start);
+    add<5>(second, odd);
+    add<6>(second, start);
+    add<7>(second, odd);
+    return {vaddq_s32(start.low, odd.low), vaddq_s32(start.high, odd.high)};
+  }
+
+ private:
+  template <int Quad>
+  void add(int8x16_t a, typename V::Int& sum) const {
+    sum.low = V::template dot_quad<Quad % 4>(sum.low, low[Quad], a);
+    sum.high = V::template dot_quad<Quad % 4>(sum.high, high[Quad], a);
+  }
+};
+
+}  // namespace
+}  // namespace freeexport

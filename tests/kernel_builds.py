@@ -1,0 +1,47 @@
+"""The library of our own operators, built by the compiler and with the flags that a test wants."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import chdir
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def objects(folder: Path, compiler: str, processor: str, *extra: str, **replaced: str) -> list[str]:
+    """Every file of the library, compiled into `folder` with the flags of setup.py, `replaced` for files of that name,
+    and `extra` ones behind them."""
+    sys.path.insert(0, str(ROOT))
+    import setup
+
+    def compiled(source: str, flags: list[str]) -> str:
+        name = Path(source).stem
+        flags = setup.FLAGS + replaced[name].split() if name in replaced else flags
+        made = str(folder / f"{name}.o")
+        run(compiler, "-fPIC", *flags, *extra, "-c", str(ROOT / source), "-o", made)
+        return made
+
+    with chdir(ROOT):
+        files = setup.sources(processor)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compiled, files, files.values()))
+
+
+def check_program(folder: Path, compiler: str, processor: str, *extra: str, **replaced: str) -> Path:
+    """kernel_check.cpp with the library in it, which needs nothing else to run."""
+    source = [f"-I{ROOT / 'runtime/kernels/source'}", str(ROOT / "tests/kernel_check.cpp")]
+    files = objects(folder, compiler, processor, *extra, **replaced)
+    program = folder / "kernel_check"
+    run(compiler, "-std=c++17", "-O2", "-ffp-contract=off", *extra, *source, *files, "-static", "-o", str(program))
+    return program
+
+
+def run(*command: str) -> str:
+    """What a program prints; AssertionError with all that it printed where it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+    return done.stdout

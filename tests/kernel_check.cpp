@@ -1,0 +1,209 @@
+// A program that tries every instruction set of the library that it is linked with, where Python is not to be had: under
+// an emulator, say. Products against float64, everything against plain C++, bit for bit; and a number that is the same
+// on every processor, made of all results of plain C++.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "packed_linear.h"
+
+using namespace freeexport;
+
+namespace {
+
+std::mt19937 random_bits(1);
+uint64_t digest = 1469598103934665603u;  // FNV-1a
+
+int64_t between(int64_t low, int64_t high) { return low + random_bits() % (high - low + 1); }
+// About normal, without the library's own functions, which differ from one to the next.
+float value() {
+  int64_t sum = 0;
+  for (int i = 0; i < 4; i++) sum += between(-1000, 1000);
+  return static_cast<float>(sum) / 1024.0f;
+}
+std::vector<float> floats(int64_t count) {
+  std::vector<float> all(count);
+  for (float& one : all) one = value();
+  return all;
+}
+
+void serial(void*, void (*task)(void*, size_t), size_t total, void* data) {
+  for (size_t i = 0; i < total; i++) task(data, i);
+}
+
+void add_to_digest(const std::vector<float>& y) {
+  for (float one : y) {
+    uint32_t bits;
+    std::memcpy(&bits, &one, 4);
+    digest = (digest ^ bits) * 1099511628211u;
+  }
+}
+
+void expect(bool good, const char* name, const char* what) {
+  if (good) return;
+  std::printf("%s: %s\n", name, what);
+  std::exit(1);
+}
+
+bool same(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+struct Packed {
+  Weight weight;
+  std::vector<uint8_t> data, zeros;
+  std::vector<uint16_t> scales;
+  std::vector<float> bias;
+
+  Packed(int64_t outputs, int64_t inputs, int bits) : weight{} {
+    weight.outputs = outputs, weight.inputs = inputs, weight.bits = bits;
+    weight.block = kGroup << between(0, 2);
+    data.resize(weight.panels() * weight.groups() * weight.group_bytes());
+    scales.resize(weight.panels() * weight.blocks() * kPanel);
+    zeros.resize(scales.size());
+    for (auto& one : data) one = random_bits();
+    for (auto& one : scales) one = (between(0, 1) << 15) | between(0, 0x3c00);  // up to 1, with denormal ones
+    for (auto& one : zeros) one = between(0, bits == 4 ? 15 : 255);
+    weight.data = data.data(), weight.scales = scales.data();
+    if (between(0, 1)) weight.zeros = zeros.data();
+    bias = floats(outputs);
+    if (between(0, 1)) weight.bias = bias.data();
+  }
+
+  // By the layout that packed_linear.h describes.
+  double at(int64_t output, int64_t input) const {
+    const int64_t panel = output / kPanel, lane = output % kPanel, group = input / kGroup, quad = input % kGroup / 4;
+    const uint8_t* bytes = data.data() + (panel * weight.groups() + group) * weight.group_bytes();
+    const uint8_t byte = bytes[(weight.bits == 4 ? quad / 2 : quad) * 64 + lane * 4 + input % 4];
+    const int whole = weight.bits == 8 ? byte : quad % 2 ? byte >> 4 : byte & 15;
+    const int64_t block = (panel * weight.blocks() + input / weight.block) * kPanel + lane;
+    const int zero = weight.zeros ? zeros[block] : weight.bits == 4 ? 8 : 128;
+    const int exponent = scales[block] >> 10 & 31, fraction = scales[block] & 1023;
+    const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
+    return (whole - zero) * (scales[block] & 0x8000 ? -size : size);
+  }
+};
+
+// Rows that are rounded to 8 bits as the operator says it does, times the weight.
+void expect_product(const Product& product, const std::vector<float>& y, const Packed& packed) {
+  const int64_t inputs = product.weight.inputs, outputs = product.weight.outputs;
+  double largest = 0, furthest = 0;
+  for (int64_t row = 0; row < product.rows; row++) {
+    std::vector<double> rounded(inputs);
+    for (int64_t first = 0; first < inputs; first += kGroup) {
+      const float* x = product.x + row * inputs;
+      const int64_t end = first + kGroup < inputs ? first + kGroup : inputs;
+      float peak = 0;
+      for (int64_t i = first; i < end; i++) peak = std::fmax(peak, std::fabs(x[i]));
+      const float step = 127.0f / peak;
+      for (int64_t i = first; i < end && peak > 0; i++) rounded[i] = std::nearbyint(x[i] * step) * (peak / 127.0f);
+    }
+    for (int64_t output = 0; output < outputs; output++) {
+      double sum = product.weight.bias ? product.weight.bias[output] : 0;
+      for (int64_t i = 0; i < inputs; i++) sum += rounded[i] * packed.at(output, i);
+      largest = std::fmax(largest, std::fabs(sum));
+      furthest = std::fmax(furthest, std::fabs(sum - y[row * outputs + output]));
+    }
+  }
+  expect(furthest <= 4e-6 * largest, "scalar", "a product is not that of float64");
+}
+
+std::vector<float> multiplied(const Kernels& kernels, Product product, std::vector<float>* total) {
+  std::vector<float> y(product.rows * product.weight.outputs, NAN);
+  product.y = y.data();
+  product.total = total->data();
+  expect(packed_linear(kernels, product, serial, nullptr), kernels.name, "no memory");
+  return y;
+}
+
+void try_products(const std::vector<const Kernels*>& all, bool fused) {
+  const int64_t outputs = between(1, 70), inputs = between(1, 300), rows = between(1, 33);
+  const Packed packed(outputs, inputs, between(0, 1) ? 4 : 8), up(outputs, inputs, between(0, 1) ? 4 : 8);
+  const auto x = floats(rows * inputs), skip = floats(rows * inputs), norm = floats(inputs);
+  Product product = {};
+  product.rows = rows, product.x = x.data(), product.epsilon = 1e-5f, product.weight = packed.weight;
+  if (fused) {
+    product.skip = skip.data(), product.norm = norm.data();
+    product.activation = between(0, kActivations - 1);
+    if (between(0, 1)) product.up = up.weight;
+  }
+  std::vector<float> total(x.size()), again(x.size());
+  const auto y = multiplied(kScalar, product, &total);
+  if (!fused) expect_product(product, y, packed);
+  add_to_digest(y);
+  for (const Kernels* kernels : all) {
+    expect(same(multiplied(*kernels, product, &again), y), kernels->name, "a product differs from plain C++");
+    expect(same(again, total), kernels->name, "a sum differs from plain C++");
+  }
+}
+
+void try_attention(const std::vector<const Kernels*>& all) {
+  Attention a = {};
+  a.batch = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
+  a.size = 16 * between(1, 8), a.capacity = 40, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 30) : 0;
+  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 40, a.reach = 9, a.epsilon = 1e-6f;
+  std::vector<int32_t> past, lengths;
+  for (int64_t b = 0; b < a.batch; b++) {
+    past.push_back(between(0, 25)), lengths.push_back(between(b == 0, 12));
+    a.rows += lengths[b];
+  }
+  a.past_lengths = past.data(), a.query_lengths = lengths.data();
+  const auto rows = floats(a.rows * a.width), keys = floats(a.batch * a.kv_heads * a.capacity * a.size);
+  const auto values = floats(keys.size()), cosine = floats(a.positions * a.size / 2), sine = floats(cosine.size());
+  const auto bias = floats((a.reach + 1) * a.heads), norm = floats(a.size);
+  a.input = rows.data();
+  if (between(0, 1)) a.cosine = cosine.data(), a.sine = sine.data();
+  if (between(0, 1)) a.bias = bias.data();
+  if (between(0, 1)) a.query_norm = a.key_norm = norm.data();
+  const auto attend = [&](const Kernels& kernels, std::vector<float>* key, std::vector<float>* value) {
+    std::vector<float> y(a.rows * a.heads * a.size, NAN);
+    a.past_key = a.key = key->data(), a.past_value = a.value = value->data(), a.y = y.data();
+    expect(attention(kernels, a, serial, nullptr) == nullptr, kernels.name, "attention is refused");
+    return y;
+  };
+  std::vector<float> key = keys, value = values;
+  const auto y = attend(kScalar, &key, &value);
+  add_to_digest(y), add_to_digest(key);
+  for (const Kernels* kernels : all) {
+    std::vector<float> other_key = keys, other_value = values;
+    expect(same(attend(*kernels, &other_key, &other_value), y), kernels->name, "attention differs from plain C++");
+    expect(same(other_key, key) && same(other_value, value), kernels->name, "the cache differs from plain C++");
+  }
+}
+
+void try_best_two(const std::vector<const Kernels*>& all) {
+  const auto logits = floats(between(2, kPiece));
+  BestTwo expected, found;
+  kScalar.best_of_piece(logits.data(), 7, logits.size(), &expected);
+  add_to_digest({expected.best, expected.second, expected.sum});
+  for (const Kernels* kernels : all) {
+    kernels->best_of_piece(logits.data(), 7, logits.size(), &found);
+    const bool equal = found.best_index == expected.best_index && found.second_index == expected.second_index;
+    expect(equal && same({found.best, found.second, found.sum}, {expected.best, expected.second, expected.sum}),
+           kernels->name, "the best two differ from plain C++");
+  }
+}
+
+}  // namespace
+
+// The names of the instruction sets that must be here.
+int main(int count, char** names) {
+  std::vector<const Kernels*> all;
+  for (int i = 1; i < count; i++) {
+    const Kernels* kernels = find_kernels(names[i]);
+    expect(kernels != nullptr && kernels->supported(), names[i], "is not to be had here");
+    all.push_back(kernels);
+  }
+  for (int i = 0; i < 150; i++) {
+    try_products(all, false);
+    try_products(all, true);
+    try_attention(all);
+    try_best_two(all);
+  }
+  const char* problem = nullptr;
+  const Kernels* chosen = choose_kernels(&problem);
+  std::printf("chosen %s\ndigest %016llx\n", chosen ? chosen->name : problem, static_cast<unsigned long long>(digest));
+}
