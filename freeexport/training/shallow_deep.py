@@ -54,8 +54,15 @@ class ShallowDeep(nn.Module):
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
 
     def __init__(
-        self, model: Any, description: Description, exit_layer: int, loss: LossName = "kd-dyn", alpha: float = 0.5
+        self,
+        model: Any,
+        description: Description,
+        exit_layer: int,
+        loss: LossName = "kd-dyn",
+        alpha: float = 0.5,
+        also: tuple[int, ...] = (),
     ) -> None:
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -64,7 +71,7 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
-        self.kept = losses.kept_layers(loss, exit_layer, self.layers)
+        self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         for number, layer in enumerate(decoder_layers(model, description), start=1):
             if number in self.kept:
@@ -137,12 +144,30 @@ class ShallowDeep(nn.Module):
 
 
 def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
-    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth; logits [N, V], targets [N]."""
-    shallow_loss, deep_loss = losses.cross_entropy(shallow, targets), losses.cross_entropy(deep, targets)
-    said, meant = shallow.argmax(-1), deep.argmax(-1)
-    loss = losses.by_depth({exit_layer: shallow_loss, layers: deep_loss})
+    """What `named_measures` gives, of logits [N, V] and targets [N]."""
+    by_layer = {exit_layer: losses.cross_entropy(shallow, targets), layers: losses.cross_entropy(deep, targets)}
+    return named_measures(by_layer, targets, exits_of(shallow), deep.argmax(-1))
+
+
+def exits_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [N, V]: the best token [N], and its probability minus that of the second best [N]."""
+    best = logits.float().topk(2, dim=-1)
+    chances = (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
+    return best.indices[:, 0], chances[:, 0] - chances[:, 1]
+
+
+def named_measures(
+    by_layer: dict[int, torch.Tensor],
+    targets: torch.Tensor,
+    shallow: tuple[torch.Tensor, torch.Tensor],
+    meant: torch.Tensor,
+) -> Metrics:
+    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth, of the exit layer and the last one; and by
+    row [N] the shallow prediction's `confidence` and whether it `agreed` with what the deep one `meant`."""
+    said, confidence = shallow
     hits = ((said == targets).sum(), (meant == targets).sum(), (said == meant).sum())
-    return dict(zip(MEASURES, (loss, shallow_loss, deep_loss, *hits), strict=True))
+    sums = dict(zip(MEASURES, (losses.by_depth(by_layer), *by_layer.values(), *hits), strict=True))
+    return {**sums, "confidence": confidence, "agreed": said == meant}
 
 
 def decoder_layers(model: Any, description: Description) -> nn.ModuleList:

@@ -126,6 +126,10 @@ def _tuning(
         from freeexport.training.full import tune_lora
 
         return tune_lora(checkpoint, description, options, training, validation, model)
+    if options.tune == "exit" and options.exit_layers:
+        from freeexport.training.exit_layers.frozen import tune_exit_layers
+
+        return tune_exit_layers(checkpoint, description, options, training, validation, directory.path / "states")
     if options.tune == "exit":
         from freeexport.training.exit_only import tune_exit
 
@@ -176,6 +180,7 @@ def _write(
         exit_layer=options.exit_layer,
         exit_norm=tuning.exit_norm,
         adapter_rank=tuning.adapter_rank,
+        exit_layers=tuning.exit_layers,
         base_sha256=checkpoint.sha256,
         loss=options.loss_name,
         tune=options.tune,
