@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,12 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from graphs.description import Description
 
+if TYPE_CHECKING:
+    from freeexport.training.exit_layers.module import ExitLayers
+
 Metrics = dict[str, torch.Tensor]
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
+EXIT = 0  # as a layer's number: behind the exit's own layers
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -61,8 +65,10 @@ class ShallowDeep(nn.Module):
         loss: LossName = "kd-dyn",
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
+        own: ExitLayers | None = None,
     ) -> None:
-        """`also`: layers that `hidden_states` gives beside those that the loss looks at."""
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's layers, whose
+        states it gives as number EXIT."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -71,6 +77,7 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
+        self.own = own
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         for number, layer in enumerate(decoder_layers(model, description), start=1):
@@ -94,7 +101,16 @@ class ShallowDeep(nn.Module):
             recorded = self._recording
         finally:
             self._recording = None
-        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in self.kept}
+        if self.own is not None:
+            recorded[EXIT] = self.own(recorded[self.exit_layer])
+        kept = (*self.kept, EXIT) if self.own is not None else self.kept
+        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
+
+    def read_exit(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Logits [N, V] of the exit, of what `hidden_states` gives."""
+        if self.own is None:
+            return self.head(hidden[self.exit_layer])
+        return self.head.read(self.own.norm(hidden[EXIT]))
 
     def _run(
         self,
@@ -118,8 +134,9 @@ class ShallowDeep(nn.Module):
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
             return {"loss": self._weighted(hidden, targets)}
-        states = {number: self.head.normed(state) for number, state in hidden.items()}
-        shallow, deep = self.head.read(states[self.exit_layer]), self.head.read(states[self.layers])
+        shallow = self.read_exit(hidden)
+        states = {number: self.head.normed(hidden[number]) for number in self.kept}
+        deep = self.head.read(states[self.layers])
         if not self.training:
             return measures(shallow, deep, targets, self.exit_layer, self.layers)
         loss = losses.by_depth(

@@ -14,11 +14,15 @@ from graphs.graph import Graph
 @dataclass(frozen=True)
 class Packing:
     """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
-    of the call is; of padding, any. `attended` int64 [B, rows + extra]: the same for those that attention sees."""
+    of the call is; of padding, any. `attended` int64 [B, rows + extra]: the same for those that attention sees.
+
+    `spare`: there may be none that counts, so padding has a row to be.
+    """
 
     valid: ir.Value
     rows: ir.Value
     attended: ir.Value
+    spare: bool = False
 
     def packed(self, graph: Graph, x: ir.Value) -> ir.Value:
         """[B, rows, n] -> [N, n]."""
@@ -26,11 +30,13 @@ class Packing:
 
     def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
         """[N, n] -> [B, rows + extra, n]."""
+        if self.spare:
+            x = graph.op("Pad", [x, graph.constant([0, 1]), None, graph.constant([0])])
         return graph.op("Gather", [x, self.attended], axis=0)
 
 
-def packing(graph: Graph, call: Call, extra: int = 0) -> Packing:
-    """Of a call. Attention sees so many `extra` rows of each sequence behind those of the call."""
+def packing(graph: Graph, call: Call, extra: int = 0, spare: bool = False) -> Packing:
+    """Of a call; `spare`: one in which no row may count. Attention sees so many `extra` rows of each sequence behind those of the call."""
     rows = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
     first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
     steps = graph.op("Range", [first, graph.op("Add", [rows, graph.constant(np.int64(extra))]), one])
@@ -43,4 +49,4 @@ def packing(graph: Graph, call: Call, extra: int = 0) -> Packing:
     own = attended
     if extra:
         own = graph.op("Slice", [attended, graph.constant([0]), graph.constant([-extra]), graph.constant([1])])
-    return Packing(valid, graph.op("Reshape", [own, graph.constant([-1])]), attended)
+    return Packing(valid, graph.op("Reshape", [own, graph.constant([-1])]), attended, spare)

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.linears import Products
 from graphs.quantization.ort_products import OrtProducts
@@ -45,6 +45,8 @@ class Plan:
         def format_of(weight: str) -> TensorFormat:
             if weight in (ADAPTER_DOWN, ADAPTER_UP):
                 return "fp32"
+            if weight == EXIT_MAP:  # the whole residual stream goes through it
+                return "int8-block"
             if weight == head:
                 return self.head
             return self.downs if self.downs and weight in downs else linears
@@ -142,6 +144,6 @@ def _in_blocks(format_: TensorFormat) -> TensorFormat:
 
 
 def _downs(description: Description) -> frozenset[str]:
-    encoder = description.encoder
-    layers = description.decoder.layers + (encoder.layers if isinstance(encoder, Encoder) else ())
+    encoder, decoder = description.encoder, description.decoder
+    layers = decoder.layers + decoder.exit_layers + (encoder.layers if isinstance(encoder, Encoder) else ())
     return frozenset(layer.mlp.down.weight for layer in layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from runtime.options import SessionOptions
 
 # An engine by its name.
 Load = Callable[[str], Any]
-Sizes = tuple[range, int, int, int, int, Any]
+Sizes = tuple[Sequence[int | str], int, int, int, int, Any]
 
 
 class Backend:
@@ -49,7 +49,7 @@ class Backend:
 
     def lanes(self, engine: Load) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""
-        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_layers))
+        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches))
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
     def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
@@ -69,12 +69,12 @@ class Backend:
     def _check_memory(self) -> None:
         check_memory(self.manifest, self.capacity, self.options.slots)
 
-    def _cache(self, layers: range) -> KVCache:
+    def _cache(self, layers: Sequence[int | str]) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
         return KVCache(*sizes, fixed=is_fixed(self.manifest))
 
 
-def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) -> Sizes:
+def cache_sizes(manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int) -> Sizes:
     """What a KVCache is made with. numpy has no bfloat16: its bits are uint16."""
     dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype

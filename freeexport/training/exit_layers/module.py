@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.training.exit_adapter import RMSNorm
-from graphs.description import MLP, Activation, Attention, Layer, Linear, Norm
+from graphs.description import MLP, Activation, Attention, Description, Layer, Linear, Norm
+from graphs.exit_head import with_exit
 
 Read = Callable[[str], np.ndarray]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -43,6 +45,16 @@ class ExitLayers(nn.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def own_exit(checkpoint: Checkpoint, description: Description) -> ExitLayers | None:
+    """The exit's own layers of a checkpoint, None where it has none."""
+    decoder = with_exit(description, checkpoint).decoder
+    if decoder.exit_map is None or decoder.exit_head is None:
+        return None
+    norm = decoder.exit_head.norm
+    weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(norm.weight)
+    return ExitLayers(decoder.exit_layers, checkpoint.read, *weights, norm.epsilon).eval()
 
 
 class ExitLayer(nn.Module):
