@@ -30,11 +30,12 @@ class StepCosts:
     growth: dict[int, float]
     measured: bool
 
-    def at(self, exit_layer: int, layers: int) -> Costs:
-        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`."""
+    def at(self, exit_layer: int, layers: int, own: int = 0) -> Costs:
+        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`, through `own` layers of
+        the exit's own."""
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
-        return Costs(shallow + self.head, shallow, deep_passes, measured=self.measured)
+        return Costs(shallow + own * self.layer + self.head, shallow, deep_passes, measured=self.measured)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:

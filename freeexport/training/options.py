@@ -117,8 +117,9 @@ class TrainingOptions:
             )
         if self.exit_layers and self.tune == "lora":
             raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
-        if self.exit_layers and self.tune == "exit" and self.loss_name == "kd-last":
-            raise OptionError("--loss kd-last is for an exit without layers of its own; choose ce or logit-kd")
+        unfit = "kd-last" if self.tune == "exit" else "weighted-ce"
+        if self.exit_layers and self.loss_name == unfit:
+            raise OptionError(f"--loss {unfit} is for an exit without layers of its own; choose logit-kd or ce")
         if self.from_config and self.tune != "full":
             raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
         if self.resume and self.overwrite:

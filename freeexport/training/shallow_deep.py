@@ -84,6 +84,11 @@ class ShallowDeep(nn.Module):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
 
+    @property
+    def device(self) -> torch.device:
+        """Where it stands."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
+
     def _recorder(self, number: int) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
             # Gradient checkpointing runs a layer again in the backward pass: then nobody is recording.

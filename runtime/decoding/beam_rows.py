@@ -81,7 +81,5 @@ def _bind(
     past = {f"past.{name}": array for name, array in cache.arrays.items()}
     read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
     lengths = {"past_lengths": cache.lengths, "query_lengths": np.ones(len(cache.lengths), np.int32)}
-    if cache.own_exit:  # whose layers beams never ask
-        lengths["exit_lengths"] = np.zeros(len(cache.lengths), np.int32)
     present = {f"present.{name}": array for name, array in cache.arrays.items()}
     return lane.engine.bind({**inputs, **lengths, **read, **past}, {**outputs, **present})

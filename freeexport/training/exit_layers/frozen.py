@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
-from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName
+from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from freeexport.training.exit_layers.module import ExitLayers
-from freeexport.training.exit_layers.teacher import cached_map, cached_teacher, collate_sequences
+from freeexport.training.exit_layers.start import first_layers, observed, write_exit
+from freeexport.training.exit_layers.teacher import cached_teacher, collate_sequences
 from freeexport.training.exit_only import link_base
 from freeexport.training.full import Trainable, collator, trainable_model
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import IGNORED, Metrics, ShallowDeep, SharedHead, exits_of, named_measures
+from freeexport.training.shallow_deep import IGNORED, Metrics, SharedHead, exits_of, named_measures
 from graphs.description import Description
 from runtime.errors import OptionError
 
@@ -119,7 +119,10 @@ def tune_exit_layers(
         raise OptionError(
             f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
         )
-    whole, collate = frozen_teacher(checkpoint, description, options), collator(checkpoint, options)
+    model, collate = trainable_model(checkpoint, options).requires_grad_(False), collator(checkpoint, options)
+    whole = observed(model, description, options)
+    if torch.cuda.is_available():
+        whole.to("cuda")
     own = first_layers(checkpoint, description, options, whole, training, cache)
     teachers = [
         cached_teacher(cache, name, whole, examples, collate, options.bf16)
@@ -146,32 +149,3 @@ def tune_exit_layers(
         exit_norm=True,
         exit_layers=options.exit_layers,
     )
-
-
-def frozen_teacher(checkpoint: Checkpoint, description: Description, options: TrainingOptions) -> ShallowDeep:
-    """The whole model, on the device where it is run, which also tells what the exit's own layers would read."""
-    model = trainable_model(checkpoint, options).requires_grad_(False)
-    into = len(description.decoder.layers) - options.exit_layers
-    whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,))
-    return whole.to("cuda") if torch.cuda.is_available() else whole
-
-
-def first_layers(
-    checkpoint: Checkpoint,
-    description: Description,
-    options: TrainingOptions,
-    whole: ShallowDeep,
-    examples: Sequence[Example],
-    cache: Path,
-) -> ExitLayers:
-    """Copies of the last layers, behind the map that gives them most nearly what they are used to."""
-    layers = description.decoder.layers
-    into = len(layers) - options.exit_layers
-    linear = cached_map(cache, whole, examples, collator(checkpoint, options), into, options.bf16)
-    norm = description.decoder.head.norm
-    return ExitLayers(layers[into:], checkpoint.read, linear, checkpoint.read(norm.weight), norm.epsilon)
-
-
-def write_exit(own: ExitLayers, directory: Path) -> None:
-    tensors = {f"exit.{name}": value.detach().float().cpu().contiguous() for name, value in own.state_dict().items()}
-    save_file(tensors, directory / EXIT_WEIGHTS)

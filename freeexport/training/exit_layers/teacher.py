@@ -17,8 +17,6 @@ from freeexport.training.shallow_deep import IGNORED, ShallowDeep
 
 BEST = 32  # tokens of the teacher that are kept
 _LOGIT_ROWS = 512  # whose logits are in memory at a time
-_MAP_POSITIONS = 10_000  # that the map is fitted on, at least
-_RIDGE = 1e-3  # a share of the mean variance
 _PARTS = ("states", "scales", "labels", "best", "chances", "deep_losses", "rows", "starts")
 
 
@@ -89,41 +87,6 @@ def cached_teacher(
     return Teacher(*(np.load(directory / f"{name}.{part}.npy", mmap_mode="r") for part in _PARTS))
 
 
-def cached_map(
-    directory: Path, model: ShallowDeep, examples: Sequence[Example], collate: Collator, into: int, bf16: bool
-) -> np.ndarray:
-    """[d, d]: the linear map that is nearest, in least squares, to what the layers between the exit layer and number
-    `into` (from 0: what that layer reads) do. First positions, whose states are of another size, do not count."""
-    path = directory / "map.npy"
-    if not path.exists():
-        directory.mkdir(parents=True, exist_ok=True)
-        np.save(path, _map(model, examples, collate, into, bf16))
-    found: np.ndarray = np.load(path)
-    return found
-
-
-@torch.no_grad()
-def _map(model: ShallowDeep, examples: Sequence[Example], collate: Collator, into: int, bf16: bool) -> np.ndarray:
-    model.eval()
-    square = product = np.zeros(())
-    seen = 0
-    for start in range(0, len(examples), 16):
-        if seen >= _MAP_POSITIONS:
-            break
-        inputs = collate(examples[start : start + 16])
-        mask = inputs["attention_mask"].clone()
-        mask[:, 0] = 0
-        inputs["labels"] = torch.where(mask > 0, 0, IGNORED)
-        inputs = {key: value.to(_device(model)) for key, value in inputs.items()}
-        with torch.autocast(_device(model).type, torch.bfloat16, enabled=bf16):
-            hidden = model.hidden_states(**inputs)
-        x, y = (hidden[layer].double().cpu().numpy() for layer in (model.exit_layer, into))
-        square, product, seen = square + x.T @ x, product + y.T @ x, seen + len(x)
-    square = square + _RIDGE * np.trace(square) / len(square) * np.eye(len(square))
-    solved: np.ndarray = np.linalg.solve(square, product.T).T.astype(np.float32)
-    return solved
-
-
 @torch.no_grad()
 def _compute(
     directory: Path, name: str, model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool
@@ -151,7 +114,7 @@ def _compute(
     with progress(f"teacher of {name}, batches", len(batches)) as advance:
         for batch in batches:
             inputs = collate([examples[index] for index in batch])
-            found = _states(model, {key: value.to(_device(model)) for key, value in inputs.items()}, bf16, best)
+            found = _states(model, {key: value.to(model.device) for key, value in inputs.items()}, bf16, best)
             for part, values in found.items():
                 of = starts if part in ("states", "scales", "labels") else rows
                 arrays[part][np.concatenate([np.arange(of[index], of[index + 1]) for index in batch])] = values
@@ -183,7 +146,3 @@ def _states(model: ShallowDeep, inputs: dict[str, torch.Tensor], bf16: bool, bes
     found = {"states": states / scales[:, None], "scales": scales, "labels": labels}
     found |= {"best": tokens, "chances": values, "deep_losses": losses}
     return {name: value.cpu().numpy() for name, value in found.items()}
-
-
-def _device(model: ShallowDeep) -> torch.device:
-    return next(model.parameters()).device
