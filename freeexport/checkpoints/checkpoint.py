@@ -191,6 +191,8 @@ def _with_exit(
         if name not in file.names() or file.shape(name) != shape:
             found = list(file.shape(name)) if name in file.names() else "missing"
             raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
+    if others := sorted(set(file.names()) - shapes.keys()):
+        raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
     files.append(file)
     tensors.update(dict.fromkeys(shapes, file))
     return exit_file

@@ -58,9 +58,11 @@ def measured(manifest: Manifest) -> StepCosts:
             f"the bundle's costs were measured while others kept {costs.busy:.1f} cores busy; convert it "
             "again on an idle machine, or leave --bundle out"
         )
-    layers = costs.shallow_without_head + costs.deep[1] - costs.head
+    # A shallow step with its head has the exit's own layers too; one without has neither.
+    own, both = manifest.exit_layers, costs.head
+    layer = (costs.shallow_without_head + costs.deep[1] - both) / (manifest.layers - own)
     growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
-    return StepCosts(1e3 * layers / manifest.layers, 1e3 * costs.head, growth, measured=True)
+    return StepCosts(1e3 * layer, 1e3 * max(0.0, both - own * layer), growth, measured=True)
 
 
 def _read_each_step(layer: Layer) -> list[Linear]:

@@ -92,7 +92,7 @@ class OrtDialect:
     @cached_property
     def _longest(self) -> ir.Value:
         longest = self.graph.op("ReduceMax", [self._total, self.graph.constant([0])], keepdims=0)
-        if self._packing is None or not self._packing.spare:
+        if self._packing is None or not self._packing.idle:
             return longest
         # The operator wants no fewer than the rows of the call, also where all of them are idle.
         rows = self.graph.op("Gather", [self._attended.size, self.graph.constant(np.int64(1))], axis=0)
