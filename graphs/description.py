@@ -137,7 +137,8 @@ class ForeignEncoder:
 class Decoder:
     """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
 
-    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`.
+    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it stand
+    `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states.
     """
 
     embedding: str
@@ -145,6 +146,8 @@ class Decoder:
     head: Head
     max_positions: int | None = None
     exit_head: Head | None = None
+    exit_map: Linear | None = None
+    exit_layers: tuple[Layer, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class EngineBuilder:
         return self._quantizer.report if self._plan else None
 
     def shallow(self) -> None:
-        """shallow.onnx: embedding, layers 1..S and the head."""
+        """shallow.onnx: embedding, layers 1..S, the exit's own layers and the head."""
         graph = self._graph("shallow")
         tokens = graph.input("input_ids", INT64, ["B", "q"])
         call = self._decoder_call(graph, tokens)
@@ -58,9 +59,28 @@ class EngineBuilder:
         layers = self.description.decoder.layers[: self.options.exit_layer]
         x = self._embed(graph, tokens, self.description.decoder.embedding)
         hidden = self._layers(graph, dialect, x, layers, 0)
-        self._head(graph, dialect, hidden, None)
-        self._output_hidden(graph, hidden, call, FLOAT, "q")
+        rows = self._output_hidden(graph, hidden, call, FLOAT, "q")
+        if self.description.decoder.exit_layers:
+            self._own_exit(graph, call, rows)
+        else:
+            self._head(graph, dialect, hidden, None)
         self._save(graph)
+
+    def _own_exit(self, graph: Graph, call: Call, hidden: ir.Value) -> None:
+        """The exit's own layers and the head, from `hidden` [B, q, d]: for `exit_lengths` int32 [B] rows of each
+        sequence, all of a call's or none. A sequence that never exits does not pay for them."""
+        decoder, width = self.description.decoder, self.description.hidden_size
+        assert decoder.exit_map is not None
+        call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
+        # QuantizeLinear by row cannot do with none.
+        by_row = self._plan is not None and self._plan.linears("shallow") == "int8"
+        rows = packing(graph, call, idle=True, computed=by_row)
+        dialect = self._dialect(graph, call, rows)
+        x = graph.to_compute(rows.packed(graph, hidden))
+        x = graph.to_float(linear(graph, x, decoder.exit_map, width, width))
+        names = [f"exit.{number}" for number in range(len(decoder.exit_layers))]
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, names, width)
+        self._head(graph, dialect, x, None, rows)
 
     def deep(self) -> None:
         """deep.onnx: layers S+1..L and the head."""
@@ -154,7 +174,8 @@ class EngineBuilder:
         return graph.to_float(graph.op("Gather", [table, flat], axis=0))
 
     def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
-        return decoder_layers(graph, dialect, x, layers, first, self.description.hidden_size)
+        names = range(first, first + len(layers))
+        return decoder_layers(graph, dialect, x, layers, names, self.description.hidden_size)
 
     def _head(
         self,
@@ -174,16 +195,20 @@ class EngineBuilder:
             tokens = np.array(self.options.exit_tokens, np.int64) if self.options.exit_tokens else None
         head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed, tokens, rows)
 
-    def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> None:
+    def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> ir.Value:
+        """[M, d] -> [B, rows, d]."""
         width = self.description.hidden_size
         shape = graph.op("Concat", [call.size, graph.constant([width])], axis=0)
-        graph.output("hidden", graph.op("Reshape", [hidden, shape]), dtype, ["B", rows, width])
+        shaped = graph.op("Reshape", [hidden, shape])
+        graph.output("hidden", shaped, dtype, ["B", rows, width])
+        return shaped
 
 
 def check_norms(description: Description, weights: Weights) -> None:
     """GraphError where a norm's weight has not one value for each channel: no operator's shape shows that."""
     width, size = description.hidden_size, description.attention.head_dim
-    sizes, layers = {description.decoder.head.norm.weight: width}, description.decoder.layers
+    decoder = description.decoder
+    sizes, layers = {decoder.head.norm.weight: width}, decoder.layers + decoder.exit_layers
     if isinstance(description.encoder, Encoder):
         sizes[description.encoder.norm.weight] = width
         layers += description.encoder.layers

@@ -1,10 +1,12 @@
-"""The exit's own norm and adapter, where a checkpoint was trained with them, as a head."""
+"""What an exit has of its own, where a checkpoint was trained with it: layers, a norm, an adapter."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import TypeVar
 
-from graphs.description import Adapter, Description, Linear, Norm
+from graphs.description import MLP, Adapter, Attention, Description, Layer, Linear, Norm
 from graphs.weights import Weights
 
 # Tensors of an exit's own, float32: shallow logits = head(norm(h + up(silu(down(adapter_norm(h)))))).
@@ -12,17 +14,73 @@ EXIT_NORM = "exit.norm.weight"  # [d]
 ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
 ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
+EXIT_MAP = "exit.map.weight"  # [d, d]: what the exit's own layers read is the exit layer's state times this
+EXIT_LAYERS = "exit.layers"  # exit.layers.0.attention.query.weight ..., as graphs.description names a layer's parts
+
+Part = TypeVar("Part", Layer, Attention, MLP)
 
 
-def with_exit_head(description: Description, weights: Weights) -> Description:
-    """The description with the exit parameters that `weights` has, if any: the exit's own norm and its adapter, with
-    the final head's weight and scale."""
-    normed, adapted = EXIT_NORM in weights, ADAPTER_UP in weights
-    if not normed and not adapted:
-        return description
+def with_exit(description: Description, weights: Weights) -> Description:
+    """The description with what `weights` has of an exit's own, if anything: layers, which are like the last ones of
+    the model, a norm and an adapter; the head's weight and scale are the final head's."""
     decoder = description.decoder
-    epsilon = decoder.head.norm.epsilon
-    norm = Norm(EXIT_NORM, epsilon) if normed else decoder.head.norm
-    adapter = Adapter(Norm(ADAPTER_NORM, epsilon), Linear(ADAPTER_DOWN), Linear(ADAPTER_UP)) if adapted else None
-    head = replace(decoder.head, norm=norm, adapter=adapter)
-    return replace(description, decoder=replace(decoder, exit_head=head))
+    head, epsilon = decoder.head, decoder.head.norm.epsilon
+    if EXIT_NORM in weights:
+        head = replace(head, norm=Norm(EXIT_NORM, epsilon))
+    if ADAPTER_UP in weights:
+        head = replace(head, adapter=Adapter(Norm(ADAPTER_NORM, epsilon), Linear(ADAPTER_DOWN), Linear(ADAPTER_UP)))
+    if head is not decoder.head:
+        decoder = replace(decoder, exit_head=head)
+    if EXIT_MAP in weights:
+        decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=own_layers(description, _count(weights)))
+    return description if decoder is description.decoder else replace(description, decoder=decoder)
+
+
+def own_layers(description: Description, count: int) -> tuple[Layer, ...]:
+    """Layers like the last `count` of the model, whose weights have the names of an exit's own."""
+    layers = description.decoder.layers[len(description.decoder.layers) - count :]
+    return tuple(_renamed(layer, f"{EXIT_LAYERS}.{number}") for number, layer in enumerate(layers))
+
+
+def own_shapes(description: Description, weights: Weights, count: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of an exit with `count` layers of its own, its norm apart: shapes are those of the layers they are
+    like, found in `weights`."""
+    if not count:
+        return {}
+    like = description.decoder.layers[-count:]
+    names = zip(own_layers(description, count), like, strict=True)
+    shapes = {
+        mine: weights.shape(its) for own, layer in names for mine, its in zip(_names(own), _names(layer), strict=True)
+    }
+    return {EXIT_MAP: (description.hidden_size, description.hidden_size), **shapes}
+
+
+def _count(weights: Weights) -> int:
+    count = 0
+    while f"{EXIT_LAYERS}.{count}.attention_norm.weight" in weights:
+        count += 1
+    return count
+
+
+def _renamed(part: Part, name: str) -> Part:
+    changed: dict[str, object] = {}
+    for field in fields(part):
+        value, place = getattr(part, field.name), f"{name}.{field.name}"
+        if isinstance(value, Linear):
+            changed[field.name] = Linear(f"{place}.weight", value.bias and f"{place}.bias")
+        elif isinstance(value, Norm):
+            changed[field.name] = replace(value, weight=f"{place}.weight")
+        elif isinstance(value, (Attention, MLP)):
+            changed[field.name] = _renamed(value, place)
+    return replace(part, **changed)  # type: ignore[arg-type]
+
+
+def _names(part: Layer | Attention | MLP) -> Iterator[str]:
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, (Linear, Norm)):
+            yield value.weight
+            if isinstance(value, Linear) and value.bias:
+                yield value.bias
+        elif isinstance(value, (Attention, MLP)):
+            yield from _names(value)

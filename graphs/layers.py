@@ -39,15 +39,15 @@ class Residual:
 
 
 def decoder_layers(
-    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], first: int, width: int
+    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], names: Sequence[int | str], width: int
 ) -> ir.Value:
-    """Hidden states float32 [M, width] after `layers`, the first of which is number `first` of the model."""
+    """Hidden states float32 [M, width] after `layers`, which have these `names` in the KV cache."""
     stream = Residual(graph, dialect, x)
-    for number, layer in enumerate(layers, first):
-        attended = dialect.self_attention(stream.normed(layer.attention_norm), layer.attention, number)
+    for name, layer in zip(names, layers, strict=True):
+        attended = dialect.self_attention(stream.normed(layer.attention_norm), layer.attention, name)
         stream.add(project(graph, attended, layer.attention, width))
         if layer.cross is not None and layer.cross_norm is not None:
-            attended = dialect.cross_attention(stream.normed(layer.cross_norm), layer.cross, number)
+            attended = dialect.cross_attention(stream.normed(layer.cross_norm), layer.cross, name)
             stream.add(project(graph, attended, layer.cross, width))
         stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp, width))
     return stream.value()

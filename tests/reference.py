@@ -189,8 +189,13 @@ class Run:
         ids = torch.cat([self.prompt, torch.tensor([list(token_ids)], dtype=torch.long)], dim=1)
         name = "decoder_input_ids" if self.inputs else "input_ids"
         deep = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
-        with cut_after(self.model, self.exit_layer):
-            shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
+        own = getattr(self.model, "own_exit", None)
+        if own is not None:  # layers of the exit's own
+            states = self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+            shallow = self.model.lm_head(own.norm(own(states[self.exit_layer])))
+        else:
+            with cut_after(self.model, self.exit_layer):
+                shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
 
 

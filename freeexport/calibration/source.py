@@ -207,7 +207,8 @@ class CheckpointSource:
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         from freeexport.costs.per_layer import analytic
 
-        return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers)
+        own = 0 if self._checkpoint.exit is None else self._checkpoint.exit.exit_layers
+        return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers, own)
 
     def outputs(self, requests: Sequence[Request], max_new_tokens: int) -> Outputs:
         raise OptionError("a metric compares what mode free writes, which needs a bundle: convert, then calibrate that")

@@ -16,6 +16,8 @@ from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
+from graphs.exit_head import own_shapes
+from graphs.families import describe
 from graphs.limits import check_config
 from runtime.errors import OptionError
 from runtime.json_file import read_object
@@ -24,6 +26,7 @@ from runtime.json_file import read_object
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _HASH_BLOCK = 1 << 20
+Shape = tuple[int, ...]
 
 
 class Checkpoint:
@@ -183,13 +186,49 @@ def _with_exit(
         raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
     file = SafetensorsFile(path)
     width = int(config.get("d_model") or config["hidden_size"])
-    for name, shape in exit_file.shapes(width).items():
+    shapes = exit_file.shapes(width) | _own_layers(config, exit_file, tensors)
+    for name, shape in shapes.items():
         if name not in file.names() or file.shape(name) != shape:
             found = list(file.shape(name)) if name in file.names() else "missing"
             raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
+    if others := sorted(set(file.names()) - shapes.keys()):
+        raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
     files.append(file)
-    tensors.update(dict.fromkeys(exit_file.shapes(width), file))
+    tensors.update(dict.fromkeys(shapes, file))
     return exit_file
+
+
+class _Tensors:
+    """graphs.weights.Weights of files that are no checkpoint yet."""
+
+    def __init__(self, files: dict[str, WeightFile]) -> None:
+        self._files = files
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._files:
+            raise CheckpointError(f"there is no tensor {name}, which the exit's own layers are like")
+        return self._files[name].shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)
+
+
+def _own_layers(config: dict[str, Any], exit_file: ExitFile, tensors: dict[str, WeightFile]) -> dict[str, Shape]:
+    """The tensors of the exit's own layers. Raises CheckpointError where the model cannot have so many."""
+    if not exit_file.exit_layers:
+        return {}
+    weights = _Tensors(tensors)
+    description = describe(config, weights)
+    layers = len(description.decoder.layers)
+    if description.encoder is not None or exit_file.exit_layers > layers:
+        raise CheckpointError(
+            f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers cannot "
+            "have; train again, or remove it"
+        )
+    return own_shapes(description, weights, exit_file.exit_layers)
 
 
 def _open_gguf(path: Path) -> Checkpoint:

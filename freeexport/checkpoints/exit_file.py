@@ -22,7 +22,8 @@ EXIT_SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class ExitFile:
     """`exit_norm` and `adapter_rank` say which parameters the exit has of its own: neither (False, 0) where the
-    checkpoint itself was trained. `base_sha256` is Checkpoint.sha256 of what was trained."""
+    checkpoint itself was trained. `exit_layers` is the number of its transformer layers. `base_sha256` is Checkpoint.sha256 of what was trained, and where that and layers of the exit's own were trained
+    together, of the weights beside them."""
 
     exit_layer: int
     exit_norm: bool
@@ -30,12 +31,14 @@ class ExitFile:
     base_sha256: str
     loss: LossName
     tune: Tune
+    exit_layers: int = 0
     schema_version: int = EXIT_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         right = {
             "exit_layer": self.exit_layer >= 1,
             "adapter_rank": self.adapter_rank >= 0,
+            "exit_layers": self.exit_layers >= 0,
             "base_sha256": len(self.base_sha256) == 64,
         }
         for name in (name for name, holds in right.items() if not holds):
@@ -43,7 +46,7 @@ class ExitFile:
 
     @property
     def has_parameters(self) -> bool:
-        return self.exit_norm or self.adapter_rank > 0
+        return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0
 
     def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
         """The tensors of EXIT_WEIGHTS."""

@@ -164,6 +164,7 @@ def _span(layers: range) -> str:
 def _exit(manifest: Manifest, calibration: Calibration | None) -> list[tuple[str, str]]:
     return [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
+        *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),
         ("confidence", manifest.confidence),
         ("threshold", _threshold(manifest, calibration)),
         ("most pending tokens", str(manifest.max_pending)),

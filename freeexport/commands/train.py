@@ -60,6 +60,13 @@ from freeexport.training.train import leave_group, train
     show_default=True,
     help="Rank of the adapter of --tune exit; 0 is a norm only.",
 )
+@click.option(
+    "--exit-layers",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Transformer layers of the exit's own, before the head; decoder-only.",
+)
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
 @section("Length and steps")
 @click.option("--steps", type=int, help="Optimizer steps.")

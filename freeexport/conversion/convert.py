@@ -19,7 +19,7 @@ from freeexport.verification.verification import verify_in_child
 from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder, engine_names
-from graphs.exit_head import with_exit_head
+from graphs.exit_head import with_exit
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
@@ -40,7 +40,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     check_output(out, MANIFEST, options.overwrite)
     unverified = unverified_place(out) if options.verify else out
     checkpoint = open_checkpoint(model)
-    description = with_exit_head(describe(checkpoint.config, checkpoint), checkpoint)
+    description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
     exit_layer = checkpoint.exit_layer(len(description.decoder.layers), options.exit_layer)
     engines = engine_options(description, options, exit_layer)
     engines.check(description)

@@ -50,6 +50,7 @@ def new_manifest(
         precision=engines.precision,
         layers=len(description.decoder.layers),
         exit_layer=engines.exit_layer,
+        exit_layers=len(description.decoder.exit_layers),
         hidden_size=description.hidden_size,
         vocab_size=description.vocab_size,
         heads=attention.heads,

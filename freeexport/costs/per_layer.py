@@ -30,11 +30,12 @@ class StepCosts:
     growth: dict[int, float]
     measured: bool
 
-    def at(self, exit_layer: int, layers: int) -> Costs:
-        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`."""
+    def at(self, exit_layer: int, layers: int, own: int = 0) -> Costs:
+        """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`, through `own` layers of
+        the exit's own."""
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
-        return Costs(shallow + self.head, shallow, deep_passes, measured=self.measured)
+        return Costs(shallow + own * self.layer + self.head, shallow, deep_passes, measured=self.measured)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
@@ -57,9 +58,11 @@ def measured(manifest: Manifest) -> StepCosts:
             f"the bundle's costs were measured while others kept {costs.busy:.1f} cores busy; convert it "
             "again on an idle machine, or leave --bundle out"
         )
-    layers = costs.shallow_without_head + costs.deep[1] - costs.head
+    # A shallow step with its head has the exit's own layers too; one without has neither.
+    own, both = manifest.exit_layers, costs.head
+    layer = (costs.shallow_without_head + costs.deep[1] - both) / (manifest.layers - own)
     growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
-    return StepCosts(1e3 * layers / manifest.layers, 1e3 * costs.head, growth, measured=True)
+    return StepCosts(1e3 * layer, 1e3 * max(0.0, both - own * layer), growth, measured=True)
 
 
 def _read_each_step(layer: Layer) -> list[Linear]:

@@ -55,13 +55,14 @@ def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) ->
 
 
 def engine_bytes(graph: Path) -> EngineBytes:
-    """Weights of an engine by who reads them. What depends on the input `head_rows` is the head. Of a table that rows
+    """Weights of an engine by who reads them. What depends on the input `head_rows`, or on `exit_lengths` where the exit
+    has layers of its own, is the head. Of a table that rows
     are gathered from, only a row is read: it counts as nothing."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)
     sizes = {tensor.name: _tensor_bytes(tensor) for tensor in model.graph.initializer}
-    head = _reached(model.graph.node, "head_rows")
+    head = _reached(model.graph.node, {"head_rows", "exit_lengths"})
     total: dict[bool, int] = defaultdict(int)
     for name, size in sizes.items():
         readers = [(number, node) for number, node in enumerate(model.graph.node) if name in node.input]
@@ -77,14 +78,16 @@ def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bo
     encoder-decoder also those of `encoder_tokens` in cross-attention."""
     manifest = bundle.manifest
     shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
-    position = manifest.kv_bytes_per_token / manifest.layers * (context + encoder_tokens)
-    read = shallow.layers + (shallow.head if exits else 0) + len(manifest.shallow_layers) * position
+    own = manifest.exit_layers
+    position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
+    read = shallow.layers + len(manifest.shallow_layers) * position
+    read += shallow.head + own * position if exits else 0
     return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
 
 
-def _reached(nodes: Iterable[onnx.NodeProto], source: str) -> set[int]:
-    """Numbers of the nodes that what `source` names goes into, directly or through others. Nodes are in order."""
-    names, found = {source}, set()
+def _reached(nodes: Iterable[onnx.NodeProto], sources: set[str]) -> set[int]:
+    """Numbers of the nodes that what `sources` name goes into, directly or through others. Nodes are in order."""
+    names, found = set(sources), set()
     for number, node in enumerate(nodes):
         if names.intersection(node.input):
             found.add(number)

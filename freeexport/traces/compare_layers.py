@@ -131,20 +131,23 @@ def evaluate_exits(model: str, data: Path, options: Options) -> Report:
         evaluation = evaluate(reference, checkpoint, description, examples, options.batch_size, advance)
     if evaluation.tokens == 0:
         raise DataError(f"{data}: no output has a second token, and the first never exits; give longer texts")
-    exits = tuple(exit_of(evaluation, layer, costs, options) for layer in range(1, layers))
+    found = checkpoint.exit
+    own = {} if found is None else {found.exit_layer: found.exit_layers}
+    exits = tuple(exit_of(evaluation, layer, costs, options, own.get(layer, 0)) for layer in range(1, layers))
     return Report(
         checkpoint.name, layers, evaluation.tokens, len(examples), options, evaluation.accuracy(layers), costs, exits
     )
 
 
-def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: Options) -> Exit:
+def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: Options, own: int = 0) -> Exit:
+    """`own`: layers that the exit has of its own."""
     from freeexport.traces.curve import Curve
 
     agrees, confidence = evaluation.agrees(layer), evaluation.layers[layer - 1].confidence
     curve = Curve.of(confidence, agrees)
     point = curve.at_agreement(options.agreement)
     exits = confidence.astype(np.float64) > point.threshold
-    at_layer = costs.at(layer, len(evaluation.layers))
+    at_layer = costs.at(layer, len(evaluation.layers), own)
     return Exit(
         exit_layer=layer,
         agreement=float(agrees.mean()),

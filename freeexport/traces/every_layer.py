@@ -15,7 +15,8 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.text_format import end_ids
 from freeexport.traces.share import Share, share
 from freeexport.training.batches import Collator
-from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
+from freeexport.training.exit_layers.module import own_exit
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 
@@ -135,9 +136,12 @@ def evaluate(
     A layer is read through the final norm and the head; the exit layer of a checkpoint whose exit has parameters of
     its own, through those. Takes the memory of all hidden states of a batch, not of their logits.
     """
-    module = ShallowDeep(model, description, 1, "weighted-ce").eval()
+    own, exit_layer = own_exit(checkpoint, description), 1 if checkpoint.exit is None else checkpoint.exit.exit_layer
+    module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own).eval()
     heads: list[Head] = [module.head] * module.layers
-    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
+    if own is not None:
+        heads[exit_layer - 1] = lambda hidden: module.head.read(own.norm(hidden))
+    elif checkpoint.exit is not None and checkpoint.exit.has_parameters:
         heads[checkpoint.exit.exit_layer - 1] = own_head(checkpoint, description, module.head)
     collate = Collator(checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None)
     targets: list[np.ndarray] = []
@@ -150,7 +154,8 @@ def evaluate(
         labels = _without_first(inputs.pop("labels"))
         hidden = module.hidden_states(labels, **inputs)
         for number, head in enumerate(heads):
-            seen[number] += list(_read(head, hidden[number + 1]))
+            layer = EXIT if own is not None and number + 1 == exit_layer else number + 1
+            seen[number] += list(_read(head, hidden[layer]))
         targets.append(labels[labels != IGNORED].numpy())
         sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
         begun += len(batch)

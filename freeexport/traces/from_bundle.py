@@ -18,7 +18,7 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
     nll: list[float] = []
     guesses: list[int] = []
     with session.decoder(prompt) as decoder:
-        token = decoder.prefill(start.astype(np.int64), head=False).token
+        token = decoder.prefill(start.astype(np.int64), head=False, exits=True).token
         while len(confidence) + 1 < limit and token not in manifest.eos_token_ids:
             guess = decoder.step(token, head=True)
             (said,) = decoder.sync(1, drafts=[guess.token])

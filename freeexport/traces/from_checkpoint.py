@@ -11,7 +11,8 @@ import torch
 from freeexport.traces.every_layer import Head, greedy_outputs, own_head
 from freeexport.traces.trace import Trace
 from freeexport.training.batches import Collator
-from freeexport.training.shallow_deep import IGNORED, ShallowDeep
+from freeexport.training.exit_layers.module import own_exit
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep
 
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
@@ -29,10 +30,13 @@ class CheckpointTracer:
         self, model: Any, checkpoint: Checkpoint, description: Description, exit_layer: int, measure: ConfidenceMeasure
     ) -> None:
         self._model, self._checkpoint, self._measure = model, checkpoint, measure
-        self._module = ShallowDeep(model, description, exit_layer, "weighted-ce").eval()
+        own = own_exit(checkpoint, description)
+        self._module = ShallowDeep(model, description, exit_layer, "ce", own=own).eval()
         self._layers, self._exit_layer = self._module.layers, exit_layer
         self._exit_head: Head = self._module.head
-        if checkpoint.exit is not None and checkpoint.exit.has_parameters:
+        if own is not None:
+            self._exit_head = lambda hidden: self._module.head.read(own.norm(hidden))
+        elif checkpoint.exit is not None and checkpoint.exit.has_parameters:
             self._exit_head = own_head(checkpoint, description, self._module.head)
         start = checkpoint.generation_config.get("decoder_start_token_id") if self._module.seq2seq else None
         self._collate = Collator(start)
@@ -49,7 +53,8 @@ class CheckpointTracer:
         labels = labels.scatter(1, first, IGNORED)  # the first token comes from the prefill and never exits
         hidden = self._module.hidden_states(labels, **inputs)
         ends = np.cumsum((labels != IGNORED).sum(dim=1).numpy())[:-1]
-        read = self._read(hidden[self._exit_layer], hidden[self._layers])
+        exit_layer = self._exit_layer if self._module.own is None else EXIT
+        read = self._read(hidden[exit_layer], hidden[self._layers])
         for example, *parts in zip(examples, *(np.split(values, ends) for values in read), strict=True):
             yield Trace(example.line, *parts)
 

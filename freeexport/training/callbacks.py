@@ -9,10 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import click
 from transformers import TrainerCallback
 
 from freeexport.system.progress import progress
-from freeexport.training.trainer import ENDLESS, Clock
+from freeexport.training.trainer import AGREEING, ENDLESS, Clock
 from runtime.errors import FreeExportError
 from runtime.json_file import parse_json
 
@@ -106,6 +107,13 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         now = float(int(self._clock.elapsed)) if self._timed else state.global_step
         self._advance(now - self._shown)
         self._shown = now
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **others: Any) -> None:
+        click.echo(
+            f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
+            f"{metrics['eval_agreement']:.3f}, exits at {AGREEING:.0%} agreement {metrics['eval_exits']:.3f}",
+            err=True,
+        )
 
     def close(self) -> None:
         if self._context is not None:

@@ -58,6 +58,7 @@ class Trainable:
     write: Callable[[Path], None]
     exit_norm: bool = False
     adapter_rank: int = 0
+    exit_layers: int = 0
 
 
 def tune_full(

@@ -11,7 +11,7 @@ from freeexport.checkpoints.exit_file import LossName, Tune
 from runtime.errors import OptionError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Schedule = Literal["linear", "cosine", "constant", "inverse-sqrt"]
+Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
 # kd-dyn-raw distils the residual stream before the norm, which ruins a model: it is there to be compared with.
 OFFERED_LOSSES = tuple(name for name in get_args(LossName) if name != "kd-dyn-raw")
@@ -57,6 +57,7 @@ class TrainingOptions:
     tune: Tune = "full"
     lora: LoraOptions = LoraOptions()
     adapter_rank: int = DEFAULT_ADAPTER_RANK
+    exit_layers: int = 0
     from_config: bool = False
     steps: int | None = None
     epochs: float | None = None
@@ -94,7 +95,7 @@ class TrainingOptions:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise OptionError(f"{_flag(name)} is {value}; give a number above 0")
-        for name in ("loss_alpha", "warmup", "weight_decay", "adapter_rank", "patience"):
+        for name in ("loss_alpha", "warmup", "weight_decay", "adapter_rank", "exit_layers", "patience"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise OptionError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more")
         if self.dropout is not None and not 0 <= self.dropout < 1:
@@ -114,6 +115,11 @@ class TrainingOptions:
             raise OptionError(
                 f"--loss {self.loss_name} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
             )
+        if self.exit_layers and self.tune == "lora":
+            raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
+        unfit = "kd-last" if self.tune == "exit" else "weighted-ce"
+        if self.exit_layers and self.loss_name == unfit:
+            raise OptionError(f"--loss {unfit} is for an exit without layers of its own; choose logit-kd or ce")
         if self.from_config and self.tune != "full":
             raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
         if self.resume and self.overwrite:

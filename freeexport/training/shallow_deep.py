@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,8 +12,12 @@ from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from graphs.description import Description
 
+if TYPE_CHECKING:
+    from freeexport.training.exit_layers.module import ExitLayers
+
 Metrics = dict[str, torch.Tensor]
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
+EXIT = 0  # as a layer's number: behind the exit's own layers
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -54,8 +58,17 @@ class ShallowDeep(nn.Module):
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
 
     def __init__(
-        self, model: Any, description: Description, exit_layer: int, loss: LossName = "kd-dyn", alpha: float = 0.5
+        self,
+        model: Any,
+        description: Description,
+        exit_layer: int,
+        loss: LossName = "kd-dyn",
+        alpha: float = 0.5,
+        also: tuple[int, ...] = (),
+        own: ExitLayers | None = None,
     ) -> None:
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's layers, whose
+        states it gives as number EXIT."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -64,11 +77,17 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
-        self.kept = losses.kept_layers(loss, exit_layer, self.layers)
+        self.own = own
+        self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         for number, layer in enumerate(decoder_layers(model, description), start=1):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it stands."""
+        return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def _recorder(self, number: int) -> Any:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -87,7 +106,16 @@ class ShallowDeep(nn.Module):
             recorded = self._recording
         finally:
             self._recording = None
-        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in self.kept}
+        if self.own is not None:
+            recorded[EXIT] = self.own(recorded[self.exit_layer])
+        kept = (*self.kept, EXIT) if self.own is not None else self.kept
+        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
+
+    def read_exit(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Logits [N, V] of the exit, of what `hidden_states` gives."""
+        if self.own is None:
+            return self.head(hidden[self.exit_layer])
+        return self.head.read(self.own.norm(hidden[EXIT]))
 
     def _run(
         self,
@@ -111,8 +139,9 @@ class ShallowDeep(nn.Module):
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
             return {"loss": self._weighted(hidden, targets)}
-        states = {number: self.head.normed(state) for number, state in hidden.items()}
-        shallow, deep = self.head.read(states[self.exit_layer]), self.head.read(states[self.layers])
+        shallow = self.read_exit(hidden)
+        states = {number: self.head.normed(hidden[number]) for number in self.kept}
+        deep = self.head.read(states[self.layers])
         if not self.training:
             return measures(shallow, deep, targets, self.exit_layer, self.layers)
         loss = losses.by_depth(
@@ -137,12 +166,30 @@ class ShallowDeep(nn.Module):
 
 
 def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
-    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth; logits [N, V], targets [N]."""
-    shallow_loss, deep_loss = losses.cross_entropy(shallow, targets), losses.cross_entropy(deep, targets)
-    said, meant = shallow.argmax(-1), deep.argmax(-1)
-    loss = losses.by_depth({exit_layer: shallow_loss, layers: deep_loss})
+    """What `named_measures` gives, of logits [N, V] and targets [N]."""
+    by_layer = {exit_layer: losses.cross_entropy(shallow, targets), layers: losses.cross_entropy(deep, targets)}
+    return named_measures(by_layer, targets, exits_of(shallow), deep.argmax(-1))
+
+
+def exits_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of logits [N, V]: the best token [N], and its probability minus that of the second best [N]."""
+    best = logits.float().topk(2, dim=-1)
+    chances = (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
+    return best.indices[:, 0], chances[:, 0] - chances[:, 1]
+
+
+def named_measures(
+    by_layer: dict[int, torch.Tensor],
+    targets: torch.Tensor,
+    shallow: tuple[torch.Tensor, torch.Tensor],
+    meant: torch.Tensor,
+) -> Metrics:
+    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth, of the exit layer and the last one; and by
+    row [N] the shallow prediction's `confidence` and whether it `agreed` with what the deep one `meant`."""
+    said, confidence = shallow
     hits = ((said == targets).sum(), (meant == targets).sum(), (said == meant).sum())
-    return dict(zip(MEASURES, (loss, shallow_loss, deep_loss, *hits), strict=True))
+    sums = dict(zip(MEASURES, (losses.by_depth(by_layer), *by_layer.values(), *hits), strict=True))
+    return {**sums, "confidence": confidence, "agreed": said == meant}
 
 
 def decoder_layers(model: Any, description: Description) -> nn.ModuleList:

@@ -126,10 +126,18 @@ def _tuning(
         from freeexport.training.full import tune_lora
 
         return tune_lora(checkpoint, description, options, training, validation, model)
+    if options.tune == "exit" and options.exit_layers:
+        from freeexport.training.exit_layers.frozen import tune_exit_layers
+
+        return tune_exit_layers(checkpoint, description, options, training, validation, directory.path / "states")
     if options.tune == "exit":
         from freeexport.training.exit_only import tune_exit
 
         return tune_exit(checkpoint, description, options, training, validation, directory.path / "states")
+    if options.exit_layers:
+        from freeexport.training.exit_layers.joint import tune_joint
+
+        return tune_joint(checkpoint, description, options, training, validation, directory.path / "states")
     from freeexport.training.full import tune_full
 
     return tune_full(checkpoint, description, options, training, validation)
@@ -172,16 +180,21 @@ def _write(
     options: TrainingOptions,
     directory: TrainingDirectory,
 ) -> None:
-    exit_file = ExitFile(
-        exit_layer=options.exit_layer,
-        exit_norm=tuning.exit_norm,
-        adapter_rank=tuning.adapter_rank,
-        base_sha256=checkpoint.sha256,
-        loss=options.loss_name,
-        tune=options.tune,
-    )
+    from freeexport.checkpoints.checkpoint import open_checkpoint
+
     with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
         tuning.write(partial)
+        # An exit's own parameters belong to the weights beside them.
+        beside = open_checkpoint(str(partial)) if options.tune == "full" and tuning.exit_layers else checkpoint
+        exit_file = ExitFile(
+            exit_layer=options.exit_layer,
+            exit_norm=tuning.exit_norm,
+            adapter_rank=tuning.adapter_rank,
+            exit_layers=tuning.exit_layers,
+            base_sha256=beside.sha256,
+            loss=options.loss_name,
+            tune=options.tune,
+        )
         write_exit_file(partial, exit_file)
         directory.keep_records(partial)
         _open_to_readers(partial)

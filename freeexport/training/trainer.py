@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -23,6 +23,8 @@ from freeexport.training.options import Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 
+FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
+AGREEING = 0.99  # share of exits that agree, for which evaluations say how many there would be
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
 
 
@@ -79,8 +81,18 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
         return 1.0
     if schedule == "inverse-sqrt":
         return math.sqrt(max(warmup, 1e-3) / max(progress, warmup, 1e-3))
+    if schedule == "hold":
+        return min(1.0, (1.0 - min(progress, 1.0)) / FALL)
     rest = (min(progress, 1.0) - warmup) / max(1.0 - warmup, 1e-9)
     return 0.5 * (1 + math.cos(math.pi * rest)) if schedule == "cosine" else 1.0 - rest
+
+
+def exits(confidence: torch.Tensor, agreed: torch.Tensor) -> float:
+    """The largest share of tokens, the surest, of which AGREEING agree with the deep prediction: what would exit.
+    `confidence` float [N], `agreed` bool [N]."""
+    right = agreed[confidence.argsort(descending=True, stable=True)].double().cumsum(0)
+    ahead = (right >= AGREEING * torch.arange(1, len(right) + 1)).nonzero()
+    return float(ahead.max() + 1) / len(right) if len(ahead) else 0.0
 
 
 class Clock:
@@ -173,6 +185,7 @@ class ExitTrainer(Trainer):
         model.eval()
         batches = LengthBatches(self._validation_lengths, self.options.batch_size, self.options.batch_tokens, seed=0)
         rows, *zeros = torch.zeros(1 + len(MEASURES), dtype=torch.float64, device=where.device)
+        seen = list[tuple[torch.Tensor, torch.Tensor]]()
         sums = dict(zip(MEASURES, zeros, strict=True))  # of a process without batches too
         for number, batch in enumerate(loader(self.eval_dataset, batches, self.data_collator)):
             if number % where.world_size != where.process_index:
@@ -183,8 +196,11 @@ class ExitTrainer(Trainer):
             rows += (batch["labels"] != IGNORED).sum()
             for name in MEASURES:
                 sums[name] += outputs[name].double()
+            seen.append((outputs["confidence"].float().cpu(), outputs["agreed"].cpu()))
         model.train(was_training)
         metrics = self._means(sums, rows, metric_key_prefix)
+        gathered = gather_object(seen) if where.world_size > 1 else seen
+        metrics[f"{metric_key_prefix}_exits"] = exits(*(torch.cat(part) for part in zip(*gathered, strict=True)))
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

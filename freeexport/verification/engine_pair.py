@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from runtime.bundle.bundle import Bundle
@@ -21,7 +23,7 @@ class EnginePair:
             name: OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("shallow", "deep")
         }
         self.caches = {
-            "shallow": self._cache(self.manifest.shallow_layers),
+            "shallow": self._cache(self.manifest.shallow_caches),
             "deep": self._cache(self.manifest.deep_layers),
         }
 
@@ -42,7 +44,7 @@ class EnginePair:
             for row in range(self.rows):
                 cache.trim(row, length)
 
-    def _cache(self, layers: range) -> KVCache:
+    def _cache(self, layers: Sequence[int | str]) -> KVCache:
         manifest = self.manifest
         dtype = np.float16 if manifest.float_type == "fp16" else np.float32
         length = manifest.capacity + manifest.max_pending
@@ -71,6 +73,7 @@ class EnginePair:
                 **inputs,
                 "past_lengths": cache.lengths,
                 "query_lengths": lengths.astype(np.int32),
+                **({"exit_lengths": lengths.astype(np.int32)} if cache.own_exit else {}),
                 "head_rows": np.arange(count),
                 **cross,
                 **{f"past.{part}": item for part, item in past.items()},

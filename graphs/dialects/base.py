@@ -40,11 +40,11 @@ class Dialect(Protocol):
         """x + delta, and its norm; all float32 [M, d]."""
         ...
 
-    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Causal attention over the KV cache of a layer, which it extends in place. [M, d] -> [M, heads * head_dim]."""
         ...
 
-    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Attention over the prompt's keys and values of a layer. [M, d] -> [M, heads * head_dim]."""
         ...
 

@@ -24,7 +24,7 @@ class KernelDialect(OrtDialect):
         super().__init__(graph, call, width, cache_rows, packing)
         self._tables: dict[str, ir.Value] = {}
 
-    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
         rows = query_key_value(graph, x, attention, self.width)
         shape: list[Dimension] = ["B", kv_heads, "cache", attention.head_dim]
@@ -50,7 +50,7 @@ class KernelDialect(OrtDialect):
         out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, heads * attention.head_dim])
         return out
 
-    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
         width = heads * attention.head_dim
         rows = linear(graph, x, attention.query, width, self.width)

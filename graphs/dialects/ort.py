@@ -79,7 +79,12 @@ class OrtDialect:
 
     @cached_property
     def _longest(self) -> ir.Value:
-        return self.graph.op("ReduceMax", [self._total, self.graph.constant([0])], keepdims=0)
+        longest = self.graph.op("ReduceMax", [self._total, self.graph.constant([0])], keepdims=0)
+        if self._packing is None or not self._packing.idle:
+            return longest
+        # The operator wants no fewer than the rows of the call, also where all of them are idle.
+        rows = self.graph.op("Gather", [self.call.size, self.graph.constant(np.int64(1))], axis=0)
+        return self.graph.op("Max", [longest, self.graph.cast(rows, ir.DataType.INT32)])
 
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         weight = self.graph.weight(norm.weight, dtype=ir.DataType.FLOAT)
@@ -92,7 +97,7 @@ class OrtDialect:
         )
         return total, normed
 
-    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
         packed = query_key_value(graph, x, attention, self.width)
@@ -117,7 +122,7 @@ class OrtDialect:
             graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
         return self._flat(out, heads * size)
 
-    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call = self.graph, self.call
         width = attention.heads * attention.head_dim
         query = self._in_rows(linear(graph, x, attention.query, width, self.width))

@@ -44,7 +44,7 @@ class StandardDialect:
         total = self.graph.op("Add", [x, delta])
         return total, self.norm(total, norm)
 
-    def self_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, size = self.graph, self.call, attention.head_dim
         counts = (attention.heads, attention.kv_heads, attention.kv_heads)
         packed = query_key_value(graph, x, attention, self.width)
@@ -61,7 +61,7 @@ class StandardDialect:
         mask = self._mask(attention, present[0])
         return self._attend(query, present[0], present[1], mask, attention)
 
-    def cross_attention(self, x: ir.Value, attention: Attention, layer: int) -> ir.Value:
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call = self.graph, self.call
         projected = linear(graph, x, attention.query, attention.heads * attention.head_dim, self.width)
         query = in_heads(graph, projected, call, attention.heads, attention.head_dim)
@@ -86,7 +86,7 @@ class StandardDialect:
             self._masks[name] = mask
         return self._attend(query, key, value, self._masks[name], attention)
 
-    def _extend(self, layer: int, part: str, new: ir.Value, attention: Attention) -> ir.Value:
+    def _extend(self, layer: int | str, part: str, new: ir.Value, attention: Attention) -> ir.Value:
         """The cache of a layer with the new rows written behind the valid ones."""
         graph = self.graph
         shape: list[Dimension] = ["B", attention.kv_heads, self._rows, attention.head_dim]

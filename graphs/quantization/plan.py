@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.fusion import FuseProducts
 from graphs.quantization.panels import packed
 from graphs.quantization.products import OrtProducts, PackedProducts, Products, WidenedProducts
@@ -38,6 +38,8 @@ class Plan:
         def format_of(weight: str) -> TensorFormat:
             if weight in (ADAPTER_DOWN, ADAPTER_UP):
                 return "fp32"
+            if weight == EXIT_MAP:  # the whole residual stream goes through it
+                return self.prompt
             return self.head if weight == head else self.linears(engine)
 
         return format_of

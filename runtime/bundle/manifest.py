@@ -27,6 +27,7 @@ LARGEST_MANIFEST = 4 << 20
 MOST_ENTRIES = 10_000
 LARGEST = {
     "layers": 10_000,
+    "exit_layers": 10_000,
     "hidden_size": 1 << 20,
     "vocab_size": 1 << 26,
     "heads": 1 << 16,
@@ -75,6 +76,7 @@ class Manifest:
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
     are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
     count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
+    `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
     `convert` measured them, None where it did not. `schema_minor`: once read, that of this code, as `schema_version`
     is: older bundles are migrated in memory.
@@ -117,6 +119,7 @@ class Manifest:
     packed: bool = False
     exit_trained: bool | None = None
     kernels: int | None = None
+    exit_layers: int = 0
     schema_minor: int = SCHEMA_MINOR
 
     @property
@@ -132,6 +135,11 @@ class Manifest:
         return range(self.exit_layer, self.layers)
 
     @property
+    def shallow_caches(self) -> tuple[int | str, ...]:
+        """The names that the layers of the shallow engine have in its KV cache."""
+        return (*self.shallow_layers, *(f"exit.{number}" for number in range(self.exit_layers)))
+
+    @property
     def float_type(self) -> FloatType:
         """Of activations, the KV cache, and weights that are not rounded."""
         if self.compute is not None:
@@ -141,7 +149,7 @@ class Manifest:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one position takes in the self-attention caches of all layers."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * (4 if self.float_type == "fp32" else 2)
+        return 2 * (self.layers + self.exit_layers) * self.kv_heads * self.head_dim * (4 if self.float_type == "fp32" else 2)
 
     @property
     def kv_bytes_per_sequence(self) -> int:
@@ -183,6 +191,7 @@ class Manifest:
             (self.costs is None or self.costs.sound, "costs", self.costs),
             (self.layers >= 2, "layers", self.layers),
             (1 <= self.exit_layer < self.layers, "exit_layer", self.exit_layer),
+            (self.exit_layers == 0 or (self.exit_layers > 0 and self.packed), "exit_layers", self.exit_layers),
             (min(self.hidden_size, self.vocab_size, self.heads, self.kv_heads, self.head_dim) > 0, "sizes", 0),
             (self.capacity > 0, "capacity", self.capacity),
             (self.max_pending >= 1, "max_pending", self.max_pending),

@@ -68,7 +68,7 @@ class Decoder:
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
         self._decisions = decisions
         self._step: SlotCall | None = None  # that was asked for last; None where it was run ahead
-        self._head = False
+        self._head = self._exits = False
         self._asked = 0, 0  # heads and drafts of the last sync pass
         self._ahead: deque[_Ahead] = deque()
         self._started = 0
@@ -129,9 +129,13 @@ class Decoder:
         """Whether a deep pass may be running beside."""
         return self._background is not None
 
-    def prefill(self, tokens: np.ndarray, head: bool) -> Prediction:
-        """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`."""
-        return finish(self.prefilling(tokens, head))
+    def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
+        """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`.
+
+        `exits`: later steps may ask the head, so an exit's own layers are run for all rows from here on; with `head`
+        they are anyway.
+        """
+        return finish(self.prefilling(tokens, head, exits))
 
     def step(self, token: int, head: bool) -> Prediction:
         """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
@@ -150,8 +154,9 @@ class Decoder:
                 waits.run()
         return self.answers()
 
-    def prefilling(self, tokens: np.ndarray, head: bool) -> Waits[Prediction]:
+    def prefilling(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Waits[Prediction]:
         """See `prefill`. Between pieces others have a turn."""
+        self._exits = exits or head
         for start in range(0, len(tokens), PREFILL_ROWS):
             if start:
                 yield None
@@ -174,7 +179,7 @@ class Decoder:
             self._drop_ahead()
         calls = self._calls
         calls.token[0] = token
-        self._step = call = calls.steps.get(head) or calls.step(head)
+        self._step = call = calls.steps.get((head, self._exits or head)) or calls.step(head, self._exits or head)
         return (call,)
 
     def guess(self) -> Prediction:
@@ -198,7 +203,7 @@ class Decoder:
         came of them."""
         self._drop_ahead()
         self._head = head
-        self._step = call = self._calls.steps_together(tokens, head)
+        self._step = call = self._calls.steps_together(tokens, head, self._exits or head)
         return (call,)
 
     def guesses(self) -> list[Prediction]:
@@ -243,7 +248,7 @@ class Decoder:
         """The step on a token, without the head. Nothing may be stacked."""
         calls = self._calls
         calls.token[0] = token
-        self._step = call = calls.steps.get(False) or calls.step(False)
+        self._step = call = calls.steps.get((False, self._exits)) or calls.step(False, self._exits)
         return call
 
     def direct_pass(self) -> SlotCall:
@@ -335,7 +340,7 @@ class Decoder:
             if token is None:
                 return
             self._calls.token[0] = token
-            work = self._calls.step(head=True)
+            work = self._calls.step(head=True, exits=True)
             work.run()
             self.stats.shallow_seconds += work.seconds
             self._shallow.cache.extend(self.slot, 1)
@@ -355,7 +360,7 @@ class Decoder:
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         calls, rows = self._calls, piece.shape[1]
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
-        self._shallow.run(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head)))
+        self._shallow.run(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head, self._exits)))
         self._shallow.cache.extend(self.slot, rows)
         self._deep.run(calls.bind(calls.deep_piece(hidden, int(deep_head))))
         self._deep.cache.extend(self.slot, rows)

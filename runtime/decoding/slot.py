@@ -48,8 +48,8 @@ class Slot:
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
-        self.steps: dict[bool, SlotCall] = {}  # by whether they ask the head
-        self._together: dict[tuple[int, bool], SlotCall] = {}  # the same, by rows
+        self.steps: dict[tuple[bool, bool], SlotCall] = {}  # by whether they ask the head, and run the exit's own layers
+        self._together: dict[tuple[int, bool, bool], SlotCall] = {}  # the same, by rows
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
         self.direct: SlotCall | None = None  # see `direct_pass`
         self.shared_calls = False  # whether any since the sequence began was shared with others
@@ -81,21 +81,21 @@ class Slot:
             for work in calls._works():
                 work.forget()
 
-    def step(self, head: bool) -> SlotCall:
+    def step(self, head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on `token`."""
-        work = self.steps.get(head)
+        work = self.steps.get((head, exits))
         if work is None:
-            work = self.steps[head] = self.piece(self._token, self._hidden, head)
+            work = self.steps[head, exits] = self.piece(self._token, self._hidden, head, exits)
         return work
 
-    def steps_together(self, tokens: Sequence[int], head: bool) -> SlotCall:
+    def steps_together(self, tokens: Sequence[int], head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on tokens, into the first rows of the stack; the head for the last of them."""
         rows = len(tokens)
         self._tokens[0, :rows] = tokens
-        work = self._together.get((rows, head))
+        work = self._together.get((rows, head, exits))
         if work is None:
-            work = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head)
-            self._together[rows, head] = work
+            work = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head, exits)
+            self._together[rows, head, exits] = work
         return work
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
@@ -122,11 +122,12 @@ class Slot:
         nll = self._nll.item(row) if drafted else None
         return tuple.__new__(Prediction, (self._answer[row], None, nll, logits))
 
-    def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
-        """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
+    def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool, exits: bool) -> SlotCall:
+        """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none; the exit's own layers for
+        all, where it `exits`."""
         count = int(head)
         outputs = {"hidden": hidden, "token": self._said[:count], "confidence": self._confidence[:count]}
-        return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count)
+        return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
 
     def deep_piece(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
@@ -143,6 +144,8 @@ class Slot:
             "query_lengths": np.array([rows], np.int32),
             "head_rows": np.arange(rows - work.heads, rows, dtype=np.int64),
         }
+        if lane.cache.own_exit:
+            shared["exit_lengths"] = np.array([rows if work.exits else 0], np.int32)
         return lane.engine.bind(
             {**work.inputs, **shared, **self._read[lane], **{f"past.{name}": item for name, item in past.items()}},
             {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
@@ -152,10 +155,16 @@ class Slot:
         return chain(self.steps.values(), self._together.values(), self._passes.values())
 
     def _work(
-        self, lane: Runner, inputs: Mapping[str, Any], outputs: Mapping[str, Any], rows: int, heads: int
+        self,
+        lane: Runner,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        rows: int,
+        heads: int,
+        exits: bool = False,
     ) -> SlotCall:
         logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
-        return SlotCall(self, lane, inputs, {**outputs, **logits}, rows, heads)
+        return SlotCall(self, lane, inputs, {**outputs, **logits}, rows, heads, exits)
 
     def _cross_of(self, lane: Runner) -> dict[str, Any]:
         """What the engine of a lane reads of `cross`."""

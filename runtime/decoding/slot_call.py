@@ -20,13 +20,14 @@ Said = TypeVar("Said")
 
 class SlotCall:
     """`rows` rows of a sequence for the engine of `lane`, which is to run the head for the last `heads` of them.
+    `exits`: and the exit's own layers, where it has any, for all.
 
     `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
     "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
     what the call took that it was last part of, and `company` how many sequences were.
     """
 
-    __slots__ = ("_call", "_used", "calls", "company", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+    __slots__ = ("_call", "_used", "calls", "company", "exits", "heads", "inputs", "lane", "outputs", "rows", "seconds")
 
     def __init__(
         self,
@@ -36,7 +37,9 @@ class SlotCall:
         outputs: Mapping[str, Any],
         rows: int,
         heads: int,
+        exits: bool = False,
     ) -> None:
+        self.exits = exits
         self.calls, self.lane, self.inputs, self.outputs = calls, lane, inputs, outputs
         self.rows, self.heads, self.seconds, self.company = rows, heads, 0.0, 1
         self._call: Call | None = None

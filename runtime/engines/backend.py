@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
@@ -24,7 +24,7 @@ from runtime.options import SessionOptions
 Load = Callable[[str], Any]
 # What takes longest begins first.
 ORDER = ("deep", "encoder", "shallow", "prologue")
-Sizes = tuple[range, int, int, int, int, Any]
+Sizes = tuple[Sequence[int | str], int, int, int, int, Any]
 
 
 class Backend:
@@ -67,7 +67,7 @@ class Backend:
 
     def lanes(self, engine: Load) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""
-        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_layers))
+        shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches))
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
     def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
@@ -87,12 +87,12 @@ class Backend:
     def _check_memory(self) -> None:
         check_memory(self.manifest, self.capacity, self.options.slots)
 
-    def _cache(self, layers: range) -> KVCache:
+    def _cache(self, layers: Sequence[int | str]) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
         return KVCache(*sizes, fixed=is_fixed(self.manifest))
 
 
-def cache_sizes(manifest: Manifest, layers: range, slots: int, capacity: int) -> Sizes:
+def cache_sizes(manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int) -> Sizes:
     """What a KVCache is made with. numpy has no bfloat16: its bits are uint16."""
     dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype

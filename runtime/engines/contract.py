@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from runtime.bundle.manifest import MANIFEST, Manifest
@@ -41,11 +41,12 @@ def contract(manifest: Manifest, engine: str) -> Contract:
         return Contract({"input_ids": Tensor(INT64, ("B", "E")), "lengths": Tensor(INT32, ("B",))}, hidden)
     shallow = engine == "shallow"
     layers = manifest.shallow_layers if shallow else manifest.deep_layers
+    caches = manifest.shallow_caches if shallow else layers
     inputs = {
         "past_lengths": Tensor(INT32, ("B",)),
         "query_lengths": Tensor(INT32, ("B",)),
         "head_rows": Tensor(INT64, ("R",)),
-        **_cache(manifest, layers, "past"),
+        **_cache(manifest, caches, "past"),
         **(_cross(manifest, layers) if manifest.encoder_decoder else {}),
         **({"cross_lengths": Tensor(INT32, ("B",))} if manifest.encoder_decoder else {}),
     }
@@ -53,11 +54,13 @@ def contract(manifest: Manifest, engine: str) -> Contract:
         "token": Tensor(INT64, ("R",)),
         "confidence": Tensor(FLOAT, ("R",)),
         "logits": Tensor(FLOAT, ("R", manifest.vocab_size)),
-        **_cache(manifest, layers, "present"),
+        **_cache(manifest, caches, "present"),
     }
     if shallow:
         inputs["input_ids"] = Tensor(INT64, ("B", "q"))
         outputs["hidden"] = Tensor(FLOAT, ("B", "q", manifest.hidden_size))
+        if manifest.exit_layers:
+            inputs["exit_lengths"] = Tensor(INT32, ("B",))
     else:
         inputs |= {"hidden": Tensor(FLOAT, ("B", "k", manifest.hidden_size)), "emitted": Tensor(INT64, ("R",))}
         outputs["nll"] = Tensor(FLOAT, ("R",))
@@ -95,7 +98,7 @@ def _tensors(values: list[Any]) -> dict[str, Tensor]:
     return {value.name: Tensor(value.type, shapes[value.name]) for value in values}
 
 
-def _cache(manifest: Manifest, layers: range, prefix: str) -> dict[str, Tensor]:
+def _cache(manifest: Manifest, layers: Iterable[int | str], prefix: str) -> dict[str, Tensor]:
     rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
     shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
     return _layers(manifest, layers, prefix, shape)
@@ -105,6 +108,6 @@ def _cross(manifest: Manifest, layers: range) -> dict[str, Tensor]:
     return _layers(manifest, layers, "cross", ("B", manifest.kv_heads, "E", manifest.head_dim))
 
 
-def _layers(manifest: Manifest, layers: range, prefix: str, shape: tuple[int | str, ...]) -> dict[str, Tensor]:
+def _layers(manifest: Manifest, layers: Iterable[int | str], prefix: str, shape: tuple[int | str, ...]) -> dict[str, Tensor]:
     tensor = Tensor(_FLOATS[manifest.float_type], shape)
     return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}

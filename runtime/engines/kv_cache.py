@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,12 @@ class KVCache:
     """`arrays["{layer}.{part}"]` is [slots, kv_heads, rows, head_dim]; `lengths` int32 [slots] counts valid rows.
 
     `zeros(shape, dtype)` makes an array; by default in the host's memory. `fixed`: the engine takes no other number of
-    rows. What lies behind the valid rows is unspecified and never read.
+    rows. `own_exit`: some of the layers are the exit's own, and are run only where an exit may be taken. What lies behind the valid rows is unspecified and never read.
     """
 
     def __init__(
         self,
-        layers: range,
+        layers: Sequence[int | str],
         slots: int,
         kv_heads: int,
         rows: int,
@@ -32,6 +32,7 @@ class KVCache:
     ) -> None:
         self.rows, self._zeros, self._fixed = rows, zeros, fixed
         self._layers, self._kv_heads, self._head_dim, self._dtype = layers, kv_heads, head_dim, dtype
+        self.own_exit = any(isinstance(layer, str) for layer in layers)
         self.lengths = np.zeros(slots, np.int32)
         self._counts: Any = self.lengths.data  # the same, for single numbers
         # Zeroed memory is not resident until an engine writes to it, and holds no NaN that a mask would let through.

@@ -179,7 +179,7 @@ class Request:
                 decoder.attend(self._encode(decoder))
             # Lossless must not cost more than full before it knows that drafts pay.
             head = self.mode not in ("full", "lossless") or self.options.output_confidence
-            first = yield from decoder.prefilling(self._prompt, head)
+            first = yield from decoder.prefilling(self._prompt, head, exits=self.mode != "full")
             self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
         return self._loop(decoder, self._first, response)
 

@@ -60,11 +60,14 @@ class BatchedCall:
         name = "input_ids" if "input_ids" in works[0].inputs else "hidden"
         shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
         rows = np.zeros(shape, np.int64) if name == "input_ids" else self._lane.scratch("rows", shape, np.float32)
-        lengths = np.zeros(count, np.int32)
+        lengths, exits = np.zeros((2, count), np.int32)
         for work, place in zip(works, places, strict=True):
             rows[place, : work.rows] = work.inputs[name][0]
             lengths[place] = work.rows
+            exits[place] = work.rows if work.exits else 0
         inputs: dict[str, Any] = {name: rows, "query_lengths": lengths}
+        if self._lane.cache.own_exit:
+            inputs["exit_lengths"] = exits
         if "emitted" in works[0].inputs:
             inputs["emitted"] = np.concatenate([work.inputs["emitted"] for work in works])
         return inputs

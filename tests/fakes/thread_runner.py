@@ -39,5 +39,5 @@ class _Submitted(Event):
 
 def lanes_beside(backend: Backend, engine: Load) -> tuple[Runner, Runner]:
     """In place of `Backend.lanes`: sessions on the CPU that overlap."""
-    shallow = Runner(engine("shallow"), backend._cache(backend.manifest.shallow_layers))
+    shallow = Runner(engine("shallow"), backend._cache(backend.manifest.shallow_caches))
     return shallow, ThreadRunner(engine("deep"), backend._cache(backend.manifest.deep_layers))

@@ -13,7 +13,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.verification.engine_pair import EnginePair
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit_head
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit
 from graphs.families import describe
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
@@ -56,7 +56,7 @@ def test_the_shallow_head_has_the_exits_norm_and_adapter(
     plain = open_checkpoint(str(checkpoint(LLAMA)))
     width = int(plain.config["hidden_size"])
     source = WithExit(plain, width)
-    description = with_exit_head(describe(plain.config, plain), source)
+    description = with_exit(describe(plain.config, plain), source)
     with WeightFile(tmp_path / "weights.data") as weights:
         builder = EngineBuilder(description, EngineOptions(1, 32, 4, dialect=dialect), source, weights, tmp_path)
         builder.shallow()
@@ -81,4 +81,4 @@ def test_the_shallow_head_has_the_exits_norm_and_adapter(
 def test_without_exit_parameters_the_description_is_unchanged(checkpoint: Callable[[Case], Path]) -> None:
     plain = open_checkpoint(str(checkpoint(LLAMA)))
     description = describe(plain.config, plain)
-    assert with_exit_head(description, plain) is description
+    assert with_exit(description, plain) is description

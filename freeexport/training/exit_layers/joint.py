@@ -1,0 +1,40 @@
+"""`--tune full --exit-layers N`: the whole model and an exit of N layers are trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import Example
+from freeexport.training.exit_layers.start import first_layers, observed, write_exit
+from freeexport.training.full import Trainable, copy_tokenizer, on_examples, trainable_model
+from freeexport.training.options import TrainingOptions
+from freeexport.training.shallow_deep import ShallowDeep
+from graphs.description import Description
+
+
+def tune_joint(
+    checkpoint: Checkpoint,
+    description: Description,
+    options: TrainingOptions,
+    training: Sequence[Example],
+    validation: Sequence[Example],
+    cache: Path,
+) -> Trainable:
+    """Takes 16 bytes of memory a parameter, and what the batch needs. The map that the exit begins with is kept in the
+    directory `cache`."""
+    model = trainable_model(checkpoint, options)
+    own = first_layers(checkpoint, description, options, observed(model, description, options), training, cache)
+    module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha, own=own)
+
+    def write(directory: Path) -> None:
+        model.to(getattr(torch, options.dtype)).save_pretrained(directory)
+        copy_tokenizer(checkpoint, directory)
+        write_exit(own, directory)
+
+    tuning = on_examples(module, checkpoint, options, training, validation, write)
+    tuning.exit_norm, tuning.exit_layers = True, options.exit_layers
+    return tuning

@@ -1,0 +1,55 @@
+"""A checkpoint whose exit has transformer layers of its own, and its model, for the slow reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from checkpoints import CASES, Case, load
+from safetensors.numpy import save_file
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
+from freeexport.training.exit_layers.module import own_exit
+from graphs.exit_head import EXIT_MAP, EXIT_NORM, own_shapes
+from graphs.families import describe
+
+EXIT_LAYER, OWN_LAYERS = 1, 2
+
+
+def write_exit(directory: Path, layers: int = OWN_LAYERS) -> None:
+    """An exit beside a checkpoint: the last layers, somewhat changed, behind a map that is nearly none."""
+    opened = open_checkpoint(str(directory))
+    description = describe(opened.config, opened)
+    draw, width = np.random.default_rng(0), description.hidden_size
+    last = "model.layers." + str(len(description.decoder.layers) - layers)
+    like = opened.read(f"{last}.mlp.up_proj.weight").std()
+    tensors = {
+        name: (draw.standard_normal(shape) * like).astype(np.float32)
+        if len(shape) > 1
+        else (1 + 0.1 * draw.standard_normal(shape)).astype(np.float32)
+        for name, shape in own_shapes(description, opened, layers).items()
+    }
+    tensors[EXIT_MAP] = np.eye(width, dtype=np.float32) + tensors[EXIT_MAP] / 4
+    tensors[EXIT_NORM] = opened.read(description.decoder.head.norm.weight) * np.float32(1.1)
+    save_file(tensors, directory / EXIT_WEIGHTS)
+    write_exit_file(directory, ExitFile(EXIT_LAYER, True, 0, opened.sha256, "logit-kd", "exit", layers))
+
+
+def with_exit_layers(name: str) -> Case:
+    """The case of this name with an exit of two layers after layer 1."""
+    plain = next(case for case in CASES if case.name == name)
+
+    def build(directory: Path) -> None:
+        plain.build(directory)
+        write_exit(directory)
+
+    return Case(f"{name}-exit-layers", build, (EXIT_LAYER, plain.exit_layers[-1]))
+
+
+def model_with_exit(directory: Path) -> Any:
+    """The Hugging Face model, which tests.reference reads the exit of from its `own_exit`."""
+    model, opened = load(directory), open_checkpoint(str(directory))
+    object.__setattr__(model, "own_exit", own_exit(opened, describe(opened.config, opened)))
+    return model

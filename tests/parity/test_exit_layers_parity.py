@@ -1,0 +1,175 @@
+"""An exit of transformer layers: engines, modes, batches and verification against transformers and our torch layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import PROMPTS, Case
+from conftest import Bundles
+from exit_layer_case import EXIT_LAYER, OWN_LAYERS, model_with_exit, with_exit_layers
+from reference import (
+    Run,
+    assert_same_tokens,
+    draft_decode,
+    free_decode,
+    replay,
+    separating_threshold,
+    unlikely_goes,
+)
+
+from freeexport.verification.engine_pair import EnginePair
+from runtime import Session
+from runtime.adaptation.draft_length import DraftLength
+from runtime.bundle.bundle import Bundle
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS = 18
+TIED = with_exit_layers("llama-tied")
+CASES = (TIED, *map(with_exit_layers, ("qwen3", "mistral-window", "llama-biases")))
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="session")
+def model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
+    return lambda case: model_with_exit(checkpoint(case))
+
+
+def threshold_of(session: Session, model: Any, prompt: tuple[int, ...], quantile: float = 0.5) -> float:
+    guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
+    return separating_threshold(replay(model, prompt, guide, EXIT_LAYER, 1.0), quantile)
+
+
+@each_case
+def test_shallow_logits_are_those_of_the_layers_in_torch(
+    case: Case, bundle: Bundles, model: Callable[[Case], Any]
+) -> None:
+    opened = Bundle.open(bundle(case, EXIT_LAYER))
+    assert opened.manifest.exit_layers == OWN_LAYERS
+    pair, ids = EnginePair(opened, 1, 1), np.array(PROMPTS[2])
+    # A prompt, three tokens in one call, and single ones.
+    found, place = [], 0
+    for count in (30, 3, 1, 1, 1):
+        call = np.array([count], np.int32)
+        out = pair.shallow(ids[None, place : place + count], call)
+        found.append(out["logits"])
+        pair.deep(out["hidden"], call)
+        place += count
+    wanted = Run(model(case), ids[:1].tolist(), EXIT_LAYER).logits(ids[1:place].tolist())[0]
+    np.testing.assert_allclose(np.concatenate(found), wanted.numpy(), atol=1e-4, rtol=1e-4)
+
+
+@each_case
+def test_free_exits_and_syncs_as_the_reference(case: Case, bundle: Bundles, model: Callable[[Case], Any]) -> None:
+    whole = model(case)
+    with Session(bundle(case, EXIT_LAYER), slots=1, threads=1) as session:
+        for prompt in PROMPTS:
+            threshold = threshold_of(session, whole, prompt)
+            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
+            reference = replay(whole, prompt, ours.token_ids, EXIT_LAYER, threshold)
+            assert any(reference.exited)
+            assert not all(reference.exited[1:])
+            if assert_same_tokens(ours, reference) is None:
+                assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+        assert_same_tokens(ours, free_decode(whole, prompt, EXIT_LAYER, threshold, TOKENS, eos_ids=()))
+
+
+def test_rollback_takes_back_what_the_reference_takes_back(bundle: Bundles, model: Callable[[Case], Any]) -> None:
+    whole, rejected, kept = model(TIED), 0, 0
+    with Session(bundle(TIED, EXIT_LAYER), slots=1, threads=1) as session:
+        for prompt in PROMPTS:
+            for limit in (1.0, 3.0):
+                threshold = threshold_of(session, whole, prompt, 0.3)
+                ours = session.generate(
+                    prompt,
+                    mode="rollback",
+                    threshold=threshold,
+                    rollback_threshold=limit,
+                    max_new_tokens=TOKENS,
+                    ignore_eos=True,
+                )
+                reference = draft_decode(whole, prompt, EXIT_LAYER, threshold, unlikely_goes(limit), TOKENS)
+                assert_same_tokens(ours, reference)
+                rejected, kept = rejected + ours.stats.rejected, kept + ours.stats.exits
+    assert rejected
+    assert kept
+
+
+@each_case
+def test_lossless_is_full_and_drafts_as_the_reference(
+    case: Case, bundle: Bundles, model: Callable[[Case], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With drafts that are as long as there is room for, and, among them, plain steps that ask no head."""
+    plans: list[int] = []
+
+    def plan(self: DraftLength, most: int) -> tuple[int, bool]:
+        plans.append(0 if len(plans) % 3 == 2 else most)
+        return plans[-1], False
+
+    monkeypatch.setattr(DraftLength, "plan", plan)
+    drafted, whole = 0, model(case)
+    with Session(bundle(case, EXIT_LAYER), slots=1, threads=1) as session:
+        for prompt in PROMPTS:
+            options: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
+            full = session.generate(prompt, mode="full", **options)
+            ours = session.generate(prompt, mode="lossless", threshold=0.1, **options)
+            assert ours.token_ids == full.token_ids
+            assert_same_tokens(full, replay(whole, prompt, full.token_ids, EXIT_LAYER, 1.0, mode="full"))
+            drafted += ours.stats.rejected + ours.stats.exits
+            # Every token that exited has the confidence of a sequence that was read as a whole.
+            shallow = replay(whole, prompt, ours.token_ids, EXIT_LAYER, 1.0)
+            for place, (mine, its) in enumerate(zip(ours.confidence, shallow.confidence, strict=True)):
+                assert not place or mine is None or mine == pytest.approx(its, abs=1e-3)
+    assert drafted
+
+
+def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> None:
+    """Those that never exit, whose rows the exit's layers pass over, beside those that do."""
+    path = bundle(TIED, EXIT_LAYER)
+    requests: list[dict[str, Any]] = [
+        {"mode": mode, "threshold": 0.3, "max_new_tokens": TOKENS, "ignore_eos": True}
+        for mode in ("free", "full", "free", "shallow")
+    ]
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[2], PROMPTS[1]]
+    for options in requests:
+        if options["mode"] in ("full", "shallow"):
+            del options["threshold"]
+    with Session(path, slots=1, threads=1) as session:
+        alone = [session.generate(prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
+    with Session(path, slots=4, threads=1) as session:
+        with ThreadPoolExecutor(4) as pool:
+            pending = [pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
+            together = [one.result() for one in pending]
+    for mine, its in zip(together, alone, strict=True):
+        assert mine.token_ids == its.token_ids
+        assert mine.exited == its.exited
+    assert any(any(one.exited) for one in alone[::2])
+
+
+def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:
+    """Their cache stays as it was: nothing was written for rows that nobody asks about."""
+    with Session(bundle(TIED, EXIT_LAYER), slots=1, threads=1) as session, session.decoder() as decoder:
+        shallow = decoder.lanes[0].cache
+        own = [array for name, array in shallow.arrays.items() if name.startswith("exit.")]
+        assert len(own) == 2 * OWN_LAYERS
+        decoder.prefill(np.array(PROMPTS[0]), head=False)
+        decoder.step(7, head=False)
+        length = int(shallow.lengths[0])
+        assert not any(array[0, :, :length].any() for array in own)
+        decoder.trim(0)
+        decoder.prefill(np.array(PROMPTS[0]), head=False, exits=True)
+        assert all(array[0, :, : length - 1].any(axis=(0, 2)).all() for array in own)
+
+
+def test_a_converted_exit_is_verified(tmp_path: Path, checkpoint: Callable[[Case], Path]) -> None:
+    from freeexport.conversion.convert import convert
+    from freeexport.conversion.options import ConvertOptions
+
+    manifest = convert(str(checkpoint(TIED)), tmp_path / "verified", ConvertOptions(capacity=64, measure=False))
+    assert manifest.verified
