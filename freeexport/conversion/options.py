@@ -25,11 +25,11 @@ class ConvertOptions:
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own, for a CPU "ort"
     where its attention has a kernel for the model's heads, else "standard". `int8_range` "auto" is what this machine's
     processor takes; `int8_layout` "auto" is blocks where the range is full, and by row where it is not. None for `head`
-    is 8 bits where weights are rounded. `compute` is what engines for a GPU with rounded weights compute in, None for
-    fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `kernels`: whose operators
-    multiply with weights that are rounded for a CPU. `exit_vocab` is the file of `freeexport exit-vocab` for
-    this checkpoint, `calibration` that of `freeexport calibrate`. OptionError where two do not go together; GraphError
-    for an encoder capacity under 1."""
+    is 8 bits where weights are quantized. `compute` is what engines for a GPU with quantized weights compute in, None
+    for fp16. `exact_rows`: rounded engines for a CPU give a row the same bits in every call. `kernels`: whose operators
+    multiply with weights that are quantized for a CPU. `exit_vocab` is the file of `freeexport exit-vocab` for this
+    checkpoint, `calibration` that of `freeexport calibrate`. OptionError where two do not go together; GraphError for
+    an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None

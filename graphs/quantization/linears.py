@@ -1,4 +1,4 @@
-"""Linear layers with rounded weights."""
+"""Linear layers with quantized weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Products(Protocol):
     domain: str
 
     def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value], head: bool) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the rounded weight. The `head`'s x has
+        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight. The `head`'s x has
         other rows than the layers'."""
         ...
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
     """Before: products with weights are Gemm(x, W, bias) with W [outputs, inputs], not yet written.
-    After: those of them whose weights were rounded are `products`, and no weight is left unused.
+    After: those of them whose weights were quantized are `products`, and no weight is left unused.
 
     `linears` is the format of the engine, and `wanted` that of a weight by its name; `head` is the name of the head's
     weight. What became of the weights is recorded with the quantizer.

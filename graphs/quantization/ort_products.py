@@ -1,4 +1,4 @@
-"""Products with rounded weights on ONNX Runtime's operators.
+"""Products with quantized weights on ONNX Runtime's operators.
 
 8 bits by row: activations get one scale a row, so that a row's result does not depend on its neighbours, and k rows at
 once are k single rows (DynamicQuantizeMatMul has one scale for all). Blocks: MatMulNBits, which quantises by row too.

@@ -1,4 +1,4 @@
-"""Products with rounded weights on our own operators, which read them packed (docs/kernels.md)."""
+"""Products with quantized weights on our own operators, which read them packed (docs/kernels.md)."""
 
 from __future__ import annotations
 

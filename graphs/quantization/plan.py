@@ -109,7 +109,7 @@ _CPU_OWN = Rounding(
     scales=np.dtype(np.float16),
     fusions=(FuseProducts,),
 )
-# Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
+# Of quantized weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(
     {
         "int8": Plan("int8-block", "int8-block", "int8-block", "int8-block"),
@@ -133,7 +133,7 @@ ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TEN
 
 
 def rounding(target: Target, kernels: Kernels) -> Rounding:
-    """How weights are rounded for these operators."""
+    """How weights are quantized for these operators."""
     return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]
 
 

@@ -1,4 +1,5 @@
-"""Products with rounded weights that are widened before: TensorRT reads them rounded and widens them as it computes."""
+"""Products with quantized weights that are widened before: TensorRT reads them rounded and widens them as it
+computes."""
 
 from __future__ import annotations
 

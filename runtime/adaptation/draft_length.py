@@ -142,7 +142,7 @@ class DraftLength:
 
 
 class Average:
-    """A share that holds, of late: begins as one half, seen twice."""
+    """Moving average of a share; begins as one half, with the weight of two observations."""
 
     def __init__(self) -> None:
         self.value, self.count = 0.5, 2

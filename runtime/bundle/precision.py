@@ -12,7 +12,7 @@ FloatType = Literal["fp32", "fp16", "bf16"]
 Int8Range = Literal["full", "reduced"]
 # How the linear layers of decoders for CPUs stand in 8 bits: as "int8", or as "int8-block".
 Int8Layout = Literal["rows", "blocks"]
-# Whose operators multiply with rounded weights on a CPU.
+# Whose operators multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Of a head whose model is rounded: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
@@ -43,7 +43,7 @@ class EnginePrecision:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights were rounded. `int8_range` "full" needs a processor with 8-bit dot products. With
+    """How a bundle's weights were quantized. `int8_range` "full" needs a processor with 8-bit dot products. With
     `exact_rows` a row gets the same bits in every call."""
 
     int8_range: Int8Range

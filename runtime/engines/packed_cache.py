@@ -117,7 +117,7 @@ def write(bundle: Bundle) -> Path:
 
 
 def entries() -> Iterator[tuple[Path, Entry | None, float]]:
-    """Every entry, last used first: its directory, what it says (None where it cannot be read), and seconds since the
+    """Every entry, last used first: its directory, its record (None where it cannot be read), and seconds since the
     epoch when it was used."""
     root = cache_root()
     found = [path for path in root.iterdir() if _is_entry(path)] if root.is_dir() else []

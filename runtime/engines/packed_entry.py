@@ -1,4 +1,4 @@
-"""An entry of the engine cache: what it says of itself, and whether it can be trusted."""
+"""An entry of the engine cache: its record, and whether it can be trusted."""
 
 from __future__ import annotations
 

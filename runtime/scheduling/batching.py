@@ -64,8 +64,9 @@ class BatchPolicy:
         return deep if deep and (enough or waited >= self.rules.patience) else shallow
 
     def run(self, calls: Sequence[SlotCall], together: bool) -> Iterator[tuple[SlotCall, Exception | None]]:
-        """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be counted
-        before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted ones."""
+        """Run calls of one engine, as few as possible where `together`: each with its error. What a call wrote is to be
+        counted before the next one, in which its slots may be idle: an engine may pad idle rows behind the counted
+        ones."""
         for group in self._grouped(calls) if together else [[call] for call in calls]:
             failed = self._call(group)
             for call in group:

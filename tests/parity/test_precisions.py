@@ -85,7 +85,7 @@ def test_exact_rows_are_for_weights_rounded_for_a_cpu(
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "1"]
     result = CliRunner().invoke(main, [*arguments, "--exact-rows", *given])
     assert result.exit_code == 1
-    assert "--exact-rows is for weights that are rounded for a CPU" in result.stderr
+    assert "--exact-rows is for weights that are quantized for a CPU" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

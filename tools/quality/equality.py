@@ -5,9 +5,9 @@
 Every prompt is decoded alone in mode full and in free, to --tokens/2 to --tokens tokens; then in lossless, alone and by
 --batch threads, and in full and free by --batch threads: rows of common calls join and leave at any time. Lossless
 drafts as much as it may, whether that pays or not. Each difference is listed with how far apart the two best choices
-were: in float32, below 1e-4 is a tie of k rows against one; of rounded weights, below what the logits of k rows and of
-single steps were measured to differ by. Ends with 1 where a difference is no tie, or, of rounded weights, where more
-than one prompt in a hundred differs.
+were: in float32, below 1e-4 is a tie of k rows against one; of quantized weights, below what the logits of k rows and
+of single steps were measured to differ by. Ends with 1 where a difference is no tie, or, of quantized weights, where
+more than one prompt in a hundred differs.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ TIE = 1e-4
 # Rows of the passes that are compared with single steps.
 PASSES = (2, 5, 16)
 NOISE_PROMPTS = 8
-# Share of prompts that may differ where weights are rounded.
+# Share of prompts that may differ where weights are quantized.
 ROUNDED = 0.01
 
 
@@ -135,8 +135,8 @@ def first_difference(ours: GenerationResult, alone: GenerationResult) -> int | N
 
 
 def noise(session: Session, prompts: Sequence[list[int]], tokens: int) -> float:
-    """By how much logits of a sync pass over k rows differ from those of single steps, at most, along what mode full
-    says."""
+    """By how much logits of a sync pass over k rows differ from those of single steps, at most, along the output of
+    mode full."""
     worst = 0.0
     for prompt in prompts:
         said = session.generate(prompt, mode="full", max_new_tokens=tokens, ignore_eos=True).token_ids[:-1]
