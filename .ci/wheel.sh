@@ -56,5 +56,28 @@ assert lossless.token_ids == full.token_ids, (lossless, full)
 print(result.text, f"{result.stats.exit_rate:.0%} exited")
 APPLICATION
 
+say "the commands and programs of the README and of the application's tutorial, in order"
+mkdir readme tutorial
+mkdir -p readme/path/to
+cp -r "$model" readme/path/to/checkpoint
+head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
+run_page() { # FOLDER PAGE: the blocks below <!-- run -->
+    (cd "$1" && PATH="$bin:$PATH" "$bin/python" - "$2" <<'PAGE'
+import re
+import subprocess
+import sys
+
+with open(sys.argv[1], encoding="utf-8") as page:
+    blocks = re.findall(r"<!-- run -->\n```(\w*)\n(.*?)```", page.read(), re.DOTALL)
+assert blocks
+for language, text in blocks:
+    command = ["python", "-c", text] if language == "python" else ["bash", "-euxc", text]
+    subprocess.run(command, check=True)
+PAGE
+    )
+}
+run_page readme "$checkout/README.md"
+run_page tutorial "$checkout/docs/tutorial-application.md"
+
 say "demo"
 "$bin/freeexport" demo

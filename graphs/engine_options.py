@@ -30,8 +30,8 @@ class EngineOptions:
     """What is decided when engines are built. GraphError where a value is out of range.
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
-    where weights are rounded for a GPU, None for its first. `kernels`: whose operators multiply with rounded weights on
-    a CPU.
+    where weights are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized weights
+    on a CPU.
     """
 
     exit_layer: int
@@ -64,7 +64,7 @@ class EngineOptions:
         self._check_dialect(description)
         if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
             raise GraphError(
-                f"--kernels freeexport is for weights that are rounded for a CPU, not for precision {self.precision} "
+                f"--kernels freeexport is for weights that are quantized for a CPU, not for precision {self.precision} "
                 f"of target {self.target}; leave it out"
             )
         if self.exit_tokens:
@@ -105,7 +105,7 @@ class EngineOptions:
         types = [name for name in TARGETS[self.target][1] if name in FLOAT_TYPES]
         if self.compute is not None and (self.plan is None or self.target == "cpu"):
             raise GraphError(
-                f"--compute {self.compute} is for weights that are rounded for a GPU, not for precision "
+                f"--compute {self.compute} is for weights that are quantized for a GPU, not for precision "
                 f"{self.precision} of target {self.target}; leave it out"
             )
         if self.compute not in (None, *types):
@@ -118,7 +118,7 @@ class EngineOptions:
 
     @property
     def plan(self) -> Plan | None:
-        """How weights are rounded; None where they are not."""
+        """How weights are quantized; None where they are not."""
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
 
     @property

@@ -132,7 +132,7 @@ def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter,
 
 
 def _confidence(graph: Graph, choice: _Choice, measure: ConfidenceMeasure, vocabulary: int) -> ir.Value:
-    """[R] in [0, 1], higher is surer."""
+    """[R] in [0, 1], higher is more confident."""
     if measure == "entropy":
         log_probabilities = choice.log_probabilities
         terms = graph.op("Mul", [graph.op("Exp", [log_probabilities]), log_probabilities])

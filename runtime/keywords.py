@@ -15,7 +15,7 @@ Options = TypeVar("Options", SessionOptions, GenerationOptions)
 
 
 class SessionKeywords(TypedDict, total=False):
-    """The fields of SessionOptions, which says what they mean."""
+    """The fields of SessionOptions, which explains them."""
 
     threads: int | None
     slots: int
@@ -33,7 +33,7 @@ class SessionKeywords(TypedDict, total=False):
 
 
 class GenerationKeywords(TypedDict, total=False):
-    """The fields of GenerationOptions, which says what they mean."""
+    """The fields of GenerationOptions, which explains them."""
 
     max_new_tokens: int
     mode: Mode

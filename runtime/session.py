@@ -126,7 +126,7 @@ class Session:
         **keywords: Unpack[GenerationKeywords],
     ) -> Any:
         """Decode one prompt to its end, or each of a list of prompts. `options` are GenerationOptions; keyword
-        arguments are its fields, and take the place of what it says.
+        arguments are its fields, and take precedence.
 
         A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
         ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import click
@@ -45,14 +46,30 @@ WORDS = {
     r"\bused, the first\b": "Use only the first N lines",
     r"\bdid not see\b": "not used for",
 }
+# Of docstrings in the product, besides.
+IN_CODE = {
+    r"\bwhat (it|they) (says?|said)\b": "its prediction, its record, its message",
+    r"\bwhose word counts\b": "which setting takes precedence",
+    r"\bof late:": "moving average",
+}
 
 
-def wrong(text: str) -> list[str]:
+def wrong(text: str, words: Mapping[str, str] = WORDS) -> list[str]:
     """The patterns found in a text, with what to write."""
     flat = " ".join(text.split())
     return [
-        f"{found.group()!r}: write {better!r}" for word, better in WORDS.items() if (found := re.search(word, flat))
+        f"{found.group()!r}: write {better!r}" for word, better in words.items() if (found := re.search(word, flat))
     ]
+
+
+def product_docstrings() -> Iterator[tuple[str, str]]:
+    """Every docstring of the product and the tools, by place."""
+    for package in ("runtime", "graphs", "freeexport", "tools"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                    place = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}"
+                    yield place, ast.get_docstring(node) or ""
 
 
 def helps() -> Iterator[tuple[str, str]]:
@@ -112,6 +129,13 @@ def test_public_docstrings_use_the_words_of_the_field() -> None:
     found = dict(docstrings())
     assert {"Session", "Session.generate", "GenerationOptions"} <= set(found)
     assert {name: words for name, text in found.items() if (words := wrong(text))} == {}
+
+
+def test_docstrings_of_the_product_use_the_words_of_the_field() -> None:
+    found = dict(product_docstrings())
+    assert len(found) > 1000
+    words = {**WORDS, **IN_CODE}
+    assert {place: said for place, text in found.items() if (said := wrong(text, words))} == {}
 
 
 @pytest.mark.parametrize(

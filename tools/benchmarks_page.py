@@ -1,7 +1,7 @@
 """The page docs/benchmarks.md, from what `freeexport bench --save` wrote: nothing in it is written by hand.
 
     python -m tools.benchmarks_page docs/benchmarks/*.json                  writes docs/benchmarks.md
-    python -m tools.benchmarks_page docs/benchmarks/*.json --check          fails where the page is not what they say
+    python -m tools.benchmarks_page docs/benchmarks/*.json --check          fails where the page differs from them
 
 A section a file, in the order given, named as the file is without a leading number. Figures of a busy machine are
 refused. Run from the root.

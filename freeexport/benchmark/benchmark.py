@@ -154,8 +154,8 @@ def reference_answers(
     prompts: Sequence[Sequence[int]],
     options: BenchOptions,
 ) -> tuple[Answers | None, str | None]:
-    """What the whole model says in float32, and who said so: transformers, where it ran or can run here; else a float32
-    bundle in mode full; else nobody."""
+    """What the whole model gives in float32, and by which program: transformers, where it ran or can run here; else a
+    float32 bundle in mode full; else nobody."""
     own = [c.name for c in contenders if isinstance(c, Ours) and c.mode == "full" and c.precision == "fp32"]
     ran = [name for name in _TRUTHS if name in measured.rounds]
     if not ran and source is not None:
@@ -189,7 +189,7 @@ def _with_roofline(row: Row, ours: Ours, bundle: Bundle, context: tuple[float, f
 
 
 def _with_prediction(row: Row, ours: Ours, costs: Costs | None, measured: Measured, others: Mapping[str, Ours]) -> Row:
-    """How much faster than mode full the cost model says that these exits are, from prompt to last token: prompts take
+    """How much faster than mode full these exits are by the cost model, from prompt to last token: prompts take
     what they took in mode full."""
     if costs is None or ours.mode != "free":
         return row

@@ -1,4 +1,4 @@
-"""From data to a threshold: collect traces, fit, and say what every threshold would give."""
+"""From data to a threshold: collect traces, fit, and list what every threshold would give."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a calibration: the mixture, what thresholds give, and whether P(agree) is what it says."""
+"""Pictures of a calibration: the mixture, what thresholds give, and whether P(agree) is calibrated."""
 
 from __future__ import annotations
 

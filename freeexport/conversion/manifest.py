@@ -24,7 +24,8 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Written:
-    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were rounded."""
+    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were
+    quantized."""
 
     bytes: int
     copies: tuple[DeclaredCopy, ...]

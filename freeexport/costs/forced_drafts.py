@@ -18,8 +18,8 @@ from runtime.decoding.prediction import Prediction
 
 
 class Answer(Decisions):
-    """What mode full said to a prompt, for drafts to be taken from; None: the shallow decoder drafts. The draft of
-    place i is sure, and right where `right[i]`. The deep decoder says the answer, as with quantized weights it might
+    """The output of mode full for a prompt, for drafts to be taken from; None: the shallow decoder drafts. The draft of
+    place i is sure, and right where `right[i]`. The deep prediction is the answer, as with quantized weights it might
     stray from it over several rows."""
 
     def __init__(self) -> None:

@@ -54,9 +54,9 @@ def _recorded(path: Path) -> list[bool]:
 
 
 class Script(Decisions):
-    """Shallow predictions are as sure as the trace says; None: as the model says. Sequences side by side do not exit in
-    step. `onward`: a request begins where the one before it in its slot left off, so that many short ones have the rate
-    of the trace."""
+    """Shallow predictions are as confident as in the trace; None: as the model is. Sequences side by side do not exit
+    in step. `onward`: a request begins where the one before it in its slot left off, so that many short ones have the
+    rate of the trace."""
 
     def __init__(self, trace: Sequence[bool] | None, onward: bool) -> None:
         self.trace, self.onward = trace, onward

@@ -166,7 +166,7 @@ def _requests(
 
 
 def _typical(again: Sequence[Sample]) -> Sample:
-    """Of one request that was run several times."""
+    """Of several runs of one request."""
     first = again[0]
     deep = {rows: median(sample.deep[rows] for sample in again) for rows in first.deep}
     shallow, outside = (median(getattr(sample, name) for sample in again) for name in ("shallow", "outside"))

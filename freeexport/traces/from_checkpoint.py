@@ -71,7 +71,7 @@ class CheckpointTracer:
 
 
 def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:
-    """Of rows [N, V]: [N] in [0, 1], higher is surer; as the engines compute it (graphs/head.py)."""
+    """Of rows [N, V]: [N] in [0, 1], higher is more confident; as the engines compute it (graphs/head.py)."""
     if measure == "entropy":
         entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
         return (1 - entropy / np.log(log_probabilities.shape[-1])).clamp(0, 1)

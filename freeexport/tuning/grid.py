@@ -18,8 +18,8 @@ APART = 0.98
 
 @dataclass(frozen=True)
 class Point:
-    """`bundle`: its number. Of the tokens after the first, `exit_rate` exit, and of all, `agreement` are what the deep
-    decoder says. `predicted`: speed as a multiple of mode full's."""
+    """`bundle`: its number. Of the tokens after the first, `exit_rate` exit, and of all, `agreement` are the deep
+    predictions. `predicted`: speed as a multiple of mode full's."""
 
     bundle: int
     threshold: float

@@ -132,7 +132,7 @@ def _judged(
     held_out: Sequence[Request],
     options: TuneOptions,
 ) -> tuple[list[Candidate], float]:
-    """Decode the points on sequences that the choice did not see, then time them in turn with the full models of all
+    """Decode the points on sequences not used for the choice, then time them in turn with the full models of all
     bundles: candidates, and the speed of the fastest full model."""
     unseen = Texts(entries, held_out, options)
     quality = [unseen.kept(point) for point in points]

@@ -105,7 +105,7 @@ def engine_checks(
     if model is not None:
         ours = States(whole.deep, whole.shallow, whole.hidden, _encoded(encoded, batch))
         yield from _against(model, manifest, batch, ours, exit_head)
-    # For a GPU weights are rounded, and activations are not.
+    # For a GPU weights are quantized, and activations are not.
     rounds = manifest.quantization is not None and manifest.target == "cpu"
     arithmetic: Arithmetic = "8 bits" if rounds else float_type or manifest.float_type
     yield from self_checks(pair, Text(batch.tokens, batch.lengths), whole, shallow["hidden"], arithmetic)

@@ -1,4 +1,4 @@
-"""Linear layers with rounded weights."""
+"""Linear layers with quantized weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
 
 class QuantizeLinears(ir.passes.InPlacePass):
     """Before: products with weights are Gemm(x, W, bias) with W [outputs, inputs], not yet written.
-    After: those of them whose weights were rounded are `products`, and no weight is left unused.
+    After: those of them whose weights were quantized are `products`, and no weight is left unused.
 
     `linears` is the format of the engine, and `wanted` that of a weight by its name; `head` is the name of the head's
     weight. What became of the weights is recorded with the quantizer.

@@ -95,5 +95,5 @@ ROUNDING: dict[Target, Rounding] = {"cpu": _CPU, "cuda": _CUDA, "tensorrt": _TEN
 
 
 def rounding(target: Target, kernels: Kernels) -> Rounding:
-    """How weights are rounded for these operators."""
+    """How weights are quantized for these operators."""
     return _CPU_OWN if kernels == "freeexport" else ROUNDING[target]

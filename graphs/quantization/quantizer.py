@@ -39,7 +39,7 @@ class Stored:
         return bool(self.operands)
 
 
-# Of a rounded weight, its inputs and its format: the same weight as it is written.
+# Of a quantized weight, its inputs and its format: the same weight as it is written.
 Layout = Callable[[Rounded, int, TensorFormat], Rounded]
 
 

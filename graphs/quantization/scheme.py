@@ -1,4 +1,5 @@
-"""How weights are rounded for the operators of a target: each format, how much it may lose, and what comes after it."""
+"""How weights are quantized for the operators of a target: each format, how much it may lose, and what comes after
+it."""
 
 from __future__ import annotations
 

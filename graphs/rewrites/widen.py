@@ -16,8 +16,8 @@ class Widen(ir.passes.InPlacePass):
     """Before: values of `half`, the type that the graph computes in between its fp32 islands.
     After: weights stay as they are stored, and all else is fp32.
 
-    `rounds`: what an operator gave in `half` is rounded to it, so that the graph says what a device says that computes
-    in `half` and adds up in fp32.
+    `rounds`: what an operator gave in `half` is rounded to it, so that the graph gives what a device gives that
+    computes in `half` and adds up in fp32.
     """
 
     def __init__(self, half: ir.DataType, rounds: bool = False) -> None:

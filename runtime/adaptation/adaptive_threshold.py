@@ -4,7 +4,8 @@ A sync pass of mode "free" tells for each of its rows whether both decoders pred
 since the last pass, for the one below the threshold that made it run, and for one that a full stack forced. What the
 threshold decides is so labelled on both sides of it, whatever the threshold is. Which tokens remain without a label?
 
-- A stack that is left over when a sequence ends. Its tokens are surer than the threshold, so leaving them out would
+- A stack that is left over when a sequence ends. Its tokens are more confident than the threshold, so leaving them out
+would
   make sure tokens look rarer than they are, the more so the lower the threshold. They count as unlabelled, and EM gives
   them the labels that tokens of their confidence have. That is right as long as being left over depends on the
   confidence alone.

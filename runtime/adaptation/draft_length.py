@@ -231,7 +231,7 @@ class DraftLength:
 
 
 class Average:
-    """Of late, a share that holds, or of a number: begins as one half, seen twice."""
+    """Moving average of a share or a number; begins as one half, with the weight of two observations."""
 
     def __init__(self, value: float = 0.5, count: int = 2) -> None:
         self.value, self.count = value, count

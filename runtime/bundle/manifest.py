@@ -74,8 +74,8 @@ class Manifest:
     `exit_vocabulary` where the shallow head knows all tokens. `rollback_threshold`: nats, None where not calibrated.
     `target` is what the graphs were written for. `tuned_max_pending`: rows of a sync pass at most, in mode free, where
     `freeexport tune` chose fewer than there is room for. `compute`: the type of activations and KV cache where weights
-    are rounded for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call that
-    count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
+    are quantized for a GPU, None elsewhere; see `float_type`. `packed`: the deep engine computes the rows of a call
+    that count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
     `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
     `convert` measured them, None where it did not. `schema_minor`: once read, that of this code, as `schema_version`

@@ -9,7 +9,7 @@ from typing import Literal
 # int8 and fp8 by output channel, int4 in blocks. Older bundles for CPUs have int8 too, with activations by row.
 TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp8"]
 FloatType = Literal["fp32", "fp16", "bf16"]
-# Whose operators multiply with rounded weights on a CPU.
+# Whose operators multiply with quantized weights on a CPU.
 Kernels = Literal["onnxruntime", "freeexport"]
 # Of a head whose model is rounded: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
@@ -40,7 +40,7 @@ class EnginePrecision:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights were rounded. `int8_range` is of older bundles: of weights that are int8 for a CPU."""
+    """How a bundle's weights were quantized. `int8_range` is of older bundles: of weights that are int8 for a CPU."""
 
     engines: tuple[EnginePrecision, ...] = ()
     higher: tuple[HigherTensor, ...] = ()

@@ -170,7 +170,7 @@ class Decoder:
         return self._calls.answer(0)._replace(confidence=self._calls.confidence[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """What the step of `step` needs: nothing where it was run ahead. `guess` says what came of it."""
+        """What the step of `step` needs: nothing where it was run ahead. `guess` then gives the prediction."""
         self._head = head
         if self._ahead:
             if self._ahead[0].token == token:
@@ -183,7 +183,7 @@ class Decoder:
         return (call,)
 
     def guess(self) -> Prediction:
-        """Count the step that ran, onto the stack: what it said."""
+        """Count the step that ran, onto the stack: its prediction."""
         calls, call = self._calls, self._step
         if call is None:
             _, said, hidden = self._ahead.popleft()
@@ -217,7 +217,7 @@ class Decoder:
         return [NOTHING] * (call.rows - 1) + [self._said() if self._head else NOTHING]
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
-        """What the pass of `sync` needs. `answers` says what came of it."""
+        """What the pass of `sync` needs. `answers` then gives the predictions."""
         self._asked = heads, len(drafts)
         if self._deep.beside:
             return self._syncing_beside(heads, drafts, ahead)
@@ -225,7 +225,7 @@ class Decoder:
         return (call,)
 
     def answers(self) -> list[Prediction]:
-        """Count the sync pass that ran, and empty the stack: what it said."""
+        """Count the sync pass that ran, and empty the stack: its predictions."""
         call = self._pass
         if call is not None:
             self._pass = None

@@ -44,9 +44,9 @@ def free(
     sync_every: int = 0,
     labels: RequestLabels | None = None,
 ) -> Loop:
-    """FREE: tokens surer than `threshold` exit and wait on the stack; the others run the deep decoder over all that
-    wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on in the
-    background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
+    """FREE: tokens more confident than `threshold` exit and wait on the stack; the others run the deep decoder over all
+    that wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on
+    in the background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
     yield response.add(response.choose(first), False, first.confidence, first)
     sync_every = sync_every if decoder.overlaps else 0
     rows: list[Prediction] = []  # of the stack, where they are to be labelled
@@ -203,7 +203,7 @@ def _draft(
 
 
 def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
-    """What the deep decoder says at every row of a draft."""
+    """The deep prediction at every row of a draft."""
     ahead = _run_ahead(decoder, response, threshold, draft.tokens, draft.following)
     yield from decoder.syncing(len(draft.guesses), draft.tokens, ahead)
     return decoder.answers()

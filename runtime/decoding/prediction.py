@@ -1,4 +1,4 @@
-"""What a decoder says comes next."""
+"""What a decoder predicts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Prediction(NamedTuple):
-    """What a decoder says comes after a row: its arg max; `confidence` of the shallow decoder in [0, 1], None where its
+    """For the token after a row: the arg max; `confidence` of the shallow decoder in [0, 1], None where its
     head did not run; `nll` in nats of the token that was drafted there, of the deep decoder; `logits` float32 [V] where
     they were asked for: a view, valid until the same engine's next call."""
 

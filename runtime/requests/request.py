@@ -269,7 +269,7 @@ def check_count(count: int, options: GenerationOptions) -> None:
 
 
 def _mode(options: GenerationOptions, threshold: Threshold) -> Mode:
-    """Where nothing can exit, the shallow head is run for those who asked for what it says, or learn from it."""
+    """Where nothing can exit, the shallow head runs only for requests that return its confidence, or learn from it."""
     if options.drafts == "none":
         return "full"
     learns = threshold.labels is not None and threshold.labels.learns

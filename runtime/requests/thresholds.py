@@ -1,4 +1,4 @@
-"""The threshold of a request: who may say it, and whose word counts."""
+"""The threshold of a request: where it may be set, and which setting takes precedence."""
 
 from __future__ import annotations
 

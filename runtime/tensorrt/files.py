@@ -1,4 +1,4 @@
-"""The TensorRT engines in a bundle's folder `tensorrt`, each with a `.json` beside that says what it is."""
+"""The TensorRT engines in a bundle's folder `tensorrt`, each with a `.json` beside that describes it."""
 
 from __future__ import annotations
 

@@ -167,5 +167,5 @@ def test_a_tied_head_is_declared_as_a_copy(name: str, copies: int, bundle: Bundl
     "options", [{}, {"precision": "fp16"}, {"precision": "int8", "target": "cuda", "dialect": "standard"}]
 )
 def test_what_is_not_rounded_for_a_cpu_has_no_kernels(options: dict[str, Any], bundle: Bundles) -> None:
-    with pytest.raises(GraphError, match="--kernels freeexport is for weights that are rounded for a CPU"):
+    with pytest.raises(GraphError, match="--kernels freeexport is for weights that are quantized for a CPU"):
         bundle(LLAMA, 1, **OWN, **options)

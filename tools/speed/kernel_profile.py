@@ -1,4 +1,4 @@
-"""What ONNX Runtime's profile of a session says of its kernels: how many ran in a step, and how long."""
+"""The kernels in ONNX Runtime's profile of a session: how many ran in a step, and how long."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def test_a_target_decides_what_is_left_open(options: dict[str, str], expected: A
         (("--target", "cuda", "--dialect", "ort"), "target cuda needs dialect standard, not ort; leave --dialect out"),
         (("--target", "tensorrt", "--precision", "fp32"), "tensorrt has no precision fp32; choose --precision fp16 or"),
         (("--target", "cuda", "--precision", "fp8"), "target cuda has no precision fp8"),
-        (("--target", "cuda", "--compute", "bf16"), "--compute bf16 is for weights that are rounded for a GPU"),
+        (("--target", "cuda", "--compute", "bf16"), "--compute bf16 is for weights that are quantized for a GPU"),
         (("--precision", "int8", "--compute", "fp16"), "not for precision int8 of target cpu"),
         (
             ("--target", "tensorrt", "--precision", "int8", "--compute", "fp32"),
