@@ -41,9 +41,11 @@ def weights(tmp_path: Path) -> Iterator[WeightFile]:
         yield file
 
 
-def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+def product(
+    weights: WeightFile, format_: TensorFormat, bias: bool = False, weight: np.ndarray = WEIGHT
+) -> Callable[[np.ndarray], np.ndarray]:
     """x [M, 40] -> x W^T (+ b) [M, 24] by a graph whose weight was stored as `format_`."""
-    graph = Graph("g", Source({"w": WEIGHT, "b": BIAS}), weights, FLOAT)
+    graph = Graph("g", Source({"w": weight, "b": BIAS}), weights, FLOAT)
     x = graph.input("x", FLOAT, ["M", 40])
     operands = [x, graph.weight("w")] + ([graph.weight("b")] if bias else [])
     graph.output("y", graph.op("Gemm", operands, transB=1), FLOAT, ["M", 24])
@@ -56,12 +58,22 @@ def product(weights: WeightFile, format_: TensorFormat, bias: bool = False) -> C
     return lambda rows: session.run(["y"], {"x": rows})[0]
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("format_", "tolerance"), [("int8-block", 0.015), ("int4", 0.12)])
-def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: float, weights: WeightFile) -> None:
+def test_products_are_near_the_exact_ones(
+    format_: TensorFormat, tolerance: float, bias: bool, weights: WeightFile
+) -> None:
     x = normal(9, 40, seed=2)
-    ours, exact = product(weights, format_)(x), x @ WEIGHT.T
+    ours, exact = product(weights, format_, bias)(x), x @ WEIGHT.T + (BIAS if bias else 0)
     error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
     assert 1e-4 < error < tolerance
+
+
+def test_sums_of_8_bits_do_not_saturate_on_any_processor(weights: WeightFile) -> None:
+    """As they do by row without VNNI, where weights and activations are as large as they may be."""
+    run = product(weights, "int8-block", weight=np.ones((24, 40), np.float32))
+    for rows in (1, 2, 16):
+        np.testing.assert_allclose(run(np.ones((rows, 40), np.float32)), np.full((rows, 24), 40.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("format_", ["int8-block", "int4"])
