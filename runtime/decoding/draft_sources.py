@@ -6,7 +6,7 @@ not, so what a source is worth is known before anything is drafted from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
 from runtime.option_checks import shown
-from runtime.options import DraftSource
 
+# The option draft_source.
+Source = Callable[[np.ndarray], Any]
 # Tokens of the n-grams that are looked up.
 SHORTEST, LONGEST = 2, 5
 # Places of a text that are indexed; of a longer one the older half is forgotten.
@@ -146,7 +147,7 @@ class Own:
 
     name, agrees = "own", 0
 
-    def __init__(self, source: DraftSource, vocab_size: int) -> None:
+    def __init__(self, source: Source, vocab_size: int) -> None:
         self._source, self._vocab_size = source, vocab_size
 
     def candidates(self, context: Sequence[int], most: int) -> list[int]:
@@ -187,16 +188,18 @@ class DraftSources:
         prompt: Sequence[int] = (),
         text: Sequence[int] = (),
         predicted: Sequence[int] | None = None,
-        own: DraftSource | None = None,
+        own: Source | None = None,
     ) -> None:
         self._own = None if own is None else Own(own, vocab_size)
-        self._expected = None if predicted is None else Expected(predicted)
-        self._repetition = Repetition(vocab_size)
+        repetition = Repetition(vocab_size)
+        self._texts: list[Expected | Repetition] = [repetition]
+        if predicted is not None:
+            self._texts.insert(0, Expected(predicted))
         for part in filter(len, (predicted or (), text)):
             for token in (*part, GAP):
-                self._repetition.text.push(token)
+                repetition.text.push(token)
         for token in prompt:
-            self._repetition.read(token)
+            repetition.read(token)
         self._context = list(prompt)
         self._open: list[Candidates] = []  # for the tokens that come after the context
         self._begun = len(prompt)
@@ -218,7 +221,7 @@ class DraftSources:
             tokens = self._own.candidates(self._context, most)
             pace.observe_call(perf_counter() - began)
             yield Candidates(self._own.name, 0, tokens)
-        for source in filter(None, (self._expected, self._repetition)):
+        for source in self._texts:
             yield Candidates(source.name, source.agrees, source.candidates(most))
 
     def _follow(self, final: list[int], pace: DraftLength) -> None:
@@ -233,6 +236,5 @@ class DraftSources:
         self._open = []
         self._context += final
         for token in final:
-            self._repetition.read(token)
-            if self._expected is not None:
-                self._expected.read(token)
+            for text in self._texts:
+                text.read(token)
