@@ -1,0 +1,154 @@
+"""`freeexport serve` under load, on loopback: latency as clients see it, and what the server costs.
+
+    python -m tools.speed.server_load BUNDLE --threads 2 --seconds 20
+
+Prints tokens/s of one client beside those of Session.stream in this process, in turn; then, for each number of clients,
+p50, p95 and p99 of the time to the first token and between tokens; then the time between the tokens of eight streams
+while a long prompt arrives. Clients share the cores with the server. The machine must be idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+
+import click
+import httpx
+import numpy as np
+
+from freeexport.system.idle import require_idle
+from runtime import Bundle, EngineError, Session
+
+PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
+STREAMS, LONG_PROMPT = 8, 1500
+
+
+@contextmanager
+def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
+    """The address of a server in a process of its own."""
+    command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
+    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        try:
+            for line in process.stderr:
+                if found := re.search(r"^serving .* on (\S+)/v1", line):
+                    break
+            else:
+                raise EngineError(f"the server did not start: {line.strip()}")
+            yield found.group(1)
+        finally:
+            process.terminate()
+
+
+async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
+    """When it was asked for, and when each chunk with text came."""
+    times = [time.perf_counter()]
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        answer.raise_for_status()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: {") and '"finish_reason":null' in line:
+                times.append(time.perf_counter())
+    return times
+
+
+async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list[float]]:
+    """Requests of so many clients, each of which asks again as soon as it is answered."""
+    until = time.perf_counter() + seconds
+    done: list[list[float]] = []
+
+    async def ask(client: httpx.AsyncClient, number: int) -> None:
+        for turn in itertools.count(number):
+            done.append(await stream(client, PROMPTS[turn % len(PROMPTS)], tokens))
+            if time.perf_counter() >= until:
+                return
+
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
+        await asyncio.gather(*(ask(client, number) for number in range(clients)))
+    return done
+
+
+async def beside_long_prompt(url: str, tokens: int, arrives: bool) -> list[float]:
+    """Gaps of eight streams, in the middle of which a long prompt arrives."""
+    async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+        streams = [asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens)) for n in range(STREAMS)]
+        await asyncio.sleep(1)
+        if arrives:
+            await stream(client, [20 + number % 1000 for number in range(LONG_PROMPT)], 1)
+        return gaps(await asyncio.gather(*streams))
+
+
+def gaps(done: Sequence[Sequence[float]]) -> list[float]:
+    return [later - earlier for times in done for earlier, later in itertools.pairwise(times[1:])]
+
+
+def percentiles(seconds: Sequence[float]) -> str:
+    return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
+
+
+def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None:
+    """Tokens/s of the same request at the server and at a session here, in turn."""
+    speeds: dict[str, list[float]] = {"session": [], "server": []}
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(base_url=url, timeout=600) as client:
+            return len(await stream(client, PROMPTS[0], tokens)) - 1
+
+    with Session(bundle, threads=threads, slots=1) as session:
+        session.settle()
+        for turn in range(rounds + 1):
+            began = time.perf_counter()
+            chunks = sum(bool(token.text) for token in session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens))
+            between = time.perf_counter()
+            assert asyncio.run(ask()) == chunks
+            if turn:  # the first warms up
+                speeds["session"].append(chunks / (between - began))
+                speeds["server"].append(chunks / (time.perf_counter() - between))
+    ratios = [b / a for a, b in zip(speeds["session"], speeds["server"], strict=True)]
+    here, there = (median(values) for values in speeds.values())
+    click.echo(f"one client: session {here:.1f} tokens/s, server {there:.1f}, ratio {median(ratios):.3f}")
+    click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path, exists=True))
+@click.option("--threads", type=int, default=2, show_default=True)
+@click.option("--slots", type=int, default=16, show_default=True)
+@click.option("--seconds", type=float, default=20, show_default=True, help="For each number of clients.")
+@click.option("--max-new-tokens", "tokens", type=int, default=64, show_default=True)
+@click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--force", is_flag=True, help="On a busy machine too.")
+def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, force: bool) -> None:
+    """Measure the server of BUNDLE."""
+    if not require_idle(force):
+        click.echo("note: the machine is busy, so these figures are not to be trusted")
+    with served(bundle, threads, slots) as url:
+        cost(url, bundle, threads, rounds, tokens)
+        click.echo("clients  requests  first token ms: p50, p95, p99    between tokens ms: p50, p95, p99")
+        for clients in (1, 4, 16, 64):
+            done = asyncio.run(load(url, clients, seconds, tokens))
+            first = percentiles([times[1] - times[0] for times in done])
+            click.echo(f"{clients:7} {len(done):9}    {first}    {percentiles(gaps(done))}")
+        if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
+            click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
+            return
+        for arrives in (False, True):
+            between = asyncio.run(beside_long_prompt(url, 4 * tokens, arrives))
+            what = f"beside a prompt of {LONG_PROMPT} tokens" if arrives else "alone"
+            click.echo(
+                f"{STREAMS} streams {what}, between tokens ms: {percentiles(between)}, at most {max(between):.3f} s"
+            )
+
+
+if __name__ == "__main__":
+    main()
