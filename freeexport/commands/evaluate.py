@@ -46,12 +46,17 @@ def command() -> None:
               help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
 @click.option("--methods", default="full,static,free,lossless", show_default=True,
               help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
-              "exits above thresholds. adaptive: above one that is learned while decoding.")  # fmt: skip
+              "exits above thresholds. calm: after any layer, states copied. adaptive: above a threshold that is "
+              "learned while decoding.")  # fmt: skip
 @click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS, show_default=True,
               help="Run method free with exits above this confidence, beside the calibrated one. "
               "May be repeated.")  # fmt: skip
 @click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality, show_default=True,
               help="The share of the full model's metric to keep.")  # fmt: skip
+@click.option("--calm-model", metavar="MODEL", help="Method calm: the checkpoint that its bundle came from.")
+@click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from, show_default=True,
+              help="Method calm: the first layer to exit after.")  # fmt: skip
+@click.option("--calm-decay", is_flag=True, help="Method calm: thresholds fall along a sequence.")
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds, show_default=True,
               help="Interleaved rounds; the median counts.")  # fmt: skip
@@ -72,7 +77,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     Example:
       freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
       freeexport evaluate fp32 int8 --data test.jsonl --metric per --metric exact --output results --rounds 3
-      freeexport evaluate kd=full,free,lossless ce=static --data test.jsonl --metric bleu --output results
+      freeexport evaluate kd=full,free,lossless ce=full,static,calm --calm-model ce-checkpoint \\
+        --data test.jsonl --metric bleu --output results
     """
     import matplotlib  # noqa: F401
 

@@ -12,7 +12,7 @@ from freeexport import __version__
 from freeexport.calibration.source import engines_hash, reference_of
 from freeexport.checkpoints.examples import DataError, read_examples
 from freeexport.evaluation.figures import Curve, Row, curves_of, rows_of
-from freeexport.evaluation.measure import Entry, entries_of, measure
+from freeexport.evaluation.measure import CALM, Entry, entries_of, measure
 from freeexport.evaluation.options import EvaluateOptions
 from freeexport.evaluation.records import Record, Records, check_output
 from freeexport.metrics.metric import Metric, metric_of
@@ -60,6 +60,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     run = run_of(options, entries)
     check_output(options.output, run, options.overwrite)
     with Records(options.output, run, options.overwrite) as records:
+        loss = _calm(options, entries)
         measure(entries, requests, options, records)
         found = records.by_setting()
     rows = rows_of(entries, found, references, metrics)
@@ -72,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         requests={request.line_number: request for request in requests},
         references=references,
         records=found,
-        notes=[*_trained(entries), *_doubts(rows, found)],
+        notes=[*_trained(entries, loss), *_doubts(rows, found)],
         machine=detect_machine(),
         threads=options.threads or usable_cores(),
     )
@@ -101,17 +102,34 @@ def run_of(options: EvaluateOptions, entries: Sequence[Entry]) -> dict[str, Any]
         "data": sha256_of(options.data),
         "samples": options.samples,
         "max_new_tokens": options.max_new_tokens,
+        "calm": [options.calm_from, options.calm_decay] if options.calm_model else None,
         "threads": options.threads or usable_cores(),
         "freeexport": __version__,
     }
 
 
-def _trained(entries: Sequence[Entry]) -> list[str]:
+def _calm(options: EvaluateOptions, entries: Sequence[Entry]) -> str | None:
+    """Engines of method calm, where it is asked for; the loss that they were trained with."""
+    if options.calm_model is None:
+        return None
+    # The builder, which nothing else here needs.
+    from freeexport.evaluation.calm_engines import write_calm
+
+    entry = next(one for one in entries if any(setting.method == "calm" for setting in one.settings))
+    return write_calm(options.calm_model, entry.bundle.manifest, options.calm_from, options.output / CALM)
+
+
+def _trained(entries: Sequence[Entry], loss: str | None) -> list[str]:
     """What numbers mean where a method is not run on what it was trained for."""
     notes = []
+    if loss not in (None, "weighted-ce"):
+        notes.append(
+            f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, not weighted-ce: exits after "
+            "layers that no loss looked at show what such exits give, not what CALM can do"
+        )
     for entry in entries:
         manifest = entry.bundle.manifest
-        exiting = [setting for setting in entry.settings if setting.method != "full"]
+        exiting = [setting for setting in entry.settings if setting.method not in ("full", "calm")]
         methods = list(dict.fromkeys(setting.method for setting in exiting))
         if not methods:
             continue

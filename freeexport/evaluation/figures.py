@@ -13,6 +13,7 @@ from freeexport.evaluation.options import Setting
 from freeexport.evaluation.records import Record
 from freeexport.metrics.metric import Metric, bounded
 from freeexport.metrics.reference import Reference
+from runtime.bundle.manifest import Manifest
 
 RESAMPLES, CONFIDENCE, SEED = 1000, 0.95, 0
 
@@ -157,7 +158,7 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
         lines=len(first),
         tokens=sum(one.tokens for one in first),
         exit_rate=exits / later,
-        layers=manifest.layers - exits / later * (manifest.layers - manifest.exit_layer),
+        layers=sum(_layers(one, manifest) for one in first) / later,
         token_speed=_ratio(full.per_token, times.per_token),
         request_speed=_ratio(full.seconds, times.seconds),
         tokens_per_second=_ratio(1.0, times.per_token),
@@ -167,6 +168,13 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
         scores=scores,
         joules_per_token=sum(known) / max(1, tokens) if len(known) == len(joules) else None,
     )
+
+
+def _layers(record: Record, manifest: Manifest) -> int:
+    """Of the tokens after the first."""
+    if record.layers is not None:
+        return record.layers
+    return sum(manifest.exit_layer if exited else manifest.layers for exited in record.exited[1:])
 
 
 def _ratio(above: float, below: float) -> float:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from freeexport.calibration.source import fitting_prompts, unknown_of_bundle
+from freeexport.evaluation.calm import Calm
 from freeexport.evaluation.energy import Energy
 from freeexport.evaluation.options import EvaluateOptions, Setting, settings_of
 from freeexport.evaluation.records import Key, Record, Records
@@ -18,6 +19,11 @@ from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
 from runtime import Session
 from runtime.bundle.bundle import Bundle
+from runtime.machine.machine import usable_cores
+
+CALM = "calm"  # the directory of its engines in that of results
+# Kept of the first round only.
+_OUTPUTS = ("text", "token_ids", "exited", "finish_reason")
 
 
 @dataclass(frozen=True)
@@ -48,32 +54,96 @@ def measure(entries: Sequence[Entry], requests: Sequence[Request], options: Eval
     """Decode what `records` does not have yet, at `options.rounds` rounds. Raises DataError where no input fits."""
     energy, busy = Energy(), cores_in_use()
     with ExitStack() as stack:
-        sessions = [stack.enter_context(_session(entry, options, records)) for entry in entries]
-        prompts = [_prompts(session, requests) for session in sessions]
+        loaded = [stack.enter_context(_loaded(entry, options, records)) for entry in entries]
+        prompts = [_prompts(one.session, requests) for one in loaded]
         lines = [line for line in prompts[0] if all(line in each for each in prompts)]
         work = list(_work(entries, lines, options.rounds))
         left = [one for one in work if not records.has(_keys(*one))]
         total, missing = (sum(len(entry.settings) for entry, _, _ in each) for each in (work, left))
         advance = stack.enter_context(progress("evaluating", total, total - missing))
-        for entry, session, each in zip(entries, sessions, prompts, strict=True):
-            if any(one[0] is entry for one in left):
-                _warm_up(session, entry, each[lines[0]])
+        for entry, one, each in zip(entries, loaded, prompts, strict=True):
+            if any(first is entry for first, _, _ in left):
+                one.warm_up(entry.settings, each[lines[0]])
         for entry, line, turn in left:
             place = entries.index(entry)
             found = []
             for setting in _turned(entry.settings, line + turn):
-                found.append(
-                    _decode(sessions[place], entry, setting, prompts[place][line], (line, turn), options, energy)
-                )
+                before = energy.joules()
+                decoded = loaded[place].decode(setting, prompts[place][line], options.max_new_tokens)
+                after = energy.joules()
+                if turn:
+                    decoded = {name: value for name, value in decoded.items() if name not in _OUTPUTS}
+                used = None if before is None or after is None else after - before
+                place_of: dict[str, Any] = {"bundle": entry.name, "setting": setting.name, "line": line, "round": turn}
+                found.append(Record(**place_of, **decoded, joules=used, busy=round(busy, 2)))
                 advance()
-            records.add([Record(**one, busy=round(busy, 2)) for one in found])
+            records.add(found)
 
 
-def _session(entry: Entry, options: EvaluateOptions, records: Records) -> Session:
-    if entry.adaptive is None:
-        return Session(entry.bundle.path, threads=options.threads, slots=1)
-    state = records.last_state(entry.name, entry.adaptive.name)
-    return Session(entry.bundle.path, threads=options.threads, slots=1, threshold="adaptive", adaptive_state=state)
+@dataclass(frozen=True)
+class Loaded:
+    """What decodes the settings of a bundle; `calm` where one of them needs it."""
+
+    session: Session
+    calm: Calm | None
+    decays: bool
+
+    def warm_up(self, settings: Sequence[Setting], prompt: np.ndarray) -> None:
+        for setting in settings:
+            if setting.method != "adaptive":  # which would learn from it
+                self.decode(setting, prompt, 16)
+
+    def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
+        """The fields of a record that decoding gives."""
+        if setting.method == "calm":
+            return self._by_calm(setting, prompt, most)
+        adaptive = setting.method == "adaptive"
+        threshold = self.session.threshold if adaptive else None
+        result = self.session.generate(prompt, max_new_tokens=most, **setting.request)
+        stats = result.stats
+        return {
+            "seconds": round(stats.seconds, 7),
+            "decode_seconds": round(stats.seconds - stats.encode_seconds - stats.prefill_seconds, 7),
+            "tokens": stats.tokens,
+            "text": result.text,
+            "token_ids": result.token_ids,
+            "exited": result.exited,
+            "finish_reason": result.finish_reason,
+            "threshold": threshold,
+            "adaptive_state": self.session.adaptive_state() if adaptive else None,
+        }
+
+    def _by_calm(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
+        assert self.calm is not None
+        assert setting.threshold is not None
+        manifest, tokenizer = self.session.manifest, self.session.tokenizer
+        result = self.calm.generate(prompt, most, setting.threshold, self.decays)
+        ended = result.token_ids[-1] in manifest.eos_token_ids
+        written = result.token_ids[:-1] if ended else result.token_ids
+        return {
+            "seconds": round(result.seconds, 7),
+            "decode_seconds": round(result.decode_seconds, 7),
+            "tokens": len(result.token_ids),
+            "text": "" if tokenizer is None else tokenizer.decode(list(written)),
+            "token_ids": result.token_ids,
+            "exited": tuple(layers < manifest.layers for layers in result.layers),
+            "finish_reason": "eos" if ended else "length",
+            "layers": sum(result.layers[1:]),
+        }
+
+
+@contextmanager
+def _loaded(entry: Entry, options: EvaluateOptions, records: Records) -> Iterator[Loaded]:
+    threads = options.threads or usable_cores()
+    calm = None
+    if any(setting.method == "calm" for setting in entry.settings):
+        calm = Calm(entry.bundle, options.output / CALM, options.calm_from, threads)
+    adaptive: dict[str, Any] = {}
+    if entry.adaptive is not None:
+        state = records.last_state(entry.name, entry.adaptive.name)
+        adaptive = {"threshold": "adaptive", "adaptive_state": state}
+    with Session(entry.bundle.path, threads=threads, slots=1, **adaptive) as session:
+        yield Loaded(session, calm, options.calm_decay)
 
 
 def _prompts(session: Session, requests: Sequence[Request]) -> dict[int, np.ndarray]:
@@ -96,44 +166,3 @@ def _turned(settings: Sequence[Setting], by: int) -> list[Setting]:
     """None always follows the same other."""
     first = by % len(settings)
     return [*settings[first:], *settings[:first]]
-
-
-def _warm_up(session: Session, entry: Entry, prompt: np.ndarray) -> None:
-    for setting in entry.settings:
-        if setting.method != "adaptive":  # which would learn from it
-            session.generate(prompt, max_new_tokens=16, **setting.request)
-
-
-def _decode(
-    session: Session,
-    entry: Entry,
-    setting: Setting,
-    prompt: np.ndarray,
-    place: tuple[int, int],
-    options: EvaluateOptions,
-    energy: Energy,
-) -> Mapping[str, Any]:
-    adaptive = setting.method == "adaptive"
-    threshold = session.threshold if adaptive else None
-    before = energy.joules()
-    result = session.generate(prompt, max_new_tokens=options.max_new_tokens, **setting.request)
-    after = energy.joules()
-    line, turn = place
-    stats = result.stats
-    found: dict[str, Any] = {
-        "bundle": entry.name,
-        "setting": setting.name,
-        "line": line,
-        "round": turn,
-        "seconds": round(stats.seconds, 7),
-        "decode_seconds": round(stats.seconds - stats.encode_seconds - stats.prefill_seconds, 7),
-        "tokens": stats.tokens,
-        "joules": None if before is None or after is None else after - before,
-        "threshold": threshold,
-        "adaptive_state": session.adaptive_state() if adaptive else None,
-    }
-    if turn == 0:
-        found.update(
-            text=result.text, token_ids=result.token_ids, exited=result.exited, finish_reason=result.finish_reason
-        )
-    return found

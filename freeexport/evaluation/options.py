@@ -12,14 +12,14 @@ from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 
-Method = Literal["full", "static", "free", "adaptive", "rollback", "lossless"]
+Method = Literal["full", "static", "calm", "free", "adaptive", "rollback", "lossless"]
 METHODS: tuple[Method, ...] = get_args(Method)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `threshold`: of "free"; the others decide it themselves."""
+    """One way to decode. `threshold`: of "free" and "calm"; the others decide it themselves."""
 
     method: Method
     threshold: float | None = None
@@ -39,9 +39,12 @@ class Setting:
 
 
 def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
-    """Of a bundle, full first: "free" at each threshold and at that of its calibration, where it has one."""
+    """Of a bundle, full first: "free" and "calm" at each threshold, free also at that of its calibration, if any."""
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
+        if method == "calm":
+            found.extend(Setting(method, value) for value in sorted(set(thresholds)))
+            continue
         if method != "free":
             found.append(Setting(method))
             continue
@@ -75,7 +78,9 @@ def methods_of(text: str) -> tuple[Method, ...]:
 class EvaluateOptions:
     """`bundles`: each with its methods. `metrics`: the first is that of curves. `rounds`: how often everything is
     decoded, interleaved; the median of a line counts. `quality`: the share of the full model's that "the fastest
-    setting" must keep. `output`: the directory of results, which another run goes on with."""
+    setting" must keep. `output`: the directory of results, which another run goes on with. `calm_model`: the checkpoint
+    of the bundle that has method calm, which may exit from layer `calm_from` on, with `calm_decay` at a threshold that
+    falls along a sequence."""
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
     data: Path
@@ -88,6 +93,9 @@ class EvaluateOptions:
     threads: int | None = None
     quality: float = 0.99
     overwrite: bool = False
+    calm_model: str | None = None
+    calm_from: int = 1
+    calm_decay: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -103,6 +111,15 @@ class EvaluateOptions:
         if not self.bundles or "full" not in self.bundles[0][1]:
             raise OptionError(
                 "the first bundle has no method full, which others are compared with; add it to --methods"
+            )
+        calm = [path for path, methods in self.bundles if "calm" in methods]
+        if bool(calm) != (self.calm_model is not None):
+            raise OptionError(
+                "method calm needs --calm-model, the checkpoint of its bundle, and the option needs the method"
+            )
+        if len(calm) > 1:
+            raise OptionError(
+                f"method calm is for one bundle, not {len(calm)}; give each its methods as BUNDLE=METHODS"
             )
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):

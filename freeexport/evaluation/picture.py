@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.evaluation.figures import Row
-from freeexport.system.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, legend_beside, new_figure
+from freeexport.system.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend_beside, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,8 +15,16 @@ if TYPE_CHECKING:
 
     from freeexport.evaluation.evaluate import Evaluation
 
-_COLOURS = {"full": GREY, "static": ORANGE, "free": BLUE, "adaptive": PURPLE, "rollback": "black", "lossless": GREEN}
-_MARKS = {"full": "s", "static": "^", "free": "o", "adaptive": "D", "rollback": "v", "lossless": "P"}
+_COLOURS = {
+    "full": GREY,
+    "static": ORANGE,
+    "calm": YELLOW,
+    "free": BLUE,
+    "adaptive": PURPLE,
+    "rollback": "black",
+    "lossless": GREEN,
+}
+_MARKS = {"full": "s", "static": "^", "calm": "X", "free": "o", "adaptive": "D", "rollback": "v", "lossless": "P"}
 # Of one bundle, beside the colour of the method; marks of all but the first are hollow.
 _LINES = ("-", "--", ":", "-.")
 _APART = 0.1

@@ -29,8 +29,9 @@ class Key(NamedTuple):
 @dataclass(frozen=True)
 class Record:
     """One line decoded. `seconds` from the prompt to the last token, `decode_seconds` without prompt and encoder;
-    `threshold` that an adaptive session had, and what it had learned then; `joules` where they are known; `busy`: cores
-    that other processes used. Text and tokens are those of round 0."""
+    `layers` of all tokens after the first, where they are not those of one exit; `threshold` that an adaptive session
+    had, and what it had learned then; `joules` where they are known; `busy`: cores that other processes used. Text and
+    tokens are those of round 0."""
 
     bundle: str
     setting: str
@@ -46,6 +47,7 @@ class Record:
     exited: tuple[bool, ...] = ()
     finish_reason: str = ""
     threshold: float | None = None
+    layers: int | None = None
     adaptive_state: Mapping[str, Any] | None = None
 
     @property

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 # Of the palette of Okabe and Ito; marks, hatches and dashes say the same without colour.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+YELLOW = "#E69F00"
 DPI = 120
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from graphs.description import Attention, RelativeBias
-from graphs.dialects.base import Call, linear, query_key_value, rotary_tables
+from graphs.dialects.base import Call, linear, rotary_tables
 from graphs.dialects.ort import OrtDialect
 from graphs.dialects.packing import Packing
 from graphs.dialects.relative_bias import by_distance
@@ -26,7 +26,7 @@ class KernelDialect(OrtDialect):
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
-        rows = query_key_value(graph, x, attention, self.width)
+        rows = self.project(graph, x, attention, self.width)
         shape: list[Dimension] = ["B", kv_heads, "cache", attention.head_dim]
         past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -62,6 +63,8 @@ class OrtDialect:
         packing: Packing | None = None,
     ) -> None:
         self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
+        # [M, width] -> query, key and value in one, [M, (heads + 2 kv_heads) * head_dim]
+        self.project: Callable[[Graph, ir.Value, Attention, int], ir.Value] = query_key_value
         self._biases: dict[str, ir.Value] = {}
         self._packing = packing
 
@@ -100,7 +103,7 @@ class OrtDialect:
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
-        packed = query_key_value(graph, x, attention, self.width)
+        packed = self.project(graph, x, attention, self.width)
         query, key, value = self._split(packed, attention)
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
         shape: list[Dimension] = ["B", kv_heads, "cache", size]

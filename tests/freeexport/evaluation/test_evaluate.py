@@ -70,7 +70,7 @@ def figures(result: Result) -> dict[str, dict[str, Any]]:
 
 
 def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: Path) -> None:
-    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback"))
+    methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "calm"))
     result = run("--methods", methods, "--rounds", 2, "--metric", "chrf", "--json")
     rows = figures(result)
     assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lossless"]
@@ -113,15 +113,17 @@ def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoded: list[int] = []
-    decode = measuring._decode
+    decode = measuring.Loaded.decode
+    monkeypatch.setattr(measuring.Loaded, "warm_up", lambda *_: None)
+    lines: dict[bytes, int] = {}  # by their prompts
 
-    def counted(*given: Any) -> Any:
-        decoded.append(given[4][0])
+    def counted(loaded: Any, setting: Any, prompt: Any, most: int) -> Any:
+        decoded.append(lines.setdefault(prompt.tobytes(), len(lines) + 1))
         if len(decoded) == 5:
             raise KeyboardInterrupt
-        return decode(*given)
+        return decode(loaded, setting, prompt, most)
 
-    monkeypatch.setattr(measuring, "_decode", counted)
+    monkeypatch.setattr(measuring.Loaded, "decode", counted)
     assert run("--methods", "full,lossless").exit_code == 130
     outputs = tmp_path / "out" / OUTPUTS
     before = outputs.read_text()
@@ -195,7 +197,9 @@ def test_each_bundle_has_the_methods_that_were_given_for_it(run: Run, bundle: Bu
         (("--metric", "rouge"), "'rouge' is no metric; choose from exact"),
         (("--metric", "case-f1x:y.z"), "is no metric"),
         (("--metric", "no_such_module:f"), "No module named 'no_such_module'"),
-        (("--methods", "full,calm"), "'calm' is no method; choose from full"),
+        (("--methods", "full,magic"), "'magic' is no method; choose from full"),
+        (("--methods", "full,calm"), "method calm needs --calm-model"),
+        (("--calm-model", "model"), "the option needs the method"),
         (("--methods", "free"), "the first bundle has no method full"),
         (("--threshold", "1"), "--threshold 1 is out of range"),
         (("--target-quality", "0"), "target quality is 0.0"),

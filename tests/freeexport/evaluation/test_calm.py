@@ -1,0 +1,114 @@
+"""CALM: between the whole model and the shallow decoder, and what it writes for the layers that it skips."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from click.testing import CliRunner
+from conftest import Bundles
+
+from freeexport.cli import main
+from freeexport.evaluation import measure as measuring
+from freeexport.evaluation.calm import Calm, threshold_at
+from freeexport.evaluation.calm_engines import write_calm
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA, QWEN = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"], BY_NAME["qwen3"]
+Directory = Callable[[Case], Path]
+PROMPTS = ["one two three", "x", "line 5 of 25 lines"]
+
+
+@pytest.fixture
+def calm(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> Callable[..., tuple[Calm, Path]]:
+    def build(case: Case, **options: Any) -> tuple[Calm, Path]:
+        path = bundle(case, **options)
+        opened = Bundle.open(path)
+        write_calm(str(checkpoint(case)), opened.manifest, 1, tmp_path / "calm")
+        return Calm(opened, tmp_path / "calm", 1, 1), path
+
+    return build
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA, QWEN], ids=lambda case: case.name)
+@pytest.mark.parametrize("options", [{}, {"precision": "int8", "kernels": "freeexport"}], ids=["fp32", "int8"])
+def test_without_exits_it_is_the_whole_model_and_with_all_exits_the_shallow_one(
+    case: Case, options: dict[str, Any], calm: Callable[..., tuple[Calm, Path]]
+) -> None:
+    made, path = calm(case, **options)
+    with Session(path, threads=1, slots=1) as session:
+        assert session.tokenizer is not None
+        for text in PROMPTS:
+            prompt = np.array(session.tokenizer.encode(text), np.int64)
+            full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
+            never, always = (made.generate(prompt, 16, threshold) for threshold in (1.0, 0.0))
+            assert never.token_ids == full.token_ids
+            assert set(never.layers) == {case.layers}
+            assert always.token_ids == shallow.token_ids
+            assert set(always.layers[1:]) <= {1}
+            some = made.generate(prompt, 16, 0.3)
+            assert set(some.layers) <= set(range(1, case.layers + 1))
+            assert 0 < some.decode_seconds < some.seconds
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA, QWEN], ids=lambda case: case.name)
+def test_skipped_layers_get_the_keys_and_values_of_the_copied_state(
+    case: Case, calm: Callable[..., tuple[Calm, Path]]
+) -> None:
+    made, path = calm(case)
+    with Session(path, threads=1, slots=1) as session:
+        assert session.tokenizer is not None
+        made.generate(np.array(session.tokenizer.encode(PROMPTS[0]), np.int64), 4, 0.0)
+    calls, arrays, row = made._bound, made._cache.arrays, int(made._cache.lengths[0])
+    assert calls is not None
+    state = np.random.default_rng(1).normal(size=(1, 1, Bundle.open(path).manifest.hidden_size)).astype(np.float32)
+
+    def written(call: str, read: str, layer: int) -> list[np.ndarray]:
+        for name in ("key", "value"):
+            arrays[f"{layer}.{name}"][:, :, row] = 0
+        calls[read]._inputs["state"][:] = state
+        calls[call].run()
+        return [arrays[f"{layer}.{name}"][:, :, row].copy() for name in ("key", "value")]
+
+    for layer in range(1, case.layers):
+        copied, own = written("fill.1", "fill.1", layer), written(f"layer.{layer}", f"layer.{layer}", layer)
+        for ours, theirs in zip(copied, own, strict=True):
+            assert np.abs(theirs).max() > 0.01
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_decaying_threshold_is_that_of_the_paper() -> None:
+    assert threshold_at(0.9, 0, 100) == pytest.approx(0.91)
+    assert threshold_at(0.9, 100, 100) == pytest.approx(0.81 + 0.1 * np.exp(-4))
+    assert threshold_at(1.0, 0, 10) == 1.0
+
+
+def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
+    bundle: Bundles, checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measuring, "cores_in_use", lambda: 0.0)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"input": text, "target": text}) + "\n" for text in PROMPTS))
+    given = ["--data", data, "--metric", "chrf", "--max-new-tokens", 8, "--threads", 1, "--output", tmp_path / "out"]
+    exits = ["--methods", "full,calm", "--threshold", 0, "--threshold", 0.999, "--json"]
+    command = ["evaluate", bundle(T5), *given, *exits, "--calm-model"]
+    result = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5))])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    full, always, hardly = found["rows"]
+    assert (always["setting"], always["layers"], always["exit_rate"]) == ("calm 0", 1, 1)
+    assert hardly["setting"] == "calm 0.999"
+    assert 1 < hardly["layers"] <= full["layers"] == T5.layers
+    assert any("an unknown loss, not weighted-ce" in note for note in found["notes"])
+    assert [curve["method"] for curve in found["curves"]] == ["calm"]
+    wrong = CliRunner().invoke(main, [*map(str, command), str(checkpoint(LLAMA)), "--overwrite"])
+    assert "is not what the bundle came from" in wrong.stderr
+    far = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5)), "--overwrite", "--calm-from", "99"])
+    assert "--calm-from 99 is out of range" in far.stderr
