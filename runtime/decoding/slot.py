@@ -45,7 +45,9 @@ class Slot:
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
-        self.steps: dict[tuple[bool, bool], SlotCall] = {}  # by whether they ask the head, and run the exit's own layers
+        self.steps: dict[
+            tuple[bool, bool], SlotCall
+        ] = {}  # by whether they ask the head, and run the exit's own layers
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
