@@ -137,8 +137,8 @@ class ForeignEncoder:
 class Decoder:
     """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
 
-    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it stand
-    `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states.
+    `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it
+    stand `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states.
     """
 
     embedding: str

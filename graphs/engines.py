@@ -72,9 +72,7 @@ class EngineBuilder:
         decoder, width = self.description.decoder, self.description.hidden_size
         assert decoder.exit_map is not None
         call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
-        # QuantizeLinear by row cannot do with none.
-        by_row = self._plan is not None and self._plan.linears("shallow") == "int8"
-        rows = packing(graph, call, idle=True, computed=by_row)
+        rows = packing(graph, call, idle=True)
         dialect = self._dialect(graph, call, rows)
         x = graph.to_compute(rows.packed(graph, hidden))
         x = graph.to_float(linear(graph, x, decoder.exit_map, width, width))

@@ -21,9 +21,9 @@ EXIT_SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class ExitFile:
-    """`exit_norm` and `adapter_rank` say which parameters the exit has of its own: neither (False, 0) where the
-    checkpoint itself was trained. `exit_layers` is the number of its transformer layers. `base_sha256` is Checkpoint.sha256 of what was trained, and where that and layers of the exit's own were trained
-    together, of the weights beside them."""
+    """`exit_norm`, `adapter_rank` and `exit_layers` (transformer layers) say which parameters the exit has of its own:
+    none (False, 0, 0) where the checkpoint itself was trained. `base_sha256` is Checkpoint.sha256 of what was trained;
+    where that and layers of the exit's own were trained together, of the weights beside them."""
 
     exit_layer: int
     exit_norm: bool

@@ -55,9 +55,9 @@ def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) ->
 
 
 def engine_bytes(graph: Path) -> EngineBytes:
-    """Weights of an engine by who reads them. What depends on the input `head_rows`, or on `exit_lengths` where the exit
-    has layers of its own, is the head. Of a table that rows
-    are gathered from, only a row is read: it counts as nothing."""
+    """Weights of an engine by who reads them. What depends on the input `head_rows`, or on `exit_lengths` where the
+    exit has layers of its own, is the head. Of a table that rows are gathered from, only a row is read: it counts as
+    nothing."""
     import onnx
 
     model = onnx.load(graph, load_external_data=False)

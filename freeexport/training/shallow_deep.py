@@ -67,8 +67,8 @@ class ShallowDeep(nn.Module):
         also: tuple[int, ...] = (),
         own: ExitLayers | None = None,
     ) -> None:
-        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's layers, whose
-        states it gives as number EXIT."""
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's layers,
+        whose states it gives as number EXIT."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer

@@ -149,7 +149,13 @@ class Manifest:
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one position takes in the self-attention caches of all layers."""
-        return 2 * (self.layers + self.exit_layers) * self.kv_heads * self.head_dim * (4 if self.float_type == "fp32" else 2)
+        return (
+            2
+            * (self.layers + self.exit_layers)
+            * self.kv_heads
+            * self.head_dim
+            * (4 if self.float_type == "fp32" else 2)
+        )
 
     @property
     def kv_bytes_per_sequence(self) -> int:

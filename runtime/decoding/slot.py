@@ -48,8 +48,9 @@ class Slot:
         self._past = {
             lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
         }
-        self.steps: dict[tuple[bool, bool], SlotCall] = {}  # by whether they ask the head, and run the exit's own layers
-        self._together: dict[tuple[int, bool, bool], SlotCall] = {}  # the same, by rows
+        # By whether they ask the head, and run the exit's own layers; `_together` also by rows.
+        self.steps: dict[tuple[bool, bool], SlotCall] = {}
+        self._together: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
         self.direct: SlotCall | None = None  # see `direct_pass`
         self.shared_calls = False  # whether any since the sequence began was shared with others

@@ -108,6 +108,8 @@ def _cross(manifest: Manifest, layers: range) -> dict[str, Tensor]:
     return _layers(manifest, layers, "cross", ("B", manifest.kv_heads, "E", manifest.head_dim))
 
 
-def _layers(manifest: Manifest, layers: Iterable[int | str], prefix: str, shape: tuple[int | str, ...]) -> dict[str, Tensor]:
+def _layers(
+    manifest: Manifest, layers: Iterable[int | str], prefix: str, shape: tuple[int | str, ...]
+) -> dict[str, Tensor]:
     tensor = Tensor(_FLOATS[manifest.float_type], shape)
     return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}

@@ -144,12 +144,41 @@ def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> Non
         alone = [session.generate(prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
     with Session(path, slots=4, threads=1) as session:
         with ThreadPoolExecutor(4) as pool:
-            pending = [pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
+            pending = [
+                pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)
+            ]
             together = [one.result() for one in pending]
     for mine, its in zip(together, alone, strict=True):
         assert mine.token_ids == its.token_ids
         assert mine.exited == its.exited
     assert any(any(one.exited) for one in alone[::2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "int8", "kernels": "freeexport"},
+        {"precision": "int4", "kernels": "freeexport"},
+        {"precision": "int8", "kernels": "onnxruntime", "int8_layout": "rows"},
+        {"precision": "int8", "kernels": "onnxruntime", "exact_rows": True},
+        {"precision": "int4", "kernels": "onnxruntime"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_rounded_engines_run_with_the_exits_layers_and_without(
+    options: dict[str, Any], bundle: Bundles, model: Callable[[Case], Any]
+) -> None:
+    ids = np.array(PROMPTS[2])
+    with Session(bundle(TIED, EXIT_LAYER, **options), slots=1, threads=1) as session, session.decoder() as decoder:
+        decoder.want_logits(True)
+        decoder.prefill(ids[:30], head=True)
+        said = [decoder.step(int(token), head=True).logits.copy() for token in ids[30:34]]  # type: ignore[union-attr]
+        decoder.trim(0)
+        decoder.prefill(ids[:30], head=False)
+        assert [decoder.step(int(token), head=False).token for token in ids[30:34]] == [-1] * 4
+    wanted = Run(model(TIED), ids[:31].tolist(), EXIT_LAYER).logits(ids[31:34].tolist())[0].numpy()
+    off = np.linalg.norm(np.stack(said) - wanted) / np.linalg.norm(wanted)
+    assert off < (0.1 if options["precision"] == "int8" else 0.5)
 
 
 def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:

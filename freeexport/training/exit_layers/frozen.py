@@ -110,8 +110,8 @@ def tune_exit_layers(
     validation: Sequence[Example],
     cache: Path,
 ) -> Trainable:
-    """The model is run once over the data; `cache` takes 2 d bytes a token and 192 more a trained one. Raises OptionError
-    for an adapter.
+    """The model is run once over the data; `cache` takes 2 d bytes a token and 192 more a trained one. Raises
+    OptionError for an adapter.
 
     Of several processes, the first must be through before the others call this: they find the cache filled.
     """

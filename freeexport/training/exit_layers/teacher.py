@@ -23,9 +23,9 @@ _PARTS = ("states", "scales", "labels", "best", "chances", "deep_losses", "rows"
 @dataclass(frozen=True)
 class Teacher:
     """T positions of all examples end to end, R of which predict. `states` float16 [T, d] over their `scales` float32
-    [T], `labels` int32 [T] (-100 where nothing is predicted); `best` int32 [R, 32] and their `chances` float16 [R, 32]
-    (logarithms), `deep_losses` float32 [R] (nats of the label); `rows` and `starts` [examples + 1] are where examples begin
-    among R and T."""
+    [T], `labels` int32 [T] (-100 where nothing is predicted); `best` int32 [R, 32] and their `chances` float16
+    [R, 32] (logarithms), `deep_losses` float32 [R] (nats of the label); `rows` and `starts` [examples + 1] are where
+    examples begin among R and T."""
 
     states: np.ndarray
     scales: np.ndarray

@@ -50,11 +50,20 @@ def test_an_early_exit_that_always_exits_is_faster_than_a_late_one() -> None:
 
 def test_measured_costs_reproduce_the_bundle_at_its_own_layer() -> None:
     recorded = Costs(0.005, 0.004, {1: 0.009, 8: 0.018})
-    costs = measured(SimpleNamespace(costs=recorded, layers=12))  # type: ignore[arg-type]
+    costs = measured(SimpleNamespace(costs=recorded, layers=12, exit_layers=0))  # type: ignore[arg-type]
     assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
     assert costs.growth == {1: 1.0, 8: 2.0}
     assert costs.at(4, 12).shallow == pytest.approx(5)
     assert costs.at(4, 12).deep == pytest.approx({1: 9, 8: 18})
+
+
+def test_an_exits_own_layers_are_part_of_a_shallow_step() -> None:
+    # 12 layers of 1 ms, exit after 4, 2 layers of its own, a head of 1 ms.
+    recorded = Costs(0.007, 0.004, {1: 0.009, 8: 0.018})
+    costs = measured(SimpleNamespace(costs=recorded, layers=12, exit_layers=2))  # type: ignore[arg-type]
+    assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
+    at = costs.at(4, 12, own=2)
+    assert (at.shallow, at.shallow_without_head, at.deep[1]) == pytest.approx((7, 4, 9))
 
 
 def test_a_bundle_without_measurements_is_refused() -> None:

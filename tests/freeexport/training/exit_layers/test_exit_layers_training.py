@@ -170,9 +170,7 @@ def test_an_encoder_decoder_is_refused_in_one_line(
         ({"exit_layers": 99}, "cannot have"),
     ],
 )
-def test_exit_files_that_say_otherwise_are_refused(
-    tmp_path: Path, changes: dict[str, int], reason: str
-) -> None:
+def test_exit_files_that_say_otherwise_are_refused(tmp_path: Path, changes: dict[str, int], reason: str) -> None:
     LLAMA.build(tmp_path)
     write_exit(tmp_path)
     text = json.loads((tmp_path / EXIT_FILE).read_text())
