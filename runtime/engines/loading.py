@@ -13,6 +13,7 @@ from runtime.engines.contract import check_contract
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import EngineError
 from runtime.machine.device import Device
+from runtime.machine.page_cache import read_in_large_pages
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ def loading(
     """
     names = [name for name in ORDER if f"{name}.onnx" in engine_files(bundle.manifest)]
     with ThreadPoolExecutor(min(threads, len(names)), thread_name_prefix="load") as pool:
+        if bundle.manifest.kernels is not None:  # which read their weights from the mapped file
+            for name in bundle.manifest.files:
+                if name.endswith(".data"):
+                    pool.submit(read_in_large_pages, bundle.path / name)
         futures = {name: pool.submit(_load, bundle, name, threads, device, packed) for name in names}
         try:
             yield lambda name: futures[name].result()
