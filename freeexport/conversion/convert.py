@@ -27,6 +27,7 @@ from runtime.bundle.costs import recordable
 from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest, Precision
 from runtime.bundle.precision import ExitVocabulary
 from runtime.kernels import instructions
+from runtime.machine.page_cache import write_back
 
 WEIGHTS = "weights.data"
 
@@ -57,6 +58,8 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
         _write_manifest(manifest, directory)
+        if manifest.kernels is not None:
+            write_back(directory / WEIGHTS)
         if options.verify:
             with kept_where_refused(directory, unverified):
                 manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))

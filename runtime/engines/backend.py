@@ -18,6 +18,7 @@ from runtime.engines.memory import check_memory
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Runner
 from runtime.machine.huge_pages import HugePages
+from runtime.machine.page_cache import read_in_large_pages
 from runtime.options import SessionOptions
 
 # An engine by its name.
@@ -46,11 +47,14 @@ class Backend:
         ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a
         second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
         """
-        # Our own kernels read their weights where they are mapped.
         moves = self.options.huge_pages and self.manifest.kernels is None
         self._huge_pages = HugePages() if moves else None
         names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]
         with ThreadPoolExecutor(min(self.threads, len(names)), thread_name_prefix="load") as pool:
+            if self.manifest.kernels is not None:  # they read their weights where the file is mapped
+                for name in self.manifest.files:
+                    if name.endswith(".data"):
+                        pool.submit(read_in_large_pages, self.bundle.path / name)
             futures = {name: pool.submit(self._load, name) for name in names}
             try:
                 yield lambda name: futures[name].result()

@@ -23,7 +23,7 @@ const Kernels* const kAll[] = {  // the best first
 struct Call {
   const Kernels& kernels;
   const Product& product;
-  Rows quantized;
+  Group* quantized;
   float* normed;  // [rows, inputs], where there is a norm
   int64_t task_panels, row_blocks;
 };
@@ -67,16 +67,14 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   if (rows == 0) return true;
   const auto groups = static_cast<size_t>(rows * weight.groups()), inputs = static_cast<size_t>(rows * weight.inputs);
   const size_t normed = product.norm ? inputs * sizeof(float) : 0;
-  auto* memory = static_cast<char*>(std::malloc(groups * (kGroup + sizeof(float) + sizeof(int32_t)) + normed));
+  auto* memory = static_cast<char*>(std::malloc(groups * sizeof(Group) + normed));
   if (memory == nullptr) return false;
-  auto* scales = reinterpret_cast<float*>(memory + groups * kGroup);
-  auto* minus_sums = reinterpret_cast<int32_t*>(scales + groups);
-  auto* room = normed ? reinterpret_cast<float*>(minus_sums + groups) : nullptr;
+  auto* quantized = reinterpret_cast<Group*>(memory);
+  auto* room = normed ? reinterpret_cast<float*>(quantized + groups) : nullptr;
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
   if (product.up.data != nullptr) panel_bytes += weight.groups() * product.up.group_bytes();
   const int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
-  Call call = {kernels, product, {reinterpret_cast<int8_t*>(memory), scales, minus_sums},
-               room,    task_panels, parts(rows, kTaskRows)};
+  Call call = {kernels, product, quantized, room, task_panels, parts(rows, kTaskRows)};
   if (rows * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
   else

@@ -56,11 +56,12 @@ struct Product {
   float* y;            // [rows, outputs]
 };
 
-// Quantized rows: [rows][groups] of 32 values each, their scales, and the sums of the values with the sign turned.
-struct Rows {
-  int8_t* values;
-  float* scales;
-  int32_t* minus_sums;
+// 32 inputs of a row, quantized: values, their scale, and the sum of the values with the sign turned. Rows stand as
+// they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
+struct Group {
+  int8_t values[kGroup];
+  float scale;
+  int32_t minus_sum;
 };
 
 // The kernels of one instruction set.
@@ -68,9 +69,9 @@ struct Kernels {
   const char* name;
   bool (*supported)();  // by this processor and system
   // A row of a product to that of `rows`; `normed` [inputs] is room for it where there is a norm.
-  void (*prepare)(const Product& product, int64_t row, float* normed, const Rows& rows);
+  void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
   // Outputs of one panel for rows first..last, at most kTaskRows.
-  void (*panel)(const Product& product, const Rows& rows, int64_t first, int64_t last, int64_t panel);
+  void (*panel)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel);
   // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
   void (*store_row)(const Attention& attention, const Place& place);
   void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);

@@ -83,21 +83,21 @@ inline void activate(int activation, float* x, int64_t count) {
   }
 }
 
-inline void quantize(const float* x, int64_t inputs, const Rows& rows, int64_t row) {
+// To the groups of a row, which stand `stride` apart.
+inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) {
   constexpr int32_t kInfinite = 0x7f800000;
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: added and taken away, it rounds to the nearest even
   const int64_t groups = (inputs + kGroup - 1) / kGroup;
-  for (int64_t g = 0; g < groups; g++) {
+  for (int64_t g = 0; g < groups; g++, to += stride) {
     float group[kGroup], peak;
     read_group(x + g * kGroup, inputs - g * kGroup, group);
     const int32_t bits = peak_bits(group);
     std::memcpy(&peak, &bits, sizeof(peak));
-    int8_t* values = rows.values + (row * groups + g) * kGroup;
     float scale = peak / 127.0f;
     int32_t sum = 0;
     if (bits >= kInfinite || peak < 1e-30f) {
       // What is no number must be seen in the result; what is next to nothing has no scale.
-      std::memset(values, 0, kGroup);
+      std::memset(to->values, 0, kGroup);
       if (bits >= kInfinite) {
         const int32_t nan = 0x7fc00000;
         std::memcpy(&scale, &nan, sizeof(scale));
@@ -108,15 +108,17 @@ inline void quantize(const float* x, int64_t inputs, const Rows& rows, int64_t r
       const float inverse = 127.0f / peak;
       int32_t quantized[kGroup];
       for (int i = 0; i < kGroup; i++) quantized[i] = static_cast<int32_t>((group[i] * inverse + kRound) - kRound);
-      for (int i = 0; i < kGroup; i++) values[i] = static_cast<int8_t>(quantized[i]);
+      for (int i = 0; i < kGroup; i++) to->values[i] = static_cast<int8_t>(quantized[i]);
       for (int i = 0; i < kGroup; i++) sum += quantized[i];
     }
-    rows.scales[row * groups + g] = scale;
-    rows.minus_sums[row * groups + g] = -sum;
+    to->scale = scale;
+    to->minus_sum = -sum;
   }
 }
 
-inline void prepare(const Product& product, int64_t row, float* normed, const Rows& rows) {
+inline int64_t rows_of_tile(int64_t first, int64_t last) { return last - first < Vec::kRows ? last - first : Vec::kRows; }
+
+inline void prepare(const Product& product, int64_t row, float* normed, Group* rows) {
   const int64_t inputs = product.weight.inputs;
   const float* x = product.x + row * inputs;
   if (product.skip != nullptr) {
@@ -130,28 +132,28 @@ inline void prepare(const Product& product, int64_t row, float* normed, const Ro
     for (int64_t i = 0; i < inputs; i++) normed[i] = (x[i] * scale) * product.norm[i];
     x = normed;
   }
-  quantize(x, inputs, rows, row);
+  const int64_t tile = row / Vec::kRows * Vec::kRows;
+  quantize(x, inputs, rows + tile * product.weight.groups() + (row - tile), rows_of_tile(tile, product.rows));
 }
 
-// Rows `first`.. of a tile of M, times `Vec::kLanes` outputs of a panel from `lane` on, to y of rows `stride` apart.
+// A tile of M rows times `Vec::kLanes` outputs of a panel from `lane` on, to y of rows `stride` apart.
 template <int Bits, int M>
-inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t panel, int lane, float* y,
-                 int64_t stride) {
+inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride) {
   const int64_t groups = weight.groups(), blocks = weight.blocks(), bytes = weight.group_bytes();
   const int64_t groups_of_block = weight.block / kGroup;
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
   const uint16_t* scales = weight.scales + panel * blocks * kPanel + lane;
   const uint8_t* zeros = weight.zeros ? weight.zeros + panel * blocks * kPanel + lane : nullptr;
-  const int8_t* values = rows.values + first * groups * kGroup;
-  const float* row_scales = rows.scales + first * groups;
-  const int32_t* minus_sums = rows.minus_sums + first * groups;
 
+  // Zen 4 reads 8 bits 20 % faster by its own prefetching, as long as that keeps up; 4 bits not.
+  constexpr int64_t ahead = Bits == 4 ? 4096 : M > 4 ? 2048 : 0;
   Vec::Float sums[M];
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++) sums[m] = Vec::zero();
   Vec::Int zero = Vec::all(Bits == 4 ? 8 : 128);
   Vec::Float scale = Vec::zero();
   int64_t next = 0;
-  for (int64_t g = 0; g < groups; g++, data += bytes) {
+  for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
     if (g == next) {
       scale = Vec::halves(scales);
       scales += kPanel;
@@ -161,19 +163,19 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
       }
       next += groups_of_block;
     }
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + at + 2048);
+    for (int64_t at = 0; at < bytes && ahead; at += 64) __builtin_prefetch(data + at + ahead);
     const typename Vec::template Quads<Bits> quads(data);
+#pragma GCC unroll 8  // else the sums of many rows stand in memory
     for (int m = 0; m < M; m++) {
-      const int64_t at = m * groups + g;
-      const Vec::Int start = Vec::times_small(zero, minus_sums[at]);
-      const Vec::Int dot = quads.dot(values + at * kGroup, start);
-      sums[m] = Vec::add_product(Vec::times(dot, row_scales[at]), scale, sums[m]);
+      const Vec::Int dot = quads.dot(rows[m].values, Vec::times_small(zero, rows[m].minus_sum));
+      sums[m] = Vec::add_product(Vec::times(dot, rows[m].scale), scale, sums[m]);
     }
   }
 
   const int64_t output = panel * kPanel + lane;
   const int64_t left = weight.outputs - output;
   const int count = left < Vec::kLanes ? static_cast<int>(left) : Vec::kLanes;
+#pragma GCC unroll 8
   for (int m = 0; m < M; m++) {
     float out[Vec::kLanes];
     Vec::store(out, sums[m]);
@@ -183,7 +185,7 @@ inline void tile(const Rows& rows, int64_t first, const Weight& weight, int64_t 
   }
 }
 
-using Tile = void (*)(const Rows&, int64_t, const Weight&, int64_t, int, float*, int64_t);
+using Tile = void (*)(const Group*, const Weight&, int64_t, int, float*, int64_t);
 
 // Of 1 to Vec::kRows rows.
 template <int Bits>
@@ -198,17 +200,17 @@ struct Tiles {
 };
 
 // Of rows first..last to y, whose first value is that of row `first` and the panel's first output.
-inline void multiply(const Rows& rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
+inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
                      int64_t stride) {
   static constexpr Tiles<4> in_4_bits{};
   static constexpr Tiles<8> in_8_bits{};
   const Tile* tiles = weight.bits == 4 ? in_4_bits.of : in_8_bits.of;
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += Vec::kLanes)
     for (int64_t m = first; m < last; m += Vec::kRows)
-      tiles[last - m < Vec::kRows ? last - m : Vec::kRows](rows, m, weight, panel, lane, y + (m - first) * stride, stride);
+      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, lane, y + (m - first) * stride, stride);
 }
 
-inline void panel_rows(const Product& product, const Rows& rows, int64_t first, int64_t last, int64_t panel) {
+inline void panel_rows(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel) {
   const Weight& weight = product.weight;
   float* y = product.y + first * weight.outputs + panel * kPanel;
   if (product.activation == kNone && product.up.data == nullptr) {

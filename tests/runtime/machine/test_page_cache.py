@@ -1,0 +1,56 @@
+"""Files read in large pages: what the kernel's own account of a mapping says."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.machine.page_cache import read_in_large_pages, write_back
+
+SIZE = 8 << 20
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux only")
+
+
+def mapped_kilobytes(path: Path, name: str) -> int:
+    """A figure of /proc/self/smaps for a mapping of the whole file, every page of it touched."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[start] for start in range(0, SIZE, 4096)) >= 0
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        assert any(str(path) in line for line in lines)
+        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def weights(path: Path) -> bytes:
+    content = os.urandom(SIZE)
+    with path.open("wb") as file:
+        for start in range(0, SIZE, 5000):  # as a file grows that is written in pieces
+            file.write(content[start : start + 5000])
+            file.flush()
+    return content
+
+
+def test_a_file_that_was_written_back_is_read_in_pages_of_2_mib(tmp_path: Path) -> None:
+    path = tmp_path / "weights.data"
+    content = weights(path)
+    before = mapped_kilobytes(path, "FilePmdMapped")
+    write_back(path)
+    read_in_large_pages(path)
+    after = mapped_kilobytes(path, "FilePmdMapped")
+    assert path.read_bytes() == content
+    assert mapped_kilobytes(path, "Rss") == SIZE >> 10
+    if after == 0:
+        pytest.skip("this file system, or this kernel, has no large pages")
+    assert before < after == SIZE >> 10
+
+
+def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.touch()
+    for path in (empty, tmp_path, tmp_path / "none"):
+        read_in_large_pages(path)
+        write_back(path)
