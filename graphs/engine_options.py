@@ -30,8 +30,8 @@ class EngineOptions:
     """What is decided when engines are built. GraphError where a value is out of range.
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
-    where weights are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized weights
-    on a CPU.
+    where weights are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized
+    weights on a CPU.
     """
 
     exit_layer: int
@@ -71,8 +71,8 @@ class EngineOptions:
             check_tokens(self.exit_tokens, description.vocab_size)
         if description.decoder.exit_layers and not self.packed:
             raise GraphError(
-                f"an exit with layers of its own needs dialect ort and target cpu, not {self.dialect} and {self.target}; "
-                "train one without --exit-layers, or convert it for a CPU"
+                f"an exit with layers of its own needs dialect ort and target cpu, not {self.dialect} and "
+                f"{self.target}; train one without --exit-layers, or convert it for a CPU"
             )
         self._check_target(description)
         if self.dialect == "ort":

@@ -23,11 +23,11 @@ DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
 class ConvertOptions:
     """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own, for a CPU "ort"
-    where its attention has a kernel for the model's heads, else "standard". None for `head`
-    is 8 bits where weights are quantized. `compute` is what engines for a GPU with quantized weights compute in, None
-    for fp16. `kernels`: whose operators multiply with weights that are quantized for a CPU, None for ours where their
-    library is. `exit_vocab` is the file of `freeexport exit-vocab` for this checkpoint, `calibration` that of `freeexport calibrate`. OptionError where two do not go together; GraphError
-    for an encoder capacity under 1."""
+    where its attention has a kernel for the model's heads, else "standard". None for `head` is 8 bits where weights are
+    quantized. `compute` is what engines for a GPU with quantized weights compute in, None for fp16. `kernels`: whose
+    operators multiply with weights that are quantized for a CPU, None for ours where their library is. `exit_vocab` is
+    the file of `freeexport exit-vocab` for this checkpoint, `calibration` that of `freeexport calibrate`. OptionError
+    where two do not go together; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
