@@ -1,4 +1,4 @@
-"""Products with rounded weights in the operators of a target."""
+"""Products with quantized weights in the operators of a target."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Products(Protocol):
     domain: str
 
     def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the rounded weight."""
+        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight."""
         ...
 
 

@@ -1,4 +1,4 @@
-"""`--tune exit --exit-layers N`: an exit of N layers is trained on what the frozen model says."""
+"""`--tune exit --exit-layers N`: an exit of N layers is trained on the predictions of the frozen model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a frozen model says over whole sequences, computed once and kept on disk: states after the exit layer at every
+"""What a frozen model predicts over whole sequences, computed once and kept on disk: states after the exit layer at every
 position, and its best tokens where one is predicted."""
 
 from __future__ import annotations
