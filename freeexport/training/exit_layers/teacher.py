@@ -1,5 +1,5 @@
-"""What a frozen model predicts over whole sequences, computed once and kept on disk: states after the exit layer at every
-position, and its best tokens where one is predicted."""
+"""What a frozen model predicts over whole sequences, computed once and kept on disk: states after the exit layer at
+every position, and its best tokens where one is predicted."""
 
 from __future__ import annotations
 
