@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 # The domain of the operators in a graph; the version of operators and weights, which source/version.h has too.
 DOMAIN, VERSION = "freeexport", 1
 LIBRARY = Path(__file__).with_name("libfreeexport_kernels.so")
+_warned: dict[str, object] = {}
 BUILD = "install a C++ compiler (Debian: apt-get install g++), then freeexport again"
 
 
@@ -66,9 +67,10 @@ def kernels_of(needed: int | None) -> str:
     return f"ONNX Runtime's{slower}"
 
 
-@cache
 def _warn_once(message: str) -> None:
-    logger.warning(message)
+    one = object()
+    if _warned.setdefault(message, one) is one:  # of engines that are loaded at the same time, too
+        logger.warning(message)
 
 
 @cache

@@ -85,7 +85,7 @@ def test_a_library_that_is_missing(copied, tmp_path, monkeypatch):
 
 def test_without_vector_instructions_a_warning_says_why(copied, monkeypatch, caplog):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", "scalar")
-    runtime.kernels._warn_once.cache_clear()
+    runtime.kernels._warned.clear()
     with caplog.at_level(logging.WARNING, "runtime.kernels"), Session(copied) as session:
         assert session.generate("Hello", max_new_tokens=3).token_ids
     (record,) = (record for record in caplog.records if record.name == "runtime.kernels")
