@@ -7,7 +7,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import httpx
 import pytest
 from running_server import ENDLESS, MESSAGES, Running, eventually, read, running, status
+from starlette.testclient import TestClient
 
 from freeexport.serving import events, routes
-from runtime import Session
+from freeexport.serving.service import ServerOptions, Service
+from runtime import AsyncStream, EngineError, GenerationResult, Session, Token
 from tools.soak.process_memory import Held, held_trimmed
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -265,7 +267,40 @@ def test_a_flood_of_headers_is_cut_off(head: bytes, server: Running) -> None:
     assert still_answers(server)
 
 
-# Loading and ending
+# Failures of the server, loading, and ending
+
+
+def test_an_engine_that_fails_is_an_error_of_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failing(stream: AsyncStream, say: Callable[[Token], Awaitable[None]]) -> GenerationResult:
+        await say(Token(5, "a", False, None))
+        raise EngineError("the engine is broken")
+
+    monkeypatch.setattr(events, "each_token", failing)
+    streamed = httpx.post(server.url + TEXT, json={"prompt": "x", "stream": True})
+    *_, error, done, end = streamed.text.split("\n\n")
+    assert json.loads(error.removeprefix("data: "))["error"] == {
+        "message": "the engine is broken",
+        "type": "server_error",
+        "param": None,
+        "code": "engine_error",
+    }
+    assert (done, end) == ("data: [DONE]", "")
+    monkeypatch.setattr(Session, "astream", lambda *given, **options: 1 / 0)
+    whole = httpx.post(server.url + TEXT, json={"prompt": "x"})
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500, "internal_error")
+    assert "division" not in whole.text
+    assert eventually(lambda: [line["status"] for line in server.log[-2:]] == [500, 500])
+    assert idle(server.service.sessions["m"])
+
+
+def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path) -> None:
+    service = Service(ServerOptions([tmp_path]), lambda line: None)
+    client = TestClient(routes.application(service))
+    assert client.get("/v2/health/live").status_code == 200
+    assert client.get("/health").json() == {"status": "loading", "ready": False}
+    refused = client.post(TEXT, json={"prompt": "x"})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "loading")
+    assert refused.headers["retry-after"] == "1"
 
 
 def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> None:
