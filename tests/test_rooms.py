@@ -50,7 +50,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "tuning": "calibration conversion traces checkpoints costs metrics system",
         "benchmark": "verification traces checkpoints costs system",
         "evaluation": "calibration conversion checkpoints metrics system",
-        "demo": "benchmark conversion calibration checkpoints costs metrics system",
+        "demo": "benchmark evaluation conversion calibration checkpoints costs system",
         "commands": "benchmark calibration checkpoints conversion evaluation verification costs metrics system traces "
         "training tuning",
         "cli": "system",
