@@ -34,10 +34,11 @@ class CalmResult:
 
 class Calm:
     """One sequence at a time. `directory`: what `write_calm` wrote for the bundle, whose exits begin after layer
-    `least`. Engines are loaded with `threads`."""
+    `least`. Engines are loaded with `threads`. `single`: that is the only exit, and the further layers are one call."""
 
-    def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int) -> None:
+    def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int, single: bool = False) -> None:
         manifest = bundle.manifest
+        self._single = single
         self._manifest, self._least = manifest, least
         self._layers = range(least, manifest.layers)
 
@@ -117,6 +118,9 @@ class Calm:
         self._input[0, 0] = token
         self._bound["first"].run()
         taken = self._least
+        if self._single and not float(self._confidence[0]) > bar:
+            self._bound["rest"].run()
+            taken = self._manifest.layers
         while taken < self._manifest.layers and not float(self._confidence[0]) > bar:
             self._bound[f"layer.{taken}"].run()
             taken += 1
@@ -132,7 +136,8 @@ class Calm:
         elif cross:
             for name, call in self._bound.items():
                 if not name.startswith("fill"):
-                    layers = range(self._least) if name == "first" else [int(name.partition(".")[2])]
+                    parts = {"first": range(self._least), "rest": self._layers}
+                    layers = parts.get(name) or [int(name.partition(".")[2])]
                     call.rebind(_cross(cross, layers), {})
 
     def _one_row(self, cross: Mapping[str, Any]) -> dict[str, Call]:
@@ -140,6 +145,11 @@ class Calm:
         states = {layer: np.zeros(shape, np.float32) for layer in range(self._least, most + 1)}
         inputs, state = {"input_ids": self._input}, states[self._least]
         made = {"first": self._bind(self._first, range(self._least), inputs, state, cross)}
+        one = {**self._lengths(1), "head_rows": np.zeros(1, np.int64), "emitted": np.zeros(1, np.int64)}
+        made["rest"] = self._rest.bind(
+            {"hidden": state, **one, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
+            {"token": self._token, **self._arrays("present", self._layers)},
+        )
         for layer in self._layers:
             before, after, skipped = states[layer], states[layer + 1], range(layer, most)
             only = range(layer, layer + 1)
