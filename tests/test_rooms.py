@@ -52,7 +52,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "tuning": "calibration conversion traces checkpoints costs metrics system",
         "benchmark": "verification traces checkpoints costs system",
         "evaluation": "calibration conversion checkpoints metrics system",
-        "demo": "benchmark conversion calibration checkpoints costs metrics system",
+        "demo": "benchmark evaluation conversion calibration checkpoints costs metrics system",
         "commands": "benchmark calibration checkpoints conversion evaluation verification costs metrics serving system "
         "traces training tuning",
         "cli": "system",

@@ -57,6 +57,8 @@ def command() -> None:
 @click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from, show_default=True,
               help="Method calm: the first layer to exit after.")  # fmt: skip
 @click.option("--calm-decay", is_flag=True, help="Method calm: thresholds fall along a sequence.")
+@click.option("--calm-single", is_flag=True,
+              help="Method calm: exit after that layer only, as free does, with states copied.")  # fmt: skip
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds, show_default=True,
               help="Interleaved rounds; the median counts.")  # fmt: skip

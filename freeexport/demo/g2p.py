@@ -2,55 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from freeexport.checkpoints.examples import read_examples
 from freeexport.conversion.options import ConvertOptions
 from freeexport.demo.bundle import demo_bundle
-from freeexport.metrics.phonemes import Errors, errors
-from freeexport.system.idle import require_idle
+from freeexport.evaluation.evaluate import evaluate
+from freeexport.evaluation.options import EvaluateOptions
 from freeexport.system.page import print_page, table
 from runtime import Session
-from runtime.options import Mode
 from runtime.result import GenerationResult
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from freeexport.evaluation.evaluate import Evaluation
+
 # A matrix of this model is too small to be shared among threads.
 THREADS = 1
 SHOWN, MEASURED, ROUNDS = 3, 60, 3
-MODES: dict[Mode, str] = {"full": "full: the whole model", "shallow": "shallow only", "free": "free: FREE"}
-
-
-@dataclass(frozen=True)
-class Phrase:
-    """A test phrase of the model's data set, and every listed pronunciation of each of its words."""
-
-    input: str
-    references: list[list[str]]
-
-
-@dataclass
-class Total:
-    """What one mode did over all phrases and rounds."""
-
-    errors: Errors = field(default_factory=Errors)
-    sequences: int = 0
-    tokens: int = 0
-    exits: int = 0
-    seconds: list[float] = field(default_factory=lambda: [0.0] * ROUNDS)
-
-    @property
-    def speed(self) -> float:
-        """Tokens per second, the median over rounds."""
-        return self.tokens / median(self.seconds)
+MODES = {"full": "full: the whole model", "static": "shallow only", "free": "free: FREE"}
 
 
 def model_directory() -> Path:
@@ -58,38 +35,47 @@ def model_directory() -> Path:
     return Path(str(files("freeexport") / "data" / "g2p"))
 
 
-def phrases() -> list[Phrase]:
-    """The test phrases shipped beside the checkpoint."""
-    lines = (model_directory() / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    return [Phrase(item["input"], item["references"]) for item in map(json.loads, lines)]
+def phrases_file() -> Path:
+    """Phrases shipped beside the checkpoint, with every listed pronunciation of each of their words."""
+    return model_directory() / "test.jsonl"
 
 
 def run(directory: Path, threads: int | None) -> None:
     """Convert the checkpoint to a bundle at `directory`, decode test phrases, print them and the comparison."""
-    test = phrases()
     bundle = demo_bundle(
         model_directory(), directory, ConvertOptions(overwrite=True, calibration=model_directory() / "calibration.json")
     )
-    idle = require_idle(force=True)
-    with Session(bundle, threads=threads or THREADS, slots=1) as session:
-        _show(session, test[:SHOWN])
-        totals = measure(session, test[:MEASURED])
-        threshold = session.manifest.threshold
-    print_page([comparison(totals, threshold)])
+    threads = threads or THREADS
+    with Session(bundle, threads=threads, slots=1) as session:
+        _show(session, [request.input for request in read_examples(phrases_file(), SHOWN)])
+    with tempfile.TemporaryDirectory() as results:
+        found = evaluate(
+            EvaluateOptions(
+                bundles=((bundle, ("full", "static", "free")),),
+                data=phrases_file(),
+                output=Path(results),
+                metrics=("per", "word-acc"),
+                thresholds=(),
+                samples=MEASURED,
+                rounds=ROUNDS,
+                threads=threads,
+            )
+        )
+    print_page([comparison(found)])
     click.echo(
         f"{MEASURED} phrases of the test split, {ROUNDS} interleaved rounds (the median counts), fp32, "
-        f"{threads or THREADS} thread(s); speed of decoding, the encoder included"
+        f"{threads} thread(s); speed of requests, the encoder included"
     )
-    if not idle:
-        click.echo("note: the machine was busy with other work, so these speeds are not to be trusted")
+    for note in found.notes:
+        click.echo(f"note: {note}")
 
 
-def _show(session: Session, chosen: list[Phrase]) -> None:
+def _show(session: Session, chosen: Sequence[Any]) -> None:
     layer = session.manifest.exit_layer
     click.echo(f"\n{click.style('green', fg='green')} tokens exited after layer {layer}; the others took every layer")
     for phrase in chosen:
-        result = session.generate(phrase.input)
-        click.echo(f"\n{phrase.input}\n  {coloured(session, result)}")
+        result = session.generate(phrase)
+        click.echo(f"\n{phrase}\n  {coloured(session, result)}")
     click.echo()
 
 
@@ -105,36 +91,19 @@ def coloured(session: Session, result: GenerationResult) -> str:
     return " ".join(shown)
 
 
-def measure(session: Session, test: list[Phrase]) -> dict[Mode, Total]:
-    """Every phrase in every mode, in turn."""
-    totals = {mode: Total() for mode in MODES}
-    for mode in MODES:
-        session.generate(test[0].input, mode=mode)
-    for turn in range(ROUNDS):
-        for phrase in test:
-            for mode, total in totals.items():
-                result = session.generate(phrase.input, mode=mode)
-                total.seconds[turn] += result.stats.seconds
-                if turn == 0:
-                    total.errors += errors(result.text, phrase.references)
-                    total.sequences += 1
-                    total.tokens += len(result.token_ids)
-                    total.exits += result.stats.exits
-    return totals
-
-
-def comparison(totals: dict[Mode, Total], threshold: float) -> Table:
+def comparison(found: Evaluation) -> Table:
     """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
     rows = []
-    for mode, total in totals.items():
+    for row in found.rows:
+        at = "" if row.setting.threshold is None else f", threshold {row.setting.threshold:.2f}"
         rows.append(
             (
-                MODES[mode] + (f", threshold {threshold:.2f}" if mode == "free" else ""),
-                f"{total.errors.phoneme_error_rate:.1%}",
-                f"{total.errors.word_error_rate:.1%}",
-                f"{total.speed:.0f}",
-                f"{total.speed / totals['full'].speed:.2f}x",
-                f"{total.exits / max(1, total.tokens - total.sequences):.0%}",
+                MODES[row.setting.method] + at,
+                f"{1 - row.scores['per'].value:.1%}",
+                f"{1 - row.scores['word-acc'].value:.1%}",
+                f"{row.tokens_per_second:.0f}",
+                f"{row.request_speed:.2f}x",
+                f"{row.exit_rate:.0%}",
             )
         )
     columns = ("mode", "phoneme errors#", "word errors#", "tokens/s#", "speed#", "exited#")

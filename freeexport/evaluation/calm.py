@@ -34,10 +34,11 @@ class CalmResult:
 
 class Calm:
     """One sequence at a time. `directory`: what `write_calm` wrote for the bundle, whose exits begin after layer
-    `least`. Engines are loaded with `threads`."""
+    `least`. Engines are loaded with `threads`. `single`: that is the only exit, and the further layers are one call."""
 
-    def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int) -> None:
+    def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int, single: bool = False) -> None:
         manifest = bundle.manifest
+        self._single = single
         self._manifest, self._least = manifest, least
         self._layers = range(least, manifest.layers)
 
@@ -45,6 +46,7 @@ class Calm:
             return OnnxEngine(path, threads, kernels=manifest.kernels)
 
         self._first = engine(directory / "shallow.onnx")
+        self._rest = engine(directory / "deep.onnx")
         self._steps = {layer: engine(directory / f"layer.{layer}.onnx") for layer in self._layers}
         self._fills = {layer: engine(directory / f"fill.{layer}.onnx") for layer in self._layers}
         self._encoder = (
@@ -56,6 +58,7 @@ class Calm:
         self._token, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._input = np.zeros((1, 1), np.int64)
         self._bound: dict[str, Call] | None = None
+        self._start: tuple[Call, Call] | None = None
 
     def generate(self, prompt: np.ndarray, max_new_tokens: int, threshold: float, decays: bool = False) -> CalmResult:
         """Greedy. A token exits after the first layer whose confidence is above the threshold: the given one, or with
@@ -78,16 +81,36 @@ class Calm:
         return CalmResult(tuple(ids), tuple(layers), now - began, now - decoding)
 
     def _prefill(self, tokens: np.ndarray, cross: Mapping[str, Any]) -> int:
-        """All layers over the prompt, the head for its last row at the last layer alone."""
-        width, rows, none = self._manifest.hidden_size, len(tokens), np.zeros(0, np.int64)
-        state = np.zeros((1, rows, width), np.float32)
-        self._bind(self._first, range(self._least), rows, none, {"input_ids": tokens[None]}, state, cross).run()
-        for layer in self._layers:
-            before, state = state, np.zeros((1, rows, width), np.float32)
-            heads = np.array([rows - 1], np.int64) if layer == self._layers[-1] else none
-            self._bind(self._steps[layer], range(layer, layer + 1), rows, heads, {"state": before}, state, cross).run()
+        """All layers over the prompt in two calls, as in the other modes; the head for its last row."""
+        rows = len(tokens)
+        if rows == 1 and self._start is not None:  # an encoder-decoder's, always the same token
+            for call, layers in zip(self._start, (range(self._least), self._layers), strict=True):
+                call.rebind(_cross(cross, layers), {})
+            calls = self._start
+        else:
+            calls = self._whole_prompt(tokens, cross)
+            self._start = calls if rows == 1 and cross else None
+        for call in calls:
+            call.run()
         self._cache.extend(0, rows)
         return int(self._token[0])
+
+    def _whole_prompt(self, tokens: np.ndarray, cross: Mapping[str, Any]) -> tuple[Call, Call]:
+        rows, none = len(tokens), np.zeros(0, np.int64)
+        state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
+        shared = {**self._lengths(rows), "head_rows": none}
+        first = self._first.bind(
+            {"input_ids": tokens[None], **shared, **self._arrays("past", range(self._least)),
+             **_cross(cross, range(self._least))},
+            {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
+             **self._arrays("present", range(self._least))},
+        )  # fmt: skip
+        last = {**shared, "head_rows": np.array([rows - 1], np.int64), "emitted": np.zeros(1, np.int64)}
+        rest = self._rest.bind(
+            {"hidden": state, **last, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
+            {"token": self._token, **self._arrays("present", self._layers)},
+        )
+        return first, rest
 
     def _step(self, token: int, bar: float) -> tuple[int, int]:
         """The next token, and the layers that it took."""
@@ -95,6 +118,9 @@ class Calm:
         self._input[0, 0] = token
         self._bound["first"].run()
         taken = self._least
+        if self._single and not float(self._confidence[0]) > bar:
+            self._bound["rest"].run()
+            taken = self._manifest.layers
         while taken < self._manifest.layers and not float(self._confidence[0]) > bar:
             self._bound[f"layer.{taken}"].run()
             taken += 1
@@ -110,53 +136,42 @@ class Calm:
         elif cross:
             for name, call in self._bound.items():
                 if not name.startswith("fill"):
-                    layers = range(self._least) if name == "first" else [int(name.partition(".")[2])]
+                    parts = {"first": range(self._least), "rest": self._layers}
+                    layers = parts.get(name) or [int(name.partition(".")[2])]
                     call.rebind(_cross(cross, layers), {})
 
     def _one_row(self, cross: Mapping[str, Any]) -> dict[str, Call]:
-        last = np.zeros(1, np.int64)
-        states = {layer: np.zeros((1, 1, self._manifest.hidden_size), np.float32) for layer in
-                  range(self._least, self._manifest.layers + 1)}  # fmt: skip
-        first = self._bind(
-            self._first, range(self._least), 1, last, {"input_ids": self._input}, states[self._least], cross
+        shape, most = (1, 1, self._manifest.hidden_size), self._manifest.layers
+        states = {layer: np.zeros(shape, np.float32) for layer in range(self._least, most + 1)}
+        inputs, state = {"input_ids": self._input}, states[self._least]
+        made = {"first": self._bind(self._first, range(self._least), inputs, state, cross)}
+        one = {**self._lengths(1), "head_rows": np.zeros(1, np.int64), "emitted": np.zeros(1, np.int64)}
+        made["rest"] = self._rest.bind(
+            {"hidden": state, **one, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
+            {"token": self._token, **self._arrays("present", self._layers)},
         )
-        made = {"first": first}
         for layer in self._layers:
-            before, after, only = states[layer], states[layer + 1], range(layer, layer + 1)
-            made[f"layer.{layer}"] = self._bind(self._steps[layer], only, 1, last, {"state": before}, after, cross)
-            skipped = range(layer, self._manifest.layers)
+            before, after, skipped = states[layer], states[layer + 1], range(layer, most)
+            only = range(layer, layer + 1)
+            made[f"layer.{layer}"] = self._bind(self._steps[layer], only, {"state": before}, after, cross)
             made[f"fill.{layer}"] = self._fills[layer].bind(
                 {"state": before, **self._lengths(1), **self._arrays("past", skipped)}, self._arrays("present", skipped)
             )
         return made
 
     def _bind(
-        self,
-        engine: OnnxEngine,
-        layers: range,
-        rows: int,
-        heads: np.ndarray,
-        inputs: Mapping[str, Any],
-        state: np.ndarray,
-        cross: Mapping[str, Any],
+        self, engine: OnnxEngine, layers: range, inputs: Mapping[str, Any], state: np.ndarray, cross: Mapping[str, Any]
     ) -> Call:
-        """`heads` int64 [R] are the rows that the head runs for, R 0 or 1."""
-        count = len(heads)
-        outputs = {"hidden": state, "token": self._token[:count], "confidence": self._confidence[:count]}
+        """Of one row, for which the head runs."""
+        rows = {**self._lengths(1), "head_rows": np.zeros(1, np.int64)}
+        outputs = {"hidden": state, "token": self._token, "confidence": self._confidence}
         return engine.bind(
-            {
-                **inputs,
-                **self._lengths(rows),
-                "head_rows": heads,
-                **self._arrays("past", layers),
-                **_cross(cross, layers),
-            },
+            {**inputs, **rows, **self._arrays("past", layers), **_cross(cross, layers)},
             {**outputs, **self._arrays("present", layers)},
         )
 
     def _lengths(self, rows: int) -> dict[str, np.ndarray]:
-        found = {"past_lengths": self._cache.lengths, "query_lengths": np.array([rows], np.int32)}
-        return found
+        return {"past_lengths": self._cache.lengths, "query_lengths": np.array([rows], np.int32)}
 
     def _arrays(self, prefix: str, layers: range) -> dict[str, np.ndarray]:
         return {

@@ -1,4 +1,5 @@
-"""The engines of CALM: the first layers with a head, each further layer with a head, and what fills skipped caches.
+"""The engines of CALM: the first layers with a head, each further layer with a head, and what fills skipped caches;
+and the further layers in one, which read the prompt.
 
 They are written by the builder of bundles: the same operators, kernels and precision, and one weight file.
 """
@@ -56,15 +57,16 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
     )
     options = engine_options(description, given, least)
     loss = opened.exit.loss if opened.exit is not None else ""
-    facts: dict[str, Any] = json.loads(json.dumps({"source": opened.sha256, **asdict(options)}))
+    facts: dict[str, Any] = json.loads(json.dumps({"version": 2, "source": opened.sha256, **asdict(options)}))
     if _facts(directory) == facts:
         return loss
     with output_directory(directory, FACTS, overwrite=True) as partial:
         layers = range(least, manifest.layers)
-        with WeightFile(partial / WEIGHTS) as weights, progress("building calm", 1 + 2 * len(layers)) as advance:
+        with WeightFile(partial / WEIGHTS) as weights, progress("building calm", 2 + 2 * len(layers)) as advance:
             builder = CalmBuilder(description, options, opened, weights, partial)
             builder.shallow()
-            advance()
+            builder.deep()
+            advance(2)
             for layer in layers:
                 builder.layer(layer)
                 builder.fill(layer)

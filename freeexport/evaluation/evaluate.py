@@ -73,7 +73,7 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         requests={request.line_number: request for request in requests},
         references=references,
         records=found,
-        notes=[*_trained(entries, loss), *_doubts(rows, found)],
+        notes=[*_trained(options, entries, loss), *_doubts(rows, found)],
         machine=detect_machine(),
         threads=options.threads or usable_cores(),
     )
@@ -102,7 +102,7 @@ def run_of(options: EvaluateOptions, entries: Sequence[Entry]) -> dict[str, Any]
         "data": sha256_of(options.data),
         "samples": options.samples,
         "max_new_tokens": options.max_new_tokens,
-        "calm": [options.calm_from, options.calm_decay] if options.calm_model else None,
+        "calm": [options.calm_from, options.calm_decay, options.calm_single] if options.calm_model else None,
         "threads": options.threads or usable_cores(),
         "freeexport": __version__,
     }
@@ -119,10 +119,10 @@ def _calm(options: EvaluateOptions, entries: Sequence[Entry]) -> str | None:
     return write_calm(options.calm_model, entry.bundle.manifest, options.calm_from, options.output / CALM)
 
 
-def _trained(entries: Sequence[Entry], loss: str | None) -> list[str]:
+def _trained(options: EvaluateOptions, entries: Sequence[Entry], loss: str | None) -> list[str]:
     """What numbers mean where a method is not run on what it was trained for."""
     notes = []
-    if loss not in (None, "weighted-ce"):
+    if loss not in (None, "weighted-ce") and not options.calm_single:
         notes.append(
             f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, not weighted-ce: exits after "
             "layers that no loss looked at show what such exits give, not what CALM can do"

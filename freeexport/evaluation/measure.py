@@ -137,7 +137,7 @@ def _loaded(entry: Entry, options: EvaluateOptions, records: Records) -> Iterato
     threads = options.threads or usable_cores()
     calm = None
     if any(setting.method == "calm" for setting in entry.settings):
-        calm = Calm(entry.bundle, options.output / CALM, options.calm_from, threads)
+        calm = Calm(entry.bundle, options.output / CALM, options.calm_from, threads, options.calm_single)
     adaptive: dict[str, Any] = {}
     if entry.adaptive is not None:
         state = records.last_state(entry.name, entry.adaptive.name)

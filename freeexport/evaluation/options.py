@@ -80,7 +80,7 @@ class EvaluateOptions:
     decoded, interleaved; the median of a line counts. `quality`: the share of the full model's that "the fastest
     setting" must keep. `output`: the directory of results, which another run goes on with. `calm_model`: the checkpoint
     of the bundle that has method calm, which may exit from layer `calm_from` on, with `calm_decay` at a threshold that
-    falls along a sequence."""
+    falls along a sequence, with `calm_single` after that layer only."""
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
     data: Path
@@ -96,6 +96,7 @@ class EvaluateOptions:
     calm_model: str | None = None
     calm_from: int = 1
     calm_decay: bool = False
+    calm_single: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:

@@ -84,6 +84,28 @@ def test_skipped_layers_get_the_keys_and_values_of_the_copied_state(
             np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_single_exit_is_that_of_the_shallow_decoder_with_states_copied(
+    bundle: Bundles, checkpoint: Directory, tmp_path: Path
+) -> None:
+    path = bundle(T5)
+    opened = Bundle.open(path)
+    write_calm(str(checkpoint(T5)), opened.manifest, 1, tmp_path / "calm")
+    made, chain = (Calm(opened, tmp_path / "calm", 1, 1, single=single) for single in (True, False))
+    with Session(path, threads=1, slots=1) as session:
+        assert session.tokenizer is not None
+        for text in PROMPTS:
+            prompt = np.array(session.tokenizer.encode(text), np.int64)
+            full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
+            assert made.generate(prompt, 16, 1.0).token_ids == full.token_ids
+            assert made.generate(prompt, 16, 0.0).token_ids == shallow.token_ids
+            some = made.generate(prompt, 16, 0.4)
+            assert set(some.layers) <= {1, T5.layers}
+            # Up to the first token that takes more than one layer, and not all, both do the same.
+            others = chain.generate(prompt, 16, 0.4)
+            same = next((n for n, taken in enumerate(others.layers) if taken not in (1, T5.layers)), len(others.layers))
+            assert some.token_ids[:same] == others.token_ids[:same]
+
+
 def test_the_decaying_threshold_is_that_of_the_paper() -> None:
     assert threshold_at(0.9, 0, 100) == pytest.approx(0.91)
     assert threshold_at(0.9, 100, 100) == pytest.approx(0.81 + 0.1 * np.exp(-4))
