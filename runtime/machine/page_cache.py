@@ -23,10 +23,13 @@ def read_in_large_pages(path: Path) -> None:
     if not sys.platform.startswith("linux"):
         return
     # Where the file cannot be read, who needs it says so.
-    with contextlib.suppress(OSError, ValueError), path.open("rb") as file:
-        with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
-            mapped.madvise(mmap.MADV_HUGEPAGE)
-            mapped.madvise(_MADV_POPULATE_READ)
+    with (
+        contextlib.suppress(OSError, ValueError),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped,
+    ):
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+        mapped.madvise(_MADV_POPULATE_READ)
 
 
 def write_back(path: Path) -> None:
