@@ -30,10 +30,8 @@ KINDS = {
         "Softmax",
     ),
     "norms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
-    "best tokens": ("LogSoftmax", "TopK", "ArgMax", "GatherElements"),
+    "best tokens": ("BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"),
 }
-# An operator that stands in a call as often shows what noting a kernel costs, if any does next to nothing.
-OFTEN = 10
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class Kernel:
 @dataclass(frozen=True)
 class Step:
     """The typical call of an engine: its kernels, slowest first, and `noting`, the seconds that those of the fastest
-    operator were noted with: it does next to nothing, so kernels are shorter by that where nobody takes notes."""
+    operator that is in every call were noted with: a reshape or the like does next to nothing, so kernels
+    are shorter by that where nobody takes notes."""
 
     kernels: tuple[Kernel, ...]
     noting: float
@@ -103,8 +102,8 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> Step:
             times[key].append(total)
     kernels = [Kernel(*key, counts[key] / len(found), median(totals)) for key, totals in times.items()]
     kernels.sort(key=lambda kernel: -kernel.seconds)
-    often = [median(durations) for durations in each.values() if len(durations) >= OFTEN * len(found)]
-    return Step(tuple(kernels), min(often, default=0.0))
+    always = [median(durations) for durations in each.values() if len(durations) >= len(found)]
+    return Step(tuple(kernels), min(always, default=0.0))
 
 
 def _shape(event: dict[str, Any]) -> str:

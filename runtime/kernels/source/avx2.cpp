@@ -26,7 +26,7 @@ struct Vec : Vec256 {
 namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
-                       panel_rows,
+                       panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

@@ -37,7 +37,7 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panel_rows,
+const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

@@ -30,7 +30,7 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512 = {"avx512", supported, prepare, panel_rows,
+const Kernels kAvx512 = {"avx512", supported, prepare, panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

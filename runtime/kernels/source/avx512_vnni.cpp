@@ -28,7 +28,7 @@ bool supported() {
 
 namespace freeexport {
 
-const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panel_rows,
+const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

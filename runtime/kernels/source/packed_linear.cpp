@@ -48,8 +48,7 @@ void panel_task(void* data, size_t index) {
   const int64_t first = static_cast<int64_t>(index) % call.row_blocks * kTaskRows;
   const int64_t panel = static_cast<int64_t>(index) / call.row_blocks * call.task_panels;
   const int64_t end = least(panel + call.task_panels, call.product.weight.panels());
-  for (int64_t p = panel; p < end; p++)
-    call.kernels.panel(call.product, call.quantized, first, least(first + kTaskRows, call.product.rows), p);
+  call.kernels.panels(call.product, call.quantized, first, least(first + kTaskRows, call.product.rows), panel, end);
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {

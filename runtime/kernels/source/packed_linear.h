@@ -70,8 +70,8 @@ struct Kernels {
   bool (*supported)();  // by this processor and system
   // A row of a product to that of `rows`; `normed` [inputs] is room for it where there is a norm.
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
-  // Outputs of one panel for rows first..last, at most kTaskRows.
-  void (*panel)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel);
+  // Outputs of panels `panel`..`end` for rows first..last, at most kTaskRows.
+  void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
   // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
   void (*store_row)(const Attention& attention, const Place& place);
   void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);

@@ -60,7 +60,7 @@ struct Vec {
 
 namespace freeexport {
 
-const Kernels kScalar = {"scalar", [] { return true; }, prepare, panel_rows,
+const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

@@ -210,25 +210,41 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
       tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, lane, y + (m - first) * stride, stride);
 }
 
-inline void panel_rows(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel) {
+// Of as many panels as there is room for all gates, then all ups: memory is read in longer streams.
+inline void gated_panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
+                         int64_t end) {
   const Weight& weight = product.weight;
-  float* y = product.y + first * weight.outputs + panel * kPanel;
+  const int64_t values = (last - first) * kPanel;  // of a panel
+  float gate[kTaskRows * kPanel], up[kTaskRows * kPanel];
+  if (end == weight.panels()) std::memset(gate, 0, sizeof(gate)), std::memset(up, 0, sizeof(up));  // it may not be full
+  for (int64_t p = panel; p < end; p++)
+    multiply(rows, first, last, weight, p, gate + (p - panel) * values, kPanel);
+  const int64_t all = (end - panel) * values;
+  activate(product.activation, gate, all);
+  if (product.up.data != nullptr) {
+    for (int64_t p = panel; p < end; p++)
+      multiply(rows, first, last, product.up, p, up + (p - panel) * values, kPanel);
+    for (int64_t i = 0; i < all; i++) gate[i] *= up[i];
+  }
+  for (int64_t p = panel; p < end; p++) {
+    const int64_t left = weight.outputs - p * kPanel;
+    const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
+    for (int64_t m = first; m < last; m++)
+      std::memcpy(product.y + m * weight.outputs + p * kPanel, gate + (p - panel) * values + (m - first) * kPanel, bytes);
+  }
+}
+
+inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
+                   int64_t end) {
+  const Weight& weight = product.weight;
   if (product.activation == kNone && product.up.data == nullptr) {
-    multiply(rows, first, last, weight, panel, y, weight.outputs);
+    for (; panel < end; panel++)
+      multiply(rows, first, last, weight, panel, product.y + first * weight.outputs + panel * kPanel, weight.outputs);
     return;
   }
-  float gate[kTaskRows * kPanel] = {}, up[kTaskRows * kPanel];
-  const int64_t values = (last - first) * kPanel;
-  multiply(rows, first, last, weight, panel, gate, kPanel);
-  activate(product.activation, gate, values);
-  if (product.up.data != nullptr) {
-    std::memset(up, 0, sizeof(up));
-    multiply(rows, first, last, product.up, panel, up, kPanel);
-    for (int64_t i = 0; i < values; i++) gate[i] *= up[i];
-  }
-  const int64_t left = weight.outputs - panel * kPanel;
-  const size_t bytes = static_cast<size_t>(left < kPanel ? left : kPanel) * sizeof(float);
-  for (int64_t m = 0; m < last - first; m++) std::memcpy(y + m * weight.outputs, gate + m * kPanel, bytes);
+  const int64_t most = kTaskRows / (last - first);
+  for (; panel < end; panel += most)
+    gated_panels(product, rows, first, last, panel, end - panel < most ? end : panel + most);
 }
 
 }  // namespace

@@ -55,6 +55,16 @@ def test_a_step_is_the_median_call_without_what_noting_took() -> None:
     assert step.seconds() == pytest.approx(94e-6)
 
 
+def test_noting_is_what_a_reshape_takes_where_there_are_few() -> None:
+    """Not what the only frequent operator takes, which is a product in a graph of our own kernels."""
+    products = [kernel("PackedLinear", 2000 + 100 * number, 40, [1, 8], [1, 16]) for number in range(12)]
+    events = [*products, kernel("Reshape", 3500, 3, [1, 8], [1, 1, 8]), kernel("BestTwo", 3600, 60, [1, 8], [1, 2])]
+    step = typical(calls([*events, {"cat": "Session", "name": "model_run", "ts": 1999, "dur": 1800, "args": {}}]))
+    assert step.noting == pytest.approx(3e-6)
+    assert step.seconds("products") == pytest.approx(12 * 37e-6)
+    assert step.seconds("best tokens") == pytest.approx(57e-6)
+
+
 def test_shapes_that_change_from_call_to_call_are_one_kernel() -> None:
     growing = [call(2000 * number, 40) for number in (1, 2)]
     for number, events in enumerate(growing):
