@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import uvicorn
 
@@ -88,13 +89,15 @@ def run(options: ServerOptions, host: str, port: int) -> None:
     address, number = listening.getsockname()[:2]
     where = f"http://{f'[{address}]' if ':' in address else address}:{number}"
 
+    def say(text: str, stream: TextIO) -> None:
+        with suppress(OSError):  # nobody reads it any more
+            print(text, file=stream, flush=True)
+
     def log(line: str) -> None:
-        with suppress(BrokenPipeError):
-            sys.stdout.write(line + "\n")
-            sys.stdout.flush()
+        say(line, sys.stdout)
 
     def ready() -> None:
-        print(f"serving {', '.join(options.names)} on {where}/v1", file=sys.stderr, flush=True)
+        say(f"serving {', '.join(options.names)} on {where}/v1", sys.stderr)
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -102,12 +105,12 @@ def run(options: ServerOptions, host: str, port: int) -> None:
         def end() -> None:
             if stop.is_set():
                 os._exit(1)
-            print(f"draining, for {options.shutdown_timeout:g} s at most", file=sys.stderr, flush=True)
             stop.set()
+            say(f"draining, for {options.shutdown_timeout:g} s at most", sys.stderr)
 
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, end)
         await serve(Service(options, log), listening, stop, ready)
 
-    print(f"loading {', '.join(map(str, options.bundles))}", file=sys.stderr, flush=True)
+    say(f"loading {', '.join(map(str, options.bundles))}", sys.stderr)
     asyncio.run(main())

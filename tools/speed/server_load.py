@@ -84,7 +84,7 @@ async def beside_long_prompt(url: str, tokens: int, arrives: bool) -> list[float
         streams = [asyncio.ensure_future(stream(client, PROMPTS[n % len(PROMPTS)], tokens)) for n in range(STREAMS)]
         await asyncio.sleep(1)
         if arrives:
-            await stream(client, [20 + number % 1000 for number in range(LONG_PROMPT)], 1)
+            await stream(client, [20 + number % 200 for number in range(LONG_PROMPT)], 1)
         return gaps(await asyncio.gather(*streams))
 
 
@@ -137,7 +137,7 @@ def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, ro
         click.echo("clients  requests  first token ms: p50, p95, p99    between tokens ms: p50, p95, p99")
         for clients in (1, 4, 16, 64):
             done = asyncio.run(load(url, clients, seconds, tokens))
-            first = percentiles([times[1] - times[0] for times in done])
+            first = percentiles([times[1] - times[0] for times in done if times[1:]])
             click.echo(f"{clients:7} {len(done):9}    {first}    {percentiles(gaps(done))}")
         if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
             click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")

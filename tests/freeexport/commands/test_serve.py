@@ -82,6 +82,17 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     assert err.splitlines()[-1].strip() == "imported"
 
 
+def test_a_server_whose_output_nobody_reads_ends_all_the_same(chat: Path) -> None:
+    with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+        asked = {"messages": MESSAGES, "max_tokens": 2}
+        assert httpx.post(f"{url}/v1/chat/completions", json=asked, timeout=60).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        process.wait(20)
+
+
 def refused(*arguments: str, **variables: str) -> str:
     result = CliRunner().invoke(main, ["serve", *arguments], env=variables)
     assert result.exit_code == 1, result.output
