@@ -59,7 +59,7 @@ from runtime.options import Drafts
     "--drafts",
     type=click.Choice(get_args(Drafts)),
     multiple=True,
-    help="Also run mode lossless with drafts of the exit, of repeated text (lookup), both (auto) or none. May be repeated.",
+    help="Also run lossless with drafts of the exit, of repeated text (lookup), both (auto) or none. May be repeated.",
 )
 @click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
 @click.option(
