@@ -26,6 +26,9 @@ SHORTEST, LONGEST = 2, 5
 MOST_PLACES = 16_384
 # A predicted text is searched so many tokens before and after the place where the output left it.
 NEAR = 64
+# After so many tokens without a right candidate they are looked for at every fourth token only: that takes time outside
+# the engines, and a token of a small model takes little.
+PATIENCE, REST = 32, 4
 # Between texts that do not follow each other.
 GAP = -1
 
@@ -203,15 +206,22 @@ class DraftSources:
         self._context = list(prompt)
         self._open: list[Candidates] = []  # for the tokens that come after the context
         self._begun = len(prompt)
+        self._tokens_to_look = 0
+        self._unexpected = 0  # tokens since a candidate was right
 
     def propose(self, response: Response, pace: DraftLength, most: int) -> Candidates:
         """The next draft, of at most `most` tokens: of the first source whose draft is predicted to pay."""
+        self._tokens_to_look -= 1
+        if self._tokens_to_look > 0:
+            return NONE
+        self._tokens_to_look = REST if self._unexpected >= PATIENCE else 0
         self._follow([token.id for token in response.tokens[len(self._context) - self._begun :]], pace)
         for found in self._candidates(pace, most):
             self._open.append(found)
             tokens = response.within(found.tokens)
             count = pace.plan_candidates(found.source, found.agrees, len(tokens))
             if count:
+                self._tokens_to_look = 0
                 return found._replace(tokens=tokens[:count])
         return NONE
 
@@ -226,6 +236,7 @@ class DraftSources:
 
     def _follow(self, final: list[int], pace: DraftLength) -> None:
         """Tokens that have become final: which candidates were right."""
+        self._unexpected += len(final)
         for source, agrees, tokens in self._open:
             if not tokens and source == Own.name:
                 pace.observe_candidate(source, agrees, False)
@@ -233,6 +244,7 @@ class DraftSources:
                 pace.observe_candidate(source, agrees + place, candidate == token)
                 if candidate != token:
                     break
+                self._unexpected = 0
         self._open = []
         self._context += final
         for token in final:

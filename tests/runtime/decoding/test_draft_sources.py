@@ -15,7 +15,19 @@ from test_decode import begun, decoder_of, drafted, full
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import COUNTS, DraftLength
 from runtime.decoding import loops as decode
-from runtime.decoding.draft_sources import GAP, LONGEST, SHORTEST, DraftSources, Expected, NGrams, Own, Repetition
+from runtime.decoding.draft_sources import (
+    GAP,
+    LONGEST,
+    PATIENCE,
+    REST,
+    SHORTEST,
+    DraftSources,
+    Expected,
+    NGrams,
+    Own,
+    Repetition,
+)
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.errors import OptionError
 
@@ -183,3 +195,25 @@ def test_candidates_are_drafted_in_few_numbers() -> None:
     for count in range(1, 16):
         for agrees in range(10):
             assert pace.plan_candidates("lookup", agrees, count) in (0, *COUNTS)
+
+
+def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:
+    sources, response, pace = DraftSources(10_000), Response(np.array([1]), 500), DraftLength(CallCosts())
+    pace.plan_candidates = lambda source, agrees, count: count  # type: ignore[method-assign]
+    read = list[int]()
+    sources._texts[0].read = read.append  # type: ignore[method-assign]
+    looked = []
+    for token in range(100):
+        response.add(token, False, None)
+        before = len(read)
+        sources.propose(response, pace, 15)
+        looked.append(len(read) > before)
+    assert all(looked[:PATIENCE])
+    assert sum(looked[PATIENCE + REST :]) <= (100 - PATIENCE) // REST
+    assert read == list(range(len(read)))
+    repeating, found = DraftSources(10_000), 0
+    response = Response(np.array([1]), 500)
+    for token in [*range(60), *range(20, 60)]:
+        response.add(token, False, None)
+        found += bool(repeating.propose(response, pace, 15).tokens)
+    assert found >= 40 - 2 * REST

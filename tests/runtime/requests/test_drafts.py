@@ -118,6 +118,35 @@ def test_drafts_share_batches_with_every_mode_and_leave_the_others_alone(session
 
 
 @pytest.mark.usefixtures("eager")
+@both
+def test_drafts_of_several_lengths_share_one_engine_call(
+    name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows each has: what is shorter is padded."""
+    widths = list[set[int]]()
+
+    def together(works: Any, row_cost: float = 0.0) -> Any:
+        widths.append({work.rows for work in works})
+        return [works]
+
+    monkeypatch.setattr("runtime.scheduling.batching.grouped", together)
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+    with Session(bundle(BY_NAME[name], 2), threads=1, slots=4) as session:
+        wanted = [session.generate(prompt, mode="full", **options).token_ids for prompt in PROMPTS]
+
+        def ask(number: int) -> bool:
+            tokens = wanted[number % 3]
+            ours = session.generate(
+                PROMPTS[number % 3], mode="lossless", predicted_output=changed(tokens, 0.2, number), **options
+            )
+            return ours.token_ids == tokens
+
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(ask, range(24)))
+    assert any(len(rows) > 1 for rows in widths)
+
+
+@pytest.mark.usefixtures("eager")
 def test_streams_stop_strings_and_ends_of_sequence_are_those_of_full(sessions: Sessions, bundle: Bundles) -> None:
     session = sessions(LLAMA)
     full = session.generate(PROMPTS[0], mode="full", max_new_tokens=40, ignore_eos=True)
