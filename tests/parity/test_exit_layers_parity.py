@@ -142,12 +142,9 @@ def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> Non
             del options["threshold"]
     with Session(path, slots=1, threads=1) as session:
         alone = [session.generate(prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
-    with Session(path, slots=4, threads=1) as session:
-        with ThreadPoolExecutor(4) as pool:
-            pending = [
-                pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)
-            ]
-            together = [one.result() for one in pending]
+    with Session(path, slots=4, threads=1) as session, ThreadPoolExecutor(4) as pool:
+        pending = [pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
+        together = [one.result() for one in pending]
     for mine, its in zip(together, alone, strict=True):
         assert mine.token_ids == its.token_ids
         assert mine.exited == its.exited
