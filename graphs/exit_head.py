@@ -71,7 +71,7 @@ def _renamed(part: Part, name: str) -> Part:
             changed[field.name] = Linear(f"{place}.weight", value.bias and f"{place}.bias")
         elif isinstance(value, Norm):
             changed[field.name] = replace(value, weight=f"{place}.weight")
-        elif isinstance(value, Attention) or isinstance(value, MLP):
+        elif type(value) in (Attention, MLP):
             changed[field.name] = _renamed(value, place)
     return replace(part, **changed)  # type: ignore[arg-type]
 
