@@ -71,8 +71,8 @@ class EngineOptions:
             check_tokens(self.exit_tokens, description.vocab_size)
         if description.decoder.exit_layers and not self.packed:
             raise GraphError(
-                f"an exit with layers of its own needs dialect ort and target cpu, not {self.dialect} and "
-                f"{self.target}; train one without --exit-layers, or convert it for a CPU"
+                f"an exit with own layers needs dialect ort and target cpu, not {self.dialect} and {self.target}; "
+                "train one without --exit-layers, or convert it for a CPU"
             )
         self._check_target(description)
         if self.dialect == "ort":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from graphs.description import MLP, Adapter, Attention, Description, Layer, Linear, Norm
 from graphs.weights import Weights
@@ -65,12 +65,13 @@ def _count(weights: Weights) -> int:
 def _renamed(part: Part, name: str) -> Part:
     changed: dict[str, object] = {}
     for field in fields(part):
-        value, place = getattr(part, field.name), f"{name}.{field.name}"
+        value: Any = getattr(part, field.name)
+        place = f"{name}.{field.name}"
         if isinstance(value, Linear):
             changed[field.name] = Linear(f"{place}.weight", value.bias and f"{place}.bias")
         elif isinstance(value, Norm):
             changed[field.name] = replace(value, weight=f"{place}.weight")
-        elif isinstance(value, (Attention, MLP)):
+        elif type(value) in (Attention, MLP):
             changed[field.name] = _renamed(value, place)
     return replace(part, **changed)  # type: ignore[arg-type]
 

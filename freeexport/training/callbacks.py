@@ -108,7 +108,8 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         self._advance(now - self._shown)
         self._shown = now
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **others: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        metrics = others["metrics"]
         click.echo(
             f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
             f"{metrics['eval_agreement']:.3f}, exits at {AGREEING:.0%} agreement {metrics['eval_exits']:.3f}",

@@ -34,7 +34,7 @@ class ExitLayers(nn.Module):
         self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: np.ndarray, epsilon: float
     ) -> None:
         super().__init__()
-        self.map = nn.Linear(*weight.shape[::-1], bias=False)
+        self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
         self.norm = RMSNorm(torch.from_numpy(norm), epsilon)
@@ -80,8 +80,8 @@ class SelfAttention(nn.Module):
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
         self.described = attention
-        for name in ("query", "key", "value", "output"):
-            self.add_module(name, _linear(getattr(attention, name), read))
+        self.query, self.key = _linear(attention.query, read), _linear(attention.key, read)
+        self.value, self.output = _linear(attention.value, read), _linear(attention.output, read)
         self.query_norm = _norm(attention.query_norm, read) if attention.query_norm else nn.Identity()
         self.key_norm = _norm(attention.key_norm, read) if attention.key_norm else nn.Identity()
 
@@ -143,7 +143,7 @@ def _norm(norm: Norm, read: Read) -> RMSNorm:
 
 def _linear(linear: Linear, read: Read) -> nn.Linear:
     weight = read(linear.weight)
-    module = nn.Linear(*weight.shape[::-1], bias=linear.bias is not None)
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
     module.weight = _parameter(weight)
     if linear.bias is not None:
         module.bias = _parameter(read(linear.bias))
