@@ -41,7 +41,9 @@ class Backend:
     def loading(self) -> Iterator[Load]:
         """Gives what gives an engine by its name. EngineError where one cannot be loaded."""
         packed = packed_engines(self.bundle, self.options)
-        self._huge_pages = HugePages() if self.options.huge_pages else None
+        # Our own kernels pack nothing: it would be the caches that move, whole where they are hardly filled.
+        moves = self.options.huge_pages and self.manifest.kernels is None
+        self._huge_pages = HugePages() if moves else None
         with loading(self.bundle, self.threads, CPU, packed) as engine:
             yield engine
         if self._huge_pages is not None:
