@@ -63,7 +63,8 @@ def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(missing() is not None, reason="freeexport's kernels are not built")
 def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, read = bundle(CASES[0], 1, precision="int8", kernels="freeexport"), []
+    path = bundle(CASES[0], 1, precision="int8", kernels="freeexport")
+    read: list[Path] = []
     monkeypatch.setattr(loading, "read_in_large_pages", read.append)
     with Session(path, threads=1, slots=1) as session:
         assert read == [path / "weights.data"]
