@@ -47,6 +47,7 @@ class Backend:
         ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a
         second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
         """
+        # Our own kernels pack nothing: it would be the caches that move, whole where they are hardly filled.
         moves = self.options.huge_pages and self.manifest.kernels is None
         self._huge_pages = HugePages() if moves else None
         names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]

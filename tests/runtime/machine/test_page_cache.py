@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import CASES
+from conftest import Bundles
 
+from runtime import Session
+from runtime.engines import loading
+from runtime.kernels import missing
 from runtime.machine.page_cache import read_in_large_pages, write_back
 
 SIZE = 8 << 20
@@ -54,3 +59,15 @@ def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
     for path in (empty, tmp_path, tmp_path / "none"):
         read_in_large_pages(path)
         write_back(path)
+
+
+@pytest.mark.skipif(missing() is not None, reason="freeexport's kernels are not built")
+def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = bundle(CASES[0], 1, precision="int8", kernels="freeexport")
+    read: list[Path] = []
+    monkeypatch.setattr(loading, "read_in_large_pages", read.append)
+    with Session(path, threads=1, slots=1) as session:
+        assert read == [path / "weights.data"]
+        # Nothing is packed, so nothing is moved.
+        assert session.generate([5, 6, 7], max_new_tokens=4, mode="full").token_ids
+        assert session._placement._huge_pages is None
