@@ -127,8 +127,9 @@ def judge_outputs(
     """
     import os
 
-    from freeexport.evaluation.endpoint import Endpoint
-    from freeexport.evaluation.judge import JudgeOptions, judge, only_bundle, summary, summary_tables
+    from freeexport.evaluation.judging.endpoint import Endpoint
+    from freeexport.evaluation.judging.judge import JudgeOptions, judge, only_bundle
+    from freeexport.evaluation.judging.summary import summary, summary_tables
     from freeexport.system.output_file import write_whole
 
     options = JudgeOptions(output, bundle or only_bundle(output), endpoint=endpoint, model=model, **given)

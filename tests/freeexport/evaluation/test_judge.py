@@ -14,9 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport.cli import main
-from freeexport.evaluation import endpoint as endpoints
-from freeexport.evaluation.endpoint import Endpoint, JudgeError
-from freeexport.evaluation.judge import JUDGEMENTS, JudgeOptions, items_of, parsed
+from freeexport.evaluation.judging import endpoint as endpoints
+from freeexport.evaluation.judging.endpoint import Endpoint, JudgeError
+from freeexport.evaluation.judging.judge import JUDGEMENTS, JudgeOptions, items_of, parsed
 from freeexport.evaluation.records import OUTPUTS, RUN, Record
 from runtime.bundle.bundle import sha256_of
 

@@ -1,0 +1,1 @@
+"""`evaluate judge`: outputs judged by a chat model."""
