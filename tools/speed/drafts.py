@@ -35,10 +35,8 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLengths
 
 SUBJECTS = (
-    "a lighthouse keeper who finds a message in a bottle",
-    "how photosynthesis works, for a child",
-    "the advantages of living in a small town",
-    "the history of bread",
+    *("a lighthouse keeper", "photosynthesis", "life in a small town", "the history of bread", "learning the violin"),
+    *("a robot that learns to paint", "a city without cars", "a journey by train through the mountains"),
 )
 NAMES = ("Ada", "Björn", "Chen", "Dolores", "Emeka", "Farah", "Greta", "Hiroshi")
 CITIES = ("London", "Oslo", "Taipei", "Madrid", "Lagos", "Tehran", "Vienna", "Porto")
