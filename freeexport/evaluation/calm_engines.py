@@ -44,7 +44,6 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
     if manifest.dialect != "ort" or manifest.target != "cpu":
         raise OptionError("method calm is for bundles of --target cpu in the dialect ort")
     description = describe(opened.config, opened)
-    quantization = manifest.quantization
     given = ConvertOptions(
         exit_layer=least,
         precision=manifest.precision,
@@ -53,7 +52,6 @@ def write_calm(checkpoint: str, manifest: Manifest, least: int, directory: Path)
         capacity=manifest.capacity,
         max_pending=manifest.max_pending,
         kernels="freeexport" if manifest.kernels else "onnxruntime",
-        exact_rows=bool(quantization and quantization.exact_rows and not manifest.kernels),
     )
     options = engine_options(description, given, least)
     loss = opened.exit.loss if opened.exit is not None else ""

@@ -156,8 +156,7 @@ def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> Non
     [
         {"precision": "int8", "kernels": "freeexport"},
         {"precision": "int4", "kernels": "freeexport"},
-        {"precision": "int8", "kernels": "onnxruntime", "int8_layout": "rows"},
-        {"precision": "int8", "kernels": "onnxruntime", "exact_rows": True},
+        {"precision": "int8", "kernels": "onnxruntime"},
         {"precision": "int4", "kernels": "onnxruntime"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),

@@ -31,7 +31,7 @@ struct Vec : VecNeon {
 
 namespace freeexport {
 
-const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panel_rows,
+const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panels,
                        store_row, attend, piece};
 
 }  // namespace freeexport

@@ -25,7 +25,7 @@ struct Vec : VecNeon {
 
 namespace freeexport {
 
-const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panel_rows,
+const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panels,
                            store_row, attend, piece};
 
 }  // namespace freeexport
