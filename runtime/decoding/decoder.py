@@ -19,6 +19,8 @@ from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
 PREFILL_ROWS = 512
+# While other sequences decode: each piece keeps their next tokens waiting.
+SHARED_PREFILL_ROWS = 128
 
 # What to run the shallow decoder on next while a sync pass runs, given what it said on the token before (None at first)
 # and the tokens that it has run ahead on. None: nothing more.
@@ -43,7 +45,8 @@ class _Pass(NamedTuple):
 class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
     the background count as stacked. `hidden_size` is d, `vocab_size` V, `max_pending` the rows of the stack.
-    `company`: sequences in the last shallow call, this one included. `want_logits` makes predictions carry logits.
+    `company`: sequences in the last shallow call, this one included. `others`: whether other sequences wait while a
+    piece of a prompt is read. `want_logits` makes predictions carry logits.
 
     `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
     be run as one; `guess` and `answers` are what these said. `prefill`, `step` and `sync` run them at once.
@@ -62,7 +65,7 @@ class Decoder:
     ) -> None:
         self.stats = Stats()
         self.stacked = 0
-        self.company = 1
+        self.company, self.others = 1, False
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
@@ -157,12 +160,14 @@ class Decoder:
     def prefilling(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Waits[Prediction]:
         """See `prefill`. Between pieces others have a turn."""
         self._exits = exits or head
-        for start in range(0, len(tokens), PREFILL_ROWS):
+        start = 0
+        while start < len(tokens):
             if start:
                 yield None
             began = perf_counter()
-            piece = tokens[None, start : start + PREFILL_ROWS]
-            last = start + piece.shape[1] == len(tokens)
+            piece = tokens[None, start : start + (SHARED_PREFILL_ROWS if self.others else PREFILL_ROWS)]
+            start += piece.shape[1]
+            last = start == len(tokens)
             self._prefill_piece(piece, head and last, last)
             self.stats.prefill_seconds += perf_counter() - began
         if self._decisions is not None:

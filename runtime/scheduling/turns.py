@@ -125,6 +125,7 @@ class Turns:
             if task.begun and task.caller.gone():
                 self._end(task)
             else:
+                task.decoder.others = len(self._rows) > 1
                 self._advance(task)
         return bool(happened or in_line)
 

@@ -206,6 +206,25 @@ class Ask:
         return tokens, None
 
 
+def test_a_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.decoding.decoder.PREFILL_ROWS", 6)
+    monkeypatch.setattr("runtime.decoding.decoder.SHARED_PREFILL_ROWS", 2)
+    machine = Machine(2)
+    first, late = (Task(Ask(tuple(range(12)), "full", 14).run) for _ in range(2))
+    machine.scheduler.join(first)
+    machine.scheduler.wait(Turns(4), whole=True)
+    assert [max(call) for call in machine.calls["shallow"] if max(call) > 1] == [6, 6]
+    machine.calls["shallow"].clear()
+    machine.scheduler.join(late)
+    machine.scheduler.wait(late, whole=True)
+    sizes = [max(call) for call in machine.calls["shallow"]]
+    pieces = [place for place, size in enumerate(sizes) if size > 1]
+    assert [sizes[place] for place in pieces] == [2] * 6
+    # A token of the other needs two engine calls: it waits for two pieces at most.
+    assert all(later - earlier > 2 for earlier, later in zip(pieces, pieces[2:], strict=False))
+    assert [list(task.tokens) for task in (first, late)] == [Ask(tuple(range(12)), "full", 14).alone()[0]] * 2
+
+
 asks = st.builds(
     Ask,
     prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12).map(tuple),
