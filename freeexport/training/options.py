@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
+from freeexport.checkpoints.transformers_model import Dtype
 from runtime.errors import OptionError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
 # kd-dyn-raw distils the residual stream before the norm, which ruins a model: it is there to be compared with.

@@ -42,7 +42,7 @@ class SharedHead(nn.Module):
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
-        logits: torch.Tensor = self.linear(normed * self.scale)
+        logits: torch.Tensor = self.linear((normed * self.scale).to(self.linear.weight.dtype))
         return logits
 
 
