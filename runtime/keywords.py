@@ -24,6 +24,7 @@ class SessionKeywords(TypedDict, total=False):
     overlap: bool | None
     threshold: float | Literal["adaptive"] | None
     adaptive_memory: int
+    adaptive_target: float | None
     adaptive_state: Mapping[str, Any] | None
     verify: Literal["sizes", "full"]
     device: str

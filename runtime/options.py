@@ -39,9 +39,12 @@ class SessionOptions:
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
     overlap: on a GPU, run deep passes beside shallow steps, in a stream of their own. The tokens are the same. None is
         on. On a CPU both would share cores and memory bandwidth, which measured slower: True is refused there.
-    threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated and is refitted from
-        the agreement in sync passes (docs/calibration.md); other modes then use the bundle's. None is the bundle's.
+    threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated, or high where
+        nothing is, and is refitted from the agreement in sync passes (docs/calibration.md); other modes then use the
+        bundle's. None is the bundle's.
     adaptive_memory: the weight of a token is 1/e after so many further tokens. Default 4000.
+    adaptive_target: the probability of agreeing that an exit at the adaptive threshold must have, in (0, 1). None is
+        what the bundle was calibrated for, else 0.95.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
     huge_pages: move weights that ONNX Runtime packed (fp32, --kernels onnxruntime) to pages of 2 MiB after loading, in
@@ -58,6 +61,7 @@ class SessionOptions:
     overlap: bool | None = None
     threshold: float | Literal["adaptive"] | None = None
     adaptive_memory: int = 4000
+    adaptive_target: float | None = None
     adaptive_state: Mapping[str, Any] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
@@ -73,8 +77,10 @@ class SessionOptions:
         if not _is_text(self.threshold, "adaptive"):
             check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
         check_whole("adaptive_memory", self.adaptive_memory, 100)
-        if self.adaptive_state is not None and not _is_text(self.threshold, "adaptive"):
-            raise OptionError(f"adaptive_state is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
+        check_number("adaptive_target", self.adaptive_target, 1e-6, 1 - 1e-6, "between 0 and 1")
+        for name in ("adaptive_target", "adaptive_state"):
+            if getattr(self, name) is not None and not _is_text(self.threshold, "adaptive"):
+                raise OptionError(f"{name} is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
         if self.adaptive_state is not None and not isinstance(self.adaptive_state, Mapping):
             raise OptionError(f"adaptive_state is {shown(self.adaptive_state)}; give what adaptive_state() gave")
         check_bool("overlap", self.overlap, none="(on, on a GPU)")

@@ -76,10 +76,10 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
 
         yield CheckpointSource(open_checkpoint(model), options)
         return
-    for name in ("confidence", "exit_layer", "max_pending"):
+    for name in ("confidence", "exit_layer", "max_pending", "dtype"):
         if getattr(options, name) is not None:
             raise OptionError(f"--{name.replace('_', '-')} is for checkpoints; a bundle has its own, fixed at convert")
     from freeexport.costs.forced_exits import ForcedExitSession
 
-    with ForcedExitSession(model, slots=1, threads=threads) as session:
+    with ForcedExitSession(model, slots=1, threads=threads, device=options.device) as session:
         yield BundleSource(Path(model), session)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.metrics.metric import check_name
 from runtime.bundle.calibration import Method
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError
+from runtime.machine.device import Device
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,8 @@ class CalibrateOptions:
 
     `measure` times decoding at a few thresholds, the median of `rounds`, and needs a bundle.
 
-    `confidence`, `exit_layer`, `max_pending` and `batch_size` are for checkpoints; a bundle has its own, and None is
-    what exit.json says, softmax, and 16.
+    `confidence`, `exit_layer`, `max_pending`, `dtype` and `batch_size` are for checkpoints; a bundle has its own, and
+    None is what exit.json says, softmax, 16, and float32. `device` is that of both.
     """
 
     samples: int = 500
@@ -38,6 +40,8 @@ class CalibrateOptions:
     exit_layer: int | None = None
     max_pending: int | None = None
     batch_size: int = 8
+    device: str = "cpu"
+    dtype: Dtype | None = None
 
     def __post_init__(self) -> None:
         if self.metric is not None:
@@ -47,6 +51,7 @@ class CalibrateOptions:
             if not 0 < value < 1:
                 given = "agreement" if name == "target" else name  # as the command line has it
                 raise OptionError(f"{given} is {value!r}; choose a number between 0 and 1")
+        Device.parse(self.device)
         for name in ("samples", "max_new_tokens", "batch_size", "rounds"):
             if getattr(self, name) < 1:
                 raise OptionError(f"{name} is {getattr(self, name)!r}; choose 1 or more")

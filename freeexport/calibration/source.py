@@ -158,8 +158,10 @@ class CheckpointSource:
     """A checkpoint, its transformers model loaded when it is first needed."""
 
     def __init__(self, checkpoint: Checkpoint, options: CalibrateOptions) -> None:
+        from freeexport.checkpoints.transformers_model import torch_device
         from graphs.families import describe
 
+        torch_device(options.device)
         self._checkpoint, self._options = checkpoint, options
         self._description: Description = describe(checkpoint.config, checkpoint)
         self._exit_layer = checkpoint.exit_layer(len(self._description.decoder.layers), options.exit_layer)
@@ -167,11 +169,11 @@ class CheckpointSource:
 
     @property
     def facts(self) -> Facts:
-        sha256 = self._checkpoint.sha256
+        sha256, dtype = self._checkpoint.sha256, self._options.dtype or "float32"
         return Facts(
             self._checkpoint.name,
             sha256,
-            sha256,
+            sha256 if dtype == "float32" else f"{sha256} {dtype}",
             self._description.vocab_size,
             len(self._description.decoder.layers),
             self._exit_layer,
@@ -227,7 +229,8 @@ class CheckpointSource:
             from freeexport.checkpoints.transformers_model import reference_model
             from freeexport.traces.from_checkpoint import CheckpointTracer
 
-            facts, model = self.facts, reference_model(self._checkpoint)
+            options = self._options
+            facts, model = self.facts, reference_model(self._checkpoint, options.device, options.dtype or "float32")
             self._tracer = CheckpointTracer(
                 model, self._checkpoint, self._description, facts.exit_layer, facts.confidence
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,36 +38,58 @@ class Example:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Examples that do not fit: how many, of how many, the first one's line, and the limit they passed."""
+    """Examples that do not fit: how many, of how many, the first one's line, and the limit they passed; and the inputs
+    that were `cut` to it."""
 
     path: Path
     count: int
     total: int
     first_line: int
     limit: int
+    cut: int = 0
 
     def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.count} of {self.total} examples are longer than {self.limit} tokens and are left out "
-            f"(the first on line {self.first_line}); raise --max-tokens if the model can take them"
+        parts = [f"{self.cut} of {self.total} inputs are cut, so that examples have {self.limit} tokens"] * bool(
+            self.cut
         )
+        if self.count:
+            parts.append(
+                f"{self.count} of {self.total} examples are longer than {self.limit} tokens and are left out (the "
+                f"first on line {self.first_line}); raise --max-tokens if the model can take them"
+            )
+        return f"{self.path}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
 class TextFormat:
     """How text becomes token ids. `limit` is the most tokens of a sequence that the model is trained on.
 
-    Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together.
+    Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together. `truncate`:
+    prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away.
     """
 
     tokenizer: PreTrainedTokenizerBase
     eos: int
     limit: int
     seq2seq: bool
+    truncate: bool = False
 
     def fits(self, example: Example) -> bool:
         prompt, target = len(example.prompt), len(example.target)
         return max(prompt, target) <= self.limit if self.seq2seq else prompt + target <= self.limit
+
+    def cut(self, example: Example) -> Example:
+        """With as much of the prompt as fits, and the special token at its other end; unchanged where only a shorter
+        target would do."""
+        room = self.limit if self.seq2seq else self.limit - len(example.target)
+        prompt = example.prompt
+        outer = prompt[-1:] if self.seq2seq else prompt[:1]
+        outer = outer if outer[0] in self.tokenizer.all_special_ids else outer[:0]
+        inner = room - len(outer)
+        if len(prompt) <= room or inner < 1:
+            return example
+        parts = (prompt[:inner], outer) if self.seq2seq else (outer, prompt[-inner:])
+        return replace(example, prompt=np.concatenate(parts))
 
 
 def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[Request]:
@@ -105,7 +127,8 @@ def _hash(request: Request) -> int:
 
 
 def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], LeftOut | None]:
-    """Examples in the order of the file, without those that do not fit. Raises DataError where none fits."""
+    """Examples in the order of the file, without those that do not fit, also when cut where `form` says so. Raises
+    DataError where none fits."""
     examples = []
     for start in range(0, len(requests), _CHUNK):
         chunk = requests[start : start + _CHUNK]
@@ -116,11 +139,15 @@ def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[l
                 raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
             ends = [*target, form.eos]
             examples.append(Example(np.array(prompt, np.int32), np.array(ends, np.int32), request.line_number))
+    long = sum(not form.fits(example) for example in examples)
+    if not long:
+        return examples, None
+    if form.truncate:
+        examples = [form.cut(example) for example in examples]
     fitting = [example for example in examples if form.fits(example)]
-    if len(fitting) == len(examples):
-        return fitting, None
-    first = next(example.line for example in examples if not form.fits(example))
-    left_out = LeftOut(path, len(examples) - len(fitting), len(examples), first, form.limit)
+    first = next((example.line for example in examples if not form.fits(example)), 0)
+    count = len(examples) - len(fitting)
+    left_out = LeftOut(path, count, len(examples), first, form.limit, long - count)
     if not fitting:
         raise DataError(f"{path}: none of the {len(examples)} examples fits {form.limit} tokens; raise --max-tokens")
     return fitting, left_out

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from freeexport.checkpoints.checkpoint import Checkpoint
-from graphs.weight_shapes import check_weights
+from runtime.errors import OptionError
+from runtime.machine.device import Device
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
+    from freeexport.checkpoints.checkpoint import Checkpoint
 
-def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The Hugging Face model of the checkpoint, float32, in evaluation mode; peft merges a LoRA adapter into it.
+Dtype = Literal["float32", "bfloat16", "float16"]
 
-    Takes 4 bytes of memory a parameter. An exit's own parameters are not part of it. Raises UnsupportedModelError where
-    the weights are of other sizes than the configuration says, CheckpointError where one is missing.
+
+def torch_device(name: str) -> torch.device:
+    """Of "cpu" or "cuda:0". Raises OptionError for a device that is not there."""
+    import torch
+
+    device = Device.parse(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise OptionError(
+            f"device {device} is not there: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs; choose "
+            "'cpu', or a GPU that nvidia-smi shows with a torch that was built for it"
+        )
+    return torch.device(str(device))
+
+
+def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = "float32") -> PreTrainedModel:
+    """The Hugging Face model of the checkpoint, in evaluation mode; peft merges a LoRA adapter into it.
+
+    In float32 it takes 4 bytes of memory a parameter. An exit's own parameters are not part of it. Raises
+    UnsupportedModelError where the weights are of other sizes than the configuration says, CheckpointError where one is
+    missing, OptionError as `torch_device` does.
     """
     import torch
     import transformers
 
+    from graphs.weight_shapes import check_weights
+
+    place = torch_device(device)
     check_weights(checkpoint.config, checkpoint)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -32,13 +54,13 @@ def reference_model(checkpoint: Checkpoint) -> PreTrainedModel:
         source, options = checkpoint.path.parent, {"gguf_file": checkpoint.path.name}
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
     model = loader.from_pretrained(
-        source, dtype=torch.float32, trust_remote_code=False, local_files_only=True, **options
+        source, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, **options
     )
     if "gguf_file" in options:
-        # Its weights are float32 by now, but transformers would refuse to save them.
+        # Its weights are plain by now, but transformers would refuse to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    return (model if checkpoint.adapter is None else _merged(model, checkpoint.adapter)).eval()
+    return (model if checkpoint.adapter is None else _merged(model, checkpoint.adapter)).eval().to(place)
 
 
 def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -11,8 +11,10 @@ import click
 
 from freeexport.calibration.open_source import calibrate_model, is_bundle
 from freeexport.calibration.options import CalibrateOptions
+from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import (
     CONFIDENCES,
+    DEVICE,
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
@@ -72,11 +74,14 @@ def write(result: Calibrated, model: str, output: Path | None) -> None:
 @click.option("--max-pending", type=click.IntRange(1), help="Maximum tokens in a sync pass.  [default: 16]")
 @click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
               help="Lines to decode at once.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of the weights in torch.  [default: float32]")
 @section("Where MODEL is a bundle")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
 @click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True,
               help="Interleaved rounds of --measure.")  # fmt: skip
+@section("Machine")
+@click.option("--device", default=CalibrateOptions.device, show_default=True, help=DEVICE)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import MAX_NEW_TOKENS, SAMPLES
+from freeexport.checkpoints.transformers_model import Dtype
+from freeexport.commands.verb_options import DEVICE, MAX_NEW_TOKENS, SAMPLES
 from freeexport.system.page import print_page
 from freeexport.traces import layers_plot
 from freeexport.traces.compare_layers import Options, evaluate_exits
@@ -44,6 +45,14 @@ from freeexport.traces.exit_report import as_dict, tables
 )
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Use the costs that were measured on this bundle of MODEL."
+)
+@click.option("--device", default=Options.device, show_default=True, help=DEVICE)
+@click.option(
+    "--dtype",
+    type=click.Choice(get_args(Dtype)),
+    default=Options.dtype,
+    show_default=True,
+    help="Type of the weights in torch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this PNG (needs the extra bench).")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
 from freeexport.calibration.open_source import is_bundle
 from freeexport.calibration.options import CalibrateOptions
-from freeexport.commands.verb_options import CONFIDENCES, MAX_NEW_TOKENS, SAMPLES
+from freeexport.checkpoints.transformers_model import Dtype
+from freeexport.commands.verb_options import CONFIDENCES, DEVICE, MAX_NEW_TOKENS, SAMPLES
 from freeexport.system.idle import cores_in_use
 from freeexport.system.output_file import check_writable
 from freeexport.system.page import print_page, table
@@ -82,6 +83,10 @@ def advice(found: ExitGains, chosen: Gain, output: Path, idle: bool = True) -> s
 @click.option(
     "--max-pending", type=click.IntRange(1), help="Checkpoints: maximum tokens in a sync pass.  [default: 16]"
 )
+@click.option(
+    "--dtype", type=click.Choice(get_args(Dtype)), help="Checkpoints: type of the weights in torch.  [default: float32]"
+)
+@click.option("--device", default=CalibrateOptions.device, show_default=True, help=DEVICE)
 @click.option("--threads", type=click.IntRange(1), help="Bundles: CPU threads.  [default: one per physical core]")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def command(
@@ -92,11 +97,7 @@ def command(
     threshold: float | None,
     threads: int | None,
     as_json: bool,
-    samples: int,
-    max_new_tokens: int,
-    confidence: ConfidenceMeasure | None,
-    exit_layer: int | None,
-    max_pending: int | None,
+    **given: Any,
 ) -> None:
     """Choose the tokens of the shallow head of MODEL, a bundle or a checkpoint.
 
@@ -109,10 +110,7 @@ def command(
       freeexport convert path/to/checkpoint smaller --exit-vocab exit-vocab.json
     """
     check_writable(output, "--output")
-    options = CalibrateOptions(
-        samples=samples, max_new_tokens=max_new_tokens, confidence=confidence, exit_layer=exit_layer,
-        max_pending=max_pending,
-    )  # fmt: skip
+    options = CalibrateOptions(**given)
     idle = not is_bundle(model) or cores_in_use() <= TOLERATED
     facts, traces, found = gains_of(model, data, options, output, size, threshold, threads)
     chosen = found.best if size is None else found.at(size)

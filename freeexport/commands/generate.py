@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import RenamedOption, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, RenamedOption, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
 from runtime import FreeExportError, GenerationResult, OptionError, Session, Stats
 from runtime.json_file import UnreadableError, read_text
@@ -107,7 +107,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 )
 @click.option("--output-logprobs", is_flag=True, help="Also return the log-probability of each token, in JSON.")
 @section("Machine")
-@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
+@click.option("--device", default="cpu", show_default=True, help=DEVICE)
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
 def command(

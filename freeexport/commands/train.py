@@ -37,6 +37,8 @@ from freeexport.training.train import leave_group, train
 )
 @click.option("--train-on-input", is_flag=True, help="Decoder-only: also train on the tokens of the input.")
 @click.option("--max-tokens", type=int, help="Skip longer examples.  [default: the model's limit, at most 2048]")
+@click.option("--truncate", is_flag=True,
+              help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
 @section("What is trained")
 @click.option("--exit-layer", type=int, required=True, help="Exit after this layer, 1 to L - 1.")
 @click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
@@ -44,6 +46,8 @@ from freeexport.training.train import leave_group, train
               "kd-dyn of hidden states, layers matched dynamically, kd-unif matched evenly, kd-last of the last "
               "layer, logit-kd of predictions.  [default: kd-dyn; with --tune exit, logit-kd]")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
+@click.option("--label-smoothing", type=float, default=0.0, show_default=True,
+              help="Share of each label to spread over all tokens, in training.")  # fmt: skip
 @click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True,
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
 @click.option("--lora-rank", type=int, help="Rank of the adapters.  [default: 16]")

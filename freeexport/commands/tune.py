@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from freeexport.commands.verb_options import MAX_NEW_TOKENS, METRICS, SAMPLES, MetricName
+from freeexport.commands.verb_options import DEVICE, MAX_NEW_TOKENS, METRICS, SAMPLES, MetricName
 from freeexport.system.output_file import check_writable, write_whole
 from freeexport.system.page import print_page
 from freeexport.tuning.options import TuneOptions
@@ -30,6 +30,7 @@ from freeexport.tuning.options import TuneOptions
 @click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds, show_default=True,
               help="Interleaved rounds; the median counts.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
+@click.option("--device", default=TuneOptions.device, show_default=True, help=DEVICE)
 @click.option("--write", is_flag=True, help="Store the choice in its bundle, as calibrate does.")
 @click.option("--force", is_flag=True, help="Run on a busy machine too, where speeds mean little.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the result to this file as JSON.")

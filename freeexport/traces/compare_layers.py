@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.system.progress import progress
 from freeexport.traces.share import Share
 from freeexport.traces.verdict import ExitFacts, Verdict, verdict
@@ -26,7 +27,8 @@ TARGETS = (0.99, 0.95, 0.90)
 @dataclass(frozen=True)
 class Options:
     """`forcing` is what the decoder reads: its own greedy output or the data's targets. `max_tokens` limits a
-    sequence, `max_new_tokens` a greedy output. `agreement` is what exits must reach to be recommended."""
+    sequence, `max_new_tokens` a greedy output. `agreement` is what exits must reach to be recommended. `device` and
+    `dtype`: where and in which type the checkpoint runs."""
 
     forcing: Forcing = "output"
     samples: int = 200
@@ -36,6 +38,8 @@ class Options:
     agreement: float = 0.99
     max_pending: int = 16
     bundle: Path | None = None
+    device: str = "cpu"
+    dtype: Dtype = "float32"
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ def evaluate_exits(model: str, data: Path, options: Options) -> Report:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two")
     costs = analytic(description, checkpoint) if options.bundle is None else _measured(options.bundle, layers)
     examples = _examples(data, text_format(checkpoint, description, options.max_tokens), options)
-    reference = reference_model(checkpoint)
+    reference = reference_model(checkpoint, options.device, options.dtype)
     if options.forcing == "output":
         with progress("decoding", len(examples)) as advance:
             examples = greedy_outputs(

@@ -106,14 +106,14 @@ def _generate(model: Any, checkpoint: Checkpoint, batch: Sequence[Example], new_
     try:
         warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 4.57 knows no other name
         out = model.generate(
-            input_ids=torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(mask),
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
             generation_config=config,
             **cache,
         )
     finally:
         model.generation_config = own
-    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].numpy()]
+    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].cpu().numpy()]
 
 
 def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
@@ -137,7 +137,7 @@ def evaluate(
     its own, through those. Takes the memory of all hidden states of a batch, not of their logits.
     """
     own, exit_layer = own_exit(checkpoint, description), 1 if checkpoint.exit is None else checkpoint.exit.exit_layer
-    module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own).eval()
+    module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own).eval().to(model.device)
     heads: list[Head] = [module.head] * module.layers
     if own is not None:
         heads[exit_layer - 1] = lambda hidden: module.head.read(own.norm(hidden))
@@ -150,12 +150,13 @@ def evaluate(
     begun = 0
     # Long examples first: where memory does not do, it shows at once.
     for batch in _batches(sorted(examples, key=lambda one: -len(one.prompt) - len(one.target)), batch_size):
-        inputs = collate(batch)
+        inputs = {name: value.to(module.device) for name, value in collate(batch).items()}
         labels = _without_first(inputs.pop("labels"))
         hidden = module.hidden_states(labels, **inputs)
         for number, head in enumerate(heads):
             layer = EXIT if own is not None and number + 1 == exit_layer else number + 1
             seen[number] += list(_read(head, hidden[layer]))
+        labels = labels.cpu()
         targets.append(labels[labels != IGNORED].numpy())
         sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
         begun += len(batch)
@@ -180,14 +181,14 @@ def _read(
             logits = head(rows).float()
             best = logits.topk(2, dim=-1)
             chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-            yield best.indices[:, 0].numpy(), (chances[:, 0] - chances[:, 1]).numpy()
+            yield best.indices[:, 0].cpu().numpy(), (chances[:, 0] - chances[:, 1]).cpu().numpy()
 
 
 def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
     """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
     epsilon = description.decoder.head.norm.epsilon
     own = {
-        name: torch.from_numpy(checkpoint.read(name))
+        name: torch.from_numpy(checkpoint.read(name)).to(shared.linear.weight.device)
         for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
         if name in checkpoint
     }

@@ -31,7 +31,7 @@ class CheckpointTracer:
     ) -> None:
         self._model, self._checkpoint, self._measure = model, checkpoint, measure
         own = own_exit(checkpoint, description)
-        self._module = ShallowDeep(model, description, exit_layer, "ce", own=own).eval()
+        self._module = ShallowDeep(model, description, exit_layer, "ce", own=own).eval().to(model.device)
         self._layers, self._exit_layer = self._module.layers, exit_layer
         self._exit_head: Head = self._module.head
         if own is not None:
@@ -47,12 +47,12 @@ class CheckpointTracer:
         outputs = greedy_outputs(
             self._model, self._checkpoint, examples, max_new_tokens, len(examples), lambda n=1: None
         )
-        inputs = self._collate(outputs)
+        inputs = {name: value.to(self._module.device) for name, value in self._collate(outputs).items()}
         labels = inputs.pop("labels")
         first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
         labels = labels.scatter(1, first, IGNORED)  # the first token comes from the prefill and never exits
         hidden = self._module.hidden_states(labels, **inputs)
-        ends = np.cumsum((labels != IGNORED).sum(dim=1).numpy())[:-1]
+        ends = np.cumsum((labels != IGNORED).sum(dim=1).cpu().numpy())[:-1]
         exit_layer = self._exit_layer if self._module.own is None else EXIT
         read = self._read(hidden[exit_layer], hidden[self._layers])
         for example, *parts in zip(examples, *(np.split(values, ends) for values in read), strict=True):
@@ -67,7 +67,7 @@ class CheckpointTracer:
             token = said.argmax(-1)
             nll = -meant.gather(1, token[:, None])[:, 0]
             parts.append((confidence_of(said, self._measure), token == meant.argmax(-1), nll, token.int()))
-        return [torch.cat(values).numpy() for values in zip(*parts, strict=True)]
+        return [torch.cat(values).cpu().numpy() for values in zip(*parts, strict=True)]
 
 
 def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:

@@ -70,7 +70,9 @@ def tune_full(
 ) -> Trainable:
     """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs."""
     model = trainable_model(checkpoint, options)
-    module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha)
+    module = ShallowDeep(
+        model, description, options.exit_layer, options.loss_name, options.loss_alpha, smoothing=options.label_smoothing
+    )
 
     def write(directory: Path) -> None:
         model.to(getattr(torch, options.dtype)).save_pretrained(directory)
@@ -185,7 +187,9 @@ def tune_lora(
     # A frozen embedding would cut gradient checkpointing off from everything below.
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
-    module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha)
+    module = ShallowDeep(
+        model, description, options.exit_layer, options.loss_name, options.loss_alpha, smoothing=options.label_smoothing
+    )
 
     def write(directory: Path) -> None:
         adapted.save_pretrained(str(directory))

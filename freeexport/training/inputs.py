@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples, split
 from freeexport.checkpoints.text_format import text_format
@@ -35,11 +37,12 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
 def examples(
     checkpoint: Checkpoint, description: Description, options: TrainingOptions
 ) -> tuple[list[Example], list[Example], list[str]]:
-    """Training and validation examples, and what is to be said about those that were left out.
+    """Training and validation examples, and what is to be said about those that were cut or left out.
 
     Raises DataError for a broken line and for too few examples, CheckpointError where there is no tokenizer.
     """
     form = text_format(checkpoint, description, options.max_tokens or DEFAULT_MAX_TOKENS)
+    form = replace(form, truncate=options.truncate)
     training = read_examples(options.data, need_target=TARGETS_WANTED)
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")

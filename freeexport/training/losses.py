@@ -17,9 +17,9 @@ from freeexport.checkpoints.exit_file import LossName
 Pair = tuple[int, int]  # (student: a shallow layer, teacher: any layer), counted from 1
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed over rows, in nats: logits [N, V], labels int64 [N]."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Summed over rows, in nats: logits [N, V], labels int64 [N]. `smoothing`: so much of a label is spread evenly."""
+    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
 
 
 def by_depth(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
+from freeexport.checkpoints.transformers_model import Dtype
 from runtime.errors import OptionError
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
 # kd-dyn-raw distils the residual stream before the norm, which ruins a model: it is there to be compared with.
@@ -45,6 +45,7 @@ class TrainingOptions:
 
     `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, and replaces `batch_size`
     (examples); both are of one device and one micro-batch. `validation_share` is used without a validation file.
+    `truncate`: long inputs are cut (TextFormat), not left out. `label_smoothing`: of the cross-entropies, in training.
     Raises OptionError for values out of range and for choices that contradict each other.
     """
 
@@ -75,6 +76,8 @@ class TrainingOptions:
     dtype: Dtype = "float32"
     gradient_checkpointing: bool = False
     max_tokens: int | None = None
+    truncate: bool = False
+    label_smoothing: float = 0.0
     evaluate_every: int | None = None
     log_every: int = 10
     patience: int = 5
@@ -100,6 +103,8 @@ class TrainingOptions:
                 raise OptionError(f"{_flag(name)} is {getattr(self, name)}; give 0 or more")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise OptionError(f"--dropout is {self.dropout}; give a number from 0 to below 1")
+        if not 0 <= self.label_smoothing < 1:
+            raise OptionError(f"--label-smoothing is {self.label_smoothing}; give a number from 0 to below 1")
         if not 0 < self.validation_share < 1:
             raise OptionError(f"--validation-share is {self.validation_share}; give a number between 0 and 1")
         if self.lora.rank < 1 or not 0 < self.lora.alpha < math.inf:
@@ -115,6 +120,8 @@ class TrainingOptions:
             raise OptionError(
                 f"--loss {self.loss_name} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
             )
+        if self.tune == "exit" and self.label_smoothing:
+            raise OptionError("--label-smoothing is for --tune full and lora; the exit learns what the model predicts")
         if self.exit_layers and self.tune == "lora":
             raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
         unfit = "kd-last" if self.tune == "exit" else "weighted-ce"

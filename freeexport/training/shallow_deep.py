@@ -42,7 +42,7 @@ class SharedHead(nn.Module):
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
-        logits: torch.Tensor = self.linear(normed * self.scale)
+        logits: torch.Tensor = self.linear((normed * self.scale).to(self.linear.weight.dtype))
         return logits
 
 
@@ -66,15 +66,17 @@ class ShallowDeep(nn.Module):
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
         own: ExitLayers | None = None,
+        smoothing: float = 0.0,
     ) -> None:
-        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's layers,
-        whose states it gives as number EXIT."""
+        """`smoothing`: of labels, in training. `also`: layers that `hidden_states` gives beside those that the loss
+        looks at. `own`: the exit's layers, whose states it gives as number EXIT."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
         self.layers = len(description.decoder.layers)
         self.loss_name = loss
         self.alpha = alpha
+        self.smoothing = smoothing
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
         self.own = own
@@ -146,8 +148,8 @@ class ShallowDeep(nn.Module):
             return measures(shallow, deep, targets, self.exit_layer, self.layers)
         loss = losses.by_depth(
             {
-                self.exit_layer: losses.cross_entropy(shallow, targets),
-                self.layers: losses.cross_entropy(deep, targets),
+                self.exit_layer: losses.cross_entropy(shallow, targets, self.smoothing),
+                self.layers: losses.cross_entropy(deep, targets, self.smoothing),
             }
         )
         if self.loss_name == "logit-kd":
@@ -159,7 +161,7 @@ class ShallowDeep(nn.Module):
 
     def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         def read(state: torch.Tensor) -> torch.Tensor:
-            return losses.cross_entropy(self.head(state), targets)
+            return losses.cross_entropy(self.head(state), targets, self.smoothing)
 
         # One layer's logits in memory at a time, or L times the vocabulary would be.
         return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})

@@ -45,7 +45,7 @@ class Entry:
 
 
 @contextmanager
-def opened(paths: Sequence[Path], threads: int | None) -> Iterator[list[BundleSource]]:
+def opened(paths: Sequence[Path], threads: int | None, device: str = "cpu") -> Iterator[list[BundleSource]]:
     """All at once, as they are timed in turn. Raises OptionError where they are not of one model."""
     places = [os.path.realpath(path) for path in paths]
     if len(set(places)) < len(places):
@@ -54,7 +54,9 @@ def opened(paths: Sequence[Path], threads: int | None) -> Iterator[list[BundleSo
     for path, manifest in zip(paths[1:], manifests[1:], strict=True):
         _check_alike(paths[0], manifests[0], path, manifest)
     with ExitStack() as stack:
-        sessions = [stack.enter_context(ForcedExitSession(path, slots=1, threads=threads)) for path in paths]
+        sessions = [
+            stack.enter_context(ForcedExitSession(path, slots=1, threads=threads, device=device)) for path in paths
+        ]
         yield [BundleSource(path, session) for path, session in zip(paths, sessions, strict=True)]
 
 

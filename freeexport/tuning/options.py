@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from freeexport.metrics.metric import check_name
 from runtime.errors import OptionError
+from runtime.machine.device import Device
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,11 @@ class TuneOptions:
     rounds: int = 5
     threads: int | None = None
     force: bool = False
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         check_name(self.metric)
+        Device.parse(self.device)
         if not 0 < self.quality < 1:
             raise OptionError(f"target quality is {self.quality!r}; choose a number between 0 and 1")
         for name in ("samples", "max_new_tokens", "candidates", "rounds"):

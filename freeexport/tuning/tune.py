@@ -87,7 +87,7 @@ def tune(paths: Sequence[Path], data: Path, options: TuneOptions) -> Tuned:
     """
     requests = read_examples(data, options.samples)
     idle = require_idle(options.force)
-    with opened(paths, options.threads) as sources:
+    with opened(paths, options.threads, options.device) as sources:
         chosen_by, held_out = split(sources, requests)
         check_same_model(sources, chosen_by, options.max_new_tokens)
         entries = [_entry(source, data, chosen_by, options) for source in sources]

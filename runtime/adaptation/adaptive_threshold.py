@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.adaptation.label_statistics import LabelStatistics
-from runtime.bundle.beta import LogSums
+from runtime.bundle.beta import Beta, LogSums
 from runtime.bundle.beta_mixture import BetaMixture, threshold_at
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs
@@ -47,6 +47,10 @@ LABEL_SHARE = 0.01
 TYPICAL_ROWS = 4
 # A calibrated threshold without a target implies one: P(agree | c) there, within these bounds.
 LEAST_TARGET, MOST_TARGET = 0.5, 0.9999
+# Without calibration: that of `freeexport calibrate`, and confidences as shallow decoders have them, at first above a
+# threshold of 0.94. It is worth no token but those that no prior loses (label_statistics.PRIOR_TOKENS).
+UNCALIBRATED_TARGET = 0.95
+UNCALIBRATED = BetaMixture(Beta(2.0, 0.5), Beta(1.0, 1.5), 0.7)
 
 
 class RequestLabels:
@@ -94,9 +98,11 @@ class AdaptiveState:
 class AdaptiveThreshold:
     """Shared by the requests of a session; thread-safe. `memory`: tokens after which one counts 1/e.
 
-    Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; or with `state`,
-    as `state()` gave it. `costs` on this machine, None where unknown, decide how many requests it learns from. Raises
-    OptionError where there is no mixture to begin with, or the state is of another model.
+    Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; without one, as
+    in the paper, which needs no calibration set, with UNCALIBRATED; or with `state`, as `state()` gave it. `target` is
+    the P(agree | c) of an exit: that of the calibration or UNCALIBRATED_TARGET where it is None. `costs` on this
+    machine, None where unknown, decide how many requests it learns from. Raises OptionError where the state is of
+    another model.
     """
 
     def __init__(
@@ -106,18 +112,16 @@ class AdaptiveThreshold:
         memory: int,
         state: Mapping[str, Any] | None = None,
         costs: Costs | None = None,
+        target: float | None = None,
     ) -> None:
-        if calibration is None or calibration.mixture is None:
-            raise OptionError(
-                "threshold is 'adaptive', but this bundle has no calibrated mixture to begin with; "
-                "run freeexport calibrate on it, or give a number"
-            )
+        mixture = None if calibration is None else calibration.mixture
         # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
         self._manifest, self._memory, self._lock = manifest, memory, threading.RLock()
-        self._prior = self._mixture = calibration.mixture
-        self.target = _target(calibration, calibration.mixture)
+        self._prior = self._mixture = mixture or UNCALIBRATED
+        self.target = _target(calibration) if target is None else target
         self._every = label_every(costs)
-        self._evidence = LabelStatistics.of_mixture(self._prior, min(calibration.positions, memory))
+        calibrated = 0 if calibration is None or mixture is None else calibration.positions
+        self._evidence = LabelStatistics.of_mixture(self._prior, min(calibrated, memory))
         self._requests = self._left = self._fresh = 0
         if state is not None:
             self._restore(_read_state(state, manifest))
@@ -191,10 +195,14 @@ def label_every(costs: Costs | None) -> int:
     return max(1, math.ceil(extra / (TYPICAL_ROWS * costs.shallow + several) / LABEL_SHARE))
 
 
-def _target(calibration: Calibration, mixture: BetaMixture) -> float:
+def _target(calibration: Calibration | None) -> float:
+    if calibration is None:
+        return UNCALIBRATED_TARGET
     if calibration.method == "bmm" and calibration.target is not None:
         return min(max(calibration.target, LEAST_TARGET), MOST_TARGET)
-    return min(max(float(mixture.posterior(calibration.threshold)), LEAST_TARGET), MOST_TARGET)
+    if calibration.mixture is None:
+        return UNCALIBRATED_TARGET
+    return min(max(float(calibration.mixture.posterior(calibration.threshold)), LEAST_TARGET), MOST_TARGET)
 
 
 def _read_state(given: Mapping[str, Any], manifest: Manifest) -> AdaptiveState:

@@ -37,8 +37,14 @@ class Thresholds:
         self._of_session: float | None = None
         self.adaptive: AdaptiveThreshold | None = None
         if options.threshold == "adaptive":
-            memory, state = options.adaptive_memory, options.adaptive_state
-            self.adaptive = AdaptiveThreshold(bundle.manifest, bundle.calibration, memory, state, costs)
+            self.adaptive = AdaptiveThreshold(
+                bundle.manifest,
+                bundle.calibration,
+                options.adaptive_memory,
+                options.adaptive_state,
+                costs,
+                options.adaptive_target,
+            )
         elif options.threshold is not None:
             self._of_session = float(options.threshold)
 

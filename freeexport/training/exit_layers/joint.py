@@ -28,7 +28,15 @@ def tune_joint(
     directory `cache`."""
     model = trainable_model(checkpoint, options)
     own = first_layers(checkpoint, description, options, observed(model, description, options), training, cache)
-    module = ShallowDeep(model, description, options.exit_layer, options.loss_name, options.loss_alpha, own=own)
+    module = ShallowDeep(
+        model,
+        description,
+        options.exit_layer,
+        options.loss_name,
+        options.loss_alpha,
+        own=own,
+        smoothing=options.label_smoothing,
+    )
 
     def write(directory: Path) -> None:
         model.to(getattr(torch, options.dtype)).save_pretrained(directory)

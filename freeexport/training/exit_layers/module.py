@@ -40,8 +40,8 @@ class ExitLayers(nn.Module):
         self.norm = RMSNorm(torch.from_numpy(norm), epsilon)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """After the exit layer, float32 [B, n, d], padded on the right -> [B, n, d], before the norm."""
-        x: torch.Tensor = self.map(states).float()
+        """After the exit layer [B, n, d], padded on the right -> float32 [B, n, d], before the norm."""
+        x: torch.Tensor = self.map(states.to(self.map.weight.dtype)).float()
         for layer in self.layers:
             x = layer(x)
         return x

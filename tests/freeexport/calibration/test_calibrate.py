@@ -192,6 +192,30 @@ def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: P
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_a_checkpoint_in_bfloat16_has_traces_of_its_own(case: Case, checkpoint: Directory) -> None:
+    model, requests = open_checkpoint(str(checkpoint(case))), [Request(1, TEXTS[0])]
+    exact, rough = (
+        CheckpointSource(model, CalibrateOptions(exit_layer=1, dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
+    assert exact.facts.hash == CheckpointSource(model, CalibrateOptions(exit_layer=1)).facts.hash
+    assert exact.facts.hash != rough.facts.hash
+    ours, theirs = (next(iter(source.traces(requests, 9))).confidence for source in (rough, exact))
+    assert not np.array_equal(ours, theirs)
+    assert ((ours >= 0) & (ours <= 1)).all()
+    # The random T5's confidences move with every bit of its hidden states.
+    assert ours[0] == pytest.approx(theirs[0], abs=0.05 if case is LLAMA else 0.5)
+
+
+def test_a_device_that_is_not_there_is_refused_before_any_work(
+    checkpoint: Directory, data: Path, tmp_path: Path
+) -> None:
+    given = ("--exit-layer", 1, "--device", "cuda:999", "--output", tmp_path / "out.json")
+    result = run("calibrate", checkpoint(LLAMA), "--data", data, *given)
+    assert "device cuda:999 is not there: torch" in error(result)
+    assert list(tmp_path.glob("out*")) == []
+
+
 def test_a_calibration_does_not_go_with_an_exit_vocabulary(checkpoint: Directory, tmp_path: Path) -> None:
     vocabulary = ("--exit-vocab", tmp_path / "exit-vocab.json")
     result = run("convert", checkpoint(T5), tmp_path / "out", "--calibration", tmp_path / "x.json", *vocabulary)
@@ -247,6 +271,9 @@ def test_an_interrupted_run_goes_on_and_other_methods_need_no_decoding(
         (36, ("--method", "risk"), "needs at least 59 sequences, the data have 36"),
         (36, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
         (36, ("--confidence", "entropy"), "--confidence is for checkpoints"),
+        (36, ("--dtype", "bfloat16"), "--dtype is for checkpoints"),
+        (36, ("--device", "tpu"), "device is 'tpu'; choose 'cpu', or 'cuda:0'"),
+        (36, ("--device", "cuda:7"), "converted for the CPU; for device cuda:7 convert again"),
         (36, ("--agreement", "1"), "agreement is 1.0; choose a number between 0 and 1"),
         (36, ("--delta", "nan"), "delta is nan"),
     ],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,28 @@ def test_too_long_examples_are_counted_and_left_out_not_cut(form: Any, tmp_path:
         assert "2 of 3 examples" in str(left_out)
     with pytest.raises(DataError, match="none of the 1 examples fits 10"):
         encode(requests[1:2], form(T5, 10), tmp_path)
+
+
+def test_long_inputs_are_cut_on_request_and_counted(form: Any, tmp_path: Path) -> None:
+    requests = [Request(4, "ab", "c"), Request(5, "a", "d" * 20), Request(9, "efghijklmnopqrstuvwxyz", "f")]
+    for case in (T5, LLAMA):
+        whole, _ = encode(requests, form(case, 100), tmp_path / "data.jsonl")
+        examples, left_out = encode(requests, replace(form(case, 10), truncate=True), tmp_path / "data.jsonl")
+        assert [example.line for example in examples] == [4, 9]
+        assert left_out is not None
+        assert (left_out.cut, left_out.count, left_out.first_line) == (1, 1, 5)
+        assert "1 of 3 inputs are cut, so that examples have 10 tokens; 1 of 3 examples are longer" in str(left_out)
+        np.testing.assert_array_equal(examples[0].prompt, whole[0].prompt)
+        (long, cut), target = (one[-1].prompt for one in (whole, examples)), whole[-1].target
+        np.testing.assert_array_equal(examples[-1].target, target)
+        special = form(case, 10).tokenizer.all_special_ids
+        if case is T5:  # the beginning, and the end of sequence that an encoder has seen behind every text
+            assert len(cut) == 10
+            np.testing.assert_array_equal(cut, [*long[:9], long[-1]] if long[-1] in special else long[:10])
+        else:
+            assert len(cut) == 10 - len(target)
+            kept = 1 if long[0] in special else 0
+            np.testing.assert_array_equal(cut, [*long[:kept], *long[len(long) - len(cut) + kept :]])
 
 
 def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:

@@ -61,6 +61,23 @@ def test_the_report_has_every_layer_but_the_last(name: str, checkpoint: Director
         assert one["exit_rate"]["low"] <= one["exit_rate"]["value"] <= one["exit_rate"]["high"]
 
 
+@pytest.mark.parametrize("name", ["t5-deep-decoder", "llama-tied"])
+def test_a_checkpoint_can_run_in_bfloat16(name: str, checkpoint: Directory, data: Path) -> None:
+    path = checkpoint(BY_NAME[name])
+    exact, rough = (as_json(path, data, "--on", "targets", "--dtype", dtype) for dtype in ("float32", "bfloat16"))
+    assert rough["tokens"] == exact["tokens"]
+    confidences = [[one["chosen"]["threshold"] for one in report["exits"]] for report in (exact, rough)]
+    assert confidences[0] != confidences[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [("cuda:999", "device cuda:999 is not there: torch"), ("tpu", "device is 'tpu'; choose 'cpu', or 'cuda:0'")],
+)
+def test_a_device_that_is_not_there_is_named(device: str, problem: str, checkpoint: Directory, data: Path) -> None:
+    assert problem in error(run(checkpoint(BY_NAME["llama-tied"]), data, "--device", device))
+
+
 def test_targets_are_forced_on_request(checkpoint: Directory, data: Path) -> None:
     report = as_json(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets")
     # One token a byte and one for the end, without the first of each.

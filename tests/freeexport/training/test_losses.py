@@ -40,6 +40,13 @@ def test_cross_entropy_of_both_exits_equals_numpy(exit_layer: int, layers: int) 
     assert float(ours.detach()) == pytest.approx(expected, rel=1e-5)
 
 
+def test_label_smoothing_spreads_the_label_over_all_tokens() -> None:
+    logits, labels = torch.randn(5, 7, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 6, 2, 2, 1])
+    said = logits.double().log_softmax(-1)
+    wanted = 0.9 * torch.eye(7, dtype=torch.float64)[labels] + 0.1 / 7
+    assert losses.cross_entropy(logits, labels, 0.1).item() == pytest.approx(-(wanted * said).sum().item(), rel=1e-5)
+
+
 def test_cross_entropy_of_all_layers_is_weighted_by_depth() -> None:
     logits, labels = RANDOM.normal(size=(4, 9, 13)), RANDOM.integers(0, 13, 9)
     expected = sum((n / 10) * cross_entropy(logits[n - 1], labels) for n in range(1, 5))

@@ -411,6 +411,9 @@ def test_one_line_of_data_is_refused(
         ({"lora": LoraOptions(rank=0)}, "LoRA rank 0"),
         ({"lora": LoraOptions(alpha=float("inf"))}, "alpha inf must be above 0 and finite"),
         ({"lora": LoraOptions(dropout=1.5)}, "--lora-dropout is 1.5"),
+        ({"label_smoothing": 1.0}, "--label-smoothing is 1.0"),
+        ({"label_smoothing": float("nan")}, "--label-smoothing is nan"),
+        ({"label_smoothing": 0.1, "tune": "exit"}, "--label-smoothing is for --tune full and lora"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )
@@ -435,6 +438,18 @@ def test_training_an_exit_again_is_refused(
         train(str(tmp_path / "out"), tmp_path / "again", options)
 
 
+@pytest.mark.parametrize("loss", ["ce", "weighted-ce"])
+def test_label_smoothing_is_part_of_training_and_not_of_the_evaluation(
+    checkpoint: Callable[[Case], Path], options: TrainingOptions, loss: LossName, tmp_path: Path
+) -> None:
+    given = replace(options, loss=loss, dropout=0.0, steps=1, evaluate_every=1, learning_rate=1e-12)
+    for name, smoothing in (("hard", 0.0), ("smooth", 0.5)):
+        train(str(checkpoint(LLAMA)), tmp_path / name, replace(given, label_smoothing=smoothing))
+    hard, smooth = tmp_path / "hard", tmp_path / "smooth"
+    assert metrics(smooth)[0] != pytest.approx(metrics(hard)[0], abs=1e-3)
+    assert metrics(smooth, "eval_loss") == pytest.approx(metrics(hard, "eval_loss"), abs=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant", "inverse-sqrt"])
 def test_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
     factors = [rate_factor(schedule, 0.1, step / 100) for step in range(101)]
@@ -453,6 +468,11 @@ def test_command_prints_what_was_reached(checkpoint: Callable[[Case], Path], dat
     assert json.loads(result.stdout)["steps"] == 2
     assert "examples are longer than 18 tokens and are left out" in result.stderr
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 128
+    cut = [*arguments, *ran[:-1], "--overwrite", "--max-tokens", "18", "--truncate", "--label-smoothing", "0.1"]
+    result = CliRunner().invoke(command, cut, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "inputs are cut, so that examples have 18 tokens" in result.stderr
+    assert "left out" not in result.stderr
 
 
 def test_two_processes_train_as_one(

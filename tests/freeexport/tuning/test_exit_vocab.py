@@ -127,6 +127,8 @@ def test_the_largest_of_the_fastest_sizes_is_chosen_and_a_whole_vocabulary_write
         (("--threshold", 1), "nothing exits at threshold 1"),
         (("--output", "nowhere/file"), "--output: there is no directory nowhere"),
         (("--exit-layer", 1), "--exit-layer is for checkpoints"),
+        (("--dtype", "float16"), "--dtype is for checkpoints"),
+        (("--device", "cuda:7"), "converted for the CPU; for device cuda:7 convert again"),
     ],
 )
 def test_what_cannot_be_is_refused(

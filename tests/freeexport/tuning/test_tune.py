@@ -204,7 +204,14 @@ def test_no_directory_to_save_in_is_refused_before_any_work(bundle: Bundles, dat
     assert "--save: there is no directory" in error(result)
 
 
-@pytest.mark.parametrize("wrong", [{"quality": 0.0}, {"quality": 1.0}, {"quality": float("nan")}, {"candidates": 0}])
+def test_a_device_that_bundles_are_not_for_is_named(bundle: Bundles, data: Path) -> None:
+    result = run(bundle(LLAMA, 1), "--data", data, "--device", "cuda:7")
+    assert "converted for the CPU; for device cuda:7 convert again" in error(result)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"device": "tpu"}, {"quality": 0.0}, {"quality": 1.0}, {"quality": float("nan")}, {"candidates": 0}]
+)
 def test_options_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(OptionError):
         TuneOptions(**wrong)

@@ -224,10 +224,48 @@ def test_a_threshold_that_was_not_fitted_to_a_posterior_implies_one(method: Any)
     assert adapting(SHARP, method=method, threshold=0.0).target == adaptive.LEAST_TARGET
 
 
-@pytest.mark.parametrize("calibration", [None, calibration_of(MANIFEST, None, 0.9)])
-def test_there_must_be_a_mixture_to_begin_with(calibration: Calibration | None) -> None:
-    with pytest.raises(OptionError, match="run freeexport calibrate"):
-        AdaptiveThreshold(MANIFEST, calibration, 4000)
+@pytest.mark.parametrize("calibration", [None, calibration_of(MANIFEST, None, adaptive.UNCALIBRATED_TARGET)])
+@pytest.mark.parametrize(("true", "tolerance"), [(SHARP, 0.03), (BROAD, 0.05), (SURE, 0.04), (HARD, 0.01)])
+@pytest.mark.parametrize("mean", [6, 40])
+def test_without_a_calibration_2000_tokens_teach_the_threshold(
+    calibration: Calibration | None, true: BetaMixture, tolerance: float, mean: int
+) -> None:
+    threshold = AdaptiveThreshold(MANIFEST, calibration, 4000)
+    assert threshold.threshold == pytest.approx(0.942, abs=0.001)
+    Requests(seed=10, mean=mean).run(threshold, true, 2000)
+    assert threshold.threshold == pytest.approx(threshold_at(true, 0.95), abs=tolerance)
+
+
+def test_without_a_calibration_a_shift_in_mid_stream_is_followed() -> None:
+    threshold, requests = AdaptiveThreshold(MANIFEST, None, 2000), Requests(seed=11, mean=30)
+    for mixture in (SHARP, HARD, SHARP):
+        requests.run(threshold, mixture, 8000)
+        assert threshold.threshold == pytest.approx(threshold_at(mixture, 0.95), abs=0.03)
+    assert threshold_at(HARD, 0.95) - threshold_at(SHARP, 0.95) > 0.15
+
+
+def test_without_a_calibration_an_exit_that_is_mostly_wrong_is_hardly_taken() -> None:
+    threshold, untrained = AdaptiveThreshold(MANIFEST, None, 4000), BetaMixture(Beta(1.0, 2.0), Beta(1.0, 3.0), 0.05)
+    Requests(seed=12, mean=30).run(threshold, untrained, 2000)
+    assert untrained.density(np.linspace(threshold.threshold, 1, 1000)).mean() * (1 - threshold.threshold) < 1e-3
+
+
+def test_a_target_takes_precedence_over_that_of_the_calibration() -> None:
+    given = AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SHARP, 0.9), 4000, target=0.99)
+    assert given.threshold == threshold_at(SHARP, 0.99)
+    strict, lax = (AdaptiveThreshold(MANIFEST, None, 4000, target=target) for target in (0.99, 0.8))
+    for threshold in (strict, lax):
+        Requests(seed=13, mean=30).run(threshold, SHARP, 4000)
+        assert threshold.threshold == pytest.approx(threshold_at(SHARP, threshold.target), abs=0.03)
+
+
+@pytest.mark.parametrize("confidence", [float("nan"), float("inf")])
+def test_a_confidence_that_is_no_number_teaches_nothing(confidence: float) -> None:
+    threshold = AdaptiveThreshold(MANIFEST, None, 4000)
+    seen = threshold.begin()
+    seen.label([(confidence, True)] * 100)
+    threshold.complete(seen)
+    assert threshold.threshold == pytest.approx(0.942, abs=0.001)
 
 
 def test_where_labels_are_dear_fewer_requests_are_learned_from() -> None:
@@ -303,15 +341,27 @@ def decoded(session: Session, count: int, first: int = 0) -> list[tuple[Any, ...
     return [(result.token_ids, result.exited) for result in results]
 
 
-def test_a_bundle_that_is_not_calibrated_is_refused(bundle: Bundles) -> None:
-    with pytest.raises(OptionError, match="no calibrated mixture to begin with; run freeexport calibrate"):
-        Session(bundle(LLAMA, 2), threshold="adaptive")
+def test_a_bundle_that_was_never_calibrated_learns_from_its_sync_passes(bundle: Bundles) -> None:
+    path = bundle(LLAMA, 2)
+    assert Bundle.open(path).calibration is None
+    with Session(path, threshold="adaptive", threads=1, slots=1) as session:
+        began = session.threshold
+        assert began == pytest.approx(0.942, abs=0.001)
+        decoded(session, 12)
+        state, learned = session.adaptive_state(), session.threshold
+    assert learned != began
+    assert state["agree"][0] + state["disagree"][0] > 200
+    with Session(path, threshold="adaptive", threads=1, slots=1, adaptive_state=state) as session:
+        assert session.threshold == learned
+        assert session.adaptive_state() == state
 
 
 def test_a_state_needs_an_adaptive_session(open_session: Open) -> None:
     state = open_session().adaptive_state()
     with pytest.raises(OptionError, match="choose 'adaptive'"):
         open_session(threshold=0.5, adaptive_state=state)
+    with pytest.raises(OptionError, match="adaptive_target is given, but threshold is None; choose 'adaptive'"):
+        open_session(threshold=None, adaptive_target=0.9)
     with pytest.raises(OptionError, match="only an 'adaptive' one has a state"):
         open_session(threshold=None).adaptive_state()
     with pytest.raises(OptionError, match="adaptive_state is 'x'"):
