@@ -187,8 +187,9 @@ def _read(
 def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
     """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
     epsilon = description.decoder.head.norm.epsilon
+    weight: torch.Tensor = shared.linear.weight
     own = {
-        name: torch.from_numpy(checkpoint.read(name)).to(shared.linear.weight.device)
+        name: torch.from_numpy(checkpoint.read(name)).to(weight.device)
         for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
         if name in checkpoint
     }

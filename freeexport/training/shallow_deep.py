@@ -42,7 +42,8 @@ class SharedHead(nn.Module):
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
-        logits: torch.Tensor = self.linear((normed * self.scale).to(self.linear.weight.dtype))
+        weight: torch.Tensor = self.linear.weight
+        logits: torch.Tensor = self.linear((normed * self.scale).to(weight.dtype))
         return logits
 
 
@@ -141,8 +142,9 @@ class ShallowDeep(nn.Module):
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
             return {"loss": self._weighted(hidden, targets)}
-        shallow = self.read_exit(hidden)
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
+        # With dropout after the norm, what is distilled is the very sample that the head reads.
+        shallow = self.head.read(states[self.exit_layer]) if self.own is None else self.read_exit(hidden)
         deep = self.head.read(states[self.layers])
         if not self.training:
             return measures(shallow, deep, targets, self.exit_layer, self.layers)

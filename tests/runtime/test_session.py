@@ -635,9 +635,9 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
     heads: list[bool] = []
     piece = Slot.piece
 
-    def watched(slot: Slot, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Any:
+    def watched(slot: Slot, tokens: np.ndarray, hidden: np.ndarray, head: bool, exits: bool) -> Any:
         heads.append(head)
-        return piece(slot, tokens, hidden, head)
+        return piece(slot, tokens, hidden, head, exits)
 
     monkeypatch.setattr(Slot, "piece", watched)
     session = open_session(name)

@@ -23,7 +23,7 @@ from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import DataError
 from freeexport.checkpoints.exit_file import LossName, read_exit_file
 from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.commands.train import command
+from freeexport.cli import main
 from freeexport.system.output_directory import OutputError
 from freeexport.training.full import trainable_model
 from freeexport.training.options import EXIT_LOSSES, LORA_PRESETS, LoraOptions, TrainingOptions
@@ -463,13 +463,13 @@ def test_rate_warms_up_and_never_rises_again(schedule: Any) -> None:
 def test_command_prints_what_was_reached(checkpoint: Callable[[Case], Path], data: Path, tmp_path: Path) -> None:
     arguments = [str(checkpoint(LLAMA)), str(tmp_path / "out"), "--data", str(data), "--exit-layer", "1"]
     ran = ["--steps", "2", "--tune", "lora", "--lora-preset", "paper-t5-3b", "--lora-rank", "2", "--json"]
-    result = CliRunner().invoke(command, [*arguments, *ran, "--max-tokens", "18"], catch_exceptions=False)
+    result = CliRunner().invoke(main, ["train", *arguments, *ran, "--max-tokens", "18"], catch_exceptions=False)
     assert result.exit_code == 0
     assert json.loads(result.stdout)["steps"] == 2
     assert "examples are longer than 18 tokens and are left out" in result.stderr
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 128
     cut = [*arguments, *ran[:-1], "--overwrite", "--max-tokens", "18", "--truncate", "--label-smoothing", "0.1"]
-    result = CliRunner().invoke(command, cut, catch_exceptions=False)
+    result = CliRunner().invoke(main, ["train", *cut], catch_exceptions=False)
     assert result.exit_code == 0
     assert "inputs are cut, so that examples have 18 tokens" in result.stderr
     assert "left out" not in result.stderr

@@ -12,7 +12,7 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from runtime import Session
-from runtime.engines import loading
+from runtime.engines import backend
 from runtime.kernels import missing
 from runtime.machine.page_cache import read_in_large_pages, write_back
 
@@ -65,7 +65,7 @@ def test_what_cannot_be_read_is_left_to_who_needs_it(tmp_path: Path) -> None:
 def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(CASES[0], 1, precision="int8", kernels="freeexport")
     read: list[Path] = []
-    monkeypatch.setattr(loading, "read_in_large_pages", read.append)
+    monkeypatch.setattr(backend, "read_in_large_pages", read.append)
     with Session(path, threads=1, slots=1) as session:
         assert read == [path / "weights.data"]
         # Nothing is packed, so nothing is moved.

@@ -19,7 +19,7 @@ from exit_layer_case import write_exit
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.commands.train import command
+from freeexport.cli import main
 from freeexport.training import losses
 from freeexport.training.batches import Collator
 from freeexport.training.exit_layers.frozen import FrozenExitLayers
@@ -226,7 +226,7 @@ def test_the_command_trains_and_names_what_it_measured(
 ) -> None:
     arguments = [str(checkpoint(LLAMA)), str(tmp_path / "out"), "--data", str(data), "--exit-layer", "2"]
     more = ["--tune", "exit", "--exit-layers", "1", "--steps", "2", "--validation-share", "0.2", "--bf16"]
-    result = CliRunner().invoke(command, [*arguments, *more, "--schedule", "hold"])
+    result = CliRunner().invoke(main, ["train", *arguments, *more, "--schedule", "hold"])
     assert result.exit_code == 0, result.output
     assert "agreement" in result.output
     assert "exits at 99% agreement" in result.output
