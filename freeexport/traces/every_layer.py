@@ -187,9 +187,9 @@ def _read(
 def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
     """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
     epsilon = description.decoder.head.norm.epsilon
-    weight: torch.Tensor = shared.linear.weight
+    device = next(shared.linear.parameters()).device
     own = {
-        name: torch.from_numpy(checkpoint.read(name)).to(weight.device)
+        name: torch.from_numpy(checkpoint.read(name)).to(device)
         for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
         if name in checkpoint
     }

@@ -42,7 +42,7 @@ class SharedHead(nn.Module):
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
-        weight: torch.Tensor = self.linear.weight
+        weight = next(self.linear.parameters())
         logits: torch.Tensor = self.linear((normed * self.scale).to(weight.dtype))
         return logits
 
