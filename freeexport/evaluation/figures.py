@@ -158,7 +158,7 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
         lines=len(first),
         tokens=sum(one.tokens for one in first),
         exit_rate=exits / later,
-        layers=sum(_layers(one, manifest) for one in first) / later,
+        layers=sum(_layers(one, manifest, setting) for one in first) / later,
         token_speed=_ratio(full.per_token, times.per_token),
         request_speed=_ratio(full.seconds, times.seconds),
         tokens_per_second=_ratio(1.0, times.per_token),
@@ -170,11 +170,12 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
     )
 
 
-def _layers(record: Record, manifest: Manifest) -> int:
-    """Of the tokens after the first."""
+def _layers(record: Record, manifest: Manifest, setting: Setting) -> int:
+    """Of the tokens after the first. Those of the exit's own run in every mode but full."""
     if record.layers is not None:
         return record.layers
-    return sum(manifest.exit_layer if exited else manifest.layers for exited in record.exited[1:])
+    own = 0 if setting.method == "full" else manifest.exit_layers
+    return sum(own + (manifest.exit_layer if exited else manifest.layers) for exited in record.exited[1:])
 
 
 def _ratio(above: float, below: float) -> float:

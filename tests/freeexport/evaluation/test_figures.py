@@ -59,6 +59,13 @@ def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
     assert full.joules_per_token is None
 
 
+def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "one", layers=30, exit_layer=10, exit_layers=2, packed=True)
+    entry = Entry("one", Bundle.open(bundle), (FULL, STATIC, FREE))
+    full, static, free = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
+    assert (full.layers, static.layers, free.layers) == (30, 12, 22)
+
+
 def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
     found = records()
     slow = [replace(found["one", "full"][1][0], round=turn, seconds=seconds) for turn, seconds in ((1, 9.0), (2, 1.1))]
