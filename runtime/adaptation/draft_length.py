@@ -20,6 +20,8 @@ GRANT, GRANT_SHARE, MOST_SAVED = 0.3, 0.0075, 8.0
 MOST_DEBT = 1.0
 # How far a draft that fails may overdraw the budget; one of a single token may always.
 OVERDRAFT = 0.3
+# What a further row costs at most, in tokens of mode full, as long as it was not measured.
+DEAREST_ROW = 0.5
 # Drafts must promise this much over mode full to begin with, and the least of it to go on.
 MARGIN, LEAST = 1.01, 1.003
 # What running the shallow head while nothing is drafted may cost, as a share of a token, and at most how often it runs.
@@ -140,10 +142,16 @@ class DraftLength:
         self._candidate_drafts += 1
         if self._candidate_drafts % DRAFTS == 1:
             return 0
-        limit = (self._budget + OVERDRAFT + 1) * self._costs.full
         # Of twice as many rows as were seen so far, not more: what they cost is a guess.
         fits = (n for n in reversed(COUNTS) if n <= min(length, count, 2 * self._costs.most_rows - 1))
-        return next((n for n in fits if n == 1 or self._costs.expected(0, n + 1, n + 1) <= limit), 1)
+        return next((n for n in fits if n == 1 or self._bears(n)), 1)
+
+    def _bears(self, count: int) -> bool:
+        """Whether the budget bears that a draft of so many candidates fails."""
+        loss = self._costs.expected(0, count + 1, count + 1) / self._costs.full - 1
+        if count >= self._costs.most_rows:  # more rows than were seen
+            loss = max(loss, count * DEAREST_ROW)
+        return loss <= self._budget + OVERDRAFT
 
     def observe_candidate(self, source: str, agrees: int, right: bool) -> None:
         """Whether a candidate was the next token, drafted or not."""
