@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
@@ -76,12 +77,7 @@ def tune_exit(
 
     Of several processes, the first must be through before the others call this: they find the cache filled.
     """
-    if checkpoint.adapter is not None:
-        raise OptionError(
-            f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
-        )
-    model = trainable_model(checkpoint, options).requires_grad_(False)
-    whole = ShallowDeep(model, description, options.exit_layer, "ce")
+    whole = ShallowDeep(frozen_model(checkpoint, options), description, options.exit_layer, "ce")
     if torch.cuda.is_available():
         whole.to("cuda")
     collate = collator(checkpoint, options)
@@ -102,8 +98,7 @@ def tune_exit(
     module = FrozenExit(own, head, layers, options.loss_name, options.loss_alpha)
 
     def write(directory: Path) -> None:
-        tensors = {f"exit.{name}": value.detach().float().cpu() for name, value in own.state_dict().items()}
-        save_file({name: value.contiguous() for name, value in tensors.items()}, directory / EXIT_WEIGHTS)
+        write_exit(own, directory)
         link_base(checkpoint, directory)
 
     return Trainable(
@@ -116,6 +111,21 @@ def tune_exit(
         exit_norm=True,
         adapter_rank=options.adapter_rank,
     )
+
+
+def frozen_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:
+    """The checkpoint's model, of which nothing is trained. Raises OptionError for an adapter."""
+    if checkpoint.adapter is not None:
+        raise OptionError(
+            f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
+        )
+    return trainable_model(checkpoint, options).requires_grad_(False)
+
+
+def write_exit(own: nn.Module, directory: Path) -> None:
+    """The parameters of an exit, as exit.safetensors."""
+    tensors = {f"exit.{name}": value.detach().float().cpu().contiguous() for name, value in own.state_dict().items()}
+    save_file(tensors, directory / EXIT_WEIGHTS)
 
 
 def link_base(checkpoint: Checkpoint, directory: Path) -> None:

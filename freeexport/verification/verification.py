@@ -219,8 +219,8 @@ def _greedy(session: Session, model: Any, checks: list[Check]) -> dict[str, Any]
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
     """Logits closer than this may change places: twice what they were just measured to be off by. In fp32 transformers,
-    which `generate` runs in, is off too. Rounded weights are another model: how often it says the same is reported, and
-    its quality is judged by its predictions."""
+    which `generate` runs in, is off too. Quantized weights are another model: how often it says the same is reported,
+    and its quality is judged by its predictions."""
     from freeexport.verification.greedy_parity import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]

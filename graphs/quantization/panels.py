@@ -1,4 +1,4 @@
-"""Rounded weights in the layout that our own operators read (runtime/kernels/source/packed_linear.h)."""
+"""Quantized weights in the layout that our own operators read (runtime/kernels/source/packed_linear.h)."""
 
 from __future__ import annotations
 

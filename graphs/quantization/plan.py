@@ -80,7 +80,7 @@ _CPU = Rounding(
     embedding=True,
 )
 _CPU_OWN = replace(_CPU, products=PackedProducts(), layout=packed, scales=np.dtype(np.float16), fusions=(FuseProducts,))
-# Of rounded weights MatMulNBits alone has a kernel there that reads them as they are.
+# Of quantized weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(
     {

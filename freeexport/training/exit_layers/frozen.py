@@ -14,14 +14,13 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
 from freeexport.training.exit_layers.module import ExitLayers
-from freeexport.training.exit_layers.start import first_layers, observed, write_exit
+from freeexport.training.exit_layers.start import first_layers, observed
 from freeexport.training.exit_layers.teacher import cached_teacher, collate_sequences
-from freeexport.training.exit_only import link_base
-from freeexport.training.full import Trainable, collator, trainable_model
+from freeexport.training.exit_only import frozen_model, link_base, write_exit
+from freeexport.training.full import Trainable, collator
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, Metrics, SharedHead, exits_of, named_measures
 from graphs.description import Description
-from runtime.errors import OptionError
 
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
 
@@ -115,11 +114,7 @@ def tune_exit_layers(
 
     Of several processes, the first must be through before the others call this: they find the cache filled.
     """
-    if checkpoint.adapter is not None:
-        raise OptionError(
-            f"{checkpoint.name} is a LoRA adapter; --tune exit needs its weights merged into a checkpoint"
-        )
-    model, collate = trainable_model(checkpoint, options).requires_grad_(False), collator(checkpoint, options)
+    model, collate = frozen_model(checkpoint, options), collator(checkpoint, options)
     whole = observed(model, description, options)
     if torch.cuda.is_available():
         whole.to("cuda")

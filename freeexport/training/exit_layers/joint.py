@@ -9,7 +9,8 @@ import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
-from freeexport.training.exit_layers.start import first_layers, observed, write_exit
+from freeexport.training.exit_layers.start import first_layers, observed
+from freeexport.training.exit_only import write_exit
 from freeexport.training.full import Trainable, copy_tokenizer, on_examples, trainable_model
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
-from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.training.batches import Collator
 from freeexport.training.exit_layers.module import ExitLayers
 from freeexport.training.full import collator
@@ -43,11 +41,6 @@ def first_layers(
     linear = cached_map(cache, whole, examples, collator(checkpoint, options), into, options.bf16)
     norm = description.decoder.head.norm
     return ExitLayers(layers[into:], checkpoint.read, linear, checkpoint.read(norm.weight), norm.epsilon)
-
-
-def write_exit(own: ExitLayers, directory: Path) -> None:
-    tensors = {f"exit.{name}": value.detach().float().cpu().contiguous() for name, value in own.state_dict().items()}
-    save_file(tensors, directory / EXIT_WEIGHTS)
 
 
 def cached_map(
