@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
+from freeexport.system.allocator import keep_freed_memory
 from freeexport.system.output_directory import output_directory
 from freeexport.system.output_file import naming
 from freeexport.training.options import TrainingOptions
@@ -47,6 +48,8 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     from torch import cuda
 
     _quiet()
+    if not cuda.is_available():
+        keep_freed_memory()
     process = PartialState(cpu=not cuda.is_available())
     with process.main_process_first():
         directory = TrainingDirectory(out, model, options, process.is_main_process)

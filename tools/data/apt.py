@@ -44,6 +44,7 @@ def fetch_index(target: Path, languages: Sequence[str]) -> None:
 
     It appears complete or not at all. Raises DataError when apt is missing or fails, or a language has no file.
     """
+    target = target.absolute()  # apt reads a relative directory as one below its own
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
         work = Path(name)

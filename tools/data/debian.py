@@ -242,7 +242,7 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
 @click.option(
     "--index",
     type=click.Path(path_type=Path),
-    default=Path("data/debian-index"),
+    default=Path("build/debian-index"),
     show_default=True,
     help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
 )

@@ -152,6 +152,25 @@ def test_the_private_configuration_leaves_out_the_machines_languages(tmp_path: P
     assert "/etc" not in path.read_text()
 
 
+def test_apt_is_told_absolute_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It reads a relative one as below its own, and finds no lists there."""
+    seen = []
+
+    def lists(command: list[str], directory: Path, environment: dict[str, str]) -> bytes:
+        configuration = Path(environment["APT_CONFIG"])
+        seen.append(configuration.is_absolute() and f'"{tmp_path}/' in configuration.read_text())
+        for name in ("main_binary-amd64_Packages", "main_i18n_Translation-en"):
+            (directory / "lists" / f"mirror_{name}").write_bytes(b"x")
+        return b"text"
+
+    monkeypatch.setattr(apt, "_command", lists)
+    monkeypatch.chdir(tmp_path)
+    apt.fetch_index(Path("index"), ["en"])
+    assert seen
+    assert all(seen)
+    assert (tmp_path / "index/Packages").read_bytes() == b"text\n"
+
+
 def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(apt, "_command", _fail)
     with pytest.raises(DataError, match="offline"):
