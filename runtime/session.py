@@ -17,6 +17,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
@@ -46,7 +47,7 @@ class Session:
     itself, and its result does not depend on what else runs (docs/serving.md).
 
     `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
-    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). `on_event` is called with
+    measurements: predictions in place of the decoders' own (runtime/decoding/decisions.py). `on_event` is called with
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
     """
@@ -76,10 +77,10 @@ class Session:
         with self._placement.loading() as engine:
             trusted = self.options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files) if trusted else None
-            shallow, deep = self._placement.lanes(engine)
+            shallow, deep = self._placement.runners(engine)
             self._encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
-        self._lanes = shallow, deep
+        self._runners = shallow, deep
         self._scheduler = self._schedule(shallow, deep, decisions)
         model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs)
         self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
@@ -260,7 +261,7 @@ class Session:
         """What was counted since the session was opened, and what runs now."""
         metrics = self._observer.metrics()
         metrics.running, metrics.waiting = self._scheduler.running, self._scheduler.waiting
-        used = int(self._lanes[0].cache.lengths.sum())
+        used = int(self._runners[0].cache.lengths.sum())
         metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
         metrics.threshold = self.threshold
         return metrics
@@ -328,9 +329,10 @@ class Session:
     def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
+        kind = OverlappingDecoder if deep.beside else Decoder
+        decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
-        batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
+        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
         rules = rules_of(self._costs)._replace(packed=manifest.packed)
         return Scheduler(decoders, batches, cross, self.options.queue, rules)
 

@@ -69,11 +69,11 @@ class DraftLength:
         self._rows_to_review = 1
         self._tokens_to_probe = 2  # a step without the head comes first, to tell what the head costs
 
-    def among(self, company: int) -> DraftLength:
+    def among(self, batch_size: int) -> DraftLength:
         """Where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
-        if company == 1:
+        if batch_size == 1:
             return self
-        size = (company - 1).bit_length()
+        size = (batch_size - 1).bit_length()
         if size not in self._among:
             self._among[size] = DraftLength(CallCosts(self._costs.base), self)
         return self._among[size]

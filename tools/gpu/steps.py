@@ -117,7 +117,7 @@ def timeline(bench: Bench) -> dict[str, Any]:
         options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": bench.tokens, "ignore_eos": True}
         session.generate(PROMPTS[0], **options)
         with session.decoder() as decoder:
-            shallow, deep = decoder.lanes
+            shallow, deep = decoder.runners
         assert isinstance(shallow, CudaRunner)
         assert isinstance(deep, CudaRunner)
         origin = shallow.stream.cuda.event(timed=True)

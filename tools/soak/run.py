@@ -123,11 +123,11 @@ def left_over(session: Session) -> list[str]:
     gc.collect()  # streams that were forgotten
     session._scheduler.drain()
     scheduler = session._scheduler
-    lanes = scheduler._free[0].lanes if scheduler._free else ()
+    runners = scheduler._free[0].runners if scheduler._free else ()
     facts = [
         (scheduler.empty, "requests are left"),
         (sorted(decoder.slot for decoder in scheduler._free) == list(range(session.options.slots)), "slots are lost"),
-        (not any(lane.cache.lengths.any() for lane in lanes), "the KV cache is not empty"),
+        (not any(runner.cache.lengths.any() for runner in runners), "the KV cache is not empty"),
         (not scheduler._cross._placed, "prompts are left for cross-attention"),
         (not scheduler._wheel.followers, "threads are left asleep"),
     ]

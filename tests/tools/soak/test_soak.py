@@ -73,7 +73,7 @@ def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
         session.generate([[5, 6], [7, 8]], max_new_tokens=3)
         assert left_over(session) == []
         decoder: Decoder = session._scheduler._free[0]
-        decoder.lanes[1].cache.lengths[1] = 4
+        decoder.runners[1].cache.lengths[1] = 4
         assert left_over(session) == ["the KV cache is not empty"]
         session._scheduler._free.pop()
         assert left_over(session) == ["slots are lost", "the KV cache is not empty"]
