@@ -34,7 +34,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "backends": "engines cuda tensorrt bundle machine options",
         "decoding": "engines adaptation text options result",
         "scheduling": "decoding engines adaptation bundle result",
-        "requests": "scheduling decoding engines adaptation text machine bundle options result metrics",
+        "requests": "scheduling decoding engines adaptation text machine bundle options keywords result metrics",
         "session": "backends requests scheduling decoding engines adaptation text bundle machine "
         "options keywords result metrics",
     },
