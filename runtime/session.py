@@ -179,15 +179,15 @@ class Session(Asking):
         return Scheduler(decoders, batches, cross, self.options.queue, rules)
 
 
-def _capacity(manifest: Manifest, asked: int | None) -> int:
-    if asked is not None and asked > manifest.capacity:
+def _capacity(manifest: Manifest, wanted: int | None) -> int:
+    if wanted is not None and wanted > manifest.capacity:
         raise CapacityError(
-            f"capacity {asked} is more than the {manifest.capacity} positions this bundle was converted for; "
+            f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was converted for; "
             "lower it, or convert with --capacity"
         )
-    if asked not in (None, manifest.capacity) and manifest.target == "tensorrt":
+    if wanted not in (None, manifest.capacity) and manifest.target == "tensorrt":
         raise CapacityError(
-            f"capacity {asked} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
+            f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
             "leave it out, or convert with --capacity"
         )
-    return asked or manifest.capacity
+    return wanted or manifest.capacity

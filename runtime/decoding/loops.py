@@ -138,13 +138,13 @@ def lossless(
         answers = yield from _verify(decoder, response, threshold, draft)
         kept, correction = _agreement(response, draft.tokens, answers)
         tokens, seconds = kept + (correction is not None), _since(before, decoder.stats)
-        now.observe_costs(draft.asked, len(answers), *seconds, tokens, draft.together)
+        now.observe_costs(draft.with_head, len(answers), *seconds, tokens, draft.together)
         now.observe_drafts(_verdicts(draft, threshold, kept, correction))
         yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
 def _deep_token(decoder: Decoder, response: Response) -> Waits[Prediction]:
-    """Both decoders on the newest token, the shallow head not asked: what the deep one says."""
+    """Both decoders on the newest token, without the shallow head: the deep prediction."""
     yield from decoder.stepping(response.newest, head=False)
     decoder.guess()
     yield from decoder.syncing(heads=1)
@@ -167,7 +167,7 @@ class Draft(NamedTuple):
     found: Candidates = NONE
 
     @property
-    def asked(self) -> int:
+    def with_head(self) -> int:
         """Rows at which the shallow head ran."""
         return sum(guess.confidence is not None for guess in self.guesses)
 
@@ -227,7 +227,7 @@ def _run_ahead(
 
 
 def _agreement(response: Response, drafts: list[int], answers: list[Prediction]) -> tuple[int, int | None]:
-    """How many drafts the deep decoder chooses too, and what it chooses after them, if it was asked."""
+    """How many drafts the deep decoder chooses too, and what it chooses after them, if its head ran there."""
     for row, prediction in enumerate(answers):
         token = response.choose(prediction, drafts[:row])
         if row == len(drafts) or token != drafts[row]:
