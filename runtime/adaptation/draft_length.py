@@ -108,9 +108,9 @@ class DraftLength:
     def observe_costs(
         self, with_head: int, rows: int, shallow: float, deep: float, tokens: int, together: int = 1
     ) -> None:
-        """Seconds of `rows` shallow steps, `with_head` of them with the head, the first `together` of them in one call, and
-        of the deep pass over them, which made so many `tokens` final. What was saved or lost is what such steps usually
-        take."""
+        """Seconds of `rows` shallow steps, `with_head` of them with the head, the first `together` of them in one call,
+        and of the deep pass over them, which made so many `tokens` final. What was saved or lost is what such steps
+        usually take."""
         self._with_head += with_head
         if together > 1:
             self._costs.observe_together(with_head, rows, together, shallow, deep)
