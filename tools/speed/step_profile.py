@@ -52,14 +52,12 @@ class Profile:
         return sum(step.seconds() for step in self.steps.values())
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
-@click.option("--tokens", default=64, show_default=True, help="Tokens after it.")
+@click.option("--context", default=64, help="Tokens of the prompt.")
+@click.option("--tokens", default=64, help="Tokens after it.")
 @click.option("--threads", type=int, help="[default: one for each physical core]")
-@click.option(
-    "--least", default=1.0, show_default=True, help="Percent of the kernels' time below which none is listed."
-)
+@click.option("--least", default=1.0, help="Percent of the kernels' time below which none is listed.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write everything here, too.")
 @click.option("--force", is_flag=True, help="Measure on a busy machine.")
 def main(
