@@ -68,21 +68,17 @@ def main(
     samples: int,
     modes: tuple[str, ...],
     batches: tuple[int, ...],
-    threshold: float | None,
-    replay: str | None,
-    tokens: int,
-    seconds: float,
-    rounds: int,
     threads: int | None,
     force: bool,
     save: Path | None,
+    **given: Any,
 ) -> None:
-    if replay is not None and ("lossless" in modes or threshold is not None):
+    if given["replay"] is not None and ("lossless" in modes or given["threshold"] is not None):
         raise click.UsageError("--replay decides about exits: neither --threshold nor mode lossless goes with it")
     if save is not None and not save.parent.is_dir():
         raise click.UsageError(f"--save: there is no directory {save.parent}")
     settings = [Setting(mode, batch) for batch in sorted(set(batches)) for mode in dict.fromkeys(("full", *modes))]
-    load = Load(bench_prompts(Bundle.open(bundle), data, samples), threshold, replay, tokens, seconds, rounds)
+    load = Load(bench_prompts(Bundle.open(bundle), data, samples), **given)
     idle = require_idle(force)
     with opened(bundle, load, max(batches), threads) as session:
         windows = measure(session, settings, load)
