@@ -97,6 +97,11 @@ from freeexport.training.train import leave_group, train
 @click.option(
     "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
 )
+@click.option("--select-by", default="loss", show_default=True,
+              help="Keep the weights of the evaluation that is best by this: loss, agreement (of both exits), exits "
+              "(at 99 % agreement), or a metric of the whole model's outputs, as of `evaluate`.")  # fmt: skip
+@click.option("--select-samples", type=int, default=64, show_default=True,
+              help="Examples whose outputs a metric of --select-by sees.")  # fmt: skip
 @click.option("--log-every", type=int, default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
 @click.option(
     "--patience",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
-from freeexport.system.allocator import keep_freed_memory
+from freeexport.system.machine import keep_freed_memory
 from freeexport.system.output_directory import output_directory
 from freeexport.system.output_file import naming
 from freeexport.training.options import TrainingOptions
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
     from freeexport.checkpoints.examples import Example
     from freeexport.training.full import Trainable
+    from freeexport.training.selection import WrittenOutputs
     from graphs.description import Description
 
 
@@ -62,7 +63,8 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
-    from freeexport.training.inputs import described, examples
+    from freeexport.training.batches import described, examples
+    from freeexport.training.selection import written_outputs
 
     with process.main_process_first():
         checkpoint = _base(model, options, directory, process.is_main_process)
@@ -74,7 +76,8 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
     with process.main_process_first():
         tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
     with naming(directory.path):
-        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
+        written = written_outputs(tuning.module, checkpoint, validation, options)
+        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process, written)
     if process.is_main_process:
         _write(tuning, checkpoint, options, directory)
     process.wait_for_everyone()
@@ -147,7 +150,11 @@ def _tuning(
 
 
 def _run(
-    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool
+    tuning: Trainable,
+    options: TrainingOptions,
+    directory: TrainingDirectory,
+    writer: bool,
+    written: WrittenOutputs | None,
 ) -> tuple[int, int, float, dict[str, float]]:
     """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -166,7 +173,7 @@ def _run(
         after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         metrics = Metrics(directory.path / METRICS, clock, directory.path / TENSORBOARD, after)
         callbacks += [metrics, bar]
-    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks)
+    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
     if metrics is not None:
         metrics.trainer = trainer
     try:

@@ -21,10 +21,9 @@ from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.cli import main
 from freeexport.training import losses
-from freeexport.training.batches import Collator
+from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_layers.frozen import FrozenExitLayers
 from freeexport.training.exit_layers.module import own_exit
-from freeexport.training.inputs import described, examples
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from freeexport.training.train import train
