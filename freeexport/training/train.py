@@ -114,8 +114,14 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
             write_random_weights(Path(model), base, options.seed)
         return open_checkpoint(str(base))
     checkpoint = open_checkpoint(model)
-    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
-        raise CheckpointError(f"{model} has an exit of its own already; give the checkpoint that it was trained on")
+    found = checkpoint.exit
+    if found is not None and found.has_parameters:
+        wanted = options.exit_layers, options.exit_layer
+        if not options.exit_layers or (found.exit_layers, found.exit_layer) != wanted:
+            raise CheckpointError(
+                f"{model} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
+                "an exit of layers: the same --exit-layer and --exit-layers"
+            )
     return checkpoint
 
 
@@ -195,7 +201,7 @@ def _write(
     with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
         tuning.write(partial)
         # An exit's own parameters belong to the weights beside them.
-        beside = open_checkpoint(str(partial)) if options.tune == "full" and tuning.exit_layers else checkpoint
+        beside = open_checkpoint(str(partial)) if tuning.exit_layers else checkpoint
         exit_file = ExitFile(
             exit_layer=options.exit_layer,
             exit_norm=tuning.exit_norm,
