@@ -56,8 +56,8 @@ assert lossless.token_ids == full.token_ids, (lossless, full)
 print(result.text, f"{result.stats.exit_rate:.0%} exited")
 APPLICATION
 
-say "the commands and programs of the README and of the application's tutorial, in order"
-mkdir readme tutorial
+say "the commands and programs of the README and of the tutorials, in order"
+mkdir readme application checkpoint research
 mkdir -p readme/path/to
 cp -r "$model" readme/path/to/checkpoint
 head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
@@ -71,13 +71,14 @@ with open(sys.argv[1], encoding="utf-8") as page:
     blocks = re.findall(r"<!-- run -->\n```(\w*)\n(.*?)```", page.read(), re.DOTALL)
 assert blocks
 for language, text in blocks:
+    text = text.replace("freeexport bench ", "freeexport bench --force ")  # the page asks for an idle machine
     command = ["python", "-c", text] if language == "python" else ["bash", "-euxc", text]
     subprocess.run(command, check=True)
 PAGE
     )
 }
 run_page readme "$checkout/README.md"
-run_page tutorial "$checkout/docs/tutorial-application.md"
+for page in application checkpoint research; do run_page "$page" "$checkout/docs/tutorial-$page.md"; done
 
 say "demo"
 "$bin/freeexport" demo

@@ -1,7 +1,8 @@
-"""The `freeexport` command: one module a verb, imported when it is called, and the one place where errors become text.
+"""The `freeexport` command: verbs, whose modules are imported when they are called, and the one place where errors
+become text.
 
-A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS; a dash of
-the verb is an underscore in its module's name.
+A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS. A verb
+that shares another's module has a line in SHARED too, and its command there is named `<verb>_command`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import click
 
 from freeexport import __version__
 from freeexport.__main__ import INTERRUPTED
-from freeexport.system.extras import extra_of, install_command
+from freeexport.system.installation.extras import extra_of, install_command
 from runtime.errors import FreeExportError
 
 # In the order of use. A verb whose module this installation lacks is not listed.
@@ -40,6 +41,9 @@ VERBS: dict[str, str] = {
     "demo": "Convert a small model, generate, and compare speeds.",
 }
 
+# Verbs that stand in another's module.
+SHARED = {"build": "convert", "verify": "convert", "exit-vocab": "tune", "evaluate-exits": "evaluate"}
+
 
 class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
@@ -50,7 +54,8 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        command: click.Command = importlib.import_module(_module(cmd_name)).command
+        name = f"{cmd_name.replace('-', '_')}_command" if cmd_name in SHARED else "command"
+        command: click.Command = getattr(importlib.import_module(_module(cmd_name)), name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,7 +82,7 @@ class Verbs(click.Group):
 
 
 def _module(verb: str) -> str:
-    return f"freeexport.commands.{verb.replace('-', '_')}"
+    return f"freeexport.commands.{SHARED.get(verb, verb)}"
 
 
 def describe(error: BaseException) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Unpack, overload
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -17,36 +16,34 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
-from runtime.keywords import GenerationKeywords, SessionKeywords, merged
+from runtime.keywords import SessionKeywords, merged
 from runtime.machine.cost_cache import costs_for
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_saturation, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.option_checks import shown
-from runtime.options import GenerationOptions, SessionOptions
-from runtime.requests.prompt_list import PromptList, is_list_of_prompts
-from runtime.requests.request import Model, Request, check_count
+from runtime.options import SessionOptions
+from runtime.requests.asking import Asking
+from runtime.requests.request import Model
 from runtime.requests.request_builder import RequestBuilder
-from runtime.requests.stream import AsyncStream, Stream
 from runtime.requests.thresholds import Thresholds
-from runtime.result import GenerationResult
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
 from runtime.scheduling.callbacks import guarded
 from runtime.scheduling.scheduler import Scheduler
-from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 
 
-class Session:
+class Session(Asking):
     """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
     itself, and its result does not depend on what else runs (docs/serving.md).
 
     `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
-    measurements: what the decoders are taken to have said (runtime/decoding/decisions.py). `on_event` is called with
+    measurements: predictions in place of the decoders' own (runtime/decoding/decisions.py). `on_event` is called with
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
     """
@@ -76,10 +73,10 @@ class Session:
         with self._placement.loading() as engine:
             trusted = self.options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, self.manifest.files) if trusted else None
-            shallow, deep = self._placement.lanes(engine)
+            shallow, deep = self._placement.runners(engine)
             self._encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
-        self._lanes = shallow, deep
+        self._runners = shallow, deep
         self._scheduler = self._schedule(shallow, deep, decisions)
         model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs)
         self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
@@ -96,138 +93,6 @@ class Session:
     def tokenizer(self) -> Tokenizer | None:
         """The bundle's tokenizer; None where it has none, or trust_templates is False: prompts must be token ids."""
         return self._tokenizer
-
-    @overload
-    def generate(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> GenerationResult: ...
-
-    @overload
-    def generate(
-        self,
-        prompt: Sequence[Prompt],
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> list[GenerationResult]: ...
-
-    def generate(
-        self,
-        prompt: Any,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Any:
-        """Decode one prompt to its end, or each of a list of prompts. `options` are GenerationOptions; keyword
-        arguments are its fields, and take precedence.
-
-        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
-        ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,
-        OptionError, QueueFullError; for a list BatchError, after all have ended, where any failed.
-        """
-        if not is_list_of_prompts(prompt):
-            return self.stream(prompt, options, cancel=cancel, **keywords).drain()
-        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
-        prompts.begin()
-        try:
-            prompts.wait()
-        except BaseException:
-            prompts.abandon()
-            raise
-        return prompts.results()
-
-    def stream(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Stream:
-        """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
-        request enters the queue at once, and is decoded as its tokens are read. Closing the stream ends it."""
-        return Stream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
-
-    @overload
-    async def agenerate(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> GenerationResult: ...
-
-    @overload
-    async def agenerate(
-        self,
-        prompt: Sequence[Prompt],
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> list[GenerationResult]: ...
-
-    async def agenerate(
-        self,
-        prompt: Any,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Any:
-        """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
-        if not is_list_of_prompts(prompt):
-            return await self.astream(prompt, options, cancel=cancel, **keywords).drain()
-        from runtime.requests.asyncio_bridge import all_of
-
-        prompts = self._prompts(prompt, cancel, merged(GenerationOptions, options, keywords))
-        return await all_of(self._scheduler, prompts)
-
-    def astream(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> AsyncStream:
-        """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
-        ends the request."""
-        return AsyncStream(self._scheduler, self._request(prompt, cancel, merged(GenerationOptions, options, keywords)))
-
-    def encode(self, prompt: Prompt) -> np.ndarray:
-        """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. Raises
-        PromptError."""
-        return self._builder.encode(prompt)
-
-    def generate_best(
-        self,
-        prompt: Prompt,
-        num_return_sequences: int,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> list[GenerationResult]:
-        """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
-        with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/requests/request.py).
-
-        Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as
-        `generate` does, and CapacityError for beams whose caches would not fit the memory.
-        """
-        chosen = merged(GenerationOptions, options, keywords)
-        check_count(num_return_sequences, chosen)
-        request = self._request(prompt, cancel, chosen, num_return_sequences)
-        Stream(self._scheduler, request).drain()
-        return request.best()
 
     @contextmanager
     def decoder(self, prompt: np.ndarray | None = None) -> Iterator[Decoder]:
@@ -260,7 +125,7 @@ class Session:
         """What was counted since the session was opened, and what runs now."""
         metrics = self._observer.metrics()
         metrics.running, metrics.waiting = self._scheduler.running, self._scheduler.waiting
-        used = int(self._lanes[0].cache.lengths.sum())
+        used = int(self._runners[0].cache.lengths.sum())
         metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
         metrics.threshold = self.threshold
         return metrics
@@ -303,47 +168,26 @@ class Session:
     ) -> None:
         self.close()
 
-    def _request(
-        self, prompt: Prompt, cancel: threading.Event | None, options: GenerationOptions, count: int | None = None
-    ) -> Request:
-        self._refuse_if_closed()
-        return self._builder.request(prompt, options, self._builder.caller(options, cancel), count)
-
-    def _prompts(
-        self, prompts: Sequence[Prompt], cancel: threading.Event | None, options: GenerationOptions
-    ) -> PromptList:
-        self._refuse_if_closed()
-        caller = self._builder.caller(options, cancel)
-
-        def ask(prompt: Prompt) -> Request:
-            return self._builder.request(prompt, options, caller)
-
-        return PromptList(self._scheduler, ask, prompts, self.options.slots, caller.until)
-
-    def _refuse_if_closed(self) -> None:
-        self._scheduler.process.check()
-        if self._closed:
-            raise OptionError("the session is closed; open a new one")
-
     def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        decoders = [Decoder(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
+        kind = OverlappingDecoder if deep.beside else Decoder
+        decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
-        batches = {lane: BatchedCall(lane, cross, *sizes) for lane in (shallow, deep)}
+        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
         rules = rules_of(self._costs)._replace(packed=manifest.packed)
         return Scheduler(decoders, batches, cross, self.options.queue, rules)
 
 
-def _capacity(manifest: Manifest, asked: int | None) -> int:
-    if asked is not None and asked > manifest.capacity:
+def _capacity(manifest: Manifest, wanted: int | None) -> int:
+    if wanted is not None and wanted > manifest.capacity:
         raise CapacityError(
-            f"capacity {asked} is more than the {manifest.capacity} positions this bundle was converted for; "
+            f"capacity {wanted} is more than the {manifest.capacity} positions this bundle was converted for; "
             "lower it, or convert with --capacity"
         )
-    if asked not in (None, manifest.capacity) and manifest.target == "tensorrt":
+    if wanted not in (None, manifest.capacity) and manifest.target == "tensorrt":
         raise CapacityError(
-            f"capacity {asked} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
+            f"capacity {wanted} is not the {manifest.capacity} positions that the graphs of this bundle are fixed to; "
             "leave it out, or convert with --capacity"
         )
-    return asked or manifest.capacity
+    return wanted or manifest.capacity

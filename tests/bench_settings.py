@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 SETTINGS: dict[str, Any] = {
+    "freeexport": "0.2.0",
     "model": "tiny",
     "exit_layer": "1 of 4",
     "threads": 2,

@@ -87,8 +87,6 @@ def contenders_of(options: BenchOptions, bundles: Sequence[Bundle], source: Sour
         peer = find_peer(name)
         if peer is None:
             contenders.append(Transformers(name, threads))
-            if options.early_exit_draft:
-                contenders.append(Transformers(name, threads, exit_layer))
         elif source is None:
             raise OptionError(
                 f"--against {name} needs the checkpoint that the bundle came from ({bundles[0].manifest.source}); "

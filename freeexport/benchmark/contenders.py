@@ -113,23 +113,16 @@ class Ours:
 @dataclass(frozen=True)
 class Transformers:
     """transformers' generate, of this environment, with the checkpoint a bundle was made from: eager, fp32, with its
-    KV cache.
-
-    `assistant_early_exit`: the layer after which it drafts, the counterpart of mode lossless; decoder-only models.
-    """
+    KV cache."""
 
     model: str
     threads: int
-    assistant_early_exit: int | None = None
+    name: str = "transformers"
     precision: str = "fp32"
     required: bool = True
 
-    @property
-    def name(self) -> str:
-        return "transformers" if self.assistant_early_exit is None else "transformers, early-exit draft"
-
     def prepare(self) -> tuple[list[str], str, dict[str, Any]]:
-        return _own_server(), self.model, {"checkpoint": True, "early_exit": self.assistant_early_exit}
+        return _own_server(), self.model, {"checkpoint": True}
 
 
 @dataclass(frozen=True)

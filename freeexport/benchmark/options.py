@@ -28,7 +28,6 @@ class BenchOptions:
     rollback_threshold: float | None = None
     replay: tuple[str, ...] = ()
     replay_drafts: tuple[float, ...] = ()
-    early_exit_draft: bool = False
     tokens: int = 64
     samples: int = 4
     rounds: int = 5
@@ -38,8 +37,6 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         Device.parse(self.device)
-        if self.early_exit_draft and not self.checkpoints:
-            raise OptionError("--early-exit-draft goes with --against MODEL; or use --against hf-early-exit")
         for name in ("against", "replay", "drafts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
@@ -54,14 +51,9 @@ class BenchOptions:
                 raise OptionError(f"--threshold {threshold:g} is out of range; choose one from 0 to 1")
 
     @property
-    def checkpoints(self) -> list[str]:
-        """Of `against` what is no peer's name."""
-        return [name for name in self.against if find_peer(name) is None]
-
-    @property
     def source(self) -> str | None:
-        """The checkpoint, as far as the options name it."""
-        return self.model or next(iter(self.checkpoints), None)
+        """The checkpoint, as far as the options name it: also what of `against` is no peer's name."""
+        return self.model or next((name for name in self.against if find_peer(name) is None), None)
 
     @property
     def count(self) -> int:

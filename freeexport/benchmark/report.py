@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from freeexport import __version__
 from freeexport.benchmark.options import BenchOptions
 from freeexport.benchmark.rows import Row
 from freeexport.system.machine import detect_machine
@@ -29,6 +30,7 @@ def settings(bundle: Bundle, options: BenchOptions, prompts: int, idle: bool, tr
     """What the figures depend on. `truth`: whose tokens others were compared with."""
     manifest, machine = bundle.manifest, detect_machine()
     return {
+        "freeexport": __version__,
         "model": manifest.source,
         "family": manifest.family,
         "exit_layer": f"{manifest.exit_layer} of {manifest.layers}",
@@ -124,6 +126,8 @@ def notes(found: Mapping[str, Any]) -> list[str]:
             f"same: tokens equal to those of {used['compared_with']} at the same place; differs: the first that is "
             "not, the median over prompts"
         )
+    if "freeexport" in used:
+        lines.append(f"freeexport {used['freeexport']}")
     for name, version in sorted({item for row in rows for item in row["versions"].items()}):
         lines.append(f"{name} {version}")
     if not used["idle"]:

@@ -83,6 +83,6 @@ class Worker:
             return "its process was ended"
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()][-_LAST_LINES:]
-        said = f": {' / '.join(lines)[-300:]}" if lines else ""
+        reason = f": {' / '.join(lines)[-300:]}" if lines else ""
         killed = " (killed: out of memory?)" if code == -9 else ""
-        return f"its process ended with code {code}{killed}{said}"
+        return f"its process ended with code {code}{killed}{reason}"

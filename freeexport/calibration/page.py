@@ -69,11 +69,11 @@ def summary(result: Calibrated) -> list[tuple[str, str]]:
     # scipy, which a page about a bundle does without.
     from freeexport.calibration.calibrate import verdict_of
 
-    said = verdict_of(result)
+    verdict = verdict_of(result)
     return [
         *found(result),
-        ("verdict", said.text),
-        *([("next step", said.next_step)] if said.next_step else []),
+        ("verdict", verdict.text),
+        *([("next step", verdict.next_step)] if verdict.next_step else []),
         *[("note", note) for note in result.notes],
     ]
 

@@ -140,15 +140,15 @@ def _line(axes: Axes, values: Sequence[float | None], colour: str, style: str, l
 
 def reliability_figure(result: Calibrated) -> Figure:
     """What P(agree | confidence) says against what was seen, in bins of equally many tokens, as near as they are."""
-    said, seen, error = reliability(result)
-    low = min(said.min(), (seen - 2 * error).min())
-    high = max(said.max(), (seen + 2 * error).max())
+    expected, seen, error = reliability(result)
+    low = min(expected.min(), (seen - 2 * error).min())
+    high = max(expected.max(), (seen + 2 * error).max())
     room = 0.06 * max(high - low, 0.05)
     limits = (max(-room, low - room), min(1 + room, high + room))
     figure = new_figure(9, 4.6)
     axes = figure.subplots()
     axes.plot(limits, limits, color=GREY, linewidth=0.8, label="the mixture is right")
-    axes.errorbar(said, seen, 2 * error, fmt="o", color=BLUE, capsize=3, label="a tenth of the tokens")
+    axes.errorbar(expected, seen, 2 * error, fmt="o", color=BLUE, capsize=3, label="a tenth of the tokens")
     axes.set(xlabel="P(agree | confidence) of the mixture", ylabel="tokens that agree", xlim=limits, ylim=limits)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_percent)
@@ -163,10 +163,10 @@ def reliability(result: Calibrated) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     assert mixture is not None
     order = np.argsort(traces.confidence, kind="stable")
     parts = [part for part in np.array_split(order, BINS) if len(part)]
-    said = np.array([float(np.mean(mixture.posterior(traces.confidence[part]))) for part in parts])
+    expected = np.array([float(np.mean(mixture.posterior(traces.confidence[part]))) for part in parts])
     seen = np.array([float(np.mean(traces.agrees[part])) for part in parts])
     sizes = np.array([len(part) for part in parts])
-    return said, seen, np.sqrt(np.maximum(seen * (1 - seen), 1e-9) / sizes)
+    return expected, seen, np.sqrt(np.maximum(seen * (1 - seen), 1e-9) / sizes)
 
 
 def _percent(value: float, _: float) -> str:

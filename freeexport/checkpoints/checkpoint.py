@@ -11,22 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit, read_exit_file
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
-from freeexport.checkpoints.weight_files import SafetensorsFile, TorchFile, WeightFile, one_line
-from graphs.exit_head import own_shapes
-from graphs.families import describe
+from freeexport.checkpoints.weight_files import WeightFile, one_line, read_json, weight_files
 from graphs.limits import check_config
 from runtime.errors import OptionError
-from runtime.json_file import read_object
 
-# In the order in which transformers looks for them.
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 _HASH_BLOCK = 1 << 20
-Shape = tuple[int, ...]
 
 
 class Checkpoint:
@@ -174,63 +168,6 @@ def _open_adapter(path: Path) -> Checkpoint:
     )
 
 
-def _with_exit(
-    directory: Path, config: dict[str, Any], files: list[WeightFile], tensors: dict[str, WeightFile]
-) -> ExitFile | None:
-    """exit.json of the directory; the exit's own tensors join `files` and `tensors`."""
-    exit_file = read_exit_file(directory)
-    if exit_file is None or not exit_file.has_parameters:
-        return exit_file
-    path = directory / EXIT_WEIGHTS
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
-    file = SafetensorsFile(path)
-    width = int(config.get("d_model") or config["hidden_size"])
-    shapes = exit_file.shapes(width) | _own_layers(config, exit_file, tensors)
-    for name, shape in shapes.items():
-        if name not in file.names() or file.shape(name) != shape:
-            found = list(file.shape(name)) if name in file.names() else "missing"
-            raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
-    if others := sorted(set(file.names()) - shapes.keys()):
-        raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
-    files.append(file)
-    tensors.update(dict.fromkeys(shapes, file))
-    return exit_file
-
-
-class _Tensors:
-    """graphs.weights.Weights of files that are no checkpoint yet."""
-
-    def __init__(self, files: dict[str, WeightFile]) -> None:
-        self._files = files
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._files:
-            raise CheckpointError(f"there is no tensor {name}, which the exit's own layers are like")
-        return self._files[name].shape(name)
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].read(name)
-
-
-def _own_layers(config: dict[str, Any], exit_file: ExitFile, tensors: dict[str, WeightFile]) -> dict[str, Shape]:
-    """The tensors of the exit's own layers. Raises CheckpointError where the model cannot have so many."""
-    if not exit_file.exit_layers:
-        return {}
-    weights = _Tensors(tensors)
-    description = describe(config, weights)
-    layers = len(description.decoder.layers)
-    if description.encoder is not None or exit_file.exit_layers > layers:
-        raise CheckpointError(
-            f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers cannot "
-            "have; train again, or remove it"
-        )
-    return own_shapes(description, weights, exit_file.exit_layers)
-
-
 def _open_gguf(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the path of the GGUF file")
@@ -238,7 +175,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     config = _config(path.parent, str(path), gguf_file=path.name)
     files: list[WeightFile] = [file]
     tensors: dict[str, WeightFile] = dict.fromkeys(file.names(), file)
-    exit_file = _with_exit(path.parent, config, files, tensors)
+    exit_file = read_exit(path.parent, config, files, tensors)
     return Checkpoint(path, path.name, config, _derived_generation_config(config), files, tensors, exit_file)
 
 
@@ -249,13 +186,13 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     if not (path / "config.json").is_file():
         hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
         raise CheckpointError(f"{path} has no config.json; {hint}")
-    stored = _read_json(path / "config.json")
+    stored = read_json(path / "config.json")
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
     config = _config(path, str(path))
-    files, tensors = _weight_files(path)
-    exit_file = _with_exit(path, config, files, tensors)
+    files, tensors = weight_files(path)
+    exit_file = read_exit(path, config, files, tensors)
     return Checkpoint(path, name, config, _generation_config(path, config), files, tensors, exit_file)
 
 
@@ -298,7 +235,7 @@ def _generation_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     derived = _derived_generation_config(config)
     if not (path / "generation_config.json").is_file():
         return derived
-    values = _read_json(path / "generation_config.json")
+    values = read_json(path / "generation_config.json")
     if "decoder_start_token_id" in derived:
         values.setdefault("decoder_start_token_id", derived["decoder_start_token_id"])
     return values
@@ -311,38 +248,3 @@ def _derived_generation_config(config: dict[str, Any]) -> dict[str, Any]:
         start = values.get("decoder_start_token_id", values.get("bos_token_id", values.get("pad_token_id")))
         values.update({} if start is None else {"decoder_start_token_id": start})
     return values
-
-
-def _weight_files(path: Path) -> tuple[list[WeightFile], dict[str, WeightFile]]:
-    """The files, and which of them holds each tensor."""
-    found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
-    if found is None:
-        raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
-    if found.suffix != ".json":
-        file = _open_weights(found)
-        return [file], dict.fromkeys(file.names(), file)
-    shards = _read_json(found).get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise CheckpointError(f"{found} has no weight_map; download the checkpoint again")
-    files = {name: _open_shard(found, str(name)) for name in sorted(set(map(str, shards.values())))}
-    for tensor, shard in shards.items():
-        if tensor not in files[str(shard)].names():
-            raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
-    return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
-
-
-def _open_shard(index: Path, name: str) -> WeightFile:
-    if Path(name).name != name:
-        raise CheckpointError(f"{index} names the shard {name!r}, outside its directory; do not use this checkpoint")
-    if not (index.parent / name).is_file():
-        raise CheckpointError(f"{index} names the shard {name}, which is missing; download the checkpoint again")
-    return _open_weights(index.parent / name)
-
-
-def _open_weights(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    # Configurations have limits without end, which Python writes as Infinity.
-    return read_object(path, "download the checkpoint again", CheckpointError, nan=True)

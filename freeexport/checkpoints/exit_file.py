@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from freeexport.checkpoints.schema_file import read_schema_file
-from freeexport.checkpoints.weight_files import CheckpointError
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
+from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, WeightFile
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, own_shapes
+from graphs.families import describe
 from runtime.errors import BundleError
 
 LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"]
 Tune = Literal["full", "lora", "exit"]
+Shape = tuple[int, ...]
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1
@@ -48,9 +52,9 @@ class ExitFile:
     def has_parameters(self) -> bool:
         return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0
 
-    def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, hidden_size: int) -> dict[str, Shape]:
         """The tensors of EXIT_WEIGHTS."""
-        shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, Shape] = {}
         if self.exit_norm:
             shapes[EXIT_NORM] = (hidden_size,)
         if self.adapter_rank:
@@ -75,3 +79,61 @@ def read_exit_file(directory: Path) -> ExitFile | None:
     except BundleError as error:
         raise CheckpointError(str(error)) from None
     return read
+
+
+def read_exit(
+    directory: Path, config: dict[str, Any], files: list[WeightFile], tensors: dict[str, WeightFile]
+) -> ExitFile | None:
+    """exit.json of the directory, None where there is none; the exit's own tensors, of a model with this configuration,
+    join `files` and `tensors`. Raises CheckpointError."""
+    exit_file = read_exit_file(directory)
+    if exit_file is None or not exit_file.has_parameters:
+        return exit_file
+    path = directory / EXIT_WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
+    file = SafetensorsFile(path)
+    width = int(config.get("d_model") or config["hidden_size"])
+    shapes = exit_file.shapes(width) | _own_layers(config, exit_file, tensors)
+    for name, shape in shapes.items():
+        if name not in file.names() or file.shape(name) != shape:
+            found = list(file.shape(name)) if name in file.names() else "missing"
+            raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
+    if others := sorted(set(file.names()) - shapes.keys()):
+        raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
+    files.append(file)
+    tensors.update(dict.fromkeys(shapes, file))
+    return exit_file
+
+
+class _Tensors:
+    """graphs.weights.Weights of files that are no checkpoint yet."""
+
+    def __init__(self, files: dict[str, WeightFile]) -> None:
+        self._files = files
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._files:
+            raise CheckpointError(f"there is no tensor {name}, which the exit's own layers are like")
+        return self._files[name].shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self._files[name].read(name)
+
+
+def _own_layers(config: dict[str, Any], exit_file: ExitFile, tensors: dict[str, WeightFile]) -> dict[str, Shape]:
+    """The tensors of the exit's own layers. Raises CheckpointError where the model cannot have so many."""
+    if not exit_file.exit_layers:
+        return {}
+    weights = _Tensors(tensors)
+    description = describe(config, weights)
+    layers = len(description.decoder.layers)
+    if description.encoder is not None or exit_file.exit_layers > layers:
+        raise CheckpointError(
+            f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers cannot "
+            "have; train again, or remove it"
+        )
+    return own_shapes(description, weights, exit_file.exit_layers)

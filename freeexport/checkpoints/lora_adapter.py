@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, TorchFile, WeightFile
+from freeexport.checkpoints.weight_files import CheckpointError, WeightFile, open_weights
 from runtime.json_file import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -180,4 +180,4 @@ def _open_weights(directory: Path) -> WeightFile:
     path = next((directory / name for name in _WEIGHTS if (directory / name).is_file()), None)
     if path is None:
         raise CheckpointError(f"{directory} has no weights: none of {', '.join(_WEIGHTS)} is there; copy it again")
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+    return open_weights(path)

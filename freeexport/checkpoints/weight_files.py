@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from runtime.errors import FreeExportError
+from runtime.json_file import read_object
 
 if TYPE_CHECKING:
     import torch
 
+# In the order in which transformers looks for them.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Of real numbers, a value a byte or more: what can be read as float32.
 _SAFETENSORS_TYPES = (
     *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
@@ -124,6 +127,42 @@ def _torch_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} holds {type(state).__name__}, not named tensors; save model.state_dict() there")
     return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def weight_files(path: Path) -> tuple[list[WeightFile], dict[str, WeightFile]]:
+    """The files of weights in a directory, and which of them holds each tensor. Raises CheckpointError."""
+    found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
+    if found.suffix != ".json":
+        file = open_weights(found)
+        return [file], dict.fromkeys(file.names(), file)
+    shards = read_json(found).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{found} has no weight_map; download the checkpoint again")
+    files = {name: _open_shard(found, str(name)) for name in sorted(set(map(str, shards.values())))}
+    for tensor, shard in shards.items():
+        if tensor not in files[str(shard)].names():
+            raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
+    return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
+
+
+def _open_shard(index: Path, name: str) -> WeightFile:
+    if Path(name).name != name:
+        raise CheckpointError(f"{index} names the shard {name!r}, outside its directory; do not use this checkpoint")
+    if not (index.parent / name).is_file():
+        raise CheckpointError(f"{index} names the shard {name}, which is missing; download the checkpoint again")
+    return open_weights(index.parent / name)
+
+
+def open_weights(path: Path) -> WeightFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of JSON beside the weights."""
+    # Configurations have limits without end, which Python writes as Infinity.
+    return read_object(path, "download the checkpoint again", CheckpointError, nan=True)
 
 
 def one_line(error: BaseException) -> str:

@@ -1,1 +1,1 @@
-"""One file a CLI verb: click options, printing. No logic that another room imports."""
+"""The verbs: click options, printing. No logic that another room imports."""

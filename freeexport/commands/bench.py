@@ -75,9 +75,6 @@ from runtime.options import Drafts
     multiple=True,
     help="Also run mode lossless with this share of correct drafts. May be repeated.",
 )
-@click.option(
-    "--early-exit-draft", is_flag=True, help="Also run transformers, drafting with the layers before the exit."
-)
 @click.option("--costs", is_flag=True, help="Only time each engine call alone.")
 @section("Machine")
 @click.option(
@@ -90,9 +87,7 @@ from runtime.options import Drafts
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also plot the speeds.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def command(
-    costs: bool, early_exit_draft: bool, plot: Path | None, save: Path | None, as_json: bool, **given: Any
-) -> None:
+def command(costs: bool, plot: Path | None, save: Path | None, as_json: bool, **given: Any) -> None:
     """Measure BUNDLE: mode full, modes that exit at thresholds, and other decoders, interleaved on an idle machine.
 
     All contenders decode the same prompts greedily to the same number of tokens, on the same number of threads, each in
@@ -106,7 +101,7 @@ def command(
       freeexport bench bundle --drafts lookup --against hf-lookup --model path/to/checkpoint
       freeexport bench bundle --costs
     """
-    options = BenchOptions(**given, early_exit_draft=early_exit_draft)
+    options = BenchOptions(**given)
     if plot is not None:
         bench_plot.check(plot)
     check_writable(save, "--save")

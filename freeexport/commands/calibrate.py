@@ -126,8 +126,8 @@ def command(
     write(result, model, target)
     if as_json:
         even = result.break_even if result.costs.trusted else None
-        said = {"verdict": asdict(verdict_of(result)), "advice": advice(result), "notes": result.notes}
-        click.echo(json.dumps({**asdict(result.calibration), **said, "break_even": even}, indent=2))
+        explained = {"verdict": asdict(verdict_of(result)), "advice": advice(result), "notes": result.notes}
+        click.echo(json.dumps({**asdict(result.calibration), **explained, "break_even": even}, indent=2))
         return
     print_page(tables(result))
     click.echo(advice(result))

@@ -1,7 +1,9 @@
-"""`freeexport convert`: a checkpoint becomes a bundle."""
+"""`freeexport convert`, `build` and `verify`: a checkpoint becomes a bundle, with TensorRT engines, and is checked."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,11 +13,17 @@ from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, reti
 from freeexport.conversion.bundle_verdict import bundle_verdict
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
+from freeexport.conversion.tensorrt_build import build_and_test
+from freeexport.verification.checks import line_of
+from freeexport.verification.verification import VerificationError, failure, verify, write_report
+from graphs.tensorrt.build import BuildOptions
+from graphs.tensorrt.self_test import SelfTest
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Manifest, Precision, Target
 from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
 from runtime.kernels import kernels_of
+from runtime.tensorrt.files import DIRECTORY
 
 
 @click.command(cls=SectionedCommand)
@@ -104,3 +112,89 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
     )
     never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
     return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--max-batch", type=int, default=8, show_default=True, help="Maximum batch size.")
+@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
+              help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
+@click.option(
+    "--version-compatible", is_flag=True, help="Engines that later TensorRTs of this major version can run, too."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
+def build_command(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.
+
+    Engines are built for this machine's GPU and TensorRT version. Engines that are up to date are kept; an interrupted
+    build keeps the finished ones.
+
+    \b
+    Example:
+      freeexport convert path/to/checkpoint bundle --target tensorrt
+      freeexport build bundle --max-batch 4
+    """
+    built, tested = build_and_test(bundle, BuildOptions(**options))
+    if as_json:
+        engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]
+        click.echo(json.dumps({"engines": engines, "self_test": asdict(tested)}, indent=2))
+        return
+    for engine in built:
+        how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
+        click.echo(f"{DIRECTORY}/{engine.plan.file}: {engine.bytes / 1e6:.1f} MB, {how}")
+    click.echo(f"self-test: {_self_test(tested)}")
+
+
+def _self_test(tested: SelfTest) -> str:
+    if not tested.ran:
+        return f"not run, {tested.why}"
+    found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
+    return f"passed; largest differences from the graphs, as multiples of the rounding error of their type: {found}"
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
+@click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def verify_command(bundle: Path, against: str | None, data: Path | None, as_json: bool) -> None:
+    """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
+
+    With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
+
+    \b
+    Example:
+      freeexport verify bundle --against path/to/checkpoint
+    """
+    if data is not None and against is None:
+        raise click.UsageError("--data is measured against the checkpoint; give --against MODEL")
+    opened = Bundle.open(bundle, verify="full")
+    report = verify(opened, against, data)
+    if against is not None:
+        write_report(opened, report)
+    if as_json:
+        click.echo(json.dumps(report))
+    if not report["passed"]:
+        raise VerificationError(failure(report))
+    if not as_json:
+        _print_report(report)
+
+
+def _print_report(report: dict) -> None:
+    for check in report["checks"]:
+        click.echo(f"ok  {line_of(check)}")
+    if "greedy" in report:
+        prompts = report["greedy"]["prompts"]
+        same = sum(prompt["first_difference"] is None for prompt in prompts)
+        rest = "" if same == len(prompts) or report["greedy"]["tie"] is None else ", the others first differ at a tie"
+        click.echo(f"ok  greedy decoding: ids of {same} of {len(prompts)} prompts equal{rest}")
+    if "quality" in report:
+        click.echo(f"ok  {_quality_line(report['quality'])}")
+
+
+def _quality_line(quality: dict) -> str:
+    """The quality measured on text, as people read it."""
+    return (
+        f"quality on {quality['tokens']} tokens: same best token {quality['agreement']:.1%}, "
+        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+    )

@@ -6,8 +6,8 @@ import json
 
 import click
 
-from freeexport.system.gpu_check import cuda_rows, tensorrt_rows
-from freeexport.system.installation import Provider, Report, examine, report_as_dict
+from freeexport.system.installation.gpu import cuda_rows, tensorrt_rows
+from freeexport.system.installation.report import Provider, Report, examine, report_as_dict
 from freeexport.system.machine import Machine
 from freeexport.system.page import human_bytes, pairs, print_page
 

@@ -20,13 +20,6 @@ if TYPE_CHECKING:
     from runtime.bundle.bundle import Bundle
     from runtime.bundle.calibration import Calibration
     from runtime.bundle.manifest import Manifest
-
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
     from runtime.bundle.precision import Quantization
 
 

@@ -30,21 +30,21 @@ class Answer(Decisions):
     def begin(self, decoder: Decoder, prompt: int) -> None:
         self._prompt = prompt
 
-    def guess(self, decoder: Decoder, position: int, said: Prediction) -> Prediction:
+    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
         if self.tokens is None:
-            return said
+            return shallow
         # Places are counted from the first token, which comes from the prompt's last row.
         place = position + 1 - self._prompt
         if place >= len(self.tokens):
-            return said._replace(confidence=0.0)
+            return shallow._replace(confidence=0.0)
         wrong = 0 if self.right[place % len(self.right)] else 1
-        return said._replace(token=(self.tokens[place] + wrong) % decoder.vocab_size, confidence=1.0)
+        return shallow._replace(token=(self.tokens[place] + wrong) % decoder.vocab_size, confidence=1.0)
 
-    def answers(self, decoder: Decoder, first: int, said: list[Prediction]) -> list[Prediction]:
+    def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
         tokens = self.tokens
         if tokens is None:
-            return said
-        places = enumerate(said, first + 1 - self._prompt)
+            return deep
+        places = enumerate(deep, first + 1 - self._prompt)
         return [one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in places]
 
 
@@ -73,8 +73,3 @@ class ForcedDraftSession(Session):
             yield
         finally:
             self.draft_lengths = learned
-
-    @property
-    def draft_costs(self) -> CallCosts:
-        """What requests have learned of what drafts cost."""
-        return self.draft_lengths.costs

@@ -67,12 +67,12 @@ class Script(Decisions):
         start = self._starts.setdefault(decoder, len(self._starts) * STRIDE)
         self._rows[decoder] = self._rows.get(decoder, start) if self.onward else start
 
-    def guess(self, decoder: Decoder, position: int, said: Prediction) -> Prediction:
+    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
         if self.trace is None:
-            return said
+            return shallow
         row = self._rows[decoder]
         self._rows[decoder] = row + 1
-        return said._replace(confidence=float(self.trace[row % len(self.trace)]))
+        return shallow._replace(confidence=float(self.trace[row % len(self.trace)]))
 
 
 class ForcedExitSession(Session):

@@ -22,10 +22,6 @@ class Energy:
         except (OSError, ValueError):  # only root may read them on most systems
             self._counters = []
 
-    @property
-    def readable(self) -> bool:
-        return bool(self._counters)
-
     def joules(self) -> float | None:
         """To be read more often than a counter overflows, which takes minutes at full power."""
         if not self._counters:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from freeexport.system.jsonl import whole_lines
 from freeexport.system.output_file import write_whole
 from runtime.errors import FreeExportError, OptionError
 
@@ -134,14 +135,7 @@ def _filled(record: Record) -> dict[str, Any]:
 
 def read_records(path: Path) -> Iterator[Record]:
     """A partial last line, of a run that was killed, is cut off."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             found = json.loads(line)
             for name in ("token_ids", "exited"):

@@ -30,14 +30,6 @@ class Errors:
             self.words + other.words,
         )
 
-    @property
-    def phoneme_error_rate(self) -> float:
-        return self.phoneme_edits / max(1, self.phonemes)
-
-    @property
-    def word_error_rate(self) -> float:
-        return self.wrong_words / max(1, self.words)
-
 
 def errors(text: str, references: Sequence[Sequence[str]]) -> Errors:
     """`text` against the pronunciations of each word. A word counts against the nearest of its pronunciations, as

@@ -66,6 +66,19 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
     return lines()
 
 
+def whole_lines(path: Path) -> list[bytes]:
+    """The lines of a file that grows by whole lines, none where there is no file. A partial last one, of a run that was
+    killed, is cut off."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return whole.splitlines()
+
+
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
     """With its end, empty at the end of the file, None where it is too long: the next call reads the line after it."""
     try:

@@ -76,7 +76,7 @@ def _row(one: Exit, accuracy: bool) -> tuple[str, ...]:
 
 
 def _summary(report: Report, target: float) -> list[tuple[str, str]]:
-    costs, own, said = report.costs, report.options.forcing == "output", report.verdict
+    costs, own, verdict = report.costs, report.options.forcing == "output", report.verdict
     forced = "the model's own greedy output" if own else "the targets"
     unit = "ms, measured" if costs.measured else "MB of weights, not measured"
     scale = 1 if costs.measured else 1e-6
@@ -85,6 +85,6 @@ def _summary(report: Report, target: float) -> list[tuple[str, str]]:
         *([] if own else [("accuracy of all layers", f"{report.deep_accuracy:.1%}")]),
         ("costs", f"a layer {costs.layer * scale:.3g}, the head {costs.head * scale:.3g} ({unit})"),
         ("threshold, exits, speedup", f"where {target:.4g} of the exits agree with the last layer"),
-        ("verdict on the best layer", said.text),
-        *([("next step", said.next_step)] if said.next_step else []),
+        ("verdict on the best layer", verdict.text),
+        *([("next step", verdict.next_step)] if verdict.next_step else []),
     ]

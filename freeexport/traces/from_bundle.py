@@ -21,10 +21,10 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
         token = decoder.prefill(start.astype(np.int64), head=False, exits=True).token
         while len(confidence) + 1 < limit and token not in manifest.eos_token_ids:
             guess = decoder.step(token, head=True)
-            (said,) = decoder.sync(1, drafts=[guess.token])
+            (deep,) = decoder.sync(1, drafts=[guess.token])
             confidence.append(guess.confidence or 0.0)
-            agrees.append(guess.token == said.token)
-            nll.append(said.nll or 0.0)
+            agrees.append(guess.token == deep.token)
+            nll.append(deep.nll or 0.0)
             guesses.append(guess.token)
-            token = said.token
+            token = deep.token
     return Trace.of(line, confidence, agrees, nll, guesses)

@@ -62,11 +62,11 @@ class CheckpointTracer:
         """Of rows [N, d], what a trace has."""
         parts: list[tuple[torch.Tensor, ...]] = []
         for low, high in zip(shallow.split(_LOGIT_ROWS), deep.split(_LOGIT_ROWS), strict=True):
-            said = self._exit_head(low).float().log_softmax(-1)
-            meant = self._module.head(high).float().log_softmax(-1)
-            token = said.argmax(-1)
-            nll = -meant.gather(1, token[:, None])[:, 0]
-            parts.append((confidence_of(said, self._measure), token == meant.argmax(-1), nll, token.int()))
+            shallow = self._exit_head(low).float().log_softmax(-1)
+            deep = self._module.head(high).float().log_softmax(-1)
+            token = shallow.argmax(-1)
+            nll = -deep.gather(1, token[:, None])[:, 0]
+            parts.append((confidence_of(shallow, self._measure), token == deep.argmax(-1), nll, token.int()))
         return [torch.cat(values).cpu().numpy() for values in zip(*parts, strict=True)]
 
 

@@ -160,10 +160,10 @@ def _agreeing(facts: ExitFacts) -> str:
 
 def _rates(facts: ExitFacts) -> str:
     """What exits at the threshold."""
-    said = f"above threshold {facts.threshold:.4g}" if facts.threshold is not None else "at its threshold"
+    above = f"above threshold {facts.threshold:.4g}" if facts.threshold is not None else "at its threshold"
     exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
     agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
-    return f"{facts.where}: {said} {exits}{agree}"
+    return f"{facts.where}: {above} {exits}{agree}"
 
 
 def _saves_nothing(facts: ExitFacts) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -46,19 +46,20 @@ class FrozenExit(nn.Module):
     def forward(self, shallow: torch.Tensor, deep: torch.Tensor, labels: torch.Tensor) -> Metrics:
         """Hidden states [N, d] after the exit layer and the last one, labels [N]."""
         student = self.exit.norm(self.exit.adapted(shallow))
-        said = self.head.read(student)
+        shallow_logits = self.head.read(student)
         with torch.no_grad():
             teacher = self.head.normed(deep)
-            meant = self.head.read(teacher)
+            deep_logits = self.head.read(teacher)
         if not self.training:
-            return measures(said, meant, labels, self.exit_layer, self.layers)
+            return measures(shallow_logits, deep_logits, labels, self.exit_layer, self.layers)
         exits = {
-            self.exit_layer: losses.cross_entropy(said, labels),
-            self.layers: losses.cross_entropy(meant, labels),  # a constant, so that losses compare with other modes
+            self.exit_layer: losses.cross_entropy(shallow_logits, labels),
+            # A constant, so that losses compare with other modes.
+            self.layers: losses.cross_entropy(deep_logits, labels),
         }
         loss = losses.by_depth(exits)
         if self.loss_name == "logit-kd":
-            loss = loss + self.alpha * losses.logit_distillation(meant, said)
+            loss = loss + self.alpha * losses.logit_distillation(deep_logits, shallow_logits)
         elif self.loss_name == "kd-last":
             states = {self.exit_layer: student, self.layers: teacher}
             loss = loss + self.alpha * losses.hidden_distillation(states, [(self.exit_layer, self.layers)])
@@ -92,25 +93,28 @@ def tune_exit(
     own = Exit(weight, norm.epsilon, options.adapter_rank)
     if own.adapter is not None:
         begin_linear(own.adapter, states[0], weight.detach().float().numpy())
-    # The norm and the head alone: the layers' memory goes back.
+    module = FrozenExit(own, *head_and_layers(whole, description), options.loss_name, options.loss_alpha)
+    return on_frozen(checkpoint, module, states, collate_states, adapter_rank=options.adapter_rank)
+
+
+def head_and_layers(whole: ShallowDeep, description: Description) -> tuple[SharedHead, tuple[int, int]]:
+    """The norm and the head alone, so that the layers' memory goes back; and the numbers of exit and last layer."""
     head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
-    layers = (options.exit_layer, len(description.decoder.layers))
-    module = FrozenExit(own, head, layers, options.loss_name, options.loss_alpha)
+    return head, (whole.exit_layer, whole.layers)
+
+
+def on_frozen(
+    checkpoint: Checkpoint, module: Any, states: Sequence[Any], collate: Callable[..., Any], **exit_sizes: int
+) -> Trainable:
+    """What trains `module.exit` alone, on cached states for training and for validation."""
 
     def write(directory: Path) -> None:
-        write_exit(own, directory)
+        write_exit(module.exit, directory)
         link_base(checkpoint, directory)
 
-    return Trainable(
-        module=module,
-        training=states[0],
-        validation=states[1],
-        lengths=(states[0].lengths, states[1].lengths),
-        collate=collate_states,
-        write=write,
-        exit_norm=True,
-        adapter_rank=options.adapter_rank,
-    )
+    training, validation = states
+    lengths = training.lengths, validation.lengths
+    return Trainable(module, training, validation, lengths, collate, write, exit_norm=True, **exit_sizes)
 
 
 def frozen_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:

@@ -34,11 +34,11 @@ def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tenso
     return F.kl_div(F.log_softmax(shallow.float(), dim=-1), target, reduction="sum", log_target=True)
 
 
-def best_distillation(meant: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+def best_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:
     """KL(deep || shallow), summed over rows, in nats, where of the deep prediction only the best n tokens are known:
     logarithms of both predictions' probabilities of these, [N, n]. All other tokens count as one."""
-    best = F.kl_div(said, meant, reduction="sum", log_target=True)
-    rest, left = (1 - part.exp().sum(-1) for part in (meant, said))
+    best = F.kl_div(shallow, deep, reduction="sum", log_target=True)
+    rest, left = (1 - part.exp().sum(-1) for part in (deep, shallow))
     rest, left = rest.clamp_min(0), left.clamp_min(1e-6)
     return best + (torch.xlogy(rest, rest) - rest * left.log()).sum()
 

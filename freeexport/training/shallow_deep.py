@@ -186,14 +186,14 @@ def named_measures(
     by_layer: dict[int, torch.Tensor],
     targets: torch.Tensor,
     shallow: tuple[torch.Tensor, torch.Tensor],
-    meant: torch.Tensor,
+    deep: torch.Tensor,
 ) -> Metrics:
     """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth, of the exit layer and the last one; and by
-    row [N] the shallow prediction's `confidence` and whether it `agreed` with what the deep one `meant`."""
-    said, confidence = shallow
-    hits = ((said == targets).sum(), (meant == targets).sum(), (said == meant).sum())
+    row [N] the shallow prediction's `confidence` and whether it `agreed` with the `deep` one."""
+    best, confidence = shallow
+    hits = ((best == targets).sum(), (deep == targets).sum(), (best == deep).sum())
     sums = dict(zip(MEASURES, (losses.by_depth(by_layer), *by_layer.values(), *hits), strict=True))
-    return {**sums, "confidence": confidence, "agreed": said == meant}
+    return {**sums, "confidence": confidence, "agreed": best == deep}
 
 
 def decoder_layers(model: Any, description: Description) -> nn.ModuleList:

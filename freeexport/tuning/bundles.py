@@ -79,9 +79,9 @@ def check_same_model(sources: Sequence[BundleSource], requests: Sequence[Request
     """Raises OptionError where the whole models write different texts. One checkpoint's need not be asked."""
     if len({source.facts.source_sha256 for source in sources}) == 1:
         return
-    said = [_written(source, requests[:COMPARED], max_new_tokens) for source in sources]
-    for source, others in zip(sources[1:], said[1:], strict=True):
-        if others != said[0]:
+    texts = [_written(source, requests[:COMPARED], max_new_tokens) for source in sources]
+    for source, others in zip(sources[1:], texts[1:], strict=True):
+        if others != texts[0]:
             raise OptionError(
                 f"{source.path} and {sources[0].path} are of different checkpoints: their full models do not write the "
                 "same; give bundles of one model, with its exit at different layers"

@@ -102,8 +102,8 @@ def _ranked(
     """All token ids: `ends`, then by exits, shallow predictions and frequency in text, then the lower ids first, as
     vocabularies are roughly in the order of use."""
     exits = _counts([one.token[one.sure(threshold)] for one in sequences], vocabulary)
-    said = _counts([one.token for one in sequences], vocabulary)
-    ranked = np.lexsort((np.arange(vocabulary), -written, -said, -exits))
+    predicted = _counts([one.token for one in sequences], vocabulary)
+    ranked = np.lexsort((np.arange(vocabulary), -written, -predicted, -exits))
     return np.concatenate([np.array(sorted(ends), np.int64), ranked[~np.isin(ranked, ends)]])
 
 

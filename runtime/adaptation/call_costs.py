@@ -46,27 +46,27 @@ class CallCosts:
     def head(self) -> float:
         return max(0.0, self.step(True) - self.step(False))
 
-    def observe(self, asked: int, rows: int, shallow: float, deep: float) -> None:
-        """`rows` shallow steps took so long, `asked` of them with the head, and the deep pass over them."""
+    def observe(self, with_head: int, rows: int, shallow: float, deep: float) -> None:
+        """`rows` shallow steps took so long, `with_head` of them with the head, and the deep pass over them."""
         self._passes.observe(rows, deep)
-        if asked:
+        if with_head:
             # A step with the head takes as long as one without, at least.
-            rest = shallow - (rows - asked) * self.step(False)
-            self._steps.observe(WITH_HEAD, max(rest / asked, shallow / rows))
+            rest = shallow - (rows - with_head) * self.step(False)
+            self._steps.observe(WITH_HEAD, max(rest / with_head, shallow / rows))
         else:
             self._steps.observe(1, shallow / rows)
 
-    def observe_together(self, asked: int, rows: int, together: int, shallow: float, deep: float) -> None:
+    def observe_together(self, with_head: int, rows: int, together: int, shallow: float, deep: float) -> None:
         """The same where the first `together` rows were one shallow call."""
         self._passes.observe(rows, deep)
-        if not asked and rows == together:
+        if not with_head and rows == together:
             self._steps.observe(together, shallow)
             self.most_rows = max(self.most_rows, together)
 
-    def expected(self, asked: int, rows: int, together: int = 1) -> float:
+    def expected(self, with_head: int, rows: int, together: int = 1) -> float:
         """Seconds of what `observe` and `observe_together` are told of."""
         single = rows - together
-        return self.shallow_rows(together) + single * self.step(False) + asked * self.head + self.deep_pass(rows)
+        return self.shallow_rows(together) + single * self.step(False) + with_head * self.head + self.deep_pass(rows)
 
 
 def _shallow_rows(base: Costs, rows: int) -> float:

@@ -63,17 +63,17 @@ class DraftLength:
         self._tokens_to_call = 0
         self._among: dict[int, DraftLength] = {}
         self._budget = GRANT
-        self._length = self._asked = self._plain = self._drafts = self._measured = 0
+        self._length = self._with_head = self._plain = self._drafts = self._measured = 0
         self._candidate_drafts = 0
         self._speed = 1.0  # with drafts of that length
         self._rows_to_review = 1
         self._tokens_to_probe = 2  # a step without the head comes first, to tell what the head costs
 
-    def among(self, company: int) -> DraftLength:
+    def among(self, batch_size: int) -> DraftLength:
         """Where calls are shared by as many sequences, in steps of 1, 2, 4, 8: they cost otherwise."""
-        if company == 1:
+        if batch_size == 1:
             return self
-        size = (company - 1).bit_length()
+        size = (batch_size - 1).bit_length()
         if size not in self._among:
             self._among[size] = DraftLength(CallCosts(self._costs.base), self)
         return self._among[size]
@@ -105,16 +105,18 @@ class DraftLength:
         self._refill(self._plain)
         self._plain = 0
 
-    def observe_costs(self, asked: int, rows: int, shallow: float, deep: float, tokens: int, together: int = 1) -> None:
-        """Seconds of `rows` shallow steps, `asked` of them with the head and the first `together` of them in one call,
+    def observe_costs(
+        self, with_head: int, rows: int, shallow: float, deep: float, tokens: int, together: int = 1
+    ) -> None:
+        """Seconds of `rows` shallow steps, `with_head` of them with the head, the first `together` of them in one call,
         and of the deep pass over them, which made so many `tokens` final. What was saved or lost is what such steps
         usually take."""
-        self._asked += asked
+        self._with_head += with_head
         if together > 1:
-            self._costs.observe_together(asked, rows, together, shallow, deep)
+            self._costs.observe_together(with_head, rows, together, shallow, deep)
         else:
-            self._costs.observe(asked, rows, shallow, deep)
-        seconds = self._costs.expected(asked, rows, together)
+            self._costs.observe(with_head, rows, shallow, deep)
+        seconds = self._costs.expected(with_head, rows, together)
         if together > 1:
             # What the first call over so many rows takes, to bind it as well, is not yet what is expected.
             seconds = min(shallow + deep, 2 * seconds)
@@ -178,12 +180,12 @@ class DraftLength:
     def speedups(self, most: int) -> Iterator[float]:
         """Predicted speed with drafts of up to 0, 1, ... `most` tokens, as multiples of mode full."""
         sure, kept, costs = self.sure.value, self.kept.value, self._costs
-        asked, bare, full = costs.step(True), costs.step(False), costs.full
+        with_head, bare, full = costs.step(True), costs.step(False), costs.full
         tokens, reached, drafted, stopped, both = 1.0, 1.0, 0.0, 0.0, 1.0
         for length in range(most + 1):
             # `reached`: the chance that the draft gets so long; `stopped`: deep passes of drafts that ended before.
             deep = costs.deep_pass(length + 1)
-            yield tokens * full / (asked * drafted + bare * reached + stopped + deep * reached)
+            yield tokens * full / (with_head * drafted + bare * reached + stopped + deep * reached)
             drafted += reached
             stopped += deep * reached * (1 - sure)
             reached *= sure
@@ -225,7 +227,7 @@ class DraftLength:
         if self._budget < min(loss, GRANT):
             return 0, False
         # At first every second row is probed, to see both costs; later so few that it does not show.
-        self._tokens_to_probe = max(PROBE_TOKENS, int(loss / PROBE_SHARE)) if self._asked >= FIRST_ROWS else 2
+        self._tokens_to_probe = max(PROBE_TOKENS, int(loss / PROBE_SHARE)) if self._with_head >= FIRST_ROWS else 2
         return (1, False) if kept > further else (0, True)
 
     def _affordable(self, length: int) -> int:

@@ -1,4 +1,4 @@
-"""A session's engines, caches and encoder on a GPU: a stream for each lane, and everything in the device's memory.
+"""A session's engines, caches and encoder on a GPU: a stream for each decoder, and everything in the device's memory.
 
 Not yet run on a GPU; checked against tests/fakes/fake_cuda.py and tests/fakes/fake_onnxruntime.py.
 """
@@ -37,7 +37,7 @@ class CudaBackend(Backend):
         assert device.index is not None
         self._check_installed(device)
         self.cuda = Cuda(device.index)
-        self._lanes: list[CudaRunner] = []
+        self._runners: list[CudaRunner] = []
         self._engines: list[Any] = []
         super().__init__(bundle, options, capacity, threads)
         self._streams = self.cuda.stream(urgent=True), self.cuda.stream(urgent=False)
@@ -50,19 +50,21 @@ class CudaBackend(Backend):
             self._free()
             raise
 
-    def lanes(self, engine: Load) -> tuple[Runner, Runner]:
+    def runners(self, engine: Load) -> tuple[Runner, Runner]:
         """The deep one runs beside the other unless `overlap` is False. A shallow step goes before a deep pass where
         both are ready: a token waits for it."""
-        shallow = self._lane(engine("shallow"), self.manifest.shallow_layers, beside=False)
-        return shallow, self._lane(engine("deep"), self.manifest.deep_layers, beside=self.options.overlap is not False)
+        shallow = self._runner(engine("shallow"), self.manifest.shallow_layers, beside=False)
+        return shallow, self._runner(
+            engine("deep"), self.manifest.deep_layers, beside=self.options.overlap is not False
+        )
 
-    def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
+    def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
         manifest = self.manifest
         if not manifest.encoder_decoder:
             return None
-        assert isinstance(lane, CudaRunner)
+        assert isinstance(runner, CudaRunner)
         encoder, prologue = engine("encoder"), engine("prologue")
-        return CudaEncoder(encoder, prologue, lane, manifest.encoder_capacity, manifest.hidden_size)
+        return CudaEncoder(encoder, prologue, runner, manifest.encoder_capacity, manifest.hidden_size)
 
     def close(self, drain: Callable[[], None]) -> None:
         try:
@@ -72,17 +74,17 @@ class CudaBackend(Backend):
         self._free()
 
     def _free(self) -> None:
-        for lane in self._lanes:
-            lane.close()
+        for runner in self._runners:
+            runner.close()
         for engine in self._engines:
             engine.close()
-        self._lanes.clear()
+        self._runners.clear()
         self._engines.clear()
         with suppress(DeviceError):
             self.cuda.close()
 
     def _load(self, name: str) -> Any:
-        # What comes before the first token goes with the shallow lane, which reads it first.
+        # What comes before the first token goes with the shallow runner, which reads it first.
         stream = self._streams[name == "deep"]
         captures = name == "shallow" and self.options.cuda_graphs
         engine = self._engine(name, stream, captures)
@@ -98,16 +100,16 @@ class CudaBackend(Backend):
         check_contract(self.manifest, name, engine.session)
         return engine
 
-    def _lane(self, engine: Any, layers: range, beside: bool) -> CudaRunner:
+    def _runner(self, engine: Any, layers: range, beside: bool) -> CudaRunner:
         stream = engine.stream
 
         def zeros(shape: tuple[int, ...], dtype: Any) -> Any:
             return self.cuda.zeros(shape, dtype, stream)
 
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        lane = CudaRunner(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
-        self._lanes.append(lane)
-        return lane
+        runner = CudaRunner(engine, CudaKVCache(*sizes, zeros, is_fixed(self.manifest)), stream, beside)
+        self._runners.append(runner)
+        return runner
 
     def _weight_bytes(self) -> int:
         return self.manifest.weight_bytes

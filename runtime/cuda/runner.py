@@ -1,4 +1,4 @@
-"""A lane on a GPU: an engine, its KV cache, and a stream. Only a wait for an event holds the host up.
+"""A runner on a GPU: an engine, its KV cache, and a stream. Only a wait for an event holds the host up.
 
 Not yet run on a GPU; checked against tests/fakes/fake_cuda.py.
 """
@@ -22,15 +22,15 @@ class CudaRunner(Runner):
     the host's arrays have what they gave. `beside`: the caller goes on meanwhile.
 
     Calls are put into the stream by one thread, for two reasons: it takes as long as hundreds of kernels take to start,
-    in which another lane goes on; and what ONNX Runtime captures as a CUDA graph belongs to a thread.
+    in which another runner goes on; and what ONNX Runtime captures as a CUDA graph belongs to a thread.
     """
 
     def __init__(self, engine: Any, cache: KVCache, stream: cuda.Stream, beside: bool) -> None:
         super().__init__(engine, cache)
         self.stream, self.beside = stream, beside
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="lane")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
         device = stream.cuda
-        # Enough for what is ever under way, so that none is made while another lane captures.
+        # Enough for what is ever under way, so that none is made while another runner captures.
         self._events = [(device.event(timed=True), device.event(timed=True)) for _ in range(4)]
         self._scratch: dict[str, DeviceArray] = {}
         self._origin: cuda.Event | None = None
@@ -84,9 +84,9 @@ class CudaRunner(Runner):
 class _Enqueued(Event):
     """A call that is being put into a stream, or is there. `wait` says how long the device took."""
 
-    def __init__(self, lane: CudaRunner, call: Any, future: Future[tuple[cuda.Event, cuda.Event]]) -> None:
+    def __init__(self, runner: CudaRunner, call: Any, future: Future[tuple[cuda.Event, cuda.Event]]) -> None:
         super().__init__(0.0)
-        self._lane, self._call, self._future = lane, call, future
+        self._runner, self._call, self._future = runner, call, future
         self._waited = False
         self._error: BaseException | None = None
 
@@ -116,6 +116,6 @@ class _Enqueued(Event):
         end.wait()
         self._call.finish()
         seconds = end.seconds_since(begin)
-        # Not before: the lane's thread may record them anew at once.
-        self._lane.give_back(begin, end)
+        # Not before: the runner's thread may record them anew at once.
+        self._runner.give_back(begin, end)
         return seconds

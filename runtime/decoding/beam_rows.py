@@ -22,13 +22,13 @@ class BeamRows:
 
     def __init__(self, decoder: Decoder, cross: dict[str, np.ndarray], beams: int, rows: int) -> None:
         self.stats = decoder.stats
-        self._rows, self._lanes = rows, decoder.lanes
+        self._rows, self._runners = rows, decoder.runners
         self._tokens = np.zeros((beams, 1), np.int64)
         self._emitted, self._every = np.zeros(beams, np.int64), np.arange(beams)
-        self._hidden = decoder.lanes[0].zeros((beams, 1, decoder.hidden_size), np.float32)
+        self._hidden = decoder.runners[0].zeros((beams, 1, decoder.hidden_size), np.float32)
         self._logits = np.zeros((beams, decoder.vocab_size), np.float32)
-        self._cross = {name: _repeated(array, beams, decoder.lanes[0]) for name, array in cross.items()}
-        self._caches = [lane.cache.resized(beams, min(rows, FIRST_ROWS)) for lane in decoder.lanes]
+        self._cross = {name: _repeated(array, beams, decoder.runners[0]) for name, array in cross.items()}
+        self._caches = [runner.cache.resized(beams, min(rows, FIRST_ROWS)) for runner in decoder.runners]
         self._bind()
 
     def stepping(self, tokens: np.ndarray, sources: np.ndarray) -> Waits[np.ndarray]:
@@ -38,9 +38,9 @@ class BeamRows:
         for cache in self._caches:
             cache.gather(sources)
         self._tokens[:, 0] = tokens
-        self.stats.shallow_seconds += self._lanes[0].submit(self._shallow).wait()
+        self.stats.shallow_seconds += self._runners[0].submit(self._shallow).wait()
         yield None
-        self.stats.deep_seconds += self._lanes[1].submit(self._deep).wait()
+        self.stats.deep_seconds += self._runners[1].submit(self._deep).wait()
         self.stats.sync_sizes[1] += 1
         for cache in self._caches:
             for row in range(len(tokens)):
@@ -53,25 +53,25 @@ class BeamRows:
         self._bind()
 
     def _bind(self) -> None:
-        shallow, deep = self._lanes
+        shallow, deep = self._runners
         tokens = {"input_ids": self._tokens, "head_rows": np.zeros(0, np.int64)}
         self._shallow = _bind(shallow, self._caches[0], self._cross, tokens, {"hidden": self._hidden})
         hidden = {"hidden": self._hidden, "head_rows": self._every, "emitted": self._emitted}
         self._deep = _bind(deep, self._caches[1], self._cross, hidden, {"logits": self._logits})
 
 
-def _repeated(array: Any, beams: int, lane: Runner) -> Any:
+def _repeated(array: Any, beams: int, runner: Runner) -> Any:
     """[1, ...] -> [beams, ...]."""
     if isinstance(array, np.ndarray):
         return np.repeat(array, beams, axis=0)
-    rows = lane.zeros((beams, *array.shape[1:]), array.dtype)
+    rows = runner.zeros((beams, *array.shape[1:]), array.dtype)
     for beam in range(beams):
         rows[beam : beam + 1] = array
     return rows
 
 
 def _bind(
-    lane: Runner,
+    runner: Runner,
     cache: KVCache,
     cross: dict[str, np.ndarray],
     inputs: Mapping[str, Any],
@@ -82,4 +82,4 @@ def _bind(
     read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
     lengths = {"past_lengths": cache.lengths, "query_lengths": np.ones(len(cache.lengths), np.int32)}
     present = {f"present.{name}": array for name, array in cache.arrays.items()}
-    return lane.engine.bind({**inputs, **lengths, **read, **past}, {**outputs, **present})
+    return runner.engine.bind({**inputs, **lengths, **read, **past}, {**outputs, **present})

@@ -1,4 +1,4 @@
-"""A hook for measurements: what the decoders are taken to have said, in place of what they did."""
+"""A hook for measurements: predictions in place of the decoders' own."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Decisions:
     def begin(self, decoder: Decoder, prompt: int) -> None:
         """A sequence has read its prompt of so many tokens, with a decoder that is its own until it ends."""
 
-    def guess(self, decoder: Decoder, position: int, said: Prediction) -> Prediction:
-        """What a step with the shallow head is taken to say, after the token at `position`."""
-        return said
+    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
+        """In place of the shallow prediction after the token at `position`."""
+        return shallow
 
-    def answers(self, decoder: Decoder, first: int, said: list[Prediction]) -> list[Prediction]:
-        """What a sync pass is taken to say, after the tokens at `first` and the positions that follow."""
-        return said
+    def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
+        """In place of a sync pass's predictions after the tokens at `first` and the positions that follow."""
+        return deep

@@ -29,10 +29,10 @@ def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
         if direct:
             yield decoder.direct_step(response.newest)
             yield decoder.direct_pass()
-            said = decoder.direct_answer()
+            deep = decoder.direct_answer()
         else:
-            said = yield from _deep_token(decoder, response)
-        yield response.add(response.choose(said), False, None, said)
+            deep = yield from _deep_token(decoder, response)
+        yield response.add(response.choose(deep), False, None, deep)
 
 
 def free(
@@ -45,7 +45,7 @@ def free(
     labels: RequestLabels | None = None,
 ) -> Loop:
     """FREE: tokens more confident than `threshold` exit and wait on the stack; the others run the deep decoder over all
-    that wait. A full stack of `max_pending` rows forces it. Where lanes overlap, each `sync_every` rows are passed on
+    that wait. A full stack of `max_pending` rows forces it. Where engines overlap, each `sync_every` rows are passed on
     in the background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
     yield response.add(response.choose(first), False, first.confidence, first)
     sync_every = sync_every if decoder.overlaps else 0
@@ -69,19 +69,19 @@ def free(
                 continue
             decoder.stats.forced += sure
             yield from decoder.syncing(len(rows) or 1, (), _run_ahead(decoder, response, threshold, [], token))
-            said = decoder.answers()
+            answers = decoder.answers()
             if labels is not None:
-                labels.label(_labels(rows, said))
+                labels.label(_labels(rows, answers))
                 rows.clear()
-            yield response.add(response.choose(said[-1]), False, guess.confidence, said[-1])
+            yield response.add(response.choose(answers[-1]), False, guess.confidence, answers[-1])
     finally:
         # What is left on the stack, which one pass more may tell of where no call is under way.
         if labels is not None and labels.leave([guess.confidence or 0.0 for guess in rows], at_rest):
             labels.label(_labels(rows, decoder.sync(len(rows))))
 
 
-def _labels(guesses: Sequence[Prediction], said: Sequence[Prediction]) -> list[tuple[float, bool]]:
-    return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, said, strict=True)]
+def _labels(guesses: Sequence[Prediction], answers: Sequence[Prediction]) -> list[tuple[float, bool]]:
+    return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, answers, strict=True)]
 
 
 def shallow(decoder: Decoder, first: Prediction, response: Response) -> Loop:
@@ -103,11 +103,11 @@ def rollback(
     yield response.add(response.choose(first), False, first.confidence, first)
     while not response.finished:
         draft = yield from _draft(decoder, response, threshold, max_pending - 1, head=True)
-        said = yield from _verify(decoder, response, threshold, draft)
+        answers = yield from _verify(decoder, response, threshold, draft)
         tokens = draft.tokens
-        kept = next((row for row in range(len(tokens)) if (said[row].nll or 0.0) > limit), len(tokens))
-        correction = response.choose(said[kept], tokens[:kept]) if kept < len(said) else None
-        yield from _settle(decoder, response, draft, said, kept, correction)
+        kept = next((row for row in range(len(tokens)) if (answers[row].nll or 0.0) > limit), len(tokens))
+        correction = response.choose(answers[kept], tokens[:kept]) if kept < len(answers) else None
+        yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
 def lossless(
@@ -125,7 +125,7 @@ def lossless(
     yield response.add(response.choose(first), False, first.confidence, first)
     pace.begin()
     while not response.finished:
-        now = pace.among(decoder.company)
+        now = pace.among(decoder.batch_size)
         most, probe = now.plan(max_pending - 1) if exits else (0, False)
         found = NONE if sources is None else sources.propose(response, now, max_pending - 1)
         before = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
@@ -135,16 +135,16 @@ def lossless(
             yield response.add(response.choose(plain), False, None, plain)
             continue
         draft = yield from _draft(decoder, response, threshold, most, probe, found)
-        said = yield from _verify(decoder, response, threshold, draft)
-        kept, correction = _agreement(response, draft.tokens, said)
+        answers = yield from _verify(decoder, response, threshold, draft)
+        kept, correction = _agreement(response, draft.tokens, answers)
         tokens, seconds = kept + (correction is not None), _since(before, decoder.stats)
-        now.observe_costs(draft.asked, len(said), *seconds, tokens, draft.together)
+        now.observe_costs(draft.with_head, len(answers), *seconds, tokens, draft.together)
         now.observe_drafts(_verdicts(draft, threshold, kept, correction))
-        yield from _settle(decoder, response, draft, said, kept, correction)
+        yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
 def _deep_token(decoder: Decoder, response: Response) -> Waits[Prediction]:
-    """Both decoders on the newest token, the shallow head not asked: what the deep one says."""
+    """Both decoders on the newest token, without the shallow head: the deep prediction."""
     yield from decoder.stepping(response.newest, head=False)
     decoder.guess()
     yield from decoder.syncing(heads=1)
@@ -157,7 +157,7 @@ def _since(before: tuple[float, float], stats: Stats) -> tuple[float, float]:
 
 
 class Draft(NamedTuple):
-    """Shallow steps without the deep decoder: `guesses`, what was said at each row, and the `tokens` taken after the
+    """Shallow steps without the deep decoder: `guesses`, the prediction at each row, and the `tokens` taken after the
     rows but the last; after the last too where that ends the request. `following` would be next, None where unknown.
     The first of the tokens, so many, were `found` by a source, and their rows one call; the others exited."""
 
@@ -167,7 +167,7 @@ class Draft(NamedTuple):
     found: Candidates = NONE
 
     @property
-    def asked(self) -> int:
+    def with_head(self) -> int:
         """Rows at which the shallow head ran."""
         return sum(guess.confidence is not None for guess in self.guesses)
 
@@ -216,19 +216,19 @@ def _run_ahead(
     if following is None or not decoder.overlaps:
         return None
 
-    def ahead(said: Prediction | None, tokens: Sequence[int]) -> int | None:
-        if said is not None and not _sure(said, threshold):
+    def ahead(guess: Prediction | None, tokens: Sequence[int]) -> int | None:
+        if guess is not None and not _sure(guess, threshold):
             return None
         path = [*drafts, *tokens]
-        token = following if said is None else response.choose(said, path)
+        token = following if guess is None else response.choose(guess, path)
         return None if response.ends([*path, token]) else token
 
     return ahead
 
 
-def _agreement(response: Response, drafts: list[int], said: list[Prediction]) -> tuple[int, int | None]:
-    """How many drafts the deep decoder chooses too, and what it chooses after them, if it was asked."""
-    for row, prediction in enumerate(said):
+def _agreement(response: Response, drafts: list[int], answers: list[Prediction]) -> tuple[int, int | None]:
+    """How many drafts the deep decoder chooses too, and what it chooses after them, if its head ran there."""
+    for row, prediction in enumerate(answers):
         token = response.choose(prediction, drafts[:row])
         if row == len(drafts) or token != drafts[row]:
             return row, token
@@ -236,7 +236,7 @@ def _agreement(response: Response, drafts: list[int], said: list[Prediction]) ->
 
 
 def _settle(
-    decoder: Decoder, response: Response, draft: Draft, said: list[Prediction], kept: int, correction: int | None
+    decoder: Decoder, response: Response, draft: Draft, answers: list[Prediction], kept: int, correction: int | None
 ) -> Iterator[Token]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
@@ -244,16 +244,16 @@ def _settle(
     stats.rejected += len(draft.tokens) - kept
     stats.count_draft(draft.found.source, found, min(found, kept))
     stats.count_draft("exit", len(draft.tokens) - found, max(0, kept - found))
-    surplus = len(said) - kept - (correction is not None)
+    surplus = len(answers) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         if response.finished:
             return
         stats.exits += row >= found
-        yield response.add(draft.tokens[row], row >= found, draft.guesses[row].confidence, said[row])
+        yield response.add(draft.tokens[row], row >= found, draft.guesses[row].confidence, answers[row])
     if correction is not None and not response.finished:
-        yield response.add(correction, False, draft.guesses[kept].confidence, said[kept])
+        yield response.add(correction, False, draft.guesses[kept].confidence, answers[kept])
 
 
 def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[DraftOutcome]:

@@ -109,14 +109,14 @@ class Response:
         """Whether it came to an end of its own."""
         return self.finished not in (None, "cancelled", "deadline")
 
-    def choose(self, said: Prediction, drafts: Sequence[int] = ()) -> int:
+    def choose(self, prediction: Prediction, drafts: Sequence[int] = ()) -> int:
         """The token that comes after the final ones and `drafts`."""
         if self._sampler is None:
-            return said.token
+            return prediction.token
         length = self._length + len(drafts)
         self._ids[self._length : length] = drafts
-        assert said.logits is not None
-        return self._sampler(said.logits, self._ids[:length])
+        assert prediction.logits is not None
+        return self._sampler(prediction.logits, self._ids[:length])
 
     def ends(self, drafts: Sequence[int]) -> bool:
         """Whether the request is over with the last of `drafts`, should all of them become final."""
@@ -132,16 +132,16 @@ class Response:
         token: int,
         exited: bool,
         confidence: float | None,
-        said: Prediction | None = None,
+        prediction: Prediction | None = None,
         logprob: float | None = None,
     ) -> Token:
-        """Make a token final. Its log-probability, where it is wanted, is what `said` gives it, else `logprob`."""
+        """Make a token final. Its log-probability, where wanted, is what `prediction` gives it, else `logprob`."""
         self.newest = token
         if self._sampler is not None:
             self._ids[self._length] = token
         self._length += 1
-        if self._logprobs and said is not None and said.logits is not None:
-            logprob = log_probability(said.logits, token)
+        if self._logprobs and prediction is not None and prediction.logits is not None:
+            logprob = log_probability(prediction.logits, token)
         if token in self._eos:
             text, self.finished = "", "eos"
         else:

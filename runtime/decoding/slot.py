@@ -18,7 +18,7 @@ class Slot:
     """`hidden_size` is d, `vocab_size` V, `max_pending` the most rows of a deep pass.
 
     `stack` float32 [max_pending, d] is what deep passes read. `token` int64 [1] is what a step reads, `hidden` float32
-    [d], `said` int64 [1] and `confidence` float32 [1] what it gave. Those, and `newest` and `rows`, which are `hidden`
+    [d], `best` int64 [1] and `confidence` float32 [1] what it gave. Those, and `newest` and `rows`, which are `hidden`
     and the rows of `stack`, are plain memory: numpy takes long for little. `cross` is what cross-attention reads.
     """
 
@@ -38,15 +38,15 @@ class Slot:
         self.newest = _memory(self.hidden)
         self._tokens = np.zeros((1, max_pending), np.int64)
         self._token = self._tokens[:, :1]
-        self._said, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
-        self.token, self.said, self.confidence = map(_memory, (self._token[0], self._said, self._confidence))
+        self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self.token, self.best, self.confidence = map(_memory, (self._token[0], self._best, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
         self._answer = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
         self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
         self._past = {
-            lane: {name: lane.value(view) for name, view in lane.cache.slot(slot)} for lane in (shallow, deep)
+            runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
         }
         # By whether they ask the head, and run the exit's own layers; `_together` also by rows.
         self.steps: dict[tuple[bool, bool], SlotCall] = {}
@@ -58,59 +58,58 @@ class Slot:
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
         self.cross = cross
-        for lane in (self._shallow, self._deep):
-            self._read[lane] = self._cross_of(lane)
-        for work in self._works():
-            work.attend(self._read[work.lane])
+        for runner in (self._shallow, self._deep):
+            self._read[runner] = self._cross_of(runner)
+        for call in self._every_call():
+            call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
         """Whether predictions carry logits: they are copied out of the engines only then."""
         if wanted == bool(self._logits):
             return
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
-        self._logits = {lane: np.zeros((count, self._vocab_size), np.float32) for lane, count in rows.items()}
+        self._logits = {runner: np.zeros((count, self._vocab_size), np.float32) for runner, count in rows.items()}
         self.logits = self._logits[self._shallow][0] if wanted else None
-        for works in (self.steps, self._together, self._passes):
-            works.clear()
+        for calls in (self.steps, self._together, self._passes):
+            calls.clear()
         self.direct = None
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
-        for calls in (self, other):
-            for work in calls._works():
-                work.forget()
+        for call in chain(self._every_call(), other._every_call()):
+            call.forget()
 
     def step(self, head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on `token`."""
-        work = self.steps.get((head, exits))
-        if work is None:
-            work = self.steps[head, exits] = self.piece(self._token, self._hidden, head, exits)
-        return work
+        call = self.steps.get((head, exits))
+        if call is None:
+            call = self.steps[head, exits] = self.piece(self._token, self._hidden, head, exits)
+        return call
 
     def steps_together(self, tokens: Sequence[int], head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on tokens, into the first rows of the stack; the head for the last of them."""
         rows = len(tokens)
         self._tokens[0, :rows] = tokens
-        work = self._together.get((rows, head, exits))
-        if work is None:
-            work = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head, exits)
-            self._together[rows, head, exits] = work
-        return work
+        call = self._together.get((rows, head, exits))
+        if call is None:
+            call = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head, exits)
+            self._together[rows, head, exits] = call
+        return call
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
         """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
         rows, apart = end - first, first > 0
-        work = self._passes.get((rows, heads, apart))
-        if work is None:
+        call = self._passes.get((rows, heads, apart))
+        if call is None:
             hidden = (self._rows if apart else self.stack)[None, :rows]
-            work = self._passes[rows, heads, apart] = self.deep_piece(hidden, heads)
+            call = self._passes[rows, heads, apart] = self.deep_piece(hidden, heads)
         if apart:
             self._rows[:rows] = self.stack[first:end]
         if drafts:
             self._drafted[: len(drafts)] = drafts
-        return work
+        return call
 
     def direct_pass(self) -> SlotCall:
         """The deep decoder on what the last step gave, with the head."""
@@ -118,7 +117,7 @@ class Slot:
         return self.direct
 
     def answer(self, row: int, drafted: bool = False) -> Prediction:
-        """What the last deep call said at the `row`-th of its heads."""
+        """What the last deep call predicted at the `row`-th of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
         return tuple.__new__(Prediction, (self._answer[row], None, nll, logits))
@@ -127,51 +126,51 @@ class Slot:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none; the exit's own layers for
         all, where it `exits`."""
         count = int(head)
-        outputs = {"hidden": hidden, "token": self._said[:count], "confidence": self._confidence[:count]}
-        return self._work(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
+        outputs = {"hidden": hidden, "token": self._best[:count], "confidence": self._confidence[:count]}
+        return self._new_call(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
 
     def deep_piece(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
         inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
-        return self._work(self._deep, inputs, outputs, hidden.shape[1], heads)
+        return self._new_call(self._deep, inputs, outputs, hidden.shape[1], heads)
 
-    def bind(self, work: SlotCall) -> Call:
+    def bind(self, call: SlotCall) -> Call:
         """A call of this slot alone."""
-        lane, rows, past = work.lane, work.rows, self._past[work.lane]
+        runner, rows, past = call.runner, call.rows, self._past[call.runner]
         shared = {
             # The cache's own counter: the engine reads it where `extend` and `trim` write it.
-            "past_lengths": lane.cache.lengths[self.slot : self.slot + 1],
+            "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],
             "query_lengths": np.array([rows], np.int32),
-            "head_rows": np.arange(rows - work.heads, rows, dtype=np.int64),
+            "head_rows": np.arange(rows - call.heads, rows, dtype=np.int64),
         }
-        if lane.cache.own_exit:
-            shared["exit_lengths"] = np.array([rows if work.exits else 0], np.int32)
-        return lane.engine.bind(
-            {**work.inputs, **shared, **self._read[lane], **{f"past.{name}": item for name, item in past.items()}},
-            {**work.outputs, **{f"present.{name}": item for name, item in past.items()}},
+        if runner.cache.own_exit:
+            shared["exit_lengths"] = np.array([rows if call.exits else 0], np.int32)
+        return runner.engine.bind(
+            {**call.inputs, **shared, **self._read[runner], **{f"past.{name}": item for name, item in past.items()}},
+            {**call.outputs, **{f"present.{name}": item for name, item in past.items()}},
         )
 
-    def _works(self) -> Iterator[SlotCall]:
+    def _every_call(self) -> Iterator[SlotCall]:
         return chain(self.steps.values(), self._together.values(), self._passes.values())
 
-    def _work(
+    def _new_call(
         self,
-        lane: Runner,
+        runner: Runner,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any],
         rows: int,
         heads: int,
         exits: bool = False,
     ) -> SlotCall:
-        logits = {"logits": self._logits[lane][:heads]} if self._logits else {}
-        return SlotCall(self, lane, inputs, {**outputs, **logits}, rows, heads, exits)
+        logits = {"logits": self._logits[runner][:heads]} if self._logits else {}
+        return SlotCall(self, runner, inputs, {**outputs, **logits}, rows, heads, exits)
 
-    def _cross_of(self, lane: Runner) -> dict[str, Any]:
-        """What the engine of a lane reads of `cross`."""
-        layers = {name.split(".")[0] for name in lane.cache.arrays}
+    def _cross_of(self, runner: Runner) -> dict[str, Any]:
+        """What a runner's engine reads of `cross`."""
+        layers = {name.split(".")[0] for name in runner.cache.arrays}
         read = {n: v for n, v in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
-        return {name: lane.value(array) for name, array in read.items()}
+        return {name: runner.value(array) for name, array in read.items()}
 
 
 def _memory(array: Any) -> Any:

@@ -15,24 +15,27 @@ if TYPE_CHECKING:
     from runtime.decoding.slot import Slot
 
 T = TypeVar("T")
-Said = TypeVar("Said")
+Yielded = TypeVar("Yielded")
 
 
 class SlotCall:
-    """`rows` rows of a sequence for the engine of `lane`, which is to run the head for the last `heads` of them.
+    """`rows` rows of a sequence for the engine of `runner`, which is to run the head for the last `heads` of them.
     `exits`: and the exit's own layers, where it has any, for all.
 
     `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
     "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
-    what the call took that it was last part of, and `company` how many sequences were.
+    what the call took that it was last part of, and `batch_size` how many sequences were.
     """
 
-    __slots__ = ("_call", "_used", "calls", "company", "exits", "heads", "inputs", "lane", "outputs", "rows", "seconds")
+    __slots__ = (
+        *("_call", "_used", "batch_size", "exits", "heads", "inputs"),
+        *("outputs", "owner", "rows", "runner", "seconds"),
+    )
 
     def __init__(
         self,
-        calls: Slot,
-        lane: Runner,
+        owner: Slot,
+        runner: Runner,
         inputs: Mapping[str, Any],
         outputs: Mapping[str, Any],
         rows: int,
@@ -40,24 +43,24 @@ class SlotCall:
         exits: bool = False,
     ) -> None:
         self.exits = exits
-        self.calls, self.lane, self.inputs, self.outputs = calls, lane, inputs, outputs
-        self.rows, self.heads, self.seconds, self.company = rows, heads, 0.0, 1
+        self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
+        self.rows, self.heads, self.seconds, self.batch_size = rows, heads, 0.0, 1
         self._call: Call | None = None
         self._used = False
 
     def submit(self) -> Event:
-        """Run it by itself, where calls of its lane run."""
-        return self.lane.submit(self._bound())
+        """Run it by itself, where calls of its engine run."""
+        return self.runner.submit(self._bound())
 
     def run(self) -> None:
         """Run it by itself, to its end."""
         call = self._call or self._bound()
         self._used = True
-        self.seconds, self.company = self.lane.run(call), 1
+        self.seconds, self.batch_size = self.runner.run(call), 1
 
     def _bound(self) -> Call:
         if self._call is None:
-            self._call = self.calls.bind(self)
+            self._call = self.owner.bind(self)
         self._used = True
         return self._call
 
@@ -79,7 +82,7 @@ Waiting = SlotCall | Event | None
 Waits = Generator[Waiting, None, T]
 
 
-def alone(coroutine: Generator[Waiting | Said, None, T]) -> Generator[Said, None, T]:
+def alone(coroutine: Generator[Waiting | Yielded, None, T]) -> Generator[Yielded, None, T]:
     """Run what a coroutine waits for, at once, and pass on the other things that it yields."""
     try:
         item = next(coroutine)

@@ -70,13 +70,13 @@ class Backend:
         check_contract(self.manifest, name, engine.session)
         return engine
 
-    def lanes(self, engine: Load) -> tuple[Runner, Runner]:
+    def runners(self, engine: Load) -> tuple[Runner, Runner]:
         """The shallow and the deep one."""
         shallow = Runner(engine("shallow"), self._cache(self.manifest.shallow_caches))
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
-    def encoder(self, engine: Load, lane: Runner) -> Encoder | None:
-        """Of an encoder-decoder; what it gives is read in `lane` first."""
+    def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
+        """Of an encoder-decoder; what it gives is read in `runner` first."""
         return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
 
     def settle(self) -> None:

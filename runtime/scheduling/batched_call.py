@@ -20,64 +20,64 @@ MOST_CALLS = 256
 
 
 class BatchedCall:
-    """The calls of one lane over the slots between the first and the last that take part; those in between that do not
-    are idle rows. `hidden_size` is d, `vocab_size` V."""
+    """The calls of one engine over the slots between the first and the last that take part; those in between that do
+    not are idle rows. `hidden_size` is d, `vocab_size` V."""
 
-    def __init__(self, lane: Runner, cross: CrossCache, hidden_size: int, vocab_size: int) -> None:
-        self._lane, self._cross = lane, cross
+    def __init__(self, runner: Runner, cross: CrossCache, hidden_size: int, vocab_size: int) -> None:
+        self._runner, self._cross = runner, cross
         self._hidden_size, self._vocab_size = hidden_size, vocab_size
-        self._layers = {name.split(".")[0] for name in lane.cache.arrays}
+        self._layers = {name.split(".")[0] for name in runner.cache.arrays}
         self._calls: dict[tuple[int, int, bool], Call] = {}
         self._version = cross.version
 
-    def run(self, works: Sequence[SlotCall]) -> None:
+    def run(self, calls: Sequence[SlotCall]) -> None:
         """Run what sequences wait for as one call, and hand each its part."""
-        first, count, width = _area(works)
-        places = [work.calls.slot - first for work in works]
+        first, count, width = _area(calls)
+        places = [call.owner.slot - first for call in calls]
         heads = [
             place * width + row
-            for work, place in zip(works, places, strict=True)
-            for row in range(work.rows - work.heads, work.rows)
+            for call, place in zip(calls, places, strict=True)
+            for row in range(call.rows - call.heads, call.rows)
         ]
-        with_logits = any("logits" in work.outputs for work in works)
-        inputs = self._inputs(works, places, count, width)
+        with_logits = any("logits" in call.outputs for call in calls)
+        inputs = self._inputs(calls, places, count, width)
         inputs["head_rows"] = np.array(heads, np.int64)
-        outputs = self._outputs(works, count, width, len(heads), with_logits)
-        call = self._call(works, first, count, with_logits)
-        call.rebind(inputs, outputs)
-        seconds, head = self._lane.run(call), 0
-        for work, place in zip(works, places, strict=True):
-            for name, target in work.outputs.items():
+        outputs = self._outputs(calls, count, width, len(heads), with_logits)
+        bound = self._call(calls, first, count, with_logits)
+        bound.rebind(inputs, outputs)
+        seconds, head = self._runner.run(bound), 0
+        for call, place in zip(calls, places, strict=True):
+            for name, target in call.outputs.items():
                 source = outputs[name]
                 if name == "hidden":
-                    target[:] = source[place : place + 1, : work.rows]
+                    target[:] = source[place : place + 1, : call.rows]
                 else:
-                    target[:] = source[head : head + work.heads]
-            head += work.heads
-            work.seconds, work.company, work.calls.shared_calls = seconds, len(works), True
+                    target[:] = source[head : head + call.heads]
+            head += call.heads
+            call.seconds, call.batch_size, call.owner.shared_calls = seconds, len(calls), True
 
-    def _inputs(self, works: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
-        name = "input_ids" if "input_ids" in works[0].inputs else "hidden"
+    def _inputs(self, calls: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
+        name = "input_ids" if "input_ids" in calls[0].inputs else "hidden"
         shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
-        rows = np.zeros(shape, np.int64) if name == "input_ids" else self._lane.scratch("rows", shape, np.float32)
+        rows = np.zeros(shape, np.int64) if name == "input_ids" else self._runner.scratch("rows", shape, np.float32)
         lengths, exits = np.zeros((2, count), np.int32)
-        for work, place in zip(works, places, strict=True):
-            rows[place, : work.rows] = work.inputs[name][0]
-            lengths[place] = work.rows
-            exits[place] = work.rows if work.exits else 0
+        for call, place in zip(calls, places, strict=True):
+            rows[place, : call.rows] = call.inputs[name][0]
+            lengths[place] = call.rows
+            exits[place] = call.rows if call.exits else 0
         inputs: dict[str, Any] = {name: rows, "query_lengths": lengths}
-        if self._lane.cache.own_exit:
+        if self._runner.cache.own_exit:
             inputs["exit_lengths"] = exits
-        if "emitted" in works[0].inputs:
-            inputs["emitted"] = np.concatenate([work.inputs["emitted"] for work in works])
+        if "emitted" in calls[0].inputs:
+            inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
         return inputs
 
     def _outputs(
-        self, works: Sequence[SlotCall], count: int, width: int, heads: int, with_logits: bool
+        self, calls: Sequence[SlotCall], count: int, width: int, heads: int, with_logits: bool
     ) -> dict[str, Any]:
         outputs: dict[str, Any] = {"token": np.empty(heads, np.int64)}
-        if "hidden" in works[0].outputs:
-            outputs["hidden"] = self._lane.scratch("hidden", (count, width, self._hidden_size), np.float32)
+        if "hidden" in calls[0].outputs:
+            outputs["hidden"] = self._runner.scratch("hidden", (count, width, self._hidden_size), np.float32)
             outputs["confidence"] = np.empty(heads, np.float32)
         else:
             outputs["nll"] = np.empty(heads, np.float32)
@@ -85,9 +85,9 @@ class BatchedCall:
             outputs["logits"] = np.empty((heads, self._vocab_size), np.float32)
         return outputs
 
-    def _call(self, works: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
-        for work in works:
-            self._cross.place(work.calls.slot, work.calls.cross)
+    def _call(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
+        for call in calls:
+            self._cross.place(call.owner.slot, call.owner.cross)
         if self._version != self._cross.version:
             self._calls.clear()
             self._version = self._cross.version
@@ -95,9 +95,9 @@ class BatchedCall:
         if key not in self._calls:
             if len(self._calls) >= MOST_CALLS:
                 self._calls.clear()
-            cache = self._lane.cache
+            cache = self._runner.cache
             slots = {name: array[first : first + count] for name, array in cache.arrays.items()}
-            self._calls[key] = self._lane.engine.bind(
+            self._calls[key] = self._runner.engine.bind(
                 {
                     **{f"past.{name}": array for name, array in slots.items()},
                     **self._cross.rows(self._layers, first, count),
@@ -108,22 +108,22 @@ class BatchedCall:
         return self._calls[key]
 
 
-def grouped(works: Sequence[SlotCall], row_cost: float = ROW_COST) -> list[list[SlotCall]]:
-    """Which works to run as one call each: those with far more rows than the others go alone, where padding all of
+def grouped(calls: Sequence[SlotCall], row_cost: float = ROW_COST) -> list[list[SlotCall]]:
+    """Which of the calls to run as one each: those with far more rows than the others go alone, where padding all of
     them to that size, and idle rows between, would cost more than another call."""
     groups: list[list[SlotCall]] = []
-    rest = sorted(works, key=lambda work: work.rows)
+    rest = sorted(calls, key=lambda call: call.rows)
     while len(rest) > 1 and _cost(rest, row_cost) > _cost(rest[:-1], row_cost) + _cost(rest[-1:], row_cost):
         groups.append([rest.pop()])
     return [*groups, rest]
 
 
-def _cost(works: Sequence[SlotCall], row_cost: float) -> float:
-    _, count, width = _area(works)
+def _cost(calls: Sequence[SlotCall], row_cost: float) -> float:
+    _, count, width = _area(calls)
     return 1 + row_cost * (count * width - 1)
 
 
-def _area(works: Sequence[SlotCall]) -> tuple[int, int, int]:
+def _area(calls: Sequence[SlotCall]) -> tuple[int, int, int]:
     """The first slot, how many from there on, and the most rows of one."""
-    slots = [work.calls.slot for work in works]
-    return min(slots), max(slots) + 1 - min(slots), max(work.rows for work in works)
+    slots = [call.owner.slot for call in calls]
+    return min(slots), max(slots) + 1 - min(slots), max(call.rows for call in calls)

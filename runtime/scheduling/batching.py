@@ -58,7 +58,7 @@ class BatchPolicy:
         shallow, deep = list[Task](), list[Task]()
         for task in tasks:
             if isinstance(task.waits, SlotCall):
-                (shallow if task.waits.lane is self._shallow else deep).append(task)
+                (shallow if task.waits.runner is self._shallow else deep).append(task)
         waited = max((turn - task.since for task in deep), default=0)
         enough = len(deep) >= self.rules.ready * (len(deep) + len(shallow))
         return deep if deep and (enough or waited >= self.rules.patience) else shallow
@@ -73,10 +73,10 @@ class BatchPolicy:
                 yield call, failed.get(id(call))
 
     def _grouped(self, calls: Sequence[SlotCall]) -> Sequence[Sequence[SlotCall]]:
-        lane = calls[0].lane
-        if lane not in self._batches:
+        runner = calls[0].runner
+        if runner not in self._batches:
             return [[call] for call in calls]
-        if self.rules.packed and lane is not self._shallow:
+        if self.rules.packed and runner is not self._shallow:
             return [calls]
         return grouped(calls, self.rules.row_cost)
 
@@ -85,13 +85,13 @@ class BatchPolicy:
             if len(calls) == 1:
                 calls[0].run()
             else:
-                self._batches[calls[0].lane].run(calls)
+                self._batches[calls[0].runner].run(calls)
         except Exception as error:
             if len(calls) == 1:
                 return {id(calls[0]): error}
             # Whose fault it was shows when each runs alone: nothing has been counted as written.
             return {key: failure for call in calls for key, failure in self._call([call]).items()}
-        if not self.rules.known and calls[0].lane is not self._shallow:
+        if not self.rules.known and calls[0].runner is not self._shallow:
             self._learn(calls)
         return {}
 

@@ -35,7 +35,7 @@ class Turns:
         rules: BatchRules,
     ) -> None:
         self._free, self._cross = list(decoders), cross
-        self._calls = BatchPolicy(batches, decoders[0].lanes[0], rules)
+        self._calls = BatchPolicy(batches, decoders[0].runners[0], rules)
         self._rows: list[Task] = []
         self._waiting: deque[Task] = deque()
         self._borrowed = self._turns = 0
@@ -136,11 +136,11 @@ class Turns:
         if len(chosen) > 1 and not self._borrowed:
             self._close_gaps()
         waiting = {id(task.waits): task for task in chosen}
-        works = [task.waits for task in chosen if isinstance(task.waits, SlotCall)]
+        calls = [task.waits for task in chosen if isinstance(task.waits, SlotCall)]
         interrupted: BaseException | None = None
-        for work, error in self._calls.run(works, together=not self._borrowed):
+        for call, error in self._calls.run(calls, together=not self._borrowed):
             try:
-                self._advance(waiting[id(work)], error)
+                self._advance(waiting[id(call)], error)
             except BaseException as interruption:
                 interrupted = interruption
         if interrupted is not None:

@@ -63,10 +63,10 @@ def profile_for(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> Profil
     for profile in profiles:
         if profile.admits(sizes):
             return profile
-    asked = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
     known = "; ".join(f"{profile.name}: {_text(profile, sizes)}" for profile in profiles)
     raise EngineError(
-        f"a call with {asked} fits no profile of this TensorRT engine ({known}); "
+        f"a call with {given} fits no profile of this TensorRT engine ({known}); "
         "shorten it, or convert with a larger capacity and build with a larger --max-batch"
     )
 

@@ -37,7 +37,7 @@ class _Submitted(Event):
         return self._future.result()
 
 
-def lanes_beside(backend: Backend, engine: Load) -> tuple[Runner, Runner]:
-    """In place of `Backend.lanes`: sessions on the CPU that overlap."""
+def runners_beside(backend: Backend, engine: Load) -> tuple[Runner, Runner]:
+    """In place of `Backend.runners`: sessions on the CPU that overlap."""
     shallow = Runner(engine("shallow"), backend._cache(backend.manifest.shallow_caches))
     return shallow, ThreadRunner(engine("deep"), backend._cache(backend.manifest.deep_layers))

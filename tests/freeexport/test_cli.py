@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport import cli, commands
-from freeexport.system.extras import EXTRAS, PURPOSES
+from freeexport.system.installation.extras import EXTRAS, PURPOSES
 
 ROOT = Path(__file__).parents[2]
 

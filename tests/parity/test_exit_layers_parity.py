@@ -180,7 +180,7 @@ def test_rounded_engines_run_with_the_exits_layers_and_without(
 def test_full_reads_no_row_in_the_exits_layers(bundle: Bundles) -> None:
     """Their cache stays as it was: nothing was written for rows that nobody asks about."""
     with Session(bundle(TIED, EXIT_LAYER), slots=1, threads=1) as session, session.decoder() as decoder:
-        shallow = decoder.lanes[0].cache
+        shallow = decoder.runners[0].cache
         own = [array for name, array in shallow.arrays.items() if name.startswith("exit.")]
         assert len(own) == 2 * OWN_LAYERS
         decoder.prefill(np.array(PROMPTS[0]), head=False)

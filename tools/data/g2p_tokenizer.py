@@ -1,10 +1,10 @@
-"""A T5 for grapheme to phoneme that is not trained yet: a tokenizer of letters and phonemes, a configuration, weights.
+"""A T5 for grapheme to phoneme before training: a tokenizer of letters and phonemes, and a configuration.
 
     python -m tools.data.g2p_tokenizer models/g2p-init --d-model 192 --layers 2 --decoder-layers 8
 
 One token a letter, one a phoneme, one for the task prefix. Letters are lower case and phonemes upper case, so one
 tokenizer reads inputs and targets; decoding writes phonemes between spaces. The files need no class of their own:
-AutoTokenizer and AutoModelForSeq2SeqLM load them on transformers 4.57 and 5.
+AutoTokenizer loads them on transformers 4.57 and 5, and `freeexport train --from-config` begins with random weights.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from tools.data.g2p import PREFIX, SEPARATOR
 from tools.data.splits import run
 
 PAD, EOS, UNKNOWN = "<pad>", "</s>", "<unk>"
-VOWELS = ("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW")
-CONSONANTS = (
+PHONEMES = (
+    *("AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"),
     *("B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N"),
     *("NG", "P", "R", "S", "SH", "T", "TH", "V", "W", "Y", "Z", "ZH"),
 )
@@ -40,23 +40,16 @@ class Sizes:
     heads: int = 4
     layers: int = 2
     decoder_layers: int = 8
-    dropout: float = 0.1
-    gated: bool = True
 
 
-def phonemes(stress: bool = False) -> list[str]:
-    """The phonemes of the dictionary, 39; with `stress` the vowels stand in three forms each, 69."""
-    return [vowel + mark for vowel in VOWELS for mark in ("012" if stress else ("",))] + [*CONSONANTS]
-
-
-def vocabulary(stress: bool = False) -> list[str]:
+def vocabulary() -> list[str]:
     """Tokens in the order of their ids."""
-    return [PAD, EOS, UNKNOWN, PREFIX, " ", "'", *ascii_lowercase, SEPARATOR, *phonemes(stress)]
+    return [PAD, EOS, UNKNOWN, PREFIX, " ", "'", *ascii_lowercase, SEPARATOR, *PHONEMES]
 
 
-def build_tokenizer(stress: bool = False) -> Tokenizer:
+def build_tokenizer() -> Tokenizer:
     """Letters and phonemes as tokens, EOS at the end; what is neither, as a digit, is unknown."""
-    ids = {token: index for index, token in enumerate(vocabulary(stress))}
+    ids = {token: index for index, token in enumerate(vocabulary())}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD, EOS, UNKNOWN)])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -84,8 +77,8 @@ def config(sizes: Sizes, vocab_size: int) -> dict[str, Any]:
         "num_heads": sizes.heads,
         "num_layers": sizes.layers,
         "num_decoder_layers": sizes.decoder_layers,
-        "feed_forward_proj": "gated-gelu" if sizes.gated else "relu",
-        "dropout_rate": sizes.dropout,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.1,
         "relative_attention_num_buckets": 32,
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
@@ -97,9 +90,9 @@ def config(sizes: Sizes, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def write_files(directory: Path, sizes: Sizes, stress: bool = False) -> None:
+def write_files(directory: Path, sizes: Sizes) -> None:
     """Write the configuration and the tokenizer into an existing directory."""
-    tokenizer = build_tokenizer(stress)
+    tokenizer = build_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     files = {
         "config.json": config(sizes, tokenizer.get_vocab_size()),
@@ -119,24 +112,6 @@ def write_files(directory: Path, sizes: Sizes, stress: bool = False) -> None:
         (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def write_weights(directory: Path, seed: int) -> int:
-    """Write random weights as T5 initialises them; returns the number of parameters."""
-    import torch
-    from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForSeq2SeqLM.from_config(AutoConfig.from_pretrained(directory))
-    # Only the weights: the configuration stays as written, the same on every transformers release.
-    state = {name: value.contiguous() for name, value in model.state_dict().items() if name not in _SHARED}
-    from safetensors.torch import save_file
-
-    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    return sum(value.numel() for value in state.values())
-
-
-_SHARED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"}
-
-
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--d-model", type=click.IntRange(8), default=Sizes.d_model, show_default=True)
@@ -144,27 +119,9 @@ _SHARED = {"encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_hea
 @click.option("--heads", type=click.IntRange(1), default=Sizes.heads, show_default=True)
 @click.option("--layers", type=click.IntRange(1), default=Sizes.layers, show_default=True, help="Of the encoder.")
 @click.option("--decoder-layers", type=click.IntRange(2), default=Sizes.decoder_layers, show_default=True)
-@click.option("--dropout", type=click.FloatRange(0, 0.9), default=Sizes.dropout, show_default=True)
-@click.option("--gated/--relu", default=Sizes.gated, show_default=True, help="Kind of feed-forward block.")
-@click.option("--stress", is_flag=True, help="Phonemes with stress marks.")
-@click.option("--seed", default=0, show_default=True, help="Of the weights.")
-@click.option("--weights/--no-weights", default=True, show_default=True, help="Whether to write random weights.")
 @click.option("--overwrite", is_flag=True, help="Replace a model at OUT.")
-def command(
-    out: Path,
-    d_model: int,
-    d_ff: int,
-    heads: int,
-    layers: int,
-    decoder_layers: int,
-    dropout: float,
-    gated: bool,
-    stress: bool,
-    seed: int,
-    weights: bool,
-    overwrite: bool,
-) -> None:
-    """Write an untrained grapheme-to-phoneme T5 to the directory OUT.
+def command(out: Path, d_model: int, d_ff: int, heads: int, layers: int, decoder_layers: int, overwrite: bool) -> None:
+    """Write tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT.
 
     \b
     Example:
@@ -172,11 +129,8 @@ def command(
     """
     if d_model % heads:
         raise click.UsageError(f"--d-model {d_model} is not a multiple of --heads {heads}")
-    sizes = Sizes(d_model, d_ff, heads, layers, decoder_layers, dropout, gated)
     with output_directory(out, MARKER, overwrite) as directory:
-        write_files(directory, sizes, stress)
-        count = write_weights(directory, seed) if weights else 0
-    click.echo(f"{out}: " + (f"{count / 1e6:.2f} million parameters" if weights else "no weights"))
+        write_files(directory, Sizes(d_model, d_ff, heads, layers, decoder_layers))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def timeline(bench: Bench) -> dict[str, Any]:
         options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": bench.tokens, "ignore_eos": True}
         session.generate(PROMPTS[0], **options)
         with session.decoder() as decoder:
-            shallow, deep = decoder.lanes
+            shallow, deep = decoder.runners
         assert isinstance(shallow, CudaRunner)
         assert isinstance(deep, CudaRunner)
         origin = shallow.stream.cuda.event(timed=True)
@@ -208,7 +208,7 @@ def speeds(session: Session, tokens: int) -> tuple[dict[str, float], list[Sequen
         "free": {"threshold": 0.5},
         "exits": {"threshold": 0.0},
     }
-    found, said = {}, list[Sequence[int]]()
+    found, tokens_of = {}, list[Sequence[int]]()
     for name, options in modes.items():
         times = []
         for _ in range(4):
@@ -216,8 +216,8 @@ def speeds(session: Session, tokens: int) -> tuple[dict[str, float], list[Sequen
             result = session.generate(PROMPTS[0], max_new_tokens=tokens, ignore_eos=True, **options)
             times.append(time.perf_counter() - began)
         found[f"{name}, tokens/s"] = round(len(result.token_ids) / median(times[1:]), 1)
-        said.append(result.token_ids)
-    return found, said
+        tokens_of.append(result.token_ids)
+    return found, tokens_of
 
 
 def torch_speed(model: Any, inputs: Any, tokens: int) -> float:

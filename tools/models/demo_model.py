@@ -81,7 +81,7 @@ def train(work: Path) -> Path:
     """The stages, each from the one before; returns the last one's checkpoint."""
     source = work / "init"
     if not source.exists():
-        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "2", "--decoder-layers", "8", "--no-weights")
+        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "2", "--decoder-layers", "8")
         python("tools.data.g2p_tokenizer", str(source), *sizes)
     for stage in STAGES:
         out = work / stage.name

@@ -31,33 +31,33 @@ class Faults:
     def injected(self) -> Iterator[None]:
         run_one, run_several = SlotCall.run, BatchedCall.run
 
-        def one(work: SlotCall) -> None:
-            self._check([work])
-            run_one(work)
-            self._count([work])
+        def one(call: SlotCall) -> None:
+            self._check([call])
+            run_one(call)
+            self._count([call])
 
-        def several(batch: BatchedCall, works: Sequence[SlotCall]) -> None:
+        def several(batch: BatchedCall, calls: Sequence[SlotCall]) -> None:
             chance = self._source.random()
             if chance < FAILING_CALLS / 2:
                 raise InjectedError("a call that fails")
-            self._check(works)
-            run_several(batch, works)
+            self._check(calls)
+            run_several(batch, calls)
             if chance > 1 - FAILING_CALLS / 2:
                 raise InjectedError("a call that fails at its end")
-            self._count(works)
+            self._count(calls)
 
         with mock.patch.object(SlotCall, "run", one), mock.patch.object(BatchedCall, "run", several):
             yield
 
-    def _check(self, works: Sequence[SlotCall]) -> None:
-        if any(_is_step(work) and self.left.get(work.calls) == 0 for work in works):
+    def _check(self, calls: Sequence[SlotCall]) -> None:
+        if any(_is_step(call) and self.left.get(call.owner) == 0 for call in calls):
             raise InjectedError("an engine that fails")
 
-    def _count(self, works: Sequence[SlotCall]) -> None:
-        for work in works:
-            if _is_step(work) and work.calls in self.left:
-                self.left[work.calls] -= 1
+    def _count(self, calls: Sequence[SlotCall]) -> None:
+        for call in calls:
+            if _is_step(call) and call.owner in self.left:
+                self.left[call.owner] -= 1
 
 
-def _is_step(work: SlotCall) -> bool:
-    return "input_ids" in work.inputs
+def _is_step(call: SlotCall) -> bool:
+    return "input_ids" in call.inputs

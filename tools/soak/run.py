@@ -11,59 +11,58 @@ not so.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import gc
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from statistics import median
 from typing import Any
 
 import click
+import psutil
 
 from runtime import Session
 from tools.soak.clients import Clients
 from tools.soak.faults import Faults
-from tools.soak.process_memory import Held, held, held_trimmed
 from tools.soak.requests import draw_asks
 
 # Seconds after which a request that has not ended counts as lost.
 LOST = 60.0
 # Growth from half time to the end that is not a leak: a share, and bytes.
 SHARE, ALLOWED = 0.03, 16e6
-# What is told of that is measured in bytes.
-GROWS = ("resident", "given")
 # Seconds below which memory still grows because slots, threads and calls are used for the first time.
 SETTLED = 60.0
 
 
 @dataclass
 class Soaked:
-    """`memory`: at the start and about every 200th part of the time; `trimmed`: at half time and at the end, after what
-    was free has been given back. `violations` is empty where all is well.
-    """
+    """`memory`: resident bytes at half time and at the end. `violations` is empty where all is well."""
 
     seconds: float
     done: Counter[str]
     refused: int
     tokens: int
-    memory: list[Held]
-    trimmed: list[Held]
+    memory: list[int]
     violations: list[str] = field(default_factory=list)
-
-    def growth(self, of: str) -> float:
-        """What an attribute of `memory` grew by, from the median of the second quarter to that of the last."""
-        values = [getattr(one, of) for one in self.memory]
-        quarter = max(1, len(values) // 4)
-        return median(values[-quarter:]) - median(values[quarter : 2 * quarter] or values)
 
     @property
     def leaked(self) -> int:
-        """Bytes that are still resident at the end and were not at half time, where nothing that is free is kept."""
-        return self.trimmed[-1].resident - self.trimmed[0].resident if self.trimmed else 0
+        """Bytes that are still resident at the end and were not at half time."""
+        return self.memory[-1] - self.memory[0]
+
+
+def resident() -> int:
+    """Bytes, after garbage is collected and glibc has given back what is free: threads have heaps of their own, each of
+    which keeps the most that it ever held."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    return int(psutil.Process().memory_info().rss)
 
 
 def soak(
@@ -82,31 +81,28 @@ def soak(
             began = time.monotonic()
             for thread in threads:
                 thread.start()
-            memory, trimmed = _watch(clients, seconds)
+            memory = _watch(clients, seconds)
             stop.set()
             ended = time.monotonic()
             for thread in threads:
                 thread.join(max(0.0, ended + LOST - time.monotonic()))
-        found = Soaked(
-            ended - began, clients.done, clients.refused, clients.tokens, memory, trimmed, clients.violations
-        )
+        found = Soaked(ended - began, clients.done, clients.refused, clients.tokens, memory, clients.violations)
         alive = sum(thread.is_alive() for thread in threads)
         found.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
-    if found.seconds >= SETTLED and found.leaked > SHARE * found.memory[-1].resident + ALLOWED:
+    if found.seconds >= SETTLED and found.leaked > SHARE * found.memory[-1] + ALLOWED:
         found.violations.append(f"memory grew by {found.leaked / 1e6:.0f} MB")
     return found
 
 
-def _watch(clients: Clients, seconds: float) -> tuple[list[Held], list[Held]]:
-    """Memory over the time, which ends early where something is wrong; and trimmed, at half time and at the end."""
+def _watch(clients: Clients, seconds: float) -> list[int]:
+    """Memory at half time and at the end, which comes early where something is wrong."""
     watched, waited = 0.0, dict[tuple[int, float], float]()
-    memory, trimmed = [held()], list[Held]()
+    memory = list[int]()
     while watched < seconds and not clients.violations:
         began = time.monotonic()
         time.sleep(seconds / 200)
-        memory.append(held())
-        if not trimmed and watched >= seconds / 2:
-            trimmed.append(held_trimmed())
+        if not memory and watched >= seconds / 2:
+            memory.append(resident())
         # Of a process that was itself kept from running, by whatever else this machine does, nobody is lost.
         step = min(time.monotonic() - began, 2 * seconds / 200 + 1)
         watched += step
@@ -115,7 +111,7 @@ def _watch(clients: Clients, seconds: float) -> tuple[list[Held], list[Held]]:
         if lost:
             clients.violations.append(f"requests of {lost} clients have not ended after {LOST:.0f} s")
             faulthandler.dump_traceback()
-    return memory, [*trimmed, held_trimmed()]
+    return [*memory, resident()]
 
 
 def left_over(session: Session) -> list[str]:
@@ -123,11 +119,11 @@ def left_over(session: Session) -> list[str]:
     gc.collect()  # streams that were forgotten
     session._scheduler.drain()
     scheduler = session._scheduler
-    lanes = scheduler._free[0].lanes if scheduler._free else ()
+    runners = scheduler._free[0].runners if scheduler._free else ()
     facts = [
         (scheduler.empty, "requests are left"),
         (sorted(decoder.slot for decoder in scheduler._free) == list(range(session.options.slots)), "slots are lost"),
-        (not any(lane.cache.lengths.any() for lane in lanes), "the KV cache is not empty"),
+        (not any(runner.cache.lengths.any() for runner in runners), "the KV cache is not empty"),
         (not scheduler._cross._placed, "prompts are left for cross-attention"),
         (not scheduler._wheel.followers, "threads are left asleep"),
     ]
@@ -152,14 +148,11 @@ def main(bundle: Path, **given: Any) -> None:
 
 def report(found: Soaked) -> str:
     total = found.done.total()
-    now, resident, given = (value / 1e6 for value in (found.memory[-1].resident, *map(found.growth, GROWS)))
-    before, after = found.trimmed[0].resident / 1e6, found.trimmed[-1].resident / 1e6
+    before, after = found.memory[0] / 1e6, found.memory[-1] / 1e6
     kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(found.done.items()))
     lines = [
         f"{total} requests in {found.seconds:.0f} s ({kinds}), {found.refused} refused, {found.tokens} tokens",
-        f"memory {now:.0f} MB, from the second quarter to the last {resident:+.1f} MB, of which given out by malloc "
-        f"{given:+.1f} MB; Python's blocks {found.growth('blocks'):+.0f} of {found.memory[-1].blocks}",
-        f"without what is free {before:.0f} MB at half time, {after:.0f} MB at the end: {after - before:+.1f} MB",
+        f"memory {before:.0f} MB at half time, {after:.0f} MB at the end: {after - before:+.1f} MB",
     ]
     kept = [f"VIOLATION {what}" for what in found.violations[:20]] or ["nothing lost, nothing mixed up, nothing left"]
     return "\n".join([*lines, *kept])

@@ -1,23 +1,20 @@
 """Where the time of a token goes in mode full: kernel by kernel, by ONNX Runtime's own profile.
 
-    python -m tools.speed.step_profile BUNDLE [BUNDLE ...] [--against genai-int4] [--json FILE]
+    python -m tools.speed.step_profile BUNDLE [BUNDLE ...] [--json FILE]
 
 Each bundle decodes twice, on the engines that a session runs: as it is, for the seconds of a token and of its engine
 calls, and with kernels noted. Noting takes longer than many a kernel, so what the fastest operator is noted with is
 taken off each. What is then left of the engines' time is between kernels: handing out work to threads,
-waking them, the executor. `--against` profiles onnxruntime-genai's model of the first bundle's checkpoint the same way.
-Run on an idle machine.
+waking them, the executor. Run on an idle machine.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -26,12 +23,9 @@ from unittest import mock
 
 import click
 
-from freeexport.benchmark.peers.catalog import Peer, find_peer
-from freeexport.benchmark.peers.environment import PeerError
-from freeexport.benchmark.peers.model import Source, installed, peer_command, peer_model
 from freeexport.system.idle import require_idle
 from freeexport.system.machine import detect_machine
-from runtime import Bundle, Session
+from runtime import Session
 from runtime.engines import backend
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import OptionError
@@ -60,8 +54,6 @@ class Profile:
 
 @click.command(help=__doc__)
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--against", help="genai or genai-int4.")
-@click.option("--model", help="The checkpoint of the bundle, for --against.")
 @click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
 @click.option("--tokens", default=64, show_default=True, help="Tokens after it.")
 @click.option("--threads", type=int, help="[default: one for each physical core]")
@@ -71,16 +63,19 @@ class Profile:
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Write everything here, too.")
 @click.option("--force", is_flag=True, help="Measure on a busy machine.")
 def main(
-    bundles: tuple[Path, ...], against: str | None, model: str | None, context: int, tokens: int, threads: int | None,
-    least: float, output: Path | None, force: bool,
-) -> None:  # fmt: skip
+    bundles: tuple[Path, ...],
+    context: int,
+    tokens: int,
+    threads: int | None,
+    least: float,
+    output: Path | None,
+    force: bool,
+) -> None:
     if tokens < 4:
         raise OptionError(f"--tokens is {tokens}; take 4 or more, as the first of them bind and warm up")
     idle = require_idle(force)
     threads = threads or usable_cores()
     found = [profile(path, threads, context, tokens) for path in bundles]
-    if against is not None:
-        found.append(profile_peer(against, Bundle.open(bundles[0]), model, threads, context, tokens))
     settings = {
         "cpu": detect_machine().cpu,
         "threads": threads,
@@ -135,38 +130,6 @@ def _noting(directory: Path) -> Iterator[dict[str, OnnxEngine]]:
 
 def _prompt(context: int) -> list[int]:
     return [5 + number % 7 for number in range(context)]
-
-
-def profile_peer(name: str, bundle: Bundle, model: str | None, threads: int, context: int, tokens: int) -> Profile:
-    """Of onnxruntime-genai on the bundle's checkpoint. Raises OptionError, PeerError."""
-    peer, source = find_peer(name), Source.of(bundle.manifest, model)
-    if peer is None or not name.startswith("genai"):
-        raise OptionError(f"--against {name}: no profile can be had of it; choose genai or genai-int4")
-    if source is None:
-        raise OptionError("the checkpoint of the bundle is not at hand; name it with --model")
-    place = peer_model(peer, source, interpreter := installed(peer))
-    ask = partial(_ask, peer, interpreter, place, threads, context, tokens)
-    answers = ask(1 + ROUNDS, {})
-    token = median((times[-1] - times[0]) / (tokens - 1) for times in answers[1:])
-    with tempfile.TemporaryDirectory() as directory:
-        ask(1, {"profile": str(Path(directory) / "model")})
-        step = read_step(next(Path(directory).glob("model*.json")), tokens - 2)
-    return Profile(name, token, {"model": token}, {"model": step})
-
-
-def _ask(
-    peer: Peer, interpreter: Path, model: Path, threads: int, context: int, tokens: int, rounds: int, options: dict
-) -> list[list[float]]:
-    """Times at which tokens were known, of each round, from a process that comes to its end by itself."""
-    load = {"op": "load", "model": str(model), "threads": threads, "cpus": [], "options": {**peer.options, **options}}
-    generate = {"op": "generate", "prompt": _prompt(context), "tokens": tokens}
-    lines = "".join(json.dumps(request) + "\n" for request in [load, *[generate] * rounds])
-    done = subprocess.run(peer_command(peer, interpreter), input=lines, capture_output=True, text=True, check=False)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    failed = next((answer["error"] for answer in answers if "error" in answer), None)
-    if failed or len(answers) != rounds + 1:
-        raise PeerError(failed or f"it ended with code {done.returncode}: {done.stderr.strip()[-200:]}")
-    return [answer["times"] for answer in answers[1:]]
 
 
 def table(found: Profile, least: float) -> str:

@@ -31,9 +31,7 @@ def convert(source: str, out: str, options: dict[str, Any]) -> None:
 def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
     vocabulary = json.loads((Path(path) / "genai_config.json").read_text(encoding="utf-8"))["model"]["vocab_size"]
     config = og.Config(path)
-    session: dict[str, Any] = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
-    if "profile" in options:
-        session["enable_profiling"] = options["profile"]
+    session = {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
     # Nothing is to end a sequence but its length. It must be a token: one that models hardly ever say.
     config.overlay(json.dumps({"model": {"eos_token_id": vocabulary - 1, "decoder": {"session_options": session}}}))
     model = og.Model(config)

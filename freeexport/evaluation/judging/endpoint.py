@@ -78,9 +78,9 @@ class Endpoint:
         if answer.status_code in _TRANSIENT:
             return f"status {answer.status_code};{answer.headers.get('retry-after', '')}", None
         if answer.status_code != 200:
-            said = " ".join(answer.text.split())[:120]
+            text = " ".join(answer.text.split())[:120]
             raise JudgeError(
-                f"{self._url} refused with status {answer.status_code} ({said}); check --endpoint, --model and the key"
+                f"{self._url} refused with status {answer.status_code} ({text}); check --endpoint, --model and the key"
             )
         try:
             found: Any = answer.json()["choices"][0]["message"]["content"]

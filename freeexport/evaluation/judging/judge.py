@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from freeexport.checkpoints.examples import read_examples
 from freeexport.evaluation.judging.endpoint import Endpoint
 from freeexport.evaluation.records import OUTPUTS, RUN, read_records
-from freeexport.system.jsonl import Request
+from freeexport.system.jsonl import Request, whole_lines
 from freeexport.system.progress import progress
 from runtime.bundle.bundle import sha256_of
 from runtime.errors import OptionError
@@ -242,14 +242,7 @@ def _key(one: Judgement) -> tuple[Any, ...]:
 
 
 def _read(path: Path) -> Iterator[Judgement]:
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):  # of a run that was killed
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             yield Judgement(**json.loads(line))
         except (ValueError, TypeError):

@@ -16,7 +16,7 @@ from freeexport.training import losses
 from freeexport.training.exit_layers.module import ExitLayers
 from freeexport.training.exit_layers.start import first_layers, observed
 from freeexport.training.exit_layers.teacher import cached_teacher, collate_sequences
-from freeexport.training.exit_only import frozen_model, link_base, write_exit
+from freeexport.training.exit_only import frozen_model, head_and_layers, on_frozen
 from freeexport.training.full import Trainable, collator
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, Metrics, SharedHead, exits_of, named_measures
@@ -66,39 +66,39 @@ class FrozenExitLayers(nn.Module):
         chances: torch.Tensor,
         deep_losses: torch.Tensor,
     ) -> torch.Tensor:
-        said, places = self._said(student, torch.cat([labels[:, None], best], dim=1))
-        said = said.gather(1, places)  # [R, 1 + 32]
+        found, places = self._log_chances(student, torch.cat([labels[:, None], best], dim=1))
+        found = found.gather(1, places)  # [R, 1 + 32]
         # The deep one is a constant, so that losses compare with other modes.
-        loss = losses.by_depth({self.exit_layer: -said[:, 0].sum(), self.layers: deep_losses.sum()})
+        loss = losses.by_depth({self.exit_layer: -found[:, 0].sum(), self.layers: deep_losses.sum()})
         if self.loss_name == "logit-kd":
-            loss = loss + self.alpha * losses.best_distillation(chances, said[:, 1:])
+            loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
         return loss
 
-    def _said(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them.
 
-        The head's product with a large vocabulary is most of a step. All tokens that some row asks for are taken, and
+        The head's product with a large vocabulary is most of a step. All tokens that some row needs are taken, and
         of the others a sample, which stands for all of them.
         """
         weight = cast(torch.Tensor, self.head.linear.weight)
         size = len(weight)
-        asked = tokens.unique()
-        if len(asked) + _OTHERS >= size:
+        needed = tokens.unique()
+        if len(needed) + _OTHERS >= size:
             return (student @ weight.T).log_softmax(-1), tokens
         place = torch.full((size,), -1, device=tokens.device)
-        place[asked] = torch.arange(len(asked), device=tokens.device)
+        place[needed] = torch.arange(len(needed), device=tokens.device)
         others = torch.randint(size, (_OTHERS,), device=tokens.device)
         others = others[place[others] < 0]
-        logits = student @ weight[torch.cat([asked, others])].T
+        logits = student @ weight[torch.cat([needed, others])].T
         more = torch.zeros(logits.shape[1], device=logits.device)
-        more[len(asked) :] = torch.log(torch.tensor((size - len(asked)) / max(1, len(others))))
+        more[len(needed) :] = torch.log(torch.tensor((size - len(needed)) / max(1, len(others))))
         return (logits + more).log_softmax(-1), place[tokens]
 
     def _measures(
-        self, logits: torch.Tensor, labels: torch.Tensor, meant: torch.Tensor, deep_losses: torch.Tensor
+        self, logits: torch.Tensor, labels: torch.Tensor, deep: torch.Tensor, deep_losses: torch.Tensor
     ) -> Metrics:
         shallow_loss, deep_loss = losses.cross_entropy(logits, labels), deep_losses.sum()
-        return named_measures({self.exit_layer: shallow_loss, self.layers: deep_loss}, labels, exits_of(logits), meant)
+        return named_measures({self.exit_layer: shallow_loss, self.layers: deep_loss}, labels, exits_of(logits), deep)
 
 
 def tune_exit_layers(
@@ -125,22 +125,5 @@ def tune_exit_layers(
     ]
     whole.to("cpu")
     torch.manual_seed(options.seed)
-    # The norm and the head alone: the layers' memory goes back.
-    head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
-    layers = (options.exit_layer, len(description.decoder.layers))
-    module = FrozenExitLayers(own, head, layers, options.loss_name, options.loss_alpha)
-
-    def write(directory: Path) -> None:
-        write_exit(own, directory)
-        link_base(checkpoint, directory)
-
-    return Trainable(
-        module=module,
-        training=teachers[0],
-        validation=teachers[1],
-        lengths=(teachers[0].lengths, teachers[1].lengths),
-        collate=collate_sequences,
-        write=write,
-        exit_norm=True,
-        exit_layers=options.exit_layers,
-    )
+    module = FrozenExitLayers(own, *head_and_layers(whole, description), options.loss_name, options.loss_alpha)
+    return on_frozen(checkpoint, module, teachers, collate_sequences, exit_layers=options.exit_layers)

@@ -77,7 +77,6 @@ def test_work_that_begins_in_between_withholds_the_ratios(
         (("--against", "nothing-like-it"), "known are hf, hf-compile"),
         (("--against", "hf", "--against", "hf"), "--against names hf twice"),
         (("--against", "hf"), "give it with --model"),
-        (("--early-exit-draft",), "--against MODEL"),
         (("--replay", "1.5"), "no rate of exits"),
         (("--replay", "missing.jsonl"), "there is no such file"),
         (("--replay-drafts", "1.5"), "no share of right drafts"),

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from freeexport import cli
 from freeexport.commands import doctor
-from freeexport.system import installation
-from freeexport.system.installation import (
+from freeexport.system.installation import report as installation
+from freeexport.system.installation.report import (
     Provider,
     examine,
     missing_extras,
@@ -145,5 +145,8 @@ def test_json_holds_the_whole_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_imports_no_torch() -> None:
-    code = "import sys; from freeexport.system.installation import examine; examine(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from freeexport.system.installation.report import examine; examine(); "
+        "sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from freeexport.system.gpu_check import CudaVersions, check_cuda, cuda_rows
+from freeexport.system.installation.gpu import CudaVersions, check_cuda, cuda_rows
 
 REQUIRES = ["numpy>=1.21.6", 'nvidia-cudnn-cu13~=9.0; extra == "cudnn"']
 WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-cu13": "9.14"}

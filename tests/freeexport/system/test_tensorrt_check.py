@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from freeexport.system.gpu_check import TensorRT, check_tensorrt, provider_wants, tensorrt_rows
+from freeexport.system.installation.gpu import TensorRT, check_tensorrt, provider_wants, tensorrt_rows
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from conftest import Bundles
 
 from freeexport.calibration import source as calibration_source
 from freeexport.cli import main
-from freeexport.commands import exit_vocab
+from freeexport.commands import tune
 from runtime import Bundle, Session
 from runtime.bundle.costs import Costs
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_source, "measured_costs", lambda *given: PAYS)
-    monkeypatch.setattr(exit_vocab, "cores_in_use", lambda: 0.0)
+    monkeypatch.setattr(tune, "cores_in_use", lambda: 0.0)
 
 
 def run(*arguments: Any) -> Result:
@@ -80,7 +80,7 @@ def test_what_is_chosen_makes_a_bundle_whose_exits_are_of_it(
 def test_a_busy_machine_predicts_nothing(
     bundle: Bundles, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exit_vocab, "cores_in_use", lambda: 1.3)
+    monkeypatch.setattr(tune, "cores_in_use", lambda: 1.3)
     result = run(bundle(LLAMA), "--data", data, "--threshold", 0, "--size", 100, "--output", tmp_path / "out.json")
     assert result.exit_code == 0, result.output
     assert "of the exits lost; speed not measured: machine busy" in result.stdout

@@ -17,7 +17,7 @@ import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 from manifest_case import MANIFEST
-from thread_runner import lanes_beside
+from thread_runner import runners_beside
 
 from runtime import Bundle, OptionError, Session
 from runtime.adaptation import adaptive_threshold as adaptive
@@ -425,7 +425,7 @@ def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(
     open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sessions = [open_session(), open_session()]
-    monkeypatch.setattr(Backend, "lanes", lanes_beside)
+    monkeypatch.setattr(Backend, "runners", runners_beside)
     sessions.append(open_session())
     outcomes = [decoded(session, 10) for session in sessions]
     assert outcomes[0] == outcomes[1] == outcomes[2]
@@ -499,7 +499,7 @@ def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
     monkeypatch.setattr(adaptive, "AUDIT_TOKENS", 0)
     plain = open_session(threshold=None)
     if overlap:
-        monkeypatch.setattr(Backend, "lanes", lanes_beside)
+        monkeypatch.setattr(Backend, "runners", runners_beside)
     session = open_session()
     for count in range(1, 14):
         threshold = session.threshold

@@ -32,12 +32,12 @@ def decoder_of(
     nll: Sequence[float] = (),
     agrees: Sequence[bool] = (),
 ) -> tuple[Decoder, Recorder, Recorder]:
-    lanes = []
+    runners = []
     for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
         cache = KVCache(layers, 1, 1, rows, 1, np.float32)
-        lanes.append(Runner(Recorder(cache, name, trace, nll, agrees), cache))  # type: ignore[arg-type]
-    decoder = Decoder(lanes[0], lanes[1], slot=0, hidden_size=WIDTH, vocab_size=1, max_pending=max_pending)
-    return decoder, lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
+        runners.append(Runner(Recorder(cache, name, trace, nll, agrees), cache))  # type: ignore[arg-type]
+    decoder = Decoder(runners[0], runners[1], slot=0, hidden_size=WIDTH, vocab_size=1, max_pending=max_pending)
+    return decoder, runners[0].engine, runners[1].engine  # type: ignore[return-value]
 
 
 def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Response]:

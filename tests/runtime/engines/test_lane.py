@@ -1,4 +1,4 @@
-"""Overlapped lanes: the same tokens as without, whatever either lane takes."""
+"""Overlapped runners: the same tokens as without, whatever either runner takes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from conftest import Bundles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import LENGTH, WIDTH, Recorder, cached, prompt_of
-from thread_runner import ThreadRunner, lanes_beside
+from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.backend import Backend
@@ -59,15 +60,16 @@ class DelayedRecorder(Recorder):
 def decoder_of(
     beside: bool, trace: list[float], agrees: list[bool], nll: list[float], max_pending: int, seed: int
 ) -> tuple[Decoder, Recorder, Recorder]:
-    lanes = []
+    runners = []
     for name, layers in (("shallow", range(2)), ("deep", range(2, 5))):
         cache = KVCache(layers, 1, 1, 200, 1, np.float32)
         engine = (DelayedRecorder if beside else Recorder)(cache, name, trace, nll, agrees)
         if isinstance(engine, DelayedRecorder):
             engine.chance = random.Random(f"{name} {seed}")
         runner = ThreadRunner if beside and name == "deep" else Runner
-        lanes.append(runner(engine, cache))  # type: ignore[arg-type]
-    return Decoder(lanes[0], lanes[1], 0, WIDTH, 1, max_pending), lanes[0].engine, lanes[1].engine  # type: ignore[return-value]
+        runners.append(runner(engine, cache))  # type: ignore[arg-type]
+    kind = OverlappingDecoder if beside else Decoder
+    return kind(runners[0], runners[1], 0, WIDTH, 1, max_pending), runners[0].engine, runners[1].engine  # type: ignore[return-value]
 
 
 def steps_of(
@@ -171,7 +173,7 @@ def test_a_deep_pass_starts_in_the_background_once_enough_tokens_wait() -> None:
         decoder.start_sync(3)
     assert decoder.stacked == 5
     decoder.sync()
-    # Three rows without a head; the others found the lane busy, and came with the pass that answers.
+    # Three rows without a head; the others found the runner busy, and came with the pass that answers.
     assert (deep.calls, deep.heads) == ([2, 3, 2], [1, 0, 1])
     assert decoder.lengths() == (7, 7)
 
@@ -206,7 +208,7 @@ def pairs(bundle: Bundles) -> Iterator[Callable[[str], tuple[Session, Session]]]
             path = bundle(BY_NAME[name], 2)
             plain = Session(path, threads=1, slots=3)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Backend, "lanes", lanes_beside)
+                patch.setattr(Backend, "runners", runners_beside)
                 opened[name] = plain, Session(path, threads=1, slots=3)
         return opened[name]
 

@@ -237,13 +237,13 @@ def test_what_the_device_may_still_read_is_not_overwritten_after_a_run_that_fail
 def test_times_are_read_before_their_events_serve_again(
     target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lane's thread records what was given back as soon as another call comes."""
+    """The runner's thread records what was given back as soon as another call comes."""
     give_back = CudaRunner.give_back
 
-    def at_once(lane: CudaRunner, begin: Any, end: Any) -> None:
-        give_back(lane, begin, end)
-        lane.stream.record(begin)
-        lane.stream.record(end)
+    def at_once(runner: CudaRunner, begin: Any, end: Any) -> None:
+        give_back(runner, begin, end)
+        runner.stream.record(begin)
+        runner.stream.record(end)
 
     monkeypatch.setattr(CudaRunner, "give_back", at_once)
     with Session(target(LLAMA), device="cuda:0", overlap=True, threads=1) as session:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
-from thread_runner import lanes_beside
+from thread_runner import runners_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
 from runtime.adaptation.draft_length import DraftLength
@@ -294,7 +294,7 @@ def test_closing_without_drain_ends_what_runs_and_what_waits(open_session: Open)
 def test_sessions_that_overlap_batch_their_shallow_steps(
     open_session: Open, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Backend, "lanes", lanes_beside)
+    monkeypatch.setattr(Backend, "runners", runners_beside)
     session = open_session()
     options: dict[str, Any] = {"threshold": 0.1, "max_new_tokens": 12, "sync_every": 2}
     alone = [session.generate(prompt, **options) for prompt in LISTED]

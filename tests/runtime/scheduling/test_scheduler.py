@@ -22,6 +22,7 @@ from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import SlotCall, Waiting, alone
@@ -112,23 +113,24 @@ class Machine:
 
     def __init__(self, slots: int, queue: int = 100, beside: bool = False) -> None:
         self.calls: dict[str, list[list[int]]] = {"shallow": [], "deep": []}
-        lanes = []
+        runners = []
         for name, layers in (("shallow", range(2)), ("deep", range(2, 4))):
             cache = KVCache(layers, slots, 1, ROWS + MAX_PENDING, 1, np.float32)
             engine = HashingEngine(name, cache, self.calls[name])
             runner = ThreadRunner if beside and name == "deep" else Runner
-            lanes.append(runner(engine, cache))  # type: ignore[arg-type]
-        self.lanes = lanes
-        self.decoders = [Decoder(lanes[0], lanes[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
+            runners.append(runner(engine, cache))  # type: ignore[arg-type]
+        self.runners = runners
+        kind = OverlappingDecoder if beside else Decoder
+        self.decoders = [kind(runners[0], runners[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
         cross = CrossCache(slots)
-        batches = {lane: BatchedCall(lane, cross, WIDTH, VOCABULARY) for lane in lanes}
+        batches = {runner: BatchedCall(runner, cross, WIDTH, VOCABULARY) for runner in runners}
         self.scheduler = Scheduler(self.decoders, batches, cross, queue)
 
     def check_empty(self) -> None:
         assert self.scheduler.empty
         assert sorted(decoder.slot for decoder in self.scheduler._free) == list(range(len(self.decoders)))
-        for lane in self.lanes:
-            assert not lane.cache.lengths.any()
+        for runner in self.runners:
+            assert not runner.cache.lengths.any()
 
 
 class Turns:
@@ -181,7 +183,7 @@ class Ask:
             return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
         pace = DraftLength(CallCosts())
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
-        pace.among = lambda company: pace  # type: ignore[method-assign]
+        pace.among = lambda batch_size: pace  # type: ignore[method-assign]
         return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
@@ -325,10 +327,10 @@ def test_a_sequence_knows_how_many_share_its_calls() -> None:
     for number in range(3):
         machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run))
     machine.scheduler.wait(Turns(12), whole=True)
-    assert [decoder.company for decoder in machine.decoders] == [3, 3, 3]
+    assert [decoder.batch_size for decoder in machine.decoders] == [3, 3, 3]
     machine.scheduler.drain()
     # The longest had the engines to itself in the end.
-    assert min(decoder.company for decoder in machine.decoders) == 1
+    assert min(decoder.batch_size for decoder in machine.decoders) == 1
 
 
 def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
@@ -472,8 +474,8 @@ def test_who_leaves_the_wheel_hands_it_to_one_that_still_waits() -> None:
 def works(*asked: tuple[int, int]) -> list[SlotCall]:
     """Slots with the rows that they want."""
     machine = Machine(16)
-    lane = machine.lanes[1]
-    return [SlotCall(machine.decoders[slot], lane, {}, {}, rows, 1) for slot, rows in asked]
+    runner = machine.runners[1]
+    return [SlotCall(machine.decoders[slot], runner, {}, {}, rows, 1) for slot, rows in asked]
 
 
 @pytest.mark.parametrize(
@@ -491,8 +493,8 @@ def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], si
 
 def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
     asked = works((0, 1), (1, 16), (15, 1))
-    deep, shallow = asked[0].lane, asked[0].calls._shallow
-    batches = {lane: BatchedCall(lane, CrossCache(16), WIDTH, VOCABULARY) for lane in (deep, shallow)}
+    deep, shallow = asked[0].runner, asked[0].owner._shallow
+    batches = {runner: BatchedCall(runner, CrossCache(16), WIDTH, VOCABULARY) for runner in (deep, shallow)}
     sizes = [[len(group) for group in BatchPolicy(batches, shallow, BatchRules(packed=packed))._grouped(asked)]
              for packed in (True, False)]  # fmt: skip
     assert sizes == [[3], [1, 1, 1]]
@@ -521,9 +523,9 @@ class Timed:
 @pytest.mark.parametrize(("further", "patience"), [(0.01, 8), (0.1, 4), (0.5, 2)])
 def test_rules_that_are_not_known_are_learned_from_calls(further: float, patience: int) -> None:
     few, many = works((0, 1), (1, 1)), works((0, 4), (1, 4))
-    deep, shallow = few[0].lane, few[0].calls._shallow
+    deep, shallow = few[0].runner, few[0].owner._shallow
     for work in many:
-        work.lane = deep
+        work.runner = deep
     batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, further))
     policies = {known: BatchPolicy(batches, shallow, BatchRules(packed=True, known=known)) for known in (True, False)}
     for known, policy in policies.items():
@@ -538,7 +540,7 @@ def test_rules_that_are_not_known_are_learned_from_calls(further: float, patienc
 
 def test_rules_are_not_learned_from_calls_of_one_size() -> None:
     asked = works((0, 1), (1, 1))
-    deep, shallow = asked[0].lane, asked[0].calls._shallow
+    deep, shallow = asked[0].runner, asked[0].owner._shallow
     batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, 0.1))
     policy = BatchPolicy(batches, shallow, BatchRules(packed=True, known=False))
     for _ in range(3 * LEARNED):

@@ -30,14 +30,10 @@ WORDS = [
 
 
 def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
-    words = words_of(ENTRIES, stress=False)
+    words = words_of(ENTRIES)
     assert [word.spelling for word in words] == ["read", "the", "dog's", "'em"]
     assert words[0].pronunciations == ("R EH D", "R IY D")
     assert words[1].pronunciations == ("DH AH", "DH IY")
-
-
-def test_stress_is_kept_on_request() -> None:
-    assert words_of(ENTRIES, stress=True)[1].pronunciations == ("DH AH0", "DH AH1", "DH IY0")
 
 
 @pytest.mark.parametrize(("spelling", "key"), [("dog's", "dog"), ("dogs'", "dogs"), ("'em", "'em"), ("o'er", "o'er")])
@@ -46,7 +42,7 @@ def test_possessives_go_with_their_word(spelling: str, key: str) -> None:
 
 
 def test_a_phrase_has_a_bar_between_words() -> None:
-    read, the = words_of(ENTRIES, stress=False)[:2]
+    read, the = words_of(ENTRIES)[:2]
     line = example((read, the), references=True)
     assert line.input == "g2p: read the"
     assert line.target == "R EH D | DH AH"

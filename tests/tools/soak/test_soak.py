@@ -17,8 +17,7 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import SlotCall
 from runtime.scheduling.batched_call import BatchedCall
 from tools.soak.clients import Clients
-from tools.soak.process_memory import Held, held_trimmed
-from tools.soak.run import Soaked, left_over, main, report, soak
+from tools.soak.run import Soaked, left_over, main, report, resident, soak
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -73,24 +72,22 @@ def test_what_is_left_in_a_session_is_found(bundle: Bundles) -> None:
         session.generate([[5, 6], [7, 8]], max_new_tokens=3)
         assert left_over(session) == []
         decoder: Decoder = session._scheduler._free[0]
-        decoder.lanes[1].cache.lengths[1] = 4
+        decoder.runners[1].cache.lengths[1] = 4
         assert left_over(session) == ["the KV cache is not empty"]
         session._scheduler._free.pop()
         assert left_over(session) == ["slots are lost", "the KV cache is not empty"]
 
 
-def test_growth_is_from_the_second_quarter_to_the_last() -> None:
-    memory = [Held(resident, 2 * resident, 5) for resident in (1, 2, 10, 10, 10, 40, 70, 70)]
-    found = Soaked(1.0, Counter(), 0, 0, memory, [memory[2], memory[5]])
-    assert (found.growth("resident"), found.growth("given"), found.growth("blocks")) == (60, 120, 0)
-    assert found.leaked == 30
+def test_what_stays_resident_from_half_time_on_is_a_leak() -> None:
+    assert Soaked(1.0, Counter(), 0, 0, [10, 40]).leaked == 30
+    assert Soaked(1.0, Counter(), 0, 0, [40]).leaked == 0
 
 
 def test_what_is_free_is_no_leak() -> None:
-    before = held_trimmed()
+    before = resident()
     arrays = [bytearray(100_000) for _ in range(500)]
     for array in arrays:
         array[::4096] = bytes([1]) * len(array[::4096])
-    assert held_trimmed().resident > before.resident + 40e6
+    assert resident() > before + 40e6
     del array, arrays
-    assert held_trimmed().resident < before.resident + 20e6
+    assert resident() < before + 20e6

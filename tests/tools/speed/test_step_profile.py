@@ -12,9 +12,8 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from runtime import Bundle
-from runtime.errors import OptionError
 from tools.speed.kernel_profile import calls, read_step, typical
-from tools.speed.step_profile import main, profile, profile_peer, table
+from tools.speed.step_profile import main, profile, table
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -102,11 +101,6 @@ def test_the_command_writes_json(bundle: Bundles, tmp_path: Path) -> None:
     assert {"GroupQueryAttention", "MultiHeadAttention", "Gemm"} <= operators
 
 
-def test_what_cannot_be_profiled_is_refused(bundle: Bundles) -> None:
-    path = bundle(BY_NAME["llama-tied"])
-    with pytest.raises(OptionError, match="choose genai"):
-        profile_peer("hf", Bundle.open(path), None, 1, 4, 4)
-    with pytest.raises(OptionError, match="name it with --model"):
-        profile_peer("genai-int4", Bundle.open(path), None, 1, 4, 4)
-    result = CliRunner().invoke(main, [str(path), "--tokens", "2"])
+def test_too_few_tokens_are_refused(bundle: Bundles) -> None:
+    result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--tokens", "2"])
     assert "4 or more" in str(result.exception)

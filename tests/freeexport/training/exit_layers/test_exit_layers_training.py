@@ -219,7 +219,7 @@ def test_a_sampled_softmax_is_nearly_that_of_the_whole_vocabulary() -> None:
     module = FrozenExitLayers(torch.nn.Identity(), SharedHead(torch.nn.Identity(), linear, 1.0), (1, 2), "ce", 1.0)  # type: ignore[arg-type]
     student, tokens = torch.randn(6, 16, generator=generator), torch.randint(30_000, (6, 33), generator=generator)
     torch.manual_seed(0)
-    found, places = module._said(student, tokens)
+    found, places = module._log_chances(student, tokens)
     assert found.shape[1] < 3000
     whole = (student @ linear.weight.T).log_softmax(-1).gather(1, tokens)
     np.testing.assert_allclose(found.gather(1, places).detach(), whole.detach(), atol=0.2)

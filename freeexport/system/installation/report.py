@@ -11,8 +11,8 @@ from importlib import metadata
 from typing import Any
 
 from freeexport import __version__
-from freeexport.system.extras import EXTRAS, PURPOSES, install_command
-from freeexport.system.gpu_check import CudaVersions, TensorRT, check_cuda, check_tensorrt
+from freeexport.system.installation.extras import EXTRAS, PURPOSES, install_command
+from freeexport.system.installation.gpu import CudaVersions, TensorRT, check_cuda, check_tensorrt
 from freeexport.system.machine import Machine, detect_machine
 
 # Distributions that all install the import package `onnxruntime`: of two, the later one overwrites the earlier one.

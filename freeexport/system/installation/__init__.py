@@ -1,0 +1,1 @@
+"""What is installed, what of it works here, and what to install."""

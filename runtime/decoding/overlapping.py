@@ -1,0 +1,136 @@
+"""A decoder whose shallow steps go on while a deep pass runs: two streams of a GPU (docs/decoding.md)."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.decoding.decoder import Decoder, RunAhead
+from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
+from runtime.engines.runner import Event
+
+
+class _Ahead(NamedTuple):
+    """A shallow step taken before its turn, on a token that may turn out to be another."""
+
+    token: int
+    prediction: Prediction
+    hidden: np.ndarray
+
+
+class _Pass(NamedTuple):
+    """A sync pass that runs beside."""
+
+    event: Event
+    rows: int
+
+
+class OverlappingDecoder(Decoder):
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
+    the background count as stacked."""
+
+    overlaps = True
+    direct = False  # type: ignore[assignment]
+
+    def __init__(self, *arguments: Any, **others: Any) -> None:
+        super().__init__(*arguments, **others)
+        self._ahead: deque[_Ahead] = deque()
+        self._started = 0  # rows of the stack that a pass has seen
+        self._background: _Pass | None = None
+
+    @property
+    def in_background(self) -> bool:  # type: ignore[override]
+        return self._background is not None
+
+    def trim(self, length: int) -> None:
+        """Forget what was run ahead, too."""
+        if self._background is not None:
+            with suppress(Exception):  # a request that nobody waits for any more
+                self._background.event.wait()
+        self._started, self._background = 0, None
+        self._ahead.clear()
+        super().trim(length)
+
+    def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
+        if self._ahead and self._ahead[0].token == token:
+            self._step, self._head = None, head
+            return ()
+        self._drop_ahead()
+        return super().stepping(token, head)
+
+    def guess(self) -> Prediction:
+        if self._step is not None:
+            return super().guess()
+        _, prediction, hidden = self._ahead.popleft()
+        self._calls.rows[self.stacked][:] = hidden
+        self.stacked += 1
+        return prediction if self._head else NOTHING
+
+    def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
+        self._drop_ahead()
+        return super().stepping_together(tokens, head)
+
+    def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
+        self._heads, self._drafts = heads, len(drafts)
+        if self._background is not None:
+            yield from self._finish_background()
+        self._background = self._begin(heads, drafts)
+        if ahead is not None:
+            self._run_ahead(self._background.event, ahead)
+        yield from self._finish_background()
+
+    def answers(self) -> list[Prediction]:
+        self._started = 0
+        return super().answers()
+
+    def start_sync(self, least: int) -> None:
+        under_way = self._background is not None and not self._background.event.done()
+        if not under_way and self.stacked - self._started >= least:
+            if self._background is not None:
+                finish(self._finish_background())
+            self._background = self._begin(heads=0, drafts=())
+
+    def _begin(self, heads: int, drafts: Sequence[int]) -> _Pass:
+        call = self._deep_call(self._started, heads, drafts)
+        self._started = self.stacked
+        return _Pass(call.submit(), call.rows)
+
+    def _finish_background(self) -> Waits[None]:
+        assert self._background is not None
+        event, rows = self._background
+        began = perf_counter()
+        if not event.done():
+            yield event
+        self._background = None
+        seconds = event.wait()
+        self.stats.overlapped_seconds += max(0.0, seconds - (perf_counter() - began))
+        self._deep_done(rows, seconds)
+
+    def _run_ahead(self, running: Event, ahead: RunAhead) -> None:
+        tokens: list[int] = []
+        prediction: Prediction | None = None
+        while not running.done() and len(tokens) < self._max_pending:
+            token = ahead(prediction, tokens)
+            if token is None:
+                return
+            self._calls.token[0] = token
+            call = self._calls.step(head=True, exits=True)
+            call.run()
+            self.stats.shallow_seconds += call.seconds
+            self._shallow.cache.extend(self.slot, 1)
+            prediction = self._prediction()
+            # The buffers are overwritten by the next step.
+            logits = None if prediction.logits is None else prediction.logits.copy()
+            self._ahead.append(_Ahead(token, prediction._replace(logits=logits), self._calls.hidden.copy()))
+            tokens.append(token)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead:
+            self._shallow.cache.trim(self.slot, self.lengths()[0] - len(self._ahead))
+            self._ahead.clear()
