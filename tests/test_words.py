@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -92,8 +93,9 @@ def docstrings() -> Iterator[tuple[str, str]]:
     for name in runtime.__all__:
         public = getattr(runtime, name)
         yield name, public.__doc__ or ""
-        for member, value in vars(public).items():
-            if not member.startswith("_"):
+        for member in dir(public) if isinstance(public, type) else ():
+            value = inspect.getattr_static(public, member)
+            if not member.startswith("_") and not hasattr(Exception, member) and not hasattr(tuple, member):
                 yield f"{name}.{member}", getattr(value, "__doc__", None) or ""
 
 
