@@ -44,7 +44,7 @@ ALLOWED: dict[str, dict[str, str]] = {
         "metrics": "",
         "costs": "system",
         "checkpoints": "system",
-        "training": "checkpoints system",
+        "training": "checkpoints metrics system",
         "traces": "training checkpoints costs system",
         "verification": "traces training checkpoints costs system",
         "conversion": "verification traces training checkpoints costs system",

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from runtime.errors import OptionError
 from runtime.machine.device import Device
@@ -68,3 +72,50 @@ def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
     merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     return merged
+
+
+def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int) -> list[np.ndarray]:
+    """The greedy output of a Hugging Face model after each prompt, ids int32 [m], as one batch: at most `new_tokens`,
+    the end of the sequence among them."""
+    import torch
+    from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
+
+    from freeexport.checkpoints.text_format import end_ids
+
+    seq2seq = model.config.is_encoder_decoder
+    width = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), width), np.int64)
+    for row, prompt in enumerate(prompts):
+        # A decoder continues at the right end; an encoder's positions count from the left.
+        place = slice(0, len(prompt)) if seq2seq else slice(width - len(prompt), width)
+        ids[row, place], mask[row, place] = prompt, 1
+    ends = end_ids(checkpoint)
+    # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
+    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
+    values = checkpoint.generation_config
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=new_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
+        decoder_start_token_id=values.get("decoder_start_token_id"),
+        bos_token_id=values.get("bos_token_id"),
+    )
+    own, model.generation_config = model.generation_config, config  # its sampling and penalties would fill the gaps
+    try:
+        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 4.57 knows no other name
+        out = model.generate(
+            input_ids=torch.from_numpy(ids).to(model.device),
+            attention_mask=torch.from_numpy(mask).to(model.device),
+            generation_config=config,
+            **cache,
+        )
+    finally:
+        model.generation_config = own
+    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].cpu().numpy()]
+
+
+def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    found = np.flatnonzero(np.isin(ids, ends))
+    return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)

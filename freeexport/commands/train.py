@@ -89,6 +89,11 @@ from freeexport.training.train import leave_group, train
 @click.option(
     "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
 )
+@click.option("--select-by", default="loss",
+              help="Keep the weights of the evaluation that is best by this: loss, agreement (of both exits), exits "
+              "(at 99 % agreement), or a metric of the whole model's outputs, as of `evaluate`.")  # fmt: skip
+@click.option("--select-samples", type=int, default=64,
+              help="Examples whose outputs a metric of --select-by sees.")  # fmt: skip
 @click.option("--log-every", type=int, default=10, help="Steps between lines of metrics.jsonl.")
 @click.option("--patience", type=int, default=5, help="Stop after so many evaluations without progress; 0 never stops.")
 @section("Result")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +11,7 @@ import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
-from freeexport.checkpoints.text_format import end_ids
+from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.traces.share import Share, share
 from freeexport.training.batches import Collator
 from freeexport.training.exit_layers.module import own_exit
@@ -73,52 +72,10 @@ def greedy_outputs(
     """The examples with the model's own greedy output, at most `new_tokens` ids, in place of their targets."""
     outputs = []
     for batch in _batches(examples, batch_size):
-        for example, ids in zip(batch, _generate(model, checkpoint, batch, new_tokens), strict=True):
-            outputs.append(replace(example, target=ids))
+        written = greedy_ids(model, checkpoint, [example.prompt for example in batch], new_tokens)
+        outputs += [replace(example, target=ids) for example, ids in zip(batch, written, strict=True)]
         advance(len(batch))
     return outputs
-
-
-def _generate(model: Any, checkpoint: Checkpoint, batch: Sequence[Example], new_tokens: int) -> list[np.ndarray]:
-    from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
-
-    seq2seq = model.config.is_encoder_decoder
-    width = max(len(example.prompt) for example in batch)
-    ids, mask = np.zeros((2, len(batch), width), np.int64)
-    for row, example in enumerate(batch):
-        # A decoder continues at the right end; an encoder's positions count from the left.
-        place = slice(0, len(example.prompt)) if seq2seq else slice(width - len(example.prompt), width)
-        ids[row, place], mask[row, place] = example.prompt, 1
-    ends = end_ids(checkpoint)
-    # The cache that `generate` makes for T5 has as many layers as the encoder; this one grows.
-    cache = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())} if seq2seq else {}
-    values = checkpoint.generation_config
-    config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=ends[0] if ends else 0,
-        decoder_start_token_id=values.get("decoder_start_token_id"),
-        bos_token_id=values.get("bos_token_id"),
-    )
-    own, model.generation_config = model.generation_config, config  # its sampling and penalties would fill the gaps
-    try:
-        warnings.filterwarnings("ignore", "`past_key_values` is deprecated", FutureWarning)  # 4.57 knows no other name
-        out = model.generate(
-            input_ids=torch.from_numpy(ids).to(model.device),
-            attention_mask=torch.from_numpy(mask).to(model.device),
-            generation_config=config,
-            **cache,
-        )
-    finally:
-        model.generation_config = own
-    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].cpu().numpy()]
-
-
-def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
-    found = np.flatnonzero(np.isin(ids, ends))
-    return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)
 
 
 @torch.no_grad()

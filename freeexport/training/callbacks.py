@@ -109,10 +109,12 @@ class Bar(TrainerCallback):  # type: ignore[misc]
         self._shown = now
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        metrics = others["metrics"]
+        metrics, chosen = others["metrics"], args.metric_for_best_model
+        shown = ("eval_shallow_loss", "eval_agreement", "eval_exits", "eval_loss")
+        also = "" if chosen in shown else f", {chosen.removeprefix('eval_')} {metrics[chosen]:.3f}"
         click.echo(
             f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
-            f"{metrics['eval_agreement']:.3f}, exits at {AGREEING:.0%} agreement {metrics['eval_exits']:.3f}",
+            f"{metrics['eval_agreement']:.3f}, exits at {AGREEING:.0%} agreement {metrics['eval_exits']:.3f}{also}",
             err=True,
         )
 

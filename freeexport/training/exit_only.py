@@ -134,7 +134,7 @@ def write_exit(own: nn.Module, directory: Path) -> None:
 
 def link_base(checkpoint: Checkpoint, directory: Path) -> None:
     """The base's weights, configuration and tokenizer, unchanged."""
-    for path in sorted({file.path for file in checkpoint.files}):
+    for path in sorted({file.path for file in checkpoint.files if file.path.name != EXIT_WEIGHTS}):
         link_or_copy(path, directory / path.name)
     if checkpoint.path.is_file():
         return

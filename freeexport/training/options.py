@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
+from freeexport.metrics.metric import check_name
 from runtime.errors import OptionError
 
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
@@ -20,6 +21,8 @@ EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd", "kd-last")
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_EPOCHS = 3.0
+# What every evaluation measures and a run may be selected by: `loss`, which is to be low, and shares.
+MEASURED = ("loss", "agreement", "exits")
 DEFAULT_ADAPTER_RANK = 64
 # May differ between a run and its continuation without changing the loss curve of the steps they share.
 _FREE_ON_RESUME = ("time_limit", "patience", "resume", "overwrite")
@@ -45,6 +48,7 @@ class TrainingOptions:
 
     `time_limit` is in minutes; `batch_tokens` counts padded tokens, prompt and target, and replaces `batch_size`
     (examples); both are of one device and one micro-batch. `validation_share` is used without a validation file.
+    `select_by`: one of MEASURED, or a metric of the outputs for the first `select_samples` validation examples.
     `truncate`: long inputs are cut (TextFormat), not left out. `label_smoothing`: of the cross-entropies, in training.
     Raises OptionError for values out of range and for choices that contradict each other.
     """
@@ -79,6 +83,8 @@ class TrainingOptions:
     truncate: bool = False
     label_smoothing: float = 0.0
     evaluate_every: int | None = None
+    select_by: str = "loss"
+    select_samples: int = 64
     log_every: int = 10
     patience: int = 5
     seed: int = 0
@@ -90,7 +96,16 @@ class TrainingOptions:
             _choice("loss", self.loss_name, OFFERED_LOSSES)
         _choice("tune", self.tune, get_args(Tune))
         _choice("schedule", self.schedule, get_args(Schedule))
-        for name in ("batch_size", "accumulate", "evaluate_every", "log_every", "steps", "batch_tokens", "max_tokens"):
+        for name in (
+            "batch_size",
+            "accumulate",
+            "evaluate_every",
+            "log_every",
+            "steps",
+            "batch_tokens",
+            "max_tokens",
+            "select_samples",
+        ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"{_flag(name)} is {value}; give at least 1")
@@ -111,6 +126,8 @@ class TrainingOptions:
             raise OptionError(f"LoRA rank {self.lora.rank} and alpha {self.lora.alpha} must be above 0 and finite")
         if not 0 <= self.lora.dropout < 1:
             raise OptionError(f"--lora-dropout is {self.lora.dropout}; give a number from 0 to below 1")
+        if self.select_by not in MEASURED:
+            check_name(self.select_by)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -122,6 +139,11 @@ class TrainingOptions:
             )
         if self.tune == "exit" and self.label_smoothing:
             raise OptionError("--label-smoothing is for --tune full and lora; the exit learns what the model predicts")
+        if self.tune == "exit" and self.select_by not in MEASURED:
+            raise OptionError(
+                f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
+                f"{', '.join(MEASURED)}"
+            )
         if self.exit_layers and self.tune == "lora":
             raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
         unfit = "kd-last" if self.tune == "exit" else "weighted-ce"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
-from freeexport.system.allocator import keep_freed_memory
+from freeexport.system.machine import keep_freed_memory
 from freeexport.system.output_directory import output_directory
 from freeexport.system.output_file import naming
 from freeexport.training.options import TrainingOptions
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
     from freeexport.checkpoints.examples import Example
     from freeexport.training.full import Trainable
+    from freeexport.training.selection import WrittenOutputs
     from graphs.description import Description
 
 
@@ -62,7 +63,8 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
-    from freeexport.training.inputs import described, examples
+    from freeexport.training.batches import described, examples
+    from freeexport.training.selection import written_outputs
 
     with process.main_process_first():
         checkpoint = _base(model, options, directory, process.is_main_process)
@@ -74,7 +76,8 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
     with process.main_process_first():
         tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
     with naming(directory.path):
-        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process)
+        written = written_outputs(tuning.module, checkpoint, validation, options)
+        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process, written)
     if process.is_main_process:
         _write(tuning, checkpoint, options, directory)
     process.wait_for_everyone()
@@ -111,8 +114,14 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
             write_random_weights(Path(model), base, options.seed)
         return open_checkpoint(str(base))
     checkpoint = open_checkpoint(model)
-    if checkpoint.exit is not None and checkpoint.exit.has_parameters:
-        raise CheckpointError(f"{model} has an exit of its own already; give the checkpoint that it was trained on")
+    found = checkpoint.exit
+    if found is not None and found.has_parameters:
+        wanted = options.exit_layers, options.exit_layer
+        if not options.exit_layers or (found.exit_layers, found.exit_layer) != wanted:
+            raise CheckpointError(
+                f"{model} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
+                "an exit of layers: the same --exit-layer and --exit-layers"
+            )
     return checkpoint
 
 
@@ -147,7 +156,11 @@ def _tuning(
 
 
 def _run(
-    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool
+    tuning: Trainable,
+    options: TrainingOptions,
+    directory: TrainingDirectory,
+    writer: bool,
+    written: WrittenOutputs | None,
 ) -> tuple[int, int, float, dict[str, float]]:
     """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
     from transformers import EarlyStoppingCallback, TrainerCallback
@@ -166,7 +179,7 @@ def _run(
         after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
         metrics = Metrics(directory.path / METRICS, clock, directory.path / TENSORBOARD, after)
         callbacks += [metrics, bar]
-    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks)
+    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
     if metrics is not None:
         metrics.trainer = trainer
     try:
@@ -188,7 +201,7 @@ def _write(
     with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
         tuning.write(partial)
         # An exit's own parameters belong to the weights beside them.
-        beside = open_checkpoint(str(partial)) if options.tune == "full" and tuning.exit_layers else checkpoint
+        beside = open_checkpoint(str(partial)) if tuning.exit_layers else checkpoint
         exit_file = ExitFile(
             exit_layer=options.exit_layer,
             exit_norm=tuning.exit_norm,

@@ -21,6 +21,7 @@ from freeexport.training.batches import LengthBatches, loader
 from freeexport.training.full import Trainable
 from freeexport.training.options import Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
+from freeexport.training.selection import WrittenOutputs
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 
 FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
@@ -51,8 +52,8 @@ def training_arguments(options: TrainingOptions, directory: Path, lengths: Seque
         save_steps=every,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
+        metric_for_best_model=f"eval_{options.select_by}",
+        greater_is_better=options.select_by != "loss",
         restore_callback_states_from_checkpoint=True,
         logging_steps=options.log_every,
         logging_nan_inf_filter=False,
@@ -132,8 +133,9 @@ class ExitTrainer(Trainer):
         options: TrainingOptions,
         clock: Clock,
         callbacks: list[TrainerCallback],
+        written: WrittenOutputs | None = None,
     ) -> None:
-        self.options = options
+        self.options, self._written = options, written
         self.clock = clock
         self.tokens_seen: torch.Tensor | int = 0
         training_lengths, self._validation_lengths = tuning.lengths
@@ -197,8 +199,12 @@ class ExitTrainer(Trainer):
             for name in MEASURES:
                 sums[name] += outputs[name].double()
             seen.append((outputs["confidence"].float().cpu(), outputs["agreed"].cpu()))
-        model.train(was_training)
         metrics = self._means(sums, rows, metric_key_prefix)
+        if self._written is not None:
+            with self.accelerator.autocast():
+                quality = [self._written() if where.process_index == 0 else 0.0]
+            metrics[f"{metric_key_prefix}_{self._written.name}"] = broadcast_object_list(quality)[0]
+        model.train(was_training)
         gathered = gather_object(seen) if where.world_size > 1 else seen
         metrics[f"{metric_key_prefix}_exits"] = exits(*(torch.cat(part) for part in zip(*gathered, strict=True)))
         self.log(metrics)
@@ -238,9 +244,10 @@ class ExitTrainer(Trainer):
         self._load_best_model()
 
     def best(self) -> tuple[int, dict[str, float]]:
-        """Step and measures of the best evaluation."""
-        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
-        best = min(evaluations, key=lambda entry: entry["eval_loss"])
+        """Step and measures of the best evaluation, of equal ones the first."""
+        name, sign = f"eval_{self.options.select_by}", -1 if self.args.greater_is_better else 1
+        evaluations = [entry for entry in self.state.log_history if name in entry]
+        best = min(evaluations, key=lambda entry: sign * entry[name])
         return int(best["step"]), {name: value for name, value in best.items() if name.startswith("eval_")}
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

@@ -1,12 +1,14 @@
-"""Translation, summarization and text restoration from the descriptions of Debian's packages.
+"""Translation, summarization, text restoration and field extraction from the index of Debian's packages.
 
     python -m tools.data.debian summarization data/summarization
     python -m tools.data.debian restoration data/restoration
+    python -m tools.data.debian extraction data/extraction
     python -m tools.data.debian translation-de data/en-de
     python -m tools.data.debian translation-fr data/en-fr
 
 - summarization: the long description -> the one-line synopsis ("summarize: ...").
 - restoration: a sentence in lower case without punctuation -> the sentence.
+- extraction: a package's record -> the fields that matter, as JSON.
 - translation: synopses and paragraphs, English -> German or French ("translate English to German: ...").
 
 Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that
@@ -24,7 +26,7 @@ from pathlib import Path
 
 import click
 
-from tools.data import restoration
+from tools.data import extraction, restoration
 from tools.data.apt import fetch_index
 from tools.data.splits import Example, limited, normalised, report, run, split_of, write_data_set
 
@@ -187,6 +189,16 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
                     yield Pair(md5, key + restoration.SEPARATOR, sentence)
 
 
+def extractions(lines: Iterable[str], english: Mapping[str, Description]) -> Iterator[Pair]:
+    """Record of a Packages file -> JSON, one a description."""
+    seen = set()
+    for fields in stanzas(lines):
+        md5, target = fields.get("Description-md5"), extraction.extracted(fields)
+        if md5 in english and target is not None and md5 not in seen:
+            seen.add(md5)
+            yield Pair(md5, extraction.record(fields) + extraction.SEPARATOR, target)
+
+
 def translations(english: Mapping[str, Description], other: Mapping[str, Description], language: str) -> Iterator[Pair]:
     """English -> translation, synopses and paragraphs, each English text once; what is left in English is left out."""
     seen = set()
@@ -230,13 +242,19 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
         return list(summaries(english)), family
     if task == "restoration":
         return list(restorations(english)), family
+    if task == "extraction":
+        with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
+            return list(extractions(file, english)), family
     language = task.removeprefix("translation-")
     return list(translations(english, read(language), language)), family
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument(
-    "task", type=click.Choice(["summarization", "restoration", *(f"translation-{language}" for language in LANGUAGES)])
+    "task",
+    type=click.Choice(
+        ["summarization", "restoration", "extraction", *(f"translation-{language}" for language in LANGUAGES)]
+    ),
 )
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -252,7 +270,7 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
 def command(
     task: str, out: Path, index: Path, train: int | None, held_out: int | None, seed: int, overwrite: bool
 ) -> None:
-    """Write a data set made of Debian's package descriptions to the directory OUT, in four splits.
+    """Write a data set made of Debian's package index to the directory OUT, in four splits.
 
     \b
     Example:
@@ -264,7 +282,7 @@ def command(
     pairs, family = pairs_of(task, index)
     about = {
         "task": task,
-        "source": "descriptions of Debian packages, section main",
+        "source": "index of Debian packages, section main",
         "licence": "that of each package's Debian packaging; translations: Debian Description Translation Project",
         "seed": seed,
     }

@@ -11,7 +11,7 @@ import torch
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
 from freeexport.training.batches import Collator
-from freeexport.training.exit_layers.module import ExitLayers
+from freeexport.training.exit_layers.module import ExitLayers, own_exit
 from freeexport.training.full import collator
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep
@@ -35,7 +35,10 @@ def first_layers(
     examples: Sequence[Example],
     cache: Path,
 ) -> ExitLayers:
-    """Copies of the last layers behind the map, which is kept in the directory `cache`."""
+    """Copies of the last layers behind the map, which is kept in the directory `cache`; or the checkpoint's own, where
+    it has been trained for this exit before."""
+    if (trained := own_exit(checkpoint, description)) is not None:
+        return trained.train()
     layers = description.decoder.layers
     into = len(layers) - options.exit_layers
     linear = cached_map(cache, whole, examples, collator(checkpoint, options), into, options.bf16)

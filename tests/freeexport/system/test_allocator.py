@@ -10,7 +10,7 @@ import pytest
 
 _FAULTS = """
 import ctypes, resource, sys
-from freeexport.system.allocator import keep_freed_memory
+from freeexport.system.machine import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

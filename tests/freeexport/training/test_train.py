@@ -414,6 +414,9 @@ def test_one_line_of_data_is_refused(
         ({"label_smoothing": 1.0}, "--label-smoothing is 1.0"),
         ({"label_smoothing": float("nan")}, "--label-smoothing is nan"),
         ({"label_smoothing": 0.1, "tune": "exit"}, "--label-smoothing is for --tune full and lora"),
+        ({"select_by": "beauty"}, "'beauty' is no metric; choose from exact"),
+        ({"select_by": "chrf", "tune": "exit"}, "--select-by chrf measures the whole model"),
+        ({"select_samples": 0}, "--select-samples is 0"),
         ({"resume": True, "overwrite": True}, "contradict"),
     ],
 )

@@ -21,10 +21,9 @@ from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.cli import main
 from freeexport.training import losses
-from freeexport.training.batches import Collator
+from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_layers.frozen import FrozenExitLayers
 from freeexport.training.exit_layers.module import own_exit
-from freeexport.training.inputs import described, examples
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from freeexport.training.train import train
@@ -111,6 +110,26 @@ def test_a_model_and_its_exit_are_trained_together(
     before, after = (open_checkpoint(str(path)) for path in (checkpoint(LLAMA), out))
     assert before.sha256 != after.sha256
     assert not np.array_equal(before.read("model.norm.weight"), after.read("model.norm.weight"))
+
+
+@pytest.mark.parametrize("tune", ["exit", "full"])
+def test_an_exit_of_layers_is_trained_further(
+    tune: str, checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path
+) -> None:
+    together, out = tmp_path / "together", tmp_path / "out"
+    run = replace(options, tune="full", learning_rate=1e-3)
+    train(str(checkpoint(LLAMA)), together, run)
+    still = replace(options, tune=tune, steps=1, evaluate_every=1, learning_rate=1e-12)
+    assert train(str(together), out, still).metrics["eval_shallow_loss"] == pytest.approx(
+        evaluated(together, run)["shallow_loss"], rel=0.02
+    )
+    if tune == "exit":
+        assert (out / "model.safetensors").read_bytes() == (together / "model.safetensors").read_bytes()
+    before, after = open_checkpoint(str(together)), open_checkpoint(str(out))
+    assert len(after.sha256) == 64  # its exit belongs to these weights
+    np.testing.assert_allclose(after.read("exit.norm.weight"), before.read("exit.norm.weight"), atol=1e-6)
+    with pytest.raises(CheckpointError, match="the same --exit-layer and --exit-layers"):
+        train(str(together), tmp_path / "other", replace(still, exit_layers=1))
 
 
 def test_an_interrupted_run_goes_on_with_its_options_only(

