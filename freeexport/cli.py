@@ -123,7 +123,10 @@ def _is_foreign(module: str | None) -> bool:
     return module is not None and module.partition(".")[0] not in ("freeexport", "graphs", "runtime")
 
 
-@click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+@click.group(cls=Verbs, context_settings=CONTEXT)
 @click.version_option(__version__, prog_name="freeexport", message="%(prog)s %(version)s")
 @click.option("--debug", is_flag=True, envvar="FREEEXPORT_DEBUG", help="Show the traceback of an error.")
 def main(debug: bool) -> None:

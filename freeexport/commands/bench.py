@@ -26,9 +26,9 @@ from runtime.options import Drafts
 @click.argument("bundle", type=click.Path(path_type=Path))
 @section("Prompts")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
-@click.option("--samples", type=click.IntRange(1), default=4, show_default=True, help=SAMPLES)
+@click.option("--samples", type=click.IntRange(1), default=4, help=SAMPLES)
 @click.option("--max-new-tokens", "tokens", cls=RenamedOption, old="--tokens", type=click.IntRange(2), default=64,
-              show_default=True, help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
+              help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
 @section("What is compared")
 @click.option(
     "--against",
@@ -52,7 +52,6 @@ from runtime.options import Drafts
     type=click.Choice(["free", "rollback", "lossless", "shallow"]),
     multiple=True,
     default=["free"],
-    show_default=True,
     help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. May be repeated.",
 )
 @click.option(
@@ -77,10 +76,8 @@ from runtime.options import Drafts
 )
 @click.option("--costs", is_flag=True, help="Only time each engine call alone.")
 @section("Machine")
-@click.option(
-    "--rounds", type=click.IntRange(1), default=5, show_default=True, help="Interleaved rounds; the median counts."
-)
-@click.option("--device", default="cpu", show_default=True, help="For the bundles: cpu, or cuda:0 for the first GPU.")
+@click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds; the median counts.")
+@click.option("--device", default="cpu", help="For the bundles: cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
 @section("Results")

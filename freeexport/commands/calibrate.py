@@ -48,40 +48,35 @@ def write(result: Calibrated, model: str, output: Path | None) -> None:
 @click.argument("model")
 @section("Data")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, show_default=True,
-              help=SAMPLES)  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
-              help=MAX_NEW_TOKENS)  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
+@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @section("How the threshold is chosen")
-@click.option("--method", type=click.Choice(get_args(Method)), default="bmm", show_default=True,
+@click.option("--method", type=click.Choice(get_args(Method)), default="bmm",
               help="bmm: by P(agree | confidence). risk: the loss of a sequence, with a guarantee. quality: by "
               "decoding at thresholds and comparing the outputs.")  # fmt: skip
 @click.option("--agreement", "target", cls=RenamedOption, old="--target", type=float,
-              default=CalibrateOptions.target, show_default=True,
+              default=CalibrateOptions.target,
               help="bmm: the share of tokens at the threshold that must agree.")  # fmt: skip
-@click.option("--risk", type=float, default=CalibrateOptions.risk, show_default=True,
-              help="risk: maximum mean loss of a sequence.")  # fmt: skip
-@click.option("--delta", type=float, default=CalibrateOptions.delta, show_default=True,
-              help="risk: probability that the guarantee fails.")  # fmt: skip
+@click.option("--risk", type=float, default=CalibrateOptions.risk, help="risk: maximum mean loss of a sequence.")
+@click.option("--delta", type=float, default=CalibrateOptions.delta, help="risk: probability that the guarantee fails.")
 @click.option("--target-quality", type=float,
               help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
 @click.option("--metric", type=MetricName(),
               help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
 @section("Where MODEL is a checkpoint")
-@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
-              help=f"{CONFIDENCES}  [default: softmax]")  # fmt: skip
+@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), help=f"{CONFIDENCES}  [default: softmax]")
 @click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
 @click.option("--max-pending", type=click.IntRange(1), help="Maximum tokens in a sync pass.  [default: 16]")
-@click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size, show_default=True,
+@click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size,
               help="Lines to decode at once.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of the weights in torch.  [default: float32]")
 @section("Where MODEL is a bundle")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
-@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds, show_default=True,
+@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds,
               help="Interleaved rounds of --measure.")  # fmt: skip
 @section("Machine")
-@click.option("--device", default=CalibrateOptions.device, show_default=True, help=DEVICE)
+@click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip

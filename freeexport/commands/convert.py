@@ -31,16 +31,15 @@ from runtime.tensorrt.files import DIRECTORY
 @click.argument("out", type=click.Path(path_type=Path))
 @section("The exit")
 @click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
-@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", show_default=True,
-              help=CONFIDENCES)  # fmt: skip
+@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", help=CONFIDENCES)
 @click.option("--exit-vocab", type=click.Path(path_type=Path),
               help="The file of freeexport exit-vocab: tokens of the shallow head; others never exit.")  # fmt: skip
-@click.option("--max-pending", type=int, default=16, show_default=True, help="Maximum tokens in a sync pass.")
+@click.option("--max-pending", type=int, default=16, help="Maximum tokens in a sync pass.")
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="The calibration file of freeexport calibrate for MODEL."
 )
 @section("Engines")
-@click.option("--target", type=click.Choice(get_args(Target)), default="cpu", show_default=True,
+@click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
               help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (then freeexport build).")  # fmt: skip
 @click.option("--precision", type=click.Choice(get_args(Precision)),
               help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
@@ -116,7 +115,7 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--max-batch", type=int, default=8, show_default=True, help="Maximum batch size.")
+@click.option("--max-batch", type=int, default=8, help="Maximum batch size.")
 @click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
               help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
 @click.option(

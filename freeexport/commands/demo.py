@@ -12,14 +12,8 @@ DEMOS = {"g2p": "freeexport.demo.g2p", "smollm2": "freeexport.demo.smollm2"}
 
 
 @click.command()
-@click.option("--model", type=click.Choice(list(DEMOS)), default="g2p", show_default=True)
-@click.option(
-    "--directory",
-    type=click.Path(path_type=Path),
-    default=Path(".demo"),
-    show_default=True,
-    help="Where the bundle is kept.",
-)
+@click.option("--model", type=click.Choice(list(DEMOS)), default="g2p")
+@click.option("--directory", type=click.Path(path_type=Path), default=Path(".demo"), help="Where the bundle is kept.")
 @click.option("--threads", type=click.IntRange(1), help="[default: 1 for g2p, one per physical core for smollm2]")
 def command(model: str, directory: Path, threads: int | None) -> None:
     """Convert a model that comes as a package, decode with it, and measure it. Needs no network.

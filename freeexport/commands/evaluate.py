@@ -47,30 +47,28 @@ def command() -> None:
 @click.argument("bundles", nargs=-1, required=True, metavar="BUNDLE[=METHODS]...")
 @section("Data")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' and 'target'.")
-@click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, show_default=True,
-              help=SAMPLES)  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, show_default=True,
-              help=MAX_NEW_TOKENS)  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), default=EvaluateOptions.samples, help=SAMPLES)
+@click.option("--max-new-tokens", type=click.IntRange(2), default=EvaluateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @section("What is compared")
 @click.option("--metric", "metrics", type=MetricName(), multiple=True, required=True,
               help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
-@click.option("--methods", default="full,static,free,lossless", show_default=True,
+@click.option("--methods", default="full,static,free,lossless",
               help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
               "exits above thresholds. calm: after any layer, states copied. adaptive: above a threshold that is "
               "learned while decoding.")  # fmt: skip
-@click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS, show_default=True,
+@click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS,
               help="Run method free with exits above this confidence, beside the calibrated one. "
               "May be repeated.")  # fmt: skip
-@click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality, show_default=True,
+@click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality,
               help="The share of the full model's metric to keep.")  # fmt: skip
 @click.option("--calm-model", metavar="MODEL", help="Method calm: the checkpoint that its bundle came from.")
-@click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from, show_default=True,
+@click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from,
               help="Method calm: the first layer to exit after.")  # fmt: skip
 @click.option("--calm-decay", is_flag=True, help="Method calm: thresholds fall along a sequence.")
 @click.option("--calm-single", is_flag=True,
               help="Method calm: exit after that layer only, as free does, with states copied.")  # fmt: skip
 @section("Machine")
-@click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds, show_default=True,
+@click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds,
               help="Interleaved rounds; the median counts.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
 @section("Results")
@@ -113,16 +111,16 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
 @click.option("--judge-model", "model", required=True, help="The chat model that judges.")
 @click.option("--setting", required=True, help="What is compared with full, such as 'free 0.8'.")
 @click.option("--bundle-name", "bundle", help="Whose outputs are judged.  [default: those of the only bundle]")
-@click.option("--key-variable", default="OPENAI_API_KEY", show_default=True,
+@click.option("--key-variable", default="OPENAI_API_KEY",
               help="The environment variable that holds the key, where the endpoint wants one.")  # fmt: skip
 @click.option("--kind", "kinds", type=click.Choice(["likert", "pairwise"]), multiple=True,
-              default=["likert", "pairwise"], show_default=True,
+              default=["likert", "pairwise"],
               help="likert: each output from 1 to 5. pairwise: the better one of two. May be repeated.")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL of the evaluation, where it was moved.")
-@click.option("--samples", type=click.IntRange(1), default=100, show_default=True, help=SAMPLES)
-@click.option("--repeats", type=click.IntRange(1), default=2, show_default=True,
+@click.option("--samples", type=click.IntRange(1), default=100, help=SAMPLES)
+@click.option("--repeats", type=click.IntRange(1), default=2,
               help="Verdicts of each; a pair changes its order from one to the next.")  # fmt: skip
-@click.option("--parallel", type=click.IntRange(1), default=4, show_default=True, help="Requests at once.")
+@click.option("--parallel", type=click.IntRange(1), default=4, help="Requests at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def judge_outputs(
     output: Path, endpoint: str, model: str, bundle: str | None, key_variable: str, as_json: bool, **given: Any
@@ -160,34 +158,29 @@ def judge_outputs(
     "forcing",
     type=click.Choice(["output", "targets"]),
     default=Options.forcing,
-    show_default=True,
     help="Text that the decoder reads: its own greedy output, or the data's targets.",
 )
-@click.option("--samples", type=click.IntRange(1), default=Options.samples, show_default=True, help=SAMPLES)
-@click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement, show_default=True,
+@click.option("--samples", type=click.IntRange(1), default=Options.samples, help=SAMPLES)
+@click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement,
               help="The share of exits that must agree with the last layer.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, show_default=True,
-              help=MAX_NEW_TOKENS)  # fmt: skip
-@click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens, show_default=True,
+@click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, help=MAX_NEW_TOKENS)
+@click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens,
               help="Read at most so many tokens of a line, prompt included.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, show_default=True,
-              help="Lines to decode at once.")  # fmt: skip
+@click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, help="Lines to decode at once.")
 @click.option(
     "--max-pending",
     type=click.IntRange(1),
     default=Options.max_pending,
-    show_default=True,
     help="Maximum tokens in a sync pass.",
 )
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Use the costs that were measured on this bundle of MODEL."
 )
-@click.option("--device", default=Options.device, show_default=True, help=DEVICE)
+@click.option("--device", default=Options.device, help=DEVICE)
 @click.option(
     "--dtype",
     type=click.Choice(get_args(Dtype)),
     default=Options.dtype,
-    show_default=True,
     help="Type of the weights in torch.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")

@@ -58,7 +58,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
 @section("Early exits")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True,
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="free",
               help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
               "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
@@ -70,7 +70,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that the output is expected to be, but for changes: drafts for mode lossless.")  # fmt: skip
 @section("Length and end")
-@click.option("--max-new-tokens", type=int, default=256, show_default=True,
+@click.option("--max-new-tokens", type=int, default=256,
               help="Generate at most so many tokens, end of sequence included.")  # fmt: skip
 @click.option("--stop", multiple=True, help="End before this string. May be repeated.")
 @click.option("--min-new-tokens", type=int, default=0, help="No end of sequence before so many tokens.")
@@ -107,7 +107,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
 )
 @click.option("--output-logprobs", is_flag=True, help="Also return the log-probability of each token, in JSON.")
 @section("Machine")
-@click.option("--device", default="cpu", show_default=True, help=DEVICE)
+@click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
 def command(

@@ -20,26 +20,25 @@ DEMO = Path(".demo/g2p")
 @click.option("--name", "names", multiple=True, help="Name of a model, in the order of BUNDLES. May be repeated.  "
               "[default: the directory's]")  # fmt: skip
 @click.option("--demo", is_flag=True, help=f"Serve the pronunciation model of this package, converted to {DEMO}.")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default="free", show_default=True,
+@click.option("--mode", type=click.Choice(get_args(Mode)), default="free",
               help="Of requests that name none: free, rollback, lossless, full or shallow.")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
 @section("Clients")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 is a free one.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is a free one.")
 @click.option("--api-key", envvar=KEY, help=f"Key that clients must send; better as the variable {KEY}.")
 @click.option("--origin", "origins", multiple=True, help="Origin of pages that may ask, * is any. May be repeated.")
-@click.option("--max-body", type=click.IntRange(1024), default=4 << 20, show_default=True,
-              help="Largest body of a request, in bytes.")  # fmt: skip
+@click.option("--max-body", type=click.IntRange(1024), default=4 << 20, help="Largest body of a request, in bytes.")
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="End a request that takes longer.")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, too.")
 @section("Machine")
-@click.option("--slots", type=int, default=4, show_default=True, help="Requests of a bundle that are decoded at once.")
-@click.option("--queue", type=int, default=256, show_default=True, help="Requests that may wait; more get 429.")
+@click.option("--slots", type=int, default=4, help="Requests of a bundle that are decoded at once.")
+@click.option("--queue", type=int, default=256, help="Requests that may wait; more get 429.")
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
-@click.option("--device", default="cpu", show_default=True, help="cpu, or cuda:0 for the first GPU.")
-@click.option("--shutdown-timeout", type=click.FloatRange(0), default=30.0, show_default=True, metavar="SECONDS",
+@click.option("--device", default="cpu", help="cpu, or cuda:0 for the first GPU.")
+@click.option("--shutdown-timeout", type=click.FloatRange(0), default=30.0, metavar="SECONDS",
               help="After SIGTERM running requests have so long to end.")  # fmt: skip
 @click.pass_context
 def command(

@@ -32,7 +32,6 @@ from freeexport.training.train import leave_group, train
     "--validation-share",
     type=float,
     default=0.02,
-    show_default=True,
     help="Share of DATA to evaluate on, by a hash of the input.",
 )
 @click.option("--train-on-input", is_flag=True, help="Decoder-only: also train on the tokens of the input.")
@@ -45,10 +44,10 @@ from freeexport.training.train import leave_group, train
               help="ce: cross-entropy of both exits. weighted-ce: of all layers. Others add a distillation to ce: "
               "kd-dyn of hidden states, layers matched dynamically, kd-unif matched evenly, kd-last of the last "
               "layer, logit-kd of predictions.  [default: kd-dyn; with --tune exit, logit-kd]")  # fmt: skip
-@click.option("--loss-alpha", type=float, default=0.5, show_default=True, help="Weight of the distillation.")
-@click.option("--label-smoothing", type=float, default=0.0, show_default=True,
+@click.option("--loss-alpha", type=float, default=0.5, help="Weight of the distillation.")
+@click.option("--label-smoothing", type=float, default=0.0,
               help="Share of each label to spread over all tokens, in training.")  # fmt: skip
-@click.option("--tune", type=click.Choice(get_args(Tune)), default="full", show_default=True,
+@click.option("--tune", type=click.Choice(get_args(Tune)), default="full",
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
 @click.option("--lora-rank", type=int, help="Rank of the adapters.  [default: 16]")
 @click.option("--lora-alpha", type=float, help="Weight of the adapters, times the rank.  [default: 32]")
@@ -57,18 +56,11 @@ from freeexport.training.train import leave_group, train
 )
 @click.option("--lora-dropout", type=float, help="Dropout before the adapters.  [default: 0]")
 @click.option("--lora-preset", type=click.Choice(tuple(LORA_PRESETS)), help="Rank, alpha and targets of a publication.")
-@click.option(
-    "--adapter-rank",
-    type=int,
-    default=64,
-    show_default=True,
-    help="Rank of the adapter of --tune exit; 0 is a norm only.",
-)
+@click.option("--adapter-rank", type=int, default=64, help="Rank of the adapter of --tune exit; 0 is a norm only.")
 @click.option(
     "--exit-layers",
     type=int,
     default=0,
-    show_default=True,
     help="Transformer layers of the exit's own, before the head; decoder-only.",
 )
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
@@ -76,40 +68,34 @@ from freeexport.training.train import leave_group, train
 @click.option("--steps", type=int, help="Optimizer steps.")
 @click.option("--epochs", type=float, help="Passes over the data.  [default: 3, without --steps or --time-limit]")
 @click.option("--time-limit", type=float, help="Minutes of training; the schedule ends with them.")
-@click.option("--batch-size", type=int, default=32, show_default=True, help="Examples per device and micro-batch.")
+@click.option("--batch-size", type=int, default=32, help="Examples per device and micro-batch.")
 @click.option("--batch-tokens", type=int, help="Padded tokens per device and micro-batch, instead of examples.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Micro-batches per step.")
+@click.option("--accumulate", type=int, default=1, help="Micro-batches per step.")
 @click.option(
     "--learning-rate", type=float, help="Peak learning rate.  [default: 1e-4; 1e-3 for --tune exit and --from-config]"
 )
-@click.option("--schedule", type=click.Choice(get_args(Schedule)), default="linear", show_default=True,
+@click.option("--schedule", type=click.Choice(get_args(Schedule)), default="linear",
               help="Learning rate after the warmup.")  # fmt: skip
-@click.option("--warmup", type=float, default=0.05, show_default=True, help="Warmup, as a share of the run.")
-@click.option("--weight-decay", type=float, default=0.0, show_default=True, help="Weight decay of AdamW.")
+@click.option("--warmup", type=float, default=0.05, help="Warmup, as a share of the run.")
+@click.option("--weight-decay", type=float, default=0.0, help="Weight decay of AdamW.")
 @click.option("--dropout", type=float, help="Dropout of the model.  [default: the configuration's]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed for the order of examples, and for dropout.")
+@click.option("--seed", type=int, default=0, help="Seed for the order of examples, and for dropout.")
 @section("Machine")
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX).")
-@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32", show_default=True,
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32",
               help="Type of the weights of --tune full.")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time.")
 @section("Evaluation")
 @click.option(
     "--evaluate-every", type=int, help="Steps between evaluations, and checkpoints.  [default: a tenth, <= 500]"
 )
-@click.option("--select-by", default="loss", show_default=True,
+@click.option("--select-by", default="loss",
               help="Keep the weights of the evaluation that is best by this: loss, agreement (of both exits), exits "
               "(at 99 % agreement), or a metric of the whole model's outputs, as of `evaluate`.")  # fmt: skip
-@click.option("--select-samples", type=int, default=64, show_default=True,
+@click.option("--select-samples", type=int, default=64,
               help="Examples whose outputs a metric of --select-by sees.")  # fmt: skip
-@click.option("--log-every", type=int, default=10, show_default=True, help="Steps between lines of metrics.jsonl.")
-@click.option(
-    "--patience",
-    type=int,
-    default=5,
-    show_default=True,
-    help="Stop after so many evaluations without progress; 0 never stops.",
-)
+@click.option("--log-every", type=int, default=10, help="Steps between lines of metrics.jsonl.")
+@click.option("--patience", type=int, default=5, help="Stop after so many evaluations without progress; 0 never stops.")
 @section("Result")
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")

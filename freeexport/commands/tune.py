@@ -36,20 +36,18 @@ COLUMNS = ("tokens#", "covered#", "exits lost#", "exits#", "shallow step#", "pre
 @click.command()
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option("--target-quality", "quality", type=float, default=TuneOptions.quality, show_default=True,
+@click.option("--target-quality", "quality", type=float, default=TuneOptions.quality,
               help="The share of the full model's metric to keep.")  # fmt: skip
-@click.option("--metric", type=MetricName(), default=TuneOptions.metric, show_default=True,
-              help=f"Compares outputs. {METRICS}")  # fmt: skip
-@click.option("--samples", type=click.IntRange(1), default=TuneOptions.samples, show_default=True,
+@click.option("--metric", type=MetricName(), default=TuneOptions.metric, help=f"Compares outputs. {METRICS}")
+@click.option("--samples", type=click.IntRange(1), default=TuneOptions.samples,
               help=f"{SAMPLES} Every third is held out.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=TuneOptions.max_new_tokens, show_default=True,
-              help=MAX_NEW_TOKENS)  # fmt: skip
-@click.option("--candidates", type=click.IntRange(1), default=TuneOptions.candidates, show_default=True,
+@click.option("--max-new-tokens", type=click.IntRange(2), default=TuneOptions.max_new_tokens, help=MAX_NEW_TOKENS)
+@click.option("--candidates", type=click.IntRange(1), default=TuneOptions.candidates,
               help="Maximum choices to decode on the held-out lines, and to time.")  # fmt: skip
-@click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds, show_default=True,
+@click.option("--rounds", type=click.IntRange(1), default=TuneOptions.rounds,
               help="Interleaved rounds; the median counts.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
-@click.option("--device", default=TuneOptions.device, show_default=True, help=DEVICE)
+@click.option("--device", default=TuneOptions.device, help=DEVICE)
 @click.option("--write", is_flag=True, help="Store the choice in its bundle, as calibrate does.")
 @click.option("--force", is_flag=True, help="Run on a busy machine too, where speeds mean little.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the result to this file as JSON.")
@@ -94,17 +92,15 @@ def command(
 @click.command()
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"), show_default=True,
+@click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"),
               help="For convert --exit-vocab.")  # fmt: skip
 @click.option(
     "--size", type=click.IntRange(2), help="Tokens of the shallow head.  [default: the most that is as fast as any]"
 )
 @click.option("--threshold", type=click.FloatRange(0, 1),
               help="A token exits above this confidence.  [default: the calibrated one]")  # fmt: skip
-@click.option("--samples", type=click.IntRange(2), default=CalibrateOptions.samples, show_default=True,
-              help=SAMPLES)  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, show_default=True,
-              help=MAX_NEW_TOKENS)  # fmt: skip
+@click.option("--samples", type=click.IntRange(2), default=CalibrateOptions.samples, help=SAMPLES)
+@click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)),
               help=f"Checkpoints. {CONFIDENCES}  [default: softmax]")  # fmt: skip
 @click.option("--exit-layer", type=int, help="Checkpoints: exit after this layer.  [default: as trained, exit.json]")
@@ -114,7 +110,7 @@ def command(
 @click.option(
     "--dtype", type=click.Choice(get_args(Dtype)), help="Checkpoints: type of the weights in torch.  [default: float32]"
 )
-@click.option("--device", default=CalibrateOptions.device, show_default=True, help=DEVICE)
+@click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @click.option("--threads", type=click.IntRange(1), help="Bundles: CPU threads.  [default: one per physical core]")
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
 def exit_vocab_command(

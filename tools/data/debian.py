@@ -249,7 +249,7 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
     return list(translations(english, read(language), language)), family
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument(
     "task",
     type=click.Choice(
@@ -261,12 +261,11 @@ def pairs_of(task: str, index: Path) -> tuple[list[Pair], dict[str, str]]:
     "--index",
     type=click.Path(path_type=Path),
     default=Path("build/debian-index"),
-    show_default=True,
     help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.",
 )
 @click.option("--train", type=click.IntRange(1), help="Most lines of train (all).")
 @click.option("--held-out", type=click.IntRange(1), help="Most lines of each other split (all).")
-@click.option("--seed", default=0, show_default=True, help="Of the order; the splits do not depend on it.")
+@click.option("--seed", default=0, help="Of the order; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(
     task: str, out: Path, index: Path, train: int | None, held_out: int | None, seed: int, overwrite: bool

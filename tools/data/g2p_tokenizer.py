@@ -112,13 +112,13 @@ def write_files(directory: Path, sizes: Sizes) -> None:
         (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--d-model", type=click.IntRange(8), default=Sizes.d_model, show_default=True)
-@click.option("--d-ff", type=click.IntRange(8), default=Sizes.d_ff, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=Sizes.heads, show_default=True)
-@click.option("--layers", type=click.IntRange(1), default=Sizes.layers, show_default=True, help="Of the encoder.")
-@click.option("--decoder-layers", type=click.IntRange(2), default=Sizes.decoder_layers, show_default=True)
+@click.option("--d-model", type=click.IntRange(8), default=Sizes.d_model)
+@click.option("--d-ff", type=click.IntRange(8), default=Sizes.d_ff)
+@click.option("--heads", type=click.IntRange(1), default=Sizes.heads)
+@click.option("--layers", type=click.IntRange(1), default=Sizes.layers, help="Of the encoder.")
+@click.option("--decoder-layers", type=click.IntRange(2), default=Sizes.decoder_layers)
 @click.option("--overwrite", is_flag=True, help="Replace a model at OUT.")
 def command(out: Path, d_model: int, d_ff: int, heads: int, layers: int, decoder_layers: int, overwrite: bool) -> None:
     """Write tokenizer and configuration of a grapheme-to-phoneme T5 to the directory OUT.

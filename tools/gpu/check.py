@@ -32,10 +32,10 @@ SMALL = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
 LIMIT = 400
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.option("--model", type=click.Path(path_type=Path, exists=True), help="A checkpoint.")
 @click.option("--exit-layer", type=click.IntRange(1), help="[default: that of its exit.json]")
-@click.option("--device", default="cuda:0", show_default=True)
+@click.option("--device", default="cuda:0")
 @click.option("--skip", multiple=True, type=click.Choice(list(STEPS)), help="Steps to leave out.")
 @click.option("--tokens", type=click.IntRange(8), help="A run.  [default: 200, without a card 40]")
 @click.option("--output", type=click.Path(path_type=Path), help="Report, without suffix.  [default: docs/gpu-check]")

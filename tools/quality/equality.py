@@ -23,14 +23,14 @@ from runtime.bundle.bundle import Bundle
 from tools.quality.token_equality import TIE, Equality, run, settings_of
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with an `input`.  [default: random ids]")
-@click.option("--samples", type=click.IntRange(1), default=200, show_default=True, help="Prompts.")
+@click.option("--samples", type=click.IntRange(1), default=200, help="Prompts.")
 @click.option("--threshold", "thresholds", type=click.FloatRange(0, 1), multiple=True, default=(0.0, 0.5, 0.8))
-@click.option("--batch", type=click.IntRange(2), default=8, show_default=True, help="Slots of the session.")
-@click.option("--tokens", type=click.IntRange(1), default=48, show_default=True)
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--batch", type=click.IntRange(2), default=8, help="Slots of the session.")
+@click.option("--tokens", type=click.IntRange(1), default=48)
+@click.option("--threads", type=click.IntRange(1), default=1)
 def main(
     bundle: Path, data: Path | None, samples: int, thresholds: tuple[float, ...], batch: int, tokens: int, threads: int
 ) -> None:

@@ -130,15 +130,15 @@ def left_over(session: Session) -> list[str]:
     return [what for holds, what in facts if not holds]
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=300.0, show_default=True)
-@click.option("--concurrent", type=click.IntRange(1), default=64, show_default=True, help="Clients, a thread each.")
-@click.option("--slots", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--queue", type=click.IntRange(0), default=48, show_default=True, help="Too few, so some are refused.")
-@click.option("--asks", type=click.IntRange(1), default=150, show_default=True, help="Different requests.")
-@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Of each engine.")
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=300.0)
+@click.option("--concurrent", type=click.IntRange(1), default=64, help="Clients, a thread each.")
+@click.option("--slots", type=click.IntRange(1), default=8)
+@click.option("--queue", type=click.IntRange(0), default=48, help="Too few, so some are refused.")
+@click.option("--asks", type=click.IntRange(1), default=150, help="Different requests.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Of each engine.")
+@click.option("--seed", type=int, default=0)
 def main(bundle: Path, **given: Any) -> None:
     found = soak(bundle, **given)
     click.echo(report(found))

@@ -48,17 +48,17 @@ class Load:
     rounds: int
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with an `input`.  [default: sample texts]")
-@click.option("--samples", type=click.IntRange(1), default=64, show_default=True, help="Prompts of --data.")
-@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=("full", "free"), show_default=True)
-@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16), show_default=True)
+@click.option("--samples", type=click.IntRange(1), default=64, help="Prompts of --data.")
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=("full", "free"))
+@click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 2, 4, 8, 16))
 @click.option("--threshold", type=float, help="Exit above this confidence.  [default: the bundle's]")
 @click.option("--replay", help="Exits as drawn at this rate, or as in an output of generate.")
-@click.option("--tokens", type=click.IntRange(2), default=128, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=4.0, show_default=True)
-@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--tokens", type=click.IntRange(2), default=128)
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), default=4.0)
+@click.option("--rounds", type=click.IntRange(1), default=3)
 @click.option("--threads", type=click.IntRange(1), help="Of each engine.  [default: one per physical core]")
 @click.option("--force", is_flag=True, help="Go on even if the machine is busy.")
 @click.option("--save", type=click.Path(path_type=Path), help="Write the figures as JSON.")
@@ -68,21 +68,17 @@ def main(
     samples: int,
     modes: tuple[str, ...],
     batches: tuple[int, ...],
-    threshold: float | None,
-    replay: str | None,
-    tokens: int,
-    seconds: float,
-    rounds: int,
     threads: int | None,
     force: bool,
     save: Path | None,
+    **given: Any,
 ) -> None:
-    if replay is not None and ("lossless" in modes or threshold is not None):
+    if given["replay"] is not None and ("lossless" in modes or given["threshold"] is not None):
         raise click.UsageError("--replay decides about exits: neither --threshold nor mode lossless goes with it")
     if save is not None and not save.parent.is_dir():
         raise click.UsageError(f"--save: there is no directory {save.parent}")
     settings = [Setting(mode, batch) for batch in sorted(set(batches)) for mode in dict.fromkeys(("full", *modes))]
-    load = Load(bench_prompts(Bundle.open(bundle), data, samples), threshold, replay, tokens, seconds, rounds)
+    load = Load(bench_prompts(Bundle.open(bundle), data, samples), **given)
     idle = require_idle(force)
     with opened(bundle, load, max(batches), threads) as session:
         windows = measure(session, settings, load)

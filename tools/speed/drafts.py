@@ -120,15 +120,15 @@ def measure(session: Session, task: str, prompts: list[str], tokens: int, rounds
 
 
 # fmt: off
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="JSON lines: descriptions.")
 @click.option("--task", "tasks", type=click.Choice(TASKS), multiple=True, default=TASKS)
-@click.option("--threads", "counts", type=int, multiple=True, default=(1,), show_default=True)
-@click.option("--samples", type=click.IntRange(1), default=8, show_default=True, help="Prompts of a task.")
-@click.option("--max-new-tokens", "tokens", type=int, default=128, show_default=True)
-@click.option("--share", type=float, default=0.1, show_default=True, help="Words changed in predicted_output.")
-@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--threads", "counts", type=int, multiple=True, default=(1))
+@click.option("--samples", type=click.IntRange(1), default=8, help="Prompts of a task.")
+@click.option("--max-new-tokens", "tokens", type=int, default=128)
+@click.option("--share", type=float, default=0.1, help="Words changed in predicted_output.")
+@click.option("--rounds", type=click.IntRange(1), default=5)
 @click.option("--force", is_flag=True, help="On a busy machine too.")
 def main(bundles: tuple[Path, ...], data: Path, tasks: tuple[str, ...], counts: tuple[int, ...], samples: int,
          tokens: int, share: float, rounds: int, force: bool) -> None:

@@ -120,13 +120,13 @@ def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None
     click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
-@click.option("--threads", type=int, default=2, show_default=True)
-@click.option("--slots", type=int, default=16, show_default=True)
-@click.option("--seconds", type=float, default=20, show_default=True, help="For each number of clients.")
-@click.option("--max-new-tokens", "tokens", type=int, default=64, show_default=True)
-@click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--threads", type=int, default=2)
+@click.option("--slots", type=int, default=16)
+@click.option("--seconds", type=float, default=20, help="For each number of clients.")
+@click.option("--max-new-tokens", "tokens", type=int, default=64)
+@click.option("--rounds", type=int, default=9)
 @click.option("--force", is_flag=True, help="On a busy machine too.")
 def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, force: bool) -> None:
     """Measure the server of BUNDLE."""

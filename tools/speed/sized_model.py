@@ -21,10 +21,10 @@ SIZES = {"t5-base": (768, 3072, 12, 12), "t5-large": (1024, 4096, 24, 16)}
 TOKENS, ROWS = 32100, 32128
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("size", type=click.Choice(list(SIZES)))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True)
+@click.option("--seed", default=0)
 def main(size: str, out: Path, seed: int) -> None:
     if out.exists():
         raise click.UsageError(f"{out} exists; choose another path")

@@ -66,9 +66,9 @@ class Figures:
         )
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--rounds", type=int, default=7, show_default=True)
+@click.option("--rounds", type=int, default=7)
 @click.option("--threads", type=int, default=None, help="Of a session.  [default: one per core]")
 @click.option("--json", "output", type=click.Path(path_type=Path))
 @click.option("--force", is_flag=True)

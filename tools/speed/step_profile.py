@@ -1,6 +1,6 @@
 """Where the time of a token goes in mode full: kernel by kernel, by ONNX Runtime's own profile.
 
-    python -m tools.speed.step_profile BUNDLE [BUNDLE ...] [--json FILE]
+    python -m tools.speed.step_profile BUNDLE [BUNDLE ...]
 
 Each bundle decodes twice, on the engines that a session runs: as it is, for the seconds of a token and of its engine
 calls, and with kernels noted. Noting takes longer than many a kernel, so what the fastest operator is noted with is
@@ -10,11 +10,10 @@ waking them, the executor. Run on an idle machine.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -52,15 +51,12 @@ class Profile:
         return sum(step.seconds() for step in self.steps.values())
 
 
-@click.command(help=__doc__)
+@click.command(help=__doc__, context_settings={"show_default": True})
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--context", default=64, show_default=True, help="Tokens of the prompt.")
-@click.option("--tokens", default=64, show_default=True, help="Tokens after it.")
+@click.option("--context", default=64, help="Tokens of the prompt.")
+@click.option("--tokens", default=64, help="Tokens after it.")
 @click.option("--threads", type=int, help="[default: one for each physical core]")
-@click.option(
-    "--least", default=1.0, show_default=True, help="Percent of the kernels' time below which none is listed."
-)
-@click.option("--json", "output", type=click.Path(path_type=Path), help="Write everything here, too.")
+@click.option("--least", default=1.0, help="Percent of the kernels' time below which none is listed.")
 @click.option("--force", is_flag=True, help="Measure on a busy machine.")
 def main(
     bundles: tuple[Path, ...],
@@ -68,7 +64,6 @@ def main(
     tokens: int,
     threads: int | None,
     least: float,
-    output: Path | None,
     force: bool,
 ) -> None:
     if tokens < 4:
@@ -87,8 +82,6 @@ def main(
     for item in found:
         click.echo(table(item, least / 100))
     click.echo(", ".join(f"{name} {value}" for name, value in settings.items()))
-    if output is not None:
-        output.write_text(json.dumps({"settings": settings, "profiles": [asdict(item) for item in found]}, indent=2))
 
 
 def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
