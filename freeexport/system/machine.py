@@ -86,8 +86,10 @@ def keep_freed_memory(keep: bool = True) -> bool:
 
     False, and nothing changes, without glibc.
     """
-    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         return False
     set_to = _KEPT if keep else _USUAL
     done = all(libc.mallopt(*pair) for pair in set_to.items())
