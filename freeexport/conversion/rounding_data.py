@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from graphs.quantization.rounding import FLOAT32, Rounded, values_of
 from graphs.quantization.scheme import BLOCK
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.precision import RoundingData
+from runtime.errors import OptionError
+from runtime.machine.machine import available_memory
 
 # Tokens of the decoder: what is read, what there must be, and the longest sequence. Lines beyond are not looked at.
 MOST_TOKENS, FEWEST_TOKENS, LONGEST = 8192, 512, 512
@@ -47,10 +50,11 @@ def round_for_text(
     """Round the decoder's weights that get 4 bits for the first lines of `data`, JSON lines with input and target.
 
     Holds the model in float32 (4 bytes a parameter), the rounded weights, and the hidden states of the text. The same
-    machine gives the same weights. Raises DataError where the file is broken or has too little text, CheckpointError
-    where the checkpoint has no tokenizer.
+    machine gives the same weights. Raises DataError where the file is broken or has too little text, OptionError where
+    there is too little memory, CheckpointError where the checkpoint has no tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
+    _check_memory(checkpoint)
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
     rounder = _Rounder(model, description, engines)
@@ -60,10 +64,12 @@ def round_for_text(
         states = [call.hidden for call in calls[layers[0]]]
         advance()
         for layer in layers:
+            if rounder.done:
+                break
             rounder.round(layer, partial(_run, layer, calls[layer], states))
             states = _run(layer, calls.pop(layer), states)
             advance()
-        rounder.round(model.get_output_embeddings(), lambda: [_forward(model, text) for text in texts])
+        rounder.round(model.get_output_embeddings(), partial(_read, model, texts))
     return RoundedWeights(rounder.weights, RoundingData(len(texts), tokens, sha256_of(data)))
 
 
@@ -76,10 +82,14 @@ class _Rounder:
         self._scheme, self._type = used.scheme, used.scales or FLOAT32
         self._modules = _with_4_bits(model, description, engines)
 
+    @property
+    def done(self) -> bool:
+        return not self._modules
+
     def round(self, part: Module, read: Any) -> None:
         """Those in `part`; `read()` runs the text through it."""
         inside = set(part.modules())
-        modules = {name: module for name, module in self._modules.items() if module in inside}
+        modules = {name: self._modules.pop(name) for name, module in list(self._modules.items()) if module in inside}
         if not modules:
             return
         moments = _Moments()
@@ -93,7 +103,8 @@ class _Rounder:
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about
             rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
-            self.weights[name] = rounded
+            # What verification may find is what such a format loses; a fitted weight is further off, its outputs less.
+            self.weights[name] = replace(rounded, error=plain.error)
             weight[:] = values_of(rounded)[:, : weight.shape[1]]
 
 
@@ -159,6 +170,11 @@ def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> 
     return [out[0] if isinstance(out, tuple) else out for out in found]
 
 
+def _read(model: Any, texts: Sequence[Example]) -> None:
+    for text in texts:
+        _forward(model, text)
+
+
 def _forward(model: Any, text: Example) -> None:
     prompt, target = (torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target))
     if model.config.is_encoder_decoder:
@@ -179,9 +195,19 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and module in inside
-        and engines.plan.wanted(engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
     }
     return found | ({head: model.get_output_embeddings()} if engines.plan.head == "int4" else {})
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    available = available_memory()
+    if available is not None and need > available:
+        raise OptionError(
+            f"--rounding-data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
+            f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
+        )
 
 
 def _texts(

@@ -29,7 +29,7 @@ class HigherTensor:
 @dataclass(frozen=True)
 class EnginePrecision:
     """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
-    and scales, and the largest relative error of a weight."""
+    and scales, and the largest relative error of a weight, before it was fitted to text."""
 
     engine: str
     linears: TensorFormat

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from runtime.bundle.precision import Kernels
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BY_NAME = {case.name: case for case in CASES}
-LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
+LLAMA, T5, QWEN = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"], BY_NAME["qwen2-tied"]
 EXIT_LAYER = 2
 each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
 Checkpoint = Callable[[Case], Path]
@@ -142,18 +143,20 @@ def _moments(model: Any, module: torch.nn.Linear, texts: list[Any]) -> np.ndarra
     return sum((rows.T @ rows for rows in seen), np.zeros((module.in_features, module.in_features)))
 
 
-@each
+@pytest.mark.parametrize("case", [LLAMA, QWEN, T5], ids=lambda case: case.name)
 def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text: Path, checkpoint: Checkpoint) -> None:
     model = load(checkpoint(case))
-    inside = "model.layers." if case is LLAMA else "decoder.block."
+    inside = "decoder.block." if case is T5 else "model.layers."
     linear = {
         f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and inside in name
     }
-    prologue = {name for name in linear if name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))}
-    shallow = {name for name in linear - prologue if int(name.split(".")[2]) < EXIT_LAYER}
-    head = "model.embed_tokens.weight" if case is LLAMA else "shared.weight"
+    higher = {name for name in linear if name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))}
+    if case is QWEN:  # of which two heads share their values
+        higher |= {name for name in linear if name.endswith("v_proj.weight")}
+    shallow = {name for name in linear - higher if int(name.split(".")[2]) < EXIT_LAYER}
+    head = "shared.weight" if case is T5 else "model.embed_tokens.weight"
     for options, wanted in (
-        ({"precision": "int4"}, linear - prologue),
+        ({"precision": "int4"}, linear - higher),
         ({"precision": "mixed"}, shallow),
         ({"precision": "int8", "head": "int4"}, {head}),
     ):
@@ -174,6 +177,9 @@ def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> N
     assert (data.texts, data.sha256) == (40, hashlib.sha256(text.read_bytes()).hexdigest())
     assert f"{data.tokens} tokens of 40 texts" in CliRunner().invoke(main, ["inspect", str(path)]).stdout
     plain = bundle(LLAMA, EXIT_LAYER, precision="int4")
+    as_plain = Bundle.open(plain).manifest.quantization
+    assert as_plain is not None
+    assert replace(opened.manifest.quantization, rounding_data=None) == as_plain
     assert "fitted to" not in CliRunner().invoke(main, ["inspect", str(plain)]).stdout
 
 
@@ -222,3 +228,12 @@ def test_where_nothing_has_4_bits_text_is_refused(
 ) -> None:
     line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--rounding-data", str(text)))
     assert "--rounding-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
+
+
+def test_too_little_memory_is_said_before_the_model_is_loaded(
+    text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding_data, "available_memory", lambda: 1000)
+    monkeypatch.setattr(rounding_data, "reference_model", None)
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--rounding-data", str(text)))
+    assert "--rounding-data needs 0.0 GB of memory for llama-tied in float32, but 0.0 GB is available" in line
