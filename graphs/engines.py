@@ -5,8 +5,10 @@ Inputs and outputs are the engine contract of docs/architecture.md. B rows of a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +28,7 @@ from graphs.quantization.embedding import QuantizeEmbedding
 from graphs.quantization.linears import QuantizeLinears
 from graphs.quantization.plan import rounding
 from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.rounding import Rounded
 from graphs.weights import WeightFile, Weights
 from runtime.bundle.precision import Quantization
 
@@ -33,17 +36,25 @@ FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 
 
 class EngineBuilder:
-    """Builds the graphs of one model into one directory; they share one weight file."""
+    """Builds the graphs of one model into one directory; they share one weight file. `rounded`: weights that
+    are in 4 bits already, by the names of their tensors."""
 
     def __init__(
-        self, description: Description, options: EngineOptions, source: Weights, weights: WeightFile, directory: Path
+        self,
+        description: Description,
+        options: EngineOptions,
+        source: Weights,
+        weights: WeightFile,
+        directory: Path,
+        rounded: Mapping[str, Rounded] = MappingProxyType({}),
     ) -> None:
         options.check(description)
         check_norms(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
-        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.layout, self._rounding.scales)
+        used = self._rounding
+        self._quantizer = Quantizer(weights, used.scheme, used.layout, used.scales, rounded)
 
     @property
     def quantization(self) -> Quantization | None:
@@ -135,7 +146,7 @@ class EngineBuilder:
             return []
 
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
-        wanted = plan.wanted(engine, head)
+        wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
         passes = [linears, *(fusion() for fusion in self._rounding.fusions)]

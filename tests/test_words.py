@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -93,10 +92,10 @@ def docstrings() -> Iterator[tuple[str, str]]:
     for name in runtime.__all__:
         public = getattr(runtime, name)
         yield name, public.__doc__ or ""
-        for member in dir(public) if isinstance(public, type) else ():
-            value = inspect.getattr_static(public, member)
-            if not member.startswith("_") and not hasattr(Exception, member) and not hasattr(tuple, member):
-                yield f"{name}.{member}", getattr(value, "__doc__", None) or ""
+        for owner in (one for one in public.__mro__ if one.__module__.startswith("runtime")):
+            for member, value in vars(owner).items():
+                if not member.startswith("_"):
+                    yield f"{name}.{member}", getattr(value, "__doc__", None) or ""
 
 
 def long_lines(page: Path) -> list[str]:

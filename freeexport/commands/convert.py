@@ -55,6 +55,8 @@ from runtime.tensorrt.files import DIRECTORY
 @click.option("--kernels", type=click.Choice(get_args(Kernels)),
               help="Operators for quantized weights on a CPU. freeexport: ours. onnxruntime: its own, which other "
               "programs run too.  [default: freeexport where its library is built]")  # fmt: skip
+@click.option("--rounding-data", type=click.Path(path_type=Path),
+              help="JSON lines with input and target: 4-bit weights fit such text, and lose less.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
 @retired("--exact-rows", "with --kernels freeexport, the default, results never depend on the batch", is_flag=True)
@@ -89,6 +91,8 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
     click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}{faster}")
     if manifest.quantization is not None and manifest.quantization.higher:
         click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
+    if manifest.quantization is not None and (data := manifest.quantization.rounding_data) is not None:
+        click.echo(f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts")
     if manifest.quantization is not None and manifest.target == "cpu":
         click.echo(f"kernels: {kernels_of(manifest.kernels)}")
     if manifest.exit_vocabulary is not None:

@@ -33,6 +33,11 @@ def precision_table(quantization: Quantization) -> Table:
     return table("Precision", columns, rows)
 
 
+def _fitted(manifest: Manifest) -> list[tuple[str, str]]:
+    data = manifest.quantization and manifest.quantization.rounding_data
+    return [("4-bit weights", f"fitted to {data.tokens} tokens of {data.texts} texts")] if data else []
+
+
 def higher_table(quantization: Quantization) -> Table:
     """A row a weight with a higher precision than its engine, because it would lose too much."""
     rows = [(item.engine, item.tensor, item.wanted, item.stored, f"{item.error:.1%}") for item in quantization.higher]
@@ -138,6 +143,7 @@ def _model(manifest: Manifest) -> list[tuple[str, str]]:
         ("target", manifest.target),
         ("dialect", manifest.dialect),
         ("precision", manifest.precision),
+        *_fitted(manifest),
         *_kernels(manifest),
     ]
 

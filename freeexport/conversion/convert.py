@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.conversion.manifest import Written, decoder_start, head_copies, new_manifest
-from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.options import ConvertOptions, check_rounding_data, engine_options
 from freeexport.conversion.recalibrate import check_room, with_calibration
 from freeexport.conversion.unverified import kept_where_refused, unverified_place
 from freeexport.costs.measured import measured_in_child
@@ -29,6 +30,9 @@ from runtime.bundle.precision import ExitVocabulary
 from runtime.kernels import instructions
 from runtime.machine.page_cache import write_back
 
+if TYPE_CHECKING:
+    from freeexport.conversion.rounding_data import RoundedWeights
+
 WEIGHTS = "weights.data"
 
 
@@ -45,6 +49,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     exit_layer = checkpoint.exit_layer(len(description.decoder.layers), options.exit_layer)
     engines = engine_options(description, options, exit_layer)
     engines.check(description)
+    check_rounding_data(engines, options.rounding_data)
     decoder_start(checkpoint, description)
     if options.kernels == "freeexport" and (options.verify or options.measure):
         instructions()  # what cannot be run here, cannot be verified: better known before the long work
@@ -52,7 +57,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
         write_tokenizer(checkpoint, directory)
-        written = _write_engines(checkpoint, description, engines, directory)
+        written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
         manifest = new_manifest(checkpoint, description, engines, options, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
@@ -96,12 +101,14 @@ def _with_exit_vocabulary(
 
 
 def _write_engines(
-    checkpoint: Checkpoint, description: Description, options: EngineOptions, directory: Path
+    checkpoint: Checkpoint, description: Description, options: EngineOptions, text: Path | None, directory: Path
 ) -> Written:
     copies: list[DeclaredCopy] = []
+    rounded = None if text is None else _rounded(checkpoint, description, options, text)
     names = engine_names(description)
     with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
-        builder = EngineBuilder(description, options, checkpoint, weights, directory)
+        given = {} if rounded is None else rounded.weights
+        builder = EngineBuilder(description, options, checkpoint, weights, directory, given)
         for name in names:
             if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
                 copies += _export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
@@ -109,7 +116,16 @@ def _write_engines(
                 getattr(builder, name)()
             advance()
         quantization = builder.quantization
+        if quantization is not None and rounded is not None:
+            quantization = replace(quantization, rounding_data=rounded.data)
         return Written(weights.bytes, (*head_copies(description, options, quantization), *copies), quantization)
+
+
+def _rounded(checkpoint: Checkpoint, description: Description, engines: EngineOptions, text: Path) -> RoundedWeights:
+    # torch takes a second to import.
+    from freeexport.conversion.rounding_data import round_for_text
+
+    return round_for_text(checkpoint, description, engines, text)
 
 
 def _export_encoder(

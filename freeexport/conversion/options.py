@@ -26,8 +26,9 @@ class ConvertOptions:
     where its attention has a kernel for the model's heads, else "standard". None for `head` is 8 bits where weights are
     quantized. `compute` is what engines for a GPU with quantized weights compute in, None for fp16. `kernels`: whose
     operators multiply with weights that are quantized for a CPU, None for ours where their library is. `exit_vocab` is
-    the file of `freeexport exit-vocab` for this checkpoint, `calibration` that of `freeexport calibrate`. OptionError
-    where two do not go together; GraphError for an encoder capacity under 1."""
+    the file of `freeexport exit-vocab` for this checkpoint, `calibration` that of `freeexport calibrate`.
+    `rounding_data`: text that weights in 4 bits are rounded for. OptionError where two do not go together; GraphError
+    for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -42,6 +43,7 @@ class ConvertOptions:
     kernels: Kernels | None = None
     exit_vocab: Path | None = None
     calibration: Path | None = None
+    rounding_data: Path | None = None
     verify: bool = True
     measure: bool = True
     overwrite: bool = False
@@ -56,6 +58,18 @@ class ConvertOptions:
     def longest_prompt(self) -> int:
         """Of an encoder-decoder, in tokens."""
         return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
+
+
+def check_rounding_data(engines: EngineOptions, data: Path | None) -> None:
+    """OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
+    plan = engines.plan
+    if data is not None and (
+        engines.target != "cpu" or plan is None or "int4" not in (plan.shallow, plan.deep, plan.head)
+    ):
+        raise OptionError(
+            "--rounding-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), not for "
+            f"precision {engines.precision} of target {engines.target}; leave it out"
+        )
 
 
 def natural_dialect(description: Description) -> Dialect:

@@ -17,10 +17,10 @@ from runtime.machine.machine import usable_cores
 # Instruction sets that decide which matrix kernels ONNX Runtime picks, by their names in /proc/cpuinfo.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
 
-# Parameters of mallopt(3).
+# Parameters of mallopt(3): where memory at the top is given back, what more is asked for, and the most mappings.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_LARGEST = 2**31 - 1
-_GROWTH = 64 << 20  # bytes
+_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20, _MMAP_MAX: 0}
+_USUAL = {_TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10, _MMAP_MAX: 65536}
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,19 @@ def _read(path: Path) -> str:
         return ""
 
 
-def keep_freed_memory() -> bool:
+def keep_freed_memory(keep: bool = True) -> bool:
     """Keep what this process frees, for it to use again without the system's zeroed pages: a fifth of a step on a CPU.
+    What is kept is in pieces, so that a process grows by up to a half; `keep=False` goes back to the usual.
 
     False, and nothing changes, without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not (hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim")):
         return False
-    return all(mallopt(*pair) for pair in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, _LARGEST), (_TOP_PAD, _GROWTH)))
+    set_to = _KEPT if keep else _USUAL
+    done = all(libc.mallopt(*pair) for pair in set_to.items())
+    if not keep:
+        libc.malloc_trim(0)
+    return done

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import click
+import psutil
 from transformers import TrainerCallback
 
+from freeexport.system.machine import keep_freed_memory
 from freeexport.system.progress import progress
 from freeexport.training.trainer import AGREEING, ENDLESS, Clock
 from runtime.errors import FreeExportError
 from runtime.json_file import parse_json
+
+LEAST_LEFT = 0.25  # of the machine's memory
 
 
 class DivergedError(FreeExportError):
@@ -34,6 +38,19 @@ class StopInTime(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         if state.global_step >= state.max_steps or self._clock.share >= 1:
             control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True
+
+
+class MemoryLeft(TrainerCallback):  # type: ignore[misc]
+    """Ends the keeping of freed memory where little is left on the machine."""
+
+    def __init__(self) -> None:
+        self._keeps = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        memory = psutil.virtual_memory()
+        if self._keeps and memory.available < LEAST_LEFT * memory.total:
+            self._keeps = False
+            keep_freed_memory(False)
 
 
 class Metrics(TrainerCallback):  # type: ignore[misc]

@@ -165,12 +165,12 @@ def _run(
     """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    from freeexport.training.callbacks import Bar, Metrics, StopInTime
+    from freeexport.training.callbacks import Bar, MemoryLeft, Metrics, StopInTime
     from freeexport.training.trainer import ExitTrainer, resumed_clock, training_arguments
 
     checkpoint = last_checkpoint(directory.path) if options.resume else None
     clock = resumed_clock(options, checkpoint)
-    callbacks: list[TrainerCallback] = [StopInTime(clock)]
+    callbacks: list[TrainerCallback] = [StopInTime(clock), MemoryLeft()]
     bar, metrics = Bar(clock), None
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))

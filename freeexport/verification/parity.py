@@ -149,11 +149,11 @@ def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractConte
     if manifest.quantization is not None:
         engines = {engine.engine: engine for engine in manifest.quantization.engines}
         exit_layer = manifest.exit_layer
-        return coarsening(model, lambda name: engines.get(_engine_of(name, exit_layer)), manifest.target == "cpu")
+        return coarsening(model, lambda name: engines.get(engine_of(name, exit_layer)), manifest.target == "cpu")
     return rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
 
 
-def _engine_of(module: str, exit_layer: int) -> str:
+def engine_of(module: str, exit_layer: int) -> str:
     """The engine that computes a module of transformers, by its name."""
     if module.startswith("encoder."):
         return "encoder"
@@ -205,7 +205,7 @@ class States:
 
 def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.Tensor:
     """Logits [B, n, V] of the model cut after the exit layer."""
-    stack, name = _layer_list(model)
+    stack, name = layer_list(model)
     layers = getattr(stack, name)
     setattr(stack, name, layers[:exit_layer])
     try:
@@ -215,7 +215,7 @@ def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.
         setattr(stack, name, layers)
 
 
-def _layer_list(model: Any) -> tuple[Any, str]:
+def layer_list(model: Any) -> tuple[Any, str]:
     """The module that holds the decoder layers, and under which name."""
     decoder = model.get_decoder()
     return decoder, "block" if hasattr(decoder, "block") else "layers"

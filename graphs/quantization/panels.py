@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from graphs.quantization.pieces import pieces
-from graphs.quantization.rounding import Rounded
+from graphs.quantization.rounding import Rounded, unpacked
 from runtime.bundle.precision import TensorFormat
 
 BITS: dict[TensorFormat, int] = {"int4": 4, "int8-block": 8}
@@ -28,24 +28,19 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
         data[rows] = _halves(rounded.data[rows], groups, bits)
     # [panel, output, group, quad, byte] -> [panel, group, quad, output, byte]
     ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
-    zeros = None if rounded.zero_points is None else _by_panel(_unpacked(rounded.zero_points)[:, :blocks], panels)
+    zeros = None if rounded.zero_points is None else _by_panel(unpacked(rounded.zero_points)[:, :blocks], panels)
     packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
     return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error)
 
 
 def _halves(data: np.ndarray, groups: int, bits: int) -> np.ndarray:
     """[n, blocks, bytes] -> uint8 [n, groups, bytes]: of 4 bits the even quads of inputs low, the odd ones high."""
-    values = (data if bits == 8 else _unpacked(data)).reshape(len(data), -1)[:, : groups * GROUP]
+    values = (data if bits == 8 else unpacked(data)).reshape(len(data), -1)[:, : groups * GROUP]
     if bits == 8:
         return values.reshape(len(data), groups, GROUP)
     quads = values.reshape(len(data), groups, GROUP // 8, 2, 4)
     halves: np.ndarray = (quads[..., 0, :] | quads[..., 1, :] << 4).reshape(len(data), groups, -1)
     return halves
-
-
-def _unpacked(data: np.ndarray) -> np.ndarray:
-    """Two values a byte, the low one first -> one a byte along the last axis."""
-    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
 
 
 def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
 from graphs.quantization.rounding import Rounded
-from graphs.quantization.scheme import Scheme
+from graphs.quantization.scheme import BLOCK, Scheme
 from graphs.weights import WeightFile
 from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
 
@@ -50,11 +51,18 @@ def as_rounded(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
 
 class Quantizer:
     """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `layout`
-    is that of the weights of linear layers, and `scales` the type of their scales, None for the weight's own."""
+    is that of the weights of linear layers, and `scales` the type of their scales, None for the weight's own. `given`:
+    weights that are in 4 bits already, by the names of their tensors."""
 
     def __init__(
-        self, weights: WeightFile, scheme: Scheme, layout: Layout = as_rounded, scales: np.dtype | None = None
+        self,
+        weights: WeightFile,
+        scheme: Scheme,
+        layout: Layout = as_rounded,
+        scales: np.dtype | None = None,
+        given: Mapping[str, Rounded] = MappingProxyType({}),
     ) -> None:
+        self._given = given
         self._weights, self._scheme, self._layout, self._scales = weights, scheme, layout, scales
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._engines: list[EnginePrecision] = []
@@ -92,6 +100,10 @@ class Quantizer:
         return Quantization(tuple(self._engines), tuple(self._higher))
 
     def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
+        if wanted == "int4" and name in self._given:
+            rounded = self._given[name]
+            written = self._layout(rounded, tensor.shape.numpy()[1], wanted)
+            return self._write(name, wanted, written, BLOCK, rounded.error)
         format_: TensorFormat | None = wanted
         scheme = self._scheme
         lost: float | None = None

@@ -33,7 +33,7 @@ def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
     scales = np.empty(data.shape[:2], type_)
     lost = 0.0
     for rows in pieces(weight):
-        piece = _in_blocks(weight[rows], block)
+        piece = in_blocks(weight[rows], block)
         scales[rows] = at_least(np.abs(piece).max(-1) / 127, type_)
         scale = scales[rows, :, None].astype(np.float32)
         steps = np.rint(piece / scale)
@@ -49,23 +49,32 @@ def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
     A value v stands for (v - zero point) * scale. Of two values in a byte, the first is in the low half.
     """
     outputs, blocks, _ = _blocked(weight, block)
-    data = np.empty((outputs, blocks, block // 2), np.uint8)
+    values = np.empty((outputs, blocks, block), np.uint8)
     scales = np.empty((outputs, blocks), type_)
-    zeros = np.zeros((outputs, blocks + blocks % 2), np.uint8)
+    zeros = np.empty((outputs, blocks), np.uint8)
     lost = 0.0
     for rows in pieces(weight):
-        values, scales[rows], zeros[rows, :blocks], errors = _best_clip(_in_blocks(weight[rows], block), type_)
-        data[rows] = _pack(values)
+        values[rows], scales[rows], zeros[rows], errors = best_range(in_blocks(weight[rows], block), type_)
         lost += total(errors)
-    return Rounded(data, scales, _pack(zeros), relative(lost, weight))
+    return joined(values, scales, zeros, relative(lost, weight))
 
 
-def _best_clip(piece: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """[n, blocks, block] -> uint8 values; scales, zero points and squared errors [n, blocks] of each block's best."""
+def joined(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, error: float) -> Rounded:
+    """Values uint8 [outputs, blocks, block] and zero points [outputs, blocks] of 4 bits, two in a byte."""
+    zeros = np.pad(zeros.astype(np.uint8), ((0, 0), (0, zeros.shape[1] % 2)))
+    return Rounded(_pack(values), scales, _pack(zeros), error)
+
+
+def best_range(
+    piece: np.ndarray, type_: np.dtype, importance: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """[n, blocks, block] -> uint8 values; scales, zero points and squared errors [n, blocks] of each block's best.
+    `importance` [blocks, block]: of the square of each input's error; None for all the same."""
+    importance = np.ones(piece.shape[1:], np.float32) if importance is None else importance
     low, high = np.minimum(piece.min(-1), 0), np.maximum(piece.max(-1), 0)
-    best = _round_between(piece, low, high, type_)
+    best = _round_between(piece, low, high, type_, importance)
     for clip in CLIPS[1:]:
-        found = _round_between(piece, low * np.float32(clip), high * np.float32(clip), type_)
+        found = _round_between(piece, low * np.float32(clip), high * np.float32(clip), type_, importance)
         better = found[-1] < best[-1]
         for chosen, candidate in zip(best, found, strict=True):
             chosen[better] = candidate[better]
@@ -73,18 +82,32 @@ def _best_clip(piece: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarr
 
 
 def _round_between(
-    piece: np.ndarray, low: np.ndarray, high: np.ndarray, type_: np.dtype
+    piece: np.ndarray, low: np.ndarray, high: np.ndarray, type_: np.dtype, importance: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """16 even steps from `low` to `high` [n, blocks], then the scale that fits the values best (least squares)."""
     scale = at_least((high - low) / 15, FLOAT32)
     zero = np.clip(np.rint(-low / scale), 0, 15)
     values = np.clip(np.rint(piece / scale[..., None]) + zero[..., None], 0, 15)
     steps = values - zero[..., None]
-    power = np.square(steps).sum(-1)
-    fitted = np.where(power > 0, (steps * piece).sum(-1) / np.maximum(power, 1), scale)
+    weighted = steps * importance
+    power = (weighted * steps).sum(-1)
+    fitted = np.where(power > 0, (weighted * piece).sum(-1) / np.where(power > 0, power, 1), scale)
     fitted = at_least(fitted.astype(np.float32), type_)
-    errors = np.square(steps * fitted[..., None].astype(np.float32) - piece).sum(-1)
+    errors = (np.square(steps * fitted[..., None].astype(np.float32) - piece) * importance).sum(-1)
     return values.astype(np.uint8), fitted, zero.astype(np.uint8), errors
+
+
+def values_of(rounded: Rounded) -> np.ndarray:
+    """What `rounded` of 4 bits stands for, float32 [outputs, blocks * block]."""
+    assert rounded.zero_points is not None
+    values, zeros = unpacked(rounded.data).astype(np.float32), unpacked(rounded.zero_points)[:, : rounded.data.shape[1]]
+    found: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(np.float32)
+    return found.reshape(len(values), -1)
+
+
+def unpacked(data: np.ndarray) -> np.ndarray:
+    """Two values a byte, the low one first -> one a byte along the last axis."""
+    return np.stack([data & 15, data >> 4], axis=-1).reshape(*data.shape[:-1], -1)
 
 
 def _pack(values: np.ndarray) -> np.ndarray:
@@ -98,7 +121,7 @@ def _blocked(weight: np.ndarray, block: int) -> tuple[int, int, int]:
     return outputs, -(-inputs // block), block
 
 
-def _in_blocks(rows: np.ndarray, block: int) -> np.ndarray:
+def in_blocks(rows: np.ndarray, block: int) -> np.ndarray:
     """[n, inputs] -> [n, blocks, block], the last block filled up with zeros."""
     count, blocks, _ = _blocked(rows, block)
     padded = np.zeros((count, blocks * block), np.float32)

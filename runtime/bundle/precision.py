@@ -29,7 +29,7 @@ class HigherTensor:
 @dataclass(frozen=True)
 class EnginePrecision:
     """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
-    and scales, and the largest relative error of a weight."""
+    and scales, and the largest relative error of a weight, before it was fitted to text."""
 
     engine: str
     linears: TensorFormat
@@ -39,12 +39,24 @@ class EnginePrecision:
 
 
 @dataclass(frozen=True)
+class RoundingData:
+    """The text that weights in 4 bits were rounded for: how many lines of a file, how many tokens of the decoder, and
+    the sha256 of the file."""
+
+    texts: int
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Quantization:
-    """How a bundle's weights were quantized. `int8_range` is of older bundles: of weights that are int8 for a CPU."""
+    """How a bundle's weights were quantized. `int8_range` is of older bundles: of weights that are int8 for a CPU.
+    `rounding_data` is None where no text was used."""
 
     engines: tuple[EnginePrecision, ...] = ()
     higher: tuple[HigherTensor, ...] = ()
     int8_range: Literal["full", "reduced"] | None = None
+    rounding_data: RoundingData | None = None
 
 
 @dataclass(frozen=True)

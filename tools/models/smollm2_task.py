@@ -72,15 +72,15 @@ def convert(model: Path, bundle: Path, calibration: Path, task: Task, *options: 
         python("freeexport", "calibrate", bundle, "--data", calibration, "--max-new-tokens", task.most)
 
 
-@click.command()
+@click.command(context_settings={"show_default": True})
 @click.argument("name", metavar="TASK", type=click.Choice(list(TASKS)))
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--begin", type=click.Path(path_type=Path), help="Begin with what another task left, WORK/joint.")
-@click.option("--exit-layer", type=click.IntRange(1, 29), default=8, show_default=True)
-@click.option("--exit-layers", type=click.IntRange(1, 4), default=2, show_default=True)
+@click.option("--exit-layer", type=click.IntRange(1, 29), default=8)
+@click.option("--exit-layers", type=click.IntRange(1, 4), default=2)
 @click.option("--minutes", type=(float, float), help="Of the two trainings.  [default: the task's]")
-@click.option("--samples", type=click.IntRange(10), default=100, show_default=True, help="Lines of the evaluation.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="Of the evaluation.")
+@click.option("--samples", type=click.IntRange(10), default=100, help="Lines of the evaluation.")
+@click.option("--threads", type=click.IntRange(1), default=2, help="Of the evaluation.")
 @click.option("--bundle", "bundles", type=click.Choice(BUNDLES), multiple=True, default=BUNDLES, help="To evaluate.")
 def command(
     name: str,

@@ -12,8 +12,10 @@ _FAULTS = """
 import ctypes, resource, sys
 from freeexport.system.machine import keep_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "never":
     keep_freed_memory()
+if sys.argv[1] == "no more":
+    keep_freed_memory(False)
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
 
@@ -36,4 +38,5 @@ def test_a_large_block_that_was_freed_is_used_again_without_page_faults() -> Non
         done = subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults("keep") < faults("hand back") / 4
+    assert faults("keep") < faults("never") / 4
+    assert faults("no more") > 4 * faults("keep")

@@ -1,0 +1,229 @@
+"""Weights in 4 bits, rounded for text: each decoder layer reads it as the rounded layers before pass it on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import Linear, Module
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples
+from freeexport.checkpoints.text_format import text_format
+from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.system.progress import progress
+from freeexport.verification.parity import engine_of, layer_list
+from graphs.description import Description
+from graphs.engine_options import EngineOptions
+from graphs.quantization.inputs import round_4_bits_for
+from graphs.quantization.plan import rounding
+from graphs.quantization.rounding import FLOAT32, Rounded, values_of
+from graphs.quantization.scheme import BLOCK
+from runtime.bundle.bundle import sha256_of
+from runtime.bundle.precision import RoundingData
+from runtime.errors import OptionError
+from runtime.machine.machine import available_memory
+
+# Tokens of the decoder: what is read, what there must be, and the longest sequence. Lines beyond are not looked at.
+MOST_TOKENS, FEWEST_TOKENS, LONGEST = 8192, 512, 512
+LINES = 4096
+
+
+@dataclass(frozen=True)
+class RoundedWeights:
+    """Weights in 4 bits by the names of their tensors, and the text that they were rounded for."""
+
+    weights: dict[str, Rounded]
+    data: RoundingData
+
+
+def round_for_text(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, data: Path
+) -> RoundedWeights:
+    """Round the decoder's weights that get 4 bits for the first lines of `data`, JSON lines with input and target.
+
+    Holds the model in float32 (4 bytes a parameter), the rounded weights, and the hidden states of the text. The same
+    machine gives the same weights. Raises DataError where the file is broken or has too little text, OptionError where
+    there is too little memory, CheckpointError where the checkpoint has no tokenizer.
+    """
+    texts, tokens = _texts(checkpoint, description, engines, data)
+    _check_memory(checkpoint)
+    model = reference_model(checkpoint)
+    stack, field = layer_list(model)
+    rounder = _Rounder(model, description, engines)
+    layers = list(getattr(stack, field))
+    with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:
+        calls = _calls(model, layers, texts)
+        states = [call.hidden for call in calls[layers[0]]]
+        advance()
+        for layer in layers:
+            if rounder.done:
+                break
+            rounder.round(layer, partial(_run, layer, calls[layer], states))
+            states = _run(layer, calls.pop(layer), states)
+            advance()
+        rounder.round(model.get_output_embeddings(), partial(_read, model, texts))
+    return RoundedWeights(rounder.weights, RoundingData(len(texts), tokens, sha256_of(data)))
+
+
+class _Rounder:
+    """Rounds the linear layers of a model that get 4 bits, in place too. `weights`: what became of them."""
+
+    def __init__(self, model: Any, description: Description, engines: EngineOptions) -> None:
+        self.weights: dict[str, Rounded] = {}
+        used = rounding(engines.target, engines.kernels)
+        self._scheme, self._type = used.scheme, used.scales or FLOAT32
+        self._modules = _with_4_bits(model, description, engines)
+
+    @property
+    def done(self) -> bool:
+        return not self._modules
+
+    def round(self, part: Module, read: Any) -> None:
+        """Those in `part`; `read()` runs the text through it."""
+        inside = set(part.modules())
+        modules = {name: self._modules.pop(name) for name, module in list(self._modules.items()) if module in inside}
+        if not modules:
+            return
+        moments = _Moments()
+        hooks = [module.register_forward_pre_hook(moments.add) for module in modules.values()]
+        read()
+        for hook in hooks:
+            hook.remove()
+        for name, module in modules.items():
+            weight, seen = module.weight.numpy(), moments.of(module)
+            plain, _ = self._scheme.round(weight, "int4", self._type)
+            if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
+                continue  # it gets more bits, or is what no text can tell about
+            rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
+            # What verification may find is what such a format loses; a fitted weight is further off, its outputs less.
+            self.weights[name] = replace(rounded, error=plain.error)
+            weight[:] = values_of(rounded)[:, : weight.shape[1]]
+
+
+class _Moments:
+    """The sums of x x^T that linear layers read. Layers that read one input, one after the other, share them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Module, np.ndarray] = {}
+        self._last: tuple[torch.Tensor, Module] | None = None
+
+    def add(self, module: Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        (x,) = inputs
+        if self._last is not None and self._last[0] is x:
+            self._sums[module] = self._sums[self._last[1]]
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        new = (rows.T @ rows).numpy()
+        if module in self._sums:
+            self._sums[module] += new
+        else:
+            self._sums[module] = new.astype(np.float64)
+        self._last = x, module
+
+    def of(self, module: Module) -> np.ndarray:
+        return self._sums[module]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """Of a layer: hidden states [1, n, d], and what else it is called with."""
+
+    hidden: torch.Tensor
+    rest: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+class _Enough(Exception):
+    """Ends a pass of the model: all its layers were called."""
+
+
+def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> dict[Module, list[_Call]]:
+    """How the model calls its layers, a call a text."""
+    calls: dict[Module, list[_Call]] = {layer: [] for layer in layers}
+
+    def note(layer: Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+        # Of later layers the states are not needed: those that rounded layers give take their place.
+        calls[layer].append(_Call(inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options))
+        if layer is layers[-1]:
+            raise _Enough
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    for text in texts:
+        with suppress(_Enough):
+            _forward(model, text)
+    for hook in hooks:
+        hook.remove()
+    return calls
+
+
+def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What a layer makes of the states of each text."""
+    found = [layer(hidden, *call.rest, **call.options) for call, hidden in zip(calls, states, strict=True)]
+    return [out[0] if isinstance(out, tuple) else out for out in found]
+
+
+def _read(model: Any, texts: Sequence[Example]) -> None:
+    for text in texts:
+        _forward(model, text)
+
+
+def _forward(model: Any, text: Example) -> None:
+    prompt, target = (torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target))
+    if model.config.is_encoder_decoder:
+        start = torch.full((1, 1), model.config.decoder_start_token_id or 0)
+        model(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1), use_cache=False)
+    else:
+        model(input_ids=torch.cat([prompt, target], dim=1), use_cache=False)
+
+
+def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -> dict[str, Linear]:
+    """Linear layers of the decoder whose weights get 4 bits, by the names of these weights."""
+    assert engines.plan is not None
+    head = description.decoder.head.weight
+    stack, field = layer_list(model)
+    inside = {module for layer in getattr(stack, field) for module in layer.modules()}
+    found = {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, Linear)
+        and module in inside
+        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+    }
+    return found | ({head: model.get_output_embeddings()} if engines.plan.head == "int4" else {})
+
+
+def _check_memory(checkpoint: Checkpoint) -> None:
+    need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
+    available = available_memory()
+    if available is not None and need > available:
+        raise OptionError(
+            f"--rounding-data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
+            f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
+        )
+
+
+def _texts(
+    checkpoint: Checkpoint, description: Description, engines: EngineOptions, data: Path
+) -> tuple[list[Example], int]:
+    """The first lines, and how many tokens the decoder has to read of them."""
+    form = replace(text_format(checkpoint, description, min(LONGEST, engines.capacity)), truncate=True)
+    examples, _ = encode(read_examples(data, LINES, TARGETS_WANTED), form, data)
+    texts, tokens = [], 0
+    for example in examples:
+        if tokens >= MOST_TOKENS:
+            break
+        texts.append(example)
+        tokens += len(example.target) + (0 if form.seq2seq else len(example.prompt))
+    if tokens < FEWEST_TOKENS:
+        raise DataError(
+            f"{data} has {tokens} tokens for the decoder; rounding needs at least {FEWEST_TOKENS}, give more lines"
+        )
+    return texts, tokens

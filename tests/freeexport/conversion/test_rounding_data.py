@@ -1,0 +1,239 @@
+"""`convert --rounding-data`: what each weight was rounded for, what it gains on other text, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, Case, load
+from click.testing import CliRunner, Result
+from command_errors import error
+from conftest import Bundles
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.cli import main
+from freeexport.conversion import rounding_data
+from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
+from freeexport.verification.quality import measure_quality
+from graphs.engine_options import EngineOptions
+from graphs.families import describe
+from graphs.quantization.inputs import round_4_bits_for
+from graphs.quantization.rounding import Rounded, values_of
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import Kernels
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA, T5, QWEN = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"], BY_NAME["qwen2-tied"]
+EXIT_LAYER = 2
+each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
+Checkpoint = Callable[[Case], Path]
+
+
+def lines(path: Path, first: int, count: int) -> Path:
+    texts = [
+        {"input": f"What is {n}?", "target": f"{n} is a number, and so is {n * n}."}
+        for n in range(first, first + count)
+    ]
+    path.write_text("\n".join(map(json.dumps, texts)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return lines(tmp_path_factory.mktemp("text") / "rounding.jsonl", 0, 40)
+
+
+def engines(case: Case, model: Path, **options: Any) -> EngineOptions:
+    checkpoint = open_checkpoint(str(model))
+    wanted = ConvertOptions(EXIT_LAYER, capacity=128, kernels="onnxruntime", **options)
+    return engine_options(describe(checkpoint.config, checkpoint), wanted, EXIT_LAYER)
+
+
+def rounded_for(case: Case, model: Path, text: Path, **options: Any) -> RoundedWeights:
+    checkpoint = open_checkpoint(str(model))
+    chosen = engines(case, model, **{"precision": "int4", **options})
+    return round_for_text(checkpoint, describe(checkpoint.config, checkpoint), chosen, text)
+
+
+def same(one: Rounded, other: Rounded) -> bool:
+    return bool(
+        (one.data == other.data).all()
+        and (one.scales == other.scales).all()
+        and one.zero_points is not None
+        and other.zero_points is not None
+        and (one.zero_points == other.zero_points).all()
+    )
+
+
+@each
+@pytest.mark.parametrize("kernels", ["freeexport", "onnxruntime"])
+def test_it_loses_less_on_other_text(
+    case: Case, kernels: Kernels, text: Path, bundle: Bundles, source_model: Callable[[Case], Any], tmp_path: Path
+) -> None:
+    other = lines(tmp_path / "other.jsonl", 100, 10)
+    plain, ours = (
+        measure_quality(Bundle.open(path), source_model(case), other)
+        for path in (
+            bundle(case, EXIT_LAYER, precision="int4", kernels=kernels),
+            bundle(case, EXIT_LAYER, precision="int4", kernels=kernels, rounding_data=text),
+        )
+    )
+    assert ours.passed
+    assert 1e-3 < ours.divergence < 0.9 * plain.divergence
+    assert ours.agreement > plain.agreement
+
+
+@each
+def test_each_layer_is_rounded_for_what_the_rounded_layers_before_give(
+    case: Case, text: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights of a layer, from the moments of whole passes of transformers' model with all before it rounded."""
+    read: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def noted(weight: np.ndarray, moments: np.ndarray, *rest: Any) -> Rounded:
+        read.append((weight.copy(), moments.copy()))
+        return round_4_bits_for(weight, moments, *rest)
+
+    monkeypatch.setattr(rounding_data, "round_4_bits_for", noted)
+    texts: list[Any] = []
+    forward = rounding_data._forward
+    monkeypatch.setattr(
+        rounding_data, "_forward", lambda model, example: (texts.append(example), forward(model, example))
+    )
+    found = rounded_for(case, checkpoint(case), text).weights
+
+    model = load(checkpoint(case))
+    modules = dict(model.named_modules())
+    for number, name in enumerate(found):
+        weight, moments = read[number]
+        module = modules[name.removesuffix(".weight")]
+        np.testing.assert_array_equal(weight, module.weight.detach().numpy())
+        layer = name.split(".self_attn")[0].split(".mlp")[0].split(".layer.")[0]
+        sums = _moments(model, module, texts)
+        np.testing.assert_allclose(moments, sums, atol=2e-4 * np.diag(sums).max())
+        after = list(found)[number + 1 :]
+        if not after or not after[0].startswith(f"{layer}."):
+            with torch.no_grad():
+                for same_layer in (each_name for each_name in found if each_name.startswith(f"{layer}.")):
+                    into = modules[same_layer.removesuffix(".weight")].weight
+                    into.copy_(torch.from_numpy(values_of(found[same_layer])[:, : into.shape[1]]))
+
+
+def _moments(model: Any, module: torch.nn.Linear, texts: list[Any]) -> np.ndarray:
+    seen: list[np.ndarray] = []
+    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].numpy().astype(np.float64)))
+    with torch.no_grad():
+        for example in texts:
+            prompt, target = (torch.tensor(ids.tolist())[None] for ids in (example.prompt, example.target))
+            if model.config.is_encoder_decoder:
+                model(input_ids=prompt, labels=target)
+            else:
+                model(torch.cat([prompt, target], 1))
+    hook.remove()
+    return sum((rows.T @ rows for rows in seen), np.zeros((module.in_features, module.in_features)))
+
+
+@pytest.mark.parametrize("case", [LLAMA, QWEN, T5], ids=lambda case: case.name)
+def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text: Path, checkpoint: Checkpoint) -> None:
+    model = load(checkpoint(case))
+    inside = "decoder.block." if case is T5 else "model.layers."
+    linear = {
+        f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and inside in name
+    }
+    higher = {name for name in linear if name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))}
+    if case is QWEN:  # of which two heads share their values
+        higher |= {name for name in linear if name.endswith("v_proj.weight")}
+    shallow = {name for name in linear - higher if int(name.split(".")[2]) < EXIT_LAYER}
+    head = "shared.weight" if case is T5 else "model.embed_tokens.weight"
+    for options, wanted in (
+        ({"precision": "int4"}, linear - higher),
+        ({"precision": "mixed"}, shallow),
+        ({"precision": "int8", "head": "int4"}, {head}),
+    ):
+        assert set(rounded_for(case, checkpoint(case), text, **options).weights) == wanted
+
+
+def test_the_same_text_gives_the_same_weights(text: Path, checkpoint: Checkpoint) -> None:
+    one, other = (rounded_for(LLAMA, checkpoint(LLAMA), text).weights for _ in range(2))
+    assert one.keys() == other.keys()
+    assert all(same(one[name], other[name]) for name in one)
+
+
+def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> None:
+    opened = Bundle.open(path := bundle(LLAMA, EXIT_LAYER, precision="int4", rounding_data=text))
+    assert opened.manifest.quantization is not None
+    data = opened.manifest.quantization.rounding_data
+    assert data is not None
+    assert (data.texts, data.sha256) == (40, hashlib.sha256(text.read_bytes()).hexdigest())
+    assert f"{data.tokens} tokens of 40 texts" in CliRunner().invoke(main, ["inspect", str(path)]).stdout
+    plain = bundle(LLAMA, EXIT_LAYER, precision="int4")
+    as_plain = Bundle.open(plain).manifest.quantization
+    assert as_plain is not None
+    assert replace(opened.manifest.quantization, rounding_data=None) == as_plain
+    assert "fitted to" not in CliRunner().invoke(main, ["inspect", str(plain)]).stdout
+
+
+def test_long_texts_are_cut_and_late_lines_are_left(
+    text: Path, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding_data, "MOST_TOKENS", 600)
+    monkeypatch.setattr(rounding_data, "LONGEST", 38)
+    data = rounded_for(LLAMA, checkpoint(LLAMA), text).data
+    assert 600 <= data.tokens < 638
+    assert data.texts < 40
+
+
+def convert(model: Path, out: Path, *arguments: str) -> Result:
+    fast = ("--exit-layer", "1", "--no-verify", "--no-measure", "--capacity", "64")
+    return CliRunner().invoke(main, ["convert", str(model), str(out), *fast, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        ("", "has no examples; give one JSON object with 'input' and 'target' a line"),
+        ('{"input": "x"}\n', "line 1: 'target' is missing; give every line an input and a target"),
+        ("not JSON\n", "line 1: "),
+        ('{"input": "x", "target": "y"}\n', "tokens for the decoder; rounding needs at least 512, give more lines"),
+    ],
+)
+def test_bad_data_is_one_line(content: str | None, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_text(content)
+    out = tmp_path / "out"
+    line = error(convert(checkpoint(LLAMA), out, "--precision", "int4", "--rounding-data", str(path)))
+    assert said in line.lower() if content is None else said in line
+    assert str(path) in line
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--precision", "fp32"), ("--precision", "int8"), ("--precision", "int4", "--target", "cuda"), ()],
+)
+def test_where_nothing_has_4_bits_text_is_refused(
+    options: tuple[str, ...], text: Path, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--rounding-data", str(text)))
+    assert "--rounding-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
+
+
+def test_too_little_memory_is_said_before_the_model_is_loaded(
+    text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding_data, "available_memory", lambda: 1000)
+    monkeypatch.setattr(rounding_data, "reference_model", None)
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--rounding-data", str(text)))
+    assert "--rounding-data needs 0.0 GB of memory for llama-tied in float32, but 0.0 GB is available" in line
