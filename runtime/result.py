@@ -32,6 +32,7 @@ class Stats:
     """Counts and seconds of one request.
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
+    `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
     `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
@@ -46,6 +47,7 @@ class Stats:
 
     mode: Mode | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     exits: int = 0
     forced: int = 0

@@ -4,6 +4,7 @@
     python tools/speed/measure.py overhead BUNDLE      microseconds a token spends outside the engine calls
     python tools/speed/measure.py memory BUNDLE        resident memory of an open session after decoding
     python tools/speed/measure.py pages BUNDLE         mode full with its weights in huge pages against without
+    python tools/speed/measure.py prefix BUNDLE        time to the first token where prompts begin alike, reused or read
 
 Run on an idle machine. `capacity` needs a bundle of --capacity 2048 or more, `overhead` the bundle to be measured.
 """
@@ -117,6 +118,40 @@ def pages(bundle: Path, tokens: int, rounds: int, force: bool) -> None:
     click.echo(
         f"mode full, {usable_cores()} threads, {tokens} tokens, median of {rounds}: {small:.1f} tokens/s, "
         f"in huge pages {large:.1f}, ratio {large / small:.2f}; moving took {moving:.2f} s"
+        + ("" if idle else " (busy machine)")
+    )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--shared", type=int, default=400, show_default=True, help="Tokens that all prompts begin with.")
+@click.option("--own", type=int, default=20, show_default=True, help="Tokens of each prompt's own behind them.")
+@click.option("--rounds", type=int, default=9, show_default=True)
+@click.option("--force", is_flag=True)
+def prefix(bundle: Path, shared: int, own: int, rounds: int, force: bool) -> None:
+    """Milliseconds to the first token of two sessions in turn, of which one keeps prefixes; tokens must be equal."""
+    idle = require_idle(force)
+    times: dict[int, list[float]] = {0: [], 256: []}
+    draw = np.random.default_rng(0)
+    with ExitStack() as stack:
+        sessions = {size: stack.enter_context(Session(bundle, slots=1, prefix_cache_mb=size)) for size in times}
+        highest = sessions[0].manifest.vocab_size
+        for session in sessions.values():
+            session.settle()
+            session.generate([5] * 4, mode="full", max_new_tokens=2)
+        beginning = draw.integers(3, highest, shared).tolist()
+        for _ in range(rounds + 1):
+            prompt = [*beginning, *draw.integers(3, highest, own).tolist()]
+            results = [session.generate(prompt, mode="full", max_new_tokens=8) for session in sessions.values()]
+            if len({result.token_ids for result in results}) > 1:
+                raise click.ClickException(f"tokens differ: {' and '.join(str(each.token_ids) for each in results)}")
+            for size, result in zip(times, results, strict=True):
+                times[size].append(1e3 * result.stats.first_token_seconds)
+    (cold, *read), (keeping, *reused) = times.values()
+    click.echo(
+        f"{shared} shared tokens and {own} own, {results[1].stats.cached_tokens} reused, {usable_cores()} threads: "
+        f"first token after {median(read):.1f} ms, reused {median(reused):.1f} ms, median of {rounds}, ratio "
+        f"{median(read) / median(reused):.1f}; the first prompt {cold:.1f} ms, and while it is kept {keeping:.1f} ms"
         + ("" if idle else " (busy machine)")
     )
 
