@@ -31,6 +31,7 @@ class SessionKeywords(TypedDict, total=False):
     huge_pages: bool
     cuda_graphs: bool
     trust_templates: bool
+    prefix_cache_mb: int
 
 
 class GenerationKeywords(TypedDict, total=False):
@@ -61,6 +62,7 @@ class GenerationKeywords(TypedDict, total=False):
     sequence_bias: Mapping[Any, float] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     output_logprobs: bool
+    cache_salt: str | None
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]

@@ -69,7 +69,8 @@ class Metrics:
     finished: requests by finish reason, "error" for those that raised. deep_passes: sync passes, after the prompt.
     exited_tokens, deep_tokens: accepted shallow predictions and the others. rejected_tokens: shallow predictions that a
     deep pass rejected. drafts, draft_tokens, accepted_tokens: of modes "lossless" and "rollback". threshold: with which
-    a request of mode "free" without its own would begin now.
+    a request of mode "free" without its own would begin now. prefix_cache_queries: prompt tokens that were looked up, 0
+    where a session keeps no prefixes; prefix_cache_hits: those that were reused.
     """
 
     running: int = 0
@@ -77,6 +78,8 @@ class Metrics:
     kv_cache_usage: float = 0.0
     threshold: float = 1.0
     prompt_tokens: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
     generated_tokens: int = 0
     exited_tokens: int = 0
     deep_tokens: int = 0
@@ -150,6 +153,7 @@ class Observer:
                 metrics.add(result, times)
             stats = first.stats
             metrics.prompt_tokens += stats.prompt_tokens
+            metrics.prefix_cache_hits += stats.cached_tokens
             if stats.mode is not None:  # it had a slot
                 prefill = stats.encode_seconds + stats.prefill_seconds
                 metrics.queue_time.observe(stats.queue_seconds)

@@ -52,6 +52,8 @@ class SessionOptions:
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
+    prefix_cache_mb: keep the keys and values of what requests read, in at most so many MB (1e6 bytes) beside the slots,
+        for requests that begin with the same tokens (docs/serving.md). 0 keeps nothing. CPU only. Default 0.
     """
 
     threads: int | None = None
@@ -68,6 +70,11 @@ class SessionOptions:
     huge_pages: bool = True
     cuda_graphs: bool = True
     trust_templates: bool = True
+    prefix_cache_mb: int = 0
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        return int(self.prefix_cache_mb) * 1_000_000
 
     def __post_init__(self) -> None:
         check_whole("threads", self.threads, 1, 1024, optional=True)
@@ -77,6 +84,7 @@ class SessionOptions:
         if not _is_text(self.threshold, "adaptive"):
             check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
         check_whole("adaptive_memory", self.adaptive_memory, 100)
+        check_whole("prefix_cache_mb", self.prefix_cache_mb, 0)
         check_number("adaptive_target", self.adaptive_target, 1e-6, 1 - 1e-6, "between 0 and 1")
         for name in ("adaptive_target", "adaptive_state"):
             if getattr(self, name) is not None and not _is_text(self.threshold, "adaptive"):
@@ -85,10 +93,16 @@ class SessionOptions:
             raise OptionError(f"adaptive_state is {shown(self.adaptive_state)}; give what adaptive_state() gave")
         check_bool("overlap", self.overlap, none="(on, on a GPU)")
         check_choice("verify", self.verify, ("sizes", "full"))
-        if Device.parse(self.device).index is None and self.overlap:
+        on_cpu = Device.parse(self.device).index is None
+        if on_cpu and self.overlap:
             raise OptionError(
                 "overlap is True on the CPU, where both engines share the cores and it measured slower "
                 "(152 tokens/s, in turn 251); leave it out"
+            )
+        if self.prefix_cache_mb and not on_cpu:
+            raise OptionError(
+                f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
+                "only; leave it out"
             )
         for name in ("huge_pages", "cuda_graphs", "trust_templates"):
             check_bool(name, getattr(self, name))
@@ -134,6 +148,8 @@ class GenerationOptions:
     logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
         depend on its arguments alone. One, or several in order.
     output_logprobs: also return the log-probability of each token, in nats, before any processing.
+    cache_salt: text that tells users apart: a request reuses prefixes (SessionOptions.prefix_cache_mb) only of requests
+        with the same salt, and without one only of those without.
     num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. length_penalty: a finished
         beam's log-probability is divided by its length to this power. early_stopping: as in transformers.
     """
@@ -163,6 +179,7 @@ class GenerationOptions:
     sequence_bias: Mapping[Any, float] | None = None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()
     output_logprobs: bool = False
+    cache_salt: str | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
@@ -188,6 +205,8 @@ class GenerationOptions:
         check_bool("ignore_eos", self.ignore_eos)
         check_bool("output_logprobs", self.output_logprobs)
         check_bool("output_confidence", self.output_confidence)
+        if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
+            raise OptionError(f"cache_salt is {shown(self.cache_salt)}; give a text that is not empty, or None")
         if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):
             raise OptionError(f"early_stopping is {shown(self.early_stopping)}; choose True, False or 'never'")
         object.__setattr__(self, "stop", _strings(self.stop))

@@ -32,12 +32,13 @@ class Stats:
     """Counts and seconds of one request.
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
+    `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
     `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
-    time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it, `overlapped_seconds`
-    the deep ones that ran in the background and cost the caller no time.
+    time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying
+    what is reused), `overlapped_seconds` the deep ones that ran in the background and cost the caller no time.
 
     `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
     token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
@@ -46,6 +47,7 @@ class Stats:
 
     mode: Mode | None = None
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     tokens: int = 0
     exits: int = 0
     forced: int = 0

@@ -18,6 +18,7 @@ from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
+from runtime.engines.prefix_store import PrefixStore
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.keywords import SessionKeywords, merged
@@ -78,7 +79,9 @@ class Session(Asking):
         self.overlap = deep.beside
         self._runners = shallow, deep
         self._scheduler = self._schedule(shallow, deep, decisions)
-        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs)
+        limit = self.options.prefix_cache_bytes
+        self._prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs, self._prefixes)
         self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
         self._builder = RequestBuilder(
             self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs, self._observer
@@ -128,6 +131,7 @@ class Session(Asking):
         used = int(self._runners[0].cache.lengths.sum())
         metrics.kv_cache_usage = used / (self.options.slots * self.capacity)
         metrics.threshold = self.threshold
+        metrics.prefix_cache_queries = 0 if self._prefixes is None else metrics.prompt_tokens
         return metrics
 
     def adaptive_state(self) -> dict[str, Any]:

@@ -67,9 +67,9 @@ class Running:
 
 @contextmanager
 def running(
-    *bundles: Path, slots: int = 4, queue: int = 64, buffer: int | None = None, **options: Any
+    *bundles: Path, slots: int = 4, queue: int = 64, buffer: int | None = None, prefix_cache_mb: int = 0, **options: Any
 ) -> Iterator[Running]:
-    session = SessionOptions(threads=1, slots=slots, queue=queue)
+    session = SessionOptions(threads=1, slots=slots, queue=queue, prefix_cache_mb=prefix_cache_mb)
     server = Running(ServerOptions(bundles, session=session, **options), buffer)
     try:
         yield server

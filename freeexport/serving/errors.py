@@ -21,7 +21,7 @@ FIELDS = {
     "rollback_threshold": "free.mode",
     "sequence_bias": "logit_bias",
 }
-SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop")
+SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
 
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 

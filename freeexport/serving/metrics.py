@@ -23,6 +23,8 @@ GAUGES = {
 }
 COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Tokens of prompts that were read."),
+    "prefix_cache_queries": ("prefix_cache_queries", "Tokens of prompts that were looked up among those kept."),
+    "prefix_cache_hits": ("prefix_cache_hits", "Tokens of prompts that were reused and not read."),
     "generation_tokens": ("generated_tokens", "Tokens that were generated."),
     "deep_passes": ("deep_passes", "Sync passes of the deep decoder, after the prompt."),
     "rollback_tokens": ("rejected_tokens", "Shallow predictions that a sync pass rejected."),

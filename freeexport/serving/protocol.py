@@ -76,6 +76,7 @@ class Request(msgspec.Struct, kw_only=True):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    cache_salt: str | None = None
     free: Free = msgspec.field(default_factory=Free)
 
     @property
@@ -128,6 +129,7 @@ class Request(msgspec.Struct, kw_only=True):
             stop=self.stops,
             sequence_bias=_biases(self.logit_bias),
             output_logprobs=self.wants_logprobs,
+            cache_salt=self.cache_salt,
             **sampling,
         )
 

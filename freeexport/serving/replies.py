@@ -101,11 +101,12 @@ class Reply:
 
 
 def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-    """Tokens of all choices; a prompt counts once, however many choices it has. Predictions are accepted and rejected
-    in modes "lossless" and "rollback"; in "free" every exit is final."""
+    """Tokens of all choices. A prompt counts once, however many choices it has, and what the first of them reused.
+    Predictions are accepted and rejected in modes "lossless" and "rollback"; in "free" every exit is final."""
     stats = [result.stats for result in results]
     read, written = sum(prompts), sum(each.tokens for each in stats)
     drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
+    cached = sum(each.cached_tokens for each in stats[:: max(1, len(stats) // len(prompts))])
     later = sum(max(0, each.tokens - 1) for each in stats)
     return {
         "prompt_tokens": read,
@@ -115,7 +116,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
             "accepted_prediction_tokens": sum(each.exits for each in drafting),
             "rejected_prediction_tokens": sum(each.rejected for each in drafting),
         },
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached},
         "free": {
             "mode": stats[0].mode,
             "exit_rate": round(sum(each.exits for each in stats) / max(1, later), 4),

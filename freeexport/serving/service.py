@@ -66,6 +66,7 @@ class Record:
             written = sum(each.tokens for each in stats)
             self.line |= {
                 "completion_tokens": written,
+                "cached_tokens": sum(each.cached_tokens for each in stats),
                 "exit_rate": round(sum(each.exits for each in stats) / max(1, written - len(stats)), 4),
                 "finish_reasons": [result.finish_reason for result in self.results],
                 "queue_seconds": round(max(each.queue_seconds for each in stats), 4),

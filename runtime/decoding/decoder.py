@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.decoding.decisions import Decisions
 from runtime.decoding.prediction import NOTHING, Prediction
+from runtime.decoding.prefix import Prefix
 from runtime.decoding.slot import Slot
 from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
 from runtime.engines.runner import Runner
@@ -123,18 +124,26 @@ class Decoder:
                 waits.run()
         return self.answers()
 
-    def prefilling(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Waits[Prediction]:
-        """See `prefill`. Between pieces others have a turn."""
+    def prefilling(
+        self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
+    ) -> Waits[Prediction]:
+        """See `prefill`. Between pieces others have a turn. What `prefix` has of the tokens is copied, not read."""
         self._exits = exits or head
         start = 0
         while start < len(tokens):
             if start:
                 yield None
             began = perf_counter()
+            if prefix is not None:
+                held = prefix.restore(self.runners, self.slot, start)
+                self.stats.cached_tokens += held - start
+                start = held
             piece = tokens[None, start : start + (SHARED_PREFILL_ROWS if self.others else PREFILL_ROWS)]
             start += piece.shape[1]
             last = start == len(tokens)
             self._prefill_piece(piece, head and last, last)
+            if prefix is not None:
+                prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         if self._decisions is not None:
             self._decisions.begin(self, len(tokens))

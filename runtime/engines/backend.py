@@ -90,7 +90,7 @@ class Backend:
             self._huge_pages.close()
 
     def _check_memory(self) -> None:
-        check_memory(self.manifest, self.capacity, self.options.slots)
+        check_memory(self.manifest, self.capacity, self.options.slots, self.options.prefix_cache_bytes)
 
     def _cache(self, layers: Sequence[int | str]) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)

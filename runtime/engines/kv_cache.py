@@ -64,6 +64,24 @@ class KVCache:
             array[target, :, :length] = array[source, :, :length]
         self.lengths[target] = length
 
+    def read(self, slot: int, first: int, count: int, exits: bool) -> np.ndarray:
+        """A copy of `count` rows, [arrays, kv_heads, count, head_dim]; the exit's own layers where it `exits`."""
+        return np.stack([array[slot, :, first : first + count] for array in self._arrays_of(exits)])
+
+    def write(self, slot: int, first: int, rows: np.ndarray) -> None:
+        """Make what `read` gave the last rows of a slot, of which the first `first` are valid."""
+        count = rows.shape[2]
+        for array, new in zip(self.arrays.values(), rows, strict=False):  # the exit's own layers are the last
+            array[slot, :, first : first + count] = new
+        self.lengths[slot] = first + count
+
+    def row_bytes(self, exits: bool) -> int:
+        """Of a position in all arrays that `read` gives."""
+        return sum(array[0, :, 0].nbytes for array in self._arrays_of(exits))
+
+    def _arrays_of(self, exits: bool) -> list[np.ndarray]:
+        return [array for name, array in self.arrays.items() if exits or not name.startswith("exit.")]
+
     def gather(self, sources: np.ndarray) -> None:
         """Make every slot i a copy of what slot `sources[i]` was."""
         if (sources == np.arange(len(sources))).all():

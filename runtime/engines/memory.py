@@ -12,21 +12,26 @@ from runtime.machine.machine import available_memory
 logger = logging.getLogger(__name__)
 
 
-def check_memory(manifest: Manifest, capacity: int, slots: int) -> None:
-    """CapacityError where the caches, full, are more than the memory that is available: self-attention's, and of an
-    encoder-decoder what cross-attention reads, with prompts as long as the bundle allows."""
+def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 0) -> None:
+    """CapacityError where the caches, full, are more than the memory that is available: self-attention's, of an
+    encoder-decoder what cross-attention reads, with prompts as long as the bundle allows, and `prefixes`, the bytes of
+    prompts that are kept."""
     rows, each = capacity + manifest.max_pending, manifest.kv_bytes_per_token
     need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
     read = cross_positions(manifest.encoder_capacity, slots)
     if read:
         need += read * each
         what += f", and {read} positions of prompts"
+    if prefixes:
+        need += prefixes
+        what += f", and {prefixes // 1_000_000} MB of prefixes"
     logger.info("KV cache: %.1f MB (%s)", need / 1e6, what)
     available = available_memory()
     if available is not None and need > available:
         raise CapacityError(
             f"the KV cache needs {need / 1e9:.1f} GB ({what}), {available / 1e9:.1f} GB is available; "
-            f"lower {'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
+            f"lower {'prefix_cache_mb, ' if prefixes else ''}"
+            f"{'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,11 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.prediction import Prediction
+from runtime.decoding.prefix import Prefix
 from runtime.decoding.response import Caller, Response
 from runtime.decoding.slot_call import Waits
 from runtime.engines.encoder import Encoder
+from runtime.engines.prefix_store import PrefixStore, hashes
 from runtime.errors import OptionError
 from runtime.machine.cost_cache import CostCache
 from runtime.metrics import Watch
@@ -38,13 +40,15 @@ MOST_SEQUENCES = 1024
 
 class Model(NamedTuple):
     """What requests of a session are for. `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None;
-    `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known."""
+    `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known. `prefixes` is
+    what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing."""
 
     manifest: Manifest
     capacity: int
     encoder: Encoder | None
     tokenizer: Tokenizer | None
     costs: CostCache | None = None
+    prefixes: PrefixStore[Any] | None = None
 
 
 class Request:
@@ -88,6 +92,10 @@ class Request:
             raise OptionError(
                 f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
             )
+        self._prefixes, self._prefix = model.prefixes, None
+        if model.prefixes is not None and model.encoder is None:
+            exits = bool(manifest.exit_layers) and (self._head or self.mode != "full")
+            self._prefix = Prefix(model.prefixes, tokens, options.cache_salt, exits)
         self._first: Prediction | None = None
         self._found: list[Hypothesis] = []
         self._tokenizer, self._costs, self._count = model.tokenizer, model.costs, count
@@ -114,6 +122,8 @@ class Request:
                 finally:
                     response.close()
                 self._learn_costs(decoder, response)
+                if self._prefix is not None:
+                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
                 if not response.complete:
                     return
         finally:
@@ -177,9 +187,8 @@ class Request:
             decoder.want_logits(response.needs_logits)
             if self._encoder is not None:
                 decoder.attend(self._encode(decoder))
-            # Lossless must not cost more than full before it knows that drafts pay.
-            head = self.mode not in ("full", "lossless") or self.options.output_confidence
-            first = yield from decoder.prefilling(self._prompt, head, exits=self.mode != "full")
+            exits = self.mode != "full"
+            first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix)
             self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
         return self._loop(decoder, self._first, response)
 
@@ -250,10 +259,22 @@ class Request:
         )
         return (yield from search.turns(score, self.caller.gone))
 
+    @property
+    def _head(self) -> bool:
+        """Whether the shallow head runs at the prompt: lossless must not cost more than full before it knows that
+        drafts pay."""
+        return self.mode not in ("full", "lossless") or self.options.output_confidence
+
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self._encoder is not None
-        began = perf_counter()
-        cross = self._encoder.run(self._tokens, decoder)
+        began, store, tokens = perf_counter(), self._prefixes, self._tokens
+        chain = [] if store is None else hashes(tokens, len(tokens), self.options.cache_salt)
+        found = store.find(chain) if store is not None else []
+        cross: dict[str, np.ndarray] = found[0] if found else self._encoder.run(tokens, decoder)
+        if found:
+            decoder.stats.cached_tokens = len(tokens)
+        elif store is not None:
+            store.keep(chain, lambda number: cross, sum(array.nbytes for array in cross.values()))
         decoder.stats.encode_seconds = perf_counter() - began
         return cross
 

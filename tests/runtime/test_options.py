@@ -62,6 +62,12 @@ def test_overlap_is_for_gpus_and_says_why() -> None:
         ("huge_pages", 1),
         ("cuda_graphs", "no"),
         ("device", None),
+        ("prefix_cache_mb", -1),
+        ("prefix_cache_mb", 1.5),
+        ("prefix_cache_mb", "256"),
+        ("prefix_cache_mb", True),
+        ("prefix_cache_mb", None),
+        ("prefix_cache_mb", 2**70),
     ],
 )
 def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, value: Any) -> None:
@@ -85,6 +91,10 @@ def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, v
         ("threshold", math.nan),
         ("threshold", "0.5"),
         ("threshold", 1j),
+        ("cache_salt", ""),
+        ("cache_salt", 7),
+        ("cache_salt", b"a"),
+        ("cache_salt", ["a"]),
         ("stop", ""),
         ("stop", [""]),
         ("stop", ["a", ""]),

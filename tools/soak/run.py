@@ -69,7 +69,7 @@ def soak(
     bundle: Path, seconds: float, concurrent: int, slots: int, queue: int, asks: int, seed: int, **options: Any
 ) -> Soaked:
     """Run it. `options` are those of the session."""
-    with Session(bundle, slots=1, **{**options, "overlap": False}) as session:
+    with Session(bundle, slots=1, **{**options, "overlap": False, "prefix_cache_mb": 0}) as session:
         drawn = draw_asks(session, asks, Random(seed))
     with Session(bundle, slots=slots, queue=queue, **options) as session:
         faults, stop = Faults(seed), threading.Event()
@@ -136,6 +136,7 @@ def left_over(session: Session) -> list[str]:
 @click.option("--concurrent", type=click.IntRange(1), default=64, help="Clients, a thread each.")
 @click.option("--slots", type=click.IntRange(1), default=8)
 @click.option("--queue", type=click.IntRange(0), default=48, help="Too few, so some are refused.")
+@click.option("--prefix-cache-mb", type=click.IntRange(0), default=0, help="Reuse prompts.")
 @click.option("--asks", type=click.IntRange(1), default=150, help="Different requests.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Of each engine.")
 @click.option("--seed", type=int, default=0)

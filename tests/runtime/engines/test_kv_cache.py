@@ -52,6 +52,16 @@ class Ledger(RuleBasedStateMachine):
         self.cache.copy_rows(source, copy)
         self.expected[copy] = list(self.expected[source])
 
+    @rule(source=SLOTS, copy=SLOTS, first=st.integers(0, 8), count=st.integers(1, 4))
+    def read_and_write(self, source: int, copy: int, first: int, count: int) -> None:
+        """Valid rows of one slot become the last of another, which holds those before them."""
+        if first + count > len(self.expected[source]) or first > len(self.expected[copy]):
+            return
+        rows = self.cache.read(source, first, count, exits=True)
+        assert rows.nbytes == count * self.cache.row_bytes(exits=True)
+        self.cache.write(copy, first, rows)
+        self.expected[copy] = self.expected[copy][:first] + self.expected[source][first : first + count]
+
     @invariant()
     def valid_rows_are_those_of_the_ledger(self) -> None:
         for slot, expected in enumerate(self.expected):
@@ -79,6 +89,22 @@ def test_a_slot_is_a_view_of_the_cache() -> None:
         assert view.shape == (1, KV_HEADS, 8, HEAD_DIM)
         view[:] = 7
     assert all((array[1] == 7).all() and not array[[0, 2]].any() for array in cache.arrays.values())
+
+
+def test_rows_that_were_read_are_a_copy_and_leave_out_the_layers_of_an_exit() -> None:
+    cache = KVCache((0, "exit.0"), 1, KV_HEADS, 8, HEAD_DIM, np.float32)
+    for number, array in enumerate(cache.arrays.values()):
+        array[:] = number
+    whole, without = (cache.read(0, 2, 3, exits) for exits in (True, False))
+    cache.write(0, 0, without)
+    for array in cache.arrays.values():
+        array[:] = 9
+    assert whole[:, 0, 0, 0].tolist() == [0, 1, 2, 3]
+    assert without[:, 0, 0, 0].tolist() == [0, 1]
+    assert [cache.row_bytes(exits) for exits in (True, False)] == [4 * KV_HEADS * HEAD_DIM * count for count in (4, 2)]
+    cache.write(0, 2, without)
+    assert [array[0, 0, 2, 0] for array in cache.arrays.values()] == [0, 1, 9, 9]
+    assert cache.lengths.tolist() == [5]
 
 
 def test_lengths_are_int32_and_stay_in_place() -> None:

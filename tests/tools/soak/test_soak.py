@@ -34,6 +34,12 @@ def test_all_kinds_of_clients_get_what_their_requests_give_alone(bundle: Bundles
     assert "nothing lost" in report(found)
 
 
+@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
+def test_the_same_where_prompts_are_reused(name: str, bundle: Bundles) -> None:
+    found = soaked(bundle(BY_NAME[name], precision="int8"), 1.5, 32, prefix_cache_mb=1)
+    assert not found.violations
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
 def test_the_same_for_ten_seconds(name: str, bundle: Bundles) -> None:

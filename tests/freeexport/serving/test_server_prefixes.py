@@ -1,0 +1,138 @@
+"""Prompts that begin alike, over the wire: cached tokens, salts, metrics, the log, and the command's option."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from click.testing import CliRunner
+from running_server import Running, running
+
+from freeexport.cli import main
+from freeexport.commands.serve import PREFIX_CACHE_MB
+from freeexport.serving import server as serving
+from freeexport.serving.replies import usage
+from runtime import GenerationResult, SessionOptions, Stats
+
+PROMPT = list(range(20, 60))
+
+
+@pytest.fixture(scope="module")
+def server(chat: Path) -> Iterator[Running]:
+    with running(chat, names=("m",), prefix_cache_mb=64) as server:
+        yield server
+
+
+def ask(server: Running, prompt: Any, **fields: Any) -> Any:
+    asked = {"prompt": prompt, "max_tokens": 4, "logit_bias": {"2": -100}, **fields}
+    answer = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def cached(answer: Any) -> int:
+    return int(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+
+def chat_with(server: Running, texts: list[str]) -> Any:
+    roles = ("user", "assistant", "user")
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+    asked = {"messages": messages, "max_tokens": 20, "free": {"mode": "full"}}
+    return httpx.post(f"{server.url}/v1/chat/completions", json=asked, timeout=60).json()
+
+
+def test_a_second_turn_says_how_many_tokens_were_cached(server: Running, chat: Path) -> None:
+    texts = ["Once upon a time there was a very long message"]
+    first = chat_with(server, texts)
+    texts += [first["choices"][0]["message"]["content"], "and then?"]
+    second = chat_with(server, texts)
+    assert cached(first) == 0
+    assert 0 < cached(second) < second["usage"]["prompt_tokens"]
+    assert [line["cached_tokens"] for line in server.log[-2:]] == [0, cached(second)]
+    with running(chat, names=("m",)) as plain:
+        again = chat_with(plain, texts)
+    assert cached(again) == 0
+    assert again["choices"] == second["choices"]
+
+
+def test_a_prompt_counts_once_for_all_its_choices(server: Running) -> None:
+    prompts = [[7, *PROMPT], [8, *PROMPT]]
+    fields: dict[str, Any] = {"n": 2, "seed": 1, "temperature": 1}
+    assert cached(ask(server, prompts, **fields)) == 0
+    again = ask(server, prompts, **fields)
+    assert (cached(again), again["usage"]["prompt_tokens"]) == (2 * 32, 2 * 41)
+
+
+def test_what_the_first_choice_of_each_prompt_found_is_counted() -> None:
+    results = [
+        GenerationResult("", (), (), (), "length", Stats("full", prompt_tokens=40, cached_tokens=tokens))
+        for tokens in (16, 32, 0, 32)
+    ]
+    assert usage(results, [40, 40])["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert usage(results[:1], [40])["prompt_tokens_details"] == {"cached_tokens": 16}
+
+
+def test_users_with_a_salt_share_with_nobody_else(server: Running) -> None:
+    for turn in range(2):
+        for fields in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}):
+            assert cached(ask(server, [9, *PROMPT], **fields)) == 32 * turn
+
+
+@pytest.mark.parametrize("salt", [5, "", ["a"], True, {}])
+def test_a_salt_is_a_text(salt: Any, server: Running) -> None:
+    answer = httpx.post(f"{server.url}/v1/completions", json={"prompt": "x", "cache_salt": salt})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "cache_salt")
+    assert error["message"].startswith("cache_salt")
+
+
+def test_metrics_count_looked_up_and_reused_tokens(server: Running) -> None:
+    def counters() -> tuple[float, ...]:
+        text = httpx.get(f"{server.url}/metrics").text
+        names = ("prompt_tokens", "prefix_cache_queries", "prefix_cache_hits")
+        found = [re.search(rf'^freeexport_{name}_total{{model_name="m"}} (\S+)$', text, re.MULTILINE) for name in names]
+        return tuple(float(each[1]) for each in found if each)
+
+    before = counters()
+    for _ in range(2):
+        ask(server, [11, *PROMPT])
+    assert tuple(after - first for after, first in zip(counters(), before, strict=True)) == (82, 82, 32)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], PREFIX_CACHE_MB),
+        (["--device", "cuda:0"], 0),
+        (["--prefix-cache-mb", "0"], 0),
+        (["--prefix-cache-mb", "7"], 7),
+    ],
+)
+def test_the_command_keeps_prefixes_on_a_cpu(
+    given: list[str], expected: int, chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[SessionOptions] = []
+    monkeypatch.setattr(serving, "run", lambda options, host, port: served.append(options.session))
+    assert CliRunner().invoke(main, ["serve", str(chat), *given]).exit_code == 0
+    assert served[0].prefix_cache_mb == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--prefix-cache-mb", "-1"], "error: prefix_cache_mb is -1; choose a whole number from 0"),
+        (["--prefix-cache-mb", "5", "--device", "cuda:0"], "error: prefix_cache_mb is 5 with device 'cuda:0'"),
+        (["--prefix-cache-mb", "9" * 12], f"and {'9' * 12} MB of prefixes), "),
+        (["--prefix-cache-mb", "9" * 30], f"error: prefix_cache_mb is {'9' * 30}; choose a whole number from 0 to"),
+    ],
+)
+def test_a_store_that_cannot_be_is_one_line(given: list[str], message: str, chat: Path) -> None:
+    result = CliRunner().invoke(main, ["serve", str(chat), "--port", "0", *given])
+    assert result.exit_code == 1
+    *_, last = result.stderr.splitlines()
+    assert last.startswith("error: ")
+    assert message in last

@@ -1,0 +1,326 @@
+"""Requests that reuse what earlier ones read: tokens are those of a session that reads every prompt."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, LONG
+from conftest import Bundles
+from exit_layer_case import EXIT_LAYER, with_exit_layers
+
+from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
+from runtime.adaptation.draft_length import DraftLength
+from runtime.decoding import decoder
+from runtime.decoding.prefix import BLOCK
+from runtime.engines.encoder import Encoder
+from runtime.engines.prefix_store import hashes
+
+BY_NAME = {case.name: case for case in [*CASES, LONG, *map(with_exit_layers, ("llama-tied", "qwen3"))]}
+LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
+SYSTEM = [3 + (29 * step + 7) % 250 for step in range(41)]
+MODES: list[dict[str, Any]] = [
+    {"mode": "free", "threshold": 0.3},
+    {"mode": "free", "threshold": 0.0, "max_pending": 6},
+    {"mode": "full"},
+    {"mode": "full", "output_confidence": True},
+    {"mode": "lossless", "threshold": 0.1},
+    {"mode": "rollback", "threshold": 0.1, "rollback_threshold": 3.0},
+    {"mode": "shallow"},
+    {"mode": "free", "threshold": 0.2, "temperature": 0.8, "seed": 3},
+]
+
+Open = Callable[..., Session]
+
+
+@pytest.fixture
+def open_session(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Opens sessions with one thread; closes them after the test. How long lossless drafts are depends on timing."""
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    opened: list[Session] = []
+
+    def open_(name: str = LLAMA, precision: str = "int8", capacity: int = 128, **options: Any) -> Session:
+        path = bundle(BY_NAME[name], EXIT_LAYER, precision=precision, capacity=capacity)
+        opened.append(Session(path, **{"threads": 1, "slots": 4, "prefix_cache_mb": 64, **options}))
+        return opened[-1]
+
+    yield open_
+    for session in opened:
+        session.close()
+
+
+def same(ours: GenerationResult, alone: GenerationResult, exact: bool = True) -> None:
+    assert (ours.token_ids, ours.exited, ours.text) == (alone.token_ids, alone.exited, alone.text)
+    if exact:
+        assert (ours.confidence, ours.logprobs) == (alone.confidence, alone.logprobs)
+    counts = [(r.stats.tokens, r.stats.exits, r.stats.rejected, r.stats.sync_sizes) for r in (ours, alone)]
+    assert counts[0] == counts[1]
+
+
+def talk(session: Session, plain: Session, exact: bool, turns: int, **options: Any) -> list[int]:
+    """A conversation whose turns begin with all that was said before: how many tokens each turn reused."""
+    history, reused = list(SYSTEM), []
+    for turn in range(turns):
+        history += [60 + turn, 9, 8, 7]
+        asked: dict[str, Any] = {"max_new_tokens": 14, "ignore_eos": True, "output_logprobs": True, **options}
+        ours = session.generate(history, **asked)
+        alone = plain.generate(history, **asked)
+        same(ours, alone, exact)
+        assert alone.stats.cached_tokens == 0
+        reused.append(ours.stats.cached_tokens)
+        history += ours.token_ids
+    return reused
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        (LLAMA, "int8"),
+        (LLAMA, "fp32"),
+        ("qwen3", "int4"),
+        ("mistral-window", "int8"),
+        ("qwen3-exit-layers", "int8"),
+        (EXIT_LAYERS, "fp32"),
+    ],
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_conversations_are_those_without_reuse(name: str, precision: str, seed: int, open_session: Open) -> None:
+    """All modes in one session, in any order: each goes on from what the others left."""
+    session, plain = open_session(name, precision), open_session(name, precision, prefix_cache_mb=0)
+    for number, place in enumerate(np.random.default_rng(seed).permutation(len(MODES))):
+        reused = talk(session, plain, precision != "fp32", turns=3, **MODES[place])
+        for turn, tokens in enumerate(reused):
+            before = len(SYSTEM) + 18 * turn
+            # Up to the last whole block of the turns before; less where rows were still to be verified.
+            least = 0 if not (number or turn) else len(SYSTEM) // BLOCK * BLOCK
+            if "exit-layers" not in name:  # a chain for each kind
+                assert tokens >= least
+            assert tokens % BLOCK == 0
+            assert tokens <= before + 4
+    assert session.metrics().prefix_cache_hits > session.metrics().prefix_cache_queries / 2
+
+
+@pytest.mark.parametrize(("name", "precision"), [(LLAMA, "int8"), (LLAMA, "fp32"), (EXIT_LAYERS, "int8")])
+@pytest.mark.parametrize("options", MODES, ids=str)
+def test_what_is_stored_is_what_reading_it_at_once_gives(
+    name: str, precision: str, options: dict[str, Any], open_session: Open
+) -> None:
+    """Keys and values of generated tokens, of all layers of both caches, too: bit for bit where kernels are our own."""
+    session, other = open_session(name, precision), open_session(name, precision)
+    result = session.generate(SYSTEM, max_new_tokens=60, ignore_eos=True, **options)
+    other.generate([*SYSTEM, *result.token_ids], **{**options, "max_new_tokens": 1})
+    ours, theirs = stored(session), stored(other)
+    assert ours.keys() <= theirs.keys()
+    read = len(SYSTEM) + (0 if options["mode"] == "shallow" else 60 - decoder_lag(options))
+    assert len(ours) >= read // BLOCK
+    for key, (blocks, size) in ours.items():
+        assert sum(rows.nbytes for rows in blocks) == size
+        for mine, whole in zip(blocks, theirs[key][0], strict=True):
+            if precision == "fp32":
+                np.testing.assert_allclose(mine, whole, atol=1e-4)
+            else:
+                np.testing.assert_array_equal(mine, whole)
+
+
+def decoder_lag(options: dict[str, Any]) -> int:
+    """Most tokens that the deep decoder may not have read at the end."""
+    return int(options.get("max_pending", 16)) + 1
+
+
+def stored(session: Session) -> dict[bytes, Any]:
+    assert session._prefixes is not None
+    return dict(session._prefixes._entries)
+
+
+def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
+    session = open_session()
+    ended = session.generate(SYSTEM, threshold=0.0, max_pending=16, max_new_tokens=16, ignore_eos=True)
+    assert ended.stats.sync_passes == 0  # all that was generated is in the shallow cache alone
+    again = session.generate([*SYSTEM, *ended.token_ids], max_new_tokens=2, threshold=0.0)
+    assert again.stats.cached_tokens == len(SYSTEM) // BLOCK * BLOCK
+    assert len(stored(session)) == (len(SYSTEM) + 16) // BLOCK == 3  # the follow-up read them
+
+
+def test_the_last_token_is_read(open_session: Open) -> None:
+    session = open_session()
+    prompt = SYSTEM[: 2 * BLOCK]
+    first = session.generate(prompt, max_new_tokens=5, mode="full")
+    again = session.generate(prompt, max_new_tokens=5, mode="full")
+    same(again, first)
+    assert (first.stats.cached_tokens, again.stats.cached_tokens) == (0, BLOCK)
+    longer = session.generate([*prompt, 5], max_new_tokens=5, mode="full")
+    assert longer.stats.cached_tokens == 2 * BLOCK
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp32"])
+def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: str, open_session: Open) -> None:
+    """In a store that is too small, so that blocks come and go while others use them."""
+    plain = open_session(precision=precision, prefix_cache_mb=0)
+    session = open_session(precision=precision, prefix_cache_mb=1)
+    draw = np.random.default_rng(0)
+    beginnings = [SYSTEM, SYSTEM[:20], [5] * 50]
+    store, seen = session._prefixes, set[bytes]()
+    assert store is not None
+    for _ in range(4):
+        prompts = [
+            [*beginnings[draw.integers(3)], *draw.integers(3, 250, draw.integers(1, 40)).tolist()] for _ in range(12)
+        ]
+        options: dict[str, Any] = {**MODES[draw.integers(len(MODES))], "max_new_tokens": 12, "ignore_eos": True}
+        together = session.generate(prompts, **options)
+        for ours, prompt in zip(together, prompts, strict=True):
+            same(ours, plain.generate(prompt, **options), precision != "fp32")
+        seen |= stored(session).keys()
+        assert store.used == sum(sum(rows.nbytes for rows in blocks) for blocks, _ in stored(session).values()) <= 1e6
+    assert len(seen) > len(store)  # some went
+    assert session.metrics().prefix_cache_hits > 0
+
+
+def test_requests_side_by_side_reuse_each_others_pieces(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "SHARED_PREFILL_ROWS", BLOCK)
+    monkeypatch.setattr(decoder, "PREFILL_ROWS", BLOCK)
+    session, plain = open_session(slots=2), open_session(prefix_cache_mb=0)
+    prompts = [[*([9] * 60), 5], [*([9] * 60), 6]]
+    results = session.generate(prompts, max_new_tokens=4, mode="full")
+    assert sum(result.stats.cached_tokens for result in results) == 48
+    for result, prompt in zip(results, prompts, strict=True):
+        same(result, plain.generate(prompt, max_new_tokens=4, mode="full"))
+
+
+def test_threads_that_come_and_go_get_their_own_tokens(open_session: Open) -> None:
+    session, plain = open_session(prefix_cache_mb=1), open_session(prefix_cache_mb=0)
+    draw = np.random.default_rng(1)
+    asked = [
+        ([*SYSTEM, *draw.integers(3, 250, draw.integers(1, 30)).tolist()], {**MODES[number % 5], "max_new_tokens": 10})
+        for number in range(20)
+    ]
+    expected = [plain.generate(prompt, ignore_eos=True, **options) for prompt, options in asked]
+    wrong: list[BaseException] = []
+
+    def ask(worker: int) -> None:
+        try:
+            for number in np.random.default_rng(worker).permutation(len(asked)):
+                prompt, options = asked[number]
+                if number % 4 == worker % 4:  # somebody who leaves after a few tokens
+                    with session.stream(prompt, ignore_eos=True, **options) as stream:
+                        ids = [next(stream).id for _ in range(number % 7)]
+                    assert tuple(ids) == expected[number].token_ids[: number % 7]
+                else:
+                    same(session.generate(prompt, ignore_eos=True, **options), expected[number])
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong[0]
+    assert session.metrics().prefix_cache_hits > 0
+
+
+def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "PREFILL_ROWS", 2 * BLOCK)
+    cancel = threading.Event()
+
+    def hook(event: RequestEvent) -> None:
+        if event.kind == "started":
+            cancel.set()
+
+    prompt = [*SYSTEM, *SYSTEM[:39]]
+    with open_session(on_event=hook) as session:
+        cut = session.generate(prompt, cancel=cancel, max_new_tokens=8, mode="full")
+        assert (cut.finish_reason, cut.token_ids) == ("cancelled", ())
+        again = session.generate(prompt, max_new_tokens=8, mode="full")
+    assert again.stats.cached_tokens == 2 * BLOCK
+    same(again, open_session(prefix_cache_mb=0).generate(prompt, max_new_tokens=8, mode="full"))
+
+
+def test_samples_of_one_prompt_are_those_without_reuse(open_session: Open) -> None:
+    session, plain = open_session(), open_session(prefix_cache_mb=0)
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 4, "max_new_tokens": 20, "ignore_eos": True}
+    for _ in range(2):
+        ours, theirs = (each.generate_best(SYSTEM, 4, threshold=0.2, **options) for each in (session, plain))
+        for mine, alone in zip(ours, theirs, strict=True):
+            same(mine, alone)
+    for mine in ours:  # each left what it generated
+        assert session.generate([*SYSTEM, *mine.token_ids], threshold=0.2, **options).stats.cached_tokens >= 48
+
+
+@pytest.mark.parametrize("name", [LLAMA, T5])
+def test_salts_share_nothing_with_others(name: str, open_session: Open) -> None:
+    session = open_session(name)
+    salts = [None, "a", "b", "None", "a "]
+    for turn in range(2):
+        for salt in salts:
+            result = session.generate(SYSTEM, max_new_tokens=2, mode="full", cache_salt=salt)
+            assert bool(result.stats.cached_tokens) == (turn == 1), salt
+
+
+def test_an_exit_with_layers_of_its_own_shares_with_those_that_run_them(open_session: Open) -> None:
+    session = open_session(EXIT_LAYERS)
+    kinds: list[dict[str, Any]] = [{"mode": "full"}, {"mode": "free", "threshold": 0.3}]
+    reused = [session.generate(SYSTEM, max_new_tokens=2, **options).stats.cached_tokens for options in kinds * 2]
+    assert reused == [0, 0, 32, 32]
+
+
+def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(
+    open_session: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[int] = []
+    run = Encoder.run
+    monkeypatch.setattr(
+        Encoder, "run", lambda self, tokens, reader=None: encoded.append(len(tokens)) or run(self, tokens)
+    )
+    session, plain = open_session(T5, "fp32"), open_session(T5, "fp32", prefix_cache_mb=0)
+    options: list[dict[str, Any]] = [*MODES, {"mode": "full", "num_beams": 3}]
+    for asked in options:
+        for prompt in (SYSTEM, SYSTEM[:-1]):
+            ours = session.generate(prompt, max_new_tokens=12, ignore_eos=True, **asked)
+            same(ours, plain.generate(prompt, max_new_tokens=12, ignore_eos=True, **asked))
+            assert ours.stats.cached_tokens == (0 if asked is options[0] else len(prompt))
+    assert len(encoded) == 2 + 2 * len(options)
+    together = session.generate([SYSTEM, SYSTEM[:-1]] * 3, max_new_tokens=12, threshold=0.3)
+    for number, result in enumerate(together):
+        assert result.token_ids == plain.generate(SYSTEM[: 41 - number % 2], max_new_tokens=12, threshold=0.3).token_ids
+
+
+def test_the_encodings_of_an_encoder_decoder_keep_the_bound(open_session: Open) -> None:
+    session = open_session(T5, "fp32", prefix_cache_mb=1)
+    store = session._prefixes
+    assert store is not None
+    for number in range(12):
+        session.generate([7 + number] * 100, max_new_tokens=2)
+        assert store.used == sum(sum(each.nbytes for each in cross.values()) for cross, _ in stored(session).values())
+        assert store.used <= 1e6
+    assert 0 < len(store) < 12
+    assert session.generate([18] * 100, max_new_tokens=2).stats.cached_tokens == 100
+    assert session.generate([7] * 100, max_new_tokens=2).stats.cached_tokens == 0
+
+
+def test_tokens_that_were_looked_up_and_found_are_counted(open_session: Open) -> None:
+    session, off = open_session(), open_session(prefix_cache_mb=0)
+    for each in (session, off):
+        each.generate(SYSTEM, max_new_tokens=2)
+        each.generate([*SYSTEM, 5, 6], max_new_tokens=2)
+    found = [(each.metrics().prefix_cache_queries, each.metrics().prefix_cache_hits) for each in (session, off)]
+    assert found == [(84, 32), (0, 0)]
+
+
+def test_keys_are_of_the_tokens_as_the_session_reads_them(open_session: Open) -> None:
+    session = open_session()
+    session.generate([np.int32(token) for token in SYSTEM], max_new_tokens=1, mode="full")
+    assert list(stored(session))[::-1] == hashes(np.array(SYSTEM, np.int64), BLOCK, None)
+
+
+def test_prefixes_are_refused_on_a_gpu() -> None:
+    with pytest.raises(OptionError, match=r"prefix_cache_mb is 5 with device 'cuda:0'.* CPU only; leave it out"):
+        SessionOptions(device="cuda:0", prefix_cache_mb=5)
+    assert SessionOptions(device="cuda:0").prefix_cache_mb == 0
+
+
+def test_a_store_beyond_the_memory_is_refused_when_the_session_is_opened(open_session: Open) -> None:
+    with pytest.raises(CapacityError, match=r"and 100000000000000 MB of prefixes.* lower prefix_cache_mb, capacity"):
+        open_session(prefix_cache_mb=10**14)
