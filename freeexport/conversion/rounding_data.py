@@ -49,7 +49,7 @@ def round_for_text(
 ) -> RoundedWeights:
     """Round the decoder's weights that get 4 bits for the first lines of `data`, JSON lines with input and target.
 
-    Holds the model in float32 (4 bytes a parameter), the rounded weights, and the hidden states of the text. The same
+    Holds the model in float32 (4 bytes a parameter), the quantized weights, and the hidden states of the text. The same
     machine gives the same weights. Raises DataError where the file is broken or has too little text, OptionError where
     there is too little memory, CheckpointError where the checkpoint has no tokenizer.
     """
