@@ -12,7 +12,7 @@ from graphs.quantization.rounding import FLOAT32, Rounded, at_least, best_range,
 
 # Added to the mean square of every input, as a share of their mean: inputs that were never seen may come.
 DAMPING = 0.01
-# Scales, then values, are chosen anew so often, each for what the other is; a third time gains 1 %.
+# Scales, then values, are chosen anew so often, each for what the other is; the second time lowers errors by 1 to 2 %.
 ROUNDS = 2
 # Inputs whose errors are passed on to all others at once.
 STRIP = 64

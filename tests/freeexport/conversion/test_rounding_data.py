@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -112,26 +113,36 @@ def test_each_layer_is_rounded_for_what_the_rounded_layers_before_give(
     )
     found = rounded_for(case, checkpoint(case), text).weights
 
-    model = load(checkpoint(case))
-    modules = dict(model.named_modules())
-    for number, name in enumerate(found):
-        weight, moments = read[number]
-        module = modules[name.removesuffix(".weight")]
-        np.testing.assert_array_equal(weight, module.weight.detach().numpy())
-        layer = name.split(".self_attn")[0].split(".mlp")[0].split(".layer.")[0]
-        sums = _moments(model, module, texts)
-        np.testing.assert_allclose(moments, sums, atol=2e-4 * np.diag(sums).max())
-        after = list(found)[number + 1 :]
-        if not after or not after[0].startswith(f"{layer}."):
-            with torch.no_grad():
-                for same_layer in (each_name for each_name in found if each_name.startswith(f"{layer}.")):
-                    into = modules[same_layer.removesuffix(".weight")].weight
-                    into.copy_(torch.from_numpy(values_of(found[same_layer])[:, : into.shape[1]]))
+    model, given = load(checkpoint(case)), dict(zip(found, read, strict=True))
+    modules = {f"{name}.weight": module for name, module in model.named_modules()}
+    for _, names in groupby(found, key=layer_of):
+        members = {name: modules[name] for name in names}
+        sums = moments_of(model, members, texts)
+        for name, module in members.items():
+            weight, moments = given[name]
+            np.testing.assert_array_equal(weight, module.weight.detach().numpy())
+            np.testing.assert_allclose(moments, sums[name], atol=2e-4 * np.diag(sums[name]).max())
+        with torch.no_grad():
+            for name, module in members.items():
+                module.weight.copy_(torch.from_numpy(values_of(found[name])[:, : module.in_features]))
 
 
-def _moments(model: Any, module: torch.nn.Linear, texts: list[Any]) -> np.ndarray:
-    seen: list[np.ndarray] = []
-    hook = module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].numpy().astype(np.float64)))
+def layer_of(name: str) -> str:
+    return ".".join(name.split(".")[:3])
+
+
+def moments_of(model: Any, modules: dict[str, Any], texts: list[Any]) -> dict[str, np.ndarray]:
+    """By whole passes of transformers' model, each linear layer's inputs apart."""
+    sums = {name: np.zeros((module.in_features, module.in_features)) for name, module in modules.items()}
+
+    def add(name: str) -> Callable[[Any, Any], None]:
+        def hook(_: Any, inputs: Any) -> None:
+            rows = inputs[0][0].numpy().astype(np.float64)
+            sums[name] += rows.T @ rows
+
+        return hook
+
+    hooks = [module.register_forward_pre_hook(add(name)) for name, module in modules.items()]
     with torch.no_grad():
         for example in texts:
             prompt, target = (torch.tensor(ids.tolist())[None] for ids in (example.prompt, example.target))
@@ -139,8 +150,9 @@ def _moments(model: Any, module: torch.nn.Linear, texts: list[Any]) -> np.ndarra
                 model(input_ids=prompt, labels=target)
             else:
                 model(torch.cat([prompt, target], 1))
-    hook.remove()
-    return sum((rows.T @ rows for rows in seen), np.zeros((module.in_features, module.in_features)))
+    for hook in hooks:
+        hook.remove()
+    return sums
 
 
 @pytest.mark.parametrize("case", [LLAMA, QWEN, T5], ids=lambda case: case.name)
