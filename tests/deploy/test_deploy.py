@@ -15,7 +15,7 @@ from freeexport.commands.serve import command
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text(encoding="utf-8")
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 

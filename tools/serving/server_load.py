@@ -1,10 +1,13 @@
 """`freeexport serve` under load, on loopback: latency as clients see it, and what the server costs.
 
-    python -m tools.speed.server_load BUNDLE --threads 2 --seconds 20
+    python -m tools.serving.server_load BUNDLE --threads 2 --seconds 20
 
 Prints tokens/s of one client beside those of Session.stream in this process, in turn; then, for each number of clients,
 p50, p95 and p99 of the time to the first token and between tokens; then the time between the tokens of eight streams
 while a long prompt arrives. Clients share the cores with the server. The machine must be idle.
+
+`--against llama-server` has llama.cpp's server answer the same load, in turn: SmolLM2 in q8_0, greedy, as many threads
+and slots, and no prompt cache (python -m pip install cmake; it is compiled once, which takes ten minutes).
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import click
 import httpx
@@ -26,9 +31,19 @@ import numpy as np
 
 from freeexport.system.idle import require_idle
 from runtime import Bundle, EngineError, Session
+from tools.serving.llama_server import llama_served
 
 PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
 STREAMS, LONG_PROMPT = 8, 1500
+
+
+@dataclass(frozen=True)
+class Target:
+    """A server under load. `more`: fields of its own for each request."""
+
+    name: str
+    url: str
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
@@ -49,10 +64,12 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
             process.terminate()
 
 
-async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
+async def stream(
+    client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int, more: dict[str, Any] | None = None
+) -> list[float]:
     """When it was asked for, and when each chunk with text came."""
     times = [time.perf_counter()]
-    body = {"prompt": prompt, "max_tokens": tokens, "stream": True}
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, **(more or {})}
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -61,14 +78,16 @@ async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens:
     return times
 
 
-async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list[float]]:
+async def load(
+    url: str, clients: int, seconds: float, tokens: int, more: dict[str, Any] | None = None
+) -> list[list[float]]:
     """Requests of so many clients, each of which asks again as soon as it is answered."""
     until = time.perf_counter() + seconds
     done: list[list[float]] = []
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         for turn in itertools.count(number):
-            done.append(await stream(client, PROMPTS[turn % len(PROMPTS)], tokens))
+            done.append(await stream(client, PROMPTS[turn % len(PROMPTS)], tokens, more))
             if time.perf_counter() >= until:
                 return
 
@@ -120,6 +139,27 @@ def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None
     click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
+def compare(targets: Sequence[Target], turns: int, seconds: float, tokens: int) -> None:
+    """The same load at each server, in turn."""
+    for target in targets:
+        asyncio.run(load(target.url, 1, 1, tokens, target.more))  # warms up
+    click.echo(
+        "clients  server         requests  tokens/s  first token ms: p50, p95, p99    between tokens ms: the same"
+    )
+    for clients in (1, 4, 16, 64):
+        done: dict[str, list[list[float]]] = {target.name: [] for target in targets}
+        spent = dict.fromkeys(done, 0.0)
+        for turn in range(turns):
+            for target in targets if turn % 2 == 0 else targets[::-1]:
+                began = time.perf_counter()
+                done[target.name] += asyncio.run(load(target.url, clients, seconds, tokens, target.more))
+                spent[target.name] += time.perf_counter() - began
+        for name, asked in done.items():
+            first = percentiles([times[1] - times[0] for times in asked if times[1:]])
+            speed = sum(len(times) - 1 for times in asked) / spent[name]
+            click.echo(f"{clients:7}  {name:12} {len(asked):10} {speed:9.1f}  {first}    {percentiles(gaps(asked))}")
+
+
 @click.command(context_settings={"show_default": True})
 @click.argument("bundle", type=click.Path(path_type=Path, exists=True))
 @click.option("--threads", type=int, default=2)
@@ -127,18 +167,24 @@ def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None
 @click.option("--seconds", type=float, default=20, help="For each number of clients.")
 @click.option("--max-new-tokens", "tokens", type=int, default=64)
 @click.option("--rounds", type=int, default=9)
+@click.option("--against", type=click.Choice(["llama-server"]), help="A server that answers the same load, in turn.")
+@click.option("--turns", type=int, default=1, help="Of each server, for each number of clients.")
 @click.option("--force", is_flag=True, help="On a busy machine too.")
-def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, force: bool) -> None:
+def main(
+    bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, against: str | None, turns: int,
+    force: bool,
+) -> None:  # fmt: skip
     """Measure the server of BUNDLE."""
     if not require_idle(force):
         click.echo("note: the machine is busy, so these figures are not to be trusted")
-    with served(bundle, threads, slots) as url:
+    with ExitStack() as servers:
+        url = servers.enter_context(served(bundle, threads, slots))
+        targets = [Target("freeexport", url)]
+        if against:
+            other = servers.enter_context(llama_served(threads, slots))
+            targets.append(Target(against, other, {"cache_prompt": False}))
         cost(url, bundle, threads, rounds, tokens)
-        click.echo("clients  requests  first token ms: p50, p95, p99    between tokens ms: p50, p95, p99")
-        for clients in (1, 4, 16, 64):
-            done = asyncio.run(load(url, clients, seconds, tokens))
-            first = percentiles([times[1] - times[0] for times in done if times[1:]])
-            click.echo(f"{clients:7} {len(done):9}    {first}    {percentiles(gaps(done))}")
+        compare(targets, turns, seconds, tokens)
         if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
             click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
             return

@@ -1,0 +1,147 @@
+"""Generate for every row of Parquet or JSONL files on all machines of a Ray cluster, offline.
+
+    python deploy/ray/ray_batch.py /bundle prompts.parquet answers --id id --column prompt --workers 8 --threads 2
+
+Started again with the same OUTPUT, it goes on with the rows that are missing there.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from runtime import BatchError, Bundle, FreeExportError, GenerationOptions, OptionError, PromptError, Session
+
+# In OUTPUT: the rows that are done, and what they were made with.
+DONE, MADE_WITH = "_done", "_made_with.json"
+
+
+class Generate:
+    """An actor: one session. Adds `answer`, `finish_reason`, `tokens` and `error` to a batch; a row that fails is one
+    with an error, and no reason for the others to."""
+
+    def __init__(self, bundle: str, column: str, threads: int, slots: int, options: dict[str, Any]) -> None:
+        self._session = Session(bundle, threads=threads, slots=slots, queue=slots)
+        self._column, self._options = column, options
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        prompts = batch[self._column].tolist()
+        results = iter(self._results([prompt for prompt in prompts if isinstance(prompt, str)]))
+        rows = [
+            _row(next(results) if isinstance(prompt, str) else PromptError(f"the prompt is {prompt!r}, no text"))
+            for prompt in prompts
+        ]
+        return {**batch, **{name: [row[name] for row in rows] for name in rows[0]}}
+
+    def _results(self, prompts: list[str]) -> list[Any]:
+        try:
+            return self._session.generate(prompts, **self._options) if prompts else []
+        except BatchError as error:
+            return error.results
+
+
+def _row(result: Any) -> dict[str, Any]:
+    if isinstance(result, BaseException):
+        return {"answer": "", "finish_reason": "error", "tokens": 0, "error": str(result)}
+    return {
+        "answer": result.text,
+        "finish_reason": result.finish_reason,
+        "tokens": len(result.token_ids),
+        "error": "",
+    }
+
+
+def read(source: Path, columns: set[str]) -> tuple[Dataset, str]:
+    """The rows of a file or a folder, and the kind of its files. Raises OptionError."""
+    files = sorted(source.iterdir()) if source.is_dir() else [source]
+    kinds = {file.suffix for file in files}
+    if kinds not in ({".parquet"}, {".jsonl"}):
+        raise OptionError(f"{source} has {' and '.join(sorted(kinds)) or 'no'} files; give .parquet or .jsonl files")
+    (kind,) = kinds
+    names = list(map(str, files))
+    # As the writing, without a core: sessions may have all but one.
+    rows = (
+        ray.data.read_parquet(names, num_cpus=0)
+        if kind == ".parquet"
+        else ray.data.read_json(names, lines=True, num_cpus=0)
+    )
+    there = set(rows.schema().names)
+    for missing in columns - there:
+        raise OptionError(f"{source} has no column {missing!r}; it has {', '.join(sorted(there))}")
+    for twice in there & set(_row(ValueError())):
+        raise OptionError(f"{source} has a column {twice!r}, which this job writes; rename it")
+    return rows, kind
+
+
+def check_cores(needed: int) -> None:
+    """Ray lists files with a core of its own, and would wait for it for ever. Raises OptionError."""
+    ray.init(ignore_reinit_error=True)
+    free = ray.available_resources().get("CPU", 0)
+    if needed + 1 > free:
+        raise OptionError(
+            f"{needed} cores for sessions and 1 for Ray are needed, {free:g} are free; use fewer --workers"
+        )
+
+
+def claim(output: Path, made_with: dict[str, Any]) -> None:
+    """Raises OptionError where `output` has answers that were made with something else."""
+    record = output / MADE_WITH
+    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != made_with:
+        raise OptionError(f"{output} was made with other options or another bundle ({record}); choose another OUTPUT")
+    if not record.exists() and output.exists() and any(output.iterdir()):
+        raise OptionError(f"{output} is not empty, and no job wrote it; choose another OUTPUT")
+    output.mkdir(parents=True, exist_ok=True)
+    record.write_text(json.dumps(made_with), encoding="utf-8")
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("source", type=click.Path(path_type=Path, exists=True))
+@click.argument("output", type=click.Path(path_type=Path))
+@click.option("--id", "key", default="id", show_default=True, help="Column that tells rows apart.")
+@click.option("--column", default="prompt", show_default=True, help="Column with the prompts, texts.")
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True, help="Sessions, in all.")
+@click.option("--threads", type=click.IntRange(1), default=1, show_default=True, help="Cores of a session.")
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Rows that it decodes at once.")
+@click.option("--rows", type=click.IntRange(1), default=256, show_default=True,
+              help="Of a file of OUTPUT; a killed job does again what it had not written.")  # fmt: skip
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--mode", default="free", show_default=True)
+@click.option("--threshold", type=float)
+def main(
+    bundle: Path, source: Path, output: Path, key: str, column: str, workers: int, threads: int, slots: int,
+    rows: int, **options: Any,
+) -> None:  # fmt: skip
+    """Generate for every row of SOURCE, a file or a folder, into files in OUTPUT."""
+    try:
+        GenerationOptions(**options)
+        check_cores(workers * threads)
+        output = output.resolve()
+        claim(output, {"bundle": Bundle.open(bundle).sha256, "column": column, **options})
+        # Before the rows are read: they take the context with them.
+        DataContext.get_current().checkpoint_config = CheckpointConfig(
+            key, str(output / DONE), delete_checkpoint_on_success=False
+        )
+        data, kind = read(source, {key, column})
+        answers = data.repartition(target_num_rows_per_block=rows).map_batches(
+            Generate,
+            fn_constructor_args=(str(bundle.resolve()), column, threads, slots, options),
+            batch_size=None,
+            num_cpus=threads,
+            compute=ActorPoolStrategy(size=workers),
+        )
+        write = answers.write_parquet if kind == ".parquet" else answers.write_json
+        write(str(output), ray_remote_args={"num_cpus": 0})
+    except FreeExportError as error:
+        raise click.ClickException(str(error)) from None
+
+
+if __name__ == "__main__":
+    main()

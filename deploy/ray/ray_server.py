@@ -1,0 +1,88 @@
+"""A bundle behind Ray Serve: replicas of the server's own application, on as many machines as the cluster has.
+
+serve run --app-dir deploy/ray ray_server:build bundle=/bundle threads=2 max_replicas=4
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from starlette.applications import Starlette
+
+from freeexport.commands.serve import KEY
+from freeexport.serving.routes import application
+from freeexport.serving.service import ServerOptions, Service
+from runtime.options import Mode, SessionOptions
+
+
+class Arguments(BaseModel):
+    """`bundle` is a path on every machine. A replica has `threads` cores and decodes `slots` requests at once; `queue`
+    more wait at each proxy, where any replica can take them. `deadline`: seconds in which any request ends."""
+
+    model_config = ConfigDict(extra="forbid")
+    bundle: Path
+    name: str | None = None
+    mode: Mode = "free"
+    threshold: float | None = Field(None, ge=0, le=1)
+    threads: int = Field(2, ge=1)
+    slots: int = Field(4, ge=1)
+    queue: int = Field(256, ge=0)
+    deadline: float = Field(120, gt=0)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(4, ge=1)
+
+
+@serve.ingress()
+class Replica:
+    """One session. Replicas of a machine map one file of weights."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        session = SessionOptions(threads=arguments.threads, slots=arguments.slots, threshold=arguments.threshold)
+        options = ServerOptions(
+            [arguments.bundle],
+            [arguments.name] if arguments.name else [],
+            session=session,
+            mode=arguments.mode,
+            deadline=arguments.deadline,
+            api_key=os.environ.get(KEY),
+        )
+        self._service = Service(options, lambda line: print(line, flush=True))
+        self._service.open()
+
+    def __serve_build_asgi_app__(self) -> Starlette:
+        return application(self._service)
+
+    def check_health(self) -> None:
+        """Called by Ray, which replaces a replica that raises or does not answer."""
+        if self._service.state != "ready":
+            raise RuntimeError(f"the session is {self._service.state}")
+
+    async def __del__(self) -> None:
+        """Called by Ray when no request is left, or none can be waited for any longer."""
+        await self._service.drain()
+
+
+def build(arguments: Arguments) -> serve.Application:
+    """What `serve run` and `serve deploy` start."""
+    deployment = serve.deployment(
+        Replica,
+        name="freeexport",
+        # Twice the slots: the next requests are there when a slot is free. What waits beyond is not bound to a replica.
+        max_ongoing_requests=2 * arguments.slots,
+        max_queued_requests=arguments.queue,
+        autoscaling_config={
+            "min_replicas": arguments.min_replicas,
+            "max_replicas": arguments.max_replicas,
+            "target_ongoing_requests": arguments.slots,
+        },
+        ray_actor_options={"num_cpus": arguments.threads},
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        # A replica that is to end takes no new requests, and its last one ends by the deadline.
+        graceful_shutdown_timeout_s=arguments.deadline + 10,
+        graceful_shutdown_wait_loop_s=1,
+    )
+    return deployment.bind(arguments)

@@ -1,0 +1,234 @@
+"""Ray Serve and Ray Data on a cluster of two nodes, started here: `pip install 'ray[serve,data]'`, then -m ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from checkpoints import LONG
+from conftest import Bundles
+from running_server import ENDLESS, eventually
+
+from freeexport.serving.server import listen
+from runtime import Session
+
+ray = pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "deploy" / "ray"
+# Megabytes of shared memory are enough here, a busy machine starts slowly, and other programs take its memory.
+STORE = {"object_store_memory": 80 << 20}
+SLOW = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_memory_monitor_refresh_ms": "0",
+    "RAY_worker_niceness": "0",
+    "RAY_raylet_start_wait_time_s": "120",
+}
+
+
+@pytest.fixture(scope="module")
+def bundle8(bundle: Bundles) -> Path:
+    return bundle(LONG, 1, capacity=4096, precision="int8")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {**SLOW, "RAY_USAGE_STATS_ENABLED": "0"}.items():
+            patch.setenv(name, value)
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, SCRIPTS))))
+        patch.syspath_prepend(str(SCRIPTS))
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4, "include_dashboard": False, **STORE})
+        cluster.add_node(num_cpus=4, **STORE)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def replicas() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if "ray::ServeReplica" in process.name() or "ray::ServeReplica" in "".join(process.cmdline()):
+                found.append(process)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
+
+
+@pytest.fixture(scope="module")
+def served(cluster: Any, bundle8: Path) -> Iterator[SimpleNamespace]:
+    """Two replicas, one core each."""
+    from ray import serve
+    from ray_server import Arguments, build
+
+    with listen("127.0.0.1", 0) as free:
+        port = free.getsockname()[1]
+    serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+    arguments = Arguments(bundle=bundle8, name="m", threads=1, min_replicas=2, max_replicas=2, deadline=100)
+    serve.run(build(arguments))
+    yield SimpleNamespace(url=f"http://127.0.0.1:{port}", serve=serve, arguments=arguments, build=build)
+    serve.shutdown()
+
+
+@pytest.fixture(scope="module")
+def expected(bundle8: Path) -> list[str]:
+    with Session(bundle8, threads=1, slots=4) as session:
+        return [each.text for each in session.generate([f"prompt {n}" for n in range(24)], max_new_tokens=60)]
+
+
+def ask(url: str, number: int, tokens: int = 60) -> tuple[str, str]:
+    """How a request ended, and its text. Every second one is a stream."""
+    body = {"prompt": f"prompt {number}", "max_tokens": tokens, "stream": number % 2 == 1}
+    text, ended = "", "cut"
+    try:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+            if answer.status_code != 200:
+                return f"status {answer.status_code}", answer.read().decode()
+            if not body["stream"]:
+                return "answered", json.loads(answer.read())["choices"][0]["text"]
+            for line in answer.iter_lines():
+                if line == "data: [DONE]":
+                    ended = "answered"
+                elif line.startswith("data: "):
+                    text += json.loads(line[6:])["choices"][0]["text"]
+    except httpx.RemoteProtocolError:
+        return "broken stream", text
+    return ended, text
+
+
+def all_at_once(url: str, count: int = 24) -> list[tuple[str, str]]:
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(lambda number: ask(url, number), range(count)))
+
+
+def test_two_replicas_answer_as_the_session_does_and_map_one_file_of_weights(
+    served: SimpleNamespace, expected: list[str], bundle8: Path
+) -> None:
+    assert all_at_once(served.url) == [("answered", text) for text in expected]
+    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "m"
+    wrong = httpx.post(f"{served.url}/v1/completions", json={"prompt": "x", "tools": [1]})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "tools")
+    weights = os.path.realpath(bundle8 / "weights.data")
+    mapped = [{each.path for each in process.memory_maps()} for process in replicas()]
+    assert len(mapped) == 2
+    assert all(weights in paths for paths in mapped)
+
+
+def test_a_killed_replica_loses_only_what_it_had_and_says_so(served: SimpleNamespace, expected: list[str]) -> None:
+    """Every request ends: answered as ever, as an error that clients retry, or as a stream that breaks."""
+    before = {process.pid for process in replicas()}
+    with ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(ask, served.url, number) for number in range(24)]
+        assert eventually(lambda: any(each.done() for each in asked), 60)
+        os.kill(min(before), signal.SIGKILL)
+        ends = [each.result() for each in asked]
+    counts = Counter(end for end, _ in ends)
+    print(f"killed one of two replicas under 24 requests: {dict(counts)}")
+    assert set(counts) <= {"answered", "status 500", "status 503", "broken stream"}
+    assert counts["answered"] >= 8
+    assert counts["answered"] < 24, "the replica had nothing to lose"
+    for (end, text), whole in zip(ends, expected, strict=True):
+        assert text == whole if end == "answered" else end.startswith("status") or whole.startswith(text)
+    assert eventually(lambda: len({process.pid for process in replicas()} - before) == 1, 120)
+    assert eventually(lambda: all_at_once(served.url) == [("answered", text) for text in expected], 60)
+
+
+def test_a_new_version_lets_running_requests_end(served: SimpleNamespace, expected: list[str]) -> None:
+    body = {"prompt": "x", "max_tokens": 1500, "stream": True, **ENDLESS}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body, timeout=200) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        served.serve.run(served.build(served.arguments.model_copy(update={"slots": 2})))
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    assert ask(served.url, 0) == ("answered", expected[0])
+
+
+def batch(cluster: Any, *arguments: Any, **options: Any) -> subprocess.Popen[str]:
+    environment = {**os.environ, "RAY_ADDRESS": cluster.address}
+    command = [sys.executable, str(SCRIPTS / "ray_batch.py"), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **options)
+
+
+def committed(output: Path) -> dict[str, bytes]:
+    """Files in which the job says what is done."""
+    files = (output / "_done").glob("*.parquet")
+    return {path.name: path.read_bytes() for path in files if ".pending" not in path.name}
+
+
+def rows(output: Path) -> list[dict[str, Any]]:
+    from pyarrow import parquet
+
+    files = [path for path in output.iterdir() if path.suffix in (".parquet", ".json") and path.name[0] != "_"]
+    return [
+        row
+        for path in files
+        for row in (
+            parquet.read_table(path).to_pylist()
+            if path.suffix == ".parquet"
+            else map(json.loads, path.read_text().splitlines())
+        )
+    ]
+
+
+def test_a_killed_batch_job_goes_on_where_it_was(
+    cluster: Any, bundle8: Path, expected: list[str], tmp_path: Path
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    prompts = [*(f"prompt {number}" for number in range(24)), None, "x" * 5000]
+    source, output = tmp_path / "prompts.parquet", tmp_path / "answers"
+    parquet.write_table(pyarrow.table({"key": list(range(26)), "text": prompts}), source)
+    job = [bundle8, source, output, "--id", "key", "--column", "text", "--max-new-tokens", 60, "--rows", 2]
+    with batch(cluster, *job) as first:
+        assert eventually(lambda: len(committed(output)) > 1, 300)
+        first.kill()
+    kept = committed(output)
+    assert len(rows(output)) < 26, "the job was done before it was killed"
+    with batch(cluster, *job) as second:
+        assert second.wait() == 0, second.stderr and second.stderr.read()
+    assert kept.items() <= committed(output).items()
+    answers = {row["key"]: row for row in rows(output)}
+    assert len(rows(output)) == len(answers) == 26
+    assert [answers[number]["answer"] for number in range(24)] == expected
+    assert answers[24]["error"] == "the prompt is None, no text"
+    assert "5001 tokens" in answers[25]["error"]
+
+
+def test_lines_of_json_are_read_too_and_mistakes_take_one_line(cluster: Any, bundle8: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers"
+    source.write_text(
+        "".join(json.dumps({"id": f"row {number}", "prompt": f"prompt {number}"}) + "\n" for number in range(3))
+    )
+    job = [bundle8, source, output, "--max-new-tokens", 4, "--workers", 1]
+    assert batch(cluster, *job).wait() == 0
+    assert {row["id"]: row["tokens"] for row in rows(output)} == {"row 0": 4, "row 1": 4, "row 2": 4}
+    for wrong, message in (
+        ([*job, "--threads", 9], "9 cores for sessions and 1 for Ray are needed"),
+        ([*job, "--mode", "full"], "was made with other options"),
+        ([bundle8, source, tmp_path / "other", "--column", "text"], "has no column 'text'; it has id, prompt"),
+        ([bundle8, source, tmp_path], "is not empty, and no job wrote it"),
+        ([bundle8, tmp_path, tmp_path / "other"], "give .parquet or .jsonl files"),
+        ([bundle8, source, tmp_path / "other", "--threshold", 2], "threshold is 2"),
+    ):
+        with batch(cluster, *wrong) as failed:
+            _, said = failed.communicate()
+        assert failed.returncode == 1
+        assert message in said.splitlines()[-1]
