@@ -114,7 +114,7 @@ def claim(output: Path, made_with: dict[str, Any]) -> None:
               help="Of a file of OUTPUT; a killed job does again what it had not written.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mode", default="free", show_default=True)
-@click.option("--threshold", type=float)
+@click.option("--threshold", type=click.FloatRange(0, 1))
 def main(
     bundle: Path, source: Path, output: Path, key: str, column: str, workers: int, threads: int, slots: int,
     rows: int, **options: Any,
@@ -124,12 +124,13 @@ def main(
         GenerationOptions(**options)
         check_cores(workers * threads)
         output = output.resolve()
-        claim(output, {"bundle": Bundle.open(bundle).sha256, "column": column, **options})
+        made_with = {"bundle": Bundle.open(bundle).sha256, "column": column, **options}
         # Before the rows are read: they take the context with them.
         DataContext.get_current().checkpoint_config = CheckpointConfig(
             key, str(output / DONE), delete_checkpoint_on_success=False
         )
         data, kind = read(source, {key, column})
+        claim(output, made_with)
         answers = data.repartition(target_num_rows_per_block=rows).map_batches(
             Generate,
             fn_constructor_args=(str(bundle.resolve()), column, threads, slots, options),
