@@ -90,15 +90,14 @@ def check_cores(needed: int) -> None:
         )
 
 
-def claim(output: Path, made_with: dict[str, Any]) -> None:
+def check_claim(output: Path, made_with: dict[str, Any]) -> None:
     """Raises OptionError where `output` has answers that were made with something else."""
     record = output / MADE_WITH
     if record.exists() and json.loads(record.read_text(encoding="utf-8")) != made_with:
         raise OptionError(f"{output} was made with other options or another bundle ({record}); choose another OUTPUT")
-    if not record.exists() and output.exists() and any(output.iterdir()):
+    if not record.exists() and output.exists() and any(path.name != DONE for path in output.iterdir()):
         raise OptionError(f"{output} is not empty, and no job wrote it; choose another OUTPUT")
     output.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(made_with), encoding="utf-8")
 
 
 @click.command()
@@ -114,7 +113,7 @@ def claim(output: Path, made_with: dict[str, Any]) -> None:
               help="Of a file of OUTPUT; a killed job does again what it had not written.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
 @click.option("--mode", default="free", show_default=True)
-@click.option("--threshold", type=float)
+@click.option("--threshold", type=click.FloatRange(0, 1))
 def main(
     bundle: Path, source: Path, output: Path, key: str, column: str, workers: int, threads: int, slots: int,
     rows: int, **options: Any,
@@ -124,12 +123,14 @@ def main(
         GenerationOptions(**options)
         check_cores(workers * threads)
         output = output.resolve()
-        claim(output, {"bundle": Bundle.open(bundle).sha256, "column": column, **options})
+        made_with = {"bundle": Bundle.open(bundle).sha256, "column": column, **options}
         # Before the rows are read: they take the context with them.
         DataContext.get_current().checkpoint_config = CheckpointConfig(
             key, str(output / DONE), delete_checkpoint_on_success=False
         )
+        check_claim(output, made_with)
         data, kind = read(source, {key, column})
+        (output / MADE_WITH).write_text(json.dumps(made_with), encoding="utf-8")
         answers = data.repartition(target_num_rows_per_block=rows).map_batches(
             Generate,
             fn_constructor_args=(str(bundle.resolve()), column, threads, slots, options),
