@@ -19,6 +19,10 @@ namespace freeexport {
 constexpr int kGroup = 32;  // inputs that share a scale of the activations
 constexpr int kPanel = 16;  // outputs that stand together
 constexpr int64_t kTaskRows = 64;  // that one task multiplies with a panel, at most
+// Of an integer d that is added to the bits of the float -1.5 * 2^23 comes the float -(1.5 * 2^23 + d), exactly, as long
+// as d has 22 bits: the sums of products need no conversion. These bits are kCounter * -32768.
+constexpr int16_t kCounter = 27008;
+constexpr float kCounted = 12582912.0f;
 
 // A weight [outputs, inputs]. A value v stands for (v - zero point) * scale.
 struct Weight {
@@ -56,12 +60,13 @@ struct Product {
   float* y;            // [rows, outputs]
 };
 
-// 32 inputs of a row, quantized: values, their scale, and the sum of the values with the sign turned. Rows stand as
-// they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
+// 32 inputs of a row, quantized: values, their scale, and the sum of the values with the sign turned, a pair with
+// `counter`. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
 struct Group {
   int8_t values[kGroup];
   float scale;
-  int32_t minus_sum;
+  int16_t minus_sum;
+  int16_t counter;  // kCounter
 };
 
 // The kernels of one instruction set.

@@ -30,8 +30,14 @@ struct Vec {
     return *from & 0x8000 ? -size : size;
   }
   static Int widened(const uint8_t* from) { return *from; }
-  static Int times_small(Int a, int32_t b) { return a * b; }
-  static Float times(Int a, float b) { return static_cast<float>(a) * b; }
+  static Int counted(Int zero) { return zero; }
+  static Int start(Int zero, const Group& group) { return zero * group.minus_sum; }
+  using Scale = Float;
+  static Scale scale(const uint16_t* from) {
+    const Float by = halves(from);
+    return by + (by - by);  // an infinite one gives NaN, as it does where products are counted
+  }
+  static Float scaled(Int sum, Scale by) { return static_cast<float>(sum) * by; }
   static Float add_product(Float a, Float b, Float c) { return std::fma(a, b, c); }
   static void store(float* to, Float value) { *to = value; }
 

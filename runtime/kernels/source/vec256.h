@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "packed_linear.h"
+
 namespace freeexport {
 namespace {
 
@@ -31,9 +33,23 @@ struct Vec256 {
   static Int widened(const uint8_t* from) {
     return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
   }
-  // Of values 0 to 255 and -4064 to 4064: as pairs of 16 bits, of which a has one.
-  static Int times_small(Int a, int32_t b) { return _mm256_madd_epi16(a, all(b)); }
-  static Float times(Int a, float b) { return _mm256_mul_ps(_mm256_cvtepi32_ps(a), _mm256_set1_ps(b)); }
+  // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
+  static Int counted(Int zero) { return _mm256_or_si256(zero, all(INT32_MIN)); }
+  static Int start(Int zero, const Group& group) {
+    int32_t pair;
+    std::memcpy(&pair, &group.minus_sum, 4);
+    return _mm256_madd_epi16(zero, all(pair));
+  }
+  struct Scale {
+    Float by, counted;
+  };
+  static Scale scale(const uint16_t* from) {
+    const Float by = halves(from);
+    return {by, _mm256_mul_ps(by, set(-kCounted))};
+  }
+  static Float scaled(Int sum, const Scale& scale) {
+    return _mm256_fnmadd_ps(_mm256_castsi256_ps(sum), scale.by, scale.counted);
+  }
   static Float add_product(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
 

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "packed_linear.h"
+
 namespace freeexport {
 namespace {
 
@@ -32,9 +34,23 @@ struct Vec512 {
   static Int widened(const uint8_t* from) {
     return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
-  // Of values 0 to 255 and -4064 to 4064: as pairs of 16 bits, of which a has one.
-  static Int times_small(Int a, int32_t b) { return _mm512_madd_epi16(a, all(b)); }
-  static Float times(Int a, float b) { return _mm512_mul_ps(_mm512_cvtepi32_ps(a), _mm512_set1_ps(b)); }
+  // Zero points as pairs of 16 bits with -32768, so that one operation gives what products are counted from.
+  static Int counted(Int zero) { return _mm512_or_si512(zero, all(INT32_MIN)); }
+  static Int start(Int zero, const Group& group) {
+    int32_t pair;
+    std::memcpy(&pair, &group.minus_sum, 4);
+    return _mm512_madd_epi16(zero, all(pair));
+  }
+  struct Scale {
+    Float by, counted;
+  };
+  static Scale scale(const uint16_t* from) {
+    const Float by = halves(from);
+    return {by, _mm512_mul_ps(by, set(-kCounted))};
+  }
+  static Float scaled(Int sum, const Scale& scale) {
+    return _mm512_fnmadd_ps(_mm512_castsi512_ps(sum), scale.by, scale.counted);
+  }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
 

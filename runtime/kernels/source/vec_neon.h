@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "packed_linear.h"
+
 namespace freeexport {
 namespace {
 
@@ -35,9 +37,17 @@ struct VecNeon {
     const uint16x8_t wide = vmovl_u8(vld1_u8(from));
     return {vreinterpretq_s32_u32(vmovl_u16(vget_low_u16(wide))), vreinterpretq_s32_u32(vmovl_high_u16(wide))};
   }
-  static Int times_small(Int a, int32_t b) { return {vmulq_n_s32(a.low, b), vmulq_n_s32(a.high, b)}; }
-  static Float times(Int a, float b) {
-    return {vmulq_n_f32(vcvtq_f32_s32(a.low), b), vmulq_n_f32(vcvtq_f32_s32(a.high), b)};
+  static Int counted(Int zero) { return zero; }
+  static Int start(Int zero, const Group& group) {
+    return {vmulq_n_s32(zero.low, group.minus_sum), vmulq_n_s32(zero.high, group.minus_sum)};
+  }
+  using Scale = Float;
+  static Scale scale(const uint16_t* from) {
+    const Float by = halves(from);  // an infinite one gives NaN, as it does where products are counted
+    return {vaddq_f32(by.low, vsubq_f32(by.low, by.low)), vaddq_f32(by.high, vsubq_f32(by.high, by.high))};
+  }
+  static Float scaled(Int sum, const Scale& by) {
+    return {vmulq_f32(vcvtq_f32_s32(sum.low), by.low), vmulq_f32(vcvtq_f32_s32(sum.high), by.high)};
   }
   static Float add_product(Float a, Float b, Float c) {
     return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
