@@ -124,7 +124,7 @@ def measure(session: Session, task: str, prompts: list[str], tokens: int, rounds
 @click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="JSON lines: descriptions.")
 @click.option("--task", "tasks", type=click.Choice(TASKS), multiple=True, default=TASKS)
-@click.option("--threads", "counts", type=int, multiple=True, default=(1))
+@click.option("--threads", "counts", type=int, multiple=True, default=(1,))
 @click.option("--samples", type=click.IntRange(1), default=8, help="Prompts of a task.")
 @click.option("--max-new-tokens", "tokens", type=int, default=128)
 @click.option("--share", type=float, default=0.1, help="Words changed in predicted_output.")

@@ -27,7 +27,7 @@ MODES: list[dict[str, Any]] = [
     {"mode": "free", "threshold": 0.0, "max_pending": 6},
     {"mode": "full"},
     {"mode": "full", "output_confidence": True},
-    {"mode": "lossless", "threshold": 0.1},
+    {"mode": "lossless", "threshold": 0.1, "drafts": "exit"},
     {"mode": "rollback", "threshold": 0.1, "rollback_threshold": 3.0},
     {"mode": "shallow"},
     {"mode": "free", "threshold": 0.2, "temperature": 0.8, "seed": 3},
@@ -38,7 +38,8 @@ Open = Callable[..., Session]
 
 @pytest.fixture
 def open_session(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
-    """Opens sessions with one thread; closes them after the test. How long lossless drafts are depends on timing."""
+    """Opens sessions with one thread; closes them after the test. How long lossless drafts are depends on timing, as
+    does whose they are."""
     monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
     opened: list[Session] = []
 
