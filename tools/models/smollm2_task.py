@@ -23,24 +23,26 @@ from tools.data.splits import DataError, run
 ROOT = Path(__file__).resolve().parents[2]
 VALIDATION, CALIBRATION = 100, 400  # lines
 BUNDLES = ("fp32", "int8", "int8-head")
-THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95)
+THRESHOLDS = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
 
 
 @dataclass(frozen=True)
 class Task:
     """`metrics`, the first that of curves; `most`: new tokens of an output; `minutes` of the two trainings, on a core
-    with AMX; `lines` that the exit alone is trained on."""
+    with AMX; of the first, `tokens` a batch and the learning `rate`; `lines` that the exit alone is trained on."""
 
     metrics: tuple[str, ...]
     most: int
     minutes: tuple[float, float]
+    tokens: int
+    rate: float
     lines: int
 
 
 TASKS = {
-    "restoration": Task(("case-f1", "punct-f1", "exact"), 80, (48, 20), 12_000),
-    "extraction": Task(("exact", "chrf"), 256, (25, 10), 4_000),
-    "summarization": Task(("rouge-l", "exact"), 48, (48, 20), 12_000),
+    "restoration": Task(("case-f1", "punct-f1", "exact"), 80, (48, 7), 4096, 3e-4, 3500),
+    "extraction": Task(("exact", "chrf"), 256, (18, 6), 2048, 2e-4, 1500),
+    "summarization": Task(("rouge-l", "exact"), 48, (48, 7), 4096, 3e-4, 3500),
 }
 
 
@@ -102,11 +104,12 @@ def command(
     if not data.exists():
         python("tools.data.debian", name, data)
     validation = ("--validation", first_lines(data / "validation.jsonl", VALIDATION, work / "validation.jsonl"))
-    pace = ("--batch-tokens", 4096, "--schedule", "hold", "--warmup", 0.03, "--evaluate-every", 60, "--patience", 0)
-    joint = ("--tune", "full", "--loss-alpha", 2, "--learning-rate", 3e-4, "--time-limit", together)
+    pace = ("--schedule", "hold", "--warmup", 0.03, "--evaluate-every", 60, "--patience", 0)
+    joint = ("--tune", "full", "--loss-alpha", 2, "--learning-rate", task.rate, "--time-limit", together)
+    joint = (*joint, "--batch-tokens", task.tokens)
     train(begin or smollm2(), work / "joint", data / "train.jsonl", *validation, *at, *pace, *joint)
     chosen = first_lines(data / "train.jsonl", task.lines, work / "train.jsonl")
-    own = ("--tune", "exit", "--loss-alpha", 4, "--learning-rate", 5e-4, "--time-limit", alone)
+    own = ("--tune", "exit", "--loss-alpha", 4, "--learning-rate", 5e-4, "--time-limit", alone, "--batch-tokens", 2048)
     train(work / "joint", work / "exit", chosen, *validation, *at, *pace, *own)
     calibration = first_lines(data / "calibration.jsonl", CALIBRATION, work / "calibration.jsonl")
     for precision in {"int8", *bundles} - {"int8-head"}:
@@ -118,6 +121,7 @@ def command(
     convert(work / "exit", work / "int8-head", calibration, task, *small)
     options = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
     test = ("--data", data / "test.jsonl", "--samples", samples, "--max-new-tokens", task.most, "--threads", threads)
+    test = (*test, "--methods", "full,static,free,rollback,lossless")
     named = (part for option in options for part in option)
     found = work / f"evaluation-{threads}"
     python("freeexport", "evaluate", *(work / bundle for bundle in bundles), *test, *named, "--output", found)
