@@ -57,7 +57,7 @@ print(result.text, f"{result.stats.exit_rate:.0%} exited")
 APPLICATION
 
 say "the commands and programs of the README and of the tutorials, in order"
-mkdir readme application checkpoint research
+mkdir readme application checkpoint
 mkdir -p readme/path/to
 cp -r "$model" readme/path/to/checkpoint
 head -n 40 "$model/test.jsonl" >readme/calibration.jsonl
@@ -78,7 +78,7 @@ PAGE
     )
 }
 run_page readme "$checkout/README.md"
-for page in application checkpoint research; do run_page "$page" "$checkout/docs/tutorial-$page.md"; done
+for page in application checkpoint; do run_page "$page" "$checkout/docs/tutorial-$page.md"; done
 
 say "demo"
 "$bin/freeexport" demo

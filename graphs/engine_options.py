@@ -11,7 +11,7 @@ import onnx_ir as ir
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import check_head_size, fits_head_size, misfit
 from graphs.errors import GraphError
-from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
+from graphs.quantization.plan import ROUNDING, Plan, rounding
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
 from runtime.bundle.manifest import Dialect as DialectName
 from runtime.bundle.precision import FloatType, HeadPrecision, Kernels, TensorFormat
@@ -122,11 +122,10 @@ class EngineOptions:
         """How weights are quantized; None where they are not."""
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
 
-    def wanted(self, description: Description, engine: str, head: str) -> Callable[[str], TensorFormat]:
+    def wanted(self, engine: str, head: str) -> Callable[[str], TensorFormat]:
         """The format of a quantized weight by its name; see Plan.wanted."""
         assert self.plan is not None
-        # GPUs have kernels for some formats and not for others.
-        return self.plan.wanted(engine, head, shared_values(description) if self.target == "cpu" else ())
+        return self.plan.wanted(engine, head)
 
     @property
     def float_type(self) -> FloatType:

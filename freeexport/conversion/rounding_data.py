@@ -195,7 +195,7 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and module in inside
-        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+        and engines.wanted(engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
     }
     return found | ({head: model.get_output_embeddings()} if engines.plan.head == "int4" else {})
 

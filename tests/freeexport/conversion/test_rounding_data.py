@@ -163,8 +163,6 @@ def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text:
         f"{name}.weight" for name, part in model.named_modules() if isinstance(part, torch.nn.Linear) and inside in name
     }
     higher = {name for name in linear if name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))}
-    if case is QWEN:  # of which two heads share their values
-        higher |= {name for name in linear if name.endswith("v_proj.weight")}
     shallow = {name for name in linear - higher if int(name.split(".")[2]) < EXIT_LAYER}
     head = "shared.weight" if case is T5 else "model.embed_tokens.weight"
     for options, wanted in (
