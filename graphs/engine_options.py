@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,7 +13,7 @@ from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING, Plan, rounding
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
 from runtime.bundle.manifest import Dialect as DialectName
-from runtime.bundle.precision import FloatType, HeadPrecision, Kernels, TensorFormat
+from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
@@ -121,11 +120,6 @@ class EngineOptions:
     def plan(self) -> Plan | None:
         """How weights are quantized; None where they are not."""
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
-
-    def wanted(self, engine: str, head: str) -> Callable[[str], TensorFormat]:
-        """The format of a quantized weight by its name; see Plan.wanted."""
-        assert self.plan is not None
-        return self.plan.wanted(engine, head)
 
     @property
     def float_type(self) -> FloatType:

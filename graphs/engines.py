@@ -146,7 +146,7 @@ class EngineBuilder:
             return []
 
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
-        wanted = self.options.wanted(engine, head)
+        wanted = plan.wanted(engine, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
         passes = [linears, *(fusion() for fusion in self._rounding.fusions)]

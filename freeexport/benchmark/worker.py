@@ -22,7 +22,7 @@ class Worker:
     """
 
     def __init__(self, command: Sequence[str], variables: Mapping[str, str]) -> None:
-        # What it says beside its answers, for the reason where it dies. Unnamed: nothing is left behind.
+        # Its stderr, for the reason where it dies. Unnamed: nothing is left behind.
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         try:
             self._process = subprocess.Popen(

@@ -186,7 +186,8 @@ def _forward(model: Any, text: Example) -> None:
 
 def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -> dict[str, Linear]:
     """Linear layers of the decoder whose weights get 4 bits, by the names of these weights."""
-    assert engines.plan is not None
+    plan = engines.plan
+    assert plan is not None
     head = description.decoder.head.weight
     stack, field = layer_list(model)
     inside = {module for layer in getattr(stack, field) for module in layer.modules()}
@@ -195,9 +196,9 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and module in inside
-        and engines.wanted(engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+        and plan.wanted(engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
     }
-    return found | ({head: model.get_output_embeddings()} if engines.plan.head == "int4" else {})
+    return found | ({head: model.get_output_embeddings()} if plan.head == "int4" else {})
 
 
 def _check_memory(checkpoint: Checkpoint) -> None:

@@ -55,7 +55,7 @@ class Decoder:
         self._shallow, self._deep = shallow, deep
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
         self._decisions = decisions
-        self._step: SlotCall | None = None  # the last one; None where it was run ahead
+        self._step: SlotCall | None = None  # the last one
         self._head = self._exits = False
         self._heads = self._drafts = 0  # of the last sync pass
         self._pass: SlotCall | None = None  # the last one, until its answers are read
