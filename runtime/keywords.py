@@ -28,7 +28,6 @@ class SessionKeywords(TypedDict, total=False):
     adaptive_state: Mapping[str, Any] | None
     verify: Literal["sizes", "full"]
     device: str
-    huge_pages: bool
     cuda_graphs: bool
     trust_templates: bool
     prefix_cache_mb: int

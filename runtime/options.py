@@ -47,8 +47,6 @@ class SessionOptions:
         what the bundle was calibrated for, else 0.95.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
-    huge_pages: move weights that ONNX Runtime packed (fp32, --kernels onnxruntime) to pages of 2 MiB after loading, in
-        a thread of its own, on Linux: tokens come faster (docs/serving.md). Default True. Provisional.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
     cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
@@ -67,7 +65,6 @@ class SessionOptions:
     adaptive_state: Mapping[str, Any] | None = None
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
-    huge_pages: bool = True
     cuda_graphs: bool = True
     trust_templates: bool = True
     prefix_cache_mb: int = 0
@@ -104,7 +101,7 @@ class SessionOptions:
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
                 "only; leave it out"
             )
-        for name in ("huge_pages", "cuda_graphs", "trust_templates"):
+        for name in ("cuda_graphs", "trust_templates"):
             check_bool(name, getattr(self, name))
 
 

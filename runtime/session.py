@@ -147,10 +147,6 @@ class Session(Asking):
         """Whether it was closed, and refuses requests."""
         return self._closed
 
-    def settle(self) -> None:
-        """Wait for the background work of loading, before a measurement. Requests need not wait for it."""
-        self._placement.settle()
-
     def close(self, drain: bool = False) -> None:
         """Refuse new requests; end running ones after their next token and waiting ones at once. With `drain`, complete
         all first, streams too, whose tokens can be read afterwards. Does nothing else in a fork. Idempotent."""

@@ -56,8 +56,6 @@ def _drafting(session: ForcedDraftSession, rate: float, options: dict[str, Any])
 
 
 def _generating(session: Session, options: dict[str, Any]) -> Generate:
-    session.settle()
-
     def generate(prompt: list[int], count: int, emit: Emit) -> dict[str, Any]:
         stream = session.stream(prompt, max_new_tokens=count, ignore_eos=True, **options)
         for token in stream:

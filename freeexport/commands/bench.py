@@ -14,11 +14,7 @@ from freeexport.benchmark.options import BenchOptions
 from freeexport.benchmark.peers.catalog import PEERS
 from freeexport.benchmark.report import as_dict, table
 from freeexport.commands.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
-from freeexport.costs import per_call as cost_table
-from freeexport.system.idle import require_idle
 from freeexport.system.output_file import check_writable, write_whole
-from runtime.bundle.bundle import Bundle
-from runtime.errors import OptionError
 from runtime.options import Drafts
 
 
@@ -74,7 +70,6 @@ from runtime.options import Drafts
     multiple=True,
     help="Also run mode lossless with this share of correct drafts. May be repeated.",
 )
-@click.option("--costs", is_flag=True, help="Only time each engine call alone.")
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds; the median counts.")
 @click.option("--device", default="cpu", help="For the bundles: cpu, or cuda:0 for the first GPU.")
@@ -84,7 +79,7 @@ from runtime.options import Drafts
 @click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also plot the speeds.")
 @click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures as JSON.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def command(costs: bool, plot: Path | None, save: Path | None, as_json: bool, **given: Any) -> None:
+def command(plot: Path | None, save: Path | None, as_json: bool, **given: Any) -> None:
     """Measure BUNDLE: mode full, modes that exit at thresholds, and other decoders, interleaved on an idle machine.
 
     All contenders decode the same prompts greedily to the same number of tokens, on the same number of threads, each in
@@ -96,30 +91,15 @@ def command(costs: bool, plot: Path | None, save: Path | None, as_json: bool, **
       freeexport bench bundle --against hf --against genai --model path/to/checkpoint
       freeexport bench bundle --threshold 0.5 --threshold 0 --mode free --mode lossless
       freeexport bench bundle --drafts lookup --against hf-lookup --model path/to/checkpoint
-      freeexport bench bundle --costs
     """
     options = BenchOptions(**given)
     if plot is not None:
         bench_plot.check(plot)
     check_writable(save, "--save")
-    found, text = _costs(options) if costs else _benchmark(options, plot)
-    if save is not None:
-        write_whole(save, json.dumps(found, indent=2) + "\n")
-    click.echo(json.dumps(found) if as_json else text)
-
-
-def _benchmark(options: BenchOptions, plot: Path | None) -> tuple[dict[str, Any], str]:
     report = benchmark(options)
     if plot is not None:
         bench_plot.write(report, plot)
-    return as_dict(report), table(report)
-
-
-def _costs(options: BenchOptions) -> tuple[dict[str, Any], str]:
-    if options.device != "cpu":
-        raise OptionError(f"--costs are those of the CPU; leave --device {options.device} out")
-    bundle = Bundle.open(options.bundle)
-    idle = require_idle(options.force)
-    costs = cost_table.measure_in_child(bundle.path, options.count, options.rounds)
-    found = cost_table.figures(bundle, costs, options.count, options.rounds, idle)
-    return found, cost_table.table(found)
+    found = as_dict(report)
+    if save is not None:
+        write_whole(save, json.dumps(found, indent=2) + "\n")
+    click.echo(json.dumps(found) if as_json else table(report))

@@ -84,8 +84,6 @@ class ForcedExitSession(Session):
     ) -> None:
         self._script = Script(trace, onward)
         super().__init__(bundle, decisions=self._script, **{**options, "overlap": False})
-        # It is there to be measured.
-        self.settle()
 
     def __enter__(self) -> ForcedExitSession:
         return self

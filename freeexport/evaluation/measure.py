@@ -147,7 +147,6 @@ def _loaded(entry: Entry, options: EvaluateOptions, records: Records) -> Iterato
 
 
 def _prompts(session: Session, requests: Sequence[Request]) -> dict[int, np.ndarray]:
-    session.settle()
     unknown = unknown_of_bundle(session.bundle.path, session.manifest.files)
     return {request.line_number: ids for request, ids in fitting_prompts(session, requests, unknown)}
 

@@ -17,7 +17,6 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.memory import check_memory
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Runner
-from runtime.machine.huge_pages import HugePages
 from runtime.machine.page_cache import read_in_large_pages
 from runtime.options import SessionOptions
 
@@ -34,7 +33,6 @@ class Backend:
     def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
         self.bundle, self.options, self.capacity, self.threads = bundle, options, capacity, threads
         self._check_memory()
-        self._huge_pages: HugePages | None = None
 
     @property
     def manifest(self) -> Manifest:
@@ -47,9 +45,6 @@ class Backend:
         ONNX Runtime packs weights outside the interpreter's lock, so engines, and a tokenizer meanwhile, gain from a
         second core. EngineError where one cannot be loaded, BundleError where it is not that of the manifest.
         """
-        # Our own kernels pack nothing: it would be the caches that move, whole where they are hardly filled.
-        moves = self.options.huge_pages and self.manifest.kernels is None
-        self._huge_pages = HugePages() if moves else None
         names = [name for name in ORDER if f"{name}.onnx" in engine_files(self.manifest)]
         with ThreadPoolExecutor(min(self.threads, len(names)), thread_name_prefix="load") as pool:
             if self.manifest.kernels is not None:  # they read their weights where the file is mapped
@@ -62,8 +57,6 @@ class Backend:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        if self._huge_pages is not None:
-            self._huge_pages.begin()
 
     def _load(self, name: str) -> Any:
         engine = OnnxEngine(self.bundle.engine(name), self.threads, kernels=self.manifest.kernels)
@@ -79,15 +72,9 @@ class Backend:
         """Of an encoder-decoder; what it gives is read in `runner` first."""
         return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
 
-    def settle(self) -> None:
-        """Wait until what loading left to do beside requests is done."""
-        if self._huge_pages is not None:
-            self._huge_pages.wait()
-
     def close(self, drain: Callable[[], None]) -> None:
-        """Give back what the process keeps otherwise; `drain` waits until nothing is used any more. Idempotent."""
-        if self._huge_pages is not None:
-            self._huge_pages.close()
+        """Give back what the process keeps otherwise: on the CPU nothing. `drain` waits until nothing is used any more.
+        Idempotent."""
 
     def _check_memory(self) -> None:
         check_memory(self.manifest, self.capacity, self.options.slots, self.options.prefix_cache_bytes)

@@ -30,7 +30,6 @@ PROMPT, TOKENS = "A good way to learn a language is", 64
 def work(bundle: Path, threads: int, in_flight: int) -> None:
     """A process: measures for as many seconds as each line on standard input says, and writes tokens/s."""
     with Session(bundle, threads=threads, slots=in_flight) as session:
-        session.settle()
         prompt = session.encode(PROMPT).tolist()
         options = {"mode": "full", "max_new_tokens": TOKENS}
         print("ready", flush=True)

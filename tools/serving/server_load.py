@@ -124,7 +124,6 @@ def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None
             return len(await stream(client, PROMPTS[0], tokens)) - 1
 
     with Session(bundle, threads=threads, slots=1) as session:
-        session.settle()
         for turn in range(rounds + 1):
             began = time.perf_counter()
             chunks = sum(bool(token.text) for token in session.stream(PROMPTS[0], mode="full", max_new_tokens=tokens))

@@ -11,24 +11,21 @@ not so.
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
-import gc
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import click
-import psutil
 
 from runtime import Session
 from tools.soak.clients import Clients
 from tools.soak.faults import Faults
+from tools.soak.leftovers import left_over, resident
 from tools.soak.requests import draw_asks
 
 # Seconds after which a request that has not ended counts as lost.
@@ -54,15 +51,6 @@ class Soaked:
     def leaked(self) -> int:
         """Bytes that are still resident at the end and were not at half time."""
         return self.memory[-1] - self.memory[0]
-
-
-def resident() -> int:
-    """Bytes, after garbage is collected and glibc has given back what is free: threads have heaps of their own, each of
-    which keeps the most that it ever held."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
 
 
 def soak(
@@ -112,22 +100,6 @@ def _watch(clients: Clients, seconds: float) -> list[int]:
             clients.violations.append(f"requests of {lost} clients have not ended after {LOST:.0f} s")
             faulthandler.dump_traceback()
     return [*memory, resident()]
-
-
-def left_over(session: Session) -> list[str]:
-    """What a session holds that nobody asks any more."""
-    gc.collect()  # streams that were forgotten
-    session._scheduler.drain()
-    scheduler = session._scheduler
-    runners = scheduler._free[0].runners if scheduler._free else ()
-    facts = [
-        (scheduler.empty, "requests are left"),
-        (sorted(decoder.slot for decoder in scheduler._free) == list(range(session.options.slots)), "slots are lost"),
-        (not any(runner.cache.lengths.any() for runner in runners), "the KV cache is not empty"),
-        (not scheduler._cross._placed, "prompts are left for cross-attention"),
-        (not scheduler._wheel.followers, "threads are left asleep"),
-    ]
-    return [what for holds, what in facts if not holds]
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})

@@ -98,9 +98,7 @@ def opened(bundle: Path, load: Load, slots: int, threads: int | None) -> Session
     capacity = min(manifest.capacity, read + load.tokens)
     options: dict[str, Any] = {"threads": threads, "slots": slots, "capacity": capacity}
     if load.replay is None:
-        session = Session(bundle, **options)
-        session.settle()
-        return session
+        return Session(bundle, **options)
     return ForcedExitSession(bundle, exit_trace(load.replay), onward=True, **options)
 
 

@@ -139,7 +139,6 @@ def main(bundles: tuple[Path, ...], data: Path, tasks: tuple[str, ...], counts: 
     for bundle in bundles:
         for threads in counts:
             with Session(bundle, threads=threads, slots=1) as session:
-                session.settle()
                 click.echo(f"{bundle.name}, {session.manifest.precision}, {threads} threads")
                 for task in tasks:
                     prompts = list(prompts_of(task, texts, samples))

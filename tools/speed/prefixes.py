@@ -32,7 +32,6 @@ def main(bundle: Path, shared: int, own: int, rounds: int, force: bool) -> None:
         sessions = {size: stack.enter_context(Session(bundle, slots=1, prefix_cache_mb=size)) for size in times}
         highest = sessions[0].manifest.vocab_size
         for session in sessions.values():
-            session.settle()
             session.generate([5] * 4, mode="full", max_new_tokens=2)
         beginning = draw.integers(3, highest, shared).tolist()
         for _ in range(rounds + 1):

@@ -89,7 +89,6 @@ def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
     tokens_and_engines = _timed(path, threads, context, tokens)
     with tempfile.TemporaryDirectory() as directory:
         with _noting(Path(directory)) as engines, Session(path, slots=1, threads=threads) as session:
-            session.settle()
             session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True)
         files = {name: Path(engines[name].session.end_profiling()) for name in ("shallow", "deep")}
         steps = {name: read_step(file, tokens - 2) for name, file in files.items()}
@@ -100,7 +99,6 @@ def _timed(path: Path, threads: int, context: int, tokens: int) -> dict[str, flo
     """Seconds of a token after the first, and of its engine calls: medians over rounds."""
     rounds = []
     with Session(path, slots=1, threads=threads) as session:
-        session.settle()
         for _ in range(ROUNDS + 1):
             stats = session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True).stats
             engines = {"shallow": stats.shallow_seconds, "deep": stats.deep_seconds}

@@ -84,7 +84,6 @@ def test_work_that_begins_in_between_withholds_the_ratios(
         (("--threshold", "2"), "choose one from 0 to 1"),
         (("--device", "gpu"), "device is 'gpu'"),
         (("--device", "cuda:0"), "convert again with --target cuda"),
-        (("--device", "cuda:0", "--costs"), "--costs are those of the CPU"),
         (("--save", "/nowhere/x.json"), "no directory /nowhere"),
         (("--plot", "x.pdf"), "no PNG"),
     ],
@@ -185,17 +184,6 @@ def test_several_bundles_are_told_apart(bundle: Bundles, calm: None) -> None:
     found = json.loads(bench(bundle(LLAMA), *FEW, "--also", other, "--json").stdout)
     assert len(found["rows"]) == 2
     assert "two rows would be called" in bench(bundle(LLAMA), *FEW, "--also", bundle(LLAMA)).stderr
-
-
-def test_costs_of_every_call(bundle: Bundles, calm: None) -> None:
-    result = bench(bundle(LLAMA, max_pending=3), "--rounds", "1", "--threads", "1", "--costs", "--json")
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)
-    assert [cost["rows"] for cost in found["deep"]] == [1, 2, 3]
-    assert all(cost["bare_ms"] > 0 for cost in found["deep"])
-    assert found["overhead_us"] > 0
-    assert found["decoding"]["deep"].keys() == {"1", "2", "3"}
-    assert found["predicted"].keys() == {"exit_rate", "speedup_at_50", "speedup_at_80", "speedup_at_90"}
 
 
 def test_peer_models_need_no_copy_of_a_plain_checkpoint(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:

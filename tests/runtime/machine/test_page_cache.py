@@ -68,6 +68,4 @@ def test_weights_of_our_own_kernels_are_read_in_large_pages(bundle: Bundles, mon
     monkeypatch.setattr(backend, "read_in_large_pages", read.append)
     with Session(path, threads=1, slots=1) as session:
         assert read == [path / "weights.data"]
-        # Nothing is packed, so nothing is moved.
         assert session.generate([5, 6, 7], max_new_tokens=4, mode="full").token_ids
-        assert session._placement._huge_pages is None

@@ -7,18 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from tools.data import apt, debian
-from tools.data.debian import (
-    Description,
-    Pair,
-    components,
-    descriptions,
-    families,
-    sources,
-    split_pairs,
-    stem,
-    summaries,
-    translations,
-)
+from tools.data.debian import Pair, split_pairs, summaries, translations
+from tools.data.debian_families import components, families, stem
+from tools.data.debian_index import Description, descriptions, sources
 from tools.data.splits import DataError
 
 TRANSLATION = """\

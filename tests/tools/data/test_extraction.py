@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from tools.data.debian import descriptions, extractions, stanzas
+from tools.data.debian import extractions
+from tools.data.debian_index import descriptions, stanzas
 from tools.data.extraction import MOST_DEPENDENCIES, SEPARATOR, extracted, record
 
 PACKAGES = """\

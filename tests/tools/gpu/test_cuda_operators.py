@@ -15,7 +15,9 @@ from checkpoints import CASES, Case
 from conftest import Bundles
 from onnx import TensorProto, helper
 
-from tools.gpu.operators import OPSET, RULES, TABLE, Table, check_bundle, main, write
+from tools.gpu.operator_rules import RULES
+from tools.gpu.operator_table import OPSET, TABLE, write
+from tools.gpu.operators import Table, check_bundle, main
 
 BY_NAME = {case.name: case for case in CASES}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64

@@ -17,7 +17,8 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import SlotCall
 from runtime.scheduling.batched_call import BatchedCall
 from tools.soak.clients import Clients
-from tools.soak.run import Soaked, left_over, main, report, resident, soak
+from tools.soak.leftovers import left_over, resident
+from tools.soak.run import Soaked, main, report, soak
 
 BY_NAME = {case.name: case for case in CASES}
 
