@@ -21,7 +21,7 @@ from tools.data.splits import run
 from tools.models.demo_model import build_data, part_of
 from tools.models.recipe import convert, python, train
 
-SHARED_MINUTES, STEPS = 30, 600  # of the common checkpoint, of each run
+SHARED_MINUTES, STEPS = 30, 400  # of the common checkpoint, of each run
 SEEDS = (0, 1)
 LOSSES = ("logit-kd", "kd-dyn", "weighted-ce")
 MOST = 128  # new tokens
