@@ -107,7 +107,7 @@ def command(
         convert(work / "exit", work / bundle, calibration, task.most, *options)
     pairs = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
     test = ("--data", data / "test.jsonl", "--samples", samples, "--max-new-tokens", task.most, "--threads", threads)
-    test = (*test, "--methods", "full,static,free,rollback,lossless")
+    test = (*test, "--methods", "full,static,free,adaptive,rollback,lossless")
     named = (part for pair in pairs for part in pair)
     found = work / f"evaluation-{threads}"
     python("freeexport", "evaluate", *(work / bundle for bundle in bundles), *test, *named, "--output", found)
