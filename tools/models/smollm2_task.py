@@ -20,6 +20,7 @@ from tools.data.splits import run
 from tools.models.recipe import convert, python, train
 
 VALIDATION, CALIBRATION = 100, 400  # lines
+EXIT_VOCABULARY = 8192  # tokens
 BUNDLES = ("fp32", "int8", "int8-head")
 COMMON = ("--bf16", "--loss", "logit-kd")
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
@@ -57,7 +58,8 @@ def exit_vocabulary(work: Path, calibration: Path, most: int) -> Path:
     out = work / "exit-vocab.json"
     if not out.exists():
         bundle = convert(work / "exit", work / "int8", calibration, most, "--precision", "int8")
-        python("freeexport", "exit-vocab", bundle, "--data", calibration, "--output", out)
+        text = ("--text", work / "data" / "train.jsonl", "--size", EXIT_VOCABULARY)
+        python("freeexport", "exit-vocab", bundle, "--data", calibration, *text, "--output", out)
     return out
 
 
