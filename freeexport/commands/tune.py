@@ -92,6 +92,9 @@ def command(
 @click.command()
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
+@click.option("--text", type=click.Path(path_type=Path),
+              help="JSONL whose 'target's rank the tokens that do not exit in --data; it may be much longer, as it is "
+              "not decoded.  [default: --data]")  # fmt: skip
 @click.option("--output", type=click.Path(path_type=Path), default=Path("exit-vocab.json"),
               help="For convert --exit-vocab.")  # fmt: skip
 @click.option(
@@ -116,6 +119,7 @@ def command(
 def exit_vocab_command(
     model: str,
     data: Path,
+    text: Path | None,
     output: Path,
     size: int | None,
     threshold: float | None,
@@ -126,11 +130,12 @@ def exit_vocab_command(
     """Choose the tokens of the shallow head of MODEL, a bundle or a checkpoint.
 
     A smaller head makes a shallow step faster, but a token outside of it never exits. The tokens are ranked by how
-    often they exit; lost exits are counted on sequences that the ranking did not use.
+    often they exit, then by text to expect; lost exits are counted on sequences that the ranking did not use.
 
     \b
     Example:
       freeexport exit-vocab bundle --data calibration.jsonl
+      freeexport exit-vocab bundle --data calibration.jsonl --text train.jsonl --size 8192
       freeexport convert path/to/checkpoint smaller --exit-vocab exit-vocab.json
     """
     from freeexport.tuning.exit_vocabulary import gains_of, vocabulary_file
@@ -138,7 +143,7 @@ def exit_vocab_command(
     check_writable(output, "--output")
     options = CalibrateOptions(**given)
     idle = not is_bundle(model) or cores_in_use() <= TOLERATED
-    facts, traces, found = gains_of(model, data, options, output, size, threshold, threads)
+    facts, traces, found = gains_of(model, data, options, output, size, threshold, threads, text)
     chosen = found.best if size is None else found.at(size)
     if chosen is not found.whole:
         vocabulary_file(facts, traces, found, chosen).write(output)

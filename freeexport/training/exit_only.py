@@ -93,7 +93,7 @@ def tune_exit(
     own = Exit(weight, norm.epsilon, options.adapter_rank)
     if own.adapter is not None:
         begin_linear(own.adapter, states[0], weight.detach().float().numpy())
-    module = FrozenExit(own, *head_and_layers(whole, description), options.loss_name, options.loss_alpha)
+    module = FrozenExit(own, *head_and_layers(whole, description), options.loss, options.loss_alpha)
     return on_frozen(checkpoint, module, states, collate_states, adapter_rank=options.adapter_rank)
 
 

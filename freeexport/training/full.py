@@ -71,7 +71,7 @@ def tune_full(
     """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs."""
     model = trainable_model(checkpoint, options)
     module = ShallowDeep(
-        model, description, options.exit_layer, options.loss_name, options.loss_alpha, smoothing=options.label_smoothing
+        model, description, options.exit_layer, options.loss, options.loss_alpha, smoothing=options.label_smoothing
     )
 
     def write(directory: Path) -> None:
@@ -191,7 +191,7 @@ def tune_lora(
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
     module = ShallowDeep(
-        model, description, options.exit_layer, options.loss_name, options.loss_alpha, smoothing=options.label_smoothing
+        model, description, options.exit_layer, options.loss, options.loss_alpha, smoothing=options.label_smoothing
     )
 
     def write(directory: Path) -> None:

@@ -57,7 +57,7 @@ class TrainingOptions:
     exit_layer: int
     validation: Path | None = None
     validation_share: float = 0.02
-    loss: LossName | None = None
+    loss: LossName = "logit-kd"
     loss_alpha: float = 0.5
     tune: Tune = "full"
     lora: LoraOptions = LoraOptions()
@@ -92,8 +92,8 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss_name not in get_args(LossName):
-            _choice("loss", self.loss_name, OFFERED_LOSSES)
+        if self.loss not in get_args(LossName):
+            _choice("loss", self.loss, OFFERED_LOSSES)
         _choice("tune", self.tune, get_args(Tune))
         _choice("schedule", self.schedule, get_args(Schedule))
         for name in (
@@ -133,9 +133,9 @@ class TrainingOptions:
     def _check_combinations(self) -> None:
         if self.steps is not None and self.epochs is not None:
             raise OptionError("--steps and --epochs contradict each other; choose one")
-        if self.tune == "exit" and self.loss_name not in EXIT_LOSSES:
+        if self.tune == "exit" and self.loss not in EXIT_LOSSES:
             raise OptionError(
-                f"--loss {self.loss_name} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
+                f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
             )
         if self.tune == "exit" and self.label_smoothing:
             raise OptionError("--label-smoothing is for --tune full and lora; the exit learns what the model predicts")
@@ -147,17 +147,12 @@ class TrainingOptions:
         if self.exit_layers and self.tune == "lora":
             raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
         unfit = "kd-last" if self.tune == "exit" else "weighted-ce"
-        if self.exit_layers and self.loss_name == unfit:
+        if self.exit_layers and self.loss == unfit:
             raise OptionError(f"--loss {unfit} is for an exit without layers of its own; choose logit-kd or ce")
         if self.from_config and self.tune != "full":
             raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
         if self.resume and self.overwrite:
             raise OptionError("--resume and --overwrite contradict each other; choose one")
-
-    @property
-    def loss_name(self) -> LossName:
-        """The loss asked for, or kd-dyn (logit-kd where the backbone is frozen)."""
-        return self.loss or ("logit-kd" if self.tune == "exit" else "kd-dyn")
 
     @property
     def rate(self) -> float:

@@ -63,7 +63,7 @@ class ShallowDeep(nn.Module):
         model: Any,
         description: Description,
         exit_layer: int,
-        loss: LossName = "kd-dyn",
+        loss: LossName = "logit-kd",
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
         own: ExitLayers | None = None,

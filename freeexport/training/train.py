@@ -208,7 +208,7 @@ def _write(
             adapter_rank=tuning.adapter_rank,
             exit_layers=tuning.exit_layers,
             base_sha256=beside.sha256,
-            loss=options.loss_name,
+            loss=options.loss,
             tune=options.tune,
         )
         write_exit_file(partial, exit_file)

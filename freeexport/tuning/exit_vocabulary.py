@@ -20,14 +20,16 @@ from runtime.errors import OptionError
 
 def gains_of(
     model: str, data: Path, options: CalibrateOptions, output: Path, size: int | None, threshold: float | None,
-    threads: int | None,
+    threads: int | None, text: Path | None = None,
 ) -> tuple[Facts, Traces, ExitGains]:  # fmt: skip
-    """Collect traces, as calibrate does and keeps them, and see what a head of fewer tokens would lose and win.
+    """Collect traces, as calibrate does and keeps them, and see what a head of fewer tokens would lose and win. Tokens
+    that do not exit are ranked by the targets of `text`, which is only tokenized, or of the decoded lines.
 
     Raises OptionError for a bundle that has an exit vocabulary, a size out of range, and a threshold that is unknown;
     what `calibrate_model` raises.
     """
     requests = read_examples(data, options.samples)
+    expected = requests if text is None else read_examples(text, need_target="targets say which tokens to expect")
     with open_source(model, options, threads) as source:
         facts = source.facts
         _check_size(size, len(facts.ends), facts.vocab_size)
@@ -37,7 +39,7 @@ def gains_of(
         traces = collect(source, data, requests, kept, options.max_new_tokens)
         check_enough(traces, options)
         costs = source.costs(requests, traces.mean_length)
-        targets = [request.target for request in requests if request.target]
+        targets = [request.target for request in expected if request.target]
         found = exit_gains(
             traces,
             _threshold(facts, traces, options) if threshold is None else threshold,

@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -25,12 +23,12 @@ from safetensors import safe_open
 
 from tools.data.splits import DataError, run
 from tools.models.demo_card import card
+from tools.models.recipe import ROOT, python, train
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "freeexport" / "data" / "g2p"
 EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
 PARTS = ("phrases", "words")
-TARGET = "0.98"
+AGREEMENT = "0.98"
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
 SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 MOST_BYTES = 8_000_000
@@ -58,13 +56,6 @@ STAGES = (
 )
 
 
-def python(*arguments: str) -> None:
-    """Run a module of this project; DataError where it fails."""
-    click.echo("$ python -m " + " ".join(arguments))
-    if subprocess.run([sys.executable, "-m", *arguments], cwd=ROOT).returncode:
-        raise DataError(f"python -m {arguments[0]} failed; its message is above; run this again to go on")
-
-
 def build_data(work: Path) -> None:
     """Phrases of 2 to 4 and of 2 to 10 words to train on, and of 8 to 10 to test on; splits are the same in all."""
     sets = {
@@ -77,22 +68,18 @@ def build_data(work: Path) -> None:
             python("tools.data.g2p", str(work / name), "--references", "--held-out-words", "1000", *options)
 
 
-def train(work: Path) -> Path:
+def train_stages(work: Path) -> Path:
     """The stages, each from the one before; returns the last one's checkpoint."""
     source = work / "init"
     if not source.exists():
         sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "2", "--decoder-layers", "8")
         python("tools.data.g2p_tokenizer", str(source), *sizes)
     for stage in STAGES:
-        out = work / stage.name
-        if not out.exists():
-            data = work / stage.data
-            resume = ("--resume",) if (work / f"{stage.name}.training").exists() else ()
-            splits = ("--data", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"))
-            pace = ("--time-limit", str(stage.minutes), "--batch-tokens", str(stage.batch_tokens))
-            rate = ("--learning-rate", stage.rate, *stage.options)
-            python("freeexport", "train", str(source), str(out), *splits, *COMMON, *pace, *rate, *resume)
-        source = out
+        data = work / stage.data
+        splits = ("--data", data / "train.jsonl", "--validation", data / "validation.jsonl")
+        pace = ("--time-limit", stage.minutes, "--batch-tokens", stage.batch_tokens)
+        rate = ("--learning-rate", stage.rate, *stage.options)
+        source = train(source, work / stage.name, *splits, *COMMON, *pace, *rate)
     return source
 
 
@@ -131,7 +118,7 @@ def part_of(path: Path, part: str) -> Path:
     """The phrases or the single words of a test split, in a file beside it."""
     lines = path.read_text(encoding="utf-8").splitlines()
     chosen = [line for line in lines if (len(json.loads(line)["references"]) > 1) == (part == "phrases")]
-    out = path.with_name(f"{part}.jsonl")
+    out = path.with_name(f"{path.stem}-{part}.jsonl")
     out.write_text("\n".join(chosen) + "\n", encoding="utf-8")
     return out
 
@@ -141,7 +128,7 @@ def calibrate(work: Path) -> Path:
     out = work / "calibration.json"
     if not out.exists():
         data = work / "test" / "calibration.jsonl"
-        options = ("--target", TARGET, "--threads", "1", "--output", str(out))
+        options = ("--agreement", AGREEMENT, "--threads", "1", "--output", str(out))
         python("freeexport", "calibrate", str(work / "exit-bundle"), "--data", str(data), *options)
     return out
 
@@ -184,7 +171,7 @@ def command(work: Path, replace: bool) -> None:
     work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
     build_data(work)
-    checkpoint = train(work)
+    checkpoint = train_stages(work)
     measure(work, {"exit": checkpoint, "other": other_exit(work, checkpoint)})
     if replace:
         ship(work, checkpoint)

@@ -10,19 +10,19 @@ goes on.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from freeexport.checkpoints.packaged_models import smollm2
-from tools.data.splits import DataError, run
+from tools.data.splits import run
+from tools.models.recipe import convert, python, train
 
-ROOT = Path(__file__).resolve().parents[2]
 VALIDATION, CALIBRATION = 100, 400  # lines
+EXIT_VOCABULARY = 8192  # tokens
 BUNDLES = ("fp32", "int8", "int8-head")
+COMMON = ("--bf16", "--loss", "logit-kd")
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
 
 
@@ -42,16 +42,8 @@ class Task:
 TASKS = {
     "restoration": Task(("case-f1", "punct-f1", "exact"), 80, (48, 7), 4096, 3e-4, 3500),
     "extraction": Task(("exact", "chrf"), 256, (18, 6), 2048, 2e-4, 1500),
-    "summarization": Task(("rouge-l", "exact"), 48, (48, 7), 4096, 3e-4, 3500),
+    "summarization": Task(("rouge-l", "exact"), 48, (26, 6), 2048, 3e-4, 3500),
 }
-
-
-def python(*arguments: object) -> None:
-    """Run a module of this project; DataError where it fails."""
-    command = [str(argument) for argument in arguments]
-    click.echo("$ python -m " + " ".join(command))
-    if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
-        raise DataError(f"python -m {command[0]} failed; its message is above")
 
 
 def first_lines(source: Path, count: int, target: Path) -> Path:
@@ -61,17 +53,14 @@ def first_lines(source: Path, count: int, target: Path) -> Path:
     return target
 
 
-def train(model: object, out: Path, data: Path, *options: object) -> None:
+def exit_vocabulary(work: Path, calibration: Path, most: int) -> Path:
+    """The tokens that the exit's head keeps, from the traces of the 8-bit bundle."""
+    out = work / "exit-vocab.json"
     if not out.exists():
-        resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
-        python("freeexport", "train", model, out, "--data", data, "--bf16", "--loss", "logit-kd", *options, *resume)
-
-
-def convert(model: Path, bundle: Path, calibration: Path, task: Task, *options: object) -> None:
-    """Make and calibrate a bundle."""
-    if not bundle.exists():
-        python("freeexport", "convert", model, bundle, *options)
-        python("freeexport", "calibrate", bundle, "--data", calibration, "--max-new-tokens", task.most)
+        bundle = convert(work / "exit", work / "int8", calibration, most, "--precision", "int8")
+        text = ("--text", work / "data" / "train.jsonl", "--size", EXIT_VOCABULARY)
+        python("freeexport", "exit-vocab", bundle, "--data", calibration, *text, "--output", out)
+    return out
 
 
 @click.command(context_settings={"show_default": True})
@@ -95,8 +84,8 @@ def command(
     threads: int,
     bundles: tuple[str, ...],
 ) -> None:
-    """Train into WORK/exit, convert it to WORK/fp32, int8 and int8-head (an exit vocabulary), and evaluate these into
-    WORK/evaluation-THREADS."""
+    """Train into WORK/exit, convert it to WORK/fp32, int8 and int8-head (an exit vocabulary) or those of --bundle, and
+    evaluate these into WORK/evaluation-THREADS."""
     task, work = TASKS[name], work.absolute()
     together, alone = minutes or task.minutes
     data, at = work / "data", ("--exit-layer", exit_layer, "--exit-layers", exit_layers)
@@ -107,22 +96,21 @@ def command(
     pace = ("--schedule", "hold", "--warmup", 0.03, "--evaluate-every", 60, "--patience", 0)
     joint = ("--tune", "full", "--loss-alpha", 2, "--learning-rate", task.rate, "--time-limit", together)
     joint = (*joint, "--batch-tokens", task.tokens)
-    train(begin or smollm2(), work / "joint", data / "train.jsonl", *validation, *at, *pace, *joint)
+    joint = (*COMMON, *at, *pace, *joint, *validation)
+    train(begin or smollm2(), work / "joint", "--data", data / "train.jsonl", *joint)
     chosen = first_lines(data / "train.jsonl", task.lines, work / "train.jsonl")
     own = ("--tune", "exit", "--loss-alpha", 4, "--learning-rate", 5e-4, "--time-limit", alone, "--batch-tokens", 2048)
-    train(work / "joint", work / "exit", chosen, *validation, *at, *pace, *own)
+    train(work / "joint", work / "exit", "--data", chosen, *COMMON, *at, *pace, *own, *validation)
     calibration = first_lines(data / "calibration.jsonl", CALIBRATION, work / "calibration.jsonl")
-    for precision in {"int8", *bundles} - {"int8-head"}:
-        convert(work / "exit", work / precision, calibration, task, "--precision", precision)
-    vocabulary = work / "exit-vocab.json"
-    if not vocabulary.exists():
-        python("freeexport", "exit-vocab", work / "int8", "--data", calibration, "--output", vocabulary)
-    small = ("--precision", "int8", "--exit-vocab", vocabulary)
-    convert(work / "exit", work / "int8-head", calibration, task, *small)
-    options = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
+    for bundle in bundles:
+        options = ("--precision", bundle.removesuffix("-head"))
+        if bundle == "int8-head":
+            options = (*options, "--exit-vocab", exit_vocabulary(work, calibration, task.most))
+        convert(work / "exit", work / bundle, calibration, task.most, *options)
+    pairs = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
     test = ("--data", data / "test.jsonl", "--samples", samples, "--max-new-tokens", task.most, "--threads", threads)
-    test = (*test, "--methods", "full,static,free,rollback,lossless")
-    named = (part for option in options for part in option)
+    test = (*test, "--methods", "full,static,free,adaptive,rollback,lossless")
+    named = (part for pair in pairs for part in pair)
     found = work / f"evaluation-{threads}"
     python("freeexport", "evaluate", *(work / bundle for bundle in bundles), *test, *named, "--output", found)
 

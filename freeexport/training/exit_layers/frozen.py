@@ -125,5 +125,5 @@ def tune_exit_layers(
     ]
     whole.to("cpu")
     torch.manual_seed(options.seed)
-    module = FrozenExitLayers(own, *head_and_layers(whole, description), options.loss_name, options.loss_alpha)
+    module = FrozenExitLayers(own, *head_and_layers(whole, description), options.loss, options.loss_alpha)
     return on_frozen(checkpoint, module, teachers, collate_sequences, exit_layers=options.exit_layers)

@@ -33,7 +33,7 @@ def tune_joint(
         model,
         description,
         options.exit_layer,
-        options.loss_name,
+        options.loss,
         options.loss_alpha,
         own=own,
         smoothing=options.label_smoothing,

@@ -120,6 +120,23 @@ def test_the_largest_of_the_fastest_sizes_is_chosen_and_a_whole_vocabulary_write
     assert not output.exists()
 
 
+def test_text_ranks_what_the_decoded_lines_do_not_have(bundle: Bundles, data: Path, tmp_path: Path) -> None:
+    text, output = tmp_path / "text.jsonl", tmp_path / "exit-vocab.json"
+    text.write_text(json.dumps({"input": "a", "target": "zebra quiz"}) + "\n")
+    with Session(bundle(LLAMA)) as session:
+        assert session.tokenizer is not None
+        expected = set(session.tokenizer.encode("zebra quiz"))
+    given = (bundle(LLAMA), "--data", data, "--threshold", 0, "--size", 180, "--output", output)
+    chosen = []
+    for more in ((), ("--text", text)):
+        assert run(*given, *more).exit_code == 0
+        chosen.append(set(json.loads(output.read_text())["tokens"]))
+    assert expected <= chosen[1]
+    assert not expected <= chosen[0]
+    text.write_text('{"input": "a"}\n')
+    assert "line 1: 'target' is missing" in error(run(*given, "--text", text))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,88 @@
+"""Recipes train for hours: here their commands are read as click would, and what these write is only pretended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from freeexport.cli import main as freeexport
+from tools.models import demo_model, g2p_table, recipe, smollm2_task
+
+RECIPES = {
+    "demo_model": (demo_model, ()),
+    "g2p_table": (g2p_table, ()),
+    "restoration": (smollm2_task, ("restoration",)),
+    "summarization": (smollm2_task, ("summarization", "--bundle", "int8")),
+}
+
+
+def read(verb: str, arguments: list[str]) -> dict[str, object]:
+    """The options of a command of freeexport; click's UsageError where there is none of a name or a value is wrong."""
+    command = freeexport.get_command(click.Context(freeexport), verb)
+    assert command is not None, verb
+    if isinstance(command, click.Group):
+        command = command.commands["run"]
+    return command.make_context(verb, [*arguments]).params
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What recipes run: each output is an empty directory or file, so that the next step finds it."""
+    found: list[list[str]] = []
+
+    def pretend(*given: object) -> None:
+        arguments = [str(argument) for argument in given]
+        found.append(arguments)
+        if arguments[:2] in (["freeexport", "train"], ["freeexport", "convert"]):
+            Path(arguments[3]).mkdir()
+        elif arguments[0].startswith("tools.data."):
+            out = Path(arguments[2] if arguments[0].endswith("debian") else arguments[1])
+            out.mkdir()
+            for split in ("train", "validation", "calibration", "test"):
+                (out / f"{split}.jsonl").write_text('{"input": "a", "target": "b", "references": [["b"], ["c"]]}\n')
+
+    for module in (recipe, demo_model, g2p_table, smollm2_task):
+        monkeypatch.setattr(module, "python", pretend)
+    monkeypatch.setattr(smollm2_task, "smollm2", lambda: "model.gguf")
+    return found
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_options_that_recipes_give_are_those_of_the_commands(
+    name: str, commands: list[list[str]], tmp_path: Path
+) -> None:
+    module, arguments = RECIPES[name]
+    result = CliRunner().invoke(module.command, [*arguments, str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    if module is demo_model:
+        demo_model.calibrate(tmp_path)
+    given = [command[1:] for command in commands if command[0] == "freeexport"]
+    for verb, *options in given:
+        read(verb, options)
+    verbs = [verb for verb, *_ in given]
+    assert {"train", "convert", "evaluate"} <= set(verbs)
+
+
+def test_a_recipe_that_was_interrupted_makes_only_what_is_missing(commands: list[list[str]], tmp_path: Path) -> None:
+    runner = CliRunner()
+    runner.invoke(g2p_table.command, [str(tmp_path), "--train-only"], catch_exceptions=False)
+    trained = [command[3] for command in commands if command[:2] == ["freeexport", "train"]]
+    assert len(trained) == len(set(trained)) == 1 + len(g2p_table.TRAININGS)
+    (tmp_path / "kd-dyn-2-1").rmdir()
+    (tmp_path / "kd-dyn-2-1.training").mkdir()
+    commands.clear()
+    runner.invoke(g2p_table.command, [str(tmp_path), "--train-only"], catch_exceptions=False)
+    again = [command for command in commands if command[:2] == ["freeexport", "train"]]
+    assert [Path(command[3]).name for command in again] == ["kd-dyn-2-1"]
+    assert "--resume" in again[0]
+
+
+def test_calibration_and_test_phrases_are_different_files(tmp_path: Path) -> None:
+    for split in ("calibration", "test"):
+        line = f'{{"input": "{split}", "target": "b", "references": [["b"], ["c"]]}}\n'
+        (tmp_path / f"{split}.jsonl").write_text(line)
+    paths = [demo_model.part_of(tmp_path / f"{split}.jsonl", "phrases") for split in ("calibration", "test")]
+    assert [split in path.read_text() for split, path in zip(("calibration", "test"), paths, strict=True)] == [True] * 2

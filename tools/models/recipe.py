@@ -1,0 +1,37 @@
+"""Steps of a recipe: modules of this project, run as commands; what they have written is not made again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from tools.data.splits import DataError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(*arguments: object) -> None:
+    """Run a module of this project; DataError where it fails."""
+    command = [str(argument) for argument in arguments]
+    click.echo("$ python -m " + " ".join(command))
+    if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
+        raise DataError(f"python -m {command[0]} failed; its message is above; run this again to go on")
+
+
+def train(model: object, out: Path, *options: object) -> Path:
+    """`freeexport train`, which goes on where it was stopped; returns `out`."""
+    if not out.exists():
+        resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
+        python("freeexport", "train", model, out, *options, *resume)
+    return out
+
+
+def convert(model: Path, bundle: Path, calibration: Path, most: int, *options: object) -> Path:
+    """A bundle of a checkpoint, calibrated on the lines of a file with at most `most` new tokens; returns `bundle`."""
+    if not bundle.exists():
+        python("freeexport", "convert", model, bundle, *options)
+        python("freeexport", "calibrate", bundle, "--data", calibration, "--max-new-tokens", most)
+    return bundle
