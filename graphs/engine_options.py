@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,10 +11,10 @@ import onnx_ir as ir
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import check_head_size, fits_head_size, misfit
 from graphs.errors import GraphError
-from graphs.quantization.plan import ROUNDING, Plan, rounding
+from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
 from runtime.bundle.manifest import Dialect as DialectName
-from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
+from runtime.bundle.precision import FloatType, HeadPrecision, Kernels, TensorFormat
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.
@@ -120,6 +121,12 @@ class EngineOptions:
     def plan(self) -> Plan | None:
         """How weights are quantized; None where they are not."""
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
+
+    def wanted(self, description: Description, engine: str, head: str) -> Callable[[str], TensorFormat]:
+        """The format of a quantized weight by its name; see Plan.wanted."""
+        assert self.plan is not None
+        beside = rounding(self.target, self.kernels).products.beside
+        return self.plan.wanted(engine, head, shared_values(description) if beside else ())
 
     @property
     def float_type(self) -> FloatType:

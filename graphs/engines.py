@@ -146,14 +146,16 @@ class EngineBuilder:
             return []
 
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
-        wanted = plan.wanted(engine, head)
+        wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
         linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
         passes = [linears, *(fusion() for fusion in self._rounding.fusions)]
         if not self._rounding.embedding:
             return passes
         table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
-        return [*passes, QuantizeEmbedding(self._quantizer, table)] if table else passes
+        # A head in 4 bits would be a coarse table.
+        tied = products.beside and table == decoder.head.weight and plan.head == "int8-block"
+        return [*passes, QuantizeEmbedding(self._quantizer, table, tied)] if table else passes
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])

@@ -15,6 +15,8 @@ from graphs.weights import WeightFile, Weights
 
 Dimension = int | str
 MICROSOFT = "com.microsoft"
+# Between the names of the tensors that a weight is stacked of.
+STACK = "+"
 # Opset 24 has TensorScatter and Attention with valid lengths; IR version 11 is the first that carries it everywhere.
 OPSET, IR_VERSION = 24, 11
 
@@ -91,7 +93,10 @@ class Graph:
             parts = [self._source.read(name) for name in names]
             return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-        return self._unread("+".join(names), (sum(shape[0] for shape in found), *found[0][1:]), dtype, produce)
+        value = self._unread(STACK.join(names), (sum(shape[0] for shape in found), *found[0][1:]), dtype, produce)
+        assert value.const_value is not None
+        value.const_value.meta[STACK] = [shape[0] for shape in found]  # rows of each
+        return value
 
     def selected_weight(self, name: str, shape: Sequence[int], rows: np.ndarray, as_name: str) -> ir.Value:
         """Some rows of a checkpoint tensor, as a weight of their own."""

@@ -86,6 +86,7 @@ class _Product(ctypes.Structure):
         ("weight", _Weight),
         ("up", _Weight),
         *((name, ctypes.c_void_p) for name in ("total", "y")),
+        ("beside", ctypes.c_int),
     )
 
 
@@ -102,16 +103,18 @@ def multiply(
     norm: np.ndarray | None = None,
     activation: str = "none",
     up: Case | None = None,
+    beside: bool = False,
 ) -> np.ndarray:
     """By the kernels of an instruction set, on one thread, without ONNX Runtime. ValueError where they refuse."""
     call = ctypes.CDLL(str(library)).freeexport_packed_linear
     call.restype = ctypes.c_char_p
-    y, total = np.full((len(x), case.outputs), np.nan, np.float32), np.full_like(x, np.nan)
+    outputs = case.outputs + (up.outputs if beside and up else 0)
+    y, total = np.full((len(x), outputs), np.nan, np.float32), np.full_like(x, np.nan)
     product = _Product(len(x), _address(x), _address(skip), _address(norm), EPSILON, ACTIVATIONS.index(activation))
     product.weight = _weight(case)
     if up is not None:
         product.up = _weight(up)
-    product.total, product.y = _address(total), _address(y)
+    product.total, product.y, product.beside = _address(total), _address(y), beside
     problem = call(instructions.encode(), ctypes.byref(product))
     if problem is not None:
         raise ValueError(problem.decode())
@@ -164,6 +167,24 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
     graph = helper.make_graph([node], "one product", *ends, constants)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
     return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+
+
+def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.InferenceSession:
+    """A graph of one PackedRows: indices -> rows."""
+    attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block} | changes
+    node = helper.make_node("PackedRows", ["indices", "data", "scales"], ["rows"], domain=DOMAIN, **attributes)
+    given = [helper.make_tensor_value_info("indices", TensorProto.INT64, None)]
+    tensors = [
+        numpy_helper.from_array(case.packed.data, "data"),
+        numpy_helper.from_array(case.packed.scales, "scales"),
+    ]
+    if not constant:
+        given.append(helper.make_tensor_value_info("data", TensorProto.UINT8, None))
+        del tensors[0]
+    out = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
+    graph = helper.make_graph([node], "rows", given, [out], tensors)
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10))
 
 
 def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSession:

@@ -112,7 +112,7 @@ void expect_product(const Product& product, const std::vector<float>& y, const P
 }
 
 std::vector<float> multiplied(const Kernels& kernels, Product product, std::vector<float>* total) {
-  std::vector<float> y(product.rows * product.weight.outputs, NAN);
+  std::vector<float> y(product.rows * product.outputs(), NAN);
   product.y = y.data();
   product.total = total->data();
   expect(packed_linear(kernels, product, serial, nullptr), kernels.name, "no memory");
@@ -129,6 +129,7 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
     product.skip = skip.data(), product.norm = norm.data();
     product.activation = between(0, kActivations - 1);
     if (between(0, 1)) product.up = up.weight;
+    product.beside = product.up.data != nullptr && product.activation == kNone;
   }
   std::vector<float> total(x.size()), again(x.size());
   const auto y = multiplied(kScalar, product, &total);

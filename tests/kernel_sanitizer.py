@@ -43,7 +43,8 @@ def check(library: Path) -> None:
                     up = random_case(rng, outputs, inputs, 12 - bits, 64)
                     norm = rng.standard_normal(inputs).astype(np.float32)
                     fused = {"skip": x[::-1].copy(), "norm": norm, "activation": ACTIVATIONS[rows % 4], "up": up}
-                    for extra in ({}, fused):
+                    beside = {"up": random_case(rng, outputs + 2, inputs, 12 - bits, 32), "beside": True}
+                    for extra in ({}, fused, beside):
                         expected = multiply("scalar", x, case, library, **extra)
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
@@ -75,6 +76,11 @@ def run_in_onnx_runtime(library: Path) -> None:
     product = kernel_cases.session(case, 3)
     for rows in (0, 1, 9, 70):
         product.run(None, {"x": rng.standard_normal((rows, 70)).astype(np.float32)})
+    second = kernel_cases.random_case(rng, 20, 70, 8)
+    up = dict(zip(("up_data", "up_scales"), second.tensors, strict=False))
+    beside = kernel_cases.session(case, 3, up_N=20, up_bits=8, up_block_size=32, bias=np.ones(110, np.float32), **up)
+    beside.run(None, {"x": rng.standard_normal((9, 70)).astype(np.float32)})
+    kernel_cases.packed_rows(second).run(None, {"indices": np.arange(20)})
     layer = random_layer(rng, 6, 2, 32, 7, "rn")
     for packed in (False, True):
         call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])

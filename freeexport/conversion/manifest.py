@@ -102,7 +102,7 @@ def head_copies(
     whole = description.vocab_size * row
     copies = []
     if engines.kernels == "freeexport":
-        if head == description.decoder.embedding:
+        if head == description.decoder.embedding and engines.head == "int4":
             copies.append(
                 DeclaredCopy(head, whole, "head, packed for freeexport's kernels, beside the embedding table")
             )

@@ -102,9 +102,7 @@ class _Rounder:
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about
-            rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
-            # What verification may find is what such a format loses; a fitted weight is further off, its outputs less.
-            self.weights[name] = replace(rounded, error=plain.error)
+            self.weights[name] = rounded = round_4_bits_for(weight, seen, BLOCK, self._type)
             weight[:] = values_of(rounded)[:, : weight.shape[1]]
 
 
@@ -196,7 +194,7 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         for name, module in model.named_modules()
         if isinstance(module, Linear)
         and module in inside
-        and plan.wanted(engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
+        and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
     }
     return found | ({head: model.get_output_embeddings()} if plan.head == "int4" else {})
 

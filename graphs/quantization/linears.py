@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from itertools import groupby
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from graphs.quantization.products import Products
+from graphs.graph import STACK
+from graphs.quantization.products import Part, Products
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
 from graphs.rewrites.initializers import drop_unused, external, unread
 from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
@@ -44,11 +47,13 @@ class QuantizeLinears(ir.passes.InPlacePass):
         for node in _products(model.graph):
             tensor = unread(node.inputs[1])
             assert tensor is not None
-            assert tensor.name is not None
-            stored = self._quantizer.store(tensor, self._wanted(tensor.name))
-            self._stored[tensor.name] = stored
-            if stored.rounded:
-                _replace(model.graph, node, stored, self._products)
+            parts = _by_format(tensor, self._wanted) if self._products.beside else [tensor]
+            stored = [self._store(part) for part in parts]
+            if not all(part.rounded for part in stored):  # one product reads them all
+                parts, stored = [tensor], [self._store(tensor)]
+            self._stored.update((str(part.name), each) for part, each in zip(parts, stored, strict=True))
+            if stored[0].rounded:
+                self._replace(model.graph, node, parts, stored)
         if self._products.domain:
             model.graph.opset_imports[self._products.domain] = 1
         drop_unused(model.graph)
@@ -61,11 +66,23 @@ class QuantizeLinears(ir.passes.InPlacePass):
             if tensor is not None and self._stored[str(tensor.name)].rounded:
                 raise ir.passes.PostconditionError(f"{node.name} still reads a weight that was rounded as it was")
 
+    def _store(self, tensor: ir.LazyTensor) -> Stored:
+        return self._quantizer.store(tensor, self._wanted(_first(str(tensor.name))))
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, tensors: list[ir.LazyTensor], stored: list[Stored]) -> None:
+        tape = Tape()
+        parts = [
+            Part(each, [external(graph, operand) for operand in each.operands], *tensor.shape.numpy())
+            for tensor, each in zip(tensors, stored, strict=True)
+        ]
+        made = self._products.product(tape, node, parts)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
+
     def _record(self) -> None:
         higher = [
             HigherTensor(self._engine, name, wanted, stored.format, stored.lost)
             for name, stored in self._stored.items()
-            if stored.format != (wanted := self._wanted(name))
+            if stored.format != (wanted := self._wanted(_first(name)))
         ]
         precision = EnginePrecision(
             engine=self._engine,
@@ -81,7 +98,27 @@ def _products(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "Gemm"]
 
 
-def _replace(graph: ir.Graph, node: ir.Node, stored: Stored, products: Products) -> None:
-    tape = Tape()
-    made = products.product(tape, node, stored, [external(graph, tensor) for tensor in stored.operands])
-    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
+def _first(name: str) -> str:
+    """Of the tensors that a weight is stacked of."""
+    return name.split(STACK)[0]
+
+
+def _by_format(tensor: ir.LazyTensor, wanted: Callable[[str], TensorFormat]) -> list[ir.LazyTensor]:
+    """A weight as it is, or, where the tensors that it is stacked of are to have two formats, those of each."""
+    names = str(tensor.name).split(STACK)
+    rows = tensor.meta.get(STACK, [tensor.shape.numpy()[0]])
+    runs = [list(run) for _, run in groupby(zip(names, rows, strict=True), key=lambda part: wanted(part[0]))]
+    if len(runs) != 2:
+        return [tensor]
+    parts, start = [], 0
+    for run in runs:
+        end = start + sum(count for _, count in run)
+        name, shape = STACK.join(name for name, _ in run), ir.Shape((end - start, *tensor.shape.numpy()[1:]))
+        part = partial(_rows, tensor, start, end)
+        parts.append(ir.LazyTensor(part, tensor.dtype, shape, name=name))
+        start = end
+    return parts
+
+
+def _rows(tensor: ir.LazyTensor, start: int, end: int) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy()[start:end])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import onnx_ir as ir
@@ -16,13 +18,30 @@ from runtime.kernels import DOMAIN
 INT8_ACTIVATIONS = 4
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some outputs of a weight [outputs, inputs], and their operands as values of the graph."""
+
+    stored: Stored
+    operands: list[ir.Value]
+    outputs: int
+    inputs: int
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        bits = BITS[self.stored.format]
+        return {"N": self.outputs, "K": self.inputs, "bits": bits, "block_size": self.stored.block}
+
+
 class Products(Protocol):
-    """`domain`: of its operators."""
+    """`domain`: of its operators. `beside`: one may read two weights of two formats."""
 
     domain: str
+    beside: bool
 
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight."""
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
+        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight. `parts`: its
+        outputs; one, or two where `beside`."""
         ...
 
 
@@ -31,49 +50,51 @@ class OrtProducts:
     (DynamicQuantizeMatMul has one scale for all), and does not saturate on processors without VNNI (docs/precision.md).
     `rounds_activations`, as a CPU wants it; a GPU has no use for that."""
 
-    domain = MICROSOFT
+    domain, beside = MICROSOFT, False
 
     def __init__(self, rounds_activations: bool = True) -> None:
         self._attributes = {"accuracy_level": INT8_ACTIVATIONS} if rounds_activations else {}
 
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
-        attributes = {**_attributes(node, stored), **self._attributes}
-        made = tape.op("MatMulNBits", [x, *operands], attributes, domain=MICROSOFT)
+        (part,) = parts
+        made = tape.op("MatMulNBits", [x, *part.operands], {**part.attributes, **self._attributes}, domain=MICROSOFT)
         return tape.op("Add", [made, bias[0]]) if bias and bias[0] is not None else made
 
 
 class PackedProducts:
     """Our own operators, which read weights packed (docs/kernels.md)."""
 
-    domain = DOMAIN
+    domain, beside = DOMAIN, True
 
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
-        data, scales, *zeros = operands
-        given: list[ir.Value | None] = [x, data, scales, zeros[0] if zeros else None, *bias]
-        attributes = _attributes(node, stored)
+        first, *rest = parts
+        given: list[ir.Value | None] = [x, *_with_zeros(first), *(bias or [None])]
+        attributes = first.attributes
+        for second in rest:
+            given += [None, None, *_with_zeros(second)]  # neither skip nor norm
+            attributes |= {f"up_{name}": value for name, value in second.attributes.items() if name != "K"}
         made = tape.op("PackedLinear", given, attributes, domain=DOMAIN)
         # ONNX Runtime cannot work it out from an operator that it does not know.
-        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, attributes["N"]])
+        outputs = sum(part.outputs for part in parts)
+        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, outputs])
         return made
 
 
 class WidenedProducts:
     """Weights that are widened before: TensorRT reads them rounded and widens them as it computes."""
 
-    domain = ""
+    domain, beside = "", False
 
-    def product(self, tape: Tape, node: ir.Node, stored: Stored, operands: list[ir.Value]) -> ir.Value:
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *rest = node.inputs
-        attributes = {"axis": 1, "block_size": stored.block} if stored.block else {"axis": 0}
-        weight = tape.op("DequantizeLinear", operands, attributes)
+        (part,) = parts
+        attributes = {"axis": 1, "block_size": part.stored.block} if part.stored.block else {"axis": 0}
+        weight = tape.op("DequantizeLinear", part.operands, attributes)
         return tape.op("Gemm", [x, weight, *rest], {"transB": 1})
 
 
-def _attributes(node: ir.Node, stored: Stored) -> dict[str, Any]:
-    weight = node.inputs[1]
-    assert weight is not None
-    assert weight.shape is not None
-    outputs, inputs = weight.shape.numpy()
-    return {"N": outputs, "K": inputs, "bits": BITS[stored.format], "block_size": stored.block}
+def _with_zeros(part: Part) -> list[ir.Value | None]:
+    data, scales, *zeros = part.operands
+    return [data, scales, zeros[0] if zeros else None]

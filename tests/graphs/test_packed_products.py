@@ -87,7 +87,9 @@ def test_engines_are_close_to_those_on_onnx_runtimes_operators(name: str, precis
     )
     valid = np.arange(23) < lengths[:, None]
     difference = (ours["hidden"] - theirs["hidden"])[valid]
-    assert 0 < np.linalg.norm(difference) < 0.06 * np.linalg.norm(theirs["hidden"][valid])
+    # Value projections that heads share have 8 bits on ours alone.
+    tolerance = 0.12 if name == "mistral-window" and precision != "int8" else 0.06
+    assert 0 < np.linalg.norm(difference) < tolerance * np.linalg.norm(theirs["hidden"][valid])
 
 
 @each_precision
@@ -156,11 +158,38 @@ def test_a_truncated_weight_file_is_an_error(bundle: Bundles, tmp_path: Path) ->
         OnnxEngine(tmp_path / "deep.onnx", 1, kernels=VERSION)
 
 
-@pytest.mark.parametrize(("name", "copies"), [("llama-tied", 1), ("t5-gated-untied", 0)])
-def test_a_tied_head_is_declared_as_a_copy(name: str, copies: int, bundle: Bundles) -> None:
-    declared = Bundle.open(bundle(BY_NAME[name], 1, precision="int8", **OWN)).manifest.copies
-    reason = "head, packed for freeexport's kernels, beside the embedding table"
-    assert [copy.reason for copy in declared] == [reason] * copies
+def shallow_nodes(path: Path, kind: str) -> list[Any]:
+    graph = onnx.load(path / "shallow.onnx", load_external_data=False).graph
+    return [node for node in graph.node if node.op_type == kind]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
+def test_a_tied_head_stands_once(name: str, bundle: Bundles) -> None:
+    once, twice = (bundle(BY_NAME[name], 1, precision="int8", head=head, **OWN) for head in (None, "int4"))
+    (rows,) = shallow_nodes(once, "PackedRows")
+    assert any(list(rows.input[1:]) == list(node.input[1:3]) for node in shallow_nodes(once, "PackedLinear"))
+    assert not shallow_nodes(once, "GatherBlockQuantized")
+    assert not Bundle.open(once).manifest.copies
+    # A head in 4 bits is too coarse for what everything begins with.
+    assert shallow_nodes(twice, "GatherBlockQuantized")
+    (copy,) = Bundle.open(twice).manifest.copies
+    assert copy.reason == "head, packed for freeexport's kernels, beside the embedding table"
+
+
+def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None:
+    """In one product with queries and keys, where there are fewer heads of values than of queries."""
+    for name, shared in (("mistral-window", True), ("llama-biases", False)):
+        for precision in ("int4", "int8"):
+            path = bundle(BY_NAME[name], 1, precision=precision, **OWN)
+            found = [
+                (attributes["N"], attributes["up_N"], attributes["bits"], attributes["up_bits"])
+                for node in shallow_nodes(path, "PackedLinear")
+                if "up_N" in (attributes := {each.name: each.i for each in node.attribute})
+            ]
+            manifest = Bundle.open(path).manifest
+            size = manifest.head_dim
+            expected = ((manifest.heads + manifest.kv_heads) * size, manifest.kv_heads * size, 4, 8)
+            assert found == ([expected] if shared and precision == "int4" else [])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.rounding import round_4_bits
 from graphs.quantization.scheme import LIMITS, IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.precision import TensorFormat
@@ -26,8 +28,8 @@ def tensor(array: np.ndarray, name: str = "w") -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.tensor(array), ir.DataType.FLOAT, ir.Shape(array.shape), name=name)
 
 
-def bell(outputs: int = 16, inputs: int = 64) -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((outputs, inputs)).astype(np.float32)
+def bell(outputs: int = 16, inputs: int = 64, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((outputs, inputs)).astype(np.float32)
 
 
 def with_outliers(inputs: int, every: int, rest: float) -> np.ndarray:
@@ -94,6 +96,33 @@ def test_8_bits_have_the_largest_block_that_divides_the_inputs(width: int, block
     # CUDA's kernels were tried with these alone.
     alone = ROUNDING["cuda"].scheme
     assert Quantizer(weights, alone).store(tensor(bell(16, width), "cuda"), "int8-block").block == 32
+
+
+def test_fitted_weights_stand_in_the_stack_that_a_graph_makes_of_them(weights: WeightFile) -> None:
+    parts = {name: bell(outputs, seed=seed) for seed, (name, outputs) in enumerate((("q", 24), ("k", 8), ("v", 8)))}
+    given = {name: replace(round_4_bits(part[:, ::-1], 32), error=9.0) for name, part in parts.items()}
+    whole = tensor(np.concatenate(list(parts.values())), "q+k+v")
+    fitted = Quantizer(weights, IntegerScheme(), given=given).store(whole, "int4")
+    weights.flush()
+    expected = [getattr(part, kind) for kind in ("data", "scales", "zero_points") for part in given.values()]
+    # As written, without what pads it.
+    raw = weights.path.read_bytes()
+    found = b"".join(raw[operand.offset : operand.offset + operand.length] for operand in fitted.operands)
+    assert found == b"".join(part.tobytes() for part in expected)
+    assert fitted.block == 32
+
+
+@pytest.mark.parametrize("missing", [None, "k"])
+def test_what_a_stack_loses_is_what_it_would_without_text(missing: str | None, weights: WeightFile) -> None:
+    """And without the text for one of its tensors it is as without text."""
+    whole = tensor(bell(40), "q+k")
+    given = {name: replace(round_4_bits(bell(20, seed=1), 32), error=9.0) for name in ("q", "k") if name != missing}
+    found = Quantizer(weights, IntegerScheme(), given=given).store(whole, "int4")
+    plain = round_4_bits(bell(40), 32)
+    assert found.error == found.lost == plain.error
+    weights.flush()
+    data = weights.path.read_bytes()[: plain.data.nbytes]
+    assert (data == plain.data.tobytes()) == (missing is not None)
 
 
 def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:

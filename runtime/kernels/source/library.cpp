@@ -28,6 +28,7 @@ EXPORT freeexport::ort::Status* RegisterCustomOps(freeexport::ort::SessionOption
   ort::CustomOpDomain* domain = nullptr;
   RETURN_IF_ERROR(api->CreateCustomOpDomain("freeexport", &domain));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedLinearOp));
+  RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kPackedRowsOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCachedAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kCrossAttentionOp));
   RETURN_IF_ERROR(api->CustomOpDomain_Add(domain, &kBestTwoOp));
@@ -55,6 +56,7 @@ EXPORT const char* freeexport_packed_linear(const char* instructions, const free
   if (kernels == nullptr || !kernels->supported()) return "no such instructions here";
   const Weight& w = product->weight;
   if (const char* problem = check_sizes(w.outputs, w.inputs, w.bits, w.block)) return problem;
+  if (product->beside && product->activation != kNone) return "an activation of products beside each other";
   return packed_linear(*kernels, *product, serial, nullptr) ? nullptr : "no memory";
 }
 

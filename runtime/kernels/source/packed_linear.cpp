@@ -47,7 +47,7 @@ void panel_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t first = static_cast<int64_t>(index) % call.row_blocks * kTaskRows;
   const int64_t panel = static_cast<int64_t>(index) / call.row_blocks * call.task_panels;
-  const int64_t end = least(panel + call.task_panels, call.product.weight.panels());
+  const int64_t end = least(panel + call.task_panels, call.product.panels());
   call.kernels.panels(call.product, call.quantized, first, least(first + kTaskRows, call.product.rows), panel, end);
 }
 
@@ -71,14 +71,14 @@ bool packed_linear(const Kernels& kernels, const Product& product, Parallel para
   auto* quantized = reinterpret_cast<Group*>(memory);
   auto* room = normed ? reinterpret_cast<float*>(quantized + groups) : nullptr;
   int64_t panel_bytes = weight.groups() * weight.group_bytes();
-  if (product.up.data != nullptr) panel_bytes += weight.groups() * product.up.group_bytes();
+  if (product.up.data != nullptr && !product.beside) panel_bytes += weight.groups() * product.up.group_bytes();
   const int64_t task_panels = panel_bytes < kTaskBytes ? kTaskBytes / panel_bytes : 1;
   Call call = {kernels, product, quantized, room, task_panels, parts(rows, kTaskRows)};
   if (rows * weight.inputs > kManyInputs)
     run(parallel, context, prepare_task, parts(rows, kPreparedRows), call);
   else
     prepare_rows(call, 0, rows);
-  run(parallel, context, panel_task, parts(weight.panels(), task_panels) * call.row_blocks, call);
+  run(parallel, context, panel_task, parts(product.panels(), task_panels) * call.row_blocks, call);
   std::free(memory);
   return true;
 }

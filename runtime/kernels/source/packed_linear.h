@@ -46,7 +46,8 @@ struct Weight {
 enum Activation : int { kNone, kRelu, kSilu, kGeluTanh, kActivations };
 
 // Of one call: y = activation(n W^T + bias), times n U^T where there is an `up` U; with n = x, or, where there is a
-// `norm`, n = t / sqrt(mean(t^2) + epsilon) * norm of t = x + skip, or of t = x without skip.
+// `norm`, n = t / sqrt(mean(t^2) + epsilon) * norm of t = x + skip, or of t = x without skip. Or y has the products of W
+// and U, whose bias goes on behind that of W, `beside` each other.
 struct Product {
   int64_t rows;
   const float* x;      // [rows, inputs]
@@ -55,9 +56,13 @@ struct Product {
   float epsilon;
   int activation;
   Weight weight;
-  Weight up;           // of the same sizes, or data is null
+  Weight up;           // of the same inputs, without `beside` of the same outputs; or data is null
   float* total;        // [rows, inputs]: x + skip; null without skip
   float* y;            // [rows, outputs]
+  int beside;          // without activation
+
+  FREEEXPORT_INLINE int64_t outputs() const { return weight.outputs + (beside ? up.outputs : 0); }
+  FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }
 };
 
 // 32 inputs of a row, quantized: values, their scale, and the sum of the values with the sign turned, a pair with

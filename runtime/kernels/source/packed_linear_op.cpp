@@ -44,10 +44,10 @@ ort::Status* check_weight(const Kernel& kernel, const ort::KernelInfo* info, siz
   return check_constant(kernel, info, data + 2, ort::kUint8, scales);
 }
 
-ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* bits_name,
-                        const char* block_name, Weight* weight) {
+ort::Status* read_sizes(const ort::Api* api, const ort::KernelInfo* info, const char* outputs_name,
+                        const char* bits_name, const char* block_name, Weight* weight) {
   int64_t bits = 0, block = 0;
-  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight->outputs));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, outputs_name, &weight->outputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight->inputs));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, bits_name, &bits));
   RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, block_name, &block));
@@ -69,21 +69,33 @@ ort::Status* read_activation(const ort::Api* api, const ort::KernelInfo* info, i
   return fail(api, ort::kInvalidGraph, "activation is none of none, relu, silu and gelu-tanh");
 }
 
+bool has_integer(const ort::Api* api, const ort::KernelInfo* info, const char* name) {
+  int64_t value = 0;
+  ort::Status* status = api->KernelInfoGetAttribute_int64(info, name, &value);
+  if (status != nullptr) api->ReleaseStatus(status);
+  return status == nullptr;
+}
+
 ort::Status* read_product(const ort::KernelInfo* info, Kernel* kernel) {
   const ort::Api* api = kernel->api;
   Product& product = kernel->product;
   const bool* given = kernel->given;
-  RETURN_IF_ERROR(read_sizes(api, info, "bits", "block_size", &product.weight));
+  RETURN_IF_ERROR(read_sizes(api, info, "N", "bits", "block_size", &product.weight));
   RETURN_IF_ERROR(check_weight(*kernel, info, kData, product.weight));
-  RETURN_IF_ERROR(check_constant(*kernel, info, kBias, ort::kFloat, product.weight.outputs));
   RETURN_IF_ERROR(check_constant(*kernel, info, kNorm, ort::kFloat, product.weight.inputs));
   RETURN_IF_ERROR(read_activation(api, info, &product.activation));
   if (given[kNorm]) RETURN_IF_ERROR(api->KernelInfoGetAttribute_float(info, "epsilon", &product.epsilon));
   if (given[kSkip] && !given[kNorm]) return fail(api, ort::kInvalidGraph, "skip goes with a norm");
   if (given[kUpData] != given[kUpScales]) return fail(api, ort::kInvalidGraph, "up's data go with its scales");
-  if (!given[kUpData]) return nullptr;
-  RETURN_IF_ERROR(read_sizes(api, info, "up_bits", "up_block_size", &product.up));
-  return check_weight(*kernel, info, kUpData, product.up);
+  product.beside = has_integer(api, info, "up_N");
+  if (product.beside && (!given[kUpData] || product.activation != kNone))
+    return fail(api, ort::kInvalidGraph, "up_N goes with up's data, and with no activation");
+  if (given[kUpData]) {
+    const char* outputs = product.beside ? "up_N" : "N";
+    RETURN_IF_ERROR(read_sizes(api, info, outputs, "up_bits", "up_block_size", &product.up));
+    RETURN_IF_ERROR(check_weight(*kernel, info, kUpData, product.up));
+  }
+  return check_constant(*kernel, info, kBias, ort::kFloat, product.outputs());
 }
 
 ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
@@ -144,7 +156,7 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
     RETURN_IF_ERROR(check_skip(kernel, context, product.rows * product.weight.inputs));
     RETURN_IF_ERROR(output_of(kernel, context, kTotal, shape, rank, &product.total));
   }
-  shape[rank - 1] = product.weight.outputs;
+  shape[rank - 1] = product.outputs();
   RETURN_IF_ERROR(output_of(kernel, context, kY, shape, rank, &product.y));
   const void* inputs[kInputs] = {};
   for (size_t input = kX; input < kInputs; input++)
@@ -153,6 +165,7 @@ ort::Status* compute(void* op, ort::KernelContext* context) {
   product.skip = static_cast<const float*>(inputs[kSkip]);
   product.norm = static_cast<const float*>(inputs[kNorm]);
   product.weight.bias = static_cast<const float*>(inputs[kBias]);
+  if (product.beside && product.weight.bias) product.up.bias = product.weight.bias + product.weight.outputs;
   set_tensors(inputs + kData, &product.weight);
   set_tensors(inputs + kUpData, &product.up);
   Session session = {api, context, nullptr};

@@ -268,9 +268,15 @@ inline void gated_panels(const Product& product, const Group* rows, int64_t firs
 inline void panels(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel,
                    int64_t end) {
   const Weight& weight = product.weight;
-  if (product.activation == kNone && product.up.data == nullptr) {
-    for (; panel < end; panel++)
-      multiply(rows, first, last, weight, panel, product.y + first * weight.outputs + panel * kPanel, weight.outputs);
+  if (product.beside || (product.activation == kNone && product.up.data == nullptr)) {
+    float* y = product.y + first * product.outputs();
+    for (; panel < end; panel++) {
+      const int64_t behind = panel - weight.panels();
+      if (behind < 0)
+        multiply(rows, first, last, weight, panel, y + panel * kPanel, product.outputs());
+      else
+        multiply(rows, first, last, product.up, behind, y + weight.outputs + behind * kPanel, product.outputs());
+    }
     return;
   }
   const int64_t most = kTaskRows / (last - first);

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import CASES, Case, load
@@ -56,7 +57,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engines(case: Case, model: Path, **options: Any) -> EngineOptions:
     checkpoint = open_checkpoint(str(model))
-    wanted = ConvertOptions(EXIT_LAYER, capacity=128, kernels="onnxruntime", **options)
+    wanted = ConvertOptions(EXIT_LAYER, capacity=128, **{"kernels": "onnxruntime", **options})
     return engine_options(describe(checkpoint.config, checkpoint), wanted, EXIT_LAYER)
 
 
@@ -173,10 +174,35 @@ def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text:
         assert set(rounded_for(case, checkpoint(case), text, **options).weights) == wanted
 
 
+def test_values_that_heads_share_are_not_fitted_where_they_have_8_bits(text: Path, checkpoint: Checkpoint) -> None:
+    model = checkpoint(case := BY_NAME["mistral-window"])
+    theirs, ours = (set(rounded_for(case, model, text, kernels=each).weights) for each in ("onnxruntime", "freeexport"))
+    layers = range(open_checkpoint(str(model)).config["num_hidden_layers"])
+    assert theirs - ours == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in layers}
+    assert ours < theirs
+
+
 def test_the_same_text_gives_the_same_weights(text: Path, checkpoint: Checkpoint) -> None:
     one, other = (rounded_for(LLAMA, checkpoint(LLAMA), text).weights for _ in range(2))
     assert one.keys() == other.keys()
     assert all(same(one[name], other[name]) for name in one)
+
+
+def test_what_was_fitted_is_what_a_bundle_has(text: Path, bundle: Bundles, checkpoint: Checkpoint) -> None:
+    """Also where query, key and value are one product."""
+    path = bundle(LLAMA, EXIT_LAYER, precision="int4", rounding_data=text, kernels="onnxruntime")
+    found = rounded_for(LLAMA, checkpoint(LLAMA), text).weights
+    read: set[str] = set()
+    for engine in ("shallow", "deep"):
+        model = ir.load(path / f"{engine}.onnx")
+        for name, value in model.graph.initializers.items():
+            parts, _, kind = name.partition(".int4.data")
+            if kind:
+                assert value.const_value is not None
+                expected = np.concatenate([found[part].data for part in parts.split("+")])
+                np.testing.assert_array_equal(value.const_value.numpy(), expected)
+                read.update(parts.split("+"))
+    assert read == found.keys()
 
 
 def test_the_manifest_and_inspect_say_what_for(text: Path, bundle: Bundles) -> None:

@@ -137,6 +137,36 @@ def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywher
     assert np.median(np.abs(y - expected)) <= 1e-4 * np.abs(expected).max() + 1e-12
 
 
+@given(shapes, st.integers(1, 50), st.sampled_from([4, 8]), st.sampled_from(["", "norm", "skip"]))
+@settings(max_examples=40, deadline=None)
+def test_products_beside_each_other_are_those_alone(shape, second_outputs, second_bits, before):
+    seed, count, outputs, inputs, bits, block, bias = shape
+    rng = np.random.default_rng(seed)
+    case, x = random_case(rng, outputs, inputs, bits, block, bias), rows(rng, count, inputs)
+    second = random_case(rng, second_outputs, inputs, second_bits, 32, bias)
+    norm = rng.standard_normal(inputs).astype(np.float32) if before else None
+    fused = {"skip": rows(rng, count, inputs) if before == "skip" else None, "norm": norm}
+    alone = [multiply("scalar", x, each, **fused) for each in (case, second)]
+    for name in ("scalar", *filter(here, INSTRUCTIONS)):
+        y = multiply(name, x, case, up=second, beside=True, **fused)
+        np.testing.assert_array_equal(bits_of(y), bits_of(np.concatenate(alone, axis=1)), name)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_session_has_products_beside_each_other(bias, threads):
+    rng = np.random.default_rng(7)
+    case, second = (random_case(rng, outputs, 320, bits, bias=bias) for outputs, bits in ((600, 4), (50, 8)))
+    up = dict(zip(("up_data", "up_scales", "up_zeros"), second.tensors, strict=False))
+    biases = {"bias": np.concatenate([case.bias, second.bias])} if bias else {}
+    product = session(case, threads, up_N=50, up_bits=8, up_block_size=32, **up, **biases)
+    for count in (1, 9, 130):
+        x = rows(rng, count, 320)
+        (y,) = product.run(None, {"x": x})
+        expected = np.concatenate([multiply("scalar", x, each) for each in (case, second)], axis=1)
+        np.testing.assert_array_equal(bits_of(y), bits_of(expected))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS[1:])
 def test_activations_of_very_large_and_small_values(activation):
     values = np.array([-1e38, -500, -88, -1e-30, 0, 1e-30, 10, 88, 500, 1e38, np.nan], np.float32)
@@ -281,6 +311,13 @@ WRONG = {
     "none of none, relu, silu and gelu-tanh": {"activation": "tanh"},
     "up's data go with its scales": {"up_data": np.ones(3, np.uint8)},
     "up_bits": {"up_data": np.ones(3, np.uint8), "up_scales": np.ones(3, np.float16)},
+    "up_N goes with up's data": {"up_N": 16},
+    "and with no activation": {
+        "up_data": np.ones(3, np.uint8),
+        "up_scales": np.ones(3, np.float16),
+        "up_N": 16,
+        "activation": "relu",
+    },
     "up's data have 3 elements": {
         "up_data": np.ones(3, np.uint8),
         "up_scales": np.ones(3, np.float16),

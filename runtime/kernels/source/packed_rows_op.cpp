@@ -1,0 +1,113 @@
+// PackedRows as an operator of ONNX Runtime: rows of a weight in 8 bits that is packed for PackedLinear. A head that is
+// tied to the embedding so needs no second copy.
+#include <cstring>
+
+#include "operators.h"
+
+namespace freeexport {
+namespace {
+
+enum Input : size_t { kIndices, kData, kScales, kInputs };
+
+struct Kernel {
+  const ort::Api* api;
+  Weight weight;  // without its tensors
+};
+
+// Of finite halves: their bits are those of a float that is 2^-112 as large.
+float widened(uint16_t half) {
+  const uint32_t bits = (half & 0x8000u) << 16 | (half & 0x7fffu) << 13;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value * 0x1p112f;
+}
+
+void read_row(const Weight& weight, int64_t row, float* y) {
+  const int64_t panel = row / kPanel, lane = row % kPanel;
+  const uint8_t* data = weight.data + panel * weight.groups() * weight.group_bytes() + lane * 4;
+  const uint16_t* scales = weight.scales + panel * weight.blocks() * kPanel + lane;
+  for (int64_t first = 0; first < weight.inputs; first += weight.block, scales += kPanel) {
+    const int64_t end = first + weight.block < weight.inputs ? first + weight.block : weight.inputs;
+    const float scale = widened(*scales);
+    for (int64_t i = first; i < end; i++) y[i] = static_cast<float>(data[i / 4 * 4 * kPanel + i % 4] - 128) * scale;
+  }
+}
+
+ort::Status* check_constant(const ort::Api* api, const ort::KernelInfo* info, size_t input, int64_t expected) {
+  int constant = 0, type = 0;
+  const ort::Value* value = nullptr;
+  RETURN_IF_ERROR(api->KernelInfoGetConstantInput_tensor(info, input, &constant, &value));
+  if (!constant) return fail(api, ort::kInvalidGraph, "input %zu of PackedRows is no constant of the graph", input);
+  int64_t count = 0;
+  RETURN_IF_ERROR(elements_of(api, value, &count, &type));
+  if (count == expected) return nullptr;
+  return fail(api, ort::kInvalidGraph, "input %zu of PackedRows has %lld elements, N, K and block_size want %lld", input,
+              static_cast<long long>(count), static_cast<long long>(expected));
+}
+
+ort::Status* create_kernel(const ort::CustomOp*, const ort::Api* api, const ort::KernelInfo* info, void** out) {
+  Kernel kernel = {api, {}};
+  Weight& weight = kernel.weight;
+  int64_t block = 0;
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "N", &weight.outputs));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "K", &weight.inputs));
+  RETURN_IF_ERROR(api->KernelInfoGetAttribute_int64(info, "block_size", &block));
+  weight.bits = 8;
+  if (const char* problem = check_sizes(weight.outputs, weight.inputs, weight.bits, block))
+    return fail(api, ort::kInvalidGraph, "%s", problem);
+  weight.block = static_cast<int>(block);
+  RETURN_IF_ERROR(check_constant(api, info, kData, weight.panels() * weight.groups() * weight.group_bytes()));
+  RETURN_IF_ERROR(check_constant(api, info, kScales, weight.panels() * weight.blocks() * kPanel));
+  return keep(api, kernel, out);
+}
+
+ort::Status* compute(void* op, ort::KernelContext* context) {
+  const Kernel& kernel = *static_cast<Kernel*>(op);
+  const ort::Api* api = kernel.api;
+  Weight weight = kernel.weight;
+  const ort::Value* indices = nullptr;
+  RETURN_IF_ERROR(api->KernelContext_GetInput(context, kIndices, &indices));
+  int64_t shape[kMostRank + 1], count = 1;
+  size_t rank = 0;
+  RETURN_IF_ERROR(shape_of(api, indices, "indices", shape, &rank));
+  for (size_t i = 0; i < rank; i++) count *= shape[i];
+  shape[rank] = weight.inputs;
+  const void* inputs[kInputs] = {};
+  for (size_t input = 0; input < kInputs; input++)
+    RETURN_IF_ERROR(input_of(api, context, input, true, &inputs[input]));
+  weight.data = static_cast<const uint8_t*>(inputs[kData]);
+  weight.scales = static_cast<const uint16_t*>(inputs[kScales]);
+  ort::Value* value = nullptr;
+  float* y = nullptr;
+  RETURN_IF_ERROR(api->KernelContext_GetOutput(context, 0, shape, rank + 1, &value));
+  RETURN_IF_ERROR(api->GetTensorMutableData(value, reinterpret_cast<void**>(&y)));
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t row = static_cast<const int64_t*>(inputs[kIndices])[i];
+    if (row < 0 || row >= weight.outputs)
+      return fail(api, ort::kInvalidArgument, "index %lld is no row of %lld", static_cast<long long>(row),
+                  static_cast<long long>(weight.outputs));
+    read_row(weight, row, y + i * weight.inputs);
+  }
+  return nullptr;
+}
+
+constexpr ort::CustomOp packed_rows_op() {
+  ort::CustomOp op = common_callbacks();
+  op.GetName = [](const ort::CustomOp*) { return "PackedRows"; };
+  op.GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputs; };
+  op.GetInputType = [](const ort::CustomOp*, size_t input) {
+    return input == kIndices ? ort::kInt64 : input == kData ? ort::kUint8 : ort::kFloat16;
+  };
+  op.GetInputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
+  op.GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.CreateKernelV2 = create_kernel;
+  op.KernelComputeV2 = compute;
+  return op;
+}
+
+}  // namespace
+
+constexpr ort::CustomOp kPackedRowsOp = packed_rows_op();
+
+}  // namespace freeexport
