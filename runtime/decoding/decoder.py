@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.decoding.decisions import Decisions
 from runtime.decoding.prediction import NOTHING, Prediction
-from runtime.decoding.prefix import Prefix
+from runtime.decoding.prefix import BLOCK, Prefix
 from runtime.decoding.slot import Slot
 from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
 from runtime.engines.runner import Runner
@@ -17,8 +17,10 @@ from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
 PREFILL_ROWS = 512
-# While other sequences decode: each piece keeps their next tokens waiting.
-SHARED_PREFILL_ROWS = 128
+# While other sequences decode, a piece comes before each of the two engine calls that their next token takes: about as
+# many rows as are read in so many seconds, within limits. Few rows read all weights for little.
+SHARED_PREFILL_SECONDS = 0.05
+FEWEST_SHARED_ROWS, SHARED_PREFILL_ROWS = BLOCK, 128
 
 # What to run the shallow decoder on next while a sync pass runs, given its prediction after the token before (None at
 # first) and the tokens that it has run ahead on. None: nothing more.
@@ -51,6 +53,7 @@ class Decoder:
         self.stats = Stats()
         self.stacked = 0
         self.batch_size, self.others = 1, False
+        self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
@@ -138,7 +141,8 @@ class Decoder:
                 held = prefix.restore(self.runners, self.slot, start)
                 self.stats.cached_tokens += held - start
                 start = held
-            piece = tokens[None, start : start + (SHARED_PREFILL_ROWS if self.others else PREFILL_ROWS)]
+            rows = min(self._shared_rows, SHARED_PREFILL_ROWS) if self.others else PREFILL_ROWS
+            piece = tokens[None, start : start + rows]
             start += piece.shape[1]
             last = start == len(tokens)
             self._prefill_piece(piece, head and last, last)
@@ -274,8 +278,13 @@ class Decoder:
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         calls, rows = self._calls, piece.shape[1]
+        began = perf_counter()
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
         self._shallow.run(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head, self._exits)))
         self._shallow.cache.extend(self.slot, rows)
         self._deep.run(calls.bind(calls.deep_piece(hidden, int(deep_head))))
         self._deep.cache.extend(self.slot, rows)
+        if rows >= FEWEST_SHARED_ROWS:
+            fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
+            # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.
+            self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)

@@ -78,7 +78,8 @@ def llama_served(threads: int, slots: int) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [str(programs / SERVER), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", str(slots)]
-    command += ["--ctx-size", str(slots * CONTEXT)]
+    # Without its cache of ended prompts, to which it copies each by default.
+    command += ["--ctx-size", str(slots * CONTEXT), "--cache-ram", "0"]
     url = f"http://127.0.0.1:{port}"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:

@@ -126,6 +126,9 @@ def main(
     with served(bundle, threads, slots) as url:
         asyncio.run(closed(url, slots, 2))  # warms up
         rates = [asyncio.run(closed(url, count, seconds / 4)) for count in range(1, slots + 1)]
+        if not min(rates):
+            wrong = f"no request ended in {seconds / 4:g} s with {rates.index(0) + 1} in flight"
+            raise click.ClickException(f"{wrong}; give more --seconds than {seconds:g}")
         click.echo(f"requests/s that end with 1 to {slots} in flight: {', '.join(f'{rate:.2f}' for rate in rates)}")
         report(url, rates, loads, seconds)
     arrivals = day / 86400 * peak

@@ -7,7 +7,7 @@ p50, p95 and p99 of the time to the first token and between tokens; then the tim
 while a long prompt arrives. Clients share the cores with the server. The machine must be idle.
 
 `--against llama-server` has llama.cpp's server answer the same load, in turn: SmolLM2 in q8_0, greedy, as many threads
-and slots, and no prompt cache (python -m pip install cmake; it is compiled once, which takes ten minutes).
+and slots. Neither keeps prompts (python -m pip install cmake; it is compiled once, which takes ten minutes).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Target:
 def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
     """The address of a server in a process of its own."""
     command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
-    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full"]
+    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full", "--prefix-cache-mb", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:

@@ -16,7 +16,7 @@ from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import PREFILL_ROWS, Decoder
+from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
@@ -144,6 +144,33 @@ def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(len
     assert sum(shallow.heads) == sum(deep.heads) == 1
     assert decoder.lengths() == (length, length)
     assert cached(deep, length) == {tuple(prompt_of(length).tolist())}
+
+
+@pytest.mark.parametrize(
+    ("fixed", "each", "least", "most"),
+    [(0.01, 0.001, 0.042, 0.058), (0.05, 0.01, 0.21, 0.21), (0.001, 1e-5, 0.002, 0.003)],
+    ids=["as many rows as fit", "at least 16", "at most 128"],
+)
+def test_pieces_keep_others_waiting_for_a_bounded_time(
+    fixed: float, each: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock in which a piece takes `fixed` seconds, and `each` for a row."""
+    decoder, shallow, deep = decoder_of(rows=2048)
+    decoder.others = True
+
+    def clock() -> float:
+        return fixed / 2 * (len(shallow.calls) + len(deep.calls)) + each / 2 * (sum(shallow.calls) + sum(deep.calls))
+
+    monkeypatch.setattr("runtime.decoding.decoder.perf_counter", clock)
+    for length in (40, 16, 20, 1500):  # the end of a prompt may be a single row, and says little
+        shallow.calls.clear()
+        decoder.reset()
+        decoder.prefill(prompt_of(length), head=False)
+    assert sum(shallow.calls) == 1500
+    settled = [fixed + each * rows for rows in shallow.calls[3:-1]]
+    assert len(settled) > 5
+    assert least <= min(settled) <= max(settled) <= most + 1e-9
+    assert max(shallow.calls) <= SHARED_PREFILL_ROWS
 
 
 # Modes whose exits are drafts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_the_model_is_printed_beside_what_was_measured(chat: Path) -> None:
     assert result.exit_code == 0, result.output
     assert len(re.findall(r"^\| 0\.\d+ \| [\d.]+ \| [\d.]+, [\d.]+ \| [\d.]+, [\d.]+ \|$", result.output, re.M)) == 2
     assert re.search(r"^1,000,000 requests a day, 23.1/s at the peak: \d+ machines", result.output, re.M)
+
+
+def test_too_few_seconds_for_any_request_are_refused(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def closed(url: str, clients: int, seconds: float) -> float:
+        return 0.5 * (clients != 2)
+
+    monkeypatch.setattr(queueing, "served", lambda *given: nullcontext("http://127.0.0.1:1"))
+    monkeypatch.setattr(queueing, "closed", closed)
+    result = CliRunner().invoke(queueing.main, [str(chat), "--force", "--slots", "3", "--seconds", "2"])
+    assert result.exit_code == 1
+    assert "Error: no request ended in 0.5 s with 2 in flight; give more --seconds than 2" in result.output
 
 
 def test_processes_share_the_weights_and_add_up(bundle: Bundles) -> None:
