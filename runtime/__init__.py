@@ -6,6 +6,11 @@ with Session("bundle") as session:
     print(session.generate("The capital of France is", max_new_tokens=32).text)
 """
 
+import os
+
+# ONNX Runtime 1.29 and later sends telemetry on Linux unless this is set before it is loaded. Set to 0, it is left on.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from runtime.bundle.bundle import Bundle
 from runtime.errors import (
     BatchError,

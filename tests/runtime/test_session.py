@@ -572,6 +572,17 @@ def test_calls_stay_bound_from_one_request_to_the_next(
     assert len(bound) == 2, "the prompt at both engines"
 
 
+def test_onnxruntime_sends_no_telemetry_unless_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Where it would, it keeps an id and a database in the user's cache directory.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY", raising=False)
+    python("import runtime, onnxruntime, time; time.sleep(1)")
+    assert list(tmp_path.rglob("*")) == []
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    assert python("import os, runtime; print(os.environ['ORT_DISABLE_TELEMETRY'])") == "0\n"
+
+
 def test_importing_the_runtime_is_fast_and_loads_no_training_library() -> None:
     code = (
         "import sys; from time import process_time; began = process_time(); import runtime;"
