@@ -24,6 +24,7 @@ from freeexport.system.idle import cores_in_use
 from freeexport.system.progress import progress
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
+from runtime.keywords import GenerationKeywords
 from runtime.machine.machine import host
 from runtime.result import Stats
 
@@ -161,7 +162,8 @@ def _requests(
     yield Sample.of(False, session.generate(prompt, mode="full", max_new_tokens=most, ignore_eos=True).stats)
     for script in scripts:
         with session.replaying(script):
-            done = session.generate(prompt, mode="free", threshold=THRESHOLD, max_new_tokens=most, ignore_eos=True)
+            options: GenerationKeywords = {"mode": "free", "threshold": THRESHOLD, "first_exit": False}
+            done = session.generate(prompt, max_new_tokens=most, ignore_eos=True, **options)
         yield Sample.of(True, done.stats)
 
 
