@@ -24,7 +24,6 @@ from freeexport.system.idle import cores_in_use
 from freeexport.system.progress import progress
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
-from runtime.keywords import GenerationKeywords
 from runtime.machine.machine import host
 from runtime.result import Stats
 
@@ -162,8 +161,14 @@ def _requests(
     yield Sample.of(False, session.generate(prompt, mode="full", max_new_tokens=most, ignore_eos=True).stats)
     for script in scripts:
         with session.replaying(script):
-            options: GenerationKeywords = {"mode": "free", "threshold": THRESHOLD, "first_exit": False}
-            done = session.generate(prompt, max_new_tokens=most, ignore_eos=True, **options)
+            done = session.generate(
+                prompt,
+                mode="free",
+                threshold=THRESHOLD,
+                first_exit=False,
+                max_new_tokens=most,
+                ignore_eos=True,
+            )
         yield Sample.of(True, done.stats)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 
 from freeexport.system.progress import progress
 from runtime import Session
-from runtime.keywords import GenerationKeywords
 from runtime.options import Mode
 
 # Prompts are decoded so many times each round: enough for a median, few enough to wait for.
@@ -27,9 +26,13 @@ class Setting:
     def decode(self, prompt: np.ndarray, max_new_tokens: int) -> tuple[int, float]:
         """Tokens after the first, and the seconds of decoding them."""
         mode: Mode = "full" if self.threshold is None else "free"
-        options: GenerationKeywords = {"threshold": self.threshold, "max_pending": self.max_pending}
         stats = self.session.generate(
-            prompt, mode=mode, first_exit=False, max_new_tokens=max_new_tokens, **options
+            prompt,
+            mode=mode,
+            threshold=self.threshold,
+            first_exit=False,
+            max_pending=self.max_pending,
+            max_new_tokens=max_new_tokens,
         ).stats
         return stats.tokens - 1, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
