@@ -26,6 +26,7 @@ class SessionKeywords(TypedDict, total=False):
     adaptive_memory: int
     adaptive_target: float | None
     adaptive_state: Mapping[str, Any] | None
+    first_exit: bool
     verify: Literal["sizes", "full"]
     device: str
     cuda_graphs: bool
@@ -39,6 +40,7 @@ class GenerationKeywords(TypedDict, total=False):
     max_new_tokens: int
     mode: Mode
     threshold: float | None
+    first_exit: bool | None
     output_confidence: bool
     rollback_threshold: float | None
     max_pending: int | None

@@ -33,12 +33,14 @@ class Stats:
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
     `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
-    `exits` and `forced` count tokens after the first; forced ones were confident enough, but the stack was full.
+    `exits` and `forced` count tokens after the first, with `first_exit` all of them; forced ones were confident enough,
+    but the stack was full. `first_exit`: whether the first token could exit, as the option says.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
     time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying
-    what is reused), `overlapped_seconds` the deep ones that ran in the background and cost the caller no time.
+    what is reused, and with first_exit the deep pass over the prompt, whenever it runs), `overlapped_seconds` the deep
+    ones that ran in the background and cost the caller no time.
 
     `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
     token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
@@ -46,6 +48,7 @@ class Stats:
     """
 
     mode: Mode | None = None
+    first_exit: bool = False
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
@@ -65,9 +68,14 @@ class Stats:
     first_token_seconds: float = 0.0
 
     @property
+    def candidates(self) -> int:
+        """Tokens that the threshold decided: those after the first, with `first_exit` all."""
+        return self.tokens if self.first_exit else max(0, self.tokens - 1)
+
+    @property
     def exit_rate(self) -> float:
-        """Share of the tokens after the first that exited."""
-        return self.exits / max(1, self.tokens - 1)
+        """Share of the `candidates` that exited."""
+        return self.exits / max(1, self.candidates)
 
     @property
     def acceptance(self) -> float:

@@ -22,7 +22,8 @@ class Reference:
 
     `forced`: the token would have exited, but the stack was full. `gaps`: best minus second best logit of whichever
     decoder emitted. `sync_sizes`: rows of each deep call after the prefill (in mode `full` all 1). `stacked`: pending
-    tokens after each step.
+    tokens after each step. `first_exit`: the first token is decided as the others are, and the prompt's last row is one
+    of the first deep call's.
     """
 
     threshold: float
@@ -35,10 +36,11 @@ class Reference:
     stacked: list[int] = field(default_factory=list)
     sync_sizes: list[int] = field(default_factory=list)
     finish_reason: Literal["eos", "stop", "length"] = "length"
+    first_exit: bool = False
 
     def step(self, shallow: torch.Tensor, deep: torch.Tensor, max_pending: int) -> int:
         """Decide on the next token from both decoders' logits [vocab]; returns it."""
-        first = not self.token_ids
+        first = not self.token_ids and not self.first_exit
         pending = self.stacked[-1] if self.stacked else 0
         confidence = None if self.mode == "full" else confidence_of(shallow)
         sure = not first and confidence is not None and confidence > self.threshold
@@ -65,6 +67,7 @@ def free_decode(
     eos_ids: Iterable[int] | None = None,
     mode: Mode = "free",
     stop: Callable[[list[int]], bool] | None = None,
+    first_exit: bool = False,
 ) -> Reference:
     """Decode greedily the FREE way; `max_pending` is the most rows of a deep call.
 
@@ -73,7 +76,7 @@ def free_decode(
     """
     ends = set(_eos_ids(model) if eos_ids is None else eos_ids)
     run = Run(model, prompt_ids, exit_layer)
-    reference = Reference(threshold, mode)
+    reference = Reference(threshold, mode, first_exit=first_exit)
     while len(reference.token_ids) < max_new_tokens:
         shallow, deep = run.logits(reference.token_ids)
         token = reference.step(shallow[-1], deep[-1], max_pending)
@@ -94,6 +97,7 @@ def replay(
     threshold: float,
     max_pending: int = 16,
     mode: Mode = "free",
+    first_exit: bool = False,
 ) -> Reference:
     """What FREE emits at each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
 
@@ -101,7 +105,7 @@ def replay(
     what follows is meaningless. `finish_reason` is not set.
     """
     shallow, deep = Run(model, prompt_ids, exit_layer).logits(token_ids[:-1])
-    reference = Reference(threshold, mode)
+    reference = Reference(threshold, mode, first_exit=first_exit)
     for step in range(len(token_ids)):
         reference.step(shallow[step], deep[step], max_pending)
     return reference
@@ -129,15 +133,17 @@ def draft_decode(
     max_new_tokens: int,
     max_pending: int = 16,
     eos_ids: Iterable[int] = (),
+    first_exit: bool = False,
 ) -> Reference:
     """FREE whose exited tokens are drafts until the next deep call: it keeps them up to the first that `keeps` (deep
     logits [vocab], token) refuses, whose place the deep choice takes. A draft that would end the request calls the deep
     decoder at once. `stacked` is not recorded."""
     ends, run = set(eos_ids), Run(model, prompt_ids, exit_layer)
-    reference = Reference(threshold, "free")
-    shallow, deep = run.logits([])
-    _record(reference, deep[-1], False, confidence_of(shallow[-1]))
-    while len(reference.token_ids) < max_new_tokens and reference.token_ids[-1] not in ends:
+    reference = Reference(threshold, "free", first_exit=first_exit)
+    if not first_exit:
+        shallow, deep = run.logits([])
+        _record(reference, deep[-1], False, confidence_of(shallow[-1]))
+    while len(reference.token_ids) < max_new_tokens and not ends.intersection(reference.token_ids[-1:]):
         final, drafts = list(reference.token_ids), list[int]()
         while True:
             shallow, deep = run.logits(final + drafts)

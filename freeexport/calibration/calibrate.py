@@ -58,7 +58,8 @@ class Calibrated:
 def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
     """Traces of the requests: those in the file `cache` are taken from there, the others are added to it."""
     facts = source.facts
-    known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), facts.exit_layer, facts.confidence, max_new_tokens))
+    depends = facts.exit_layer, facts.confidence, max_new_tokens, facts.first_exit
+    known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), *depends))
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:
         with progress("decoding", len(requests), len(requests) - len(missing)) as advance:
@@ -81,7 +82,7 @@ def check_enough(traces: Traces, options: CalibrateOptions) -> None:
             )
     if traces.tokens < LEAST_TOKENS:
         raise CalibrationError(
-            f"the data give {traces.tokens} tokens after the first of each output, a threshold needs at least "
+            f"the data give {traces.tokens} tokens that could exit, a threshold needs at least "
             f"{LEAST_TOKENS}; give more samples, or longer ones"
         )
 

@@ -161,7 +161,14 @@ def _requests(
     yield Sample.of(False, session.generate(prompt, mode="full", max_new_tokens=most, ignore_eos=True).stats)
     for script in scripts:
         with session.replaying(script):
-            done = session.generate(prompt, mode="free", threshold=THRESHOLD, max_new_tokens=most, ignore_eos=True)
+            done = session.generate(
+                prompt,
+                mode="free",
+                threshold=THRESHOLD,
+                first_exit=False,
+                max_new_tokens=most,
+                ignore_eos=True,
+            )
         yield Sample.of(True, done.stats)
 
 

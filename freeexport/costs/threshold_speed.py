@@ -27,7 +27,12 @@ class Setting:
         """Tokens after the first, and the seconds of decoding them."""
         mode: Mode = "full" if self.threshold is None else "free"
         stats = self.session.generate(
-            prompt, mode=mode, threshold=self.threshold, max_pending=self.max_pending, max_new_tokens=max_new_tokens
+            prompt,
+            mode=mode,
+            threshold=self.threshold,
+            first_exit=False,
+            max_pending=self.max_pending,
+            max_new_tokens=max_new_tokens,
         ).stats
         return stats.tokens - 1, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 

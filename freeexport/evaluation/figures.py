@@ -33,9 +33,11 @@ class Score:
 class Row:
     """A bundle in one setting, over all lines.
 
-    `token_speed` and `request_speed` are multiples of the full model's: of decoding, in time per token after the first,
-    and of whole requests, prompt and encoder included. `tokens_per_second` is of decoding. `layers`: decoder layers
-    that a token after the first took until it was emitted, on average. `same`: the share of lines whose tokens are the
+    `token_speed`, `first_speed` and `request_speed` are multiples of the full model's: of decoding, in time per token
+    after the first, of the time to the first token, and of whole requests, both with prompt and encoder.
+    `tokens_per_second` is of decoding. `exit_rate` of the tokens after the first, with first exits of all, and
+    `layers`: decoder layers that such a token took until it was emitted, on average. `first_exits`: share of the first
+    tokens that exited. `same`: the share of lines whose tokens are the
     full model's; `cut`: of those that ended at the limit of tokens. `joules_per_token` where the machine tells.
     `against`: the bundle whose full model it is compared with.
     """
@@ -47,8 +49,10 @@ class Row:
     lines: int
     tokens: int
     exit_rate: float
+    first_exits: float
     layers: float
     token_speed: float
+    first_speed: float
     request_speed: float
     tokens_per_second: float
     seconds_per_request: float
@@ -77,6 +81,7 @@ class Times:
 
     seconds: float
     decode_seconds: float
+    first_seconds: float
     later_tokens: int
 
     @property
@@ -144,8 +149,8 @@ def interval(metric: Metric, table: np.ndarray, whole: np.ndarray) -> tuple[floa
 def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Lines, scores: dict[str, Score]) -> Row:
     manifest = entry.bundle.manifest
     first = [turns[0] for turns in lines.values()]
-    later = max(1, sum(max(0, one.tokens - 1) for one in first))
-    exits = sum(sum(one.exited[1:]) for one in first)
+    decided = [one.exited[not setting.first_exit :] for one in first]
+    count = max(1, sum(map(len, decided)))
     times, full = _times(lines), _times(whole)
     joules = [one.joules for turns in lines.values() for one in turns]
     known = [value for value in joules if value is not None]
@@ -157,9 +162,11 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
         against=against,
         lines=len(first),
         tokens=sum(one.tokens for one in first),
-        exit_rate=exits / later,
-        layers=sum(_layers(one, manifest, setting) for one in first) / later,
+        exit_rate=sum(map(sum, decided)) / count,
+        first_exits=float(np.mean([any(one.exited[:1]) for one in first])),
+        layers=sum(_layers(one, flags, manifest, setting) for one, flags in zip(first, decided, strict=True)) / count,
         token_speed=_ratio(full.per_token, times.per_token),
+        first_speed=_ratio(full.first_seconds, times.first_seconds),
         request_speed=_ratio(full.seconds, times.seconds),
         tokens_per_second=_ratio(1.0, times.per_token),
         seconds_per_request=times.seconds / len(first),
@@ -170,12 +177,12 @@ def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Line
     )
 
 
-def _layers(record: Record, manifest: Manifest, setting: Setting) -> int:
-    """Of the tokens after the first. Those of the exit's own run in every mode but full."""
+def _layers(record: Record, exited: Sequence[bool], manifest: Manifest, setting: Setting) -> int:
+    """Of the tokens that could exit. Those of the exit's own run in every mode but full."""
     if record.layers is not None:
         return record.layers
     own = 0 if setting.method == "full" else manifest.exit_layers
-    return sum(own + (manifest.exit_layer if exited else manifest.layers) for exited in record.exited[1:])
+    return sum(own + (manifest.exit_layer if early else manifest.layers) for early in exited)
 
 
 def _ratio(above: float, below: float) -> float:
@@ -186,6 +193,7 @@ def _times(lines: Lines) -> Times:
     return Times(
         sum(median(one.seconds for one in turns) for turns in lines.values()),
         sum(median(one.decode_seconds for one in turns) for turns in lines.values()),
+        sum(median(one.first_seconds for one in turns) for turns in lines.values()),
         sum(max(0, turns[0].tokens - 1) for turns in lines.values()),
     )
 

@@ -104,6 +104,7 @@ class Loaded:
         return {
             "seconds": round(stats.seconds, 7),
             "decode_seconds": round(stats.seconds - stats.encode_seconds - stats.prefill_seconds, 7),
+            "first_seconds": round(stats.first_token_seconds, 7),
             "tokens": stats.tokens,
             "text": result.text,
             "token_ids": result.token_ids,
@@ -123,6 +124,7 @@ class Loaded:
         return {
             "seconds": round(result.seconds, 7),
             "decode_seconds": round(result.decode_seconds, 7),
+            "first_seconds": round(result.seconds - result.decode_seconds, 7),
             "tokens": len(result.token_ids),
             "text": "" if tokenizer is None else tokenizer.decode(list(written)),
             "token_ids": result.token_ids,

@@ -20,11 +20,21 @@ _COLOURS = {
     "static": ORANGE,
     "calm": YELLOW,
     "free": BLUE,
+    "free-first": "#56B4E9",  # sky blue, of the same palette
     "adaptive": PURPLE,
     "rollback": "black",
     "lossless": GREEN,
 }
-_MARKS = {"full": "s", "static": "^", "calm": "X", "free": "o", "adaptive": "D", "rollback": "v", "lossless": "P"}
+_MARKS = {
+    "full": "s",
+    "static": "^",
+    "calm": "X",
+    "free": "o",
+    "free-first": "*",
+    "adaptive": "D",
+    "rollback": "v",
+    "lossless": "P",
+}
 # Of one bundle, beside the colour of the method; marks of all but the first are hollow.
 _LINES = ("-", "--", ":", "-.")
 _APART = 0.1

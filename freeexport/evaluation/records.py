@@ -29,7 +29,8 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One line decoded. `seconds` from the prompt to the last token, `decode_seconds` without prompt and encoder;
+    """One line decoded. `seconds` from the prompt to the last token, `decode_seconds` without prompt and encoder,
+    `first_seconds` to the first token (0 in records of older versions);
     `layers` of all tokens after the first, where they are not those of one exit; `threshold` that an adaptive session
     had, and what it had learned then; `joules` where they are known; `busy`: cores that other processes used. Text and
     tokens are those of round 0."""
@@ -50,6 +51,7 @@ class Record:
     threshold: float | None = None
     layers: int | None = None
     adaptive_state: Mapping[str, Any] | None = None
+    first_seconds: float = 0.0
 
     @property
     def key(self) -> Key:

@@ -39,8 +39,9 @@ def curve_columns(found: Evaluation) -> list[str]:
 
 def columns(found: Evaluation) -> list[str]:
     scores = [name for metric in found.metrics for name in (f"{metric.label}#", "of full (95 %)#")]
-    fixed = ["bundle", "precision", "setting", *scores, "exits#", "layers#", "speed, token#", "speed, request#"]
-    return [*fixed, "tokens/s#", "same as full#", "mJ/token#"]
+    fixed = ["bundle", "precision", "setting", *scores, "exits#", "first exits#", "layers#"]
+    speeds = ["speed, token#", "speed, first#", "speed, request#"]
+    return [*fixed, *speeds, "tokens/s#", "same as full#", "mJ/token#"]
 
 
 def cells(row: Row, found: Evaluation) -> list[str]:
@@ -52,8 +53,10 @@ def cells(row: Row, found: Evaluation) -> list[str]:
         row.setting.name,
         *scores,
         f"{row.exit_rate:.0%}",
+        f"{row.first_exits:.0%}",
         f"{row.layers:.2f}",
         f"{row.token_speed:.2f}x",
+        f"{row.first_speed:.2f}x",
         f"{row.request_speed:.2f}x",
         f"{row.tokens_per_second:.0f}",
         f"{row.same:.1%}",

@@ -107,7 +107,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
     read, written = sum(prompts), sum(each.tokens for each in stats)
     drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
     cached = sum(each.cached_tokens for each in stats[:: max(1, len(stats) // len(prompts))])
-    later = sum(max(0, each.tokens - 1) for each in stats)
+    candidates = sum(each.candidates for each in stats)
     return {
         "prompt_tokens": read,
         "completion_tokens": written,
@@ -119,7 +119,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
         "prompt_tokens_details": {"cached_tokens": cached},
         "free": {
             "mode": stats[0].mode,
-            "exit_rate": round(sum(each.exits for each in stats) / max(1, later), 4),
+            "exit_rate": round(sum(each.exits for each in stats) / max(1, candidates), 4),
             "sync_passes": sum(each.sync_passes for each in stats),
         },
     }

@@ -63,11 +63,11 @@ class Record:
         """With this status: 499 where the client left before."""
         stats = [result.stats for result in self.results]
         if stats:
-            written = sum(each.tokens for each in stats)
+            candidates = sum(each.candidates for each in stats)
             self.line |= {
-                "completion_tokens": written,
+                "completion_tokens": sum(each.tokens for each in stats),
                 "cached_tokens": sum(each.cached_tokens for each in stats),
-                "exit_rate": round(sum(each.exits for each in stats) / max(1, written - len(stats)), 4),
+                "exit_rate": round(sum(each.exits for each in stats) / max(1, candidates), 4),
                 "finish_reasons": [result.finish_reason for result in self.results],
                 "queue_seconds": round(max(each.queue_seconds for each in stats), 4),
                 "first_token_seconds": round(max(each.first_token_seconds for each in stats), 4),

@@ -124,7 +124,7 @@ class ResultWriter:
     """Appends one line for each request to the output file, whole and at once.
 
     A line begins with the request's `id`, or with `line`, its number, where it has none; then `text`, `token_ids`,
-    `exited`, `finish_reason`, `seconds` from prompt to last token, `exit_rate` of the tokens after the first, and the
+    `exited`, `finish_reason`, `seconds` from prompt to last token, `exit_rate` of the tokens that could exit, and the
     request's `target` where it has one; or `error`. However a run ends, the file holds whole lines and at most one
     partial last line, which `resume` removes. A run that fails before its first result leaves no new file.
 

@@ -21,13 +21,14 @@ _START = json.dumps({"kind": _KIND})[:-1].encode()
 
 @dataclass(frozen=True)
 class TraceKey:
-    """What traces depend on. `model` and `data` are hashes."""
+    """What traces depend on. `model` and `data` are hashes; `first_exit`: they have the first tokens."""
 
     model: str
     data: str
     exit_layer: int
     confidence: str
     max_new_tokens: int
+    first_exit: bool = False
 
 
 class TraceCache:

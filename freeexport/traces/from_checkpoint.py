@@ -42,15 +42,16 @@ class CheckpointTracer:
         self._collate = Collator(start)
 
     @torch.no_grad()
-    def traces(self, examples: Sequence[Example], max_new_tokens: int) -> Iterator[Trace]:
-        """Of one batch, in its order."""
+    def traces(self, examples: Sequence[Example], max_new_tokens: int, first_exit: bool = False) -> Iterator[Trace]:
+        """Of one batch, in its order; with the first tokens where they may exit."""
         outputs = greedy_outputs(
             self._model, self._checkpoint, examples, max_new_tokens, len(examples), lambda n=1: None
         )
         inputs = {name: value.to(self._module.device) for name, value in self._collate(outputs).items()}
         labels = inputs.pop("labels")
-        first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
-        labels = labels.scatter(1, first, IGNORED)  # the first token comes from the prefill and never exits
+        if not first_exit:
+            first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
+            labels = labels.scatter(1, first, IGNORED)
         hidden = self._module.hidden_states(labels, **inputs)
         ends = np.cumsum((labels != IGNORED).sum(dim=1).cpu().numpy())[:-1]
         exit_layer = self._exit_layer if self._module.own is None else EXIT

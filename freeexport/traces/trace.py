@@ -11,9 +11,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens after the first (which never exits) of one sequence: the shallow `confidence` float32 [n]; whether the
-    shallow prediction `agrees` with the deep one, bool [n]; its `nll` float32 [n], nats by the deep decoder; and which
-    `token` it is, int32 [n].
+    """Tokens after the first of one sequence, or all where the first may exit, too: the shallow `confidence` float32
+    [n]; whether the shallow prediction `agrees` with the deep one, bool [n]; its `nll` float32 [n], nats by the deep
+    decoder; and which `token` it is, int32 [n].
 
     `line` is the input's line in its file, from 1.
     """

@@ -1,6 +1,7 @@
 """The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
 
-`first` is what the prompt's last row says. Each makes tokens final in `response` until that is finished. They are
+`first` is what the prompt's last row says, None where the first token is decided as the others are: then nothing but
+the shallow engine has read the prompt. Each makes tokens final in `response` until that is finished. They are
 coroutines (runtime/decoding/slot_call.py): between steps they yield the engine calls that they wait for.
 """
 
@@ -37,7 +38,7 @@ def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
 
 def free(
     decoder: Decoder,
-    first: Prediction,
+    first: Prediction | None,
     response: Response,
     threshold: float,
     max_pending: int,
@@ -47,7 +48,8 @@ def free(
     """FREE: tokens more confident than `threshold` exit and wait on the stack; the others run the deep decoder over all
     that wait. A full stack of `max_pending` rows forces it. Where engines overlap, each `sync_every` rows are passed on
     in the background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
-    yield response.add(response.choose(first), False, first.confidence, first)
+    if first is not None:
+        yield response.add(response.choose(first), False, first.confidence, first)
     sync_every = sync_every if decoder.overlaps else 0
     rows: list[Prediction] = []  # of the stack, where they are to be labelled
     at_rest = True
@@ -84,9 +86,10 @@ def _labels(guesses: Sequence[Prediction], answers: Sequence[Prediction]) -> lis
     return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, answers, strict=True)]
 
 
-def shallow(decoder: Decoder, first: Prediction, response: Response) -> Loop:
-    """Static exiting: after the first token, which is the deep decoder's, the shallow decoder goes on alone."""
-    yield response.add(response.choose(first), False, first.confidence, first)
+def shallow(decoder: Decoder, first: Prediction | None, response: Response) -> Loop:
+    """Static exiting: after the `first` token, which is the deep decoder's, the shallow decoder goes on alone."""
+    if first is not None:
+        yield response.add(response.choose(first), False, first.confidence, first)
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
         guess = decoder.guess()
@@ -96,11 +99,12 @@ def shallow(decoder: Decoder, first: Prediction, response: Response) -> Loop:
 
 
 def rollback(
-    decoder: Decoder, first: Prediction, response: Response, threshold: float, max_pending: int, limit: float
+    decoder: Decoder, first: Prediction | None, response: Response, threshold: float, max_pending: int, limit: float
 ) -> Loop:
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
-    yield response.add(response.choose(first), False, first.confidence, first)
+    if first is not None:
+        yield response.add(response.choose(first), False, first.confidence, first)
     while not response.finished:
         draft = yield from _draft(decoder, response, threshold, max_pending - 1, head=True)
         answers = yield from _verify(decoder, response, threshold, draft)

@@ -41,7 +41,8 @@ MOST_SEQUENCES = 1024
 class Model(NamedTuple):
     """What requests of a session are for. `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None;
     `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known. `prefixes` is
-    what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing."""
+    what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing. `first_exit`: of requests that
+    do not say."""
 
     manifest: Manifest
     capacity: int
@@ -49,6 +50,7 @@ class Model(NamedTuple):
     tokenizer: Tokenizer | None
     costs: CostCache | None = None
     prefixes: PrefixStore[Any] | None = None
+    first_exit: bool = False
 
 
 class Request:
@@ -83,6 +85,9 @@ class Request:
         self.positions = len(self._prompt) + self._limit
         self._eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self.mode = _mode(options, threshold)
+        first_exit = model.first_exit if options.first_exit is None else options.first_exit
+        # Several continuations begin with one prediction, the deep one.
+        self._first_exit = bool(first_exit) and count == 1 and self.mode in ("free", "rollback", "shallow")
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
@@ -163,7 +168,9 @@ class Request:
         head = self.mode == "free" or self.options.output_confidence
         passes = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
         outside = stats.overhead_seconds
-        self._costs.learn(head, stats.tokens - 1, stats.shallow_seconds, outside, passes)
+        # The step that gives the first token counts where it is no part of reading a prompt.
+        steps = stats.tokens - (not self._first_exit or len(self._prompt) > 1)
+        self._costs.learn(head, steps, stats.shallow_seconds, outside, passes)
 
     def _response(self, number: int) -> Response:
         options = self.options
@@ -181,6 +188,7 @@ class Request:
             decoder.stats = Stats()
             decoder.trim(len(self._prompt))
         decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self._tokens)
+        decoder.stats.first_exit = self._first_exit
 
     def _sample(self, decoder: Decoder, response: Response) -> Waits[Loop]:
         if self._first is None:
@@ -188,30 +196,32 @@ class Request:
             if self._encoder is not None:
                 decoder.attend(self._encode(decoder))
             exits = self.mode != "full"
-            first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix)
+            first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix, self._first_exit)
+            if self._first_exit:
+                return self._loop(decoder, None, response)
             self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
         return self._loop(decoder, self._first, response)
 
-    def _loop(self, decoder: Decoder, first: Prediction, response: Response) -> Loop:
+    def _loop(self, decoder: Decoder, first: Prediction | None, response: Response) -> Loop:
         mode, (threshold, labels, _) = self.mode, self._threshold
-        if mode == "full" and self.options.output_confidence:
-            return free(decoder, first, response, NEVER_EXIT, self._max_pending)
-        if mode == "full":
-            return full(decoder, first, response)
-        if mode == "lossless":
-            assert self._pace is not None
-            exits = self.options.drafts != "lookup"
-            return lossless(
-                decoder, first, response, threshold, self._max_pending, self._pace, self._draft_sources(), exits
-            )
         if mode == "rollback":
             return rollback(decoder, first, response, threshold, self._max_pending, self._rollback_threshold)
         if mode == "shallow":
             return shallow(decoder, first, response)
-        if labels is None or not labels.learns:
+        if mode == "free" and (labels is None or not labels.learns):
             return free(decoder, first, response, threshold, self._max_pending, self.options.sync_every)
-        # What a pass in the background reads gets no answer, and so no label.
-        return free(decoder, first, response, threshold, self._max_pending, 0, labels)
+        if mode == "free":
+            # What a pass in the background reads gets no answer, and so no label.
+            return free(decoder, first, response, threshold, self._max_pending, 0, labels)
+        assert first is not None
+        if mode == "full" and self.options.output_confidence:
+            return free(decoder, first, response, NEVER_EXIT, self._max_pending)
+        if mode == "full":
+            return full(decoder, first, response)
+        assert self._pace is not None
+        exits = self.options.drafts != "lookup"
+        sources = self._draft_sources()
+        return lossless(decoder, first, response, threshold, self._max_pending, self._pace, sources, exits)
 
     def _draft_sources(self) -> DraftSources | None:
         options = self.options
@@ -282,6 +292,11 @@ class Request:
 def check_count(count: int, options: GenerationOptions) -> None:
     """Raises OptionError for so many continuations of one prompt."""
     most = MOST_SEQUENCES if options.samples else options.num_beams
+    if options.first_exit and count != 1:
+        raise OptionError(
+            f"first_exit is True with num_return_sequences {count!r}, of which both decoders read the prompt once; "
+            "leave it out"
+        )
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
         raise OptionError(
             f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True or a temperature "

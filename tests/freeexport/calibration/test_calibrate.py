@@ -91,6 +91,26 @@ def test_a_checkpoint_and_its_bundle_give_the_same_traces(
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_with_first_exits_traces_begin_one_token_earlier(case: Case, checkpoint: Directory, bundle: Bundles) -> None:
+    requests = [Request(number, text) for number, text in enumerate(TEXTS[:6], start=1)]
+    found = []
+    for first_exit in (False, True):
+        options = CalibrateOptions(exit_layer=1, batch_size=4, first_exit=first_exit)
+        source = CheckpointSource(open_checkpoint(str(checkpoint(case))), options)
+        with ForcedExitSession(bundle(case), slots=1, first_exit=first_exit) as session:
+            ours = list(calibration_source.BundleSource(session.bundle.path, session).traces(requests, 9))
+        for mine, theirs in zip(ours, source.traces(requests, 9), strict=True):
+            np.testing.assert_allclose(mine.confidence, theirs.confidence, atol=2e-4)
+            np.testing.assert_array_equal(mine.agrees, theirs.agrees)
+            np.testing.assert_allclose(mine.nll, theirs.nll, atol=2e-3)
+        found.append(ours)
+    for later, whole in zip(*found, strict=True):
+        assert len(whole) == len(later) + 1
+        np.testing.assert_allclose(whole.confidence[1:], later.confidence, atol=1e-5)
+        np.testing.assert_array_equal(whole.token[1:], later.token)
+
+
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
 def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles) -> None:
     with Session(bundle(case), slots=1) as session:
         prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]

@@ -73,7 +73,8 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", "calm"))
     result = run("--methods", methods, "--rounds", 2, "--metric", "chrf", "--json")
     rows = figures(result)
-    assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lossless"]
+    free = ["free 0.3", "free 0.7", "free-first 0.3", "free-first 0.7"]
+    assert list(rows) == ["full", "static", *free, "lossless"]
     full, static, lossless = rows["full"], rows["static"], rows["lossless"]
     assert full["scores"]["exact"]["value"] == 0.75
     assert full["request_speed"] == full["scores"]["exact"]["relative"] == full["same"] == 1
@@ -82,6 +83,10 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     assert lossless["scores"] == {name: {**score, "low": 1, "high": 1} for name, score in full["scores"].items()}
     assert rows["free 0.3"]["exit_rate"] >= rows["free 0.7"]["exit_rate"]
     assert all(row["request_speed"] > 0 and row["lines"] == 4 for row in rows.values())
+    assert all(row["first_speed"] > 0 for row in rows.values())
+    assert {name: row["first_exits"] for name, row in rows.items() if "first" not in name} == dict.fromkeys(
+        ("full", "static", "free 0.3", "free 0.7", "lossless"), 0
+    )
     out = tmp_path / "out"
     with (out / "evaluation.csv").open(newline="") as file:
         listed = list(csv.DictReader(file))
@@ -94,7 +99,7 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert ElementTree.parse(out / "curve.svg").getroot().tag.endswith("svg")
     records = [json.loads(line) for line in (out / OUTPUTS).read_text().splitlines()]
-    assert len(records) == 5 * 4 * 2
+    assert len(records) == 7 * 4 * 2
     assert {record["busy"] for record in records} == {0}
 
 
@@ -248,6 +253,10 @@ def test_settings_have_the_calibrated_threshold_once(path: Path) -> None:
         Setting("full"),
         Setting("free", 0.3),
         Setting("free", 0.7, calibrated=True),
+    ]
+    assert settings_of(("free-first",), (0.3,), manifest) == [
+        Setting("free-first", 0.3),
+        Setting("free-first", 0.7, calibrated=True),
     ]
 
 

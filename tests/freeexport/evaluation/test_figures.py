@@ -45,6 +45,25 @@ def records() -> dict[tuple[str, str], dict[int, list[Record]]]:
 REFERENCES = {1: Reference(("right",)), 2: Reference(("right",))}
 
 
+def test_first_tokens_count_where_they_may_exit(entry: Entry) -> None:
+    """Ten tokens, of which seven exit, the first among them; and ten of which three do, without the first."""
+    setting = Setting("free-first", 0.5)
+    flags = [(True,) * 7 + (False,) * 3, (False,) * 7 + (True,) * 3]
+    lines = {
+        line: [record(setting, line, 0.6, "right", 0, exited=exited, first_seconds=0.05)]
+        for line, exited in enumerate(flags, start=1)
+    }
+    full = {
+        line: [replace(turn, first_seconds=0.1) for turn in turns] for line, turns in records()["one", "full"].items()
+    }
+    found = {("one", "full"): full, ("one", setting.name): lines}
+    entry = replace(entry, settings=(FULL, setting))
+    whole, row = rows_of([entry], found, REFERENCES, [metric_of("exact")])
+    assert (whole.first_exits, whole.exit_rate, whole.first_speed) == (0, 0, 1)
+    assert (row.first_exits, row.exit_rate, row.layers) == (0.5, 0.5, 20)
+    assert row.first_speed == pytest.approx(2)
+
+
 def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
     full, static, free = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
     assert (full.request_speed, full.token_speed, full.same, full.exit_rate, full.layers) == (1, 1, 1, 0, 30)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,10 +16,11 @@ from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, WIDTH, Recorder,
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
+from runtime.decoding import decoder as decoding
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import alone
+from runtime.decoding.slot_call import SlotCall, alone, finish
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError
@@ -257,6 +259,98 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
         assert not step.exited or (agrees[index + 2] and trace[index + 2] > threshold)
         assert step.confidence in (None, np.float32(trace[index + 2]))
     assert max(deep.calls[1:], default=1) <= max_pending
+
+
+@given(
+    trace=st.lists(confidences, min_size=1, max_size=40),
+    threshold=confidences,
+    max_pending=st.integers(1, 9),
+    prompt_length=st.integers(1, 12),
+    piece=st.integers(1, 13),
+)
+def test_lengths_flags_and_passes_hold_where_the_first_token_may_exit(
+    trace: list[float], threshold: float, max_pending: int, prompt_length: int, piece: int
+) -> None:
+    decoder, shallow, deep = decoder_of([0.0] * (prompt_length - 1) + trace, max_pending)
+    prompt, steps = prompt_of(prompt_length), list[Token]()
+    with mock.patch.object(decoding, "PREFILL_ROWS", piece):
+        finish(decoder.prefilling(prompt, True, defer=True))
+    loop = alone(decode.free(decoder, None, Response(prompt, 400), threshold, max_pending))
+    pending, passes = 0, list[int]()
+    for step in islice(loop, len(trace)):
+        index = len(steps)
+        exits = trace[index] > threshold and pending < max_pending - 1
+        passes += [] if exits else [pending + 1]
+        pending = pending + 1 if exits else 0
+        assert step.exited == exits
+        assert step.confidence == np.float32(trace[index])
+        assert step.id == prompt_length - 1 + index + (SHALLOW_TOKEN if exits else DEEP_TOKEN)
+        steps.append(step)
+        shallow_length, deep_length = decoder.lengths()
+        assert decoder.stacked == pending
+        assert decoder.deferred == (0 if passes else prompt_length - 1)
+        assert shallow_length == deep_length + decoder.deferred + decoder.stacked == prompt_length + index
+        read = (*prompt.tolist(), *(earlier.id for earlier in steps[:-1]))
+        assert cached(shallow, shallow_length) == {read}
+        assert cached(deep, deep_length) == {read[:deep_length]}
+    stats = decoder.stats
+    assert (stats.exits, sum(deep.calls)) == (sum(step.exited for step in steps), decoder.lengths()[1])
+    # The pass that also reads a prompt is none of the sync passes.
+    counted = passes[1:] if prompt_length > 1 else passes
+    assert sorted(stats.sync_sizes.elements()) == sorted(counted)
+    assert deep.calls[len(deep.calls) - len(counted) :] == counted
+    assert max(shallow.calls) <= piece
+
+
+@given(
+    trace=traces,
+    nll=st.lists(st.floats(0, 4, width=32), min_size=LENGTH, max_size=LENGTH),
+    threshold=confidences,
+    limit=st.floats(0, 4, width=32),
+    max_pending=st.integers(1, 8),
+    tokens=st.integers(1, 40),
+)
+def test_rollback_checks_a_first_token_that_exited(
+    trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
+) -> None:
+    decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
+    prompt = prompt_of(3)
+    finish(decoder.prefilling(prompt, True, defer=True))
+    loop = alone(decode.rollback(decoder, None, Response(prompt, tokens), threshold, max_pending, limit))
+    pending = 0
+    for index, step in enumerate(drafted(loop, decoder, shallow, deep, tokens, prompt)):
+        position = index + 2
+        sure = trace[position] > threshold and pending < max_pending - 1
+        assert step.exited == (sure and nll[position] <= limit)
+        assert step.id == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
+        pending = pending + 1 if step.exited else 0
+    assert decoder.deferred == 0
+
+
+def test_the_shallow_loop_alone_never_reads_the_prompt_in_the_deep_engine() -> None:
+    decoder, shallow, deep = decoder_of([0.5] * 20)
+    finish(decoder.prefilling(prompt_of(4), True, defer=True))
+    steps = list(islice(alone(decode.shallow(decoder, None, Response(prompt_of(4), 9))), 9))
+    assert [step.id for step in steps] == [3 + index + SHALLOW_TOKEN for index in range(9)]
+    assert (shallow.calls, deep.calls, decoder.deferred) == ([4] + [1] * 8, [], 0)
+
+
+def test_others_have_a_turn_before_each_piece_of_a_deferred_prompt() -> None:
+    """But not before the first, where the first token did not exit: it waits for that."""
+    for first, turns in ((0.9, 2), (0.1, 1)):
+        decoder, _, deep = decoder_of([0.0] * 6 + [first, 0.1])
+        prompt = prompt_of(7)
+        with mock.patch.object(decoding, "PREFILL_ROWS", 4):
+            finish(decoder.prefilling(prompt, True, defer=True))
+        loop = decode.free(decoder, None, Response(prompt, 20), 0.5, 16)
+        seen = 0
+        while not any(deep.heads):
+            item = next(loop)
+            seen += item is None
+            if isinstance(item, SlotCall):
+                item.run()
+        assert seen == turns
+        assert deep.calls == [4, 3 if first < 0.5 else 4]
 
 
 def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
