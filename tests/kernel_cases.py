@@ -52,7 +52,7 @@ def random_case(
 
 
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
-    """`values` are worked out from the rounded weight, not from the packed one."""
+    """`values` are worked out from the quantized weight, not from the packed one."""
     outputs, blocks = rounded.scales.shape
     data, zeros = rounded.data, np.full((outputs, blocks), 8 if bits == 4 else 128)
     if bits == 4:

@@ -198,7 +198,7 @@ def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, lim
     return steps
 
 
-@given(
+rollbacks = given(
     trace=traces,
     nll=st.lists(st.floats(0, 4, width=32), min_size=LENGTH, max_size=LENGTH),
     threshold=confidences,
@@ -206,6 +206,9 @@ def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, lim
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
 )
+
+
+@rollbacks
 def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
     trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
 ) -> None:
@@ -302,14 +305,7 @@ def test_lengths_flags_and_passes_hold_where_the_first_token_may_exit(
     assert max(shallow.calls) <= piece
 
 
-@given(
-    trace=traces,
-    nll=st.lists(st.floats(0, 4, width=32), min_size=LENGTH, max_size=LENGTH),
-    threshold=confidences,
-    limit=st.floats(0, 4, width=32),
-    max_pending=st.integers(1, 8),
-    tokens=st.integers(1, 40),
-)
+@rollbacks
 def test_rollback_checks_a_first_token_that_exited(
     trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
 ) -> None:
