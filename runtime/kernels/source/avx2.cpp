@@ -6,6 +6,7 @@ namespace freeexport {
 namespace {
 
 struct Vec : Vec256 {
+  static constexpr bool kFetches = true;
   static constexpr int kRows = 4;
   static Int pairs(Int weights, Int a) { return _mm256_maddubs_epi16(weights, a); }
   static Int sum_pairs(Int a, Int b) { return _mm256_add_epi16(a, b); }

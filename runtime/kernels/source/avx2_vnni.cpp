@@ -6,6 +6,7 @@ namespace freeexport {
 namespace {
 
 struct Vec : Vec256 {
+  static constexpr bool kFetches = false;
   static constexpr int kRows = 4;
   static Int dot_quad(Int sum, Int weights, Int a) {
 #if defined(__AVXVNNI__)
@@ -16,7 +17,7 @@ struct Vec : Vec256 {
   }
   static Int sum(Int a, Int b) { return _mm256_add_epi32(a, b); }
   template <int Bits>
-  using Quads = VnniQuads<Vec, Bits>;
+  using Quads = RowByRow<VnniQuads<Vec, Bits>>;
 };
 
 bool supported() {

@@ -1,4 +1,5 @@
 // NEON with dot products of signed bytes (ARMv8.2 DotProd).
+#include "quads.h"
 #include "vec_neon.h"
 
 namespace freeexport {
@@ -18,7 +19,7 @@ struct Vec : VecNeon {
     return vdotq_laneq_s32(sum, vreinterpretq_s8_u8(weights), a, Lane);
   }
   template <int Bits>
-  using Quads = NeonQuads<Vec, Bits>;
+  using Quads = RowByRow<NeonQuads<Vec, Bits>>;
 };
 
 }  // namespace

@@ -1,4 +1,5 @@
 // NEON with dot products of unsigned and signed bytes (ARMv8.6 I8MM).
+#include "quads.h"
 #include "vec_neon.h"
 
 namespace freeexport {
@@ -12,7 +13,7 @@ struct Vec : VecNeon {
     return vusdotq_laneq_s32(sum, weights, a, Lane);
   }
   template <int Bits>
-  using Quads = NeonQuads<Vec, Bits>;
+  using Quads = RowByRow<NeonQuads<Vec, Bits>>;
 };
 
 }  // namespace

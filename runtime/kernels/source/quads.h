@@ -3,14 +3,32 @@
 
 #include <cstdint>
 
+#include "packed_linear.h"
+
 namespace freeexport {
 namespace {
 
-// The 8 quads of a group, for V::kLanes outputs: `quads[i]` has inputs 4i to 4i + 3 of each.
+// `multiply` hands the products of a group, of row `m` with register `w` of V::kLanes outputs, to `take(m, w, dot)`; they
+// begin with `start(m, w)`. Of M rows and `Wide` registers, at best `kWide<M>`.
+
+// Row by row, all of which `Quads` multiplies with what it has read once.
+template <typename Quads>
+struct RowByRow {
+  template <int M>
+  static constexpr int kWide = 1;
+
+  template <int M, int Wide, typename Start, typename Take>
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, const Group* rows, const Start& start, const Take& take) {
+    const Quads quads(data);
+#pragma GCC unroll 8  // else the sums of many rows stand in memory
+    for (int m = 0; m < M; m++) take(m, 0, quads.dot(rows[m].values, start(m, 0)));
+  }
+};
+
 template <typename V, int Bits>
-struct Unpacked {
-  typename V::Int quads[8];
-  explicit Unpacked(const uint8_t* data) {
+struct VnniQuads {
+  typename V::Int quads[8];  // of inputs 4i to 4i + 3 of each output
+  explicit VnniQuads(const uint8_t* data) {
     for (int j = 0; j < Bits; j++) {
       const typename V::Int bytes = V::load(data + 64 * j);
       if constexpr (Bits == 4) {
@@ -21,39 +39,63 @@ struct Unpacked {
       }
     }
   }
-};
-
-template <typename V, int Bits>
-struct VnniQuads : Unpacked<V, Bits> {
-  using Unpacked<V, Bits>::Unpacked;
   typename V::Int dot(const int8_t* a, typename V::Int start) const {
     typename V::Int even = start, odd = V::all(0);
     for (int j = 0; j < 8; j += 2) {
-      even = V::dot_quad(even, this->quads[j], V::quad(a, j));
-      odd = V::dot_quad(odd, this->quads[j + 1], V::quad(a, j + 1));
+      even = V::dot_quad(even, quads[j], V::quad(a, j));
+      odd = V::dot_quad(odd, quads[j + 1], V::quad(a, j + 1));
     }
     return V::sum(even, odd);
   }
 };
 
 // Pairs of products are added in 16 bits. Of 4 bits times 8 (15 * 127) 17 fit there, and a group has 16 of a lane; 8
-// bits are taken as two times 4.
+// bits are taken as two times 4. A quad of a row is read once for all registers of weights that it is multiplied with,
+// as these processors would else wait for reading.
 template <typename V, int Bits>
-struct PairQuads : Unpacked<V, Bits> {
-  using Unpacked<V, Bits>::Unpacked;
-  typename V::Int dot(const int8_t* a, typename V::Int start) const {
-    typename V::Int low = V::all(0), high = V::all(0);
-    for (int j = 0; j < 8; j++) {
-      const typename V::Int quad = V::quad(a, j);
-      if constexpr (Bits == 4) {
-        low = V::sum_pairs(low, V::pairs(this->quads[j], quad));
-      } else {
-        low = V::sum_pairs(low, V::pairs(V::low(this->quads[j]), quad));
-        high = V::sum_pairs(high, V::pairs(V::high(this->quads[j]), quad));
+struct PairQuads {
+  template <int M>
+  static constexpr int kWide = V::kLanes == 16 || (Bits == 8 && M > 2) ? 1 : 2;
+
+  template <int M, int Wide, typename Start, typename Take>
+  static FREEEXPORT_INLINE void multiply(const uint8_t* data, const Group* rows, const Start& start, const Take& take) {
+    // Of 4 bits all products are in `low`.
+    typename V::Int low[M][Wide], high[M][Wide];
+#pragma GCC unroll 8
+    for (int j = 0; j < Bits; j++) {
+      typename V::Int lows[Wide], highs[Wide];
+#pragma GCC unroll 2
+      for (int w = 0; w < Wide; w++) {
+        const typename V::Int bytes = V::load(data + 64 * j + 4 * V::kLanes * w);
+        lows[w] = V::low(bytes);
+        highs[w] = V::high(bytes);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; m++) {
+        const typename V::Int first = V::quad(rows[m].values, Bits == 4 ? 2 * j : j);
+        const typename V::Int second = Bits == 4 ? V::quad(rows[m].values, 2 * j + 1) : first;
+#pragma GCC unroll 2
+        for (int w = 0; w < Wide; w++) {
+          const typename V::Int a = V::pairs(lows[w], first), b = V::pairs(highs[w], second);
+          if constexpr (Bits == 4) {
+            low[m][w] = j == 0 ? V::sum_pairs(a, b) : V::sum_pairs(V::sum_pairs(low[m][w], a), b);
+          } else {
+            low[m][w] = j == 0 ? a : V::sum_pairs(low[m][w], a);
+            high[m][w] = j == 0 ? b : V::sum_pairs(high[m][w], b);
+            V::here(high[m][w]);
+          }
+          V::here(low[m][w]);
+        }
       }
     }
-    typename V::Int dot = V::sum(start, V::widen_pairs(low, 1));
-    return Bits == 4 ? dot : V::sum(dot, V::widen_pairs(high, 16));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+#pragma GCC unroll 2
+      for (int w = 0; w < Wide; w++) {
+        const typename V::Int dot = V::sum(start(m, w), V::widen_pairs(low[m][w], 1));
+        take(m, w, Bits == 4 ? dot : V::sum(dot, V::widen_pairs(high[m][w], 16)));
+      }
+    }
   }
 };
 

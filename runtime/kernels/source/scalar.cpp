@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "packed_linear.h"
+#include "quads.h"
 
 namespace freeexport {
 namespace {
@@ -10,6 +11,7 @@ struct Vec {
   using Int = int32_t;
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;
+  static constexpr bool kFetches = false;
 
   static Float set(float value) { return value; }
   static float fold(const Float (&parts)[16]) {
@@ -42,9 +44,9 @@ struct Vec {
   static void store(float* to, Float value) { *to = value; }
 
   template <int Bits>
-  struct Quads {
+  struct Output {
     const uint8_t* data;
-    explicit Quads(const uint8_t* from) : data(from) {}
+    explicit Output(const uint8_t* from) : data(from) {}
     Int dot(const int8_t* a, Int sum) const {
       for (int i = 0; i < 32; i++) {
         const int quad = i / 4, byte = (Bits == 4 ? quad / 2 : quad) * 64 + i % 4;
@@ -54,6 +56,8 @@ struct Vec {
       return sum;
     }
   };
+  template <int Bits>
+  using Quads = RowByRow<Output<Bits>>;
 };
 
 }  // namespace

@@ -141,6 +141,7 @@ inline void prepare(const Product& product, int64_t row, float* normed, Group* r
 template <int M>
 inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t output, float* y, int64_t stride) {
   const int64_t left = weight.outputs - output;
+  if (left <= 0) return;
   if (left >= Vec::kLanes) {
     const Vec::Float bias = weight.bias ? Vec::floats(weight.bias + output) : Vec::zero();
 #pragma GCC unroll 8
@@ -163,7 +164,8 @@ struct Factors {
   Vec::Int zero = Vec::counted(Vec::all(Bits == 4 ? 8 : 128));
   Vec::Scale scale = {};
 
-  Factors(const Weight& weight, int64_t panel, int lane) : groups_of_block(weight.block / kGroup) {
+  void begin(const Weight& weight, int64_t panel, int lane) {
+    groups_of_block = weight.block / kGroup;
     const int64_t at = panel * weight.blocks() * kPanel + lane;
     scales = weight.scales + at;
     zeros = weight.zeros ? weight.zeros + at : nullptr;
@@ -185,38 +187,56 @@ struct Factors {
   }
 };
 
-// Zen 4 reads 8 bits 20 % faster by its own prefetching, as long as that keeps up; 4 bits not. An Emerald Rapids is 15 %
-// slower by its own with one row, 30 % with four.
-inline bool prefetches_well() {
+// Bytes ahead of those that are multiplied, to be fetched. 4 bits always gain. Zen 4 reads 8 bits 20 % faster by its own
+// prefetching, as long as that keeps up. An Emerald Rapids is 15 % slower by its own with one row, 30 % with four, and a
+// Zen 3, which has none of the newer instructions, 30 % with one.
+template <int Bits, int M>
+inline int64_t bytes_ahead() {
+  if (Bits == 4 || Vec::kFetches) return 4096;
 #if defined(__x86_64__)
-  return !__builtin_cpu_is("intel");
-#else
-  return true;
+  if (__builtin_cpu_is("intel")) return 2048;
 #endif
+  return M > 4 ? 2048 : 0;
 }
 
-// A tile of M rows times `Vec::kLanes` outputs of a panel from `lane` on, to y of rows `stride` apart.
-template <int Bits, int M>
+// A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, to y of rows `stride` apart.
+template <int Bits, int M, int Wide>
 inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride) {
+  using Quads = typename Vec::template Quads<Bits>;
   const int64_t groups = weight.groups(), bytes = weight.group_bytes();
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
-  const int64_t ahead = Bits == 4 ? 4096 : M > 4 || !prefetches_well() ? 2048 : 0;
-  Factors<Bits> factors(weight, panel, lane);
-  Vec::Float sums[M];
+  // The first outputs of a panel fetch for those that follow.
+  const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
+  Factors<Bits> factors[Wide];
+  Vec::Float sums[Wide][M];
+#pragma GCC unroll 2
+  for (int w = 0; w < Wide; w++) {
+    factors[w].begin(weight, panel, lane + w * Vec::kLanes);
 #pragma GCC unroll 8
-  for (int m = 0; m < M; m++) sums[m] = Vec::zero();
-  for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
-    factors.next();
-    for (int64_t at = 0; at < bytes && ahead; at += 64) __builtin_prefetch(data + at + ahead);
-    const typename Vec::template Quads<Bits> quads(data);
-#pragma GCC unroll 8  // else the sums of many rows stand in memory
-    for (int m = 0; m < M; m++)
-      sums[m] = factors.added(quads.dot(rows[m].values, Vec::start(factors.zero, rows[m])), rows[m], sums[m]);
+    for (int m = 0; m < M; m++) sums[w][m] = Vec::zero();
   }
-  put(sums, weight, panel * kPanel + lane, y + lane, stride);
+  for (int64_t g = 0; g < groups; g++, data += bytes, rows += M) {
+    for (int64_t at = 0; at < bytes && ahead; at += 64) __builtin_prefetch(data + at + ahead);
+#pragma GCC unroll 2
+    for (int w = 0; w < Wide; w++) factors[w].next();
+    Quads::template multiply<M, Wide>(
+        data, rows, [&](int m, int w) { return Vec::start(factors[w].zero, rows[m]); },
+        [&](int m, int w, Vec::Int dot) { sums[w][m] = factors[w].added(dot, rows[m], sums[w][m]); });
+  }
+#pragma GCC unroll 2
+  for (int w = 0; w < Wide; w++)
+    put(sums[w], weight, panel * kPanel + lane + w * Vec::kLanes, y + lane + w * Vec::kLanes, stride);
 }
 
-using Tile = void (*)(const Group*, const Weight&, int64_t, int, float*, int64_t);
+// All outputs of a panel.
+template <int Bits, int M>
+inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
+  constexpr int kWide = Vec::template Quads<Bits>::template kWide<M>;
+  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
+    tile<Bits, M, kWide>(rows, weight, panel, lane, y, stride);
+}
+
+using Tile = void (*)(const Group*, const Weight&, int64_t, float*, int64_t);
 
 // Of 1 to Vec::kRows rows.
 template <int Bits>
@@ -225,7 +245,7 @@ struct Tiles {
   constexpr Tiles() { fill<Vec::kRows>(); }
   template <int M>
   constexpr void fill() {
-    of[M] = tile<Bits, M>;
+    of[M] = tiles_of_panel<Bits, M>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
@@ -236,9 +256,8 @@ inline void multiply(const Group* rows, int64_t first, int64_t last, const Weigh
   static constexpr Tiles<4> in_4_bits{};
   static constexpr Tiles<8> in_8_bits{};
   const Tile* tiles = weight.bits == 4 ? in_4_bits.of : in_8_bits.of;
-  for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += Vec::kLanes)
-    for (int64_t m = first; m < last; m += Vec::kRows)
-      tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, lane, y + (m - first) * stride, stride);
+  for (int64_t m = first; m < last; m += Vec::kRows)
+    tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }
 
 // Of as many panels as there is room for all gates, then all ups: memory is read in longer streams.

@@ -19,6 +19,7 @@ struct VecNeon {
     float32x4_t low, high;
   };
   static constexpr int kLanes = 8, kRows = 4;
+  static constexpr bool kFetches = false;
 
   static Float set(float value) { return {vdupq_n_f32(value), vdupq_n_f32(value)}; }
   // The sum of 16 values: halves are added to each other.
