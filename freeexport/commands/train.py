@@ -82,7 +82,7 @@ from freeexport.training.train import leave_group, train
 @click.option("--dropout", type=float, help="Dropout of the model.  [default: the configuration's]")
 @click.option("--seed", type=int, default=0, help="Seed for the order of examples, and for dropout.")
 @section("Machine")
-@click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX).")
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16 (fast on GPUs, and on CPUs with AMX or AVX-512 BF16).")
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32",
               help="Type of the weights of --tune full.")  # fmt: skip
 @click.option("--gradient-checkpointing", is_flag=True, help="Use less memory and a third more time.")

@@ -14,8 +14,10 @@ import psutil
 from runtime.machine.cgroup import ROOT, cpu_quota, memory_limit
 from runtime.machine.machine import usable_cores
 
-# Instruction sets that decide which matrix kernels ONNX Runtime picks, by their names in /proc/cpuinfo.
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve")
+# Instruction sets that multiply bfloat16 (the last one's processors are Arm's), by their names in /proc/cpuinfo.
+BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
+# Instruction sets that decide which matrix kernels ONNX Runtime and torch pick.
+FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve", *BFLOAT16)
 
 # Parameters of mallopt(3): where memory at the top is given back, what more is asked for, and the most mappings.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
@@ -71,6 +73,11 @@ def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
         elif name.strip() in ("flags", "Features"):
             flags = flags or set(value.split())
     return model, tuple(feature for feature in FEATURES if feature in flags)
+
+
+def multiplies_bfloat16(root: Path = ROOT) -> bool:
+    """Whether the processor has instructions for it; without them torch's bfloat16 products are slow."""
+    return any(feature in BFLOAT16 for feature in read_cpuinfo(root)[1])
 
 
 def _read(path: Path) -> str:

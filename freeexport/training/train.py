@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
-from freeexport.system.machine import keep_freed_memory
+from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output_directory import output_directory
 from freeexport.system.output_file import naming
 from freeexport.training.options import TrainingOptions
@@ -54,6 +54,9 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     process = PartialState(cpu=not cuda.is_available())
     with process.main_process_first():
         directory = TrainingDirectory(out, model, options, process.is_main_process)
+    if options.bf16 and process.is_main_process and not cuda.is_available() and not multiplies_bfloat16():
+        names = f"{', '.join(BFLOAT16[:-1])} or {BFLOAT16[-1]}"
+        click.echo(f"warning: --bf16 is slow on this processor, which has no {names}; train without it", err=True)
     try:
         return _train(model, out, options, directory, process)
     except BaseException:

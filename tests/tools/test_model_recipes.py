@@ -80,6 +80,19 @@ def test_a_recipe_that_was_interrupted_makes_only_what_is_missing(commands: list
     assert "--resume" in again[0]
 
 
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_train_in_bfloat16_only_where_the_processor_multiplies_it(
+    name: str, fast: bool, commands: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipe, "multiplies_bfloat16", lambda: fast)
+    module, arguments = RECIPES[name]
+    CliRunner().invoke(module.command, [*arguments, str(tmp_path)], catch_exceptions=False)
+    trainings = [command for command in commands if command[:2] == ["freeexport", "train"]]
+    assert trainings
+    assert all(("--bf16" in command) is fast for command in trainings)
+
+
 def test_calibration_and_test_phrases_are_different_files(tmp_path: Path) -> None:
     for split in ("calibration", "test"):
         line = f'{{"input": "{split}", "target": "b", "references": [["b"], ["c"]]}}\n'

@@ -47,7 +47,7 @@ class Stage:
 
 
 COMMON = (
-    *("--exit-layer", str(EXIT_LAYER), "--loss", "logit-kd", "--dropout", "0", "--bf16"),
+    *("--exit-layer", str(EXIT_LAYER), "--loss", "logit-kd", "--dropout", "0"),
     *("--patience", "0", "--evaluate-every", "500", "--warmup", "0.02"),
 )
 STAGES = (
@@ -92,8 +92,8 @@ def other_exit(work: Path, checkpoint: Path) -> Path:
         shutil.copytree(checkpoint, plain, ignore=shutil.ignore_patterns("exit.json"))
         data = work / "long"
         splits = ("--data", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"))
-        options = ("--exit-layer", str(OTHER_EXIT_LAYER), "--tune", "exit", "--batch-tokens", "4096", "--bf16")
-        python("freeexport", "train", str(plain), str(out), *splits, *options, "--steps", "1500")
+        options = ("--exit-layer", str(OTHER_EXIT_LAYER), "--tune", "exit", "--batch-tokens", "4096")
+        train(plain, out, *splits, *options, "--steps", "1500")
     return out
 
 

@@ -25,7 +25,7 @@ SHARED_MINUTES, STEPS = 30, 400  # of the common checkpoint, of each run
 SEEDS = (0, 1)
 LOSSES = ("logit-kd", "kd-dyn", "weighted-ce")
 MOST = 128  # new tokens
-ALIKE = ("--dropout", 0, "--bf16")
+ALIKE = ("--dropout", 0)
 
 
 @dataclass(frozen=True)

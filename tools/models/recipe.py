@@ -8,9 +8,17 @@ from pathlib import Path
 
 import click
 
+from freeexport.system.machine import multiplies_bfloat16
 from tools.data.splits import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def first_lines(source: Path, count: int, target: Path) -> Path:
+    """Write the first lines of a file to another; its path."""
+    with source.open(encoding="utf-8") as file:
+        target.write_text("".join(line for line, _ in zip(file, range(count), strict=False)), encoding="utf-8")
+    return target
 
 
 def python(*arguments: object) -> None:
@@ -22,10 +30,11 @@ def python(*arguments: object) -> None:
 
 
 def train(model: object, out: Path, *options: object) -> Path:
-    """`freeexport train`, which goes on where it was stopped; returns `out`."""
+    """`freeexport train`, in bfloat16 where the processor has it; goes on where it was stopped; returns `out`."""
     if not out.exists():
         resume = ("--resume",) if out.with_name(out.name + ".training").exists() else ()
-        python("freeexport", "train", model, out, *options, *resume)
+        bf16 = ("--bf16",) if multiplies_bfloat16() else ()
+        python("freeexport", "train", model, out, *options, *bf16, *resume)
     return out
 
 

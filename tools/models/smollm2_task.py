@@ -17,12 +17,12 @@ import click
 
 from freeexport.checkpoints.packaged_models import smollm2
 from tools.data.splits import run
-from tools.models.recipe import convert, python, train
+from tools.models.recipe import convert, first_lines, python, train
 
 VALIDATION, CALIBRATION = 100, 400  # lines
 EXIT_VOCABULARY = 8192  # tokens
 BUNDLES = ("fp32", "int8", "int8-head")
-COMMON = ("--bf16", "--loss", "logit-kd")
+LOSS = ("--loss", "logit-kd")
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
 
 
@@ -44,13 +44,6 @@ TASKS = {
     "extraction": Task(("exact", "chrf"), 256, (18, 6), 2048, 2e-4, 1500),
     "summarization": Task(("rouge-l", "exact"), 48, (26, 6), 2048, 3e-4, 3500),
 }
-
-
-def first_lines(source: Path, count: int, target: Path) -> Path:
-    """Write the first lines of a file to another; its path."""
-    with source.open(encoding="utf-8") as file:
-        target.write_text("".join(line for line, _ in zip(file, range(count), strict=False)), encoding="utf-8")
-    return target
 
 
 def exit_vocabulary(work: Path, calibration: Path, most: int) -> Path:
@@ -96,7 +89,7 @@ def command(
     pace = ("--schedule", "hold", "--warmup", 0.03, "--evaluate-every", 60, "--patience", 0)
     both = ("--tune", "full", "--loss-alpha", 2, "--learning-rate", task.rate, "--time-limit", together)
     both = (*both, "--batch-tokens", task.tokens)
-    alike = (*COMMON, *at, *pace, *validation)
+    alike = (*LOSS, *at, *pace, *validation)
     train(begin or smollm2(), work / "joint", "--data", data / "train.jsonl", *alike, *both)
     chosen = first_lines(data / "train.jsonl", task.lines, work / "train.jsonl")
     own = ("--tune", "exit", "--loss-alpha", 4, "--learning-rate", 5e-4, "--time-limit", alone, "--batch-tokens", 2048)

@@ -209,6 +209,24 @@ def test_gradient_checkpointing_and_bf16_change_little(
     assert curves[0] != curves[2]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="bfloat16 is fast on a GPU")
+@pytest.mark.parametrize("fast", [False, True])
+def test_bf16_on_a_processor_without_it_is_warned_of(
+    checkpoint: Callable[[Case], Path],
+    options: TrainingOptions,
+    fast: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("freeexport.training.train.multiplies_bfloat16", lambda: fast)
+    for bf16 in (False, True):
+        run = replace(options, bf16=bf16, steps=1, evaluate_every=1)
+        train(str(checkpoint(LLAMA)), tmp_path / str(bf16), run)
+        warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: --bf16 is slow")]
+        assert len(warned) == (bf16 and not fast)
+
+
 @pytest.mark.parametrize("loss", ["kd-dyn", "logit-kd"])
 def test_no_gradient_reaches_frozen_weights(checkpoint: Callable[[Case], Path], data: Path, loss: LossName) -> None:
     opened = open_checkpoint(str(checkpoint(LLAMA)))
