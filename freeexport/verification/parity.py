@@ -15,7 +15,7 @@ from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engine_pair import EnginePair
 from freeexport.verification.row_parity import Arithmetic, Rows, Text, scale_of, self_checks
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import Manifest
+from runtime.bundle.manifest import Manifest, Precision
 from runtime.bundle.precision import FloatType
 from runtime.engines.encoder import Encoder
 from runtime.engines.onnx import OnnxEngine
@@ -118,11 +118,15 @@ def _against(
     # torch takes a second to import, and a bundle is checked without it too.
     from freeexport.verification.reference_arithmetic import Float64
 
-    precision, exit_layer = manifest.precision, manifest.exit_layer
     with Float64():
-        truth = States.of(model, exit_layer, batch, exit_head)
+        truth = States.of(model, manifest.exit_layer, batch, exit_head)
     with in_precision_of(manifest, model):
-        theirs = States.of(model, exit_layer, batch, exit_head)
+        theirs = States.of(model, manifest.exit_layer, batch, exit_head)
+    yield from state_checks(ours, truth, theirs, manifest.precision)
+
+
+def state_checks(ours: States, truth: States, theirs: States, precision: Precision) -> Iterator[Check]:
+    """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
     known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
     measure: Measure = "largest" if precision in LEAST else "rms"
     for name, tensor, field in (
