@@ -8,7 +8,9 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.cli import main as freeexport
+from tools.data.splits import DataError
 from tools.models import demo_model, g2p_table, recipe, smollm2_task
 
 RECIPES = {
@@ -91,6 +93,53 @@ def test_recipes_train_in_bfloat16_only_where_the_processor_multiplies_it(
     trainings = [command for command in commands if command[:2] == ["freeexport", "train"]]
     assert trainings
     assert all(("--bf16" in command) is fast for command in trainings)
+
+
+def test_one_table_makes_only_what_it_needs(commands: list[list[str]], tmp_path: Path) -> None:
+    arguments = [str(tmp_path), "--only", "losses-int8-seed-0", "--threads", "2"]
+    CliRunner().invoke(g2p_table.command, arguments, catch_exceptions=False)
+    trained = [Path(command[3]).name for command in commands if command[:2] == ["freeexport", "train"]]
+    assert trained == ["stage1", *(f"{loss}-2-0" for loss in g2p_table.LOSSES)]
+    (evaluation,) = [command[1:] for command in commands if command[:2] == ["freeexport", "evaluate"]]
+    assert all(f"{tmp_path}/{loss}-2-0-int8=" in " ".join(evaluation) for loss in g2p_table.LOSSES)
+    options = read(evaluation[0], evaluation[1:])
+    assert (options["threads"], options["output"]) == (2, tmp_path / "results-2" / "losses-int8-seed-0")
+
+
+def test_every_table_is_made_under_its_name(commands: list[list[str]], tmp_path: Path) -> None:
+    CliRunner().invoke(g2p_table.command, [str(tmp_path)], catch_exceptions=False)
+    outputs = [Path(command[-1]).relative_to(tmp_path) for command in commands if command[1] == "evaluate"]
+    assert outputs == [Path("results") / name for name in g2p_table.TABLES]
+
+
+def test_trainings_may_begin_with_another_checkpoint_but_all_with_one(
+    commands: list[list[str]], tmp_path: Path
+) -> None:
+    begin, other, work = (tmp_path / name for name in ("begin", "other", "work"))
+    begin.mkdir()
+    other.mkdir()
+    arguments = [str(work), "--only", "confidence", "--begin"]
+    for _ in range(2):
+        CliRunner().invoke(g2p_table.command, [*arguments, str(begin)], catch_exceptions=False)
+        trained = [command[2:4] for command in commands if command[:2] == ["freeexport", "train"]]
+        assert trained == [[str(work / "stage1"), str(work / g2p_table.BEST.name)]]
+    assert (work / "stage1").resolve() == begin
+    assert not any(command[0] == "tools.data.g2p_tokenizer" for command in commands)
+    with pytest.raises(DataError, match="choose another WORK"):
+        g2p_table.begin_with(work, other)
+
+
+def test_the_shipped_model_can_be_trained_further(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "g2p: hello", "target": "HH AH L OW"}\n' * 2)
+    given = ["train", str(demo_model.DATA), str(tmp_path / "out"), "--data", str(data), "--validation", str(data)]
+    pace = ["--exit-layer", "3", "--steps", "1", "--dropout", "0"]
+    result = CliRunner().invoke(freeexport, [*given, *pace], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    exit_file = read_exit_file(tmp_path / "out")
+    assert exit_file is not None
+    assert exit_file.exit_layer == 3
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (demo_model.DATA / "tokenizer.json").read_bytes()
 
 
 def test_calibration_and_test_phrases_are_different_files(tmp_path: Path) -> None:

@@ -6,18 +6,27 @@
 The common checkpoint is the demo's small T5 from random weights, trained without an early exit in mind: by the
 cross-entropies after layers 7 and 8 of 8. Every run continues from it with the same steps, data, and learning rate.
 What stands in WORK already is not made again, so an interrupted command goes on.
+
+    python -m tools.models.g2p_table build/g2p-demo --begin freeexport/data/g2p --only losses-int8-seed-0 --threads 2
+
+begins with another checkpoint, and makes one table and the runs that it needs. What that checkpoint was trained for
+matters: the demo's exits after layer 2 already, taught by `logit-kd`, so rows of that loss and layer have a start that
+no other row has, and losses or layers cannot be compared fairly. Its runs do answer how fast each method is, and how
+much it keeps, on a model that is good.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
 
-from tools.data.splits import run
+from tools.data.splits import DataError, run
 from tools.models.demo_model import build_data, part_of
 from tools.models.recipe import convert, python, train
 
@@ -51,9 +60,20 @@ TRAININGS = (
 )
 
 
+def begin_with(work: Path, checkpoint: Path) -> None:
+    """Make a checkpoint the one that every training begins with; DataError where they began with another."""
+    stage, interrupted = work / "stage1", work / "stage1.training"
+    if interrupted.exists() or (stage.exists() and stage.resolve() != checkpoint.resolve()):
+        raise DataError(f"the trainings of {work} begin with another checkpoint than {checkpoint}; choose another WORK")
+    if not stage.exists():
+        stage.symlink_to(checkpoint.resolve())
+
+
 def common(work: Path) -> Path:
     """The checkpoint that every training begins with."""
-    start = work / "init"
+    stage, start = work / "stage1", work / "init"
+    if stage.exists():
+        return stage
     if not start.exists():
         sizes = ("--d-model", 128, "--d-ff", 512, "--layers", 2, "--decoder-layers", 8)
         python("tools.data.g2p_tokenizer", start, *sizes)
@@ -61,7 +81,7 @@ def common(work: Path) -> Path:
     options = ("--data", data / "train.jsonl", "--validation", data / "validation.jsonl", "--from-config")
     pace = ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant", "--warmup", 0.02)
     length = ("--time-limit", SHARED_MINUTES, "--patience", 0, "--evaluate-every", 300)
-    return train(start, work / "stage1", *options, "--exit-layer", 7, "--loss", "ce", *ALIKE, *pace, *length)
+    return train(start, stage, *options, "--exit-layer", 7, "--loss", "ce", *ALIKE, *pace, *length)
 
 
 def trained(work: Path, training: Training) -> Path:
@@ -78,44 +98,44 @@ def bundle(work: Path, training: Training, precision: str = "fp32", *options: ob
     """A calibrated bundle of a run."""
     out = work / f"{training.name}-{precision}{name}"
     calibration = part_of(work / "test" / "calibration.jsonl", "phrases")
-    return convert(work / training.name, out, calibration, MOST, "--precision", precision, *options)
+    return convert(trained(work, training), out, calibration, MOST, "--precision", precision, *options)
 
 
-def compare(work: Path, name: str, *arguments: object) -> None:
-    """`evaluate` on phrases of words that nothing was trained on, into WORK/results/NAME."""
+def compare(work: Path, output: Path, *arguments: object) -> None:
+    """`evaluate` on phrases of words that nothing was trained on."""
     data = part_of(work / "test" / "test.jsonl", "phrases")
-    options = ("--metric", "per", "--metric", "word-acc", "--threads", 1, "--max-new-tokens", MOST)
-    python("freeexport", "evaluate", *arguments, "--data", data, *options, "--output", work / "results" / name)
+    options = ("--metric", "per", "--metric", "word-acc", "--max-new-tokens", MOST)
+    python("freeexport", "evaluate", *arguments, "--data", data, *options, "--output", output)
 
 
-def losses(work: Path, precision: str, seed: int, *options: object) -> None:
+def losses(work: Path, results: Path, *options: object, precision: str, seed: int) -> None:
     """FREE on each loss, CALM and static exits on the one that they need."""
     named = {loss: bundle(work, Training(loss, 2, seed), precision) for loss in LOSSES}
     methods = dict.fromkeys(LOSSES, "full,static,free,lossless") | {"weighted-ce": "full,static,free,calm"}
     chosen = (f"{path}={methods[loss]}" for loss, path in named.items())
     model = work / Training("weighted-ce", 2, seed).name
-    compare(work, f"losses-{precision}-seed-{seed}", *chosen, "--calm-model", model, *options)
+    compare(work, results / f"losses-{precision}-seed-{seed}", *chosen, "--calm-model", model, *options)
 
 
-def exit_layers(work: Path, *options: object) -> None:
+def exit_layers(work: Path, results: Path, *options: object) -> None:
     chosen = (bundle(work, Training(exit_layer=layer)) for layer in (1, 2, 3, 4))
-    compare(work, "exit-layers", *chosen, "--methods", "full,static,free,lossless", *options)
+    compare(work, results / "exit-layers", *chosen, "--methods", "full,static,free,lossless", *options)
 
 
-def thresholds(work: Path, *options: object) -> None:
+def thresholds(work: Path, results: Path, *options: object) -> None:
     """Fixed against learned thresholds, rollback, and states that are copied past the skipped layers."""
     methods = "full,free,adaptive,rollback,lossless,calm"
     copied = ("--calm-model", work / BEST.name, "--calm-from", BEST.exit_layer, "--calm-single")
-    compare(work, "thresholds", bundle(work, BEST), "--methods", methods, *copied, *options)
+    compare(work, results / "thresholds", bundle(work, BEST), "--methods", methods, *copied, *options)
 
 
-def confidences(work: Path, *options: object) -> None:
+def confidences(work: Path, results: Path, *options: object) -> None:
     named = ("max-prob", "entropy")
     others = (bundle(work, BEST, "fp32", "--confidence", name, name=f"-{name}") for name in named)
-    compare(work, "confidence", bundle(work, BEST), *others, "--methods", "full,free", *options)
+    compare(work, results / "confidence", bundle(work, BEST), *others, "--methods", "full,free", *options)
 
 
-def calibration_sizes(work: Path, *options: object) -> None:
+def calibration_sizes(work: Path, results: Path, *options: object) -> None:
     """The calibrated threshold by the number of phrases that it was found on."""
     chosen = []
     for size in (10, 50, 200, 1000):
@@ -125,31 +145,48 @@ def calibration_sizes(work: Path, *options: object) -> None:
             data = part_of(work / "test" / "calibration.jsonl", "phrases")
             python("freeexport", "calibrate", out, "--data", data, "--samples", size, "--max-new-tokens", MOST)
         chosen.append(out)
-    compare(work, "calibration-size", *chosen, "--methods", "full,free", "--threshold", 0.9, *options)
+    compare(work, results / "calibration-size", *chosen, "--methods", "full,free", "--threshold", 0.9, *options)
+
+
+TABLES: dict[str, Callable[..., None]] = {
+    **{f"losses-fp32-seed-{seed}": partial(losses, precision="fp32", seed=seed) for seed in SEEDS},
+    "losses-int8-seed-0": partial(losses, precision="int8", seed=0),
+    "exit-layers": exit_layers,
+    "thresholds": thresholds,
+    "confidence": confidences,
+    "calibration-size": calibration_sizes,
+}
 
 
 @click.command(context_settings={"show_default": True})
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--samples", type=click.IntRange(10), default=200, help="Phrases of each evaluation.")
 @click.option("--rounds", type=click.IntRange(1), default=1, help="Of each evaluation.")
+@click.option("--threads", type=click.IntRange(1), default=1, help="Of each evaluation.")
+@click.option("--begin", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="CHECKPOINT",
+              help="Begin every training with this, in place of the common checkpoint.")  # fmt: skip
+@click.option("--only", type=click.Choice(list(TABLES)), multiple=True, help="A table to make. May be repeated.")
 @click.option("--train-only", is_flag=True, help="Stop before the evaluations, which want an idle machine.")
-def command(work: Path, samples: int, rounds: int, train_only: bool) -> None:
-    """Train, convert and compare in the directory WORK; tables in WORK/results."""
+def command(
+    work: Path, samples: int, rounds: int, threads: int, begin: Path | None, only: tuple[str, ...], train_only: bool
+) -> None:
+    """Train, convert and compare in the directory WORK; tables in WORK/results, or results-THREADS of several."""
+    if only and train_only:
+        raise click.UsageError("--train-only makes no table; leave --only out")
     work = work.absolute()
     work.mkdir(parents=True, exist_ok=True)
+    if begin is not None:
+        begin_with(work, begin)
     build_data(work)
-    for training in TRAININGS:
+    for training in () if only else TRAININGS:
         trained(work, training)
         if training != OLD:
             bundle(work, training)
     if train_only:
         return
-    options = ("--samples", samples, "--rounds", rounds)
-    for seed in SEEDS:
-        losses(work, "fp32", seed, *options)
-    losses(work, "int8", 0, *options)
-    for compared in (exit_layers, thresholds, confidences, calibration_sizes):
-        compared(work, *options)
+    results = work / ("results" if threads == 1 else f"results-{threads}")
+    for name in only or TABLES:
+        TABLES[name](work, results, "--samples", samples, "--rounds", rounds, "--threads", threads)
 
 
 if __name__ == "__main__":
