@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit, read_exit_file
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit
 from freeexport.checkpoints.gguf import GGUFFile
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
@@ -162,7 +162,7 @@ def _open_adapter(path: Path) -> Checkpoint:
     merged = adapter.merged(base)
     tensors = {name: base._file(name) for name in base.names()} | dict.fromkeys(merged.names(), merged)
     files = [*base.files, adapter.weights]
-    exit_file = read_exit_file(path)
+    exit_file = read_exit(path, base.config, files, tensors)
     return Checkpoint(
         base.path, path.resolve().name, base.config, base.generation_config, files, tensors, exit_file, path
     )

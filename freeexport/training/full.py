@@ -23,6 +23,7 @@ from graphs.description import Description
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from freeexport.training.exit_layers.module import ExitLayers
 
 from runtime.errors import OptionError
 
@@ -161,16 +162,19 @@ def tune_lora(
     training: Sequence[Example],
     validation: Sequence[Example],
     model_name: str,
+    own: Callable[[PreTrainedModel], ExitLayers] | None = None,
 ) -> Trainable:
     """The adapter is written with `model_name` as its base: a hub name as it is, a path as an absolute one.
 
-    Raises OptionError where no layer has the name of a target.
+    `own` makes the exit's layers of the model without the adapter. Raises OptionError where no layer has the name of a
+    target.
     """
     from peft import LoraConfig, get_peft_model
 
     if checkpoint.adapter is not None:
         raise OptionError(f"{model_name} is a LoRA adapter itself; merge it first, or train on its base")
     model = trainable_model(checkpoint, options)
+    exit_layers = None if own is None else own(model)
     lora = options.lora
     targets: Any = lora.targets[0] if lora.targets == ("all-linear",) else list(lora.targets)
     path = Path(model_name)
@@ -182,6 +186,7 @@ def tune_lora(
         base_model_name_or_path=str(path.resolve()) if path.exists() else model_name,
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",
     )
+    torch.manual_seed(options.seed)  # of the adapters' random half
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:
@@ -191,7 +196,13 @@ def tune_lora(
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
     module = ShallowDeep(
-        model, description, options.exit_layer, options.loss, options.loss_alpha, smoothing=options.label_smoothing
+        model,
+        description,
+        options.exit_layer,
+        options.loss,
+        options.loss_alpha,
+        own=exit_layers,
+        smoothing=options.label_smoothing,
     )
 
     def write(directory: Path) -> None:

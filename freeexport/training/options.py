@@ -144,8 +144,6 @@ class TrainingOptions:
                 f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
                 f"{', '.join(MEASURED)}"
             )
-        if self.exit_layers and self.tune == "lora":
-            raise OptionError("--exit-layers goes with --tune exit and --tune full, not lora; train the exit after it")
         unfit = "kd-last" if self.tune == "exit" else "weighted-ce"
         if self.exit_layers and self.loss == unfit:
             raise OptionError(f"--loss {unfit} is for an exit without layers of its own; choose logit-kd or ce")

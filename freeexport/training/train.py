@@ -137,6 +137,11 @@ def _tuning(
     validation: Sequence[Example],
     directory: TrainingDirectory,
 ) -> Trainable:
+    if options.tune == "lora" and options.exit_layers:
+        from freeexport.training.exit_layers.joint import tune_joint_lora
+
+        states = directory.path / "states"
+        return tune_joint_lora(checkpoint, description, options, training, validation, model, states)
     if options.tune == "lora":
         from freeexport.training.full import tune_lora
 

@@ -17,17 +17,19 @@ from click.testing import CliRunner
 from exit_layer_case import write_exit
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.exit_file import EXIT_FILE
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.cli import main
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
 from freeexport.training import losses
 from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_layers.frozen import FrozenExitLayers
 from freeexport.training.exit_layers.module import own_exit
-from freeexport.training.options import TrainingOptions
+from freeexport.training.options import LoraOptions, TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from freeexport.training.train import train
-from freeexport.training.trainer import exits, rate_factor
+from freeexport.training.trainer import ExitTrainer, exits, rate_factor
 from runtime.errors import OptionError
 
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
@@ -112,6 +114,47 @@ def test_a_model_and_its_exit_are_trained_together(
     assert not np.array_equal(before.read("model.norm.weight"), after.read("model.norm.weight"))
 
 
+def test_an_adapter_and_an_exit_of_layers_are_trained_together(
+    checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path
+) -> None:
+    base, out = checkpoint(LLAMA), tmp_path / "out"
+    run = replace(options, tune="lora", lora=LoraOptions(4, 8.0), steps=20, evaluate_every=10)
+    trained = train(str(base), out, run)
+    assert logged(out, "eval_shallow_loss")[-1] < logged(out, "eval_shallow_loss")[0]
+    # What is read is the merged model, with the exit that was trained beside the adapter.
+    for name, value in evaluated(out, run).items():
+        assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-3, abs=1e-3), name
+    opened, before = open_checkpoint(str(out)), open_checkpoint(str(base))
+    assert opened.exit is not None
+    assert (opened.exit.tune, opened.exit.exit_layer, opened.exit.exit_layers) == ("lora", 2, 2)
+    assert len({opened.sha256, opened.exit.base_sha256, before.sha256}) == 3
+    changed = "model.layers.0.mlp.up_proj.weight"
+    assert not np.array_equal(opened.read(changed), before.read(changed))
+    assert np.array_equal(opened.read("model.norm.weight"), before.read("model.norm.weight"))
+    assert not np.array_equal(opened.read("exit.norm.weight"), before.read("model.norm.weight"))
+    convert(str(out), tmp_path / "bundle", ConvertOptions(capacity=64, measure=False))  # verified
+    # Its weights merged, it is trained further as a whole.
+    further = replace(options, tune="full", steps=1, evaluate_every=1, learning_rate=1e-12)
+    again = train(str(out), tmp_path / "further", further)
+    assert again.metrics["eval_shallow_loss"] == pytest.approx(trained.metrics["eval_shallow_loss"], rel=1e-3)
+
+
+def test_an_exit_that_another_adapter_was_trained_with_is_refused(
+    checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path
+) -> None:
+    run = replace(options, tune="lora", steps=1, evaluate_every=1)
+    outs = [tmp_path / name for name in ("one", "other")]
+    for seed, out in enumerate(outs):
+        train(str(checkpoint(LLAMA)), out, replace(run, seed=seed))
+    (outs[0] / EXIT_WEIGHTS).write_bytes((outs[1] / EXIT_WEIGHTS).read_bytes())
+    (outs[0] / EXIT_FILE).write_bytes((outs[1] / EXIT_FILE).read_bytes())
+    with pytest.raises(CheckpointError, match="its exit was trained on other weights"):
+        _ = open_checkpoint(str(outs[0])).sha256
+    (outs[0] / EXIT_WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match=r"exit\.safetensors is missing"):
+        open_checkpoint(str(outs[0]))
+
+
 @pytest.mark.parametrize("tune", ["exit", "full"])
 def test_an_exit_of_layers_is_trained_further(
     tune: str, checkpoint: Callable[[Case], Path], options: TrainingOptions, tmp_path: Path
@@ -130,6 +173,39 @@ def test_an_exit_of_layers_is_trained_further(
     np.testing.assert_allclose(after.read("exit.norm.weight"), before.read("exit.norm.weight"), atol=1e-6)
     with pytest.raises(CheckpointError, match="the same --exit-layer and --exit-layers"):
         train(str(together), tmp_path / "other", replace(still, exit_layers=1))
+
+
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_an_interrupted_joint_run_goes_on_with_the_same_losses(
+    tune: Any,
+    checkpoint: Callable[[Case], Path],
+    options: TrainingOptions,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, run = str(checkpoint(LLAMA)), replace(options, tune=tune, steps=8, evaluate_every=4, dropout=0.0)
+    train(model, tmp_path / "whole", run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ExitTrainer, "training_step", _failing(ExitTrainer.training_step, after=6))
+        with pytest.raises(RuntimeError, match="killed"):
+            train(model, tmp_path / "out", run)
+    assert train(model, tmp_path / "out", replace(run, resume=True)).steps == 8
+    assert logged(tmp_path / "out", "loss") == pytest.approx(logged(tmp_path / "whole", "loss"), rel=1e-4)
+    first, second = (open_checkpoint(str(tmp_path / name)) for name in ("out", "whole"))
+    for name in ("exit.map.weight", "model.layers.0.mlp.up_proj.weight"):
+        np.testing.assert_allclose(first.read(name), second.read(name), atol=1e-5)
+
+
+def _failing(step: Callable[..., Any], after: int) -> Callable[..., Any]:
+    calls = iter(range(after))
+
+    def once(*arguments: Any, **options: Any) -> Any:
+        if next(calls, None) is None:
+            raise RuntimeError("killed")
+        return step(*arguments, **options)
+
+    return once
 
 
 def test_an_interrupted_run_goes_on_with_its_options_only(
@@ -160,7 +236,6 @@ def test_an_interrupted_run_goes_on_with_its_options_only(
     [
         ({"exit_layers": 4}, "at most 3 make sense"),
         ({"exit_layers": -1}, "--exit-layers is -1"),
-        ({"tune": "lora"}, "not lora"),
         ({"loss": "kd-last"}, "--loss kd-last is for an exit without layers of its own"),
         ({"tune": "full", "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
     ],
