@@ -12,9 +12,7 @@ from graphs.dialects.packing import Packing
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
 from runtime.bundle.manifest import ConfidenceMeasure
-
-# The logit of a token that a head does not know: its probability is 0.
-UNKNOWN = np.finfo(np.float32).min
+from runtime.text.logits_processors import UNKNOWN
 
 
 def head_outputs(

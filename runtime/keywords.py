@@ -63,6 +63,7 @@ class GenerationKeywords(TypedDict, total=False):
     sequence_bias: Mapping[Any, float] | None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
     output_logprobs: bool
+    top_logprobs: int
     cache_salt: str | None
     num_beams: int
     length_penalty: float

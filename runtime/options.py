@@ -27,6 +27,7 @@ FLOAT32_MAX = 3.4e38
 # A length to a greater power is beyond float64, and a lock waits no longer.
 MOST_LENGTH_PENALTY, MOST_SECONDS = 50, 1e9
 ABOVE_ZERO = math.ulp(0.0)
+MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +151,8 @@ class GenerationOptions:
     logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
         depend on its arguments alone. One, or several in order.
     output_logprobs: also return the log-probability of each token, in nats, before any processing.
+    top_logprobs: and those of so many of the likeliest tokens in its place, with ids, best first; 0 to 20, not with
+        beams. Fewer where an exit vocabulary knows fewer.
     cache_salt: text that tells users apart: a request reuses prefixes (SessionOptions.prefix_cache_mb) only of requests
         with the same salt, and without one only of those without.
     num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. length_penalty: a finished
@@ -182,6 +185,7 @@ class GenerationOptions:
     sequence_bias: Mapping[Any, float] | None = None
     logits_processor: LogitsProcessor | Sequence[LogitsProcessor] = ()
     output_logprobs: bool = False
+    top_logprobs: int = 0
     cache_salt: str | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
@@ -195,6 +199,7 @@ class GenerationOptions:
         check_whole("top_k", self.top_k, 0, optional=True)
         check_whole("seed", self.seed, 0, 2**64 - 1, optional=True)
         check_whole("num_beams", self.num_beams, 1, 256)
+        check_whole("top_logprobs", self.top_logprobs, 0, MOST_TOP_LOGPROBS)
         check_choice("mode", self.mode, MODES)
         check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never)")
         self._check_sampling()
@@ -278,6 +283,10 @@ class GenerationOptions:
             raise OptionError(f"output_confidence is True with {what}, which has none for every token; leave it out")
         if self.num_beams > 1 and self.samples:
             raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
+        if self.num_beams > 1 and self.top_logprobs:
+            raise OptionError(
+                f"top_logprobs is {self.top_logprobs} with num_beams {self.num_beams}; choose one of them"
+            )
         if self.num_beams > 1 and self.stop:
             raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from runtime.options import Mode
 
+# Tokens with their log-probabilities in nats, best first.
+TopLogprobs = tuple[tuple[int, float], ...]
 FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 
@@ -113,7 +115,8 @@ class Token(NamedTuple):
 
     `exited`: the id is an accepted shallow prediction. `confidence` of the shallow decoder in [0, 1], None where its
     head did not run: in "full", where the threshold lets nothing exit, and in "lossless" where no draft followed; see
-    the option `output_confidence`. `logprob` in nats, None unless asked for.
+    the option `output_confidence`. `logprob` in nats and `top_logprobs`, the likeliest tokens in its place, are None
+    unless asked for.
     """
 
     id: int
@@ -121,13 +124,15 @@ class Token(NamedTuple):
     exited: bool
     confidence: float | None
     logprob: float | None = None
+    top_logprobs: TopLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationResult:
     """A finished request. `finish_reason`: "eos", "stop" (string) and "length" are regular ends; "cancelled" and
-    "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence` and
-    `logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop string."""
+    "deadline" cut it short. `token_ids` are the generated ones, end of sequence included; `exited`, `confidence`,
+    `logprobs` and `top_logprobs` (None unless asked for) run parallel to them. `text` has no special tokens and no stop
+    string."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -136,6 +141,7 @@ class GenerationResult:
     finish_reason: FinishReason
     stats: Stats
     logprobs: tuple[float, ...] | None = None
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
 
     @property
     def complete(self) -> bool:

@@ -107,6 +107,7 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
     help="Return so many samples or beams, best first.",
 )
 @click.option("--output-logprobs", is_flag=True, help="Also return the log-probability of each token, in JSON.")
+@click.option("--top-logprobs", type=int, default=0, help="And those of so many of the likeliest tokens, 0 to 20.")
 @section("Machine")
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")

@@ -9,11 +9,12 @@ import msgspec
 
 from freeexport.serving.errors import ApiError
 from runtime import GenerationOptions
-from runtime.options import Mode
+from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 MOST_CHOICES = 128
 MOST_STOPS, LONGEST_STOP = 16, 1024
 MOST_BIASES = 1024
+MOST_COMPLETION_LOGPROBS = 5
 
 # Fields that say nothing with these values, as clients send them unasked. Others of the same name are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -37,8 +38,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 BECAUSE = {
     "frequency_penalty": "repetition_penalty is the penalty there is",
     "presence_penalty": "repetition_penalty is the penalty there is",
-    "top_logprobs": "only the log-probabilities of the tokens themselves are known: leave it out, or 0",
-    "logprobs": "only the log-probabilities of the tokens themselves are known: ask for 0",
+    "top_logprobs": "in completions, logprobs is how many",
     "best_of": "use n",
 }
 
@@ -90,6 +90,11 @@ class Request(msgspec.Struct, kw_only=True):
         return False
 
     @property
+    def alternatives(self) -> int:
+        """How many of the likeliest tokens each comes with."""
+        return 0
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -131,6 +136,7 @@ class Request(msgspec.Struct, kw_only=True):
             stop=self.stops,
             sequence_bias=_biases(self.logit_bias),
             output_logprobs=self.wants_logprobs,
+            top_logprobs=self.alternatives,
             cache_salt=self.cache_salt,
             **sampling,
         )
@@ -166,6 +172,7 @@ class ChatRequest(Request, kw_only=True):
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
 
     @property
     def limit(self) -> int | None:
@@ -176,22 +183,35 @@ class ChatRequest(Request, kw_only=True):
         return self.logprobs
 
     @property
+    def alternatives(self) -> int:
+        return self.top_logprobs
+
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError(
+                400, f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true", None, "top_logprobs"
+            )
+
+    @property
     def prompts(self) -> list[Any]:
         return [[message.plain(number) for number, message in enumerate(self.messages)]]
 
 
 class CompletionRequest(Request, kw_only=True):
     prompt: str | list[int | str | list[int]]
-    logprobs: int | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None = None
 
     @property
     def wants_logprobs(self) -> bool:
         return self.logprobs is not None
 
+    @property
+    def alternatives(self) -> int:
+        return self.logprobs or 0
+
     def check(self) -> None:
         super().check()
-        if self.logprobs:
-            raise _unsupported(f"logprobs {self.logprobs}", BECAUSE["logprobs"], "logprobs")
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
             raise ApiError(400, f"prompt {wrong}; give a text, token ids, or a list of them", None, "prompt")

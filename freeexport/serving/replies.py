@@ -70,12 +70,7 @@ class Reply:
             choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
         else:
             choice["text"] = result.text
-        logprobs = result.logprobs or [None] * len(result.token_ids)
-        tokens = [
-            Token(token, "", exited, None, logprob)
-            for token, exited, logprob in zip(result.token_ids, result.exited, logprobs, strict=True)
-        ]
-        choice["logprobs"] = self._logprobs(tokens) if self._request.wants_logprobs else None
+        choice["logprobs"] = self._logprobs(_tokens(result)) if self._request.wants_logprobs else None
         choice["finish_reason"] = REASONS[result.finish_reason]
         if self._request.free.exits:
             choice["free"] = {"exited": list(result.exited)}
@@ -83,21 +78,48 @@ class Reply:
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         """Of the tokens but the end of the sequence, which is no text."""
-        kept = [(self._spelled(token.id), token.logprob) for token in tokens if token.id not in self._ends]
+        kept = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [
-                {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-                for text, logprob in kept
+                {
+                    **self._entry(token.id, token.logprob),
+                    "top_logprobs": [self._entry(*best) for best in token.top_logprobs or ()],
+                }
+                for token in kept
             ]
             return {"content": content, "refusal": None}
-        texts, logprobs = [text for text, _ in kept], [logprob for _, logprob in kept]
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": []}
+        return {
+            "tokens": [self._spelled(token.id) for token in kept],
+            "token_logprobs": [token.logprob for token in kept],
+            "top_logprobs": [self._by_text(token) for token in kept] if self._request.alternatives else None,
+            "text_offset": [],
+        }
+
+    def _entry(self, token: int, logprob: float | None) -> dict[str, Any]:
+        text = self._spelled(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    def _by_text(self, token: Token) -> dict[str, float | None]:
+        """The alternatives to a token, best first, and itself. Of several with one text, as parts of a letter have, the
+        best, or itself."""
+        found: dict[str, float | None] = {}
+        for alternative, logprob in token.top_logprobs or ():
+            found.setdefault(self._spelled(alternative), logprob)
+        found[self._spelled(token.id)] = token.logprob
+        return found
 
     def _spelled(self, token: int) -> str:
         tokenizer = self._session.tokenizer
         if tokenizer is None:
             return str(token)
         return tokenizer.decode([token]) or tokenizer.token(token) or str(token)
+
+
+def _tokens(result: GenerationResult) -> list[Token]:
+    """Without their texts."""
+    nothing = [None] * len(result.token_ids)
+    fields = (result.token_ids, result.exited, result.logprobs or nothing, result.top_logprobs or nothing)
+    return [Token(token, "", exited, None, logprob, best) for token, exited, logprob, best in zip(*fields, strict=True)]
 
 
 def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:

@@ -116,6 +116,7 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
         "exit_rate": round(result.stats.exit_rate, 6),
         **({"drafts": {source: asdict(counts) for source, counts in drafts.items()}} if drafts else {}),
         **({} if result.logprobs is None else {"logprobs": list(result.logprobs)}),
+        **({} if result.top_logprobs is None else {"top_logprobs": list(result.top_logprobs)}),
         **({"others": [other.text for other in others]} if others else {}),
     }
 

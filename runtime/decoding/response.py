@@ -13,9 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from runtime.decoding.prediction import Prediction
-from runtime.result import FinishReason, GenerationResult, Stats, Token
+from runtime.result import FinishReason, GenerationResult, Stats, Token, TopLogprobs
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.sampler import Sampler, log_probability
+from runtime.text.logits_processors import log_softmax
+from runtime.text.sampler import Sampler, likeliest
 
 
 class Host(Protocol):
@@ -68,8 +69,9 @@ class Response:
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `sampler` None is arg max. `logprobs`: also of each token. `finished`: why it has ended, None until then. `times`:
-    when each token became final, by the monotonic clock.
+    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the
+    likeliest in its place. `finished`: why it has ended, None until then. `times`: when each token became final, by the
+    monotonic clock.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class Response:
         text: Detokenizer | None = None,
         caller: Caller = NOBODY,
         on_first_token: Callable[[], None] | None = None,
+        top_logprobs: int = 0,
     ) -> None:
         self.tokens: list[Token] = []
         self.times: list[float] = []
@@ -90,7 +93,8 @@ class Response:
         self._ids = np.empty(len(prompt) + limit, np.int64)
         self._ids[: len(prompt)] = prompt
         self._length, self._end = len(prompt), len(prompt) + limit
-        self._eos, self._sampler, self._logprobs = eos, sampler, logprobs
+        self._eos, self._sampler = eos, sampler
+        self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
         self._text, self._caller = text or Detokenizer(None), caller
         # Looked up once: what is called for every token is seldom in the processor's cache.
         self._push, self._host = self._text.push, caller.host
@@ -140,8 +144,13 @@ class Response:
         if self._sampler is not None:
             self._ids[self._length] = token
         self._length += 1
+        best: TopLogprobs | None = None
         if self._logprobs and prediction is not None and prediction.logits is not None:
-            logprob = log_probability(prediction.logits, token)
+            logprobs = log_softmax(prediction.logits)
+            logprob = logprobs.item(token)
+            if self._top_logprobs:
+                ids = likeliest(prediction.logits, self._top_logprobs)
+                best = tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
         if token in self._eos:
             text, self.finished = "", "eos"
         else:
@@ -155,7 +164,7 @@ class Response:
         if self.finished is not None:
             text += self._text.finish()
         # Without the function that a named tuple makes itself with.
-        final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob))
+        final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob, best))
         self.times.append(monotonic())
         self.tokens.append(final)
         if self._on_first_token is not None and len(self.tokens) == 1:
@@ -213,6 +222,7 @@ class Response:
 
 def _result(tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats) -> GenerationResult:
     logprobs = tuple(token.logprob for token in tokens if token.logprob is not None)
+    best = tuple(token.top_logprobs for token in tokens if token.top_logprobs is not None)
     return GenerationResult(
         text="".join(token.text for token in tokens) + rest,
         token_ids=tuple(token.id for token in tokens),
@@ -221,4 +231,5 @@ def _result(tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: S
         finish_reason=reason,
         stats=stats,
         logprobs=logprobs if tokens and len(logprobs) == len(tokens) else None,
+        top_logprobs=best if tokens and len(best) == len(tokens) else None,
     )

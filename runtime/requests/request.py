@@ -177,8 +177,8 @@ class Request:
         sampler = sampler_of(options, len(self._prompt), self._eos, (self._seed, number))
         text = Detokenizer(self._tokenizer, tuple(options.stop))
         first = self._watch.first_token if self._watch is not None and number == 0 else None
-        logprobs = options.output_logprobs
-        return Response(self._prompt, self._limit, self._eos, sampler, logprobs, text, self.caller, first)
+        logprobs, best = options.output_logprobs, int(options.top_logprobs)
+        return Response(self._prompt, self._limit, self._eos, sampler, logprobs, text, self.caller, first, best)
 
     def _reset(self, decoder: Decoder, number: int) -> None:
         """Begin anew, or after the prompt, which was read."""

@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+# The logit of a token that a head does not know: its probability is 0.
+UNKNOWN = np.finfo(np.float32).min
+
 Scores = np.ndarray  # float32 [V]; minus infinity: the token cannot be chosen
 
 

@@ -18,12 +18,12 @@ import numpy as np
 
 from runtime.errors import OptionError
 from runtime.text.logits_processors import (
+    UNKNOWN,
     bias_sequences,
     forbid,
     keep_min_p,
     keep_top_k,
     keep_top_p,
-    log_softmax,
     penalise_repetition,
     softmax,
 )
@@ -100,9 +100,13 @@ def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int
     return int(arrivals.argmin())
 
 
-def log_probability(logits: np.ndarray, token: int) -> float:
-    """Nats, of raw logits float32 [V]."""
-    return float(log_softmax(logits)[token])
+def likeliest(logits: np.ndarray, count: int) -> np.ndarray:
+    """The ids, int64 [n], of the `count` best of raw logits float32 [V], best first; of equal ones the least id, as the
+    engines' arg max. Fewer where the decoder knows fewer: the others of an exit vocabulary have probability 0."""
+    count = min(count, len(logits))
+    least = np.partition(logits, -count)[-count]
+    best = np.flatnonzero((logits >= least) & (logits > UNKNOWN / 2))
+    return best[np.argsort(-logits[best], kind="stable")][:count]
 
 
 def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarray) -> np.ndarray:

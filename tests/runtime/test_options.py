@@ -156,6 +156,8 @@ def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, v
         ("ignore_eos", "no"),
         ("ignore_eos", None),
         ("output_logprobs", 1),
+        ("top_logprobs", -1),
+        ("top_logprobs", 21),
         ("early_stopping", 1),
         ("stop", {"a": 1, 2: 3}),
     ],
@@ -169,7 +171,7 @@ def test_a_generation_option_out_of_range_is_refused_by_name_and_value(name: str
 
 NUMBERS = ("threshold", "rollback_threshold", "deadline", "temperature", "top_p", "min_p", "repetition_penalty")
 NO_NUMBERS = [10**400, -(10**400), 10**5000, np.zeros(2), [], {}, "1", b"1", 1j, True, object()]
-COUNTS = ("max_new_tokens", "max_pending", "sync_every", "min_new_tokens", "top_k", "seed", "num_beams")
+COUNTS = ("max_new_tokens", "max_pending", "sync_every", "min_new_tokens", "top_k", "seed", "num_beams", "top_logprobs")
 
 
 @pytest.mark.parametrize("name", [*NUMBERS, *COUNTS, "length_penalty"])
@@ -250,6 +252,7 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
         ({"num_beams": 2, "mode": "lossless"}, "early exit is not supported with beam search"),
         ({"num_beams": 2, "mode": "full", "temperature": 1.0}, "num_beams is 2 with sampling"),
         ({"num_beams": 2, "mode": "full", "stop": "end"}, "num_beams is 2 with stop strings"),
+        ({"num_beams": 2, "mode": "full", "top_logprobs": 3}, "top_logprobs is 3 with num_beams 2; choose one of them"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:

@@ -41,7 +41,7 @@ def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, s
         *("Hi there", "--json", "--mode", "rollback", "--threshold", "0.2", "--rollback-threshold", "3"),
         *("--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.2"),
         *("--seed", "5", "--sequence-bias", "42=-1.5", "--sequence-bias", "7,42=2", "--min-new-tokens", "3"),
-        *("--max-new-tokens", "9", "--output-logprobs"),
+        *("--max-new-tokens", "9", "--output-logprobs", "--top-logprobs", "2"),
     )
     assert result.exit_code == 0, result.output
     ours = json.loads(result.stdout)
@@ -60,10 +60,12 @@ def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, s
         min_new_tokens=3,
         max_new_tokens=9,
         output_logprobs=True,
+        top_logprobs=2,
     )
     assert ours["token_ids"] == list(expected.token_ids)
     assert ours["exited"] == list(expected.exited)
     assert ours["logprobs"] == pytest.approx(expected.logprobs)
+    assert ours["top_logprobs"] == [[list(pair) for pair in best] for best in expected.top_logprobs or ()]
 
 
 def test_the_first_token_exits_where_it_may(generate: Run, session: Session) -> None:

@@ -60,6 +60,50 @@ def test_a_chat_is_what_the_session_generates_with_usage(client: openai.OpenAI, 
     assert usage.free["exit_rate"] > 0
 
 
+def spelled(session: Session, token: int) -> str:
+    assert session.tokenizer is not None
+    return session.tokenizer.decode([token]) or session.tokenizer.token(token) or str(token)
+
+
+def test_each_token_of_a_chat_has_its_alternatives_whole_and_in_a_stream(
+    client: openai.OpenAI, session: Session
+) -> None:
+    asked: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 20, "extra_body": FREE}
+    asked |= {"logprobs": True, "top_logprobs": 4}
+    expected = session.generate(MESSAGES, max_new_tokens=20, threshold=0.3, top_logprobs=4)
+    assert 0 < sum(expected.exited) < 19
+    whole = client.chat.completions.create(**asked).choices[0].logprobs.content
+    chunks = client.chat.completions.create(stream=True, **asked)
+    told = [chunk.choices[0].logprobs for chunk in chunks]
+    for content in (whole, [token for part in told if part is not None for token in part.content]):
+        assert len(content) == 20
+        for token, best in zip(content, expected.top_logprobs or (), strict=True):
+            assert [each.token for each in token.top_logprobs] == [spelled(session, number) for number, _ in best]
+            assert [each.logprob for each in token.top_logprobs] == pytest.approx([each[1] for each in best], abs=1e-4)
+            first = token.top_logprobs[0]
+            assert (first.token, first.logprob, first.bytes) == (token.token, token.logprob, token.bytes)
+
+
+def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.OpenAI, session: Session) -> None:
+    asked: dict[str, Any] = {"model": "chat", "prompt": "once", "max_tokens": 12, "logprobs": 3, "extra_body": FREE}
+    asked |= {"temperature": 1.2, "seed": 5}
+    options: dict[str, Any] = {"max_new_tokens": 12, "threshold": 0.3, "temperature": 1.2, "seed": 5}
+    expected = session.generate("once", top_logprobs=3, **options)
+    whole = client.completions.create(**asked).choices[0].logprobs
+    told = [chunk.choices[0].logprobs for chunk in client.completions.create(stream=True, **asked)]
+    parts = [part for part in told if part is not None]
+    assert [best for part in parts for best in part.top_logprobs] == whole.top_logprobs
+    assert [token for part in parts for token in part.tokens] == whole.tokens
+    for number, best in enumerate(expected.top_logprobs or ()):
+        # Parts of a letter have one text: of those the best, or the token itself.
+        by_text = {spelled(session, token): logprob for token, logprob in reversed(best)}
+        by_text[whole.tokens[number]] = whole.token_logprobs[number]
+        assert whole.top_logprobs[number] == pytest.approx(by_text, abs=1e-4)
+    assert any(len(found) == 4 for found in whole.top_logprobs)  # the one that was drawn is not among the best
+    alone = client.completions.create(**{**asked, "logprobs": 0}).choices[0].logprobs
+    assert (alone.tokens, alone.top_logprobs) == (whole.tokens, None)
+
+
 def test_drafts_are_accepted_and_rejected_predictions() -> None:
     stats = Stats("lossless", prompt_tokens=5, tokens=11, exits=6, rejected=2)
     exits = Stats("free", prompt_tokens=5, tokens=11, exits=6)
@@ -134,7 +178,8 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: S
         ({"model": "gpt-9"}, openai.NotFoundError, "model", "there is no model 'gpt-9'; choose 'chat' or 't5'"),
         ({"model": "t5"}, openai.BadRequestError, "prompt", "no chat template"),
         ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "not supported"),
-        ({"top_logprobs": 3, "logprobs": True}, openai.BadRequestError, "top_logprobs", "leave it out"),
+        ({"top_logprobs": 21, "logprobs": True}, openai.BadRequestError, "top_logprobs", "Expected `int` <= 20"),
+        ({"top_logprobs": 3}, openai.BadRequestError, "top_logprobs", "top_logprobs is 3 without logprobs"),
         ({"temperature": -1}, openai.BadRequestError, "temperature", "temperature is -1"),
         ({"max_tokens": 5000}, openai.BadRequestError, "prompt", "prompt has 30 tokens and max_tokens is 5000"),
         ({"n": 9}, openai.BadRequestError, "n", "takes 8 choices at once"),

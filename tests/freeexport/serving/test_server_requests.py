@@ -31,7 +31,6 @@ def refused(body: bytes, kind: type[Any] = ChatRequest) -> ApiError:
         ("functions", [{}]),
         ("tool_choice", "required"),
         ("audio", {}),
-        ("top_logprobs", 2),
         ("best_of", 3),
         ("echo", True),
         ("anything_else", 1),
@@ -86,6 +85,47 @@ def test_a_malformed_body_is_one_line(body: bytes, message: str) -> None:
     assert raised.value.status == 400
     assert message in raised.value.message
     assert "\n" not in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "param", "message"),
+    [
+        ({"top_logprobs": 21, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int` <= 20"),
+        ({"top_logprobs": -1, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int` >= 0"),
+        ({"top_logprobs": 2.5, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int`"),
+        ({"top_logprobs": 2}, ChatRequest, "top_logprobs", "top_logprobs is 2 without logprobs; add logprobs: true"),
+        ({"top_logprobs": 2, "logprobs": False}, ChatRequest, "top_logprobs", "top_logprobs is 2 without logprobs"),
+        ({"logprobs": 6}, CompletionRequest, "logprobs", "logprobs: Expected `int` <= 5"),
+        ({"logprobs": -1}, CompletionRequest, "logprobs", "logprobs: Expected `int` >= 0"),
+        ({"logprobs": True}, CompletionRequest, "logprobs", "logprobs: Expected `int | null`, got `bool`"),
+        ({"top_logprobs": 2}, CompletionRequest, "top_logprobs", "in completions, logprobs is how many"),
+    ],
+)
+def test_a_number_of_alternatives_that_cannot_be_is_refused_by_name(
+    fields: dict[str, Any], kind: type[Any], param: str, message: str
+) -> None:
+    error = refused(msgspec.json.encode({**(CHAT if kind is ChatRequest else {"prompt": "x"}), **fields}), kind)
+    assert error.param == param
+    assert message in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "expected"),
+    [
+        ({"logprobs": True, "top_logprobs": 20}, ChatRequest, (True, 20)),
+        ({"logprobs": True}, ChatRequest, (True, 0)),
+        ({"top_logprobs": 0}, ChatRequest, (False, 0)),
+        ({"logprobs": 0, "top_logprobs": 0}, CompletionRequest, (True, 0)),
+        ({"logprobs": 5}, CompletionRequest, (True, 5)),
+        ({"logprobs": None}, CompletionRequest, (False, 0)),
+    ],
+)
+def test_log_probabilities_are_asked_for_as_openai_does(
+    fields: dict[str, Any], kind: type[Any], expected: tuple[bool, int]
+) -> None:
+    body = msgspec.json.encode({**(CHAT if kind is ChatRequest else {"prompt": "x"}), **fields})
+    options = parse(body, kind).options("free", None)
+    assert (options.output_logprobs, options.top_logprobs) == expected
 
 
 @pytest.mark.parametrize("digits", [30, 5000])

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
-from runtime.text.logits_processors import softmax
-from runtime.text.sampler import Sampler, Warping, log_probability, race
+from runtime.text.logits_processors import UNKNOWN, softmax
+from runtime.text.sampler import Sampler, Warping, likeliest, race
 
 DRAWS = 20_000
 TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])
@@ -137,10 +137,16 @@ def test_what_a_processor_returns_is_checked(returned: Any, message: str) -> Non
         Sampler(1, processors=(picky,))(np.zeros(3, np.float32), np.array([0]))
 
 
-def test_a_log_probability_is_of_the_raw_logits() -> None:
-    logits = np.array([0.0, 1.0, -2.0], np.float32)
-    expected = torch.tensor(logits).log_softmax(-1)
-    assert [log_probability(logits, token) for token in range(3)] == pytest.approx(expected.tolist())
+@given(
+    st.lists(st.sampled_from([-np.inf, UNKNOWN, -1.5, 0.0, 1.0, 1.25, 7.0]), min_size=1, max_size=40),
+    st.integers(1, 30),
+)
+def test_the_likeliest_are_sorted_known_and_begin_with_the_arg_max(values: list[float], count: int) -> None:
+    logits = np.array(values, np.float32)
+    best = likeliest(logits, count).tolist()
+    known = [token for token in range(len(logits)) if logits[token] > UNKNOWN]
+    assert best == sorted(known, key=lambda token: (-logits[token], token))[:count]
+    assert not known or best[0] == logits.argmax()
 
 
 @given(

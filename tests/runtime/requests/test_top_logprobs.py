@@ -1,0 +1,156 @@
+"""The likeliest tokens with each token: of the decoder that decided it, as transformers has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
+from conftest import Bundles
+from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
+from reference import Run
+
+from freeexport.conversion.exit_vocabulary_file import ExitVocabularyFile
+from runtime import Bundle, GenerationResult, OptionError, Session
+from runtime.adaptation.draft_length import DraftLength
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Model = Callable[[Any], Any]
+LLAMA, T5 = (next(case for case in CASES if case.name == name) for name in ("llama-tied", "t5-relu-tied"))
+COUNT, TOKENS = 6, 20
+# Modes, and whether an exited token's probabilities are the shallow decoder's.
+MODES = {
+    "full": {"mode": "full"},
+    "free": {"mode": "free", "threshold": 0.3},
+    "first": {"mode": "free", "threshold": 0.0, "first_exit": True},
+    "stack": {"mode": "free", "threshold": 0.1, "max_pending": 3},
+    "shallow": {"mode": "shallow"},
+    "lossless": {"mode": "lossless", "threshold": 0.05, "drafts": "exit"},
+    "rollback": {"mode": "rollback", "threshold": 0.1, "rollback_threshold": 3.0},
+}
+JUDGED = ("lossless", "rollback")
+
+
+@pytest.fixture
+def longest_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long lossless drafts are is otherwise a matter of timing."""
+    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+
+
+def same_as_transformers(ours: GenerationResult, run: Run, judged: bool, known: list[int] | None = None) -> None:
+    """`known`: the only tokens of the shallow head."""
+    shallow, deep = run.logits(ours.token_ids[:-1])
+    if known is not None:
+        masked = torch.full_like(shallow, -torch.inf)
+        masked[:, known] = shallow[:, known]
+        shallow = masked
+    assert ours.top_logprobs is not None
+    assert ours.logprobs is not None
+    for step, best in enumerate(ours.top_logprobs):
+        by_shallow = ours.exited[step] and not judged
+        expected = (shallow if by_shallow else deep)[step].log_softmax(-1)
+        ids, found = zip(*best, strict=True)
+        count = min(COUNT, len(known)) if known is not None and by_shallow else COUNT
+        assert len(set(ids)) == count
+        # Two that are as good as equal may change places.
+        assert list(found) == pytest.approx(expected.topk(count).values.tolist(), abs=1e-3)
+        assert list(found) == pytest.approx(expected[list(ids)].tolist(), abs=1e-3)
+        assert ours.logprobs[step] == pytest.approx(float(expected[ours.token_ids[step]]), abs=1e-3)
+
+
+@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
+def test_they_are_those_of_the_decoder_that_decided(
+    case: Case, name: str, bundle: Bundles, source_model: Model, longest_drafts: None
+) -> None:
+    options: dict[str, Any] = {**MODES[name], "max_new_tokens": TOKENS, "ignore_eos": True}
+    exits = 0
+    with Session(bundle(case, 2), threads=1, slots=1) as session:
+        for prompt in PROMPTS[:3]:
+            ours = session.generate(prompt, top_logprobs=COUNT, **options)
+            same_as_transformers(ours, Run(source_model(case), prompt, 2), name in JUDGED)
+            assert ours.token_ids == session.generate(prompt, **options).token_ids
+            exits += sum(ours.exited)
+            if name == "rollback":  # a draft that the deep decoder finds likely need not be its first choice
+                continue
+            assert ours.token_ids == tuple(best[0][0] for best in ours.top_logprobs or ())
+            assert ours.logprobs == tuple(best[0][1] for best in ours.top_logprobs or ())
+    assert (exits > 0) == (name != "full")
+
+
+@pytest.mark.parametrize("mode", ["free", "lossless", "full"])
+def test_sampling_and_biases_do_not_change_them(mode: str, bundle: Bundles, source_model: Model) -> None:
+    with Session(bundle(LLAMA, 2), threads=1, slots=1) as session:
+        ours = session.generate(
+            PROMPTS[0],
+            mode=mode,
+            threshold=0.3,
+            temperature=1.5,
+            seed=3,
+            sequence_bias={77: 3.0},
+            repetition_penalty=1.3,
+            max_new_tokens=TOKENS,
+            ignore_eos=True,
+            top_logprobs=COUNT,
+        )
+    same_as_transformers(ours, Run(source_model(LLAMA), PROMPTS[0], 2), mode == "lossless")
+    assert any(token != best[0][0] for token, best in zip(ours.token_ids, ours.top_logprobs or (), strict=True))
+
+
+def test_an_exit_of_layers_has_its_own(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
+    case = with_exit_layers("llama-tied")
+    with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
+        ours = session.generate(
+            PROMPTS[2], threshold=0.05, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT, mode="free"
+        )
+    assert any(ours.exited)
+    same_as_transformers(ours, Run(model_with_exit(checkpoint(case)), PROMPTS[2], EXIT_LAYER), False)
+
+
+@pytest.mark.parametrize("size", [4, 100])
+def test_of_an_exit_vocabulary_only_its_tokens_are_named(
+    size: int, bundle: Bundles, source_model: Model, tmp_path: Path
+) -> None:
+    known = list(range(3, VOCAB_SIZE, VOCAB_SIZE // size))[:size]
+    source = Bundle.open(bundle(LLAMA, 2)).manifest.source_sha256
+    file = tmp_path / "exit-vocab.json"
+    ExitVocabularyFile(source, VOCAB_SIZE, 2, 0.0, 1, 1.0, 0.0, tuple(known)).write(file)
+    with Session(bundle(LLAMA, 2, exit_vocab=file), threads=1, slots=1) as session:
+        ours = session.generate(
+            PROMPTS[0], mode="free", threshold=0.0, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT
+        )
+    exited = [best for best, exited in zip(ours.top_logprobs or (), ours.exited, strict=True) if exited]
+    assert exited
+    assert {token for best in exited for token, _ in best} <= set(known)
+    same_as_transformers(ours, Run(source_model(LLAMA), PROMPTS[0], 2), False, known)
+
+
+def test_a_batch_has_them_for_those_who_ask(bundle: Bundles) -> None:
+    options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 12, "ignore_eos": True}
+    with Session(bundle(LLAMA, 2), threads=1, slots=4) as session:
+        alone = [session.generate(prompt, top_logprobs=COUNT, **options) for prompt in PROMPTS[:3]]
+        plain = session.stream(PROMPTS[1], **options)
+        together = session.generate([list(prompt) for prompt in PROMPTS[:3]], top_logprobs=COUNT, **options)
+        assert [token.top_logprobs for token in plain] == [None] * 12
+    assert plain.result.top_logprobs is None
+    assert plain.result.logprobs is None
+    for ours, expected in zip(together, alone, strict=True):
+        assert ours.token_ids == expected.token_ids
+        for mine, theirs in zip(ours.top_logprobs or (), expected.top_logprobs or (), strict=True):
+            assert [logprob for _, logprob in mine] == pytest.approx([logprob for _, logprob in theirs], abs=1e-4)
+
+
+def test_a_stream_has_them_and_so_have_several_samples(bundle: Bundles) -> None:
+    with Session(bundle(LLAMA, 2), threads=1, slots=1) as session:
+        with session.stream(PROMPTS[0], max_new_tokens=8, threshold=0.3, top_logprobs=2) as stream:
+            streamed = tuple(token.top_logprobs for token in stream)
+        assert streamed == stream.result.top_logprobs
+        assert all(len(best) == 2 for best in streamed if best is not None)
+        best = session.generate_best(PROMPTS[0], 3, do_sample=True, seed=1, max_new_tokens=4, top_logprobs=2)
+        assert [len(result.top_logprobs or ()) for result in best] == [len(result.token_ids) for result in best]
+        with pytest.raises(OptionError, match=r"^top_logprobs is 21; choose a whole number from 0 to 20"):
+            session.generate(PROMPTS[0], top_logprobs=21)
