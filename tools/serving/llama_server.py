@@ -66,6 +66,14 @@ def call(command: Sequence[str | Path]) -> None:
         raise EngineError(f"{command[0]} {command[1]} failed: {last[:300]}") from None
 
 
+def free_port() -> int:
+    """For a program that does not choose one itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
 @contextmanager
 def llama_served(threads: int, slots: int) -> Iterator[str]:
     """The address of a server of SmolLM2 in q8_0."""
@@ -73,9 +81,7 @@ def llama_served(threads: int, slots: int) -> Iterator[str]:
     model = programs / MODEL
     if not model.exists():
         call([programs / QUANTIZE, "--allow-requantize", smollm2(), model, "Q8_0"])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [str(programs / SERVER), "--model", str(model), "--host", "127.0.0.1", "--port", str(port)]
     command += ["--threads", str(threads), "--threads-batch", str(threads), "--parallel", str(slots)]
     # Without its cache of ended prompts, to which it copies each by default.

@@ -48,9 +48,16 @@ class Target:
 
 @contextmanager
 def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
-    """The address of a server in a process of its own."""
-    command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
-    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full", "--prefix-cache-mb", "0"]
+    """The address of a server in a process of its own, in mode full and without reuse."""
+    arguments = [str(bundle), "--threads", str(threads), "--slots", str(slots)]
+    with serving([*arguments, "--mode", "full", "--prefix-cache-mb", "0"]) as url:
+        yield url
+
+
+@contextmanager
+def serving(arguments: Sequence[str]) -> Iterator[str]:
+    """The address of `freeexport serve` with these arguments, in a process of its own."""
+    command = [sys.executable, "-m", "freeexport", "serve", *arguments, "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
