@@ -20,7 +20,9 @@ from runtime.options import Mode, SessionOptions
 
 class Arguments(BaseModel):
     """`bundle` is a path on every machine. A replica has `threads` cores and decodes `slots` requests at once; `queue`
-    more wait at each proxy, where any replica can take them. `deadline`: seconds in which any request ends."""
+    more wait at each proxy, where any replica can take them. `deadline`: seconds in which any request ends.
+    `upscale_delay`, `downscale_delay`: seconds for which the load must call for more replicas, or for fewer, before
+    their number changes."""
 
     model_config = ConfigDict(extra="forbid")
     bundle: Path
@@ -33,6 +35,8 @@ class Arguments(BaseModel):
     deadline: float = Field(120, gt=0)
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(4, ge=1)
+    upscale_delay: float = Field(30, ge=0)
+    downscale_delay: float = Field(600, ge=0)
 
 
 @serve.ingress()
@@ -77,6 +81,8 @@ def build(arguments: Arguments) -> serve.Application:
             "min_replicas": arguments.min_replicas,
             "max_replicas": arguments.max_replicas,
             "target_ongoing_requests": arguments.slots,
+            "upscale_delay_s": arguments.upscale_delay,
+            "downscale_delay_s": arguments.downscale_delay,
         },
         ray_actor_options={"num_cpus": arguments.threads},
         health_check_period_s=5,
