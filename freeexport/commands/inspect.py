@@ -39,8 +39,11 @@ def _fitted(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def higher_table(quantization: Quantization) -> Table:
-    """A row a weight with a higher precision than its engine, because it would lose too much."""
-    rows = [(item.engine, item.tensor, item.wanted, item.stored, f"{item.error:.1%}") for item in quantization.higher]
+    """A row a weight with a higher precision than its engine: it would lose too much, or the plan says so."""
+    rows = [
+        (item.engine, item.tensor, item.wanted, item.stored, "by plan" if item.error is None else f"{item.error:.1%}")
+        for item in quantization.higher
+    ]
     return table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), rows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
 
@@ -78,12 +78,15 @@ class QuantizeLinears(ir.passes.InPlacePass):
         made = self._products.product(tape, node, parts)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
 
+    def _higher(self) -> Iterator[HigherTensor]:
+        for name, stored in self._stored.items():
+            wanted = self._wanted(_first(name))
+            if stored.format != wanted:
+                yield HigherTensor(self._engine, name, wanted, stored.format, stored.lost)
+            elif wanted != self._linears and name != self._head:
+                yield HigherTensor(self._engine, name, self._linears, wanted, None)
+
     def _record(self) -> None:
-        higher = [
-            HigherTensor(self._engine, name, wanted, stored.format, stored.lost)
-            for name, stored in self._stored.items()
-            if stored.format != (wanted := self._wanted(_first(name)))
-        ]
         precision = EnginePrecision(
             engine=self._engine,
             linears=self._linears,
@@ -91,7 +94,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             bytes=sum(stored.bytes for stored in self._stored.values()),
             largest_error=max((stored.error for stored in self._stored.values()), default=0.0),
         )
-        self._quantizer.record(precision, higher)
+        self._quantizer.record(precision, list(self._higher()))
 
 
 def _products(graph: ir.Graph) -> list[ir.Node]:

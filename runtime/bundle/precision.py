@@ -17,13 +17,14 @@ HeadPrecision = Literal["int8", "int4"]
 
 @dataclass(frozen=True)
 class HigherTensor:
-    """A weight that would lose too much at the format its engine was to have: `error` is |W - rounded W| / |W|."""
+    """A weight with a higher format than its engine: it would lose too much as `wanted`, and `error` is
+    |W - rounded W| / |W|, or the plan gives it more bits, and `error` is None."""
 
     engine: str
     tensor: str
     wanted: TensorFormat
     stored: TensorFormat
-    error: float
+    error: float | None
 
 
 @dataclass(frozen=True)

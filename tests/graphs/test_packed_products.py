@@ -187,9 +187,14 @@ def test_value_projections_that_heads_share_keep_8_bits(bundle: Bundles) -> None
                 if "up_N" in (attributes := {each.name: each.i for each in node.attribute})
             ]
             manifest = Bundle.open(path).manifest
+            assert manifest.quantization is not None
+            listed = {item.tensor: item for item in manifest.quantization.higher if item.error is None}
             size = manifest.head_dim
             expected = ((manifest.heads + manifest.kv_heads) * size, manifest.kv_heads * size, 4, 8)
             assert found == ([expected] if shared and precision == "int4" else [])
+            values = {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(manifest.layers)}
+            assert listed.keys() == (values if found else set())
+            assert {(item.wanted, item.stored) for item in listed.values()} <= {("int4", "int8-block")}
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import TensorFormat
+from runtime.bundle.precision import HigherTensor, TensorFormat
 
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ("int8", "int4", "mixed")
@@ -122,7 +122,7 @@ def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
     assert [node.op_type for node in model.graph] == ["Gemm"]
     (engine,) = quantizer.report.engines
     assert (engine.bytes, engine.largest_error, engine.head) == (24 * 40 * 4, 0.0, None)
-    assert [(item.tensor, item.stored) for item in quantizer.report.higher] == []
+    assert quantizer.report.higher == (HigherTensor("deep", "w", "int4", "fp32", None),)
 
 
 @pytest.mark.parametrize(("width", "block"), [(40, 32), (192, 64), (128, 128)])

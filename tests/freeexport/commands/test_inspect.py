@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from handmade_bundle import VERIFICATION, write_bundle
 from freeexport import cli
 from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest
+from runtime.bundle.precision import HigherTensor, Quantization
 
 COSTS = Costs(0.012, 0.01, {1: 0.02, 8: 0.03, 16: 0.045}, Outside(1e-4, 1e-4, 1e-4), host=Host("a CPU", 4, 2, "1.32"))
 
@@ -116,6 +117,20 @@ def test_declared_copies_are_listed(tmp_path: Path) -> None:
     copies = (DeclaredCopy("lm_head.weight", 113_000_000, "prepacked by ONNX Runtime [shallow]"),)
     result = inspect(write_bundle(tmp_path / "bundle", copies=copies))
     assert row(result, "lm_head.weight") == "113 MB  prepacked by ONNX Runtime [shallow]"
+
+
+def test_weights_with_a_higher_precision_are_listed(tmp_path: Path) -> None:
+    lost = HigherTensor("deep", "down_proj.weight", "int4", "int8-block", 0.151)
+    planned = HigherTensor("shallow", "v_proj.weight", "int4", "int8-block", None)
+    bundle = write_bundle(
+        tmp_path / "bundle", precision="int4", quantization=Quantization(higher=(lost, planned)), kernels=2
+    )
+    page = [" ".join(line.split()) for line in inspect(bundle).stdout.splitlines()]
+    assert "engine tensor wanted stored error as wanted" in page
+    assert "deep down_proj.weight int4 int8-block 15.1%" in page
+    assert "shallow v_proj.weight int4 int8-block by plan" in page
+    listed = json.loads(inspect(bundle, "--json").stdout)["manifest"]["quantization"]["higher"]
+    assert listed == [asdict(lost), asdict(planned)]
 
 
 def test_encoder_decoder_shows_the_longest_prompt(tmp_path: Path) -> None:
