@@ -82,7 +82,8 @@ def test_a_row_is_what_it_is_alone(format_: TensorFormat, weights: WeightFile) -
     x[3] *= 1000  # one scale for all rows would round the others away
     together = run(x)
     for row in range(len(x)):
-        np.testing.assert_array_equal(together[row], run(x[row : row + 1])[0])
+        # On AVX2 alone, MatMulNBits adds the blocks of one row in another order than those of several.
+        np.testing.assert_allclose(together[row], run(x[row : row + 1])[0], rtol=0, atol=1e-5 * np.abs(x[row]).max())
 
 
 @pytest.mark.parametrize("format_", ["int8-block", "int4"])
