@@ -119,6 +119,7 @@ def _by_format(tensor: ir.LazyTensor, wanted: Callable[[str], TensorFormat]) -> 
         name, shape = STACK.join(name for name, _ in run), ir.Shape((end - start, *tensor.shape.numpy()[1:]))
         part = partial(_rows, tensor, start, end)
         parts.append(ir.LazyTensor(part, tensor.dtype, shape, name=name))
+        parts[-1].meta[STACK] = [count for _, count in run]
         start = end
     return parts
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.graph import STACK
-from graphs.quantization.rounding import Rounded, side_by_side
+from graphs.quantization.rounding import Rounded, round_4_bits, side_by_side
 from graphs.quantization.scheme import BLOCK, Scheme
 from graphs.weights import WeightFile
 from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
@@ -110,19 +110,24 @@ class Quantizer:
             rounded, block = scheme.round(array, format_, self._scales or tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
             if rounded.error <= scheme.limits[format_]:
-                if format_ == "int4" and (parts := self._fitted(name)):
+                if format_ == "int4" and any(part in self._given for part in name.split(STACK)):
                     # What verification may find is what the format loses; a fitted weight is further off, its outputs
                     # less.
-                    rounded, block = replace(side_by_side(parts), error=rounded.error), BLOCK
+                    rounded, block = replace(self._fitted(tensor, array), error=rounded.error), BLOCK
                 written = self._layout(rounded, array.shape[1], format_)
                 return self._write(name, format_, written, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], (), 0, tensor.nbytes, lost or 0.0, 0.0)
 
-    def _fitted(self, name: str) -> list[Rounded]:
-        """The tensors that a weight is stacked of, as they were given; empty unless all were."""
-        names = name.split(STACK)
-        return [self._given[part] for part in names] if all(part in self._given for part in names) else []
+    def _fitted(self, tensor: ir.LazyTensor, array: np.ndarray) -> Rounded:
+        """The tensors that a weight is stacked of as they were given; those that were not, as without text."""
+        parts, start = [], 0
+        for name, rows in zip(str(tensor.name).split(STACK), tensor.meta.get(STACK, [len(array)]), strict=True):
+            plain = array[start : start + rows]
+            given = self._given.get(name)
+            parts.append(given or round_4_bits(plain, BLOCK, self._scales or tensor.dtype.numpy()))
+            start += rows
+        return side_by_side(parts)
 
     def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
         parts = {"data": rounded.data, "scales": rounded.scales, "zero_points": rounded.zero_points}

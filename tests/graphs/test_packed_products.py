@@ -14,6 +14,7 @@ from conftest import Bundles
 from engine_cases import every, pair_of, tokens
 from kernel_cases import session_of
 from linear_case import BIAS, FLOAT, WEIGHT, normal
+from onnx import numpy_helper
 from tensor_source import Source
 
 import runtime.kernels
@@ -23,6 +24,7 @@ from graphs.quantization.linears import QuantizeLinears
 from graphs.quantization.panels import packed
 from graphs.quantization.products import PackedProducts
 from graphs.quantization.quantizer import Quantizer
+from graphs.quantization.rounding import round_4_bits
 from graphs.quantization.scheme import IntegerScheme
 from graphs.weights import WeightFile
 from runtime import Session
@@ -59,6 +61,26 @@ def test_products_are_near_the_exact_ones(format_: TensorFormat, tolerance: floa
     for row in range(len(rows)):
         (alone,) = session_of(tmp_path / "g.onnx").run(["y"], {"x": rows[row : row + 1]})
         np.testing.assert_array_equal(alone[0], y[row])
+
+
+def test_what_was_fitted_stands_beside_what_was_not_and_what_has_8_bits(tmp_path: Path) -> None:
+    formats: dict[str, TensorFormat] = {"q": "int4", "k": "int4", "v": "int8-block"}
+    parts = {name: normal(16, 64, seed=seed) for seed, name in enumerate(formats)}
+    scales = np.dtype(np.float16)
+    fitted = round_4_bits(parts["q"][:, ::-1], 32, scales)
+    with WeightFile(tmp_path / "weights.data") as weights:
+        graph = Graph("g", Source(parts), weights, FLOAT)
+        x = graph.input("x", FLOAT, ["M", 64])
+        weight = graph.stacked_weight(list(parts), [(16, 64)] * 3)
+        graph.output("y", graph.op("Gemm", [x, weight], transB=1), FLOAT, ["M", 48])
+        quantizer = Quantizer(weights, IntegerScheme(), packed, scales, {"q": fitted})
+        graph.save(
+            tmp_path / "g.onnx", [QuantizeLinears(quantizer, PackedProducts(), "deep", "int4", formats.__getitem__, "")]
+        )
+    tensors = {item.name: numpy_helper.to_array(item) for item in onnx.load(tmp_path / "g.onnx").graph.initializer}
+    (data,) = (tensor for name, tensor in tensors.items() if name.startswith("q+k.") and "data" in name)
+    expected = [packed(each, 64, "int4") for each in (fitted, round_4_bits(parts["k"], 32, scales))]
+    np.testing.assert_array_equal(data, np.concatenate([each.data for each in expected]))
 
 
 @each_precision

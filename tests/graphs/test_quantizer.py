@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from graphs.graph import STACK
 from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import round_4_bits
@@ -26,6 +27,12 @@ def weights(tmp_path: Path) -> Iterator[WeightFile]:
 
 def tensor(array: np.ndarray, name: str = "w") -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.tensor(array), ir.DataType.FLOAT, ir.Shape(array.shape), name=name)
+
+
+def stack(parts: dict[str, np.ndarray]) -> ir.LazyTensor:
+    whole = tensor(np.concatenate(list(parts.values())), STACK.join(parts))
+    whole.meta[STACK] = [len(part) for part in parts.values()]
+    return whole
 
 
 def bell(outputs: int = 16, inputs: int = 64, seed: int = 0) -> np.ndarray:
@@ -101,7 +108,7 @@ def test_8_bits_have_the_largest_block_that_divides_the_inputs(width: int, block
 def test_fitted_weights_stand_in_the_stack_that_a_graph_makes_of_them(weights: WeightFile) -> None:
     parts = {name: bell(outputs, seed=seed) for seed, (name, outputs) in enumerate((("q", 24), ("k", 8), ("v", 8)))}
     given = {name: replace(round_4_bits(part[:, ::-1], 32), error=9.0) for name, part in parts.items()}
-    whole = tensor(np.concatenate(list(parts.values())), "q+k+v")
+    whole = stack(parts)
     fitted = Quantizer(weights, IntegerScheme(), given=given).store(whole, "int4")
     weights.flush()
     expected = [getattr(part, kind) for kind in ("data", "scales", "zero_points") for part in given.values()]
@@ -112,17 +119,22 @@ def test_fitted_weights_stand_in_the_stack_that_a_graph_makes_of_them(weights: W
     assert fitted.block == 32
 
 
-@pytest.mark.parametrize("missing", [None, "k"])
-def test_what_a_stack_loses_is_what_it_would_without_text(missing: str | None, weights: WeightFile) -> None:
-    """And without the text for one of its tensors it is as without text."""
-    whole = tensor(bell(40), "q+k")
-    given = {name: replace(round_4_bits(bell(20, seed=1), 32), error=9.0) for name in ("q", "k") if name != missing}
-    found = Quantizer(weights, IntegerScheme(), given=given).store(whole, "int4")
-    plain = round_4_bits(bell(40), 32)
-    assert found.error == found.lost == plain.error
+def test_of_a_stack_what_was_not_fitted_is_as_without_text(weights: WeightFile) -> None:
+    """Though all of it would get larger blocks than fitted weights have."""
+    parts = {name: easy() for name in ("q", "k", "v")}
+    given = {name: round_4_bits(parts[name][:, ::-1], 32) for name in ("q", "v")}
+    fitted = Quantizer(weights, IntegerScheme(), given=given).store(stack(parts), "int4")
     weights.flush()
-    data = weights.path.read_bytes()[: plain.data.nbytes]
-    assert (data == plain.data.tobytes()) == (missing is not None)
+    expected = [given["q"], round_4_bits(parts["k"], 32), given["v"]]
+    assert weights.path.read_bytes()[: fitted.operands[0].length] == b"".join(part.data.tobytes() for part in expected)
+    assert fitted.block == 32
+
+
+def test_what_a_stack_loses_is_what_it_would_without_text(weights: WeightFile) -> None:
+    parts = {"q": bell(20), "k": bell(20, seed=1)}
+    given = {name: replace(round_4_bits(bell(20, seed=2), 32), error=9.0) for name in parts}
+    found = Quantizer(weights, IntegerScheme(), given=given).store(stack(parts), "int4")
+    assert found.error == found.lost == round_4_bits(np.concatenate(list(parts.values())), 32).error
 
 
 def test_a_weight_is_read_and_written_once_a_format(weights: WeightFile) -> None:
