@@ -32,7 +32,8 @@ class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + deferred + stacked; `deferred` rows of the prompt
     are 0 but after `prefilling` that defers, until a sync pass. `hidden_size` is d, `vocab_size` V, `max_pending` the
     rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
-    whether other sequences wait while a piece of a prompt is read. `want_logits` makes predictions carry logits.
+    whether other sequences wait while a piece of a prompt is read. `alone`: none could share a deep pass, which is then
+    run at once. `want_logits` makes predictions carry logits.
 
     `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
     be run as one; `guess` and `answers` are the predictions then. `prefill`, `step` and `sync` run them at once.
@@ -54,7 +55,7 @@ class Decoder:
     ) -> None:
         self.stats = Stats()
         self.stacked = 0
-        self.batch_size, self.others = 1, False
+        self.batch_size, self.others, self.alone = 1, False, False
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
@@ -219,6 +220,9 @@ class Decoder:
         if self._deferred.pieces:
             return self._deferred.catching_up(self.stacked, heads, drafts, self.stats)
         self._pass = call = self._deep_call(0, heads, drafts)
+        if self.alone:
+            call.run()
+            return ()
         return (call,)
 
     def answers(self) -> list[Prediction]:
@@ -247,7 +251,7 @@ class Decoder:
         self._step = call = calls.steps.get((False, self._exits)) or calls.step(False, self._exits)
         return call
 
-    def direct_pass(self) -> SlotCall:
+    def direct_pass(self) -> tuple[SlotCall, ...]:
         """Count the step that ran: the pass over it."""
         calls, call = self._calls, self._step
         assert call is not None
@@ -255,7 +259,10 @@ class Decoder:
         self.batch_size = call.batch_size
         self._shallow.cache.extend(calls.slot, 1)
         self._pass = call = calls.direct or calls.direct_pass()
-        return call
+        if self.alone:
+            call.run()
+            return ()
+        return (call,)
 
     def direct_answer(self) -> Prediction:
         """Count the pass that ran: the deep prediction."""

@@ -29,7 +29,7 @@ def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     while not response.finished:
         if direct:
             yield decoder.direct_step(response.newest)
-            yield decoder.direct_pass()
+            yield from decoder.direct_pass()
             deep = decoder.direct_answer()
         else:
             deep = yield from _deep_token(decoder, response)

@@ -23,7 +23,7 @@ class Process:
 
     def check(self) -> None:
         """Raises OptionError in a fork."""
-        if self.left:
+        if self._forks != _forks:
             raise OptionError(
                 f"the session was opened before process {os.getpid()} was forked; open one in this process, "
                 "or start it with multiprocessing's 'spawn'"

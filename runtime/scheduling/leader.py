@@ -93,7 +93,8 @@ class Leader:
             seconds = self.clock()
             self._driver = None
             self._seconds = seconds
-            self._pass_on(own)
+            if self.followers:
+                self._pass_on(own)
 
     def relay(self) -> None:
         """Where nobody drives, let one drive that waits."""

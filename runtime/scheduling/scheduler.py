@@ -76,10 +76,25 @@ class Scheduler(Turns):
             self._waiting.append(row)
             self._aside += row.aside
 
-    def wait(self, awaited: Awaited, whole: bool, until: float = math.inf) -> bool:
-        """Until it is ready; this thread drives meanwhile where no other does. False where it is not ready shortly
-        after `until`, by the monotonic clock, and another thread drives."""
-        return self._wait(awaited, whole, until, own=False)
+    def wait(self, awaited: Awaited, whole: bool, until: float = math.inf, own: bool = False) -> bool:
+        """Until it is ready; this thread drives meanwhile where no other does: the scheduler's `own`, or another. False
+        where it is not ready shortly after `until`, by the monotonic clock, and another thread drives."""
+        self.process.check()
+        while not awaited.ready(whole):
+            drives = own or not self._aside
+            follower = self._wheel.take(awaited, whole, drives, own)
+            if follower is None:
+                self._drive(awaited, whole, own)
+                continue
+            with self._wheel.followed(follower):
+                if not drives and self._attended:
+                    self._wheel.leave_to_own()
+                elif not drives:
+                    self.attend(awaited, whole)
+                woken = self._wheel.sleep(follower, until)
+            if not woken:
+                return False
+        return True
 
     def attend(self, awaited: Awaited, whole: bool) -> None:
         """Let the scheduler's own thread wait for it, and so drive."""
@@ -150,29 +165,11 @@ class Scheduler(Turns):
 
     # Who drives
 
-    def _wait(self, awaited: Awaited, whole: bool, until: float, own: bool) -> bool:
-        self.process.check()
-        while not awaited.ready(whole):
-            drives = own or not self._aside
-            follower = self._wheel.take(awaited, whole, drives, own)
-            if follower is None:
-                self._drive(awaited, whole, own)
-                continue
-            with self._wheel.followed(follower):
-                if not drives and self._attended:
-                    self._wheel.leave_to_own()
-                elif not drives:
-                    self.attend(awaited, whole)
-                woken = self._wheel.sleep(follower, until)
-            if not woken:
-                return False
-        return True
-
     def _attend(self, awaited: Awaited, whole: bool) -> None:
         try:
             while not awaited.ready(whole):
                 try:
-                    self._wait(awaited, whole, math.inf, own=True)
+                    self.wait(awaited, whole, own=True)
                 except Exception:
                     raise
                 except BaseException:

@@ -75,7 +75,14 @@ class Turns:
 
     def _turn(self, moved: bool, awaited: Awaited, whole: bool) -> None:
         if len(self._rows) == 1 and isinstance(call := self._rows[0].waits, SlotCall):
-            self._run_alone(self._rows[0], call, awaited, whole)
+            task = self._rows[0]
+            decoder = task.decoder
+            # An interrupt of a thread that waits for something else must not end the task.
+            decoder.alone = awaited is task
+            try:
+                self._run_alone(task, call, awaited, whole)
+            finally:
+                decoder.alone = False
         else:
             self._turns += 1
             moved = self._resume() or moved

@@ -288,6 +288,47 @@ def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
             assert came == tokens[: len(came)]
 
 
+@given(ask=asks, late=asks, when=st.integers(0, 8))
+@settings(max_examples=30)
+def test_a_row_that_is_waited_for_is_the_same_alone_and_once_another_comes(ask: Ask, late: Ask, when: int) -> None:
+    """Alone it runs its deep passes itself."""
+    machine, tokens = Machine(2), list[Token]()
+    rows = [Task(ask.run), Task(late.run)]
+    machine.scheduler.join(rows[0])
+    while len(tokens) < when and not rows[0].ended:
+        machine.scheduler.wait(rows[0], whole=False)
+        tokens += rows[0].tokens
+        rows[0].tokens.clear()
+    machine.scheduler.join(rows[1])
+    for row in rows:
+        machine.scheduler.wait(row, whole=True)
+    machine.check_empty()
+    came = tokens + list(rows[0].tokens), list(rows[1].tokens)
+    errors = [type(row.error).__name__ if row.error else None for row in rows]
+    assert list(zip(came, errors, strict=True)) == [ask.alone(), late.alone()]
+
+
+def test_an_interrupt_in_a_pass_ends_no_request_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, good = Machine(2), Ask((1, 2), "full", 10)
+    row = Task(good.run)
+    machine.scheduler.join(row)
+    machine.scheduler.wait(Turns(4), whole=True)
+    run = HashingCall.run
+
+    def interrupted(call: HashingCall) -> None:
+        run(call)
+        if call.engine.name == "deep":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(HashingCall, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        machine.scheduler.drain()
+    monkeypatch.setattr(HashingCall, "run", run)
+    machine.scheduler.drain()
+    machine.check_empty()
+    assert (list(row.tokens), row.error) == (good.alone()[0], None)
+
+
 def test_rows_share_calls_and_deep_passes_collect() -> None:
     machine = Machine(8)
     rows = [Task(Ask((number,), tokens=12, threshold=0.4).run) for number in range(8)]
