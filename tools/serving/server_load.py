@@ -98,7 +98,8 @@ async def load(
             if time.perf_counter() >= until:
                 return
 
-    limits = httpx.Limits(max_connections=clients)
+    # A connection for each request: a server may close one that was kept just when a request begins to use it.
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as client:
         await asyncio.gather(*(ask(client, number) for number in range(clients)))
     return done
