@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from runtime.machine.lazy_memory import lazy_zeros
+
 # Widths are multiples of this, so that a longer prompt seldom means another array.
 STEP = 32
 
@@ -16,7 +18,7 @@ class CrossCache:
     together. `version` changes where the arrays do. Holds nothing until sequences are first run together.
     `zeros(shape, dtype)` makes an array."""
 
-    def __init__(self, slots: int, zeros: Callable[..., Any] = np.zeros) -> None:
+    def __init__(self, slots: int, zeros: Callable[..., Any] = lazy_zeros) -> None:
         self._zeros = zeros
         self.arrays: dict[str, np.ndarray] = {}
         self.version = 0

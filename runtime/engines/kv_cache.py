@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import CapacityError
+from runtime.machine.lazy_memory import lazy_zeros
 
 PARTS = ("key", "value")
 
@@ -28,7 +29,7 @@ class KVCache:
         rows: int,
         head_dim: int,
         dtype: np.dtype | type,
-        zeros: Callable[..., Any] = np.zeros,
+        zeros: Callable[..., Any] = lazy_zeros,
         fixed: bool = False,
     ) -> None:
         self.rows, self._zeros, self._fixed = rows, zeros, fixed

@@ -9,6 +9,7 @@ import numpy as np
 
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine, value
+from runtime.machine.lazy_memory import lazy_zeros
 
 
 class Event:
@@ -50,7 +51,7 @@ class Runner:
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
         """An array where the engine's calls want theirs."""
-        return np.zeros(shape, dtype)
+        return lazy_zeros(shape, dtype)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
         """The same, of finite numbers, until the next call for this name."""
