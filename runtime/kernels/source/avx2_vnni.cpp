@@ -6,7 +6,6 @@ namespace freeexport {
 namespace {
 
 struct Vec : Vec256 {
-  static constexpr bool kFetches = false;
   static constexpr int kRows = 4;
   static Int dot_quad(Int sum, Int weights, Int a) {
 #if defined(__AVXVNNI__)

@@ -6,7 +6,6 @@ namespace freeexport {
 namespace {
 
 struct Vec : Vec512 {
-  static constexpr bool kFetches = false;
   static constexpr int kRows = 8;
   static Int pairs(Int weights, Int a) { return _mm512_maddubs_epi16(weights, a); }
   static Int sum_pairs(Int a, Int b) { return _mm512_add_epi16(a, b); }

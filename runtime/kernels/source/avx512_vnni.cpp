@@ -6,7 +6,6 @@ namespace freeexport {
 namespace {
 
 struct Vec : Vec512 {
-  static constexpr bool kFetches = false;
   static constexpr int kRows = 8;
   static Int dot_quad(Int sum, Int weights, Int a) { return _mm512_dpbusd_epi32(sum, weights, a); }
   static Int sum(Int a, Int b) { return _mm512_add_epi32(a, b); }

@@ -54,6 +54,9 @@ struct VnniQuads {
 // as these processors would else wait for reading.
 template <typename V, int Bits>
 struct PairQuads {
+  // Else GCC keeps what is to be added in memory, and adds later.
+  static FREEEXPORT_INLINE void here(typename V::Int& value) { asm("" : "+v"(value)); }
+
   template <int M>
   static constexpr int kWide = V::kLanes == 16 || (Bits == 8 && M > 2) ? 1 : 2;
 
@@ -82,9 +85,9 @@ struct PairQuads {
           } else {
             low[m][w] = j == 0 ? a : V::sum_pairs(low[m][w], a);
             high[m][w] = j == 0 ? b : V::sum_pairs(high[m][w], b);
-            V::here(high[m][w]);
+            here(high[m][w]);
           }
-          V::here(low[m][w]);
+          here(low[m][w]);
         }
       }
     }

@@ -15,6 +15,7 @@ struct Vec256 {
   using Int = __m256i;
   using Float = __m256;
   static constexpr int kLanes = 8;
+  static constexpr bool kFetches = false;
 
   static Float set(float value) { return _mm256_set1_ps(value); }
   // The sum of 16 values: halves are added to each other.
@@ -56,8 +57,6 @@ struct Vec256 {
   static Int load(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
   static Int low(Int bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm256_srli_epi16(bytes, 4)); }
-  // Else GCC keeps what is to be added in memory, and adds later.
-  static void here(Int& value) { asm("" : "+x"(value)); }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);

@@ -15,6 +15,7 @@ struct Vec512 {
   using Int = __m512i;
   using Float = __m512;
   static constexpr int kLanes = 16;
+  static constexpr bool kFetches = false;
 
   static Float set(float value) { return _mm512_set1_ps(value); }
   // The sum of 16 values: halves are added to each other.
@@ -57,8 +58,6 @@ struct Vec512 {
   static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
   static Int high(Int bytes) { return low(_mm512_srli_epi16(bytes, 4)); }
-  // Else GCC keeps what is to be added in memory, and adds later.
-  static void here(Int& value) { asm("" : "+v"(value)); }
   static Int quad(const int8_t* a, int index) {
     int32_t four;
     std::memcpy(&four, a + 4 * index, 4);
