@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
     from freeexport.training.exit_layers.module import ExitLayers
 
+    # What makes the exit's layers for a model.
+    Own = Callable[[PreTrainedModel], ExitLayers]
+
 from runtime.errors import OptionError
 
 # What a checkpoint directory holds of its tokenizer, beside the weights and the configuration.
@@ -68,18 +71,25 @@ def tune_full(
     options: TrainingOptions,
     training: Sequence[Example],
     validation: Sequence[Example],
+    own: Own | None = None,
 ) -> Trainable:
-    """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs."""
+    """Every weight of the model is trained. Takes 16 bytes of memory a parameter, and what the batch needs. `own` makes
+    the exit's layers."""
     model = trainable_model(checkpoint, options)
-    module = ShallowDeep(
-        model, description, options.exit_layer, options.loss, options.loss_alpha, smoothing=options.label_smoothing
-    )
+    module = _with_exit(model, description, options, None if own is None else own(model))
 
     def write(directory: Path) -> None:
         model.to(getattr(torch, options.dtype)).save_pretrained(directory)
         copy_tokenizer(checkpoint, directory)
 
     return on_examples(module, checkpoint, options, training, validation, write)
+
+
+def _with_exit(
+    model: PreTrainedModel, description: Description, options: TrainingOptions, own: ExitLayers | None
+) -> ShallowDeep:
+    at, alpha = options.exit_layer, options.loss_alpha
+    return ShallowDeep(model, description, at, options.loss, alpha, own=own, smoothing=options.label_smoothing)
 
 
 def on_examples(
@@ -162,7 +172,7 @@ def tune_lora(
     training: Sequence[Example],
     validation: Sequence[Example],
     model_name: str,
-    own: Callable[[PreTrainedModel], ExitLayers] | None = None,
+    own: Own | None = None,
 ) -> Trainable:
     """The adapter is written with `model_name` as its base: a hub name as it is, a path as an absolute one.
 
@@ -195,15 +205,7 @@ def tune_lora(
     # A frozen embedding would cut gradient checkpointing off from everything below.
     if options.gradient_checkpointing:
         model.enable_input_require_grads()
-    module = ShallowDeep(
-        model,
-        description,
-        options.exit_layer,
-        options.loss,
-        options.loss_alpha,
-        own=exit_layers,
-        smoothing=options.label_smoothing,
-    )
+    module = _with_exit(model, description, options, exit_layers)
 
     def write(directory: Path) -> None:
         adapted.save_pretrained(str(directory))

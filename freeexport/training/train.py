@@ -21,7 +21,7 @@ from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDire
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
     from freeexport.checkpoints.examples import Example
-    from freeexport.training.full import Trainable
+    from freeexport.training.full import Own, Trainable
     from freeexport.training.selection import WrittenOutputs
     from graphs.description import Description
 
@@ -137,30 +137,27 @@ def _tuning(
     validation: Sequence[Example],
     directory: TrainingDirectory,
 ) -> Trainable:
-    if options.tune == "lora" and options.exit_layers:
-        from freeexport.training.exit_layers.joint import tune_joint_lora
-
-        states = directory.path / "states"
-        return tune_joint_lora(checkpoint, description, options, training, validation, model, states)
-    if options.tune == "lora":
-        from freeexport.training.full import tune_lora
-
-        return tune_lora(checkpoint, description, options, training, validation, model)
+    states = directory.path / "states"
     if options.tune == "exit" and options.exit_layers:
         from freeexport.training.exit_layers.frozen import tune_exit_layers
 
-        return tune_exit_layers(checkpoint, description, options, training, validation, directory.path / "states")
+        return tune_exit_layers(checkpoint, description, options, training, validation, states)
     if options.tune == "exit":
         from freeexport.training.exit_only import tune_exit
 
-        return tune_exit(checkpoint, description, options, training, validation, directory.path / "states")
-    if options.exit_layers:
-        from freeexport.training.exit_layers.joint import tune_joint
+        return tune_exit(checkpoint, description, options, training, validation, states)
+    from freeexport.training.full import tune_full, tune_lora
 
-        return tune_joint(checkpoint, description, options, training, validation, directory.path / "states")
-    from freeexport.training.full import tune_full
+    def tune(own: Own | None = None) -> Trainable:
+        if options.tune == "lora":
+            return tune_lora(checkpoint, description, options, training, validation, model, own)
+        return tune_full(checkpoint, description, options, training, validation, own)
 
-    return tune_full(checkpoint, description, options, training, validation)
+    if not options.exit_layers:
+        return tune()
+    from freeexport.training.exit_layers.joint import tune_joint
+
+    return tune_joint(tune, checkpoint, description, options, training, states)
 
 
 def _run(
