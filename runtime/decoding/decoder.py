@@ -219,11 +219,7 @@ class Decoder:
         self._heads, self._drafts = heads, len(drafts)
         if self._deferred.pieces:
             return self._deferred.catching_up(self.stacked, heads, drafts, self.stats)
-        self._pass = call = self._deep_call(0, heads, drafts)
-        if self.alone:
-            call.run()
-            return ()
-        return (call,)
+        return self._passing(self._deep_call(0, heads, drafts))
 
     def answers(self) -> list[Prediction]:
         """Count the sync pass that ran, and empty the stack: its predictions."""
@@ -258,7 +254,11 @@ class Decoder:
         self.stats.shallow_seconds += call.seconds
         self.batch_size = call.batch_size
         self._shallow.cache.extend(calls.slot, 1)
-        self._pass = call = calls.direct or calls.direct_pass()
+        return self._passing(calls.direct or calls.direct_pass())
+
+    def _passing(self, call: SlotCall) -> tuple[SlotCall, ...]:
+        """The pass, as what is still to be run."""
+        self._pass = call
         if self.alone:
             call.run()
             return ()

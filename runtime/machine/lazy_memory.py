@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-# numpy asks for pages of 2 MB for arrays of this size and larger, and malloc maps those alone that are not smaller.
+# numpy asks for pages of 2 MB for arrays of this size and larger.
 LARGE = 1 << 22
 
 

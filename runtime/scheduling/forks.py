@@ -23,7 +23,7 @@ class Process:
 
     def check(self) -> None:
         """Raises OptionError in a fork."""
-        if self._forks != _forks:
+        if self.left:
             raise OptionError(
                 f"the session was opened before process {os.getpid()} was forked; open one in this process, "
                 "or start it with multiprocessing's 'spawn'"

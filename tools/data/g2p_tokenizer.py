@@ -90,9 +90,9 @@ def config(sizes: Sizes, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def write_files(directory: Path, sizes: Sizes) -> None:
-    """Write the configuration and the tokenizer into an existing directory."""
-    tokenizer = build_tokenizer()
+def write_files(directory: Path, sizes: Sizes, tokenizer: Tokenizer | None = None) -> None:
+    """Write the configuration and the tokenizer, by default of letters and phonemes, into an existing directory."""
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
     tokenizer.save(str(directory / "tokenizer.json"))
     files = {
         "config.json": config(sizes, tokenizer.get_vocab_size()),

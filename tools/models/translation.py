@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from tools.data.g2p_tokenizer import EOS, PAD, UNKNOWN, Sizes, config
+from tools.data.g2p_tokenizer import EOS, PAD, UNKNOWN, Sizes, write_files
 from tools.data.splits import run
 from tools.models.recipe import convert, first_lines, python, train
 
@@ -44,22 +44,8 @@ def write_start(directory: Path, data: Path) -> Path:
     """Configuration and tokenizer, which `train --from-config` begins with; returns `directory`."""
     if not directory.exists():
         lines = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
-        tokenizer = build_tokenizer([line[name] for line in lines for name in ("input", "target")])
         directory.mkdir()
-        tokenizer.save(str(directory / "tokenizer.json"))
-        files = {
-            "config.json": config(SIZES, tokenizer.get_vocab_size()),
-            "generation_config.json": {"decoder_start_token_id": 0, "eos_token_id": 1, "pad_token_id": 0},
-            "tokenizer_config.json": {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                **{"pad_token": PAD, "eos_token": EOS, "unk_token": UNKNOWN},
-                "clean_up_tokenization_spaces": False,
-                "model_max_length": 1024,
-                "model_input_names": ["input_ids", "attention_mask"],
-            },
-        }
-        for name, value in files.items():
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        write_files(directory, SIZES, build_tokenizer([line[name] for line in lines for name in ("input", "target")]))
     return directory
 
 
