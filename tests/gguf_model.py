@@ -32,8 +32,8 @@ def t5_shapes(hidden: int, inner: int, heads: int, width: int) -> dict[str, Any]
     return shapes
 
 
-def write_gguf(path: Path, architecture: str = "llama") -> Path:
-    """A model of two layers with random weights, the attention quantised to Q8_0."""
+def write_gguf(path: Path, architecture: str = "llama", kind: str = "Q8_0", only: str = "attn") -> Path:
+    """A model of two layers with random weights; matrices with `only` in their names are quantized to a kind."""
     hidden, inner, heads, kv_heads = 64, 96, 4, 4 if architecture == "t5" else 2
     width = 128 if architecture == "qwen3" else hidden // heads  # transformers takes Qwen 3's heads to be 128 wide
     if architecture == "t5":
@@ -56,9 +56,9 @@ def write_gguf(path: Path, architecture: str = "llama") -> Path:
     random = np.random.default_rng(0)
     for name, shape in shapes.items():
         array = random.standard_normal(shape, np.float32)
-        quantised = array.ndim == 2 and "attn" in name and "rel" not in name
-        kind = gguf.GGMLQuantizationType.Q8_0 if quantised else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(f"{name}.weight", gguf.quantize(array, kind) if quantised else array, raw_dtype=kind)
+        quantized = array.ndim == 2 and only in name and "rel" not in name
+        stored = gguf.GGMLQuantizationType[kind if quantized else "F32"]
+        writer.add_tensor(f"{name}.weight", gguf.quantize(array, stored) if quantized else array, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

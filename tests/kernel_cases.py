@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +34,22 @@ class Case:
     bias: np.ndarray | None = None
 
     @property
-    def tensors(self) -> list[np.ndarray | None]:
-        return [self.packed.data, self.packed.scales, self.packed.zero_points, self.bias]
+    def tensors(self) -> dict[str, np.ndarray | None]:
+        packed = self.packed
+        weight = {"data": packed.data, "scales": packed.scales, "zeros": packed.zero_points}
+        return {**weight, "offsets": packed.offsets, "bias": self.bias}
 
 
 def random_case(
     rng: np.random.Generator, outputs: int, inputs: int, bits: int, block: int = 32, bias: bool = False
 ) -> Case:
+    """Every other weight in 4 bits has offsets in place of zero points."""
     weight = rng.standard_normal((outputs, inputs)).astype(np.float32)
-    return case_of(
-        ROUND[bits](weight, block, np.dtype(np.float16)),
-        inputs,
-        bits,
-        block,
-        rng.standard_normal(outputs) if bias else None,
-    )
+    rounded = ROUND[bits](weight, block, np.dtype(np.float16))
+    if bits == 4 and rng.integers(2):
+        offsets = rng.standard_normal(rounded.scales.shape).astype(np.float16)
+        rounded = replace(rounded, zero_points=None, offsets=offsets)
+    return case_of(rounded, inputs, bits, block, rng.standard_normal(outputs) if bias else None)
 
 
 def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarray | None = None) -> Case:
@@ -60,7 +61,11 @@ def case_of(rounded: Rounded, inputs: int, bits: int, block: int, bias: np.ndarr
         if rounded.zero_points is not None:
             halves = rounded.zero_points & 15, rounded.zero_points >> 4
             zeros = np.stack(halves, -1).reshape(outputs, -1)[:, :blocks]
+    if rounded.offsets is not None:
+        zeros = np.zeros_like(zeros)
     values = (data.astype(np.float64) - zeros[..., None]) * rounded.scales[..., None].astype(np.float64)
+    if rounded.offsets is not None:
+        values += rounded.offsets[..., None].astype(np.float64)
     given = None if bias is None else bias.astype(np.float32)
     return Case(
         outputs, inputs, bits, block, in_panels(rounded, inputs, bits), values.reshape(outputs, -1)[:, :inputs], given
@@ -71,7 +76,7 @@ class _Weight(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("outputs", "inputs")),
         *((name, ctypes.c_int) for name in ("bits", "block")),
-        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "bias")),
+        *((name, ctypes.c_void_p) for name in ("data", "scales", "zeros", "offsets", "bias")),
     )
 
 
@@ -90,7 +95,9 @@ class _Product(ctypes.Structure):
     )
 
 
-INPUTS = ("data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros")
+INPUTS = (
+    "data", "scales", "zeros", "bias", "skip", "norm", "up_data", "up_scales", "up_zeros", "offsets", "up_offsets",
+)  # fmt: skip
 ACTIVATIONS = ("none", "relu", "silu", "gelu-tanh")
 
 
@@ -124,7 +131,7 @@ def multiply(
 
 
 def _weight(case: Case) -> _Weight:
-    return _Weight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors))
+    return _Weight(case.outputs, case.inputs, case.bits, case.block, *map(_address, case.tensors.values()))
 
 
 def _address(array: np.ndarray | None) -> int | None:
@@ -153,7 +160,7 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
     """ONNX Runtime's, with a graph of one PackedLinear. `changes` are attributes, or tensors by the names of inputs;
     `skip` is a second input of the graph where it is given."""
     attributes = {"N": case.outputs, "K": case.inputs, "bits": case.bits, "block_size": case.block}
-    tensors = dict.fromkeys(INPUTS) | dict(zip(INPUTS, case.tensors, strict=False))
+    tensors = dict.fromkeys(INPUTS) | case.tensors
     for name, value in changes.items():
         (tensors if name in tensors else attributes)[name] = value
     names = [name if array is not None else "" for name, array in tensors.items()]

@@ -55,7 +55,7 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
 struct Packed {
   Weight weight;
   std::vector<uint8_t> data, zeros;
-  std::vector<uint16_t> scales;
+  std::vector<uint16_t> scales, offsets;
   std::vector<float> bias;
 
   Packed(int64_t outputs, int64_t inputs, int bits) : weight{} {
@@ -68,7 +68,13 @@ struct Packed {
     for (auto& one : scales) one = (between(0, 1) << 15) | between(0, 0x3c00);  // up to 1, with denormal ones
     for (auto& one : zeros) one = between(0, bits == 4 ? 15 : 255);
     weight.data = data.data(), weight.scales = scales.data();
-    if (between(0, 1)) weight.zeros = zeros.data();
+    offsets.resize(scales.size());
+    for (auto& one : offsets) one = (between(0, 1) << 15) | between(0, 0x4000);
+    switch (between(0, bits == 4 ? 2 : 1)) {
+      case 0: break;
+      case 1: weight.zeros = zeros.data(); break;
+      default: weight.offsets = offsets.data();
+    }
     bias = floats(outputs);
     if (between(0, 1)) weight.bias = bias.data();
   }
@@ -80,10 +86,14 @@ struct Packed {
     const uint8_t byte = bytes[(weight.bits == 4 ? quad / 2 : quad) * 64 + lane * 4 + input % 4];
     const int whole = weight.bits == 8 ? byte : quad % 2 ? byte >> 4 : byte & 15;
     const int64_t block = (panel * weight.blocks() + input / weight.block) * kPanel + lane;
-    const int zero = weight.zeros ? zeros[block] : weight.bits == 4 ? 8 : 128;
-    const int exponent = scales[block] >> 10 & 31, fraction = scales[block] & 1023;
+    const int zero = weight.offsets ? 0 : weight.zeros ? zeros[block] : weight.bits == 4 ? 8 : 128;
+    return (whole - zero) * wide(scales[block]) + (weight.offsets ? wide(offsets[block]) : 0);
+  }
+
+  static double wide(uint16_t half) {
+    const int exponent = half >> 10 & 31, fraction = half & 1023;
     const double size = exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-    return (whole - zero) * (scales[block] & 0x8000 ? -size : size);
+    return half & 0x8000 ? -size : size;
   }
 };
 

@@ -77,7 +77,7 @@ def run_in_onnx_runtime(library: Path) -> None:
     for rows in (0, 1, 9, 70):
         product.run(None, {"x": rng.standard_normal((rows, 70)).astype(np.float32)})
     second = kernel_cases.random_case(rng, 20, 70, 8)
-    up = dict(zip(("up_data", "up_scales"), second.tensors, strict=False))
+    up = {"up_data": second.packed.data, "up_scales": second.packed.scales}
     beside = kernel_cases.session(case, 3, up_N=20, up_bits=8, up_block_size=32, bias=np.ones(110, np.float32), **up)
     beside.run(None, {"x": rng.standard_normal((9, 70)).astype(np.float32)})
     kernel_cases.packed_rows(second).run(None, {"indices": np.arange(20)})

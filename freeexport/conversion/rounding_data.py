@@ -99,6 +99,8 @@ class _Rounder:
             hook.remove()
         for name, module in modules.items():
             weight, seen = module.weight.numpy(), moments.of(module)
+            if self._scheme.keeps(weight, self._type):
+                continue
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about

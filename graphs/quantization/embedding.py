@@ -49,7 +49,7 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
 
 
 def _rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> ir.Value:
-    data, scales = (external(graph, part) for part in stored.operands)
+    data, scales = (external(graph, part) for part in stored.operands.values())
     attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}
     return tape.op("GatherBlockQuantized", [data, node.inputs[1], scales], attributes, domain=MICROSOFT)
 
@@ -59,7 +59,7 @@ def _packed_rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> 
     assert table is not None
     assert table.shape is not None
     outputs, inputs = table.shape.numpy()
-    data, scales = (external(graph, part) for part in stored.operands)
+    data, scales = (external(graph, part) for part in stored.operands.values())
     attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
     made = tape.op("PackedRows", [node.inputs[1], data, scales], attributes, domain=DOMAIN)
     made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, inputs])

@@ -8,10 +8,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from graphs.graph import MICROSOFT
+from graphs.quantization.products import BIAS, INPUTS, NORM, SKIP, UP, WEIGHT, X
 from runtime.kernels import DOMAIN
-
-# Inputs of PackedLinear.
-X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, INPUTS = range(11)
 
 
 class FuseProducts(ir.passes.InPlacePass):
@@ -67,7 +65,7 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
     if up is None or not _may_be_up(up, node) or _readers(up.outputs[0]) != [times]:
         return
     node.resize_inputs(INPUTS)
-    for place, part in ((UP_DATA, DATA), (UP_SCALES, SCALES), (UP_ZEROS, ZEROS)):
+    for place, part in zip(UP, WEIGHT, strict=True):
         node.replace_input_with(place, up.inputs[part])
     for name in ("bits", "block_size"):
         node.attributes[f"up_{name}"] = ir.AttrInt64(f"up_{name}", up.attributes.get_int(name, 0))

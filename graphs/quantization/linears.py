@@ -47,7 +47,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
         for node in _products(model.graph):
             tensor = unread(node.inputs[1])
             assert tensor is not None
-            parts = _by_format(tensor, self._wanted) if self._products.beside else [tensor]
+            parts = self._parts(tensor)
             stored = [self._store(part) for part in parts]
             if not all(part.rounded for part in stored):  # one product reads them all
                 parts, stored = [tensor], [self._store(tensor)]
@@ -66,15 +66,24 @@ class QuantizeLinears(ir.passes.InPlacePass):
             if tensor is not None and self._stored[str(tensor.name)].rounded:
                 raise ir.passes.PostconditionError(f"{node.name} still reads a weight that was rounded as it was")
 
+    def _parts(self, tensor: ir.LazyTensor) -> list[ir.LazyTensor]:
+        """A weight as it is, or, where what it is stacked of is to have two formats, that of each."""
+        names = str(tensor.name).split(STACK)
+        if not self._products.beside or len({self._wanted(name) for name in names}) == 1:
+            return [tensor]
+        if self._wanted(names[0]) == "int4" and self._quantizer.keeps(tensor):
+            return [tensor]
+        return _by_format(tensor, self._wanted)
+
     def _store(self, tensor: ir.LazyTensor) -> Stored:
         return self._quantizer.store(tensor, self._wanted(_first(str(tensor.name))))
 
     def _replace(self, graph: ir.Graph, node: ir.Node, tensors: list[ir.LazyTensor], stored: list[Stored]) -> None:
         tape = Tape()
-        parts = [
-            Part(each, [external(graph, operand) for operand in each.operands], *tensor.shape.numpy())
-            for tensor, each in zip(tensors, stored, strict=True)
-        ]
+        parts = []
+        for tensor, each in zip(tensors, stored, strict=True):
+            operands = {name: external(graph, operand) for name, operand in each.operands.items()}
+            parts.append(Part(each, operands, *tensor.shape.numpy()))
         made = self._products.product(tape, node, parts)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
 

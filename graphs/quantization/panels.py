@@ -19,8 +19,8 @@ def packed(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
 
 
 def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
-    """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`
-    and `zero_points` uint8 [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
+    """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`,
+    `offsets` and uint8 `zero_points` [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
     outputs, blocks = rounded.scales.shape
     panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
     data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
@@ -30,7 +30,8 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
     ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
     zeros = None if rounded.zero_points is None else _by_panel(unpacked(rounded.zero_points)[:, :blocks], panels)
     packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
-    return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error)
+    offsets = None if rounded.offsets is None else _by_panel(rounded.offsets, panels)
+    return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error, offsets)
 
 
 def _halves(data: np.ndarray, groups: int, bits: int) -> np.ndarray:

@@ -82,7 +82,14 @@ _CPU = Rounding(
     OrtProducts(),
     embedding=True,
 )
-_CPU_OWN = replace(_CPU, products=PackedProducts(), layout=packed, scales=np.dtype(np.float16), fusions=(FuseProducts,))
+_CPU_OWN = replace(
+    _CPU,
+    scheme=IntegerScheme(offsets=True),
+    products=PackedProducts(),
+    layout=packed,
+    scales=np.dtype(np.float16),
+    fusions=(FuseProducts,),
+)
 # Of quantized weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(

@@ -11,9 +11,13 @@ from onnx_ir.tape import Tape
 
 from graphs.graph import MICROSOFT
 from graphs.quantization.panels import BITS
-from graphs.quantization.quantizer import Stored
+from graphs.quantization.quantizer import OPERANDS, Stored
 from runtime.kernels import DOMAIN
 
+# Inputs of PackedLinear, and those of its two weights in the order of `OPERANDS`.
+X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, INPUTS = range(13)
+WEIGHT = (DATA, SCALES, ZEROS, OFFSETS)
+UP = (UP_DATA, UP_SCALES, UP_ZEROS, UP_OFFSETS)
 # Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.
 INT8_ACTIVATIONS = 4
 
@@ -23,7 +27,7 @@ class Part:
     """Some outputs of a weight [outputs, inputs], and their operands as values of the graph."""
 
     stored: Stored
-    operands: list[ir.Value]
+    operands: dict[str, ir.Value]
     outputs: int
     inputs: int
 
@@ -58,7 +62,8 @@ class OrtProducts:
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
         (part,) = parts
-        made = tape.op("MatMulNBits", [x, *part.operands], {**part.attributes, **self._attributes}, domain=MICROSOFT)
+        attributes = {**part.attributes, **self._attributes}
+        made = tape.op("MatMulNBits", [x, *part.operands.values()], attributes, domain=MICROSOFT)
         return tape.op("Add", [made, bias[0]]) if bias and bias[0] is not None else made
 
 
@@ -70,10 +75,14 @@ class PackedProducts:
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
         first, *rest = parts
-        given: list[ir.Value | None] = [x, *_with_zeros(first), *(bias or [None])]
+        given: list[ir.Value | None] = [None] * INPUTS
+        given[X], given[BIAS] = x, bias[0] if bias else None
         attributes = first.attributes
+        for place, operand in zip(WEIGHT, OPERANDS, strict=True):
+            given[place] = first.operands.get(operand)
         for second in rest:
-            given += [None, None, *_with_zeros(second)]  # neither skip nor norm
+            for place, operand in zip(UP, OPERANDS, strict=True):
+                given[place] = second.operands.get(operand)
             attributes |= {f"up_{name}": value for name, value in second.attributes.items() if name != "K"}
         made = tape.op("PackedLinear", given, attributes, domain=DOMAIN)
         # ONNX Runtime cannot work it out from an operator that it does not know.
@@ -91,10 +100,5 @@ class WidenedProducts:
         x, _, *rest = node.inputs
         (part,) = parts
         attributes = {"axis": 1, "block_size": part.stored.block} if part.stored.block else {"axis": 0}
-        weight = tape.op("DequantizeLinear", part.operands, attributes)
+        weight = tape.op("DequantizeLinear", list(part.operands.values()), attributes)
         return tape.op("Gemm", [x, weight, *rest], {"transB": 1})
-
-
-def _with_zeros(part: Part) -> list[ir.Value | None]:
-    data, scales, *zeros = part.operands
-    return [data, scales, zeros[0] if zeros else None]

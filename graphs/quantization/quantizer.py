@@ -23,14 +23,18 @@ FLOATS: dict[ir.DataType, TensorFormat] = {
 }
 
 
+# Of an operator that multiplies with a quantized weight, in this order.
+OPERANDS = ("data", "scales", "zero_points", "offsets")
+
+
 @dataclass(frozen=True)
 class Stored:
-    """A weight in the weight file: the operands of the operator for its format, or none where it stays as it is, in
-    fp32 or what its engine computes in. `lost` is its relative error in the format that was wanted, `error` in the one
+    """A weight in the weight file: of `OPERANDS` those that it has, or none where it stays as it is, in fp32 or what
+    its engine computes in. `lost` is its relative error in the format that was wanted, `error` in the one
     that it got."""
 
     format: TensorFormat
-    operands: tuple[ir.ExternalTensor, ...]
+    operands: Mapping[str, ir.ExternalTensor]
     block: int
     bytes: int
     lost: float
@@ -79,6 +83,10 @@ class Quantizer:
             self._stored[name, wanted] = self._choose(name, tensor, wanted)
         return self._stored[name, wanted]
 
+    def keeps(self, tensor: ir.LazyTensor) -> bool:
+        """Whether a tensor has 4 bits already, which stay as they are."""
+        return self._scheme.keeps(tensor.numpy(), self._scales or tensor.dtype.numpy())
+
     def store_table(self, tensor: ir.LazyTensor) -> Stored:
         """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks, and their scales."""
         assert tensor.name is not None
@@ -117,7 +125,7 @@ class Quantizer:
                 written = self._layout(rounded, array.shape[1], format_)
                 return self._write(name, format_, written, block, lost)
             format_ = scheme.higher.get(format_)
-        return Stored(FLOATS[tensor.dtype], (), 0, tensor.nbytes, lost or 0.0, 0.0)
+        return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
 
     def _fitted(self, tensor: ir.LazyTensor, array: np.ndarray) -> Rounded:
         """The tensors that a weight is stacked of as they were given; those that were not, as without text."""
@@ -130,12 +138,13 @@ class Quantizer:
         return side_by_side(parts)
 
     def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
-        parts = {"data": rounded.data, "scales": rounded.scales, "zero_points": rounded.zero_points}
-        operands = tuple(
-            self._weights.add(
+        parts = {part: getattr(rounded, part) for part in OPERANDS}
+        operands = {
+            part: self._weights.add(
                 f"{name}.{format_}.{part}", ir.DataType.from_numpy(array.dtype), partial(np.asarray, array)
             )
             for part, array in parts.items()
             if array is not None
-        )
-        return Stored(format_, operands, block, sum(tensor.nbytes for tensor in operands), lost, rounded.error)
+        }
+        size = sum(tensor.nbytes for tensor in operands.values())
+        return Stored(format_, operands, block, size, lost, rounded.error)

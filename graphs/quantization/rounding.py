@@ -17,12 +17,14 @@ FLOAT32 = np.dtype(np.float32)
 @dataclass(frozen=True)
 class Rounded:
     """`data`, `scales` and `zero_points` (None where they are the middle of the range) as an operator wants
-    them, and the relative error |W - rounded W| / |W|."""
+    them, and the relative error |W - rounded W| / |W|. With `offsets`, as scales, there are no zero points: a value v
+    stands for v * scale + offset."""
 
     data: np.ndarray
     scales: np.ndarray
     zero_points: np.ndarray | None
     error: float
+    offsets: np.ndarray | None = None
 
 
 def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
@@ -60,10 +62,13 @@ def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
     return joined(values, scales, zeros, relative(lost, weight))
 
 
-def joined(values: np.ndarray, scales: np.ndarray, zeros: np.ndarray, error: float) -> Rounded:
+def joined(
+    values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, error: float, offsets: np.ndarray | None = None
+) -> Rounded:
     """Values uint8 [outputs, blocks, block] and zero points [outputs, blocks] of 4 bits, two in a byte."""
-    zeros = np.pad(zeros.astype(np.uint8), ((0, 0), (0, zeros.shape[1] % 2)))
-    return Rounded(_pack(values), scales, _pack(zeros), error)
+    if zeros is not None:
+        zeros = _pack(np.pad(zeros.astype(np.uint8), ((0, 0), (0, zeros.shape[1] % 2))))
+    return Rounded(_pack(values), scales, zeros, error, offsets)
 
 
 def side_by_side(parts: Sequence[Rounded]) -> Rounded:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from graphs.quantization.grid import on_grid
 from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
 from graphs.quantization.symmetric import round_blocks, round_rows
 from runtime.bundle.precision import TensorFormat
@@ -28,6 +29,10 @@ class Scheme(Protocol):
         """[outputs, inputs] float32 in a format, with scales of that type; and how many inputs share one, 0 for all."""
         ...
 
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        """Whether a weight has 4 bits already, which `round` leaves as they are."""
+        ...
+
 
 # Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
 LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8-block": 0.03}
@@ -41,9 +46,11 @@ BLOCKS_OF_8_BITS = (128, 64)
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """For operators that read weights in blocks. `blocks`: of 8 bits, besides 32."""
+    """For operators that read weights in blocks. `blocks`: of 8 bits, besides 32. `offsets`: of 4 bits they read those
+    too."""
 
     blocks: tuple[int, ...] = BLOCKS_OF_8_BITS
+    offsets: bool = False
 
     @property
     def limits(self) -> Mapping[TensorFormat, float]:
@@ -57,6 +64,8 @@ class IntegerScheme:
         if format_ == "int8-block":
             block = next((size for size in self.blocks if weight.shape[1] % size == 0), BLOCK)
             return round_8_bits(weight, block, scales), block
+        if (kept := on_grid(weight, BLOCK, scales, self.offsets)) is not None:
+            return kept, BLOCK
         rounded, block = round_4_bits(weight, BLOCK, scales), BLOCK
         for larger in LARGER_BLOCKS:
             if rounded.error > EASY:
@@ -65,6 +74,9 @@ class IntegerScheme:
             if candidate.error <= EASY:
                 rounded, block = candidate, larger
         return rounded, block
+
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        return on_grid(weight, BLOCK, scales, self.offsets) is not None
 
 
 # What a bell loses here: 0.10 in 4 bits, 0.026 in fp8, 0.008 in 8 bits.
@@ -94,3 +106,6 @@ class SymmetricScheme:
             nothing = np.empty(0, np.int8)
             return Rounded(nothing, nothing, None, error=1.0), 0
         return round_blocks(weight, block, scales), block
+
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        return False

@@ -24,7 +24,7 @@ constexpr int64_t kTaskRows = 64;  // that one task multiplies with a panel, at 
 constexpr int16_t kCounter = 27008;
 constexpr float kCounted = 12582912.0f;
 
-// A weight [outputs, inputs]. A value v stands for (v - zero point) * scale.
+// A weight [outputs, inputs]. A value v stands for (v - zero point) * scale, or v * scale + offset.
 struct Weight {
   int64_t outputs, inputs;
   int bits;     // 4 or 8
@@ -34,6 +34,7 @@ struct Weight {
   const uint8_t* data;
   const uint16_t* scales;  // [panels][blocks][16], float16
   const uint8_t* zeros;  // [panels][blocks][16], or null for 8 (4 bits) or 128 (8 bits)
+  const uint16_t* offsets;  // [panels][blocks][16], float16, or null; of 4 bits, without zeros
   const float* bias;     // [outputs], or null
 
   // Inlined always: a copy that one file compiled for its processor must not serve the others.
@@ -65,13 +66,14 @@ struct Product {
   FREEEXPORT_INLINE int64_t panels() const { return weight.panels() + (beside ? up.panels() : 0); }
 };
 
-// 32 inputs of a row, quantized: values, their scale, and the sum of the values with the sign turned, a pair with
-// `counter`. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
+// 32 inputs of a row, quantized: values, their scale, and the sum of the values, with the sign turned, a pair with
+// `counter`, and times the scale. Rows stand as they are multiplied, so many at once: [tiles of rows][groups][rows of the tile].
 struct Group {
   int8_t values[kGroup];
   float scale;
   int16_t minus_sum;
   int16_t counter;  // kCounter
+  float scaled_sum;
 };
 
 // The kernels of one instruction set.

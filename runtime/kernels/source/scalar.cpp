@@ -12,6 +12,7 @@ struct Vec {
   using Float = float;
   static constexpr int kLanes = 1, kRows = 1;
   static constexpr bool kFetches = false;
+  static constexpr int32_t kNothing = 0;
 
   static Float set(float value) { return value; }
   static float fold(const Float (&parts)[16]) {

@@ -114,6 +114,7 @@ inline void quantize(const float* x, int64_t inputs, Group* to, int64_t stride) 
     to->scale = scale;
     to->minus_sum = static_cast<int16_t>(-sum);
     to->counter = kCounter;
+    to->scaled_sum = scale * static_cast<float>(sum);
   }
 }
 
@@ -156,19 +157,21 @@ inline void put(const Vec::Float (&sums)[M], const Weight& weight, int64_t outpu
 }
 
 // What the blocks of a panel's groups have to be multiplied with, from output `lane` on.
-template <int Bits>
+template <int Bits, bool Offset>
 struct Factors {
   int64_t left = 0, groups_of_block;
-  const uint16_t* scales;
+  const uint16_t *scales, *offsets;
   const uint8_t* zeros;
   Vec::Int zero = Vec::counted(Vec::all(Bits == 4 ? 8 : 128));
   Vec::Scale scale = {};
+  Vec::Float offset = {};
 
   void begin(const Weight& weight, int64_t panel, int lane) {
     groups_of_block = weight.block / kGroup;
     const int64_t at = panel * weight.blocks() * kPanel + lane;
     scales = weight.scales + at;
     zeros = weight.zeros ? weight.zeros + at : nullptr;
+    offsets = Offset ? weight.offsets + at : nullptr;
   }
   // To be called before each group.
   void next() {
@@ -176,14 +179,24 @@ struct Factors {
     left = groups_of_block - 1;
     scale = Vec::scale(scales);
     scales += kPanel;
-    if (zeros) {
+    if constexpr (Offset) {
+      offset = Vec::halves(offsets);
+      offsets += kPanel;
+    } else if (zeros) {
       zero = Vec::counted(Vec::widened(zeros));
       zeros += kPanel;
     }
   }
-  // The products of a group, in integers that began with `Vec::start`, added to those of the groups before it.
+  // What the products of a group, in integers, are added to.
+  Vec::Int start(const Group& group) const {
+    if constexpr (Offset) return Vec::all(Vec::kNothing);
+    return Vec::start(zero, group);
+  }
+  // These, added to those of the groups before it.
   Vec::Float added(Vec::Int dot, const Group& group, Vec::Float sum) const {
-    return Vec::add_product(Vec::scaled(dot, scale), Vec::set(group.scale), sum);
+    sum = Vec::add_product(Vec::scaled(dot, scale), Vec::set(group.scale), sum);
+    if constexpr (Offset) sum = Vec::add_product(offset, Vec::set(group.scaled_sum), sum);
+    return sum;
   }
 };
 
@@ -200,14 +213,14 @@ inline int64_t bytes_ahead() {
 }
 
 // A tile of M rows times `Wide` registers of outputs of a panel from `lane` on, to y of rows `stride` apart.
-template <int Bits, int M, int Wide>
+template <int Bits, bool Offset, int M, int Wide>
 inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lane, float* y, int64_t stride) {
   using Quads = typename Vec::template Quads<Bits>;
   const int64_t groups = weight.groups(), bytes = weight.group_bytes();
   const uint8_t* data = weight.data + panel * groups * bytes + lane * 4;
   // The first outputs of a panel fetch for those that follow.
   const int64_t ahead = lane > 0 ? 0 : bytes_ahead<Bits, M>();
-  Factors<Bits> factors[Wide];
+  Factors<Bits, Offset> factors[Wide];
   Vec::Float sums[Wide][M];
 #pragma GCC unroll 2
   for (int w = 0; w < Wide; w++) {
@@ -220,7 +233,7 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
 #pragma GCC unroll 2
     for (int w = 0; w < Wide; w++) factors[w].next();
     Quads::template multiply<M, Wide>(
-        data, rows, [&](int m, int w) { return Vec::start(factors[w].zero, rows[m]); },
+        data, rows, [&](int m, int w) { return factors[w].start(rows[m]); },
         [&](int m, int w, Vec::Int dot) { sums[w][m] = factors[w].added(dot, rows[m], sums[w][m]); });
   }
 #pragma GCC unroll 2
@@ -229,23 +242,23 @@ inline void tile(const Group* rows, const Weight& weight, int64_t panel, int lan
 }
 
 // All outputs of a panel.
-template <int Bits, int M>
+template <int Bits, bool Offset, int M>
 inline void tiles_of_panel(const Group* rows, const Weight& weight, int64_t panel, float* y, int64_t stride) {
   constexpr int kWide = Vec::template Quads<Bits>::template kWide<M>;
   for (int lane = 0; lane < kPanel && panel * kPanel + lane < weight.outputs; lane += kWide * Vec::kLanes)
-    tile<Bits, M, kWide>(rows, weight, panel, lane, y, stride);
+    tile<Bits, Offset, M, kWide>(rows, weight, panel, lane, y, stride);
 }
 
 using Tile = void (*)(const Group*, const Weight&, int64_t, float*, int64_t);
 
 // Of 1 to Vec::kRows rows.
-template <int Bits>
+template <int Bits, bool Offset>
 struct Tiles {
   Tile of[Vec::kRows + 1] = {};
   constexpr Tiles() { fill<Vec::kRows>(); }
   template <int M>
   constexpr void fill() {
-    of[M] = tiles_of_panel<Bits, M>;
+    of[M] = tiles_of_panel<Bits, Offset, M>;
     if constexpr (M > 1) fill<M - 1>();
   }
 };
@@ -253,9 +266,10 @@ struct Tiles {
 // Of rows first..last to y, whose first value is that of row `first` and the panel's first output.
 inline void multiply(const Group* rows, int64_t first, int64_t last, const Weight& weight, int64_t panel, float* y,
                      int64_t stride) {
-  static constexpr Tiles<4> in_4_bits{};
-  static constexpr Tiles<8> in_8_bits{};
-  const Tile* tiles = weight.bits == 4 ? in_4_bits.of : in_8_bits.of;
+  static constexpr Tiles<4, false> in_4_bits{};
+  static constexpr Tiles<4, true> with_offsets{};
+  static constexpr Tiles<8, false> in_8_bits{};
+  const Tile* tiles = weight.bits == 8 ? in_8_bits.of : weight.offsets ? with_offsets.of : in_4_bits.of;
   for (int64_t m = first; m < last; m += Vec::kRows)
     tiles[rows_of_tile(m, last)](rows + m * weight.groups(), weight, panel, y + (m - first) * stride, stride);
 }

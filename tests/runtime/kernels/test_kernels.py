@@ -21,7 +21,7 @@ from kernel_cases import (
 )
 
 import runtime.kernels
-from graphs.quantization.rounding import Rounded
+from graphs.quantization.rounding import Rounded, round_4_bits
 from runtime.errors import EngineError
 from runtime.kernels import LIBRARY, VERSION, instructions, missing
 
@@ -157,7 +157,7 @@ def test_products_beside_each_other_are_those_alone(shape, second_outputs, secon
 def test_a_session_has_products_beside_each_other(bias, threads):
     rng = np.random.default_rng(7)
     case, second = (random_case(rng, outputs, 320, bits, bias=bias) for outputs, bits in ((600, 4), (50, 8)))
-    up = dict(zip(("up_data", "up_scales", "up_zeros"), second.tensors, strict=False))
+    up = {"up_data": second.packed.data, "up_scales": second.packed.scales}
     biases = {"bias": np.concatenate([case.bias, second.bias])} if bias else {}
     product = session(case, threads, up_N=50, up_bits=8, up_block_size=32, **up, **biases)
     for count in (1, 9, 130):
@@ -191,6 +191,25 @@ def test_a_graph_has_norm_sum_activation_and_gate_in_one_operator():
     np.testing.assert_array_equal(total, x + skip)
     with pytest.raises(Exception, match="skip has 96 values, x has 3840"):
         fused.run(None, {"x": x, "skip": skip[:1]})
+
+
+def with_offsets(rng, outputs, inputs):
+    offsets = rng.standard_normal((outputs, inputs // 32)).astype(np.float16)
+    data = rng.integers(0, 256, (outputs, inputs // 32, 16), np.uint8)
+    return case_of(Rounded(data, np.abs(offsets) + np.float16(0.1), None, 0, offsets), inputs, 4, 32)
+
+
+def test_both_weights_of_a_graph_may_have_offsets():
+    rng = np.random.default_rng(10)
+    case, up, x = with_offsets(rng, 90, 96), with_offsets(rng, 90, 96), rows(rng, 5, 96)
+    gated = session(
+        case, 2, activation="silu", up_data=up.packed.data, up_scales=up.packed.scales, up_offsets=up.packed.offsets,
+        up_bits=4, up_block_size=32,
+    )  # fmt: skip
+    (y,) = gated.run(None, {"x": x})
+    np.testing.assert_array_equal(bits_of(y), bits_of(multiply("scalar", x, case, activation="silu", up=up)))
+    expected = activated("silu", with_rounded_rows(x, case)) * with_rounded_rows(x, up)
+    np.testing.assert_allclose(y, expected, atol=4e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS])
@@ -293,6 +312,8 @@ WRONG = {
     "want 1536": {"N": 33},
     "scales have": {"scales": np.ones(3, np.float16)},
     "zero points have": {"zeros": np.ones(3, np.uint8)},
+    "offsets have": {"zeros": None, "offsets": np.ones(3, np.float16)},
+    "offsets go with 4 bits, and with no zero points": {"offsets": np.ones(64, np.float16)},
     "bias have": {"bias": np.ones(21, np.float32)},
     "bits is not 4 or 8": {"bits": 5},
     "no multiple of 32": {"block_size": 48},
@@ -318,6 +339,13 @@ WRONG = {
         "up_N": 16,
         "activation": "relu",
     },
+    "offsets go with 4 bits": {
+        "up_data": np.ones(3, np.uint8),
+        "up_scales": np.ones(3, np.float16),
+        "up_offsets": np.ones(3, np.float16),
+        "up_bits": 8,
+        "up_block_size": 32,
+    },
     "up's data have 3 elements": {
         "up_data": np.ones(3, np.uint8),
         "up_scales": np.ones(3, np.float16),
@@ -329,7 +357,8 @@ WRONG = {
 
 @pytest.mark.parametrize("message", WRONG)
 def test_sizes_that_contradict_each_other_are_an_error(message):
-    case = random_case(np.random.default_rng(0), 20, 64, 4)
+    rounded = round_4_bits(np.random.default_rng(0).standard_normal((20, 64), np.float32), 32, np.dtype(np.float16))
+    case = case_of(rounded, 64, 4, 32)
     change = dict(WRONG[message])
     shape = change.pop("x", (2, 64))
 

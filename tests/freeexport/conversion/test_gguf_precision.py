@@ -1,0 +1,71 @@
+"""A GGUF file that has 4 bits already becomes an int4 bundle of the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from engine_cases import pair_of
+from gguf_model import write_gguf
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import Kernels, Quantization
+from runtime.kernels import missing
+
+needs_kernels = pytest.mark.skipif(missing() is not None, reason="the kernels are not built")
+
+
+def converted(model: Path, kernels: Kernels) -> Bundle:
+    out = model.with_name(f"{model.stem}-{kernels}")
+    options = ConvertOptions(1, precision="int4", kernels=kernels, head="int4", verify=False, measure=False)
+    convert(str(model), out, options)
+    return Bundle.open(out)
+
+
+def quantization(bundle: Bundle) -> Quantization:
+    assert bundle.manifest.quantization is not None
+    return bundle.manifest.quantization
+
+
+@pytest.mark.parametrize(
+    ("kind", "kernels", "kept"),
+    [
+        pytest.param("Q4_1", "freeexport", True, marks=needs_kernels),
+        pytest.param("Q4_0", "freeexport", True, marks=needs_kernels),
+        ("Q4_0", "onnxruntime", True),
+        ("Q4_1", "onnxruntime", False),
+    ],
+)
+def test_4_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kept: bool, tmp_path: Path) -> None:
+    model = write_gguf(tmp_path / "model.gguf", kind=kind, only="")
+    bundle = converted(model, kernels)
+    errors = [engine.largest_error for engine in quantization(bundle).engines]
+    assert all(error < 1e-6 for error in errors) if kept else all(error > 0.01 for error in errors)
+    tokens = np.random.default_rng(0).integers(3, 32, (1, 24))
+    with torch.no_grad():
+        exact = reference_model(open_checkpoint(str(model)))(torch.from_numpy(tokens)).logits[0].numpy()
+    pair = pair_of(bundle.path, rows=1)
+    lengths = np.full(1, 24, np.int32)
+    ours = pair.deep(pair.shallow(tokens, lengths)["hidden"], lengths)["logits"]
+    error = float(np.linalg.norm(ours.reshape(exact.shape) - exact) / np.linalg.norm(exact))
+    # That of activations in 8 bits, and of the rows of the embedding; random weights make much of it.
+    assert error < 0.2 if kept else error > 0.3
+
+
+@needs_kernels
+def test_values_that_heads_share_stay_in_one_product_with_queries_and_keys(tmp_path: Path) -> None:
+    """They would have 8 bits, if they were to be rounded."""
+    bundle = converted(write_gguf(tmp_path / "model.gguf", kind="Q4_1", only=""), "freeexport")
+    assert not quantization(bundle).higher
+    graph = onnx.load(bundle.path / "deep.onnx", load_external_data=False).graph
+    first = next(node for node in graph.node if node.op_type == "PackedLinear")
+    names = [attribute.name for attribute in first.attribute]
+    assert "up_N" not in names
+    assert [name.split(".")[-2] for name in first.input if "int4" in name] == ["data", "scales", "offsets"]

@@ -1,0 +1,114 @@
+"""Weights that have 4 bits already, as the package gguf writes and reads them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from graphs.quantization.grid import on_grid
+from graphs.quantization.rounding import Rounded, unpacked
+from graphs.quantization.scheme import IntegerScheme
+
+FLOAT16 = np.dtype(np.float16)
+
+
+def bell(outputs: int = 24, inputs: int = 256, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((outputs, inputs)).astype(np.float32)
+
+
+def as_in(kind: str, weight: np.ndarray) -> np.ndarray:
+    return dequantize(quantize(weight, GGMLQuantizationType[kind]), GGMLQuantizationType[kind])
+
+
+def any_q4_k(outputs: int, inputs: int) -> np.ndarray:
+    """What random bytes stand for, but for their two float16 a block of 256, which are given."""
+    raw = np.random.default_rng(1).integers(0, 256, (outputs, inputs // 256, 144), np.uint8)
+    raw[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
+    return dequantize(raw.reshape(outputs, -1), GGMLQuantizationType.Q4_K)
+
+
+def read(rounded: Rounded, offsets: bool) -> np.ndarray:
+    values, scales = unpacked(rounded.data).astype(np.float32), rounded.scales[..., None].astype(np.float32)
+    if offsets:
+        assert rounded.zero_points is None
+        assert rounded.offsets is not None
+        return (values * scales + rounded.offsets[..., None].astype(np.float32)).reshape(len(values), -1)
+    assert rounded.zero_points is not None
+    assert rounded.offsets is None
+    return ((values - unpacked(rounded.zero_points)[:, : values.shape[1], None]) * scales).reshape(len(values), -1)
+
+
+@pytest.mark.parametrize(("kind", "offsets"), [("Q4_0", False), ("Q4_1", True)])
+def test_a_files_4_bits_are_kept_to_the_last_bit(kind: str, offsets: bool) -> None:
+    weight = as_in(kind, bell())
+    kept = on_grid(weight, 32, FLOAT16, offsets=True)
+    assert kept is not None
+    np.testing.assert_array_equal(read(kept, offsets), weight)
+    assert kept.error == 0
+
+
+def test_scales_that_float16_does_not_hold_lose_its_last_bit() -> None:
+    weight = any_q4_k(8, 512)
+    kept = on_grid(weight, 32, FLOAT16, offsets=True)
+    assert kept is not None
+    assert np.abs(read(kept, True) - weight).max() < 1e-3 * np.abs(weight).max()
+    assert 0 < kept.error < 5e-4
+
+
+def test_without_offsets_those_alone_are_kept_that_have_a_zero() -> None:
+    assert on_grid(as_in("Q4_1", bell()), 32, FLOAT16, offsets=False) is None
+    assert on_grid(as_in("Q4_0", bell()), 32, np.dtype(np.float32), offsets=False) is not None
+
+
+def test_what_a_checkpoint_holds_in_bfloat16_is_kept() -> None:
+    weight = (as_in("Q4_0", bell()).view(np.uint32) & 0xFFFF0000).view(np.float32)
+    kept = on_grid(weight, 32, FLOAT16, offsets=True)
+    assert kept is not None
+    assert kept.error < 5e-3
+
+
+def test_other_weights_are_not() -> None:
+    assert on_grid(bell(), 32, FLOAT16, offsets=True) is None
+    assert on_grid(as_in("Q8_0", bell()), 32, FLOAT16, offsets=True) is None
+    almost = as_in("Q4_1", bell())
+    almost[20, 100] += 0.05
+    assert on_grid(almost, 32, FLOAT16, offsets=True) is None
+    assert on_grid(as_in("Q4_1", bell())[:, :250], 32, FLOAT16, offsets=True) is None
+    infinite = as_in("Q4_1", bell())
+    infinite[0, 0] = np.inf
+    assert on_grid(infinite, 32, FLOAT16, offsets=True) is None
+
+
+def test_blocks_of_one_value() -> None:
+    weight = np.zeros((4, 96), np.float32)
+    weight[1], weight[2, 32:64], weight[3, 5] = 0.5, -0.25, 15
+    kept = on_grid(weight, 32, FLOAT16, offsets=False)
+    assert kept is not None
+    np.testing.assert_array_equal(read(kept, False), weight)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 20), st.integers(1, 4), st.integers(1, 15), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_any_even_steps_are_found(seed: int, outputs: int, blocks: int, steps: int, centred: bool) -> None:
+    rng = np.random.default_rng(seed)
+    spacing = rng.uniform(1e-3, 1, (outputs, blocks, 1)).astype(np.float16).astype(np.float32)
+    start = -spacing * 7 if centred else (rng.standard_normal(spacing.shape) * 3).astype(np.float16).astype(np.float32)
+    weight = (rng.integers(0, steps + 1, (outputs, blocks, 32)) * spacing + start).astype(np.float32)
+    kept = on_grid(weight.reshape(outputs, -1), 32, FLOAT16, offsets=True)
+    assert kept is not None
+    found = read(kept, kept.offsets is not None)
+    assert np.abs(found - weight.reshape(outputs, -1)).max() <= 2e-3 * np.abs(weight).max()
+
+
+def test_a_scheme_rounds_no_such_weight_again() -> None:
+    weight = as_in("Q4_1", bell())
+    own, portable = IntegerScheme(offsets=True), IntegerScheme()
+    kept, block = own.round(weight, "int4", FLOAT16)
+    assert (kept.error, block) == (0, 32)
+    assert own.keeps(weight, FLOAT16)
+    assert not portable.keeps(weight, FLOAT16)
+    assert portable.round(weight, "int4", FLOAT16)[0].error > 0.01
