@@ -10,6 +10,7 @@ from graphs.description import MLP, Adapter, Attention, Description, Layer, Line
 from graphs.weights import Weights
 
 # Tensors of an exit's own, float32: shallow logits = head(norm(h + up(silu(down(adapter_norm(h)))))).
+EXIT = "exit."  # that their names begin with
 EXIT_NORM = "exit.norm.weight"  # [d]
 ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]

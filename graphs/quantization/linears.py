@@ -9,6 +9,7 @@ from itertools import groupby
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from graphs.exit_head import EXIT
 from graphs.graph import STACK
 from graphs.quantization.products import Part, Products
 from graphs.quantization.quantizer import FLOATS, Quantizer, Stored
@@ -76,7 +77,9 @@ class QuantizeLinears(ir.passes.InPlacePass):
         return _by_format(tensor, self._wanted)
 
     def _store(self, tensor: ir.LazyTensor) -> Stored:
-        return self._quantizer.store(tensor, self._wanted(_first(str(tensor.name))))
+        first = _first(str(tensor.name))
+        of_checkpoint = first != self._head and not first.startswith(EXIT)
+        return self._quantizer.store(tensor, self._wanted(first), of_checkpoint)
 
     def _replace(self, graph: ir.Graph, node: ir.Node, tensors: list[ir.LazyTensor], stored: list[Stored]) -> None:
         tape = Tape()

@@ -45,6 +45,9 @@ class Stored:
         return bool(self.operands)
 
 
+# Errors of weights that had 4 bits already, and were not rounded; a bell loses 0.078.
+KEPT = 0.01
+
 # Of a quantized weight, its inputs and its format: the same weight as it is written.
 Layout = Callable[[Rounded, int, TensorFormat], Rounded]
 
@@ -70,17 +73,19 @@ class Quantizer:
         self._given = given
         self._weights, self._scheme, self._layout, self._scales = weights, scheme, layout, scales
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
+        self._kept = False
         self._engines: list[EnginePrecision] = []
         self._higher: list[HigherTensor] = []
 
-    def store(self, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
-        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit."""
+    def store(self, tensor: ir.LazyTensor, wanted: TensorFormat, of_checkpoint: bool = False) -> Stored:
+        """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit. One
+        `of_checkpoint` whose others had 4 bits already has more for a reason, and is not rounded to 4."""
         assert tensor.name is not None
         kind = FLOATS[tensor.dtype]
         # Scales of another type mean other values.
         name = tensor.name if kind == "fp32" else f"{tensor.name}.{kind}"
         if (name, wanted) not in self._stored:
-            self._stored[name, wanted] = self._choose(name, tensor, wanted)
+            self._stored[name, wanted] = self._choose(name, tensor, wanted, of_checkpoint and self._kept)
         return self._stored[name, wanted]
 
     def keeps(self, tensor: ir.LazyTensor) -> bool:
@@ -108,17 +113,20 @@ class Quantizer:
     def report(self) -> Quantization:
         return Quantization(tuple(self._engines), tuple(self._higher))
 
-    def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat) -> Stored:
+    def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat, kept_alone: bool) -> Stored:
         format_: TensorFormat | None = wanted
         scheme = self._scheme
         lost: float | None = None
         # What a graph reads is float32, whatever type it is written in.
         array = tensor.numpy()
+        fitted = any(part in self._given for part in name.split(STACK))
         while format_ is not None and format_ in scheme.limits:
             rounded, block = scheme.round(array, format_, self._scales or tensor.dtype.numpy())
             lost = rounded.error if lost is None else lost
-            if rounded.error <= scheme.limits[format_]:
-                if format_ == "int4" and any(part in self._given for part in name.split(STACK)):
+            limit = KEPT if format_ == "int4" and kept_alone and not fitted else scheme.limits[format_]
+            if rounded.error <= limit:
+                self._kept = self._kept or (format_ == "int4" and rounded.error <= KEPT)
+                if format_ == "int4" and fitted:
                     # What verification may find is what the format loses; a fitted weight is further off, its outputs
                     # less.
                     rounded, block = replace(self._fitted(tensor, array), error=rounded.error), BLOCK

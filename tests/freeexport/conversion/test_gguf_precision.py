@@ -60,6 +60,17 @@ def test_4_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kep
 
 
 @needs_kernels
+def test_what_a_file_in_4_bits_has_in_more_is_not_rounded_to_4(tmp_path: Path) -> None:
+    bundle = converted(write_gguf(tmp_path / "model.gguf", kind="Q4_1", only="attn"), "freeexport")
+    deep = [item for item in quantization(bundle).higher if item.engine == "deep"]
+    assert [(item.tensor.split(".")[-2], item.wanted, item.stored) for item in deep] == [
+        (name, "int4", "int8-block") for name in ("up_proj", "gate_proj", "down_proj")
+    ]
+    assert all(item.error is not None and 0.05 < item.error < 0.12 for item in deep)
+    assert {engine.head for engine in quantization(bundle).engines} == {"int4"}, "as it was asked for"
+
+
+@needs_kernels
 def test_values_that_heads_share_stay_in_one_product_with_queries_and_keys(tmp_path: Path) -> None:
     """They would have 8 bits, if they were to be rounded."""
     bundle = converted(write_gguf(tmp_path / "model.gguf", kind="Q4_1", only=""), "freeexport")
