@@ -276,7 +276,7 @@ def test_a_deadline_ends_samples_between_two_tokens(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     whole = session.generate_best(PROMPTS[0], 3, max_new_tokens=8, **DRAW)
     began = monotonic()
-    some = session.generate_best(PROMPTS[0], 1024, max_new_tokens=100, ignore_eos=True, deadline=0.5, **DRAW)
-    assert monotonic() - began < 3
+    some = session.generate_best(PROMPTS[0], 1024, max_new_tokens=100, ignore_eos=True, deadline=1.5, **DRAW)
+    assert monotonic() - began < 8
     assert 0 < len(some) < 1024
     assert all(result.complete for result in (*some, *whole))
