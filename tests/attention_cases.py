@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from runtime.kernels import DOMAIN, LIBRARY
 
 EPSILON = 1e-6
+POSITIONS = 256  # of rotary tables
 TABLES = ("cosine", "sine", "bias", "query_norm", "key_norm")
 
 
@@ -78,7 +79,7 @@ def random_layer(rng: np.random.Generator, heads: int, kv_heads: int, size: int,
     """`kinds` has r for rotary positions, b for a bias by distance, n for norms of heads."""
     tables = {}
     if "r" in kinds:
-        angles = rng.standard_normal((64, size // 2)).astype(np.float32)
+        angles = rng.standard_normal((POSITIONS, size // 2)).astype(np.float32)
         tables |= {"cosine": np.cos(angles), "sine": np.sin(angles)}
     if "b" in kinds:
         tables["bias"] = rng.standard_normal((9, heads)).astype(np.float32)
@@ -91,7 +92,7 @@ def random_call(
     rng: np.random.Generator, layer: Layer, past: list[int], lengths: list[int], capacity: int = 40
 ) -> Call:
     rows = rng.standard_normal((len(past), max(lengths), layer.width)).astype(np.float32)
-    shape = len(past), layer.kv_heads, 40, layer.size
+    shape = len(past), layer.kv_heads, capacity, layer.size
     caches = [rng.standard_normal(shape).astype(np.float32) for _ in range(2)]
     return Call(rows, *caches, np.array(past, np.int32), np.array(lengths, np.int32))
 
@@ -108,7 +109,7 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
         capacity=call.key.shape[2], scale=layer.scale, window=layer.window, input=rows.ctypes.data,
         past_key=call.key.ctypes.data, past_value=call.value.ctypes.data, key=call.key.ctypes.data,
         value=call.value.ctypes.data, past_lengths=call.past.ctypes.data, query_lengths=call.lengths.ctypes.data,
-        width=layer.width, packed=packed, positions=64, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
+        width=layer.width, packed=packed, positions=POSITIONS, reach=8, epsilon=EPSILON, y=y.ctypes.data, **at,
     )  # fmt: skip
     problem = function(instructions.encode(), ctypes.byref(given))
     if problem is not None:

@@ -154,11 +154,11 @@ void try_products(const std::vector<const Kernels*>& all, bool fused) {
 void try_attention(const std::vector<const Kernels*>& all) {
   Attention a = {};
   a.batch = between(1, 3), a.kv_heads = between(1, 3), a.heads = a.kv_heads * between(1, 5);
-  a.size = 16 * between(1, 8), a.capacity = 40, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 30) : 0;
-  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 40, a.reach = 9, a.epsilon = 1e-6f;
+  a.size = 16 * between(1, 8), a.capacity = 220, a.scale = 0.2f, a.window = between(0, 1) ? between(1, 150) : 0;
+  a.width = (a.heads + 2 * a.kv_heads) * a.size, a.packed = true, a.positions = 220, a.reach = 9, a.epsilon = 1e-6f;
   std::vector<int32_t> past, lengths;
   for (int64_t b = 0; b < a.batch; b++) {
-    past.push_back(between(0, 25)), lengths.push_back(between(b == 0, 12));
+    past.push_back(between(0, 200)), lengths.push_back(between(b == 0, 12));
     a.rows += lengths[b];
   }
   a.past_lengths = past.data(), a.query_lengths = lengths.data();

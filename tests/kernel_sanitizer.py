@@ -52,7 +52,7 @@ def check(library: Path) -> None:
     for heads, kv_heads, size, window, kinds in ((3, 1, 16, 0, "r"), (5, 1, 48, 3, "b"), (4, 4, 64, 0, "rn")):
         layer = random_layer(rng, heads, kv_heads, size, window, kinds)
         for packed in (False, True):
-            call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+            call = random_call(rng, layer, [0, 124, 7], [5, 16, 0], capacity=140)
             expected = attend("scalar", layer, call.fresh(), packed, library)
             for name in names:
                 np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed, library), expected, name)
@@ -83,7 +83,7 @@ def run_in_onnx_runtime(library: Path) -> None:
     kernel_cases.packed_rows(second).run(None, {"indices": np.arange(20)})
     layer = random_layer(rng, 6, 2, 32, 7, "rn")
     for packed in (False, True):
-        call = random_call(rng, layer, [0, 24, 7], [5, 16, 0])
+        call = random_call(rng, layer, [0, 124, 7], [5, 16, 0], capacity=140)
         attention_session(layer, packed, 3).run(None, feeds(layer, call, packed))
 
 

@@ -8,22 +8,31 @@
 namespace freeexport {
 namespace {
 
-// Products of one task at least, so that handing it to a thread is worth while.
-constexpr int64_t kTaskProducts = 32 << 10;
+// Rows whose pieces one task attends with, one after the other, as they may share keys.
+constexpr int64_t kTaskPlaces = 8;
+// With fewer tasks than these each piece is a task of its own.
+constexpr int64_t kFewTasks = 16;
+// Values of keys that are seen, below which one thread does all.
+constexpr int64_t kLittle = 6 << 10;
 // Values of rows that are stored by one task.
 constexpr int64_t kStoredValues = 16 << 10;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Call {
   const Kernels& kernels;
   const Attention& attention;
   const Place* places;
-  int64_t count;         // of places
+  int64_t count;          // of places
   int64_t stored_places;  // that one task stores
-  int64_t task_units;    // that one task attends with: places times groups of heads
-  bool failed;           // for want of memory
+  int64_t pieces;         // of the row that has most
+  int64_t blocks;         // of kTaskPlaces places
+  int64_t seen;           // positions, of all places
+  int64_t room;           // of the pieces of a row and group of heads
+  float* rooms;           // [kv_heads, places] of these, or null, where one task does all pieces
+  bool failed;            // for want of memory
 };
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 void store_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
@@ -32,25 +41,82 @@ void store_task(void* data, size_t index) {
     call.kernels.store_row(call.attention, call.places[i]);
 }
 
-void attend_task(void* data, size_t index) {
-  Call& call = *static_cast<Call*>(data);
+// The keys of a piece; those of the next group of heads where there is no such piece, and none behind the last group.
+Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t piece) {
+  if (piece >= pieces_of(a, place)) {
+    if (++kv_head == a.kv_heads) return {a.key, 0};
+    piece = 0;
+  }
+  const int64_t position = first_position(a, place) + piece * kPieceRows;
+  return {a.key + keys_at(a, place, kv_head, position), least(place.position + 1 - position, kPieceRows)};
+}
+
+// A piece of all places of a block; of room i that of the block's place i.
+void attend_block(const Call& call, int64_t block, int64_t kv_head, int64_t piece, float* rooms) {
+  const int64_t first = block * kTaskPlaces, last = least(first + kTaskPlaces, call.count);
   const Attention& a = call.attention;
-  auto* room = static_cast<float*>(std::malloc(static_cast<size_t>(attention_room(a)) * sizeof(float)));
-  if (room == nullptr) {
+  for (int64_t i = first; i < last; i++) {
+    const Place& place = call.places[i];
+    if (piece >= pieces_of(a, place)) continue;
+    Ahead ahead = {a.key, 0};
+    if (i + 1 == last)
+      ahead = keys_of(a, call.places[first], kv_head, piece + 1);
+    else if (call.places[i + 1].sequence != place.sequence)
+      ahead = keys_of(a, call.places[i + 1], kv_head, piece);
+    call.kernels.attend(a, place, kv_head, piece, ahead, rooms + (i - first) * call.room);
+  }
+}
+
+void join_block(const Call& call, int64_t block, int64_t kv_head, float* rooms) {
+  const int64_t first = block * kTaskPlaces, last = least(first + kTaskPlaces, call.count);
+  for (int64_t i = first; i < last; i++)
+    call.kernels.join(call.attention, call.places[i], kv_head, rooms + (i - first) * call.room);
+}
+
+// One piece of a block.
+void piece_task(void* data, size_t index) {
+  const Call& call = *static_cast<Call*>(data);
+  const int64_t piece = static_cast<int64_t>(index) % call.pieces, at = static_cast<int64_t>(index) / call.pieces;
+  const int64_t block = at / call.attention.kv_heads, kv_head = at % call.attention.kv_heads;
+  attend_block(call, block, kv_head, piece, call.rooms + (kv_head * call.count + block * kTaskPlaces) * call.room);
+}
+
+// All pieces of a block.
+void block_task(void* data, size_t index) {
+  Call& call = *static_cast<Call*>(data);
+  const int64_t block = static_cast<int64_t>(index) / call.attention.kv_heads;
+  const int64_t kv_head = static_cast<int64_t>(index) % call.attention.kv_heads;
+  auto* rooms = static_cast<float*>(std::malloc(static_cast<size_t>(kTaskPlaces * call.room) * sizeof(float)));
+  if (rooms == nullptr) {
     __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
     return;
   }
-  const int64_t first = static_cast<int64_t>(index) * call.task_units;
-  for (int64_t unit = first; unit < least(first + call.task_units, call.count * a.kv_heads); unit++)
-    call.kernels.attend(a, call.places[unit / a.kv_heads], unit % a.kv_heads, room);
-  std::free(room);
+  for (int64_t piece = 0; piece < call.pieces; piece++) attend_block(call, block, kv_head, piece, rooms);
+  join_block(call, block, kv_head, rooms);
+  std::free(rooms);
 }
 
 void run(Parallel parallel, void* context, void (*task)(void*, size_t), int64_t total, Call& call) {
-  if (total == 1)
-    task(&call, 0);
+  if (parallel == nullptr || total == 1)
+    for (int64_t i = 0; i < total; i++) task(&call, static_cast<size_t>(i));
   else if (total > 1)
     parallel(context, task, static_cast<size_t>(total), &call);
+}
+
+// Few rows: threads share the pieces, which one of them joins.
+void attend_few(Parallel parallel, void* context, Call& call) {
+  const Attention& a = call.attention;
+  const int64_t rooms = a.kv_heads * call.count;
+  call.rooms = static_cast<float*>(std::malloc(static_cast<size_t>(rooms * call.room) * sizeof(float)));
+  if (call.rooms == nullptr) {
+    call.failed = true;
+    return;
+  }
+  const bool little = call.seen * a.kv_heads * a.size < kLittle;
+  run(little ? nullptr : parallel, context, piece_task, call.blocks * a.kv_heads * call.pieces, call);
+  for (int64_t i = 0; i < rooms; i++)
+    call.kernels.join(a, call.places[i % call.count], i / call.count, call.rooms + i * call.room);
+  std::free(call.rooms);
 }
 
 const char* check_lengths(const Attention& a) {
@@ -101,13 +167,20 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
   if (places == nullptr) return "no memory for the rows of a call";
   const int64_t count = find_places(a, places);
   if (!a.cross_lengths) copy_past(a);
-  int64_t longest = 1;
-  for (int64_t i = 0; i < count; i++) longest = longest < places[i].position ? places[i].position : longest;
-  const int64_t products = a.heads / a.kv_heads * longest * a.size * 2, values = a.kv_heads * a.size * 2;
-  Call call = {kernels, a, places, count, kStoredValues / values + 1, kTaskProducts / products + 1, false};
+  int64_t pieces = 0, seen = 0;
+  for (int64_t i = 0; i < count; i++) {
+    pieces = most(pieces, pieces_of(a, places[i]));
+    seen += places[i].position + 1 - first_position(a, places[i]);
+  }
+  const int64_t values = a.kv_heads * a.size * 2, blocks = (count + kTaskPlaces - 1) / kTaskPlaces;
+  const int64_t room = attention_room(a, pieces);
+  Call call = {kernels, a, places, count, kStoredValues / values + 1, pieces, blocks, seen, room, nullptr, false};
   if (!a.cross_lengths)
     run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
-  run(parallel, context, attend_task, (count * a.kv_heads + call.task_units - 1) / call.task_units, call);
+  if (blocks * a.kv_heads < kFewTasks && pieces > 0)
+    attend_few(parallel, context, call);
+  else
+    run(parallel, context, block_task, blocks * a.kv_heads, call);
   std::free(places);
   return call.failed ? "no memory for the scores of a row" : nullptr;
 }

@@ -1,5 +1,8 @@
 // Attention of a decoder over its KV cache, which it extends in place: every row of a call sees what stands before it in
-// its sequence, and itself; or, with `cross_lengths`, over the keys and values of a prompt. A row is summed in an order that is its own, whatever else is in the call.
+// its sequence, and itself; or, with `cross_lengths`, over the keys and values of a prompt.
+//
+// A row is summed in an order that is its own, whatever else is in the call: what it sees is cut into pieces, each with
+// a largest score and sums of its own, which threads may share; they are joined in order.
 #pragma once
 
 #include <cstddef>
@@ -40,9 +43,34 @@ struct Place {
 
 // Heads of a group that are summed side by side: they share keys and values.
 constexpr int kSharing = 4;
+// Positions that are weighed together, from the first on that a row sees. The pieces of a row are joined in order.
+constexpr int64_t kPieceRows = 64;
 
-// Room for one call of `attend`, in floats.
-__attribute__((always_inline)) inline int64_t attention_room(const Attention& a) { return kSharing * (a.size + a.capacity); }
+#define FREEEXPORT_ATTENTION __attribute__((always_inline)) inline
+
+FREEEXPORT_ATTENTION int64_t first_position(const Attention& a, const Place& place) {
+  return a.window && place.position >= a.window ? place.position + 1 - a.window : 0;
+}
+FREEEXPORT_ATTENTION int64_t pieces_of(const Attention& a, const Place& place) {
+  return (place.position - first_position(a, place) + kPieceRows) / kPieceRows;
+}
+// Where the key and the value of a position stand in the cache.
+FREEEXPORT_ATTENTION int64_t keys_at(const Attention& a, const Place& place, int64_t kv_head, int64_t position) {
+  return ((place.sequence * a.kv_heads + kv_head) * a.capacity + position) * a.size;
+}
+
+// Keys of a later piece, which are fetched meanwhile.
+struct Ahead {
+  const float* keys;
+  int64_t rows;
+};
+
+// Room for the pieces of one row and group of heads, in floats: [heads of the group][pieces][size] of outputs, and
+// [heads of the group][padded pieces] of largest scores and of sums of exponentials.
+FREEEXPORT_ATTENTION int64_t padded_pieces(int64_t pieces) { return (pieces + 15) / 16 * 16; }
+FREEEXPORT_ATTENTION int64_t attention_room(const Attention& a, int64_t pieces) {
+  return a.heads / a.kv_heads * (pieces * a.size + 2 * padded_pieces(pieces));
+}
 
 struct Kernels;
 // Calls task(data, i) for i in 0..total, in any order, on any threads.

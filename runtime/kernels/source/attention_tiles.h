@@ -10,7 +10,7 @@ constexpr int kWide = 16;  // values next to each other that are summed apart
 constexpr int kParts = kWide / Vec::kLanes;
 
 // x / sqrt(mean(x^2) + epsilon) * norm, then turned by the position; in place.
-inline void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
+__attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
   const int64_t size = a.size, half = size / 2;
   if (norm != nullptr) {
     const float scale = 1.0f / root(sum_of_squares(x, size) / static_cast<float>(size) + a.epsilon);
@@ -25,7 +25,10 @@ inline void norm_and_turn(const Attention& a, const float* norm, int64_t positio
   }
 }
 
-// Keys and values of a row to the cache.
+// Whether queries are not as they stand in the input. `store_row` then leaves them in y.
+inline bool turned(const Attention& a) { return a.cosine != nullptr || a.query_norm != nullptr; }
+
+// Keys and values of a row to the cache, and its queries to y.
 inline void store_row(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
   const float* keys = a.input + place.row * a.width + a.heads * a.size;
@@ -35,61 +38,114 @@ inline void store_row(const Attention& a, const Place& place) {
     norm_and_turn(a, a.key_norm, place.position, a.key + at);
     std::memcpy(a.value + at, keys + (a.kv_heads + head) * a.size, bytes);
   }
+  if (!turned(a)) return;
+  float* queries = a.y + place.row * a.heads * a.size;
+  std::memcpy(queries, a.input + place.row * a.width, bytes * static_cast<size_t>(a.heads));
+  for (int64_t head = 0; head < a.heads; head++)
+    norm_and_turn(a, a.query_norm, place.position, queries + head * a.size);
 }
 
-// scores[q][t] = queries[q] . keys[t], with `stride` between the scores of two queries.
+// Of 4 keys and Q queries: scores[q][0..3]. Meanwhile the rows of `ahead` are fetched.
 template <int Q>
-inline void dots(const float* queries, const float* keys, int64_t size, int64_t count, float* scores, int64_t stride) {
-  for (int64_t t = 0; t < count; t++) {
-    typename Vec::Float sums[Q][kParts];
-    for (int q = 0; q < Q; q++)
-      for (int p = 0; p < kParts; p++) sums[q][p] = Vec::zero();
-    for (int64_t at = 0; at < size; at += kWide)
-      for (int p = 0; p < kParts; p++) {
-        const typename Vec::Float key = Vec::floats(keys + t * size + at + p * Vec::kLanes);
-        for (int q = 0; q < Q; q++)
-          sums[q][p] = Vec::add_product(Vec::floats(queries + q * size + at + p * Vec::kLanes), key, sums[q][p]);
+inline void dot_four(const float* queries, const float* keys, int64_t size, float* scores, const float* ahead) {
+  typename Vec::Float sums[Q][4][kParts];
+#pragma GCC unroll 16
+  for (int q = 0; q < Q; q++)
+#pragma GCC unroll 16
+    for (int k = 0; k < 4; k++)
+#pragma GCC unroll 16
+      for (int p = 0; p < kParts; p++) sums[q][k][p] = Vec::zero();
+  for (int64_t at = 0; at < size; at += kWide) {
+#pragma GCC unroll 16
+    for (int k = 0; k < 4; k++) __builtin_prefetch(ahead + k * size + at);
+#pragma GCC unroll 16
+    for (int p = 0; p < kParts; p++) {
+      typename Vec::Float query[Q];
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; q++) query[q] = Vec::floats(queries + q * size + at + p * Vec::kLanes);
+#pragma GCC unroll 16
+      for (int k = 0; k < 4; k++) {
+        const typename Vec::Float key = Vec::floats(keys + k * size + at + p * Vec::kLanes);
+#pragma GCC unroll 16
+        for (int q = 0; q < Q; q++) sums[q][k][p] = Vec::add_product(query[q], key, sums[q][k][p]);
       }
-    for (int q = 0; q < Q; q++) scores[q * stride + t] = Vec::fold(sums[q]);
+    }
   }
+#pragma GCC unroll 16
+  for (int q = 0; q < Q; q++) Vec::fold_four(sums[q], scores + q * kPieceRows);
 }
 
-// out[q] = sum over t of weights[q][t] values[t], for `Wide` * 16 of the values' size.
+// scores[q][t] = queries[q] . keys[t]. Meanwhile `values` are fetched.
+template <int Q>
+inline void dots(const float* queries, const float* keys, const float* values, int64_t size, int64_t count,
+                 float* scores) {
+  constexpr int kTogether = kParts == 1 ? Q : 1;  // as many sums as there are registers for
+  int64_t t = 0;
+  for (; t + 4 <= count; t += 4)
+    for (int q = 0; q < Q; q += kTogether)
+      dot_four<kTogether>(queries + q * size, keys + t * size, size, scores + q * kPieceRows + t,
+                          values + t * size);
+  for (; t < count; t++)
+    for (int q = 0; q < Q; q++) {
+      typename Vec::Float sums[kParts];
+      for (int p = 0; p < kParts; p++) sums[p] = Vec::zero();
+      for (int64_t at = 0; at < size; at += kWide)
+        for (int p = 0; p < kParts; p++)
+          sums[p] = Vec::add_product(Vec::floats(queries + q * size + at + p * Vec::kLanes),
+                                     Vec::floats(keys + t * size + at + p * Vec::kLanes), sums[p]);
+      scores[q * kPieceRows + t] = Vec::fold(sums);
+    }
+}
+
+// out[q] = sum over t of weights[q][t] values[t], for `Wide` * 16 of the values' size from `from` on; `stride` between
+// the weights of two q, `apart` between their sums. Meanwhile the rows of `ahead` are fetched.
 template <int Q, int Wide>
-inline void weigh(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count, float* out,
-                  int64_t apart) {
+inline void weigh(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count, int64_t from,
+                  float* out, int64_t apart, const Ahead& ahead) {
   constexpr int kAll = Wide * kParts;
   typename Vec::Float sums[Q][kAll];
   for (int q = 0; q < Q; q++)
     for (int p = 0; p < kAll; p++) sums[q][p] = Vec::zero();
-  for (int64_t t = 0; t < count; t++)
+  for (int64_t t = 0; t < count; t++) {
+    if (t < ahead.rows)
+      for (int w = 0; w < Wide; w++) __builtin_prefetch(ahead.keys + t * size + from + w * kWide);
     for (int p = 0; p < kAll; p++) {
-      const typename Vec::Float value = Vec::floats(values + t * size + p * Vec::kLanes);
+      const typename Vec::Float value = Vec::floats(values + t * size + from + p * Vec::kLanes);
       for (int q = 0; q < Q; q++)
         sums[q][p] = Vec::add_product(Vec::set(weights[q * stride + t]), value, sums[q][p]);
     }
+  }
   for (int q = 0; q < Q; q++)
-    for (int p = 0; p < kAll; p++) Vec::store(out + q * apart + p * Vec::kLanes, sums[q][p]);
+    for (int p = 0; p < kAll; p++) Vec::store(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
-// e^(x - largest) in place, and the sum of these: 16 next to each other are summed apart.
-inline float exponentials(float* x, int64_t count) {
+// e^(x - largest) in place, the largest, and the sum of these: 16 next to each other are summed apart. What x has room
+// for behind its end, up to the next multiple of 16, is written to.
+inline void exponentials(float* x, int64_t count, float* most, float* sum) {
   float largest[kWide], sums[kWide] = {};
-  for (int j = 0; j < kWide; j++) largest[j] = x[0];
-  int64_t i = 0;
-  for (; i + kWide <= count; i += kWide)
+  const int64_t end = (count + kWide - 1) / kWide * kWide;
+  for (int64_t i = count; i < end; i++) x[i] = x[0];
+  for (int j = 0; j < kWide; j++) largest[j] = x[j];
+  for (int64_t i = kWide; i < end; i += kWide)
     for (int j = 0; j < kWide; j++) largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
-  for (int j = 0; i < count; i++, j++) largest[j] = x[i] > largest[j] ? x[i] : largest[j];
-  for (int j = 1; j < kWide; j++) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
-  for (i = 0; i < count; i++) x[i] = exponential(x[i] - largest[0]);
-  for (i = 0; i + kWide <= count; i += kWide)
+  for (int half = kWide / 2; half > 0; half /= 2)
+    for (int j = 0; j < half; j++) largest[j] = largest[j + half] > largest[j] ? largest[j + half] : largest[j];
+  // Apart, as GCC takes the exponential of a limit for a case of its own, and one number after the other.
+  for (int64_t i = 0; i < end; i++) {
+    const float below = x[i] - largest[0];
+    x[i] = below < -87.0f ? -87.0f : below;
+  }
+  for (int64_t i = 0; i < end; i++) x[i] = exponential_within(x[i]);
+  for (int64_t i = count; i < end; i++) x[i] = 0.0f;
+  for (int64_t i = 0; i < end; i += kWide)
     for (int j = 0; j < kWide; j++) sums[j] += x[i + j];
-  for (int j = 0; i < count; i++, j++) sums[j] += x[i];
   for (int half = kWide / 2; half > 0; half /= 2)
     for (int j = 0; j < half; j++) sums[j] += sums[j + half];
-  return sums[0];
+  *most = largest[0];
+  *sum = sums[0];
 }
 
+// `begin` is the position of the first key, `position` that of the row.
 inline void scale_and_bias(const Attention& a, int64_t head, int64_t begin, int64_t position, float* scores,
                            int64_t count) {
   for (int64_t t = 0; t < count; t++) scores[t] *= a.scale;
@@ -100,51 +156,77 @@ inline void scale_and_bias(const Attention& a, int64_t head, int64_t begin, int6
   }
 }
 
-// Q heads from `head` on, which share the keys of `kv_head`.
+// The same for all of the values' size, as much at once as there are registers for.
 template <int Q>
-inline void attend_heads(const Attention& a, const Place& place, int64_t head, int64_t kv_head, float* room) {
-  const int64_t size = a.size, end = place.position + 1, begin = a.window && end > a.window ? end - a.window : 0;
-  const int64_t count = end - begin, stride = a.capacity;
-  const int64_t at = ((place.sequence * a.kv_heads + kv_head) * a.capacity + begin) * size;
-  float *queries = room, *scores = room + kSharing * size;
-  const float* input = a.input + place.row * a.width + head * size;
-  std::memcpy(queries, input, static_cast<size_t>(Q * size) * sizeof(float));
-  for (int q = 0; q < Q; q++) norm_and_turn(a, a.query_norm, place.position, queries + q * size);
-  dots<Q>(queries, a.key + at, size, count, scores, stride);
-  float sums[Q];
-  for (int q = 0; q < Q; q++) {
-    scale_and_bias(a, head + q, begin, place.position, scores + q * stride, count);
-    sums[q] = exponentials(scores + q * stride, count);
-  }
-  float* y = a.y + (place.row * a.heads + head) * size;
-  // As many sums as there are registers for.
-  constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : 1;
+inline void weigh_all(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count,
+                      float* out, int64_t apart, const Ahead& ahead) {
+  constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : Q < 4 ? 2 : 1;
   int64_t from = 0;
   for (; from + kWideSums * kWide <= size; from += kWideSums * kWide)
-    weigh<Q, kWideSums>(scores, stride, a.value + at + from, size, count, y + from, size);
-  for (; from < size; from += kWide) weigh<Q, 1>(scores, stride, a.value + at + from, size, count, y + from, size);
-  for (int q = 0; q < Q; q++)
-    for (int64_t i = 0; i < size; i++) y[q * size + i] /= sums[q];
+    weigh<Q, kWideSums>(weights, stride, values, size, count, from, out, apart, ahead);
+  for (; from < size; from += kWide) weigh<Q, 1>(weights, stride, values, size, count, from, out, apart, ahead);
 }
 
-// All heads of a group, for one row. `room` is of attention_room.
-inline void attend(const Attention& a, const Place& place, int64_t kv_head, float* room) {
-  const int64_t group = a.heads / a.kv_heads, first = kv_head * group;
-  if (place.position < 0) {  // there is nothing to attend to
-    float* y = a.y + (place.row * a.heads + first) * a.size;
-    std::memset(y, 0, static_cast<size_t>(group * a.size) * sizeof(float));
-    return;
+// Of a piece, Q heads from that of number `within` of its group on.
+template <int Q>
+inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, int64_t within,
+                         const Ahead& ahead, float* room) {
+  const int64_t size = a.size, group = a.heads / a.kv_heads, head = kv_head * group + within;
+  const int64_t begin = first_position(a, place) + piece * kPieceRows, pieces = pieces_of(a, place);
+  const int64_t left = place.position + 1 - begin, count = left < kPieceRows ? left : kPieceRows;
+  const int64_t at = keys_at(a, place, kv_head, begin);
+  const float* queries = turned(a) ? a.y + place.row * a.heads * size : a.input + place.row * a.width;
+  float scores[Q * kPieceRows];
+  dots<Q>(queries + head * size, a.key + at, a.value + at, size, count, scores);
+  float* outputs = room + (within * pieces + piece) * size;
+  const int64_t padded = padded_pieces(pieces);
+  float* largest = room + group * pieces * size + within * padded + piece;
+  for (int q = 0; q < Q; q++) {
+    scale_and_bias(a, head + q, begin, place.position, scores + q * kPieceRows, count);
+    exponentials(scores + q * kPieceRows, count, largest + q * padded, largest + (group + q) * padded);
   }
+  weigh_all<Q>(scores, kPieceRows, a.value + at, size, count, outputs, pieces * size, ahead);
+}
+
+// A piece of what a row sees, for all heads of a group. `room` is of attention_room.
+inline void attend(const Attention& a, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
+                   float* room) {
+  const int64_t group = a.heads / a.kv_heads;
   for (int64_t g = 0; g < group; g += kSharing) {
     const int64_t left = group - g;
     if (left >= 4)
-      attend_heads<4>(a, place, first + g, kv_head, room);
+      attend_heads<4>(a, place, kv_head, piece, g, ahead, room);
     else if (left == 3)
-      attend_heads<3>(a, place, first + g, kv_head, room);
+      attend_heads<3>(a, place, kv_head, piece, g, ahead, room);
     else if (left == 2)
-      attend_heads<2>(a, place, first + g, kv_head, room);
+      attend_heads<2>(a, place, kv_head, piece, g, ahead, room);
     else
-      attend_heads<1>(a, place, first + g, kv_head, room);
+      attend_heads<1>(a, place, kv_head, piece, g, ahead, room);
+  }
+}
+
+// The pieces of a row, weighed by what they have of the whole, to y.
+inline void join(const Attention& a, const Place& place, int64_t kv_head, float* room) {
+  const int64_t size = a.size, group = a.heads / a.kv_heads, pieces = pieces_of(a, place);
+  const int64_t padded = padded_pieces(pieces);
+  float *largest = room + group * pieces * size, *sums = largest + group * padded;
+  for (int64_t g = 0; g < group; g++, largest += padded, sums += padded, room += pieces * size) {
+    float* y = a.y + (place.row * a.heads + kv_head * group + g) * size;
+    if (pieces == 0) {  // there is nothing to attend to
+      std::memset(y, 0, static_cast<size_t>(size) * sizeof(float));
+      continue;
+    }
+    const float* joined = room;
+    float sum = sums[0];
+    if (pieces > 1) {
+      float most, all;
+      exponentials(largest, pieces, &most, &all);
+      sum = 0.0f;
+      for (int64_t p = 0; p < pieces; p++) sum += sums[p] * largest[p];
+      weigh_all<1>(largest, 0, room, size, pieces, y, 0, {room, 0});
+      joined = y;
+    }
+    for (int64_t i = 0; i < size; i++) y[i] = joined[i] / sum;
   }
 }
 

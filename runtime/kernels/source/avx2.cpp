@@ -28,6 +28,6 @@ namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
                        panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

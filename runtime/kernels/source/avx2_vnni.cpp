@@ -38,6 +38,6 @@ bool supported() {
 namespace freeexport {
 
 const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

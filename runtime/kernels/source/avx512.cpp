@@ -31,6 +31,6 @@ bool supported() {
 namespace freeexport {
 
 const Kernels kAvx512 = {"avx512", supported, prepare, panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

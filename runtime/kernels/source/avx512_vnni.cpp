@@ -29,6 +29,6 @@ bool supported() {
 namespace freeexport {
 
 const Kernels kAvx512Vnni = {"avx512-vnni", supported, prepare, panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

@@ -33,6 +33,6 @@ struct Vec : VecNeon {
 namespace freeexport {
 
 const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

@@ -27,6 +27,6 @@ struct Vec : VecNeon {
 namespace freeexport {
 
 const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panels,
-                           store_row, attend, piece};
+                           store_row, attend, join, piece};
 
 }  // namespace freeexport

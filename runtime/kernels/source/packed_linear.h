@@ -84,9 +84,11 @@ struct Kernels {
   void (*prepare)(const Product& product, int64_t row, float* normed, Group* rows);
   // Outputs of panels `panel`..`end` for rows first..last, at most kTaskRows.
   void (*panels)(const Product& product, const Group* rows, int64_t first, int64_t last, int64_t panel, int64_t end);
-  // Of attention: keys and values of a row to the cache, and the heads of one group of a row.
+  // Of attention: keys and values of a row to the cache; a piece of what it sees, for one group of heads; all joined.
   void (*store_row)(const Attention& attention, const Place& place);
-  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
+  void (*attend)(const Attention& attention, const Place& place, int64_t kv_head, int64_t piece, const Ahead& ahead,
+                 float* room);
+  void (*join)(const Attention& attention, const Place& place, int64_t kv_head, float* room);
   // Of a head: the best two of `count` logits, the first of which has number `first`.
   void (*best_of_piece)(const float* logits, int64_t first, int64_t count, BestTwo* two);
 };

@@ -22,6 +22,9 @@ struct Vec {
       for (int j = 0; j < half; j++) sums[j] += sums[j + half];
     return sums[0];
   }
+  static void fold_four(const Float (&parts)[4][16], float* to) {
+    for (int i = 0; i < 4; i++) to[i] = fold(parts[i]);
+  }
   static Float zero() { return 0.0f; }
   static Int all(int32_t value) { return value; }
   static Float floats(const float* from) { return *from; }
@@ -72,6 +75,6 @@ struct Vec {
 namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
-                       store_row, attend, piece};
+                       store_row, attend, join, piece};
 
 }  // namespace freeexport

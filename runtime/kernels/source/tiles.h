@@ -47,11 +47,9 @@ inline float sum_of_squares(const float* x, int64_t count) {
 inline float root(float value) { return __builtin_sqrtf(value); }
 
 // e^x, to about 1e-7 of it: 2^n times a polynomial (of Cephes). Plain operations, which give the same bits everywhere.
-// Beyond 88.4, where n is 128, it is infinite.
-inline float exponential(float x) {
+// For x from -87 to 89; beyond 88.4, where n is 128, it is infinite.
+inline float exponential_within(float x) {
   constexpr float kRound = 12582912.0f;
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 89.0f ? 89.0f : x;
   const float rounded = x * 1.44269504088896341f + kRound;
   const float n = rounded - kRound;
   const float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -68,6 +66,12 @@ inline float exponential(float x) {
   float scale;
   std::memcpy(&scale, &power, sizeof(scale));
   return mantissa * scale;
+}
+
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  return exponential_within(x);
 }
 
 inline void activate(int activation, float* x, int64_t count) {

@@ -26,6 +26,18 @@ struct Vec256 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  // Four such sums, side by side, of the same additions.
+  static void fold_four(const Float (&parts)[4][2], float* to) {
+    const auto halves_added = [&](int a, int b) {
+      const __m256 first = _mm256_add_ps(parts[a][0], parts[a][1]), second = _mm256_add_ps(parts[b][0], parts[b][1]);
+      return _mm256_add_ps(_mm256_permute2f128_ps(first, second, 0x20), _mm256_permute2f128_ps(first, second, 0x31));
+    };
+    const __m256d ac = _mm256_castps_pd(halves_added(0, 2)), bd = _mm256_castps_pd(halves_added(1, 3));
+    const __m256 two = _mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(ac, bd)),
+                                     _mm256_castpd_ps(_mm256_unpackhi_pd(ac, bd)));
+    const __m128 ab = _mm256_castps256_ps128(two), cd = _mm256_extractf128_ps(two, 1);
+    _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
+  }
   static Float zero() { return _mm256_setzero_ps(); }
   static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(const float* from) { return _mm256_loadu_ps(from); }

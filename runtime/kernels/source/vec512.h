@@ -27,6 +27,18 @@ struct Vec512 {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  // Four such sums, side by side, of the same additions.
+  static void fold_four(const Float (&parts)[4][1], float* to) {
+    const auto halves_added = [](Float a, Float b) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    };
+    const __m512 ab = halves_added(parts[0][0], parts[1][0]), cd = halves_added(parts[2][0], parts[3][0]);
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4e));
+    const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xb1));
+    const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
+    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
+  }
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }

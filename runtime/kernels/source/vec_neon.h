@@ -28,6 +28,19 @@ struct VecNeon {
     const float32x4_t four = vaddq_f32(vaddq_f32(parts[0].low, parts[1].low), vaddq_f32(parts[0].high, parts[1].high));
     return vaddv_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)));
   }
+  // Four such sums, side by side, of the same additions.
+  static void fold_four(const Float (&parts)[4][2], float* to) {
+    const auto two = [&](int a, int b) {  // two sums of each
+      float64x2_t four[2];
+      for (int i = 0; i < 2; i++) {
+        const Float(&of)[2] = parts[i == 0 ? a : b];
+        four[i] = vreinterpretq_f64_f32(vaddq_f32(vaddq_f32(of[0].low, of[1].low), vaddq_f32(of[0].high, of[1].high)));
+      }
+      return vaddq_f32(vreinterpretq_f32_f64(vtrn1q_f64(four[0], four[1])),
+                       vreinterpretq_f32_f64(vtrn2q_f64(four[0], four[1])));
+    };
+    vst1q_f32(to, vpaddq_f32(two(0, 1), two(2, 3)));
+  }
   static Float zero() { return set(0.0f); }
   static Int all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
   static Float floats(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }

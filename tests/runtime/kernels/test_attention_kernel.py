@@ -22,9 +22,12 @@ if problem := missing():
 
 layers = st.tuples(
     st.integers(0, 2**32), st.sampled_from([(1, 1), (3, 1), (4, 2), (9, 3), (5, 1), (12, 12)]),
-    st.sampled_from([16, 32, 48, 64, 128]), st.sampled_from([0, 1, 5, 30]), st.sampled_from(["", "r", "b", "rn", "n"]),
+    st.sampled_from([16, 32, 48, 64, 128]), st.sampled_from([0, 1, 5, 30, 100]),
+    st.sampled_from(["", "r", "b", "rn", "n"]),
 )  # fmt: skip
-sequences = st.lists(st.tuples(st.integers(0, 25), st.integers(0, 12)), min_size=1, max_size=3)
+# Contexts of up to four pieces.
+pasts = st.one_of(st.integers(0, 25), st.integers(50, 200))
+sequences = st.lists(st.tuples(pasts, st.integers(0, 12)), min_size=1, max_size=3)
 
 
 def made(layer, sequence):
@@ -33,7 +36,7 @@ def made(layer, sequence):
     made_layer = random_layer(rng, heads, kv_heads, size, window, kinds)
     past, lengths = (list(values) for values in zip(*sequence, strict=True))
     lengths[0] = max(lengths[0], 1)
-    return made_layer, random_call(rng, made_layer, past, lengths)
+    return made_layer, random_call(rng, made_layer, past, lengths, capacity=220)
 
 
 @given(layers, sequences, st.booleans())
@@ -64,12 +67,14 @@ def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
             np.testing.assert_array_equal(attend("scalar", layer, one, packed=False)[0, 0], together[b, row])
 
 
+# Many rows, whose pieces one task attends with each, and few, whose pieces are shared among threads.
+@pytest.mark.parametrize("lengths", [[20, 7, 16], [3, 0, 1]])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("packed", [False, True])
-def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, threads):
+def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, threads, lengths):
     rng = np.random.default_rng(0)
     layer = random_layer(rng, 9, 3, 64, 0, "r")
-    call = random_call(rng, layer, [3, 0, 11], [20, 7, 16])
+    call = random_call(rng, layer, [3, 0, 150], lengths, capacity=180)
     expected = call.fresh()
     wanted = attend("scalar", layer, expected, packed)
     y, key, value = attention_session(layer, packed, threads).run(None, feeds(layer, call, packed))
@@ -112,7 +117,7 @@ WRONG = {
     "past_value has 3 dimensions": {"past_value": np.ones((2, 1, 40), np.float32)},
     "dimension 2 of past_value is 39, not 40": {"past_value": np.ones((2, 1, 39, 16), np.float32)},
     "beyond the rotary tables": {"cosine": np.ones((2, 8), np.float32), "sine": np.ones((2, 8), np.float32)},
-    "dimension 0 of sine is 3, not 64": {"sine": np.ones((3, 8), np.float32)},
+    "dimension 0 of sine is 3, not 256": {"sine": np.ones((3, 8), np.float32)},
 }
 
 
