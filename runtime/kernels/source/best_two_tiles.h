@@ -37,13 +37,14 @@ inline void piece(const float* x, int64_t first, int64_t count, BestTwo* two) {
     if (largest_of(x + i) > two->second)  // which is rare
       for (int j = 0; j < 64; j++) take(x[i + j], first + i + j, two);
   for (; i < count; i++) take(x[i], first + i, two);
-  float sums[16] = {}, exponentials[64];
+  float sums[16] = {}, powers[64];
   for (i = 0; i < count; i += 64) {
     const int64_t size = count - i < 64 ? count - i : 64;
-    for (int64_t j = 0; j < size; j++) exponentials[j] = exponential(x[i + j] - two->best);
-    for (int64_t j = size; j < 64; j++) exponentials[j] = 0.0f;
+    for (int64_t j = 0; j < size; j++) powers[j] = x[i + j] - two->best;
+    exponentials(powers, size);
+    for (int64_t j = size; j < 64; j++) powers[j] = 0.0f;
     for (int k = 0; k < 64; k += 16)
-      for (int j = 0; j < 16; j++) sums[j] += exponentials[k + j];
+      for (int j = 0; j < 16; j++) sums[j] += powers[k + j];
   }
   for (int half = 8; half > 0; half /= 2)
     for (int j = 0; j < half; j++) sums[j] += sums[j + half];

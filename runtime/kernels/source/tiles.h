@@ -68,22 +68,36 @@ inline float exponential_within(float x) {
   return mantissa * scale;
 }
 
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  return exponential_within(x);
+// e^x in place. Limits have loops of their own: GCC takes the exponential of a limit for a case of its own, and then one
+// number after the other.
+inline void exponentials(float* x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) x[i] = x[i] < -87.0f ? -87.0f : x[i];
+  for (int64_t i = 0; i < count; i++) x[i] = x[i] > 89.0f ? 89.0f : x[i];
+  for (int64_t i = 0; i < count; i++) x[i] = exponential_within(x[i]);
+}
+
+// x / (1 + e^-inner(x)) in place, so many at once.
+template <typename Inner>
+inline void times_sigmoid(float* x, int64_t count, const Inner& inner) {
+  constexpr int64_t kAtOnce = 64;
+  float powers[kAtOnce];
+  for (int64_t at = 0; at < count; at += kAtOnce, x += kAtOnce) {
+    const int64_t size = count - at < kAtOnce ? count - at : kAtOnce;
+    for (int64_t i = 0; i < size; i++) powers[i] = -inner(x[i]);
+    exponentials(powers, size);
+    for (int64_t i = 0; i < size; i++) x[i] = x[i] / (1.0f + powers[i]);
+  }
 }
 
 inline void activate(int activation, float* x, int64_t count) {
   if (activation == kRelu) {
     for (int64_t i = 0; i < count; i++) x[i] = x[i] < 0.0f ? 0.0f : x[i];
   } else if (activation == kSilu) {
-    for (int64_t i = 0; i < count; i++) x[i] = x[i] / (1.0f + exponential(-x[i]));
+    times_sigmoid(x, count, [](float value) { return value; });
   } else if (activation == kGeluTanh) {
-    for (int64_t i = 0; i < count; i++) {
-      const float inner = 0.7978845608f * (x[i] + 0.044715f * (x[i] * x[i] * x[i]));
-      x[i] = x[i] / (1.0f + exponential(-2.0f * inner));
-    }
+    times_sigmoid(x, count, [](float value) {
+      return 2.0f * (0.7978845608f * (value + 0.044715f * (value * value * value)));
+    });
   }
 }
 
