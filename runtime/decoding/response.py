@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Protocol
@@ -193,8 +192,8 @@ class Response:
         if self._left is None:
             self._count()
             # Whoever drives may go on writing to them.
-            sizes, seconds = Counter(dict(self._stats.sync_sizes)), dict(self._stats.sync_seconds)
-            stats = dataclasses.replace(self._stats, sync_sizes=sizes, sync_seconds=seconds)
+            passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.passes).items()}
+            stats = dataclasses.replace(self._stats, passes=passes)
             self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
         return self._left
 

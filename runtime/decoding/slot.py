@@ -41,10 +41,12 @@ class Slot:
         self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self.token, self.best, self.confidence = map(_memory, (self._token[0], self._best, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
-        self._answer = _memory(self._answers)
+        self.answers = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
-        self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
+        # Where they are wanted, float32 [V] of the last step, and of the first head of the last deep pass.
+        self.logits: np.ndarray | None = None
+        self.deep_logits: np.ndarray | None = None
         self._past = {
             runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
         }
@@ -52,7 +54,7 @@ class Slot:
         self.steps: dict[tuple[bool, bool], SlotCall] = {}
         self._together: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
-        self.direct: SlotCall | None = None  # see `direct_pass`
+        self.both: tuple[SlotCall, SlotCall] | None = None  # see `bind_both`
         self.shared_calls = False  # whether any since the sequence began was shared with others
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
@@ -70,9 +72,10 @@ class Slot:
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {runner: np.zeros((count, self._vocab_size), np.float32) for runner, count in rows.items()}
         self.logits = self._logits[self._shallow][0] if wanted else None
+        self.deep_logits = self._logits[self._deep][0] if wanted else None
         for calls in (self.steps, self._together, self._passes):
             calls.clear()
-        self.direct = None
+        self.both = None
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
@@ -111,16 +114,17 @@ class Slot:
             self._drafted[: len(drafts)] = drafts
         return call
 
-    def direct_pass(self) -> SlotCall:
-        """The deep decoder on what the last step gave, with the head."""
-        self.direct = self._passes[0, 1, False] = self.deep_piece(self._hidden, 1)
-        return self.direct
+    def bind_both(self, exits: bool) -> tuple[SlotCall, SlotCall]:
+        """The shallow decoder on `token` without the head, and the deep one on what that gives, with it."""
+        deep = self._passes[0, 1, False] = self.deep_piece(self._hidden, 1)
+        self.both = self.step(False, exits), deep
+        return self.both
 
     def answer(self, row: int, drafted: bool = False) -> Prediction:
         """What the last deep call predicted at the `row`-th of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
-        return tuple.__new__(Prediction, (self._answer[row], None, nll, logits))
+        return tuple.__new__(Prediction, (self.answers[row], None, nll, logits))
 
     def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none; the exit's own layers for

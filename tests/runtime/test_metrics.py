@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from runtime import GenerationResult, Metrics, OptionError, QueueFullError, RequestEvent, Session, Stats
 from runtime.metrics import TOKEN_SECONDS, Histogram
+from runtime.result import PassStats
 
 PROMPT = [5, 6, 7]
 
@@ -24,8 +24,8 @@ def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
 
 
 def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
-    passes = Counter({1: 4, 3: 2})
-    stats = [Stats(mode, tokens=11, exits=6, rejected=2, sync_sizes=passes) for mode in ("lossless", "free")]
+    passes = {1: PassStats(4), 3: PassStats(2)}
+    stats = [Stats(mode, tokens=11, exits=6, rejected=2, passes=passes) for mode in ("lossless", "free")]
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
