@@ -122,8 +122,9 @@ class Decoder:
 
     def step(self, token: int, head: bool) -> Prediction:
         """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
-        for call in self.stepping(token, head):
-            call.run()
+        calls = self.stepping(token, head)
+        if calls:
+            calls[0].run()
         return self.guess()
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
@@ -137,9 +138,9 @@ class Decoder:
                 waits.run()
         return self.answers()
 
-    def full_step(self, token: int) -> Prediction:
-        """Both decoders on one token, without the shallow head, at once: the deep prediction. Nothing may be stacked.
-        The same as `step` and `sync`, in fewer functions."""
+    def full_step(self, token: int) -> int:
+        """Both decoders on one token, without the shallow head, at once: the token that the deep one predicts. Nothing
+        may be stacked. The same as `step` and `sync`, in fewer functions."""
         calls = self._calls
         calls.token[0] = token
         step, deep_pass = calls.both or calls.bind_both(self._exits)
@@ -150,8 +151,8 @@ class Decoder:
         self.stats.count_pass(1, deep_pass.seconds)
         self._shallow.cache.extend(calls.slot, 1)
         self._deep.cache.extend(calls.slot, 1)
-        deep: Prediction = tuple.__new__(Prediction, (calls.answers[0], None, None, calls.deep_logits))
-        return deep if self._decisions is None else self._decided([deep])[0]
+        deep = calls.answers[0]
+        return deep if self._decisions is None else self._decided([Prediction(deep)])[0].token
 
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None, defer: bool = False
@@ -200,7 +201,7 @@ class Decoder:
             return ()
         calls = self._calls
         calls.token[0] = token
-        self._step = call = calls.steps.get((head, self._exits or head)) or calls.step(head, self._exits or head)
+        self._step = call = (calls.asking if head else None) or calls.step(head, self._exits or head)
         return (call,)
 
     def guess(self) -> Prediction:

@@ -26,12 +26,12 @@ def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
     yield response.add(response.choose(first), False, None, first)
     while not response.finished:
-        if decoder.alone:
+        if decoder.alone and response.greedy:
             yield AT_ONCE
-            deep = decoder.full_step(response.newest)
+            yield response.add(decoder.full_step(response.newest), False, None)
         else:
             deep = yield from _deep_token(decoder, response)
-        yield response.add(response.choose(deep), False, None, deep)
+            yield response.add(response.choose(deep), False, None, deep)
 
 
 def free(

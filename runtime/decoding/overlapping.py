@@ -63,9 +63,9 @@ class OverlappingDecoder(Decoder):
         self._drop_ahead()
         return super().stepping(token, head)
 
-    def full_step(self, token: int) -> Prediction:
+    def full_step(self, token: int) -> int:
         self.step(token, head=False)
-        return self.sync()[0]
+        return self.sync()[0].token
 
     def guess(self) -> Prediction:
         if self._step is not None:

@@ -68,9 +68,9 @@ class Response:
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the
-    likeliest in its place. `finished`: why it has ended, None until then. `times`: when each token became final, by the
-    monotonic clock.
+    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the likeliest in
+    its place. `greedy`: neither, so of a prediction the token is all that is needed. `finished`: why it has ended, None
+    until then. `times`: when each token became final, by the monotonic clock.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Response:
         self._length, self._end = len(prompt), len(prompt) + limit
         self._eos, self._sampler = eos, sampler
         self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
+        self.greedy = sampler is None and not self._logprobs
         self._text, self._caller = text or Detokenizer(None), caller
         # Looked up once: what is called for every token is seldom in the processor's cache.
         self._push, self._host = self._text.push, caller.host
@@ -105,7 +106,7 @@ class Response:
 
     @property
     def needs_logits(self) -> bool:
-        return self._sampler is not None or self._logprobs
+        return not self.greedy
 
     @property
     def complete(self) -> bool:
