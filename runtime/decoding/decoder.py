@@ -147,8 +147,10 @@ class Decoder:
         step.run()
         deep_pass.run()
         self.batch_size = 1
-        self.stats.shallow_seconds += step.seconds
-        self.stats.count_pass(1, deep_pass.seconds)
+        stats = self.stats
+        stats.shallow_seconds += step.seconds
+        stats.deep_seconds += deep_pass.seconds
+        stats.single_passes += 1
         self._shallow.cache.extend(calls.slot, 1)
         self._deep.cache.extend(calls.slot, 1)
         deep = calls.answers[0]

@@ -193,8 +193,8 @@ class Response:
         if self._left is None:
             self._count()
             # Whoever drives may go on writing to them.
-            passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.passes).items()}
-            stats = dataclasses.replace(self._stats, passes=passes)
+            passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.longer_passes).items()}
+            stats = dataclasses.replace(self._stats, longer_passes=passes)
             self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
         return self._left
 

@@ -24,8 +24,9 @@ def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
 
 
 def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
-    passes = {1: PassStats(4), 3: PassStats(2)}
-    stats = [Stats(mode, tokens=11, exits=6, rejected=2, passes=passes) for mode in ("lossless", "free")]
+    longer = {3: PassStats(2)}
+    given: dict[str, Any] = {"tokens": 11, "exits": 6, "rejected": 2, "single_passes": 4, "longer_passes": longer}
+    stats = [Stats("lossless", **given), Stats("free", **given)]
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
