@@ -30,6 +30,14 @@ class DraftStats:
 
 
 @dataclass(slots=True)
+class PassStats:
+    """Of the deep passes over so many tokens: how many, and their total time."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(slots=True)
 class Stats:
     """Counts and seconds of one request.
 
@@ -39,10 +47,11 @@ class Stats:
     but the stack was full. `first_exit`: whether the first token could exit, as the option says.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
-    `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time. `seconds` is wall
-    time from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying
-    what is reused, and with first_exit the deep pass over the prompt, whenever it runs), `overlapped_seconds` the deep
-    ones that ran in the background and cost the caller no time.
+    `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time: of `longer_passes`,
+    over several tokens, and of `single_passes`, over one, which took the rest of `deep_seconds`. `seconds` is wall time
+    from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying what
+    is reused, and with first_exit the deep pass over the prompt, whenever it runs), `overlapped_seconds` the deep ones
+    that ran in the background and cost the caller no time.
 
     `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
     token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
@@ -58,8 +67,8 @@ class Stats:
     forced: int = 0
     rejected: int = 0
     drafts: dict[str, DraftStats] = field(default_factory=dict)
-    sync_sizes: Counter[int] = field(default_factory=Counter)
-    sync_seconds: dict[int, float] = field(default_factory=dict)
+    single_passes: int = 0
+    longer_passes: dict[int, PassStats] = field(default_factory=dict)
     seconds: float = 0.0
     encode_seconds: float = 0.0
     prefill_seconds: float = 0.0
@@ -92,6 +101,31 @@ class Stats:
             counts.drafts += 1
             counts.proposed += proposed
             counts.accepted += accepted
+
+    def count_pass(self, rows: int, seconds: float) -> None:
+        self.deep_seconds += seconds
+        if rows == 1:
+            self.single_passes += 1
+            return
+        done = self.longer_passes.get(rows)
+        if done is None:
+            done = self.longer_passes[rows] = PassStats()
+        done.count += 1
+        done.seconds += seconds
+
+    @property
+    def sync_sizes(self) -> Counter[int]:
+        sizes = Counter({rows: done.count for rows, done in self.longer_passes.items()})
+        if self.single_passes:
+            sizes[1] = self.single_passes
+        return sizes
+
+    @property
+    def sync_seconds(self) -> dict[int, float]:
+        seconds = {rows: done.seconds for rows, done in self.longer_passes.items()}
+        if self.single_passes:
+            seconds[1] = self.deep_seconds - sum(seconds.values())
+        return seconds
 
     @property
     def sync_passes(self) -> int:

@@ -40,8 +40,7 @@ class BeamRows:
         self._tokens[:, 0] = tokens
         self.stats.shallow_seconds += self._runners[0].submit(self._shallow).wait()
         yield None
-        self.stats.deep_seconds += self._runners[1].submit(self._deep).wait()
-        self.stats.sync_sizes[1] += 1
+        self.stats.count_pass(1, self._runners[1].submit(self._deep).wait())
         for cache in self._caches:
             for row in range(len(tokens)):
                 cache.extend(row, 1)

@@ -122,8 +122,9 @@ class Decoder:
 
     def step(self, token: int, head: bool) -> Prediction:
         """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
-        for call in self.stepping(token, head):
-            call.run()
+        calls = self.stepping(token, head)
+        if calls:
+            calls[0].run()
         return self.guess()
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
@@ -137,6 +138,24 @@ class Decoder:
                 waits.run()
         return self.answers()
 
+    def full_step(self, token: int) -> int:
+        """Both decoders on one token, without the shallow head, at once: the token that the deep one predicts. Nothing
+        may be stacked. The same as `step` and `sync`, in fewer functions."""
+        calls = self._calls
+        calls.token[0] = token
+        step, deep_pass = calls.both or calls.bind_both(self._exits)
+        step.run()
+        deep_pass.run()
+        self.batch_size = 1
+        stats = self.stats
+        stats.shallow_seconds += step.seconds
+        stats.deep_seconds += deep_pass.seconds
+        stats.single_passes += 1
+        self._shallow.cache.extend(calls.slot, 1)
+        self._deep.cache.extend(calls.slot, 1)
+        deep = calls.answers[0]
+        return deep if self._decisions is None else self._decided([Prediction(deep)])[0].token
+
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None, defer: bool = False
     ) -> Waits[Prediction]:
@@ -145,7 +164,8 @@ class Decoder:
         `defer`: the shallow engine alone reads them. The next step must be that of the last token, and gives the
         prediction; the next sync pass reads the others in the deep engine, too.
         """
-        self._exits = exits or head
+        if self._exits != (exits or head):
+            self._exits, self._calls.both = exits or head, None
         start = 0
         while start < len(tokens):
             if start:
@@ -183,7 +203,7 @@ class Decoder:
             return ()
         calls = self._calls
         calls.token[0] = token
-        self._step = call = calls.steps.get((head, self._exits or head)) or calls.step(head, self._exits or head)
+        self._step = call = (calls.asking if head else None) or calls.step(head, self._exits or head)
         return (call,)
 
     def guess(self) -> Prediction:
@@ -195,7 +215,10 @@ class Decoder:
         self._shallow.cache.extend(calls.slot, 1)
         calls.rows[self.stacked][:] = calls.newest
         self.stacked += 1
-        return self._prediction() if self._head else NOTHING
+        if not self._head:
+            return NOTHING
+        shallow: Prediction = tuple.__new__(Prediction, (calls.best[0], calls.confidence[0], None, calls.logits))
+        return shallow if self._decisions is None else self._guessed(shallow)
 
     def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
         """Shallow steps on several tokens as one call, onto the empty stack; the head for the last. `guesses` are
@@ -219,62 +242,30 @@ class Decoder:
         self._heads, self._drafts = heads, len(drafts)
         if self._deferred.pieces:
             return self._deferred.catching_up(self.stacked, heads, drafts, self.stats)
-        return self._passing(self._deep_call(0, heads, drafts))
-
-    def answers(self) -> list[Prediction]:
-        """Count the sync pass that ran, and empty the stack: its predictions."""
-        call = self._pass
-        if call is not None:
-            self._pass = None
-            self._deep_done(call.rows, call.seconds)
-        self.stacked = 0
-        deep = [self._calls.answer(row, row < self._drafts) for row in range(self._heads)]
-        if self._decisions is not None:
-            first = self._deep.cache.lengths.item(self.slot) - self._heads
-            deep = self._decisions.answers(self, first, deep)
-        return deep
-
-    @property
-    def direct(self) -> bool:
-        """Whether a token of mode full may be `direct_step`, `direct_pass` and `direct_answer`, each with the call that
-        the one before gave run: the same as `stepping` and `syncing`, in fewer functions."""
-        return self._decisions is None
-
-    def direct_step(self, token: int) -> SlotCall:
-        """The step on a token, without the head. Nothing may be stacked."""
-        calls = self._calls
-        calls.token[0] = token
-        self._step = call = calls.steps.get((False, self._exits)) or calls.step(False, self._exits)
-        return call
-
-    def direct_pass(self) -> tuple[SlotCall, ...]:
-        """Count the step that ran: the pass over it."""
-        calls, call = self._calls, self._step
-        assert call is not None
-        self.stats.shallow_seconds += call.seconds
-        self.batch_size = call.batch_size
-        self._shallow.cache.extend(calls.slot, 1)
-        return self._passing(calls.direct or calls.direct_pass())
-
-    def _passing(self, call: SlotCall) -> tuple[SlotCall, ...]:
-        """The pass, as what is still to be run."""
-        self._pass = call
+        self._pass = call = self._calls.sync(0, self.stacked, heads, drafts)
         if self.alone:
             call.run()
             return ()
         return (call,)
 
-    def direct_answer(self) -> Prediction:
-        """Count the pass that ran: the deep prediction."""
-        call, stats = self._pass, self.stats
-        assert call is not None
-        seconds = call.seconds
-        self._pass = None
-        stats.deep_seconds += seconds
-        stats.sync_sizes[1] += 1
-        stats.sync_seconds[1] = stats.sync_seconds.get(1, 0.0) + seconds
-        self._deep.cache.extend(self._calls.slot, 1)
-        return self._calls.answer(0)
+    def answers(self) -> list[Prediction]:
+        """Count the sync pass that ran, and empty the stack: its predictions."""
+        calls, call = self._calls, self._pass
+        if call is not None:
+            self._pass = None
+            self.stats.count_pass(call.rows, call.seconds)
+            self._deep.cache.extend(calls.slot, call.rows)
+        self.stacked = 0
+        if self._heads == 1:  # in fewer functions
+            deep = [calls.answer(0, self._drafts > 0)]
+        else:
+            deep = [calls.answer(row, row < self._drafts) for row in range(self._heads)]
+        return deep if self._decisions is None else self._decided(deep)
+
+    def _decided(self, deep: list[Prediction]) -> list[Prediction]:
+        """In place of the predictions after the last rows of the deep cache."""
+        assert self._decisions is not None
+        return self._decisions.answers(self, self._deep.cache.lengths.item(self.slot) - len(deep), deep)
 
     def start_sync(self, least: int) -> None:
         """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
@@ -294,20 +285,12 @@ class Decoder:
         """By the step that ran, which is counted."""
         calls = self._calls
         shallow: Prediction = tuple.__new__(Prediction, (calls.best[0], calls.confidence[0], None, calls.logits))
-        if self._decisions is not None:
-            shallow = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, shallow)
-        return shallow
+        return shallow if self._decisions is None else self._guessed(shallow)
 
-    def _deep_call(self, first: int, heads: int, drafts: Sequence[int]) -> SlotCall:
-        """The deep decoder on the stacked rows from `first` on."""
-        call = self._calls.sync(first, self.stacked, heads, drafts)
-        self.stats.sync_sizes[call.rows] += 1
-        return call
-
-    def _deep_done(self, rows: int, seconds: float) -> None:
-        self.stats.deep_seconds += seconds
-        self.stats.sync_seconds[rows] = self.stats.sync_seconds.get(rows, 0.0) + seconds
-        self._deep.cache.extend(self._calls.slot, rows)
+    def _guessed(self, shallow: Prediction) -> Prediction:
+        """In place of the prediction after the last row of the shallow cache."""
+        assert self._decisions is not None
+        return self._decisions.guess(self, self._shallow.cache.lengths.item(self.slot) - 1, shallow)
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         calls, rows = self._calls, piece.shape[1]

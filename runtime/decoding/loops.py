@@ -16,7 +16,7 @@ from runtime.decoding.decoder import Decoder, RunAhead
 from runtime.decoding.draft_sources import NONE, Candidates, DraftSources
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import Waiting, Waits
+from runtime.decoding.slot_call import AT_ONCE, Waiting, Waits
 from runtime.result import Stats, Token
 
 Loop = Generator[Token | Waiting, None, None]
@@ -25,15 +25,13 @@ Loop = Generator[Token | Waiting, None, None]
 def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
     """Decoding with the whole model: every token runs both engines, the shallow head never."""
     yield response.add(response.choose(first), False, None, first)
-    direct = decoder.direct
     while not response.finished:
-        if direct:
-            yield decoder.direct_step(response.newest)
-            yield from decoder.direct_pass()
-            deep = decoder.direct_answer()
+        if decoder.alone and response.greedy:
+            yield AT_ONCE
+            yield response.add(decoder.full_step(response.newest), False, None)
         else:
             deep = yield from _deep_token(decoder, response)
-        yield response.add(response.choose(deep), False, None, deep)
+            yield response.add(response.choose(deep), False, None, deep)
 
 
 def free(
@@ -58,8 +56,12 @@ def free(
             if sync_every:
                 decoder.start_sync(sync_every)
             at_rest = False
-            yield from decoder.stepping(response.newest, head=True)
-            guess = decoder.guess()
+            if decoder.alone:
+                yield AT_ONCE
+                guess = decoder.step(response.newest, head=True)
+            else:
+                yield from decoder.stepping(response.newest, head=True)
+                guess = decoder.guess()
             token = response.choose(guess)
             sure = (guess.confidence or 0.0) > threshold
             if labels is not None:
@@ -70,7 +72,8 @@ def free(
                 yield response.add(token, True, guess.confidence, guess)
                 continue
             decoder.stats.forced += sure
-            yield from decoder.syncing(len(rows) or 1, (), _run_ahead(decoder, response, threshold, [], token))
+            ahead = _run_ahead(decoder, response, threshold, [], token) if decoder.overlaps else None
+            yield from decoder.syncing(len(rows) or 1, (), ahead)
             answers = decoder.answers()
             if labels is not None:
                 labels.label(_labels(rows, answers))

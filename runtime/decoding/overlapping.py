@@ -36,7 +36,6 @@ class OverlappingDecoder(Decoder):
     the background count as stacked."""
 
     overlaps = True
-    direct = False  # type: ignore[assignment]
 
     def __init__(self, *arguments: Any, **others: Any) -> None:
         super().__init__(*arguments, **others)
@@ -63,6 +62,10 @@ class OverlappingDecoder(Decoder):
             return ()
         self._drop_ahead()
         return super().stepping(token, head)
+
+    def full_step(self, token: int) -> int:
+        self.step(token, head=False)
+        return self.sync()[0].token
 
     def guess(self) -> Prediction:
         if self._step is not None:
@@ -97,7 +100,7 @@ class OverlappingDecoder(Decoder):
             self._background = self._begin(heads=0, drafts=())
 
     def _begin(self, heads: int, drafts: Sequence[int]) -> _Pass:
-        call = self._deep_call(self._started, heads, drafts)
+        call = self._calls.sync(self._started, self.stacked, heads, drafts)
         self._started = self.stacked
         return _Pass(call.submit(), call.rows)
 
@@ -110,7 +113,8 @@ class OverlappingDecoder(Decoder):
         self._background = None
         seconds = event.wait()
         self.stats.overlapped_seconds += max(0.0, seconds - (perf_counter() - began))
-        self._deep_done(rows, seconds)
+        self.stats.count_pass(rows, seconds)
+        self._deep.cache.extend(self.slot, rows)
 
     def _run_ahead(self, running: Event, ahead: RunAhead) -> None:
         tokens: list[int] = []

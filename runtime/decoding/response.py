@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections import Counter
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Protocol
@@ -69,9 +68,9 @@ class Response:
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
-    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the
-    likeliest in its place. `finished`: why it has ended, None until then. `times`: when each token became final, by the
-    monotonic clock.
+    `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the likeliest in
+    its place. `greedy`: neither, so of a prediction the token is all that is needed. `finished`: why it has ended, None
+    until then. `times`: when each token became final, by the monotonic clock.
     """
 
     def __init__(
@@ -95,6 +94,7 @@ class Response:
         self._length, self._end = len(prompt), len(prompt) + limit
         self._eos, self._sampler = eos, sampler
         self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
+        self.greedy = sampler is None and not self._logprobs
         self._text, self._caller = text or Detokenizer(None), caller
         # Looked up once: what is called for every token is seldom in the processor's cache.
         self._push, self._host = self._text.push, caller.host
@@ -106,7 +106,7 @@ class Response:
 
     @property
     def needs_logits(self) -> bool:
-        return self._sampler is not None or self._logprobs
+        return not self.greedy
 
     @property
     def complete(self) -> bool:
@@ -193,8 +193,8 @@ class Response:
         if self._left is None:
             self._count()
             # Whoever drives may go on writing to them.
-            sizes, seconds = Counter(dict(self._stats.sync_sizes)), dict(self._stats.sync_seconds)
-            stats = dataclasses.replace(self._stats, sync_sizes=sizes, sync_seconds=seconds)
+            passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.longer_passes).items()}
+            stats = dataclasses.replace(self._stats, longer_passes=passes)
             self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
         return self._left
 

@@ -41,7 +41,7 @@ class Slot:
         self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self.token, self.best, self.confidence = map(_memory, (self._token[0], self._best, self._confidence))
         self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
-        self._answer = _memory(self._answers)
+        self.answers: Any = _memory(self._answers)
         self._drafted = np.zeros(max_pending, np.int64)
         self._logits: dict[Runner, np.ndarray] = {}
         self.logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
@@ -49,10 +49,12 @@ class Slot:
             runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
         }
         # By whether they ask the head, and run the exit's own layers; `_together` also by rows.
-        self.steps: dict[tuple[bool, bool], SlotCall] = {}
+        self._steps: dict[tuple[bool, bool], SlotCall] = {}
         self._together: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
-        self.direct: SlotCall | None = None  # see `direct_pass`
+        # Of these the step that asks the head, and what `bind_both` gives, once they are there.
+        self.asking: SlotCall | None = None
+        self.both: tuple[SlotCall, SlotCall] | None = None
         self.shared_calls = False  # whether any since the sequence began was shared with others
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
@@ -70,9 +72,9 @@ class Slot:
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {runner: np.zeros((count, self._vocab_size), np.float32) for runner, count in rows.items()}
         self.logits = self._logits[self._shallow][0] if wanted else None
-        for calls in (self.steps, self._together, self._passes):
+        for calls in (self._steps, self._together, self._passes):
             calls.clear()
-        self.direct = None
+        self.asking = self.both = None
 
     def exchange(self, other: Slot) -> None:
         """Change places."""
@@ -83,9 +85,11 @@ class Slot:
 
     def step(self, head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on `token`."""
-        call = self.steps.get((head, exits))
+        call = self._steps.get((head, exits))
         if call is None:
-            call = self.steps[head, exits] = self.piece(self._token, self._hidden, head, exits)
+            call = self._steps[head, exits] = self.piece(self._token, self._hidden, head, exits)
+        if head:
+            self.asking = call
         return call
 
     def steps_together(self, tokens: Sequence[int], head: bool, exits: bool) -> SlotCall:
@@ -111,16 +115,17 @@ class Slot:
             self._drafted[: len(drafts)] = drafts
         return call
 
-    def direct_pass(self) -> SlotCall:
-        """The deep decoder on what the last step gave, with the head."""
-        self.direct = self._passes[0, 1, False] = self.deep_piece(self._hidden, 1)
-        return self.direct
+    def bind_both(self, exits: bool) -> tuple[SlotCall, SlotCall]:
+        """The shallow decoder on `token` without the head, and the deep one on what that gives, with it."""
+        deep = self._passes[0, 1, False] = self.deep_piece(self._hidden, 1)
+        self.both = self.step(False, exits), deep
+        return self.both
 
     def answer(self, row: int, drafted: bool = False) -> Prediction:
         """What the last deep call predicted at the `row`-th of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
-        return tuple.__new__(Prediction, (self._answer[row], None, nll, logits))
+        return tuple.__new__(Prediction, (self.answers[row], None, nll, logits))
 
     def piece(self, tokens: np.ndarray, hidden: np.ndarray, head: bool, exits: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none; the exit's own layers for
@@ -157,7 +162,7 @@ class Slot:
         )
 
     def _every_call(self) -> Iterator[SlotCall]:
-        return chain(self.steps.values(), self._together.values(), self._passes.values())
+        return chain(self._steps.values(), self._together.values(), self._passes.values())
 
     def _new_call(
         self,

@@ -77,6 +77,9 @@ class SlotCall:
         self._call = None
 
 
+# Nothing: what follows are engine calls that a sequence which is alone runs itself.
+AT_ONCE = Event(0.0)
+
 # SlotCall to be run, an event to happen, or None: others may have a turn.
 Waiting = SlotCall | Event | None
 Waits = Generator[Waiting, None, T]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator
 
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.response import NOBODY, Caller
-from runtime.decoding.slot_call import Waiting
+from runtime.decoding.slot_call import AT_ONCE, Waiting
 from runtime.result import Token
 
 # Told that a request was "queued", then that it was "refused" or has "ended", each for an error if there was one.
@@ -56,12 +56,15 @@ class Task:
         self.begun = True
         try:
             item = next(coroutine) if error is None else coroutine.throw(error)
-            while isinstance(item, Token):
+            while item is not AT_ONCE:
+                if not isinstance(item, Token):
+                    self.waits = item
+                    return True
                 self.tokens.append(item)
                 item = next(coroutine)
         except StopIteration:
             return False
-        self.waits = item
+        self.waits = AT_ONCE
         return True
 
     def stop(self) -> None:

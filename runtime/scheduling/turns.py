@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import SlotCall, Waiting
+from runtime.decoding.slot_call import AT_ONCE, SlotCall, Waiting
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Event, Runner
 from runtime.errors import interrupted
@@ -74,7 +74,7 @@ class Turns:
         return bool(begun or left)
 
     def _turn(self, moved: bool, awaited: Awaited, whole: bool) -> None:
-        if len(self._rows) == 1 and isinstance(call := self._rows[0].waits, SlotCall):
+        if len(self._rows) == 1 and _goes_on(call := self._rows[0].waits):
             task = self._rows[0]
             decoder = task.decoder
             # An interrupt of a thread that waits for something else must not end the task.
@@ -95,14 +95,17 @@ class Turns:
     def _run_alone(self, task: Task, call: Waiting, awaited: Awaited, whole: bool) -> None:
         """Turns of the only task, while nothing else is to be done. Most turns are these. What they touch has left the
         processor's cache during the engine call, so each function and array here counts."""
-        wheel = self._wheel
-        while isinstance(call, SlotCall):
+        wheel, may_be_late = self._wheel, task.until != math.inf
+        while True:
             self._turns += 1
             error: Exception | None = None
-            try:
-                call.run()
-            except Exception as failure:
-                error = failure
+            if call is not AT_ONCE:
+                if not isinstance(call, SlotCall):
+                    return
+                try:
+                    call.run()
+                except Exception as failure:
+                    error = failure
             try:
                 going = task.advance(error)
             except BaseException as failure:
@@ -112,7 +115,7 @@ class Turns:
                 self._advanced(task, going)
             if not going or self._waiting or wheel.followers or task.abandoned:
                 return
-            if task.until != math.inf and task.until <= time.monotonic():
+            if may_be_late and task.until <= time.monotonic():
                 return
             if not (whole and awaited is task) and awaited.ready(whole):
                 return
@@ -211,3 +214,8 @@ class Turns:
                 events[0].wait()
         else:
             time.sleep(WAIT)
+
+
+def _goes_on(waits: Waiting) -> bool:
+    """Whether a task that is alone needs nothing else to go on."""
+    return waits is AT_ONCE or isinstance(waits, SlotCall)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 
 from runtime import GenerationResult, Metrics, OptionError, QueueFullError, RequestEvent, Session, Stats
 from runtime.metrics import TOKEN_SECONDS, Histogram
+from runtime.result import PassStats
 
 PROMPT = [5, 6, 7]
 
@@ -24,8 +24,9 @@ def test_a_histogram_counts_a_value_at_its_bound_below_it() -> None:
 
 
 def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
-    passes = Counter({1: 4, 3: 2})
-    stats = [Stats(mode, tokens=11, exits=6, rejected=2, sync_sizes=passes) for mode in ("lossless", "free")]
+    longer = {3: PassStats(2)}
+    given: dict[str, Any] = {"tokens": 11, "exits": 6, "rejected": 2, "single_passes": 4, "longer_passes": longer}
+    stats = [Stats("lossless", **given), Stats("free", **given)]
     counted = Metrics()
     for each in stats:
         counted.add(GenerationResult("", (), (), (), "eos", each), [1.0, 1.002, 1.003])
@@ -35,6 +36,16 @@ def test_drafts_are_counted_in_the_modes_that_verify_them() -> None:
     assert counted.pass_rows.counts[:3] == [8, 0, 4]
     assert sum(counted.inter_token_latency.counts) == 4
     assert counted.inter_token_latency.counts[TOKEN_SECONDS.index(0.001) : TOKEN_SECONDS.index(0.0025) + 1] != [0, 0]
+
+
+def test_passes_over_one_token_and_over_several_are_counted_by_their_rows() -> None:
+    stats = Stats()
+    assert (stats.sync_sizes, stats.sync_seconds, stats.sync_passes) == ({}, {}, 0)
+    for rows, seconds in ((1, 1.0), (3, 2.0), (1, 0.5), (3, 4.0), (2, 1.5)):
+        stats.count_pass(rows, seconds)
+    assert stats.sync_sizes == {1: 2, 2: 1, 3: 2}
+    assert stats.sync_seconds == {1: 1.5, 2: 1.5, 3: 6.0}
+    assert (stats.sync_passes, stats.deep_seconds) == (5, 9.0)
 
 
 def test_requests_are_counted_as_they_end(chat: Path) -> None:

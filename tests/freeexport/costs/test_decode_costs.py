@@ -92,9 +92,9 @@ def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
 
 
 def test_a_sample_of_a_request_counts_its_steps_and_passes() -> None:
-    stats = Stats(tokens=9, seconds=10.0, prefill_seconds=1.0, shallow_seconds=4.0, deep_seconds=3.0)
-    stats.sync_sizes.update({3: 2, 1: 1})
-    stats.sync_seconds.update({3: 2.5, 1: 0.5})
+    stats = Stats(tokens=9, seconds=10.0, prefill_seconds=1.0, shallow_seconds=4.0)
+    for rows, seconds in ((3, 1.0), (3, 1.5), (1, 0.5)):
+        stats.count_pass(rows, seconds)
     found = Sample.of(True, stats)
     assert (found.steps, found.passes, found.shallow, found.outside) == (8, 3, 4.0, 2.0)
     assert found.deep == {3: 1.25, 1: 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 import time
@@ -25,7 +26,7 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import SlotCall, Waiting, alone
+from runtime.decoding.slot_call import AT_ONCE, SlotCall, Waiting, alone
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
@@ -175,6 +176,7 @@ class Ask:
         first = yield from decoder.prefilling(prompt, head=True)
         output = Failing(prompt, self.tokens)
         output.start, output.fails, output.poisons = len(prompt), self.fails, self.poisons
+        output.greedy = max(self.fails, self.poisons) < 0  # else it is to choose
         if self.mode == "full":
             return (yield from decode.full(decoder, first, output))
         if self.mode == "free":
@@ -225,6 +227,44 @@ def test_a_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch
     # A token of the other needs two engine calls: it waits for two pieces at most.
     assert all(later - earlier > 2 for earlier, later in zip(pieces, pieces[2:], strict=False))
     assert [list(task.tokens) for task in (first, late)] == [Ask(tuple(range(12)), "full", 14).alone()[0]] * 2
+
+
+@pytest.mark.parametrize("mode", ["full", "free"])
+def test_a_request_that_is_alone_runs_its_calls_itself_until_another_joins(mode: str) -> None:
+    machine, ask, late = Machine(2), Ask((1, 2, 3), mode, 12), Ask((4,), mode, 12)
+    first, second = Task(ask.run), Task(late.run)
+    machine.scheduler.join(first)
+    for _ in range(3):  # token by token, as one reads a stream
+        machine.scheduler.wait(first, whole=False)
+        came = [first.tokens.popleft()]
+    assert (list(first.tokens), first.waits) == ([], AT_ONCE)
+    machine.scheduler.join(second)
+    machine.scheduler.wait(first, whole=True)
+    machine.scheduler.wait(second, whole=True)
+    assert any(len(call) > 1 for call in machine.calls["shallow"])
+    assert [*came, *first.tokens] == ask.alone()[0][2:]
+    assert list(second.tokens) == late.alone()[0]
+    machine.check_empty()
+
+
+@pytest.mark.parametrize("mode", ["full", "free"])
+def test_an_engine_that_fails_ends_the_request_that_is_alone(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ask = Machine(1), Ask((1, 2, 3), mode, 12)
+    run, numbers = machine.runners[1].run, itertools.count()
+
+    def failing(call: Any) -> float:
+        if next(numbers) == 2:
+            raise ZeroDivisionError
+        return run(call)
+
+    monkeypatch.setattr(machine.runners[1], "run", failing)
+    row = Task(ask.run)
+    machine.scheduler.join(row)
+    machine.scheduler.wait(row, whole=True)
+    assert isinstance(row.error, ZeroDivisionError)
+    assert 0 < len(row.tokens) < 12
+    assert list(row.tokens) == ask.alone()[0][: len(row.tokens)]
+    machine.check_empty()
 
 
 asks = st.builds(
