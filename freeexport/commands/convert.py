@@ -91,6 +91,8 @@ def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: b
     click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}{faster}")
     if manifest.quantization is not None and manifest.quantization.higher:
         click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
+    if manifest.quantization is not None and (kept := sum(item.kept for item in manifest.quantization.engines)):
+        click.echo(f"4-bit weights: {kept} tensors as the checkpoint has them")
     if manifest.quantization is not None and (data := manifest.quantization.rounding_data) is not None:
         click.echo(f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts")
     if manifest.quantization is not None and manifest.target == "cpu":

@@ -26,10 +26,17 @@ if TYPE_CHECKING:
 def precision_table(quantization: Quantization) -> Table:
     """A row an engine."""
     rows = [
-        (item.engine, item.linears, item.head or "", human_bytes(item.bytes), f"{item.largest_error:.1%}")
+        (
+            item.engine,
+            item.linears,
+            item.head or "",
+            human_bytes(item.bytes),
+            f"{item.largest_error:.1%}",
+            f"{item.kept}",
+        )
         for item in quantization.engines
     ]
-    columns = ("engine", "linear layers", "head", "weights#", "largest error#")
+    columns = ("engine", "linear layers", "head", "weights#", "largest error#", "4 bits as they were#")
     return table("Precision", columns, rows)
 
 

@@ -105,6 +105,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             head=self._stored[self._head].format if self._head in self._stored else None,
             bytes=sum(stored.bytes for stored in self._stored.values()),
             largest_error=max((stored.error for stored in self._stored.values()), default=0.0),
+            kept=sum(len(name.split(STACK)) for name, stored in self._stored.items() if stored.kept),
         )
         self._quantizer.record(precision, list(self._higher()))
 

@@ -18,7 +18,7 @@ from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, parse_json
 
 # A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 0
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 1
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 

@@ -30,13 +30,15 @@ class HigherTensor:
 @dataclass(frozen=True)
 class EnginePrecision:
     """The linear layers of an engine: their format, that of its head (None for an engine without one), bytes of weights
-    and scales, and the largest relative error of a weight, before it was fitted to text."""
+    and scales, and the largest relative error of a weight, before it was fitted to text. `kept`: tensors in 4 bits that
+    the checkpoint had in 4 bits already."""
 
     engine: str
     linears: TensorFormat
     head: TensorFormat | None
     bytes: int
     largest_error: float
+    kept: int = 0
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,9 @@ def test_4_bits_of_a_file_are_not_rounded_again(kind: str, kernels: Kernels, kep
     bundle = converted(model, kernels)
     errors = [engine.largest_error for engine in quantization(bundle).engines]
     assert all(error < 1e-6 for error in errors) if kept else all(error > 0.01 for error in errors)
+    assert all(engine.kept == (8 if kept else 0) for engine in quantization(bundle).engines), (
+        "7 of a layer, and the head"
+    )
     tokens = np.random.default_rng(0).integers(3, 32, (1, 24))
     with torch.no_grad():
         exact = reference_model(open_checkpoint(str(model)))(torch.from_numpy(tokens)).logits[0].numpy()
