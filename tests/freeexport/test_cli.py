@@ -65,7 +65,7 @@ def test_help_imports_no_heavy_package_and_is_fast() -> None:
         seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "doctor" in done.stdout
     assert done.stderr.strip() == ""
-    assert min(seconds) < 0.5
+    assert min(seconds) < 1  # 0.4 on an idle Xeon, 0.65 beside other tests; torch takes 2
 
 
 def test_version_is_the_distributions() -> None:

@@ -24,11 +24,13 @@ RECIPES = {
 
 def read(verb: str, arguments: list[str]) -> dict[str, object]:
     """The options of a command of freeexport; click's UsageError where there is none of a name or a value is wrong."""
-    command = freeexport.get_command(click.Context(freeexport), verb)
+    # click keeps a command's option for help as its first context has it, so that is the context of all.
+    context = click.Context(freeexport, **freeexport.context_settings)
+    command = freeexport.get_command(context, verb)
     assert command is not None, verb
     if isinstance(command, click.Group):
         command = command.commands["run"]
-    return command.make_context(verb, [*arguments]).params
+    return command.make_context(verb, [*arguments], parent=context).params
 
 
 @pytest.fixture
