@@ -96,6 +96,8 @@ def _reached(nodes: Iterable[onnx.NodeProto], sources: set[str]) -> set[int]:
 
 
 def _gathers(node: onnx.NodeProto, name: str) -> bool:
+    if node.op_type == "PackedRows":
+        return name in node.input[1:]
     return node.op_type.startswith("Gather") and name in (node.input[0], *node.input[2:])
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import CASES, Case
@@ -12,6 +13,7 @@ from freeexport.costs.per_layer import analytic
 from freeexport.costs.roofline import engine_bytes, measure_bandwidth, token_bytes
 from graphs.families import describe
 from runtime.bundle.bundle import Bundle
+from runtime.kernels import missing
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -31,9 +33,20 @@ def test_weights_of_engines_are_those_of_their_layers_and_the_head(
         assert known.head <= head <= 1.15 * known.head
 
 
-def test_an_embedding_that_rows_are_taken_from_is_not_read(bundle: Bundles) -> None:
-    made = Bundle.open(bundle(BY_NAME["llama-tied"]))
-    embedding = made.manifest.vocab_size * made.manifest.hidden_size * 4
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 4),
+        pytest.param(
+            {"precision": "int8", "kernels": "freeexport"},
+            1,
+            marks=pytest.mark.skipif(missing() is not None, reason="the kernels are not built"),
+        ),
+    ],
+)
+def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, Any], size: int, bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"], **options))
+    embedding = made.manifest.vocab_size * made.manifest.hidden_size * size
     stored = sum(file.size for name, file in made.manifest.files.items() if name.endswith(".data"))
     shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
     # Tied: it stands once, as the head of both.
