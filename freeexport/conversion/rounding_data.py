@@ -51,13 +51,19 @@ def round_for_text(
 
     Holds the model in float32 (4 bytes a parameter), the quantized weights, and the hidden states of the text. The same
     machine gives the same weights. Raises DataError where the file is broken or has too little text, OptionError where
-    there is too little memory, CheckpointError where the checkpoint has no tokenizer.
+    there is too little memory or all these weights have 4 bits already, CheckpointError where the checkpoint has no
+    tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
     _check_memory(checkpoint)
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
     rounder = _Rounder(model, description, engines)
+    if rounder.done:
+        raise OptionError(
+            f"--rounding-data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, which are kept; "
+            "leave it out"
+        )
     layers = list(getattr(stack, field))
     with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:
         calls = _calls(model, layers, texts)
@@ -80,7 +86,11 @@ class _Rounder:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
         self._scheme, self._type = used.scheme, used.scales or FLOAT32
-        self._modules = _with_4_bits(model, description, engines)
+        found = _with_4_bits(model, description, engines)
+        kept = {
+            name for name, module in found.items() if self._scheme.keeps(module.weight.detach().numpy(), self._type)
+        }
+        self._modules = {name: module for name, module in found.items() if name not in kept}
 
     @property
     def done(self) -> bool:
@@ -99,8 +109,6 @@ class _Rounder:
             hook.remove()
         for name, module in modules.items():
             weight, seen = module.weight.numpy(), moments.of(module)
-            if self._scheme.keeps(weight, self._type):
-                continue
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about

@@ -29,6 +29,7 @@ from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for
 from graphs.quantization.rounding import Rounded, values_of
+from graphs.quantization.scheme import IntegerScheme
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.precision import Kernels
 
@@ -264,6 +265,14 @@ def test_where_nothing_has_4_bits_text_is_refused(
 ) -> None:
     line = error(convert(checkpoint(LLAMA), tmp_path / "out", *options, "--rounding-data", str(text)))
     assert "--rounding-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4)" in line
+
+
+def test_where_all_4_bits_are_kept_there_is_nothing_to_fit(
+    text: Path, checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(IntegerScheme, "keeps", lambda scheme, weight, scales: True)
+    line = error(convert(checkpoint(LLAMA), tmp_path / "out", "--precision", "int4", "--rounding-data", str(text)))
+    assert "--rounding-data has nothing to fit: llama-tied has its weights in 4 bits already" in line
 
 
 def test_too_little_memory_is_said_before_the_model_is_loaded(
