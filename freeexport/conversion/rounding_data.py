@@ -87,10 +87,11 @@ class _Rounder:
         used = rounding(engines.target, engines.kernels)
         self._scheme, self._type = used.scheme, used.scales or FLOAT32
         found = _with_4_bits(model, description, engines)
-        kept = {
-            name for name, module in found.items() if self._scheme.keeps(module.weight.detach().numpy(), self._type)
+        self._modules = {
+            name: module
+            for name, module in found.items()
+            if not self._scheme.keeps(module.weight.detach().numpy(), self._type)
         }
-        self._modules = {name: module for name, module in found.items() if name not in kept}
 
     @property
     def done(self) -> bool:

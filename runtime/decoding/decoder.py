@@ -215,10 +215,7 @@ class Decoder:
         self._shallow.cache.extend(calls.slot, 1)
         calls.rows[self.stacked][:] = calls.newest
         self.stacked += 1
-        if not self._head:
-            return NOTHING
-        shallow: Prediction = tuple.__new__(Prediction, (calls.best[0], calls.confidence[0], None, calls.logits))
-        return shallow if self._decisions is None else self._guessed(shallow)
+        return self._prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
         """Shallow steps on several tokens as one call, onto the empty stack; the head for the last. `guesses` are
@@ -256,10 +253,7 @@ class Decoder:
             self.stats.count_pass(call.rows, call.seconds)
             self._deep.cache.extend(calls.slot, call.rows)
         self.stacked = 0
-        if self._heads == 1:  # in fewer functions
-            deep = [calls.answer(0, self._drafts > 0)]
-        else:
-            deep = [calls.answer(row, row < self._drafts) for row in range(self._heads)]
+        deep = [calls.answer(row, row < self._drafts) for row in range(self._heads)]
         return deep if self._decisions is None else self._decided(deep)
 
     def _decided(self, deep: list[Prediction]) -> list[Prediction]:
@@ -285,12 +279,9 @@ class Decoder:
         """By the step that ran, which is counted."""
         calls = self._calls
         shallow: Prediction = tuple.__new__(Prediction, (calls.best[0], calls.confidence[0], None, calls.logits))
-        return shallow if self._decisions is None else self._guessed(shallow)
-
-    def _guessed(self, shallow: Prediction) -> Prediction:
-        """In place of the prediction after the last row of the shallow cache."""
-        assert self._decisions is not None
-        return self._decisions.guess(self, self._shallow.cache.lengths.item(self.slot) - 1, shallow)
+        if self._decisions is not None:
+            shallow = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, shallow)
+        return shallow
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         calls, rows = self._calls, piece.shape[1]
