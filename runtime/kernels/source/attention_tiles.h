@@ -130,12 +130,8 @@ inline void exponentials(float* x, int64_t count, float* most, float* sum) {
     for (int j = 0; j < kWide; j++) largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
   for (int half = kWide / 2; half > 0; half /= 2)
     for (int j = 0; j < half; j++) largest[j] = largest[j + half] > largest[j] ? largest[j + half] : largest[j];
-  // Apart, as GCC takes the exponential of a limit for a case of its own, and one number after the other.
-  for (int64_t i = 0; i < end; i++) {
-    const float below = x[i] - largest[0];
-    x[i] = below < -87.0f ? -87.0f : below;
-  }
-  for (int64_t i = 0; i < end; i++) x[i] = exponential_within(x[i]);
+  for (int64_t i = 0; i < end; i++) x[i] -= largest[0];
+  exponentials(x, end);
   for (int64_t i = count; i < end; i++) x[i] = 0.0f;
   for (int64_t i = 0; i < end; i += kWide)
     for (int j = 0; j < kWide; j++) sums[j] += x[i + j];
