@@ -1,0 +1,136 @@
+"""Timing: settings decode the same prompts in turn, so that what slows the machine down for a while slows them all.
+
+A busy machine is no reason to refuse: measure, print the spread, and mark the figures (`other_load`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from statistics import median
+from typing import Generic, TypeVar
+
+import numpy as np
+import psutil
+
+from freeexport.system.progress import progress
+from runtime.bundle.costs import TOLERATED
+
+SettingT = TypeVar("SettingT")
+PromptT = TypeVar("PromptT")
+RunT = TypeVar("RunT")
+
+# Seconds below which the counters of the system are too coarse to tell how busy others were.
+_SHORTEST = 0.5
+
+
+@dataclass(frozen=True)
+class Turn(Generic[RunT]):
+    """One prompt of one round: `runs` in the order of the settings."""
+
+    round: int
+    prompt: int
+    runs: list[RunT]
+
+
+def interleave(
+    settings: Sequence[SettingT],
+    prompts: Sequence[PromptT],
+    rounds: int,
+    decode: Callable[[SettingT, PromptT], RunT],
+    warm_up: int = 1,
+    done: Callable[[int, int], bool] = lambda round, prompt: False,
+    title: str = "measuring",
+) -> Iterator[Turn[RunT]]:
+    """Decode every prompt in every setting, `rounds` times, and yield each prompt's runs as soon as they are complete.
+
+    The first of the settings rotates from prompt to prompt and from round to round: none always follows the same other.
+    Before, every setting decodes `warm_up` prompts untimed, which binds buffers and faults pages. `done(round, prompt)`
+    names turns of an interrupted run that are not repeated.
+    """
+    turns = [(turn, place) for turn in range(rounds) for place in range(len(prompts))]
+    left = [turn for turn in turns if not done(*turn)]
+    before = len(turns) - len(left)
+    total, passed = (count * len(settings) for count in (len(turns), before))
+    with progress(title, total, passed) as advance:
+        for prompt in prompts[: warm_up if left else 0]:
+            for setting in settings:
+                decode(setting, prompt)
+        for turn, place in left:
+            runs: dict[int, RunT] = {}
+            first = (turn + place) % len(settings)
+            for number in (*range(first, len(settings)), *range(first)):
+                runs[number] = decode(settings[number], prompts[place])
+                advance()
+            yield Turn(turn, place, [runs[number] for number in range(len(settings))])
+
+
+def speeds(
+    settings: Sequence[SettingT],
+    prompts: Sequence[PromptT],
+    rounds: int,
+    decode: Callable[[SettingT, PromptT], tuple[int, float]],
+    warm_up: int = 1,
+) -> np.ndarray:
+    """Measure tokens a second, float64 [rounds, settings]; `decode` gives tokens and seconds. NaN: no tokens."""
+    done = np.zeros((rounds, len(settings), 2))
+    for turn in interleave(settings, prompts, rounds, decode, warm_up):
+        done[turn.round] += turn.runs
+    tokens, seconds = done[..., 0], done[..., 1]
+    return np.divide(tokens, seconds, out=np.full_like(tokens, np.nan), where=tokens > 0)
+
+
+def spread(values: Sequence[float]) -> float:
+    """The largest less the smallest, as a share of the median."""
+    return (max(values) - min(values)) / median(values)
+
+
+@dataclass
+class OtherLoad:
+    """`cores` that other processes kept busy during a measurement; 0 until it ends, or where it was too short."""
+
+    cores: float = 0.0
+
+    @property
+    def note(self) -> str:
+        """A sentence for tables and pages; empty where the machine was idle."""
+        if self.cores <= TOLERATED:
+            return ""
+        return f"other processes kept {self.cores:.1f} cores busy: speeds are uncertain, by their spread or more"
+
+
+@contextmanager
+def other_load() -> Iterator[OtherLoad]:
+    """Watch how busy others keep the machine while the block measures."""
+    load = OtherLoad()
+    began, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
+    try:
+        yield load
+    finally:
+        elapsed = time.monotonic() - began
+        if elapsed >= _SHORTEST:
+            others = _busy_seconds() - busy - (_own_seconds() - own)
+            load.cores = round(max(0.0, others / elapsed), 2)
+
+
+def _busy_seconds() -> float:
+    """Seconds for which processors of this machine were not idle."""
+    return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in _BUSY)
+
+
+# Virtual machines that run here count as `user` already.
+_BUSY = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
+
+
+def _own_seconds() -> float:
+    """Seconds of this process and its children, those that have ended included."""
+    process, total = psutil.Process(), 0.0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            times = one.cpu_times()
+        except psutil.Error:  # ended in between
+            continue
+        total += times.user + times.system + times.children_user + times.children_system
+    return total
