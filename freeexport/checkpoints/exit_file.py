@@ -15,7 +15,7 @@ from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, 
 from graphs.families import describe
 from runtime.errors import BundleError
 
-LossName = Literal["ce", "kd-dyn", "kd-last", "kd-unif", "weighted-ce", "logit-kd", "kd-dyn-raw"]
+LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd"]
 Tune = Literal["full", "lora", "exit"]
 Shape = tuple[int, ...]
 

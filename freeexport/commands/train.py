@@ -12,7 +12,6 @@ import click
 from freeexport.commands.verb_options import SectionedCommand, section
 from freeexport.training.options import (
     LORA_PRESETS,
-    OFFERED_LOSSES,
     LoraOptions,
     LossName,
     Schedule,
@@ -40,11 +39,9 @@ from freeexport.training.train import leave_group, train
               help="Cut long inputs, on the left for decoder-only models, else on the right.")  # fmt: skip
 @section("What is trained")
 @click.option("--exit-layer", type=int, required=True, help="Exit after this layer, 1 to L - 1.")
-@click.option("--loss", type=click.Choice(get_args(LossName)), metavar=f"[{'|'.join(OFFERED_LOSSES)}]",
-              default=TrainingOptions.loss,
-              help="ce: cross-entropy of both exits. weighted-ce: of all layers. Others add a distillation to ce: "
-              "kd-dyn of hidden states, layers matched dynamically, kd-unif matched evenly, kd-last of the last "
-              "layer, logit-kd of predictions.")  # fmt: skip
+@click.option("--loss", type=click.Choice(get_args(LossName)), default=TrainingOptions.loss,
+              help="ce: cross-entropy of both exits. weighted-ce: of all layers. kd-dyn, logit-kd: ce, and "
+              "distillation of hidden states (FREE's own) or of predictions.")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=0.5, help="Weight of the distillation.")
 @click.option("--label-smoothing", type=float, default=0.0,
               help="Share of each label to spread over all tokens, in training.")  # fmt: skip

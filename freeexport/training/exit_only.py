@@ -45,11 +45,9 @@ class FrozenExit(nn.Module):
 
     def forward(self, shallow: torch.Tensor, deep: torch.Tensor, labels: torch.Tensor) -> Metrics:
         """Hidden states [N, d] after the exit layer and the last one, labels [N]."""
-        student = self.exit.norm(self.exit.adapted(shallow))
-        shallow_logits = self.head.read(student)
+        shallow_logits = self.head.read(self.exit.norm(self.exit.adapted(shallow)))
         with torch.no_grad():
-            teacher = self.head.normed(deep)
-            deep_logits = self.head.read(teacher)
+            deep_logits = self.head(deep)
         if not self.training:
             return measures(shallow_logits, deep_logits, labels, self.exit_layer, self.layers)
         exits = {
@@ -60,9 +58,6 @@ class FrozenExit(nn.Module):
         loss = losses.by_depth(exits)
         if self.loss_name == "logit-kd":
             loss = loss + self.alpha * losses.logit_distillation(deep_logits, shallow_logits)
-        elif self.loss_name == "kd-last":
-            states = {self.exit_layer: student, self.layers: teacher}
-            loss = loss + self.alpha * losses.hidden_distillation(states, [(self.exit_layer, self.layers)])
         return {"loss": loss}
 
 

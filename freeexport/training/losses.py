@@ -60,39 +60,26 @@ def teacher_layers(exit_layer: int, layers: int) -> tuple[int, ...]:
     return tuple(round(layers * number / exit_layer) for number in range(1, exit_layer + 1))
 
 
-def uniform_pairs(exit_layer: int, layers: int) -> list[Pair]:
-    """Each shallow layer with the layer at the same share of the whole depth."""
-    return list(enumerate(teacher_layers(exit_layer, layers), start=1))
+def match(distances: np.ndarray) -> list[tuple[int, int]]:
+    """Pairs (teacher, student) of `distances` [teachers, students], from the deepest teacher down: each takes the
+    nearest student strictly below the one before, so no two share one. Teachers for whom none is left get none.
 
-
-def align(distances: np.ndarray) -> list[int]:
-    """For each teacher (row) its shallow layer (column), order kept: the non-decreasing choice of least total.
-
-    `distances` [teachers, shallow]; columns count from 0, the leftmost of equal choices is taken.
+    The authors' code gives those the lowest student again, which would then be pulled to several layers.
     """
-    rows, columns = distances.shape
-    total = np.zeros((rows, columns))
-    best = np.zeros((rows, columns), dtype=int)  # the column of the row above, where the path ends in [row, column]
-    total[0] = distances[0]
-    for row in range(1, rows):
-        for column in range(columns):
-            best[row, column] = int(np.argmin(total[row - 1, : column + 1]))
-            total[row, column] = total[row - 1, best[row, column]] + distances[row, column]
-    path = [int(np.argmin(total[-1]))]
-    for row in range(rows - 1, 0, -1):
-        path.append(int(best[row, path[-1]]))
-    return path[::-1]
+    pairs, free = [], distances.shape[1]
+    for teacher in reversed(range(len(distances))):
+        if not free:
+            break
+        free = int(np.argmin(distances[teacher, :free]))
+        pairs.append((teacher, free))
+    return pairs[::-1]
 
 
 def dynamic_pairs(states: Mapping[int, torch.Tensor], exit_layer: int, teachers: Sequence[int]) -> list[Pair]:
-    """Each teacher layer with the shallow layer nearest to it in mean square distance, order kept.
-
-    A teacher that is a shallow layer itself is at distance 0 from itself, and then adds nothing to the loss.
-    """
+    """The pairs of `match` as layers, by the mean square distances of their states."""
     shallow = torch.stack([states[layer].detach().float() for layer in range(1, exit_layer + 1)])  # [S, N, d]
     distances = torch.stack([(shallow - states[layer].detach().float()).square().mean((1, 2)) for layer in teachers])
-    chosen = align(distances.double().cpu().numpy())
-    return [(column + 1, layer) for column, layer in zip(chosen, teachers, strict=True)]
+    return [(student + 1, teachers[teacher]) for teacher, student in match(distances.cpu().numpy())]
 
 
 def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]:
@@ -100,25 +87,6 @@ def kept_layers(loss: LossName, exit_layer: int, layers: int) -> tuple[int, ...]
     kept = {exit_layer, layers}
     if loss == "weighted-ce":
         kept.update(range(1, layers + 1))
-    elif loss in ("kd-dyn", "kd-unif"):
+    elif loss == "kd-dyn":
         kept.update(range(1, exit_layer + 1), teacher_layers(exit_layer, layers))
-    elif loss == "kd-dyn-raw":
-        kept.update(range(1, exit_layer + 1), _layers_above(exit_layer, layers))
     return tuple(sorted(kept))
-
-
-def distilled_pairs(loss: LossName, states: Mapping[int, torch.Tensor], exit_layer: int, layers: int) -> list[Pair]:
-    """Which layers the loss pulls together; none for losses without layer-wise distillation."""
-    if loss == "kd-last":
-        return [(exit_layer, layers)]
-    if loss == "kd-unif":
-        return uniform_pairs(exit_layer, layers)
-    if loss == "kd-dyn-raw":
-        return dynamic_pairs(states, exit_layer, _layers_above(exit_layer, layers))
-    return dynamic_pairs(states, exit_layer, teacher_layers(exit_layer, layers)) if loss == "kd-dyn" else []
-
-
-def _layers_above(exit_layer: int, layers: int) -> tuple[int, ...]:
-    """The teachers of kd-dyn-raw, which is kept to make the old figures of docs/training.md again."""
-    count = min(exit_layer, layers - exit_layer)
-    return tuple(exit_layer + round((layers - exit_layer) * number / count) for number in range(1, count + 1))

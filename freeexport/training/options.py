@@ -14,10 +14,8 @@ from runtime.errors import OptionError
 
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
 
-# kd-dyn-raw distils the residual stream before the norm, which ruins a model: it is there to be compared with.
-OFFERED_LOSSES = tuple(name for name in get_args(LossName) if name != "kd-dyn-raw")
-# What a frozen backbone leaves to train: its layers' hidden states do not move, so only their last one is a target.
-EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd", "kd-last")
+# Losses for --tune exit: the others train layers, which it freezes.
+EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_EPOCHS = 3.0
@@ -92,8 +90,7 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.loss not in get_args(LossName):
-            _choice("loss", self.loss, OFFERED_LOSSES)
+        _choice("loss", self.loss, get_args(LossName))
         _choice("tune", self.tune, get_args(Tune))
         _choice("schedule", self.schedule, get_args(Schedule))
         for name in (
@@ -144,9 +141,8 @@ class TrainingOptions:
                 f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
                 f"{', '.join(MEASURED)}"
             )
-        unfit = "kd-last" if self.tune == "exit" else "weighted-ce"
-        if self.exit_layers and self.loss == unfit:
-            raise OptionError(f"--loss {unfit} is for an exit without layers of its own; choose logit-kd or ce")
+        if self.exit_layers and self.loss == "weighted-ce":
+            raise OptionError("--loss weighted-ce is for an exit without layers of its own; choose logit-kd or ce")
         if self.from_config and self.tune != "full":
             raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
         if self.resume and self.overwrite:

@@ -156,9 +156,10 @@ class ShallowDeep(nn.Module):
         )
         if self.loss_name == "logit-kd":
             loss = loss + self.alpha * losses.logit_distillation(deep, shallow)
-        compared = hidden if self.loss_name == "kd-dyn-raw" else states
-        if pairs := losses.distilled_pairs(self.loss_name, compared, self.exit_layer, self.layers):
-            loss = loss + self.alpha * losses.hidden_distillation(compared, pairs)
+        if self.loss_name == "kd-dyn":
+            teachers = losses.teacher_layers(self.exit_layer, self.layers)
+            pairs = losses.dynamic_pairs(states, self.exit_layer, teachers)
+            loss = loss + self.alpha * losses.hidden_distillation(states, pairs)
         return {"loss": loss}
 
     def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:

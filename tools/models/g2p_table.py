@@ -51,12 +51,9 @@ class Training:
 
 
 BEST = Training()
-# Hidden states compared before the final norm, as this project once did: it ruins the model, so it is only trained.
-OLD = Training("kd-dyn-raw")
 TRAININGS = (
     *(Training(loss, 2, seed) for seed in SEEDS for loss in LOSSES),
     *(Training(exit_layer=layer) for layer in (1, 3, 4)),
-    OLD,
 )
 
 
@@ -179,9 +176,7 @@ def command(
         begin_with(work, begin)
     build_data(work)
     for training in () if only else TRAININGS:
-        trained(work, training)
-        if training != OLD:
-            bundle(work, training)
+        bundle(work, training)
     if train_only:
         return
     results = work / ("results" if threads == 1 else f"results-{threads}")

@@ -113,7 +113,7 @@ def test_lora_preset_is_the_published_setting() -> None:
 
 
 @pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
-@pytest.mark.parametrize(("loss", "rank"), [("ce", 0), ("logit-kd", 4), ("kd-last", 4)])
+@pytest.mark.parametrize(("loss", "rank"), [("ce", 0), ("logit-kd", 4)])
 def test_exit_leaves_the_base_unchanged_to_the_bit(
     checkpoint: Callable[[Case], Path],
     options: TrainingOptions,

@@ -236,7 +236,6 @@ def test_an_interrupted_run_goes_on_with_its_options_only(
     [
         ({"exit_layers": 4}, "at most 3 make sense"),
         ({"exit_layers": -1}, "--exit-layers is -1"),
-        ({"loss": "kd-last"}, "--loss kd-last is for an exit without layers of its own"),
         ({"tune": "full", "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
     ],
 )
