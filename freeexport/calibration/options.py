@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from freeexport.checkpoints.transformers_model import Dtype
-from freeexport.metrics.metric import check_name
+from freeexport.metrics import check_name
 from runtime.bundle.calibration import Method
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.errors import OptionError

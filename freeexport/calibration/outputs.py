@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.metrics.metric import metric_of, scores
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Reference, metric_of, scores
 from freeexport.system.progress import Advance, progress
 from runtime import Session
 

@@ -20,7 +20,7 @@ from freeexport.checkpoints.text_format import known_ends, text_format
 from freeexport.costs.forced_exits import ForcedExitSession
 from freeexport.costs.measured import measured_costs
 from freeexport.costs.threshold_speed import measured_speedups
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.traces.from_bundle import trace_of
 from freeexport.traces.trace import Trace

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from freeexport.metrics.metric import check_name
+from freeexport.metrics import check_name
 from runtime.errors import OptionError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
@@ -31,7 +31,7 @@ METRICS = (
 
 
 class MetricName(click.ParamType):
-    """The name of a metric (freeexport/metrics/metric.py), not yet loaded."""
+    """The name of a metric (freeexport/metrics.py), not yet loaded."""
 
     name = "metric"
 

@@ -15,8 +15,7 @@ from freeexport.evaluation.figures import Curve, Row, curves_of, rows_of
 from freeexport.evaluation.measure import CALM, Entry, entries_of, measure
 from freeexport.evaluation.options import EvaluateOptions
 from freeexport.evaluation.records import Record, Records, check_output
-from freeexport.metrics.metric import Metric, metric_of
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
 from freeexport.system.machine import Machine, detect_machine
 from freeexport.system.output_file import write_whole

@@ -11,8 +11,7 @@ import numpy as np
 from freeexport.evaluation.measure import Entry
 from freeexport.evaluation.options import Setting
 from freeexport.evaluation.records import Record
-from freeexport.metrics.metric import Metric, bounded
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Metric, Reference, bounded
 from runtime.bundle.manifest import Manifest
 
 RESAMPLES, CONFIDENCE, SEED = 1000, 0.95, 0

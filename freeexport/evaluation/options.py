@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from freeexport.metrics.metric import check_name
+from freeexport.metrics import check_name
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
-from freeexport.metrics.metric import check_name
+from freeexport.metrics import check_name
 from runtime.errors import OptionError
 
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]

@@ -9,8 +9,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids
-from freeexport.metrics.metric import metric_of
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Reference, metric_of
 from freeexport.training.options import MEASURED, TrainingOptions
 
 _BATCH = 16  # examples

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from freeexport.metrics.metric import check_name
+from freeexport.metrics import check_name
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 

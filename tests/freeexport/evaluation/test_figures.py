@@ -14,8 +14,7 @@ from freeexport.evaluation.figures import area, curves_of, interval, rows_of
 from freeexport.evaluation.measure import Entry
 from freeexport.evaluation.options import Setting
 from freeexport.evaluation.records import Record
-from freeexport.metrics.metric import metric_of
-from freeexport.metrics.reference import Reference
+from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
 FULL, FREE, STATIC = Setting("full"), Setting("free", 0.5), Setting("static")

@@ -1,0 +1,362 @@
+"""Metrics of outputs against references: one scale for training, calibration and evaluation.
+
+A metric has statistics of each sequence, which add up, and the value of their sum. So every subset of sequences, and
+every resample of a bootstrap, has its value without scoring a text again.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from runtime.errors import FreeExportError, OptionError
+
+NAMES = (
+    *("exact", "rouge-1", "rouge-2", "rouge-l", "rouge-lsum", "bleu", "chrf", "wer", "per", "word-acc"),
+    *("squad-em", "squad-f1", "case-f1", "punct-f1"),
+)
+
+
+class MetricError(FreeExportError):
+    """A metric does not fit the data."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`texts`: alternatives, any of which is right, the first one the main one; `words`: for the words of one line that
+    `|` separates, the alternatives of each, or None."""
+
+    texts: tuple[str, ...]
+    words: tuple[tuple[str, ...], ...] | None = None
+
+    @classmethod
+    def of(cls, target: str | None, references: Any, where: str) -> Reference | None:
+        """Read the fields `target` and `references` of a line of data: a list of texts, or for each word a list of
+        alternatives. None where there is neither; OptionError, which names `where`, for anything else."""
+        main = () if target is None else (target,)
+        if references is None:
+            return cls(main) if main else None
+        if _is_texts(references):
+            return cls((*main, *(text for text in references if text != target)))
+        if isinstance(references, list) and references and all(map(_is_texts, references)):
+            words = tuple(map(tuple, references))
+            return cls(main or (" | ".join(word[0] for word in words),), words)
+        raise OptionError(
+            f"{where}: 'references' is {repr(references)[:60]}; give a list of texts, or a list of texts for each word"
+        )
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+Statistics = Callable[[str, Reference], Sequence[float]]
+Value = Callable[[np.ndarray], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`statistics`: of an output against its reference, k numbers; `value`: of their sum [k] over sequences, in [0, 1],
+    1 is best; `single`: of one sequence, where that differs. `needs`: the place in the statistics that is 0 for all
+    sequences where the metric does not fit, and why. `signature`: how it was computed."""
+
+    name: str
+    statistics: Statistics
+    value: Value
+    single: Value | None = None
+    needs: tuple[int, str] | None = None
+    signature: str = ""
+
+    @property
+    def label(self) -> str:
+        """The name in a table: an error rate's says that 1 is best."""
+        return f"1 - {self.name.upper()}" if self.name in ("wer", "per") else self.name
+
+    def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
+        """Statistics float64 [n, k]. Raises MetricError where the metric does not fit the references."""
+        rows = [self.statistics(text, reference) for text, reference in zip(outputs, references, strict=True)]
+        found = np.array(rows, np.float64)
+        if self.needs is not None and not found[:, self.needs[0]].any():
+            raise MetricError(f"metric {self.name} does not fit these data: {self.needs[1]}; choose another --metric")
+        return found
+
+    def of(self, table: np.ndarray) -> float:
+        """The value of all sequences of a table [n, k]."""
+        return bounded(self.value(table.sum(axis=0)))
+
+
+def bounded(value: float) -> float:
+    return min(1.0, max(0.0, value))
+
+
+def check_name(name: str) -> None:
+    """Raise OptionError for what cannot be a metric."""
+    module, colon, function = name.partition(":")
+    if name in NAMES or (colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        return
+    raise OptionError(f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as module:function")
+
+
+def metric_of(name: str) -> Metric:
+    """Build a metric by its name (NAMES), or `module:function`. Raises OptionError for names that are neither, and
+    what importing its library raises: they are those of the extra `metrics`."""
+    check_name(name)
+    if ":" in name:
+        return _imported(name)
+    if name in _ROUGE:
+        return _rouge(name)
+    makers: dict[str, Callable[[], Metric]] = {
+        "exact": lambda: Metric(name, _exact, _mean),
+        "bleu": lambda: _sacrebleu(name),
+        "chrf": lambda: _sacrebleu(name),
+        "wer": _word_errors,
+        "per": lambda: _pronunciations(name),
+        "word-acc": lambda: _pronunciations(name),
+        "squad-em": lambda: Metric(name, _best(_squad_exact), _mean),
+        "squad-f1": lambda: Metric(name, _best(_squad_f1), _mean),
+        "case-f1": lambda: _restoration(name),
+        "punct-f1": lambda: _restoration(name),
+    }
+    return makers[name]()
+
+
+def scores(name: str, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
+    """Score each sequence alone: bool [n] for "exact", float64 [n] for the others. The same text scores 1, also where
+    the metric is not made for it, and an empty one against text 0."""
+    metric = metric_of(name)
+    value = metric.single or metric.value
+
+    def score(output: str, reference: Reference) -> float:
+        if any(output.strip() == text.strip() for text in reference.texts):
+            return 1.0
+        if not output.strip() or not any(text.strip() for text in reference.texts):
+            return 0.0
+        return bounded(value(np.array(metric.statistics(output, reference), np.float64)))
+
+    found = [score(*pair) for pair in zip(outputs, references, strict=True)]
+    return np.array(found, np.bool_ if name == "exact" else np.float64)
+
+
+def _mean(sums: np.ndarray) -> float:
+    """The value of statistics (score, 1)."""
+    return float(sums[0] / sums[1])
+
+
+def _less_errors(sums: np.ndarray) -> float:
+    """1 less the rate of errors, of statistics (errors, units of the reference)."""
+    return 1 - float(sums[0] / sums[1]) if sums[1] else float(sums[0] == 0)
+
+
+def _f1(sums: np.ndarray) -> float:
+    """The value of statistics (right ones, those of the output, those of the reference)."""
+    both = float(sums[1] + sums[2])
+    return 2 * float(sums[0]) / both if both else 1.0
+
+
+def _best(score: Callable[[str, str], float]) -> Statistics:
+    """The best score among the alternatives, and 1."""
+    return lambda output, reference: (max(float(score(output, text)) for text in reference.texts), 1.0)
+
+
+def _imported(name: str) -> Metric:
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise OptionError(f"--metric {name}: {error}; name a function that Python can import") from None
+
+    def statistics(output: str, reference: Reference) -> Sequence[float]:
+        try:
+            score = float(max(function(output, text) for text in reference.texts))
+        except Exception as error:
+            raise MetricError(
+                f"metric {name} failed with {type(error).__name__}: {error}; repair the function"
+            ) from error
+        if not (math.isfinite(score) and 0 <= score <= 1):
+            raise MetricError(f"metric {name} gave {score}; it must return a number from 0 to 1")
+        return score, 1
+
+    return Metric(name, statistics, _mean)
+
+
+# Texts, by the libraries that published figures use.
+
+_ROUGE = {"rouge-1": "rouge1", "rouge-2": "rouge2", "rouge-l": "rougeL", "rouge-lsum": "rougeLsum"}
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _exact(output: str, reference: Reference) -> Sequence[float]:
+    if reference.words is not None:
+        words = [" ".join(word.split()) for word in output.split("|")]
+        known = [[" ".join(text.split()) for text in texts] for texts in reference.words]
+        return len(words) == len(known) and all(map(list.__contains__, known, words)), 1
+    return any(output.strip() == text.strip() for text in reference.texts), 1
+
+
+def _rouge(name: str) -> Metric:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kind = _ROUGE[name]
+    scorer = RougeScorer([kind], use_stemmer=True)
+    score = _best(lambda output, reference: scorer.score(reference, output)[kind].fmeasure)
+    return Metric(name, score, _mean, signature=f"rouge-score, {kind}, F1, stemmer")
+
+
+def _sacrebleu(name: str) -> Metric:
+    """BLEU or chrF by the statistics that `sacrebleu.significance` resamples as well."""
+    from sacrebleu.metrics import BLEU, CHRF
+
+    corpus: Any = BLEU() if name == "bleu" else CHRF()
+    # A sentence may be too short for 4-grams.
+    alone: Any = BLEU(effective_order=True) if name == "bleu" else corpus
+
+    def statistics(output: str, reference: Reference) -> Sequence[float]:
+        rows = corpus._extract_corpus_statistics([output], [[text] for text in reference.texts])
+        row: Sequence[float] = rows[0]
+        return row
+
+    def value_by(scorer: Any) -> Value:
+        return lambda sums: float(scorer._compute_score_from_stats([int(one) for one in sums]).score) / 100
+
+    statistics("a", Reference(("a",)))  # the signature says how many references
+    return Metric(name, statistics, value_by(corpus), value_by(alone), signature=str(corpus.get_signature()))
+
+
+def _word_errors() -> Metric:
+    import jiwer
+
+    def errors(output: str, text: str) -> tuple[float, float]:
+        if not text.split():
+            return len(output.split()), 0
+        done = jiwer.process_words(text, output)
+        return done.substitutions + done.deletions + done.insertions, len(text.split())
+
+    def statistics(output: str, reference: Reference) -> Sequence[float]:
+        return min(errors(output, text) for text in reference.texts)
+
+    return Metric("wer", statistics, _less_errors, needs=(1, "the references have no words"), signature="jiwer")
+
+
+def _normalized(answer: str) -> list[str]:
+    """Words as SQuAD compares them (Rajpurkar et al. 2016): lower case, without punctuation and articles."""
+    return _ARTICLES.sub(" ", answer.lower().translate(_WITHOUT_PUNCTUATION)).split()
+
+
+def _squad_exact(output: str, reference: str) -> float:
+    return _normalized(output) == _normalized(reference)
+
+
+def _squad_f1(output: str, reference: str) -> float:
+    ours, theirs = _normalized(output), _normalized(reference)
+    if not ours or not theirs:
+        return ours == theirs
+    return 2 * sum((Counter(ours) & Counter(theirs)).values()) / (len(ours) + len(theirs))
+
+
+# Pronunciations: words between `|`, phonemes between spaces.
+
+
+class Errors(NamedTuple):
+    """Edits against the reference and the reference's phonemes; words that are not exactly right, and all words."""
+
+    phoneme_edits: int
+    phonemes: int
+    wrong_words: int
+    words: int
+
+
+def errors(text: str, references: Sequence[Sequence[str]]) -> Errors:
+    """Count the errors of `text` against the pronunciations of each word. A word counts against the nearest of its
+    pronunciations, as published rates do; where the number of words is wrong, phonemes count against the first ones,
+    and words are aligned whole."""
+    from rapidfuzz.distance import Levenshtein
+
+    words = [word.split() for word in text.split("|")]
+    if len(words) == len(references):
+        nearest = [
+            min((Levenshtein.distance(word, other.split()), len(other.split())) for other in known)
+            for word, known in zip(words, references, strict=True)
+        ]
+        edits, phonemes = (sum(column) for column in zip(*nearest, strict=True))
+        return Errors(edits, phonemes, sum(edit > 0 for edit, _ in nearest), len(words))
+    first = [tuple(known[0].split()) for known in references]
+    found = [tuple(word) for word in words]
+    flat = [phoneme for word in first for phoneme in word]
+    edits = Levenshtein.distance([phoneme for word in found for phoneme in word], flat)
+    return Errors(edits, len(flat), min(len(first), Levenshtein.distance(found, first)), len(first))
+
+
+def _pronunciations(name: str) -> Metric:
+    """per and word-acc: 1 less the rate of wrong phonemes, and of wrong words."""
+
+    def statistics(text: str, reference: Reference) -> Sequence[float]:
+        if reference.words is not None:
+            found = errors(text, reference.words)
+        else:
+            each = (errors(text, [[word] for word in known.split("|")]) for known in reference.texts)
+            found = min(each, key=lambda one: (one.phoneme_edits, one.wrong_words))
+        return found[:2] if name == "per" else found[2:]
+
+    return Metric(name, statistics, _less_errors, needs=(1, "the references have no phonemes"))
+
+
+# Restoration: capital letters and punctuation that an output puts back. Words of both texts are aligned without case
+# and punctuation; what stands at words that are not aligned is wrong or missing.
+
+# A word with what joins its parts, or one mark.
+_PIECE = re.compile(r"\w+(?:['’+#/.-]+\w+)*|[^\w\s]")
+_NEEDS = {"case-f1": "the references have no capital letters", "punct-f1": "the references have no punctuation"}
+
+
+def _restoration(name: str) -> Metric:
+    """case-f1: words that are written with capitals, and how; punct-f1: marks, each by its kind and the word before it.
+    F1 over all sequences; the counts are of what is right, of the output and of the reference."""
+
+    def wanted(words: Sequence[str], marks: Sequence[tuple[int, str]], place: dict[int, int]) -> Counter[Hashable]:
+        capitals = ((number, word) for number, word in enumerate(words) if word != word.lower())
+        items = capitals if name == "case-f1" else marks
+        return Counter((place.get(number, f"other {number}"), item) for number, item in items)
+
+    def counts(output: str, text: str) -> tuple[float, float, float]:
+        words, marks = _words_and_marks(output)
+        true_words, true_marks = _words_and_marks(text)
+        ours = wanted(words, marks, _aligned(words, true_words))
+        theirs = wanted(true_words, true_marks, {number: number for number in range(-1, len(true_words))})
+        return (ours & theirs).total(), ours.total(), theirs.total()
+
+    def statistics(output: str, reference: Reference) -> Sequence[float]:
+        return max((counts(output, text) for text in reference.texts), key=lambda found: found[0])
+
+    return Metric(name, statistics, _f1, needs=(2, _NEEDS[name]))
+
+
+def _words_and_marks(text: str) -> tuple[list[str], list[tuple[int, str]]]:
+    """Split a text into words, and marks with the number of the word before them (-1: none)."""
+    words: list[str] = []
+    marks: list[tuple[int, str]] = []
+    for piece in _PIECE.findall(text):
+        if piece[0].isalnum() or piece[0] == "_":
+            words.append(piece)
+        else:
+            marks.append((len(words) - 1, piece))
+    return words, marks
+
+
+def _aligned(words: Sequence[str], true_words: Sequence[str]) -> dict[int, int]:
+    """The reference's word for each word that is the same but for case; the start is that of both."""
+    from rapidfuzz.distance import Levenshtein
+
+    ours, theirs = ([word.lower() for word in each] for each in (words, true_words))
+    place = {-1: -1}
+    for block in Levenshtein.opcodes(ours, theirs).as_matching_blocks():
+        place.update({block.a + step: block.b + step for step in range(block.size)})
+    return place

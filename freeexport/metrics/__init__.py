@@ -1,1 +1,0 @@
-"""How good outputs are against references: one scale for `calibrate`, `tune` and `evaluate`."""
