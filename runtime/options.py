@@ -40,6 +40,8 @@ class SessionOptions:
     capacity: valid positions of a slot's KV cache; None is what the bundle was converted for, more is refused.
     overlap: on a GPU, run deep passes beside shallow steps, in a stream of their own. The tokens are the same. None is
         on. On a CPU both would share cores and memory bandwidth, which measured slower: True is refused there.
+    run_ahead: where sessions overlap, take shallow steps on the shallow prediction while a deep pass runs; they are
+        discarded where the deep decoder disagrees. Not measured on a GPU yet. Default False.
     threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated, or high where
         nothing is, and is refitted from the agreement in sync passes (docs/calibration.md); other modes then use the
         bundle's. None is the bundle's.
@@ -61,6 +63,7 @@ class SessionOptions:
     queue: int = 256
     capacity: int | None = None
     overlap: bool | None = None
+    run_ahead: bool = False
     threshold: float | Literal["adaptive"] | None = None
     adaptive_memory: int = 4000
     adaptive_target: float | None = None
@@ -99,12 +102,14 @@ class SessionOptions:
                 "overlap is True on the CPU, where both engines share the cores and it measured slower "
                 "(152 tokens/s, in turn 251); leave it out"
             )
+        if self.run_ahead and (on_cpu or self.overlap is False):
+            raise OptionError("run_ahead is True, and nothing overlaps on the CPU or with overlap=False; leave it out")
         if self.prefix_cache_mb and not on_cpu:
             raise OptionError(
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
                 "only; leave it out"
             )
-        for name in ("first_exit", "cuda_graphs", "trust_templates"):
+        for name in ("first_exit", "cuda_graphs", "run_ahead", "trust_templates"):
             check_bool(name, getattr(self, name))
         check_first_exit(self.first_exit, self.device)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Unpack
@@ -174,7 +175,9 @@ class Session(Asking):
     def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
-        kind = OverlappingDecoder if deep.beside else Decoder
+        kind: Callable[..., Decoder] = Decoder
+        if deep.beside:
+            kind = partial(OverlappingDecoder, run_ahead=self.options.run_ahead)
         decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
         batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}

@@ -76,7 +76,7 @@ class CudaCall(DeviceCall):
     def _prepare(self) -> Layout:
         engine = self._engine
         self.close()
-        layout = Layout.of(self._inputs, self._outputs, engine.stream)
+        layout = Layout.of(self._inputs, self._outputs)
         staging = self._take(layout)
         binding = self._binding = engine.session.io_binding()
         for name, array in {**self._inputs, **self._outputs}.items():

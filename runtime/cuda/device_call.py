@@ -15,31 +15,30 @@ from runtime.cuda.staging import Staging, laid_out
 
 class Layout(NamedTuple):
     """Where the arrays of the host stand in a staging: inputs from byte 0 to `sent`, outputs to `fetched`, and what
-    else an engine writes there to `size`. `streams`: those of other arrays, which must be ready."""
+    else an engine writes there to `size`."""
 
     offsets: dict[str, int]
-    streams: tuple[Stream, ...]
     sent: int
     fetched: int
     size: int
 
     @classmethod
-    def of(cls, inputs: Mapping[str, Any], outputs: Mapping[str, Any], stream: Stream) -> Layout:
+    def of(cls, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> Layout:
         ins, sent = laid_out({name: array.nbytes for name, array in inputs.items() if _on_host(array)})
         outs, fetched = laid_out({name: array.nbytes for name, array in outputs.items() if _on_host(array)}, sent)
-        arrays = [*inputs.values(), *outputs.values()]
-        streams = {array.memory.stream for array in arrays if not _on_host(array)} - {stream}
-        return cls({**ins, **outs}, tuple(streams), sent, fetched, fetched)
+        return cls({**ins, **outs}, sent, fetched, fetched)
 
 
 class DeviceCall:
     """Change the arrays in place, run, read the arrays. `enqueue` and `finish` are the two halves of `run`: nothing in
-    between may touch the arrays."""
+    between may touch the arrays. Before `enqueue` the engine's stream must wait for the `others`, the streams whose
+    arrays the call uses too."""
 
     def __init__(self, engine: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
         self._engine = engine
         self._inputs: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
+        self.others: tuple[Stream, ...] = ()
         self._layout: Layout | None = None
         self._staging: Staging | None = None
         self._views: dict[str, np.ndarray] = {}
@@ -56,8 +55,13 @@ class DeviceCall:
                 if moved(kept.get(name), array):
                     self._layout = None
                 kept[name] = array
+        arrays = [*self._inputs.values(), *self._outputs.values()]
+        streams = {array.memory.stream for array in arrays if not _on_host(array)}
+        self.others = tuple(streams - {self._engine.stream})
 
     def run(self) -> None:
+        for other in self.others:
+            self._engine.stream.follow(other)
         self.enqueue()
         self.finish()
 
@@ -93,8 +97,6 @@ class DeviceCall:
         for name, array in self._inputs.items():
             if name in self._views:
                 self._views[name][...] = array
-        for other in layout.streams:
-            stream.follow(other)
         self._launch(layout, staging)
         stream.record(staging.event)
         self._runs += 1

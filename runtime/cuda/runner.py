@@ -6,7 +6,7 @@ Not yet run on a GPU; checked against tests/fakes/fake_cuda.py.
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,7 +14,18 @@ from runtime.cuda import driver as cuda
 from runtime.cuda.device_array import DeviceArray
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Event, Runner
-from runtime.errors import EngineError
+
+# Calls in flight that find their events ready made: creating one could disturb a capture of another runner.
+SPARE_EVENTS = 4
+
+
+class CallEvents(NamedTuple):
+    """The events of one call. `ready`: what other streams write for it is done when it is submitted. `begin` and
+    `end`, timed: the call itself, without waiting for `ready`."""
+
+    ready: cuda.Event
+    begin: cuda.Event
+    end: cuda.Event
 
 
 class CudaRunner(Runner):
@@ -29,15 +40,22 @@ class CudaRunner(Runner):
         super().__init__(engine, cache)
         self.stream, self.beside = stream, beside
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="runner")
-        device = stream.cuda
-        # Enough for what is ever under way, so that none is made while another runner captures.
-        self._events = [(device.event(timed=True), device.event(timed=True)) for _ in range(4)]
+        self._events = [self._new_events() for _ in range(SPARE_EVENTS)]
         self._scratch: dict[str, DeviceArray] = {}
         self._origin: cuda.Event | None = None
         self._seen: list[tuple[float, float]] = []
 
     def submit(self, call: Any) -> Event:
-        return _Enqueued(self, call, self._thread.submit(self._enqueue, call))
+        """Let the call run after what other streams have now: not after what they are given while it waits its turn
+        in this runner's thread, such as shallow steps beside a deep pass."""
+        events = self._events.pop() if self._events else self._new_events()
+        try:
+            for other in call.others:  # at most one, as a session has two streams
+                other.record(events.ready)
+            return _Enqueued(self, call, events, self._thread.submit(self._enqueue, call, events))
+        except BaseException:
+            self.give_back(events)
+            raise
 
     def run(self, call: Any) -> float:
         return self.submit(call).wait()
@@ -66,39 +84,48 @@ class CudaRunner(Runner):
         self._thread.shutdown()
         self._scratch.clear()
 
-    def give_back(self, begin: cuda.Event, end: cuda.Event) -> None:
-        """These have happened and serve again."""
+    def seconds(self, events: CallEvents) -> float:
+        """Seconds that the device took for a call whose `end` has happened."""
         if self._origin is not None:
-            self._seen.append((begin.seconds_since(self._origin), end.seconds_since(self._origin)))
-        self._events.append((begin, end))
+            self._seen.append((events.begin.seconds_since(self._origin), events.end.seconds_since(self._origin)))
+        return events.end.seconds_since(events.begin)
 
-    def _enqueue(self, call: Any) -> tuple[cuda.Event, cuda.Event]:
-        device = self.stream.cuda
-        begin, end = self._events.pop() if self._events else (device.event(timed=True), device.event(timed=True))
-        self.stream.record(begin)
+    def give_back(self, events: CallEvents) -> None:
+        """Let the next call have these: it may record them at once."""
+        self._events.append(events)
+
+    def _enqueue(self, call: Any, events: CallEvents) -> None:
+        if call.others:
+            self.stream.wait(events.ready)
+        self.stream.record(events.begin)
         call.enqueue()
-        self.stream.record(end)
-        return begin, end
+        self.stream.record(events.end)
+
+    def _new_events(self) -> CallEvents:
+        device = self.stream.cuda
+        return CallEvents(device.event(), device.event(timed=True), device.event(timed=True))
 
 
 class _Enqueued(Event):
     """A call that is being put into a stream, or is there. `wait` says how long the device took."""
 
-    def __init__(self, runner: CudaRunner, call: Any, future: Future[tuple[cuda.Event, cuda.Event]]) -> None:
+    def __init__(self, runner: CudaRunner, call: Any, events: CallEvents, future: Future[None]) -> None:
         super().__init__(0.0)
-        self._runner, self._call, self._future = runner, call, future
+        self._runner, self._call, self._events, self._future = runner, call, events, future
         self._waited = False
         self._error: BaseException | None = None
 
     def done(self) -> bool:
+        """Whether `wait` returns, or raises, at once."""
         if self._waited:
             return True
         if not self._future.done():
             return False
         try:
-            return self._future.result()[1].done()
-        except EngineError:
-            return True  # `wait` raises it, where the request is that it belongs to
+            self._future.result()
+            return self._events.end.done()
+        except Exception:
+            return True
 
     def wait(self) -> float:
         if not self._waited:
@@ -112,10 +139,10 @@ class _Enqueued(Event):
         return self._seconds
 
     def _finish(self) -> float:
-        begin, end = self._future.result()
-        end.wait()
-        self._call.finish()
-        seconds = end.seconds_since(begin)
-        # Not before: the runner's thread may record them anew at once.
-        self._runner.give_back(begin, end)
-        return seconds
+        try:
+            self._future.result()
+            self._events.end.wait()
+            self._call.finish()
+            return self._runner.seconds(self._events)
+        finally:
+            self._runner.give_back(self._events)

@@ -33,13 +33,17 @@ class _Pass(NamedTuple):
 
 class OverlappingDecoder(Decoder):
     """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
-    the background count as stacked."""
+    the background count as stacked. `run_ahead`: shallow steps are taken while a pass runs whose answer they need."""
 
     overlaps = True
 
-    def __init__(self, *arguments: Any, **others: Any) -> None:
+    def __init__(self, *arguments: Any, run_ahead: bool = False, **others: Any) -> None:
         super().__init__(*arguments, **others)
+        self._runs_ahead = run_ahead
         self._ahead: deque[_Ahead] = deque()
+        # Hidden states of `_ahead`, in order: allocating and freeing device memory waits for the device.
+        rows = self._max_pending if run_ahead else 0
+        self._ahead_hidden = self._shallow.zeros((rows, self.hidden_size), np.float32)
         self._started = 0  # rows of the stack that a pass has seen
         self._background: _Pass | None = None
 
@@ -84,7 +88,7 @@ class OverlappingDecoder(Decoder):
         if self._background is not None:
             yield from self._finish_background()
         self._background = self._begin(heads, drafts)
-        if ahead is not None:
+        if self._runs_ahead and ahead is not None and not self._ahead:
             self._run_ahead(self._background.event, ahead)
         yield from self._finish_background()
 
@@ -131,7 +135,9 @@ class OverlappingDecoder(Decoder):
             prediction = self._prediction()
             # The buffers are overwritten by the next step.
             logits = None if prediction.logits is None else prediction.logits.copy()
-            self._ahead.append(_Ahead(token, prediction._replace(logits=logits), self._calls.hidden.copy()))
+            hidden = self._ahead_hidden[len(tokens)]
+            hidden[:] = self._calls.hidden
+            self._ahead.append(_Ahead(token, prediction._replace(logits=logits), hidden))
             tokens.append(token)
 
     def _drop_ahead(self) -> None:

@@ -64,7 +64,7 @@ class TensorRTCall(DeviceCall):
             raise EngineError(f"a call of the TensorRT engine {engine.name} lacks {', '.join(missing)}")
         self._context = engine.context(engine.profile(shapes))
         self._context.set_shapes(shapes)
-        layout = Layout.of(self._inputs, self._outputs, engine.stream)
+        layout = Layout.of(self._inputs, self._outputs)
         bound = {**self._inputs, **self._outputs}
         addresses = {name: array.address for name, array in bound.items() if isinstance(array, DeviceArray)}
         # What is written in place stands where it is read.

@@ -68,8 +68,9 @@ def decoder_of(
             engine.chance = random.Random(f"{name} {seed}")
         runner = ThreadRunner if beside and name == "deep" else Runner
         runners.append(runner(engine, cache))  # type: ignore[arg-type]
-    kind = OverlappingDecoder if beside else Decoder
-    return kind(runners[0], runners[1], 0, WIDTH, 1, max_pending), runners[0].engine, runners[1].engine  # type: ignore[return-value]
+    given = runners[0], runners[1], 0, WIDTH, 1, max_pending
+    decoder = OverlappingDecoder(*given, run_ahead=True) if beside else Decoder(*given)
+    return decoder, runners[0].engine, runners[1].engine  # type: ignore[return-value]
 
 
 def steps_of(

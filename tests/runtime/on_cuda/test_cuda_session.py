@@ -17,7 +17,8 @@ from fake_onnxruntime import CPU
 from graphs.rewrites.fp32_copy import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.runner import CudaRunner
+from runtime.cuda.runner import CallEvents, CudaRunner
+from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
@@ -52,7 +53,8 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
 ) -> None:
     want = expected(target(case), **MODES[mode])
     machine = Machine(monkeypatch, seed)
-    with Session(target(case), device="cuda:0", overlap=overlap, cuda_graphs=graphs, threads=1) as session:
+    options: Any = {"overlap": overlap, "run_ahead": overlap, "cuda_graphs": graphs}
+    with Session(target(case), device="cuda:0", threads=1, **options) as session:
         got = answers(session, **MODES[mode])
     if mode == "lossless":  # how long drafts are is a matter of timing
         got, want = ([(ids, (), ()) for ids, _, _ in each] for each in (got, want))
@@ -95,6 +97,39 @@ def test_passes_run_beside_steps_unless_told_otherwise(target: Any, machine: Mac
         with Session(target(LLAMA), device="cuda:0", overlap=chosen, threads=1) as session:
             assert session.overlap is beside
     assert not Session(target(LLAMA), threads=1).overlap
+
+
+def test_steps_run_ahead_take_no_memory_of_the_device_and_free_none(
+    target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, int]] = []
+    for name in ("cudaMalloc", "cudaFree"):
+        real = getattr(machine.cuda, name)
+
+        def spy(size: int, name: str = name, real: Any = real) -> Any:
+            used.append((name, threading.get_ident()))
+            return real(size)
+
+        monkeypatch.setattr(machine.cuda, name, spy)
+    taken: list[int] = []
+    run_ahead = OverlappingDecoder._run_ahead
+
+    def watched(decoder: OverlappingDecoder, *given: Any) -> None:
+        before = len(used)
+        run_ahead(decoder, *given)
+        taken.append(len(decoder._ahead))
+        # Threads of runners put calls into streams meanwhile, and take memory for those that are new.
+        assert threading.get_ident() not in [thread for _, thread in used[before:]]
+
+    monkeypatch.setattr(OverlappingDecoder, "_run_ahead", watched)
+    options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "threshold": 0.05}
+    with Session(target(LLAMA), device="cuda:0", run_ahead=True, threads=1, slots=1) as session:
+        want = session.generate(list(PROMPTS[0]), **options).token_ids
+        assert sum(taken) > 0
+    with Session(target(LLAMA), device="cuda:0", threads=1, slots=1) as session:
+        taken.clear()
+        assert session.generate(list(PROMPTS[0]), **options).token_ids == want
+        assert taken == []
 
 
 def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,10 +275,10 @@ def test_times_are_read_before_their_events_serve_again(
     """The runner's thread records what was given back as soon as another call comes."""
     give_back = CudaRunner.give_back
 
-    def at_once(runner: CudaRunner, begin: Any, end: Any) -> None:
-        give_back(runner, begin, end)
-        runner.stream.record(begin)
-        runner.stream.record(end)
+    def at_once(runner: CudaRunner, events: CallEvents) -> None:
+        give_back(runner, events)
+        runner.stream.record(events.begin)
+        runner.stream.record(events.end)
 
     monkeypatch.setattr(CudaRunner, "give_back", at_once)
     with Session(target(LLAMA), device="cuda:0", overlap=True, threads=1) as session:
