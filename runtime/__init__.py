@@ -28,6 +28,7 @@ from runtime.errors import (
 from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.stream import AsyncStream, Stream
+from runtime.requests.thresholds import DefaultMode
 from runtime.result import GenerationResult, Stats, Token
 from runtime.session import Session
 
@@ -38,6 +39,7 @@ __all__ = [
     "BundleError",
     "CalibrationError",
     "CapacityError",
+    "DefaultMode",
     "DeviceError",
     "EngineError",
     "FreeExportError",

@@ -39,7 +39,7 @@ class GenerationKeywords(TypedDict, total=False):
     """The fields of GenerationOptions, which explains them."""
 
     max_new_tokens: int
-    mode: Mode
+    mode: Mode | None
     threshold: float | None
     first_exit: bool | None
     output_confidence: bool

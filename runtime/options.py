@@ -121,7 +121,9 @@ class GenerationOptions:
     max_new_tokens: maximum tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
     mode: "free": exits are final. "rollback": the next deep pass rejects those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
-        and runs the deep decoder on the prompt alone (static exiting, to compare with).
+        and runs the deep decoder on the prompt alone (static exiting, to compare with). None is "free" where a
+        threshold is given or calibrated, else "lossless" with drafts from the text ("full" for what that does not
+        support: beams, output_confidence); `stats.mode` says which.
     threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
         and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
     first_exit: the first token may exit, too: the shallow decoder alone reads the prompt, and the deep one when a token
@@ -165,7 +167,7 @@ class GenerationOptions:
     """
 
     max_new_tokens: int = 256
-    mode: Mode = "free"
+    mode: Mode | None = None
     threshold: float | None = None
     first_exit: bool | None = None
     output_confidence: bool = False
@@ -205,7 +207,8 @@ class GenerationOptions:
         check_whole("seed", self.seed, 0, 2**64 - 1, optional=True)
         check_whole("num_beams", self.num_beams, 1, 256)
         check_whole("top_logprobs", self.top_logprobs, 0, MOST_TOP_LOGPROBS)
-        check_choice("mode", self.mode, MODES)
+        if self.mode is not None:
+            check_choice("mode", self.mode, MODES)
         check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never)")
         self._check_sampling()
         check_number("rollback_threshold", self.rollback_threshold, 0, math.inf, "of nats from 0")
@@ -256,7 +259,7 @@ class GenerationOptions:
             given = getattr(self, name)
             if given is None:
                 continue
-            if self.mode != "lossless":
+            if self.mode not in (None, "lossless"):
                 raise OptionError(f"{name} is {shown(given)} in mode {self.mode}, which drafts nothing; use 'lossless'")
             if name != "drafts" and self.drafts in ("exit", "none"):
                 raise OptionError(f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'")
@@ -274,7 +277,7 @@ class GenerationOptions:
             raise OptionError(
                 f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
             )
-        if self.num_beams > 1 and self.mode != "full":
+        if self.num_beams > 1 and self.mode not in (None, "full"):
             raise OptionError(
                 f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; "
                 "use mode 'full'"

@@ -32,7 +32,7 @@ from runtime.options import SessionOptions
 from runtime.requests.asking import Asking
 from runtime.requests.request import Model
 from runtime.requests.request_builder import RequestBuilder
-from runtime.requests.thresholds import Thresholds
+from runtime.requests.thresholds import DefaultMode, Thresholds
 from runtime.scheduling.batched_call import BatchedCall
 from runtime.scheduling.batching import rules_of
 from runtime.scheduling.callbacks import guarded
@@ -118,6 +118,12 @@ class Session(Asking):
         """The threshold with which a request of mode "free" without its own would begin now."""
         self._scheduler.process.check()
         return self._thresholds.decide(None, "free").value
+
+    @property
+    def default_mode(self) -> DefaultMode:
+        """How requests that give neither mode nor threshold are decoded, and the gain that is expected; its str is one
+        line for a person."""
+        return self._thresholds.default()
 
     @property
     def draft_lengths(self) -> DraftLengths:

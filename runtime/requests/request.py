@@ -310,6 +310,7 @@ def _mode(options: GenerationOptions, threshold: Threshold) -> Mode:
         return "full"
     learns = threshold.labels is not None and threshold.labels.learns
     never = threshold.value >= NEVER_EXIT and options.mode in ("free", "rollback")
+    assert options.mode is not None
     return "full" if never and not (options.output_confidence or learns) else options.mode
 
 

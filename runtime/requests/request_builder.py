@@ -62,7 +62,7 @@ class RequestBuilder:
     def request(self, prompt: Prompt, options: GenerationOptions, caller: Caller, count: int | None = None) -> Request:
         """Of so many continuations, to be ordered by log-probability; None is one as it is. Raises PromptError,
         OptionError, and CapacityError for beams."""
-        manifest = self._model.manifest
+        manifest, options = self._model.manifest, self._thresholds.with_mode(options)
         if count is not None:
             options = replace(options, output_logprobs=True)
         if options.max_pending is not None and options.max_pending > manifest.max_pending:
@@ -83,6 +83,7 @@ class RequestBuilder:
             )
             options = replace(options, predicted_output=expected.tolist())
         tokens = self.encode(prompt, options.parse_special)
+        assert options.mode is not None
         threshold = self._thresholds.decide(options.threshold, options.mode)
         lossless = options.mode == "lossless"
         pace = self.draft_lengths.of(threshold.value, options.samples, _sources(options)) if lossless else None

@@ -137,7 +137,6 @@ def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, v
         ("num_beams", None),
         ("length_penalty", None),
         ("length_penalty", 1e300),
-        ("mode", None),
         ("threshold", math.inf),
         ("rollback_threshold", math.inf),
         ("deadline", 0),
@@ -246,7 +245,7 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
         ({"min_p": 0.0, "do_sample": False}, "min_p is 0.0, but nothing is sampled"),
         ({"min_new_tokens": 5, "max_new_tokens": 4}, "min_new_tokens is 5, more than max_new_tokens, 4"),
         (
-            {"num_beams": 4},
+            {"num_beams": 4, "mode": "free"},
             "num_beams is 4 in mode free: early exit is not supported with beam search; use mode 'full'",
         ),
         ({"num_beams": 2, "mode": "lossless"}, "early exit is not supported with beam search"),

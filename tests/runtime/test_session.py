@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,17 @@ from runtime import (
     OptionError,
     PromptError,
     Session,
+    SessionOptions,
     Token,
 )
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.calibration import TableRow
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.decoding.slot import Slot
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
+from runtime.requests.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in CASES}
@@ -369,6 +375,65 @@ def test_the_threshold_is_the_bundles_unless_given(open_session: Open) -> None:
     assert session.manifest.threshold == 1.0
     assert not any(session.generate(PROMPT, max_new_tokens=20).exited)
     assert any(session.generate(PROMPT, max_new_tokens=20, threshold=0).exited)
+
+
+@pytest.mark.parametrize(
+    ("session", "options", "mode"),
+    [
+        ({}, {}, "lossless"),
+        ({}, {"output_confidence": True}, "full"),
+        ({}, {"temperature": 1.0, "seed": 1, "min_new_tokens": 3}, "lossless"),
+        ({}, {"predicted_output": [3, 4, 5]}, "lossless"),
+        ({}, {"threshold": 0.3}, "free"),
+        ({}, {"threshold": 1.0}, "full"),
+        ({}, {"mode": "free"}, "full"),
+        ({"threshold": 0.3}, {}, "free"),
+        ({"threshold": 0.3}, {"output_confidence": True}, "free"),
+        ({"threshold": 0.3}, {"drafts": "exit"}, "lossless"),
+        ({"threshold": "adaptive"}, {}, "free"),
+    ],
+)
+def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_text(
+    session: dict[str, Any], options: dict[str, Any], mode: str, open_session: Open
+) -> None:
+    opened, given = open_session(**session), {"max_new_tokens": 8, **options}
+    result = opened.generate(PROMPT, **given)
+    assert result.stats.mode == mode
+    assert "exit" not in result.stats.drafts or options.get("drafts") == "exit"
+    if mode != "free":
+        same = {name: value for name, value in given.items() if name not in ("drafts", "predicted_output", "threshold")}
+        assert result.token_ids == opened.generate(PROMPT, **{**same, "mode": "full"}).token_ids
+    assert opened.default_mode.mode == ("free" if session else "lossless")
+    assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
+
+
+def test_beams_are_decoded_in_mode_full_by_default(open_session: Open) -> None:
+    result = open_session(T5).generate(PROMPT, num_beams=2, max_new_tokens=4)
+    assert result.stats.mode == "full"
+
+
+def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> None:
+    opened = Bundle.open(bundle(BY_NAME[LLAMA], 2))
+    calibrated: Any = SimpleNamespace(
+        manifest=replace(opened.manifest, threshold=0.8),
+        calibration=SimpleNamespace(table=(TableRow(0.8, 0.6, 0.99, predicted_speedup=1.3), TableRow(0.9, 0.3))),
+    )
+    costs = Costs(2.0, 1.0, {1: 8.0, 16: 8.0})
+    known, elsewhere, given, fresh = (
+        Thresholds(calibrated, SessionOptions(), costs).default(),
+        Thresholds(calibrated, SessionOptions()).default(),
+        Thresholds(calibrated, SessionOptions(threshold=0.5)).default(),
+        Thresholds(opened, SessionOptions()).default(),
+    )
+    assert known.speedup == costs.speedup(0.6, opened.manifest.max_pending)
+    assert str(elsewhere) == (
+        "mode free, threshold 0.8: 1.30x the speed of mode full expected, 60% of tokens exit, "
+        "99.0% of exits agree with the whole model"
+    )
+    assert str(given) == "mode free, threshold 0.5: gain not known"
+    assert (
+        str(fresh) == "mode lossless, as no threshold is calibrated: the tokens of mode full, with drafts from the text"
+    )
 
 
 def test_passes_are_as_long_as_tuned_in_mode_free_alone(bundle: Bundles, tmp_path: Path) -> None:

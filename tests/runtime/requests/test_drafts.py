@@ -302,10 +302,10 @@ def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"drafts": "auto"}, r"drafts is 'auto' in mode free, which drafts nothing; use 'lossless'"),
+        ({"mode": "free", "drafts": "auto"}, r"drafts is 'auto' in mode free, which drafts nothing; use 'lossless'"),
         ({"mode": "full", "drafts": "lookup"}, "drafts is 'lookup' in mode full"),
         ({"mode": "rollback", "predicted_output": "x"}, "predicted_output is 'x' in mode rollback"),
-        ({"draft_source": list}, "draft_source is <class 'list'> in mode free"),
+        ({"mode": "free", "draft_source": list}, "draft_source is <class 'list'> in mode free"),
         ({"mode": "lossless", "drafts": "some"}, "drafts is 'some'; choose 'auto', 'exit', 'lookup' or 'none'"),
         ({"mode": "lossless", "drafts": 3}, "drafts is 3; choose"),
         ({"mode": "lossless", "draft_source": [1]}, r"draft_source is \[1\]; give a callable"),

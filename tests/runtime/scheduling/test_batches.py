@@ -254,8 +254,8 @@ def test_a_deadline_that_is_no_time_is_refused(deadline: Any, open_session: Open
 
 def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> None:
     session = open_session(slots=2)
-    alone = [session.generate(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
-    streams = [session.stream(prompt, max_new_tokens=20) for prompt in LISTED[:4]]
+    alone = [session.generate(prompt, max_new_tokens=20, mode="full") for prompt in LISTED[:4]]
+    streams = [session.stream(prompt, max_new_tokens=20, mode="full") for prompt in LISTED[:4]]
     # The fourth has its place, and is not read before.
     for stream in streams[:3]:
         next(stream)
