@@ -27,7 +27,6 @@ class SessionKeywords(TypedDict, total=False):
     adaptive_memory: int
     adaptive_target: float | None
     adaptive_state: Mapping[str, Any] | None
-    first_exit: bool
     verify: Literal["sizes", "full"]
     device: str
     cuda_graphs: bool
@@ -41,7 +40,6 @@ class GenerationKeywords(TypedDict, total=False):
     max_new_tokens: int
     mode: Mode | None
     threshold: float | None
-    first_exit: bool | None
     output_confidence: bool
     rollback_threshold: float | None
     max_pending: int | None

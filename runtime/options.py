@@ -49,7 +49,6 @@ class SessionOptions:
     adaptive_target: the probability of agreeing that an exit at the adaptive threshold must have, in (0, 1). None is
         what the bundle was calibrated for, else 0.95.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
-    first_exit: of requests that do not say. CPU only. Default False.
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
@@ -68,7 +67,6 @@ class SessionOptions:
     adaptive_memory: int = 4000
     adaptive_target: float | None = None
     adaptive_state: Mapping[str, Any] | None = None
-    first_exit: bool = False
     verify: Literal["sizes", "full"] = "sizes"
     device: str = "cpu"
     cuda_graphs: bool = True
@@ -109,9 +107,8 @@ class SessionOptions:
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
                 "only; leave it out"
             )
-        for name in ("first_exit", "cuda_graphs", "run_ahead", "trust_templates"):
+        for name in ("cuda_graphs", "run_ahead", "trust_templates"):
             check_bool(name, getattr(self, name))
-        check_first_exit(self.first_exit, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,13 +118,11 @@ class GenerationOptions:
     max_new_tokens: maximum tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
     mode: "free": exits are final. "rollback": the next deep pass rejects those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
-        and runs the deep decoder on the prompt alone (static exiting, to compare with). None is "free" where a
-        threshold is given or calibrated, else "lossless" with drafts from the text ("full" for what that does not
-        support: beams, output_confidence); `stats.mode` says which.
+        and runs the deep decoder on a decoder-only model's prompt alone (static exiting, to compare with). None is
+        "free" where a threshold is given or calibrated, else "lossless" with drafts from the text ("full" for what that
+        does not support: beams, output_confidence); `stats.mode` says which.
     threshold: a token exits if its confidence is greater; in [0, 1]. None is the bundle's. Nothing exits at 1: "free"
         and "rollback" then decode as "full", which runs no shallow head, and `stats.mode` says so.
-    first_exit: the first token may exit, too: the shallow decoder alone reads the prompt, and the deep one when a token
-        does not exit (docs/decoding.md). In "free", "rollback" and "shallow", on the CPU. None is the session's.
     output_confidence: the shallow confidence of every token, also in "full" and at threshold 1: runs the shallow head
         at each token. Not in "lossless", nor with beams.
     rollback_threshold: nats of deep cross-entropy above which "rollback" rejects a token. None is the bundle's.
@@ -169,7 +164,6 @@ class GenerationOptions:
     max_new_tokens: int = 256
     mode: Mode | None = None
     threshold: float | None = None
-    first_exit: bool | None = None
     output_confidence: bool = False
     rollback_threshold: float | None = None
     max_pending: int | None = None
@@ -217,7 +211,6 @@ class GenerationOptions:
         check_number(
             "length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY, allowed, optional=False
         )
-        check_bool("first_exit", self.first_exit, none="(as the session)")
         check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
         check_bool("ignore_eos", self.ignore_eos)
         check_bool("output_logprobs", self.output_logprobs)
@@ -282,10 +275,6 @@ class GenerationOptions:
                 f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; "
                 "use mode 'full'"
             )
-        if self.first_exit and self.mode in ("full", "lossless"):
-            raise OptionError(
-                f"first_exit is True in mode {self.mode}, whose tokens are those of the whole model; leave it out"
-            )
         if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
             what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"
             raise OptionError(f"output_confidence is True with {what}, which has none for every token; leave it out")
@@ -297,15 +286,6 @@ class GenerationOptions:
             )
         if self.num_beams > 1 and self.stop:
             raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
-
-
-def check_first_exit(first_exit: bool | None, device: str) -> None:
-    """Raises OptionError where a device does not do that."""
-    if first_exit and Device.parse(device).index is not None:
-        raise OptionError(
-            f"first_exit is True with device {device!r}: the deep decoder reads a prompt later on the CPU only; "
-            "leave it out"
-        )
 
 
 def _is_text(value: Any, text: str) -> bool:

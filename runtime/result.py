@@ -43,15 +43,14 @@ class Stats:
 
     `mode` it was decoded in: the requested one, but "full" if the threshold lets nothing exit; None before it began.
     `cached_tokens` of the `prompt_tokens` were not read, but reused (SessionOptions.prefix_cache_mb).
-    `exits` and `forced` count tokens after the first, with `first_exit` all of them; forced ones were confident enough,
-    but the stack was full. `first_exit`: whether the first token could exit, as the option says.
+    `exits` and `forced` count `candidates`; forced ones were confident enough, but the stack was full. `predicted`: the
+    tokens, 1 or 0, that reading the prompt predicts: none of an encoder-decoder's.
     `rejected` counts drafts that a sync pass rejected ("rollback", "lossless"). `drafts`, in "lossless": by source,
     "exit", "lookup", "predicted" (`predicted_output`) and "own" (`draft_source`).
     `sync_sizes[k]` is how many deep passes ran over k tokens, `sync_seconds[k]` their total time: of `longer_passes`,
     over several tokens, and of `single_passes`, over one, which took the rest of `deep_seconds`. `seconds` is wall time
     from prompt to last token; encode, prefill, shallow and deep are the engine calls in it (prefill with copying what
-    is reused, and with first_exit the deep pass over the prompt, whenever it runs), `overlapped_seconds` the deep ones
-    that ran in the background and cost the caller no time.
+    is reused), `overlapped_seconds` the deep ones that ran in the background and cost the caller no time.
 
     `queue_seconds`: from the call until its prompt began to be read; `first_token_seconds`: from the call to the first
     token. Both are wall time as the caller sees it, and 0 if that point was not reached. In a list, the call is that of
@@ -59,7 +58,7 @@ class Stats:
     """
 
     mode: Mode | None = None
-    first_exit: bool = False
+    predicted: int = 1
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
@@ -80,8 +79,8 @@ class Stats:
 
     @property
     def candidates(self) -> int:
-        """Tokens that the threshold decided: those after the first, with `first_exit` all."""
-        return self.tokens if self.first_exit else max(0, self.tokens - 1)
+        """Tokens that decoding decided, not reading the prompt: each took a shallow step, and could exit."""
+        return max(0, self.tokens - self.predicted)
 
     @property
     def exit_rate(self) -> float:
@@ -139,9 +138,9 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens after the first, per second of decoding; prompt processing is not in it."""
+        """The `candidates` per second of decoding; prompt processing is not in it."""
         decoding = self.seconds - self.encode_seconds - self.prefill_seconds
-        return max(0, self.tokens - 1) / decoding if decoding > 0 else 0.0
+        return self.candidates / decoding if decoding > 0 else 0.0
 
 
 class Token(NamedTuple):

@@ -82,10 +82,7 @@ class Session(Asking):
         self._scheduler = self._schedule(shallow, deep, decisions)
         limit = self.options.prefix_cache_bytes
         self._prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
-        first_exit = self.options.first_exit
-        model = Model(
-            manifest, self.capacity, self._encoder, self._tokenizer, learned_costs, self._prefixes, first_exit
-        )
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs, self._prefixes)
         self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
         self._builder = RequestBuilder(
             self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs, self._observer

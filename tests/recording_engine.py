@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.loops import Loop
+from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 
 WIDTH = 4
@@ -80,4 +83,19 @@ def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
     return {tuple(array[0, 0, :length, 0].tolist()) for array in engine.cache.arrays.values()}
 
 
+def decoded(
+    loop: Callable[..., Loop], decoder: Decoder, prompt: np.ndarray, limit: int, *settings: Any, **options: Any
+) -> Loop:
+    """What a request decodes by `loop`: a prompt's own prediction first, but for an encoder-decoder, whose prompt is
+    none: [0] stands for its start token. `head`: whether the prompt's last row has the shallow head."""
+    head, response = options.pop("head", True), Response(prompt, limit)
+    if prompt.tolist() == START:
+        decoder.begin(exits=True)
+    else:
+        first = yield from decoder.prefilling(prompt, head)
+        yield response.add(response.choose(first), False, first.confidence, first)
+    yield from loop(decoder, response, *settings, **options)
+
+
 LENGTH = 60
+START = [0]

@@ -21,9 +21,9 @@ class Reference:
     """What FREE emits. All lists but `sync_sizes` run parallel to `token_ids` (end of sequence included, no prompt).
 
     `forced`: the token would have exited, but the stack was full. `gaps`: best minus second best logit of whichever
-    decoder emitted. `sync_sizes`: rows of each deep call after the prefill (in mode `full` all 1). `stacked`: pending
-    tokens after each step. `first_exit`: the first token is decided as the others are, and the prompt's last row is one
-    of the first deep call's.
+    decoder emitted. `sync_sizes`: rows of each deep call after a prefill (in mode `full` all 1). `stacked`: pending
+    tokens after each step. `predicted`: tokens that the deep decoder predicts by reading the prompt, without a counted
+    deep call: 1, of an encoder-decoder 0, whose first token is decided like the others.
     """
 
     threshold: float
@@ -36,11 +36,11 @@ class Reference:
     stacked: list[int] = field(default_factory=list)
     sync_sizes: list[int] = field(default_factory=list)
     finish_reason: Literal["eos", "stop", "length"] = "length"
-    first_exit: bool = False
+    predicted: int = 1
 
     def step(self, shallow: torch.Tensor, deep: torch.Tensor, max_pending: int) -> int:
         """Decide on the next token from both decoders' logits [vocab]; returns it."""
-        first = not self.token_ids and not self.first_exit
+        first = len(self.token_ids) < self.predicted
         pending = self.stacked[-1] if self.stacked else 0
         confidence = None if self.mode == "full" else confidence_of(shallow)
         sure = not first and confidence is not None and confidence > self.threshold
@@ -67,7 +67,6 @@ def free_decode(
     eos_ids: Iterable[int] | None = None,
     mode: Mode = "free",
     stop: Callable[[list[int]], bool] | None = None,
-    first_exit: bool = False,
 ) -> Reference:
     """Decode greedily the FREE way; `max_pending` is the most rows of a deep call.
 
@@ -76,7 +75,7 @@ def free_decode(
     """
     ends = set(_eos_ids(model) if eos_ids is None else eos_ids)
     run = Run(model, prompt_ids, exit_layer)
-    reference = Reference(threshold, mode, first_exit=first_exit)
+    reference = Reference(threshold, mode, predicted=predicted_of(model))
     while len(reference.token_ids) < max_new_tokens:
         shallow, deep = run.logits(reference.token_ids)
         token = reference.step(shallow[-1], deep[-1], max_pending)
@@ -97,7 +96,6 @@ def replay(
     threshold: float,
     max_pending: int = 16,
     mode: Mode = "free",
-    first_exit: bool = False,
 ) -> Reference:
     """What FREE emits at each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
 
@@ -105,7 +103,7 @@ def replay(
     what follows is meaningless. `finish_reason` is not set.
     """
     shallow, deep = Run(model, prompt_ids, exit_layer).logits(token_ids[:-1])
-    reference = Reference(threshold, mode, first_exit=first_exit)
+    reference = Reference(threshold, mode, predicted=predicted_of(model))
     for step in range(len(token_ids)):
         reference.step(shallow[step], deep[step], max_pending)
     return reference
@@ -133,14 +131,13 @@ def draft_decode(
     max_new_tokens: int,
     max_pending: int = 16,
     eos_ids: Iterable[int] = (),
-    first_exit: bool = False,
 ) -> Reference:
     """FREE whose exited tokens are drafts until the next deep call: it keeps them up to the first that `keeps` (deep
     logits [vocab], token) refuses, whose place the deep choice takes. A draft that would end the request calls the deep
     decoder at once. `stacked` is not recorded."""
     ends, run = set(eos_ids), Run(model, prompt_ids, exit_layer)
-    reference = Reference(threshold, "free", first_exit=first_exit)
-    if not first_exit:
+    reference = Reference(threshold, "free", predicted=predicted_of(model))
+    if reference.predicted:
         shallow, deep = run.logits([])
         _record(reference, deep[-1], False, confidence_of(shallow[-1]))
     while len(reference.token_ids) < max_new_tokens and not ends.intersection(reference.token_ids[-1:]):
@@ -173,6 +170,11 @@ def _record(reference: Reference, chosen: torch.Tensor, exited: bool, confidence
     reference.exited.append(exited)
     reference.confidence.append(confidence)
     reference.forced.append(False)
+
+
+def predicted_of(model: Any) -> int:
+    """The tokens that reading the prompt predicts: `Reference.predicted`."""
+    return int(not model.config.is_encoder_decoder)
 
 
 class Run:

@@ -115,7 +115,7 @@ def _labels(bundles: Sequence[Bundle]) -> list[str]:
 
 
 def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
-    precision = bundle.manifest.precision
+    precision, predicted = bundle.manifest.precision, int(not bundle.manifest.encoder_decoder)
     full = Ours(bundle.path, options.count, "full", precision=precision, label=label, device=options.device)
     limit = options.rollback_threshold
     modes = [
@@ -127,7 +127,7 @@ def _ours(options: BenchOptions, bundle: Bundle, label: str) -> list[Contender]:
     if SHALLOW in options.mode:
         modes.append(replace(full, mode=SHALLOW))
     replays = [
-        replace(full, mode="free", threshold=THRESHOLD, replay=tuple(exit_trace(what)), replay_name=what)
+        replace(full, mode="free", threshold=THRESHOLD, replay=tuple(exit_trace(what, predicted)), replay_name=what)
         for what in options.replay
     ]
     drafts = [replace(full, mode="lossless", drafts=source) for source in options.drafts]
@@ -197,7 +197,7 @@ def _with_prediction(row: Row, ours: Ours, costs: Costs | None, measured: Measur
     )
     done = _runs(measured, row.name)
     passes = sum((Counter(run.sync_sizes) for run in done), Counter[int]())
-    replay = SimulatedRun(tokens=sum(len(run.tokens) - 1 for run in done), sync_sizes=passes)
+    replay = SimulatedRun(tokens=sum(run.decided for run in done), sync_sizes=passes)
     return replace(row, predicted=seconds / (prompts + (seconds - prompts) / replay.speedup(costs)))
 
 

@@ -24,7 +24,8 @@ LOAD_LIMIT, RUN_LIMIT = 600.0, 600.0
 class Run:
     """One prompt decoded: the tokens, the seconds from the request at which each was known, and until all was done; the
     process's most resident bytes so far; the share that exited, how much of what was drafted was kept, how many deep
-    passes ran over how many rows (empty for others than bundles), and seconds outside the engines."""
+    passes ran over how many rows (empty for others than bundles), seconds outside the engines, and how many tokens
+    were `decided`, not predicted by reading the prompt."""
 
     tokens: tuple[int, ...]
     times: tuple[float, ...]
@@ -34,6 +35,7 @@ class Run:
     acceptance: float = 1.0
     sync_sizes: dict[int, int] = field(default_factory=dict)
     overhead: float = 0.0
+    decided: int = 0
 
     @property
     def first_seconds(self) -> float:
@@ -42,7 +44,7 @@ class Run:
 
     @classmethod
     def of(cls, answer: Mapping[str, Any]) -> Run:
-        known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead") if name in answer}
+        known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead", "decided") if name in answer}
         sizes = {int(rows): count for rows, count in answer.get("sync_sizes", {}).items()}
         tokens, times = tuple(answer["tokens"]), tuple(answer["times"])
         return cls(tokens, times, answer["seconds"], answer["peak_bytes"], sync_sizes=sizes, **known)

@@ -101,11 +101,11 @@ def _speed(turns: Sequence[Sequence[Run]]) -> tuple[float, float]:
 
 
 def _passes(done: Sequence[Run]) -> float:
-    """Deep passes for each token after the first; 1 where nothing is known of them."""
+    """Deep passes for each token that could exit; 1 where nothing is known of them."""
     passes = sum(sum(run.sync_sizes.values()) for run in done)
     if not passes and not any(run.exit_rate for run in done):
         return 1.0
-    return passes / sum(len(run.tokens) - 1 for run in done)
+    return passes / sum(run.decided for run in done)
 
 
 def _overhead(done: Sequence[Run]) -> float | None:

@@ -64,6 +64,7 @@ def _generating(session: Session, options: dict[str, Any]) -> Generate:
         return {
             "exit_rate": stats.exit_rate,
             "acceptance": stats.acceptance,
+            "decided": stats.candidates,
             "sync_sizes": {str(rows): count for rows, count in sorted(stats.sync_sizes.items())},
             "overhead": stats.overhead_seconds,
         }

@@ -58,7 +58,7 @@ class Calibrated:
 def collect(source: Source, data: Path, requests: Sequence[Request], cache: Path, max_new_tokens: int) -> Traces:
     """Traces of the requests: those in the file `cache` are taken from there, the others are added to it."""
     facts = source.facts
-    depends = facts.exit_layer, facts.confidence, max_new_tokens, facts.first_exit
+    depends = facts.exit_layer, facts.confidence, max_new_tokens
     known = TraceCache(cache, TraceKey(facts.hash, sha256_of(data), *depends))
     missing = [request for request in requests if known.get(request.line_number) is None]
     if missing:

@@ -81,6 +81,5 @@ def open_source(model: str, options: CalibrateOptions, threads: int | None = Non
             raise OptionError(f"--{name.replace('_', '-')} is for checkpoints; a bundle has its own, fixed at convert")
     from freeexport.costs.forced_exits import ForcedExitSession
 
-    first = options.first_exit
-    with ForcedExitSession(model, slots=1, threads=threads, device=options.device, first_exit=first) as session:
+    with ForcedExitSession(model, slots=1, threads=threads, device=options.device) as session:
         yield BundleSource(Path(model), session)

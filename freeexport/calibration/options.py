@@ -20,7 +20,6 @@ class CalibrateOptions:
     what the full model writes. `quality`: the share of the full model's `metric` ("exact" where None) to keep, for
     "quality". Metrics need a bundle.
 
-    `first_exit`: the threshold is for requests whose first token may exit, too, and counts it.
     `measure` times decoding at a few thresholds, the median of `rounds`, and needs a bundle.
 
     `confidence`, `exit_layer`, `max_pending`, `dtype` and `batch_size` are for checkpoints; a bundle has its own, and
@@ -34,7 +33,6 @@ class CalibrateOptions:
     delta: float = 0.05
     metric: str | None = None
     quality: float = 0.99
-    first_exit: bool = False
     measure: bool = False
     rounds: int = 5
     max_new_tokens: int = 128

@@ -62,7 +62,6 @@ class Facts:
     exit_vocabulary: ExitVocabulary | None = None
     path: str = "BUNDLE"
     trained: bool | None = None
-    first_exit: bool = False
 
 
 class Source(Protocol):
@@ -120,7 +119,6 @@ class BundleSource:
             manifest.exit_vocabulary,
             str(self.path),
             manifest.exit_trained,
-            self.session.options.first_exit,
         )
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Trace]:
@@ -184,7 +182,6 @@ class CheckpointSource:
             known_ends(self._checkpoint, self._description.vocab_size),
             path=self._checkpoint.name,
             trained=self._checkpoint.exit is not None,
-            first_exit=self._options.first_exit,
         )
 
     @cached_property
@@ -203,7 +200,7 @@ class CheckpointSource:
         check_unknown([example.prompt for example in examples], form.tokenizer.unk_token_id)
         size = self._options.batch_size
         for start in range(0, len(examples), size):
-            yield from self._loaded().traces(examples[start : start + size], max_new_tokens, self._options.first_exit)
+            yield from self._loaded().traces(examples[start : start + size], max_new_tokens)
 
     def token_ids(self, texts: Sequence[str]) -> Iterator[list[int]]:
         if texts:

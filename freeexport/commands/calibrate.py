@@ -63,7 +63,6 @@ def write(result: Calibrated, model: str, output: Path | None) -> None:
               help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
 @click.option("--metric", type=MetricName(),
               help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
-@click.option("--first-exit", is_flag=True, help="For use with first exits: the first token of an output counts, too.")
 @section("Where MODEL is a checkpoint")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), help=f"{CONFIDENCES}  [default: softmax]")
 @click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")

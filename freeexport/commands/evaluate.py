@@ -54,11 +54,11 @@ def command() -> None:
               help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
 @click.option("--methods", default="full,static,free,lossless",
               help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
-              "exits above thresholds. free-first: the first token may exit, too. calm: after any layer, states "
-              "copied. adaptive: above a threshold that is learned while decoding.")  # fmt: skip
+              "exits above thresholds. calm: after any layer, states copied. adaptive: above a threshold that is "
+              "learned while decoding.")  # fmt: skip
 @click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS,
-              help="Run methods free, free-first and calm with exits above this confidence, the first two also at "
-              "the calibrated one. May be repeated.")  # fmt: skip
+              help="Run methods free and calm with exits above this confidence, free also at the calibrated one. May "
+              "be repeated.")  # fmt: skip
 @click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality,
               help="The share of the full model's metric to keep.")  # fmt: skip
 @click.option("--calm-model", metavar="MODEL", help="Method calm: the checkpoint that its bundle came from.")

@@ -12,7 +12,7 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import DEVICE, FIRST_EXIT, RenamedOption, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, RenamedOption, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
 from runtime import FreeExportError, GenerationResult, OptionError, Session, Stats
 from runtime.json_file import UnreadableError, read_text
@@ -62,7 +62,6 @@ def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str
               help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
               "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
-@click.option("--first-exit", is_flag=True, default=None, help=FIRST_EXIT)
 @click.option("--rollback-threshold", type=float, help="Nats above which mode rollback rejects a token.")
 @click.option("--max-pending", type=int, help="Maximum tokens in a sync pass.  [default: the bundle's]")
 @click.option("--drafts", type=click.Choice(get_args(Drafts)),

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import FIRST_EXIT, SectionedCommand, section
+from freeexport.commands.verb_options import SectionedCommand, section
 from runtime.options import Mode, SessionOptions
 
 KEY = "FREEEXPORT_API_KEY"
@@ -25,7 +25,6 @@ PREFIX_CACHE_MB = 256
 @click.option("--mode", type=click.Choice(get_args(Mode)), default="free",
               help="Of requests that name none: free, rollback, lossless, full or shallow.")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
-@click.option("--first-exit", is_flag=True, help=FIRST_EXIT)
 @section("Clients")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is a free one.")
@@ -54,7 +53,6 @@ def command(
     host: str,
     port: int,
     threshold: float | None,
-    first_exit: bool,
     slots: int,
     queue: int,
     threads: int | None,
@@ -88,7 +86,6 @@ def command(
         capacity=capacity,
         device=device,
         threshold=threshold,
-        first_exit=first_exit,
         prefix_cache_mb=prefix_cache_mb,
     )
     served = (*bundles, *((_demo(),) if demo else ()))

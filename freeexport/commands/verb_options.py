@@ -17,7 +17,6 @@ REST = "Other options"
 # One meaning everywhere, one text (CONTRIBUTING.md has the rule).
 SAMPLES = "Use only the first N lines of --data."
 MAX_NEW_TOKENS = "Generate at most so many tokens for a line."
-FIRST_EXIT = "The first token may exit, too: the deep decoder reads the prompt when a token does not exit."
 DEVICE = "cpu, or cuda:0 for the first GPU."
 CONFIDENCES = (
     "softmax: probability of the best token minus that of the second. max-prob: of the best alone. entropy: 1 minus "

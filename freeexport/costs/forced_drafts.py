@@ -33,7 +33,7 @@ class Answer(Decisions):
     def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
         if self.tokens is None:
             return shallow
-        # Places are counted from the first token, which comes from the prompt's last row.
+        # Places are counted from the first token, which comes after the prompt's last row.
         place = position + 1 - self._prompt
         if place >= len(self.tokens):
             return shallow._replace(confidence=0.0)

@@ -23,13 +23,14 @@ _DRAWN = 4096
 STRIDE = 257
 
 
-def exit_trace(what: str) -> list[bool]:
-    """Whether each token after the first exits: independently at a rate in [0, 1) ("0.8", the same draw each time), or
-    as in a JSONL file that `freeexport generate --output` wrote. Raises OptionError."""
+def exit_trace(what: str, predicted: int = 1) -> list[bool]:
+    """Whether each token exits, but for those of an answer that reading the prompt `predicted`: independently at a rate
+    in [0, 1) ("0.8", the same draw each time), or as in a JSONL file that `freeexport generate --output` wrote. Raises
+    OptionError."""
     try:
         rate = float(what)
     except ValueError:
-        return _recorded(Path(what))
+        return _recorded(Path(what), predicted)
     if not 0 <= rate < 1:
         raise OptionError(f"--replay {what} is no rate of exits; choose one from 0 to below 1, or a file")
     return drawn(rate, 1)
@@ -40,12 +41,12 @@ def drawn(rate: float, seed: int) -> list[bool]:
     return list(map(bool, np.random.default_rng(seed).random(_DRAWN) < rate))
 
 
-def _recorded(path: Path) -> list[bool]:
+def _recorded(path: Path, predicted: int) -> list[bool]:
     if not path.exists():
         raise OptionError(f"--replay {path}: there is no such file; give a rate, as 0.8, or a file")
     try:
         lines = [parse_json(line, nan=True) for line in read_text(path).split("\n") if line.strip()]
-        exits = [bool(flag) for line in lines for flag in line.get("exited", [])[1:]]
+        exits = [bool(flag) for line in lines for flag in line.get("exited", [])[predicted:]]
     except (ValueError, AttributeError, TypeError) as error:
         raise OptionError(f"--replay {path} cannot be read ({error}); give what `generate --output` wrote") from None
     if not exits:

@@ -52,7 +52,7 @@ class Sample:
     @classmethod
     def of(cls, free: bool, stats: Stats) -> Sample:
         deep = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
-        return cls(free, stats.tokens - 1, stats.shallow_seconds, stats.overhead_seconds, dict(stats.sync_sizes), deep)
+        return cls(free, stats.candidates, stats.shallow_seconds, stats.overhead_seconds, dict(stats.sync_sizes), deep)
 
     @property
     def passes(self) -> int:
@@ -165,7 +165,6 @@ def _requests(
                 prompt,
                 mode="free",
                 threshold=THRESHOLD,
-                first_exit=False,
                 max_new_tokens=most,
                 ignore_eos=True,
             )

@@ -24,17 +24,16 @@ class Setting:
     max_pending: int | None = None
 
     def decode(self, prompt: np.ndarray, max_new_tokens: int) -> tuple[int, float]:
-        """Tokens after the first, and the seconds of decoding them."""
+        """Tokens that decoding decided, and the seconds of that."""
         mode: Mode = "full" if self.threshold is None else "free"
         stats = self.session.generate(
             prompt,
             mode=mode,
             threshold=self.threshold,
-            first_exit=False,
             max_pending=self.max_pending,
             max_new_tokens=max_new_tokens,
         ).stats
-        return stats.tokens - 1, stats.seconds - stats.encode_seconds - stats.prefill_seconds
+        return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
 
 def speeds_in_turn(

@@ -24,12 +24,14 @@ DECAYING, TEMPERATURE = 0.1, 4.0
 
 @dataclass(frozen=True)
 class CalmResult:
-    """`layers`: that each token took. The first token takes all, as in the other modes."""
+    """`layers`: that each token took; a decoder-only model's first takes all, as in the other modes. Seconds of all, of
+    decoding without prompt and encoder, and to the first token."""
 
     token_ids: tuple[int, ...]
     layers: tuple[int, ...]
     seconds: float
     decode_seconds: float
+    first_seconds: float
 
 
 class Calm:
@@ -58,7 +60,6 @@ class Calm:
         self._token, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._input = np.zeros((1, 1), np.int64)
         self._bound: dict[str, Call] | None = None
-        self._start: tuple[Call, Call] | None = None
 
     def generate(self, prompt: np.ndarray, max_new_tokens: int, threshold: float, decays: bool = False) -> CalmResult:
         """Greedy. A token exits after the first layer whose confidence is above the threshold: the given one, or with
@@ -68,49 +69,39 @@ class Calm:
         cross = {} if self._encoder is None else self._encoder.run(prompt)
         start = np.array([manifest.decoder_start_token_id or 0], np.int64) if manifest.encoder_decoder else prompt
         self._cache.trim(0, 0)
-        ids, layers = [self._prefill(start, cross)], [manifest.layers]
+        ids, layers, times = list[int](), list[int](), list[float]()
+        if self._encoder is None:
+            ids, layers, times = [self._prefill(start)], [manifest.layers], [perf_counter()]
         self._attend(cross)
         decoding = perf_counter()
         limit = min(max_new_tokens, manifest.capacity - len(start) + 1)
-        while len(ids) < limit and ids[-1] not in manifest.eos_token_ids:
+        while len(ids) < limit and not (ids and ids[-1] in manifest.eos_token_ids):
             bar = threshold_at(threshold, len(ids), limit) if decays else threshold
-            token, taken = self._step(ids[-1], bar)
+            token, taken = self._step(ids[-1] if ids else int(start[0]), bar)
             ids.append(token)
             layers.append(taken)
-        now = perf_counter()
-        return CalmResult(tuple(ids), tuple(layers), now - began, now - decoding)
+            times.append(perf_counter())
+        return CalmResult(tuple(ids), tuple(layers), times[-1] - began, times[-1] - decoding, times[0] - began)
 
-    def _prefill(self, tokens: np.ndarray, cross: Mapping[str, Any]) -> int:
-        """All layers over the prompt in two calls, as in the other modes; the head for its last row."""
-        rows = len(tokens)
-        if rows == 1 and self._start is not None:  # an encoder-decoder's, always the same token
-            for call, layers in zip(self._start, (range(self._least), self._layers), strict=True):
-                call.rebind(_cross(cross, layers), {})
-            calls = self._start
-        else:
-            calls = self._whole_prompt(tokens, cross)
-            self._start = calls if rows == 1 and cross else None
-        for call in calls:
-            call.run()
-        self._cache.extend(0, rows)
-        return int(self._token[0])
-
-    def _whole_prompt(self, tokens: np.ndarray, cross: Mapping[str, Any]) -> tuple[Call, Call]:
+    def _prefill(self, tokens: np.ndarray) -> int:
+        """Run all layers over the prompt in two calls, as in the other modes; the head for its last row."""
         rows, none = len(tokens), np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
         shared = {**self._lengths(rows), "head_rows": none}
         first = self._first.bind(
-            {"input_ids": tokens[None], **shared, **self._arrays("past", range(self._least)),
-             **_cross(cross, range(self._least))},
+            {"input_ids": tokens[None], **shared, **self._arrays("past", range(self._least))},
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
              **self._arrays("present", range(self._least))},
         )  # fmt: skip
         last = {**shared, "head_rows": np.array([rows - 1], np.int64), "emitted": np.zeros(1, np.int64)}
         rest = self._rest.bind(
-            {"hidden": state, **last, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
+            {"hidden": state, **last, **self._arrays("past", self._layers)},
             {"token": self._token, **self._arrays("present", self._layers)},
         )
-        return first, rest
+        for call in (first, rest):
+            call.run()
+        self._cache.extend(0, rows)
+        return int(self._token[0])
 
     def _step(self, token: int, bar: float) -> tuple[int, int]:
         """The next token, and the layers that it took."""

@@ -138,7 +138,7 @@ def _trained(options: EvaluateOptions, entries: Sequence[Entry], loss: str | Non
                 f"{entry.name} {known} for its exit after layer {manifest.exit_layer}: its figures for "
                 f"{', '.join(methods)} show what such an exit gives, not what the methods can do"
             )
-        if manifest.threshold >= NEVER_EXIT and {"free", "free-first", "rollback"} & set(methods):
+        if manifest.threshold >= NEVER_EXIT and {"free", "rollback"} & set(methods):
             notes.append(f"{entry.name} is not calibrated: free ran at the given thresholds only, rollback never exits")
     return notes
 

@@ -32,11 +32,11 @@ class Score:
 class Row:
     """A bundle in one setting, over all lines.
 
-    `token_speed`, `first_speed` and `request_speed` are multiples of the full model's: of decoding, in time per token
-    after the first, of the time to the first token, and of whole requests, both with prompt and encoder.
-    `tokens_per_second` is of decoding. `exit_rate` of the tokens after the first, with first exits of all, and
-    `layers`: decoder layers that such a token took until it was emitted, on average. `first_exits`: share of the first
-    tokens that exited. `same`: the share of lines whose tokens are the
+    `token_speed`, `first_speed` and `request_speed` are multiples of the full model's: of decoding, in time per token,
+    of the time to the first token, and of whole requests, both with prompt and encoder. `tokens_per_second` is of
+    decoding. `exit_rate` of the tokens that could exit, all but a decoder-only model's first, and `layers`: decoder
+    layers that such a token took until it was emitted, on average. `first_exits`: share of the first tokens that
+    exited. `same`: the share of lines whose tokens are the
     full model's; `cut`: of those that ended at the limit of tokens. `joules_per_token` where the machine tells.
     `against`: the bundle whose full model it is compared with.
     """
@@ -81,11 +81,11 @@ class Times:
     seconds: float
     decode_seconds: float
     first_seconds: float
-    later_tokens: int
+    decoded: int
 
     @property
     def per_token(self) -> float:
-        return self.decode_seconds / max(1, self.later_tokens)
+        return self.decode_seconds / max(1, self.decoded)
 
 
 Lines = Mapping[int, Sequence[Record]]
@@ -148,9 +148,10 @@ def interval(metric: Metric, table: np.ndarray, whole: np.ndarray) -> tuple[floa
 def _row(entry: Entry, setting: Setting, against: str, lines: Lines, whole: Lines, scores: dict[str, Score]) -> Row:
     manifest = entry.bundle.manifest
     first = [turns[0] for turns in lines.values()]
-    decided = [one.exited[not setting.first_exit :] for one in first]
+    predicted = int(not manifest.encoder_decoder)
+    decided = [one.exited[predicted:] for one in first]
     count = max(1, sum(map(len, decided)))
-    times, full = _times(lines), _times(whole)
+    times, full = _times(lines, predicted), _times(whole, predicted)
     joules = [one.joules for turns in lines.values() for one in turns]
     known = [value for value in joules if value is not None]
     tokens = sum(one.tokens for turns in lines.values() for one in turns)
@@ -188,12 +189,12 @@ def _ratio(above: float, below: float) -> float:
     return above / below if below else 0.0
 
 
-def _times(lines: Lines) -> Times:
+def _times(lines: Lines, predicted: int) -> Times:
     return Times(
         sum(median(one.seconds for one in turns) for turns in lines.values()),
         sum(median(one.decode_seconds for one in turns) for turns in lines.values()),
         sum(median(one.first_seconds for one in turns) for turns in lines.values()),
-        sum(max(0, turns[0].tokens - 1) for turns in lines.values()),
+        sum(max(0, turns[0].tokens - predicted) for turns in lines.values()),
     )
 
 

@@ -124,13 +124,13 @@ class Loaded:
         return {
             "seconds": round(result.seconds, 7),
             "decode_seconds": round(result.decode_seconds, 7),
-            "first_seconds": round(result.seconds - result.decode_seconds, 7),
+            "first_seconds": round(result.first_seconds, 7),
             "tokens": len(result.token_ids),
             "text": "" if tokenizer is None else tokenizer.decode(list(written)),
             "token_ids": result.token_ids,
             "exited": tuple(layers < manifest.layers for layers in result.layers),
             "finish_reason": "eos" if ended else "length",
-            "layers": sum(result.layers[1:]),
+            "layers": sum(result.layers[not manifest.encoder_decoder :]),
         }
 
 

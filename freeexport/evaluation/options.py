@@ -12,14 +12,14 @@ from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 
-Method = Literal["full", "static", "calm", "free", "free-first", "adaptive", "rollback", "lossless"]
+Method = Literal["full", "static", "calm", "free", "adaptive", "rollback", "lossless"]
 METHODS: tuple[Method, ...] = get_args(Method)
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `threshold`: of "free", "free-first" and "calm"; the others decide it themselves."""
+    """One way to decode. `threshold`: of "free" and "calm"; the others decide it themselves."""
 
     method: Method
     threshold: float | None = None
@@ -31,28 +31,22 @@ class Setting:
         return f"{self.method}{at}{', calibrated' if self.calibrated else ''}"
 
     @property
-    def first_exit(self) -> bool:
-        return self.method == "free-first"
-
-    @property
     def request(self) -> dict[str, Any]:
         """The options of a request, in a session whose own threshold is adaptive where that is asked for."""
         if self.method == "adaptive":
             return {"mode": "free"}
-        if self.first_exit:
-            return {"mode": "free", "threshold": self.threshold, "first_exit": True}
         return {"mode": "shallow" if self.method == "static" else self.method, "threshold": self.threshold}
 
 
 def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
-    """Of a bundle, full first: "free", "free-first" and "calm" at each threshold, the first two also at that of its
-    calibration, if any."""
+    """Of a bundle, full first: "free" and "calm" at each threshold, "free" also at that of its calibration, if
+    any."""
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
         if method == "calm":
             found.extend(Setting(method, value) for value in sorted(set(thresholds)))
             continue
-        if method not in ("free", "free-first"):
+        if method != "free":
             found.append(Setting(method))
             continue
         calibrated = manifest.threshold if manifest.threshold < NEVER_EXIT else None

@@ -20,7 +20,6 @@ _COLOURS = {
     "static": ORANGE,
     "calm": YELLOW,
     "free": BLUE,
-    "free-first": "#56B4E9",  # sky blue, of the same palette
     "adaptive": PURPLE,
     "rollback": "black",
     "lossless": GREEN,
@@ -30,7 +29,6 @@ _MARKS = {
     "static": "^",
     "calm": "X",
     "free": "o",
-    "free-first": "*",
     "adaptive": "D",
     "rollback": "v",
     "lossless": "P",

@@ -31,7 +31,7 @@ class Key(NamedTuple):
 class Record:
     """One line decoded. `seconds` from the prompt to the last token, `decode_seconds` without prompt and encoder,
     `first_seconds` to the first token (0 in records of older versions);
-    `layers` of all tokens after the first, where they are not those of one exit; `threshold` that an adaptive session
+    `layers` of all tokens that could exit, where they are not those of one exit; `threshold` that an adaptive session
     had, and what it had learned then; `joules` where they are known; `busy`: cores that other processes used. Text and
     tokens are those of round 0."""
 

@@ -17,7 +17,6 @@ FIELDS = {
     "max_new_tokens": "max_tokens",
     "mode": "free.mode",
     "threshold": "free.threshold",
-    "first_exit": "free.first_exit",
     "deadline": "free.deadline",
     "rollback_threshold": "free.mode",
     "sequence_bias": "logit_bias",

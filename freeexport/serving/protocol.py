@@ -51,7 +51,6 @@ class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     mode: Mode | None = None
     threshold: float | None = None
-    first_exit: bool | None = None
     deadline: float | None = None
     exits: bool = False
 
@@ -129,7 +128,6 @@ class Request(msgspec.Struct, kw_only=True):
         return GenerationOptions(
             mode=self.free.mode or mode,
             threshold=self.free.threshold,
-            first_exit=self.free.first_exit,
             deadline=min(deadlines, default=None),
             temperature=temperature,
             repetition_penalty=self.repetition_penalty,

@@ -15,20 +15,19 @@ from runtime.json_file import parse_json
 
 _KIND = "freeexport traces"
 # Of what a line holds: traces of another format are dropped as those of another key are.
-_FORMAT = 2
+_FORMAT = 3
 _START = json.dumps({"kind": _KIND})[:-1].encode()
 
 
 @dataclass(frozen=True)
 class TraceKey:
-    """What traces depend on. `model` and `data` are hashes; `first_exit`: they have the first tokens."""
+    """What traces depend on. `model` and `data` are hashes."""
 
     model: str
     data: str
     exit_layer: int
     confidence: str
     max_new_tokens: int
-    first_exit: bool = False
 
 
 class TraceCache:

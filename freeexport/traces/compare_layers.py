@@ -134,7 +134,7 @@ def evaluate_exits(model: str, data: Path, options: Options) -> Report:
     with progress("evaluating", len(examples)) as advance:
         evaluation = evaluate(reference, checkpoint, description, examples, options.batch_size, advance)
     if evaluation.tokens == 0:
-        raise DataError(f"{data}: no output has a second token, and the first never exits; give longer texts")
+        raise DataError(f"{data}: no output has a token that could exit; give longer texts")
     found = checkpoint.exit
     own = {} if found is None else {found.exit_layer: found.exit_layers}
     exits = tuple(exit_of(evaluation, layer, costs, options, own.get(layer, 0)) for layer in range(1, layers))

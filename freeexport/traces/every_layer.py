@@ -87,8 +87,8 @@ def evaluate(
     batch_size: int,
     advance: Advance,
 ) -> Evaluation:
-    """Every layer's prediction at each token of the examples' targets, the first of each left out: it comes from the
-    prefill, which always runs all layers.
+    """Every layer's prediction at each token of the examples' targets, a decoder-only model's first left out:
+    it comes from the prefill, which always runs all layers.
 
     A layer is read through the final norm and the head; the exit layer of a checkpoint whose exit has parameters of
     its own, through those. Takes the memory of all hidden states of a batch, not of their logits.
@@ -108,7 +108,9 @@ def evaluate(
     # Long examples first: where memory does not do, it shows at once.
     for batch in _batches(sorted(examples, key=lambda one: -len(one.prompt) - len(one.target)), batch_size):
         inputs = {name: value.to(module.device) for name, value in collate(batch).items()}
-        labels = _without_first(inputs.pop("labels"))
+        labels = inputs.pop("labels")
+        if not module.seq2seq:
+            labels = without_first(labels)
         hidden = module.hidden_states(labels, **inputs)
         for number, head in enumerate(heads):
             layer = EXIT if own is not None and number + 1 == exit_layer else number + 1
@@ -124,7 +126,7 @@ def evaluate(
     return Evaluation(layers, np.concatenate(targets), np.concatenate(sequences))
 
 
-def _without_first(labels: torch.Tensor) -> torch.Tensor:
+def without_first(labels: torch.Tensor) -> torch.Tensor:
     """Labels [B, m] with the first that is not -100 of each row made -100."""
     first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
     return labels.scatter(1, first, IGNORED)

@@ -6,24 +6,26 @@ import numpy as np
 
 from freeexport.traces.trace import Trace
 from runtime import Session
-from runtime.decoding.slot_call import finish
 
 
 def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Trace:
-    """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence. With the
-    session's option `first_exit` the first token is part of the trace."""
+    """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence. Only an
+    encoder-decoder's first token is part of the trace: a decoder-only model's comes from reading the prompt."""
     manifest = session.manifest
     start = np.array([manifest.decoder_start_token_id or 0]) if manifest.encoder_decoder else prompt
-    first_exit = session.options.first_exit
-    most = min(max_new_tokens, session.capacity - len(start) + 1) - (not first_exit)
+    predicted = int(not manifest.encoder_decoder)
+    most = min(max_new_tokens, session.capacity - len(start) + 1) - predicted
     confidence: list[float] = []
     agrees: list[bool] = []
     nll: list[float] = []
     guesses: list[int] = []
     with session.decoder(prompt) as decoder:
-        first = finish(decoder.prefilling(start.astype(np.int64), head=False, exits=True, defer=first_exit))
-        token = int(start[-1]) if first_exit else first.token
-        ended = not first_exit and token in manifest.eos_token_ids
+        if predicted:
+            token = decoder.prefill(start.astype(np.int64), head=False, exits=True).token
+        else:
+            decoder.begin(exits=True)
+            token = int(start[0])
+        ended = bool(predicted) and token in manifest.eos_token_ids
         while len(confidence) < most and not ended:
             guess = decoder.step(token, head=True)
             (deep,) = decoder.sync(1, drafts=[guess.token])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from freeexport.traces.every_layer import Head, greedy_outputs, own_head
+from freeexport.traces.every_layer import Head, greedy_outputs, own_head, without_first
 from freeexport.traces.trace import Trace
 from freeexport.training.batches import Collator
 from freeexport.training.exit_layers.module import own_exit
@@ -42,16 +42,16 @@ class CheckpointTracer:
         self._collate = Collator(start)
 
     @torch.no_grad()
-    def traces(self, examples: Sequence[Example], max_new_tokens: int, first_exit: bool = False) -> Iterator[Trace]:
-        """Of one batch, in its order; with the first tokens where they may exit."""
+    def traces(self, examples: Sequence[Example], max_new_tokens: int) -> Iterator[Trace]:
+        """Traces of one batch, in its order, without the first tokens of a decoder-only model, which reading the prompt
+        predicts."""
         outputs = greedy_outputs(
             self._model, self._checkpoint, examples, max_new_tokens, len(examples), lambda n=1: None
         )
         inputs = {name: value.to(self._module.device) for name, value in self._collate(outputs).items()}
         labels = inputs.pop("labels")
-        if not first_exit:
-            first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
-            labels = labels.scatter(1, first, IGNORED)
+        if not self._module.seq2seq:
+            labels = without_first(labels)
         hidden = self._module.hidden_states(labels, **inputs)
         ends = np.cumsum((labels != IGNORED).sum(dim=1).cpu().numpy())[:-1]
         exit_layer = self._exit_layer if self._module.own is None else EXIT

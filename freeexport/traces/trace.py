@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Trace:
-    """Tokens after the first of one sequence, or all where the first may exit, too: the shallow `confidence` float32
+    """Tokens of one sequence that could exit, all but a decoder-only model's first: the shallow `confidence` float32
     [n]; whether the shallow prediction `agrees` with the deep one, bool [n]; its `nll` float32 [n], nats by the deep
     decoder; and which `token` it is, int32 [n].
 
@@ -61,7 +61,7 @@ class Traces:
 
     @property
     def mean_length(self) -> int:
-        """Tokens of a sequence, its first included."""
+        """Tokens of a sequence, its first included."""  # of an encoder-decoder one too many
         return max(2, round(self.tokens / len(self.sequences)) + 1)
 
     @cached_property

@@ -12,8 +12,8 @@ would
 - It may depend on more; and where sequences are short and all tokens exit, no pass runs, nothing is labelled, and a
   threshold that is too low stays so. So once AUDIT_TOKENS were left over, the stack of the next request that ends is
   checked by one pass more, an audit, which changes none of its tokens.
-- The first token, which the threshold decides with the option `first_exit` only: without, it is not among the tokens
-  that are learned from. Requests with a threshold of their own are not either: their passes would choose other tokens.
+- The first token of a decoder-only model, which reading the prompt predicts: it is not among the tokens that are
+  learned from. Requests with a threshold of their own are not either: their passes would choose other tokens.
 
 What is seen fades exponentially (`LabelStatistics`). The state is a function of the requests in the order in which they
 complete; what a request does is a function of the state at its start.

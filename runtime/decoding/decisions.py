@@ -16,7 +16,8 @@ class Decisions:
     one sequence at a time. Positions are counted from 0 at the first token of the prompt."""
 
     def begin(self, decoder: Decoder, prompt: int) -> None:
-        """A sequence has read its prompt of so many tokens, with a decoder that is its own until it ends."""
+        """A sequence begins to decode after a prompt of so many tokens, an encoder-decoder's start token among them,
+        with a decoder that is its own until it ends."""
 
     def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
         """In place of the shallow prediction after the token at `position`."""

@@ -8,7 +8,6 @@ from time import perf_counter
 import numpy as np
 
 from runtime.decoding.decisions import Decisions
-from runtime.decoding.deferred_prompt import DeferredPrompt
 from runtime.decoding.prediction import NOTHING, Prediction
 from runtime.decoding.prefix import BLOCK, Prefix
 from runtime.decoding.slot import Slot
@@ -29,9 +28,8 @@ RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
 
 
 class Decoder:
-    """Invariant, until `drop_stack`: shallow length = deep length + deferred + stacked; `deferred` rows of the prompt
-    are 0 but after `prefilling` that defers, until a sync pass. `hidden_size` is d, `vocab_size` V, `max_pending` the
-    rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
+    """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
+    `max_pending` the rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
     whether other sequences wait while a piece of a prompt is read. `alone`: none could share a deep pass, which is then
     run at once. `want_logits` makes predictions carry logits.
 
@@ -60,7 +58,6 @@ class Decoder:
         self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
         self._shallow, self._deep = shallow, deep
         self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
-        self._deferred = DeferredPrompt(shallow, deep, self._calls, hidden_size)
         self._decisions = decisions
         self._step: SlotCall | None = None  # the last one
         self._head = self._exits = False
@@ -70,10 +67,6 @@ class Decoder:
     @property
     def slot(self) -> int:
         return self._calls.slot
-
-    @property
-    def deferred(self) -> int:
-        return self._deferred.rows
 
     @property
     def shared_calls(self) -> bool:
@@ -92,10 +85,8 @@ class Decoder:
         self._deep.cache.trim(self.slot, length)
 
     def drop_stack(self) -> None:
-        """Never show the deep decoder what is stacked or deferred: its cache stays behind for the rest of the
-        sequence."""
+        """Never show the deep decoder what is stacked: its cache stays behind for the rest of the sequence."""
         self.stacked = 0
-        self._deferred.clear()
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
@@ -112,11 +103,17 @@ class Decoder:
             runner.cache.trim(self.slot, 0)
         self._calls.exchange(other._calls)
 
+    def begin(self, exits: bool) -> None:
+        """Begin with the first token of an encoder-decoder, without a prompt to read. `exits`: later steps may ask the
+        head, so an exit's own layers are run for all rows from here on."""
+        self._allow(exits)
+        if self._decisions is not None:
+            self._decisions.begin(self, 1)
+
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
         """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`.
 
-        `exits`: later steps may ask the head, so an exit's own layers are run for all rows from here on; with `head`
-        they are anyway.
+        `exits`: see `begin`; with `head` they are run anyway.
         """
         return finish(self.prefilling(tokens, head, exits))
 
@@ -157,50 +154,34 @@ class Decoder:
         return deep if self._decisions is None else self._decided([Prediction(deep)])[0].token
 
     def prefilling(
-        self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None, defer: bool = False
+        self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
     ) -> Waits[Prediction]:
-        """See `prefill`. Between pieces others have a turn. What `prefix` has of the tokens is copied, not read.
-
-        `defer`: the shallow engine alone reads them. The next step must be that of the last token, and gives the
-        prediction; the next sync pass reads the others in the deep engine, too.
-        """
-        if self._exits != (exits or head):
-            self._exits, self._calls.both = exits or head, None
+        """See `prefill`. Between pieces others have a turn. What `prefix` has of the tokens is copied, not read."""
+        self._allow(exits or head)
         start = 0
         while start < len(tokens):
             if start:
                 yield None
             began = perf_counter()
-            if prefix is not None and not self._deferred.pieces:  # it would leave a gap in the deep cache
+            if prefix is not None:
                 held = prefix.restore(self.runners, self.slot, start)
                 self.stats.cached_tokens += held - start
                 start = held
-            if defer and start == len(tokens) - 1:
-                break  # a step like others, which they may share
             rows = min(self._shared_rows, SHARED_PREFILL_ROWS) if self.others else PREFILL_ROWS
             piece = tokens[None, start : start + rows]
             start += piece.shape[1]
             last = start == len(tokens)
-            if defer:
-                self._deferred.read(piece, self._exits, last)
-            else:
-                self._prefill_piece(piece, head and last, last)
+            self._prefill_piece(piece, head and last, last)
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         if self._decisions is not None:
             self._decisions.begin(self, len(tokens))
-        if defer:
-            return NOTHING
         return self._calls.answer(0)._replace(confidence=self._calls.confidence[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """What the step of `step` needs: nothing where it was run ahead, or by `prefilling` that defers. `guess` then
-        gives the prediction."""
+        """What the step of `step` needs: nothing where it was run ahead. `guess` then gives the prediction."""
         self._head = head
-        if self._deferred.step is not None:
-            self._step, self._deferred.step = self._deferred.step, None
-            return ()
         calls = self._calls
         calls.token[0] = token
         self._step = call = (calls.asking if head else None) or calls.step(head, self._exits or head)
@@ -237,8 +218,6 @@ class Decoder:
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         """What the pass of `sync` needs. `answers` then gives the predictions."""
         self._heads, self._drafts = heads, len(drafts)
-        if self._deferred.pieces:
-            return self._deferred.catching_up(self.stacked, heads, drafts, self.stats)
         self._pass = call = self._calls.sync(0, self.stacked, heads, drafts)
         if self.alone:
             call.run()
@@ -255,6 +234,10 @@ class Decoder:
         self.stacked = 0
         deep = [calls.answer(row, row < self._drafts) for row in range(self._heads)]
         return deep if self._decisions is None else self._decided(deep)
+
+    def _allow(self, exits: bool) -> None:
+        if self._exits != exits:
+            self._exits, self._calls.both = exits, None
 
     def _decided(self, deep: list[Prediction]) -> list[Prediction]:
         """In place of the predictions after the last rows of the deep cache."""

@@ -1,8 +1,9 @@
 """The decode loops: one token at a time after the prompt (Bae et al. 2023, section 3; docs/decoding.md).
 
-`first` is what the prompt's last row says, None where the first token is decided as the others are: then nothing but
-the shallow engine has read the prompt. Each makes tokens final in `response` until that is finished. They are
-coroutines (runtime/decoding/slot_call.py): between steps they yield the engine calls that they wait for.
+They begin where `response.newest` is the next token to read: after the prompt's own prediction of a decoder-only
+model, and at the start token of an encoder-decoder, whose first token is so decided like any other. Each makes tokens
+final in `response` until that is finished. They are coroutines (runtime/decoding/slot_call.py): between steps they
+yield the engine calls that they wait for.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from runtime.result import Stats, Token
 Loop = Generator[Token | Waiting, None, None]
 
 
-def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
-    """Decoding with the whole model: every token runs both engines, the shallow head never."""
-    yield response.add(response.choose(first), False, None, first)
+def full(decoder: Decoder, response: Response) -> Loop:
+    """Decode with the whole model: every token runs both engines, the shallow head never."""
     while not response.finished:
         if decoder.alone and response.greedy:
             yield AT_ONCE
@@ -36,7 +36,6 @@ def full(decoder: Decoder, first: Prediction, response: Response) -> Loop:
 
 def free(
     decoder: Decoder,
-    first: Prediction | None,
     response: Response,
     threshold: float,
     max_pending: int,
@@ -46,8 +45,6 @@ def free(
     """FREE: tokens more confident than `threshold` exit and wait on the stack; the others run the deep decoder over all
     that wait. A full stack of `max_pending` rows forces it. Where engines overlap, each `sync_every` rows are passed on
     in the background; 0 is never. `labels` are told what sync passes say of every row, which needs 0."""
-    if first is not None:
-        yield response.add(response.choose(first), False, first.confidence, first)
     sync_every = sync_every if decoder.overlaps else 0
     rows: list[Prediction] = []  # of the stack, where they are to be labelled
     at_rest = True
@@ -89,10 +86,8 @@ def _labels(guesses: Sequence[Prediction], answers: Sequence[Prediction]) -> lis
     return [(guess.confidence or 0.0, guess.token == deep.token) for guess, deep in zip(guesses, answers, strict=True)]
 
 
-def shallow(decoder: Decoder, first: Prediction | None, response: Response) -> Loop:
-    """Static exiting: after the `first` token, which is the deep decoder's, the shallow decoder goes on alone."""
-    if first is not None:
-        yield response.add(response.choose(first), False, first.confidence, first)
+def shallow(decoder: Decoder, response: Response) -> Loop:
+    """Static exiting: after the prompt the shallow decoder goes on alone."""
     while not response.finished:
         yield from decoder.stepping(response.newest, head=True)
         guess = decoder.guess()
@@ -101,13 +96,9 @@ def shallow(decoder: Decoder, first: Prediction | None, response: Response) -> L
         yield response.add(response.choose(guess), True, guess.confidence, guess)
 
 
-def rollback(
-    decoder: Decoder, first: Prediction | None, response: Response, threshold: float, max_pending: int, limit: float
-) -> Loop:
+def rollback(decoder: Decoder, response: Response, threshold: float, max_pending: int, limit: float) -> Loop:
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
-    if first is not None:
-        yield response.add(response.choose(first), False, first.confidence, first)
     while not response.finished:
         draft = yield from _draft(decoder, response, threshold, max_pending - 1, head=True)
         answers = yield from _verify(decoder, response, threshold, draft)
@@ -119,7 +110,6 @@ def rollback(
 
 def lossless(
     decoder: Decoder,
-    first: Prediction,
     response: Response,
     threshold: float,
     max_pending: int,
@@ -129,7 +119,6 @@ def lossless(
 ) -> Loop:
     """The tokens of `full`: drafts are kept as far as the deep decoder chooses the same. Those of `sources` go first;
     tokens that exit follow, or are the draft where there are none."""
-    yield response.add(response.choose(first), False, first.confidence, first)
     pace.begin()
     while not response.finished:
         now = pace.among(decoder.batch_size)

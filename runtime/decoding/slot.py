@@ -140,11 +140,6 @@ class Slot:
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
         return self._new_call(self._deep, inputs, outputs, hidden.shape[1], heads)
 
-    def joined(self, hidden: np.ndarray, stacked: int, heads: int, drafts: Sequence[int]) -> SlotCall:
-        """The same on hidden states, then on the first rows of the stack, as `sync`."""
-        self._drafted[: len(drafts)] = drafts
-        return self.deep_piece(np.concatenate([hidden, self.stack[None, :stacked]], axis=1), heads)
-
     def bind(self, call: SlotCall) -> Call:
         """A call of this slot alone."""
         runner, rows, past = call.runner, call.rows, self._past[call.runner]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Generator
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.prefix import Prefix
 from runtime.decoding.response import Caller, Response
-from runtime.decoding.slot_call import Waits
+from runtime.decoding.slot_call import Waiting, Waits
 from runtime.engines.encoder import Encoder
 from runtime.engines.prefix_store import PrefixStore, hashes
 from runtime.errors import OptionError
@@ -28,7 +29,7 @@ from runtime.metrics import Watch
 from runtime.options import GenerationOptions, Mode
 from runtime.requests.sampling import check_biases, sampler_of
 from runtime.requests.thresholds import Threshold
-from runtime.result import GenerationResult, Stats
+from runtime.result import GenerationResult, Stats, Token
 from runtime.scheduling.task import Task
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.logits_processors import log_softmax
@@ -41,8 +42,7 @@ MOST_SEQUENCES = 1024
 class Model(NamedTuple):
     """What requests of a session are for. `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None;
     `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known. `prefixes` is
-    what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing. `first_exit`: of requests that
-    do not say."""
+    what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing."""
 
     manifest: Manifest
     capacity: int
@@ -50,7 +50,6 @@ class Model(NamedTuple):
     tokenizer: Tokenizer | None
     costs: CostCache | None = None
     prefixes: PrefixStore[Any] | None = None
-    first_exit: bool = False
 
 
 class Request:
@@ -85,9 +84,6 @@ class Request:
         self.positions = len(self._prompt) + self._limit
         self._eos = frozenset() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self.mode = _mode(options, threshold)
-        first_exit = model.first_exit if options.first_exit is None else options.first_exit
-        # Several continuations begin with one prediction, the deep one.
-        self._first_exit = bool(first_exit) and count == 1 and self.mode in ("free", "rollback", "shallow")
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
@@ -120,10 +116,10 @@ class Request:
                     self._watch.started()
                 try:
                     if self.options.num_beams > 1:
-                        loop = yield from self._beam(decoder, response, number)
+                        yield from self._beam(decoder, response, number)
                     else:
-                        loop = yield from self._sample(decoder, response)
-                    yield from loop
+                        loop = yield from self._begin(decoder, response, number)
+                        yield from loop
                 finally:
                     response.close()
                 self._learn_costs(decoder, response)
@@ -168,9 +164,7 @@ class Request:
         head = self.mode == "free" or self.options.output_confidence
         passes = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
         outside = stats.overhead_seconds
-        # The step that gives the first token counts where it is no part of reading a prompt.
-        steps = stats.tokens - (not self._first_exit or len(self._prompt) > 1)
-        self._costs.learn(head, steps, stats.shallow_seconds, outside, passes)
+        self._costs.learn(head, stats.candidates, stats.shallow_seconds, outside, passes)
 
     def _response(self, number: int) -> Response:
         options = self.options
@@ -186,42 +180,46 @@ class Request:
             decoder.reset()
         else:
             decoder.stats = Stats()
-            decoder.trim(len(self._prompt))
+            decoder.trim(0 if self._encoder is not None else len(self._prompt))
         decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self._tokens)
-        decoder.stats.first_exit = self._first_exit
+        decoder.stats.predicted = int(self._encoder is None)
 
-    def _sample(self, decoder: Decoder, response: Response) -> Waits[Loop]:
-        if self._first is None:
+    def _begin(self, decoder: Decoder, response: Response, number: int) -> Generator[Token | Waiting, None, Loop]:
+        """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
+        prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
+        exits = self.mode != "full"
+        if number == 0:
             decoder.want_logits(response.needs_logits)
-            if self._encoder is not None:
+        if self._encoder is not None:
+            if number == 0:
                 decoder.attend(self._encode(decoder))
-            exits = self.mode != "full"
-            first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix, self._first_exit)
-            if self._first_exit:
-                return self._loop(decoder, None, response)
-            self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
-        return self._loop(decoder, self._first, response)
+            decoder.begin(exits or self._head)
+        else:
+            if self._first is None:
+                first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix)
+                self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
+            yield response.add(response.choose(self._first), False, self._first.confidence, self._first)
+        return self._loop(decoder, response)
 
-    def _loop(self, decoder: Decoder, first: Prediction | None, response: Response) -> Loop:
+    def _loop(self, decoder: Decoder, response: Response) -> Loop:
         mode, (threshold, labels, _) = self.mode, self._threshold
         if mode == "rollback":
-            return rollback(decoder, first, response, threshold, self._max_pending, self._rollback_threshold)
+            return rollback(decoder, response, threshold, self._max_pending, self._rollback_threshold)
         if mode == "shallow":
-            return shallow(decoder, first, response)
+            return shallow(decoder, response)
         if mode == "free" and (labels is None or not labels.learns):
-            return free(decoder, first, response, threshold, self._max_pending, self.options.sync_every)
+            return free(decoder, response, threshold, self._max_pending, self.options.sync_every)
         if mode == "free":
             # What a pass in the background reads gets no answer, and so no label.
-            return free(decoder, first, response, threshold, self._max_pending, 0, labels)
-        assert first is not None
+            return free(decoder, response, threshold, self._max_pending, 0, labels)
         if mode == "full" and self.options.output_confidence:
-            return free(decoder, first, response, NEVER_EXIT, self._max_pending)
+            return free(decoder, response, NEVER_EXIT, self._max_pending)
         if mode == "full":
-            return full(decoder, first, response)
+            return full(decoder, response)
         assert self._pace is not None
         exits = self.options.drafts != "lookup"
         sources = self._draft_sources()
-        return lossless(decoder, first, response, threshold, self._max_pending, self._pace, sources, exits)
+        return lossless(decoder, response, threshold, self._max_pending, self._pace, sources, exits)
 
     def _draft_sources(self) -> DraftSources | None:
         options = self.options
@@ -232,20 +230,15 @@ class Request:
         assert not isinstance(predicted, str)
         return DraftSources(self._vocab_size, self._prompt.tolist(), source, predicted, options.draft_source)
 
-    def _beam(self, decoder: Decoder, response: Response, number: int) -> Waits[Loop]:
+    def _beam(self, decoder: Decoder, response: Response, number: int) -> Loop:
         """The best beams of one search, best first."""
         if number == 0:
             self._found = yield from self._search(decoder)
-        found = self._found[number : number + 1]
         wanted = self.options.output_logprobs
-
-        def tokens() -> Loop:
-            for hypothesis in found:
-                for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
-                    if not response.finished:
-                        yield response.add(token, False, None, None, logprob if wanted else None)
-
-        return tokens()
+        for hypothesis in self._found[number : number + 1]:
+            for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
+                if not response.finished:
+                    yield response.add(token, False, None, None, logprob if wanted else None)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options = self.options
@@ -292,11 +285,6 @@ class Request:
 def check_count(count: int, options: GenerationOptions) -> None:
     """Raises OptionError for so many continuations of one prompt."""
     most = MOST_SEQUENCES if options.samples else options.num_beams
-    if options.first_exit and count != 1:
-        raise OptionError(
-            f"first_exit is True with num_return_sequences {count!r}, of which both decoders read the prompt once; "
-            "leave it out"
-        )
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
         raise OptionError(
             f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True or a temperature "

@@ -18,7 +18,7 @@ from runtime.engines.memory import check_beams
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.metrics import Observer
-from runtime.options import GenerationOptions, SessionOptions, check_first_exit
+from runtime.options import GenerationOptions, SessionOptions
 from runtime.requests.generation_config import read_defaults, with_defaults
 from runtime.requests.request import Model, Request
 from runtime.requests.sampling import processors_of
@@ -69,7 +69,6 @@ class RequestBuilder:
             raise OptionError(
                 f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
             )
-        check_first_exit(options.first_exit, self._options.device)
         if options.samples:
             options = with_defaults(options, read_defaults(self._bundle.path, manifest.files))
         if options.logits_processor:

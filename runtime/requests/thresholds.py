@@ -118,7 +118,7 @@ class Thresholds:
             return replace(options, mode="full")
         never = options.threshold is None and self.adaptive is None and self.decide(None, "free").value >= NEVER_EXIT
         drafts = any(given is not None for given in (options.drafts, options.predicted_output, options.draft_source))
-        if not drafts and (options.first_exit or not never):
+        if not drafts and not never:
             return replace(options, mode="free")
         if options.output_confidence:
             return replace(options, mode="full")

@@ -17,6 +17,7 @@ from reference import (
     confidence_of,
     cut_after,
     free_decode,
+    predicted_of,
     replay,
     separating_threshold,
 )
@@ -56,7 +57,7 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(case: Case, source_m
     reference = free_decode(model, PROMPTS[0], case.exit_layers[0], 1.0, TOKENS)
     assert reference.token_ids == generate(model, PROMPTS[0], TOKENS)
     assert not any(reference.exited)
-    assert reference.sync_sizes == [1] * (len(reference.token_ids) - 1)
+    assert reference.sync_sizes == [1] * (len(reference.token_ids) - predicted_of(model))
 
 
 @each_case
@@ -83,12 +84,14 @@ def test_a_separating_threshold_makes_exits_and_sync_passes(case: Case, source_m
 
 
 @each_case
-def test_threshold_zero_exits_everything_but_the_first_and_forced_tokens(case: Case, source_model: Model) -> None:
-    reference = free_decode(source_model(case), PROMPTS[0], case.exit_layers[-1], 0.0, 14, max_pending=4, eos_ids=())
-    assert reference.exited == ([False] + [True] * 3 + ([False] + [True] * 3) * 3)[:14]
-    assert reference.forced == [step > 0 and not exited for step, exited in enumerate(reference.exited)]
+def test_threshold_zero_exits_everything_but_predicted_and_forced_tokens(case: Case, source_model: Model) -> None:
+    model = source_model(case)
+    predicted = predicted_of(model)
+    reference = free_decode(model, PROMPTS[0], case.exit_layers[-1], 0.0, 14, max_pending=4, eos_ids=())
+    assert reference.exited == ([False] * predicted + ([True] * 3 + [False]) * 4)[:14]
+    assert reference.forced == [step >= predicted and not exited for step, exited in enumerate(reference.exited)]
     assert reference.sync_sizes == [4, 4, 4]
-    assert reference.stacked == [step % 4 for step in range(14)]
+    assert reference.stacked == [(step + 1 - predicted) % 4 for step in range(14)]
 
 
 @few_cases

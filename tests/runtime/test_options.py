@@ -56,9 +56,6 @@ def test_overlap_is_for_gpus_and_says_why() -> None:
         ("queue", 1.0),
         ("adaptive_memory", None),
         ("threshold", math.inf),
-        ("first_exit", 1),
-        ("first_exit", None),
-        ("first_exit", "yes"),
         ("overlap", 1),
         ("overlap", "yes"),
         ("cuda_graphs", None),
@@ -356,18 +353,3 @@ def test_a_type_checker_finds_options_that_do_not_exist_and_wrong_types(tmp_path
     ran = subprocess.run(command, cwd=root, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(root)})
     lines = [int(line.split(":")[1]) for line in ran.stdout.splitlines() if ": error:" in line]
     assert lines == [14, 15, 16, 17, 18], ran.stdout
-
-
-@pytest.mark.parametrize("mode", ["full", "lossless"])
-def test_a_first_exit_is_refused_where_nothing_may_differ_from_the_whole_model(mode: Any) -> None:
-    with pytest.raises(OptionError, match=f"first_exit is True in mode {mode}, whose tokens .*; leave it out"):
-        GenerationOptions(mode=mode, first_exit=True)
-    assert GenerationOptions(mode=mode, first_exit=False).first_exit is False
-    with pytest.raises(OptionError, match=r"first_exit is 'yes'; choose True, False or None \(as the session\)"):
-        GenerationOptions(first_exit="yes")  # type: ignore[arg-type]
-
-
-def test_a_prompt_is_deferred_on_the_cpu_only() -> None:
-    with pytest.raises(OptionError, match=r"first_exit is True with device 'cuda:0': .* CPU only; leave it out"):
-        SessionOptions(first_exit=True, device="cuda:0")
-    assert SessionOptions(device="cuda:0").first_exit is False

@@ -586,16 +586,18 @@ def test_the_end_of_a_with_block_closes_the_session(bundle: Bundles) -> None:
 def test_statistics_add_up(name: str, open_session: Open) -> None:
     stats = open_session(name).generate(PROMPT, threshold=0.3, max_new_tokens=30, ignore_eos=True).stats
     assert (stats.prompt_tokens, stats.tokens) == (len(PROMPT), 30)
-    assert stats.exit_rate == stats.exits / 29
+    decided = 30 if name == T5 else 29  # a decoder-only model's first token comes from reading the prompt
+    assert (stats.candidates, stats.exit_rate) == (decided, stats.exits / decided)
     rows = sum(size * count for size, count in stats.sync_sizes.items())
-    assert stats.sync_passes + stats.exits == 29
-    assert rows <= 29
+    assert stats.sync_passes + stats.exits == decided
+    assert rows <= decided
     phases = (stats.prefill_seconds, stats.shallow_seconds, stats.deep_seconds)
-    assert min(phases) > 0
-    assert (stats.encode_seconds > 0) == (name == T5)
+    assert min(phases[1:]) > 0
+    assert (stats.encode_seconds > 0, stats.prefill_seconds > 0) == (name == T5, name != T5)
     assert stats.overhead_seconds >= 0
     assert stats.seconds == pytest.approx(sum(phases) + stats.encode_seconds + stats.overhead_seconds)
-    assert stats.tokens_per_second * (stats.seconds - stats.prefill_seconds - stats.encode_seconds) == pytest.approx(29)
+    decoding = stats.seconds - stats.prefill_seconds - stats.encode_seconds
+    assert stats.tokens_per_second * decoding == pytest.approx(decided)
 
 
 def test_time_that_the_reader_of_a_stream_takes_is_not_counted(open_session: Open) -> None:
@@ -634,7 +636,7 @@ def test_calls_stay_bound_from_one_request_to_the_next(
     assert len(first.stats.sync_sizes) > 1
     bound.clear()
     assert session.generate(PROMPT, **options).token_ids == first.token_ids
-    assert len(bound) == 2, "the prompt at both engines"
+    assert len(bound) == (0 if name == T5 else 2), "a decoder-only model's prompt at both engines"
 
 
 def test_onnxruntime_sends_no_telemetry_unless_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,7 +153,7 @@ class Clients:
                 del self._faults.left[decoder._calls]
 
         request.run = doomed  # type: ignore[method-assign]
-        steps = 0 if ask.options.get("num_beams", 1) > 1 else len(ask.alone.token_ids) - 1
+        steps = 0 if ask.options.get("num_beams", 1) > 1 else ask.alone.stats.candidates
         return self._fails(ask, Stream(self._session._scheduler, request).drain, InjectedError, steps > number)
 
     def _fails(self, ask: Ask, run: Callable[[], GenerationResult], kind: type[Exception], must: bool) -> str | None:

@@ -68,15 +68,6 @@ def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, s
     assert ours["top_logprobs"] == [[list(pair) for pair in best] for best in expected.top_logprobs or ()]
 
 
-def test_the_first_token_exits_where_it_may(generate: Run, session: Session) -> None:
-    arguments = ("Hi there", "--json", "--threshold", "0", "--max-new-tokens", "6")
-    for first_exit in (False, True):
-        ours = json.loads(generate(*arguments, *["--first-exit"] * first_exit).stdout)
-        expected = session.generate("Hi there", threshold=0.0, first_exit=first_exit, max_new_tokens=6)
-        assert (ours["token_ids"], ours["exited"]) == (list(expected.token_ids), list(expected.exited))
-        assert (ours["exited"][0], ours["exit_rate"]) == (first_exit, 1)
-
-
 def test_drafts_are_taken_from_the_sources_asked_for_and_told(generate: Run, session: Session, tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 60, "mode": "lossless"}
     full = session.generate("Hi there", **options, drafts="none")
@@ -172,8 +163,6 @@ def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--top-p", "0.5"), "nothing is sampled"),
         (("--num-return-sequences", "2"), "num_return_sequences is 2"),
-        (("--first-exit", "--mode", "full"), "first_exit is True in mode full"),
-        (("--first-exit", "--num-return-sequences", "2", "--temperature", "1"), "with num_return_sequences 2"),
         (("--num-beams", "2"), "early exit is not supported with beam search"),
         (("--num-beams", "2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],

@@ -44,9 +44,9 @@ def records() -> dict[tuple[str, str], dict[int, list[Record]]]:
 REFERENCES = {1: Reference(("right",)), 2: Reference(("right",))}
 
 
-def test_first_tokens_count_where_they_may_exit(entry: Entry) -> None:
+def test_first_tokens_of_an_encoder_decoder_count(entry: Entry) -> None:
     """Ten tokens, of which seven exit, the first among them; and ten of which three do, without the first."""
-    setting = Setting("free-first", 0.5)
+    setting = Setting("free", 0.5)
     flags = [(True,) * 7 + (False,) * 3, (False,) * 7 + (True,) * 3]
     lines = {
         line: [record(setting, line, 0.6, "right", 0, exited=exited, first_seconds=0.05)]
@@ -56,7 +56,8 @@ def test_first_tokens_count_where_they_may_exit(entry: Entry) -> None:
         line: [replace(turn, first_seconds=0.1) for turn in turns] for line, turns in records()["one", "full"].items()
     }
     found = {("one", "full"): full, ("one", setting.name): lines}
-    entry = replace(entry, settings=(FULL, setting))
+    manifest = replace(entry.bundle.manifest, encoder_capacity=64)
+    entry = replace(entry, bundle=replace(entry.bundle, manifest=manifest), settings=(FULL, setting))
     whole, row = rows_of([entry], found, REFERENCES, [metric_of("exact")])
     assert (whole.first_exits, whole.exit_rate, whole.first_speed) == (0, 0, 1)
     assert (row.first_exits, row.exit_rate, row.layers) == (0.5, 0.5, 20)

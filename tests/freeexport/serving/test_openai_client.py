@@ -112,19 +112,8 @@ def test_drafts_are_accepted_and_rejected_predictions() -> None:
     assert details == {"accepted_prediction_tokens": 6, "rejected_prediction_tokens": 2}
     assert usage(results, [5])["total_tokens"] == 27
     assert usage(results, [5])["free"]["exit_rate"] == 0.6
-    whole = GenerationResult("", (), (), (), "eos", Stats("free", first_exit=True, tokens=10, exits=4))
+    whole = GenerationResult("", (), (), (), "eos", Stats("free", predicted=0, tokens=10, exits=4))
     assert usage([*results, whole], [5])["free"]["exit_rate"] == round(16 / 30, 4)
-
-
-def test_a_request_says_whether_its_first_token_may_exit(client: openai.OpenAI, session: Session) -> None:
-    for first_exit in (False, True):
-        free = {"threshold": 0.0, "exits": True, "first_exit": first_exit}
-        asked: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 5, "extra_body": {"free": free}}
-        answer = client.chat.completions.create(**asked)
-        expected = session.generate(MESSAGES, max_new_tokens=5, threshold=0.0, first_exit=first_exit)
-        assert answer.choices[0].free["exited"] == list(expected.exited)  # type: ignore[attr-defined]
-        assert answer.usage.free["exit_rate"] == 1  # type: ignore[union-attr]
-        assert expected.exited[0] == first_exit
 
 
 def test_a_stream_has_one_id_and_ends_with_usage(client: openai.OpenAI, session: Session) -> None:
@@ -186,8 +175,6 @@ def test_a_stop_string_ends_the_text_before_it(client: openai.OpenAI, session: S
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, openai.BadRequestError, "prompt",
          "prompt has 5025 tokens, at most 4096 fit"),
         ({"extra_body": {"free": {"mode": "fast"}}}, openai.BadRequestError, "free.mode", "Invalid enum value"),
-        ({"extra_body": {"free": {"mode": "full", "first_exit": True}}}, openai.BadRequestError, "free.first_exit",
-         "free.first_exit is True in mode full"),
         ({"extra_body": {"free": {"threshold": 2}}}, openai.BadRequestError, "free.threshold", "free.threshold is 2"),
     ],
 )  # fmt: skip

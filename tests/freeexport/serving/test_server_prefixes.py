@@ -119,14 +119,6 @@ def test_the_command_keeps_prefixes_on_a_cpu(
     monkeypatch.setattr(serving, "run", lambda options, host, port: served.append(options.session))
     assert CliRunner().invoke(main, ["serve", str(chat), *given]).exit_code == 0
     assert served[0].prefix_cache_mb == expected
-    assert not served[0].first_exit
-
-
-def test_the_command_lets_first_tokens_exit(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    served: list[SessionOptions] = []
-    monkeypatch.setattr(serving, "run", lambda options, host, port: served.append(options.session))
-    assert CliRunner().invoke(main, ["serve", str(chat), "--first-exit"]).exit_code == 0
-    assert served[0].first_exit
 
 
 @pytest.mark.parametrize(

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, WIDTH, Recorder, cached, prompt_of
+from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, START, WIDTH, Recorder, cached, decoded, prompt_of
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import DraftLength
-from runtime.decoding import decoder as decoding
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
-from runtime.decoding.response import Response
-from runtime.decoding.slot_call import SlotCall, alone, finish
+from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError
@@ -42,17 +39,12 @@ def decoder_of(
     return decoder, runners[0].engine, runners[1].engine  # type: ignore[return-value]
 
 
-def begun(decoder: Decoder, prompt: np.ndarray, limit: int = 400) -> tuple[Decoder, Any, Response]:
-    """What every loop takes first."""
-    return decoder, decoder.prefill(prompt, head=True), Response(prompt, limit)
-
-
 def free(decoder: Decoder, prompt: np.ndarray, threshold: float, max_pending: int) -> Iterator[Token]:
-    return alone(decode.free(*begun(decoder, prompt), threshold, max_pending))
+    return alone(decoded(decode.free, decoder, prompt, 400, threshold, max_pending))
 
 
 def full(decoder: Decoder, prompt: np.ndarray) -> Iterator[Token]:
-    return alone(decode.full(decoder, decoder.prefill(prompt, head=False), Response(prompt, 400)))
+    return alone(decoded(decode.full, decoder, prompt, 400, head=False))
 
 
 confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
@@ -62,22 +54,23 @@ confidences = st.floats(0, 1, width=32) | st.sampled_from([0.0, 0.5, 1.0])
     trace=st.lists(confidences, min_size=1, max_size=60),
     threshold=confidences,
     max_pending=st.integers(1, 17),
-    prompt_length=st.integers(1, 5),
+    prompt_length=st.integers(0, 5),
 )
 def test_lengths_flags_and_sync_passes_hold_at_every_step(
     trace: list[float], threshold: float, max_pending: int, prompt_length: int
 ) -> None:
-    # The first confidence of the trace belongs to the prompt's last position, which never exits.
-    before = [0.0] * (prompt_length - 1)
-    decoder, shallow, deep = decoder_of(before + trace, max_pending)
-    prompt, steps = prompt_of(prompt_length), list[Token]()
-    pending, passes, forced = 0, list[int](), 0
+    """A prompt of no token is an encoder-decoder's: its first token is decided like the others."""
+    predicted = min(1, prompt_length)
+    before = max(1, prompt_length)
+    prompt = prompt_of(prompt_length) if predicted else np.array(START)
+    decoder, shallow, deep = decoder_of([0.0] * (before - 1) + trace, max_pending)
+    steps, pending, passes, forced = list[Token](), 0, list[int](), 0
     for step in islice(free(decoder, prompt, threshold, max_pending), len(trace)):
-        index, position = len(steps), prompt_length + len(steps) - 1
+        index, position = len(steps), before + len(steps) - 1
         assert step.confidence == np.float32(trace[index])
-        sure = index > 0 and trace[index] > threshold
+        sure = index >= predicted and trace[index] > threshold
         exits = sure and pending < max_pending - 1
-        if index > 0:
+        if index >= predicted:
             forced += sure and not exits
             passes += [] if exits else [pending + 1]
             pending = pending + 1 if exits else 0
@@ -91,11 +84,10 @@ def test_lengths_flags_and_sync_passes_hold_at_every_step(
         assert cached(shallow, shallow_length) == {read}
         assert cached(deep, deep_length) == {read[:deep_length]}
     stats = decoder.stats
-    assert deep.calls[1:] == passes
+    assert deep.calls[predicted:] == passes
     assert sorted(stats.sync_sizes.elements()) == sorted(passes)
     assert (stats.exits, stats.forced) == (sum(step.exited for step in steps), forced)
-    assert stats.sync_sizes.total() + stats.exits == len(steps) - 1
-    assert sum(passes) + decoder.stacked == len(steps) - 1
+    assert stats.sync_sizes.total() + stats.exits == sum(passes) + decoder.stacked == len(steps) - predicted
     assert max(passes, default=1) <= max_pending
 
 
@@ -198,35 +190,39 @@ def drafted(loop: Loop, decoder: Decoder, shallow: Recorder, deep: Recorder, lim
     return steps
 
 
-rollbacks = given(
+@given(
     trace=traces,
     nll=st.lists(st.floats(0, 4, width=32), min_size=LENGTH, max_size=LENGTH),
     threshold=confidences,
     limit=st.floats(0, 4, width=32),
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
+    starts=st.booleans(),
 )
-
-
-@rollbacks
 def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
-    trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
+    trace: list[float],
+    nll: list[float],
+    threshold: float,
+    limit: float,
+    max_pending: int,
+    tokens: int,
+    starts: bool,
 ) -> None:
     decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
-    prompt = prompt_of(3)
-    loop = alone(decode.rollback(*begun(decoder, prompt, tokens), threshold, max_pending, limit))
+    prompt, predicted = (np.array(START), 0) if starts else (prompt_of(3), 1)
+    loop = alone(decoded(decode.rollback, decoder, prompt, tokens, threshold, max_pending, limit))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     pending = 0
     for index, step in enumerate(steps):
-        position = index + 2
-        sure = index > 0 and trace[position] > threshold
+        position = index + len(prompt) - 1
+        sure = index >= predicted and trace[position] > threshold
         # The last token of the request is verified even where the stack is full but for it.
         room = pending < max_pending - 1
         assert step.exited == (sure and room and nll[position] <= limit)
         assert step.id == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
         assert step.confidence == np.float32(trace[position])
         pending = pending + 1 if step.exited else 0
-    assert max(deep.calls[1:], default=1) <= max_pending
+    assert max(deep.calls[predicted:], default=1) <= max_pending
 
 
 @given(
@@ -236,6 +232,7 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
     plans=st.lists(st.tuples(st.integers(0, 7), st.booleans()), min_size=1, max_size=20),
     max_pending=st.integers(1, 8),
     tokens=st.integers(1, 40),
+    starts=st.booleans(),
 )
 def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     trace: list[float],
@@ -244,8 +241,10 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     plans: list[tuple[int, bool]],
     max_pending: int,
     tokens: int,
+    starts: bool,
 ) -> None:
-    prompt = prompt_of(3)
+    prompt = np.array(START) if starts else prompt_of(3)
+    before = len(prompt) - 1
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
     pace, turn = DraftLength(CallCosts()), iter(range(10_000))
@@ -255,103 +254,18 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
         return min(length, most), probe
 
     pace.plan = plan  # type: ignore[method-assign]
-    loop = alone(decode.lossless(*begun(decoder, prompt, tokens), threshold, max_pending, pace))
+    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, pace))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):
-        assert not step.exited or (agrees[index + 2] and trace[index + 2] > threshold)
-        assert step.confidence in (None, np.float32(trace[index + 2]))
-    assert max(deep.calls[1:], default=1) <= max_pending
-
-
-@given(
-    trace=st.lists(confidences, min_size=1, max_size=40),
-    threshold=confidences,
-    max_pending=st.integers(1, 9),
-    prompt_length=st.integers(1, 12),
-    piece=st.integers(1, 13),
-)
-def test_lengths_flags_and_passes_hold_where_the_first_token_may_exit(
-    trace: list[float], threshold: float, max_pending: int, prompt_length: int, piece: int
-) -> None:
-    decoder, shallow, deep = decoder_of([0.0] * (prompt_length - 1) + trace, max_pending)
-    prompt, steps = prompt_of(prompt_length), list[Token]()
-    with mock.patch.object(decoding, "PREFILL_ROWS", piece):
-        finish(decoder.prefilling(prompt, True, defer=True))
-    loop = alone(decode.free(decoder, None, Response(prompt, 400), threshold, max_pending))
-    pending, passes = 0, list[int]()
-    for step in islice(loop, len(trace)):
-        index = len(steps)
-        exits = trace[index] > threshold and pending < max_pending - 1
-        passes += [] if exits else [pending + 1]
-        pending = pending + 1 if exits else 0
-        assert step.exited == exits
-        assert step.confidence == np.float32(trace[index])
-        assert step.id == prompt_length - 1 + index + (SHALLOW_TOKEN if exits else DEEP_TOKEN)
-        steps.append(step)
-        shallow_length, deep_length = decoder.lengths()
-        assert decoder.stacked == pending
-        assert decoder.deferred == (0 if passes else prompt_length - 1)
-        assert shallow_length == deep_length + decoder.deferred + decoder.stacked == prompt_length + index
-        read = (*prompt.tolist(), *(earlier.id for earlier in steps[:-1]))
-        assert cached(shallow, shallow_length) == {read}
-        assert cached(deep, deep_length) == {read[:deep_length]}
-    stats = decoder.stats
-    assert (stats.exits, sum(deep.calls)) == (sum(step.exited for step in steps), decoder.lengths()[1])
-    # The pass that also reads a prompt is none of the sync passes.
-    counted = passes[1:] if prompt_length > 1 else passes
-    assert sorted(stats.sync_sizes.elements()) == sorted(counted)
-    assert deep.calls[len(deep.calls) - len(counted) :] == counted
-    assert max(shallow.calls) <= piece
-
-
-@rollbacks
-def test_rollback_checks_a_first_token_that_exited(
-    trace: list[float], nll: list[float], threshold: float, limit: float, max_pending: int, tokens: int
-) -> None:
-    decoder, shallow, deep = decoder_of(trace, max_pending, nll=nll)
-    prompt = prompt_of(3)
-    finish(decoder.prefilling(prompt, True, defer=True))
-    loop = alone(decode.rollback(decoder, None, Response(prompt, tokens), threshold, max_pending, limit))
-    pending = 0
-    for index, step in enumerate(drafted(loop, decoder, shallow, deep, tokens, prompt)):
-        position = index + 2
-        sure = trace[position] > threshold and pending < max_pending - 1
-        assert step.exited == (sure and nll[position] <= limit)
-        assert step.id == position + (SHALLOW_TOKEN if step.exited else DEEP_TOKEN)
-        pending = pending + 1 if step.exited else 0
-    assert decoder.deferred == 0
-
-
-def test_the_shallow_loop_alone_never_reads_the_prompt_in_the_deep_engine() -> None:
-    decoder, shallow, deep = decoder_of([0.5] * 20)
-    finish(decoder.prefilling(prompt_of(4), True, defer=True))
-    steps = list(islice(alone(decode.shallow(decoder, None, Response(prompt_of(4), 9))), 9))
-    assert [step.id for step in steps] == [3 + index + SHALLOW_TOKEN for index in range(9)]
-    assert (shallow.calls, deep.calls, decoder.deferred) == ([4] + [1] * 8, [], 0)
-
-
-def test_others_have_a_turn_before_each_piece_of_a_deferred_prompt() -> None:
-    """But not before the first, where the first token did not exit: it waits for that."""
-    for first, turns in ((0.9, 2), (0.1, 1)):
-        decoder, _, deep = decoder_of([0.0] * 6 + [first, 0.1])
-        prompt = prompt_of(7)
-        with mock.patch.object(decoding, "PREFILL_ROWS", 4):
-            finish(decoder.prefilling(prompt, True, defer=True))
-        loop = decode.free(decoder, None, Response(prompt, 20), 0.5, 16)
-        seen = 0
-        while not any(deep.heads):
-            item = next(loop)
-            seen += item is None
-            if isinstance(item, SlotCall):
-                item.run()
-        assert seen == turns
-        assert deep.calls == [4, 3 if first < 0.5 else 4]
+        assert not step.exited or (agrees[index + before] and trace[index + before] > threshold)
+        assert step.confidence in (None, np.float32(trace[index + before]))
+    assert max(deep.calls[not starts :], default=1) <= max_pending
 
 
 def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
     decoder, shallow, _ = decoder_of([1.0] * 20, agrees=[True] * 20)
-    list(islice(alone(decode.rollback(*begun(decoder, prompt_of(3), 5), 0.5, 16, 1.0)), 5))
+    list(islice(alone(decoded(decode.rollback, decoder, prompt_of(3), 5, 0.5, 16, 1.0)), 5))
     # The prompt, then one step for each of four drafts.
     assert shallow.calls == [3, 1, 1, 1, 1]
 
@@ -359,7 +273,7 @@ def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
 def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
     decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
     labels = RequestLabels(0.5, learns=True, audits=False)
-    list(islice(alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=labels)), 5))
+    list(islice(alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=labels)), 5))
     assert labels.labelled == [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)]
     assert deep.heads == [1, 3]
 
@@ -369,7 +283,7 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
     decoder, _, deep = decoder_of(trace, agrees=[False, False, True, False, True, False, True])
     seen = RequestLabels(0.5, learns=True, audits=audit)
-    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=seen))
+    loop = alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=seen))
     steps = list(islice(loop, 5))
     loop.close()
     assert [step.exited for step in steps] == [False, True, False, True, True]
@@ -382,7 +296,7 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
 def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
     decoder, _, _ = decoder_of([0, 0, 0.1])
     seen = RequestLabels(0.5, learns=True, audits=True)
-    loop = alone(decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=seen))
+    loop = alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=seen))
     list(islice(loop, 2))
     loop.close()
     assert (seen.labelled, seen.unlabelled, seen.audited) == ([(np.float32(0.1), False)], [], False)
@@ -394,7 +308,7 @@ def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
     for calls, left in ((1, []), (2, [0.9]), (3, [0.9, 0.2])):
         decoder, _, deep = decoder_of(trace)
         observation.unlabelled.clear()
-        loop = decode.free(*begun(decoder, prompt_of(2)), 0.5, 16, labels=observation)
+        loop = decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=observation)
         while calls:  # up to a step, the next step, and the sync pass, none of which is run
             item = next(loop)
             calls -= not isinstance(item, Token)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recording_engine import DEEP_TOKEN, LENGTH, prompt_of
-from test_decode import begun, decoder_of, drafted, full
+from recording_engine import DEEP_TOKEN, LENGTH, decoded, prompt_of
+from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.adaptation.draft_length import COUNTS, DraftLength
@@ -163,7 +163,7 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     pace.plan_call = lambda: True  # type: ignore[method-assign]
     pace.plan_candidates = lambda source, agrees, count: min(plan[2], count)  # type: ignore[method-assign]
     sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), own=own)
-    loop = alone(decode.lossless(*begun(decoder, prompt, limit), 0.5, max_pending, pace, sources))
+    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, pace, sources))
     steps = drafted(loop, decoder, shallow, deep, limit, prompt)
     assert [step.id for step in steps] == wanted
     assert max(deep.calls[1:], default=1) <= max_pending
@@ -181,7 +181,7 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
     prompt = prompt_of(3)
     wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]
     sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decode.lossless(*begun(decoder, prompt, 17), 0.5, 16, pace, sources, exits=False))
+    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, pace, sources, exits=False))
     assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
     assert shallow.calls == deep.calls == [3, 8, 8]
     assert shallow.heads[1:] == [0, 0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -15,7 +15,7 @@ from checkpoints import CASES, PROMPTS
 from conftest import Bundles
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording_engine import LENGTH, WIDTH, Recorder, cached, prompt_of
+from recording_engine import LENGTH, WIDTH, Recorder, cached, decoded, prompt_of
 from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
@@ -24,7 +24,6 @@ from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache
@@ -76,16 +75,15 @@ def decoder_of(
 def steps_of(
     decoder: Decoder, mode: str, threshold: float, max_pending: int, sync_every: int, tokens: int
 ) -> list[Token]:
-    prompt = prompt_of(3)
-    head = mode != "full"
-    begun = decoder, decoder.prefill(prompt, head), Response(prompt, tokens)
-    loops: dict[str, Callable[[], Iterator[Token]]] = {
-        "full": lambda: alone(decode.full(*begun)),
-        "free": lambda: alone(decode.free(*begun, threshold, max_pending, sync_every)),
-        "rollback": lambda: alone(decode.rollback(*begun, threshold, max_pending, 2.0)),
-        "lossless": lambda: alone(decode.lossless(*begun, threshold, max_pending, longest(max_pending))),
+    loops: dict[str, tuple[Callable[..., decode.Loop], Sequence[Any]]] = {
+        "full": (decode.full, ()),
+        "free": (decode.free, (threshold, max_pending, sync_every)),
+        "rollback": (decode.rollback, (threshold, max_pending, 2.0)),
+        "lossless": (decode.lossless, (threshold, max_pending, longest(max_pending))),
     }
-    return list(islice(loops[mode](), tokens))
+    loop, arguments = loops[mode]
+    decoding = decoded(loop, decoder, prompt_of(3), tokens, *arguments, head=mode != "full")
+    return list(islice(alone(decoding), tokens))
 
 
 def longest(max_pending: int) -> DraftLength:

@@ -26,7 +26,7 @@ COUNT, TOKENS = 6, 20
 MODES = {
     "full": {"mode": "full"},
     "free": {"mode": "free", "threshold": 0.3},
-    "first": {"mode": "free", "threshold": 0.0, "first_exit": True},
+    "exits": {"mode": "free", "threshold": 0.0},
     "stack": {"mode": "free", "threshold": 0.1, "max_pending": 3},
     "shallow": {"mode": "shallow"},
     "lossless": {"mode": "lossless", "threshold": 0.05, "drafts": "exit"},

@@ -177,16 +177,17 @@ class Ask:
         output = Failing(prompt, self.tokens)
         output.start, output.fails, output.poisons = len(prompt), self.fails, self.poisons
         output.greedy = max(self.fails, self.poisons) < 0  # else it is to choose
+        yield output.add(output.choose(first), False, first.confidence, first)
         if self.mode == "full":
-            return (yield from decode.full(decoder, first, output))
+            return (yield from decode.full(decoder, output))
         if self.mode == "free":
-            return (yield from decode.free(decoder, first, output, self.threshold, self.max_pending, 2))
+            return (yield from decode.free(decoder, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
-            return (yield from decode.rollback(decoder, first, output, self.threshold, self.max_pending, 2.0))
+            return (yield from decode.rollback(decoder, output, self.threshold, self.max_pending, 2.0))
         pace = DraftLength(CallCosts())
         pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
         pace.among = lambda batch_size: pace  # type: ignore[method-assign]
-        return (yield from decode.lossless(decoder, first, output, self.threshold, self.max_pending, pace))
+        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, pace))
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         decoder.reset()
