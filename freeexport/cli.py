@@ -1,12 +1,13 @@
 """The `freeexport` command: verbs, whose modules are imported when they are called, and the one place where errors
 become text.
 
-A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in VERBS. A verb
+A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in GROUPS. A verb
 that shares another's module has a line in SHARED too, and its command there is named `<verb>_command`.
 """
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import importlib.util
@@ -19,26 +20,34 @@ import click
 
 from freeexport import __version__
 from freeexport.__main__ import INTERRUPTED
-from freeexport.system.installation.extras import extra_of, install_command
+from freeexport.system.installation.extras import how_to_install
 from runtime.errors import FreeExportError
 
-# In the order of use. A verb whose module this installation lacks is not listed.
-VERBS: dict[str, str] = {
-    "train": "Fine-tune a checkpoint for an early exit.",
-    "evaluate-exits": "Compare the layers of a checkpoint as exits.",
-    "calibrate": "Fit the exit threshold on a calibration set.",
-    "exit-vocab": "Choose the tokens that the shallow head should know.",
-    "convert": "Convert a checkpoint to a bundle of ONNX engines.",
-    "tune": "Choose exit layer, threshold and max_pending together.",
-    "build": "Build the TensorRT engines of a bundle.",
-    "verify": "Check a bundle against the checkpoint it came from.",
-    "generate": "Generate text with a bundle.",
-    "serve": "Serve bundles to clients of OpenAI's interface.",
-    "evaluate": "Compare methods on a task: quality and speed.",
-    "bench": "Measure the speed of a bundle.",
-    "inspect": "Show what a bundle holds.",
-    "doctor": "Check this installation and machine.",
-    "demo": "Convert a small model, generate, and compare speeds.",
+# In the order of use, as the help groups them. A verb whose module this installation lacks is not listed.
+GROUPS: dict[str, dict[str, str]] = {
+    "Make a bundle": {
+        "train": "Fine-tune a checkpoint for an early exit.",
+        "evaluate-exits": "Compare the layers of a checkpoint as exits.",
+        "exit-vocab": "Choose the tokens that the shallow head should know.",
+        "convert": "Convert a checkpoint to a bundle of ONNX engines.",
+        "build": "Build the TensorRT engines of a bundle.",
+        "verify": "Check a bundle against the checkpoint it came from.",
+        "calibrate": "Fit the exit threshold on a calibration set.",
+        "tune": "Choose exit layer, threshold and max_pending together.",
+    },
+    "Use it": {
+        "generate": "Generate text with a bundle.",
+        "serve": "Serve bundles to clients of OpenAI's interface.",
+        "inspect": "Show what a bundle holds.",
+    },
+    "Measure": {
+        "evaluate": "Compare methods on a task: quality and speed.",
+        "bench": "Measure the speed of a bundle.",
+    },
+    "Begin": {
+        "demo": "Convert a small model, generate, and compare speeds.",
+        "doctor": "Check this installation and machine.",
+    },
 }
 
 # Verbs that stand in another's module.
@@ -49,7 +58,7 @@ class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [verb for verb in VERBS if importlib.util.find_spec(_module(verb))]
+        return [verb for group in GROUPS.values() for verb in group if importlib.util.find_spec(_module(verb))]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
@@ -58,9 +67,21 @@ class Verbs(click.Group):
         command: click.Command = getattr(importlib.import_module(_module(cmd_name)), name)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError:
+            near = difflib.get_close_matches(args[0], self.list_commands(ctx), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            ctx.fail(f"No such command {args[0]!r}{hint}")
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(verb, VERBS[verb]) for verb in self.list_commands(ctx)])
+        listed = self.list_commands(ctx)
+        for title, verbs in GROUPS.items():
+            with formatter.section(title):
+                formatter.write_dl([(verb, text) for verb, text in verbs.items() if verb in listed])
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
@@ -77,7 +98,7 @@ class Verbs(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            click.echo(f"error: {describe(error)}", err=True)
+            click.echo(f"error: {describe(error, ctx.invoked_subcommand)}", err=True)
             ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
 
 
@@ -85,12 +106,12 @@ def _module(verb: str) -> str:
     return f"freeexport.commands.{SHARED.get(verb, verb)}"
 
 
-def describe(error: BaseException) -> str:
-    """What went wrong and what to do about it, on one line, without the leading `error:`."""
-    return " ".join(line.strip() for line in _explain(error).splitlines() if line.strip())
+def describe(error: BaseException, verb: str | None = None) -> str:
+    """What went wrong in `verb` and what to do about it, on one line, without the leading `error:`."""
+    return " ".join(line.strip() for line in _explain(error, verb).splitlines() if line.strip())
 
 
-def _explain(error: BaseException) -> str:
+def _explain(error: BaseException, verb: str | None) -> str:
     if isinstance(error, FreeExportError):
         return str(error)
     if isinstance(error, (KeyboardInterrupt, click.Abort)):
@@ -103,8 +124,7 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, OSError):
         return _explain_os_error(error)
     if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
-        package = (error.name or "").partition(".")[0]
-        return f"{package} is not installed; run: {install_command(extra_of(package))}"
+        return how_to_install(error.name or "", verb)
     return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
 
 
@@ -134,7 +154,7 @@ def main(debug: bool) -> None:
 
     \b
     Example:
-      freeexport convert path/to/checkpoint bundle --exit-layer 10
+      freeexport convert path/to/checkpoint bundle
       freeexport generate bundle "Once upon a time"
     """
     if not sys.stderr.isatty():

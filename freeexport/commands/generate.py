@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import json
 import sys
 import threading
@@ -12,102 +14,99 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import DEVICE, RenamedOption, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
-from runtime import FreeExportError, GenerationResult, OptionError, Session, Stats
+from freeexport.system.jsonl import STANDARD
+from runtime import FreeExportError, GenerationOptions, GenerationResult, OptionError, Session, Stats
+from runtime.errors import PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Drafts, Mode
 from runtime.requests.request import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
+# Options of a request that --option takes: all but those of this command, and Python functions.
+OWN = (
+    *("mode", "threshold", "drafts", "predicted_output", "max_new_tokens", "stop", "deadline", "temperature", "top_p"),
+    *("seed", "num_beams", "top_logprobs", "draft_source", "logits_processor", "cache_salt"),
+)
+OTHERS = sorted({item.name for item in dataclasses.fields(GenerationOptions)} - set(OWN))
 
 
-def _biases(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[tuple[int, ...], float]:
-    biases: dict[tuple[int, ...], float] = {}
+def _others(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
+    """NAME=VALUE as options of a request, the value as JSON where it is any."""
+    options: dict[str, Any] = {}
     for text in given:
+        name, found, value = text.partition("=")
+        if not found or name not in OTHERS:
+            near = difflib.get_close_matches(name, OTHERS, 1)
+            hint = f"did you mean {near[0]}" if near else f"names are {', '.join(OTHERS)}"
+            if name in OWN:
+                hint = f"give --{name.replace('_', '-')}"
+            raise click.BadParameter(f"{text!r} is no NAME=VALUE of a request; {hint}", context, parameter)
         try:
-            sequence, bias = text.split("=")
-            biases[tuple(int(token) for token in sequence.split(","))] = float(bias)
-        except ValueError:
-            raise click.BadParameter(f"{text!r} is not like 42=-5 or 7,42=2.5", context, parameter) from None
-    return biases
+            options[name] = json.loads(value)
+        except (ValueError, RecursionError):
+            options[name] = value
+        if name == "sequence_bias":
+            options[name] = _biases(options[name], context, parameter)
+    return options
+
+
+def _biases(given: Any, context: click.Context, parameter: click.Parameter) -> dict[tuple[int, ...], float]:
+    try:
+        return {tuple(map(int, tokens.split(","))): float(bias) for tokens, bias in given.items()}
+    except (AttributeError, TypeError, ValueError):
+        example = 'sequence_bias={"42": -5, "7,42": 2.5}'
+        raise click.BadParameter(f"sequence_bias is {given!r}, not like {example}", context, parameter) from None
 
 
 @click.command(cls=SectionedCommand)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("prompt", required=False)
 @section("Prompts and results")
-@click.option("--input", "source", type=click.Path(path_type=Path), help="JSON lines with an `input` each.")
-@click.option("--output", "target", type=click.Path(path_type=Path), help="Write the results here, a line each.")
+@click.option("--input", "source", type=click.Path(path_type=Path, allow_dash=True),
+              help="JSON lines with an `input` each; - is standard input.")  # fmt: skip
+@click.option("--output", "target", type=click.Path(path_type=Path, allow_dash=True),
+              help="Write the results of --input here, a line each.  [default: -, standard output]")  # fmt: skip
+@click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
+@section("Decoding")
+@click.option("--mode", type=click.Choice(get_args(Mode)),
+              help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
+              "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.  "
+              "[default: the bundle's]")  # fmt: skip
+@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
+@click.option("--max-new-tokens", type=int,
+              help="Generate at most so many tokens, the end included.  [default: 256, or what fits]")  # fmt: skip
+@click.option("--stop", multiple=True, help="End before this string. May be repeated.")
+@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
+@click.option("--seed", type=int, help="The same seed gives the same tokens.")
+@section("Files", rare=True)
 @click.option("--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
-@click.option("--batch-size", "batch", cls=RenamedOption, old="--batch", type=click.IntRange(1, 4096),
+@click.option("--batch-size", "batch", type=click.IntRange(1, 4096),
               help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
-@click.option("--chat", is_flag=True, help="The prompt is a user's message for the bundle's chat template.")
-@click.option(
-    "--parse-special/--no-parse-special",
-    default=None,
-    help="Control tokens such as <|im_start|> in the prompt become their ids, or are text.  "
-    "[default: ids in a raw prompt, text in messages]",
-)
-@click.option(
-    "--no-trust-templates",
-    is_flag=True,
-    help="Do not load the bundle's tokenizer and chat template: PROMPT is token ids, as in 1,22,333.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the result as a line of JSON.")
-@section("Early exits")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default="free",
-              help="free: exits are final. rollback: the deep decoder rejects those it finds unlikely. lossless: "
-              "exits are drafts, and the tokens are those of full. full: no exits. shallow: only exits.")  # fmt: skip
-@click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
-@click.option("--rollback-threshold", type=float, help="Nats above which mode rollback rejects a token.")
-@click.option("--max-pending", type=int, help="Maximum tokens in a sync pass.  [default: the bundle's]")
+@click.option("--deadline", type=float, metavar="SECONDS",
+              help="End a prompt that takes longer; with --input its line has failed.")  # fmt: skip
+@click.option("--no-trust-templates", is_flag=True,
+              help="Do not load the tokenizer and chat template: PROMPT is token ids, as in 1,22,333.")  # fmt: skip
+@section("Drafts of mode lossless", rare=True)
 @click.option("--drafts", type=click.Choice(get_args(Drafts)),
-              help="Where mode lossless takes drafts from. exit: the shallow decoder. lookup: text that is repeated. "
-              "none: nowhere. auto: lookup, else exit.  [default: auto]")  # fmt: skip
+              help="Where they come from. exit: the shallow decoder. lookup: text that is repeated. none: nowhere. "
+              "auto: lookup, else exit.  [default: auto]")  # fmt: skip
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
-              help="Text that the output is expected to be, but for changes: drafts for mode lossless.")  # fmt: skip
-@section("Length and end")
-@click.option("--max-new-tokens", type=int, default=256,
-              help="Generate at most so many tokens, end of sequence included.")  # fmt: skip
-@click.option("--stop", multiple=True, help="End before this string. May be repeated.")
-@click.option("--min-new-tokens", type=int, default=0, help="No end of sequence before so many tokens.")
-@click.option(
-    "--deadline",
-    type=float,
-    metavar="SECONDS",
-    help="End a prompt that takes longer; with --input its line has failed.",
-)
-@section("Sampling")
-@click.option("--do-sample", is_flag=True, default=None, help="Sample, with the values of generation_config.json.")
-@click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
-@click.option("--top-k", type=int, help="Sample from the K best tokens; 0 is all.  [default: 50]")
+              help="Text that the output is expected to be, but for changes.")  # fmt: skip
+@section("Sampling, beams and several results", rare=True)
 @click.option("--top-p", type=float, help="Sample from the fewest best tokens with this total probability.")
-@click.option("--min-p", type=float, help="Sample from tokens with this share of the best one's probability.")
-@click.option("--repetition-penalty", type=float, help="Above 1, tokens that occurred become less likely.")
-@click.option(
-    "--sequence-bias",
-    multiple=True,
-    metavar="ID[,ID...]=NATS",
-    callback=_biases,
-    help="Add to a token's logit. May be repeated.",
-)
-@click.option("--seed", type=int, help="The same seed gives the same tokens.")
-@section("Beams and several results")
 @click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
-@click.option("--length-penalty", type=float, default=1.0, help="Above 0 favours longer beams.")
-@click.option("--early-stopping", is_flag=True, help="End the search once --num-beams beams are finished.")
-@click.option(
-    "--num-return-sequences",
-    type=click.IntRange(1, MOST_SEQUENCES),
-    default=1,
-    help="Return so many samples or beams, best first.",
-)
-@click.option("--output-logprobs", is_flag=True, help="Also return the log-probability of each token, in JSON.")
-@click.option("--top-logprobs", type=int, default=0, help="And those of so many of the likeliest tokens, 0 to 20.")
-@section("Machine")
+@click.option("--num-return-sequences", type=click.IntRange(1, MOST_SEQUENCES), default=1,
+              help="Return so many samples or beams, best first.")  # fmt: skip
+@click.option("--top-logprobs", type=int, default=0,
+              help="In JSON, the log-probability of each token, and of so many of the likeliest, 0 to 20.")  # fmt: skip
+@click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
+              help=f"Any other option of a request. May be repeated. Names: {', '.join(OTHERS)}.")  # fmt: skip
+@section("Machine", rare=True)
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
@@ -126,31 +125,37 @@ def command(
     no_trust_templates: bool,
     num_return_sequences: int,
     predicted_output: Path | None,
+    others: dict[str, Any],
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
-    """Generate with BUNDLE: for PROMPT (or standard input), or for each line of --input.
+    """Generate with BUNDLE: for PROMPT (- or none is standard input), or for each line of --input.
 
     \b
     Example:
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
-      freeexport generate bundle "Once upon a time" --mode lossless --temperature 0.8 --seed 1
+      freeexport generate bundle "Once upon a time" --temperature 0.8 --seed 1 -o top_k=40
       freeexport generate bundle "Correct the spelling: ..." --mode lossless --predicted-output draft.txt
       freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 --deadline 60
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
-    if source is not None and (prompt is not None or target is None):
-        raise click.UsageError("--input goes with --output and without PROMPT")
+    if source is not None and prompt is not None:
+        raise click.UsageError("--input goes without PROMPT")
     if source is None and (target is not None or resume or overwrite or batch is not None):
         raise click.UsageError("--output, --resume, --overwrite and --batch-size go with --input")
-    if source is not None and target is not None and target.exists() and target.samefile(source):
+    if resume and overwrite:
+        raise click.UsageError("--resume and --overwrite contradict each other; choose one")
+    if source is not None and target is not None and target.is_file() and target.samefile(source):
         raise click.UsageError("--output is the same file as --input")
     if chat and no_trust_templates:
         raise click.UsageError("--chat needs the bundle's chat template; leave out --no-trust-templates")
     if source is not None and predicted_output is not None:
         raise click.UsageError("--predicted-output is for one PROMPT; leave out --input")
+    options = {name: value for name, value in {**given, **others}.items() if value is not None}
     if predicted_output is not None:
         options["predicted_output"] = _text_of(predicted_output)
+    if options["top_logprobs"]:
+        options["output_logprobs"] = True
     slots = 1 if source is None else batch or BATCH
     trust = not no_trust_templates
     with _session(
@@ -159,7 +164,9 @@ def command(
         hint = ChatHint(session)
 
         def prompt_of(text: Any) -> Any:
-            return _prompt(text, chat) if trust else _ids(text)
+            prompt = _prompt(text, chat) if trust else _ids(text)
+            _check_room(session, prompt, options)
+            return prompt
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
             prompt = prompt_of(text)
@@ -170,15 +177,30 @@ def command(
             hint(prompt, results)
             return results
 
-        if source is not None and target is not None:
-            answer_file(ask, source, target, batch or BATCH, resume, overwrite)
+        if source is not None:
+            answer_file(ask, source, target or Path(STANDARD), batch or BATCH, resume, overwrite)
             return
-        text = sys.stdin.read() if prompt is None else prompt
+        text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
         if num_return_sequences > 1:
             _print_all(ask(text), as_json)
         else:
             prompt = prompt_of(text)
             hint(prompt, [_generate_one(session, prompt, as_json, options)])
+
+
+def _check_room(session: Session, prompt: Any, options: dict[str, Any]) -> None:
+    """PromptLengthError where more tokens were asked for than the context has room for."""
+    wanted = options.get("max_new_tokens")
+    if wanted is None:
+        return
+    read = 1 if session.manifest.encoder_decoder else len(session.encode(prompt))
+    room = session.capacity - read + 1  # the newest token is never read back
+    if wanted > room:
+        before = "" if session.manifest.encoder_decoder else f" after the {read} tokens of the prompt"
+        raise PromptLengthError(
+            f"--max-new-tokens is {wanted}, but {room} fit{before} in the {session.capacity} positions of the context; "
+            "ask for fewer, or convert with a larger --capacity"
+        )
 
 
 class ChatHint:
@@ -245,11 +267,12 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
         return stream.result
     click.echo()
     stats = stream.result.stats
+    asked = options.get("mode", stats.mode)
     click.echo(
         f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
         f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}{_sources(stats)}"
         f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
-        f"{'' if stats.mode in (None, options['mode']) else f'; decoded as {stats.mode}: no token can exit'}",
+        f"{'' if stats.mode in (None, asked) else f'; decoded as {stats.mode}: no token can exit'}",
         err=True,
     )
     return stream.result

@@ -43,27 +43,56 @@ class MetricName(click.ParamType):
 
 
 class SectionedCommand(click.Command):
-    """Its help shows options under the headings that `section` gave them, in the order of their declaration."""
+    """Its help shows options under the headings that `section` gave them, in the order of their declaration. Rare
+    sections are shown with --help-all."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        params = super().get_params(ctx)
+        return [*params, HELP_ALL] if any(getattr(item, "rare", False) for item in self.params) else params
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
+        rest: list[tuple[str, str]] = []
+        hidden = dict[str, int]()
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
-            if record is not None:
-                sections.setdefault(getattr(option, "section", REST), []).append(record)
-        for title in sorted(sections, key=lambda title: title == REST):
-            with formatter.section(title):
-                formatter.write_dl(sections[title])
+            if record is None:
+                continue
+            title = getattr(option, "section", None)
+            if getattr(option, "rare", False) and HELP_ALL.name not in ctx.meta:
+                hidden[str(title)] = hidden.get(str(title), 0) + 1
+            else:
+                (rest if title is None else sections.setdefault(title, [])).append(record)
+        for name, records in {**sections, REST: rest}.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+        if hidden:
+            formatter.write_paragraph()
+            titles = ", ".join(title[:1].lower() + title[1:] for title in hidden)
+            formatter.write_text(f"{sum(hidden.values())} more options with --help-all: {titles}.")
 
 
-def section(title: str) -> Callable[[Decorated], Decorated]:
-    """A heading above the options that are declared below it, up to the next heading."""
+def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        ctx.meta[parameter.name or ""] = True
+        click.echo(ctx.get_help(), color=ctx.color)
+        ctx.exit()
+
+
+HELP_ALL = click.Option(
+    ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=_show_all, help="Show every option."
+)
+
+
+def section(title: str, rare: bool = False) -> Callable[[Decorated], Decorated]:
+    """A heading above the options that are declared below it, up to the next heading; `rare` ones are shown with
+    --help-all alone."""
 
     def mark(function: Decorated) -> Decorated:
         # Decorators run from the last to the first: what has no heading yet stands below this one.
         for parameter in getattr(function, "__click_params__", ()):
             if not hasattr(parameter, "section"):
-                parameter.section = title
+                parameter.section, parameter.rare = title, rare
         return function
 
     return mark

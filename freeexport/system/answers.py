@@ -4,24 +4,27 @@ holds whole lines however a run ends, so that an interrupted one can go on."""
 from __future__ import annotations
 
 import json
+import stat
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import closing
 from dataclasses import asdict
-from io import FileIO
+from io import RawIOBase
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import click
 
-from freeexport.system.jsonl import BrokenLine, Request, read_requests
+from freeexport.system.jsonl import STANDARD, BrokenLine, Request, open_pipe, read_requests
+from freeexport.system.output_file import replacing
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 
 Line = Request | BrokenLine
+Key = tuple[str, str | int]
 Answer = list[GenerationResult] | Exception
 # A prompt's results, best first; the event ends it.
 Ask = Callable[[Any, threading.Event], list[GenerationResult]]
@@ -36,47 +39,48 @@ class LateError(FreeExportError):
 def answer_file(ask: Ask, source: Path, target: Path, batch: int, resume: bool, overwrite: bool) -> None:
     """Answer the lines of `source` in `target`, each written as soon as those before it are: a line that fails is
     reported, there and on stderr, and the others go on. Raises FreeExportError at the end where any failed."""
-    lines = list(read_requests(source))
-    with (
-        ResultWriter(target, resume=resume, overwrite=overwrite) as writer,
-        ExitStack() as stack,
-    ):
-        left = [line for line in lines if not writer.skip(line)]
-        advance = stack.enter_context(progress("generating", len(lines), len(lines) - len(left)))
-        with closing(answers(ask, left, batch)) as answered:
+    lines: Iterable[Line] = read_requests(source)
+    total = None
+    if source.is_file():
+        lines = list(lines)
+        total = len(lines)
+    with ResultWriter(target) as writer:
+        lines = writer.resume(list(lines)) if resume else writer.begin(overwrite, lines)
+        with (
+            progress("generating", total, writer.count) as advance,
+            closing(answers(ask, lines, batch)) as answered,
+        ):
             for line, answer in answered:
                 _write(writer, line, answer)
                 advance()
-        failures = writer.failures
-    if failures:
-        raise FreeExportError(f"{failures} of {len(lines)} lines of {source} failed; {target} says why")
+    if writer.failures:
+        raise FreeExportError(f"{writer.failures} of {writer.count} lines of {source} failed; {target} says why")
 
 
 def _write(writer: ResultWriter, line: Line, answer: Answer) -> None:
     if not isinstance(answer, Exception):
-        assert isinstance(line, Request)
         writer.write(line, **fields_of(*answer))
         return
     known = isinstance(answer, FreeExportError)
     reason = str(answer) if known else f"{type(answer).__name__}: {' '.join(str(answer).split())}"
     click.echo(f"line {line.line_number}: {reason}", err=True)
-    writer.write_error(line, reason)
+    writer.write(line, error=reason)
 
 
 def answers(ask: Ask, lines: Iterable[Line], batch: int) -> Generator[tuple[Line, Answer], None, None]:
     """Each line with its results, or with what went wrong with it alone, as soon as those before it are answered.
 
-    At most `batch` are in flight. Closing it ends them after their next token. Raises OptionError, which no line could
-    do better with.
+    At most `batch` are in flight. Closing it ends them after their next token. An OptionError is raised: no line could
+    be answered with such options.
     """
     cancel = threading.Event()
     pool = ThreadPoolExecutor(batch, thread_name_prefix="answers")
     pending: deque[tuple[Line, Future[list[GenerationResult]]]] = deque()
     try:
         for line in lines:
-            if len(pending) >= AHEAD * batch:
-                yield _oldest(pending)
             pending.append((line, pool.submit(_answer, ask, line, cancel)))
+            while pending and (len(pending) >= AHEAD * batch or pending[0][1].done()):
+                yield _oldest(pending)
         while pending:
             yield _oldest(pending)
     finally:
@@ -122,92 +126,93 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
 
 
 class ResultWriter:
-    """Appends one line for each request to the output file, whole and at once.
+    """Appends one line for each request to the output, whole and at once: a file, `-` for standard output, or a pipe.
 
-    A line begins with the request's `id`, or with `line`, its number, where it has none; then `text`, `token_ids`,
-    `exited`, `finish_reason`, `seconds` from prompt to last token, `exit_rate` of the tokens that could exit, and the
-    request's `target` where it has one; or `error`. However a run ends, the file holds whole lines and at most one
-    partial last line, which `resume` removes. A run that fails before its first result leaves no new file.
+    A line begins with the request's `id`, or with `line`, its number, where it has none; then `input`, what `fields_of`
+    gives, and the request's `target` where it has one; or `error`. However a run ends, a file holds whole lines and at
+    most one partial last line, which `resume` removes. A run that fails before its first result leaves no new file.
 
-    An output with content is refused unless `resume` (go on after it) or `overwrite` (it is emptied at the first
-    write, not before). Raises OptionError for that, for both options at once, and where `resume` meets a file that
-    `generate` did not write, which is left as it is.
-
-    `done` counts the results found by `resume`, `failures` the error lines, found and written.
+    `count` is the number of lines that have a result, `failures` those with an error.
     """
 
-    def __init__(self, path: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-        if resume and overwrite:
-            raise OptionError("resume and overwrite contradict each other; choose one")
-        self.failures = 0
-        self._path = path
-        self._new = not path.exists()
-        self._found: Counter[tuple[str, str | int]] = Counter()
+    def __init__(self, path: Path) -> None:
+        self.count = self.failures = 0
+        self._path, self._end, self._stale = path, 0, False
+        self._new = str(path) != STANDARD and not path.exists()
         self._file = self._open()
-        try:
-            self._end = self._file.seek(0, 2) if self._file.seekable() else 0
-            if self._end and resume:
-                self._take_up()
-            elif self._end and not overwrite:
-                raise OptionError(f"{path} exists; continue with --resume, replace with --overwrite, or name another")
-        except BaseException:
-            self._file.close()
-            raise
-        self.done = sum(self._found.values())
-        self._stale = overwrite and self._end > 0
+        self._regular = str(path) != STANDARD and path.is_file()
 
     def __enter__(self) -> ResultWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if str(self._path) != STANDARD:
+            self._file.close()
         if kind is not None and self._new and self._end == 0:
             self._path.unlink(missing_ok=True)
 
-    def close(self) -> None:
-        self._file.close()
+    def begin(self, overwrite: bool, lines: Iterable[Line]) -> Iterable[Line]:
+        """All lines, for an output without content, or with `overwrite`: it is emptied at the first write, not before.
+        Raises OptionError for another."""
+        self._end = self._path.stat().st_size if self._regular else 0
+        if self._end and not overwrite:
+            raise OptionError(f"{self._path} exists; continue with --resume, replace with --overwrite, or name another")
+        self._stale = self._end > 0
+        return lines
 
-    def skip(self, request: Request | BrokenLine) -> bool:
-        """Whether the output already has this request's result. Ask once for each request, in the input's order:
-        of several with one id, as many are skipped as there are results."""
-        key = _key(request)
-        if self._found[key] == 0:
-            return False
-        self._found[key] -= 1
-        return True
+    def resume(self, lines: list[Line]) -> list[Line]:
+        """The lines that have no result yet. A result that stands there more often than its line in the input is
+        removed. Raises OptionError where the output is no file of results, which is left as it is."""
+        if not self._regular:
+            raise OptionError(f"{self._path} is no file, so there is nothing to resume; leave out --resume")
+        left = Counter(_key(line) for line in lines)
+        known, kept, whole = set(left), list[bytes](), self._path.read_bytes()
+        for number, record in enumerate(whole.splitlines(keepends=True), start=1):
+            if not record.endswith(b"\n"):
+                if not _partial(record):
+                    raise self._foreign(number)
+                continue
+            found = _parsed(record)
+            key = _result_key(found)
+            if key is None:
+                raise self._foreign(number)
+            if key in known and not left[key]:
+                continue
+            left[key] -= 1
+            kept.append(record)
+            self.count += 1
+            self.failures += "error" in found
+        content = b"".join(kept)
+        if content != whole:
+            with replacing(self._path) as partial:
+                partial.write_bytes(content)
+            self._file.close()
+            self._file = self._open()
+        self._end = len(content)
+        return [line for line in reversed(lines) if _take(left, _key(line))][::-1]
 
-    def write(self, request: Request, **result: Any) -> None:
-        """Append a result, its fields in this order (see `fields_of`).
+    def write(self, line: Line, **result: Any) -> None:
+        """Append a result, its fields in this order. Raises FreeExportError where the line cannot be written, as on a
+        full disk."""
+        name, value = _key(line)
+        asked = {"input": line.input} if isinstance(line, Request) else {}
+        target = {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
+        self._append(_encoded({name: value, **asked, **result, **target}))
+        self.count += 1
+        self.failures += "error" in result
 
-        Raises FreeExportError where the line cannot be written, as on a full disk.
-        """
-        target = {} if request.target is None else {"target": request.target}
-        self._append(request, {**result, **target})
-
-    def write_error(self, request: Request | BrokenLine, reason: str) -> None:
-        """Append why there is no result. Raises as `write` does."""
-        self._append(request, {"error": reason})
-        self.failures += 1
-
-    def _open(self) -> FileIO:
-        try:
-            return FileIO(self._path, "a+")
-        except OSError as error:
-            raise OptionError(f"{self._path} cannot be written ({error.strerror}); name another output") from None
-
-    def _append(self, request: Request | BrokenLine, result: dict[str, Any]) -> None:
-        name, value = _key(request)
-        line = _encoded({name: value, **result})
+    def _append(self, line: bytes) -> None:
         try:
             if self._stale:
                 self._file.truncate(0)
                 self._stale, self._end = False, 0
             written = 0
             while written < len(line):
-                written += self._file.write(line[written:])
+                written += self._file.write(line[written:]) or 0
+            self._file.flush()
         except OSError as error:
+            if str(self._path) == STANDARD:
+                raise
             self._drop_partial()
             raise FreeExportError(
                 f"{self._path} cannot be written ({error.strerror}); make room, then continue with --resume"
@@ -220,40 +225,40 @@ class ResultWriter:
         except OSError:
             return  # a pipe, or a device that is gone: resuming drops the partial line
 
-    def _take_up(self) -> None:
-        self._file.seek(0)
-        end = 0
-        with open(self._file.fileno(), "rb", closefd=False) as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n"):
-                    self._count(number, line)
-                    end += len(line)
-                elif not _partial(line):
-                    raise self._foreign(number)
-        if end < self._end:
-            self._file.truncate(end)
-            self._end = end
-
-    def _count(self, number: int, line: bytes) -> None:
+    def _open(self) -> RawIOBase | BinaryIO:
+        if str(self._path) == STANDARD:
+            return sys.stdout.buffer
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            raise self._foreign(number) from None
-        key = _result_key(record)
-        if key is None:
-            raise self._foreign(number)
-        self._found[key] += 1
-        self.failures += "error" in record
+            if not self._new and stat.S_ISFIFO(self._path.stat().st_mode):
+                return open_pipe(self._path, "wb")
+            # Unbuffered: a line is there as soon as it is written. Devices cannot append and seek.
+            return open(self._path, "ab" if self._new or self._path.is_file() else "wb", buffering=0)
+        except OSError as error:
+            raise OptionError(f"{self._path} cannot be written ({error.strerror}); name another output") from None
 
     def _foreign(self, number: int) -> OptionError:
         return OptionError(f"{self._path} line {number} is not a result of generate; name another output")
 
 
-def _key(request: Request | BrokenLine) -> tuple[str, str | int]:
-    return ("line", request.line_number) if request.id is None else ("id", request.id)
+def _take(left: Counter[Key], key: Key) -> bool:
+    if left[key] <= 0:
+        return False
+    left[key] -= 1
+    return True
 
 
-def _result_key(record: Any) -> tuple[str, str | int] | None:
+def _key(line: Line) -> Key:
+    return ("line", line.line_number) if line.id is None else ("id", line.id)
+
+
+def _parsed(record: bytes) -> Any:
+    try:
+        return json.loads(record)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _result_key(record: Any) -> Key | None:
     if not isinstance(record, dict) or not record or not ("error" in record or "token_ids" in record):
         return None
     name, value = next(iter(record.items()))
@@ -264,10 +269,8 @@ def _partial(line: bytes) -> bool:
     """Whether an unfinished line can be the beginning of a result (what parses was not cut short)."""
     if not any(line[: len(start)] == start[: len(line)] for start in (b'{"id": ', b'{"line": ')):
         return False
-    try:
-        return _result_key(json.loads(line)) is not None
-    except ValueError:
-        return True
+    found = _parsed(line)
+    return found is None or _result_key(found) is not None
 
 
 def _encoded(record: dict[str, Any]) -> bytes:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import stat
+import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import click
 
 from runtime.errors import OptionError
 
@@ -15,6 +20,9 @@ from runtime.errors import OptionError
 MAX_LINE = 16 << 20
 # A longer line is passed over, up to this many bytes: a device may never end its line.
 MAX_SKIPPED = 1 << 30
+# The name of standard input and output, and how long nobody may be at the other end of a named pipe.
+STANDARD = "-"
+PIPE_SECONDS = 60.0
 # What others call an input.
 _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
@@ -42,13 +50,19 @@ class BrokenLine:
 
 def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
     """The lines of a JSONL file in order, one at a time; blank ones are left out, broken ones do not end the reading.
-    A line of more than MAX_LINE bytes is a broken one. It may be a pipe.
+    A line of more than MAX_LINE bytes is a broken one. It may be a pipe, and `-` is standard input.
 
     Raises OptionError, at the call, when the file cannot be opened, and later where reading it fails or a line does not
     end within MAX_SKIPPED bytes.
     """
+    file: Any
     try:
-        file = path.open("rb")
+        if str(path) == STANDARD:
+            file = sys.stdin.buffer
+        elif stat.S_ISFIFO(path.stat().st_mode):
+            file = open_pipe(path, "rb")
+        else:
+            file = path.open("rb")
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from None
 
@@ -64,6 +78,26 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
                     yield _parse(number, line.rstrip(b"\r\n").removeprefix(b"\xef\xbb\xbf" if number == 1 else b""))
 
     return lines()
+
+
+def open_pipe(path: Path, mode: str, seconds: float | None = None) -> Any:
+    """Open a named pipe as soon as another process has opened its other end, unbuffered for writing. Raises OptionError
+    where none has in so many seconds, by default PIPE_SECONDS."""
+    opened: list[Any] = []
+    reads = mode == "rb"
+    # The system call has no limit of its own; a thread that it never leaves ends with the process.
+    buffering = -1 if reads else 0
+    thread = threading.Thread(target=lambda: opened.append(path.open(mode, buffering)), daemon=True)
+    thread.start()
+    seconds = PIPE_SECONDS if seconds is None else seconds
+    thread.join(min(1.0, seconds))
+    if thread.is_alive():
+        click.echo(f"waiting for a process that {'writes to' if reads else 'reads'} {path}", err=True)
+        thread.join(seconds)
+    if not opened:
+        nobody = "nothing writes to" if reads else "nothing reads"
+        raise OptionError(f"{nobody} the pipe {path}; start the other process, or name a file")
+    return opened[0]
 
 
 def whole_lines(path: Path) -> list[bytes]:

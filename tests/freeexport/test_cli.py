@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport import cli, commands
-from freeexport.system.installation.extras import EXTRAS, PURPOSES
+from freeexport.system.installation.extras import PURPOSES, extras, how_to_install, missing_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +32,7 @@ def run_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         (tmp_path / "probe.py").write_text("\n".join(lines))
         importlib.invalidate_caches()
         monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
-        monkeypatch.setitem(cli.VERBS, "probe", "A verb for tests.")
+        monkeypatch.setitem(cli.GROUPS, "Probes", {"probe": "A verb for tests."})
         monkeypatch.delitem(sys.modules, "freeexport.commands.probe", raising=False)
         return CliRunner().invoke(cli.main, [*arguments, "probe"])
 
@@ -75,13 +76,13 @@ def test_version_is_the_distributions() -> None:
     assert result.stdout == f"freeexport {declared[1]}\n"
 
 
-def test_extras_are_those_of_the_distribution() -> None:
-    tomllib = pytest.importorskip("tomllib")
+def test_extras_are_those_that_the_installed_distribution_declares() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for extra, packages in EXTRAS.items():
-        names = {re.split(r"[\[<>=]", requirement)[0] for requirement in declared[extra]}
-        assert set(packages) <= names, extra
-    assert PURPOSES.keys() == EXTRAS.keys()
+    assert extras().keys() == PURPOSES.keys() == declared.keys() - {"dev"}
+    assert extras()["convert"][:2] == ("torch", "transformers")
+    assert {"rapidfuzz", "sacrebleu", "matplotlib", "httpx"} <= set(extras()["evaluate"])  # [metrics] within it
+    assert {"torch", "peft"} <= set(extras()["train"])
+    assert missing_of("gpu", {"onnxruntime": "1"}.get) == ()
 
 
 def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
@@ -93,7 +94,7 @@ def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
 
 
 def test_verb_without_a_module_is_not_listed_and_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.VERBS, "absent", "Not there.")
+    monkeypatch.setitem(cli.GROUPS, "None", {"absent": "Not there."})
     assert "absent" not in CliRunner().invoke(cli.main, ["--help"]).stdout
     result = CliRunner().invoke(cli.main, ["absent"])
     assert result.exit_code == 2
@@ -215,18 +216,46 @@ def test_out_of_memory_is_one_line(run_verb: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "command"),
+    ("verb", "module", "line"),
     [
-        ("torch.nn", "torch is not installed; run: pip install 'freeexport[convert]'"),
-        ("onnx_ir", "onnx_ir is not installed; run: pip install 'freeexport[convert]'"),
-        ("onnxruntime", "onnxruntime is not installed; run: pip install 'freeexport[cpu]'"),
-        ("optimum.exporters", "optimum is not installed; run: pip install 'freeexport[optimum]'"),
-        ("tokenizers", "tokenizers is not installed; run: pip install freeexport"),
+        ("convert", "torch.nn", "torch is not installed; run: pip install 'freeexport[convert]'"),
+        ("train", "torch", "torch is not installed; run: pip install 'freeexport[train]'"),
+        ("evaluate", "rapidfuzz", "rapidfuzz is not installed; run: pip install 'freeexport[evaluate]'"),
+        ("demo", "rapidfuzz", "rapidfuzz is not installed; run: pip install 'freeexport[demo]'"),
+        ("calibrate", "matplotlib", "matplotlib is not installed; run: pip install 'freeexport[bench]'"),
+        ("generate", "onnxruntime", "onnxruntime is not installed; run: pip install 'freeexport[cpu]'"),
+        (None, "google.protobuf", "protobuf is not installed; run: pip install 'freeexport[convert]'"),
+        (None, "tokenizers", "tokenizers is not installed; run: pip install freeexport"),
     ],
 )
-def test_missing_package_names_the_extra(run_verb: Run, module: str, command: str) -> None:
-    result = run_verb(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
-    assert error_line(result) == f"error: {command}"
+def test_a_missing_package_names_the_extra_of_its_verb(
+    verb: str | None, module: str, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.system.installation.extras.missing_of", lambda extra: ())
+    assert cli.describe(ModuleNotFoundError(f"No module named {module}", name=module), verb) == line
+
+
+def test_all_that_a_verb_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ("onnxruntime", "peft", "tensorboard", "torch", "transformers")
+    missing = {name: tuple(package for package in extras()[name] if package in absent) for name in extras()}
+    monkeypatch.setattr("freeexport.system.installation.extras.missing_of", missing.__getitem__)
+    assert how_to_install("peft", "train") == (
+        "peft, onnxruntime, tensorboard, torch, transformers are not installed; "
+        "run: pip install 'freeexport[cpu,train]'"
+    )
+
+
+@pytest.mark.parametrize(("verb", "near"), [("convrt", "; did you mean 'convert'?"), ("zzz", "")])
+def test_a_verb_that_is_none_names_the_nearest(verb: str, near: str) -> None:
+    result = CliRunner().invoke(cli.main, [verb])
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"Error: No such command '{verb}'{near}\n")
+
+
+def test_an_option_that_is_none_names_the_nearest() -> None:
+    result = CliRunner().invoke(cli.main, ["convert", "--exit-layr", "3"])
+    assert result.exit_code == 2
+    assert "--exit-layer" in result.stderr
 
 
 def test_missing_package_at_a_verbs_import_is_one_line(run_verb: Run) -> None:

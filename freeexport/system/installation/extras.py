@@ -1,40 +1,18 @@
-"""The optional dependencies of the distribution: which packages an extra brings, and how to install it."""
+"""The optional dependencies of the distribution: which packages an extra brings, and how to install them."""
 
 from __future__ import annotations
 
-# The same names as [project.optional-dependencies] in pyproject.toml, in the spelling of the package index.
-EXTRAS: dict[str, tuple[str, ...]] = {
-    "cpu": ("onnxruntime",),
-    "gpu": ("onnxruntime-gpu", "cuda-python"),
-    "tensorrt": ("tensorrt", "cuda-python"),
-    "convert": (
-        "torch",
-        "transformers",
-        "accelerate",
-        "onnx",
-        "onnx_ir",
-        "onnxscript",
-        "safetensors",
-        "gguf",
-        "sentencepiece",
-        "protobuf",
-    ),
-    "serve": ("starlette", "uvicorn", "msgspec", "prometheus-client"),
-    "bench": ("matplotlib",),
-    "calibrate": ("scipy",),
-    "metrics": ("rouge-score", "sacrebleu", "jiwer"),
-    "evaluate": ("httpx",),
-    "demo": ("rapidfuzz",),
-    "train": ("peft", "tensorboard"),
-    "optimum": ("optimum-onnx",),
-}
+import re
+from collections.abc import Callable
+from functools import cache
+from importlib import metadata
 
 PURPOSES: dict[str, str] = {
     "cpu": "decode on the CPU",
     "gpu": "decode on an NVIDIA GPU",
     "tensorrt": "build and run TensorRT engines (NVIDIA GPU)",
     "convert": "convert and verify checkpoints",
-    "train": "train LoRA adapters, and record in TensorBoard",
+    "train": "train checkpoints to exit early",
     "serve": "serve bundles over HTTP",
     "bench": "plot what was measured",
     "calibrate": "fit the exit threshold",
@@ -43,7 +21,15 @@ PURPOSES: dict[str, str] = {
     "demo": "run the demo",
     "optimum": "export encoders that the builder does not know (holds transformers at 4.57)",
 }
-
+# Extras that a verb may need, those that bring all of it first.
+NEEDED = {
+    "train": ("train",),
+    "calibrate": ("calibrate", "convert", "metrics", "bench"),
+    "evaluate": ("evaluate", "convert"),
+    "bench": ("bench", "convert"),
+    "serve": ("serve",),
+    "demo": ("demo",),
+}
 # Import names that differ from the distribution that brings them.
 _DISTRIBUTIONS = {
     "rouge_score": "rouge-score",
@@ -52,15 +38,59 @@ _DISTRIBUTIONS = {
     "cuda": "cuda-python",
     "prometheus_client": "prometheus-client",
 }
+_REQUIREMENT = re.compile(r"([\w.-]+)(?:\[([\w,-]+)\])?.*;\s*extra\s*==\s*[\"']([\w-]+)[\"']")
 
 
-def extra_of(module: str) -> str | None:
-    """The first extra whose packages bring `module` (a dotted import name); None where none does."""
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution, None where it is not installed. Imports nothing."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def extras() -> dict[str, tuple[str, ...]]:
+    """The packages of each extra, as the installed distribution declares them."""
+    try:
+        declared = [match for line in metadata.requires("freeexport") or () if (match := _REQUIREMENT.match(line))]
+    except metadata.PackageNotFoundError:  # a source tree that was not installed
+        return {}
+    found: dict[str, list[str]] = {extra: [] for extra in PURPOSES}
+    inner: dict[str, list[str]] = {}
+    for name, own, extra in (match.groups() for match in declared):
+        if name == "freeexport":
+            inner.setdefault(extra, []).extend(own.split(","))
+        elif extra in found:
+            found[extra].append(name)
+    for extra, others in inner.items():
+        found.get(extra, []).extend(name for other in others for name in found[other])
+    return {extra: tuple(dict.fromkeys(names)) for extra, names in found.items()}
+
+
+def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_version) -> tuple[str, ...]:
+    """Packages of an extra that are not installed; with one wheel of ONNX Runtime, the other's is not missing."""
+    packages = extras().get(extra, ())
+    if extra in ("cpu", "gpu") and any(version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")):
+        return ()
+    return tuple(name for name in packages if not version_of(name))
+
+
+def how_to_install(module: str, verb: str | None = None) -> str:
+    """What is missing, and the one command that installs all of it for `verb`, where `module` was not found."""
     top = module.partition(".")[0]
-    distribution = _DISTRIBUTIONS.get(top, top)
-    return next((extra for extra, packages in EXTRAS.items() if distribution in packages), None)
+    package = _DISTRIBUTIONS.get(top, top)
+    wanted = (*NEEDED.get(verb or "", ()), *extras())
+    extra = next((name for name in wanted if package in extras().get(name, ())), None)
+    if extra is None:
+        return f"{package} is not installed; run: {install_command()}"
+    # A session needs a wheel of ONNX Runtime, whichever verb it is.
+    all_of = [extra] if extra in ("cpu", "gpu") or not missing_of("cpu") else ["cpu", extra]
+    others = {name for each in all_of for name in missing_of(each)} - {package}
+    listed = ", ".join([package, *sorted(others)])
+    return f"{listed} {'are' if others else 'is'} not installed; run: {install_command(*all_of)}"
 
 
-def install_command(extra: str | None) -> str:
-    """The shell command that installs `extra`, or the base distribution where it is None."""
-    return f"pip install 'freeexport[{extra}]'" if extra else "pip install freeexport"
+def install_command(*extras: str) -> str:
+    """The shell command that installs the distribution with some extras."""
+    return f"pip install 'freeexport[{','.join(extras)}]'" if extras else "pip install freeexport"

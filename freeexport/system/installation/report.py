@@ -7,11 +7,10 @@ import importlib
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from freeexport import __version__
-from freeexport.system.installation.extras import EXTRAS, PURPOSES, install_command
+from freeexport.system.installation.extras import PURPOSES, install_command, installed_version, missing_of
 from freeexport.system.installation.gpu import CudaVersions, TensorRT, check_cuda, check_tensorrt
 from freeexport.system.machine import Machine, detect_machine
 
@@ -70,14 +69,6 @@ class Report:
     @property
     def ok(self) -> bool:
         return not self.problems
-
-
-def installed_version(distribution: str) -> str | None:
-    """The version of an installed distribution, None where it is not installed. Imports nothing."""
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def examine(version_of: VersionOf = installed_version) -> Report:
@@ -148,12 +139,11 @@ def probe_provider(ort: Any, name: str) -> Provider:
 
 
 def missing_extras(version_of: VersionOf = installed_version) -> tuple[MissingExtra, ...]:
-    """Extras that are not fully installed; with one of `cpu` and `gpu` present, the other is not missing."""
-    absent = {extra: tuple(name for name in names if not version_of(name)) for extra, names in EXTRAS.items()}
-    if not absent["cpu"] or not absent["gpu"]:
-        absent["cpu"] = absent["gpu"] = ()
+    """Extras that are not fully installed."""
     return tuple(
-        MissingExtra(extra, PURPOSES[extra], names, install_command(extra)) for extra, names in absent.items() if names
+        MissingExtra(extra, purpose, names, install_command(extra))
+        for extra, purpose in PURPOSES.items()
+        if (names := missing_of(extra, version_of))
     )
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from freeexport import cli
 from freeexport.commands import doctor
 from freeexport.system.installation import report as installation
+from freeexport.system.installation.extras import extras
 from freeexport.system.installation.report import (
     Provider,
     examine,
@@ -23,7 +24,7 @@ from freeexport.system.installation.report import (
     wheel_problems,
 )
 
-ALL_OF_CONVERT = dict.fromkeys(installation.EXTRAS["convert"], "1.0")
+ALL_OF_CONVERT = dict.fromkeys(extras()["convert"], "1.0")
 
 
 def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> Any:

@@ -38,10 +38,21 @@ def session(bundle: Bundles) -> Any:
 
 def test_every_option_of_sampling_and_modes_reaches_the_session(generate: Run, session: Session) -> None:
     result = generate(
-        *("Hi there", "--json", "--mode", "rollback", "--threshold", "0.2", "--rollback-threshold", "3"),
-        *("--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--min-p", "0.01", "--repetition-penalty", "1.2"),
-        *("--seed", "5", "--sequence-bias", "42=-1.5", "--sequence-bias", "7,42=2", "--min-new-tokens", "3"),
-        *("--max-new-tokens", "9", "--output-logprobs", "--top-logprobs", "2"),
+        *("Hi there", "--json", "--mode", "rollback", "--threshold", "0.2", "-o", "rollback_threshold=3"),
+        *(
+            "--temperature",
+            "0.9",
+            "-o",
+            "top_k=40",
+            "--top-p",
+            "0.95",
+            "-o",
+            "min_p=0.01",
+            "-o",
+            "repetition_penalty=1.2",
+        ),
+        *("--seed", "5", "-o", 'sequence_bias={"42": -1.5, "7,42": 2}', "--option", "min_new_tokens=3"),
+        *("--max-new-tokens", "9", "--top-logprobs", "2"),
     )
     assert result.exit_code == 0, result.output
     ours = json.loads(result.stdout)
@@ -129,7 +140,7 @@ def test_lines_of_a_file_carry_what_they_took_and_their_target(generate: Run, se
 def silent(generate: Run, session: Session) -> Callable[..., Result]:
     """Answers that end at once: the first token is biased to be the end of sequence."""
     end = session.manifest.eos_token_ids[0]
-    return lambda *arguments: generate(*arguments, "--sequence-bias", f"{end}=1000", "--max-new-tokens", "3")
+    return lambda *arguments: generate(*arguments, "-o", f'sequence_bias={{"{end}": 1000}}', "--max-new-tokens", "3")
 
 
 def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
@@ -149,11 +160,33 @@ def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
     assert "--chat" not in silent("Hi").stderr
 
 
-@pytest.mark.parametrize("bias", ["42", "a=3", "42=much", "1,=2", "=2"])
-def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -> None:
-    result = generate("Hi", "--sequence-bias", bias)
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("top_kk=3", "did you mean top_k"),
+        ("top_k", "is no NAME=VALUE"),
+        ("temperature=1", "give --temperature"),
+        ("draft_source=x", "is no NAME=VALUE"),
+        ("zzz=1", "names are do_sample, "),
+        *((f"sequence_bias={given}", "not like") for given in ("42", '{"a": 3}', '{"42": "much"}', '{"1,": 2}', "[1]")),
+    ],
+)
+def test_an_option_that_cannot_be_read_is_a_usage_error(option: str, message: str, generate: Run) -> None:
+    result = generate("Hi", "-o", option)
     assert result.exit_code == 2
-    assert repr(bias) in result.stderr
+    assert message in " ".join(result.stderr.split())
+
+
+def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, session: Session, tmp_path: Path) -> None:
+    read = len(session.encode("Hi there"))
+    room = session.capacity - read + 1
+    line = error(generate("Hi there", "--max-new-tokens", str(room + 1)))
+    assert f"--max-new-tokens is {room + 1}, but {room} fit after the {read} tokens of the prompt" in line
+    assert generate("Hi there", "--max-new-tokens", str(room), "-o", "ignore_eos=true").exit_code == 0
+    assert generate("Hi there", "-o", "ignore_eos=true").exit_code == 0  # without a number it is what fits
+    (tmp_path / "in.jsonl").write_text('{"input": "Hi there"}\n')
+    result = generate("--input", str(tmp_path / "in.jsonl"), "--max-new-tokens", str(room + 1))
+    assert "fit after" in json.loads(result.stdout)["error"]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +196,7 @@ def test_a_bias_that_cannot_be_read_is_a_usage_error(bias: str, generate: Run) -
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--top-p", "0.5"), "nothing is sampled"),
         (("--num-return-sequences", "2"), "num_return_sequences is 2"),
+        (("-o", "min_new_tokens=x"), "min_new_tokens is 'x'"),
         (("--num-beams", "2"), "early exit is not supported with beam search"),
         (("--num-beams", "2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],
@@ -211,11 +245,12 @@ def test_a_device_that_cannot_be_had_is_one_line(
 
 
 def test_control_tokens_of_the_prompt_are_text_if_asked(generate: Run, session: Session) -> None:
-    for flag, parse in (("--parse-special", True), ("--no-parse-special", False)):
-        ours = json.loads(generate("Hi</s>", "--json", flag, "--max-new-tokens", "5").stdout)
+    for flag, parse in (("true", True), ("false", False)):
+        special = ("-o", f"parse_special={flag}")
+        ours = json.loads(generate("Hi</s>", "--json", *special, "--max-new-tokens", "5").stdout)
         expected = session.generate("Hi</s>", parse_special=parse, max_new_tokens=5)
         assert ours["token_ids"] == list(expected.token_ids)
-        chat = json.loads(generate("Hi</s>", "--chat", "--json", flag, "--max-new-tokens", "5").stdout)
+        chat = json.loads(generate("Hi</s>", "--chat", "--json", *special, "--max-new-tokens", "5").stdout)
         messages = [{"role": "user", "content": "Hi</s>"}]
         expected = session.generate(messages, parse_special=parse, max_new_tokens=5)
         assert chat["token_ids"] == list(expected.token_ids)

@@ -70,7 +70,8 @@ def test_an_option_says_the_same_in_every_verb(name: str, texts: tuple[str, ...]
 @pytest.mark.parametrize("verb", LONG)
 def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
     command = dict(commands())[verb]
-    text = CliRunner().invoke(cli.main, [verb, "--help"], terminal_width=100).output
+    flag = "--help-all" if verb == "generate" else "--help"
+    text = CliRunner().invoke(cli.main, [verb, flag], terminal_width=100).output
     _, *sections = text.split("\n\n")
     titles = [part.splitlines()[0] for part in sections if not part.startswith("  ")]
     assert len(titles) >= 5
@@ -94,7 +95,6 @@ def test_every_choice_of_a_long_help_is_explained() -> None:
 
 
 RENAMED = {("calibrate", "--target"): "--agreement", ("bench", "--tokens"): "--max-new-tokens"}
-RENAMED |= {("generate", "--batch"): "--batch-size"}
 
 
 def test_names_of_before_work_and_are_not_shown() -> None:
@@ -132,3 +132,26 @@ def test_options_stand_below_the_heading_above_them() -> None:
         ["Last:", "--third", "TEXT", "3."],
         [*f"{REST}: --first TEXT 1. --help Show this message and exit.".split()],
     ]
+
+
+def test_rare_options_are_shown_with_help_all_alone() -> None:
+    @click.command(cls=SectionedCommand)
+    @section("Common")
+    @click.option("--first", help="1.")
+    @section("Odd things", rare=True)
+    @click.option("--second", help="2.")
+    @click.option("--third", help="3.")
+    def command(**given: Any) -> None: ...
+
+    short, long = (CliRunner().invoke(command, [flag]).output for flag in ("--help", "--help-all"))
+    assert "--second" not in short
+    assert short.endswith("2 more options with --help-all: odd things.\n")
+    assert "Odd things:\n  --second TEXT  2.\n" in long
+    assert "more options" not in long
+    assert CliRunner().invoke(command, ["--second", "x"]).exit_code == 0
+
+
+def test_the_help_of_generate_has_ten_options_and_all_of_them_if_asked() -> None:
+    short, long = (CliRunner().invoke(cli.main, ["generate", flag]).output for flag in ("--help", "--help-all"))
+    counts = [sum(line.startswith(("  -", "      --")) for line in text.splitlines()) - 2 for text in (short, long)]
+    assert counts == [10, 25]

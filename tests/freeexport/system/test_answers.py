@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +17,12 @@ import pytest
 from checkpoints import CASES
 from click.testing import CliRunner, Result
 from conftest import Bundles
+from hypothesis import given
+from hypothesis import strategies as st
 
 from freeexport import cli
-from freeexport.system.answers import AHEAD, LateError, answer_file, answers
-from freeexport.system.jsonl import Request
+from freeexport.system.answers import AHEAD, LateError, Line, ResultWriter, answer_file, answers, fields_of
+from freeexport.system.jsonl import BrokenLine, Request
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 from runtime.result import Stats
 
@@ -52,6 +58,8 @@ def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path:
     records = [json.loads(line) for line in outputs[0].splitlines()]
     names = ["a", 2, 3, 7, "b", 6, 7, "c", "a", 11]
     assert [record.get("id", record.get("line")) for record in records] == names
+    assert records[0]["input"] == "Hi"
+    assert records[6]["input"] == [{"role": "user", "content": "Hi"}]
     failed = [place for place, record in enumerate(records) if "error" in record]
     assert failed[:3] == [1, 3, 5]
     assert "not JSON" in records[1]["error"]
@@ -67,7 +75,7 @@ def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: P
     assert result.exit_code == 1
     assert "10 of 10 lines" in result.stderr
     assert re.search("deadline passed after [01] tokens; allow more with --deadline", records[0]["error"])
-    assert set(records[0]) == {"id", "error"}
+    assert set(records[0]) == {"id", "input", "error"}
 
 
 @pytest.mark.parametrize("deadline", ["0", "-1", "nan"])
@@ -163,4 +171,167 @@ def test_an_interrupted_file_keeps_what_was_answered_and_ends_what_runs(tmp_path
 
     with pytest.raises(FreeExportError, match="2 of 3 lines"):
         answer_file(broken, source, target, 3, resume=True, overwrite=False)
-    assert json.loads(target.read_text().splitlines()[2]) == {"line": 3, "error": "RuntimeError: engine failed"}
+    assert json.loads(target.read_text().splitlines()[2]) == {
+        "line": 3,
+        "input": "2",
+        "error": "RuntimeError: engine failed",
+    }
+
+
+def answered(path: Path, *lines: Line, resume: bool = False, overwrite: bool = False) -> list[Line]:
+    """The lines that were answered in `path` with fixed results, broken ones with an error."""
+    with ResultWriter(path) as writer:
+        left = writer.resume(list(lines)) if resume else list(writer.begin(overwrite, lines))
+        for line in left:
+            result = {"error": line.reason} if isinstance(line, BrokenLine) else fields_of(result_of("é"))
+            writer.write(line, **result)
+    return left
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_line_has_its_name_input_result_and_target(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    lines = [Request(3, "x", "y", "a"), BrokenLine(4, "bad"), Request(5, "\ud800", "", "\ud800é")]
+    answered(path, *lines)
+    assert path.read_text(encoding="utf-8").splitlines()[0] == (
+        '{"id": "a", "input": "x", "text": "é", "token_ids": [1], "exited": [false], "finish_reason": "eos", '
+        '"seconds": 0.0, "exit_rate": 0.0, "target": "y"}'
+    )
+    _, broken, escaped = records(path)
+    assert broken == {"line": 4, "error": "bad"}
+    assert (escaped["id"], escaped["input"], escaped["target"]) == ("\ud800é", "\ud800", "")
+
+
+def test_an_output_with_content_is_refused_or_emptied_at_the_first_result(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text("precious")
+    with pytest.raises(OptionError, match="exists; continue with --resume, replace with --overwrite"):
+        answered(path, Request(1, "x"))
+    answered(path, overwrite=True)
+    assert path.read_text() == "precious"
+    answered(path, Request(1, "x"), Request(2, "x"), overwrite=True)
+    assert [record["line"] for record in records(path)] == [1, 2]
+
+
+def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path) -> None:
+    path, kept = tmp_path / "out.jsonl", tmp_path / "kept.jsonl"
+    kept.touch()
+    for output in (path, kept):
+        with pytest.raises(KeyboardInterrupt), ResultWriter(output):
+            raise KeyboardInterrupt
+    assert (path.exists(), kept.exists()) == (False, True)
+    for output in (tmp_path, tmp_path / "absent" / "out.jsonl"):
+        with pytest.raises(OptionError, match="cannot be written"):
+            ResultWriter(output)
+
+
+def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    done: list[Line] = [Request(1, "x"), Request(2, "x", id=5), Request(3, "x", id="5"), BrokenLine(4, "bad")]
+    answered(path, *done, resume=True)  # nothing to resume is no error
+    others: list[Line] = [Request(5, "x"), Request(6, "x", id=1), Request(7, "x", id="x"), Request(8, "x", id=5)]
+    with ResultWriter(path) as writer:
+        assert writer.resume([*done, *others]) == others
+        assert (writer.count, writer.failures) == (4, 1)
+
+
+def test_resuming_drops_a_result_that_stands_there_twice(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    lines: list[Line] = [Request(1, "x"), Request(2, "x", id="a"), Request(3, "x", id="a"), Request(4, "x")]
+    answered(path, *lines[:3])
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*whole[:2], *whole, whole[0]]))
+    assert answered(path, *lines, resume=True) == lines[3:]
+    assert [record.get("id", record.get("line")) for record in records(path)] == [1, "a", "a", 4]
+
+
+@given(st.data())
+def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    path.unlink(missing_ok=True)
+    lines = [Request(1, "x", id="é"), Request(2, "x"), Request(3, "x", id=3)]
+    answered(path, *lines)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: data.draw(st.integers(0, len(whole)))])
+    answered(path, *lines, resume=True)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"input": "a", "id": 1}\n',
+        '{"id": 1, "input": "a"}\n',
+        '{"id": 1, "input": "a"}',
+        '{"line": 1, "error": "x"}\nnotes\n',
+        '{"line": 1, "error": "x"}\nnotes',
+        '{"line": [1], "error": "x"}\n',
+        "[]\n",
+        "\n",
+        "\x00\x00\x00",
+    ],
+)
+def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "out.jsonl"
+    path.write_text(content)
+    with pytest.raises(OptionError, match=r"line \d is not a result of generate"):
+        answered(path, Request(1, "x"), resume=True)
+    assert path.read_text() == content
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    code = """
+        import resource, signal, sys
+        from pathlib import Path
+        from freeexport.system.jsonl import Request
+        from freeexport.system.answers import ResultWriter
+        from runtime.errors import FreeExportError
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+        with ResultWriter(Path(sys.argv[1])) as writer:
+            try:
+                for number in range(9):
+                    writer.write(Request(number, "x"), text="y" * 90, token_ids=[], exited=[])
+            except FreeExportError as error:
+                print(error)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(path)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "cannot be written" in printed
+    assert "--resume" in printed
+    assert [record["line"] for record in records(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("run", ["llama-tied"], indirect=True)
+def test_a_pipe_without_a_reader_is_refused_and_one_with_a_reader_gets_every_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, unread = tmp_path / "pipe", tmp_path / "unread"
+    os.mkfifo(path)
+    os.mkfifo(unread)
+    with monkeypatch.context() as patched:
+        patched.setattr("freeexport.system.jsonl.PIPE_SECONDS", 0.05)
+        result = run("--output", str(unread))
+    assert "nothing reads the pipe" in result.stderr.splitlines()[-1]
+    with subprocess.Popen(["cat", str(path)], stdout=subprocess.PIPE, text=True) as reader:
+        run("--output", str(path))
+        assert reader.stdout is not None
+        assert len(reader.stdout.read().splitlines()) == 10
+
+
+@pytest.mark.parametrize("run", ["llama-tied"], indirect=True)
+def test_a_dash_is_standard_input_and_output(run: Run, bundle: Bundles, tmp_path: Path) -> None:
+    written = run("--output", str(tmp_path / "out"))
+    seconds = re.compile(r'"seconds": [0-9.e-]+, ')
+    arguments = ["generate", str(bundle(BY_NAME["llama-tied"])), "--input", "-", "--max-new-tokens", "8"]
+    shared = [*arguments, "--threads", "1", "--threshold", "0.2"]
+    for more in ([], ["--output", "-"]):
+        result = CliRunner().invoke(cli.main, [*shared, *more], input="\n".join(LINES) + "\n")
+        assert result.exit_code == written.exit_code == 1
+        assert seconds.sub("", result.stdout) == seconds.sub("", (tmp_path / "out").read_text())
