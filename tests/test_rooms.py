@@ -41,8 +41,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "system": "",
         "serving": "",
         "metrics": "",
-        "measure": "metrics system",
-        "costs": "measure system",
+        "measure": "calibration checkpoints costs metrics system",
+        "costs": "system",
         "checkpoints": "system",
         "training": "checkpoints metrics system",
         "traces": "training checkpoints costs system",
@@ -51,9 +51,8 @@ ALLOWED: dict[str, dict[str, str]] = {
         "calibration": "traces checkpoints costs metrics system",
         "tuning": "calibration conversion traces checkpoints costs metrics system",
         "benchmark": "verification traces checkpoints costs system",
-        "evaluation": "calibration conversion checkpoints metrics system",
-        "demo": "benchmark evaluation conversion calibration checkpoints costs metrics system",
-        "commands": "benchmark calibration checkpoints conversion evaluation verification costs metrics serving system "
+        "demo": "benchmark measure conversion calibration checkpoints costs metrics system",
+        "commands": "benchmark calibration checkpoints conversion measure verification costs metrics serving system "
         "traces training tuning",
         "cli": "system",
         "__main__": "cli",

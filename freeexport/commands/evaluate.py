@@ -18,7 +18,7 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.evaluation.options import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
+from freeexport.measure.settings import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
 from freeexport.system.page import print_page
 from freeexport.traces.compare_layers import Options
 
@@ -54,19 +54,17 @@ def command() -> None:
               help=f"May be repeated; the first is that of curves. {METRICS}")  # fmt: skip
 @click.option("--methods", default="full,static,free,lossless",
               help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
-              "exits above thresholds. calm: after any layer, states copied. adaptive: above a threshold that is "
-              "learned while decoding.")  # fmt: skip
+              "exits above thresholds. calm: after any layer, states copied; calm-decay: with falling thresholds; "
+              "calm-single: after the bundle's exit layer only. adaptive: above a threshold that is learned while "
+              "decoding.")  # fmt: skip
 @click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS,
-              help="Run methods free and calm with exits above this confidence, free also at the calibrated one. May "
-              "be repeated.")  # fmt: skip
+              help="Run methods free and calm with exits above this confidence, free also at the calibrated one. "
+              "May be repeated.")  # fmt: skip
 @click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality,
-              help="The share of the full model's metric to keep.")  # fmt: skip
+              help="The share of the full model's metric that a winner keeps.")  # fmt: skip
 @click.option("--calm-model", metavar="MODEL", help="Method calm: the checkpoint that its bundle came from.")
 @click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from,
               help="Method calm: the first layer to exit after.")  # fmt: skip
-@click.option("--calm-decay", is_flag=True, help="Method calm: thresholds fall along a sequence.")
-@click.option("--calm-single", is_flag=True,
-              help="Method calm: exit after that layer only, as free does, with states copied.")  # fmt: skip
 @section("Machine")
 @click.option("--rounds", type=click.IntRange(1), default=EvaluateOptions.rounds,
               help="Interleaved rounds; the median counts.")  # fmt: skip
@@ -92,8 +90,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """
     import matplotlib  # noqa: F401
 
-    from freeexport.evaluation.evaluate import evaluate, write
-    from freeexport.evaluation.report import as_dict, tables
+    from freeexport.measure.evaluate import FILES, as_dict, evaluate, facts, narrow, settings_sheet, write
+    from freeexport.measure.table import terminal
 
     chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)
     found = evaluate(EvaluateOptions(bundles=chosen, **given))
@@ -101,8 +99,12 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     if as_json:
         click.echo(json.dumps(as_dict(found), indent=2))
         return
-    print_page(tables(found))
-    click.echo(f"{found.options.output}: report.html, results.md, evaluation.json and .csv, curve.png and .svg")
+    print_page([terminal(narrow(settings_sheet(found), found.metrics))])
+    for name, text in [*facts(found), *(("note", note) for note in found.notes)]:
+        click.echo(f"{name}: {text}")
+    for text in found.verdicts:
+        click.echo(f"\n{text}")
+    click.echo(f"\n{found.options.output}: {FILES}")
 
 
 @command.command("judge")
@@ -135,9 +137,7 @@ def judge_outputs(
     """
     import os
 
-    from freeexport.evaluation.judging.endpoint import Endpoint
-    from freeexport.evaluation.judging.judge import JudgeOptions, judge, only_bundle
-    from freeexport.evaluation.judging.summary import summary, summary_tables
+    from freeexport.measure.judge import Endpoint, JudgeOptions, judge, only_bundle, summary, summary_tables
     from freeexport.system.output_file import write_whole
 
     options = JudgeOptions(output, bundle or only_bundle(output), endpoint=endpoint, model=model, **given)

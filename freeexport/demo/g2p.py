@@ -13,8 +13,8 @@ import click
 from freeexport.checkpoints.examples import read_examples
 from freeexport.conversion.options import ConvertOptions
 from freeexport.demo.bundle import demo_bundle
-from freeexport.evaluation.evaluate import evaluate
-from freeexport.evaluation.options import EvaluateOptions
+from freeexport.measure.evaluate import evaluate
+from freeexport.measure.settings import EvaluateOptions
 from freeexport.system.page import print_page, table
 from runtime import Session
 from runtime.result import GenerationResult
@@ -22,7 +22,7 @@ from runtime.result import GenerationResult
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from freeexport.evaluation.evaluate import Evaluation
+    from freeexport.measure.evaluate import Evaluation
 
 # A matrix of this model is too small to be shared among threads.
 THREADS = 1
@@ -95,10 +95,10 @@ def comparison(found: Evaluation) -> Table:
     """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
     rows = []
     for row in found.rows:
-        at = "" if row.setting.threshold is None else f", threshold {row.setting.threshold:.2f}"
+        at = "" if row.threshold is None else f", threshold {row.threshold:.2f}"
         rows.append(
             (
-                MODES[row.setting.method] + at,
+                MODES[row.method] + at,
                 f"{1 - row.scores['per'].value:.1%}",
                 f"{1 - row.scores['word-acc'].value:.1%}",
                 f"{row.tokens_per_second:.0f}",

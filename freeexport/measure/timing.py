@@ -5,10 +5,12 @@ A busy machine is no reason to refuse: measure, print the spread, and mark the f
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
 
@@ -87,41 +89,44 @@ def spread(values: Sequence[float]) -> float:
     return (max(values) - min(values)) / median(values)
 
 
-@dataclass
 class OtherLoad:
-    """`cores` that other processes kept busy during a measurement; 0 until it ends, or where it was too short."""
+    """How many cores other processes keep busy, from now on; `cores` is final once a measurement ended."""
 
-    cores: float = 0.0
+    def __init__(self) -> None:
+        self._began, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        self.cores = 0.0
 
-    @property
-    def note(self) -> str:
-        """A sentence for tables and pages; empty where the machine was idle."""
-        if self.cores <= TOLERATED:
-            return ""
-        return f"other processes kept {self.cores:.1f} cores busy: speeds are uncertain, by their spread or more"
+    def so_far(self) -> float:
+        """Cores that others kept busy until now; 0 where too little time has passed to tell."""
+        elapsed = time.monotonic() - self._began
+        if elapsed < _SHORTEST:
+            return 0.0
+        others = _busy_seconds() - self._busy - (_own_seconds() - self._own)
+        return round(max(0.0, others / elapsed), 2)
+
+
+def load_note(cores: float) -> str:
+    """A sentence that marks figures of a busy machine; empty where it was idle."""
+    if cores <= TOLERATED:
+        return ""
+    return f"other processes kept {cores:.1f} cores busy: speeds are uncertain, by their spread or more"
 
 
 @contextmanager
 def other_load() -> Iterator[OtherLoad]:
     """Watch how busy others keep the machine while the block measures."""
     load = OtherLoad()
-    began, busy, own = time.monotonic(), _busy_seconds(), _own_seconds()
     try:
         yield load
     finally:
-        elapsed = time.monotonic() - began
-        if elapsed >= _SHORTEST:
-            others = _busy_seconds() - busy - (_own_seconds() - own)
-            load.cores = round(max(0.0, others / elapsed), 2)
+        load.cores = load.so_far()
 
 
 def _busy_seconds() -> float:
     """Seconds for which processors of this machine were not idle."""
-    return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in _BUSY)
-
-
-# Virtual machines that run here count as `user` already.
-_BUSY = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
+    # Virtual machines that run here count as `user` already.
+    names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
+    return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in names)
 
 
 def _own_seconds() -> float:
@@ -134,3 +139,30 @@ def _own_seconds() -> float:
             continue
         total += times.user + times.system + times.children_user + times.children_system
     return total
+
+
+class Energy:
+    """Joules of all processor packages since it was made (RAPL, Linux); None where the machine does not tell."""
+
+    def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
+        found = sorted(root.glob("intel-rapl:*")) if root.is_dir() else []
+        self._counters = [place for place in found if re.fullmatch(r"intel-rapl:\d+", place.name)]
+        self._total = 0.0
+        try:
+            self._limits = [int((place / "max_energy_range_uj").read_text()) for place in self._counters]
+            self._last = self._read()
+        except (OSError, ValueError):  # only root may read them on most systems
+            self._counters = []
+
+    def joules(self) -> float | None:
+        """Read the counters; to be called more often than they overflow, which takes minutes at full power."""
+        if not self._counters:
+            return None
+        now = self._read()
+        for before, after, limit in zip(self._last, now, self._limits, strict=True):
+            self._total += (after - before if after >= before else after + limit - before) / 1e6
+        self._last = now
+        return self._total
+
+    def _read(self) -> list[int]:
+        return [int((place / "energy_uj").read_text()) for place in self._counters]

@@ -6,11 +6,12 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from freeexport.measure.timing import OtherLoad, interleave, other_load, speeds, spread
+from freeexport.measure.timing import Energy, interleave, load_note, other_load, speeds, spread
 
 
 def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
@@ -70,7 +71,7 @@ def test_the_spread_is_a_share_of_the_median() -> None:
 
 @pytest.mark.parametrize(("cores", "noted"), [(0.0, False), (0.1, False), (1.2, True)])
 def test_a_busy_machine_is_noted(cores: float, noted: bool) -> None:
-    assert ("kept 1.2 cores busy" in OtherLoad(cores).note) == noted
+    assert ("kept 1.2 cores busy" in load_note(cores)) == noted
 
 
 def test_own_work_and_that_of_children_is_not_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,3 +96,29 @@ def test_a_measurement_too_short_to_tell_is_not_marked() -> None:
     with other_load() as load:
         pass
     assert load.cores == 0
+
+
+def counter(root: Path, name: str, value: int) -> Path:
+    place = root / name
+    place.mkdir(exist_ok=True)
+    (place / "energy_uj").write_text(f"{value}\n")
+    (place / "max_energy_range_uj").write_text("10000000\n")
+    return place / "energy_uj"
+
+
+def test_packages_are_added_parts_of_them_are_not_and_overflow_is_seen(tmp_path: Path) -> None:
+    first, second = counter(tmp_path, "intel-rapl:0", 9_000_000), counter(tmp_path, "intel-rapl:1", 0)
+    counter(tmp_path, "intel-rapl:0:0", 5)
+    energy = Energy(tmp_path)
+    assert energy.joules() is not None
+    first.write_text("1000000")
+    second.write_text("500000")
+    assert energy.joules() == pytest.approx(2.5)
+    second.write_text("700000")
+    assert energy.joules() == pytest.approx(2.7)
+
+
+def test_a_machine_that_does_not_tell_has_none(tmp_path: Path) -> None:
+    assert Energy(tmp_path / "missing").joules() is None
+    (tmp_path / "intel-rapl:0").mkdir()
+    assert Energy(tmp_path).joules() is None

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, from records that were made by hand."""
+"""Rows, intervals, curves and verdicts of an evaluation, from records that were made by hand."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from handmade_bundle import write_bundle
 
-from freeexport.evaluation.figures import area, curves_of, interval, rows_of
-from freeexport.evaluation.measure import Entry
-from freeexport.evaluation.options import Setting
-from freeexport.evaluation.records import Record
+from freeexport.measure.quality import FEWEST_LINES, area, curves_of, interval, rows_of, speed_interval, verdicts
+from freeexport.measure.records import Record
+from freeexport.measure.settings import Entry, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
@@ -44,23 +43,22 @@ def records() -> dict[tuple[str, str], dict[int, list[Record]]]:
 REFERENCES = {1: Reference(("right",)), 2: Reference(("right",))}
 
 
-def test_first_tokens_of_an_encoder_decoder_count(entry: Entry) -> None:
+def test_the_first_token_of_an_encoder_decoder_is_decided_like_any_other(tmp_path: Path) -> None:
     """Ten tokens, of which seven exit, the first among them; and ten of which three do, without the first."""
-    setting = Setting("free", 0.5)
+    path = write_bundle(tmp_path / "one", layers=30, exit_layer=10, encoder_capacity=64, decoder_start_token_id=0)
+    entry = Entry("one", Bundle.open(path), (FULL, FREE))
     flags = [(True,) * 7 + (False,) * 3, (False,) * 7 + (True,) * 3]
     lines = {
-        line: [record(setting, line, 0.6, "right", 0, exited=exited, first_seconds=0.05)]
+        line: [record(FREE, line, 0.6, "right", 0, exited=exited, first_seconds=0.05)]
         for line, exited in enumerate(flags, start=1)
     }
     full = {
         line: [replace(turn, first_seconds=0.1) for turn in turns] for line, turns in records()["one", "full"].items()
     }
-    found = {("one", "full"): full, ("one", setting.name): lines}
-    manifest = replace(entry.bundle.manifest, encoder_capacity=64)
-    entry = replace(entry, bundle=replace(entry.bundle, manifest=manifest), settings=(FULL, setting))
+    found = {("one", "full"): full, ("one", FREE.name): lines}
     whole, row = rows_of([entry], found, REFERENCES, [metric_of("exact")])
-    assert (whole.first_exits, whole.exit_rate, whole.first_speed) == (0, 0, 1)
-    assert (row.first_exits, row.exit_rate, row.layers) == (0.5, 0.5, 20)
+    assert (whole.exit_rate, whole.first_speed) == (0, 1)
+    assert (row.exit_rate, row.layers) == (0.5, 20)
     assert row.first_speed == pytest.approx(2)
 
 
@@ -87,10 +85,13 @@ def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None
 
 def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
     found = records()
-    slow = [replace(found["one", "full"][1][0], round=turn, seconds=seconds) for turn, seconds in ((1, 9.0), (2, 1.1))]
-    found["one", "full"][1] += slow
-    full = rows_of([entry], found, REFERENCES, [metric_of("exact")])[0]
+    for line, slow in ((1, 9.0), (2, 1.1)):
+        one = found["one", "full"][line][0]
+        found["one", "full"][line] += [replace(one, round=1, seconds=slow), replace(one, round=2, decode_seconds=0.5)]
+    full, static, _ = rows_of([entry], found, REFERENCES, [metric_of("exact")])
     assert full.seconds_per_request == pytest.approx(1.1)
+    assert full.spread == pytest.approx(1)  # 2, 2 and 1 seconds
+    assert static.spread is None
 
 
 def test_energy_is_that_of_all_rounds_where_all_are_known(entry: Entry) -> None:
@@ -117,13 +118,64 @@ def test_a_bundle_without_full_is_compared_with_the_first_one(entry: Entry) -> N
     assert row.request_speed == pytest.approx(1.1 / 0.3)
 
 
-def test_the_fastest_setting_that_keeps_the_quality_is_found(entry: Entry) -> None:
-    rows = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
+def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[Record]]]:
+    """Free is twice as fast as full and wrong in some lines; static is four times as fast, and wrong in half."""
+
+    def made(setting: Setting, seconds: float, wrong: int) -> dict[int, list[Record]]:
+        return {
+            line: [record(setting, line, seconds + line % 7 / 100, "wrong" if line < wrong else "right", 5)]
+            for line in range(lines)
+        }
+
+    each = {"full": made(FULL, 1.0, 0), FREE.name: made(FREE, 0.5, wrong), "static": made(STATIC, 0.25, lines // 2)}
+    return {("one", name): found for name, found in each.items()}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "lines", "fastest", "said"),
+    [
+        # 0.5 % wrong: the point is above 99 %, and so is the lower bound of 5,000 lines, but not of 200.
+        (25, 5000, FREE.name, "free 0.5 is the fastest that keeps 99 % of full's exact: 1.9"),
+        (1, 200, None, "no setting keeps 99 % of full's exact by the lower bound of its interval"),
+        (0, 200, FREE.name, "free 0.5 is the fastest"),
+        (0, FEWEST_LINES - 1, None, "no winner: 99 lines are too few"),
+    ],
+)
+def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
+    entry: Entry, wrong: int, lines: int, fastest: str | None, said: str
+) -> None:
+    metric = metric_of("exact")
+    references = {line: Reference(("right",)) for line in range(lines)}
+    rows = rows_of([entry], many(wrong, lines), references, [metric])
     curves = {curve.method: curve for curve in curves_of(rows, "exact", 0.99)}
-    assert curves["free"].fastest == FREE
-    assert curves["free"].speed == pytest.approx(1.1 / 0.6)
+    assert curves["free"].fastest == fastest
     assert curves["static"].fastest is None
     assert curves["static"].area is None  # a point is no curve
+    (verdict,) = verdicts(rows, metric, 0.99)
+    assert said in verdict
+
+
+def test_a_setting_that_may_be_slower_than_full_is_no_winner(entry: Entry) -> None:
+    """Faster by a little on average, on half of the lines only."""
+    found = many(0)
+    found["one", FREE.name] = {
+        line: [replace(one, seconds=one.seconds * (2.9 if line % 2 else 1.0))]
+        for line, (one,) in found["one", FREE.name].items()
+    }
+    references = {line: Reference(("right",)) for line in range(200)}
+    rows = rows_of([entry], found, references, [metric_of("exact")])
+    (verdict,) = verdicts(rows, metric_of("exact"), 0.99)
+    assert "no setting that keeps 99 % of full's exact is surely faster than full: free 0.5 has 1.0" in verdict
+
+
+def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
+    full = np.random.default_rng(1).uniform(1, 3, 300)
+    assert speed_interval(full / 2, full) == (pytest.approx(2), pytest.approx(2))
+    low, high = speed_interval(full / np.random.default_rng(2).uniform(1.5, 2.5, 300), full)
+    assert low is not None
+    assert high is not None
+    assert 1.8 < low < 1.95 < high < 2.05
+    assert speed_interval([1.0], [2.0]) == (None, None)
 
 
 def test_the_area_is_the_mean_of_the_best_quality_at_each_speed() -> None:

@@ -1,4 +1,4 @@
-"""What a user decides about an evaluation, checked where it enters."""
+"""Settings of an evaluation: bundles, each with its methods of decoding and their thresholds."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from typing import Any, Literal, get_args
 
 from freeexport.metrics import check_name
 from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 
-Method = Literal["full", "static", "calm", "free", "adaptive", "rollback", "lossless"]
+Method = Literal["full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lossless"]
 METHODS: tuple[Method, ...] = get_args(Method)
+# CALM after any layer from --calm-from on, with a threshold that falls along a sequence, and after the bundle's exit
+# layer alone: that differs from free by its copied states only.
+CALM: tuple[Method, ...] = ("calm", "calm-decay", "calm-single")
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to decode. `threshold`: of "free" and "calm"; the others decide it themselves."""
+    """One way to decode. `threshold`: of free and CALM; the others decide it themselves."""
 
     method: Method
     threshold: float | None = None
@@ -32,33 +36,28 @@ class Setting:
 
     @property
     def request(self) -> dict[str, Any]:
-        """The options of a request, in a session whose own threshold is adaptive where that is asked for."""
+        """The options of a request, in a session whose own threshold is adaptive where that method is measured."""
         if self.method == "adaptive":
             return {"mode": "free"}
         return {"mode": "shallow" if self.method == "static" else self.method, "threshold": self.threshold}
 
 
 def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
-    """Of a bundle, full first: "free" and "calm" at each threshold, "free" also at that of its calibration, if
-    any."""
+    """List a bundle's settings, full first: free and CALM at each threshold, free also at the calibrated one."""
     found: list[Setting] = []
     for method in sorted(set(methods), key=METHODS.index):
-        if method == "calm":
-            found.extend(Setting(method, value) for value in sorted(set(thresholds)))
-            continue
-        if method != "free":
+        if method not in ("free", *CALM):
             found.append(Setting(method))
             continue
-        calibrated = manifest.threshold if manifest.threshold < NEVER_EXIT else None
         grid = {value: Setting(method, value) for value in thresholds}
-        if calibrated is not None:
-            grid[calibrated] = Setting(method, calibrated, calibrated=True)
+        if method == "free" and manifest.threshold < NEVER_EXIT:
+            grid[manifest.threshold] = Setting(method, manifest.threshold, calibrated=True)
         found.extend(grid[value] for value in sorted(grid))
     return found
 
 
 def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tuple[Method, ...]]:
-    """Of an argument `BUNDLE`, or `BUNDLE=METHOD,METHOD`, whose methods then stand in place of `methods`."""
+    """Read an argument `BUNDLE`, or `BUNDLE=METHOD,METHOD`, whose methods then stand in place of `methods`."""
     path, equals, listed = text.rpartition("=")
     if equals and listed and set(listed.split(",")) <= set(METHODS):
         return Path(path), methods_of(listed)
@@ -66,7 +65,7 @@ def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tupl
 
 
 def methods_of(text: str) -> tuple[Method, ...]:
-    """From names with commas between. Raises OptionError for one that there is not."""
+    """Read names with commas between. Raises OptionError for one that is no method."""
     names = [name.strip() for name in text.split(",")]
     known: dict[str, Method] = {name: name for name in METHODS}
     for name in names:
@@ -78,10 +77,9 @@ def methods_of(text: str) -> tuple[Method, ...]:
 @dataclass(frozen=True)
 class EvaluateOptions:
     """`bundles`: each with its methods. `metrics`: the first is that of curves. `rounds`: how often everything is
-    decoded, interleaved; the median of a line counts. `quality`: the share of the full model's that "the fastest
-    setting" must keep. `output`: the directory of results, which another run goes on with. `calm_model`: the checkpoint
-    of the bundle that has method calm, which may exit from layer `calm_from` on, with `calm_decay` at a threshold that
-    falls along a sequence, with `calm_single` after that layer only."""
+    decoded; the median of a line counts. `quality`: the share of the full model's that a winner must keep. `output`:
+    the directory of results, which another run goes on with. `calm_model`: the checkpoint of the bundle that has
+    methods of CALM, which may exit from layer `calm_from` on."""
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
     data: Path
@@ -96,8 +94,6 @@ class EvaluateOptions:
     overwrite: bool = False
     calm_model: str | None = None
     calm_from: int = 1
-    calm_decay: bool = False
-    calm_single: bool = False
 
     def __post_init__(self) -> None:
         for name in self.metrics:
@@ -114,7 +110,7 @@ class EvaluateOptions:
             raise OptionError(
                 "the first bundle has no method full, which others are compared with; add it to --methods"
             )
-        calm = [path for path, methods in self.bundles if "calm" in methods]
+        calm = [path for path, methods in self.bundles if set(CALM) & set(methods)]
         if bool(calm) != (self.calm_model is not None):
             raise OptionError(
                 "method calm needs --calm-model, the checkpoint of its bundle, and the option needs the method"
@@ -126,3 +122,27 @@ class EvaluateOptions:
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):
             raise OptionError(f"{max(paths, key=paths.count)} is named twice; name it once, with all its methods")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A bundle, its name in tables, and its settings."""
+
+    name: str
+    bundle: Bundle
+    settings: tuple[Setting, ...]
+
+    @property
+    def methods(self) -> list[Method]:
+        return list(dict.fromkeys(setting.method for setting in self.settings))
+
+
+def entries_of(options: EvaluateOptions) -> list[Entry]:
+    """Open the bundles, named by the last part of their paths, or by all of it where that is not enough."""
+    opened = [(path, Bundle.open(path), methods) for path, methods in options.bundles]
+    short = [path.resolve().name for path, _, _ in opened]
+    names = short if len(set(short)) == len(short) else [str(path) for path, _, _ in opened]
+    return [
+        Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)))
+        for name, (_, bundle, methods) in zip(names, opened, strict=True)
+    ]

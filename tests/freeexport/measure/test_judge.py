@@ -14,10 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport.cli import main
-from freeexport.evaluation.judging import endpoint as endpoints
-from freeexport.evaluation.judging.endpoint import Endpoint, JudgeError
-from freeexport.evaluation.judging.judge import JUDGEMENTS, JudgeOptions, items_of, parsed
-from freeexport.evaluation.records import OUTPUTS, RUN, Record
+from freeexport.measure import judge as judging
+from freeexport.measure.judge import JUDGEMENTS, Endpoint, JudgeError, JudgeOptions, items_of, parsed
+from freeexport.measure.records import OUTPUTS, RUN, Record
 from runtime.bundle.bundle import sha256_of
 
 Answer = Callable[[int, str], tuple[int, str, dict[str, str]]]
@@ -71,7 +70,7 @@ def honest(number: int, prompt: str) -> tuple[int, str, dict[str, str]]:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(endpoints.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(judging.time, "sleep", lambda seconds: None)
     made = Server()
     yield made
     made.close()

@@ -14,9 +14,7 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from freeexport.cli import main
-from freeexport.evaluation import measure as measuring
-from freeexport.evaluation.calm import Calm, threshold_at
-from freeexport.evaluation.calm_engines import write_calm
+from freeexport.measure.calm import Calm, threshold_at, write_calm
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
@@ -90,18 +88,18 @@ def test_a_single_exit_is_that_of_the_shallow_decoder_with_states_copied(
     path = bundle(T5)
     opened = Bundle.open(path)
     write_calm(str(checkpoint(T5)), opened.manifest, 1, tmp_path / "calm")
-    made, chain = (Calm(opened, tmp_path / "calm", 1, 1, single=single) for single in (True, False))
+    calm = Calm(opened, tmp_path / "calm", 1, 1)
     with Session(path, threads=1, slots=1) as session:
         assert session.tokenizer is not None
         for text in PROMPTS:
             prompt = np.array(session.tokenizer.encode(text), np.int64)
             full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
-            assert made.generate(prompt, 16, 1.0).token_ids == full.token_ids
-            assert made.generate(prompt, 16, 0.0).token_ids == shallow.token_ids
-            some = made.generate(prompt, 16, 0.4)
+            assert calm.generate(prompt, 16, 1.0, single=True).token_ids == full.token_ids
+            assert calm.generate(prompt, 16, 0.0, single=True).token_ids == shallow.token_ids
+            some = calm.generate(prompt, 16, 0.4, single=True)
             assert set(some.layers) <= {1, T5.layers}
             # Up to the first token that takes more than one layer, and not all, both do the same.
-            others = chain.generate(prompt, 16, 0.4)
+            others = calm.generate(prompt, 16, 0.4)
             same = next((n for n, taken in enumerate(others.layers) if taken not in (1, T5.layers)), len(others.layers))
             assert some.token_ids[:same] == others.token_ids[:same]
 
@@ -113,23 +111,23 @@ def test_the_decaying_threshold_is_that_of_the_paper() -> None:
 
 
 def test_evaluate_runs_it_beside_the_others_and_says_what_it_was_trained_for(
-    bundle: Bundles, checkpoint: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundles, checkpoint: Directory, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(measuring, "cores_in_use", lambda: 0.0)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"input": text, "target": text}) + "\n" for text in PROMPTS))
     given = ["--data", data, "--metric", "chrf", "--max-new-tokens", 8, "--threads", 1, "--output", tmp_path / "out"]
-    exits = ["--methods", "full,calm", "--threshold", 0, "--threshold", 0.999, "--json"]
+    exits = ["--methods", "full,calm,calm-single,calm-decay", "--threshold", 0, "--threshold", 0.999, "--json"]
     command = ["evaluate", bundle(T5), *given, *exits, "--calm-model"]
     result = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5))])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
-    full, always, hardly = found["rows"]
-    assert (always["setting"], always["layers"], always["exit_rate"]) == ("calm 0", 1, 1)
-    assert hardly["setting"] == "calm 0.999"
-    assert 1 < hardly["layers"] <= full["layers"] == T5.layers
+    rows = {row["setting"]: row for row in found["rows"]}
+    assert (rows["calm 0"]["layers"], rows["calm 0"]["exit_rate"]) == (1, 1)
+    assert 1 < rows["calm 0.999"]["layers"] <= rows["full"]["layers"] == T5.layers
+    assert rows["calm-single 0"]["layers"] == 1
+    assert rows["calm-decay 0"]["layers"] >= 1  # the threshold of the first tokens is up to 0.1
     assert any("an unknown loss, not weighted-ce" in note for note in found["notes"])
-    assert [curve["method"] for curve in found["curves"]] == ["calm"]
+    assert [curve["method"] for curve in found["curves"]] == ["calm", "calm-decay", "calm-single"]
     wrong = CliRunner().invoke(main, [*map(str, command), str(checkpoint(LLAMA)), "--overwrite"])
     assert "is not what the bundle came from" in wrong.stderr
     far = CliRunner().invoke(main, [*map(str, command), str(checkpoint(T5)), "--overwrite", "--calm-from", "99"])

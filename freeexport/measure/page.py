@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 
-from freeexport.evaluation.figures import Row
-from freeexport.evaluation.picture import quality_speed
-from freeexport.evaluation.report import about, cells, columns, curve_cells, curve_columns
-from freeexport.system.page import filled
+from freeexport.measure.plot import quality_speed
+from freeexport.measure.quality import Row
+from freeexport.measure.table import Sheet
 from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from freeexport.evaluation.evaluate import Evaluation
+    from freeexport.measure.evaluate import Evaluation
 
 SHOWN = 12
 _TEMPLATE = """<!doctype html>
@@ -28,27 +27,31 @@ table{border-collapse:collapse;margin:1em 0}td,th{padding:.2em .8em;border-botto
 .number{text-align:right}.about{color:#555}svg{max-width:100%;height:auto}
 .exited{color:#0072b2;text-decoration:underline;text-underline-offset:.2em}
 .example{border-top:1px solid #ddd;padding:.6em 0}.example p{margin:.3em 0}
-.tokens{white-space:pre-wrap;font-family:monospace}.label{color:#555;display:inline-block;min-width:14em}
+.output{display:grid;grid-template-columns:14em 1fr;gap:1em}.label{color:#555}
+.tokens{white-space:pre-wrap;font-family:monospace}.verdict{font-weight:bold}
 </style>
 <h1>Evaluation on {{ data }}</h1>
+{% for verdict in verdicts %}<p class="verdict">{{ verdict }}.</p>{% endfor %}
 <p class="about">{{ lines }} lines, {{ threads }} thread(s), {{ processor }}</p>
 {% for note in notes %}<p><b>Note:</b> {{ note }}.</p>{% endfor %}
 <figure>{{ picture }}<figcaption class="about">Quality by speed; bars are 95 % intervals of a paired bootstrap over
-lines, numbers are thresholds.</figcaption></figure>
-{% macro show(names, rows) %}<table><tr>{% for name in names %}<th{% if name.endswith('#') %} class="number"{% endif %}>
+lines, numbers are thresholds. Arrows stand for points below the picture.</figcaption></figure>
+{% macro show(sheet) %}{% set names = sheet.columns %}
+<table><tr>{% for name in names %}<th{% if name.endswith('#') %} class="number"{% endif %}>
 {{- name.rstrip('#') }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td{% if names[loop.index0].endswith('#') %} class="number"{% endif %}>
+{% for row in sheet.rows %}
+<tr>{% for cell in row %}<td{% if names[loop.index0].endswith('#') %} class="number"{% endif %}>
 {{- cell }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endmacro %}
-{{ show(*settings) }}
-{{ show(*curves) }}
+{{ show(settings) }}
+{{ show(curves) }}
 <h2>Outputs</h2>
 <p>Tokens that <span class="exited">exited, blue and underlined,</span> took the shallow decoder alone; the others took
 every layer.</p>
 {% for example in examples %}<div class="example">
-<p><span class="label">input, line {{ example.line }}</span> {{ example.input }}</p>
-<p><span class="label">reference</span> {{ example.reference }}</p>
-{% for output in example.outputs %}<p><span class="label">{{ output.name }}</span> <span class="tokens">
+<p class="output"><span class="label">input, line {{ example.line }}</span><span>{{ example.input }}</span></p>
+<p class="output"><span class="label">reference</span><span>{{ example.reference }}</span></p>
+{% for output in example.outputs %}<p class="output"><span class="label">{{ output.name }}</span><span class="tokens">
 {%- for text, exited in output.pieces %}{% if exited %}<span class="exited">{{ text }}</span>{% else %}{{ text }}
 {%- endif %}{% endfor %}</span></p>
 {% endfor %}</div>
@@ -61,7 +64,7 @@ every layer.</p>
 
 @dataclass(frozen=True)
 class Output:
-    """Of one setting: pieces of text, and whether the token exited."""
+    """One setting's output: pieces of text, and whether the token exited."""
 
     name: str
     pieces: list[tuple[str, bool]]
@@ -75,8 +78,8 @@ class Example:
     outputs: list[Output]
 
 
-def page(found: Evaluation) -> str:
-    """Self-contained: no other file, and no address, is loaded."""
+def page(found: Evaluation, settings: Sheet, curves: Sheet, facts: Sequence[tuple[str, str]]) -> str:
+    """Render one self-contained file: it loads no other, and no address."""
     from markupsafe import Markup
 
     picture = io.StringIO()
@@ -87,33 +90,34 @@ def page(found: Evaluation) -> str:
         data=found.options.data.name,
         lines=found.rows[0].lines,
         threads=found.threads,
-        processor=found.machine.cpu,
+        processor=found.environment["machine"]["processor"],
+        verdicts=found.verdicts,
         notes=found.notes,
         # Drawn by matplotlib, which escapes its texts.
         picture=Markup(svg[svg.index("<svg") :]),
-        settings=filled(columns(found), [cells(row, found) for row in found.rows]),
-        curves=(curve_columns(found), [curve_cells(curve) for curve in found.curves]),
+        settings=settings,
+        curves=curves,
         examples=examples(found),
-        about=[pair for pair in about(found) if pair[0] != "note"],
+        about=facts,
     )
     return text
 
 
 def examples(found: Evaluation) -> list[Example]:
-    """Lines spread over the data, in the full model's words and those of one setting of each method."""
+    """Choose lines spread over the data, with the outputs of full and of one setting of each method."""
     shown = shown_rows(found)
     tokenizers = {entry.name: Tokenizer.load(entry.bundle.path, entry.bundle.manifest.files) for entry in found.entries}
     ends = {entry.name: set(entry.bundle.manifest.eos_token_ids) for entry in found.entries}
-    lines = list(found.records[shown[0].bundle, shown[0].setting.name])
+    lines = list(found.records[shown[0].bundle, shown[0].setting])
     chosen = lines[:: max(1, len(lines) // SHOWN)][:SHOWN]
     several = len(found.entries) > 1
     made = []
     for line in chosen:
         outputs = []
         for row in shown:
-            record = found.records[row.bundle, row.setting.name][line][0]
+            record = found.records[row.bundle, row.setting][line][0]
             texts = pieces(tokenizers[row.bundle], record.token_ids, ends[row.bundle])
-            name = f"{row.setting.name}, {row.bundle}" if several else row.setting.name
+            name = f"{row.setting}, {row.bundle}" if several else row.setting
             outputs.append(Output(name, list(zip(texts, record.exited, strict=True))))
         request = found.requests[line]
         asked = request.input if isinstance(request.input, str) else request.input[-1]["content"]
@@ -122,19 +126,19 @@ def examples(found: Evaluation) -> list[Example]:
 
 
 def shown_rows(found: Evaluation) -> list[Row]:
-    """Of each bundle and method: the fastest that keeps the quality, else the calibrated one, else the last."""
+    """Choose for each bundle and method the fastest that keeps the quality, else the calibrated one, else the last."""
     fastest = {(curve.bundle, curve.method): curve.fastest for curve in found.curves}
     chosen: dict[tuple[str, str], Row] = {}
     for row in found.rows:
-        key = row.bundle, row.setting.method
+        key = row.bundle, row.method
         best = fastest.get(key)
-        if key not in chosen or (best is None and not chosen[key].setting.calibrated) or row.setting == best:
+        if key not in chosen or (best is None and not chosen[key].calibrated) or row.setting == best:
             chosen[key] = row
     return list(chosen.values())
 
 
 def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]) -> list[str]:
-    """What each token adds to the text; its number where there is no tokenizer."""
+    """Split a text into what each token adds to it; the token's number where there is no tokenizer."""
     if tokenizer is None:
         return [f"{token} " for token in token_ids]
     texts, before = [], ""

@@ -1,4 +1,5 @@
-"""Outputs judged by a chat model: of the full model and of another setting, by grades from 1 to 5 and by pairs."""
+"""Outputs judged by a chat model behind an OpenAI-compatible endpoint: of the full model and of another setting, by
+grades from 1 to 5 and by pairs."""
 
 from __future__ import annotations
 
@@ -7,26 +8,39 @@ import json
 import random
 import re
 import threading
-from collections.abc import Iterator
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.evaluation.judging.endpoint import Endpoint
-from freeexport.evaluation.records import OUTPUTS, RUN, read_records
+from freeexport.measure.quality import CONFIDENCE, RESAMPLES, SEED
+from freeexport.measure.records import OUTPUTS, RUN, read_records
 from freeexport.system.jsonl import Request, whole_lines
+from freeexport.system.page import pairs
 from freeexport.system.progress import progress
 from runtime.bundle.bundle import sha256_of
-from runtime.errors import OptionError
+from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import read_object
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Kind = Literal["likert", "pairwise"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 JUDGEMENTS = "judgements.jsonl"
 # How often a model is asked for one verdict before its answer counts as none.
 TRIES = 3
+# Seconds: of one answer, and the longest pause between two attempts.
+TIMEOUT, LONGEST_PAUSE = 120.0, 60.0
+ATTEMPTS = 6
+_TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
 
 _LIKERT = """Rate a response to a task, from 1 (useless) to 5 (as good as can be). Judge only whether it is correct, \
 complete and well written. Reply with JSON alone: {{"score": NUMBER}}
@@ -49,6 +63,89 @@ Response A:
 Response B:
 {second}
 """
+
+
+class JudgeError(FreeExportError):
+    """The endpoint does not answer."""
+
+
+class Endpoint:
+    """A chat model at `url`, without /chat/completions. Answers are greedy. Threads may share it; to be closed."""
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key: str | None,
+        timeout: float = TIMEOUT,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        import httpx
+
+        if not url.startswith(("http://", "https://")):
+            raise OptionError(f"--endpoint {url!r} is no address; give one such as https://host/v1")
+        self._url, self._model, self._sleep = url.rstrip("/") + "/chat/completions", model, sleep
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._client = httpx.Client(timeout=timeout, headers=headers)
+
+    def __enter__(self) -> Endpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._client.close()
+
+    def ask(self, prompt: str) -> str:
+        """Get the answer's text. Waits and asks again where the endpoint fails, limits rates or takes too long; raises
+        JudgeError where that does not help, and at once where it refuses."""
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self._sleep(self._pause(attempt, reason))
+            reason, text = self._once(prompt)
+            if text is not None:
+                return text
+        raise JudgeError(
+            f"{self._url} did not answer in {ATTEMPTS} attempts ({reason.split(';')[0]}); run the same command later: "
+            "nothing is judged twice"
+        )
+
+    def _once(self, prompt: str) -> tuple[str, str | None]:
+        import httpx
+
+        request = {
+            "model": self._model,
+            "messages": [{"role": "user", "content": prompt}],
+            "temperature": 0,
+            "max_tokens": 256,
+        }
+        try:
+            answer = self._client.post(self._url, json=request)
+        except httpx.HTTPError as error:
+            return f"{type(error).__name__}: {error}", None
+        if answer.status_code in _TRANSIENT:
+            return f"status {answer.status_code};{answer.headers.get('retry-after', '')}", None
+        if answer.status_code != 200:
+            text = " ".join(answer.text.split())[:120]
+            raise JudgeError(
+                f"{self._url} refused with status {answer.status_code} ({text}); check --endpoint, --model and the key"
+            )
+        try:
+            found: Any = answer.json()["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            return "an answer that is no chat completion", None
+        return ("", found) if isinstance(found, str) else ("an answer without text", None)
+
+    @staticmethod
+    def _pause(attempt: int, reason: str) -> float:
+        """Retry-After, else exponential backoff with jitter."""
+        wished = reason.partition(";")[2]
+        try:
+            seconds = float(wished)
+        except ValueError:
+            seconds = 2.0 ** (attempt - 1) * random.uniform(0.5, 1.0)
+        return min(LONGEST_PAUSE, max(0.0, seconds))
 
 
 @dataclass(frozen=True)
@@ -94,7 +191,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Item:
-    """What is to be judged once."""
+    """One question to the judge."""
 
     kind: Kind
     line: int
@@ -115,7 +212,7 @@ class Item:
 
 
 def items_of(options: JudgeOptions) -> list[Item]:
-    """In the order of the data. Raises OptionError where the outputs do not have what is asked for."""
+    """List the questions in the order of the data. Raises OptionError where outputs are missing."""
     outputs = {
         (one.bundle, one.setting, one.line): one.text for one in read_records(options.output / OUTPUTS) if not one.round
     }
@@ -174,8 +271,8 @@ def _items(kind: Kind, request: Request, texts: tuple[str, str], repeat: int, op
 
 
 def judge(options: JudgeOptions, endpoint: Endpoint) -> list[Judgement]:
-    """What JUDGEMENTS has already, and what is asked for now, each added as soon as it is known. Raises JudgeError,
-    OptionError."""
+    """Collect what JUDGEMENTS has already and what is asked now, each written as soon as it is known. Raises
+    JudgeError, OptionError."""
     items = items_of(options)
     path = options.output / JUDGEMENTS
     known = {_key(one): one for one in _read(path)}
@@ -219,7 +316,7 @@ def _judged(item: Item, endpoint: Endpoint) -> Judgement:
 
 
 def parsed(kind: Kind, answer: str, swapped: bool) -> int | str | None:
-    """The verdict of an answer, which may stand in other text; None where there is none, or more than one."""
+    """Read the verdict of an answer, which may stand in other text; None where there is none, or more than one."""
     if kind == "likert":
         grades = set(re.findall(r'"score"\s*:\s*"?([1-5])"?\s*[,}]', answer)) or set(
             re.findall(r"^\s*([1-5])\s*$", answer)
@@ -247,3 +344,78 @@ def _read(path: Path) -> Iterator[Judgement]:
             yield Judgement(**json.loads(line))
         except (ValueError, TypeError):
             raise OptionError(f"{path} line {number} is no judgement; remove the line") from None
+
+
+def summary(judgements: Sequence[Judgement], options: JudgeOptions) -> dict[str, Any]:
+    """Compute for each kind means over lines with 95 % intervals of a bootstrap, and how far repeats agree."""
+    made: dict[str, Any] = {"lines": len({one.line for one in judgements}), "repeats": options.repeats}
+    for kind in options.kinds:
+        mine = [one for one in judgements if one.kind == kind]
+        valid = [one for one in mine if one.verdict is not None]
+        found = _likert(valid, options.setting) if kind == "likert" else _pairwise(valid)
+        made[kind] = {**found, "agreement": _agreement(valid), "without_verdict": len(mine) - len(valid)}
+    return made
+
+
+def _likert(valid: Sequence[Judgement], setting: str) -> dict[str, Any]:
+    grades: dict[str, dict[int, list[float]]] = {"full": defaultdict(list), setting: defaultdict(list)}
+    for one in valid:
+        grades[one.of][one.line].append(float(one.verdict or 0))
+    other = {line: grades[setting].get(line, full) for line, full in grades["full"].items()}
+    lines = [line for line in other if other[line]]
+    ours, full = (np.array([np.mean(each[line]) for line in lines]) for each in (other, grades["full"]))
+    return {"full": _mean(full), "other": _mean(ours), "difference": _mean(ours - full)}
+
+
+def _pairwise(valid: Sequence[Judgement]) -> dict[str, Any]:
+    """A line's preference is the mean over its repeats: 1 for the other setting, 0 for full, a half for a tie."""
+    worth = {"other": 1.0, "tie": 0.5, "full": 0.0}
+    lines: Mapping[int, list[float]] = defaultdict(list)
+    for one in valid:
+        lines[one.line].append(worth[str(one.verdict)])
+    values = np.array([np.mean(each) for each in lines.values()])
+    asked = [one for one in valid if one.asked and one.verdict != "tie"]
+    first = [(one.verdict == "other") == one.swapped for one in asked]
+    return {
+        "other_wins": int((values > 0.5).sum()),
+        "ties": int((values == 0.5).sum()),
+        "full_wins": int((values < 0.5).sum()),
+        "same_text": len({one.line for one in valid if not one.asked}),
+        "preference": _mean(values),
+        "first_position": float(np.mean(first)) if first else None,
+    }
+
+
+def _mean(values: np.ndarray) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    drawn = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
+    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def _agreement(valid: Sequence[Judgement]) -> float | None:
+    """The share of pairs of repeats with the same verdict, of what was asked; None without repeats."""
+    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
+    for one in valid:
+        if one.asked:
+            groups[one.line, one.of].append(one.verdict)
+    pairs = [a == b for each in groups.values() for place, a in enumerate(each) for b in each[place + 1 :]]
+    return float(np.mean(pairs)) if pairs else None
+
+
+def summary_tables(found: Mapping[str, Any], options: JudgeOptions) -> list[Table]:
+    """Show a summary on a terminal."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"{value['value']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})"
+        return "unknown" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+    about = (
+        f"{options.setting} beside full, {found['lines']} lines, {found['repeats']} verdict(s) each, {options.model}"
+    )
+    return [
+        pairs(f"{kind}: {about}", [(name.replace("_", " "), shown(value)) for name, value in found[kind].items()])
+        for kind in options.kinds
+    ]

@@ -1,1 +1,0 @@
-"""`evaluate judge`: outputs judged by a chat model."""
