@@ -300,11 +300,15 @@ def _strings(stop: Any) -> tuple[str, ...]:
     return strings
 
 
-def _biases(given: Any) -> dict[tuple[int, ...], float] | None:
-    if given is None:
-        return None
+class _Biases(dict[tuple[int, ...], float]):
+    """Checked biases: `replace` does not check a thousand of them again."""
+
+
+def _biases(given: Any) -> _Biases | None:
+    if given is None or isinstance(given, _Biases):
+        return given
     items = listed(given.items()) if isinstance(given, Mapping) else None
-    biases = {key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()}
+    biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
     if items is None or not all(map(_is_sequence, biases)) or not all(map(_is_bias, biases.values())):
         raise OptionError(
             f"sequence_bias is {shown(given)}; "

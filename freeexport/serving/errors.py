@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from runtime import (
@@ -20,6 +21,7 @@ FIELDS = {
     "deadline": "free.deadline",
     "rollback_threshold": "free.mode",
     "sequence_bias": "logit_bias",
+    "predicted_output": "prediction",
 }
 SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
 
@@ -70,7 +72,7 @@ def api_error(error: BaseException) -> ApiError:
         message = str(error)
         if message.startswith("the session is closed"):
             return draining()
-        name = message.partition(" ")[0]
+        name = re.match(r"\w*", message)[0]  # type: ignore[index]
         param = FIELDS.get(name, name if name in SAME else None)
         # The message begins with the option's name: the client knows the field's.
         shown = message if param in (None, name) else f"{param}{message[len(name) :]}"

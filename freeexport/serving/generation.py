@@ -8,14 +8,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import numpy as np
+
 from freeexport.serving.errors import ApiError, draining
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from runtime import AsyncStream, GenerationOptions, GenerationResult, PromptLengthError, Session, Token
 from runtime.options import Mode
+from runtime.text.prompt import encode_expected
 
 Result = TypeVar("Result")
 # Prompts of fewer characters are encoded on the event loop, where a thread would take longer.
 SHORT = 2000
+# Characters that a template writes around a message, about.
+MARKUP = 30
 
 
 class ClientGone(Exception):
@@ -67,10 +72,18 @@ async def begin(
     options = request.options(mode, deadline)
     prompts = request.prompts
     _check_count(request, len(prompts), session)
-    if sum(map(_size, prompts)) <= SHORT:
-        encoded = [session.encode(prompt) for prompt in prompts]
-    else:
-        encoded = await asyncio.to_thread(lambda: [session.encode(prompt) for prompt in prompts])
+
+    def encode() -> tuple[list[np.ndarray], np.ndarray | None]:
+        expected = options.predicted_output
+        limits = session.tokenizer, session.manifest.vocab_size, session.capacity
+        return (
+            [session.encode(prompt) for prompt in prompts],
+            None if expected is None else encode_expected(expected, *limits),
+        )
+
+    short = sum(map(_size, (*prompts, request.expected))) <= SHORT
+    encoded, expected = encode() if short else await asyncio.to_thread(encode)
+    options = replace(options, predicted_output=expected)
     asked = [
         (ids, number, _limited(options, request, len(ids), session)) for ids in encoded for number in range(request.n)
     ]
@@ -154,4 +167,4 @@ def _size(prompt: str | list[Any]) -> int:
     """Characters, of which a chat's template may make many more."""
     if isinstance(prompt, str):
         return len(prompt)
-    return sum(len(part["content"]) if isinstance(part, dict) else 1 for part in prompt)
+    return sum(MARKUP + len(part["role"]) + len(part["content"]) if isinstance(part, dict) else 1 for part in prompt)

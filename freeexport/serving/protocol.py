@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -12,6 +13,7 @@ from runtime import GenerationOptions
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
 MOST_CHOICES = 128
+MOST_MESSAGES = 10_000
 MOST_STOPS, LONGEST_STOP = 16, 1024
 MOST_BIASES = 1024
 MOST_COMPLETION_LOGPROBS = 5
@@ -94,6 +96,11 @@ class Request(msgspec.Struct, kw_only=True):
         return 0
 
     @property
+    def expected(self) -> str:
+        """The text that the answer is expected to be, but for changes."""
+        return ""
+
+    @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
@@ -126,13 +133,14 @@ class Request(msgspec.Struct, kw_only=True):
             sampling = {}
         deadlines = [seconds for seconds in (self.free.deadline, deadline) if seconds is not None]
         return GenerationOptions(
-            mode=self.free.mode or mode,
+            mode=self.free.mode or ("lossless" if self.expected else mode),
             threshold=self.free.threshold,
             deadline=min(deadlines, default=None),
             temperature=temperature,
             repetition_penalty=self.repetition_penalty,
             stop=self.stops,
             sequence_bias=_biases(self.logit_bias),
+            predicted_output=self.expected or None,
             output_logprobs=self.wants_logprobs,
             top_logprobs=self.alternatives,
             cache_salt=self.cache_salt,
@@ -145,29 +153,53 @@ class Part(msgspec.Struct):
     text: str | None = None
 
 
+def joined(content: str | list[Part], where: str) -> str:
+    if isinstance(content, str):
+        return content
+    for place, part in enumerate(content):
+        if part.type != "text" or part.text is None:
+            raise _unsupported(f"{where}[{place}].type {part.type[:40]!r}", "this model reads text")
+    return "".join(part.text or "" for part in content)
+
+
+NOTHING = msgspec.Raw(b"null")
+
+
 class Message(msgspec.Struct):
     role: str
     content: str | list[Part]
     name: str | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: msgspec.Raw = NOTHING  # unread: there may be a million of them
     tool_call_id: str | None = None
 
     def plain(self, number: int) -> dict[str, str]:
         """For a chat template. `developer` is OpenAI's new name of the system."""
-        for field in ("name", "tool_calls", "tool_call_id"):
-            if getattr(self, field):
-                raise _unsupported(f"messages[{number}].{field}", "messages have a role and a text")
+        used = {
+            "name": self.name,
+            "tool_calls": bytes(self.tool_calls) not in (b"null", b"[]"),
+            "tool_call_id": self.tool_call_id,
+        }
+        for field in filter(used.get, used):
+            raise _unsupported(f"messages[{number}].{field}", "messages have a role and a text")
         role = "system" if self.role == "developer" else self.role
-        if isinstance(self.content, str):
-            return {"role": role, "content": self.content}
-        for place, part in enumerate(self.content):
-            if part.type != "text" or part.text is None:
-                raise _unsupported(f"messages[{number}].content[{place}].type {part.type!r}", "this model reads text")
-        return {"role": role, "content": "".join(part.text or "" for part in self.content)}
+        return {"role": role, "content": joined(self.content, f"messages[{number}].content")}
+
+
+Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=MOST_MESSAGES)]
+
+
+def plain(messages: Iterable[Message]) -> list[dict[str, str]]:
+    return [message.plain(number) for number, message in enumerate(messages)]
+
+
+class Prediction(msgspec.Struct, forbid_unknown_fields=True):
+    type: Literal["content"]
+    content: str | list[Part]
 
 
 class ChatRequest(Request, kw_only=True):
-    messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
+    messages: Messages
+    prediction: Prediction | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool = False
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
@@ -190,10 +222,22 @@ class ChatRequest(Request, kw_only=True):
             raise ApiError(
                 400, f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true", None, "top_logprobs"
             )
+        if self.prediction is not None and self.free.mode not in (None, "lossless"):
+            raise ApiError(
+                400,
+                f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing; choose 'lossless', or "
+                "leave the mode out",
+                None,
+                "prediction",
+            )
+
+    @property
+    def expected(self) -> str:
+        return "" if self.prediction is None else joined(self.prediction.content, "prediction.content")
 
     @property
     def prompts(self) -> list[Any]:
-        return [[message.plain(number) for number, message in enumerate(self.messages)]]
+        return [plain(self.messages)]
 
 
 class CompletionRequest(Request, kw_only=True):
@@ -224,7 +268,7 @@ class CompletionRequest(Request, kw_only=True):
 class TokenizeRequest(msgspec.Struct):
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
@@ -239,22 +283,27 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 def parse(body: bytes, kind: type[Body]) -> Body:
     """A request body as `kind`. Raises ApiError naming what is not JSON, not supported, or of a wrong type."""
     try:
-        given = msgspec.json.decode(body)
+        # Values are not read yet: a million tools cost nothing.
+        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    except msgspec.ValidationError:
+        raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}", "invalid_json") from None
-    if not isinstance(given, dict):
-        raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json")
+        raise _not_json(error) from None
+    values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
     known = {field.name for field in msgspec.structs.fields(kind)}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name in [name for name in given if name not in known]:
-        if given.pop(name) not in NEUTRAL.get(name, ()):
+    for name in values.keys() - known:
+        if not _neutral(name, values.pop(name)):
             raise _unsupported(name[:80], BECAUSE.get(name, "remove it"), name[:80])
     try:
-        request = msgspec.convert(given, kind)
+        request = msgspec.json.decode(
+            b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items()), type=kind
+        )
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at `$")
         param = re.sub(r"^\.", "", path.rstrip("`")) or None
         raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise _not_json(error) from None
     if isinstance(request, Request):
         request.check()
     return request
@@ -264,9 +313,21 @@ def _unsupported(what: str, advice: str, param: str | None = None) -> ApiError:
     return ApiError(400, f"{what} is not supported; {advice}", "unsupported", param or what.partition(" ")[0])
 
 
-def _biases(given: dict[str, float]) -> dict[int, float] | None:
+def _not_json(error: BaseException) -> ApiError:
+    return ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}", "invalid_json")
+
+
+def _neutral(name: str, value: bytes) -> bool:
+    if name not in NEUTRAL or len(value) > 100:
+        return False
     try:
-        return {int(token): bias for token, bias in given.items()} or None
-    except ValueError:
-        wrong = next(token for token in given if not token.lstrip("-").isdigit())
-        raise ApiError(400, f"logit_bias has {wrong[:40]!r}; its keys are token ids", None, "logit_bias") from None
+        return msgspec.json.decode(value) in NEUTRAL[name]
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False
+
+
+def _biases(given: dict[str, float]) -> dict[int, float] | None:
+    for token in given:
+        if not re.fullmatch("[0-9]{1,18}", token):
+            raise ApiError(400, f"logit_bias has {token[:40]!r}; its keys are token ids", None, "logit_bias")
+    return {int(token): bias for token, bias in given.items()} or None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
-from runtime import GenerationResult, Session, Token
+from runtime import GenerationResult, Session, Stats, Token
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
@@ -135,7 +135,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
         "completion_tokens": written,
         "total_tokens": read + written,
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(each.exits for each in drafting),
+            "accepted_prediction_tokens": sum(map(_accepted, drafting)),
             "rejected_prediction_tokens": sum(each.rejected for each in drafting),
         },
         "prompt_tokens_details": {"cached_tokens": cached},
@@ -145,3 +145,8 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
             "sync_passes": sum(each.sync_passes for each in stats),
         },
     }
+
+
+def _accepted(stats: Stats) -> int:
+    others = (drafts.accepted for source, drafts in stats.drafts.items() if source != "exit")
+    return stats.exits + sum(others)

@@ -15,6 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import protocol
 from freeexport.serving.errors import ApiError, api_error
@@ -23,7 +24,8 @@ from freeexport.serving.generation import ClientGone, begin, while_there
 from freeexport.serving.metrics import registry
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Service
-from runtime import PromptError, Session
+from runtime import FreeExportError, PromptError, Session
+from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
 
 # Seconds in which a body must have come.
@@ -54,11 +56,32 @@ def application(service: Service) -> Starlette:
     ]
     origins = list(service.options.origins)
     allow = Middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
-    return Starlette(
+    served = Starlette(
         routes=routes,
-        middleware=[allow] if origins else [],
-        exception_handlers={ApiError: _refuse, HTTPException: _http_error, Exception: _refuse},
+        middleware=[Middleware(Unambiguous), *([allow] if origins else [])],
+        exception_handlers={
+            ApiError: _refuse,
+            FreeExportError: _refuse,
+            HTTPException: _http_error,
+            Exception: _refuse,
+        },
     )
+    served.router.redirect_slashes = False  # a redirection would go to the host that the client names
+    return served
+
+
+class Unambiguous:
+    """Refuses a request with two lengths, which proxies may read as two requests, and closes its connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope.get("headers", ())}:
+            failed = ApiError(400, "the request has Content-Length and Transfer-Encoding; send one of them")
+            app = json(failed.body, 400, {"Connection": "close"})
+        await app(scope, receive, send)
 
 
 class Endpoints:
@@ -74,7 +97,7 @@ class Endpoints:
     async def _generate(
         self, request: Request, kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest]
     ) -> Any:
-        record = self._service.begin(request.url.path)
+        record = self._service.begin(request.scope["path"])
         try:
             asked = await self._parsed(request, kind)
             if self._service.options.log_prompts:
@@ -116,24 +139,27 @@ class Endpoints:
     async def tokenize(self, request: Request) -> Response:
         asked = await self._parsed(request, protocol.TokenizeRequest)
         _, session = self._service.session(asked.model)
+        most = session.manifest.encoder_capacity or session.capacity
         if asked.messages and asked.prompt is None:
-            prompt = [message.plain(number) for number, message in enumerate(asked.messages)]
-            ids = (await asyncio.to_thread(session.encode, prompt)).tolist()
+            ids = (await asyncio.to_thread(session.encode, protocol.plain(asked.messages))).tolist()
         elif asked.prompt is not None and asked.messages is None:
+            if asked.prompt:
+                check_text(asked.prompt, most)
             tokenizer = _tokenizer(session)
             ids = await asyncio.to_thread(tokenizer.encode, asked.prompt, special=asked.add_special_tokens)
         else:
             raise ApiError(400, "give either prompt or messages", None, "prompt")
-        most = session.manifest.encoder_capacity or session.capacity
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
         asked = await self._parsed(request, protocol.DetokenizeRequest)
         _, session = self._service.session(asked.model)
-        most = session.manifest.vocab_size
-        wrong = next((token for token in asked.tokens if token >= most), None)
+        most, vocabulary = max(session.manifest.encoder_capacity or 0, session.capacity), session.manifest.vocab_size
+        if len(asked.tokens) > most:
+            raise ApiError(400, f"tokens has {len(asked.tokens)} ids; give at most {most} at once", None, "tokens")
+        wrong = next((token for token in asked.tokens if token >= vocabulary), None)
         if wrong is not None:
-            raise ApiError(400, f"tokens has {wrong}; ids of this model are 0 to {most - 1}", None, "tokens")
+            raise ApiError(400, f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}", None, "tokens")
         return json({"prompt": _tokenizer(session).decode(asked.tokens)})
 
     async def live(self, request: Request) -> Response:
@@ -211,6 +237,6 @@ async def _refuse(request: Request, error: Exception) -> Response:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    said = {404: f"there is no {request.url.path[:80]}", 405: f"{request.method} is not a method of this path"}
+    said = {404: f"there is no {request.scope['path'][:80]}", 405: f"{request.method} is not a method of this path"}
     failed = ApiError(error.status_code, said.get(error.status_code, error.detail), None)
     return json(failed.body, failed.status, dict(error.headers or {}))

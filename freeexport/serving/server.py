@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TextIO
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from freeexport.serving.events import PING
+from freeexport.serving.log_writer import LogWriter
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 from runtime.errors import OptionError
@@ -22,6 +30,56 @@ BACKLOG = 1024
 # of the end has to read it.
 KEEP_ALIVE, LAST_WORDS = 75, 2
 LARGEST_HEADERS = 64 << 10
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+# Errors of accept(2) where a process or the machine has too much open.
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class _Listening(socket.socket):
+    """Fails to accept once a second at most where there is no file descriptor: asyncio then waits as long, but tries
+    its whole backlog before."""
+
+    _failed = -1.0
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().accept()
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                if time.monotonic() - self._failed < 0.9:
+                    raise BlockingIOError from None
+                self._failed = time.monotonic()
+            raise
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 that answers clients which have ended their own side of the connection.
+
+    Those that left look the same until they are written to: an interim response, or a ping in a stream, gives an error
+    then. Those of HTTP/1.0 know no interim response, and count as gone.
+    """
+
+    _ended = False
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body or self.scope["http_version"] == "1.0":
+            return None
+        self._ended = True
+        self._probe(0.05)
+        return True
+
+    def _probe(self, seconds: float) -> None:
+        cycle = self.cycle
+        if not (self.transport.is_closing() or cycle.disconnected or cycle.response_complete):
+            # What has begun and is not complete is a stream of events.
+            self.transport.write(self.conn.send(h11.Data(data=PING)) if cycle.response_started else CONTINUE)
+            self.loop.call_later(seconds, self._probe, min(2 * seconds, 5.0))
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._ended and self.cycle.response_complete:
+            self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -38,7 +96,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        listening = socket.socket(family, kind, protocol)
+        listening = _Listening(family, kind, protocol)
     except OSError as error:
         raise OptionError(f"host {host!r} cannot be listened on: {error.strerror}; choose another --host") from None
     try:
@@ -58,10 +116,11 @@ async def serve(
     that cannot be opened raises."""
     config = uvicorn.Config(
         application(service),
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         log_config=None,
+        log_level="error",  # warnings are of what clients send
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
@@ -88,29 +147,42 @@ def run(options: ServerOptions, host: str, port: int) -> None:
     listening = listen(host, port)
     address, number = listening.getsockname()[:2]
     where = f"http://{f'[{address}]' if ':' in address else address}:{number}"
-
-    def say(text: str, stream: TextIO) -> None:
-        with suppress(OSError):  # nobody reads it any more
-            print(text, file=stream, flush=True)
-
-    def log(line: str) -> None:
-        say(line, sys.stdout)
+    log, said = LogWriter(sys.__stdout__), LogWriter(sys.__stderr__)
 
     def ready() -> None:
-        say(f"serving {', '.join(options.names)} on {where}/v1", sys.stderr)
+        said.write(f"serving {', '.join(options.names)} on {where}/v1")
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        signals = 0
 
-        def end() -> None:
-            if stop.is_set():
+        # Not the loop's: this one is called even where the loop is busy.
+        def end(number: int, frame: FrameType | None) -> None:
+            nonlocal signals
+            signals += 1
+            if signals > 1:
                 os._exit(1)
-            stop.set()
-            say(f"draining, for {options.shutdown_timeout:g} s at most", sys.stderr)
+            loop.call_soon_threadsafe(stop.set)
+            said.write(f"draining, for {options.shutdown_timeout:g} s at most")
 
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, end)
-        await serve(Service(options, log), listening, stop, ready)
+        def failed(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+            if getattr(context.get("exception"), "errno", None) in EXHAUSTED:
+                said.write("no file descriptor is left, so connections wait; allow more (ulimit -n)")
+            else:
+                loop.default_exception_handler(context)
 
-    say(f"loading {', '.join(map(str, options.bundles))}", sys.stderr)
-    asyncio.run(main())
+        loop.set_exception_handler(failed)
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            await serve(Service(options, log.write), listening, stop, ready)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    logging.basicConfig(handlers=[said.handler()])
+    said.write(f"loading {', '.join(map(str, options.bundles))}")
+    try:
+        asyncio.run(main())
+    finally:
+        log.close(LAST_WORDS)
+        said.close(LAST_WORDS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,8 +11,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import msgspec
 
 from freeexport.serving.errors import ApiError, draining
 from runtime import GenerationResult, OptionError, Session, SessionOptions
@@ -140,7 +139,8 @@ class Service:
         if self._running == 0:
             self._idle.set()
         self.responses[record.line["path"], status] += 1
-        self._log(msgspec.json.encode(record.line).decode())
+        # ASCII: U+2028, U+0085 and control characters of a prompt would be more lines, or more, to who reads them.
+        self._log(json.dumps(record.line))
 
     @property
     def _choices(self) -> str:

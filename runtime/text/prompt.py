@@ -68,7 +68,7 @@ def encode_expected(
             return _checked(ids, vocab_size, limit)
         if tokenizer is None:
             raise OptionError("predicted_output is text, and there is no tokenizer; pass a list of token ids")
-        _check_text(given, limit)
+        check_text(given, limit)
         return np.array(tokenizer.encode(given, special=False)[:limit], np.int64)
     except PromptError as error:
         raise OptionError(f"predicted_output: {error}".replace("the prompt", "it")) from None
@@ -79,16 +79,20 @@ def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
 
 
 def _encode_text(text: str, tokenizer: Tokenizer, limit: int, parse_special: bool) -> list[int]:
-    _check_text(text, limit)
+    check_text(text, limit)
     return tokenizer.encode(text, parse_special=parse_special)
 
 
-def _check_text(text: str, limit: int) -> None:
+def check_text(text: str, limit: int) -> None:
+    """Raises PromptError for text that is empty, not valid, or too long for `limit` tokens however it is encoded."""
     if not text:
         raise PromptError("the prompt is empty; pass at least one character")
-    most = limit * MAX_BYTES_PER_TOKEN
-    size = len(text) if len(text) > most else _utf8_size(text)
-    if size > most:
+    size = len(text)
+    _check_size(size if size > limit * MAX_BYTES_PER_TOKEN else _utf8_size(text), limit)
+
+
+def _check_size(size: int, limit: int) -> None:
+    if size > limit * MAX_BYTES_PER_TOKEN:
         raise PromptLengthError(
             f"the prompt has {size} bytes or more, too many for the {limit} tokens that fit; "
             "shorten it, or convert with a larger capacity"
@@ -108,6 +112,11 @@ def _utf8_size(text: str) -> int:
 def _encode_chat(
     messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, limit: int, parse_special: bool
 ) -> list[int]:
+    if len(messages) > limit:
+        raise PromptLengthError(
+            f"the prompt has {len(messages)} messages, more than the {limit} tokens that fit; leave some out"
+        )
+    size = 0
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise PromptError(f"message {index} is {type(message).__name__}; {_FORMS}")
@@ -115,7 +124,9 @@ def _encode_chat(
             if not isinstance(message.get(name), str):
                 problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
                 raise PromptError(f"{name!r} of message {index} {problem}; give each message a role and a content text")
-    return tokenizer.encode_chat(messages, parse_special=parse_special, check=lambda text: _check_text(text, limit))
+            size += len(message[name])
+    _check_size(size, limit)  # before a template makes a text of them
+    return tokenizer.encode_chat(messages, parse_special=parse_special, check=lambda text: check_text(text, limit))
 
 
 def _listed(ids: npt.NDArray[Any], limit: int) -> list[int]:

@@ -23,6 +23,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
+# Texts of more characters are encoded without the interpreter's lock: other threads go on.
+LONG_TEXT = 10_000
 
 
 class Tokenizer:
@@ -109,6 +111,8 @@ class Tokenizer:
 
     def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
+            if len(text) > LONG_TEXT:
+                return backend.encode_batch_fast([text], add_special_tokens=special)[0]
             return backend.encode(text, add_special_tokens=special)
         except BaseException as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
             if not _by_the_library(error):

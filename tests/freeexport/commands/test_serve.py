@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,37 +13,9 @@ import httpx
 import pytest
 from click.testing import CliRunner
 from running_server import ENDLESS, MESSAGES
+from serve_command import command
 
 from freeexport.cli import main
-
-ROOT = Path(__file__).parents[3]
-HEAVY = ("torch", "transformers", "onnx", "scipy")
-
-
-@contextmanager
-def command(*arguments: str, **variables: str) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process, its address and what it said before it was ready."""
-    code = (
-        "import sys, atexit; from freeexport.cli import main;"
-        f"atexit.register(lambda: print('imported', *(set({HEAVY!r}) & set(sys.modules)), file=sys.stderr));"
-        f"main(['serve', *{list(arguments)!r}])"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    with subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            said = list[str]()
-            assert process.stderr is not None
-            for line in process.stderr:
-                said.append(line)
-                if line.startswith("serving"):
-                    break
-            found = re.search(r"http://\S+(?=/v1)", said[-1])
-            assert found, said
-            yield process, found.group(), said
-        finally:
-            process.kill()
 
 
 def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: Path, t5: Path) -> None:

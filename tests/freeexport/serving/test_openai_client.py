@@ -104,6 +104,26 @@ def test_each_token_of_a_completion_has_its_alternatives_by_text(client: openai.
     assert (alone.tokens, alone.top_logprobs) == (whole.tokens, None)
 
 
+def test_a_prediction_is_drafted_from_and_changes_no_token(client: openai.OpenAI, session: Session) -> None:
+    letters = dict.fromkeys(session.tokenizer.encode("".join(map(chr, range(97, 123))), special=False), 50)
+    asked: dict[str, Any] = {"model": "chat", "messages": MESSAGES, "max_tokens": 60, "logit_bias": letters}
+    expected = session.generate(MESSAGES, max_new_tokens=60, mode="full", sequence_bias=letters).text
+    assert expected.islower()
+    parts = [{"type": "text", "text": expected[:9]}, {"type": "text", "text": expected[9:]}]
+    for content in (expected, parts):
+        answer = client.chat.completions.create(prediction={"type": "content", "content": content}, **asked)
+        assert answer.choices[0].message.content == expected
+        assert answer.usage.free["mode"] == "lossless"
+        assert answer.usage.completion_tokens_details.accepted_prediction_tokens > 10
+    with pytest.raises(openai.BadRequestError, match="which drafts nothing; choose 'lossless'"):
+        client.chat.completions.create(
+            prediction={"type": "content", "content": expected}, extra_body={"free": {"mode": "full"}}, **asked
+        )
+    with pytest.raises(openai.BadRequestError, match="prediction: it has") as raised:
+        client.chat.completions.create(prediction={"type": "content", "content": "x" * 300_000}, **asked)
+    assert raised.value.param == "prediction"
+
+
 def test_drafts_are_accepted_and_rejected_predictions() -> None:
     stats = Stats("lossless", prompt_tokens=5, tokens=11, exits=6, rejected=2)
     exits = Stats("free", prompt_tokens=5, tokens=11, exits=6)

@@ -62,16 +62,19 @@ def test_fields_that_say_nothing_are_taken() -> None:
         (b"", "the body is not JSON"),
         (b"{", "the body is not JSON"),
         (b'{"messages": \xff\xfe}', "the body is not JSON"),
-        (b'{"messages": "\xff"}', "the body is not JSON"),
-        (b'{"a": "\\ud800"}', "the body is not JSON"),
+        (b'{"messages": "\xff"}', "messages: Expected `array`, got `str`"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "the body is not JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is not JSON"),
+        (b'{"tools": "\xff"}', "tools is not supported"),
         (b"[]", "the body is no JSON object"),
         (b"null", "the body is no JSON object"),
-        (b"[" * 100_000, "the body is not JSON"),
+        (b"[" * 100_000, "the body is no JSON object"),
+        (b'{"a": ' + b"[" * 100_000, "the body is not JSON"),
         (b'{"messages": []}', "messages: Expected `array` of length >= 1"),
         (b"{}", "the body: Object missing required field `messages`"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: Object missing required field `content`"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens: Expected `int` >= 1"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "the body is not JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "max_tokens: Number out of range"),
         (b'{"messages": [{"role": "user", "content": "x"}], "n": 129}', "n: Expected `int` <= 128"),
         (b'{"messages": [{"role": "user", "content": "x"}], "free": {"speed": 1}}',
          "free: Object contains unknown field `speed`"),
@@ -156,6 +159,29 @@ def test_parts_of_messages_that_are_no_text_are_refused(message: dict[str, Any],
     with pytest.raises(ApiError, match="not supported") as raised:
         _ = request.prompts
     assert raised.value.param == named
+
+
+def test_a_prediction_is_text_and_chooses_the_mode_that_drafts() -> None:
+    for content in ("ab", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]):
+        body = msgspec.json.encode({**CHAT, "prediction": {"type": "content", "content": content}})
+        options = parse(body, ChatRequest).options("free", None)
+        assert (options.mode, options.predicted_output) == ("lossless", "ab")
+    empty = msgspec.json.encode({**CHAT, "prediction": {"type": "content", "content": ""}})
+    assert parse(empty, ChatRequest).options("free", None).mode == "free"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prediction": "ab"}, "prediction"),
+        ({"prediction": {"type": "answer", "content": "ab"}}, "prediction.type"),
+        ({"prediction": {"type": "content"}}, "prediction"),
+        ({"prediction": {"type": "content", "content": "a", "more": 1}}, "prediction"),
+        ({"prediction": {"type": "content", "content": "a"}, "free": {"mode": "full"}}, "prediction"),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
+    assert refused(msgspec.json.encode({**CHAT, **fields})).param == param
 
 
 def test_text_parts_are_one_text_and_a_developer_is_the_system() -> None:

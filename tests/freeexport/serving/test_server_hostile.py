@@ -1,0 +1,226 @@
+"""What hostile clients send, and what surroundings do to a server: none of it may stop it for the others."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from running_server import MESSAGES, Running, eventually, read, running, status
+from serve_command import command
+
+from freeexport.serving.log_writer import LogWriter
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+# Seconds that /health may take while a hostile request is worked on, on a machine that is busy with other tests.
+SOON = 0.7
+
+
+@pytest.fixture(scope="module")
+def server(chat: Path) -> Iterator[Running]:
+    with running(chat, names=("m",), slots=4, queue=200) as server:
+        yield server
+
+
+@contextmanager
+def health_watched(server: Running) -> Iterator[list[float]]:
+    """Seconds that each of the answers of /health took in the meantime."""
+    took: list[float] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            while not done.is_set():
+                began = time.perf_counter()
+                client.get("/health")
+                took.append(time.perf_counter() - began)
+                time.sleep(0.01)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield took
+    finally:
+        done.set()
+        thread.join()
+
+
+WORDS = "some text of words " * (4 << 20)
+TOKENS = "tokens that fit"
+BIASES = dict.fromkeys(map(str, range(287)), 1)
+EMPTY = [{"role": "user", "content": ""}]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected", "message"),
+    [
+        ("/tokenize", {"prompt": WORDS[:4_100_000]}, 400, f"too many for the 4096 {TOKENS}"),
+        ("/tokenize", {"messages": [{"role": "user", "content": WORDS[:4_000_000]}]}, 400, TOKENS),
+        ("/tokenize", {"prompt": WORDS[:260_000]}, 200, ""),
+        (TEXT, {"prompt": WORDS[:260_000]}, 400, "at most 4096 fit"),
+        (CHAT, {"messages": EMPTY * 120_000}, 400, "array` of length <= 10000"),
+        (CHAT, {"messages": EMPTY * 9_000}, 400, f"9000 messages, more than the 4096 {TOKENS}"),
+        (CHAT, {"messages": [{"role": "r" * 4_000_000, "content": ""}]}, 400, TOKENS),
+        (CHAT, {"messages": MESSAGES, "prediction": {"type": "content", "content": WORDS[:260_000]}, "max_tokens": 1},
+         200, ""),
+        (TEXT, {"prompt": "x", "max_tokens": 1, "n": 60, "logit_bias": BIASES}, 200, ""),
+        ("/detokenize", {"tokens": [5] * 2_000_000}, 400, "tokens has 2000000 ids; give at most 4096 at once"),
+    ],
+    ids=["text", "chat", "long", "prompt", "empty", "messages", "role", "prediction", "biases", "ids"],
+)  # fmt: skip
+def test_a_large_request_holds_up_nobody(
+    path: str, body: dict[str, Any], expected: int, message: str, server: Running
+) -> None:
+    with health_watched(server) as took:
+        answer = httpx.post(server.url + path, json=body, timeout=60)
+    assert answer.status_code == expected, answer.text[:300]
+    assert message in answer.text
+    assert max(took) < SOON
+
+
+def test_a_million_tools_hold_up_nobody(server: Running) -> None:
+    body = b'{"messages": [{"role": "user", "content": "x"}], "tools": [' + b"{}," * 1_300_000 + b"{}]}"
+    with health_watched(server) as took:
+        answer = httpx.post(server.url + CHAT, content=body, timeout=60)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+    assert max(took) < 0.3
+
+
+@pytest.mark.parametrize("token", ["--5", "²", "9" * 5000, "-1", "", "1.0", "१"])
+def test_a_bias_of_what_is_no_token_is_the_clients_mistake(token: str, server: Running) -> None:
+    answer = httpx.post(server.url + TEXT, json={"prompt": "x", "logit_bias": {token: 1}})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
+
+
+def test_messages_that_are_too_long_to_tokenize_keep_the_connection(server: Running) -> None:
+    body = json.dumps({"messages": [{"role": "user", "content": "x" * 5000}]}).encode()
+    head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with server.send(head + body) as connection:
+        assert status(connection.recv(1 << 16)) == 400
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status(connection.recv(1 << 16)) == 200
+
+
+@pytest.mark.parametrize("host", ["[", "evil/secret?", "a b", "[::1", "@"])
+def test_the_host_is_no_part_of_the_path(host: str, server: Running) -> None:
+    def ask(line: str) -> bytes:
+        return read(server.send(f"{line} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode()))
+
+    missing, slashed = ask("GET /missing"), ask("GET /health/")
+    assert status(missing) == status(slashed) == 404
+    assert b'"there is no /missing"' in missing
+    assert b"location" not in slashed.lower()
+    before = len(server.log)
+    assert status(ask(f"POST {CHAT}")) == 400
+    assert eventually(lambda: len(server.log) > before)
+    assert server.log[-1]["path"] == CHAT
+    assert "evil" not in httpx.get(server.url + "/metrics").text
+
+
+@pytest.mark.parametrize("path", ["/health", TEXT])
+def test_two_lengths_are_refused_and_the_connection_closed(path: str, server: Running) -> None:
+    method = "GET" if path == "/health" else "POST"
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+    answer = read(server.send(head.encode() + b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"))
+    assert status(answer) == 400
+    assert b"Content-Length and Transfer-Encoding" in answer
+    assert answer.count(b"HTTP/1.1") == 1
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_ended_its_side_has_its_answer(stream: bool, server: Running) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 400, "logit_bias": {"2": -100}, "stream": stream}
+    connection = server.ask(CHAT, json.dumps(asked).encode())
+    connection.shutdown(socket.SHUT_WR)
+    answer = read(connection)
+    while status(answer) == 100:
+        answer = answer.partition(b"\r\n\r\n")[2]
+    assert status(answer) == 200
+    assert b"[DONE]" in answer if stream else b'"completion_tokens":400' in answer
+    assert eventually(lambda: server.log[-1]["status"] == 200)
+
+
+def test_quick_requests_are_answered_after_half_of_the_connection_is_closed(server: Running) -> None:
+    connection = server.send(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 3)
+    connection.shutdown(socket.SHUT_WR)
+    assert read(connection).count(b'"ready":true') == 3
+
+
+def test_a_log_that_nobody_reads_drops_lines_and_counts_them() -> None:
+    readable, writable = os.pipe()
+    with os.fdopen(writable, "w") as stream:
+        writer = LogWriter(stream, most=100_000)
+        began = time.monotonic()
+        for number in range(50_000):
+            writer.write(json.dumps({"number": number, "text": "x" * 50}))
+        assert time.monotonic() - began < 5
+        writer.close(0.1)  # gives up
+    with os.fdopen(readable) as reader:
+        lines = [json.loads(line) for line in reader]
+    dropped = sum(line.get("dropped_lines", 0) for line in lines)
+    assert dropped > 40_000
+    assert sum("number" in line for line in lines) + dropped == 50_000
+
+
+def test_a_prompt_in_the_log_is_one_line(chat: Path) -> None:
+    text = "a\u2028b\u0085c\x9bd\x00e\x7f"
+    lines: list[str] = []
+    with running(chat, log_prompts=True) as server:
+        server.service._log = lines.append  # type: ignore[method-assign]
+        assert httpx.post(server.url + TEXT, json={"prompt": text, "max_tokens": 1}).status_code == 200
+    assert lines[0].isascii()
+    assert len(lines[0].splitlines()) == 1
+    assert json.loads(lines[0])["prompt"] == [text]
+
+
+def test_an_output_that_nobody_reads_stops_nobody_and_a_second_signal_ends(chat: Path) -> None:
+    with command(str(chat), "--port", "0", "--threads", "1", "--log-prompts") as (process, url, _):
+        with httpx.Client(base_url=url, timeout=20) as client:
+            for _ in range(40):  # 400 kB, and a pipe holds 64
+                body = {"prompt": "x" * 10_000, "max_tokens": 1}
+                assert client.post(TEXT, json=body).status_code == 400
+            hanging = threading.Thread(target=_ask_for_long, args=(url,), daemon=True)
+            hanging.start()
+            assert eventually(lambda: 'running{model_name="llama-long"} 1.0' in client.get("/metrics").text)
+        process.send_signal(signal.SIGTERM)
+        with httpx.Client(base_url=url) as client:
+            assert eventually(lambda: client.get("/health").status_code == 503)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(5) == 1
+
+
+def _ask_for_long(url: str) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 4000, "logit_bias": {"2": -100}}
+    with suppress(httpx.HTTPError):
+        httpx.post(url + CHAT, json=body, timeout=60)
+
+
+def test_without_file_descriptors_there_is_a_line_a_second(chat: Path) -> None:
+    with command(str(chat), "--port", "0", "--threads", "1") as (process, url, _):
+        assert httpx.get(url + "/health").status_code == 200
+        limit = len(os.listdir(f"/proc/{process.pid}/fd")) + 5
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (limit, limit))
+        address, began = httpx.URL(url), time.monotonic()
+        held = [socket.create_connection((address.host, address.port)) for _ in range(12)]
+        time.sleep(2.5)
+        for connection in held:
+            connection.close()
+        assert httpx.get(url + "/health", timeout=20).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=20)
+        seconds = time.monotonic() - began
+    lines = said.splitlines()
+    assert 1 <= sum("no file descriptor is left" in line for line in lines) <= seconds + 1
+    assert len(lines) < seconds + 4
+    assert "Traceback" not in said
