@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import resource
@@ -103,12 +104,16 @@ def test_a_bias_of_what_is_no_token_is_the_clients_mistake(token: str, server: R
 
 
 def test_messages_that_are_too_long_to_tokenize_keep_the_connection(server: Running) -> None:
-    body = json.dumps({"messages": [{"role": "user", "content": "x" * 5000}]}).encode()
-    head = f"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
-    with server.send(head + body) as connection:
-        assert status(connection.recv(1 << 16)) == 400
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
-        assert status(connection.recv(1 << 16)) == 200
+    connection = http.client.HTTPConnection(*server.address, timeout=20)
+    connection.request("POST", "/tokenize", json.dumps({"messages": [{"role": "user", "content": "x" * 5000}]}))
+    refused = connection.getresponse()
+    assert (refused.status, refused.getheader("connection")) == (400, None)
+    assert b"at most 4096 fit" in refused.read()
+    opened = connection.sock
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    assert connection.sock is opened
+    connection.close()
 
 
 @pytest.mark.parametrize("host", ["[", "evil/secret?", "a b", "[::1", "@"])
