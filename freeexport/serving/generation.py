@@ -73,12 +73,12 @@ async def begin(
     prompts = request.prompts
     _check_count(request, len(prompts), session)
 
-    def encode() -> tuple[list[np.ndarray], np.ndarray | None]:
+    def encode() -> tuple[list[np.ndarray], list[int] | None]:
         expected = options.predicted_output
         limits = session.tokenizer, session.manifest.vocab_size, session.capacity
         return (
             [session.encode(prompt) for prompt in prompts],
-            None if expected is None else encode_expected(expected, *limits),
+            None if expected is None else encode_expected(expected, *limits).tolist(),
         )
 
     short = sum(map(_size, (*prompts, request.expected))) <= SHORT
