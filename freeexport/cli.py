@@ -28,12 +28,10 @@ GROUPS: dict[str, dict[str, str]] = {
     "Make a bundle": {
         "train": "Fine-tune a checkpoint for an early exit.",
         "evaluate-exits": "Compare the layers of a checkpoint as exits.",
-        "exit-vocab": "Choose the tokens that the shallow head should know.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
         "build": "Build the TensorRT engines of a bundle.",
         "verify": "Check a bundle against the checkpoint it came from.",
         "calibrate": "Fit the exit threshold on a calibration set.",
-        "tune": "Choose exit layer, threshold and max_pending together.",
     },
     "Use it": {
         "generate": "Generate text with a bundle.",
@@ -51,7 +49,7 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 # Verbs that stand in another's module.
-SHARED = {"build": "convert", "verify": "convert", "exit-vocab": "tune", "evaluate-exits": "evaluate"}
+SHARED = {"build": "convert", "verify": "convert", "evaluate-exits": "evaluate"}
 
 
 class Verbs(click.Group):

@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from freeexport.traces.trace import Trace, Traces
+from freeexport.measure.traces import Traces
 
 
 def trace(
     confidence: Sequence[float], agrees: Sequence[bool], line: int = 1, token: Sequence[int] | None = None
-) -> Trace:
-    nll = np.where(agrees, 0.1, 3.0).astype(np.float32)
-    tokens = np.array(range(len(agrees)) if token is None else token, np.int32)
-    return Trace(line, np.array(confidence, np.float32), np.array(agrees, np.bool_), nll, tokens)
+) -> Traces:
+    """One sequence."""
+    nll = np.where(agrees, 0.1, 3.0)
+    return Traces.one(
+        line, confidence=confidence, agrees=agrees, nll=nll, token=range(len(agrees)) if token is None else token
+    )
 
 
 def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Traces:
@@ -25,7 +27,7 @@ def mixed(sequences: int, length: int, seed: int = 0, agree: float = 0.9) -> Tra
         agrees = random.random(length) < agree
         confidence = np.where(agrees, random.beta(6, 1, length), random.beta(2, 3, length))
         made.append(trace(confidence.tolist(), agrees.tolist(), line))
-    return Traces.of(made)
+    return Traces.joined(made)
 
 
 def correlated(sequences: int, seed: int) -> Traces:
@@ -38,4 +40,4 @@ def correlated(sequences: int, seed: int) -> Traces:
         confidence = random.beta(3 if hard else 6, 1, length)
         agrees = random.random(length) < (0.35 * confidence if hard else 1 - 0.03 * (1 - confidence))
         made.append(trace(confidence.tolist(), agrees.tolist(), line))
-    return Traces.of(made)
+    return Traces.joined(made)

@@ -17,12 +17,11 @@ from freeexport.benchmark.report import Report, settings
 from freeexport.benchmark.rounds import Measured, measure
 from freeexport.benchmark.rows import Answers, Row, rows_of
 from freeexport.checkpoints.examples import read_examples
-from freeexport.costs.forced_exits import THRESHOLD, exit_trace
-from freeexport.costs.measured import measured_in_child
-from freeexport.costs.roofline import bandwidth_of, token_bytes
+from freeexport.measure.byte_model import bandwidth_of, token_bytes
+from freeexport.measure.costs import measured_in_child
+from freeexport.measure.forced import THRESHOLD, exit_trace
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.progress import progress
-from freeexport.traces.simulate import SimulatedRun
 from freeexport.verification.parity import sample_ids
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
@@ -197,8 +196,8 @@ def _with_prediction(row: Row, ours: Ours, costs: Costs | None, measured: Measur
     )
     done = _runs(measured, row.name)
     passes = sum((Counter(run.sync_sizes) for run in done), Counter[int]())
-    replay = SimulatedRun(tokens=sum(run.decided for run in done), sync_sizes=passes)
-    return replace(row, predicted=seconds / (prompts + (seconds - prompts) / replay.speedup(costs)))
+    speedup = costs.speedup_of(passes, sum(run.decided for run in done))
+    return replace(row, predicted=seconds / (prompts + (seconds - prompts) / speedup))
 
 
 def _runs(measured: Measured, name: str) -> list[Run]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from freeexport.benchmark.peers.catalog import find_peer
-from freeexport.costs.forced_exits import exit_trace
+from freeexport.measure.forced import exit_trace
 from runtime.errors import OptionError
 from runtime.machine.device import Device
 from runtime.machine.machine import usable_cores

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from freeexport.system.plot import BLUE, ORANGE, legend_beside, new_figure, save_figure
-from freeexport.traces.layers_plot import check as check
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

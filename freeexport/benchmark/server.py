@@ -13,7 +13,7 @@ from freeexport.benchmark.peers.catalog import SCRIPTS
 from freeexport.benchmark.peers.wire import Emit, Generate, serve, versions
 
 if TYPE_CHECKING:
-    from freeexport.costs.forced_drafts import ForcedDraftSession
+    from freeexport.measure.forced import ForcedDraftSession
     from runtime import Session
 
 
@@ -26,8 +26,7 @@ def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, di
 
 
 def _bundle(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
-    from freeexport.costs.forced_drafts import ForcedDraftSession
-    from freeexport.costs.forced_exits import ForcedExitSession
+    from freeexport.measure.forced import ForcedDraftSession, ForcedExitSession
     from runtime import Session
 
     trace, rate = options.pop("replay", None), options.pop("right", None)

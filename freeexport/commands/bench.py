@@ -14,6 +14,7 @@ from freeexport.benchmark.options import BenchOptions
 from freeexport.benchmark.peers.catalog import PEERS
 from freeexport.benchmark.report import as_dict, table
 from freeexport.commands.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
+from freeexport.measure.layers_report import check_plot
 from freeexport.system.output_file import check_writable, write_whole
 from runtime.options import Drafts
 
@@ -94,7 +95,7 @@ def command(plot: Path | None, save: Path | None, as_json: bool, **given: Any) -
     """
     options = BenchOptions(**given)
     if plot is not None:
-        bench_plot.check(plot)
+        check_plot(plot)
     check_writable(save, "--save")
     report = benchmark(options)
     if plot is not None:

@@ -9,120 +9,149 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from freeexport.calibration.open_source import calibrate_model, is_bundle
-from freeexport.calibration.options import CalibrateOptions
-from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import (
-    CONFIDENCES,
     DEVICE,
     MAX_NEW_TOKENS,
     METRICS,
     SAMPLES,
     MetricName,
-    RenamedOption,
     SectionedCommand,
     section,
 )
+from freeexport.measure.calibrate import CalibrateOptions
+from freeexport.measure.sources import is_bundle
+from freeexport.measure.threshold import Rule
 from freeexport.system.output_file import write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.calibration import Method
-from runtime.bundle.manifest import ConfidenceMeasure
 
 if TYPE_CHECKING:
-    from freeexport.calibration.calibrate import Calibrated
+    from freeexport.measure.calibrate import Comparison
 
 DEFAULT_OUTPUT = Path("calibration.json")
-
-
-def write(result: Calibrated, model: str, output: Path | None) -> None:
-    """To the file `output`; None is into the bundle, which is the old one until it is the new one."""
-    from freeexport.conversion.recalibrate import update_bundle
-
-    if output is None:
-        update_bundle(Path(model), result.calibration)
-        return
-    write_whole(output, result.calibration.to_json())
+# Options that belong to one rule: giving one chooses it.
+_IMPLIED: dict[str, Method] = {"agreement": "bmm", "zeta": "paper", "risk": "risk", "quality": "quality"}
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("model")
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @section("Data")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
 @click.option("--samples", type=click.IntRange(1), default=CalibrateOptions.samples, help=SAMPLES)
 @click.option("--max-new-tokens", type=click.IntRange(2), default=CalibrateOptions.max_new_tokens, help=MAX_NEW_TOKENS)
 @section("How the threshold is chosen")
-@click.option("--method", type=click.Choice(get_args(Method)), default="bmm",
-              help="bmm: by P(agree | confidence). risk: the loss of a sequence, with a guarantee. quality: by "
-              "decoding at thresholds and comparing the outputs.")  # fmt: skip
-@click.option("--agreement", "target", cls=RenamedOption, old="--target", type=float,
-              default=CalibrateOptions.target,
-              help="bmm: the share of tokens at the threshold that must agree.")  # fmt: skip
-@click.option("--risk", type=float, default=CalibrateOptions.risk, help="risk: maximum mean loss of a sequence.")
-@click.option("--delta", type=float, default=CalibrateOptions.delta, help="risk: probability that the guarantee fails.")
-@click.option("--target-quality", type=float,
-              help="quality: the share of the full model's metric to keep.  [default: 0.99]")  # fmt: skip
+@click.option("--rule", "method", type=click.Choice(get_args(Method)),
+              help="bmm: by P(agree | confidence). paper: the likelihood ratio, as FREE's authors run it. risk: the "
+              "loss of a sequence, with a guarantee. quality: by decoding, with a guarantee.  [default: bmm, or that "
+              "of the option below]")  # fmt: skip
+@click.option("--agreement", type=float, help="bmm: the share of tokens at the threshold that must agree.  [default: "
+              f"{Rule.agreement}]")  # fmt: skip
+@click.option("--zeta", type=float, help=f"paper: what the likelihood ratio must exceed.  [default: {Rule.zeta}]")
+@click.option("--risk", type=float, help=f"risk: maximum mean loss of a sequence.  [default: {Rule.risk}]")
+@click.option("--target-quality", "quality", type=float,
+              help=f"quality: the share of the full model's metric to keep.  [default: {Rule.quality}]")  # fmt: skip
+@click.option("--delta", type=float, default=Rule.delta,
+              help="risk, quality: probability that the guarantee fails.")  # fmt: skip
 @click.option("--metric", type=MetricName(),
-              help=f"risk, quality: compares outputs. {METRICS}  [default: tokens; exact for quality]")  # fmt: skip
-@section("Where MODEL is a checkpoint")
-@click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), help=f"{CONFIDENCES}  [default: softmax]")
-@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
-@click.option("--max-pending", type=click.IntRange(1), help="Maximum tokens in a sync pass.  [default: 16]")
-@click.option("--batch-size", type=click.IntRange(1), default=CalibrateOptions.batch_size,
-              help="Lines to decode at once.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(get_args(Dtype)), help="Type of the weights in torch.  [default: float32]")
-@section("Where MODEL is a bundle")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
-@click.option("--measure", is_flag=True, help="Time decoding at three thresholds, on an idle machine.")
-@click.option("--rounds", type=click.IntRange(1), default=CalibrateOptions.rounds,
-              help="Interleaved rounds of --measure.")  # fmt: skip
+              help=f"Compares outputs. {METRICS}  [default: none; quality: exact]")  # fmt: skip
 @section("Machine")
+@click.option("--exit-layer", type=int, help="Of a checkpoint: exit after this layer.  [default: as trained]")
+@click.option("--rounds", type=click.IntRange(0), default=CalibrateOptions.rounds,
+              help="Time decoding at a few thresholds, in so many interleaved rounds; several bundles: 3.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(1), help="CPU threads of bundles.  [default: one per physical core]")
 @click.option("--device", default=CalibrateOptions.device, help=DEVICE)
 @section("Results")
 @click.option("--output", type=click.Path(path_type=Path),
               help="Write the calibration here.  [default: into the bundle, or calibration.json]")  # fmt: skip
 @click.option("--report", type=click.Path(path_type=Path), help="Write a page with pictures to this directory.")
-@click.option("--json", "as_json", is_flag=True, help="Print the calibration and the advice as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the calibration and the verdict as JSON.")
 def command(
-    model: str,
+    models: tuple[str, ...],
     data: Path,
-    output: Path | None,
+    samples: int,
+    max_new_tokens: int,
+    exit_layer: int | None,
+    rounds: int,
     threads: int | None,
-    target_quality: float | None,
+    device: str,
+    output: Path | None,
     report: Path | None,
     as_json: bool,
-    **options: Any,
+    **given: Any,
 ) -> None:
     """Find the threshold of a bundle or a checkpoint, MODEL, on the lines of a JSONL file.
 
     The full model decodes each input, and the shallow decoder runs at every token. A bundle is updated atomically; a
-    checkpoint's calibration is for `convert --calibration`. An interrupted run continues where it stopped.
+    checkpoint's calibration is for `convert --calibration`. Of several bundles of one model, with exits after different
+    layers, the fastest is chosen and updated. An interrupted run continues where it stopped.
 
     \b
     Example:
       freeexport calibrate bundle --data calibration.jsonl
-      freeexport calibrate bundle --data calibration.jsonl --method risk --risk 0.02 --delta 0.05
-      freeexport calibrate bundle --data calibration.jsonl --target-quality 0.99 --metric rouge-l --report report
+      freeexport calibrate bundle --data calibration.jsonl --risk 0.02 --delta 0.05
+      freeexport calibrate exit-4 exit-6 --data calibration.jsonl --target-quality 0.99 --metric rouge-l
       freeexport calibrate path/to/checkpoint --data calibration.jsonl --output calibration.json
     """
-    from freeexport.calibration import report as calibration_report
-    from freeexport.calibration.calibrate import advice, verdict_of
-    from freeexport.calibration.page import tables
+    from freeexport.measure import calibration_page
+    from freeexport.measure.calibrate import calibrate
 
-    if target_quality is not None:
-        if options["method"] == "risk":
-            raise click.UsageError("--target-quality and --method risk are two ways to choose; leave one out")
-        options.update(method="quality", quality=target_quality)
-    target = DEFAULT_OUTPUT if output is None and not is_bundle(model) else output
+    options = CalibrateOptions(_rule(given), samples, max_new_tokens, rounds, exit_layer, device, threads)
+    if len(models) > 1 and report is not None:
+        raise click.UsageError("--report is a page about one bundle; leave it out, or name one")
+    target = DEFAULT_OUTPUT if output is None and not is_bundle(models[0]) else output
     if report is not None:
-        calibration_report.check(report)
-    result = calibrate_model(model, data, CalibrateOptions(**options), target, threads)
+        calibration_page.check(report)
+    compared = calibrate(models, data, options, target)
     if report is not None:
-        calibration_report.write(result, report)
-    write(result, model, target)
+        calibration_page.write(compared.results[0], report)
+    written = _write(compared, target)
     if as_json:
-        even = result.break_even if result.costs.trusted else None
-        explained = {"verdict": asdict(verdict_of(result)), "advice": advice(result), "notes": result.notes}
-        click.echo(json.dumps({**asdict(result.calibration), **explained, "break_even": even}, indent=2))
+        click.echo(json.dumps(_as_dict(compared, written), indent=2))
         return
-    print_page(tables(result))
-    click.echo(advice(result))
+    if len(models) > 1:
+        print_page(calibration_page.comparison_tables(compared))
+    if compared.best is not None:
+        print_page(calibration_page.tables(compared.results[compared.best]))
+    click.echo(compared.advice if len(models) > 1 else str(compared.results[0].verdict))
+    click.echo("nothing was written" if written is None else f"written: {written}")
+
+
+def _rule(given: dict[str, Any]) -> Rule:
+    implied = {method for name, method in _IMPLIED.items() if given[name] is not None}
+    chosen = {given["method"]} - {None} | implied
+    if len(chosen) > 1:
+        names = ", ".join(sorted(chosen))
+        raise click.UsageError(f"the options are of several rules ({names}); choose one")
+    return Rule(**{**{name: value for name, value in given.items() if value is not None},
+                   "method": next(iter(chosen), "bmm")})  # fmt: skip
+
+
+def _write(compared: Comparison, output: Path | None) -> str | None:
+    """Write the calibration into its bundle, or to the file `output`; what was written, None where no exit is best."""
+    from freeexport.conversion.recalibrate import update_bundle
+
+    if compared.best is None:
+        return None
+    result = compared.results[compared.best]
+    if output is None:
+        update_bundle(Path(result.facts.path), result.calibration)
+        return result.facts.path
+    write_whole(output, result.calibration.to_json())
+    return str(output)
+
+
+def _as_dict(compared: Comparison, written: str | None) -> dict[str, Any]:
+    bundles = [
+        {
+            **asdict(one.calibration),
+            "model": one.facts.path,
+            "verdict": asdict(one.verdict),
+            "notes": one.notes,
+            "break_even": one.break_even,
+            "tokens_per_second": one.speeds,
+        }
+        for one in compared.results
+    ]
+    if len(bundles) == 1:
+        return {**bundles[0], "advice": str(compared.results[0].verdict), "written": written}
+    return {"bundles": bundles, "best": compared.best, "advice": compared.advice, "written": written}

@@ -32,8 +32,10 @@ from runtime.tensorrt.files import DIRECTORY
 @section("The exit")
 @click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", help=CONFIDENCES)
-@click.option("--exit-vocab", type=click.Path(path_type=Path),
-              help="The file of freeexport exit-vocab: tokens of the shallow head; others never exit.")  # fmt: skip
+@click.option("--exit-vocab", type=click.IntRange(0), metavar="N",
+              help="Tokens that the shallow head knows, chosen on --data; others never exit. 0: as many as are fastest."
+              "  [default: all]")  # fmt: skip
+@click.option("--data", type=click.Path(path_type=Path), help="JSONL with 'input' (and 'target') for --exit-vocab.")
 @click.option("--max-pending", type=int, default=16, help="Maximum tokens in a sync pass.")
 @click.option(
     "--calibration", type=click.Path(path_type=Path), help="The calibration file of freeexport calibrate for MODEL."

@@ -18,9 +18,9 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
+from freeexport.measure.layers_report import LayersOptions
 from freeexport.measure.settings import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
 from freeexport.system.page import print_page
-from freeexport.traces.compare_layers import Options
 
 
 class _RunByDefault(click.Group):
@@ -153,36 +153,21 @@ def judge_outputs(
 @click.command()
 @click.argument("model")
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
-@click.option(
-    "--on",
-    "forcing",
-    type=click.Choice(["output", "targets"]),
-    default=Options.forcing,
-    help="Text that the decoder reads: its own greedy output, or the data's targets.",
-)
-@click.option("--samples", type=click.IntRange(1), default=Options.samples, help=SAMPLES)
-@click.option("--agreement", type=click.FloatRange(0, 1), default=Options.agreement,
+@click.option("--on", "forcing", type=click.Choice(["output", "targets"]), default=LayersOptions.forcing,
+              help="Text that the decoder reads: its own greedy output, or the data's targets.")  # fmt: skip
+@click.option("--samples", type=click.IntRange(1), default=LayersOptions.samples, help=SAMPLES)
+@click.option("--agreement", type=click.FloatRange(0, 1), default=LayersOptions.agreement,
               help="The share of exits that must agree with the last layer.")  # fmt: skip
-@click.option("--max-new-tokens", type=click.IntRange(1), default=Options.max_new_tokens, help=MAX_NEW_TOKENS)
-@click.option("--max-tokens", type=click.IntRange(2), default=Options.max_tokens,
+@click.option("--max-new-tokens", type=click.IntRange(1), default=LayersOptions.max_new_tokens, help=MAX_NEW_TOKENS)
+@click.option("--max-tokens", type=click.IntRange(2), default=LayersOptions.max_tokens,
               help="Read at most so many tokens of a line, prompt included.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=Options.batch_size, help="Lines to decode at once.")
-@click.option(
-    "--max-pending",
-    type=click.IntRange(1),
-    default=Options.max_pending,
-    help="Maximum tokens in a sync pass.",
-)
+@click.option("--batch-size", type=click.IntRange(1), default=LayersOptions.batch_size, help="Lines to decode at once.")
 @click.option(
     "--bundle", type=click.Path(path_type=Path), help="Use the costs that were measured on this bundle of MODEL."
 )
-@click.option("--device", default=Options.device, help=DEVICE)
-@click.option(
-    "--dtype",
-    type=click.Choice(get_args(Dtype)),
-    default=Options.dtype,
-    help="Type of the weights in torch.",
-)
+@click.option("--device", default=LayersOptions.device, help=DEVICE)
+@click.option("--dtype", type=click.Choice(get_args(Dtype)), default=LayersOptions.dtype,
+              help="Type of the weights in torch.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this PNG (needs the extra bench).")
 def evaluate_exits_command(model: str, data: Path, as_json: bool, plot: Path | None, **options: Any) -> None:
@@ -196,15 +181,14 @@ def evaluate_exits_command(model: str, data: Path, as_json: bool, plot: Path | N
     Example:
       freeexport evaluate-exits path/to/checkpoint --data validation.jsonl --plot exits.png
     """
-    from freeexport.traces import layers_plot
-    from freeexport.traces.compare_layers import evaluate_exits
-    from freeexport.traces.exit_report import as_dict, tables
+    from freeexport.measure.layers_report import as_dict, check_plot, draw, evaluate_layers, tables
+    from freeexport.system.plot import save_figure
 
     if plot is not None:
-        layers_plot.check(plot)
-    report = evaluate_exits(model, data, Options(**options))
+        check_plot(plot)
+    report = evaluate_layers(model, data, LayersOptions(**options))
     if plot is not None:
-        layers_plot.write(report, plot)
+        save_figure(draw(report), plot)
     if as_json:
         click.echo(json.dumps(as_dict(report), indent=2))
     else:

@@ -202,7 +202,7 @@ def _calibration(bundle: Bundle) -> list[Table]:
     calibration = bundle.calibration
     if calibration is None:
         return []
-    from freeexport.calibration.page import calibration_tables
+    from freeexport.measure.calibration_page import calibration_tables
 
     return calibration_tables(calibration)
 
@@ -219,13 +219,9 @@ def _exit_vocabulary(manifest: Manifest) -> str:
 def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
     """The costs measured at convert, on the machine that converted. What 80 % exits would give says nothing of an exit
     that is not trained."""
-    from freeexport.traces.verdict import MACHINE_BUSY
-
     costs, most = manifest.costs, manifest.max_pending
     if costs is None:
         return [("break-even", "not measured")]
-    if not costs.trusted:
-        return [("break-even", f"{MACHINE_BUSY}; freeexport calibrate measures again")]
     rate = costs.break_even(most)
     rows = [("break-even exit rate", "none: exits do not pay" if rate is None else f"{rate:.1%}")]
     if manifest.exit_trained is not False:
@@ -239,6 +235,8 @@ def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
         **{"outside full": outside.full, "outside free": outside.free, "outside sync": outside.sync},
     }
     rows += [(name, f"{1e3 * taken:.2f} ms") for name, taken in seconds.items()]
+    if not costs.trusted:
+        rows.append(("measured while busy", f"others kept {costs.busy:.1f} cores busy; calibrate measures again"))
     if costs.host is not None:
         host = costs.host
         rows.append(("measured on", f"{host.processor}, {host.threads} threads, onnxruntime {host.onnxruntime}"))

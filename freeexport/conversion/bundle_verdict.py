@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from freeexport.traces.share import Share, recorded_share
-from freeexport.traces.verdict import Basis, ExitFacts, Verdict, verdict, why_never
+from freeexport.measure.exit_verdict import Basis, ExitFacts, Share, Verdict, recorded_share, verdict, why_never
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
-from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
 from freeexport.conversion.manifest import Written, decoder_start, head_copies, new_manifest
 from freeexport.conversion.options import ConvertOptions, check_rounding_data, engine_options
 from freeexport.conversion.recalibrate import check_room, with_calibration
 from freeexport.conversion.unverified import kept_where_refused, unverified_place
-from freeexport.costs.measured import measured_in_child
+from freeexport.measure.costs import measured_in_child
 from freeexport.system.output_directory import check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.verification import verify_in_child
@@ -54,7 +53,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     if options.kernels == "freeexport" and (options.verify or options.measure):
         instructions()  # what cannot be run here, cannot be verified: better known before the long work
     calibration = _calibration(checkpoint, description, engines, options.calibration)
-    engines, vocabulary = _with_exit_vocabulary(checkpoint, description, engines, options)
+    engines, vocabulary = _with_exit_vocabulary(model, out, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
         write_tokenizer(checkpoint, directory)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
@@ -92,11 +91,14 @@ def _calibration(
 
 
 def _with_exit_vocabulary(
-    checkpoint: Checkpoint, description: Description, engines: EngineOptions, options: ConvertOptions
+    model: str, out: Path, engines: EngineOptions, options: ConvertOptions
 ) -> tuple[EngineOptions, ExitVocabulary | None]:
-    if options.exit_vocab is None:
+    if options.exit_vocab is None or options.data is None:
         return engines, None
-    chosen = read_exit_vocabulary(options.exit_vocab, checkpoint.sha256, description.vocab_size, engines.exit_layer)
+    # torch, which decodes the data.
+    from freeexport.measure.exit_vocabulary import choose_exit_vocabulary
+
+    chosen = choose_exit_vocabulary(model, options.data, options.exit_vocab, out, engines.exit_layer)
     return replace(engines, exit_tokens=chosen.tokens), chosen.facts
 
 

@@ -25,10 +25,10 @@ class ConvertOptions:
     capacity is the model's limit, at most 2048; None for precision and dialect is the target's own, for a CPU "ort"
     where its attention has a kernel for the model's heads, else "standard". None for `head` is 8 bits where weights are
     quantized. `compute` is what engines for a GPU with quantized weights compute in, None for fp16. `kernels`: whose
-    operators multiply with weights that are quantized for a CPU, None for ours where their library is. `exit_vocab` is
-    the file of `freeexport exit-vocab` for this checkpoint, `calibration` that of `freeexport calibrate`.
-    `rounding_data`: text that weights in 4 bits are rounded for. OptionError where two do not go together; GraphError
-    for an encoder capacity under 1."""
+    operators multiply with weights that are quantized for a CPU, None for ours where their library is. `exit_vocab`:
+    how many tokens the shallow head knows, 0 for as many as are fastest; they are chosen on lines of `data`.
+    `calibration` is the file of `freeexport calibrate` for this checkpoint. `rounding_data`: text that weights in 4
+    bits are rounded for. OptionError where two do not go together; GraphError for an encoder capacity under 1."""
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -41,7 +41,8 @@ class ConvertOptions:
     head: HeadPrecision | None = None
     compute: FloatType | None = None
     kernels: Kernels | None = None
-    exit_vocab: Path | None = None
+    exit_vocab: int | None = None
+    data: Path | None = None
     calibration: Path | None = None
     rounding_data: Path | None = None
     verify: bool = True
@@ -51,6 +52,8 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         if self.exit_vocab is not None and self.calibration is not None:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
+        if (self.exit_vocab is None) != (self.data is None):
+            raise OptionError("--exit-vocab chooses its tokens on --data FILE: give both, or neither")
         if self.longest_prompt < 1:
             raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
 

@@ -14,8 +14,8 @@ from freeexport.benchmark.rounds import measure
 from freeexport.benchmark.rows import rows_of
 from freeexport.checkpoints.packaged_models import smollm2
 from freeexport.conversion.options import ConvertOptions
-from freeexport.costs.roofline import bandwidth_of
 from freeexport.demo.bundle import demo_bundle
+from freeexport.measure.byte_model import bandwidth_of
 from freeexport.system.idle import require_idle
 from runtime import Bundle, Session
 from runtime.machine.machine import usable_cores

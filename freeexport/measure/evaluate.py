@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from freeexport import __version__
-from freeexport.calibration.source import engines_hash, fitting_prompts, reference_of, unknown_of_bundle
 from freeexport.checkpoints.examples import DataError, read_examples
+from freeexport.measure.prompts import engines_hash, fitting_prompts, reference_of, unknown_of_bundle
 from freeexport.measure.quality import Curve, Row, curves_of, rows_of, verdicts
 from freeexport.measure.records import Key, Record, Records, check_output
 from freeexport.measure.settings import CALM, Entry, EvaluateOptions, Setting, entries_of

@@ -166,7 +166,7 @@ def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
         return None
     import torch
 
-    from freeexport.traces.every_layer import own_head
+    from freeexport.measure.layers import own_head
     from freeexport.training.exit_layers.module import own_exit
     from freeexport.training.shallow_deep import shared_head
 
@@ -187,13 +187,12 @@ def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
 
 def _exit(session: Session) -> dict[str, Any]:
     """How often the shallow prediction is the deep one, along the full model's own output."""
-    from freeexport.traces.from_bundle import trace_of
-    from freeexport.traces.share import share
+    from freeexport.measure.traces import Traces, trace_of
     from freeexport.verification.greedy_parity import NEW_TOKENS
 
     prompts = [np.array(ids, np.int64) for ids in _prompts(session.bundle)]
-    traces = [trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1)]
-    agreement = share([int(trace.agrees.sum()) for trace in traces], [len(trace) for trace in traces])
+    traces = Traces.joined(trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1))
+    agreement = traces.share(traces.agrees)
     return {"agreement": None if agreement is None else asdict(agreement)}
 
 

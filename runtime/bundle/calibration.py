@@ -25,7 +25,7 @@ REMEDY = "run freeexport calibrate again"
 LARGEST_CALIBRATION = 4 << 20
 MOST_ENTRIES = 10_000
 
-Method = Literal["bmm", "risk", "quality"]
+Method = Literal["bmm", "paper", "risk", "quality"]
 
 # Of a row of the table, by their ranges: a quality may exceed the full model's.
 SHARES = ("threshold", "exit_rate", "agreement")
@@ -51,10 +51,11 @@ class TableRow:
 class Calibration:
     """`source_sha256`, `vocab_size`, `exit_layer` and `confidence` say which model was measured.
 
-    `method` found `threshold`: "bmm" with `target` P(agree | c), "risk" with `risk` and `delta`, "quality" with
-    `target` as a share of the full model's metric. 1.0 is never to exit. `rollback_threshold` in nats. `agreement`: of
-    the `positions` of all `sequences`, the share at which both decoders predicted the same. `costs` as in the manifest.
-    `max_pending`: the most rows of a sync pass that the threshold was chosen with, where fewer than the bundle's.
+    `method` found `threshold`: "bmm" with `target` P(agree | c), "paper" with `target` zeta, "risk" with `risk` and
+    `delta`, "quality" with `delta` and `target` as a share of the full model's metric. 1.0 is never to exit.
+    `rollback_threshold` in nats. `agreement`: of the `positions` of all `sequences`, the share at which both decoders
+    predicted the same. `costs` as in the manifest. `max_pending`: the most rows of a sync pass that the threshold was
+    chosen with, where fewer than the bundle's.
     """
 
     schema_version: int

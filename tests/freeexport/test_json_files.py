@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from freeexport.calibration.source import unknown_of_bundle
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import read_exit_file
-from freeexport.conversion.exit_vocabulary_file import read_exit_vocabulary
-from freeexport.costs.forced_exits import exit_trace
+from freeexport.measure.forced import exit_trace
+from freeexport.measure.prompts import unknown_of_bundle
 from runtime.bundle.calibration import read_calibration
 from runtime.errors import FreeExportError
 
@@ -21,7 +20,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "config.json": lambda path: open_checkpoint(str(path.parent)),
     "adapter_config.json": lambda path: open_checkpoint(str(path.parent)),
     "exit.json": lambda path: read_exit_file(path.parent),
-    "exit-vocab.json": lambda path: read_exit_vocabulary(path, "", 1, 1),
     "calibration.json": read_calibration,
     "tokenizer.json": lambda path: unknown_of_bundle(path.parent),
     "answers.jsonl": lambda path: exit_trace(str(path)),

@@ -24,7 +24,7 @@ import numpy as np
 
 from freeexport.benchmark.benchmark import bench_prompts
 from freeexport.benchmark.rounds import SETTLE
-from freeexport.costs.forced_exits import THRESHOLD, ForcedExitSession, exit_trace
+from freeexport.measure.forced import THRESHOLD, ForcedExitSession, exit_trace
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.machine import detect_machine
 from freeexport.system.output_file import write_whole

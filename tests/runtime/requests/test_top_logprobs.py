@@ -13,9 +13,11 @@ from conftest import Bundles
 from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
 from reference import Run
 
-from freeexport.conversion.exit_vocabulary_file import ExitVocabularyFile
-from runtime import Bundle, GenerationResult, OptionError, Session
+from freeexport.measure import exit_vocabulary
+from freeexport.measure.exit_vocabulary import ChosenVocabulary
+from runtime import GenerationResult, OptionError, Session
 from runtime.adaptation.draft_length import DraftLength
+from runtime.bundle.precision import ExitVocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,13 +115,12 @@ def test_an_exit_of_layers_has_its_own(bundle: Bundles, checkpoint: Callable[[Ca
 
 @pytest.mark.parametrize("size", [4, 100])
 def test_of_an_exit_vocabulary_only_its_tokens_are_named(
-    size: int, bundle: Bundles, source_model: Model, tmp_path: Path
+    size: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = list(range(3, VOCAB_SIZE, VOCAB_SIZE // size))[:size]
-    source = Bundle.open(bundle(LLAMA, 2)).manifest.source_sha256
-    file = tmp_path / "exit-vocab.json"
-    ExitVocabularyFile(source, VOCAB_SIZE, 2, 0.0, 1, 1.0, 0.0, tuple(known)).write(file)
-    with Session(bundle(LLAMA, 2, exit_vocab=file), threads=1, slots=1) as session:
+    chosen = ChosenVocabulary(tuple(known), ExitVocabulary(size, 1.0, 1), None)  # type: ignore[arg-type]
+    monkeypatch.setattr(exit_vocabulary, "choose_exit_vocabulary", lambda *given: chosen)
+    with Session(bundle(LLAMA, 2, exit_vocab=size, data=Path("any")), threads=1, slots=1) as session:
         ours = session.generate(
             PROMPTS[0], mode="free", threshold=0.0, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT
         )

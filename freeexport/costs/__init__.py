@@ -1,1 +1,0 @@
-"""Cost model; measuring costs; synthetic exits and drafts."""

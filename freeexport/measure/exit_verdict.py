@@ -1,0 +1,233 @@
+"""Whether an exit pays, why, and what to do next, as convert, calibrate, evaluate --layers and inspect say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from runtime.bundle.calibration import Calibration
+
+# Standard deviations of a 95 % interval.
+Z = 1.96
+# An exit that nobody trained and that agrees less often than this will write poor text.
+FAIR_AGREEMENT = 0.8
+
+Level = Literal["good", "neutral", "bad"]
+# What a predicted speedup rests on: times of the engines, the sizes of layers and head, times taken while other work
+# kept the machine busy, or nothing.
+Basis = Literal["measured", "sizes", "busy", "unknown"]
+_BASES = {
+    "measured": "by the engines' measured times",
+    "sizes": "by the sizes of layers and head",
+    "busy": "by times taken on a busy machine",
+    "unknown": "",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """`value`: the share of `count` tokens, with its 95 % interval from `low` to `high`, all in [0, 1]; both None where
+    nothing is known of the sequences."""
+
+    value: float
+    count: int
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.value:.1%}"
+        return f"{self.value:.1%} (95% interval {self.low:.1%} to {self.high:.1%})"
+
+
+def share(hits: Sequence[int] | np.ndarray, counts: Sequence[int] | np.ndarray) -> Share | None:
+    """The share of `hits` [n] among `counts` [n] tokens of n sequences; None without tokens.
+
+    Wilson's interval of as many independent tokens as would vary as much as these sequences do: a sequence that is easy
+    is easy at all its tokens. One sequence says nothing of others, and its tokens count as independent.
+    """
+    found, sizes = np.asarray(hits, np.float64), np.asarray(counts, np.float64)
+    total, sequences = float(sizes.sum()), int((sizes > 0).sum())
+    if not total:
+        return None
+    value = float(found.sum()) / total
+    independent, effect = value * (1 - value) * total, 1.0
+    if sequences > 1 and independent > 0:
+        clustered = sequences / (sequences - 1) * float(np.square(found - value * sizes).sum())
+        effect = max(1.0, clustered / independent)
+    return Share(value, int(total), *_wilson(value, total / effect))
+
+
+def recorded_share(found: Mapping[str, Any]) -> Share | None:
+    """A share from what `asdict` gave; None where it is anything else."""
+    count = found.get("count")
+    shares = [one for one in map(found.get, ("value", "low", "high")) if isinstance(one, float) and 0 <= one <= 1]
+    return Share(shares[0], count, *shares[1:]) if isinstance(count, int) and len(shares) == 3 else None
+
+
+def _wilson(value: float, count: float) -> tuple[float, float]:
+    scale = 1 + Z * Z / count
+    middle = (value + Z * Z / (2 * count)) / scale
+    reach = Z / scale * math.sqrt(value * (1 - value) / count + Z * Z / (4 * count * count))
+    # At 0 and at 1 the formula may miss its own value by the last bit.
+    return max(0.0, min(middle - reach, value)), min(1.0, max(middle + reach, value))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`text` is one sentence without a full stop, `next_step` another, or ""."""
+
+    level: Level
+    text: str
+    next_step: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text}. Next: {self.next_step}" if self.next_step else self.text
+
+
+@dataclass(frozen=True)
+class ExitFacts:
+    """What is known of an exit. None is not known.
+
+    `name` is what commands call the bundle, or the `checkpoint`; `data` the file that was used. `trained`: whether the
+    checkpoint was trained for this exit. `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and
+    `why_never` then says why. `agreement`: the share of tokens at which the shallow prediction is the deep one.
+    `exit_rate` and `exit_agreement` (of those that exit) are those at the threshold, and so are `speedup`, predicted,
+    over mode full, which rests on `basis`, and `measured`, where that was decoded. `break_even`: the exit rate from
+    which on exits pay; None where they never do, or where `basis` says that nothing is known. `heavy_head`: the head
+    costs more than the shallow layers.
+    """
+
+    name: str
+    exit_layer: int
+    layers: int
+    trained: bool | None = None
+    threshold: float | None = None
+    why_never: str = ""
+    agreement: Share | None = None
+    exit_rate: Share | None = None
+    exit_agreement: Share | None = None
+    break_even: float | None = None
+    speedup: float | None = None
+    measured: float | None = None
+    basis: Basis = "unknown"
+    checkpoint: bool = False
+    heavy_head: bool = False
+    data: str = "FILE"
+
+    @property
+    def untrained(self) -> bool:
+        """Nobody trained this exit, and it does not agree as if somebody had."""
+        fair = self.agreement is not None and self.agreement.value >= FAIR_AGREEMENT
+        return self.trained is False and not fair
+
+    @property
+    def where(self) -> str:
+        return f"the exit after layer {self.exit_layer} of {self.layers}"
+
+
+def why_never(calibration: Calibration) -> str:
+    """Why a calibration has no threshold below 1."""
+    if calibration.method == "risk":
+        return f"no threshold keeps the risk at {calibration.risk:g} with the sequences given"
+    if calibration.method == "quality":
+        return f"no threshold keeps {calibration.target:.1%} of the full model's quality with the sequences given"
+    if calibration.agreement == 0:
+        return "no token agrees"
+    if calibration.method == "paper":
+        return "no token is more confident than the grid's threshold"
+    return f"there is no confidence from which {calibration.target:g} of the tokens agree"
+
+
+def verdict(facts: ExitFacts) -> Verdict:
+    """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
+    if facts.threshold is None:
+        return _uncalibrated(facts)
+    if facts.threshold >= 1.0:
+        why = facts.why_never or "no threshold meets the target"
+        trained = "is untrained" + _agreeing(facts) + " and " if facts.untrained else ""
+        ask_less = () if facts.untrained else ("give more data", "ask for less (--agreement)")
+        return Verdict("bad", f"does not pay: {facts.where} {trained}never exits: {why}", _instead(facts, *ask_less))
+    speedup = facts.speedup if facts.measured is None and facts.basis != "unknown" else facts.measured
+    if speedup is None:
+        again = f"freeexport calibrate {facts.name} --data {facts.data}"
+        return Verdict("neutral", f"{_rates(facts)}; speed not measured", again)
+    return _calibrated(facts, speedup)
+
+
+def _uncalibrated(facts: ExitFacts) -> Verdict:
+    if facts.untrained:
+        poor = f"is untrained{_agreeing(facts)}, so early tokens will be poor"
+        return Verdict("bad", f"does not pay: {facts.where} {poor}", _instead(facts))
+    calibrate = f"freeexport calibrate {facts.name} --data {facts.data}"
+    if facts.basis == "unknown":
+        return Verdict("neutral", "not calibrated, so nothing exits yet; speed not measured", calibrate)
+    if facts.break_even is None:
+        return Verdict(
+            "bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", _instead(facts, *_elsewhere(facts))
+        )
+    even = f"exits pay {_BASES[facts.basis]} once {facts.break_even:.1%} of the tokens exit"
+    return Verdict("neutral", f"not calibrated, so nothing exits yet; {even}", calibrate)
+
+
+def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
+    rates, gain, even = _rates(facts), _gain(facts), facts.break_even
+    if facts.measured is None and even is None:
+        return Verdict("bad", f"does not pay: {rates}; it {_saves_nothing(facts)}", _instead(facts, *_elsewhere(facts)))
+    if speedup <= 1:
+        needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
+        return Verdict("bad", f"does not pay: {gain}; {rates}{needed}", _instead(facts, "ask for less (--agreement)"))
+    low = None if facts.exit_rate is None else facts.exit_rate.low
+    if facts.measured is None and low is not None and even is not None and low < even:
+        few = f"the data are too few to tell this from the {even:.1%} of exits at which exits begin to pay"
+        return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
+    if facts.measured is None and facts.basis == "busy":
+        again = f"freeexport calibrate {facts.name} --data {facts.data}, on an idle machine"
+        return Verdict("neutral", f"may pay: {gain}; {rates}", again)
+    if facts.checkpoint:
+        convert = f"freeexport convert {facts.name} OUT --exit-layer {facts.exit_layer}, then calibrate the bundle"
+        return Verdict("good", f"pays: {gain}; {rates}", convert)
+    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
+
+
+def _gain(facts: ExitFacts) -> str:
+    predicted = None if facts.speedup is None or facts.basis == "unknown" else f"{facts.speedup:.2f}x"
+    if facts.measured is None:
+        return f"{predicted} the speed of mode full, predicted {_BASES[facts.basis]}"
+    also = "" if predicted is None else f" ({predicted} predicted {_BASES[facts.basis]})"
+    return f"{facts.measured:.2f}x the speed of mode full, measured{also}"
+
+
+def _agreeing(facts: ExitFacts) -> str:
+    if facts.agreement is None:
+        return ""
+    return f" (shallow and deep prediction agree at {facts.agreement} of the model's own tokens)"
+
+
+def _rates(facts: ExitFacts) -> str:
+    above = f"above threshold {facts.threshold:.4g}" if facts.threshold is not None else "at its threshold"
+    exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
+    agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
+    return f"{facts.where}: {above} {exits}{agree}"
+
+
+def _saves_nothing(facts: ExitFacts) -> str:
+    return f"saves nothing even if every token exited, {_BASES[facts.basis]}"
+
+
+def _elsewhere(facts: ExitFacts) -> tuple[str, ...]:
+    """Another layer; a comparison of layers has looked at all of them."""
+    return () if facts.checkpoint else ("compare layers (freeexport evaluate CHECKPOINT --layers)",)
+
+
+def _instead(facts: ExitFacts, *first: str) -> str:
+    """What to do about an exit that does not pay."""
+    steps = [*first, f"train it for the exit (freeexport train {facts.name if facts.checkpoint else 'CHECKPOINT'} OUT)"]
+    if facts.heavy_head:
+        steps.append("give the exit a smaller head (freeexport convert --exit-vocab N), which outweighs its layers")
+    steps.append("use mode lossless, whose text is the full model's")
+    return ", ".join(steps[:-1]) + ", or " + steps[-1]

@@ -1,0 +1,173 @@
+"""Layers of a checkpoint's decoder as exits, read from one forward pass: all of them, or the traces of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from freeexport.checkpoints.checkpoint import Checkpoint
+from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.transformers_model import greedy_ids
+from freeexport.measure.traces import Traces
+from freeexport.training.batches import Collator
+from freeexport.training.exit_layers.module import own_exit
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
+from graphs.description import Description
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
+
+if TYPE_CHECKING:
+    from freeexport.system.progress import Advance
+    from runtime.bundle.manifest import ConfidenceMeasure
+
+Head = Callable[[torch.Tensor], torch.Tensor]  # [N, d] -> [N, V]
+_LOGIT_ROWS = 256  # tokens whose logits are in memory at a time: a vocabulary of 150,000 takes 150 MB
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """N tokens that may exit, seen from each of L layers, of which the last is the whole model: the `prediction` int64
+    [L, N] and the `confidence` float32 [L, N]. `targets` [N] are the tokens that were forced, and `sequence` int64 [N]
+    the number of the sequence that each stands in."""
+
+    prediction: np.ndarray
+    confidence: np.ndarray
+    targets: np.ndarray
+    sequence: np.ndarray
+
+    @property
+    def tokens(self) -> int:
+        return len(self.targets)
+
+    def agrees(self, layer: int) -> np.ndarray:
+        """Whether `layer` (from 1) predicts what the last layer predicts, bool [N]."""
+        agreeing: np.ndarray = self.prediction[layer - 1] == self.prediction[-1]
+        return agreeing
+
+    def accuracy(self, layer: int) -> float:
+        """Share of tokens that `layer` predicts as the targets have them."""
+        return float((self.prediction[layer - 1] == self.targets).mean())
+
+
+class LayerReader:
+    """A loaded checkpoint whose layers are read through the final norm and the head; the exit layer of one whose exit
+    has parameters of its own, through those."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, description: Description, exit_layer: int) -> None:
+        self._model, self._checkpoint = model, checkpoint
+        own = own_exit(checkpoint, description)
+        # The loss of all layers keeps the states of all.
+        module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own).eval().to(model.device)
+        self._module, self._exit_layer = module, exit_layer
+        self._heads: list[Head] = [module.head] * module.layers
+        if own is not None:
+            self._heads[exit_layer - 1] = lambda hidden: module.head.read(own.norm(hidden))
+        elif checkpoint.exit is not None and checkpoint.exit.has_parameters:
+            self._heads[checkpoint.exit.exit_layer - 1] = own_head(checkpoint, description, module.head)
+        start = checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None
+        self._collate = Collator(start)
+
+    @torch.no_grad()
+    def greedy_outputs(
+        self, examples: Sequence[Example], new_tokens: int, batch_size: int, advance: Advance
+    ) -> list[Example]:
+        """The examples with the model's own greedy output, at most `new_tokens` ids, in place of their targets."""
+        outputs = []
+        for batch in _batches(examples, batch_size):
+            written = greedy_ids(self._model, self._checkpoint, [example.prompt for example in batch], new_tokens)
+            outputs += [replace(example, target=ids) for example, ids in zip(batch, written, strict=True)]
+            advance(len(batch))
+        return outputs
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], batch_size: int, advance: Advance) -> Evaluation:
+        """Every layer's prediction at each token of the examples' targets that may exit. Takes the memory of all
+        hidden states of a batch, not of their logits."""
+        none = np.zeros(0, np.int64)
+        targets, sequences, begun = [none], [none], 0
+        seen: list[list[tuple[np.ndarray, np.ndarray]]] = [[(none, none.astype(np.float32))] for _ in self._heads]
+        # Long examples first: where memory does not do, it shows at once.
+        for batch in _batches(sorted(examples, key=lambda one: -len(one.prompt) - len(one.target)), batch_size):
+            labels, hidden = self._hidden(batch)
+            for number, head in enumerate(self._heads):
+                for rows in hidden[self._state(number + 1)].split(_LOGIT_ROWS):
+                    best = (logits := head(rows).float()).topk(2, dim=-1)
+                    chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
+                    confidence = (chances[:, 0] - chances[:, 1]).cpu().numpy()
+                    seen[number].append((best.indices[:, 0].cpu().numpy(), confidence))
+            targets.append(labels[labels != IGNORED].numpy())
+            sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
+            begun += len(batch)
+            advance(len(batch))
+        layers = [[np.concatenate(parts) for parts in zip(*layer, strict=True)] for layer in seen]
+        prediction, confidence = (np.stack(parts) for parts in zip(*layers, strict=True))
+        return Evaluation(prediction, confidence, np.concatenate(targets), np.concatenate(sequences))
+
+    @torch.no_grad()
+    def traces(self, batch: Sequence[Example], max_new_tokens: int, measure: ConfidenceMeasure) -> Iterator[Traces]:
+        """The traces of a batch's own greedy outputs, in its order."""
+        outputs = self.greedy_outputs(batch, max_new_tokens, len(batch), lambda n=1: None)
+        labels, hidden = self._hidden(outputs)
+        ends = np.cumsum((labels != IGNORED).sum(dim=1).numpy())[:-1]
+        parts: list[tuple[torch.Tensor, ...]] = []
+        states = (hidden[self._state(self._exit_layer)], hidden[self._module.layers])
+        for low, high in zip(*(one.split(_LOGIT_ROWS) for one in states), strict=True):
+            shallow = self._heads[self._exit_layer - 1](low).float().log_softmax(-1)
+            deep = self._module.head(high).float().log_softmax(-1)
+            token = shallow.argmax(-1)
+            nll = -deep.gather(1, token[:, None])[:, 0]
+            parts.append((confidence_of(shallow, measure), token == deep.argmax(-1), nll, token))
+        values = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
+        for example, *one in zip(batch, *(np.split(each, ends) for each in values), strict=True):
+            yield Traces.one(example.line, **dict(zip(("confidence", "agrees", "nll", "token"), one, strict=True)))
+
+    def _hidden(self, batch: Sequence[Example]) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+        """Labels [B, m], which are IGNORED where no token may exit, and the states of the others by layer."""
+        inputs = {name: value.to(self._module.device) for name, value in self._collate(batch).items()}
+        labels = inputs.pop("labels")
+        if not self._module.seq2seq:  # the first token comes from the prompt's pass, which always runs all layers
+            first = (labels != IGNORED).int().argmax(dim=1, keepdim=True)
+            labels = labels.scatter(1, first, IGNORED)
+        return labels.cpu(), self._module.hidden_states(labels, **inputs)
+
+    def _state(self, layer: int) -> int:
+        return EXIT if self._module.own is not None and layer == self._exit_layer else layer
+
+
+def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
+    """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
+    epsilon = description.decoder.head.norm.epsilon
+    device = next(shared.linear.parameters()).device
+    own = {
+        name: torch.from_numpy(checkpoint.read(name)).to(device)
+        for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
+        if name in checkpoint
+    }
+
+    def norm(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
+
+    def read(hidden: torch.Tensor) -> torch.Tensor:
+        if ADAPTER_UP in own:
+            inner = torch.nn.functional.silu(norm(hidden, own[ADAPTER_NORM]) @ own[ADAPTER_DOWN].T)
+            hidden = hidden + inner @ own[ADAPTER_UP].T
+        return shared.read(norm(hidden, own[EXIT_NORM]) if EXIT_NORM in own else shared.norm(hidden))
+
+    return read
+
+
+def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:
+    """Confidences [N] in [0, 1] of rows [N, V], as the engines compute them (graphs/head.py)."""
+    if measure == "entropy":
+        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+        return (1 - entropy / np.log(log_probabilities.shape[-1])).clamp(0, 1)
+    best = log_probabilities.topk(2, dim=-1).values.exp()
+    return (best[:, 0] if measure == "max-prob" else best[:, 0] - best[:, 1]).clamp(0, 1)
+
+
+def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
+    for start in range(0, len(examples), size):
+        yield examples[start : start + size]

@@ -1,0 +1,291 @@
+"""Thresholds: by the Beta mixture, by the rule of FREE's authors, or with a guarantee on risk or quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+from scipy.stats import binom
+
+from freeexport.measure.traces import Traces
+from freeexport.metrics import check_name
+from runtime.adaptation.paper_threshold import ZETA, Moments, paper_threshold
+from runtime.bundle.beta import UNIFORM, LogSums, most_likely
+from runtime.bundle.beta_mixture import NEVER_EXIT, BetaMixture, threshold_at
+from runtime.bundle.calibration import Method
+from runtime.errors import CalibrationError, OptionError
+
+# The likelihood is concave, and Newton steps find its top from anywhere in a few dozen.
+STEPS = 200
+# A token that disagrees is expected once in three times its number at most, with 95 % probability, where none did.
+RULE_OF_THREE = 3.0
+# Fixed before any data is seen, from the top: finest near 1, where the confidences of a good exit crowd.
+THRESHOLDS: tuple[float, ...] = (1.0, *(1 - 10**-power for power in np.linspace(6, 0, 601).tolist()))
+# For losses that need a decoding run each.
+COARSE_THRESHOLDS: tuple[float, ...] = (1.0, 0.999, 0.995, 0.99, 0.98, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3,
+                                        0.2, 0.1, 0.0)  # fmt: skip
+RESAMPLES = 2000
+# So many of the exits that agree stay. Taking one back costs time only: the deep decoder chooses the same token again.
+KEPT = 0.99
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a threshold is chosen.
+
+    bmm: P(agree | confidence) is at least `agreement` from it on. paper: the likelihood ratio of agreeing tokens is
+    above `zeta`, as FREE's authors run it. risk: the mean loss of a sequence is at most `risk`, with probability
+    1 - `delta`; a loss is the share of tokens that exit and disagree, or with `metric`, 1 less the score of what mode
+    free writes against what the full model writes. quality: at least the share `quality` of the full model's `metric`
+    ("exact" where None) is kept, with probability 1 - `delta`.
+    """
+
+    method: Method = "bmm"
+    agreement: float = 0.95
+    zeta: float = ZETA
+    risk: float = 0.05
+    delta: float = 0.05
+    quality: float = 0.99
+    metric: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.metric is not None:
+            check_name(self.metric)
+        for name in ("agreement", "zeta", "risk", "delta", "quality"):
+            value = getattr(self, name)
+            if not 0 < value < 1:
+                raise OptionError(f"{name} is {value!r}; choose a number between 0 and 1")
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether texts are decoded in mode free."""
+        return self.metric is not None or self.method == "quality"
+
+    @property
+    def target(self) -> float | None:
+        return {"bmm": self.agreement, "paper": self.zeta, "quality": self.quality}.get(self.method)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`quality` is what thresholds keep of the full model's metric, as decoded."""
+
+    threshold: float
+    mixture: BetaMixture | None
+    quality: dict[float, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Outputs(Protocol):
+    """Texts that a model writes for S inputs, scored."""
+
+    def __len__(self) -> int: ...
+
+    def against_full(self, metric: str, threshold: float) -> np.ndarray:
+        """Scores [S] of outputs in mode free, against those of the full model; bool where they are 0 or 1."""
+        ...
+
+    def kept(self, metric: str, threshold: float, part: np.ndarray | None = None) -> float:
+        """The metric in mode free as a share of the full model's, over the sequences of `part`, bool [S], or all."""
+        ...
+
+    def surely_kept(self, metric: str, threshold: float, part: np.ndarray, delta: float) -> float:
+        """A lower bound of that share, which holds with probability 1 - `delta`."""
+        ...
+
+
+def choose(traces: Traces, rule: Rule, outputs: Outputs | None = None) -> Choice:
+    """A threshold that some token of the traces exceeds, or NEVER_EXIT.
+
+    Raises CalibrationError for too few sequences and for confidences that are no shares; OptionError where a metric
+    lacks its `outputs`.
+    """
+    if rule.needs_outputs and outputs is None:
+        raise OptionError("a metric compares what mode free writes, which needs a bundle; convert, calibrate that")
+    choice = _chosen(traces, rule, outputs)
+    # Above the surest token nothing was seen: what a fit or a bound says there is said of no data.
+    beyond = choice.threshold >= float(np.max(traces.confidence, initial=0.0))
+    return replace(choice, threshold=NEVER_EXIT) if beyond else choice
+
+
+def _chosen(traces: Traces, rule: Rule, outputs: Outputs | None) -> Choice:
+    fitted = fit(traces.confidence, traces.agrees, rule.agreement)
+    if rule.method == "quality":
+        assert outputs is not None
+        return _by_quality(fitted.mixture, rule, outputs)
+    if rule.method == "risk":
+        return _by_risk(traces, fitted.mixture, rule, outputs)
+    if rule.method == "paper":
+        agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
+        fitted = Fit(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
+    quality = {}
+    if rule.metric is not None and outputs is not None and fitted.threshold < NEVER_EXIT:
+        quality[fitted.threshold] = outputs.kept(rule.metric, fitted.threshold)
+    return Choice(fitted.threshold, fitted.mixture, quality, (fitted.note,) if fitted.note else ())
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`mixture` is None where a class is missing; `note` says in a sentence what the user should know, or is ""."""
+
+    threshold: float
+    mixture: BetaMixture | None
+    note: str = ""
+
+
+def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Fit:
+    """The Beta mixture of greatest likelihood of tokens [n], and the threshold from which P(agree | confidence) is at
+    least `target`, in (0, 1). Raises CalibrationError for confidences that are not in [0, 1]."""
+    check_confidences(confidence)
+    agreeing, disagreeing = confidence[agrees], confidence[~agrees]
+    if not len(agreeing):
+        return Fit(NEVER_EXIT, None, f"none of the {len(agrees)} tokens agrees: the exit cannot be used")
+    if not len(disagreeing):
+        return _without_disagreeing(confidence, target)
+    agree, disagree = (most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing))
+    mixture = BetaMixture(agree, disagree, len(agreeing) / len(agrees))
+    few = min(len(agreeing), len(disagreeing))
+    which = "agreeing" if len(agreeing) <= len(disagreeing) else "disagreeing"
+    note = f"only {few} {which} tokens: their distribution is rough; give more samples" if few < 30 else ""
+    return Fit(threshold_at(mixture, target), mixture, note)
+
+
+def check_confidences(confidence: np.ndarray) -> None:
+    """Raises CalibrationError."""
+    wrong = int(np.sum(~((confidence >= 0) & (confidence <= 1))))  # NaN too
+    if wrong:
+        raise CalibrationError(
+            f"{wrong} of {len(confidence)} confidences are not numbers from 0 to 1: the model computes NaN or "
+            "infinity; check it with freeexport verify"
+        )
+
+
+def _without_disagreeing(confidence: np.ndarray, target: float) -> Fit:
+    count = len(confidence)
+    if RULE_OF_THREE / count > 1 - target:
+        needed = math.ceil(RULE_OF_THREE / (1 - target))
+        return Fit(NEVER_EXIT, None, f"all {count} tokens agree, which are too few to trust; give {needed} or more")
+    # Below the smallest confidence nothing is known.
+    lowest = max(0.0, math.nextafter(float(np.min(confidence)), 0.0))
+    note = f"all {count} tokens agree, so the threshold is the smallest confidence among them, not a fit"
+    return Fit(lowest, None, note)
+
+
+# A guarantee: Learn then Test with fixed-sequence testing (Angelopoulos et al. 2021; Schuster et al. 2022 for early
+# exit). The unit is the sequence, whose tokens depend on each other; sequences are drawn independently.
+
+
+def first_failing(passes: Callable[[float], bool], thresholds: Sequence[float]) -> float:
+    """The last of `thresholds`, descending from 1.0, before the first that does not pass its test.
+
+    With tests of level delta, the chosen one violates what is tested with probability delta at most: the first true
+    violation in the sequence is passed so often, whatever comes after it.
+    """
+    passing = NEVER_EXIT
+    for threshold in thresholds:
+        if threshold >= NEVER_EXIT:
+            continue  # nothing exits: nothing is lost
+        if not passes(threshold):
+            break
+        passing = threshold
+    return passing
+
+
+def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: Outputs | None) -> Choice:
+    quality: dict[float, float] = {}
+
+    def losses(threshold: float) -> np.ndarray:
+        if rule.metric is None or outputs is None:
+            return token_losses(traces, threshold)
+        score = outputs.against_full(rule.metric, threshold)
+        quality[threshold] = float(np.mean(score))
+        return ~score if score.dtype == np.bool_ else 1 - score
+
+    thresholds = THRESHOLDS if rule.metric is None else COARSE_THRESHOLDS
+    found = first_failing(lambda value: p_value(losses(value), rule.risk) <= rule.delta, thresholds)
+    return Choice(found, mixture, quality)
+
+
+def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: Outputs) -> Choice:
+    """Two thirds of the sequences choose, by a lower bound at each threshold; the others only report."""
+    metric, held_out = rule.metric or "exact", held_out_of(len(outputs))
+
+    def passes(threshold: float) -> bool:
+        return outputs.surely_kept(metric, threshold, ~held_out, rule.delta) >= rule.quality
+
+    threshold = first_failing(passes, COARSE_THRESHOLDS)
+    if threshold >= NEVER_EXIT:
+        return Choice(threshold, mixture)
+    kept = outputs.kept(metric, threshold, held_out)
+    seen = f"{kept:.2%} of the full model's {metric} is kept on {int(held_out.sum())} sequences that did not choose"
+    if kept < rule.quality:
+        seen += f", less than the {rule.quality:.4g} asked for: chance, or data that change along the file"
+    return Choice(threshold, mixture, {threshold: kept}, (seen,))
+
+
+def held_out_of(count: int) -> np.ndarray:
+    """Which of `count` sequences the choice does not see, bool [n]: every third, whatever order the data have."""
+    return np.arange(count) % 3 == 2
+
+
+def token_losses(traces: Traces, threshold: float) -> np.ndarray:
+    """The share of each sequence's tokens that exit and disagree, float64 [S]."""
+    wrong = traces.above(threshold) & ~traces.agrees
+    return np.bincount(traces.sequence, wrong, len(traces.length)) / np.maximum(1, traces.length)
+
+
+def p_value(losses: np.ndarray, risk: float) -> float:
+    """The p-value of "the mean loss is above `risk`"; exact where all losses can only be 0 or 1."""
+    return binomial(losses, risk) if losses.dtype == np.bool_ else hoeffding_bentkus(losses, risk)
+
+
+def binomial(losses: np.ndarray, risk: float) -> float:
+    return float(binom.cdf(int(np.sum(losses)), len(losses), risk))
+
+
+def hoeffding_bentkus(losses: np.ndarray, risk: float) -> float:
+    """For independent losses [n] in [0, 1] (Bates et al. 2021)."""
+    count, mean = len(losses), float(np.mean(losses))
+    # Rounding must not push a sum of k over to k + 1: that would only be careful, but k errors are k errors.
+    bentkus = math.e * float(binom.cdf(math.ceil(count * mean - 1e-9), count, risk))
+    low = min(mean, risk)
+    entropy = low * math.log(low / risk) if low > 0 else 0.0
+    entropy += (1 - low) * math.log((1 - low) / (1 - risk)) if low < 1 else 0.0
+    return min(1.0, bentkus, math.exp(-count * entropy))
+
+
+def sequences_needed(risk: float, delta: float) -> int:
+    """The fewest sequences with which any threshold below 1 can pass, if none of them has a loss."""
+    return math.ceil(math.log(delta) / math.log1p(-risk))
+
+
+def ratio_bound(
+    free: np.ndarray, full: np.ndarray, lost: np.ndarray, value: Callable[[np.ndarray], float], delta: float
+) -> float:
+    """A lower bound, with probability 1 - `delta`, of the ratio of a metric's values in mode free and in mode full.
+
+    `free` and `full` are statistics [n, k] of the same sequences, and `value` that of their sum [k]. By a paired
+    bootstrap of which one more sequence is part: an average one that mode free loses, whose statistics are `lost` [k],
+    as what is rare may not have been drawn. 0 where the full model's value is 0.
+    """
+    counts = np.random.default_rng(0).multinomial(len(free), np.full(len(free), 1 / len(free)), RESAMPLES)
+    ratios = []
+    for ours, whole in zip(counts @ free + lost, counts @ full + full.mean(axis=0), strict=True):
+        best = value(whole)
+        ratios.append(value(ours) / best if best > 0 else 0.0)
+    return float(np.quantile(ratios, delta))
+
+
+def rollback_limit(traces: Traces, threshold: float) -> float | None:
+    """Nats: the 99 % quantile among exited tokens that agree; None where there is none."""
+    agreeing = traces.nll[traces.above(threshold) & traces.agrees]
+    return float(np.quantile(agreeing, KEPT)) if len(agreeing) else None
+
+
+def caught(traces: Traces, threshold: float, limit: float) -> float | None:
+    """The share of exited tokens that disagree which `limit` takes back; None where none disagrees."""
+    wrong = traces.nll[traces.above(threshold) & ~traces.agrees]
+    return float(np.mean(wrong > limit)) if len(wrong) else None

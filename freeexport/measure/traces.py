@@ -1,0 +1,233 @@
+"""Traces: the shallow and the deep prediction at each token of a model's own greedy output, and their replay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from freeexport.measure.exit_verdict import Share, share
+from runtime import Session
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.costs import Costs
+from runtime.errors import FreeExportError, OptionError
+from runtime.json_file import parse_json
+
+_KIND = "freeexport traces"
+# Traces of another format are dropped as those of another key are. 3: a T5's first token may exit.
+_FORMAT = 3
+_START = json.dumps({"kind": _KIND})[:-1].encode()
+_TYPES = {"confidence": np.float32, "agrees": np.bool_, "nll": np.float32, "token": np.int32}
+
+
+@dataclass(frozen=True)
+class Traces:
+    """S sequences, their tokens end to end: those that may exit, which are all of an encoder-decoder's and all but the
+    first of a decoder's.
+
+    `line` int64 [S]: where each stands in its file, from 1; `length` int64 [S]: its tokens. Of each token: the shallow
+    `confidence` float32 [N]; whether its prediction `agrees` with the deep one, bool [N]; its `nll` float32 [N], nats
+    by the deep decoder; and which `token` it is, int32 [N].
+    """
+
+    line: np.ndarray
+    length: np.ndarray
+    confidence: np.ndarray
+    agrees: np.ndarray
+    nll: np.ndarray
+    token: np.ndarray
+
+    @classmethod
+    def one(cls, line: int, **tokens: Sequence[float] | np.ndarray) -> Traces:
+        """A single sequence; `tokens` are the four values of each token."""
+        flat: dict[str, np.ndarray] = {name: np.asarray(tokens[name], kind) for name, kind in _TYPES.items()}
+        return cls(np.array([line]), np.array([len(flat["token"])]), **flat)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Traces]) -> Traces:
+        few = list(parts) or [cls(*np.zeros((2, 0), np.int64), *(np.zeros(0, kind) for kind in _TYPES.values()))]
+        names = ("line", "length", *_TYPES)
+        return cls(*(np.concatenate([getattr(one, name) for one in few]) for name in names))
+
+    @cached_property
+    def sequence(self) -> np.ndarray:
+        """The number of each token's sequence, int64 [N]."""
+        return np.repeat(np.arange(len(self.length)), self.length)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.confidence)
+
+    @property
+    def mean_length(self) -> int:
+        """Tokens of a sequence, about."""
+        return max(2, round(self.tokens / max(1, len(self.length))) + 1)
+
+    @property
+    def agreement(self) -> float:
+        """Share of all tokens at which both decoders agree; 0 without tokens."""
+        return float(self.agrees.mean()) if self.tokens else 0.0
+
+    def part(self, sequences: np.ndarray) -> Traces:
+        """The sequences that are marked in bool [S]."""
+        marked = sequences[self.sequence]
+        flat = {name: getattr(self, name)[marked] for name in _TYPES}
+        return Traces(self.line[sequences], self.length[sequences], **flat)
+
+    def above(self, threshold: float) -> np.ndarray:
+        """Tokens that are confident enough to exit, bool [N]; compared in double precision, as decoding does."""
+        confident: np.ndarray = self.confidence.astype(np.float64) > threshold
+        return confident
+
+    def share(self, hits: np.ndarray, among: np.ndarray | None = None) -> Share | None:
+        """The share of `hits`, bool [N], among all tokens or those `among`, bool [N], with its interval."""
+        counted = np.ones(self.tokens, np.bool_) if among is None else among
+        of, size = self.sequence, len(self.length)
+        return share(np.bincount(of, hits & counted, size), np.bincount(of, counted, size))
+
+
+@dataclass(frozen=True)
+class Replay:
+    """`exits` bool [N]: the tokens that exit, of which `agreeing` have the deep prediction. `sync_sizes[k]` passes ran
+    over k rows; what is on the stack at the end of a sequence runs in none."""
+
+    threshold: float
+    exits: np.ndarray
+    agreeing: int
+    sync_sizes: Mapping[int, int]
+
+    @property
+    def exit_rate(self) -> float:
+        return float(self.exits.mean()) if len(self.exits) else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the exits; None where nothing exits."""
+        return self.agreeing / int(self.exits.sum()) if self.exits.any() else None
+
+    def speedup(self, costs: Costs) -> float:
+        """Tokens per second of decoding as a multiple of mode full's (docs/method.md). 1 where nothing can exit: a
+        session then decodes as mode full does."""
+        decided = len(self.exits)
+        return costs.speedup_of(self.sync_sizes, decided) if decided and self.threshold < NEVER_EXIT else 1.0
+
+
+def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
+    """Decode the traces in mode `free`, as far as that follows the full model's output."""
+    above, place = traces.above(threshold), np.arange(traces.tokens)
+    begins = np.repeat(np.cumsum(traces.length) - traces.length, traces.length)
+    # A run of confident tokens begins with its sequence, or after the last token that was not confident.
+    after = np.maximum.accumulate(np.where(above, 0, place + 1)) if traces.tokens else place
+    run = place - np.maximum(begins, np.concatenate([[0], after[:-1]]) if traces.tokens else after)
+    # Rows that are stacked with the token: a full stack forces a pass, whatever the confidence.
+    rows = run % max_pending + 1
+    exits = above & (rows < max_pending)
+    sizes, counts = np.unique(rows[~exits], return_counts=True)
+    agreeing = int((exits & traces.agrees).sum())
+    return Replay(threshold, exits, agreeing, dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
+
+
+def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: int) -> Traces:
+    """Decode `prompt` int64 [n] as mode `full` does, at most `max_new_tokens`, until an end of sequence, and ask both
+    decoders at each token."""
+    manifest = session.manifest
+    found: dict[str, list[Any]] = {name: [] for name in _TYPES}
+    with session.decoder(prompt) as decoder:
+        if manifest.encoder_decoder:
+            token, most = manifest.decoder_start_token_id or 0, min(max_new_tokens, session.capacity)
+        else:
+            token = decoder.prefill(prompt.astype(np.int64), head=False, exits=True).token
+            most = min(max_new_tokens, session.capacity - len(prompt) + 1) - 1
+            most = 0 if token in manifest.eos_token_ids else most
+        for _ in range(most):
+            shallow = decoder.step(token, head=True)
+            (deep,) = decoder.sync(1, drafts=[shallow.token])
+            values = (shallow.confidence or 0.0, shallow.token == deep.token, deep.nll or 0.0, shallow.token)
+            for name, value in zip(_TYPES, values, strict=True):
+                found[name].append(value)
+            token = deep.token
+            if token in manifest.eos_token_ids:
+                break
+    return Traces.one(line, **found)
+
+
+@dataclass(frozen=True)
+class TraceKey:
+    """What traces depend on. `model` and `data` are hashes."""
+
+    model: str
+    data: str
+    exit_layer: int
+    confidence: str
+    max_new_tokens: int
+
+
+class TraceCache:
+    """Traces collected so far, a JSON line each, so that a run that was stopped or killed continues. Traces under
+    another key are dropped at the first `add`, not before.
+
+    Raises OptionError where `path` is a file of another kind, which is left as it is.
+    """
+
+    def __init__(self, path: Path, key: TraceKey) -> None:
+        self._path, self._header = path, {"kind": _KIND, "format": _FORMAT, **asdict(key)}
+        self._traces: dict[int, Traces] = {}
+        self._appends = self._read()
+
+    def get(self, line: int) -> Traces | None:
+        return self._traces.get(line)
+
+    def add(self, trace: Traces) -> None:
+        """Raises FreeExportError where the line cannot be written, as on a full disk."""
+        # Nine digits are all of a float32.
+        values = {
+            name: [float(f"{value:.9g}") for value in getattr(trace, name)] if kind is np.float32 else
+            getattr(trace, name).astype(int).tolist()
+            for name, kind in _TYPES.items()
+        }  # fmt: skip
+        line = int(trace.line[0])
+        record = {"line": line, **values}
+        records = [record] if self._appends else [self._header, record]
+        try:
+            with self._path.open("ab" if self._appends else "wb") as file:
+                file.write("".join(json.dumps(one) + "\n" for one in records).encode())
+        except OSError as error:
+            raise FreeExportError(f"{self._path} cannot be written ({error.strerror}); make room, run again") from None
+        self._appends = True
+        self._traces[line] = trace
+
+    def _read(self) -> bool:
+        """Whether the file is one to append to."""
+        if not self._path.exists():
+            return False
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        try:
+            header, *records = [parse_json(line, nan=True) for line in whole.splitlines()]
+            if header.get("kind") != _KIND:
+                raise ValueError
+            if header != self._header:
+                return False
+            self._traces = {record["line"]: _read_trace(record) for record in records}
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            if not whole and content[: len(_START)] == _START[: len(content)]:
+                return False  # a run killed in its first line
+            raise OptionError(
+                f"{self._path} exists and holds no traces that can be read; move it, or name another --output"
+            ) from None
+        if len(whole) < len(content):  # a killed run's last line
+            with self._path.open("r+b") as file:
+                file.truncate(len(whole))
+        return True
+
+
+def _read_trace(record: Mapping[str, Any]) -> Traces:
+    values = {name: record[name] for name in _TYPES}
+    if type(record["line"]) is not int or len({len(value) for value in values.values()}) != 1:
+        raise ValueError
+    return Traces.one(record["line"], **values)

@@ -1,1 +1,0 @@
-"""What both decoders said at each token; simulating thresholds on that."""

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from conftest import TEXTS, Bundles
+from hypothesis import given
+from hypothesis import strategies as st
+from traces import mixed, trace
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.measure.forced import ForcedExitSession
+from freeexport.measure.sources import BundleSource, CheckpointSource
+from freeexport.measure.traces import TraceCache, TraceKey, Traces, replay, trace_of
+from freeexport.system.jsonl import Request
+from runtime import Session
+from runtime.bundle.costs import Costs, Outside
+from runtime.errors import OptionError
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+COSTS = Costs(shallow=2.0, shallow_without_head=1.5, deep={1: 3.0, 2: 3.2, 4: 4.0, 8: 6.0})
+KEY = TraceKey("ab" * 32, "cd" * 32, 2, "softmax", 64)
+FIRST, SECOND = trace([0.1, 1 / 3, 1.0], [True, False, True], line=3), trace([], [], line=7)
+
+
+def test_runs_of_exits_end_in_passes_and_the_last_stack_is_dropped() -> None:
+    done = replay(trace([0.9, 0.9, 0.2, 0.1, 0.9, 0.9], [True, False, True, False, True, True]), 0.5, max_pending=8)
+    assert done.exits.tolist() == [True, True, False, False, True, True]
+    assert (done.agreeing, done.sync_sizes) == (3, {3: 1, 1: 1})
+
+
+def test_a_full_stack_forces_a_pass() -> None:
+    done = replay(trace([0.9] * 7, [True] * 7), 0.5, max_pending=3)
+    assert (done.sync_sizes, int(done.exits.sum())) == ({3: 2}, 5)
+    assert not replay(trace([0.9] * 4, [True] * 4), 0.5, max_pending=1).exits.any()
+
+
+def test_a_token_exits_above_the_threshold_and_not_at_it() -> None:
+    confidence = float(np.float32(0.3))
+    assert not replay(trace([confidence], [True]), confidence, 4).exits.any()
+    assert replay(trace([confidence], [True]), float(np.nextafter(confidence, 0)), 4).exits.all()
+
+
+def test_the_speedup_is_that_of_the_calls_written_out() -> None:
+    done = replay(trace([0.9, 0.9, 0.2, 0.1, 0.9, 0.9], [True] * 6), 0.5, max_pending=8)
+    full = 6 * (1.5 + 3.0)
+    free = 6 * 2.0 + (3.2 + 4.0) / 2 + 3.0
+    assert done.speedup(COSTS) == pytest.approx(full / free)
+    costs = replace(COSTS, outside=Outside(full=0.5, free=0.7, sync=0.2))
+    assert done.speedup(costs) == pytest.approx((full + 6 * 0.5) / (free + 6 * 0.7 + 2 * 0.2))
+
+
+def test_independent_exits_cost_what_the_model_of_the_method_says() -> None:
+    traces = mixed(400, 100, seed=4)
+    done = replay(traces, 0.8, max_pending=8)
+    confident = float(np.mean(traces.confidence > 0.8))
+    for costs in (COSTS, replace(COSTS, outside=Outside(0.5, 0.7, 0.2))):
+        assert done.speedup(costs) == pytest.approx(costs.speedup(confident, 8), rel=0.02)
+
+
+def test_where_nothing_can_exit_a_session_decodes_as_mode_full() -> None:
+    done = replay(mixed(5, 20), 1.0, 8)
+    assert (done.exit_rate, done.agreement, done.sync_sizes) == (0, None, {1: 100})
+    assert done.speedup(COSTS) == 1
+    # At a threshold that nothing passes the shallow head runs all the same.
+    assert replay(mixed(5, 20), 0.9999999, 8).speedup(COSTS) < 1
+
+
+@given(
+    st.lists(st.lists(st.tuples(st.floats(0, 1, width=32), st.booleans()), max_size=30), max_size=5),
+    st.floats(0, 1),
+    st.integers(1, 6),
+)
+def test_a_replay_is_decoding_token_by_token(
+    sequences: list[list[tuple[float, bool]]], threshold: float, max_pending: int
+) -> None:
+    traces = Traces.joined(trace([c for c, _ in one], [a for _, a in one]) for one in sequences)
+    exits, sizes = [], Counter[int]()
+    for one in sequences:
+        stacked = 0
+        for confidence, _ in one:
+            stacked += 1
+            exits.append(confidence > threshold and stacked < max_pending)
+            if not exits[-1]:
+                sizes[stacked] += 1
+                stacked = 0
+    done = replay(traces, threshold, max_pending)
+    assert (done.exits.tolist(), done.sync_sizes) == (exits, sizes)
+    assert done.agreeing == sum(exited and agrees for exited, agrees in zip(exits, traces.agrees, strict=True))
+
+
+def test_a_part_has_the_tokens_of_its_sequences() -> None:
+    traces = Traces.joined([trace([0.1, 0.2], [True, False], 1), trace([0.3], [True], 2), trace([0.4], [False], 3)])
+    part = traces.part(np.array([True, False, True]))
+    assert part.line.tolist() == [1, 3]
+    assert part.confidence.tolist() == pytest.approx([0.1, 0.2, 0.4])
+    assert part.sequence.tolist() == [0, 0, 1]
+
+
+def filled(path: Path) -> Path:
+    cache = TraceCache(path, KEY)
+    cache.add(FIRST)
+    cache.add(SECOND)
+    return path
+
+
+def test_what_was_added_is_there_to_the_last_bit(tmp_path: Path) -> None:
+    cache = TraceCache(filled(tmp_path / "traces"), KEY)
+    for one in (FIRST, SECOND):
+        found = cache.get(int(one.line[0]))
+        assert found is not None
+        for name in ("confidence", "agrees", "nll", "token"):
+            assert getattr(found, name).dtype == getattr(one, name).dtype
+            np.testing.assert_array_equal(getattr(found, name), getattr(one, name))
+    assert cache.get(4) is None
+
+
+def test_wherever_a_run_was_killed_whole_lines_are_kept(tmp_path: Path) -> None:
+    content = filled(tmp_path / "whole").read_bytes()
+    ends = [index + 1 for index, byte in enumerate(content) if byte == ord("\n")]
+    for cut in range(len(content)):
+        path = tmp_path / "cut"
+        path.write_bytes(content[:cut])
+        cache = TraceCache(path, KEY)
+        assert (cache.get(3) is not None) == (cut >= ends[1])
+        assert cache.get(7) is None
+        cache.add(SECOND)
+        assert TraceCache(path, KEY).get(7) is not None
+
+
+@pytest.mark.parametrize("change", [{"model": "ef" * 32}, {"data": "x"}, {"confidence": "entropy"}, {"exit_layer": 3}])
+def test_traces_of_another_run_are_not_used_and_replaced_at_the_first_new_one(
+    tmp_path: Path, change: dict[str, object]
+) -> None:
+    path = filled(tmp_path / "traces")
+    before = path.read_bytes()
+    other = replace(KEY, **change)  # type: ignore[arg-type]
+    cache = TraceCache(path, other)
+    assert cache.get(3) is None
+    assert path.read_bytes() == before
+    cache.add(SECOND)
+    assert TraceCache(path, KEY).get(3) is None
+    assert TraceCache(path, other).get(7) is not None
+
+
+GOOD = '{"line": 1, "confidence": [0.5], "agrees": [1], "nll": [0.1], "token": [3]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "hello\n",
+        "hello",
+        '{"input": "a"}\n',
+        "[1]\n",
+        '{"kinds',
+        GOOD.replace("[0.5]", "[0.5, 0.5]"),
+        GOOD.replace("[3]", "[3e400]"),
+        GOOD.replace("[3]", "[99999999999]"),
+        GOOD.replace("[0.5]", '["a"]'),
+        GOOD.replace('"line": 1', '"line": "1"'),
+    ],
+)
+def test_a_file_that_holds_no_traces_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes"
+    if content.startswith('{"line"'):  # a damaged line of a file of ours
+        content = f"{filled(path).read_text()}{content}\n"
+    path.write_text(content)
+    with pytest.raises(OptionError, match="holds no traces"):
+        TraceCache(path, KEY)
+    assert path.read_text() == content
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_a_checkpoint_and_its_bundle_give_the_same_traces(
+    case: Case, checkpoint: Callable[[Case], Path], bundle: Bundles
+) -> None:
+    requests = [Request(number, text) for number, text in enumerate(TEXTS[:10], start=1)]
+    theirs = list(CheckpointSource(open_checkpoint(str(checkpoint(case))), 1, "cpu").traces(requests, 9))
+    with ForcedExitSession(bundle(case), slots=1) as session:
+        ours = list(BundleSource(session.bundle.path, session).traces(requests, 9))
+        full = session.generate(TEXTS[0], mode="full", max_new_tokens=9).token_ids
+    # Of a decoder the first token never exits.
+    assert ours[0].tokens == len(full) - (case is LLAMA)
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.line == other.line
+        np.testing.assert_allclose(one.confidence, other.confidence, atol=2e-4)
+        np.testing.assert_array_equal(one.agrees, other.agrees)
+        np.testing.assert_array_equal(one.token, other.token)
+        np.testing.assert_allclose(one.nll, other.nll, atol=2e-3)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
+def test_a_trace_is_what_decoding_sees_at_each_token(case: Case, bundle: Bundles) -> None:
+    with Session(bundle(case), slots=1) as session:
+        prompt = np.array(session.tokenizer.encode("one two three"), np.int64)  # type: ignore[union-attr]
+        trace = trace_of(session, 1, prompt, 15)
+        # Just below 1 nothing exits, and every token has a confidence.
+        free = session.generate(prompt, mode="free", threshold=np.nextafter(1.0, 0), max_new_tokens=15)
+        decided = [one for one in free.confidence or () if one is not None]
+        if case is LLAMA:
+            decided = list(free.confidence or ())[1:]
+        np.testing.assert_allclose(trace.confidence, np.array(decided, np.float32), atol=1e-6)
+        full = np.array(free.token_ids[len(free.token_ids) - trace.tokens :])
+        np.testing.assert_array_equal(trace.token == full, trace.agrees)
+        # What the deep decoder chose itself has the highest probability: at most ln V nats.
+        assert (trace.nll[trace.agrees] <= np.log(session.manifest.vocab_size) + 1e-4).all()
