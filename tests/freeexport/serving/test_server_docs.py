@@ -95,7 +95,7 @@ def test_the_dashboard_names_what_the_server_exposes(server: Running) -> None:
     asked = {"prompt": "g2p: hello", "max_tokens": 1}  # responses are counted from the first on
     assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
     exposed = set(re.findall(r"^(\w+)", httpx.get(f"{server.url}/metrics").text, re.MULTILINE))
-    dashboard = json.loads((DOCS / "grafana.json").read_text(encoding="utf-8"))
+    dashboard = json.loads((DOCS.parent / "deploy" / "grafana.json").read_text(encoding="utf-8"))
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     named = set(re.findall(r"freeexport_\w+", " ".join(expressions)))
     assert len(named) > 15

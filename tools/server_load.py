@@ -1,68 +1,47 @@
 """`freeexport serve` under load, on loopback: latency as clients see it, and what the server costs.
 
-    python -m tools.serving.server_load BUNDLE --threads 2 --seconds 20
+    python -m tools.server_load BUNDLE --threads 2 --seconds 20
 
-Prints tokens/s of one client beside those of Session.stream in this process, in turn; then, for each number of clients,
-p50, p95 and p99 of the time to the first token and between tokens; then the time between the tokens of eight streams
-while a long prompt arrives. Clients share the cores with the server. The machine must be idle.
-
-`--against llama-server` has llama.cpp's server answer the same load, in turn: SmolLM2 in q8_0, greedy, as many threads
-and slots. Neither keeps prompts (python -m pip install cmake; it is compiled once, which takes ten minutes).
+Prints tokens/s of one client beside those of Session.stream in this process, in turn; for each number of clients p50,
+p95 and p99 of the time to the first token and between tokens; and the same between tokens of eight streams while a
+long prompt arrives. Clients share the cores with the server. The machine should be idle: its load is printed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import re
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import click
 import httpx
 import numpy as np
 
-from freeexport.system.idle import require_idle
 from runtime import Bundle, EngineError, Session
-from tools.serving.llama_server import llama_served
 
 PROMPTS = ("Once upon a time", "The capital of France is", "A good way to learn a language is", "Rain fell on the")
+CLIENTS = (1, 4, 16, 64)
 STREAMS, LONG_PROMPT = 8, 1500
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server under load. `more`: fields of its own for each request."""
-
-    name: str
-    url: str
-    more: dict[str, Any] = field(default_factory=dict)
 
 
 @contextmanager
 def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
     """The address of a server in a process of its own, in mode full and without reuse."""
-    arguments = [str(bundle), "--threads", str(threads), "--slots", str(slots)]
-    with serving([*arguments, "--mode", "full", "--prefix-cache-mb", "0"]) as url:
-        yield url
-
-
-@contextmanager
-def serving(arguments: Sequence[str]) -> Iterator[str]:
-    """The address of `freeexport serve` with these arguments, in a process of its own."""
-    command = [sys.executable, "-m", "freeexport", "serve", *arguments, "--port", "0"]
+    command = [sys.executable, "-m", "freeexport", "serve", str(bundle), "--port", "0"]
+    command += ["--threads", str(threads), "--slots", str(slots), "--mode", "full", "--prefix-cache-mb", "0"]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         try:
             for line in process.stderr:
-                if found := re.search(r"^serving .* on (\S+)/v1", line):
+                if found := re.search(r"^serving .* on (http\S+)/v1", line):
                     break
             else:
                 raise EngineError(f"the server did not start: {line.strip()}")
@@ -71,12 +50,10 @@ def serving(arguments: Sequence[str]) -> Iterator[str]:
             process.terminate()
 
 
-async def stream(
-    client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int, more: dict[str, Any] | None = None
-) -> list[float]:
+async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
     """When it was asked for, and when each chunk with text came."""
     times = [time.perf_counter()]
-    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0, **(more or {})}
+    body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0}
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -85,16 +62,14 @@ async def stream(
     return times
 
 
-async def load(
-    url: str, clients: int, seconds: float, tokens: int, more: dict[str, Any] | None = None
-) -> list[list[float]]:
+async def load(url: str, clients: int, seconds: float, tokens: int) -> list[list[float]]:
     """Requests of so many clients, each of which asks again as soon as it is answered."""
     until = time.perf_counter() + seconds
     done: list[list[float]] = []
 
     async def ask(client: httpx.AsyncClient, number: int) -> None:
         for turn in itertools.count(number):
-            done.append(await stream(client, PROMPTS[turn % len(PROMPTS)], tokens, more))
+            done.append(await stream(client, PROMPTS[turn % len(PROMPTS)], tokens))
             if time.perf_counter() >= until:
                 return
 
@@ -123,9 +98,9 @@ def percentiles(seconds: Sequence[float]) -> str:
     return " ".join(f"{1e3 * value:8.1f}" for value in np.percentile(seconds, (50, 95, 99)))
 
 
-def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None:
+def print_cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None:
     """Tokens/s of the same request at the server and at a session here, in turn."""
-    speeds: dict[str, list[float]] = {"session": [], "server": []}
+    speeds: list[tuple[float, float]] = []
 
     async def ask() -> int:
         async with httpx.AsyncClient(base_url=url, timeout=600) as client:
@@ -138,33 +113,22 @@ def cost(url: str, bundle: Path, threads: int, rounds: int, tokens: int) -> None
             between = time.perf_counter()
             assert asyncio.run(ask()) == chunks
             if turn:  # the first warms up
-                speeds["session"].append(chunks / (between - began))
-                speeds["server"].append(chunks / (time.perf_counter() - between))
-    ratios = [b / a for a, b in zip(speeds["session"], speeds["server"], strict=True)]
-    here, there = (median(values) for values in speeds.values())
+                speeds.append((chunks / (between - began), chunks / (time.perf_counter() - between)))
+    ratios = [there / here for here, there in speeds]
+    here, there = map(median, zip(*speeds, strict=True))
     click.echo(f"one client: session {here:.1f} tokens/s, server {there:.1f}, ratio {median(ratios):.3f}")
     click.echo(f"  ratios of {rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f}")
 
 
-def compare(targets: Sequence[Target], turns: int, seconds: float, tokens: int) -> None:
-    """The same load at each server, in turn."""
-    for target in targets:
-        asyncio.run(load(target.url, 1, 1, tokens, target.more))  # warms up
-    click.echo(
-        "clients  server         requests  tokens/s  first token ms: p50, p95, p99    between tokens ms: the same"
-    )
-    for clients in (1, 4, 16, 64):
-        done: dict[str, list[list[float]]] = {target.name: [] for target in targets}
-        spent = dict.fromkeys(done, 0.0)
-        for turn in range(turns):
-            for target in targets if turn % 2 == 0 else targets[::-1]:
-                began = time.perf_counter()
-                done[target.name] += asyncio.run(load(target.url, clients, seconds, tokens, target.more))
-                spent[target.name] += time.perf_counter() - began
-        for name, asked in done.items():
-            first = percentiles([times[1] - times[0] for times in asked if times[1:]])
-            speed = sum(len(times) - 1 for times in asked) / spent[name]
-            click.echo(f"{clients:7}  {name:12} {len(asked):10} {speed:9.1f}  {first}    {percentiles(gaps(asked))}")
+def print_latency(url: str, seconds: float, tokens: int) -> None:
+    asyncio.run(load(url, 1, 1, tokens))  # warms up
+    click.echo("clients  requests  tokens/s  first token ms: p50, p95, p99    between tokens ms: the same")
+    for clients in CLIENTS:
+        began = time.perf_counter()
+        done = asyncio.run(load(url, clients, seconds, tokens))
+        speed = sum(len(times) - 1 for times in done) / (time.perf_counter() - began)
+        first = percentiles([times[1] - times[0] for times in done if times[1:]])
+        click.echo(f"{clients:7} {len(done):9} {speed:9.1f}  {first}    {percentiles(gaps(done))}")
 
 
 @click.command(context_settings={"show_default": True})
@@ -174,24 +138,12 @@ def compare(targets: Sequence[Target], turns: int, seconds: float, tokens: int) 
 @click.option("--seconds", type=float, default=20, help="For each number of clients.")
 @click.option("--max-new-tokens", "tokens", type=int, default=64)
 @click.option("--rounds", type=int, default=9)
-@click.option("--against", type=click.Choice(["llama-server"]), help="A server that answers the same load, in turn.")
-@click.option("--turns", type=int, default=1, help="Of each server, for each number of clients.")
-@click.option("--force", is_flag=True, help="On a busy machine too.")
-def main(
-    bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int, against: str | None, turns: int,
-    force: bool,
-) -> None:  # fmt: skip
+def main(bundle: Path, threads: int, slots: int, seconds: float, tokens: int, rounds: int) -> None:
     """Measure the server of BUNDLE."""
-    if not require_idle(force):
-        click.echo("note: the machine is busy, so these figures are not to be trusted")
-    with ExitStack() as servers:
-        url = servers.enter_context(served(bundle, threads, slots))
-        targets = [Target("freeexport", url)]
-        if against:
-            other = servers.enter_context(llama_served(threads, slots))
-            targets.append(Target(against, other, {"cache_prompt": False}))
-        cost(url, bundle, threads, rounds, tokens)
-        compare(targets, turns, seconds, tokens)
+    click.echo(f"load average before: {os.getloadavg()[0]:.1f}")
+    with served(bundle, threads, slots) as url:
+        print_cost(url, bundle, threads, rounds, tokens)
+        print_latency(url, seconds, tokens)
         if Bundle.open(bundle).manifest.capacity <= LONG_PROMPT:
             click.echo(f"no prompt of {LONG_PROMPT} tokens: they do not fit this bundle")
             return
