@@ -1,0 +1,251 @@
+"""What a precision costs in answers, and whether the modes of a bundle give the same tokens.
+
+    python -m tools.quality precisions FP32 BUNDLE ... --output quality.json
+    python -m tools.quality modes BUNDLE --samples 200
+
+`precisions` compares bundles of one chat model with its fp32 bundle on prompts of ten kinds: how many greedy answers
+are the same, what the fp32 model thinks of an answer (mean log-likelihood of its tokens), and how often both choose the
+same next token where both have read the fp32 answer so far. `modes` compares token ids: lossless with full, and batches
+of requests with the same requests alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from runtime import GenerationResult, Session
+from runtime.machine.machine import host
+
+Prompt = list[dict[str, str]]
+
+# Two logits that are nearer than this may change places between one row and several in fp32.
+TIE = 1e-4
+
+PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
+
+
+@dataclass
+class Precision:
+    """A bundle compared with the fp32 one. `likelihood` is nats a token of its answers by the fp32 model, `agreement`
+    the share of next tokens that both choose after the fp32 answer so far, `gap` the median distance of the fp32
+    model's two best logits where answers first differ, `gap_everywhere` at all tokens."""
+
+    precision: str
+    same_answers: int = 0
+    likelihood: float = 0.0
+    agreement: float = 1.0
+    gap: float | None = None
+    gap_everywhere: float = 0.0
+    same_by_kind: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Forced:
+    """A logits processor that makes a request say `tokens`, and keeps what the model would have chosen, how likely
+    each token was in nats, and how far apart the two best logits were."""
+
+    tokens: Sequence[int]
+    best: list[int] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        row, target = scores[0].astype(np.float64), self.tokens[len(self.best)]
+        second, first = np.partition(row, -2)[-2:]
+        self.best.append(int(row.argmax()))
+        self.nats.append(float(row[target] - first - np.log(np.exp(row - first).sum())))
+        self.gaps.append(float(first - second))
+        forced = np.full_like(scores, -np.inf)
+        forced[0, target] = 0
+        return forced
+
+
+def chat_prompts(count: int) -> list[tuple[str, Prompt]]:
+    """The first `count` prompts with their kinds, which take turns: 200 at most."""
+    lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:count]]
+    return [(line["kind"], [{"role": "user", "content": line["input"]}]) for line in lines]
+
+
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+    """The first place where token ids differ, or one of them has ended; None where they are the same."""
+    pairs = enumerate(zip(ours, theirs, strict=False))
+    shorter = min(len(ours), len(theirs))
+    place = next((place for place, (mine, other) in pairs if mine != other), shorter)
+    return None if place == len(ours) == len(theirs) else place
+
+
+def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int) -> list[Precision]:
+    """A row for each bundle, of which the first is the fp32 one."""
+    asked = chat_prompts(samples)
+    prompts = [prompt for _, prompt in asked]
+    answers: list[list[tuple[int, ...]]] = []
+    wanted: list[Forced] = []
+    rows = []
+    for path in paths:
+        with Session(path, threads=threads, slots=slots) as session:
+            given = _decode(session, prompts, slots, mode="full", max_new_tokens=tokens)
+            answers.append([result.token_ids for result in given])
+            read = _force(session, prompts, answers[0], slots)
+            rows.append(Precision(session.manifest.precision))
+        wanted = wanted or read
+        pairs = [(ours.best, reference.best) for ours, reference in zip(read, wanted, strict=True)]
+        rows[-1].agreement = float(
+            np.mean([a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)])
+        )
+        _compare_answers(rows[-1], answers[-1], answers[0], [kind for kind, _ in asked], wanted)
+    with Session(paths[0], threads=threads, slots=slots) as session:
+        for row, each in zip(rows, answers, strict=True):
+            scored = wanted if each is answers[0] else _force(session, prompts, each, slots)
+            row.likelihood = float(np.mean([nats for one in scored for nats in one.nats]))
+    return rows
+
+
+def _compare_answers(
+    row: Precision,
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+    kinds: Sequence[str],
+    wanted: Sequence[Forced],
+) -> None:
+    places = [first_difference(mine, other) for mine, other in zip(ours, theirs, strict=True)]
+    row.same_answers = places.count(None)
+    row.same_by_kind = dict(Counter(kind for kind, place in zip(kinds, places, strict=True) if place is None))
+    gaps = [
+        one.gaps[min(place, len(one.gaps) - 1)] for one, place in zip(wanted, places, strict=True) if place is not None
+    ]
+    row.gap = float(np.median(gaps)) if gaps else None
+    row.gap_everywhere = float(np.median([gap for one in wanted for gap in one.gaps]))
+
+
+def _decode(
+    session: Session, prompts: Sequence[Any], at_once: int, options: Sequence[dict[str, Any]] = (), **common: Any
+) -> list[GenerationResult]:
+    """Results in order, so many at once; `options` of each prompt beside the common ones."""
+    each = options or [{}] * len(prompts)
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda prompt, own: session.generate(prompt, **common, **own), prompts, each))
+
+
+def _force(session: Session, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], at_once: int) -> list[Forced]:
+    forced = [Forced(answer) for answer in answers]
+    options = [{"logits_processor": one, "max_new_tokens": len(one.tokens)} for one in forced]
+    _decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
+    return forced
+
+
+def random_prompts(vocab_size: int, count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:
+    source = np.random.default_rng(seed)
+    return [source.integers(3, vocab_size, source.integers(1, longest)).tolist() for _ in range(count)]
+
+
+def differences(
+    session: Session, prompts: Sequence[Any], thresholds: Sequence[float], tokens: int
+) -> Iterator[tuple[str, int, int, int, float]]:
+    """For each setting its name, how many prompts differ from the setting that they must equal, drafts that were
+    rejected, drafts that were accepted, and the largest distance where one differs: of the two best logits, or of the
+    confidence from the threshold.
+
+    Lossless has the answer of full with every seventh token changed as its predicted output, so that drafts are both
+    accepted and rejected.
+    """
+    # Requests of all lengths, so that rows of common calls join and leave at all times.
+    lengths = np.random.default_rng(0).integers(tokens // 2 or 1, tokens + 1, len(prompts)).tolist()
+    options = [{"max_new_tokens": length, "ignore_eos": True} for length in lengths]
+    slots = session.options.slots
+
+    def run(at_once: int, own: Callable[[int], dict[str, Any]] = lambda number: {}, **common: Any) -> Any:
+        return _decode(session, prompts, at_once, [{**options[n], **own(n)} for n in range(len(prompts))], **common)
+
+    full = run(1, mode="full")
+    predicted = [
+        [t if n % 7 else (t + 1) % session.manifest.vocab_size for n, t in enumerate(r.token_ids, 1)] for r in full
+    ]
+    settings: list[tuple[str, float, Any, Any]] = [("full, together", 1.0, full, run(slots, mode="full"))]
+    for threshold in thresholds:
+        free = run(1, mode="free", threshold=threshold)
+        settings.append(
+            (f"free, threshold {threshold:g}, together", threshold, free, run(slots, mode="free", threshold=threshold))
+        )
+        for at_once in (1, slots):
+            name = f"lossless, threshold {threshold:g}, {'alone' if at_once == 1 else 'together'}"
+            drafted = run(at_once, lambda n: {"predicted_output": predicted[n]}, mode="lossless", threshold=threshold)
+            settings.append((name, threshold, full, drafted))
+    for name, threshold, wanted, found in settings:
+        pairs = [first_difference(a.token_ids, b.token_ids) for a, b in zip(found, wanted, strict=True)]
+        gaps = [
+            _gap(session, prompts[n], wanted[n], place, threshold) for n, place in enumerate(pairs) if place is not None
+        ]
+        rejected = sum(result.stats.rejected for result in found)
+        accepted = sum(each.accepted for result in found for each in result.stats.drafts.values())
+        yield name, len(gaps), rejected, accepted, max(gaps, default=0.0)
+
+
+def _gap(session: Session, prompt: Any, wanted: GenerationResult, place: int, threshold: float) -> float:
+    forced = Forced([*wanted.token_ids, 0][: place + 1])
+    session.generate(prompt, logits_processor=forced, max_new_tokens=place + 1, mode="full", ignore_eos=True)
+    confidence = [*wanted.confidence, None][place]
+    return min(forced.gaps[-1], float("inf") if confidence is None else abs(confidence - threshold))
+
+
+@click.group(help=__doc__, context_settings={"show_default": True})
+def main() -> None:
+    pass
+
+
+@main.command()
+@click.argument("bundles", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--samples", type=click.IntRange(1, 200), default=200, help="Prompts.")
+@click.option("--tokens", type=click.IntRange(1), default=48, help="Tokens of an answer at most.")
+@click.option("--slots", type=click.IntRange(1), default=8, help="Prompts decoded at once.")
+@click.option("--threads", type=click.IntRange(1), default=1)
+@click.option("--output", type=click.Path(path_type=Path), help="Write JSON here.")
+def precisions(
+    bundles: tuple[Path, ...], samples: int, tokens: int, slots: int, threads: int, output: Path | None
+) -> None:
+    """Compare BUNDLES with the first of them, which is in fp32."""
+    rows = compare(bundles, samples, tokens, slots, threads)
+    click.echo("| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|")
+    for row in rows:
+        click.echo(
+            f"| {row.precision} | {row.same_answers} of {samples} | {row.likelihood:.3f} | {row.agreement:.1%} |"
+        )
+    if output is not None:
+        what = {"prompts": samples, "tokens": tokens, "processor": host(threads).processor}
+        output.write_text(
+            json.dumps({**what, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
+        )
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--samples", type=click.IntRange(1), default=200, help="Prompts of random tokens.")
+@click.option("--threshold", "thresholds", type=click.FloatRange(0, 1), multiple=True, default=(0.0, 0.5, 0.8))
+@click.option("--tokens", type=click.IntRange(1), default=48)
+@click.option("--slots", type=click.IntRange(2), default=8, help="Requests at once.")
+@click.option("--threads", type=click.IntRange(1), default=1)
+def modes(bundle: Path, samples: int, thresholds: tuple[float, ...], tokens: int, slots: int, threads: int) -> None:
+    """Compare the tokens of modes and of batches. Fails on a difference that is no tie of fp32."""
+    wrong = []
+    with Session(bundle, threads=threads, slots=slots) as session:
+        tie = TIE if session.manifest.precision == "fp32" else 0.0
+        prompts = random_prompts(session.manifest.vocab_size, samples)
+        for name, differ, rejected, accepted, gap in differences(session, prompts, thresholds, tokens):
+            drafts = f", {accepted} drafts accepted and {rejected} rejected" if accepted + rejected else ""
+            click.echo(f"{name}: {samples - differ} of {samples} the same{drafts}")
+            if differ and not gap < tie:
+                wrong.append(f"{name}: {gap:.2g} apart")
+    if wrong:
+        raise SystemExit(f"error: differences that are no ties: {'; '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
