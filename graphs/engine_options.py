@@ -9,6 +9,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from graphs.description import Description, ForeignEncoder
+from graphs.dialects.kernels import has_attention_kernel
 from graphs.dialects.ort import check_head_size, fits_head_size, misfit
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
@@ -76,7 +77,7 @@ class EngineOptions:
                 "train one without --exit-layers, or convert it for a CPU"
             )
         self._check_target(description)
-        if self.dialect == "ort":
+        if self.dialect == "ort" and not self.own_attention(description):
             check_head_size(description.attention)
 
     def _check_dialect(self, description: Description) -> None:
@@ -85,7 +86,8 @@ class EngineOptions:
         needs = f"precision {self.precision} needs operators of ONNX Runtime"
         if fits_head_size(description.attention):
             raise GraphError(f"{needs}; choose --dialect ort, or fp32 or fp16")
-        raise GraphError(f"{needs}, but {misfit(description.attention)}; choose --precision fp32")
+        instead = "--kernels freeexport or " if has_attention_kernel(description.attention) else ""
+        raise GraphError(f"{needs}, but {misfit(description.attention)}; choose {instead}--precision fp32")
 
     def _check_target(self, description: Description) -> None:
         dialect, precisions = TARGETS[self.target]
@@ -111,6 +113,10 @@ class EngineOptions:
             )
         if self.compute not in (None, *types):
             raise GraphError(f"target {self.target} does not compute in {self.compute}; choose {' or '.join(types)}")
+
+    def own_attention(self, description: Description) -> bool:
+        """Whether decoders have our own attention, which gives a row the same bits in every call."""
+        return self.kernels == "freeexport" and has_attention_kernel(description.attention)
 
     @property
     def packed(self) -> bool:

@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from graphs.description import Description, Encoder, Layer
 from graphs.dialects.base import Call, Dialect, in_heads, linear
-from graphs.dialects.kernels import HEAD_SIZE, KernelDialect
+from graphs.dialects.kernels import KernelDialect
 from graphs.dialects.ort import OrtDialect
 from graphs.dialects.packing import Packing, packing
 from graphs.dialects.standard import StandardDialect
@@ -160,14 +160,9 @@ class EngineBuilder:
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
 
-    @property
-    def _own_attention(self) -> bool:
-        """With which every operator of a decoder gives a row the same bits in every call."""
-        return self.options.kernels == "freeexport" and self.description.attention.head_dim % HEAD_SIZE == 0
-
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
         rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
-        if call.past_lengths is not None and self._own_attention:
+        if call.past_lengths is not None and self.options.own_attention(self.description):
             return KernelDialect(graph, call, width, rows, packed)
         if self.options.dialect == "ort":
             return OrtDialect(graph, call, width, rows, packed)

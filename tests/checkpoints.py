@@ -285,6 +285,12 @@ LARGER: tuple[Case, ...] = (
     _t5("t5-larger-untied", (1, 2), vocab_size=4096, d_model=256, d_kv=64, d_ff=512),
 )
 
+# No multiple of 16, as some published models have them.
+HEADS_OF_40: tuple[Case, ...] = (
+    _llama("llama-heads-of-40", (1, 2), head_dim=40, num_attention_heads=2, num_key_value_heads=1),
+    _t5("t5-heads-of-40", (1, 2), d_kv=40, num_heads=3),
+)
+
 # With room for answers that take a while.
 LONG = _llama("llama-long", (1, 4), max_position_embeddings=8192)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graphs.description import Description
+from graphs.dialects.kernels import has_attention_kernel
 from graphs.dialects.ort import fits_head_size
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
@@ -75,9 +76,11 @@ def check_rounding_data(engines: EngineOptions, data: Path | None) -> None:
         )
 
 
-def natural_dialect(description: Description) -> Dialect:
-    """The fused operators, where they have a kernel for the model's heads."""
-    return "ort" if fits_head_size(description.attention) else "standard"
+def natural_dialect(description: Description, kernels: Kernels) -> Dialect:
+    """The fused operators, where they or our own `kernels` take the model's heads."""
+    attention = description.attention
+    fits = fits_head_size(attention) or (kernels == "freeexport" and has_attention_kernel(attention))
+    return "ort" if fits else "standard"
 
 
 def natural_kernels(options: ConvertOptions, precision: Precision) -> Kernels:
@@ -91,15 +94,16 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
+    kernels = options.kernels or natural_kernels(options, precision)
     return EngineOptions(
         exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=precision,
-        dialect=options.dialect or dialect or natural_dialect(description),
+        dialect=options.dialect or dialect or natural_dialect(description, kernels),
         target=options.target,
         confidence=options.confidence,
         head=options.head,
         compute=options.compute,
-        kernels=options.kernels or natural_kernels(options, precision),
+        kernels=kernels,
     )

@@ -12,8 +12,10 @@ from graphs.dialects.relative_bias import by_distance
 from graphs.graph import Dimension, Graph
 from runtime.kernels import DOMAIN
 
-# Heads whose size is a multiple of this have a kernel.
-HEAD_SIZE = 16
+
+def has_attention_kernel(attention: Attention) -> bool:
+    """Whether our own attention takes heads of this size."""
+    return attention.head_dim >= 16 and attention.head_dim % 8 == 0
 
 
 class KernelDialect(OrtDialect):

@@ -15,7 +15,7 @@ from engine_cases import check_rows_are_exact, every, pair_of, tokens
 
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from graphs.engines import EngineBuilder
+from graphs.engine_options import EngineOptions
 from runtime import Session
 from runtime.kernels import missing
 
@@ -38,7 +38,7 @@ def test_attention_computes_what_onnx_runtimes_does(
 ) -> None:
     case = BY_NAME[name]
     ours = bundle(case, 1, **OWN)
-    monkeypatch.setattr(EngineBuilder, "_own_attention", False)
+    monkeypatch.setattr(EngineOptions, "own_attention", lambda options, description: False)
     sizes = {"capacity": 128, "encoder_capacity": 128, "verify": False, "measure": False}
     convert(str(checkpoint(case)), tmp_path / "theirs", ConvertOptions(1, **OWN, **sizes))
     for engine in ("shallow", "deep"):

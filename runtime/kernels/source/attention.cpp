@@ -142,7 +142,7 @@ int64_t find_places(const Attention& a, Place* places) {
     const int64_t query = a.query_lengths[b], first = a.packed ? count : b * rows;
     for (int64_t i = 0; i < query; i++, count++)
       places[count] = {first + i, b, a.cross_lengths ? a.cross_lengths[b] - 1 : a.past_lengths[b] + i};
-    if (!a.packed)
+    if (!a.packed && query < rows)
       std::memset(a.y + (first + query) * width, 0, static_cast<size_t>((rows - query) * width) * sizeof(float));
   }
   return count;

@@ -32,8 +32,8 @@ ort::Status* read_sizes(const ort::KernelInfo* info, Kernel* kernel) {
   constexpr int64_t kMost = 1 << 16;
   if (a.heads < 1 || a.kv_heads < 1 || a.heads > kMost || a.heads % a.kv_heads != 0)
     return fail(api, ort::kInvalidGraph, "num_heads is no multiple of kv_num_heads");
-  if (a.size < 16 || a.size > kMost || a.size % 16 != 0)
-    return fail(api, ort::kInvalidGraph, "head_size is no multiple of 16");
+  if (a.size < 16 || a.size > kMost || a.size % 8 != 0)
+    return fail(api, ort::kInvalidGraph, "head_size is no multiple of 8 from 16 on");
   return nullptr;
 }
 

@@ -8,6 +8,25 @@ namespace {
 
 constexpr int kWide = 16;  // values next to each other that are summed apart
 constexpr int kParts = kWide / Vec::kLanes;
+// A head's size is a multiple of 8, so half of `kWide` may be left: so many registers, the last of them half full where
+// one holds `kWide`.
+constexpr int kHalf = kWide / 2, kHalfParts = (kParts + 1) / 2;
+
+template <typename V, bool Half>
+inline typename V::Float values_at(const float* from) {
+  if constexpr (Half && V::kLanes > kHalf)
+    return V::eight(from);
+  else
+    return V::floats(from);
+}
+
+template <typename V, bool Half>
+inline void put_values(float* to, typename V::Float values) {
+  if constexpr (Half && V::kLanes > kHalf)
+    V::store_eight(to, values);
+  else
+    V::store(to, values);
+}
 
 // x / sqrt(mean(x^2) + epsilon) * norm, then turned by the position; in place.
 __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* norm, int64_t position, float* x) {
@@ -45,6 +64,23 @@ inline void store_row(const Attention& a, const Place& place) {
     norm_and_turn(a, a.query_norm, place.position, queries + head * a.size);
 }
 
+// Adds the products of `Parts` registers of 4 keys and Q queries to sums. `Half`: of 8 values.
+template <int Q, int Parts, bool Half>
+inline void add_four(const float* queries, const float* keys, int64_t size, typename Vec::Float (&sums)[Q][4][kParts]) {
+#pragma GCC unroll 16
+  for (int p = 0; p < Parts; p++) {
+    typename Vec::Float query[Q];
+#pragma GCC unroll 16
+    for (int q = 0; q < Q; q++) query[q] = values_at<Vec, Half>(queries + q * size + p * Vec::kLanes);
+#pragma GCC unroll 16
+    for (int k = 0; k < 4; k++) {
+      const typename Vec::Float key = values_at<Vec, Half>(keys + k * size + p * Vec::kLanes);
+#pragma GCC unroll 16
+      for (int q = 0; q < Q; q++) sums[q][k][p] = Vec::add_product(query[q], key, sums[q][k][p]);
+    }
+  }
+}
+
 // Of 4 keys and Q queries: scores[q][0..3]. Meanwhile the rows of `ahead` are fetched.
 template <int Q>
 inline void dot_four(const float* queries, const float* keys, int64_t size, float* scores, const float* ahead) {
@@ -55,22 +91,13 @@ inline void dot_four(const float* queries, const float* keys, int64_t size, floa
     for (int k = 0; k < 4; k++)
 #pragma GCC unroll 16
       for (int p = 0; p < kParts; p++) sums[q][k][p] = Vec::zero();
-  for (int64_t at = 0; at < size; at += kWide) {
+  int64_t at = 0;
+  for (; at + kWide <= size; at += kWide) {
 #pragma GCC unroll 16
     for (int k = 0; k < 4; k++) __builtin_prefetch(ahead + k * size + at);
-#pragma GCC unroll 16
-    for (int p = 0; p < kParts; p++) {
-      typename Vec::Float query[Q];
-#pragma GCC unroll 16
-      for (int q = 0; q < Q; q++) query[q] = Vec::floats(queries + q * size + at + p * Vec::kLanes);
-#pragma GCC unroll 16
-      for (int k = 0; k < 4; k++) {
-        const typename Vec::Float key = Vec::floats(keys + k * size + at + p * Vec::kLanes);
-#pragma GCC unroll 16
-        for (int q = 0; q < Q; q++) sums[q][k][p] = Vec::add_product(query[q], key, sums[q][k][p]);
-      }
-    }
+    add_four<Q, kParts, false>(queries + at, keys + at, size, sums);
   }
+  if (at < size) add_four<Q, kHalfParts, true>(queries + at, keys + at, size, sums);
 #pragma GCC unroll 16
   for (int q = 0; q < Q; q++) Vec::fold_four(sums[q], scores + q * kPieceRows);
 }
@@ -89,34 +116,39 @@ inline void dots(const float* queries, const float* keys, const float* values, i
     for (int q = 0; q < Q; q++) {
       typename Vec::Float sums[kParts];
       for (int p = 0; p < kParts; p++) sums[p] = Vec::zero();
-      for (int64_t at = 0; at < size; at += kWide)
+      int64_t at = 0;
+      for (; at + kWide <= size; at += kWide)
         for (int p = 0; p < kParts; p++)
           sums[p] = Vec::add_product(Vec::floats(queries + q * size + at + p * Vec::kLanes),
                                      Vec::floats(keys + t * size + at + p * Vec::kLanes), sums[p]);
+      if (at < size)
+        for (int p = 0; p < kHalfParts; p++)
+          sums[p] = Vec::add_product(values_at<Vec, true>(queries + q * size + at + p * Vec::kLanes),
+                                     values_at<Vec, true>(keys + t * size + at + p * Vec::kLanes), sums[p]);
       scores[q * kPieceRows + t] = Vec::fold(sums);
     }
 }
 
-// out[q] = sum over t of weights[q][t] values[t], for `Wide` * 16 of the values' size from `from` on; `stride` between
-// the weights of two q, `apart` between their sums. Meanwhile the rows of `ahead` are fetched.
-template <int Q, int Wide>
+// out[q] = sum over t of weights[q][t] values[t], for `Parts` registers of the values' size from `from` on, or 8 of it
+// where `Half`; `stride` between the weights of two q, `apart` between their sums. Meanwhile the rows of `ahead` are
+// fetched.
+template <int Q, int Parts, bool Half = false>
 inline void weigh(const float* weights, int64_t stride, const float* values, int64_t size, int64_t count, int64_t from,
                   float* out, int64_t apart, const Ahead& ahead) {
-  constexpr int kAll = Wide * kParts;
-  typename Vec::Float sums[Q][kAll];
+  typename Vec::Float sums[Q][Parts];
   for (int q = 0; q < Q; q++)
-    for (int p = 0; p < kAll; p++) sums[q][p] = Vec::zero();
+    for (int p = 0; p < Parts; p++) sums[q][p] = Vec::zero();
   for (int64_t t = 0; t < count; t++) {
     if (t < ahead.rows)
-      for (int w = 0; w < Wide; w++) __builtin_prefetch(ahead.keys + t * size + from + w * kWide);
-    for (int p = 0; p < kAll; p++) {
-      const typename Vec::Float value = Vec::floats(values + t * size + from + p * Vec::kLanes);
+      for (int w = 0; w < Parts * Vec::kLanes; w += kWide) __builtin_prefetch(ahead.keys + t * size + from + w);
+    for (int p = 0; p < Parts; p++) {
+      const typename Vec::Float value = values_at<Vec, Half>(values + t * size + from + p * Vec::kLanes);
       for (int q = 0; q < Q; q++)
         sums[q][p] = Vec::add_product(Vec::set(weights[q * stride + t]), value, sums[q][p]);
     }
   }
   for (int q = 0; q < Q; q++)
-    for (int p = 0; p < kAll; p++) Vec::store(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
+    for (int p = 0; p < Parts; p++) put_values<Vec, Half>(out + q * apart + from + p * Vec::kLanes, sums[q][p]);
 }
 
 // e^(x - largest) in place, the largest, and the sum of these: 16 next to each other are summed apart. What x has room
@@ -159,8 +191,10 @@ inline void weigh_all(const float* weights, int64_t stride, const float* values,
   constexpr int kWideSums = Vec::kLanes == 16 || Q == 1 ? 4 : Q < 4 ? 2 : 1;
   int64_t from = 0;
   for (; from + kWideSums * kWide <= size; from += kWideSums * kWide)
-    weigh<Q, kWideSums>(weights, stride, values, size, count, from, out, apart, ahead);
-  for (; from < size; from += kWide) weigh<Q, 1>(weights, stride, values, size, count, from, out, apart, ahead);
+    weigh<Q, kWideSums * kParts>(weights, stride, values, size, count, from, out, apart, ahead);
+  for (; from + kWide <= size; from += kWide)
+    weigh<Q, kParts>(weights, stride, values, size, count, from, out, apart, ahead);
+  if (from < size) weigh<Q, kHalfParts, true>(weights, stride, values, size, count, from, out, apart, ahead);
 }
 
 // Of a piece, Q heads from that of number `within` of its group on.

@@ -42,6 +42,8 @@ struct Vec512 {
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
+  // 8 values, and 0 behind them.
+  static Float eight(const float* from) { return _mm512_zextps256_ps512(_mm256_loadu_ps(from)); }
   static Float halves(const uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   }
@@ -67,6 +69,7 @@ struct Vec512 {
   }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
+  static void store_eight(float* to, Float value) { _mm256_storeu_ps(to, _mm512_castps512_ps256(value)); }
 
   static Int load(const uint8_t* from) { return _mm512_loadu_si512(from); }
   static Int low(Int bytes) { return _mm512_and_si512(bytes, _mm512_set1_epi8(15)); }
