@@ -22,7 +22,7 @@ from freeexport.measure.costs import measured_in_child
 from freeexport.measure.forced import THRESHOLD, exit_trace
 from freeexport.system.idle import is_idle, require_idle
 from freeexport.system.progress import progress
-from freeexport.verification.parity import sample_ids
+from freeexport.verification.engines import sample_ids
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.errors import OptionError

@@ -18,7 +18,7 @@ from freeexport.checkpoints.packaged_models import smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.greedy_parity import NEW_TOKENS, TIE, compare
+from freeexport.verification.reference import NEW_TOKENS, TIE, compare
 from runtime import FreeExportError, Session
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]

@@ -12,9 +12,16 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from freeexport.verification.checks import Check
-from freeexport.verification.engine_pair import EnginePair
-from freeexport.verification.parity import engine_checks, sample_batch
-from freeexport.verification.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
+from freeexport.verification.engines import (
+    BEST,
+    FACTOR,
+    ROWS,
+    EnginePair,
+    Moved,
+    engine_checks,
+    row_checks,
+    sample_batch,
+)
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}

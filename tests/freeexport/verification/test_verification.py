@@ -25,7 +25,7 @@ from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.verification.checks import Check
-from freeexport.verification.greedy_parity import TIE, Comparison
+from freeexport.verification.reference import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, Manifest
@@ -177,15 +177,15 @@ def test_a_greedy_difference_is_named_by_prompt_and_position() -> None:
 
 
 def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freeexport.verification.greedy_parity
+    import freeexport.verification.reference
 
-    original = freeexport.verification.greedy_parity.reference_ids
+    original = freeexport.verification.reference.reference_ids
 
     def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
         ids, gaps = original(*arguments)
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
-    monkeypatch.setattr(freeexport.verification.greedy_parity, "reference_ids", one_id_off)
+    monkeypatch.setattr(freeexport.verification.reference, "reference_ids", one_id_off)
     report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)))
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]
