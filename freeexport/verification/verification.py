@@ -164,8 +164,8 @@ class _Verification:
         ours = States(whole.deep, whole.shallow, whole.hidden, prompts)
         checks = list(state_checks(ours, truth, theirs, manifest.precision))
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
-        sample = Predictions(*(states.deep[followed] for states in (ours, truth, theirs)),
-                             batch.following(whole.index[followed]))  # fmt: skip
+        targets = batch.following(whole.index[followed])
+        sample = Predictions(ours.deep[followed], truth.deep[followed], theirs.deep[followed], targets)
         on = [sample] if data is None else predictions_on(self.bundle, model, data, self.threads)
         quality = quality_of(on, manifest.precision)
         self.advance(AGAINST)
@@ -245,7 +245,7 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
 
 
 def verify_in_child(
-    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, quick: bool, threads: int | None
+    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str, threads: int | None
 ) -> bool:
     """Verify a new bundle in a process of its own, so that its memory goes back to the system.
 
@@ -258,7 +258,7 @@ def verify_in_child(
         click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
         return False
     try:
-        how = [*(["--quick"] if quick else []), *(["--threads", str(threads)] if threads else [])]
+        how = [*(["--quick"] if extent == "quick" else []), *(["--threads", str(threads)] if threads else [])]
         run_child("freeexport", "verify", str(directory), "--against", model, "--json", *how)
     except ChildError as error:
         raise VerificationError(str(error)) from None
