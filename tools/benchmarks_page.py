@@ -1,10 +1,9 @@
-"""The page docs/benchmarks.md, from what `freeexport bench --save` wrote: nothing in it is written by hand.
+"""The page docs/benchmarks.md, from the JSON of `freeexport bench` and tools.peers.compare: nothing is written by hand.
 
     python -m tools.benchmarks_page docs/benchmarks/*.json                  writes docs/benchmarks.md
     python -m tools.benchmarks_page docs/benchmarks/*.json --check          fails where the page differs from them
 
-A section a file, in the order given, named as the file is without a leading number. Figures of a busy machine are
-refused. Run from the root.
+A section a file, in the order given, named as the file is without a leading number. Run from the root.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from freeexport.benchmark.report import COLUMNS, SCHEMA, cells, notes
+from freeexport.measure.bench import SCHEMA, bench_sheet, facts_lines
+from freeexport.measure.table import markdown
 
 PAGE = Path("docs/benchmarks.md")
 WIDTH = 120
@@ -42,16 +42,14 @@ def main(files: tuple[Path, ...], out: Path, check: bool) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The figures of a run. Raises ClickException where they are none, or of a busy machine."""
+    """The figures of a run. Raises ClickException where they are none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        known, idle = found["schema"] == SCHEMA, found["settings"]["idle"]
+        known, _ = found["schema"] == SCHEMA, found["settings"]["idle"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise click.ClickException(f"{path} holds no figures of freeexport bench ({type(error).__name__})") from None
     if not known:
         raise click.ClickException(f"{path} is of schema {found['schema']}, not {SCHEMA}; measure again")
-    if not idle:
-        raise click.ClickException(f"{path} was measured on a busy machine; measure again")
     return dict(found)
 
 
@@ -62,23 +60,14 @@ def page(runs: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
 
 def _section(name: str, found: Mapping[str, Any]) -> str:
     title = re.sub(r"^\d+-", "", name).replace("-", " ").replace("_", " ")
-    lines = [f"## {title}", "", *_table(COLUMNS, map(cells, found["rows"]))]
+    lines = [f"## {title}", "", markdown(bench_sheet(found))]
     if found["failed"]:
         lines += ["", *(_item(f"{peer}: not run: {reason}") for peer, reason in found["failed"].items())]
-    return "\n".join([*lines, "", *(_item(note) for note in notes(found)), ""])
+    return "\n".join([*lines, "", *(_item(text) for text in facts_lines(found)), ""])
 
 
 def _item(text: str) -> str:
     return textwrap.fill(text, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Markdown, without columns in which every row is empty."""
-    listed = [tuple(cell.replace("|", "\\|") for cell in row) for row in rows]
-    used = [number for number in range(len(columns)) if any(row[number] for row in listed)]
-    marks = ["---" if number < 2 else "---:" for number in used]
-    chosen = [[columns[number] for number in used], marks, *([row[number] for number in used] for row in listed)]
-    return [f"| {' | '.join(line)} |" for line in chosen]
 
 
 if __name__ == "__main__":

@@ -1,106 +1,101 @@
-"""`freeexport bench`: the speed of a bundle and of other decoders of the same checkpoint, interleaved in one run."""
+"""`freeexport bench`: the speed of bundles in several modes, interleaved in one run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from freeexport.benchmark import plot as bench_plot
-from freeexport.benchmark.benchmark import benchmark
-from freeexport.benchmark.options import BenchOptions
-from freeexport.benchmark.peers.catalog import PEERS
-from freeexport.benchmark.report import as_dict, table
-from freeexport.commands.verb_options import SAMPLES, RenamedOption, SectionedCommand, section
-from freeexport.measure.layers_report import check_plot
+from freeexport.commands.verb_options import SAMPLES, SectionedCommand, section
+from freeexport.measure.bench import MODES, BenchOptions, bench_sheet, benchmark, facts_lines, narrow
+from freeexport.measure.table import as_csv, markdown, terminal
 from freeexport.system.output_file import check_writable, write_whole
+from freeexport.system.page import print_page
+from runtime.errors import OptionError
 from runtime.options import Drafts
+
+_PICTURES = (".png", ".svg")
+_KINDS = (".json", ".csv", ".md", *_PICTURES)
 
 
 @click.command(cls=SectionedCommand)
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundles", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="BUNDLE...")
 @section("Prompts")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines with prompts.  [default: four sample texts]")
-@click.option("--samples", type=click.IntRange(1), default=4, help=SAMPLES)
-@click.option("--max-new-tokens", "tokens", cls=RenamedOption, old="--tokens", type=click.IntRange(2), default=64,
+@click.option("--samples", type=click.IntRange(1), default=BenchOptions.samples, help=SAMPLES)
+@click.option("--max-new-tokens", "tokens", type=click.IntRange(2), default=BenchOptions.tokens,
               help="Tokens to generate for a prompt; ends of sequence are ignored.")  # fmt: skip
-@section("What is compared")
-@click.option(
-    "--against",
-    multiple=True,
-    metavar="PEER|MODEL",
-    help="Another decoder of the same checkpoint, in an environment of its own that is built in the user's cache: "
-    f"{', '.join(PEERS)}. Or the checkpoint, which transformers then runs in this environment. May be repeated.",
-)
-@click.option("--model", metavar="MODEL", help="The checkpoint that the bundle came from, for peers.")
-@click.option("--also", type=click.Path(path_type=Path), multiple=True,
-              help="Another bundle of that checkpoint, e.g. at another precision. May be repeated.")  # fmt: skip
-@section("Early exits")
-@click.option(
-    "--threshold",
-    type=float,
-    multiple=True,
-    help="Also run the modes, with exits above this confidence. May be repeated.",
-)
-@click.option(
-    "--mode",
-    type=click.Choice(["free", "rollback", "lossless", "shallow"]),
-    multiple=True,
-    default=["free"],
-    help="Modes to run at the thresholds; shallow, the shallow decoder alone, has none. May be repeated.",
-)
-@click.option(
-    "--drafts",
-    type=click.Choice(get_args(Drafts)),
-    multiple=True,
-    help="Also run lossless with drafts of the exit, of repeated text (lookup), both (auto) or none. May be repeated.",
-)
-@click.option("--rollback-threshold", type=float, help="Nats, for mode rollback.  [default: the bundle's]")
-@click.option(
-    "--replay",
-    metavar="RATE|FILE",
-    multiple=True,
-    help="Also run mode free with exits forced at this rate, or those of `generate --output`. May be repeated.",
-)
-@click.option(
-    "--replay-drafts",
-    type=float,
-    metavar="RATE",
-    multiple=True,
-    help="Also run mode lossless with this share of correct drafts. May be repeated.",
-)
+@section("What is compared with mode full")
+@click.option("--mode", "modes", type=click.Choice(MODES), multiple=True, default=BenchOptions.modes,
+              help="free and rollback: at the thresholds; lossless: at those given, else without one; shallow: the "
+              "shallow decoder alone. May be repeated.")  # fmt: skip
+@click.option("--threshold", "thresholds", type=float, multiple=True,
+              help="Exits above this confidence.  [default: the calibrated one, if any] May be repeated.")  # fmt: skip
+@click.option("--drafts", type=click.Choice(get_args(Drafts)), multiple=True,
+              help="Also lossless with drafts of the exit, of repeated text (lookup), both (auto) or none. May be "
+              "repeated.")  # fmt: skip
+@click.option("--replay", metavar="RATE|FILE", multiple=True,
+              help="Also free with exits forced at this rate, or those of `generate --output`. May be "
+              "repeated.")  # fmt: skip
+@click.option("--replay-drafts", type=float, metavar="RATE", multiple=True,
+              help="Also lossless with this share of correct drafts. May be repeated.")  # fmt: skip
 @section("Machine")
-@click.option("--rounds", type=click.IntRange(1), default=5, help="Interleaved rounds; the median counts.")
-@click.option("--device", default="cpu", help="For the bundles: cpu, or cuda:0 for the first GPU.")
+@click.option(
+    "--rounds", type=click.IntRange(1), default=BenchOptions.rounds, help="Interleaved rounds; the median counts."
+)
+@click.option("--device", default=BenchOptions.device, help="cpu, or cuda:0 for the first GPU.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads.  [default: one per physical core]")
-@click.option("--force", is_flag=True, help="Print ratios even if the machine is busy.")
 @section("Results")
-@click.option("--plot", type=click.Path(path_type=Path), metavar="PNG", help="Also plot the speeds.")
-@click.option("--save", type=click.Path(path_type=Path), metavar="FILE", help="Also write the figures as JSON.")
+@click.option("--output", type=click.Path(path_type=Path), multiple=True, metavar="FILE",
+              help="Also write the figures, as the suffix says: .json, .csv, .md, .png, .svg. May be "
+              "repeated.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
-def command(plot: Path | None, save: Path | None, as_json: bool, **given: Any) -> None:
-    """Measure BUNDLE: mode full, modes that exit at thresholds, and other decoders, interleaved on an idle machine.
+def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
+    """Measure BUNDLEs of one checkpoint: mode full, and modes that exit early or draft, interleaved.
 
-    All contenders decode the same prompts greedily to the same number of tokens, on the same number of threads, each in
-    a process of its own. Speed counts from prompt to last token.
+    All decode the same prompts greedily to the same number of tokens, on the same number of threads. Speed counts from
+    prompt to last token. Figures of a busy machine are marked.
 
     \b
     Example:
-      freeexport bench bundle --against path/to/checkpoint --threshold 0.8
-      freeexport bench bundle --against hf --against genai --model path/to/checkpoint
-      freeexport bench bundle --threshold 0.5 --threshold 0 --mode free --mode lossless
-      freeexport bench bundle --drafts lookup --against hf-lookup --model path/to/checkpoint
+      freeexport bench bundle
+      freeexport bench fp32 int8 --threshold 0.5 --threshold 0 --mode free --mode lossless
+      freeexport bench bundle --replay 0.8 --replay-drafts 0.8 --output run.json --output run.png
     """
     options = BenchOptions(**given)
-    if plot is not None:
-        check_plot(plot)
-    check_writable(save, "--save")
-    report = benchmark(options)
-    if plot is not None:
-        bench_plot.write(report, plot)
-    found = as_dict(report)
-    if save is not None:
-        write_whole(save, json.dumps(found, indent=2) + "\n")
-    click.echo(json.dumps(found) if as_json else table(report))
+    for path in output:
+        if path.suffix not in _KINDS:
+            raise OptionError(f"--output {path}: end its name in one of {', '.join(_KINDS)}")
+        check_writable(path, "--output")
+        if path.suffix in _PICTURES:
+            import matplotlib  # noqa: F401
+    found = benchmark(options)
+    for path in output:
+        _write(found, path)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    print_page([terminal(narrow(bench_sheet(found)))])
+    for text in (*facts_lines(found), "", found["verdict"]):
+        click.echo(text)
+
+
+def _write(found: Mapping[str, Any], path: Path) -> None:
+    if path.suffix in _PICTURES:
+        from freeexport.measure.plot import bench_speeds
+        from freeexport.system.plot import save_figure
+
+        used = found["settings"]
+        title = f"{used['model']}, {used['threads']} threads, batch {used['batch']}, {used['cpu']}"
+        save_figure(bench_speeds(title, found["rows"]), path)
+        return
+    lines = "\n".join(f"- {text}" for text in facts_lines(found) if text)
+    texts = {
+        ".json": lambda: json.dumps(found, indent=2) + "\n",
+        ".csv": lambda: as_csv(found["rows"]),
+        ".md": lambda: f"**{found['verdict']}.**\n\n{markdown(bench_sheet(found))}\n\n{lines}\n",
+    }
+    write_whole(path, texts[path.suffix]())

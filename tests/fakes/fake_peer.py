@@ -8,9 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import freeexport.benchmark.peers
-
-sys.path.insert(0, str(Path(freeexport.benchmark.peers.__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "peers"))
 from wire import Emit, Generate, serve
 
 DIES, HANGS, FAILS, SHORT = 101, 102, 103, 104

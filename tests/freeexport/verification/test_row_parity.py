@@ -12,18 +12,9 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from freeexport.verification.checks import Check
-from freeexport.verification.engines import (
-    BEST,
-    FACTOR,
-    FULL,
-    QUICK,
-    ROWS,
-    EnginePair,
-    Extent,
-    Moved,
-    row_checks,
-)
-from freeexport.verification.verification import verify
+from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.parity import engine_checks, sample_batch
+from freeexport.verification.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
@@ -37,10 +28,10 @@ Call = dict[str, np.ndarray]
 Run = Callable[..., Call]
 
 
-def checks(path: Path, extent: Extent = FULL) -> list[Check]:
+def checks(path: Path) -> list[Check]:
     """Those of the engines against themselves."""
-    found = verify(Bundle.open(path), None, extent=extent)["checks"]
-    return [Check(**{name: value for name, value in check.items() if name != "passed"}) for check in found]
+    bundle = Bundle.open(path)
+    return list(engine_checks(bundle, None, sample_batch(bundle)))
 
 
 def failed(found: list[Check]) -> list[str]:
@@ -120,19 +111,16 @@ def with_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Call]
     return inject
 
 
-@pytest.mark.parametrize("extent", [FULL, QUICK], ids=["full", "quick"])
 @each_precision
 @each_model
-def test_faults_do_not_pass(
-    name: str, precision: str, extent: Extent, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_faults_do_not_pass(name: str, precision: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     path = bundle(BY_NAME[name], 2, precision=precision)
-    assert failed(checks(path, extent)) == []
+    assert failed(checks(path)) == []
     run = EnginePair._run
     for fault in FAULTS:
         with monkeypatch.context() as patched:
             patched.setattr(EnginePair, "_run", lambda pair, *given, fault=fault: fault(run, pair, *given))
-            found = failed(checks(path, extent))
+            found = failed(checks(path))
         where = "sync pass" if fault is swapped_rows else "stepping against prefill"
         assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)
 

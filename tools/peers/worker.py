@@ -1,4 +1,4 @@
-"""A decoder in a process of its own, which answers the requests of freeexport/benchmark/peers/wire.py."""
+"""A decoder in a process of its own, which answers the requests of tools/peers/wire.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from freeexport.benchmark.peers.environment import PeerError
+from tools.peers.environment import PeerError
 
 _LAST_LINES = 3
 

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import subprocess
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from freeexport.benchmark.peers.environment import PeerError, environment_key, peer_interpreter
 from runtime.machine.user_cache import user_cache
+from tools.peers.environment import PeerError, environment_key, peer_interpreter
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +39,6 @@ def test_keys_differ_by_what_is_built_and_not_by_order() -> None:
 def test_an_environment_is_built_once_and_has_what_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import subprocess
-
     requirements = [str(wheel(tmp_path))]
     python = peer_interpreter("fake", requirements, {})
     found = subprocess.run([python, "-E", "-c", "import fake_decoder; print(fake_decoder.ANSWER)"], capture_output=True)
@@ -48,9 +48,16 @@ def test_an_environment_is_built_once_and_has_what_was_asked_for(
     assert peer_interpreter("fake", requirements, {}) == python
 
 
-def test_a_package_that_cannot_be_installed_leaves_nothing_but_the_log(tmp_path: Path) -> None:
-    with pytest.raises(PeerError, match=r"cannot be built \(.*missing\.whl.*\); see .*fake\.log"):
-        peer_interpreter("fake", [str(tmp_path / "missing.whl")], {})
+def test_a_package_that_cannot_be_installed_leaves_nothing_but_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], stdout: Any, **given: Any) -> None:
+        if "install" in command:
+            stdout.write("Looking\nERROR: No matching distribution for missing.whl\nnote: that was pip\n")
+            stdout.flush()
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(PeerError, match=r"cannot be built \(No matching .*missing\.whl\); see .*fake\.log"):
+        peer_interpreter("fake", ["missing.whl"], {})
     assert not list(user_cache("peers", "environments").iterdir())
     assert user_cache("peers", "logs", "fake.log").is_file()
 

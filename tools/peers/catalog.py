@@ -1,4 +1,4 @@
-"""The decoders that `freeexport bench` knows by name, and what each needs."""
+"""The decoders that ours is compared with, and what each needs."""
 
 from __future__ import annotations
 

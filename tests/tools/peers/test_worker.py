@@ -8,8 +8,8 @@ from typing import Any
 import fake_peer
 import pytest
 
-from freeexport.benchmark.peers.environment import PeerError
-from freeexport.benchmark.worker import Worker
+from tools.peers.environment import PeerError
+from tools.peers.worker import Worker
 
 COMMAND = [sys.executable, fake_peer.__file__]
 LOAD = {"op": "load", "model": "", "threads": 1, "cpus": [], "options": {}}

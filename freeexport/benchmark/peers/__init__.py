@@ -1,1 +1,0 @@
-"""Scripts that run other decoders, each in an environment that has that decoder and nothing of this project."""

@@ -1,0 +1,514 @@
+"""A benchmark: the speed of bundles in several modes, interleaved, from prompt to last token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from freeexport.checkpoints.examples import read_examples
+from freeexport.measure.byte_model import bandwidth_of, token_bytes
+from freeexport.measure.forced import THRESHOLD, ForcedDraftSession, ForcedExitSession, exit_trace
+from freeexport.measure.table import TERMINAL, Sheet, environment, plus_minus, sheet
+from freeexport.measure.timing import interleave, load_note, other_load, spread
+from freeexport.system.page import human_bytes
+from freeexport.system.progress import progress
+from runtime import Session
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.bundle import Bundle
+from runtime.errors import OptionError
+from runtime.machine.device import Device, check_runnable
+from runtime.machine.machine import usable_cores
+from runtime.text.prompt import encode_prompt
+from runtime.text.tokenizer import Tokenizer
+
+SCHEMA = 1
+MODES = ("free", "rollback", "lossless", "shallow")
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """Meanings and defaults are those of `freeexport bench --help`. Raises OptionError for what does not go together
+    and for traces that cannot be read."""
+
+    bundles: tuple[Path, ...]
+    data: Path | None = None
+    samples: int = 4
+    tokens: int = 64
+    modes: tuple[str, ...] = ("free", "lossless")
+    thresholds: tuple[float, ...] = ()
+    drafts: tuple[str, ...] = ()
+    replay: tuple[str, ...] = ()
+    replay_drafts: tuple[float, ...] = ()
+    rounds: int = 5
+    device: str = "cpu"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        Device.parse(self.device)
+        for name in ("bundles", "replay", "drafts"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise OptionError(f"{max(values, key=values.count)} is named twice among {name}; name it once")
+        for what in self.replay:
+            exit_trace(what)
+        for rate in self.replay_drafts:
+            if not 0 <= rate <= 1:
+                raise OptionError(f"--replay-drafts {rate:g} is no share of right drafts; choose one from 0 to 1")
+        for threshold in self.thresholds:
+            if not 0 <= threshold <= 1:
+                raise OptionError(f"--threshold {threshold:g} is out of range; choose one from 0 to 1")
+
+    @property
+    def count(self) -> int:
+        """Threads of each session."""
+        return self.threads or usable_cores()
+
+
+@dataclass(frozen=True)
+class BenchSetting:
+    """One way to decode the bundle of that number: `replay` gives exits, and `right` the share of right drafts, in
+    place of the model's own."""
+
+    bundle: int
+    name: str
+    mode: str
+    threshold: float | None = None
+    drafts: str | None = None
+    replay: str | None = None
+    right: float | None = None
+
+    @property
+    def real(self) -> bool:
+        """Whether a user could decode so, and get the model's text."""
+        return self.mode != "shallow" and self.replay is None and self.right is None
+
+    @property
+    def session(self) -> tuple[int, str]:
+        """Which session decodes it."""
+        return self.bundle, "exits" if self.replay is not None else "drafts" if self.right is not None else ""
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The options of its requests."""
+        given = {"mode": self.mode, "threshold": self.threshold, "drafts": self.drafts}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One prompt decoded: the tokens, the first `predicted` of which are the prompt's deep prediction, the seconds from
+    the request at which each was known, and until all was done; the share that exited, how much of what was drafted was
+    kept, how many deep passes ran over how many rows, and seconds outside the engines: empty for others than bundles.
+    `peak_bytes`: the most resident memory of the process."""
+
+    tokens: tuple[int, ...]
+    times: tuple[float, ...]
+    seconds: float
+    exit_rate: float = 0.0
+    acceptance: float = 1.0
+    sync_sizes: Mapping[int, int] = field(default_factory=dict)
+    overhead: float = 0.0
+    peak_bytes: int | None = None
+    predicted: int = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting's result.
+
+    `tokens_per_second`: the median over rounds, over all prompts, from prompt to last token, and `spread`, largest less
+    smallest as a share of it. `ratio`: the median over rounds of its speed as a multiple of the first row's in the same
+    round, `ratio_low` and `ratio_high` its range. `decode_per_second`: without prompts and first tokens. Milliseconds:
+    until the first token (median over prompts), and between tokens (median and 95th percentile). `agreement`: the share
+    of its tokens that equal the reference's at the same place, and `first_difference`, the first place where they do
+    not, the median over prompts (None: all equal); both None without a reference. `passes`: deep passes a token;
+    `exit_rate`, `acceptance` of drafts. `roofline`: the share of the memory bandwidth that its `token_bytes` come to.
+    """
+
+    name: str
+    precision: str
+    tokens_per_second: float
+    spread: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    decode_per_second: float
+    first_token_ms: float
+    token_ms: float
+    token_ms_95: float
+    exit_rate: float = 0.0
+    acceptance: float = 1.0
+    passes: float = 1.0
+    overhead_us: float | None = None
+    agreement: float | None = None
+    first_difference: float | None = None
+    token_bytes: int | None = None
+    roofline: float | None = None
+    peak_bytes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def benchmark(options: BenchOptions) -> dict[str, Any]:
+    """Measure, and return what JSON keeps. Raises FreeExportError."""
+    bundles = [Bundle.open(path) for path in options.bundles]
+    for bundle in bundles:
+        check_runnable(bundle.manifest, Device.parse(options.device))
+        if bundle.manifest.source_sha256 != bundles[0].manifest.source_sha256:
+            raise OptionError(
+                f"{bundle.path} is of another checkpoint ({bundle.manifest.source}) than {bundles[0].path}: their "
+                "tokens cannot be compared; measure each alone"
+            )
+    prompts = bench_prompts(bundles[0], options.data, options.samples)
+    names = labels(bundles)
+    settings = [one for number, name in enumerate(names) for one in settings_of(options, bundles, number, name)]
+    with progress("memory bandwidth"):
+        bandwidth = bandwidth_of(options.count)
+    with ExitStack() as stack:
+        sessions = {
+            one.session: stack.enter_context(
+                open_session(options.bundles[one.bundle], one, options.count, options.device)
+            )
+            for one in {one.session: one for one in settings}.values()
+        }
+        drafting = {one.session for one in settings if one.right is not None}
+        whole = {key: full_tokens(sessions[key], prompts, options.tokens) for key in drafting}
+
+        def run(setting: BenchSetting, place: int) -> Run:
+            known = whole[setting.session][place] if setting.right is not None else None
+            return decode(sessions[setting.session], setting, prompts[place], options.tokens, known)
+
+        places = range(len(prompts))
+        with other_load() as load:
+            turns = list(interleave(settings, places, options.rounds, run, warm_up=len(prompts)))
+    runs = {setting.name: [list[Run]() for _ in range(options.rounds)] for setting in settings}
+    for turn in turns:
+        for setting, done in zip(settings, turn.runs, strict=True):
+            runs[setting.name][turn.round].append(done)
+    precisions = {one.name: bundles[one.bundle].manifest.precision for one in settings}
+    rows = rows_of(runs, precisions, [run.tokens for run in runs[settings[0].name][0]])
+    if options.device == "cpu":
+        context = round(fmean(map(len, prompts))), options.tokens / 2
+        rows = [
+            with_roofline(row, bundles[one.bundle], one.mode, context, bandwidth)
+            for row, one in zip(rows, settings, strict=True)
+        ]
+    facts = facts_of(bundles[0], options, len(prompts), settings[0].name, load.cores)
+    return report(rows, facts, bandwidth, [one.name for one in settings if one.real])
+
+
+def bench_prompts(bundle: Bundle, data: Path | None, limit: int) -> list[list[int]]:
+    """Read the first prompts of a JSONL file, or the built-in sample texts, as token ids."""
+    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
+    longest = manifest.encoder_capacity or manifest.capacity // 2
+    if data is not None:
+        examples = read_examples(data, limit)
+        return [encode_prompt(one.input, tokenizer, manifest.vocab_size, longest).tolist() for one in examples]
+    texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+    prompts = [] if tokenizer is None else [tokenizer.encode(text) for text in texts]
+    if not prompts or max(map(max, prompts)) >= manifest.vocab_size:
+        draw = np.random.default_rng(0)
+        prompts = [draw.integers(0, manifest.vocab_size, size).tolist() for size in (37, 11, 24, 5)]
+    return [ids[:longest] for ids in prompts][:limit]
+
+
+def labels(bundles: Sequence[Bundle]) -> list[str]:
+    """Name bundles as briefly as tells them apart; nothing where there is one."""
+    if len(bundles) == 1:
+        return [""]
+    kinds: list[list[str]] = [
+        [bundle.manifest.precision for bundle in bundles],
+        [bundle.path.name for bundle in bundles],
+        [str(bundle.path) for bundle in bundles],
+    ]
+    return next((names for names in kinds if len(set(names)) == len(names)), kinds[-1])
+
+
+def settings_of(options: BenchOptions, bundles: Sequence[Bundle], number: int, label: str) -> list[BenchSetting]:
+    """List a bundle's settings: full, the modes at the thresholds, shallow, drafts, and the replays."""
+    before = f"{label} " if label else ""
+    calibrated = bundles[number].manifest.threshold
+
+    def one(mode: str, text: str = "", **given: Any) -> BenchSetting:
+        return BenchSetting(number, f"{before}{mode}{text}", mode, **given)
+
+    thresholds = options.thresholds or ((calibrated,) if calibrated < NEVER_EXIT else ())
+    found = [one("full")]
+    for threshold in thresholds:
+        found += [
+            one(mode, f", threshold {threshold:.4g}", threshold=threshold)
+            for mode in options.modes
+            if mode in ("free", "rollback") or (mode == "lossless" and options.thresholds)
+        ]
+    if "lossless" in options.modes and not options.thresholds and not options.drafts:
+        found.append(one("lossless"))
+    if "shallow" in options.modes:
+        found.append(one("shallow"))
+    found += [one("lossless", f", drafts: {source}", drafts=source) for source in options.drafts]
+    found += [one("free", f", exits replayed: {what}", threshold=THRESHOLD, replay=what) for what in options.replay]
+    found += [
+        one("lossless", f", drafts replayed: {rate:g} right", threshold=THRESHOLD, drafts="exit", right=rate)
+        for rate in options.replay_drafts
+    ]
+    return found
+
+
+def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -> Session:
+    """Open what decodes a setting: replays need sessions of their own."""
+    kinds: dict[str, Any] = {"": Session, "exits": ForcedExitSession, "drafts": ForcedDraftSession}
+    session: Session = kinds[setting.session[1]](path, threads=threads, slots=1, device=device)
+    return session
+
+
+def full_tokens(session: Session, prompts: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+    """Decode in mode full, which replayed drafts are taken from."""
+    given: dict[str, Any] = {"mode": "full", "max_new_tokens": count, "ignore_eos": True}
+    return [session.generate(list(prompt), **given).token_ids for prompt in prompts]
+
+
+def decode(
+    session: Any,
+    setting: BenchSetting,
+    prompt: Sequence[int],
+    count: int,
+    whole: Sequence[int] | None = None,
+    emit: Callable[[int], None] = lambda token: None,
+) -> Run:
+    """Decode a prompt to `count` tokens, each of which `emit` is told of; `whole`: its tokens in mode full, for
+    replayed drafts."""
+    tokens: list[int] = []
+    times: list[float] = []
+    with ExitStack() as stack:
+        if setting.replay is not None:
+            predicted = int(not session.manifest.encoder_decoder)
+            stack.enter_context(session.replaying(exit_trace(setting.replay, predicted)))
+        if setting.right is not None:
+            stack.enter_context(session.drafting(whole, setting.right))
+        began = perf_counter()
+        stream = session.stream(list(prompt), max_new_tokens=count, ignore_eos=True, **setting.request)
+        for token in stream:
+            tokens.append(token.id)
+            times.append(perf_counter() - began)
+            emit(token.id)
+        seconds = perf_counter() - began
+    stats = stream.result.stats
+    sizes = dict(sorted(stats.sync_sizes.items()))
+    return Run(
+        tuple(tokens),
+        tuple(times),
+        seconds,
+        stats.exit_rate,
+        stats.acceptance,
+        sizes,
+        stats.overhead_seconds,
+        predicted=stats.predicted,
+    )
+
+
+def rows_of(
+    runs: Mapping[str, Sequence[Sequence[Run]]],
+    precisions: Mapping[str, str],
+    reference: Sequence[Sequence[int]] | None,
+    versions: Mapping[str, dict[str, str]] | None = None,
+) -> list[Row]:
+    """Compute a row for each name: `runs[name][round][prompt]`; `reference` has the tokens of each prompt."""
+    rows: list[Row] = []
+    base: list[float] = []
+    for name, rounds in runs.items():
+        speeds = [sum(len(run.tokens) for run in turn) / sum(run.seconds for run in turn) for turn in rounds]
+        base = base or speeds
+        ratios = [speed / first for speed, first in zip(speeds, base, strict=True)]
+        done = [run for turn in rounds for run in turn]
+        gaps = 1e3 * np.concatenate([np.diff(run.times) for run in done])
+        agreement, difference = (None, None) if reference is None else _agreement(rounds[0], reference)
+        known = [run for run in done if run.sync_sizes]
+        peaks = [run.peak_bytes for run in done if run.peak_bytes is not None]
+        rows.append(
+            Row(
+                name,
+                precisions[name],
+                median(speeds),
+                spread(speeds),
+                median(ratios),
+                min(ratios),
+                max(ratios),
+                decode_per_second(rounds),
+                median(1e3 * run.times[0] for run in done),
+                float(np.median(gaps)),
+                float(np.percentile(gaps, 95)),
+                fmean(run.exit_rate for run in done),
+                fmean(run.acceptance for run in done),
+                _passes(done),
+                1e6 * fmean(run.overhead / len(run.tokens) for run in known) if known else None,
+                agreement,
+                difference,
+                peak_bytes=max(peaks, default=None),
+                versions=(versions or {}).get(name, {}),
+            )
+        )
+    return rows
+
+
+def decode_per_second(rounds: Sequence[Sequence[Run]]) -> float:
+    """Count the tokens after the first of each prompt, per second of decoding them: the median over rounds."""
+    return median(
+        sum(len(run.times) - 1 for run in turn) / sum(run.times[-1] - run.times[0] for run in turn) for turn in rounds
+    )
+
+
+def _passes(done: Sequence[Run]) -> float:
+    """Deep passes for each token that was decided; 1 where nothing is known of them."""
+    passes = sum(sum(run.sync_sizes.values()) for run in done)
+    if not passes and not any(run.exit_rate for run in done):
+        return 1.0
+    return passes / sum(len(run.tokens) - run.predicted for run in done)
+
+
+def _agreement(runs: Sequence[Run], reference: Sequence[Sequence[int]]) -> tuple[float, float | None]:
+    same = [np.equal(run.tokens, tokens) for run, tokens in zip(runs, reference, strict=True)]
+    places = [int(np.argmin(row)) for row in same if not row.all()]
+    return float(np.concatenate(same).mean()), float(median(places)) if places else None
+
+
+def with_roofline(row: Row, bundle: Bundle, mode: str, context: tuple[float, float], bandwidth: float) -> Row:
+    """Add what a token reads, in modes whose deep passes say how often each weight was read."""
+    if mode not in ("full", "free"):
+        return row
+    prompt, written = context
+    valid, encoded = (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
+    read = token_bytes(bundle, valid, encoded, mode == "free", row.passes)
+    return replace(row, token_bytes=read, roofline=read * row.decode_per_second / bandwidth)
+
+
+def facts_of(bundle: Bundle, options: BenchOptions, prompts: int, reference: str | None, busy: float) -> dict[str, Any]:
+    """Record what the figures depend on. `reference`: whose tokens others were compared with; `busy`: cores that other
+    processes used."""
+    manifest, made = bundle.manifest, environment()
+    return {
+        "freeexport": made["versions"]["freeexport"],
+        "onnxruntime": made["versions"]["onnxruntime"],
+        "made": made["made"],
+        "model": manifest.source,
+        "family": manifest.family,
+        "exit_layer": f"{manifest.exit_layer} of {manifest.layers}",
+        "threads": options.count,
+        "device": options.device,
+        "batch": 1,
+        "prompts": prompts,
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "decoding": "greedy, ends of sequence ignored",
+        "compared_with": reference,
+        "cpu": made["machine"]["processor"],
+        "cpu_features": made["machine"]["features"],
+        "cores": made["machine"]["cores"],
+        "memory": made["machine"]["memory"],
+        "busy": busy,
+        "idle": not load_note(busy),
+    }
+
+
+def report(
+    rows: Sequence[Row],
+    facts: Mapping[str, Any],
+    bandwidth: float,
+    real: Collection[str],
+    failed: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Assemble what JSON keeps: `real` names the rows that may win, and `failed` says why others could not run."""
+    return {
+        "schema": SCHEMA,
+        "settings": dict(facts),
+        "bandwidth": bandwidth,
+        "rows": [asdict(row) for row in rows],
+        "failed": dict(failed or {}),
+        "verdict": verdict(rows, real),
+    }
+
+
+def verdict(rows: Sequence[Row], real: Collection[str]) -> str:
+    """Say which of the `real` rows is fastest, if its slowest round is faster than the first row was then."""
+    best = max((row for row in rows[1:] if row.name in real), key=lambda row: row.ratio_low, default=None)
+    if best is None:
+        return ""
+    if best.ratio_low <= 1:
+        return f"nothing is faster than {rows[0].name} in every round"
+    by = f"{best.ratio:.2f}x ({best.ratio_low:.2f} to {best.ratio_high:.2f} by round)"
+    same = "" if best.agreement is None else f"; {best.agreement:.0%} of its tokens are the same"
+    return f"{best.name} is the fastest: {by} the speed of {rows[0].name}{same}"
+
+
+def bench_sheet(found: Mapping[str, Any]) -> Sheet:
+    """The table of a benchmark, as `report` gives it or JSON kept it."""
+
+    def ratio(row: Mapping[str, Any]) -> str:
+        if row["ratio"] is None:
+            return "-"
+        return f"{plus_minus(row['ratio'], row.get('ratio_low'), row.get('ratio_high'), 2)}x"
+
+    def differs(row: Mapping[str, Any]) -> str:
+        place = row["first_difference"]
+        return "" if row["agreement"] is None else "never" if place is None else f"at {place:.0f}"
+
+    def share(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    columns: dict[str, Any] = {
+        "setting": lambda row: row["name"],
+        "precision": lambda row: row["precision"],
+        "tokens/s#": lambda row: f"{row['tokens_per_second']:.1f}",
+        "spread#": lambda row: share(row["spread"]),
+        "ratio#": ratio,
+        "first ms#": lambda row: f"{row['first_token_ms']:.0f}",
+        "ms#": lambda row: f"{row['token_ms']:.1f}",
+        "95 %#": lambda row: f"{row['token_ms_95']:.1f}",
+        "memory#": lambda row: "" if row.get("peak_bytes") is None else human_bytes(row["peak_bytes"]),
+        "same#": lambda row: share(row["agreement"]),
+        "differs#": differs,
+        "exits#": lambda row: share(row["exit_rate"]) if row["exit_rate"] else "",
+        "kept#": lambda row: share(row["acceptance"]) if row["exit_rate"] or row["acceptance"] < 1 else "",
+        "roofline#": lambda row: share(row["roofline"]),
+    }
+    keep = ["setting", "tokens/s", "spread", "ratio", "first ms", "ms", "95 %", "same"]
+    return sheet("", columns, found["rows"]).compact(keep)
+
+
+def narrow(shown: Sheet) -> Sheet:
+    """Leave out what a terminal has no room for, the least important first: the files have every column."""
+    spare = ["differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread"]
+    return shown.within(TERMINAL, spare)
+
+
+def facts_lines(found: Mapping[str, Any]) -> list[str]:
+    """Say what the figures depend on, and what columns mean."""
+    used, rows = found["settings"], found["rows"]
+    lines = [f"{name}: {text}" for name, text in bench_sheet(found).facts]
+    lines += [
+        f"{used['model']}, exit after layer {used['exit_layer']}, {used['threads']} threads, batch {used['batch']}, "
+        f"{used['prompts']} prompts, {used['tokens']} new tokens each, {used['decoding']}, "
+        f"median of {used['rounds']} interleaved rounds",
+        f"{used['cpu']}, {used['cores']} cores ({' '.join(used['cpu_features'])}), {human_bytes(used['memory'])}; "
+        f"{used['threads']} threads read {found['bandwidth'] / 1e9:.1f} GB/s",
+    ]
+    if used.get("device", "cpu") != "cpu":
+        lines.append(f"the bundles ran on {used['device']}")
+    if rows:
+        lines.append(f"ratio: to {rows[0]['name']}, ± half the range over rounds")
+    if used["compared_with"]:
+        lines.append(
+            f"same: tokens equal to those of {used['compared_with']} at the same place; differs: the first that is "
+            "not, the median over prompts"
+        )
+    versions = {name: used[name] for name in ("freeexport", "onnxruntime") if name in used}
+    versions |= {name: version for row in rows for name, version in row["versions"].items()}
+    lines.append(", ".join(f"{name} {version}" for name, version in sorted(versions.items())))
+    if not used["idle"]:
+        lines.append(load_note(used.get("busy", 1.0)))
+    return lines

@@ -1,0 +1,147 @@
+"""Ours beside peers: who runs, who cannot, and what they are compared by."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import fake_peer
+import pytest
+from checkpoints import CASES, Case, load
+from conftest import Bundles
+
+from freeexport.measure.bench import BenchOptions, BenchSetting
+from runtime.bundle.bundle import Bundle
+from runtime.errors import FreeExportError, OptionError
+from tools.peers import compare as comparing
+from tools.peers import model as peer_model
+from tools.peers.catalog import PEERS, SCRIPTS, find_peer
+from tools.peers.compare import Contender, compare, measure
+from tools.peers.environment import PeerError
+
+LLAMA = next(case for case in CASES if case.name == "llama-tied")
+T5 = next(case for case in CASES if case.name == "t5-gated-tied")
+ROOT = Path(__file__).parents[3]
+PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
+COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]
+OPTIONS = BenchOptions((), tokens=3, rounds=2, threads=1)
+
+
+def contender(name: str, ours: bool = False) -> Contender:
+    return Contender(name, "fp32", COMMAND, "", {}, BenchSetting(0, name, "full") if ours else None)
+
+
+def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
+    missing = replace(contender("missing"), command=["/nowhere/python"])
+    runs, versions, failed = measure([missing, contender("good")], [[5], [6]], OPTIONS, settle=0)
+    assert list(failed) == ["missing"]
+    assert "cannot be started" in failed["missing"]
+    assert [[run.tokens for run in turn] for turn in runs["good"]] == [[(6, 7, 8), (7, 8, 9)]] * 2
+    assert versions == {"good": {"fake": "1.0"}}
+
+
+def test_who_fails_while_decoding_has_no_row() -> None:
+    runs, _, failed = measure([contender("bad")], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
+    assert "ended with code 3" in failed["bad"]
+    assert not runs
+
+
+def test_ours_may_not_fail() -> None:
+    with pytest.raises(FreeExportError, match=r"^ours: ValueError: cannot read this$"):
+        measure([contender("ours", ours=True)], [[fake_peer.FAILS]], OPTIONS, settle=0)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+    """Puts a peer in the catalogue that this interpreter runs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(comparing, "installed", lambda peer: Path(sys.executable))
+    monkeypatch.setattr(comparing, "bandwidth_of", lambda threads: 1e10)
+    for module in (comparing, peer_model):
+        monkeypatch.setattr(module, "peer_command", lambda peer, interpreter: COMMAND)
+
+    def add(name: str, **changes: Any) -> None:
+        monkeypatch.setitem(PEERS, name, replace(PEERS["hf"], name=name, **changes))
+
+    return add
+
+
+def test_bundles_the_checkpoint_and_peers_in_one_run(
+    bundle: Bundles, checkpoint: Callable[[Case], Path], fake: Callable[..., None], tmp_path: Path
+) -> None:
+    fake("fake")
+    fake("converted", converts=True)
+    fake("unconvertible", converts=True, options={"unconvertible": True})
+    fake("gguf-only", gguf=True)
+    options = replace(OPTIONS, bundles=(bundle(LLAMA),), samples=1, rounds=1, thresholds=(0.0,), modes=("free",))
+    source = str(checkpoint(LLAMA))
+    found = compare(options, [source, "fake", "converted", "unconvertible", "gguf-only"], None)
+    assert found["failed"]["unconvertible"] == "its model cannot be converted: ValueError: no such layer"
+    assert "it reads GGUF files" in found["failed"]["gguf-only"]
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["transformers", "fake", "converted", "full", "free, threshold 0"]
+    assert rows["full"]["agreement"] == 1
+    assert rows["fake"]["agreement"] < 1
+    assert rows["fake"]["versions"] == {"fake": "1.0"}
+    assert rows["free, threshold 0"]["exit_rate"] == 1
+    assert rows["full"]["token_bytes"] > 0
+    assert all(row["peak_bytes"] > 1 << 20 for row in rows.values())
+    models = next((tmp_path / "cache" / "freeexport" / "peers" / "models").iterdir())
+    assert [path.name.split("-")[0] for path in models.iterdir()] == ["converted"]
+
+
+def test_what_a_peer_cannot_run_or_have_is_said(
+    bundle: Bundles,
+    checkpoint: Callable[[Case], Path],
+    fake: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake("fake", decoder_only=True)
+    monkeypatch.setattr(comparing, "reference_tokens", lambda *arguments: (None, None))
+    options = replace(OPTIONS, bundles=(bundle(T5),), samples=1, rounds=1, modes=())
+    source = str(checkpoint(T5))
+    found = compare(options, ["fake"], source)
+    assert "it runs decoder-only models" in found["failed"]["fake"]
+    assert [row["name"] for row in found["rows"]] == ["full"]
+
+    def installed(peer: Any) -> Path:
+        raise PeerError("its environment cannot be built (No matching distribution)")
+
+    monkeypatch.setattr(comparing, "installed", installed)
+    bundles = [Bundle.open(bundle(T5))]
+    _, failed = comparing.contenders_of(["genai"], peer_model.Source.of(bundles[0].manifest, source), bundles, options)
+    assert failed == {"genai": "its environment cannot be built (No matching distribution)"}
+    with pytest.raises(OptionError, match="give it with --model"):
+        comparing.contenders_of(["genai"], None, bundles, options)
+    with pytest.raises(OptionError, match="is not the checkpoint that the bundle came from"):
+        peer_model.Source.of(bundles[0].manifest, str(checkpoint(LLAMA)))
+
+
+def test_names_are_of_peers_or_of_checkpoints(tmp_path: Path) -> None:
+    assert find_peer("organisation/model") is None
+    assert find_peer(str(tmp_path)) is None
+    for name, said in (("genai_int4", "did you mean genai-int4"), ("nothing-like-it", "known are hf, hf-compile")):
+        with pytest.raises(OptionError, match=said):
+            find_peer(name)
+
+
+def test_peer_models_need_no_copy_of_a_plain_checkpoint(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
+    source = peer_model.Source.of(Bundle.open(bundle(LLAMA)).manifest, str(checkpoint(LLAMA)))
+    assert source is not None
+    assert source.plain == checkpoint(LLAMA)
+    assert source.gguf is None
+
+
+def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Callable[[Case], Path]) -> None:
+    sys.path.insert(0, str(SCRIPTS))
+    from run_transformers import generator
+
+    plain, lookup = list[int](), list[int]()
+    prompt = [*range(20, 40)] * 3
+    generator(load(checkpoint(LLAMA)), {})(prompt, 24, lambda *tokens: plain.extend(tokens))
+    generator(load(checkpoint(LLAMA)), {"lookup": 10})(prompt, 24, lambda *tokens: lookup.extend(tokens))
+    assert lookup == plain
+    assert PEERS["hf-lookup"].options == {"lookup": 10}
