@@ -60,7 +60,7 @@ class Running:
         async def main() -> None:
             self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
             self.service = Service(self._options, lambda line: self.log.append(json.loads(line)))
-            await serve(self.service, self._listening, self._stop, self._ready.set)
+            await serve(self.service, self._listening, self._stop, lambda _: self._ready.set())
 
         asyncio.run(main())
 

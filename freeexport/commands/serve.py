@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -22,15 +23,14 @@ PREFIX_CACHE_MB = 256
 @click.option("--name", "names", multiple=True, help="Name of a model, in the order of BUNDLES. May be repeated.  "
               "[default: the directory's]")  # fmt: skip
 @click.option("--demo", is_flag=True, help=f"Serve the pronunciation model of this package, converted to {DEMO}.")
-@click.option("--mode", type=click.Choice(get_args(Mode)), default="free",
-              help="Of requests that name none: free, rollback, lossless, full or shallow.")  # fmt: skip
+@click.option("--mode", type=click.Choice(get_args(Mode)),
+              help="Mode of requests that name none.  [default: free where a threshold is given or calibrated, else "
+              "lossless]")  # fmt: skip
 @click.option("--threshold", type=float, help="A token exits above this confidence, 0 to 1.  [default: the bundle's]")
 @section("Clients")
 @click.option("--host", default="127.0.0.1", help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, help="0 is a free one.")
-@click.option("--api-key", envvar=KEY, help=f"Key that clients must send; better as the variable {KEY}.")
 @click.option("--origin", "origins", multiple=True, help="Origin of pages that may ask, * is any. May be repeated.")
-@click.option("--max-body", type=click.IntRange(1024), default=4 << 20, help="Largest body of a request, in bytes.")
 @click.option("--deadline", type=click.FloatRange(0, min_open=True), metavar="SECONDS",
               help="End a request that takes longer.")  # fmt: skip
 @click.option("--log-prompts", is_flag=True, help="Write prompts to the log, too.")
@@ -45,9 +45,7 @@ PREFIX_CACHE_MB = 256
 @click.option("--device", default="cpu", help="cpu, or cuda:0 for the first GPU.")
 @click.option("--shutdown-timeout", type=click.FloatRange(0), default=30.0, metavar="SECONDS",
               help="After SIGTERM running requests have so long to end.")  # fmt: skip
-@click.pass_context
 def command(
-    context: click.Context,
     bundles: tuple[Path, ...],
     demo: bool,
     host: str,
@@ -64,7 +62,8 @@ def command(
     """Serve BUNDLES to clients of OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models.
 
     Requests of one bundle share engine calls. A line of JSON for each goes to standard output. SIGTERM ends the server
-    after the running requests. Prometheus reads /metrics.
+    after the running requests. Prometheus reads /metrics. Where the variable FREEEXPORT_API_KEY is set, clients must
+    send its value as their API key.
 
     \b
     Example:
@@ -75,8 +74,6 @@ def command(
     from freeexport.serving.server import run
     from freeexport.serving.service import ServerOptions
 
-    if context.get_parameter_source("api_key") is click.core.ParameterSource.COMMANDLINE:
-        click.echo(f"warning: other users of this machine can read --api-key; set {KEY} instead", err=True)
     if prefix_cache_mb is None:
         prefix_cache_mb = PREFIX_CACHE_MB if device == "cpu" else 0
     session = SessionOptions(
@@ -89,7 +86,7 @@ def command(
         prefix_cache_mb=prefix_cache_mb,
     )
     served = (*bundles, *((_demo(),) if demo else ()))
-    run(ServerOptions(served, session=session, **options), host, port)
+    run(ServerOptions(served, session=session, api_key=os.environ.get(KEY) or None, **options), host, port)
 
 
 def _demo() -> Path:

@@ -54,6 +54,10 @@ class ApiError(Exception):
         return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
+def invalid(param: str, message: str) -> ApiError:
+    return ApiError(400, message, "invalid_value", param)
+
+
 def draining() -> ApiError:
     return ApiError(503, "the server is shutting down; ask another, or again later", "shutting_down", retry_after=1)
 

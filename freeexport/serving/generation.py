@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from freeexport.serving.errors import ApiError, draining
+from freeexport.serving.errors import ApiError, draining, invalid
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
 from runtime import AsyncStream, GenerationOptions, GenerationResult, PromptLengthError, Session, Token
 from runtime.options import Mode
@@ -63,7 +63,7 @@ class Generation:
 
 
 async def begin(
-    session: Session, request: ChatRequest | CompletionRequest, mode: Mode, deadline: float | None
+    session: Session, request: ChatRequest | CompletionRequest, mode: Mode | None, deadline: float | None
 ) -> Generation:
     """Encode the prompts, and let every choice enter the queue, or none. `mode` and `deadline` are the server's.
 
@@ -139,7 +139,7 @@ def _check_count(request: ChatRequest | CompletionRequest, prompts: int, session
     count, most = prompts * request.n, session.options.slots + session.options.queue
     if count > most:
         what = f"n is {request.n}" + (f" for {prompts} prompts" if prompts > 1 else "")
-        raise ApiError(400, f"{what}; this server takes {most} choices at once, ask for fewer", None, "n")
+        raise invalid("n", f"{what}; this server takes {most} choices at once, ask for fewer")
 
 
 def _limited(

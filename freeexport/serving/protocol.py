@@ -8,12 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from freeexport.serving.errors import ApiError
+from freeexport.serving.errors import ApiError, invalid
 from runtime import GenerationOptions
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
-MOST_CHOICES = 128
-MOST_MESSAGES = 10_000
+MOST_CHOICES, MOST_MESSAGES = 128, 10_000
 MOST_STOPS, LONGEST_STOP = 16, 1024
 MOST_BIASES = 1024
 MOST_COMPLETION_LOGPROBS = 5
@@ -44,12 +43,14 @@ BECAUSE = {
     "best_of": "use n",
 }
 
-Requested = TypeVar("Requested", bound="Request")
 Count = Annotated[int, msgspec.Meta(ge=1)]
+Stop = Annotated[str, msgspec.Meta(max_length=LONGEST_STOP)]
+TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Free(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """What FREE adds. `deadline`: seconds for the whole request. `exits`: chunks say which of their tokens exited."""
+    """Fields that FREE adds. `deadline`: seconds for the whole request. `exits`: chunks say which of their tokens
+    exited."""
 
     mode: Mode | None = None
     threshold: float | None = None
@@ -62,7 +63,7 @@ class StreamOptions(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
 
 class Request(msgspec.Struct, kw_only=True):
-    """What chats and completions share."""
+    """The fields that chats and completions share."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -71,19 +72,20 @@ class Request(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=MOST_STOPS)] | None = None
     seed: int | None = None
     n: Annotated[int, msgspec.Meta(ge=1, le=MOST_CHOICES)] = 1
-    logit_bias: dict[str, float] = {}
+    logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=MOST_BIASES)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     cache_salt: str | None = None
     free: Free = msgspec.field(default_factory=Free)
 
+    # Where chats and completions differ: the most tokens, whether they have log-probabilities, how many alternatives
+    # each has, and the text that the answer is expected to be but for changes.
     @property
     def limit(self) -> int | None:
-        """Most tokens to generate, where the request says so."""
         return self.max_tokens
 
     @property
@@ -92,12 +94,10 @@ class Request(msgspec.Struct, kw_only=True):
 
     @property
     def alternatives(self) -> int:
-        """How many of the likeliest tokens each comes with."""
         return 0
 
     @property
     def expected(self) -> str:
-        """The text that the answer is expected to be, but for changes."""
         return ""
 
     @property
@@ -106,25 +106,11 @@ class Request(msgspec.Struct, kw_only=True):
 
     def check(self) -> None:
         if self.stream_options is not None and not self.stream:
-            raise ApiError(400, "stream_options is given without stream; add stream: true", None, "stream_options")
-        stops = self.stops
-        if len(stops) > MOST_STOPS or any(len(stop) > LONGEST_STOP for stop in stops):
-            wrong = f"has {len(stops)} strings" if len(stops) > MOST_STOPS else "has a string that is too long"
-            raise ApiError(
-                400, f"stop {wrong}; give at most {MOST_STOPS} of at most {LONGEST_STOP} characters", None, "stop"
-            )
-        if len(self.logit_bias) > MOST_BIASES:
-            raise ApiError(
-                400, f"logit_bias has {len(self.logit_bias)} tokens; give at most {MOST_BIASES}", None, "logit_bias"
-            )
+            raise invalid("stream_options", "stream_options is given without stream; add stream: true")
 
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    def options(self, mode: Mode, deadline: float | None) -> GenerationOptions:
-        """Of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own. Raises
-        OptionError."""
+    def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
+        """Those of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own.
+        Raises OptionError."""
         sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
         temperature = self.temperature
         if temperature is None and (self.top_k or self.min_p or self.top_p not in (None, 1)):
@@ -138,8 +124,8 @@ class Request(msgspec.Struct, kw_only=True):
             deadline=min(deadlines, default=None),
             temperature=temperature,
             repetition_penalty=self.repetition_penalty,
-            stop=self.stops,
-            sequence_bias=_biases(self.logit_bias),
+            stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
+            sequence_bias=self.logit_bias or None,
             predicted_output=self.expected or None,
             output_logprobs=self.wants_logprobs,
             top_logprobs=self.alternatives,
@@ -219,17 +205,11 @@ class ChatRequest(Request, kw_only=True):
     def check(self) -> None:
         super().check()
         if self.top_logprobs and not self.logprobs:
-            raise ApiError(
-                400, f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true", None, "top_logprobs"
-            )
+            wrong = f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true"
+            raise invalid("top_logprobs", wrong)
         if self.prediction is not None and self.free.mode not in (None, "lossless"):
-            raise ApiError(
-                400,
-                f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing; choose 'lossless', or "
-                "leave the mode out",
-                None,
-                "prediction",
-            )
+            wrong = f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing"
+            raise invalid("prediction", f"{wrong}; choose 'lossless', or leave the mode out")
 
     @property
     def expected(self) -> str:
@@ -256,7 +236,7 @@ class CompletionRequest(Request, kw_only=True):
         super().check()
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
-            raise ApiError(400, f"prompt {wrong}; give a text, token ids, or a list of them", None, "prompt")
+            raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")
 
     @property
     def prompts(self) -> list[Any]:
@@ -273,7 +253,7 @@ class TokenizeRequest(msgspec.Struct):
 
 
 class DetokenizeRequest(msgspec.Struct):
-    tokens: list[Annotated[int, msgspec.Meta(ge=0)]]
+    tokens: list[TokenId]
     model: str | None = None
 
 
@@ -291,7 +271,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         raise _not_json(error) from None
     values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
     known = {field.name for field in msgspec.structs.fields(kind)}
-    for name in values.keys() - known:
+    for name in [name for name in values if name not in known]:
         if not _neutral(name, values.pop(name)):
             raise _unsupported(name[:80], BECAUSE.get(name, "remove it"), name[:80])
     try:
@@ -299,8 +279,8 @@ def parse(body: bytes, kind: type[Body]) -> Body:
             b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items()), type=kind
         )
     except msgspec.ValidationError as error:
-        message, _, path = str(error).partition(" - at `$")
-        param = re.sub(r"^\.", "", path.rstrip("`")) or None
+        message, _, path = str(error).partition(" - at ")
+        param = re.sub(r"^(`key` in )?`\$\.?|`$", "", path) or None
         raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise _not_json(error) from None
@@ -324,10 +304,3 @@ def _neutral(name: str, value: bytes) -> bool:
         return msgspec.json.decode(value) in NEUTRAL[name]
     except (msgspec.DecodeError, UnicodeDecodeError):
         return False
-
-
-def _biases(given: dict[str, float]) -> dict[int, float] | None:
-    for token in given:
-        if not re.fullmatch("[0-9]{1,18}", token):
-            raise ApiError(400, f"logit_bias has {token[:40]!r}; its keys are token ids", None, "logit_bias")
-    return {int(token): bias for token, bias in given.items()} or None

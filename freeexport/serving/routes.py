@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import protocol
-from freeexport.serving.errors import ApiError, api_error
+from freeexport.serving.errors import ApiError, api_error, invalid
 from freeexport.serving.events import EventStream
 from freeexport.serving.generation import ClientGone, begin, while_there
 from freeexport.serving.metrics import registry
@@ -148,7 +148,7 @@ class Endpoints:
             tokenizer = _tokenizer(session)
             ids = await asyncio.to_thread(tokenizer.encode, asked.prompt, special=asked.add_special_tokens)
         else:
-            raise ApiError(400, "give either prompt or messages", None, "prompt")
+            raise invalid("prompt", "give either prompt or messages")
         return json({"count": len(ids), "max_model_len": most, "tokens": ids})
 
     async def detokenize(self, request: Request) -> Response:
@@ -156,10 +156,10 @@ class Endpoints:
         _, session = self._service.session(asked.model)
         most, vocabulary = max(session.manifest.encoder_capacity or 0, session.capacity), session.manifest.vocab_size
         if len(asked.tokens) > most:
-            raise ApiError(400, f"tokens has {len(asked.tokens)} ids; give at most {most} at once", None, "tokens")
+            raise invalid("tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once")
         wrong = next((token for token in asked.tokens if token >= vocabulary), None)
         if wrong is not None:
-            raise ApiError(400, f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}", None, "tokens")
+            raise invalid("tokens", f"tokens has {wrong}; ids of this model are 0 to {vocabulary - 1}")
         return json({"prompt": _tokenizer(session).decode(asked.tokens)})
 
     async def live(self, request: Request) -> Response:

@@ -110,7 +110,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 async def serve(
-    service: Service, listening: socket.socket, stop: asyncio.Event, ready: Callable[[], None] = lambda: None
+    service: Service, listening: socket.socket, stop: asyncio.Event, ready: Callable[[Service], None] = lambda _: None
 ) -> None:
     """Load the bundles, answer until `stop`, and drain. `ready` is called when all are loaded. Raises what a bundle
     that cannot be opened raises."""
@@ -131,7 +131,7 @@ async def serve(
     listener = asyncio.ensure_future(server.serve(sockets=[listening]))
     try:
         await asyncio.to_thread(service.open)
-        ready()
+        ready(service)
         stopped = asyncio.ensure_future(stop.wait())
         await asyncio.wait((stopped, listener), return_when=asyncio.FIRST_COMPLETED)
         stopped.cancel()
@@ -149,8 +149,12 @@ def run(options: ServerOptions, host: str, port: int) -> None:
     where = f"http://{f'[{address}]' if ':' in address else address}:{number}"
     log, said = LogWriter(sys.__stdout__), LogWriter(sys.__stderr__)
 
-    def ready() -> None:
-        said.write(f"serving {', '.join(options.names)} on {where}/v1")
+    def ready(service: Service) -> None:
+        modes = [
+            f"{name}: {session.default_mode if options.mode is None else f'mode {options.mode}'}"
+            for name, session in service.sessions.items()
+        ]
+        said.write(f"serving {', '.join(options.names)} on {where}/v1; {'; '.join(modes)}")
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()

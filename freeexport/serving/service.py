@@ -21,14 +21,15 @@ State = Literal["loading", "ready", "draining"]
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """`bundles` are served as `names`, by default those of their directories. `mode` is that of requests that name
-    none, `deadline` the most seconds of any. `max_body` bytes. `shutdown_timeout`: seconds that running requests have
-    to end. `origins` may ask from a browser's page; "*" is any. Raises OptionError."""
+    """`bundles` are served as `names`, by default those of their directories. `mode` is for requests that name none;
+    None: the session's default. `deadline`: the most seconds of any request. `max_body`: bytes. `shutdown_timeout`:
+    seconds that running requests have to end. `origins` may ask from a browser's page; "*" is any. Raises
+    OptionError."""
 
     bundles: Sequence[Path]
     names: Sequence[str] = ()
     session: SessionOptions = field(default_factory=SessionOptions)
-    mode: Mode = "free"
+    mode: Mode | None = None
     deadline: float | None = None
     api_key: str | None = None
     max_body: int = 4 << 20

@@ -22,6 +22,7 @@ def test_sigterm_under_load_answers_everybody_and_torch_is_never_imported(chat: 
     options = ("--name", "chat", "--name", "t5", "--port", "0", "--threads", "1", "--shutdown-timeout", "20")
     with command(str(chat), str(t5), *options) as (process, url, said):
         assert "serving chat, t5 on" in said[-1]
+        assert "/v1; chat: mode lossless, as no threshold is calibrated: the tokens of mode full" in said[-1]
         asked = {"model": "chat", "messages": MESSAGES, "max_tokens": 400, **ENDLESS}
         answers: list[Any] = []
 
@@ -88,14 +89,12 @@ def test_bundles_that_cannot_be_served_are_named(tmp_path: Path, chat: Path) -> 
     assert "threshold is 3.0" in refused(str(chat), "--threshold", "3")
 
 
-@pytest.mark.parametrize("warned", [True, False])
-def test_a_key_on_the_command_line_is_warned_of(warned: bool, tmp_path: Path) -> None:
-    given = ["--api-key", "secret"] if warned else []
-    result = CliRunner().invoke(
-        main, ["serve", str(tmp_path / "x"), "--port", "0", *given], env={"FREEEXPORT_API_KEY": "secret"}
-    )
-    assert ("other users of this machine can read --api-key; set FREEEXPORT_API_KEY" in result.stderr) == warned
-    assert "secret" not in result.output
+def test_the_variable_is_the_key_of_clients_and_never_shown(chat: Path) -> None:
+    with command(str(chat), "--port", "0", "--threads", "1", FREEEXPORT_API_KEY="secret") as (process, url, said):
+        assert httpx.get(url + "/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        assert "secret" not in "".join([*said, *process.communicate(timeout=20)])
 
 
 def test_the_demo_is_converted_once_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,8 @@ def idle(session: Session) -> bool:
 
 
 def test_a_stream_is_these_bytes(http: httpx.Client) -> None:
-    asked = {"prompt": [5, 6], "max_tokens": 2, "stream": True, "stream_options": {"include_usage": True}}
+    asked = {"prompt": [5, 6], "max_tokens": 2, "stream": True, "free": {"mode": "full"}}
+    asked["stream_options"] = {"include_usage": True}
     answer = http.post(TEXT, json=asked)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     shown = re.sub(r'"(id|created)":("cmpl-[0-9a-f]{24}"|\d+)', r'"\1":0', answer.text)
