@@ -12,7 +12,7 @@ from graphs.dialects.packing import Packing
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
 from runtime.bundle.manifest import ConfidenceMeasure
-from runtime.text.logits_processors import UNKNOWN
+from runtime.text.sampler import UNKNOWN
 
 
 def head_outputs(

@@ -14,8 +14,7 @@ import numpy as np
 from runtime.decoding.prediction import Prediction
 from runtime.result import FinishReason, GenerationResult, Stats, Token, TopLogprobs
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.logits_processors import log_softmax
-from runtime.text.sampler import Sampler, likeliest
+from runtime.text.sampler import Sampler, likeliest, log_softmax
 
 
 class Host(Protocol):

@@ -32,7 +32,7 @@ from runtime.requests.thresholds import Threshold
 from runtime.result import GenerationResult, Stats, Token
 from runtime.scheduling.task import Task
 from runtime.text.detokenizer import Detokenizer
-from runtime.text.logits_processors import log_softmax
+from runtime.text.sampler import log_softmax
 from runtime.text.tokenizer import Tokenizer
 
 # Most samples of one request: they are decoded one after the other in one slot.

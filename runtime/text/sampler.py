@@ -11,26 +11,22 @@ least (1 - d) / (1 + d), where d is the total variation between the decoders; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from runtime.errors import OptionError
-from runtime.text.logits_processors import (
-    UNKNOWN,
-    bias_sequences,
-    forbid,
-    keep_min_p,
-    keep_top_k,
-    keep_top_p,
-    penalise_repetition,
-    softmax,
-)
 
 # As transformers' LogitsProcessor, on numpy: (input_ids int64 [1, n], scores float32 [1, V]) -> scores [1, V]. A draft
 # is chosen, and chosen again: the same arguments must give the same scores.
 LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+# The logit of a token that a head does not know: its probability is 0.
+UNKNOWN = np.finfo(np.float32).min
+
+Scores = np.ndarray  # float32 [V]; minus infinity: the token cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -78,10 +74,20 @@ class Sampler:
             return int(scores.argmax())
         return race(softmax(self.warping(scores)), self.seed, len(context))
 
+    @cached_property
+    def _biases(self) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, ...], float]]:
+        """Of single tokens, of which there may be a thousand: ids and biases; and of longer sequences."""
+        given = self.sequence_bias or {}
+        single = {sequence[0]: bias for sequence, bias in given.items() if len(sequence) == 1}
+        longer = {sequence: bias for sequence, bias in given.items() if len(sequence) > 1}
+        return np.array(list(single), np.int64), np.array(list(single.values()), np.float32), longer
+
     def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
         scores = logits
         if self.sequence_bias:
-            scores = bias_sequences(scores, context, self.sequence_bias)
+            tokens, biases, sequences = self._biases
+            scores = bias_sequences(scores, context, sequences)
+            scores[tokens] += biases
         if self.repetition_penalty != 1.0:
             scores = penalise_repetition(scores, context, self.repetition_penalty)
         if self.eos and len(context) - self.prompt_length < self.min_new_tokens:
@@ -121,3 +127,72 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
     if np.isnan(row).any() or not np.isfinite(row.max()):
         raise OptionError(f"logits_processor {name} left no token to choose (NaN, or all minus infinity); fix it")
     return row
+
+
+# Processors and warpers: pure functions of logits, as transformers' of the same names (version 5).
+
+
+def bias_sequences(scores: Scores, context: np.ndarray, biases: Mapping[tuple[int, ...], float]) -> Scores:
+    """Add a bias to the last token of each sequence whose other tokens the context ends with."""
+    changed = scores.copy()
+    for (*before, last), bias in biases.items():
+        if not before or context[-len(before) :].tolist() == before:
+            changed[last] += np.float32(bias)
+    return changed
+
+
+def penalise_repetition(scores: Scores, context: np.ndarray, penalty: float) -> Scores:
+    """Make every token of the context less likely: positive scores are divided by `penalty`, others multiplied."""
+    changed, seen = scores.copy(), np.unique(context)
+    old = scores[seen]
+    changed[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
+    return changed
+
+
+def forbid(scores: Scores, tokens: Collection[int]) -> Scores:
+    changed = scores.copy()
+    changed[list(tokens)] = -np.inf
+    return changed
+
+
+def keep_top_k(scores: Scores, count: int) -> Scores:
+    """Keep the `count` best, and what ties with the last of them."""
+    count = min(count, len(scores))
+    least = np.partition(scores, -count)[-count]
+    return _only(scores, scores >= least)
+
+
+def keep_top_p(scores: Scores, mass: float) -> Scores:
+    """Keep the fewest best whose probabilities reach `mass`."""
+    order = np.argsort(scores, kind="stable")
+    below = np.cumsum(softmax(scores[order]))
+    kept = np.empty(len(scores), bool)
+    kept[order] = below > 1 - mass
+    kept[order[-1]] = True
+    return _only(scores, kept)
+
+
+def keep_min_p(scores: Scores, share: float) -> Scores:
+    """Keep what has at least `share` of the best one's probability."""
+    probabilities = softmax(scores)
+    best = probabilities.max()
+    return _only(scores, (probabilities >= share * best) | (probabilities == best))
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    """float64, of the last axis."""
+    shifted = np.exp(scores.astype(np.float64) - scores.max(axis=-1, keepdims=True))
+    total: np.ndarray = shifted / shifted.sum(axis=-1, keepdims=True)
+    return total
+
+
+def log_softmax(scores: np.ndarray) -> np.ndarray:
+    """float64, of the last axis."""
+    shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return result
+
+
+def _only(scores: Scores, kept: np.ndarray) -> Scores:
+    result: Scores = np.where(kept, scores, np.float32(-np.inf))
+    return result

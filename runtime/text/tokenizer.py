@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,6 @@ import tokenizers
 from runtime.errors import BundleError, PromptError
 from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 from runtime.text.control_tokens import ControlTokens, Escaped
-from runtime.text.tokenizer_growth import growth_problem
 
 if TYPE_CHECKING:
     from runtime.text.chat_template import ChatTemplate
@@ -23,6 +23,8 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
+# A chain of replacements multiplies: eight that write a hundred characters for one end the process for want of memory.
+MOST_STEPS, MOST_GROWTH = 64, 1000
 # Texts of more characters are encoded without the interpreter's lock: other threads go on.
 LONG_TEXT = 10_000
 
@@ -67,7 +69,7 @@ class Tokenizer:
             if not _by_the_library(error):
                 raise
             raise _broken(path, error) from None
-        problem = growth_problem(backend)
+        problem = _growth_problem(backend)
         if problem is not None:
             raise _broken(path, ValueError(problem))
         template = _read(bundle_dir / CHAT_TEMPLATE, listed, LARGEST_CONFIG)
@@ -147,8 +149,8 @@ class Tokenizer:
 
     @cached_property
     def decoder_steps(self) -> tuple[dict[str, Any], ...]:
-        """The steps that make text of tokens, in order, each as tokenizer.json describes it; a sequence is flat."""
-        return tuple(_flat(json.loads(self._backend.decoder.__getstate__()))) if self._backend.decoder else ()
+        """The steps that make text of tokens, each as tokenizer.json has it."""
+        return tuple(_steps(self._backend.decoder))
 
     @cached_property
     def _controls(self) -> ControlTokens:
@@ -182,10 +184,39 @@ def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
     return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 
-def _flat(decoder: dict[str, Any]) -> list[dict[str, Any]]:
-    if decoder["type"] != "Sequence":
-        return [decoder]
-    return [step for inner in decoder["decoders"] for step in _flat(inner)]
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer, decoder or post-processor as in tokenizer.json; a sequence is flat."""
+    return _flat(json.loads(part.__getstate__())) if part is not None else []
+
+
+def _flat(state: dict[str, Any]) -> list[dict[str, Any]]:
+    inner = next((state[name] for name in ("normalizers", "decoders", "processors") if name in state), None)
+    return [state] if inner is None else [step for each in inner for step in _flat(each)]
+
+
+def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
+    """How a tokenizer would make a text much longer, as far as its steps show; None where they are modest."""
+    for kind, part in (("normalizers", backend.normalizer), ("decoders", backend.decoder)):
+        steps = _steps(part)
+        if len(steps) > MOST_STEPS:
+            return f"it has {len(steps)} {kind}, at most {MOST_STEPS} are run"
+        growth = math.prod(map(_growth, steps))
+        if growth > MOST_GROWTH:
+            return f"its {kind} can make a text {growth:.0f} times as long, at most {MOST_GROWTH} times is allowed"
+    copies = math.prod(
+        max(1, sum("Sequence" in piece for piece in step.get("single") or ()))
+        for step in _steps(backend.post_processor)
+    )
+    return f"its post-processor repeats a text {copies} times" if copies > 2 else None
+
+
+def _growth(step: dict[str, Any]) -> float:
+    """Characters of the result for each of the text, at most."""
+    if step.get("type") != "Replace":
+        return 1.0
+    content, pattern = len(step["content"]), step["pattern"].get("String")
+    # A regular expression may match nothing, and so between any two characters.
+    return max(1.0, content / len(pattern)) if pattern else content + 1.0
 
 
 def _by_the_library(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from runtime import CapacityError, OptionError, Session
 from runtime.decoding.beam_rows import BeamRows
 from runtime.decoding.beam_search import BeamSearch
 from runtime.engines.kv_cache import KVCache
-from runtime.text.logits_processors import log_softmax
+from runtime.text.sampler import log_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

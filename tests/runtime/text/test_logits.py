@@ -20,7 +20,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.text.logits_processors import (
+from runtime.text.sampler import (
+    Sampler,
+    Warping,
     bias_sequences,
     forbid,
     keep_min_p,
@@ -30,7 +32,6 @@ from runtime.text.logits_processors import (
     penalise_repetition,
     softmax,
 )
-from runtime.text.sampler import Sampler, Warping
 
 VOCABULARY = 200
 CONTEXT = np.array([5, 17, 5, 199, 42, 7, 13])
@@ -94,7 +95,9 @@ def test_biases_of_sequences_are_those_of_transformers() -> None:
     biases[(*CONTEXT.tolist(), 11)] = 6.0
     biases[(1, *CONTEXT.tolist(), 12)] = 7.0
     for scores in cases():
-        assert_same(bias_sequences(scores, CONTEXT, biases), theirs(SequenceBiasLogitsProcessor(biases), scores))
+        expected = theirs(SequenceBiasLogitsProcessor(biases), scores)
+        assert_same(bias_sequences(scores, CONTEXT, biases), expected)
+        assert_same(Sampler(3, sequence_bias=biases).process(scores, CONTEXT), expected)
 
 
 @pytest.mark.parametrize("least", [0, 3, 4, 5])

@@ -13,8 +13,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
-from runtime.text.logits_processors import UNKNOWN, softmax
-from runtime.text.sampler import Sampler, Warping, likeliest, race
+from runtime.text.sampler import UNKNOWN, Sampler, Warping, likeliest, race, softmax
 
 DRAWS = 20_000
 TARGET = np.array([0.35, 0.25, 0.15, 0.1, 0.08, 0.05, 0.02, 0.0])
