@@ -29,7 +29,6 @@ GROUPS: dict[str, dict[str, str]] = {
         "train": "Fine-tune a checkpoint for an early exit.",
         "evaluate-exits": "Compare the layers of a checkpoint as exits.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
-        "build": "Build the TensorRT engines of a bundle.",
         "verify": "Check a bundle against the checkpoint it came from.",
         "calibrate": "Fit the exit threshold on a calibration set.",
     },
@@ -49,7 +48,7 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 # Verbs that stand in another's module.
-SHARED = {"build": "convert", "verify": "convert", "evaluate-exits": "evaluate"}
+SHARED = {"verify": "convert", "evaluate-exits": "evaluate"}
 
 
 class Verbs(click.Group):

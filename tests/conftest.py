@@ -73,7 +73,7 @@ def bundle(checkpoint: Callable[[Case], Path], tmp_path_factory: pytest.TempPath
         key = (case.name, exit_layer, *sorted(options.items()))
         if key not in converted:
             out = tmp_path_factory.mktemp("bundle") / case.name
-            defaults = {"capacity": 128, "encoder_capacity": 128, "verify": False, "measure": False}
+            defaults = {"capacity": 128, "encoder_capacity": 128, "verify": "none", "measure": False}
             convert(str(checkpoint(case)), out, ConvertOptions(exit_layer, **{**defaults, **options}))
             converted[key] = out
         return converted[key]

@@ -125,7 +125,7 @@ def test_the_server_of_the_tutorial_answers_streams_and_refuses(
     if find_spec("fastapi") is None or find_spec("httpx") is None:
         pytest.skip("fastapi and httpx are not installed")
     monkeypatch.chdir(tmp_path)
-    run_verb(f"freeexport convert {ROOT / 'freeexport' / 'data' / 'g2p'} bundle --no-verify --no-measure")
+    run_verb(f"freeexport convert {ROOT / 'freeexport' / 'data' / 'g2p'} bundle --verify none")
     (tmp_path / "server.py").write_text(text, encoding="utf-8")
     run_program([sys.executable, "-c", SERVER_CHECK])
 

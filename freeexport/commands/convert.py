@@ -1,4 +1,4 @@
-"""`freeexport convert`, `build` and `verify`: a checkpoint becomes a bundle, with TensorRT engines, and is checked."""
+"""`freeexport convert` and `verify`: a checkpoint becomes a bundle, with TensorRT engines if asked, and is checked."""
 
 from __future__ import annotations
 
@@ -9,49 +9,57 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, retired, section
+from freeexport.commands.verb_options import CONFIDENCES, SectionedCommand, section
 from freeexport.conversion.bundle_verdict import bundle_verdict
-from freeexport.conversion.convert import convert
-from freeexport.conversion.options import ConvertOptions
-from freeexport.conversion.tensorrt_build import build_and_test
-from freeexport.verification.checks import line_of
+from freeexport.conversion.convert import build_and_test, convert
+from freeexport.conversion.options import ConvertOptions, Verify
+from freeexport.system.page import human_bytes
+from freeexport.verification.checks import line_of, prompts_of, quality_line
+from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from graphs.tensorrt.build import BuildOptions
-from graphs.tensorrt.self_test import SelfTest
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Manifest, Precision, Target
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, Dialect, Manifest, Precision, Target
 from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
 
+THREADS = "CPU threads.  [default: one per physical core]"
+
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path), required=False)
 @section("The exit")
-@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, exit.json]")
+@click.option("--exit-layer", type=int, help="Exit after this layer.  [default: as trained, else a third of them]")
+@click.option("--calibration", type=click.Path(path_type=Path), help="The calibration file of MODEL.")
+@section("Engines")
+@click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
+              help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (see --build).")  # fmt: skip
+@click.option("--precision", type=click.Choice(get_args(Precision)),
+              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
+              "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
+@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
+@section("Result")
+@click.option("--verify", type=click.Choice(get_args(Verify)), default=ConvertOptions.verify,
+              help="Compare the engines with the checkpoint. quick: short texts, at most a minute after the model is "
+              "loaded. full: longer ones. none: not at all.")  # fmt: skip
+@click.option("--threads", type=int, help=THREADS)
+@click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON.")
+@section("How exits decide", rare=True)
 @click.option("--confidence", type=click.Choice(get_args(ConfidenceMeasure)), default="softmax", help=CONFIDENCES)
 @click.option("--exit-vocab", type=click.IntRange(0), metavar="N",
               help="Tokens that the shallow head knows, chosen on --data; others never exit. 0: as many as are fastest."
               "  [default: all]")  # fmt: skip
 @click.option("--data", type=click.Path(path_type=Path), help="JSONL with 'input' (and 'target') for --exit-vocab.")
 @click.option("--max-pending", type=int, default=16, help="Maximum tokens in a sync pass.")
-@click.option(
-    "--calibration", type=click.Path(path_type=Path), help="The calibration file of freeexport calibrate for MODEL."
-)
-@section("Engines")
-@click.option("--target", type=click.Choice(get_args(Target)), default="cpu",
-              help="The device: cpu, cuda (ONNX Runtime on a GPU), or tensorrt (then freeexport build).")  # fmt: skip
-@click.option("--precision", type=click.Choice(get_args(Precision)),
-              help="Of the weights. CPU: fp32; int8; int4; mixed, a shallow decoder in 4 bits and a deep one in 8. "
-              "GPU: fp16; bf16; int8, fp8, int4, which compute in --compute.  [default: fp32; GPU: fp16]")  # fmt: skip
+@section("Graphs and quantized weights", rare=True)
+@click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
               help="ort: ONNX Runtime's fused operators. standard: ONNX opset 24 only.  "
               "[default: ort, for a GPU standard]")  # fmt: skip
-@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the model's limit, at most 2048]")
-@click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
-@section("Quantized weights")
 @click.option("--head", type=click.Choice(get_args(HeadPrecision)),
               help="Weights of the head, where the others are quantized.  [default: 8 bits]")  # fmt: skip
 @click.option("--kernels", type=click.Choice(get_args(Kernels)),
@@ -61,57 +69,101 @@ from runtime.tensorrt.files import DIRECTORY
               help="JSON lines with input and target: 4-bit weights fit such text, and lose less.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
-@retired("--exact-rows", "with --kernels freeexport, the default, results never depend on the batch", is_flag=True)
-@retired("--int8-range", "8-bit weights run on every processor")
-@retired("--int8-layout", "8-bit weights are in blocks")
-@section("Result")
-@click.option("--no-verify", is_flag=True, help="Do not compare the engines with the checkpoint.")
-@click.option("--no-measure", is_flag=True, help="Do not time the engines for the break-even exit rate.")
-@click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
-@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def command(model: str, out: Path, no_verify: bool, no_measure: bool, as_json: bool, **options: Any) -> None:
+@section("TensorRT", rare=True)
+@click.option("--build", is_flag=True, help="Also build the engines of --target tensorrt, for this machine's GPU. "
+              "Without OUT, MODEL is a bundle.")  # fmt: skip
+@click.option("--max-batch", type=int, default=8, help="Maximum batch size of the engines.")
+def command(model: str, out: Path | None, build: bool, max_batch: int, as_json: bool, **options: Any) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
 
     \b
     Example:
-      freeexport convert path/to/checkpoint bundle --exit-layer 10
+      freeexport convert path/to/checkpoint bundle --precision int8
+      freeexport convert path/to/checkpoint bundle --target tensorrt --build
+      freeexport convert bundle --build --max-batch 4
     """
-    manifest = convert(model, out, ConvertOptions(verify=not no_verify, measure=not no_measure, **options))
-    if as_json:
+    if build and out is None:
+        _build(Path(model), max_batch, as_json)
+        return
+    if out is None:
+        raise click.UsageError("OUT is missing: the folder that the bundle is written to")
+    if (Path(model) / MANIFEST).is_file():
+        raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
+    if build and options["target"] != "tensorrt":
+        raise click.UsageError("--build is for --target tensorrt")
+    manifest = convert(model, out, ConvertOptions(**options))
+    if as_json and not build:
         click.echo(manifest.to_json(), nl=False)
         return
+    if not as_json:
+        _print_manifest(manifest, model, out, options)
+    if build:
+        _build(out, max_batch, as_json)
+
+
+def _print_manifest(manifest: Manifest, model: str, out: Path, options: dict[str, Any]) -> None:
     click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
     if manifest.target == "cpu" and manifest.dialect == "standard" and options["dialect"] is None:
         click.echo(
             f"dialect: standard, as ONNX Runtime's fused attention has no kernel for heads of size {manifest.head_dim}"
         )
-    faster = (
-        "; --precision int8 is faster on a CPU" if manifest.target == "cpu" and manifest.precision == "fp32" else ""
-    )
-    click.echo(f"weights: {manifest.weight_bytes / 1e6:.1f} MB, {manifest.precision}{faster}")
-    if manifest.quantization is not None and manifest.quantization.higher:
-        click.echo(f"kept at a higher precision: {len(manifest.quantization.higher)} tensors (see inspect)")
-    if manifest.quantization is not None and (kept := sum(item.kept for item in manifest.quantization.engines)):
-        click.echo(f"4-bit weights: {kept} tensors as the checkpoint has them")
-    if manifest.quantization is not None and (data := manifest.quantization.rounding_data) is not None:
-        click.echo(f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts")
-    if manifest.quantization is not None and manifest.target == "cpu":
-        click.echo(f"kernels: {kernels_of(manifest.kernels)}")
+    source = _source_bytes(Path(model))
+    size = sum(file.size for file in manifest.files.values())
+    click.echo(f"size: {human_bytes(size)}{f', from {human_bytes(source)}' if source else ''}")
+    click.echo(f"weights: {human_bytes(manifest.weight_bytes)}, {manifest.precision}{_advice(manifest)}")
+    if manifest.quantization is not None:
+        _print_quantization(manifest, model)
     if manifest.exit_vocabulary is not None:
         size, covered = manifest.exit_vocabulary.size, manifest.exit_vocabulary.covered
         known = f"{covered:.2%} of the shallow decoder's predictions"
         click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {known}")
-    click.echo(f"KV cache: {manifest.kv_bytes_per_sequence / 1e6:.1f} MB per sequence of {manifest.capacity} positions")
+    click.echo(f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions")
     click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
     click.echo(_threshold(manifest, options["calibration"]))
     click.echo(str(bundle_verdict(Bundle.open(out))))
 
 
+def _advice(manifest: Manifest) -> str:
+    if manifest.target != "cpu" or manifest.precision not in ("fp32", "fp16"):
+        return ""
+    if manifest.precision == "fp16":
+        return "; note: a CPU computes in fp32, so fp16 saves space and no time; --precision int8 is faster and smaller"
+    return "; --precision int8 is faster on a CPU"
+
+
+def _print_quantization(manifest: Manifest, model: str) -> None:
+    quantization = manifest.quantization
+    assert quantization is not None
+    if quantization.higher:
+        names = ", ".join(dict.fromkeys(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3]))
+        more = f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
+        click.echo(f"kept at a higher precision: {names}{more} (see inspect)")
+    kept = {item.engine: item.kept for item in quantization.engines if item.kept}
+    if kept:
+        each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
+        click.echo(f"4-bit weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each})")
+    elif model.endswith(".gguf") and manifest.precision in ("int4", "mixed"):
+        click.echo("4-bit weights: quantized again; only blocks of 32 such as Q4_0 and Q4_1 keep their bits")
+    if quantization.rounding_data is not None:
+        data = quantization.rounding_data
+        click.echo(f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts")
+    if manifest.target == "cpu":
+        click.echo(f"kernels: {kernels_of(manifest.kernels)}")
+
+
+def _source_bytes(model: Path) -> int:
+    """Bytes of the weights of a checkpoint on disk; 0 for a hub name."""
+    if model.is_file():
+        return model.stat().st_size
+    files = [path for pattern in ("*.safetensors", "*.bin") for path in model.glob(pattern)] if model.is_dir() else []
+    return sum(path.stat().st_size for path in files)
+
+
 def _threshold(manifest: Manifest, calibration: Path | None) -> str:
     if calibration is None:
-        return "threshold: 1.0, not calibrated: nothing exits until you calibrate or pass a threshold"
+        return "threshold: not calibrated, so decoding is lossless until you calibrate or pass a threshold"
     rounded = (
         ""
         if manifest.quantization is None
@@ -121,50 +173,36 @@ def _threshold(manifest: Manifest, calibration: Path | None) -> str:
     return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"
 
 
-@click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--max-batch", type=int, default=8, help="Maximum batch size.")
-@click.option("--timing-cache", type=click.Path(path_type=Path, dir_okay=False),
-              help="Kernel timings to share between bundles.  [default: in the bundle]")  # fmt: skip
-@click.option(
-    "--version-compatible", is_flag=True, help="Engines that later TensorRTs of this major version can run, too."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print what was built as JSON.")
-def build_command(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Build the TensorRT engines of BUNDLE, which `convert --target tensorrt` made.
-
-    Engines are built for this machine's GPU and TensorRT version. Engines that are up to date are kept; an interrupted
-    build keeps the finished ones.
-
-    \b
-    Example:
-      freeexport convert path/to/checkpoint bundle --target tensorrt
-      freeexport build bundle --max-batch 4
-    """
-    built, tested = build_and_test(bundle, BuildOptions(**options))
+def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
+    """Build the TensorRT engines of a bundle. Those that are up to date are kept; an interrupted build keeps the
+    finished ones."""
+    built, tested = build_and_test(bundle, BuildOptions(max_batch))
     if as_json:
         engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]
         click.echo(json.dumps({"engines": engines, "self_test": asdict(tested)}, indent=2))
         return
     for engine in built:
         how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
-        click.echo(f"{DIRECTORY}/{engine.plan.file}: {engine.bytes / 1e6:.1f} MB, {how}")
-    click.echo(f"self-test: {_self_test(tested)}")
-
-
-def _self_test(tested: SelfTest) -> str:
-    if not tested.ran:
-        return f"not run, {tested.why}"
-    found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
-    return f"passed; largest differences from the graphs, as multiples of the rounding error of their type: {found}"
+        click.echo(f"{DIRECTORY}/{engine.plan.file}: {human_bytes(engine.bytes)}, {how}")
+    if tested.ran:
+        found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
+        click.echo(
+            f"self-test: passed; largest differences from the graphs, as multiples of their type's error: {found}"
+        )
+    else:
+        click.echo(f"self-test: not run, {tested.why}")
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
+@click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
+@click.option("--threads", type=int, help=THREADS)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify_command(bundle: Path, against: str | None, data: Path | None, as_json: bool) -> None:
+def verify_command(
+    bundle: Path, against: str | None, data: Path | None, quick: bool, threads: int | None, as_json: bool
+) -> None:
     """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
 
     With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
@@ -176,7 +214,7 @@ def verify_command(bundle: Path, against: str | None, data: Path | None, as_json
     if data is not None and against is None:
         raise click.UsageError("--data is measured against the checkpoint; give --against MODEL")
     opened = Bundle.open(bundle, verify="full")
-    report = verify(opened, against, data)
+    report = verify(opened, against, data, QUICK if quick else FULL, threads)
     if against is not None:
         write_report(opened, report)
     if as_json:
@@ -187,21 +225,13 @@ def verify_command(bundle: Path, against: str | None, data: Path | None, as_json
         _print_report(report)
 
 
-def _print_report(report: dict) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     for check in report["checks"]:
-        click.echo(f"ok  {line_of(check)}")
-    if "greedy" in report:
-        prompts = report["greedy"]["prompts"]
-        same = sum(prompt["first_difference"] is None for prompt in prompts)
-        rest = "" if same == len(prompts) or report["greedy"]["tie"] is None else ", the others first differ at a tie"
-        click.echo(f"ok  greedy decoding: ids of {same} of {len(prompts)} prompts equal{rest}")
+        click.echo(f"ok       {line_of(check)}")
     if "quality" in report:
-        click.echo(f"ok  {_quality_line(report['quality'])}")
-
-
-def _quality_line(quality: dict) -> str:
-    """The quality measured on text, as people read it."""
-    return (
-        f"quality on {quality['tokens']} tokens: same best token {quality['agreement']:.1%}, "
-        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
-    )
+        click.echo(f"ok       {quality_line(report['quality'])}")
+    if "greedy" in report:
+        equal, line = prompts_of(report["greedy"])
+        click.echo(f"{'ok     ' if equal else 'warning'}  {line}")
+    if report["left_out"]:
+        click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")

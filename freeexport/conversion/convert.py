@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import click
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.conversion.manifest import Written, decoder_start, head_copies, new_manifest
 from freeexport.conversion.options import ConvertOptions, check_rounding_data, engine_options
 from freeexport.conversion.recalibrate import check_room, with_calibration
-from freeexport.conversion.unverified import kept_where_refused, unverified_place
 from freeexport.measure.costs import measured_in_child
-from freeexport.system.output_directory import check_output, output_directory
+from freeexport.system.output_directory import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
-from freeexport.verification.verification import verify_in_child
+from freeexport.verification.verification import VerificationError, verify_in_child
 from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder, engine_names
 from graphs.exit_head import with_exit
 from graphs.families import describe
+from graphs.tensorrt.build import BuildOptions, Built, build
+from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
+from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files
 from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
 from runtime.bundle.costs import recordable
 from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest, Precision
 from runtime.bundle.precision import ExitVocabulary
+from runtime.errors import BundleError
 from runtime.kernels import instructions
 from runtime.machine.page_cache import write_back
+from runtime.tensorrt.files import DIRECTORY
 
 if TYPE_CHECKING:
     from freeexport.conversion.rounding_data import RoundedWeights
@@ -38,21 +47,25 @@ WEIGHTS = "weights.data"
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     """Write the bundle of `model` to `out`, complete or not at all, and return its manifest.
 
-    Raises CheckpointError, UnsupportedModelError, OptionError, GraphError, CalibrationError where the calibration is of
-    another model, and FreeExportError where `out` is in the way or verification fails.
+    What can be refused is refused before weights are read. Raises CheckpointError, UnsupportedModelError, OptionError,
+    GraphError, CalibrationError where the calibration is of another model, and FreeExportError where `out` is in the
+    way or verification fails.
     """
     check_output(out, MANIFEST, options.overwrite)
-    unverified = unverified_place(out) if options.verify else out
+    verified = options.verify != "none"
+    unverified = unverified_place(out) if verified else out
+    calibration = None if options.calibration is None else read_calibration(options.calibration)
+    if options.kernels == "freeexport" and (verified or options.measure):
+        instructions()  # what cannot be run here, cannot be verified
     checkpoint = open_checkpoint(model)
     description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
-    exit_layer = checkpoint.exit_layer(len(description.decoder.layers), options.exit_layer)
+    exit_layer = _exit_layer(checkpoint, len(description.decoder.layers), options.exit_layer)
     engines = engine_options(description, options, exit_layer)
     engines.check(description)
     check_rounding_data(engines, options.rounding_data)
     decoder_start(checkpoint, description)
-    if options.kernels == "freeexport" and (options.verify or options.measure):
-        instructions()  # what cannot be run here, cannot be verified: better known before the long work
-    calibration = _calibration(checkpoint, description, engines, options.calibration)
+    if calibration is not None:
+        _check_calibration(calibration, checkpoint, description, engines)
     engines, vocabulary = _with_exit_vocabulary(model, out, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
         write_tokenizer(checkpoint, directory)
@@ -64,9 +77,10 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
         _write_manifest(manifest, directory)
         if manifest.kernels is not None:
             write_back(directory / WEIGHTS)
-        if options.verify:
+        if verified:
             with kept_where_refused(directory, unverified):
-                manifest = replace(manifest, verified=verify_in_child(directory, model, checkpoint, manifest))
+                passed = verify_in_child(directory, model, checkpoint, manifest, options.verify, options.threads)
+            manifest = replace(manifest, verified=passed)
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
             manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
@@ -74,20 +88,53 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     return manifest
 
 
-def _calibration(
-    checkpoint: Checkpoint, description: Description, engines: EngineOptions, path: Path | None
-) -> Calibration | None:
-    """The file, if any, checked before the long work."""
-    if path is None:
-        return None
-    calibration = read_calibration(path)
+def _exit_layer(checkpoint: Checkpoint, layers: int, given: int | None) -> int:
+    """As trained or given, else a third of the layers."""
+    if given is None and checkpoint.exit is None and layers > 1:
+        given = max(1, round(layers / 3))
+        click.echo(
+            f"note: exit after layer {given} of {layers}, a third of them, as {checkpoint.name} has no exit.json; "
+            "--exit-layer chooses another, freeexport train trains one",
+            err=True,
+        )
+    return checkpoint.exit_layer(layers, given)
+
+
+def unverified_place(out: Path) -> Path:
+    """Where a refused bundle for `out` goes. Raises OutputError where something stands there that is none."""
+    absolute = Path(os.path.abspath(out))
+    place = absolute.with_name(f"{absolute.name}.unverified")
+    check_output(place, MANIFEST, overwrite=True)
+    manifest = place / MANIFEST
+    with suppress(BundleError, ValueError):
+        if manifest.is_file() and Manifest.from_json(manifest.read_text(encoding="utf-8"), manifest).verified:
+            raise OutputError(f"{place} holds a verified bundle, where a refused one would go; move it away")
+    return place
+
+
+@contextmanager
+def kept_where_refused(directory: Path, place: Path) -> Iterator[None]:
+    """Where the block raises VerificationError, move what is in `directory` to `place`, instead of an earlier one, and
+    raise the error with the path. Without a report nothing was judged, and nothing is kept."""
+    try:
+        yield
+    except VerificationError as error:
+        if not (directory / VERIFICATION).is_file():
+            raise
+        with output_directory(place, MANIFEST, overwrite=True) as beside:
+            for path in directory.iterdir():
+                path.rename(beside / path.name)
+        raise VerificationError(f"{error}; kept as {place}, with the figures in {VERIFICATION}") from None
+
+
+def _check_calibration(
+    calibration: Calibration, checkpoint: Checkpoint, description: Description, engines: EngineOptions
+) -> None:
     check_room(calibration, engines.max_pending)
+    facts = (description.vocab_size, engines.exit_layer, engines.confidence)
     # The hash reads every weight, so all else is compared first.
-    check_calibration(
-        calibration, calibration.source_sha256, description.vocab_size, engines.exit_layer, engines.confidence
-    )
-    check_calibration(calibration, checkpoint.sha256, description.vocab_size, engines.exit_layer, engines.confidence)
-    return calibration
+    check_calibration(calibration, calibration.source_sha256, *facts)
+    check_calibration(calibration, checkpoint.sha256, *facts)
 
 
 def _with_exit_vocabulary(
@@ -143,3 +190,19 @@ def _export_encoder(
 
 def _write_manifest(manifest: Manifest, directory: Path) -> None:
     (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
+
+def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:
+    """Build the TensorRT engines of the bundle at `path`, and run them where there is a GPU. Raises BundleError and
+    BuildError."""
+    bundle = Bundle.open(path)
+    done: dict[str, float] = {}
+    with progress("building TensorRT engines", len(engine_files(bundle.manifest))) as advance:
+
+        def report(engine: str, fraction: float) -> None:
+            advance(fraction - done.get(engine, 0.0))
+            done[engine] = fraction
+
+        built = build(bundle, options, report)
+    files = {engine.plan.engine: path / DIRECTORY / engine.plan.file for engine in built}
+    return built, self_test(Bundle.open(path), files, options.max_batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from graphs.description import Description
 from graphs.dialects.kernels import has_attention_kernel
@@ -20,16 +21,27 @@ from runtime.kernels import missing
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
 
 
+# Which checks compare a new bundle with its checkpoint.
+Verify = Literal["quick", "full", "none"]
+
+
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What a user decides about a bundle. None for the exit layer is that of exit.json beside the weights; None for a
-    capacity is the model's limit, at most 2048; None for precision and dialect is the target's own, for a CPU "ort"
-    where its attention has a kernel for the model's heads, else "standard". None for `head` is 8 bits where weights are
-    quantized. `compute` is what engines for a GPU with quantized weights compute in, None for fp16. `kernels`: whose
-    operators multiply with weights that are quantized for a CPU, None for ours where their library is. `exit_vocab`:
-    how many tokens the shallow head knows, 0 for as many as are fastest; they are chosen on lines of `data`.
-    `calibration` is the file of `freeexport calibrate` for this checkpoint. `rounding_data`: text that weights in 4
-    bits are rounded for. OptionError where two do not go together; GraphError for an encoder capacity under 1."""
+    """What a user decides about a bundle. OptionError where two do not go together or a file is missing; GraphError for
+    an encoder capacity under 1.
+
+    exit_layer: None is that of exit.json beside the weights, without one a third of the layers.
+    precision, dialect: None is the target's own; on a CPU "ort" where its attention has a kernel for the model's heads,
+        else "standard".
+    capacity, encoder_capacity: None is the model's limit, at most 2048.
+    head: None is 8 bits where weights are quantized.
+    compute: the type that engines for a GPU with quantized weights compute in, None for fp16.
+    kernels: whose operators multiply with weights quantized for a CPU, None for ours where their library is.
+    exit_vocab: how many tokens the shallow head knows, 0 for as many as are fastest, chosen on lines of `data`.
+    calibration: the file of `freeexport calibrate` for this checkpoint.
+    rounding_data: text that weights in 4 bits are rounded for.
+    threads: CPU threads of the verification, None for one per physical core.
+    """
 
     exit_layer: int | None = None
     precision: Precision | None = None
@@ -46,7 +58,8 @@ class ConvertOptions:
     data: Path | None = None
     calibration: Path | None = None
     rounding_data: Path | None = None
-    verify: bool = True
+    verify: Verify = "quick"
+    threads: int | None = None
     measure: bool = True
     overwrite: bool = False
 
@@ -55,6 +68,15 @@ class ConvertOptions:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
         if (self.exit_vocab is None) != (self.data is None):
             raise OptionError("--exit-vocab chooses its tokens on --data FILE: give both, or neither")
+        for option, path in (
+            ("--data", self.data),
+            ("--calibration", self.calibration),
+            ("--rounding-data", self.rounding_data),
+        ):
+            if path is not None and not path.is_file():
+                raise OptionError(f"{option} {path}: there is no such file; name another")
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"threads is {self.threads}; choose 1 or more")
         if self.longest_prompt < 1:
             raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
 

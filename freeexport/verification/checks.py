@@ -86,3 +86,29 @@ def _transformers(check: dict[str, Any]) -> str:
     if check["reference"] is None:
         return ""
     return f"; transformers itself is {_shown(check['measure'], check['reference'])} from float64"
+
+
+def prompts_of(greedy: dict[str, Any]) -> tuple[bool, str]:
+    """Whether greedy decoding gave the checkpoint's token ids for every prompt, up to ties, and the line that says so:
+    where the others first differ, and how far apart the checkpoint's two best logits are there."""
+    prompts = greedy["prompts"]
+    others = [prompt for prompt in prompts if prompt["first_difference"] is not None]
+    line = f"greedy decoding: ids of {len(prompts) - len(others)} of {len(prompts)} prompts equal"
+    if not others:
+        return True, line
+    if greedy["tie"] is not None:
+        return True, f"{line}, the others first differ at a tie"
+    first = ", ".join(
+        f"{prompt['first_difference'] + 1}"
+        + ("" if prompt["gap"] is None else f" (best logits {prompt['gap']:.2g} apart)")
+        for prompt in others
+    )
+    return False, f"{line}; the others first differ at token {first}"
+
+
+def quality_line(quality: dict[str, Any]) -> str:
+    """The quality measured on text, as people read it."""
+    return (
+        f"quality on {quality['tokens']} tokens: same best token {quality['agreement']:.1%}, "
+        f"perplexity x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"
+    )

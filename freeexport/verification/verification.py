@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +17,19 @@ from freeexport.system.child import ChildError, run_child
 from freeexport.system.output_file import write_whole
 from freeexport.system.progress import Advance, progress
 from freeexport.verification.checks import Check, failure_of
+from freeexport.verification.engines import (
+    FULL,
+    Arithmetic,
+    Batch,
+    EnginePair,
+    Extent,
+    Rows,
+    encode,
+    rows_of,
+    sample_batch,
+    sample_ids,
+    self_checks,
+)
 from graphs.families import describe
 from graphs.rewrites.fp32_copy import fp32_copy
 from runtime import Session
@@ -23,23 +37,33 @@ from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, Manifest, Precision
 from runtime.bundle.precision import FloatType
 from runtime.errors import FreeExportError
-from runtime.machine.machine import available_memory
+from runtime.machine.machine import available_memory, usable_cores
 
 # Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
 LOGITS = 4 * 48 * 10 * 4
+# Shares of the time that the parts take, as measured in full on SmolLM2-135M in 8 bits, where nothing else ran.
+LOAD, AGAINST, ITSELF, GREEDY, EXIT = 30, 8, 8, 46, 8
 
 
 class VerificationError(FreeExportError):
     """A bundle does not compute what its checkpoint computes."""
 
 
-def verify(bundle: Bundle, model: str | None, data: Path | None = None) -> dict[str, Any]:
+def verify(
+    bundle: Bundle,
+    model: str | None,
+    data: Path | None = None,
+    extent: Extent = FULL,
+    threads: int | None = None,
+) -> dict[str, Any]:
     """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
 
     `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
     """
-    with _runnable(bundle) as copy, progress("verifying", 5) as advance:
-        return _verify(copy, bundle.manifest.float_type, model, data, advance)
+    total = LOAD + AGAINST + ITSELF + GREEDY + EXIT if model else ITSELF
+    with _runnable(bundle) as copy, progress("verifying", total) as advance:
+        checked = _Verification(copy, bundle.manifest.float_type, extent, threads or usable_cores(), advance)
+        return checked.report(model, data)
 
 
 def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
@@ -47,33 +71,136 @@ def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
     return fp32_copy(bundle, rounds=True) if bundle.manifest.float_type == "bf16" else nullcontext(bundle)
 
 
-def _verify(
-    bundle: Bundle, float_type: FloatType, model: str | None, data: Path | None, advance: Advance
-) -> dict[str, Any]:
-    from freeexport.verification.parity import engine_checks, sample_batch
+class _Verification:
+    """The checks of one bundle, `float_type` as it was written for."""
 
-    checkpoint = None if model is None else _checkpoint_of(bundle, model)
-    reference = None if checkpoint is None else _reference(checkpoint)
-    exit_head = None if checkpoint is None else _exit_head(checkpoint, reference)
-    advance()
-    checks = list(engine_checks(bundle, reference, sample_batch(bundle), exit_head, float_type))
-    report: dict[str, Any] = {
-        "against": None if checkpoint is None else checkpoint.name,
-        "source_sha256": bundle.manifest.source_sha256,
-        "emulated": float_type if float_type != bundle.manifest.float_type else None,
-        "checks": [{**asdict(check), "passed": check.passed} for check in checks],
-    }
-    passed = all(check.passed for check in checks)
-    advance()
-    if reference is not None:
-        with Session(bundle.path, slots=1) as session:
-            report["greedy"] = _greedy(session, reference, checks)
-            advance()
-            report["exit"] = _exit(session)
-            advance()
-        report["quality"] = _quality(bundle, reference, data)
-        passed = passed and report["greedy"]["passed"] and report["quality"]["passed"]
-    return {"passed": passed, **report, **({} if passed else {"remedy": remedy(bundle.manifest)})}
+    def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent, threads: int, advance: Advance) -> None:
+        self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
+        self.extent, self.threads, self.advance = extent, threads, advance
+        self.left_out: list[str] = []
+        self.began = time.monotonic()
+
+    def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
+        checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
+        reference = None if checkpoint is None else self._reference(checkpoint)
+        self.began = time.monotonic()
+        batch = sample_batch(self.bundle, self.extent.tokens)
+        cross, encoded = encode(self.bundle, batch, self.threads)
+        pair = EnginePair(self.bundle, len(batch.tokens), self.threads, cross)
+        shallow = pair.shallow(batch.tokens, batch.lengths)
+        deep = pair.deep(shallow["hidden"], batch.lengths)
+        index = rows_of(batch.lengths, batch.width)
+        whole = Rows.of_call(index, index, shallow, deep["logits"])
+        checks, quality = list[Check](), None
+        if checkpoint is not None:
+            found, quality = self._against(checkpoint, reference, batch, whole, encoded, data)
+            checks += found
+        if self._in_time("stepping and sync passes"):
+            checks += self_checks(pair, batch, whole, shallow["hidden"], self._arithmetic, self.extent)
+        self.advance(ITSELF)
+        report: dict[str, Any] = {
+            "against": None if checkpoint is None else checkpoint.name,
+            "source_sha256": self.manifest.source_sha256,
+            "emulated": self.float_type if self.float_type != self.manifest.float_type else None,
+            "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+        }
+        passed = all(check.passed for check in checks)
+        if reference is not None and quality is not None:
+            report |= self._decoded(reference, checks) | {"quality": quality}
+            passed = passed and report["greedy"]["passed"] and quality["passed"]
+        report["left_out"] = self.left_out
+        return {"passed": passed, **report, **({} if passed else {"remedy": remedy(self.manifest)})}
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        # For a GPU weights are quantized, and activations are not.
+        rounds = self.manifest.quantization is not None and self.manifest.target == "cpu"
+        return "8 bits" if rounds else self.float_type
+
+    def _in_time(self, what: str) -> bool:
+        if time.monotonic() - self.began <= self.extent.seconds:
+            return True
+        self.left_out.append(what)
+        return False
+
+    def _reference(self, checkpoint: Checkpoint) -> Any:
+        import torch
+
+        from freeexport.checkpoints.transformers_model import reference_model
+
+        torch.set_num_threads(self.threads)
+        model = reference_model(checkpoint)
+        self.advance(LOAD)
+        return model
+
+    def _against(
+        self,
+        checkpoint: Checkpoint,
+        model: Any,
+        batch: Batch,
+        whole: Rows,
+        encoded: np.ndarray | None,
+        data: Path | None,
+    ) -> tuple[list[Check], dict[str, Any]]:
+        """Engines, and transformers in the bundle's precision, against transformers in float64; and the quality."""
+        # torch takes a second to import, and a bundle is checked without it too.
+        from freeexport.verification.reference import (
+            Float64,
+            Predictions,
+            States,
+            in_precision_of,
+            predictions_on,
+            quality_of,
+            state_checks,
+            valid_rows,
+        )
+
+        manifest, exit_head = self.manifest, _exit_head(checkpoint, model)
+        with Float64():
+            truth = States.of(model, manifest.exit_layer, batch, exit_head)
+        with in_precision_of(manifest, model):
+            theirs = States.of(model, manifest.exit_layer, batch, exit_head)
+        prompts = None if encoded is None else valid_rows(encoded, batch.prompt_lengths)
+        ours = States(whole.deep, whole.shallow, whole.hidden, prompts)
+        checks = list(state_checks(ours, truth, theirs, manifest.precision))
+        followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
+        targets = batch.following(whole.index[followed])
+        sample = Predictions(ours.deep[followed], truth.deep[followed], theirs.deep[followed], targets)
+        on = [sample] if data is None else predictions_on(self.bundle, model, data, self.threads)
+        quality = quality_of(on, manifest.precision)
+        self.advance(AGAINST)
+        return checks, {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
+
+    def _decoded(self, model: Any, checks: list[Check]) -> dict[str, Any]:
+        """Greedy token ids against transformers', and how often the shallow prediction is the deep one along the full
+        model's own output."""
+        from freeexport.measure.traces import Traces, trace_of
+        from freeexport.verification.reference import compare
+
+        limit = min(FULL.tokens, self.manifest.encoder_capacity or max(1, self.manifest.capacity // 2))
+        prompts = [ids[:limit] for ids in sample_ids(self.bundle)][: self.extent.prompts]
+        tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
+        greedy, traces = list[dict[str, Any]](), list[Traces]()
+        with Session(self.bundle.path, slots=1, threads=self.threads) as session:
+            for comparison in compare(session, model, prompts, count):
+                greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
+                self.advance(GREEDY / len(prompts))
+                if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
+                    break
+            for line, ids in enumerate(prompts[: len(greedy)], start=1):
+                traces.append(trace_of(session, line, np.array(ids, np.int64), count))
+                self.advance(EXIT / len(prompts))
+        joined = Traces.joined(traces)
+        agreement = joined.share(joined.agrees)
+        return {
+            "greedy": {
+                "tokens": count,
+                "tie": tie,
+                "passed": all(prompt["passed"] for prompt in greedy),
+                "prompts": greedy,
+            },
+            "exit": {"agreement": None if agreement is None else asdict(agreement)},
+        }
 
 
 def remedy(manifest: Manifest) -> str:
@@ -83,7 +210,7 @@ def remedy(manifest: Manifest) -> str:
         ways.append("a higher --precision")
     elif manifest.dialect == "ort":
         ways.append("--dialect standard")
-    return f"convert with {' or '.join([*ways, '--no-verify'])}"
+    return f"convert with {' or '.join([*ways, '--verify none'])}"
 
 
 def failure(report: dict[str, Any]) -> str:
@@ -117,7 +244,9 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
         write_whole(bundle.path / MANIFEST, marked.to_json())
 
 
-def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest) -> bool:
+def verify_in_child(
+    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str, threads: int | None
+) -> bool:
     """Verify a new bundle in a process of its own, so that its memory goes back to the system.
 
     False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
@@ -129,7 +258,8 @@ def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifes
         click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
         return False
     try:
-        run_child("freeexport", "verify", str(directory), "--against", model, "--json")
+        how = [*(["--quick"] if extent == "quick" else []), *(["--threads", str(threads)] if threads else [])]
+        run_child("freeexport", "verify", str(directory), "--against", model, "--json", *how)
     except ChildError as error:
         raise VerificationError(str(error)) from None
     return True
@@ -154,12 +284,6 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
     return checkpoint
 
 
-def _reference(checkpoint: Checkpoint) -> Any:
-    from freeexport.checkpoints.transformers_model import reference_model
-
-    return reference_model(checkpoint)
-
-
 def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
     """The reference of an exit that has parameters of its own; None where it reads through the model's head."""
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
@@ -178,49 +302,11 @@ def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
     return torch.no_grad()(own_head(checkpoint, description, shared_head(model, description)))
 
 
-def _quality(bundle: Bundle, model: Any, data: Path | None) -> dict[str, Any]:
-    from freeexport.verification.quality import measure_quality
-
-    quality = measure_quality(bundle, model, data)
-    return {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
-
-
-def _exit(session: Session) -> dict[str, Any]:
-    """How often the shallow prediction is the deep one, along the full model's own output."""
-    from freeexport.measure.traces import Traces, trace_of
-    from freeexport.verification.greedy_parity import NEW_TOKENS
-
-    prompts = [np.array(ids, np.int64) for ids in _prompts(session.bundle)]
-    traces = Traces.joined(trace_of(session, line, ids, NEW_TOKENS) for line, ids in enumerate(prompts, start=1))
-    agreement = traces.share(traces.agrees)
-    return {"agreement": None if agreement is None else asdict(agreement)}
-
-
-def _prompts(bundle: Bundle) -> list[list[int]]:
-    from freeexport.verification.parity import MAX_TEXT, sample_ids
-
-    limit = bundle.manifest.encoder_capacity or max(1, bundle.manifest.capacity // 2)
-    return [ids[: min(MAX_TEXT, limit)] for ids in sample_ids(bundle)]
-
-
-def _greedy(session: Session, model: Any, checks: list[Check]) -> dict[str, Any]:
-    from freeexport.verification.greedy_parity import NEW_TOKENS, compare
-
-    comparisons = compare(session, model, _prompts(session.bundle))
-    tie = _tie(session.manifest.precision, checks)
-    return {
-        "tokens": NEW_TOKENS,
-        "tie": tie,
-        "passed": all(c.passed(tie) for c in comparisons),
-        "prompts": [{**asdict(c), "passed": c.passed(tie)} for c in comparisons],
-    }
-
-
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
     """Logits closer than this may change places: twice what they were just measured to be off by. In fp32 transformers,
     which `generate` runs in, is off too. Quantized weights are another model: how often it says the same is reported,
     and its quality is judged by its predictions."""
-    from freeexport.verification.greedy_parity import TIE
+    from freeexport.verification.reference import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]
     if precision == "fp16":

@@ -1,4 +1,4 @@
-"""A session's engines on TensorRT: those that `freeexport build` made for this GPU.
+"""A session's engines on TensorRT: those that `convert --build` made for this GPU.
 
 Not yet run on a GPU; checked against tests/fakes/fake_cuda_graphs.py and tests/fakes/fake_tensorrt.py.
 """
@@ -50,7 +50,7 @@ class TensorRTBackend(CudaBackend):
         if slots > most:
             raise OptionError(
                 f"slots is {slots}, and the TensorRT engines of this bundle take {most} sequences a call; "
-                f"choose slots={most}, or run: freeexport build {self.bundle.path} --max-batch {slots}"
+                f"choose slots={most}, or run: freeexport convert {self.bundle.path} --build --max-batch {slots}"
             )
         _, _, *shape, dtype = cache_sizes(manifest, manifest.deep_layers, slots, self.capacity)
         size = math.prod(shape) * dtype().itemsize

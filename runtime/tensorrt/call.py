@@ -143,7 +143,9 @@ class TensorRTCall(DeviceCall):
         tensor = self._engine.tensors.get(name)
         if tensor is None or tensor.is_input is not is_input:
             kind = "input" if is_input else "output"
-            raise EngineError(f"the TensorRT engine {self._engine.name} has no {kind} {name}; run freeexport build")
+            raise EngineError(
+                f"the TensorRT engine {self._engine.name} has no {kind} {name}; run convert BUNDLE --build"
+            )
         if array.dtype != tensor.dtype:
             raise EngineError(f"{name} is {array.dtype}, the TensorRT engine {self._engine.name} has {tensor.dtype}")
         if not isinstance(array, DeviceArray):

@@ -1,4 +1,4 @@
-"""An engine on TensorRT: a file that `freeexport build` wrote, loaded for a device, and its execution contexts.
+"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its execution contexts.
 
 Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names and signatures of TensorRT's
 package.
@@ -46,7 +46,7 @@ class TensorRTEngine:
     def __init__(self, path: Path, stream: Stream, captures: bool = False) -> None:
         record = read_record(path)
         if record is None:
-            raise EngineError(f"{path} has no record of what it was built for; run freeexport build again")
+            raise EngineError(f"{path} has no record of what it was built for; run convert BUNDLE --build again")
         self.plan, self.stream, self.captures = record.plan, stream, captures
         self.lock = threading.Lock()
         self.staging = StagingPool(stream)
@@ -149,7 +149,8 @@ class TensorRTEngine:
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(
-                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.reason()}; run: freeexport build"
+                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.reason()}; "
+                "run: freeexport convert BUNDLE --build"
             )
         return runtime, engine
 
@@ -168,10 +169,12 @@ class TensorRTEngine:
     def _check(self, path: Path) -> None:
         engine = self._engine
         if engine.num_optimization_profiles != len(self.plan.profiles):
-            raise EngineError(f"{path.name} has other profiles than its record says; run freeexport build again")
+            raise EngineError(f"{path.name} has other profiles than its record says; run convert BUNDLE --build again")
         for name in self.output_names:
             if name.startswith("present.") and engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
-                raise EngineError(f"{path.name} does not write {name} in place of the past; run freeexport build again")
+                raise EngineError(
+                    f"{path.name} does not write {name} in place of the past; run convert BUNDLE --build again"
+                )
 
     def _allocate_scratch(self) -> DeviceArray:
         sizes = [self._engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self.plan.profiles))]

@@ -67,7 +67,7 @@ def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, ve
 
     EngineError where there is none, or only for other weights, another GPU or another version, or it is damaged.
     """
-    command = f"run: freeexport build {bundle.path}"
+    command = f"run: freeexport convert {bundle.path} --build"
     paths = sorted((bundle.path / DIRECTORY).glob(f"{engine}-*.engine"), key=lambda path: path.stat().st_mtime)
     files = {path: file for path in paths if (file := read_record(path)) is not None and file.plan.engine == engine}
     sources = sources_sha256(bundle.manifest, engine)

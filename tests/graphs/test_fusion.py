@@ -158,7 +158,7 @@ def test_engines_compute_what_they_computed_before(
     case, options = BY_NAME[name], {"precision": "int8", "kernels": "freeexport"}
     fused = bundle(case, 1, **options)
     monkeypatch.setattr(plan, "_CPU_OWN", plan.replace(plan._CPU_OWN, fusions=()))
-    sizes = {"capacity": 128, "encoder_capacity": 128, "verify": False, "measure": False}
+    sizes = {"capacity": 128, "encoder_capacity": 128, "verify": "none", "measure": False}
     convert(str(checkpoint(case)), tmp_path / "apart", ConvertOptions(1, **options, **sizes))
     ids, lengths = tokens(30)
     ours, before = (pair_of(path, rows=1).shallow(ids, lengths)["logits"] for path in (fused, tmp_path / "apart"))

@@ -39,7 +39,7 @@ def test_attention_computes_what_onnx_runtimes_does(
     case = BY_NAME[name]
     ours = bundle(case, 1, **OWN)
     monkeypatch.setattr(EngineOptions, "own_attention", lambda options, description: False)
-    sizes = {"capacity": 128, "encoder_capacity": 128, "verify": False, "measure": False}
+    sizes = {"capacity": 128, "encoder_capacity": 128, "verify": "none", "measure": False}
     convert(str(checkpoint(case)), tmp_path / "theirs", ConvertOptions(1, **OWN, **sizes))
     for engine in ("shallow", "deep"):
         assert "CachedAttention" in kinds(ours, engine)

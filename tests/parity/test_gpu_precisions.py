@@ -75,7 +75,7 @@ def rounded_first(bundle: Bundles, checkpoint: Any, tmp_path: Path, monkeypatch:
 
         with monkeypatch.context() as patched:
             patched.setattr(Checkpoint, "read", changed)
-            given = ConvertOptions(1, capacity=128, encoder_capacity=128, verify=False, measure=False, **options)
+            given = ConvertOptions(1, capacity=128, encoder_capacity=128, verify="none", measure=False, **options)
             convert(str(checkpoint(case)), tmp_path / "rounded", given)
         return tmp_path / "rounded"
 

@@ -18,7 +18,8 @@ from freeexport.checkpoints.packaged_models import smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.greedy_parity import NEW_TOKENS, TIE, compare
+from freeexport.verification.engines import FULL
+from freeexport.verification.reference import TIE, compare
 from runtime import FreeExportError, Session
 
 pytestmark = [pytest.mark.smollm2, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -37,7 +38,7 @@ def gguf() -> Path:
 @pytest.fixture(scope="module")
 def session(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
-    convert(str(gguf), out, ConvertOptions(EXIT_LAYER, capacity=512, verify=False, measure=False))
+    convert(str(gguf), out, ConvertOptions(EXIT_LAYER, capacity=512, verify="none", measure=False))
     with Session(out, slots=1, verify="full") as opened:
         yield opened
 
@@ -70,8 +71,8 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(session: Session, mo
     assert len(prompts) == 20
     assert session.tokenizer is not None
     for prompt in prompts:
-        free = session.generate(prompt, threshold=1.0, output_confidence=True, max_new_tokens=NEW_TOKENS)
-        assert len(free.token_ids) == NEW_TOKENS or free.finish_reason == "eos"
+        free = session.generate(prompt, threshold=1.0, output_confidence=True, max_new_tokens=FULL.new_tokens)
+        assert len(free.token_ids) == FULL.new_tokens or free.finish_reason == "eos"
         assert not any(free.exited)
         ids = session.tokenizer.encode(prompt)
         assert_same_tokens(free, replay(model, ids, free.token_ids, EXIT_LAYER, 1.0), gap=TIE)
@@ -79,7 +80,8 @@ def test_threshold_one_is_greedy_decoding_of_the_full_model(session: Session, mo
 
 def test_mode_full_is_what_generate_of_transformers_gives(session: Session, model: Any, prompts: list[str]) -> None:
     assert session.tokenizer is not None
-    comparisons = compare(session, model, [session.tokenizer.encode(prompt) for prompt in prompts[::5]])
+    encoded = [session.tokenizer.encode(prompt) for prompt in prompts[::5]]
+    comparisons = list(compare(session, model, encoded, FULL.new_tokens))
     assert len(comparisons) == 4
     assert [c for c in comparisons if not c.passed(TIE)] == []
 

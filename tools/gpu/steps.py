@@ -48,7 +48,7 @@ class Bench:
                 target=target,  # type: ignore[arg-type]
                 precision=precision,  # type: ignore[arg-type]
                 capacity=256,
-                verify=False,
+                verify="none",
                 measure=False,
             )
             convert(str(self.model), self.work / key, options)

@@ -24,7 +24,7 @@ needs_kernels = pytest.mark.skipif(missing() is not None, reason="the kernels ar
 
 def converted(model: Path, kernels: Kernels) -> Bundle:
     out = model.with_name(f"{model.stem}-{kernels}")
-    options = ConvertOptions(1, precision="int4", kernels=kernels, head="int4", verify=False, measure=False)
+    options = ConvertOptions(1, precision="int4", kernels=kernels, head="int4", verify="none", measure=False)
     convert(str(model), out, options)
     return Bundle.open(out)
 

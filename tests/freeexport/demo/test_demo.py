@@ -46,7 +46,7 @@ def test_a_bundle_of_another_model_is_made_again(tmp_path: Path, monkeypatch: py
     from freeexport.demo.bundle import demo_bundle
     from runtime import Bundle
 
-    options = ConvertOptions(overwrite=True, measure=False, verify=False)
+    options = ConvertOptions(overwrite=True, measure=False, verify="none")
     bundle = demo_bundle(model_directory(), tmp_path / "bundle", options)
     before = Bundle.open(bundle).manifest
     assert not before.verified  # so it is not good enough either

@@ -39,8 +39,8 @@ def text(tmp_path: Path) -> Path:
 
 
 @each
-def test_fp32_says_what_the_checkpoint_says(case: Case, bundle: Bundles, source_model: Model) -> None:
-    quality = measure_quality(Bundle.open(bundle(case, 2)), source_model(case))
+def test_fp32_predicts_what_the_checkpoint_does(case: Case, text: Path, bundle: Bundles, source_model: Model) -> None:
+    quality = measure_quality(Bundle.open(bundle(case, 2)), source_model(case), text)
     assert quality.passed
     assert quality.agreement == 1.0
     assert quality.divergence == pytest.approx(0, abs=1e-6)
@@ -71,10 +71,10 @@ def test_the_reference_is_that_of_transformers(case: Case, text: Path, bundle: B
 
 @each
 @pytest.mark.parametrize("precision", ["int8", "mixed", "int4"])
-def test_rounded_weights_cost_something_and_pass(
-    case: Case, precision: str, bundle: Bundles, source_model: Model
+def test_quantized_weights_cost_something_and_pass(
+    case: Case, precision: str, text: Path, bundle: Bundles, source_model: Model
 ) -> None:
-    quality = measure_quality(Bundle.open(bundle(case, 2, precision=precision)), source_model(case))
+    quality = measure_quality(Bundle.open(bundle(case, 2, precision=precision)), source_model(case), text)
     assert quality.passed
     assert 1e-6 < quality.divergence < quality.tolerance
     assert quality.agreement > 0.3

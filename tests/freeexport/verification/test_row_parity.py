@@ -12,9 +12,18 @@ from checkpoints import CASES
 from conftest import Bundles
 
 from freeexport.verification.checks import Check
-from freeexport.verification.engine_pair import EnginePair
-from freeexport.verification.parity import engine_checks, sample_batch
-from freeexport.verification.row_noise import BEST, FACTOR, ROWS, Moved, row_checks
+from freeexport.verification.engines import (
+    BEST,
+    FACTOR,
+    FULL,
+    QUICK,
+    ROWS,
+    EnginePair,
+    Extent,
+    Moved,
+    row_checks,
+)
+from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
@@ -28,10 +37,10 @@ Call = dict[str, np.ndarray]
 Run = Callable[..., Call]
 
 
-def checks(path: Path) -> list[Check]:
+def checks(path: Path, extent: Extent = FULL) -> list[Check]:
     """Those of the engines against themselves."""
-    bundle = Bundle.open(path)
-    return list(engine_checks(bundle, None, sample_batch(bundle)))
+    found = verify(Bundle.open(path), None, extent=extent)["checks"]
+    return [Check(**{name: value for name, value in check.items() if name != "passed"}) for check in found]
 
 
 def failed(found: list[Check]) -> list[str]:
@@ -111,16 +120,19 @@ def with_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Call]
     return inject
 
 
+@pytest.mark.parametrize("extent", [FULL, QUICK], ids=["full", "quick"])
 @each_precision
 @each_model
-def test_faults_do_not_pass(name: str, precision: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faults_do_not_pass(
+    name: str, precision: str, extent: Extent, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = bundle(BY_NAME[name], 2, precision=precision)
-    assert failed(checks(path)) == []
+    assert failed(checks(path, extent)) == []
     run = EnginePair._run
     for fault in FAULTS:
         with monkeypatch.context() as patched:
             patched.setattr(EnginePair, "_run", lambda pair, *given, fault=fault: fault(run, pair, *given))
-            found = failed(checks(path))
+            found = failed(checks(path, extent))
         where = "sync pass" if fault is swapped_rows else "stepping against prefill"
         assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,8 +25,9 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.checks import Check
-from freeexport.verification.greedy_parity import TIE, Comparison
+from freeexport.verification.checks import Check, prompts_of
+from freeexport.verification.engines import FULL, QUICK
+from freeexport.verification.reference import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, Manifest
@@ -103,7 +105,7 @@ def peaky(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def converted(model: Path, out: Path) -> Bundle:
-    convert(str(model), out, ConvertOptions(2, capacity=128, encoder_capacity=128, verify=False, measure=False))
+    convert(str(model), out, ConvertOptions(2, capacity=128, encoder_capacity=128, verify="none", measure=False))
     return Bundle.open(out)
 
 
@@ -140,7 +142,7 @@ def test_a_damaged_block_of_quantized_weights_fails(
     zero_middle(path, "deep", down)
     report = verify(Bundle.open(path), str(checkpoint(case)))
     assert re.match("prefill: deep logits differs by |predictions diverge by ", failure(report)), report
-    assert "convert with a higher --precision or --no-verify" in failure(report)
+    assert "convert with a higher --precision or --verify none" in failure(report)
 
 
 def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copy: Copy) -> None:
@@ -177,15 +179,15 @@ def test_a_greedy_difference_is_named_by_prompt_and_position() -> None:
 
 
 def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    import freeexport.verification.greedy_parity
+    import freeexport.verification.reference
 
-    original = freeexport.verification.greedy_parity.reference_ids
+    original = freeexport.verification.reference.reference_ids
 
     def one_id_off(*arguments: Any) -> tuple[list[int], list[float]]:
         ids, gaps = original(*arguments)
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
-    monkeypatch.setattr(freeexport.verification.greedy_parity, "reference_ids", one_id_off)
+    monkeypatch.setattr(freeexport.verification.reference, "reference_ids", one_id_off)
     report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)))
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]
@@ -251,7 +253,7 @@ def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
     monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 10**9)
     monkeypatch.setattr("freeexport.verification.verification.run_child", lambda *_: pytest.fail("started"))
     path, model = copy(), str(checkpoint(LLAMA))
-    assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest)
+    assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest, "quick", 1)
     errors = capsys.readouterr().err
     assert "needs about 1.0 GB" in errors
     assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
@@ -262,10 +264,48 @@ def test_a_failed_child_is_the_reason(copy: Copy, checkpoint: Checkpoint) -> Non
     manifest = Bundle.open(path).manifest
     (path / "deep.onnx").unlink()
     with pytest.raises(VerificationError, match=r"^deep\.onnx is missing"):
-        verify_in_child(path, model, open_checkpoint(model), manifest)
+        verify_in_child(path, model, open_checkpoint(model), manifest, "quick", 1)
 
 
 def test_nan_is_written_as_null(tmp_path: Path) -> None:
     manifest = cast(Manifest, SimpleNamespace(verified=False))
     write_report(Bundle(tmp_path, manifest, ""), {"passed": False, "checks": [{"error": math.nan}]})
     assert json.loads((tmp_path / "verification.json").read_text())["checks"] == [{"error": None}]
+
+
+def test_quick_runs_less_and_stops_when_its_time_is_up(copy: Copy, checkpoint: Checkpoint) -> None:
+    bundle, model = Bundle.open(copy()), str(checkpoint(LLAMA))
+    quick, full = (verify(bundle, model, extent=extent, threads=1) for extent in (QUICK, FULL))
+    assert quick["passed"]
+    assert full["passed"]
+    assert len(quick["checks"]) < len(full["checks"])
+    assert (len(quick["greedy"]["prompts"]), quick["greedy"]["tokens"]) == (2, 16)
+    assert quick["left_out"] == full["left_out"] == []
+    late = verify(bundle, model, extent=replace(QUICK, seconds=0), threads=1)
+    assert late["passed"]
+    assert late["left_out"] == ["stepping and sync passes", "1 prompts"]
+    assert len(late["greedy"]["prompts"]) == 1  # at least one is always decoded
+    assert {check["name"] for check in late["checks"]} == {"prefill"}
+
+
+@pytest.mark.parametrize(
+    ("tie", "prompts", "expected"),
+    [
+        (None, [(None, None), (None, None)], (True, "ids of 2 of 2 prompts equal")),
+        (0.1, [(None, None), (3, 0.05)], (True, "ids of 1 of 2 prompts equal, the others first differ at a tie")),
+        (
+            None,
+            [(3, 0.051), (None, None), (0, 1.25), (8, None)],
+            (
+                False,
+                "ids of 1 of 4 prompts equal; the others first differ at token 4 (best logits 0.051 apart), "
+                "1 (best logits 1.2 apart), 9",
+            ),
+        ),
+    ],
+)
+def test_prompts_that_differ_in_a_quantized_bundle_are_a_warning(
+    tie: float | None, prompts: list[tuple[int | None, float | None]], expected: tuple[bool, str]
+) -> None:
+    listed = [{"first_difference": first, "gap": gap} for first, gap in prompts]
+    assert prompts_of({"tie": tie, "prompts": listed}) == (expected[0], f"greedy decoding: {expected[1]}")

@@ -284,7 +284,7 @@ def test_a_file_that_tensorrt_does_not_load_is_an_error_with_its_reason(
 
     (path,) = (gpu.bundle.path / DIRECTORY).glob("shallow-*.engine")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(EngineError, match=rf"does not load {path.name}: .*{reason}.*freeexport build"):
+    with pytest.raises(EngineError, match=rf"does not load {path.name}: .*{reason}.*freeexport convert"):
         gpu.engine("shallow")
 
 

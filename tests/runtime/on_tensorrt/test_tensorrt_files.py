@@ -29,7 +29,7 @@ def opened(bundle: Bundles, tmp_path: Path) -> Bundle:
 
 @pytest.fixture
 def put(opened: Bundle) -> Put:
-    """Writes a file for engine deep, as `freeexport build` would."""
+    """Writes a file for engine deep, as `convert --build` would."""
 
     def write(data: bytes = b"engine", batch: int = 8, age: int = 0, **changes: Any) -> Path:
         identity = {"sources_sha256": sources_sha256(opened.manifest, "deep"), "tensorrt": "11.4.0", **changes}
@@ -80,7 +80,7 @@ def test_why_no_engine_is_taken_is_said_with_the_command_that_builds_one(
     changes: dict[str, Any], problem: str, put: Put, opened: Bundle
 ) -> None:
     put(**changes)
-    with pytest.raises(EngineError, match=rf"{problem}; run: freeexport build {opened.path}"):
+    with pytest.raises(EngineError, match=rf"{problem}; run: freeexport convert {opened.path} --build"):
         find_engine(opened, "deep", "11.4.0", "sm90")
 
 
@@ -93,7 +93,7 @@ def test_a_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:
     path = put()
     path.write_bytes(b"enginf")
     assert find_engine(opened, "deep", "11.4.0", "sm90", "sizes") == path
-    with pytest.raises(EngineError, match=r"is not the file that was built.*freeexport build"):
+    with pytest.raises(EngineError, match=r"is not the file that was built.*freeexport convert"):
         find_engine(opened, "deep", "11.4.0", "sm90", "full")
     path.write_bytes(b"engi")
     with pytest.raises(EngineError, match="is not the file that was built"):

@@ -103,17 +103,19 @@ def test_a_bundle_whose_engines_are_not_built_says_what_to_run(
 ) -> None:
     path = bundle(LLAMA, target="tensorrt")
     fake_device.install(monkeypatch)
-    with pytest.raises(EngineError, match=rf"shallow of this bundle is not built; run: freeexport build {path}"):
+    with pytest.raises(
+        EngineError, match=rf"shallow of this bundle is not built; run: freeexport convert {path} --build"
+    ):
         Session(path, device="cuda:0")
 
 
 def test_engines_of_another_gpu_or_version_are_errors(built: Built, monkeypatch: pytest.MonkeyPatch) -> None:
     path = built(LLAMA)
     fake_device.install(monkeypatch, architecture=(8, 9))
-    with pytest.raises(EngineError, match=r"was built for sm90, this GPU is sm89; run: freeexport build"):
+    with pytest.raises(EngineError, match=r"was built for sm90, this GPU is sm89; run: freeexport convert"):
         Session(path, device="cuda:0")
     fake_device.install(monkeypatch, version="11.5.0")
-    with pytest.raises(EngineError, match=r"was built by version 11.4.0.106, here is 11.5.0; run: freeexport build"):
+    with pytest.raises(EngineError, match=r"was built by version 11.4.0.106, here is 11.5.0; run: freeexport convert"):
         Session(path, device="cuda:0")
 
 
