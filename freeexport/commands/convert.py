@@ -44,7 +44,7 @@ THREADS = "CPU threads.  [default: one per physical core]"
 @section("Result")
 @click.option("--verify", type=click.Choice(get_args(Verify)), default=ConvertOptions.verify,
               help="Compare the engines with the checkpoint. quick: short texts, at most a minute after the model is "
-              "loaded. full: longer ones. none: not at all.")  # fmt: skip
+              "loaded. full: longer ones. none: nor time them.")  # fmt: skip
 @click.option("--threads", type=int, help=THREADS)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON.")
@@ -93,7 +93,7 @@ def command(model: str, out: Path | None, build: bool, max_batch: int, as_json: 
         raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
     if build and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
-    manifest = convert(model, out, ConvertOptions(**options))
+    manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and not build:
         click.echo(manifest.to_json(), nl=False)
         return

@@ -162,6 +162,8 @@ def command(
         bundle, device=device, threads=threads, capacity=capacity, slots=slots, trust_templates=trust
     ) as session:
         hint = ChatHint(session)
+        if not as_json and "mode" not in options and "threshold" not in options:
+            click.echo(session.default_mode, err=True)
 
         def prompt_of(text: Any) -> Any:
             prompt = _prompt(text, chat) if trust else _ids(text)

@@ -17,6 +17,7 @@ from runtime.errors import BundleError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from runtime import DefaultMode
     from runtime.bundle.bundle import Bundle
     from runtime.bundle.calibration import Calibration
     from runtime.bundle.manifest import Manifest
@@ -56,7 +57,7 @@ def higher_table(quantization: Quantization) -> Table:
 
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 NEVER = "1 (never, as calibrated)"
-NOT_CALIBRATED = "1 (not calibrated: nothing exits)"
+NOT_CALIBRATED = "1 (not calibrated)"
 
 
 @click.command()
@@ -75,6 +76,7 @@ def command(bundle: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(bundle_as_dict(opened), indent=2))
     else:
+        click.echo(f"{default_mode(opened)}\n")
         print_page(bundle_tables(opened))
 
 
@@ -88,6 +90,7 @@ def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
         "sha256": bundle.sha256,
         "manifest": json.loads(manifest.to_json()),
         "calibrated": calibrated(manifest),
+        "default_mode": asdict(default_mode(bundle)),
         "bundle_bytes": bundle_bytes(manifest),
         "kv_bytes_per_token": manifest.kv_bytes_per_token,
         "kv_bytes_per_sequence": manifest.kv_bytes_per_sequence,
@@ -95,6 +98,14 @@ def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
         "verification": bundle.verification,
         "verdict": asdict(bundle_verdict(bundle)),
     }
+
+
+def default_mode(bundle: Bundle) -> DefaultMode:
+    """How requests are decoded that give neither mode nor threshold; costs are those of the bundle."""
+    from runtime.options import SessionOptions
+    from runtime.requests.thresholds import Thresholds
+
+    return Thresholds(bundle, SessionOptions()).default()
 
 
 def bundle_tables(bundle: Bundle) -> list[Table]:

@@ -65,7 +65,7 @@ def measured(manifest: Manifest) -> StepCosts:
     """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not."""
     costs = manifest.costs
     if costs is None:
-        raise OptionError("the bundle holds no measured costs; convert it again without --no-measure")
+        raise OptionError("the bundle holds no measured costs; convert it again without --verify none")
     # A shallow step with its head has the exit's own layers too; one without has neither.
     own, both = manifest.exit_layers, costs.head
     layer = (costs.shallow_without_head + costs.deep[1] - both) / (manifest.layers - own)

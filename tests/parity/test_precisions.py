@@ -92,7 +92,7 @@ def test_a_kept_tensor_is_recorded_and_shown(
 
     monkeypatch.setitem(scheme.LIMITS, "int4", 0.0785)
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
-    result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--no-verify", "--no-measure"])
+    result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--verify", "none"])
     assert result.exit_code == 0, result.output
     quantization = Bundle.open(tmp_path / "out").manifest.quantization
     assert quantization is not None

@@ -283,3 +283,10 @@ def test_a_closed_stream_does_not_keep_it_from_generating(closed: str, bundle: B
     assert "Traceback" not in done.stderr
     (line,) = (tmp_path / "out.jsonl").read_text().splitlines()
     assert len(json.loads(line)["token_ids"]) == 3
+
+
+def test_the_first_line_is_the_mode_and_what_it_gives(generate: Run) -> None:
+    expected = "mode lossless, as no threshold is calibrated"
+    assert generate("Hi", "--max-new-tokens", "3").stderr.startswith(expected)
+    for more in (("--threshold", "0.5"), ("--mode", "full"), ("--json",)):
+        assert expected not in generate("Hi", "--max-new-tokens", "3", *more).stderr

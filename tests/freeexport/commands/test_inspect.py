@@ -47,8 +47,12 @@ def test_page_shows_model_exit_and_cache(tmp_path: Path) -> None:
     assert row(result, "deep.onnx").startswith("11 B")
 
 
-def test_uncalibrated_threshold_says_that_nothing_exits(tmp_path: Path) -> None:
-    assert row(inspect(write_bundle(tmp_path / "bundle")), "threshold") == "1 (not calibrated: nothing exits)"
+def test_the_first_line_is_the_mode_and_what_it_gives(tmp_path: Path) -> None:
+    result = inspect(write_bundle(tmp_path / "bundle"))
+    assert result.stdout.splitlines()[0].startswith("mode lossless, as no threshold is calibrated")
+    assert row(result, "threshold") == "1 (not calibrated)"
+    result = inspect(write_bundle(tmp_path / "calibrated", threshold=0.8125))
+    assert result.stdout.splitlines()[0] == "mode free, threshold 0.812: gain not known"
 
 
 def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:

@@ -70,12 +70,12 @@ def test_what_could_not_be_verified_here_is_refused_before_the_long_work(
     result = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport"])
     assert "freeexport's kernels are not built here" in error(result)
     assert not (tmp_path / "out").exists()
-    unchecked = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport", "--no-verify", "--no-measure"])
+    unchecked = CliRunner().invoke(main, [*arguments, "--kernels", "freeexport", "--verify", "none"])
     assert unchecked.exit_code == 0, unchecked.output
 
 
 def convert(model: Path, out: Path, *arguments: str) -> str:
-    options = ["--exit-layer", "1", "--capacity", "64", "--precision", "int8", "--no-verify", "--no-measure"]
+    options = ["--exit-layer", "1", "--capacity", "64", "--precision", "int8", "--verify", "none"]
     result = CliRunner().invoke(main, ["convert", str(model), str(out), *options, *arguments])
     assert result.exit_code == 0, result.output
     return result.stdout

@@ -231,7 +231,7 @@ def test_long_texts_are_cut_and_late_lines_are_left(
 
 
 def convert(model: Path, out: Path, *arguments: str) -> Result:
-    fast = ("--exit-layer", "1", "--no-verify", "--no-measure", "--capacity", "64")
+    fast = ("--exit-layer", "1", "--verify", "none", "--capacity", "64")
     return CliRunner().invoke(main, ["convert", str(model), str(out), *fast, *arguments])
 
 

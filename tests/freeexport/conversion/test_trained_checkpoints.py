@@ -39,7 +39,7 @@ def test_a_trained_exit_converts_at_its_layer_and_verifies(
     trained, out = tmp_path / "trained", tmp_path / "bundle"
     run("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
         "--batch-size", 8, "--adapter-rank", 4, "--lora-rank", 4, "--learning-rate", 0.01)  # fmt: skip
-    run("convert", trained, out, "--no-verify", "--no-measure")
+    run("convert", trained, out, "--verify", "none")
     bundle = Bundle.open(out)
     assert bundle.manifest.exit_layer == 2
     report = verify(bundle, str(trained))

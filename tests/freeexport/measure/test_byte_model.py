@@ -71,7 +71,7 @@ def test_an_exits_own_layers_are_part_of_a_shallow_step() -> None:
 
 
 def test_a_bundle_without_measurements_is_refused() -> None:
-    with pytest.raises(OptionError, match="--no-measure"):
+    with pytest.raises(OptionError, match="--verify none"):
         measured(SimpleNamespace(costs=None, layers=12))  # type: ignore[arg-type]
 
 
