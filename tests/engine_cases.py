@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 from checkpoints import VOCAB_SIZE
 
-from freeexport.verification.engine_pair import EnginePair
-from freeexport.verification.parity import encode, pad, sample_batch
+from freeexport.verification.engines import EnginePair, encode, pad, sample_batch
 from runtime.bundle.bundle import Bundle
 
 

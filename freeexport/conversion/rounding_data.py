@@ -19,7 +19,7 @@ from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, 
 from freeexport.checkpoints.text_format import text_format
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
-from freeexport.verification.parity import engine_of, layer_list
+from freeexport.verification.reference import engine_of, layer_list
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for

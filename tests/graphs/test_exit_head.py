@@ -10,7 +10,7 @@ import pytest
 from checkpoints import CASES, Case
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.engines import EnginePair
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit

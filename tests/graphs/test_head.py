@@ -14,7 +14,7 @@ from conftest import Bundles
 from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.engines import EnginePair
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
 from graphs.errors import GraphError

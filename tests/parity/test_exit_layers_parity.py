@@ -23,7 +23,7 @@ from reference import (
     unlikely_goes,
 )
 
-from freeexport.verification.engine_pair import EnginePair
+from freeexport.verification.engines import EnginePair
 from runtime import Session
 from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.bundle import Bundle

@@ -14,7 +14,7 @@ from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.greedy_parity import TIE, compare
+from freeexport.verification.reference import TIE, compare
 from freeexport.verification.verification import failure, verify
 from graphs.errors import UnsupportedModelError
 from runtime import Bundle, Session

@@ -24,7 +24,7 @@ from freeexport.cli import main
 from freeexport.conversion import rounding_data
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
-from freeexport.verification.quality import measure_quality
+from freeexport.verification.reference import measure_quality
 from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for

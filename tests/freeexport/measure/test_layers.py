@@ -27,7 +27,7 @@ from freeexport.checkpoints.exit_file import (
 )
 from freeexport.checkpoints.text_format import text_format
 from freeexport.measure.layers import Evaluation, LayerReader
-from freeexport.verification.greedy_parity import reference_ids
+from freeexport.verification.reference import reference_ids
 from graphs.families import describe
 
 BY_NAME = {case.name: case for case in CASES}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from freeexport.verification.checks import Check
-from freeexport.verification.parity import COARSE_LEAST, States, state_checks
+from freeexport.verification.reference import COARSE_LEAST, States, state_checks
 from runtime.bundle.manifest import Precision
 
 COARSE: tuple[Precision, ...] = ("int8", "mixed", "int4", "bf16")

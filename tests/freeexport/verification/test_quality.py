@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from freeexport.cli import main
-from freeexport.verification.quality import Quality, measure_quality
+from freeexport.verification.reference import Quality, measure_quality
 from freeexport.verification.verification import failure, verify
 from runtime.bundle.bundle import Bundle
 from runtime.text.tokenizer import Tokenizer

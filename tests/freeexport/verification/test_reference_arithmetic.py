@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import CASES, PROMPTS, Case
 
-from freeexport.verification.reference_arithmetic import BITS, Float64, coarsening, rounding
+from freeexport.verification.reference import BITS, Float64, coarsening, rounding
 from runtime.bundle.precision import EnginePrecision
 
 pytestmark = pytest.mark.usefixtures("one_thread")

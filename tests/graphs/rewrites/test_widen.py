@@ -12,8 +12,7 @@ from checkpoints import CASES
 from conftest import Bundles
 from onnx import TensorProto
 
-from freeexport.verification.engine_pair import EnginePair
-from freeexport.verification.parity import encode, rows_of, sample_batch
+from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch
 from graphs.rewrites.fp32_copy import fp32_copy
 from runtime.bundle.bundle import Bundle
 

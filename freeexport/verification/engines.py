@@ -1,0 +1,435 @@
+"""A bundle's engines called in several ways: all rows at once, one row at a time, and sync passes of several rows.
+
+Weights in 8 and 4 bits come with activations in 8: a last bit of attention, which another kernel or another processor
+rounds otherwise, now and then tips an activation over to its next step, and after a few layers every row differs. How
+far is a property of the model and the precision. So it is measured: the caches and hidden states are changed by less
+than one step of what the engines compute in, and the largest difference, which is luck, is not what is judged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import pairwise
+from typing import Literal
+
+import numpy as np
+
+from freeexport.verification.checks import Check, Measure
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.precision import FloatType
+from runtime.engines.encoder import Encoder
+from runtime.engines.kv_cache import KVCache
+from runtime.engines.onnx import OnnxEngine, value
+from runtime.machine.machine import usable_cores
+from runtime.text.tokenizer import Tokenizer
+
+# A comparison may be so many times as far as noise. Faults (a shifted position, another row's cache) are 15 to 1000
+# times as far.
+FACTOR = 4.0
+# Shares of rows that may be past even that.
+BEST, ROWS = 0.01, 0.02
+# Nats that the float32 of logits does not resolve.
+RESOLUTION = 1e-7
+_BLOCK = 64
+
+
+# By how much of themselves the numbers that an engine reads are changed, at most, to see its noise: a last bit of what
+# it computes in. In fp32 it is what attention differs by from kernel to kernel (5e-7). With activations in 8 bits noise
+# is the same from 6e-8 to 4e-3 in a model of 30 layers; in one of few layers less than this tips too few over.
+Arithmetic = FloatType | Literal["8 bits"]
+STEP: dict[Arithmetic, float] = {"fp32": 2**-21, "fp16": 2**-10, "bf16": 2**-8, "8 bits": 2**-12}
+# In fp32 nothing tips over: there the largest difference is judged, of which this share of the largest value may always
+# be.
+LEAST = 1e-4
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is run: tokens of each text, draws of noise, sizes of sync passes, prompts to decode and tokens of each,
+    and after how many seconds no further check is begun."""
+
+    tokens: int = 48
+    draws: int = 3
+    sync_sizes: tuple[int, ...] = (1, 2, 3, 5, 8, 16)
+    prompts: int = 4
+    new_tokens: int = 64
+    seconds: float = math.inf
+
+
+FULL = Extent()
+QUICK = Extent(tokens=24, draws=2, sync_sizes=(2, 8), prompts=2, new_tokens=16, seconds=60)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded token ids int64 [B, n] and their lengths [B]; for an encoder-decoder also the prompts."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    prompts: np.ndarray | None = None
+    prompt_lengths: np.ndarray | None = None
+
+    @property
+    def width(self) -> int:
+        return int(self.tokens.shape[1])
+
+    def following(self, index: np.ndarray) -> np.ndarray:
+        """The tokens after those at flat indices; after the last of a text any."""
+        found: np.ndarray = np.roll(self.tokens, -1, axis=1).reshape(-1)[index]
+        return found
+
+
+def sample_texts() -> list[str]:
+    return files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+
+
+def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
+    """The sample texts as a padded batch; random ids where the bundle has no tokenizer, or another vocabulary's."""
+    manifest = bundle.manifest
+    sequences = sample_ids(bundle)
+    limit = max(1, min(tokens, manifest.capacity - 1))
+    if not manifest.encoder_decoder:
+        return Batch(*pad([ids[:limit] for ids in sequences]))
+    # What the decoder reads need not answer the prompt: any text will do.
+    start = [manifest.decoder_start_token_id or 0]
+    targets = [start + ids[: limit - 1] for ids in sequences[1:] + sequences[:1]]
+    prompts = [ids[: min(tokens, manifest.encoder_capacity)] for ids in sequences]
+    return Batch(*pad(targets), *pad(prompts))
+
+
+def sample_ids(bundle: Bundle) -> list[list[int]]:
+    tokenizer, vocabulary = Tokenizer.load(bundle.path, bundle.manifest.files), bundle.manifest.vocab_size
+    if tokenizer is not None:
+        sequences = [tokenizer.encode(text) for text in sample_texts()]
+        if all(0 <= token < vocabulary for ids in sequences for token in ids):
+            return sequences
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, vocabulary, size).tolist() for size in (37, 11, 24, 5)]
+
+
+def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
+    for row, ids in enumerate(sequences):
+        tokens[row, : len(ids)] = ids
+    return tokens, np.array([len(ids) for ids in sequences], np.int32)
+
+
+def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
+    """Flat indices of the valid rows of a padded batch."""
+    assert lengths is not None
+    return np.flatnonzero(mask_of(lengths, width))
+
+
+def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
+    return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
+
+
+def encode(bundle: Bundle, batch: Batch, threads: int | None = None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
+    if batch.prompts is None or batch.prompt_lengths is None:
+        return {}, None
+    kernels = bundle.manifest.kernels
+    threads = threads or usable_cores()
+    engines = [OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("encoder", "prologue")]
+    return Encoder(*engines).run_padded(batch.prompts, batch.prompt_lengths)
+
+
+class EnginePair:
+    """Shallow and deep engine over `rows` sequences. Calls extend the caches by each row's query length."""
+
+    def __init__(self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None) -> None:
+        self.manifest = bundle.manifest
+        self.rows = rows
+        self.cross = cross or {}
+        kernels = self.manifest.kernels
+        self._engines = {
+            name: OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("shallow", "deep")
+        }
+        self.caches = {
+            "shallow": self._cache(self.manifest.shallow_caches),
+            "deep": self._cache(self.manifest.deep_layers),
+        }
+
+    def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and logits, token, confidence of
+        all rows [B * q]."""
+        hidden = np.zeros((*tokens.shape, self.manifest.hidden_size), np.float32)
+        return self._run("shallow", {"input_ids": tokens}, {"hidden": hidden}, lengths, tokens.shape[1])
+
+    def deep(self, hidden: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
+        """`hidden` float32 [B, k, d]. Logits, token, confidence and nll of all rows [B * k]."""
+        count = self.rows * hidden.shape[1]
+        inputs = {"hidden": np.ascontiguousarray(hidden), "emitted": np.zeros(count, np.int64)}
+        return self._run("deep", inputs, {"nll": np.zeros(count, np.float32)}, lengths, hidden.shape[1])
+
+    def trim(self, length: int) -> None:
+        for cache in self.caches.values():
+            for row in range(self.rows):
+                cache.trim(row, length)
+
+    def _cache(self, layers: Sequence[int | str]) -> KVCache:
+        manifest = self.manifest
+        dtype = np.float16 if manifest.float_type == "fp16" else np.float32
+        length = manifest.capacity + manifest.max_pending
+        return KVCache(layers, self.rows, manifest.kv_heads, length, manifest.head_dim, dtype)
+
+    def _run(
+        self,
+        name: str,
+        inputs: dict[str, np.ndarray],
+        outputs: dict[str, np.ndarray],
+        lengths: np.ndarray,
+        width: int,
+    ) -> dict[str, np.ndarray]:
+        count, cache = self.rows * width, self.caches[name]
+        past = {part: value(array) for part, array in cache.arrays.items()}
+        layers = {part.split(".")[0] for part in past}
+        cross = {n: a for n, a in self.cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+        outputs = {
+            **outputs,
+            "token": np.zeros(count, np.int64),
+            "confidence": np.zeros(count, np.float32),
+            "logits": np.zeros((count, self.manifest.vocab_size), np.float32),
+        }
+        call = self._engines[name].bind(
+            {
+                **inputs,
+                "past_lengths": cache.lengths,
+                "query_lengths": lengths.astype(np.int32),
+                **({"exit_lengths": lengths.astype(np.int32)} if cache.own_exit else {}),
+                "head_rows": np.arange(count),
+                **cross,
+                **{f"past.{part}": item for part, item in past.items()},
+            },
+            {**outputs, **{f"present.{part}": item for part, item in past.items()}},
+        )
+        call.run()
+        for row, length in enumerate(lengths):
+            cache.extend(row, int(length))
+        return outputs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the engines gave for valid rows: flat indices [n] into the padded text, hidden states [n, d], logits [n, V]
+    of both engines."""
+
+    index: np.ndarray
+    hidden: np.ndarray
+    shallow: np.ndarray
+    deep: np.ndarray
+
+    @classmethod
+    def of_call(cls, index: np.ndarray, rows: np.ndarray, shallow: dict[str, np.ndarray], deep: np.ndarray) -> Rows:
+        """The flat indices `rows` of a call's outputs, which are `index` of the text."""
+        hidden = shallow["hidden"].reshape(-1, shallow["hidden"].shape[-1])
+        return cls(index, hidden[rows], shallow["logits"][rows], deep[rows])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Rows]) -> Rows:
+        """In the order of the text."""
+        whole = [np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)]
+        order = np.argsort(whole[0])
+        return cls(*(array[order] for array in whole))
+
+    def __getitem__(self, chosen: np.ndarray) -> Rows:
+        return Rows(self.index[chosen], self.hidden[chosen], self.shallow[chosen], self.deep[chosen])
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How predictions move, and by which share of the largest value of each tensor."""
+
+    shallow: Moved
+    deep: Moved
+    largest: dict[str, float]
+
+
+def self_checks(
+    pair: EnginePair, text: Batch, whole: Rows, hidden: np.ndarray, arithmetic: Arithmetic, extent: Extent = FULL
+) -> Iterator[Check]:
+    """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once. In fp32 the largest
+    difference is judged, else predictions are."""
+    noise = measure_noise(pair, text, STEP[arithmetic], extent.draws)
+    exact = arithmetic == "fp32"
+    stepped = in_calls(pair, text, range(text.width + 1))
+    name = "stepping against prefill"
+    if exact:
+        yield _largest(name, "shallow hidden", stepped.hidden, whole.hidden, noise)
+        yield _largest(name, "deep logits", stepped.deep, whole.deep, noise)
+    else:
+        tokens = text.following(whole.index)
+        yield from row_checks(
+            name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), noise.shallow
+        )
+        yield from row_checks(name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), noise.deep)
+    for size, together, singles, tokens in _sync_passes(pair, text, hidden, extent.sync_sizes):
+        name = f"sync pass of {size}"
+        if exact:
+            yield _largest(name, "deep logits", together, singles, noise)
+        else:
+            yield from row_checks(name, "deep logits", Moved.between(singles, together, tokens), noise.deep)
+
+
+def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws) -> Noise:
+    """What the engines give for the text in growing pieces, against the same with what they read changed by up to
+    `step` of itself: hidden states, and the caches of every layer."""
+    bounds = [0, *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width), text.width]
+    before = in_calls(pair, text, bounds)
+    # The first row reads no cache, so nothing changes in its shallow prediction.
+    later = np.flatnonzero(before.index % text.width > 0) if text.width > 1 else np.arange(len(before.index))
+    before = before[later]
+    tokens, largest = text.following(before.index), {"shallow hidden": 0.0, "deep logits": 0.0}
+    moved: dict[str, list[Moved]] = {"shallow": [], "deep": []}
+    for draw in range(draws):
+        after = in_calls(pair, text, bounds, _Change(step, draw))[later]
+        moved["shallow"].append(Moved.between(before.shallow, after.shallow, tokens))
+        moved["deep"].append(Moved.between(before.deep, after.deep, tokens))
+        for tensor, ours, theirs in (
+            ("shallow hidden", after.hidden, before.hidden),
+            ("deep logits", after.deep, before.deep),
+        ):
+            largest[tensor] = float(np.maximum(largest[tensor], _share(ours, theirs)))
+    return Noise(Moved.joined(moved["shallow"]), Moved.joined(moved["deep"]), largest)
+
+
+class _Change:
+    """Changes numbers by up to `step` of themselves."""
+
+    def __init__(self, step: float, seed: int) -> None:
+        self._step, self._generator = step, np.random.default_rng(seed)
+
+    def __call__(self, array: np.ndarray) -> np.ndarray:
+        factors = 1 + self._step * self._generator.uniform(-1, 1, array.shape)
+        return (array * factors).astype(array.dtype)
+
+
+def in_calls(pair: EnginePair, text: Batch, bounds: Sequence[int], change: _Change | None = None) -> Rows:
+    """All valid rows of the text, in calls over the columns between two bounds."""
+    pair.trim(0)
+    parts, previous = [], 0
+    for start, end in pairwise(bounds):
+        count = np.clip(text.lengths - start, 0, end - start).astype(np.int32)
+        if change is not None:
+            _change_caches(pair, change, previous, start)
+        shallow = pair.shallow(text.tokens[:, start:end], count)
+        hidden = shallow["hidden"] if change is None else change(shallow["hidden"])
+        deep = pair.deep(hidden, count)["logits"]
+        row, column = np.nonzero(np.arange(end - start) < count[:, None])
+        parts.append(Rows.of_call(row * text.width + start + column, row * (end - start) + column, shallow, deep))
+        previous = start
+    return Rows.joined(parts)
+
+
+def _change_caches(pair: EnginePair, change: _Change, start: int, end: int) -> None:
+    for cache in pair.caches.values():
+        for array in cache.arrays.values():
+            array[:, :, start:end] = change(array[:, :, start:end])
+
+
+def _sync_passes(
+    pair: EnginePair, text: Batch, hidden: np.ndarray, sizes: Sequence[int]
+) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+    """For each size: logits [n, V] of a deep pass over up to so many rows of each text, and of passes over one row,
+    with a past before them; and the tokens [n] that follow."""
+    # Each text has a past of its own length: a pass reads rows of different positions, as in a batch.
+    past = np.maximum(1, text.lengths // 3).astype(np.int32)
+    for size in sizes:
+        count = np.clip(text.lengths - past, 0, size).astype(np.int32)
+        if size > min(pair.manifest.max_pending, int(count.max(initial=0))):
+            break
+        columns = np.minimum(past[:, None] + np.arange(size), text.width - 1)
+        rows = np.take_along_axis(hidden, columns[..., None], axis=1)
+        _after(pair, hidden, past)
+        together = pair.deep(rows, count)["logits"].reshape(pair.rows, size, -1)
+        _after(pair, hidden, past)
+        singles = [
+            pair.deep(rows[:, place : place + 1], (count > place).astype(np.int32))["logits"] for place in range(size)
+        ]
+        row, place = np.nonzero(np.arange(size) < count[:, None])
+        tokens = text.following(row * text.width + columns[row, place])
+        yield size, together[row, place], np.stack(singles, axis=1)[row, place], tokens
+
+
+def _after(pair: EnginePair, hidden: np.ndarray, past: np.ndarray) -> None:
+    pair.trim(0)
+    pair.deep(hidden[:, : int(past.max())], past)
+
+
+def _largest(name: str, tensor: str, ours: np.ndarray, theirs: np.ndarray, noise: Noise) -> Check:
+    limit = max(LEAST, FACTOR * noise.largest[tensor])
+    return Check(name, tensor, _share(ours, theirs), limit, scale=scale_of(theirs))
+
+
+def _share(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max(initial=0.0) / scale_of(theirs))
+
+
+def scale_of(values: np.ndarray) -> float:
+    """The largest value, at least 1: what differences are shares of."""
+    return max(1.0, float(np.abs(values).max(initial=0.0)))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What became of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
+    two best logits before, how far these moved against each other, and whether the best one is another."""
+
+    divergence: np.ndarray
+    nats: np.ndarray
+    gap: np.ndarray
+    gap_moved: np.ndarray
+    other_best: np.ndarray
+
+    @classmethod
+    def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
+        """Of logits [n, V], and of any n tokens."""
+        blocks = [slice(start, start + _BLOCK) for start in range(0, len(before), _BLOCK)]
+        return cls.joined([_moved(before[block], after[block], tokens[block]) for block in blocks])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moved]) -> Moved:
+        empty = [np.zeros(0)] * 5 if not parts else None
+        return cls(*(empty or map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True))))
+
+
+def _moved(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
+    rows = np.arange(len(before))
+    second, best = np.argpartition(before, -2, -1)[:, -2:].T
+    gap = (before[rows, best] - before[rows, second]).astype(np.float64)
+    gap_moved = np.abs(gap - (after[rows, best] - after[rows, second]))
+    ours, theirs = log_softmax(after), log_softmax(before)
+    divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
+    # What is below float64's own rounding is no divergence.
+    nats = theirs[rows, tokens] - ours[rows, tokens]
+    return Moved(np.maximum(divergence, 0), nats, gap, gap_moved, after.argmax(-1) != before.argmax(-1))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[Check]:
+    """Whether rows moved further than noise does."""
+    count = len(moved.divergence)
+
+    def check(measure: Measure, error: float, tolerance: float) -> Check:
+        return Check(name, tensor, float(error), float(tolerance), measure)
+
+    yield check("divergence", moved.divergence.mean(), _limit(noise.divergence, count))
+    yield check("nats", np.abs(moved.nats.mean()), _limit(noise.nats, count))
+    clear = moved.gap > FACTOR * noise.gap_moved.max(initial=0.0)
+    yield check("best", (moved.other_best & clear).sum() / max(1, clear.sum()), BEST)
+    near = moved.divergence <= max(RESOLUTION, FACTOR * noise.divergence.max(initial=0.0))
+    yield check("rows", 1 - near.mean(), ROWS)
+
+
+def _limit(noise: np.ndarray, count: int) -> float:
+    """What the mean of `count` rows may be: FACTOR times noise's mean and the standard error of so many rows."""
+    # Unlike max, this keeps NaN.
+    return float(np.maximum(RESOLUTION, FACTOR * (np.abs(noise.mean()) + noise.std() / np.sqrt(count))))

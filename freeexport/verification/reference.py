@@ -1,0 +1,422 @@
+"""The checkpoint as transformers computes it: in float64, and as coarsely as a bundle may be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
+from freeexport.verification.checks import Check, Measure
+from freeexport.verification.engines import Batch, EnginePair, encode, log_softmax, mask_of, pad, rows_of, scale_of
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import Manifest, Precision
+from runtime.bundle.precision import EnginePrecision
+from runtime.errors import OptionError
+from runtime.machine.machine import usable_cores
+from runtime.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# An engine may be so many times as far from float64 as transformers is in the same precision, and always so far: by the
+# largest difference, as a share of the largest value.
+TIMES = 4.0
+LEAST = {"fp32": 2e-5, "fp16": 3e-2}
+# bf16, and weights in 8 and 4 bits, differ everywhere: there by the root mean square of the difference, as a share of
+# that of the values. A sound model in 8 bits was 2.7 times as far as transformers, 0.05; a fault makes it 1.
+COARSE_LEAST = 1e-2
+
+
+# Bits of a significand.
+BITS = {"fp16": 11, "bf16": 8}
+# The longest block of inputs that shares a scale, where activations have one for each block.
+ACTIVATION_BLOCK = 128
+# What reads no values, so nothing has to be widened for it.
+_ATTRIBUTES = frozenset({"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"})
+
+
+ExitHead = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class States:
+    """What a model gives for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
+    the states [n, d] after it, and for an encoder-decoder its encoder's output at the valid rows of the prompts."""
+
+    deep: np.ndarray
+    shallow: np.ndarray
+    hidden: np.ndarray
+    encoded: np.ndarray | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
+        """What transformers computes, as float32."""
+        out = forward(model, batch)
+        states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
+        encoded = out.get("encoder_last_hidden_state")
+        deep = valid_rows(out["logits"].numpy(), batch.lengths)
+        del out
+        shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
+        return cls(
+            deep,
+            valid_rows(shallow.numpy(), batch.lengths),
+            valid_rows(states.numpy(), batch.lengths),
+            None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
+        )
+
+
+def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.Tensor:
+    """Logits [B, n, V] of the model cut after the exit layer."""
+    stack, name = layer_list(model)
+    layers = getattr(stack, name)
+    setattr(stack, name, layers[:exit_layer])
+    try:
+        logits: torch.Tensor = forward(model, batch)["logits"]
+        return logits
+    finally:
+        setattr(stack, name, layers)
+
+
+def layer_list(model: Any) -> tuple[Any, str]:
+    """The module that holds the decoder layers, and under which name."""
+    decoder = model.get_decoder()
+    return decoder, "block" if hasattr(decoder, "block") else "layers"
+
+
+def forward(model: Any, batch: Batch) -> Any:
+    """What transformers returns for a batch: `logits` [B, n, V], and the hidden states of all layers."""
+    tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(mask_of(batch.lengths, batch.tokens.shape[1]))
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    if batch.prompts is not None and batch.prompt_lengths is not None:
+        prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
+        inputs = {"input_ids": torch.from_numpy(batch.prompts), "attention_mask": prompt_mask}
+        inputs |= {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
+    # T5's cache fails where the decoder is deeper than the encoder.
+    with torch.no_grad():
+        return model(**inputs, output_hidden_states=True, use_cache=False)
+
+
+def valid_rows(states: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
+    """[B, n, d] -> those of the valid rows, [N, d], as float32."""
+    rows = rows_of(lengths, states.shape[1])
+    return states.reshape(-1, states.shape[-1])[rows].astype(np.float32)
+
+
+def state_checks(ours: States, truth: States, theirs: States, precision: Precision) -> Iterator[Check]:
+    """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
+    known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
+    measure: Measure = "largest" if precision in LEAST else "rms"
+    for name, tensor, field in (
+        ("encoder", "encoder hidden", "encoded"),
+        ("prefill", "shallow hidden", "hidden"),
+        ("prefill", "shallow logits", "shallow"),
+        ("prefill", "deep logits", "deep"),
+    ):
+        values, wanted, reference = (getattr(states, field) for states in (ours, truth, theirs))
+        if values is None or wanted is None or reference is None:
+            continue
+        if field == "shallow":
+            values, wanted, reference = values[:, known], wanted[:, known], reference[:, known]
+        error, itself = (DISTANCES[measure](states, wanted) for states in (values, reference))
+        tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
+        yield Check(name, tensor, error, tolerance, measure, itself, scale_of(wanted))
+
+
+def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The reference is as coarse in there as a bundle of this precision may be."""
+    if manifest.quantization is not None:
+        engines = {engine.engine: engine for engine in manifest.quantization.engines}
+        exit_layer = manifest.exit_layer
+        return coarsening(model, lambda name: engines.get(engine_of(name, exit_layer)), manifest.target == "cpu")
+    return rounding(model, BITS[manifest.precision]) if manifest.precision in BITS else nullcontext()
+
+
+def engine_of(module: str, exit_layer: int) -> str:
+    """The engine that computes a module of transformers, by its name."""
+    if module.startswith("encoder."):
+        return "encoder"
+    if module.endswith(("EncDecAttention.k", "EncDecAttention.v")):
+        return "prologue"
+    layer = re.search(r"\.(?:layers|block)\.(\d+)\.", module)
+    return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
+
+
+def _largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max() / scale_of(theirs))
+
+
+def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(1e-6, float(np.linalg.norm(theirs))))
+
+
+DISTANCES: dict[Measure, Callable[[np.ndarray, np.ndarray], float]] = {"largest": _largest, "rms": _root_mean_square}
+
+
+class Float64(TorchFunctionMode):
+    """Every operator in float64, also where code names float32, as norms, softmax and rotary positions do.
+
+    A float32 parameter is widened for the operator that reads it, so a model needs the memory of its largest weight in
+    float64 and no more.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in _ATTRIBUTES:
+            return func(*args, **kwargs)
+        if func is functional.embedding:  # the rows that are read, not the table
+            return _wide(func(*args, **kwargs))
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        return tree_map(_wide, func(*tree_map(_wide, args), **tree_map(_wide, kwargs)))
+
+
+def _wide(item: Any) -> Any:
+    if isinstance(item, torch.Tensor):
+        return item.double() if item.dtype is torch.float32 else item
+    return torch.float64 if item is torch.float32 else item
+
+
+@contextmanager
+def rounding(model: Any, bits: int) -> Iterator[None]:
+    """What every layer, norm and activation gives is rounded to `bits` of significand; the range stays float32's."""
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    hooks = [module.register_forward_hook(_rounder(bits)) for module in leaves]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounder(bits: int) -> Callable[[Any, Any, Any], Any]:
+    def rounded(module: Any, inputs: Any, output: Any) -> Any:
+        return tree_map(lambda item: _rounded(item, bits), output)
+
+    return rounded
+
+
+def _rounded(item: Any, bits: int) -> Any:
+    if not isinstance(item, torch.Tensor) or not item.is_floating_point():
+        return item
+    fraction, exponent = torch.frexp(item)
+    return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
+
+
+@contextmanager
+def coarsening(model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool) -> Iterator[None]:
+    """Every linear layer is off as if its weights had the relative error of the engine that it is in, at random; with
+    `activations` also as if what it reads had 8 bits. `precision_of` says which engine a module is in, by its name."""
+    generator, hooks = torch.Generator().manual_seed(0), []
+    for name, module in model.named_modules():
+        found = precision_of(name) if isinstance(module, torch.nn.Linear) else None
+        if found is not None:
+            block = (None if found.linears == "int8" else ACTIVATION_BLOCK) if activations else 0
+            hooks.append(module.register_forward_hook(_coarsener(found.largest_error, block, generator)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _coarsener(error: float, block: int | None, generator: torch.Generator) -> Callable[[Any, Any, Any], Any]:
+    def coarse(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        (read,) = inputs
+        wrong = error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
+        if block != 0:
+            wrong = torch.hypot(wrong, _rounding_error(read, block))
+        rows = torch.linalg.vector_norm(module.weight, dim=1) / module.weight.shape[1] ** 0.5
+        return output + torch.randn(output.shape, generator=generator) * rows * wrong
+
+    return coarse
+
+
+def _rounding_error(read: torch.Tensor, block: int | None) -> torch.Tensor:
+    """[..., n] -> [..., 1]: the norm of what 8 bits with a scale for each block, or for the row, round away."""
+    size = read.shape[-1]
+    length = size if block is None else min(block, size)
+    padded = functional.pad(read, (0, -size % length))
+    steps = padded.unflatten(-1, (-1, length)).abs().amax(-1) / 127
+    # Rounding is off by a step over the root of 12.
+    return torch.linalg.vector_norm(steps, dim=-1, keepdim=True) * (length / 12) ** 0.5
+
+
+# Where the two best logits are closer than this, rounding decides, and k rows and single steps round differently.
+TIE = 1e-4
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Greedy decoding of one prompt. `first_difference` is None where all ids are equal; `gap` is the distance of the
+    reference's two best logits there."""
+
+    prompt: int
+    tokens: int
+    first_difference: int | None = None
+    gap: float | None = None
+
+    def passed(self, tie: float | None) -> bool:
+        """Whether the ids are equal up to a tie; None for `tie` expects no equality."""
+        return tie is None or self.first_difference is None or (self.gap is not None and self.gap < tie)
+
+
+def compare(session: Session, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[Comparison]:
+    """Mode `full` of the session against transformers' `generate`, with the bundle's end-of-sequence ids."""
+    room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
+    count = max(1, min(new_tokens, room))
+    for number, prompt in enumerate(prompts):
+        ours = session.generate(list(prompt), mode="full", max_new_tokens=count).token_ids
+        theirs, gaps = reference_ids(model, list(prompt), count, session.manifest.eos_token_ids)
+        differing = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+        first = next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
+        yield Comparison(number, len(ours), first, gaps[first] if first is not None and first < len(gaps) else None)
+
+
+def reference_ids(model: Any, prompt: list[int], count: int, eos: Sequence[int]) -> tuple[list[int], list[float]]:
+    """Greedy ids of `generate`, and the distance of the two best logits at each."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=count,
+        min_new_tokens=0,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(eos) or None,
+        # T5's cache fails where the decoder is deeper than the encoder.
+        use_cache=not model.config.is_encoder_decoder,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    start = 1 if model.config.is_encoder_decoder else len(prompt)
+    gaps = []
+    for logits in out.logits:
+        best = np.sort(logits[0].float().numpy())[-2:]
+        gaps.append(float(best[1] - best[0]))
+    return out.sequences[0, start:].tolist(), gaps
+
+
+# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
+# always so many. Above, something is wrong, not just coarse.
+QUALITY_TIMES = 2.5
+QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
+QUALITY_COARSE_LEAST = 5e-2
+# Sequences in memory at once, the most tokens of each, and how many lines are read.
+ROWS, LONGEST, LINES = 8, 256, 256
+_BLOCK = 64  # rows whose log probabilities are in memory at once
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Over `tokens` predictions: mean nats of the token that stands there, of the checkpoint (`reference_nll`) and of
+    the bundle (`nll`); the Kullback-Leibler divergence of their predictions in nats (`divergence`), that of
+    transformers when it is as coarse as the bundle (`coarse_divergence`), and what may be (`tolerance`); and how often
+    their best tokens are the same (`agreement`)."""
+
+    tokens: int
+    reference_nll: float
+    nll: float
+    divergence: float
+    agreement: float
+    tolerance: float
+    coarse_divergence: float = 0.0
+
+    @property
+    def perplexity_ratio(self) -> float:
+        return float(np.exp(self.nll - self.reference_nll))
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.divergence <= self.tolerance)  # NaN fails
+
+
+class Predictions(NamedTuple):
+    """Logits [n, V] of a bundle, of the checkpoint, and of transformers as coarse as the bundle; and the tokens [n]
+    that come next."""
+
+    ours: np.ndarray
+    theirs: np.ndarray
+    coarse: np.ndarray
+    targets: np.ndarray
+
+
+def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path) -> Quality:
+    """On the targets of `data` (JSON lines). Raises DataError, OptionError."""
+    return quality_of(predictions_on(bundle, model, data, usable_cores()), bundle.manifest.precision)
+
+
+def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Quality:
+    """How far a bundle's predictions are from the checkpoint's. Raises DataError where there are none."""
+    sums, count = np.zeros(5), 0
+    for ours, theirs, coarse, targets in predictions:
+        for start in range(0, len(targets), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            sums += _sums(ours[block], theirs[block], coarse[block], targets[block])
+        count += len(targets)
+    if not count:
+        raise DataError("no text has two tokens, so nothing is predicted; give longer text")
+    reference_nll, nll, divergence, itself, agreement = (float(value) for value in sums / count)
+    tolerance = max(QUALITY_LEAST.get(precision, QUALITY_COARSE_LEAST), QUALITY_TIMES * itself)
+    return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
+
+
+def _sums(ours: np.ndarray, theirs: np.ndarray, coarse: np.ndarray, targets: np.ndarray) -> list[float]:
+    """Over the rows of logits [n, V]: nats of targets (theirs, ours), divergence (ours, coarse), same best token."""
+    ours, theirs, coarse = map(log_softmax, (ours, theirs, coarse))
+    rows, weights = np.arange(len(targets)), np.exp(theirs)
+    nats = [-each[rows, targets].sum() for each in (theirs, ours)]
+    divergences = [(weights * (theirs - each)).sum() for each in (ours, coarse)]
+    return [*nats, *divergences, (ours.argmax(-1) == theirs.argmax(-1)).sum()]
+
+
+def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path, threads: int) -> Iterator[Predictions]:
+    """Teacher-forced, on the targets of `data` (JSON lines). Raises DataError, OptionError."""
+    for batch in _batches(bundle, data):
+        cross, _ = encode(bundle, batch, threads)
+        pair = EnginePair(bundle, len(batch.tokens), threads, cross)
+        deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
+        rows = rows_of(np.maximum(batch.lengths - 1, 0), batch.width)
+        theirs = coarse = _logits(model, batch, rows)
+        if bundle.manifest.precision != "fp32":
+            with in_precision_of(bundle.manifest, model):
+                coarse = _logits(model, batch, rows)
+        yield Predictions(deep["logits"][rows], theirs, coarse, batch.following(rows))
+
+
+def _logits(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> np.ndarray:
+    logits = forward(model, batch)["logits"].numpy()
+    found: np.ndarray = logits.reshape(-1, logits.shape[-1])[rows]
+    return found
+
+
+def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
+    """The first lines of `data`: input and target in one for a decoder-only bundle, else as prompt and answer."""
+    manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
+    if tokenizer is None:
+        raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
+    requests = read_examples(data, LINES, TARGETS_WANTED)
+    longest = min(LONGEST, manifest.capacity)
+    for start in range(0, len(requests), ROWS):
+        chunk = requests[start : start + ROWS]
+        prompts = [_prompt(tokenizer, request.input) for request in chunk]
+        targets = [tokenizer.encode(request.target or "", special=False) for request in chunk]
+        if manifest.encoder_decoder:
+            begin = [manifest.decoder_start_token_id or 0]
+            read = [prompt[: manifest.encoder_capacity] for prompt in prompts]
+            yield Batch(*pad([(begin + target)[:longest] for target in targets]), *pad(read))
+        else:
+            yield Batch(*pad([(a + b)[:longest] for a, b in zip(prompts, targets, strict=True)]))
+
+
+def _prompt(tokenizer: Tokenizer, text: str | list[dict[str, str]]) -> list[int]:
+    return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
