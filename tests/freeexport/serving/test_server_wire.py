@@ -7,8 +7,9 @@ import random
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,6 @@ from tools.soak.leftovers import resident
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4000, "stream": True, **ENDLESS}
-
-
-@pytest.fixture(scope="module")
-def server(chat: Path) -> Iterator[Running]:
-    with running(chat, names=("m",), slots=4, queue=200, max_body=100_000) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def http(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url) as client:
-        yield client
 
 
 def still_answers(server: Running) -> bool:
@@ -144,23 +133,30 @@ def test_metrics_count_what_the_log_says(chat: Path) -> None:
     assert float(figures[f'freeexport_http_responses_total{{path="{CHAT}",status="200"}}']) == 3
 
 
-def test_the_log_has_no_prompt_unless_it_is_asked_for(chat: Path) -> None:
-    asked = {"messages": [{"role": "user", "content": "a secret"}], "max_tokens": 2}
+def test_the_log_has_no_prompt_unless_it_is_asked_for(
+    server: Running, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a prompt is one line of ASCII, whatever separates lines in it."""
+    text = "a secret\u2028b\u0085c\x9bd\x00e\x7f"
+    lines: list[str] = []
+    monkeypatch.setattr(server.service, "_log", lines.append)
     for wanted in (False, True):
-        with running(chat, log_prompts=wanted) as server:
-            httpx.post(server.url + CHAT, json=asked)
-            httpx.post(server.url + CHAT, json={**asked, "tools": [1]})
-        assert ("a secret" in json.dumps(server.log)) == wanted
-        assert [line["status"] for line in server.log] == [200, 400]
-        assert {"id", "model", "prompt_tokens", "exit_rate", "queue_seconds", "seconds"} <= set(server.log[0])
+        monkeypatch.setattr(server.service, "options", replace(server.service.options, log_prompts=wanted))
+        for tools in ({}, {"tools": [1]}):
+            http.post(TEXT, json={"prompt": text, "max_tokens": 2, **tools})
+    assert all(line.isascii() and len(line.splitlines()) == 1 for line in lines)
+    found = [json.loads(line) for line in lines]
+    assert [line.get("prompt") for line in found] == [None, None, [text], None]
+    assert [line["status"] for line in found] == [200, 400] * 2
+    assert {"id", "model", "prompt_tokens", "exit_rate", "queue_seconds", "seconds"} <= set(found[0])
 
 
-def test_pages_of_other_origins_may_ask_only_where_allowed(chat: Path) -> None:
+def test_pages_of_other_origins_may_ask_only_where_allowed(http: httpx.Client, tmp_path: Path) -> None:
     asking = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
-    with running(chat) as closed, running(chat, origins=("http://page",)) as allowed:
-        assert "access-control-allow-origin" not in httpx.options(closed.url + CHAT, headers=asking).headers
-        answer = httpx.options(allowed.url + CHAT, headers=asking)
-        assert answer.headers["access-control-allow-origin"] == "http://page"
+    closed = TestClient(routes.application(Service(ServerOptions([tmp_path]), lambda line: None)))
+    assert "access-control-allow-origin" not in closed.options(CHAT, headers=asking).headers
+    assert http.options(CHAT, headers=asking).headers["access-control-allow-origin"] == "http://page"
+    assert "access-control-allow-origin" not in http.options(CHAT, headers={**asking, "Origin": "http://evil"}).headers
 
 
 # Clients that misbehave
@@ -222,7 +218,7 @@ def test_a_body_of_ten_megabytes_is_refused(told: bool, server: Running) -> None
     answer = read(connection)
     sent.join()
     assert status(answer) == 413
-    assert b"larger than 100000 bytes" in answer
+    assert b"larger than 4194304 bytes" in answer
     assert still_answers(server)
 
 
