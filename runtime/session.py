@@ -11,21 +11,22 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from runtime.adaptation.draft_length import DraftLengths
+from runtime.adaptation.call_costs import CallCosts
 from runtime.backends import open_backend
 from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decisions import Decisions
 from runtime.decoding.decoder import Decoder
+from runtime.decoding.drafts import LearnedDrafts
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError, OptionError
 from runtime.keywords import SessionKeywords, merged
-from runtime.machine.cost_cache import costs_for
 from runtime.machine.device import Device, check_runnable
-from runtime.machine.machine import check_saturation, usable_cores
+from runtime.machine.machine import check_saturation, costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.option_checks import shown
 from runtime.options import SessionOptions
@@ -68,8 +69,7 @@ class Session(Asking):
         check_runnable(manifest, Device.parse(self.options.device))
         self.capacity = _capacity(manifest, self.options.capacity)
         self.threads = self.options.threads or usable_cores()
-        on_cpu = Device.parse(self.options.device).index is None
-        self._costs, learned_costs = costs_for(manifest, self.threads, on_cpu)
+        self._costs = costs_here(manifest, self.threads)
         self._thresholds = Thresholds(self.bundle, self.options, self._costs)
         self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
         with self._placement.loading() as engine:
@@ -82,10 +82,11 @@ class Session(Asking):
         self._scheduler = self._schedule(shallow, deep, decisions)
         limit = self.options.prefix_cache_bytes
         self._prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
-        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, learned_costs, self._prefixes)
+        model = Model(manifest, self.capacity, self._encoder, self._tokenizer, self._prefixes)
         self._observer = Observer(None if on_event is None else guarded(on_event, self._scheduler))
+        calls = CallCosts(manifest.costs or NEUTRAL)
         self._builder = RequestBuilder(
-            self.bundle, self.options, model, self._scheduler, self._thresholds, self._costs, self._observer
+            self.bundle, self.options, model, self._scheduler, self._thresholds, calls, self._observer
         )
         self._closed = False
 
@@ -122,14 +123,9 @@ class Session(Asking):
         line for a person."""
         return self._thresholds.default()
 
-    @property
-    def draft_lengths(self) -> DraftLengths:
-        """What requests of mode "lossless" have learned of drafts. Replace it, to measure as if they were the first."""
-        return self._builder.draft_lengths
-
-    @draft_lengths.setter
-    def draft_lengths(self, learned: DraftLengths) -> None:
-        self._builder.draft_lengths = learned
+    def forget_drafts(self) -> None:
+        """Forget what requests of mode "lossless" have learned of drafts: the next is like the first."""
+        self._builder.learned = LearnedDrafts(CallCosts(self.manifest.costs or NEUTRAL))
 
     def metrics(self) -> Metrics:
         """What was counted since the session was opened, and what runs now."""

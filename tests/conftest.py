@@ -15,8 +15,6 @@ from hypothesis import settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny: two threads that wait for each other are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# What lies in this user's cache is not tested.
-os.environ["FREEEXPORT_COST_CACHE"] = "off"
 
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("no deadline", deadline=None)

@@ -1,118 +1,100 @@
-"""What engine calls take on this machine: seconds of shallow calls and deep passes, measured while decoding."""
+"""What engine calls take on this machine: the one estimator, measured while requests are decoded."""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from functools import cache
-from statistics import median
+import math
+from typing import Literal
 
 from runtime.bundle.costs import NEUTRAL, Costs
 
-# The median of so many calls counts, so that one slow call has no effect.
-WINDOW = 9
-# Calls after which a cost that was not among them is forgotten: the machine may have changed meanwhile.
+# "step": a shallow call without its head. "head": one with it, a row for each sequence. "pass": a deep call.
+Kind = Literal["step", "head", "pass"]
+# Calls that an average goes back, and how far one slow call may stray from it.
+RECENT, STRAY = 8, 2.0
+# Calls after which a cost that was not among them is forgotten: the machine may have been busy then.
 MEMORY = 512
-WITH_HEAD = 0
 
 
 class CallCosts:
-    """Seconds of a shallow step with the head, of shallow calls without it and of deep passes by rows: measured, else
-    `base`, scaled as the nearest that was measured. `base` has shallow calls over several rows grow as deep ones do."""
+    """Seconds of calls by kind and rows, those of all sequences in a call together: an exponential average where they
+    were measured, else `base` scaled like the nearest that was. The first call of each kind and size is left out: it
+    binds its buffers."""
 
     def __init__(self, base: Costs = NEUTRAL) -> None:
         self.base = base
-        # By rows; WITH_HEAD is a step of one row with the head.
-        self._steps = _Kinds(lambda rows: base.shallow if rows == WITH_HEAD else _shallow_rows(base, rows))
-        self._passes = _Kinds(base.deep_pass)
-        self.most_rows = 1  # of shallow calls that were measured
-
-    def step(self, head: bool) -> float:
-        return self._steps[WITH_HEAD if head else 1]
-
-    def shallow_rows(self, rows: int) -> float:
-        """A shallow call without the head."""
-        return self._steps[rows]
-
-    def deep_pass(self, rows: int) -> float:
-        return self._passes[rows]
-
-    @property
-    def full(self) -> float:
-        """A token of mode full."""
-        return self.step(False) + self.deep_pass(1)
-
-    @property
-    def head(self) -> float:
-        return max(0.0, self.step(True) - self.step(False))
-
-    def observe(self, with_head: int, rows: int, shallow: float, deep: float) -> None:
-        """`rows` shallow steps took so long, `with_head` of them with the head, and the deep pass over them."""
-        self._passes.observe(rows, deep)
-        if with_head:
-            # A step with the head takes as long as one without, at least.
-            rest = shallow - (rows - with_head) * self.step(False)
-            self._steps.observe(WITH_HEAD, max(rest / with_head, shallow / rows))
-        else:
-            self._steps.observe(1, shallow / rows)
-
-    def observe_together(self, with_head: int, rows: int, together: int, shallow: float, deep: float) -> None:
-        """The same where the first `together` rows were one shallow call."""
-        self._passes.observe(rows, deep)
-        if not with_head and rows == together:
-            self._steps.observe(together, shallow)
-            self.most_rows = max(self.most_rows, together)
-
-    def expected(self, with_head: int, rows: int, together: int = 1) -> float:
-        """Seconds of what `observe` and `observe_together` are told of."""
-        single = rows - together
-        return self.shallow_rows(together) + single * self.step(False) + with_head * self.head + self.deep_pass(rows)
-
-
-def _shallow_rows(base: Costs, rows: int) -> float:
-    return base.shallow_without_head * base.deep_pass(rows) / base.deep_pass(1)
-
-
-class _Kinds:
-    """Costs of calls by kind, a number: near ones cost alike. `base` is what they cost elsewhere."""
-
-    def __init__(self, base: Callable[[int], float]) -> None:
-        self._base = cache(base)
-        self._seen: dict[int, _Calls] = {}
+        self._seen: dict[Kind, dict[int, _Average]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
 
-    def __getitem__(self, kind: int) -> float:
-        calls = self._seen.get(kind)
-        return self._scaled(kind) if calls is None or self._stale(calls) else calls.seconds
-
-    def observe(self, kind: int, seconds: float) -> None:
-        calls = self._seen.get(kind)
-        if calls is None or self._stale(calls):
-            # The first of its kind binds its call, and finds its weights on no page: it must not count alone.
-            calls = self._seen[kind] = _Calls(self._scaled(kind) if self._count else seconds)
+    def observe(self, kind: Kind, rows: int, seconds: float) -> None:
         self._count += 1
-        calls.add(seconds, self._count)
+        seen = self._seen[kind].get(rows)
+        if seen is None:
+            self._seen[kind][rows] = _Average()
+        else:
+            seen.add(seconds, None if seen.known(self._count) else self._scaled(kind, rows), self._count)
 
-    def _stale(self, calls: _Calls) -> bool:
-        return self._count - calls.last > MEMORY
+    def seconds(self, kind: Kind, rows: int) -> float:
+        seen = self._seen[kind].get(rows)
+        if seen is not None and seen.known(self._count):
+            return seen.seconds
+        return self._scaled(kind, rows) or self._base(kind, rows)
 
-    def _scaled(self, kind: int) -> float:
-        known = [other for other, calls in self._seen.items() if other != kind and not self._stale(calls)]
-        if not known:
-            return self._base(kind)
-        nearest = min(known, key=lambda other: abs(other - kind))
-        return self._base(kind) * self._seen[nearest].seconds / self._base(nearest)
+    def token(self, sequences: int = 1) -> float:
+        """A token of mode full, for each of so many sequences."""
+        return self.seconds("step", sequences) + self.seconds("pass", sequences)
+
+    def head(self, sequences: int = 1) -> float:
+        """The shallow head of one step."""
+        return max(0.0, self.seconds("head", sequences) - self.seconds("step", sequences))
+
+    def further_row(self) -> float | None:
+        """A further row of a deep pass as a share of the first, between the fewest and the most rows that were
+        measured; None where they are not far apart."""
+        known = {rows: seen.seconds for rows, seen in self._seen["pass"].items() if seen.known(self._count)}
+        few, many = min(known, default=1), max(known, default=1)
+        if many < 1.5 * few:
+            return None
+        row = max(0.0, known[many] - known[few]) / (many - few)
+        first = known[few] - (few - 1) * row
+        return min(1.0, row / first) if first > 0 else 1.0
+
+    def _base(self, kind: Kind, rows: int) -> float:
+        """Shallow calls grow with their rows as deep ones do."""
+        base, deep = self.base, self.base.deep_pass(rows)
+        if kind == "pass":
+            return deep
+        return (base.shallow if kind == "head" else base.shallow_without_head) * deep / base.deep[1]
+
+    def _scaled(self, kind: Kind, rows: int) -> float | None:
+        """As the nearest size of its kind was measured, else as any call was; None where nothing was."""
+        for kinds in ((kind,), tuple(self._seen)):
+            known = [
+                (abs(math.log(other / rows)), seen.seconds / self._base(each, other))
+                for each in kinds
+                for other, seen in self._seen[each].items()
+                if seen.known(self._count)
+            ]
+            if known:
+                return self._base(kind, rows) * min(known)[1]
+        return None
 
 
-class _Calls:
-    """The median of the last calls of a kind; `last` counts calls of all kinds."""
+class _Average:
+    """Exponential; `last` counts the calls of all kinds."""
 
-    __slots__ = ("_window", "last", "seconds")
+    __slots__ = ("count", "last", "seconds")
 
-    def __init__(self, expected: float) -> None:
-        self._window = deque([expected], WINDOW)
-        self.seconds, self.last = expected, 0
+    def __init__(self) -> None:
+        self.seconds, self.count, self.last = 0.0, 0, 0
 
-    def add(self, seconds: float, number: int) -> None:
-        self._window.append(seconds)
-        self.seconds, self.last = median(self._window), number
+    def known(self, now: int) -> bool:
+        return self.count > 0 and now - self.last <= MEMORY
+
+    def add(self, seconds: float, expected: float | None, now: int) -> None:
+        """`expected`: what it was thought to take, where it was not known."""
+        if not self.known(now):
+            self.seconds, self.count = expected or seconds, 1 if expected else 0
+        if self.count:
+            seconds = min(max(seconds, self.seconds / STRAY), self.seconds * STRAY)
+        self.count, self.last = min(self.count + 1, RECENT), now
+        self.seconds += (seconds - self.seconds) / self.count

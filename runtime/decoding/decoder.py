@@ -198,22 +198,21 @@ class Decoder:
         self.stacked += 1
         return self._prediction() if self._head else NOTHING
 
-    def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
-        """Shallow steps on several tokens as one call, onto the empty stack; the head for the last. `guesses` are
-        the predictions then."""
-        self._head = head
-        self._step = call = self._calls.steps_together(tokens, head, self._exits or head)
+    def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
+        """Shallow steps on several tokens as one call, onto the empty stack, without the head. `guesses` counts them
+        then."""
+        self._step = call = self._calls.steps_together(tokens, self._exits)
         return (call,)
 
     def guesses(self) -> list[Prediction]:
-        """Count the steps that ran as one call: a prediction for each, of the last alone where the head ran."""
+        """Count the steps that ran as one call: no prediction for each."""
         call = self._step
         assert call is not None
         self.stats.shallow_seconds += call.seconds
         self.batch_size = call.batch_size
         self._shallow.cache.extend(self._calls.slot, call.rows)
         self.stacked = call.rows
-        return [NOTHING] * (call.rows - 1) + [self._prediction() if self._head else NOTHING]
+        return [NOTHING] * call.rows
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         """What the pass of `sync` needs. `answers` then gives the predictions."""

@@ -1,22 +1,19 @@
 """Drafts that no exit makes: text that may be repeated, and whatever the caller's own code expects.
 
-A candidate is a token that may come next. Final tokens show which candidates were right, whether they were drafted or
-not, so what a source is worth is known before anything is drafted from it.
+A candidate is a token that may come next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.adaptation.draft_length import DraftLength
-from runtime.decoding.response import Response
 from runtime.errors import OptionError
 from runtime.option_checks import shown
+from runtime.result import Token
 
 # The option draft_source.
 Source = Callable[[np.ndarray], Any]
@@ -177,13 +174,9 @@ class Candidates(NamedTuple):
     tokens: list[int]
 
 
-# Nothing to draft.
-NONE = Candidates("", 0, [])
-
-
 class DraftSources:
-    """Of one sequence. `prompt`: what the decoder read before the first token; `text`: what else may be repeated, as
-    the encoder's prompt; `predicted`: the output that is expected; `own`: the caller's source."""
+    """Candidates for one sequence. `prompt`: what the decoder read before the first token; `text`: what else may be
+    repeated, as the encoder's prompt; `predicted`: the output that is expected; `own`: the caller's source."""
 
     def __init__(
         self,
@@ -193,7 +186,7 @@ class DraftSources:
         predicted: Sequence[int] | None = None,
         own: Source | None = None,
     ) -> None:
-        self._own = None if own is None else Own(own, vocab_size)
+        self.own = None if own is None else Own(own, vocab_size)
         repetition = Repetition(vocab_size)
         self._texts: list[Expected | Repetition] = [repetition]
         if predicted is not None:
@@ -203,50 +196,30 @@ class DraftSources:
                 repetition.text.push(token)
         for token in prompt:
             repetition.read(token)
-        self._context = list(prompt)
-        self._open: list[Candidates] = []  # for the tokens that come after the context
+        self.context = list(prompt)
         self._begun = len(prompt)
-        self._tokens_to_look = 0
-        self._unexpected = 0  # tokens since a candidate was right
+        self.tokens_to_look = 0
+        self.unexpected = 0  # tokens since a candidate was right
 
-    def propose(self, response: Response, pace: DraftLength, most: int) -> Candidates:
-        """The next draft, of at most `most` tokens: of the first source whose draft is predicted to pay."""
-        self._tokens_to_look -= 1
-        if self._tokens_to_look > 0:
-            return NONE
-        self._tokens_to_look = REST if self._unexpected >= PATIENCE else 0
-        self._follow([token.id for token in response.tokens[len(self._context) - self._begun :]], pace)
-        for found in self._candidates(pace, most):
-            self._open.append(found)
-            tokens = response.within(found.tokens)
-            count = pace.plan_candidates(found.source, found.agrees, len(tokens))
-            if count:
-                self._tokens_to_look = 0
-                return found._replace(tokens=tokens[:count])
-        return NONE
+    def due(self) -> bool:
+        """Whether to look for candidates at this token."""
+        self.tokens_to_look -= 1
+        if self.tokens_to_look > 0:
+            return False
+        self.tokens_to_look = REST if self.unexpected >= PATIENCE else 0
+        return True
 
-    def _candidates(self, pace: DraftLength, most: int) -> Iterator[Candidates]:
-        if self._own is not None and most and pace.plan_call():
-            began = perf_counter()
-            tokens = self._own.candidates(self._context, most)
-            pace.observe_call(perf_counter() - began)
-            yield Candidates(self._own.name, 0, tokens)
-        for source in self._texts:
-            yield Candidates(source.name, source.agrees, source.candidates(most))
-
-    def _follow(self, final: list[int], pace: DraftLength) -> None:
-        """Tokens that have become final: which candidates were right."""
-        self._unexpected += len(final)
-        for source, agrees, tokens in self._open:
-            if not tokens and source == Own.name:
-                pace.observe_candidate(source, agrees, False)
-            for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
-                pace.observe_candidate(source, agrees + place, candidate == token)
-                if candidate != token:
-                    break
-                self._unexpected = 0
-        self._open = []
-        self._context += final
+    def follow(self, tokens: Sequence[Token]) -> list[int]:
+        """Read those of the final `tokens` that are new, and return them."""
+        final = [token.id for token in tokens[len(self.context) - self._begun :]]
+        self.unexpected += len(final)
+        self.context += final
         for token in final:
             for text in self._texts:
                 text.read(token)
+        return final
+
+    def found(self, most: int) -> Iterator[Candidates]:
+        """What the texts have to follow, at most `most` tokens each."""
+        for source in self._texts:
+            yield Candidates(source.name, source.agrees, source.candidates(most))

@@ -12,13 +12,12 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.adaptation.draft_length import DraftLength, DraftOutcome
 from runtime.decoding.decoder import Decoder, RunAhead
-from runtime.decoding.draft_sources import NONE, Candidates, DraftSources
+from runtime.decoding.drafts import PLAIN, Drafts, Outcome
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import AT_ONCE, Waiting, Waits
-from runtime.result import Stats, Token
+from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]
 
@@ -100,42 +99,42 @@ def rollback(decoder: Decoder, response: Response, threshold: float, max_pending
     """Rollback: exited tokens wait for the next sync pass. The first whose deep cross-entropy is more than `limit` nats
     gives way to the deep token, and what follows it is discarded."""
     while not response.finished:
-        draft = yield from _draft(decoder, response, threshold, max_pending - 1, head=True)
-        answers = yield from _verify(decoder, response, threshold, draft)
+        draft = yield from _exits(decoder, response, threshold, max_pending - 1, head=True)
+        deep = yield from _verify(decoder, response, threshold, draft)
         tokens = draft.tokens
-        kept = next((row for row in range(len(tokens)) if (answers[row].nll or 0.0) > limit), len(tokens))
-        correction = response.choose(answers[kept], tokens[:kept]) if kept < len(answers) else None
-        yield from _settle(decoder, response, draft, answers, kept, correction)
+        kept = next((row for row in range(len(tokens)) if (deep[row].nll or 0.0) > limit), len(tokens))
+        correction = response.choose(deep[kept], tokens[:kept]) if kept < len(deep) else None
+        yield from _settle(decoder, response, draft, deep, kept, correction)
 
 
-def lossless(
-    decoder: Decoder,
-    response: Response,
-    threshold: float,
-    max_pending: int,
-    pace: DraftLength,
-    sources: DraftSources | None = None,
-    exits: bool = True,
-) -> Loop:
-    """The tokens of `full`: drafts are kept as far as the deep decoder chooses the same. Those of `sources` go first;
-    tokens that exit follow, or are the draft where there are none."""
-    pace.begin()
+def lossless(decoder: Decoder, response: Response, threshold: float, max_pending: int, drafts: Drafts) -> Loop:
+    """The tokens of `full`: `drafts` decides what to draft, and of that what the deep decoder chooses too is kept."""
+    stats = decoder.stats
     while not response.finished:
-        now = pace.among(decoder.batch_size)
-        most, probe = now.plan(max_pending - 1) if exits else (0, False)
-        found = NONE if sources is None else sources.propose(response, now, max_pending - 1)
-        before = decoder.stats.shallow_seconds, decoder.stats.deep_seconds
-        if most == 0 and not probe and not found.tokens:
-            plain = yield from _deep_token(decoder, response)
-            now.observe_plain(*_since(before, decoder.stats))
-            yield response.add(response.choose(plain), False, None, plain)
+        plan = drafts.plan(response, max_pending - 1, decoder.batch_size)
+        shallow, deep = stats.shallow_seconds, stats.deep_seconds
+        if plan is PLAIN:
+            if decoder.alone and response.greedy:
+                yield AT_ONCE
+                yield response.add(decoder.full_step(response.newest), False, None)
+            else:
+                prediction = yield from _deep_token(decoder, response)
+                yield response.add(response.choose(prediction), False, None, prediction)
+            shared = decoder.batch_size > 1
+            drafts.observe_plain(stats.shallow_seconds - shallow, stats.deep_seconds - deep, shared)
             continue
-        draft = yield from _draft(decoder, response, threshold, most, probe, found)
+        if plan.tokens:
+            draft = yield from _together(decoder, response, plan.source, list(plan.tokens))
+        else:
+            draft = yield from _exits(decoder, response, threshold, plan.exits, plan.probe)
         answers = yield from _verify(decoder, response, threshold, draft)
         kept, correction = _agreement(response, draft.tokens, answers)
-        tokens, seconds = kept + (correction is not None), _since(before, decoder.stats)
-        now.observe_costs(draft.with_head, len(answers), *seconds, tokens, draft.together)
-        now.observe_drafts(_verdicts(draft, threshold, kept, correction))
+        sure = tuple(_sure(guess, threshold) for guess in draft.guesses if guess.confidence is not None)
+        agreed = draft.following is not None and draft.following == correction
+        made = kept + (correction is not None)
+        outcome = Outcome(len(draft.guesses), len(draft.tokens), kept, made, sure, agreed)
+        spent = stats.shallow_seconds - shallow, stats.deep_seconds - deep
+        drafts.observe(plan, outcome, *spent, decoder.batch_size > 1)
         yield from _settle(decoder, response, draft, answers, kept, correction)
 
 
@@ -147,55 +146,41 @@ def _deep_token(decoder: Decoder, response: Response) -> Waits[Prediction]:
     return decoder.answers()[0]
 
 
-def _since(before: tuple[float, float], stats: Stats) -> tuple[float, float]:
-    """Seconds of both decoders' calls since they were `before`."""
-    return stats.shallow_seconds - before[0], stats.deep_seconds - before[1]
-
-
 class Draft(NamedTuple):
-    """Shallow steps without the deep decoder: `guesses`, the prediction at each row, and the `tokens` taken after the
-    rows but the last; after the last too where that ends the request. `following` would be next, None where unknown.
-    The first of the tokens, so many, were `found` by a source, and their rows one call; the others exited."""
+    """Shallow steps without the deep decoder: `guesses`, the prediction at each row, and the `tokens` of a `source`
+    taken after the rows but the last; after the last too where that ends the request. `following` would be next, None
+    where unknown."""
 
+    source: str
     tokens: list[int]
     guesses: list[Prediction]
-    following: int | None
-    found: Candidates = NONE
-
-    @property
-    def with_head(self) -> int:
-        """Rows at which the shallow head ran."""
-        return sum(guess.confidence is not None for guess in self.guesses)
-
-    @property
-    def together(self) -> int:
-        """Rows of the first shallow call."""
-        return min(len(self.found.tokens) + 1, len(self.guesses))
+    following: int | None = None
 
 
-def _draft(
-    decoder: Decoder, response: Response, threshold: float, most: int, head: bool, found: Candidates = NONE
-) -> Waits[Draft]:
-    """The tokens `found`; then until a token is not sure, `most` are drafted, or one would end the request. `head`: ask
-    the shallow head also at the row after the last."""
-    tokens, ends = list(found.tokens), bool(found.tokens) and response.ends(found.tokens)
+def _together(decoder: Decoder, response: Response, source: str, tokens: list[int]) -> Waits[Draft]:
+    """Draft the tokens of a source, in one shallow call without the head."""
+    read = tokens[:-1] if response.ends(tokens) else tokens
+    yield from decoder.stepping_together([response.newest, *read])
+    return Draft(source, tokens, decoder.guesses())
+
+
+def _exits(decoder: Decoder, response: Response, threshold: float, most: int, head: bool) -> Waits[Draft]:
+    """Draft tokens that exit, until one is not sure, `most` are drafted, or one would end the request. `head`: run the
+    shallow head also at the row after the last."""
+    tokens: list[int] = []
     guesses: list[Prediction] = []
     while True:
-        if tokens and not guesses:
-            read = [response.newest, *tokens[: len(tokens) - ends]]
-            yield from decoder.stepping_together(read, not ends and (head or len(tokens) < most))
-            guesses = decoder.guesses()
-        else:
-            yield from decoder.stepping(tokens[-1] if tokens else response.newest, head or len(tokens) < most)
-            guesses.append(decoder.guess())
-        guess = guesses[-1]
+        yield from decoder.stepping(tokens[-1] if tokens else response.newest, head or len(tokens) < most)
+        guess = decoder.guess()
+        guesses.append(guess)
         following = None if guess.confidence is None else response.choose(guess, tokens)
-        if following is None or not _sure(guess, threshold) or len(tokens) >= most:
-            decoder.stats.forced += _sure(guess, threshold)
-            return Draft(tokens, guesses, following, found)
+        sure = _sure(guess, threshold)
+        if following is None or not sure or len(tokens) >= most:
+            decoder.stats.forced += sure
+            return Draft("exit", tokens, guesses, following)
         tokens.append(following)
         if response.ends(tokens):
-            return Draft(tokens, guesses, None, found)
+            return Draft("exit", tokens, guesses)
 
 
 def _verify(decoder: Decoder, response: Response, threshold: float, draft: Draft) -> Waits[list[Prediction]]:
@@ -236,30 +221,19 @@ def _settle(
 ) -> Iterator[Token]:
     """Trim both caches to the `kept` tokens, make them final, then the deep decoder's `correction`: None where all of a
     draft that ends the request is kept."""
-    stats, found = decoder.stats, len(draft.found.tokens)
+    stats, exits = decoder.stats, draft.source == "exit"
     stats.rejected += len(draft.tokens) - kept
-    stats.count_draft(draft.found.source, found, min(found, kept))
-    stats.count_draft("exit", len(draft.tokens) - found, max(0, kept - found))
+    stats.count_draft(draft.source, len(draft.tokens), kept)
     surplus = len(answers) - kept - (correction is not None)
     if surplus:
         decoder.trim(decoder.lengths()[1] - surplus)
     for row in range(kept):
         if response.finished:
             return
-        stats.exits += row >= found
-        yield response.add(draft.tokens[row], row >= found, draft.guesses[row].confidence, answers[row])
+        stats.exits += exits
+        yield response.add(draft.tokens[row], exits, draft.guesses[row].confidence, answers[row])
     if correction is not None and not response.finished:
         yield response.add(correction, False, draft.guesses[kept].confidence, answers[kept])
-
-
-def _verdicts(draft: Draft, threshold: float, kept: int, correction: int | None) -> Iterator[DraftOutcome]:
-    """What is known of each row's guess that the shallow head made, up to the first that was refused."""
-    for row in range(len(draft.found.tokens), min(kept + 1, len(draft.guesses))):
-        if row < len(draft.tokens):
-            yield DraftOutcome(True, row < kept)
-        elif draft.following is not None:
-            sure = _sure(draft.guesses[row], threshold)
-            yield DraftOutcome(sure, sure and draft.following == correction)
 
 
 def _sure(guess: Prediction, threshold: float) -> bool:

@@ -79,9 +79,9 @@ class OverlappingDecoder(Decoder):
         self.stacked += 1
         return prediction if self._head else NOTHING
 
-    def stepping_together(self, tokens: Sequence[int], head: bool) -> tuple[SlotCall, ...]:
+    def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
         self._drop_ahead()
-        return super().stepping_together(tokens, head)
+        return super().stepping_together(tokens)
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         self._heads, self._drafts = heads, len(drafts)

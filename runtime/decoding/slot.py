@@ -48,9 +48,9 @@ class Slot:
         self._past = {
             runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
         }
-        # By whether they ask the head, and run the exit's own layers; `_together` also by rows.
+        # By whether they ask the head, and run the exit's own layers; `_together` by rows, and by that.
         self._steps: dict[tuple[bool, bool], SlotCall] = {}
-        self._together: dict[tuple[int, bool, bool], SlotCall] = {}
+        self._together: dict[tuple[int, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
         # Of these the step that asks the head, and what `bind_both` gives, once they are there.
         self.asking: SlotCall | None = None
@@ -92,14 +92,14 @@ class Slot:
             self.asking = call
         return call
 
-    def steps_together(self, tokens: Sequence[int], head: bool, exits: bool) -> SlotCall:
-        """The shallow decoder on tokens, into the first rows of the stack; the head for the last of them."""
+    def steps_together(self, tokens: Sequence[int], exits: bool) -> SlotCall:
+        """The shallow decoder on tokens, into the first rows of the stack, without the head."""
         rows = len(tokens)
         self._tokens[0, :rows] = tokens
-        call = self._together.get((rows, head, exits))
+        call = self._together.get((rows, exits))
         if call is None:
-            call = self.piece(self._tokens[:, :rows], self.stack[None, :rows], head, exits)
-            self._together[rows, head, exits] = call
+            call = self.piece(self._tokens[:, :rows], self.stack[None, :rows], False, exits)
+            self._together[rows, exits] = call
         return call
 
     def sync(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.beam_rows import BeamRows
 from runtime.decoding.beam_search import BeamSearch, Hypothesis, Scores
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.drafts import Drafts, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.prefix import Prefix
@@ -24,7 +24,6 @@ from runtime.decoding.slot_call import Waiting, Waits
 from runtime.engines.encoder import Encoder
 from runtime.engines.prefix_store import PrefixStore, hashes
 from runtime.errors import OptionError
-from runtime.machine.cost_cache import CostCache
 from runtime.metrics import Watch
 from runtime.options import GenerationOptions, Mode
 from runtime.requests.sampling import check_biases, sampler_of
@@ -41,14 +40,13 @@ MOST_SEQUENCES = 1024
 
 class Model(NamedTuple):
     """What requests of a session are for. `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None;
-    `tokenizer` None: results have no text. `costs` learns what calls take, where that is not known. `prefixes` is
+    `tokenizer` None: results have no text. `prefixes` is
     what requests reuse of earlier ones: blocks, or what the encoder gave; None: nothing."""
 
     manifest: Manifest
     capacity: int
     encoder: Encoder | None
     tokenizer: Tokenizer | None
-    costs: CostCache | None = None
     prefixes: PrefixStore[Any] | None = None
 
 
@@ -57,7 +55,7 @@ class Request:
     `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `positions`: most of a
     cache, of each beam's where there are beams.
 
-    `tokens` int64 [n] is the prompt. `pace` in mode lossless. `watch` is told what happens to it. Raises
+    `tokens` int64 [n] is the prompt. `learned`: of drafts, in mode lossless. `watch` is told what happens to it. Raises
     OptionError for options that do not fit the bundle.
     """
 
@@ -67,7 +65,7 @@ class Request:
         tokens: np.ndarray,
         options: GenerationOptions,
         threshold: Threshold,
-        pace: DraftLength | None,
+        learned: LearnedDrafts,
         caller: Caller,
         count: int = 1,
         watch: Watch | None = None,
@@ -75,7 +73,7 @@ class Request:
         manifest = model.manifest
         self._watch = watch
         self.options, self.caller = options, caller
-        self._tokens, self._encoder, self._pace, self._threshold = tokens, model.encoder, pace, threshold
+        self._tokens, self._encoder, self._learned, self._threshold = tokens, model.encoder, learned, threshold
         # What the decoder reads before its first token.
         start = np.array([manifest.decoder_start_token_id or 0], np.int64)
         self._prompt = tokens if model.encoder is None else start
@@ -95,11 +93,11 @@ class Request:
             )
         self._prefixes, self._prefix = model.prefixes, None
         if model.prefixes is not None and model.encoder is None:
-            exits = bool(manifest.exit_layers) and (self._head or self.mode != "full")
+            exits = bool(manifest.exit_layers) and (self._head or self._exits)
             self._prefix = Prefix(model.prefixes, tokens, options.cache_salt, exits)
         self._first: Prediction | None = None
         self._found: list[Hypothesis] = []
-        self._tokenizer, self._costs, self._count = model.tokenizer, model.costs, count
+        self._tokenizer, self._count = model.tokenizer, count
         self._vocab_size = manifest.vocab_size
         self.responses = [self._response(0)]
 
@@ -122,7 +120,6 @@ class Request:
                         yield from loop
                 finally:
                     response.close()
-                self._learn_costs(decoder, response)
                 if self._prefix is not None:
                     self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
                 if not response.complete:
@@ -154,18 +151,6 @@ class Request:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
 
-    def _learn_costs(self, decoder: Decoder, response: Response) -> None:
-        if self._costs is None or self.mode not in ("full", "free") or decoder.shared_calls:
-            return
-        # Logits are copied out, and rows that teach the threshold have a head of their own: such calls take longer.
-        if response.needs_logits or self.options.num_beams > 1 or self._threshold.labels is not None:
-            return
-        stats = decoder.stats
-        head = self.mode == "free" or self.options.output_confidence
-        passes = {rows: seconds / stats.sync_sizes[rows] for rows, seconds in stats.sync_seconds.items()}
-        outside = stats.overhead_seconds
-        self._costs.learn(head, stats.candidates, stats.shallow_seconds, outside, passes)
-
     def _response(self, number: int) -> Response:
         options = self.options
         sampler = sampler_of(options, len(self._prompt), self._eos, (self._seed, number))
@@ -187,16 +172,15 @@ class Request:
     def _begin(self, decoder: Decoder, response: Response, number: int) -> Generator[Token | Waiting, None, Loop]:
         """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
         prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
-        exits = self.mode != "full"
         if number == 0:
             decoder.want_logits(response.needs_logits)
         if self._encoder is not None:
             if number == 0:
                 decoder.attend(self._encode(decoder))
-            decoder.begin(exits or self._head)
+            decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
-                first = yield from decoder.prefilling(self._prompt, self._head, exits, self._prefix)
+                first = yield from decoder.prefilling(self._prompt, self._head, self._exits, self._prefix)
                 self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
             yield response.add(response.choose(self._first), False, self._first.confidence, self._first)
         return self._loop(decoder, response)
@@ -216,10 +200,9 @@ class Request:
             return free(decoder, response, NEVER_EXIT, self._max_pending)
         if mode == "full":
             return full(decoder, response)
-        assert self._pace is not None
-        exits = self.options.drafts != "lookup"
-        sources = self._draft_sources()
-        return lossless(decoder, response, threshold, self._max_pending, self._pace, sources, exits)
+        acceptance = self._learned.acceptance(threshold, self.options.samples)
+        drafts = Drafts(self._learned.costs, acceptance, self._draft_sources(), self.options.drafts != "lookup")
+        return lossless(decoder, response, threshold, self._max_pending, drafts)
 
     def _draft_sources(self) -> DraftSources | None:
         options = self.options
@@ -261,6 +244,11 @@ class Request:
             options.num_beams, self._limit, self._eos, float(options.length_penalty), options.early_stopping
         )
         return (yield from search.turns(score, self.caller.gone))
+
+    @property
+    def _exits(self) -> bool:
+        """Whether the shallow head may run after the prompt."""
+        return self.mode != "full" and not (self.mode == "lossless" and self.options.drafts == "lookup")
 
     @property
     def _head(self) -> bool:

@@ -10,9 +10,8 @@ from time import monotonic
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.adaptation.draft_length import DraftLengths
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.costs import NEUTRAL, Costs
+from runtime.decoding.drafts import LearnedDrafts
 from runtime.decoding.response import Caller
 from runtime.engines.memory import check_beams
 from runtime.errors import OptionError
@@ -29,7 +28,7 @@ from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected
 
 
 class RequestBuilder:
-    """For a `scheduler`. `draft_lengths`: what lossless drafts have taught, beginning with `costs` of this machine."""
+    """For a `scheduler`. `learned`: what lossless drafts have taught, with `costs` of calls."""
 
     def __init__(
         self,
@@ -38,12 +37,12 @@ class RequestBuilder:
         model: Model,
         scheduler: Scheduler,
         thresholds: Thresholds,
-        costs: Costs | None,
+        costs: CallCosts,
         observer: Observer,
     ) -> None:
         self._bundle, self._options, self._model = bundle, options, model
         self._scheduler, self._thresholds, self._observer = scheduler, thresholds, observer
-        self.draft_lengths = DraftLengths(CallCosts(costs or NEUTRAL))
+        self.learned = LearnedDrafts(costs)
 
     def caller(self, options: GenerationOptions, cancel: threading.Event | None) -> Caller:
         """Of a request, or of a list of them, that is asked for now."""
@@ -84,15 +83,8 @@ class RequestBuilder:
         tokens = self.encode(prompt, options.parse_special)
         assert options.mode is not None
         threshold = self._thresholds.decide(options.threshold, options.mode)
-        lossless = options.mode == "lossless"
-        pace = self.draft_lengths.of(threshold.value, options.samples, _sources(options)) if lossless else None
-        request = Request(self._model, tokens, options, threshold, pace, caller, count or 1, self._observer.watch())
+        watch = self._observer.watch()
+        request = Request(self._model, tokens, options, threshold, self.learned, caller, count or 1, watch)
         if options.num_beams > 1 and Device.parse(self._options.device).index is None:
             check_beams(manifest, options.num_beams, request.positions)
         return request
-
-
-def _sources(options: GenerationOptions) -> str:
-    """What tells requests apart that draft from other sources: what they learn of drafts is their own."""
-    own = [name for name in ("predicted_output", "draft_source") if getattr(options, name) is not None]
-    return ", ".join([options.drafts or "auto", *own])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import PROMPTS, Case
 from conftest import Bundles
+from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, OWN_LAYERS, model_with_exit, with_exit_layers
 from reference import (
     Run,
@@ -25,7 +26,6 @@ from reference import (
 
 from freeexport.verification.engines import EnginePair
 from runtime import Session
-from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.bundle import Bundle
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,13 +106,7 @@ def test_lossless_is_full_and_drafts_as_the_reference(
     case: Case, bundle: Bundles, model: Callable[[Case], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With drafts that are as long as there is room for, and, among them, plain steps that ask no head."""
-    plans: list[int] = []
-
-    def plan(self: DraftLength, most: int) -> tuple[int, bool]:
-        plans.append(0 if len(plans) % 3 == 2 else most)
-        return plans[-1], False
-
-    monkeypatch.setattr(DraftLength, "plan", plan)
+    draft_exits(monkeypatch, plain_every=3)
     drafted, whole = 0, model(case)
     with Session(bundle(case, EXIT_LAYER), slots=1, threads=1) as session:
         for prompt in PROMPTS:

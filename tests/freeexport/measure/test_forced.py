@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
+from draft_plans import draft_exits
 
 from freeexport.measure.forced import THRESHOLD, ForcedDraftSession, ForcedExitSession, exit_trace
 from runtime import Session
-from runtime.adaptation.draft_length import DraftLength
 from runtime.errors import OptionError
 
 BY_NAME = {case.name: case for case in CASES}
@@ -75,7 +75,7 @@ def test_rates_out_of_range_are_refused(rate: str) -> None:
 def test_drafts_are_right_at_the_rate_asked_for_and_the_tokens_those_of_full(
     name: str, rate: float, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (min(most, 2), False))
+    draft_exits(monkeypatch, 2)
     asked = {"max_new_tokens": 40, "ignore_eos": True}
     exits = {**asked, "mode": "lossless", "drafts": "exit"}
     with ForcedDraftSession(bundle(BY_NAME[name]), threads=1) as session:

@@ -4,43 +4,69 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.adaptation.call_costs import MEMORY, WINDOW, CallCosts
+from runtime.adaptation.call_costs import MEMORY, CallCosts, Kind
 from runtime.bundle.costs import Costs
 
-
-def test_one_slow_call_has_no_effect() -> None:
-    costs = CallCosts()
-    for _ in range(3):
-        costs.observe(0, 1, 1.0, 10.0)
-    costs.observe(1, 1, 30.0, 10.0)  # the first of its kind
-    assert costs.step(True) < 20.0
-    for _ in range(2):
-        costs.observe(1, 1, 1.5, 10.0)
-    costs.observe(0, 1, 50.0, 500.0)
-    assert (costs.step(True), costs.step(False), costs.deep_pass(1)) == (pytest.approx(2.0, abs=0.5), 1.0, 10.0)
+BASE = Costs(2.0, 1.0, {1: 10.0, 8: 17.0})
 
 
-def test_no_cost_is_ever_nothing() -> None:
-    """A step that was measured too long must not make the head look free: that would never be noticed."""
-    costs = CallCosts()
-    costs.observe(0, 1, 100.0, 10.0)
-    for _ in range(WINDOW):
-        costs.observe(2, 3, 5.0, 12.0)
-        assert costs.step(True) > 0
-    for _ in range(WINDOW):
-        costs.observe(0, 1, 1.0, 10.0)
-        costs.observe(2, 3, 5.0, 12.0)
-    assert (costs.step(False), costs.step(True)) == (1.0, pytest.approx(2.0, rel=0.1))
+def seen(costs: CallCosts, kind: Kind, rows: int, seconds: float, times: int = 5) -> None:
+    for _ in range(times):
+        costs.observe(kind, rows, seconds)
+
+
+def test_nothing_measured_is_the_base() -> None:
+    costs = CallCosts(BASE)
+    assert [costs.seconds(kind, 1) for kind in ("step", "head", "pass")] == [1.0, 2.0, 10.0]  # type: ignore[arg-type]
+    assert (costs.seconds("pass", 8), costs.seconds("step", 8)) == (17.0, 1.7)
+    assert (costs.token(), costs.head()) == (11.0, 1.0)
+    assert costs.further_row() is None
+
+
+def test_what_was_not_measured_is_scaled_like_the_nearest_that_was() -> None:
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 30.0)
+    assert costs.seconds("pass", 8) == pytest.approx(51.0)
+    assert costs.seconds("step", 1) == pytest.approx(3.0)
+    seen(costs, "pass", 4, 26.0, 30)  # nearer to 8: twice the base
+    assert costs.seconds("pass", 8) == pytest.approx(34.0, rel=0.02)
+
+
+def test_the_first_call_of_a_size_binds_and_does_not_count() -> None:
+    costs = CallCosts(BASE)
+    costs.observe("pass", 1, 500.0)
+    assert costs.seconds("pass", 1) == 10.0
+    seen(costs, "pass", 1, 10.0)
+    assert costs.seconds("pass", 1) == pytest.approx(10.0)
+
+
+def test_one_slow_call_has_little_effect_and_a_change_is_noticed() -> None:
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 10.0, 20)
+    costs.observe("pass", 1, 5000.0)
+    assert costs.seconds("pass", 1) < 11.5
+    seen(costs, "pass", 1, 30.0, 40)
+    assert costs.seconds("pass", 1) == pytest.approx(30.0, rel=0.05)
+    # The first calls of another size stray no farther from what its neighbour says.
+    costs.observe("pass", 4, 39.0)
+    costs.observe("pass", 4, 4000.0)
+    assert costs.seconds("pass", 4) < 60.0
 
 
 def test_a_cost_not_seen_for_long_is_forgotten() -> None:
     """It may have been measured while others kept the machine busy."""
-    costs = CallCosts(Costs(2.0, 1.0, {1: 10.0, 8: 17.0}))
-    for _ in range(20):
-        costs.observe(0, 1, 1.0, 10.0)
-    for _ in range(2):
-        costs.observe(4, 4, 5.0, 100.0)
-    assert costs.deep_pass(4) == 100.0
-    for _ in range(MEMORY + 1):
-        costs.observe(0, 1, 1.0, 10.0)
-    assert costs.deep_pass(4) == pytest.approx(13.0)
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 1, 10.0)
+    seen(costs, "pass", 4, 26.0, 20)
+    assert costs.seconds("pass", 4) == pytest.approx(26.0, rel=0.05)
+    seen(costs, "pass", 1, 10.0, MEMORY + 1)
+    assert costs.seconds("pass", 4) == pytest.approx(13.0)
+
+
+def test_a_further_row_is_known_between_sizes_that_are_far_apart() -> None:
+    costs = CallCosts(BASE)
+    seen(costs, "pass", 4, 14.0)
+    assert costs.further_row() == pytest.approx(0.0, abs=1) or costs.further_row() is None
+    seen(costs, "pass", 2, 12.0)
+    assert costs.further_row() == pytest.approx(0.1, abs=0.02)
+    assert 0 <= (costs.further_row() or 0) <= 1

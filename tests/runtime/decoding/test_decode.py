@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -14,9 +15,10 @@ from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, START, WIDTH, Re
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
-from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
+from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
@@ -225,6 +227,19 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
     assert max(deep.calls[predicted:], default=1) <= max_pending
 
 
+class Planned(Drafts):
+    """The exit's drafts and probes as they are given, over and over."""
+
+    def __init__(self, plans: list[tuple[int, bool]]) -> None:
+        super().__init__(CallCosts(), Acceptance())
+        self.turns = itertools.cycle(plans)
+
+    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
+        length, probe = next(self.turns)
+        length = min(length, most)
+        return Plan(exits=length, probe=probe) if length or probe else PLAIN
+
+
 @given(
     trace=traces,
     agrees=st.lists(st.booleans(), min_size=LENGTH, max_size=LENGTH),
@@ -247,14 +262,7 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     before = len(prompt) - 1
     whole, _, _ = decoder_of(trace, max_pending, agrees=agrees)
     decoder, shallow, deep = decoder_of(trace, max_pending, agrees=agrees)
-    pace, turn = DraftLength(CallCosts()), iter(range(10_000))
-
-    def plan(most: int) -> tuple[int, bool]:
-        length, probe = plans[next(turn) % len(plans)]
-        return min(length, most), probe
-
-    pace.plan = plan  # type: ignore[method-assign]
-    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, pace))
+    loop = alone(decoded(decode.lossless, decoder, prompt, tokens, threshold, max_pending, Planned(plans)))
     steps = drafted(loop, decoder, shallow, deep, tokens, prompt)
     assert [step.id for step in steps] == [step.id for step in islice(full(whole, prompt), tokens)]
     for index, step in enumerate(steps):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -13,7 +15,6 @@ from recording_engine import DEEP_TOKEN, LENGTH, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.adaptation.draft_length import COUNTS, DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.draft_sources import (
     GAP,
@@ -27,11 +28,33 @@ from runtime.decoding.draft_sources import (
     Own,
     Repetition,
 )
+from runtime.decoding.drafts import LENGTHS, PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.decoding.slot_call import alone
 from runtime.errors import OptionError
 
 VOCAB = 4
+
+
+class Chosen(Drafts):
+    """Lengths of drafts as they are given, over and over: exits, probe, candidates."""
+
+    def __init__(self, sources: DraftSources, plans: list[tuple[int, bool, int]]) -> None:
+        super().__init__(CallCosts(), Acceptance(), sources)
+        self.turns, self.now = itertools.cycle(plans), plans[0]
+
+    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
+        self.now = next(self.turns)
+        return super().plan(response, most, sequences)
+
+    def _length(self, source: str, agrees: int, count: int) -> int:
+        return min(self.now[2], count)
+
+    def _plan_exit(self, most: int) -> Plan:
+        length, probe, _ = self.now
+        return Plan(exits=min(length, most), probe=probe) if min(length, most) or probe else PLAIN
+
+
 tokens = st.integers(0, VOCAB - 1)
 texts = st.lists(tokens | st.just(GAP), max_size=80)
 
@@ -142,46 +165,34 @@ def test_of_too_many_tokens_those_are_used_that_fit_a_pass() -> None:
 def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
     plans: list[tuple[int, bool, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:
-    """Candidates are right at some positions, and go before exits in the same draft."""
+    """Candidates are right at some positions; where none is drafted, exits are."""
     prompt = prompt_of(3)
     whole, _, _ = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
     wanted = [step.id for step in islice(full(whole, prompt), limit)]
     decoder, shallow, deep = decoder_of([1.0] * LENGTH, max_pending, agrees=agrees)
-    pace, turn = DraftLength(CallCosts()), iter(range(10_000))
-    plan = plans[0]
-
-    def exits(most: int) -> tuple[int, bool]:
-        nonlocal plan
-        plan = plans[next(turn) % len(plans)]
-        return min(plan[0], most), plan[1]
 
     def own(ids: np.ndarray) -> list[int]:
         place = len(ids) - len(prompt)
         return [token if right[at % len(right)] else 1 for at, token in enumerate(wanted[place:], place)]
 
-    pace.plan = exits  # type: ignore[method-assign]
-    pace.plan_call = lambda: True  # type: ignore[method-assign]
-    pace.plan_candidates = lambda source, agrees, count: min(plan[2], count)  # type: ignore[method-assign]
-    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), own=own)
-    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, pace, sources))
+    drafts = Chosen(DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), own=own), plans)
+    loop = alone(decoded(decode.lossless, decoder, prompt, limit, 0.5, max_pending, drafts))
     steps = drafted(loop, decoder, shallow, deep, limit, prompt)
     assert [step.id for step in steps] == wanted
     assert max(deep.calls[1:], default=1) <= max_pending
-    drafts = decoder.stats.drafts
-    assert sum(counts.accepted for counts in drafts.values()) <= len(steps)
-    assert sum(counts.proposed - counts.accepted for counts in drafts.values()) == decoder.stats.rejected
+    counted = decoder.stats.drafts
+    assert sum(counts.accepted for counts in counted.values()) <= len(steps)
+    assert sum(counts.proposed - counts.accepted for counts in counted.values()) == decoder.stats.rejected
     if limit > 2 and max_pending > 1 and all(right) and all(plan[2] for plan in plans):
-        assert drafts["own"].accepted == drafts["own"].proposed > 0
+        assert counted["own"].accepted == counted["own"].proposed > 0
 
 
 def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
     decoder, shallow, deep = decoder_of([1.0] * LENGTH)
-    pace = DraftLength(CallCosts())
-    pace.plan_candidates = lambda source, agrees, count: min(7, count)  # type: ignore[method-assign]
     prompt = prompt_of(3)
     wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]
     sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, pace, sources, exits=False))
+    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, False, 7)])))
     assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
     assert shallow.calls == deep.calls == [3, 8, 8]
     assert shallow.heads[1:] == [0, 0]
@@ -191,29 +202,29 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
 
 def test_candidates_are_drafted_in_few_numbers() -> None:
     """Calls for each number of rows are bound once."""
-    pace = DraftLength(CallCosts())
+    drafts = Drafts(CallCosts(), Acceptance())
     for count in range(1, 16):
         for agrees in range(10):
-            assert pace.plan_candidates("lookup", agrees, count) in (0, *COUNTS)
+            assert drafts._length("lookup", agrees, count) in (0, *LENGTHS)
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:
-    sources, response, pace = DraftSources(10_000), Response(np.array([1]), 500), DraftLength(CallCosts())
-    pace.plan_candidates = lambda source, agrees, count: count  # type: ignore[method-assign]
-    read = list[int]()
+    def tokens(ids: range | list[int]) -> Iterator[tuple[Response, int]]:
+        response = Response(np.array([1]), 500)
+        for token in ids:
+            response.add(token, False, None)
+            yield response, token
+
+    sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
     sources._texts[0].read = read.append  # type: ignore[method-assign]
-    looked = []
-    for token in range(100):
-        response.add(token, False, None)
+    drafts = Drafts(CallCosts(), Acceptance(), sources, exits=False)
+    for response, _ in tokens(range(100)):
         before = len(read)
-        sources.propose(response, pace, 15)
+        drafts.plan(response, 15)
         looked.append(len(read) > before)
     assert all(looked[:PATIENCE])
     assert sum(looked[PATIENCE + REST :]) <= (100 - PATIENCE) // REST
     assert read == list(range(len(read)))
-    repeating, found = DraftSources(10_000), 0
-    response = Response(np.array([1]), 500)
-    for token in [*range(60), *range(20, 60)]:
-        response.add(token, False, None)
-        found += bool(repeating.propose(response, pace, 15).tokens)
+    repeating = Drafts(CallCosts(), Acceptance(), DraftSources(10_000), exits=False)
+    found = sum(bool(repeating.plan(response, 15).tokens) for response, _ in tokens([*range(60), *range(20, 60)]))
     assert found >= 40 - 2 * REST

@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS
 from conftest import Bundles
+from draft_plans import LongestExits, draft_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import LENGTH, WIDTH, Recorder, cached, decoded, prompt_of
 from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
-from runtime.adaptation.call_costs import CallCosts
-from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
@@ -79,18 +78,11 @@ def steps_of(
         "full": (decode.full, ()),
         "free": (decode.free, (threshold, max_pending, sync_every)),
         "rollback": (decode.rollback, (threshold, max_pending, 2.0)),
-        "lossless": (decode.lossless, (threshold, max_pending, longest(max_pending))),
+        "lossless": (decode.lossless, (threshold, max_pending, LongestExits())),
     }
     loop, arguments = loops[mode]
     decoding = decoded(loop, decoder, prompt_of(3), tokens, *arguments, head=mode != "full")
     return list(islice(alone(decoding), tokens))
-
-
-def longest(max_pending: int) -> DraftLength:
-    """Drafts as long as can be: how long they are otherwise is a matter of timing."""
-    pace = DraftLength(CallCosts())
-    pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
-    return pace
 
 
 @pytest.mark.parametrize("mode", ["free", "rollback", "lossless", "full"])
@@ -224,7 +216,7 @@ def test_sessions_give_the_same_tokens_with_and_without_overlap_and_from_many_th
 ) -> None:
     plain, overlapped = pairs(name)
     assert (plain.overlap, overlapped.overlap) == (False, True)
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
     requests: list[dict[str, Any]] = [
         {"threshold": threshold, "max_pending": max_pending, **sampling}
         for threshold, max_pending in ((0.05, 16), (0.3, 3))

@@ -69,7 +69,7 @@ def test_costs_measured_here_are_acted_on(session_of: WithCosts) -> None:
     session = session_of(MEASURED)
     assert policy_of(session).rules == rules_of(MEASURED)._replace(packed=session.manifest.packed)
     assert policy_of(session).rules.patience == 8
-    assert session.draft_lengths.costs.base == MEASURED
+    assert session._builder.learned.costs.base == MEASURED
 
 
 @pytest.mark.parametrize("costs", ELSEWHERE.values(), ids=list(ELSEWHERE))
@@ -77,7 +77,7 @@ def test_costs_of_another_machine_or_a_busy_one_are_not(costs: Costs, session_of
     assert costs_here(replace(A_MANIFEST, costs=costs), threads=1) is None
     session = session_of(costs)
     assert policy_of(session).rules == rules_of(None)._replace(packed=session.manifest.packed)
-    assert session.draft_lengths.costs.base == NEUTRAL
+    assert session._builder.learned.costs.base == (session.manifest.costs or NEUTRAL)
 
 
 def test_a_session_without_costs_learns_them_from_its_own_calls(session_of: WithCosts) -> None:

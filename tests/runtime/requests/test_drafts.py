@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
+from draft_plans import draft_candidates
 from scipy.stats import chisquare
 
 from runtime import BatchError, GenerationOptions, OptionError, Session
-from runtime.adaptation.draft_length import DraftLength
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,8 +42,7 @@ def sessions(bundle: Bundles) -> Iterator[Sessions]:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is found is drafted, whether it pays or not."""
-    monkeypatch.setattr(DraftLength, "plan_candidates", lambda pace, source, agrees, count: count)
-    monkeypatch.setattr(DraftLength, "plan_call", lambda pace: True)
+    draft_candidates(monkeypatch)
 
 
 def changed(tokens: tuple[int, ...], share: float = 0.1, seed: int = 0) -> list[int]:

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from checkpoints import CASES, LONG
 from conftest import Bundles
+from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, with_exit_layers
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
-from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding import decoder
 from runtime.decoding.prefix import BLOCK
 from runtime.engines.encoder import Encoder
@@ -40,7 +40,7 @@ Open = Callable[..., Session]
 def open_session(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
     """Opens sessions with one thread; closes them after the test. How long lossless drafts are depends on timing, as
     does whose they are."""
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
     opened: list[Session] = []
 
     def open_(name: str = LLAMA, precision: str = "int8", capacity: int = 128, **options: Any) -> Session:

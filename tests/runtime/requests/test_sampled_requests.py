@@ -14,6 +14,7 @@ import pytest
 import torch
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
+from draft_plans import draft_exits
 from reference import Run
 from scipy.stats import chisquare
 from transformers import (
@@ -25,7 +26,6 @@ from transformers import (
 )
 
 from runtime import GenerationResult, OptionError, Session
-from runtime.adaptation.draft_length import DraftLength
 from runtime.text.sampler import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,7 +89,7 @@ def test_a_token_is_drawn_from_the_decoder_that_emits_it_with_the_probabilities_
 def test_lossless_draws_the_tokens_of_full_for_the_same_seed(
     name: str, sessions: Sessions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
     session, kept, rejected = sessions(name), 0, 0
     for seed in range(10):
         options: dict[str, Any] = {**DRAW, "seed": seed, "max_new_tokens": 20, "output_logprobs": True}
@@ -248,7 +248,7 @@ def test_20000_draws_have_the_distribution_of_the_full_model(
     mode: str, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second token, over all first tokens, of a vocabulary of eight."""
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
     allowed = list(range(40, 48))
     bias = {token: -1e9 for token in range(VOCAB_SIZE) if token not in allowed}
     results = sessions(LLAMA).generate_best(

@@ -10,13 +10,13 @@ import pytest
 import torch
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
 from conftest import Bundles
+from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
 from reference import Run
 
 from freeexport.measure import exit_vocabulary
 from freeexport.measure.exit_vocabulary import ChosenVocabulary
 from runtime import GenerationResult, OptionError, Session
-from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.precision import ExitVocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ JUDGED = ("lossless", "rollback")
 @pytest.fixture
 def longest_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long lossless drafts are is otherwise a matter of timing."""
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
 
 
 def same_as_transformers(ours: GenerationResult, run: Run, judged: bool, known: list[int] | None = None) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE
 from conftest import Bundles
+from draft_plans import draft_exits
 from thread_runner import runners_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
-from runtime.adaptation.draft_length import DraftLength
 from runtime.decoding.slot_call import SlotCall
 from runtime.engines.backend import Backend
 from runtime.scheduling.batched_call import BatchedCall
@@ -93,7 +93,7 @@ def test_a_list_gives_what_each_of_its_prompts_gives_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # How long lossless drafts are, and whose, is otherwise a matter of timing.
-    monkeypatch.setattr(DraftLength, "plan", lambda pace, most: (most, False))
+    draft_exits(monkeypatch)
     session = open_session(name)
     options = {"mode": mode, "max_new_tokens": 16, **options}
     alone = [session.generate(prompt, **options) for prompt in LISTED]

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from draft_plans import LongestExits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_runner import ThreadRunner
 
 from runtime import OptionError, QueueFullError
-from runtime.adaptation.call_costs import CallCosts
-from runtime.adaptation.draft_length import DraftLength
 from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
@@ -184,10 +183,7 @@ class Ask:
             return (yield from decode.free(decoder, output, self.threshold, self.max_pending, 2))
         if self.mode == "rollback":
             return (yield from decode.rollback(decoder, output, self.threshold, self.max_pending, 2.0))
-        pace = DraftLength(CallCosts())
-        pace.plan = lambda most: (most, False)  # type: ignore[method-assign]
-        pace.among = lambda batch_size: pace  # type: ignore[method-assign]
-        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, pace))
+        return (yield from decode.lossless(decoder, output, self.threshold, self.max_pending, LongestExits()))
 
     def run(self, decoder: Decoder) -> Generator[Token | Waiting, None, None]:
         decoder.reset()

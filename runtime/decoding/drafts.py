@@ -1,0 +1,271 @@
+"""Which tokens a lossless request drafts next, and how many.
+
+- A lookup whose newest three tokens stood before is always tried, and so are `predicted_output` and `draft_source`; a
+  lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.
+- A draft has up to 3 tokens at first; after one that was accepted whole twice as many and one more, after another as
+  many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that promises most.
+- A request that drafts have cost more than GRANT tokens and SHARE of its time tries only lookups of LONG tokens, until
+  it has made up for that. The next request begins without that debt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from time import perf_counter
+from typing import NamedTuple
+
+from runtime.adaptation.call_costs import CallCosts
+from runtime.decoding.draft_sources import Candidates, DraftSources
+from runtime.decoding.response import Response
+
+# Lengths of drafts of candidates: the calls for each number of rows are bound once, which takes as long as a token.
+LENGTHS = (1, 3, 7, 15)
+FIRST = 3  # tokens of a request's first draft
+# Tokens of a lookup that is always tried, and of one that is tried whatever was lost.
+TRIED, LONG = 3, 8
+# In tokens of mode full: what drafts may lose in a request, the share of its tokens that adds to it, and the most that
+# they may lose again of what they have saved.
+GRANT, SHARE, SAVED = 0.5, 0.015, 8.0
+# Speed over mode full that a draft must promise where it is not always tried.
+MARGIN = 1.01
+# Acceptance of a token where the draft before was accepted whole, at least.
+CONFIRMED = 0.9
+# While the exit is not drafted, its head runs so rarely that it costs this share of the time, and at most at every
+# PROBE_TOKENS-th token.
+PROBE_SHARE, PROBE_TOKENS = 0.005, 16
+# One of so many tokens without a draft is timed.
+TIMED = 8
+# Observations that an average of acceptance goes back, and tokens of agreement beyond which more say no more.
+RECENT, MOST_AGREES = 64, 8
+# Settings of requests for which a session remembers acceptance.
+MOST_SETTINGS = 64
+
+
+class Average:
+    """Exponential average of a share; begins as `value`, with the weight of two observations."""
+
+    def __init__(self, value: float = 0.5) -> None:
+        self.value, self.count = value, 2
+
+    def observe(self, holds: float) -> None:
+        self.count = min(self.count + 1, RECENT)
+        self.value += (holds - self.value) / self.count
+
+
+class Acceptance:
+    """How often drafted tokens are right, over many requests: `sure` are those that the exit drafts, `kept` those of
+    them that the deep decoder chooses too. Shared by requests that draft alike; a lost update does no harm."""
+
+    def __init__(self) -> None:
+        self.sure, self.kept = Average(), Average()
+        self._right: dict[tuple[str, int], Average] = {}
+
+    def right(self, source: str, agrees: int) -> Average:
+        """The average of a source's candidates behind so many tokens that agree with it."""
+        key = source, min(agrees, MOST_AGREES)
+        if key not in self._right:
+            # The more tokens agree, the likelier does the next.
+            self._right[key] = Average((key[1] + 1) / (key[1] + 3))
+        return self._right[key]
+
+
+class LearnedDrafts:
+    """What the lossless requests of a session have taught: `costs` of calls, and acceptance by threshold and by
+    whether tokens are sampled."""
+
+    def __init__(self, costs: CallCosts) -> None:
+        self.costs = costs
+        self._acceptance: dict[tuple[float, bool], Acceptance] = {}
+
+    def acceptance(self, threshold: float, samples: bool) -> Acceptance:
+        key = threshold, samples
+        if key not in self._acceptance and len(self._acceptance) >= MOST_SETTINGS:
+            self._acceptance.pop(next(iter(self._acceptance)), None)
+        return self._acceptance.setdefault(key, Acceptance())
+
+
+class Plan(NamedTuple):
+    """The next draft: `tokens` of a `source`, or up to `exits` tokens that the exit predicts. `probe`: nothing is
+    drafted, but the shallow head runs."""
+
+    source: str = "exit"
+    tokens: tuple[int, ...] = ()
+    exits: int = 0
+    probe: bool = False
+
+
+PLAIN = Plan()
+
+
+class Outcome(NamedTuple):
+    """What came of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
+    steps. `sure`: whether each row that had the head was; `agreed`: the prediction at the row behind the draft was the
+    deep decoder's."""
+
+    rows: int
+    proposed: int
+    kept: int
+    made: int
+    sure: tuple[bool, ...] = ()
+    agreed: bool = False
+
+
+class Drafts:
+    """The drafts of one request, from `sources` and where it `exits` from the shallow decoder's predictions."""
+
+    def __init__(
+        self, costs: CallCosts, acceptance: Acceptance, sources: DraftSources | None = None, exits: bool = True
+    ) -> None:
+        self._costs, self._acceptance = costs, acceptance
+        self._sources, self._exits = sources, exits
+        self._open: list[Candidates] = []  # for the tokens that come next
+        # By source: the most tokens of the next draft, and whether the last was accepted whole.
+        self._next: dict[str, tuple[int, bool]] = {}
+        self._sequences, self._tokens = 1, 0
+        self._lost = 0.0  # by drafts, in tokens of mode full
+        self._call_seconds = 0.0  # of the caller's source, when it was last called
+        self._to_probe, self._to_time = 2, 2
+        self._exit_length = self._best_exit()
+
+    def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
+        """The next draft, of at most `most` tokens, in calls that so many sequences share."""
+        self._tokens = len(response.tokens)
+        if sequences != self._sequences:
+            self._sequences = sequences
+            self._exit_length = self._best_exit()
+        if most == 0:
+            return PLAIN
+        if self._sources is not None and self._sources.due():
+            self._judge(self._sources.follow(response.tokens))
+            for found in self._candidates(self._sources, most):
+                self._open.append(found)
+                tokens = response.within(found.tokens)
+                count = self._length(found.source, found.agrees, len(tokens))
+                if count:
+                    self._sources.tokens_to_look = 0
+                    return Plan(found.source, tuple(tokens[:count]))
+        return self._plan_exit(most) if self._exits else PLAIN
+
+    def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
+        """A token without a draft: seconds of its step and of its deep pass, in calls of its own unless `shared`."""
+        self._to_time -= 1
+        if self._to_time <= 0 and not shared:
+            self._to_time = TIMED
+            self._costs.observe("step", 1, shallow)
+            self._costs.observe("pass", 1, deep)
+
+    def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
+        """What came of a draft or a probe, and seconds of its shallow calls and of its deep pass."""
+        costs, among, rows, heads = self._costs, self._sequences, outcome.rows, len(outcome.sure)
+        if not shared:
+            costs.observe("pass", rows, deep)
+            if plan.tokens:
+                costs.observe("step", rows, shallow)
+            elif heads:
+                # A step with the head takes as long as one without, at least.
+                rest = shallow - (rows - heads) * costs.seconds("step", 1)
+                costs.observe("head", 1, max(rest / heads, shallow / rows))
+        if plan.tokens:
+            spent = costs.seconds("step", among + rows - 1)
+        else:
+            spent = rows * costs.seconds("step", among) + heads * costs.head(among)
+        spent = (spent + costs.seconds("pass", among + rows - 1)) / costs.token(among)
+        self._lost = max(-SAVED, self._lost + spent - outcome.made)
+        if outcome.proposed:
+            whole = outcome.kept == outcome.proposed
+            self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
+        if heads:
+            self._learn_exits(plan, outcome)
+
+    def _learn_exits(self, plan: Plan, outcome: Outcome) -> None:
+        """Judge the rows with the head, up to the first that was rejected."""
+        for row, sure in enumerate(outcome.sure[: outcome.kept + 1]):
+            self._acceptance.sure.observe(sure)
+            if sure:
+                right = row < outcome.kept or (row == outcome.proposed and outcome.agreed)
+                self._acceptance.kept.observe(right)
+        if plan.probe and outcome.sure[-1] and outcome.agreed:
+            self._next["exit"] = 1, True
+        self._exit_length = self._best_exit()
+
+    @property
+    def _may_lose(self) -> bool:
+        return self._lost <= GRANT + SHARE * self._tokens
+
+    def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
+        full = self._costs.token(self._sequences)
+        call = self._call_seconds / full
+        if sources.own is not None and self._lost + call <= GRANT + SHARE * self._tokens:
+            began = perf_counter()
+            tokens = sources.own.candidates(sources.context, most)
+            self._call_seconds = perf_counter() - began
+            self._lost += self._call_seconds / full
+            yield Candidates(sources.own.name, 0, tokens)
+        yield from sources.found(most)
+
+    def _judge(self, final: list[int]) -> None:
+        """Tokens have become final: which candidates were right, drafted or not."""
+        for source, agrees, tokens in self._open:
+            for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
+                self._acceptance.right(source, agrees + place).observe(candidate == token)
+                if candidate != token:
+                    break
+                assert self._sources is not None
+                self._sources.unexpected = 0
+        self._open = []
+
+    def _length(self, source: str, agrees: int, count: int) -> int:
+        """How many of `count` candidates to draft, where so many tokens before them agree."""
+        tried = source != "lookup" or agrees >= TRIED
+        if not count or not (self._may_lose or (source == "lookup" and agrees >= LONG)):
+            return 0
+        most, whole = self._next.get(source, (FIRST, False))
+        costs, among, tokens, reached, drafted = self._costs, self._sequences, 1.0, 1.0, 0
+        full, best, promise = costs.token(among), 0, 0.0
+        for length in LENGTHS:
+            if length > min(most, count):
+                break
+            while drafted < length:
+                right = self._acceptance.right(source, agrees + drafted).value
+                reached *= max(right, CONFIRMED) if whole else right
+                tokens += reached
+                drafted += 1
+            spent = costs.seconds("step", among + length) + costs.seconds("pass", among + length)
+            if tokens * full / spent > promise:
+                best, promise = length, tokens * full / spent
+        return best if tried or promise > MARGIN else 0
+
+    def _plan_exit(self, most: int) -> Plan:
+        if not self._may_lose:
+            return PLAIN
+        if self._exit_length:
+            return Plan(exits=min(self._exit_length, most))
+        self._to_probe -= 1
+        if self._to_probe > 0:
+            return PLAIN
+        share = self._costs.head(self._sequences) / self._costs.token(self._sequences)
+        self._to_probe = max(PROBE_TOKENS, int(share / PROBE_SHARE))
+        return Plan(probe=True)
+
+    def _best_exit(self) -> int:
+        """The length of the exit's next draft, 0 where none pays."""
+        costs, among = self._costs, self._sequences
+        most, whole = self._next.get("exit", (FIRST, False))
+        sure, kept = self._acceptance.sure.value, self._acceptance.kept.value
+        if whole:
+            sure, kept = max(sure, CONFIRMED), max(kept, CONFIRMED)
+        step, head, full = costs.seconds("step", among), costs.head(among), costs.token(among)
+        tokens = reached = both = 1.0  # `reached`: the chance of a draft so long, `both`: and of its being right
+        drafted = stopped = 0.0  # `stopped`: deep passes of drafts that ended before
+        best, promise = 0, MARGIN
+        for length in range(1, min(most, LENGTHS[-1]) + 1):
+            drafted += reached
+            stopped += costs.seconds("pass", among + length - 1) * reached * (1 - sure)
+            reached *= sure
+            both *= sure * kept
+            tokens += both
+            deep = costs.seconds("pass", among + length)
+            speed = tokens * full / ((step + head) * drafted + step * reached + stopped + deep * reached)
+            if speed > promise:
+                best, promise = length, speed
+        return best
