@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.training.exit_layers.module import own_exit
+from freeexport.training.exit_modules import own_exit
 from graphs.exit_head import EXIT_MAP, EXIT_NORM, own_shapes
 from graphs.families import describe
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit
-from freeexport.checkpoints.gguf import GGUFFile
+from freeexport.checkpoints.gguf import GGUFFile, without_arrays
 from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
 from freeexport.checkpoints.weight_files import WeightFile, one_line, read_json, weight_files
+from graphs.errors import UnsupportedModelError
+from graphs.families import supported
 from graphs.limits import check_config
 from runtime.errors import OptionError
 
@@ -172,7 +174,8 @@ def _open_gguf(path: Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; check the path of the GGUF file")
     file = GGUFFile(path)
-    config = _config(path.parent, str(path), gguf_file=path.name)
+    with without_arrays(file) as header:
+        config = _config(header.parent, str(path), gguf_file=header.name)
     files: list[WeightFile] = [file]
     tensors: dict[str, WeightFile] = dict.fromkeys(file.names(), file)
     exit_file = read_exit(path.parent, config, files, tensors)
@@ -186,7 +189,7 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     if not (path / "config.json").is_file():
         hint = "give the .gguf file itself" if any(path.glob("*.gguf")) else "give a complete checkpoint"
         raise CheckpointError(f"{path} has no config.json; {hint}")
-    stored = read_json(path / "config.json")
+    stored = _check_family(path, name)
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
@@ -196,22 +199,36 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     return Checkpoint(path, name, config, _generation_config(path, config), files, tensors, exit_file)
 
 
+def _check_family(path: Path, name: str) -> dict[str, Any]:
+    """config.json, whose architecture has a description."""
+    stored = read_json(path / "config.json")
+    if (model_type := stored.get("model_type")) not in supported():
+        raise UnsupportedModelError(
+            f"{name}: architecture {str(model_type)[:80]!r} is not supported; supported are {', '.join(supported())}"
+        )
+    return stored
+
+
 def _download(model: str) -> Path:
+    """Fetch the checkpoint from the hub, or the cache: its configuration first, and weights only of what is
+    supported."""
     from huggingface_hub import snapshot_download
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model):
         raise CheckpointError(f"{model} does not exist; give a checkpoint directory, a hub name or a GGUF file")
     metadata = ["*.json", "*.txt", "*.model", "*.jinja"]
-    try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            path = Path(snapshot_download(model, allow_patterns=[*metadata, weights], ignore_patterns=["*/*"]))
-            if any(path.glob(weights)):
-                break
-    except Exception as error:  # the hub's client raises types of whichever HTTP library it uses
-        raise CheckpointError(
-            f"{model} is no file or directory here and cannot be had from the hub ({one_line(error)}); "
-            "check the name and the connection"
-        ) from None
+    for weights in ([], ["model*.safetensors"], ["pytorch_model*.bin"]):
+        try:
+            path = Path(snapshot_download(model, allow_patterns=[*metadata, *weights], ignore_patterns=["*/*"]))
+        except Exception as error:  # the hub's client raises types of whichever HTTP library it uses
+            raise CheckpointError(
+                f"{model} is no file or directory here and cannot be had from the hub: offline, or wrong name "
+                f"({one_line(error)})"
+            ) from None
+        if not weights and (path / "config.json").is_file():
+            _check_family(path, model)
+        if weights and any(path.glob(weights[0])):
+            break
     return path
 
 

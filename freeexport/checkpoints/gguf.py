@@ -1,22 +1,44 @@
-"""GGUF files: tensors under their Hugging Face names, dequantised to float32 as transformers does it."""
+"""GGUF files: tensors under their Hugging Face names, dequantised to float32 as transformers does it.
+
+The header is read here: the gguf package believes every count and length, and makes two arrays of every item of an
+array, which takes a minute for a vocabulary of 256,000 tokens.
+"""
 
 from __future__ import annotations
 
+import math
+import mmap
 import re
+import struct
+import tempfile
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from freeexport.checkpoints.gguf_header import MAX_TENSORS, check_gguf_header
 from freeexport.checkpoints.weight_files import CheckpointError, one_line
+from graphs.errors import UnsupportedModelError
 from graphs.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
-if TYPE_CHECKING:
-    from gguf import GGUFReader, ReaderTensor
-
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "t5")  # a Mistral model calls itself llama
+# Several times what published models have.
+MAX_TENSORS = 1 << 16
+MAX_FIELDS = 1 << 12
+MAX_DIMENSIONS = 4
+MAX_TEXT = 1 << 24  # bytes
+# Items of arrays by name. transformers reads each of them one by one, some ten microseconds each.
+MAX_ITEMS = {
+    "tokenizer.ggml.tokens": 1 << 19,
+    "tokenizer.ggml.scores": 1 << 19,
+    "tokenizer.ggml.token_type": 1 << 19,
+    "tokenizer.ggml.merges": 1 << 19,
+    "tokenizer.ggml.precompiled_charsmap": 1 << 20,
+}
+MAX_OTHER_ITEMS = 1 << 12
 # A GGUF name stands for the names of many architectures; these are the ones transformers' own classes use.
 _DECODER_ONLY = re.compile(
     r"model\.(embed_tokens|norm|layers\.\d+\.(input_layernorm|post_attention_layernorm"
@@ -25,54 +47,223 @@ _DECODER_ONLY = re.compile(
 _ENCODER_DECODER = re.compile(r"(encoder|decoder)\.(block\.\d+\.layer\..+|final_layer_norm)|shared|lm_head")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError)
+_TEXT, _ARRAY = 8, 9
+# Formats of struct by the number of the type.
+_FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+# Tensors that are stored as numbers, by the number of the type: F32, F16, I8, I16, I32, I64, F64.
+_PLAIN = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
+_LEAST_FIELD, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
+
+
+@dataclass(frozen=True)
+class _Array:
+    """Items of a type, in the file from the offset `at`."""
+
+    kind: int
+    count: int
+    at: int
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """`shape` is numpy's order; `at` counts from the begin of the file's data."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    at: int
+    nbytes: int
+
+
+class Header:
+    """Fields and tensors of a GGUF file. Large arrays are passed over.
+
+    Raises CheckpointError where a count or a length does not fit the file, or one of the limits above;
+    UnsupportedModelError for an architecture that has no description, as soon as it is read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.fields: dict[str, Any] = {}
+        self.tensors: dict[str, _Tensor] = {}
+        self.order = "<"
+        self._at = 24
+        try:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                self._content = content
+                self._read(path)
+        except (struct.error, ValueError, OverflowError) as error:
+            raise CheckpointError(f"{path} is not a complete GGUF file ({error}); download it again") from None
+        finally:
+            vars(self).pop("_content", None)
+
+    def _read(self, path: Path) -> None:
+        if self._content[:4] != b"GGUF":
+            raise ValueError("it does not begin with GGUF")
+        # The low half of a version that was written in the other byte order is empty.
+        self.order = "<" if self._number("I", at=4) & 0xFFFF else ">"
+        if (version := self._number("I", at=4)) not in (2, 3):
+            raise ValueError(f"it is of version {version}, 2 and 3 are known")
+        tensors, fields = self._number("Q", at=8), self._number("Q", at=16)
+        self._limit("fields", fields, MAX_FIELDS, _LEAST_FIELD)
+        self._limit("tensors", tensors, MAX_TENSORS, _LEAST_TENSOR)
+        for _ in range(fields):
+            name = self._text("the name of a field")
+            if not name or name in self.fields:
+                raise ValueError(f"a field has the name {name[:80]!r} {'twice' if name else ', which is none'}")
+            self.fields[name] = self._value(name, self._take("I"))
+            if name == "general.architecture" and self.fields[name] not in ARCHITECTURES:
+                raise UnsupportedModelError(
+                    f"{path}: architecture {str(self.fields[name])[:80]!r} is not supported; supported GGUF "
+                    f"architectures are {', '.join(ARCHITECTURES)}"
+                )
+        alignment = self.fields.get("general.alignment", 32)
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
+            raise ValueError(f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a MiB")
+        infos = [self._tensor_info() for _ in range(tensors)]
+        self.data = -(-self._at // alignment) * alignment
+        for name, shape, kind, at in infos:
+            self._add_tensor(name, shape, kind, at, alignment)
+
+    def _value(self, name: str, kind: int) -> Any:
+        if kind == _TEXT:
+            return self._text("a text")
+        if kind != _ARRAY:
+            return self._take(self._format(kind))
+        kind, count = self._take("I"), self._take("Q")
+        # Arrays of arrays no published model has.
+        width = 8 if kind == _TEXT else struct.calcsize(self._format(kind))
+        self._limit(f"items in {name[:80]}", count, MAX_ITEMS.get(name, MAX_OTHER_ITEMS), width)
+        array = _Array(kind, count, self._at)
+        if kind != _TEXT:
+            self._skip(width * count, "an array")
+            return array
+        unpack, at, end = struct.Struct(self.order + "Q").unpack_from, self._at, len(self._content)
+        for _ in range(count):
+            (length,) = unpack(self._content, at)
+            at += 8 + length
+            if at > end:
+                raise ValueError(f"a text of {name[:80]} has {length} bytes, and the file ends before")
+        if at - self._at < 8 * count + count // 2:
+            raise ValueError(f"most of the {count} texts of {name[:80]} are empty")
+        self._at = at
+        return array
+
+    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self._text("the name of a tensor")
+        dimensions = self._take("I")
+        self._limit("dimensions of a tensor", dimensions, MAX_DIMENSIONS, 8)
+        shape = tuple(int(self._take("Q")) for _ in range(dimensions))[::-1]
+        return name, shape, int(self._take("I")), int(self._take("Q"))
+
+    def _add_tensor(self, name: str, shape: tuple[int, ...], kind: int, at: int, alignment: int) -> None:
+        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if name in self.tensors:
+            raise ValueError(f"tensor {name[:80]!r} is there twice")
+        if not shape or not all(shape):
+            raise ValueError(f"tensor {name[:80]!r} has the shape {list(shape)}")
+        if kind not in {int(known) for known in GGMLQuantizationType}:
+            raise ValueError(f"tensor {name[:80]!r} has the type {kind}, which the gguf package does not know")
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        if shape[-1] % block:
+            raise ValueError(f"tensor {name[:80]!r} has rows of {shape[-1]}, which is no multiple of {block}")
+        nbytes = math.prod(shape) // block * size
+        if at % alignment or self.data + at + nbytes > len(self._content):
+            raise ValueError(f"tensor {name[:80]!r} has {nbytes} bytes at {at}, which the file has not")
+        self.tensors[name] = _Tensor(name, shape, kind, at, nbytes)
+
+    def _text(self, what: str) -> str:
+        length = self._take("Q")
+        left = len(self._content) - self._at
+        if length > min(left, MAX_TEXT):
+            raise ValueError(f"{what} has {length} bytes, and {left} are left")
+        self._at += length
+        return self._content[self._at - length : self._at].decode("utf-8", "replace")
+
+    def _format(self, kind: int) -> str:
+        if kind not in _FORMATS:
+            raise ValueError(f"a field has the type {kind}, which is not known")
+        return _FORMATS[kind]
+
+    def _limit(self, what: str, count: int, most: int, width: int) -> None:
+        left = len(self._content) - self._at
+        if count > most:
+            raise ValueError(f"it has {count} {what}; at most {most} are read")
+        if count * width > left:
+            raise ValueError(f"it has {count} {what}, and {left} bytes of them")
+
+    def _skip(self, length: int, what: str) -> None:
+        left = len(self._content) - self._at
+        if length > left:
+            raise ValueError(f"{what} has {length} bytes, and {left} are left")
+        self._at += length
+
+    def _take(self, kind: str) -> Any:
+        value = self._number(kind, self._at)
+        self._at += struct.calcsize(kind)
+        return value
+
+    def _number(self, kind: str, at: int) -> Any:
+        return struct.unpack_from(self.order + kind, self._content, at)[0]
 
 
 class GGUFFile:
-    """Raises CheckpointError when the file is truncated, or of an architecture the gguf package does not know."""
+    """Weights of a GGUF file. Raises what Header does, and CheckpointError for a part of a split file."""
 
     def __init__(self, path: Path) -> None:
-        from gguf import GGUFReader
-
         self.path = path
-        check_gguf_header(path)
-        try:
-            self._reader = GGUFReader(path)
-        except _DAMAGE as error:
-            raise CheckpointError(
-                f"{path} is not a complete GGUF file ({one_line(error)}); download it again"
-            ) from None
+        self.header = header = Header(path)
         if (self._number("split.count", MAX_TENSORS) or 1) > 1:
             raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
-        self._architecture = str(self._field("general.architecture"))
-        self._tensors = _hugging_face_names(path, self._reader, self._architecture, self._blocks())
-        self.nbytes = sum(tensor.n_bytes for tensor in self._reader.tensors)
+        self._architecture = str(header.fields.get("general.architecture"))
+        if self._architecture not in ARCHITECTURES:
+            raise CheckpointError(f"{path} names no general.architecture; download it again")
+        self._check_vocabulary()
+        self._data = np.memmap(path, mode="r")
+        self._tensors = _hugging_face_names(header.tensors, self._architecture, self._blocks())
+        self.nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
 
     @property
     def has_tokenizer(self) -> bool:
-        return self._field("tokenizer.ggml.tokens") is not None
+        return "tokenizer.ggml.tokens" in self.header.fields
 
     def special_tokens(self) -> dict[str, str]:
         """The tokenizer's "bos_token", "eos_token", "unk_token" and "pad_token", as far as the file has them."""
-        tokens = self._field("tokenizer.ggml.tokens")
-        if not isinstance(tokens, list) or not tokens:
+        tokens = self.header.fields.get("tokenizer.ggml.tokens")
+        if not isinstance(tokens, _Array) or tokens.kind != _TEXT or not tokens.count:
             return {}
-        last = len(tokens) - 1
+        last = tokens.count - 1
         ids = {name: self._number(f"tokenizer.ggml.{key}_token_id", last, 0) for name, key in _SPECIAL_TOKENS.items()}
-        return {name: str(tokens[index]) for name, index in ids.items() if index is not None}
+        return {name: self._text_of(tokens, index) for name, index in ids.items() if index is not None}
+
+    def _text_of(self, array: _Array, index: int) -> str:
+        at, unpack = array.at, struct.Struct(self.header.order + "Q").unpack_from
+        for _ in range(index):
+            at += 8 + unpack(self._data, at)[0]
+        (length,) = unpack(self._data, at)
+        return self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
 
     def names(self) -> Iterable[str]:
         return self._tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(int(size) for size in reversed(self._tensors[name].shape))
+        return self._tensors[name].shape
 
     def read(self, name: str) -> np.ndarray:
+        from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
         try:
-            array = np.asarray(dequantize(tensor.data, tensor.tensor_type)).reshape(self.shape(name))
-            array = array if array.flags.writeable else array.copy()
+            begin, order = self.header.data + tensor.at, self.header.order
+            stored = np.asarray(self._data[begin : begin + tensor.nbytes])
+            if tensor.kind in _PLAIN:
+                array = stored.view(np.dtype(_PLAIN[tensor.kind]).newbyteorder(order)).astype(np.float32)
+            elif order == ">":
+                raise NotImplementedError("its quantized blocks are in the other byte order")
+            else:
+                array = dequantize(stored.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.kind))
+            array = array.reshape(tensor.shape)
             if self._architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
                 return _halves(array, self._heads(part[1]))
         except (NotImplementedError, *_DAMAGE) as error:
@@ -81,16 +272,19 @@ class GGUFFile:
             ) from None
         return array
 
-    def _field(self, key: str) -> Any:
-        field = self._reader.get_field(key)
-        try:
-            return None if field is None else field.contents()
-        except _DAMAGE as error:
-            raise CheckpointError(f"{self.path}: {key} cannot be read ({one_line(error)}); download it again") from None
+    def _check_vocabulary(self) -> None:
+        """transformers reads every item, so there must be weights for them."""
+        embedding = self.header.tensors.get("token_embd.weight")
+        for name in ("tokens", "scores", "token_type"):
+            array = self.header.fields.get(f"tokenizer.ggml.{name}")
+            if isinstance(array, _Array) and embedding is not None and array.count > embedding.shape[0]:
+                raise CheckpointError(
+                    f"{self.path}: tokenizer.ggml.{name} has {array.count} items, and the embedding "
+                    f"{embedding.shape[0]} rows; download it again"
+                )
 
     def _number(self, key: str, most: int, least: int = 1) -> int | None:
-        """A whole number of the metadata, None where it is not there. CheckpointError where it is out of range."""
-        value = self._field(key)
+        value = self.header.fields.get(key)
         if value is not None and not (type(value) is int and least <= value <= most):
             raise CheckpointError(
                 f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
@@ -98,7 +292,7 @@ class GGUFFile:
         return value
 
     def _blocks(self) -> int:
-        """Of the encoder or the decoder, the more. What other sizes are made from is checked too."""
+        """Layers of the encoder or the decoder, the more. What other sizes are made from is checked too."""
         for key, most in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
             self._number(f"{self._architecture}.{key}", most)
         keys = (f"{self._architecture}.{key}" for key in ("block_count", "decoder_block_count"))
@@ -113,29 +307,51 @@ class GGUFFile:
         return found
 
 
+@contextmanager
+def without_arrays(file: GGUFFile) -> Iterator[Path]:
+    """Write a GGUF file with the fields that are no arrays and the tensors' names, from which transformers makes the
+    same configuration; it is removed at the end."""
+    from gguf import GGUFWriter
+    from gguf.constants import GGUFValueType
+
+    fields = file.header.fields
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "header.gguf"
+        writer = GGUFWriter(path, str(fields["general.architecture"]))
+        tokens = fields.get("tokenizer.ggml.tokens")
+        size = {f"{fields['general.architecture']}.vocab_size": getattr(tokens, "count", None)}
+        for name, value in {**size, **fields}.items():
+            if name.startswith("general.a") or value is None or isinstance(value, _Array):
+                continue  # GGUFWriter writes architecture and alignment itself
+            kinds = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT64, str: GGUFValueType.STRING}
+            writer.add_key_value(name, value, kinds.get(type(value), GGUFValueType.INT64))
+        for name in file.header.tensors:
+            writer.add_tensor(name, np.zeros(1, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        yield path
+
+
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Rotary rows from llama.cpp's interleaved pairs back to halves. [heads * head_dim, ...] both ways."""
     pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def _hugging_face_names(path: Path, reader: GGUFReader, architecture: str, blocks: int) -> dict[str, ReaderTensor]:
+def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: int) -> dict[str, _Tensor]:
     """Tensors by Hugging Face name; those that have none (rope_freqs.weight) keep their own."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    known = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}
-    if architecture not in known:
-        raise CheckpointError(
-            f"{path} has the architecture {architecture!r}, unknown to the gguf package; upgrade gguf, "
-            "or convert the original checkpoint"
-        )
+    known = next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == architecture)
     candidates: dict[str, list[str]] = defaultdict(list)
-    for name, (_, gguf_name) in get_tensor_name_map(known[architecture], blocks).mapping.items():
+    for name, (_, gguf_name) in get_tensor_name_map(known, blocks).mapping.items():
         candidates[gguf_name].append(name)
-    present = {tensor.name.rpartition(".")[0] for tensor in reader.tensors}
+    present = {name.rpartition(".")[0] for name in found}
     canonical = _ENCODER_DECODER if "enc.output_norm" in present else _DECODER_ONLY
     tensors = {}
-    for tensor in reader.tensors:
+    for tensor in found.values():
         stem, dot, suffix = tensor.name.rpartition(".")
         names = [name for name in candidates[stem] if canonical.fullmatch(name)] or candidates[stem] or [stem]
         # T5 calls its ungated input `wi`, the gated pair `wi_0` and `wi_1`; both `wi` and `wi_1` are GGUF's ffn_up.

@@ -14,10 +14,9 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.measure.traces import Traces
 from freeexport.training.batches import Collator
-from freeexport.training.exit_layers.module import own_exit
-from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
+from freeexport.training.exit_modules import own_exit
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep
 from graphs.description import Description
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 
 if TYPE_CHECKING:
     from freeexport.system.progress import Advance
@@ -65,8 +64,6 @@ class LayerReader:
         self._heads: list[Head] = [module.head] * module.layers
         if own is not None:
             self._heads[exit_layer - 1] = lambda hidden: module.head.read(own.norm(hidden))
-        elif checkpoint.exit is not None and checkpoint.exit.has_parameters:
-            self._heads[checkpoint.exit.exit_layer - 1] = own_head(checkpoint, description, module.head)
         start = checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None
         self._collate = Collator(start)
 
@@ -135,28 +132,6 @@ class LayerReader:
 
     def _state(self, layer: int) -> int:
         return EXIT if self._module.own is not None and layer == self._exit_layer else layer
-
-
-def own_head(checkpoint: Checkpoint, description: Description, shared: SharedHead) -> Head:
-    """The head of an exit with parameters of its own: [N, d] -> [N, V]."""
-    epsilon = description.decoder.head.norm.epsilon
-    device = next(shared.linear.parameters()).device
-    own = {
-        name: torch.from_numpy(checkpoint.read(name)).to(device)
-        for name in (EXIT_NORM, ADAPTER_NORM, ADAPTER_DOWN, ADAPTER_UP)
-        if name in checkpoint
-    }
-
-    def norm(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + epsilon) * weight
-
-    def read(hidden: torch.Tensor) -> torch.Tensor:
-        if ADAPTER_UP in own:
-            inner = torch.nn.functional.silu(norm(hidden, own[ADAPTER_NORM]) @ own[ADAPTER_DOWN].T)
-            hidden = hidden + inner @ own[ADAPTER_UP].T
-        return shared.read(norm(hidden, own[EXIT_NORM]) if EXIT_NORM in own else shared.norm(hidden))
-
-    return read
 
 
 def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:

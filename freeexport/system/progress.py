@@ -17,6 +17,7 @@ EVERY = 30.0
 VARIABLE, MARK = "FREEEXPORT_PROGRESS_TO_PARENT", "\x1eprogress "
 
 Clock = Callable[[], float]
+Left = Callable[[], "float | None"]
 
 
 class Advance(Protocol):
@@ -33,21 +34,24 @@ class Timer(Protocol):
 
 
 @contextmanager
-def progress(description: str, total: float | None = None, done: float = 0) -> Iterator[Advance]:
+def progress(
+    description: str, total: float | None = None, done: float = 0, left: Left | None = None
+) -> Iterator[Advance]:
     """Show how far the work named `description` is while the block runs, and yield the function that advances it.
 
-    `total` is in the units of `advance(n)`, and None where nobody knows it; `done` of them were done before.
+    `total` is in the units of `advance(n)`, and None where nobody knows it; `done` of them were done before. `left`
+    tells the seconds left (None: unknown), where the work knows better than its speed so far.
     """
-    with _shown(description, total, done) as advance:
+    with _shown(description, total, done, left) as advance:
         yield advance
 
 
-def _shown(description: str, total: float | None, done: float) -> AbstractContextManager[Advance]:
+def _shown(description: str, total: float | None, done: float, left: Left | None) -> AbstractContextManager[Advance]:
     if VARIABLE in os.environ:
         return _told(description, total, done)
     if sys.stderr is not None and sys.stderr.isatty():
-        return _bar(description, total, done)
-    return plain_progress(description, total, done)
+        return _bar(description, total, done, left)
+    return plain_progress(description, total, done, left=left)
 
 
 @contextmanager
@@ -57,10 +61,11 @@ def plain_progress(
     done: float = 0,
     clock: Clock = time.monotonic,
     timer: Timer | None = None,
+    left: Left | None = None,
 ) -> Iterator[Advance]:
     """As `progress`, in lines: what, how far, and how much time is left. A thread writes them, as one unit of the work
     may take long."""
-    over, work = timer or threading.Event(), Work(description, total, done, clock)
+    over, work = timer or threading.Event(), Work(description, total, done, clock, left)
 
     def write() -> None:
         while not over.wait(EVERY):
@@ -81,8 +86,10 @@ def plain_progress(
 class Work:
     """How far it is, by the clock's seconds."""
 
-    def __init__(self, description: str, total: float | None, done: float, clock: Clock) -> None:
-        self._description, self._total, self._clock = description, total, clock
+    def __init__(
+        self, description: str, total: float | None, done: float, clock: Clock, left: Left | None = None
+    ) -> None:
+        self._description, self._total, self._clock, self._left = description, total, clock, left
         self._start = self._done = done
         self._began = clock()
 
@@ -97,9 +104,11 @@ class Work:
         share = min(1.0, self._done / self._total)
         text = f"{self._description}: {self._done:.0f} of {self._total:.0f} ({share:.0%}), {duration(elapsed)} so far"
         gained = self._done - self._start
-        if gained <= 0:
-            return text
-        return f"{text}, about {duration(max(0.0, self._total - self._done) * elapsed / gained)} left"
+        if self._left is not None:
+            left = self._left()
+        else:
+            left = max(0.0, self._total - self._done) * elapsed / gained if gained > 0 else None
+        return text if left is None else f"{text}, about {duration(left)} left"
 
 
 def duration(seconds: float) -> str:
@@ -111,23 +120,31 @@ def duration(seconds: float) -> str:
 
 
 @contextmanager
-def _bar(description: str, total: float | None, done: float) -> Iterator[Advance]:
+def _bar(description: str, total: float | None, done: float, left: Left | None) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
+
+    class LeftColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            seconds = left() if left is not None else None
+            return Text("" if seconds is None else f"{duration(seconds)} left")
 
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        TimeRemainingColumn() if left is None else LeftColumn(),
     )
     # rich would send what the block prints to stdout to this console: wrong where stdout is a file or a pipe.
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:

@@ -1,4 +1,4 @@
-"""What a training run reads: examples of the data, in batches of like length, so that little of a batch is padding."""
+"""The examples of a training run, in batches of like length, so that little of a batch is padding."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from graphs.families import describe
 from runtime.errors import OptionError
 
 DEFAULT_MAX_TOKENS = 2048  # as convert's capacity
+VALIDATION_SHARE = 0.02  # of the data, without a validation file
 
 
 def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
-    """The checkpoint's description. Raises UnsupportedModelError, and OptionError where the exit layer is none."""
+    """Describe the checkpoint. Raises UnsupportedModelError, and OptionError where there is no such exit layer."""
     description = describe(checkpoint.config, checkpoint)
     layers = len(description.decoder.layers)
     if not 1 <= options.exit_layer < layers:
@@ -54,7 +55,7 @@ def examples(
     if len(training) < 2:
         raise DataError(f"{options.data} has one example; give at least two")
     if options.validation is None:
-        training, validation = split(training, options.validation_share, options.data)
+        training, validation = split(training, VALIDATION_SHARE, options.data)
     else:
         validation = read_examples(options.validation, need_target=TARGETS_WANTED)
     first, left_out = encode(training, form, options.data)
@@ -65,18 +66,16 @@ def examples(
 class LengthBatches(Sampler[list[int]]):
     """Indices of examples, one batch at a time: those of one device among `devices`.
 
-    A batch has `size` examples, or as many as fit `tokens` padded tokens. Which examples share a batch changes from
+    A batch has as many examples as fit `tokens` padded tokens, one at least. Which examples share a batch changes from
     epoch to epoch among those of like length, the order of the batches freely; their number stays. Devices get
     equally many: the first batches are repeated where they do not divide.
     """
 
-    def __init__(
-        self, lengths: Sequence[int], size: int, tokens: int | None, seed: int, device: int = 0, devices: int = 1
-    ) -> None:
+    def __init__(self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1) -> None:
         self.epoch = 0
         self._rounded = np.array([_rounded(length) for length in lengths])
         self._seed, self._device, self._devices = seed, device, devices
-        self._cuts = _cuts(np.sort(self._rounded), size, tokens)
+        self._cuts = _cuts(np.sort(self._rounded), tokens)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -96,19 +95,17 @@ class LengthBatches(Sampler[list[int]]):
 
 
 def _rounded(length: int) -> int:
-    """Up to a multiple of an eighth of its power of two: enough examples are then of equal length."""
+    """Round up to a multiple of an eighth of its power of two: enough examples are then of equal length."""
     step = max(1, 1 << max(0, int(length).bit_length() - 4))
     return -(-length // step) * step
 
 
-def _cuts(lengths: np.ndarray, size: int, tokens: int | None) -> list[int]:
+def _cuts(lengths: np.ndarray, tokens: int) -> list[int]:
     """Where batches begin in ascending lengths, and the end."""
-    cuts, start = [0], 0
+    cuts = [0]
     for index, length in enumerate(lengths):
-        full = (index - start) >= size if tokens is None else (index + 1 - start) * length > tokens
-        if full and index > start:
+        if index > cuts[-1] and (index + 1 - cuts[-1]) * length > tokens:
             cuts.append(index)
-            start = index
     return [*cuts, len(lengths)]
 
 
@@ -117,12 +114,10 @@ class Collator:
     """Pads examples on the right, to the longest: `input_ids` and `attention_mask` [B, n], `labels` [B, m].
 
     Encoder-decoder models also get `decoder_input_ids` [B, m], which begin with `start`. A label is the id that the
-    position's output predicts, -100 where it predicts none: padding, and the prompt of a decoder-only model unless
-    `train_on_input`.
+    position's output predicts, -100 where it predicts none: padding, and the prompt of a decoder-only model.
     """
 
     start: int | None
-    train_on_input: bool = False
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
         if self.start is not None:
@@ -132,14 +127,11 @@ class Collator:
             extra = {"decoder_input_ids": _padded(shifted, 0)}
         else:
             whole = [np.concatenate([example.prompt, example.target]) for example in examples]
-            ids, labels = [one[:-1] for one in whole], [self._labels(example) for example in examples]
+            ids = [one[:-1] for one in whole]
+            labels = [np.concatenate([np.full_like(one.prompt[1:], IGNORED), one.target]) for one in examples]
             extra = {}
         mask = _padded([np.ones(len(one), np.int64) for one in ids], 0)
         return {"input_ids": _padded(ids, 0), "attention_mask": mask, "labels": _padded(labels, IGNORED), **extra}
-
-    def _labels(self, example: Example) -> np.ndarray:
-        prompt = example.prompt[1:]
-        return np.concatenate([prompt if self.train_on_input else np.full_like(prompt, IGNORED), example.target])
 
 
 def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
@@ -150,7 +142,7 @@ def _padded(rows: Sequence[np.ndarray], fill: int) -> torch.Tensor:
 
 
 def loader(dataset: Any, batches: Sampler[list[int]], collate: Any, generator_seed: int = 0) -> DataLoader[Any]:
-    """Batches in this process. A generator of its own keeps the loader away from torch's, which a resumed run needs
-    to find in the state of the checkpoint."""
+    """Load batches in this process. Its own generator keeps the loader away from torch's, which a resumed run needs to
+    find in the state of the checkpoint."""
     generator = torch.Generator().manual_seed(generator_seed)
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, generator=generator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,10 +10,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
+from freeexport.training.exit_modules import Exit
 from graphs.description import Description
-
-if TYPE_CHECKING:
-    from freeexport.training.exit_layers.module import ExitLayers
 
 Metrics = dict[str, torch.Tensor]
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
@@ -66,18 +64,16 @@ class ShallowDeep(nn.Module):
         loss: LossName = "logit-kd",
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
-        own: ExitLayers | None = None,
-        smoothing: float = 0.0,
+        own: Exit | None = None,
     ) -> None:
-        """`smoothing`: of labels, in training. `also`: layers that `hidden_states` gives beside those that the loss
-        looks at. `own`: the exit's layers, whose states it gives as number EXIT."""
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's parameters,
+        whose states it gives as number EXIT."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
         self.layers = len(description.decoder.layers)
         self.loss_name = loss
         self.alpha = alpha
-        self.smoothing = smoothing
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
         self.own = own
@@ -89,7 +85,7 @@ class ShallowDeep(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it stands."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
     def _recorder(self, number: int) -> Any:
@@ -115,7 +111,7 @@ class ShallowDeep(nn.Module):
         return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
 
     def read_exit(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
-        """Logits [N, V] of the exit, of what `hidden_states` gives."""
+        """The exit's logits [N, V] for what `hidden_states` gives."""
         if self.own is None:
             return self.head(hidden[self.exit_layer])
         return self.head.read(self.own.norm(hidden[EXIT]))
@@ -150,8 +146,8 @@ class ShallowDeep(nn.Module):
             return measures(shallow, deep, targets, self.exit_layer, self.layers)
         loss = losses.by_depth(
             {
-                self.exit_layer: losses.cross_entropy(shallow, targets, self.smoothing),
-                self.layers: losses.cross_entropy(deep, targets, self.smoothing),
+                self.exit_layer: losses.cross_entropy(shallow, targets),
+                self.layers: losses.cross_entropy(deep, targets),
             }
         )
         if self.loss_name == "logit-kd":
@@ -164,7 +160,7 @@ class ShallowDeep(nn.Module):
 
     def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         def read(state: torch.Tensor) -> torch.Tensor:
-            return losses.cross_entropy(self.head(state), targets, self.smoothing)
+            return losses.cross_entropy(self.head(state), targets)
 
         # One layer's logits in memory at a time, or L times the vocabulary would be.
         return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,25 +16,28 @@ from freeexport.system.output_directory import output_directory
 from freeexport.system.output_file import naming
 from freeexport.training.options import TrainingOptions
 from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
+from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
-    from freeexport.checkpoints.examples import Example
-    from freeexport.training.full import Own, Trainable
-    from freeexport.training.selection import WrittenOutputs
-    from graphs.description import Description
+    from freeexport.training.trainer import WrittenOutputs
+    from freeexport.training.tuning import Trainable
+    from runtime.bundle.costs import Costs
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run came to: `metrics` are those of the best evaluation, whose weights are in `out`."""
+    """The outcome of a run: `metrics` are those of the best evaluation, whose weights are in `out`, `before` those from
+    before the first step; `verdict` says in sentences what they mean."""
 
     out: str
     steps: int
     best_step: int
     seconds: float
     metrics: dict[str, float]
+    before: dict[str, float]
     left_out: tuple[str, ...]
+    verdict: tuple[str, ...]
 
 
 def train(model: str, out: Path, options: TrainingOptions) -> Trained:
@@ -45,6 +47,9 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     Started by torchrun or `accelerate launch`, every process calls this. Raises CheckpointError, UnsupportedModelError,
     DataError, OptionError, OutputError, and DivergedError where the loss is no number.
     """
+    for path in filter(None, (options.data, options.validation)):
+        if not path.exists():  # it may be a pipe, which is not opened twice
+            raise OptionError(f"{path} does not exist; name a JSONL file with 'input' and 'target'")
     from accelerate import PartialState
     from torch import cuda
 
@@ -66,29 +71,39 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
+    from freeexport.measure.byte_model import analytic
     from freeexport.training.batches import described, examples
-    from freeexport.training.selection import written_outputs
+    from freeexport.training.frozen import tune_exit
+    from freeexport.training.report import prospect
+    from freeexport.training.trainer import written_outputs
+    from freeexport.training.tuning import tune_model
 
     with process.main_process_first():
         checkpoint = _base(model, options, directory, process.is_main_process)
     description = described(checkpoint, options)
     training, validation, left_out = examples(checkpoint, description, options)
+    layers = len(description.decoder.layers)
+    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers)
     if process.is_main_process:
-        for line in left_out:
-            click.echo(f"warning: {line}", err=True)
+        for line in [*(f"warning: {line}" for line in left_out), prospect(costs, options.exit_layer, layers)]:
+            click.echo(line, err=True)
     with process.main_process_first():
-        tuning = _tuning(model, checkpoint, description, options, training, validation, directory)
+        if options.tune == "exit":
+            cache = directory.path / "states"
+            tuning = tune_exit(checkpoint, description, options, training, validation, cache)
+        else:
+            tuning = tune_model(model, checkpoint, description, options, training, validation)
     with naming(directory.path):
         written = written_outputs(tuning.module, checkpoint, validation, options)
-        steps, best_step, seconds, metrics = _run(tuning, options, directory, process.is_main_process, written)
+        trained = _run(tuning, options, directory, process.is_main_process, written, costs)
     if process.is_main_process:
         _write(tuning, checkpoint, options, directory)
     process.wait_for_everyone()
-    return Trained(str(out), steps, best_step, seconds, metrics, tuple(left_out))
+    return replace(trained, out=str(out), left_out=tuple(left_out))
 
 
 def leave_group() -> bool:
-    """Whether this process speaks for the run. Gloo aborts processes that end while they are in a group."""
+    """Leave the processes' group, or gloo aborts them at the end; return whether this one speaks for the run."""
     from accelerate import PartialState
 
     process = PartialState()
@@ -97,7 +112,7 @@ def leave_group() -> bool:
 
 
 def _quiet() -> None:
-    """transformers and torch announce what is no news here; errors are raised."""
+    """Silence transformers and torch, which announce what is no news here; errors are raised."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -128,71 +143,39 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
     return checkpoint
 
 
-def _tuning(
-    model: str,
-    checkpoint: Checkpoint,
-    description: Description,
-    options: TrainingOptions,
-    training: Sequence[Example],
-    validation: Sequence[Example],
-    directory: TrainingDirectory,
-) -> Trainable:
-    states = directory.path / "states"
-    if options.tune == "exit" and options.exit_layers:
-        from freeexport.training.exit_layers.frozen import tune_exit_layers
-
-        return tune_exit_layers(checkpoint, description, options, training, validation, states)
-    if options.tune == "exit":
-        from freeexport.training.exit_only import tune_exit
-
-        return tune_exit(checkpoint, description, options, training, validation, states)
-    from freeexport.training.full import tune_full, tune_lora
-
-    def tune(own: Own | None = None) -> Trainable:
-        if options.tune == "lora":
-            return tune_lora(checkpoint, description, options, training, validation, model, own)
-        return tune_full(checkpoint, description, options, training, validation, own)
-
-    if not options.exit_layers:
-        return tune()
-    from freeexport.training.exit_layers.joint import tune_joint
-
-    return tune_joint(tune, checkpoint, description, options, training, states)
-
-
 def _run(
     tuning: Trainable,
     options: TrainingOptions,
     directory: TrainingDirectory,
     writer: bool,
     written: WrittenOutputs | None,
-) -> tuple[int, int, float, dict[str, float]]:
-    """Steps, step of the best evaluation, seconds, and that evaluation's measures."""
+    costs: Costs,
+) -> Trained:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    from freeexport.training.callbacks import Bar, MemoryLeft, Metrics, StopInTime
+    from freeexport.training.report import MemoryLeft, Metrics, Report, StopInTime, verdict
     from freeexport.training.trainer import ExitTrainer, resumed_clock, training_arguments
 
     checkpoint = last_checkpoint(directory.path) if options.resume else None
     clock = resumed_clock(options, checkpoint)
     callbacks: list[TrainerCallback] = [StopInTime(clock), MemoryLeft()]
-    bar, metrics = Bar(clock), None
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    arguments = training_arguments(options, directory.path, tuning.lengths[0])
+    arguments = training_arguments(options, directory.path, tuning.lengths[0], checkpoint is not None)
+    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
+    report = Report(trainer)
     if writer:
         after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        metrics = Metrics(directory.path / METRICS, clock, directory.path / TENSORBOARD, after)
-        callbacks += [metrics, bar]
-    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
-    if metrics is not None:
-        metrics.trainer = trainer
+        trainer.add_callback(Metrics(trainer, directory.path / METRICS, directory.path / TENSORBOARD, after))
+        trainer.add_callback(report)
     try:
         trainer.run(checkpoint)
     finally:
-        bar.close()
-    best_step, best = trainer.best()
-    return trainer.state.global_step, best_step, round(clock.elapsed, 1), best
+        report.close()
+    (best_step, best), before = trainer.best(), trainer.before()
+    seconds = round(clock.elapsed, 1)
+    sentences = tuple(verdict(before, best, costs))
+    return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), sentences)
 
 
 def _write(
@@ -209,8 +192,8 @@ def _write(
         beside = open_checkpoint(str(partial)) if tuning.exit_layers else checkpoint
         exit_file = ExitFile(
             exit_layer=options.exit_layer,
-            exit_norm=tuning.exit_norm,
-            adapter_rank=tuning.adapter_rank,
+            exit_norm=tuning.own is not None,
+            adapter_rank=options.adapter_rank if tuning.own is not None and not tuning.exit_layers else 0,
             exit_layers=tuning.exit_layers,
             base_sha256=beside.sha256,
             loss=options.loss,

@@ -290,16 +290,13 @@ def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
         return None
     import torch
 
-    from freeexport.measure.layers import own_head
-    from freeexport.training.exit_layers.module import own_exit
+    from freeexport.training.exit_modules import own_exit
     from freeexport.training.shallow_deep import shared_head
 
     description = describe(checkpoint.config, checkpoint)
-    own = own_exit(checkpoint, description)
-    if own is not None:
-        head = shared_head(model, description)
-        return torch.no_grad()(lambda states: head.read(own.norm(own(states))))
-    return torch.no_grad()(own_head(checkpoint, description, shared_head(model, description)))
+    own, head = own_exit(checkpoint, description), shared_head(model, description)
+    assert own is not None
+    return torch.no_grad()(lambda states: head.read(own.norm(own(states))))
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:

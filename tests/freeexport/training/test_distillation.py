@@ -14,11 +14,11 @@ from torch import nn
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import LossName
-from freeexport.training.exit_adapter import Exit
-from freeexport.training.exit_only import FrozenExit
-from freeexport.training.full import trainable_model
+from freeexport.training.exit_modules import AdaptedExit
+from freeexport.training.frozen import FrozenExit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead
+from freeexport.training.tuning import trainable_model
 from graphs.families import describe
 
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
@@ -163,7 +163,7 @@ def test_all_losses_of_one_model_agree_on_evaluation(checkpoint: Callable[[Case]
         assert value == pytest.approx(found[1][key], rel=1e-6), key
 
 
-def test_a_frozen_exit_is_read_after_its_own_norm_and_its_teacher_after_the_final_one() -> None:
+def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
     random = np.random.default_rng(5)
     shallow, deep = random.normal(size=(2, 7, 8)) * [[[3.0]], [[40.0]]]
     weight, matrix = random.uniform(0.5, 2.0, 8), random.normal(size=(11, 8))
@@ -172,13 +172,15 @@ def test_a_frozen_exit_is_read_after_its_own_norm_and_its_teacher_after_the_fina
     with torch.no_grad():
         norm.weight.copy_(torch.tensor(weight))
         linear.weight.copy_(torch.tensor(matrix))
-    own = Exit(torch.tensor(weight * 1.5), EPSILON, rank=0)
+    own = AdaptedExit(torch.tensor(weight * 1.5), EPSILON, rank=0)
     module = FrozenExit(own, SharedHead(norm, linear, 1.0), (2, 6), "logit-kd", ALPHA).train()
-    tensors = [torch.tensor(value, dtype=torch.float32) for value in (shallow, deep)]
-    loss = module(*tensors, torch.tensor(labels))["loss"]
     student, teacher = (
         log_softmax(rms(state, scale * weight, EPSILON) @ matrix.T) for state, scale in ((shallow, 1.5), (deep, 1.0))
     )
+    best = torch.tensor(teacher, dtype=torch.float32).topk(11, dim=-1)
+    states = torch.tensor(shallow, dtype=torch.float32)[None]
+    deep_losses = torch.tensor(-teacher[np.arange(7), labels])
+    loss = module(states, torch.tensor(labels)[None], best.indices, best.values, deep_losses)["loss"]
     ce = [-chances[np.arange(7), labels].sum() for chances in (student, teacher)]
     expected = (2 * ce[0] + 6 * ce[1]) / 8 + ALPHA * (np.exp(teacher) * (teacher - student)).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)

@@ -1,18 +1,25 @@
-"""An exit's own transformer layers in torch, made from their description: to train them, and to verify engines."""
+"""What an exit has of its own in torch: a norm and a small adapter, or transformer layers made from a description."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import nn
 
-from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.training.exit_adapter import RMSNorm
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from graphs.description import MLP, Activation, Attention, Description, Layer, Linear, Norm
+from graphs.exit_head import EXIT as PREFIX
 from graphs.exit_head import with_exit
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from freeexport.checkpoints.checkpoint import Checkpoint
 
 Read = Callable[[str], np.ndarray]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -23,12 +30,57 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-class ExitLayers(nn.Module):
-    """norm(layers(map(states))): what stands between the exit layer and the head. Its parameters have the names of
-    graphs.exit_head, without "exit." in front.
+class RMSNorm(nn.Module):
+    """weight * x / sqrt(mean(x^2) + epsilon), in float32."""
 
-    `read` gives the layers' weights by the names in `layers`; `weight` [d, d] is the map, `norm` [d].
-    """
+    def __init__(self, weight: torch.Tensor | np.ndarray, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.as_tensor(weight).detach().float().clone())
+        self.epsilon = epsilon
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.float()
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon))
+
+
+class Adapter(nn.Module):
+    """h + up(silu(down(norm(h)))); adds nothing until `up` is set or trained."""
+
+    def __init__(self, width: int, rank: int, epsilon: float) -> None:
+        super().__init__()
+        self.norm = RMSNorm(torch.ones(width), epsilon)
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, width, bias=False)
+        nn.init.normal_(self.down.weight, std=width**-0.5)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        added: torch.Tensor = self.up(F.silu(self.down(self.norm(hidden))))
+        return hidden + added
+
+
+class Exit(nn.Module):
+    """An exit's own parameters, named as in graphs.exit_head without "exit.": `norm(forward(states))` is what the head
+    reads, `states` [..., d] those after the exit layer."""
+
+    norm: RMSNorm
+
+
+class AdaptedExit(Exit):
+    """A norm, and an adapter unless `rank` is 0."""
+
+    def __init__(self, norm: torch.Tensor | np.ndarray, epsilon: float, rank: int) -> None:
+        super().__init__()
+        self.adapter = Adapter(len(norm), rank, epsilon) if rank else None
+        self.norm = RMSNorm(norm, epsilon)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        adapted: torch.Tensor = states.float() if self.adapter is None else self.adapter(states.float())
+        return adapted
+
+
+class ExitLayers(Exit):
+    """Transformer layers behind the linear map `weight` [d, d]; `read` gives the layers' weights by name."""
 
     def __init__(
         self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: np.ndarray, epsilon: float
@@ -37,24 +89,36 @@ class ExitLayers(nn.Module):
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
-        self.norm = RMSNorm(torch.from_numpy(norm), epsilon)
+        self.norm = RMSNorm(norm, epsilon)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """After the exit layer [B, n, d], padded on the right -> float32 [B, n, d], before the norm."""
+        """[B, n, d], padded on the right -> float32 [B, n, d]."""
         x: torch.Tensor = self.map(states.to(self.map.weight.dtype)).float()
         for layer in self.layers:
             x = layer(x)
         return x
 
 
-def own_exit(checkpoint: Checkpoint, description: Description) -> ExitLayers | None:
-    """The exit's own layers of a checkpoint, None where it has none."""
+def own_exit(checkpoint: Checkpoint, description: Description) -> Exit | None:
+    """The exit's own parameters of a checkpoint, None where it has none."""
     decoder = with_exit(description, checkpoint).decoder
-    if decoder.exit_map is None or decoder.exit_head is None:
+    if decoder.exit_head is None:
         return None
     norm = decoder.exit_head.norm
-    weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(norm.weight)
-    return ExitLayers(decoder.exit_layers, checkpoint.read, *weights, norm.epsilon).eval()
+    if decoder.exit_map is not None:
+        weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(norm.weight)
+        return ExitLayers(decoder.exit_layers, checkpoint.read, *weights, norm.epsilon).eval()
+    adapter = decoder.exit_head.adapter
+    rank = checkpoint.shape(adapter.down.weight)[0] if adapter else 0
+    own = AdaptedExit(checkpoint.read(norm.weight), norm.epsilon, rank)
+    own.load_state_dict({name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()})
+    return own.eval()
+
+
+def write_exit(own: Exit, directory: Path) -> None:
+    """Write the parameters as exit.safetensors."""
+    tensors = {f"{PREFIX}{name}": value.detach().float().cpu().contiguous() for name, value in own.state_dict().items()}
+    save_file(tensors, directory / EXIT_WEIGHTS)
 
 
 class ExitLayer(nn.Module):
@@ -75,7 +139,7 @@ class ExitLayer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Of the sequence with itself, positions from 0."""
+    """Causal attention, positions from 0."""
 
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
@@ -87,17 +151,20 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]."""
-        one = self.described
-        query = self._turned(self.query_norm(_in_heads(self.query(x), one.heads)))
-        key = self._turned(self.key_norm(_in_heads(self.key(x), one.kv_heads)))
-        value = _in_heads(self.value(x), one.kv_heads)
+        one, length = self.described, x.shape[1]
+        # [B, heads, n, head_dim]
+        query = self._rotated(self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2)))
+        key = self._rotated(self.key_norm(self.key(x).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)))
+        value = self.value(x).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
         key, value = (part.repeat_interleave(one.heads // one.kv_heads, dim=1) for part in (key.to(value.dtype), value))
-        mask = None if one.window is None else _window(x.shape[1], one.window).to(x.device)
-        mixed = _mixed(query.to(value.dtype), key, value, mask, one.scale)
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        if one.window is not None:
+            mask = mask.triu(1 - one.window)
+        mixed = _mixed(query.to(value.dtype), key, value, mask, one.scale, causal=one.window is None)
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 
-    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+    def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary positions of [B, heads, n, head_dim], in float32."""
         rotary = self.described.rotary
         if rotary is None:
@@ -110,14 +177,12 @@ class SelfAttention(nn.Module):
 
 
 def _mixed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, causal: bool
 ) -> torch.Tensor:
-    """Attention of [B, heads, n, head_dim], causal where there is no mask."""
     if query.is_cuda:
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
+        given = None if causal else mask
+        return F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, scale=scale)
     # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
-    if mask is None:
-        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
@@ -137,19 +202,8 @@ class FeedForward(nn.Module):
         return out
 
 
-def _in_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
-    """[B, n, heads * head_dim] -> [B, heads, n, head_dim]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _window(length: int, window: int) -> torch.Tensor:
-    """bool [n, n]: which positions (columns) each one (row) sees."""
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    return causal.triu(1 - window)
-
-
 def _norm(norm: Norm, read: Read) -> RMSNorm:
-    return RMSNorm(torch.from_numpy(read(norm.weight)), norm.epsilon)
+    return RMSNorm(read(norm.weight), norm.epsilon)
 
 
 def _linear(linear: Linear, read: Read) -> nn.Linear:

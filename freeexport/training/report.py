@@ -1,0 +1,238 @@
+"""Callbacks and sentences of a training run: plan, progress, a file of metrics, the end in time, the verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+import psutil
+from transformers import TrainerCallback
+
+from freeexport.system.machine import keep_freed_memory
+from freeexport.system.progress import duration, progress
+from freeexport.training.trainer import AGREEING, ENDLESS, Clock, ExitTrainer
+from runtime.bundle.costs import Costs
+from runtime.errors import FreeExportError
+from runtime.json_file import parse_json
+
+LEAST_LEFT = 0.25  # of the machine's memory
+PLANNED_AFTER = 5  # steps, whose speed the plan is made from
+FEW_STEPS = 100  # the recipes of tools/models take 400 and more
+_MAX_PENDING = 8  # tokens of a sync pass, as convert's default
+_PAYS = 1.05
+_LOST = 0.02  # a rise of the whole model's loss that a verdict names
+
+
+class DivergedError(FreeExportError):
+    """The loss is no longer a number."""
+
+
+class StopInTime(TrainerCallback):  # type: ignore[misc]
+    """Ends a run at its last step or its time limit, with an evaluation and a checkpoint."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock, self._began = clock, time.monotonic()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._began = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._clock.stepped(time.monotonic() - self._began)
+        self._clock.tick()
+        if state.global_step >= state.max_steps or self._clock.share >= 1:
+            control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True
+
+
+class MemoryLeft(TrainerCallback):  # type: ignore[misc]
+    """Ends the keeping of freed memory where little is left on the machine."""
+
+    def __init__(self) -> None:
+        self._keeps = True
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        memory = psutil.virtual_memory()
+        if self._keeps and memory.available < LEAST_LEFT * memory.total:
+            self._keeps = False
+            keep_freed_memory(False)
+
+
+class Metrics(TrainerCallback):  # type: ignore[misc]
+    """Writes one JSON object a line, and to TensorBoard where it is installed. `after` drops what a killed run logged
+    after that step."""
+
+    def __init__(self, trainer: ExitTrainer, path: Path, tensorboard: Path, after: int | None) -> None:
+        self._trainer, self._path = trainer, path
+        self._seen, self._time = 0, time.monotonic()
+        lines = path.read_text(encoding="utf-8").splitlines() if after is not None and path.exists() else []
+        kept = [line for line in lines if _step(line) <= (after or 0)]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._board: Any = None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard), purge_step=None if after is None else after + 1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
+        values = {key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))}
+        if "train_runtime" in values:
+            return  # Trainer's own summary, which counts batches as it would have made them
+        if not math.isfinite(values.get("loss", 0.0)):
+            raise DivergedError(
+                f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, or train without "
+                "--bf16"
+            )
+        if "loss" in values:
+            values["tokens_per_second"] = self._tokens_per_second()
+        record = {"step": state.global_step, **values, "elapsed": round(self._trainer.clock.elapsed, 2)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, state.global_step)
+
+    def _tokens_per_second(self) -> float:
+        now, seen = time.monotonic(), int(self._trainer.tokens_seen)
+        rate = (seen - self._seen) / max(now - self._time, 1e-6)
+        self._seen, self._time = seen, now
+        return round(rate, 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(parse_json(line, nan=True)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut off
+
+
+class Report(TrainerCallback):  # type: ignore[misc]
+    """Prints a plan after the first steps, evaluations, and progress whose remaining time never rises."""
+
+    def __init__(self, trainer: ExitTrainer) -> None:
+        self._trainer, self._clock = trainer, trainer.clock
+        self._context: Any = None
+        self._left, self._shown = math.inf, 0.0
+        self._first = self._began = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._timed = state.max_steps >= ENDLESS
+        self._first = state.global_step
+        self._shown = self._now(state)
+        total = self._clock.limit if self._timed else state.max_steps
+        what = "training, seconds" if self._timed else "training, steps"
+        self._context = progress(what, total, self._shown, left=lambda: self.seconds_left(state))
+        self._advance = self._context.__enter__()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        # The first step allocates what the others use again.
+        if state.global_step == self._first + 1:
+            self._began, self._tokens = time.monotonic(), int(self._trainer.tokens_seen)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._advance(self._now(state) - self._shown)
+        self._shown = self._now(state)
+        if state.global_step == self._first + PLANNED_AFTER:
+            seconds = (time.monotonic() - self._began) / (PLANNED_AFTER - 1)
+            tokens = (int(self._trainer.tokens_seen) - self._tokens) / (PLANNED_AFTER - 1)
+            batches = len(self._trainer.batches) / args.gradient_accumulation_steps
+            every, end = args.eval_steps, state.max_steps
+            for line in plan(self._clock, end, state.global_step, seconds, tokens / seconds, batches, every):
+                click.echo(line, err=True)
+
+    def _now(self, state: Any) -> float:
+        return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)
+
+    def seconds_left(self, state: Any) -> float | None:
+        """Seconds until the run ends, by the time limit or by the steps; None before one is known."""
+        found = math.inf if self._clock.limit is None else self._clock.limit - self._clock.elapsed
+        done = state.global_step - self._first
+        if done > 0 and not self._timed:
+            found = min(found, self._clock.elapsed / state.global_step * (state.max_steps - state.global_step))
+        self._left = max(0.0, min(self._left, found))
+        return self._left if math.isfinite(self._left) else None
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        metrics, chosen = others["metrics"], args.metric_for_best_model
+        shown = ("eval_shallow_loss", "eval_agreement", "eval_oracle_exits", "eval_loss")
+        also = "" if chosen in shown else f", {chosen.removeprefix('eval_')} {metrics[chosen]:.3f}"
+        click.echo(
+            f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
+            f"{metrics['eval_agreement']:.3f}, oracle exits {metrics['eval_oracle_exits']:.3f}{also}",
+            err=True,
+        )
+
+    def close(self) -> None:
+        if self._context is not None:
+            self._context.__exit__(None, None, None)
+
+
+def plan(
+    clock: Clock, end: int, done: int, seconds: float, tokens_per_second: float, batches: float, every: int
+) -> list[str]:
+    """Lines about a run of at most `end` steps of which `done` were made: the steps that fit at `seconds` each, with an
+    evaluation `every` so many; `batches` are those of a pass over the data, in steps."""
+    pause = clock.evaluation + clock.saving
+    each = seconds + pause / every
+    fitting = done + max(0, math.floor((clock.time_for_steps - clock.elapsed) / each)) if clock.limit else end
+    steps = min(end, fitting)
+    left = (steps - done) * each + pause
+    lines = [
+        f"plan: {steps} steps, about {duration(left)} more at {tokens_per_second:,.0f} tokens/s; "
+        f"{steps / batches:.1f} passes over the data"
+    ]
+    if steps < FEW_STEPS:
+        more = "a longer --time-limit or a smaller --batch-tokens" if fitting < end else "more --steps or --epochs"
+        lines.append(f"warning: an exit hardly learns in {steps} steps; give it {FEW_STEPS} or more: {more}")
+    return lines
+
+
+def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
+    """What the exit can bring at all, in one line, by the bytes of weights that tokens read."""
+    most, even = costs.speedup(1.0, _MAX_PENDING), costs.break_even(_MAX_PENDING)
+    if even is None:
+        return (
+            f"warning: an exit after layer {exit_layer} of {layers} cannot pay: all tokens exiting would give "
+            f"{most:.2f}x; choose an earlier --exit-layer"
+        )
+    return (
+        f"exit after layer {exit_layer} of {layers}: pays once {even:.0%} of the tokens exit, {most:.1f}x if all did "
+        "(by bytes of weights read)"
+    )
+
+
+def verdict(before: dict[str, float], after: dict[str, float], costs: Costs) -> list[str]:
+    """Sentences about an exit, from the evaluations before training (empty where unknown) and of the best step."""
+    start = before or after
+    agreement, oracle = (f"{start[name]:.1%} -> {after[name]:.1%}" for name in ("eval_agreement", "eval_oracle_exits"))
+    lines = [
+        f"agreement of both exits {agreement}; oracle exits {oracle} (tokens that could exit with {AGREEING:.0%} "
+        "agreement, by a threshold chosen on these tokens)"
+    ]
+    rise = after["eval_deep_loss"] / max(start["eval_deep_loss"], 1e-9) - 1
+    if rise > _LOST:
+        lines.append(
+            f"warning: the whole model's loss rose from {start['eval_deep_loss']:.3f} to "
+            f"{after['eval_deep_loss']:.3f}; lower --learning-rate, or leave the model as it is with --tune exit"
+        )
+    share = after["eval_oracle_exits"]
+    speed, even = costs.speedup(share, _MAX_PENDING), costs.break_even(_MAX_PENDING)
+    if before and share <= before["eval_oracle_exits"] and after["eval_agreement"] <= before["eval_agreement"]:
+        lines.append("verdict: training made no better exit; train longer, or with another --learning-rate")
+    elif speed >= _PAYS:
+        lines.append(f"verdict: the exit can pay, up to {speed:.2f}x by bytes of weights; calibrate to find out")
+    elif even is None:
+        lines.append("verdict: this exit cannot pay however often tokens exit; choose an earlier --exit-layer")
+    else:
+        lines.append(
+            f"verdict: the exit does not pay yet: {share:.0%} of the tokens could exit, {even:.0%} must; train longer, "
+            "choose a later --exit-layer, or decode in mode lossless"
+        )
+    return lines

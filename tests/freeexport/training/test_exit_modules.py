@@ -1,0 +1,128 @@
+"""An exit's own parameters in torch: layers as transformers has them, and starts against numpy's least squares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, Case, load
+from exit_layer_case import write_exit
+from training_case import LLAMA
+
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.checkpoints.exit_file import EXIT_FILE
+from freeexport.training import losses
+from freeexport.training.exit_modules import Adapter, ExitLayers
+from freeexport.training.exit_start import begin_linear, low_rank
+from freeexport.training.frozen import FrozenExit
+from freeexport.training.shallow_deep import SharedHead
+from graphs.families import describe
+
+WIDTH, ROWS, EPSILON = 6, 5000, 1e-6
+DECODERS = [case for case in CASES if "t5" not in case.name]
+
+
+@pytest.mark.parametrize("case", DECODERS, ids=lambda case: case.name)
+def test_copies_of_the_last_layers_behind_no_map_compute_what_the_model_does(
+    checkpoint: Callable[[Case], Path], case: Case
+) -> None:
+    opened = open_checkpoint(str(checkpoint(case)))
+    description = describe(opened.config, opened)
+    norm, identity = description.decoder.head.norm, np.eye(description.hidden_size, dtype=np.float32)
+    own = ExitLayers(description.decoder.layers[1:], opened.read, identity, opened.read(norm.weight), norm.epsilon)
+    model = load(checkpoint(case))
+    ids = torch.from_numpy(np.random.default_rng(0).integers(3, 250, (2, 21)))
+    with torch.no_grad():
+        out = model(ids, output_hidden_states=True, use_cache=False)
+        ours = own.norm(own(out["hidden_states"][1]))
+    # transformers norms the last of its hidden states
+    torch.testing.assert_close(ours, out["hidden_states"][-1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("exit_layers", "reason"),
+    [
+        (0, r"has exit\.\S+, which exit\.json does not"),
+        (1, r"has exit\.layers\.1\.\S+, which exit\.json does not"),
+        (3, r"exit\.layers\.2\.\S+ is missing"),
+        (99, "cannot have"),
+    ],
+)
+def test_exit_files_that_name_other_layers_are_refused(tmp_path: Path, exit_layers: int, reason: str) -> None:
+    LLAMA.build(tmp_path)
+    write_exit(tmp_path)
+    text = json.loads((tmp_path / EXIT_FILE).read_text())
+    (tmp_path / EXIT_FILE).write_text(json.dumps({**text, "exit_layers": exit_layers}))
+    with pytest.raises(CheckpointError, match=reason):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize("rank", [2 * WIDTH, 2 * WIDTH + 3])
+def test_a_linear_relation_is_found_whole(rank: int) -> None:
+    random = np.random.default_rng(0)
+    shallow = random.normal(size=(ROWS, WIDTH))
+    shallow *= np.sqrt(WIDTH) / np.linalg.norm(shallow, axis=-1, keepdims=True)
+    turn = np.linalg.qr(random.normal(size=(WIDTH, WIDTH)))[0]  # keeps lengths, as the map's targets do
+    deep = 3 * shallow @ turn.T
+    adapter = Adapter(WIDTH, rank, EPSILON)
+    begin_linear(adapter, shallow, deep, np.ones(WIDTH))
+    with torch.no_grad():
+        found = adapter(torch.from_numpy(shallow).float()).numpy()
+    assert np.abs(found - deep).max() < 0.02  # the ridge draws a little to zero
+
+
+def test_fewer_ranks_keep_what_the_norm_shows() -> None:
+    random = np.random.default_rng(1)
+    x = random.normal(size=(ROWS, WIDTH)) @ random.normal(size=(WIDTH, WIDTH))
+    y = x @ random.normal(size=(WIDTH, WIDTH)) + random.normal(size=(ROWS, WIDTH))
+    weight = np.array([5.0, 0.01, 1.0, 1.0, -2.0, 1.0])
+    square, product = x.T @ x / ROWS, y.T @ x / ROWS
+    best = np.linalg.solve(square, product.T).T
+
+    def error(candidate: np.ndarray) -> float:
+        """The squared error in the metric of what the map is fed and of what the norm shows."""
+        gap = weight[:, None] * (best - candidate)
+        return float(np.trace(gap @ square @ gap.T))
+
+    inward, outward = low_rank(square, product, weight, 2)
+    values = np.linalg.svd(weight[:, None] * best @ np.linalg.cholesky(square), compute_uv=False)
+    assert inward.shape == (2, WIDTH)
+    assert error(outward @ inward) == pytest.approx((values[2:] ** 2).sum(), rel=1e-6)
+
+
+def test_one_unit_is_too_few_and_adds_nothing() -> None:
+    adapter = Adapter(WIDTH, 1, EPSILON)
+    begin_linear(adapter, *np.random.default_rng(2).normal(size=(2, 50, WIDTH)), np.ones(WIDTH))
+    hidden = torch.randn(4, WIDTH)
+    assert torch.equal(adapter(hidden), hidden)
+
+
+def test_the_distillation_of_the_best_tokens_is_that_of_all_where_they_are_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    deep, shallow = (4 * torch.randn(5, 9, generator=generator, dtype=torch.float64) for _ in range(2))
+    meant, said = deep.log_softmax(-1), shallow.log_softmax(-1)
+    whole = (meant.exp() * (meant - said)).sum()
+    assert float(losses.best_distillation(meant, said)) == pytest.approx(float(whole), rel=1e-6)
+    top = meant.topk(3).indices
+    some = losses.best_distillation(meant.gather(1, top), said.gather(1, top))
+    # All others as one token.
+    rest = [1 - part.gather(1, top).exp().sum(-1) for part in (meant, said)]
+    inside = (meant.gather(1, top).exp() * (meant - said).gather(1, top)).sum()
+    assert float(some) == pytest.approx(float(inside + (rest[0] * (rest[0] / rest[1]).log()).sum()), rel=1e-6)
+
+
+def test_a_sampled_softmax_is_nearly_that_of_the_whole_vocabulary() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(16, 30_000, bias=False)
+    linear.weight.data = torch.randn(30_000, 16, generator=generator) / 4
+    module = FrozenExit(torch.nn.Identity(), SharedHead(torch.nn.Identity(), linear, 1.0), (1, 2), "ce", 1.0)  # type: ignore[arg-type]
+    student, tokens = torch.randn(6, 16, generator=generator), torch.randint(30_000, (6, 33), generator=generator)
+    torch.manual_seed(0)
+    found, places = module._log_chances(student, tokens)
+    assert found.shape[1] < 3000
+    whole = (student @ linear.weight.T).log_softmax(-1).gather(1, tokens)
+    np.testing.assert_allclose(found.gather(1, places).detach(), whole.detach(), atol=0.2)

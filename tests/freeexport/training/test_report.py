@@ -1,0 +1,166 @@
+"""A run keeps to its time, says what fits in it, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from checkpoints import Case
+from training_case import LLAMA, Runs, logged, run_options
+
+from freeexport.training import report
+from freeexport.training.train import train
+from freeexport.training.trainer import Clock, ExitTrainer
+from runtime.bundle.costs import Costs
+
+Directory = Callable[[Case], Path]
+# A token takes 4 with all layers; 2 of shallow and head when it exits.
+COSTS = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
+
+
+class FakeTime:
+    """What `time.monotonic` returns: it passes in evaluations, and in steps of a minute."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluation: float) -> None:
+        self.now = 0.0
+        for module in ("trainer", "report"):
+            monkeypatch.setattr(f"freeexport.training.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
+        step = ExitTrainer.training_step
+
+        def slow_step(*arguments: Any, **others: Any) -> Any:
+            self.now += 60.0
+            return step(*arguments, **others)
+
+        def slow_evaluation(*arguments: Any) -> float:
+            self.now += evaluation
+            return 0.5
+
+        monkeypatch.setattr(ExitTrainer, "training_step", slow_step)
+        monkeypatch.setattr("freeexport.training.trainer.oracle_exits", slow_evaluation)
+
+
+def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
+    checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluations of 10 minutes in a limit of 50; and a wall clock that is set back does not matter."""
+    FakeTime(monkeypatch, 600.0)
+    wall = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: float(next(wall)))
+    run = run_options(words, steps=None, time_limit=50.0, evaluate_every=10_000)
+    result = train(str(checkpoint(LLAMA)), tmp_path / "out", run)
+    assert result.seconds == 600 + 29 * 60 + 600
+    assert result.best_step == result.steps == 29
+    assert logged(tmp_path / "out", "learning_rate")[-1] < 1e-5  # the schedule ended with the time
+    assert logged(tmp_path / "out", "eval_oracle_exits") == [0.5, 0.5]
+
+
+def test_a_limit_that_an_evaluation_uses_up_still_makes_a_step(
+    checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakeTime(monkeypatch, 600.0)
+    run = run_options(words, steps=None, time_limit=5.0)
+    assert train(str(checkpoint(LLAMA)), tmp_path / "out", run).steps == 1
+
+
+def test_the_remaining_time_never_rises() -> None:
+    """Through evaluations, when time passes without a step, and through steps that take longer and longer."""
+    clock = Clock(None)
+    trainer = SimpleNamespace(clock=clock, tokens_seen=0, batches=range(10))
+    one, state = report.Report(trainer), SimpleNamespace(global_step=0, max_steps=100)  # type: ignore[arg-type]
+    one._timed, found, elapsed = False, [], 0.0
+    assert one.seconds_left(state) is None
+    for step in range(1, 101):
+        elapsed += 1.0 + step / 10 + (30.0 if step % 10 == 0 else 0.0)
+        clock._start = time.monotonic() - elapsed
+        state.global_step = step
+        found.append(one.seconds_left(state))
+        clock._start -= 5.0  # an evaluation
+        found.append(one.seconds_left(state))
+    assert all(math.isfinite(left) for left in found)
+    assert found == sorted(found, reverse=True)
+    assert found[-1] == 0.0
+
+
+def test_the_remaining_time_of_a_limited_run_is_that_of_its_limit() -> None:
+    clock = Clock(100.0, elapsed=40.0)
+    one = report.Report(SimpleNamespace(clock=clock))  # type: ignore[arg-type]
+    one._timed = True
+    assert one.seconds_left(SimpleNamespace(global_step=0, max_steps=10**9)) == pytest.approx(60.0, abs=0.5)
+
+
+def test_a_plan_counts_what_fits_in_the_time() -> None:
+    clock = Clock(600.0)
+    clock.evaluation, clock.saving = 8.0, 2.0
+    [line] = report.plan(clock, 10**9, 5, 1.0, 3000.0, 90.0, 50)
+    # (600 - 10) seconds of steps that take 1 and a fiftieth of a pause of 10 each.
+    assert line == "plan: 496 steps, about 10 min more at 3,000 tokens/s; 5.5 passes over the data"
+    line, warning = report.plan(clock, 40, 5, 1.0, 3000.0, 90.0, 50)
+    assert line.startswith("plan: 40 steps, about 52 s more")
+    assert "hardly learns in 40 steps" in warning
+    assert warning.endswith("more --steps or --epochs")
+    assert report.plan(clock, 10**9, 5, 60.0, 50.0, 90.0, 50)[1].endswith("or a smaller --batch-tokens")
+
+
+def test_a_run_says_its_plan_and_its_evaluation_before_the_first_step(
+    checkpoint: Directory, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(str(checkpoint(LLAMA)), tmp_path / "out", run_options(words, steps=6, evaluate_every=6))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("exit after layer 2 of 5: pays once")
+    assert lines[1].startswith("step 0: shallow loss")
+    assert lines[2].startswith("plan: 6 steps")
+    assert lines[3].startswith("warning: an exit hardly learns in 6 steps")
+
+
+def measures(agreement: float, exits: float, deep_loss: float = 1.0) -> dict[str, float]:
+    return {"eval_agreement": agreement, "eval_oracle_exits": exits, "eval_deep_loss": deep_loss}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "costs", "said"),
+    [
+        (measures(0.3, 0.0), measures(0.9, 0.7), COSTS, "verdict: the exit can pay, up to 1."),
+        ({}, measures(0.9, 0.7), COSTS, "verdict: the exit can pay, up to 1."),
+        (measures(0.3, 0.0), measures(0.5, 0.1), COSTS, "verdict: the exit does not pay yet: 10% of the tokens"),
+        (measures(0.6, 0.2), measures(0.6, 0.2), COSTS, "verdict: training made no better exit"),
+        (measures(0.3, 0.0), measures(0.9, 0.9), Costs(9.0, 1.0, {1: 3.0, 8: 4.0}), "verdict: this exit cannot pay"),
+    ],
+)
+def test_a_verdict_says_whether_the_exit_pays(
+    before: dict[str, float], after: dict[str, float], costs: Costs, said: str
+) -> None:
+    lines = report.verdict(before, after, costs)
+    assert len(lines) == 2
+    assert "oracle exits" in lines[0]
+    assert "by a threshold chosen on these tokens" in lines[0]
+    assert lines[1].startswith(said)
+
+
+def test_a_verdict_names_a_model_that_was_harmed() -> None:
+    lines = report.verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
+    assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
+
+
+def test_the_prospect_of_an_exit_that_costs_more_than_it_saves_is_a_warning() -> None:
+    assert report.prospect(COSTS, 2, 8).startswith("exit after layer 2 of 8: pays once 35% of the tokens")
+    costs = Costs(9.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
+    assert report.prospect(costs, 7, 8).startswith("warning: an exit after layer 7 of 8 cannot pay")
+
+
+def test_early_stopping_keeps_the_best(run: Runs, words: Path, tmp_path: Path) -> None:
+    # A rate that only makes it worse.
+    worse = {"evaluate_every": 1, "patience": 2, "learning_rate": 0.5, "schedule": "constant", "warmup": 0.0}
+    out, result = run(LLAMA, steps=50, **worse)
+    evaluated = logged(out, "eval_loss")[1:]
+    assert result.steps < 50
+    assert result.metrics["eval_loss"] == pytest.approx(min(evaluated))
+    assert result.best_step == evaluated.index(min(evaluated)) + 1
+    # The written weights are the best ones, not the last.
+    again = replace(run_options(words), steps=1, evaluate_every=1)
+    assert train(str(out), tmp_path / "again", again).before["eval_loss"] == pytest.approx(min(evaluated), rel=1e-4)

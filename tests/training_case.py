@@ -1,0 +1,53 @@
+"""What tests of training share: data, options of short runs, and what a run logged."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from checkpoints import CASES, Case
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.training.options import TrainingOptions
+from freeexport.training.train import Trained
+
+T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
+
+
+class Run(NamedTuple):
+    out: Path
+    trained: Trained
+
+
+class Runs(Protocol):
+    """Trains a case, with options of `run_options`."""
+
+    def __call__(self, case: Case, **options: Any) -> Run: ...
+
+
+def write_data(directory: Path) -> None:
+    """40 words and their reverse to train on, 8 to validate."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdef", k=draw.randint(2, 9))) for _ in range(48)]
+    for name, part in (("train", words[:40]), ("validation", words[40:])):
+        lines = (json.dumps({"input": word, "target": word[::-1]}) + "\n" for word in part)
+        (directory / f"{name}.jsonl").write_text("".join(lines))
+
+
+def run_options(data: Path, **changes: Any) -> TrainingOptions:
+    """Three steps of about 8 words, evaluated at the end."""
+    given = {"exit_layer": 2, "steps": 3, "batch_tokens": 160, "evaluate_every": 3, **changes}
+    return TrainingOptions(data / "train.jsonl", validation=data / "validation.jsonl", **given)
+
+
+def logged(out: Path, name: str = "loss") -> list[float]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def tensors(directory: Path) -> dict[str, np.ndarray]:
+    opened = open_checkpoint(str(directory))
+    return {name: opened.read(name) for name in opened.names()}
