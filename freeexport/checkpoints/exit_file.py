@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from freeexport.checkpoints.schema_file import read_schema_file
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, WeightFile
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, own_shapes
 from graphs.families import describe
+from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
+from runtime.json_file import read_object
 
 LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd"]
 Tune = Literal["full", "lora", "exit"]
@@ -71,11 +72,17 @@ def write_exit_file(directory: Path, exit_file: ExitFile) -> None:
 
 def read_exit_file(directory: Path) -> ExitFile | None:
     """None where there is none. Raises CheckpointError where it cannot be read, or does not hold what it must."""
-    path = directory / EXIT_FILE
+    path, remedy = directory / EXIT_FILE, "train again, or remove it"
     if not path.exists():
         return None
     try:
-        read: ExitFile = read_schema_file(path, ExitFile, EXIT_SCHEMA_VERSION, "train again, or remove it")
+        value = read_object(path, remedy)
+        if (version := value.get("schema_version")) != EXIT_SCHEMA_VERSION:
+            raise CheckpointError(
+                f"{path} has schema version {repr(version)[:80]}, this freeexport reads {EXIT_SCHEMA_VERSION}; use the "
+                f"freeexport that wrote it, or {remedy}"
+            )
+        read: ExitFile = Reader(remedy, finite=True).read(ExitFile, value, str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
     return read

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -85,7 +85,7 @@ class Header:
     def __init__(self, path: Path) -> None:
         self.fields: dict[str, Any] = {}
         self.tensors: dict[str, _Tensor] = {}
-        self.order = "<"
+        self.order: Literal["<", ">"] = "<"
         self._at = 24
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -219,7 +219,7 @@ class GGUFFile:
         if self._architecture not in ARCHITECTURES:
             raise CheckpointError(f"{path} names no general.architecture; download it again")
         self._check_vocabulary()
-        self._data = np.memmap(path, mode="r")
+        self._data: Any = np.memmap(path, mode="r")
         self._tensors = _hugging_face_names(header.tensors, self._architecture, self._blocks())
         self.nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
 
@@ -255,8 +255,8 @@ class GGUFFile:
 
         tensor = self._tensors[name]
         try:
-            begin, order = self.header.data + tensor.at, self.header.order
-            stored = np.asarray(self._data[begin : begin + tensor.nbytes])
+            begin = self.header.data + tensor.at
+            stored, order = np.asarray(self._data[begin : begin + tensor.nbytes]), self.header.order
             if tensor.kind in _PLAIN:
                 array = stored.view(np.dtype(_PLAIN[tensor.kind]).newbyteorder(order)).astype(np.float32)
             elif order == ">":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from runtime.errors import OptionError
+from freeexport.checkpoints.weight_files import CheckpointError, one_line
+from runtime.errors import FreeExportError, OptionError
 from runtime.machine.device import Device
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+_WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def torch_device(name: str) -> torch.device:
@@ -80,7 +83,7 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
     import torch
     from transformers import DynamicCache, EncoderDecoderCache, GenerationConfig
 
-    from freeexport.checkpoints.text_format import end_ids
+    from freeexport.checkpoints.examples import end_ids
 
     seq2seq = model.config.is_encoder_decoder
     width = max(map(len, prompts))
@@ -119,3 +122,36 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
 def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
     found = np.flatnonzero(np.isin(ids, ends))
     return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)
+
+
+def write_random_weights(source: Path, out: Path, seed: int) -> None:
+    """Write a checkpoint to `out` with the architecture of `source`, a directory with config.json and tokenizer files,
+    initialised as transformers does it. Raises CheckpointError where the configuration cannot be read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    from graphs.limits import check_config
+
+    if not (source / "config.json").is_file():
+        raise CheckpointError(f"{source} has no config.json; give a directory with a configuration and a tokenizer")
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        check_config(config.to_dict())
+        torch.manual_seed(seed)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = loader.from_config(config)
+    except FreeExportError:
+        raise
+    except Exception as error:  # each configuration class checks its values in its own way
+        raise CheckpointError(f"{source}: no model can be made of its config.json ({one_line(error)})") from None
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    for path in source.iterdir():
+        if (
+            path.is_file()
+            and path.name != "config.json"
+            and path.suffix not in (".safetensors", ".bin", ".pt", ".gguf")
+        ):
+            shutil.copyfile(path, partial / path.name)
+    partial.rename(out)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from freeexport import __version__
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.text_format import known_ends
+from freeexport.checkpoints.examples import known_ends
 from freeexport.conversion.options import ConvertOptions
 from graphs.description import Description
 from graphs.engine_options import EngineOptions

@@ -15,8 +15,7 @@ import torch
 from torch.nn import Linear, Module
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples
-from freeexport.checkpoints.text_format import text_format
+from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples, text_format
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.system.progress import progress
 from freeexport.verification.reference import engine_of, layer_list

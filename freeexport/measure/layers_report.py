@@ -178,8 +178,7 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> LayersRep
     Raises DataError for data that cannot be used, CheckpointError, and OptionError for a bundle of another depth.
     """
     from freeexport.checkpoints.checkpoint import open_checkpoint
-    from freeexport.checkpoints.examples import DataError
-    from freeexport.checkpoints.text_format import text_format
+    from freeexport.checkpoints.examples import DataError, text_format
     from freeexport.checkpoints.transformers_model import reference_model
     from freeexport.measure.byte_model import analytic, measured
     from freeexport.measure.layers import LayerReader

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 import numpy as np
 
-from freeexport.checkpoints.examples import TextFormat
-from freeexport.checkpoints.text_format import known_ends, text_format
+from freeexport.checkpoints.examples import TextFormat, known_ends, text_format
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.forced import ForcedExitSession
 from freeexport.measure.prompts import check_unknown, engines_hash, fitting_prompts, reference_of, unknown_of_bundle

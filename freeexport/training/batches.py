@@ -11,8 +11,15 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, Example, encode, read_examples, split
-from freeexport.checkpoints.text_format import text_format
+from freeexport.checkpoints.examples import (
+    TARGETS_WANTED,
+    DataError,
+    Example,
+    encode,
+    read_examples,
+    split,
+    text_format,
+)
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED
 from graphs.description import Description

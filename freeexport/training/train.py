@@ -125,7 +125,7 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
     from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 
     if options.from_config:
-        from freeexport.checkpoints.random_weights import write_random_weights
+        from freeexport.checkpoints.transformers_model import write_random_weights
 
         base = directory.path / "base"
         if writer and not base.exists():

@@ -11,14 +11,13 @@ from click.testing import CliRunner
 from freeexport.checkpoints.exit_file import read_exit_file
 from freeexport.cli import main as freeexport
 from tools.data.splits import DataError
-from tools.models import demo_model, g2p_table, recipe, smollm2_task, translation
+from tools.models import demo_model, g2p_table, recipe, smollm2_task
 
 RECIPES = {
     "demo_model": (demo_model, ()),
     "g2p_table": (g2p_table, ()),
     "restoration": (smollm2_task, ("restoration",)),
     "summarization": (smollm2_task, ("summarization", "--bundle", "int8")),
-    "translation": (translation, ()),
 }
 
 
@@ -49,7 +48,7 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             for split in ("train", "validation", "calibration", "test"):
                 (out / f"{split}.jsonl").write_text('{"input": "a", "target": "b", "references": [["b"], ["c"]]}\n')
 
-    for module in (recipe, demo_model, g2p_table, smollm2_task, translation):
+    for module in (recipe, demo_model, g2p_table, smollm2_task):
         monkeypatch.setattr(module, "python", pretend)
     monkeypatch.setattr(smollm2_task, "smollm2", lambda: "model.gguf")
     return found

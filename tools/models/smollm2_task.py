@@ -46,16 +46,6 @@ TASKS = {
 }
 
 
-def exit_vocabulary(work: Path, calibration: Path, most: int) -> Path:
-    """The tokens that the exit's head keeps, from the traces of the 8-bit bundle."""
-    out = work / "exit-vocab.json"
-    if not out.exists():
-        bundle = convert(work / "exit", work / "int8", calibration, most, "--precision", "int8")
-        text = ("--text", work / "data" / "train.jsonl", "--size", EXIT_VOCABULARY)
-        python("freeexport", "exit-vocab", bundle, "--data", calibration, *text, "--output", out)
-    return out
-
-
 @click.command(context_settings={"show_default": True})
 @click.argument("name", metavar="TASK", type=click.Choice(list(TASKS)))
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
@@ -98,7 +88,7 @@ def command(
     for bundle in bundles:
         options = ("--precision", bundle.removesuffix("-head"))
         if bundle == "int8-head":
-            options = (*options, "--exit-vocab", exit_vocabulary(work, calibration, task.most))
+            options = (*options, "--exit-vocab", EXIT_VOCABULARY, "--data", data / "train.jsonl")
         convert(work / "exit", work / bundle, calibration, task.most, *options)
     pairs = [("--metric", metric) for metric in task.metrics] + [("--threshold", value) for value in THRESHOLDS]
     test = ("--data", data / "test.jsonl", "--samples", samples, "--max-new-tokens", task.most, "--threads", threads)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 
-from freeexport.checkpoints.random_weights import write_random_weights
+from freeexport.checkpoints.transformers_model import write_random_weights
 
 # d_model, d_ff, layers of encoder and decoder, heads; of the published configurations.
 SIZES = {"t5-base": (768, 3072, 12, 12), "t5-large": (1024, 4096, 24, 16)}

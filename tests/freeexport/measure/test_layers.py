@@ -16,7 +16,7 @@ from checkpoints import CASES, PROMPTS, Case, load
 from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.examples import Example, text_format
 from freeexport.checkpoints.exit_file import (
     ADAPTER_DOWN,
     ADAPTER_NORM,
@@ -25,7 +25,6 @@ from freeexport.checkpoints.exit_file import (
     ExitFile,
     write_exit_file,
 )
-from freeexport.checkpoints.text_format import text_format
 from freeexport.measure.layers import Evaluation, LayerReader
 from freeexport.verification.reference import reference_ids
 from graphs.families import describe

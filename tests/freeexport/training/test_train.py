@@ -19,9 +19,8 @@ from click.testing import CliRunner
 from training_case import LLAMA, T5, Runs, logged, run_options, tensors
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.examples import DataError
+from freeexport.checkpoints.examples import DataError, end_ids
 from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, LossName, read_exit_file
-from freeexport.checkpoints.text_format import end_ids
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.cli import main

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from freeexport.checkpoints.random_weights import write_random_weights
+from freeexport.checkpoints.transformers_model import write_random_weights
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.tokenizer import Tokenizer
 from tools.data.g2p_tokenizer import PAD, Sizes, build_tokenizer, command, vocabulary, write_files
