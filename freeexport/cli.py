@@ -27,7 +27,6 @@ from runtime.errors import FreeExportError
 GROUPS: dict[str, dict[str, str]] = {
     "Make a bundle": {
         "train": "Fine-tune a checkpoint for an early exit.",
-        "evaluate-exits": "Compare the layers of a checkpoint as exits.",
         "convert": "Convert a checkpoint to a bundle of ONNX engines.",
         "verify": "Check a bundle against the checkpoint it came from.",
         "calibrate": "Fit the exit threshold on a calibration set.",
@@ -38,7 +37,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "inspect": "Show what a bundle holds.",
     },
     "Measure": {
-        "evaluate": "Compare methods on a task: quality and speed.",
+        "evaluate": "Compare methods on a task, or layers as exits.",
         "bench": "Measure the speed of a bundle.",
     },
     "Begin": {
@@ -48,7 +47,7 @@ GROUPS: dict[str, dict[str, str]] = {
 }
 
 # Verbs that stand in another's module.
-SHARED = {"verify": "convert", "evaluate-exits": "evaluate"}
+SHARED = {"verify": "convert"}
 
 
 class Verbs(click.Group):

@@ -1,4 +1,4 @@
-"""`freeexport evaluate` and `evaluate-exits`: methods of decoding, or layers to exit after, on a task."""
+"""`freeexport evaluate`: methods of decoding, layers to exit after, and outputs before a judge."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ from freeexport.system.page import print_page
 
 
 class _RunByDefault(click.Group):
-    """`evaluate BUNDLE ...` is `evaluate run BUNDLE ...`."""
+    """`evaluate BUNDLE ...` is `evaluate run BUNDLE ...`, and `evaluate CHECKPOINT --layers` is `evaluate layers`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
-            args = ["run", *args]
+            verb = "layers" if "--layers" in args else "run"
+            args = [verb, *(argument for argument in args if argument != "--layers")]
         return super().parse_args(ctx, args)
 
 
 @click.group(cls=_RunByDefault)
 def command() -> None:
-    """Compare methods of decoding on a task, by quality and speed: `freeexport evaluate BUNDLE ...`.
+    """Compare methods of decoding on a task, by quality and speed: `freeexport evaluate BUNDLE ...`; or, before
+    training and conversion, the layers of a checkpoint as exits: `freeexport evaluate CHECKPOINT --layers`.
 
     \b
     Example:
       freeexport evaluate bundle --data test.jsonl --metric rouge-l --output results
+      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl
       freeexport evaluate run --help
     """
 
@@ -111,10 +114,11 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
 @click.argument("output", type=click.Path(path_type=Path))
 @click.option("--endpoint", required=True, metavar="URL", help="OpenAI-compatible, such as http://localhost:8000/v1.")
 @click.option("--judge-model", "model", required=True, help="The chat model that judges.")
-@click.option("--setting", required=True, help="What is compared with full, such as 'free 0.8'.")
-@click.option("--bundle-name", "bundle", help="Whose outputs are judged.  [default: those of the only bundle]")
-@click.option("--key-variable", default="OPENAI_API_KEY",
-              help="The environment variable that holds the key, where the endpoint wants one.")  # fmt: skip
+@click.option(
+    "--setting",
+    required=True,
+    help="What is compared with full, such as 'free 0.8', or 'BUNDLE: free 0.8' where there are several.",
+)
 @click.option("--kind", "kinds", type=click.Choice(["likert", "pairwise"]), multiple=True,
               default=["likert", "pairwise"],
               help="likert: each output from 1 to 5. pairwise: the better one of two. May be repeated.")  # fmt: skip
@@ -124,12 +128,11 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
               help="Verdicts of each; a pair changes its order from one to the next.")  # fmt: skip
 @click.option("--parallel", type=click.IntRange(1), default=4, help="Requests at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def judge_outputs(
-    output: Path, endpoint: str, model: str, bundle: str | None, key_variable: str, as_json: bool, **given: Any
-) -> None:
+def judge_outputs(output: Path, endpoint: str, model: str, setting: str, as_json: bool, **given: Any) -> None:
     """Have a chat model judge what `evaluate` left in the directory OUTPUT: full against another setting.
 
-    The order of a pair is random and changes with each repeat. An interrupted run goes on: nothing is judged twice.
+    The order of a pair is random and changes with each repeat. An interrupted run goes on: nothing is judged twice. A
+    key is read from the environment variable OPENAI_API_KEY.
 
     \b
     Example:
@@ -140,8 +143,9 @@ def judge_outputs(
     from freeexport.measure.judge import Endpoint, JudgeOptions, judge, only_bundle, summary, summary_tables
     from freeexport.system.output_file import write_whole
 
-    options = JudgeOptions(output, bundle or only_bundle(output), endpoint=endpoint, model=model, **given)
-    with Endpoint(endpoint, model, os.environ.get(key_variable) or None) as opened:
+    bundle, _, name = setting.rpartition(": ")
+    options = JudgeOptions(output, bundle or only_bundle(output), name, endpoint, model, **given)
+    with Endpoint(endpoint, model, os.environ.get("OPENAI_API_KEY") or None) as opened:
         found = summary(judge(options, opened), options)
     write_whole(output / "judge.json", json.dumps(found, indent=2) + "\n")
     if as_json:
@@ -150,8 +154,9 @@ def judge_outputs(
     print_page(summary_tables(found, options))
 
 
-@click.command()
+@command.command("layers")
 @click.argument("model")
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
 @click.option("--data", type=click.Path(path_type=Path), required=True, help="JSONL with 'input' (and 'target').")
 @click.option("--on", "forcing", type=click.Choice(["output", "targets"]), default=LayersOptions.forcing,
               help="Text that the decoder reads: its own greedy output, or the data's targets.")  # fmt: skip
@@ -159,27 +164,21 @@ def judge_outputs(
 @click.option("--agreement", type=click.FloatRange(0, 1), default=LayersOptions.agreement,
               help="The share of exits that must agree with the last layer.")  # fmt: skip
 @click.option("--max-new-tokens", type=click.IntRange(1), default=LayersOptions.max_new_tokens, help=MAX_NEW_TOKENS)
-@click.option("--max-tokens", type=click.IntRange(2), default=LayersOptions.max_tokens,
-              help="Read at most so many tokens of a line, prompt included.")  # fmt: skip
-@click.option("--batch-size", type=click.IntRange(1), default=LayersOptions.batch_size, help="Lines to decode at once.")
-@click.option(
-    "--bundle", type=click.Path(path_type=Path), help="Use the costs that were measured on this bundle of MODEL."
-)
 @click.option("--device", default=LayersOptions.device, help=DEVICE)
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default=LayersOptions.dtype,
               help="Type of the weights in torch.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report, with the curves, as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write the curves to this PNG (needs the extra bench).")
-def evaluate_exits_command(model: str, data: Path, as_json: bool, plot: Path | None, **options: Any) -> None:
-    """Compare the layers of the checkpoint MODEL as exits, on the lines of a JSONL file.
+def compare_layers(model: str, data: Path, as_json: bool, plot: Path | None, **options: Any) -> None:
+    """Compare the layers of the checkpoint MODEL as exits, on the lines of a JSONL file: `evaluate MODEL --layers`.
 
-    Agreement is with the last layer, over all tokens but the first of an output. A confidence above the threshold
-    exits; `exits at 99%` is the largest share of tokens that can exit so that 99 % of them agree. Speedups are
-    predicted, from the sizes of layers and head, or from a bundle's measurements.
+    Agreement is with the last layer, over the tokens that are decided. A confidence above the threshold exits; `at 99%`
+    is the largest share of tokens that can exit so that 99 % of them agree. Speedups are predicted from the sizes of
+    layers and head, or from what was measured on BUNDLE, a bundle of MODEL.
 
     \b
     Example:
-      freeexport evaluate-exits path/to/checkpoint --data validation.jsonl --plot exits.png
+      freeexport evaluate path/to/checkpoint --layers --data validation.jsonl --plot exits.png
     """
     from freeexport.measure.layers_report import as_dict, check_plot, draw, evaluate_layers, tables
     from freeexport.system.plot import save_figure

@@ -216,6 +216,7 @@ def test_what_is_not_there_is_named(run: Callable[..., Result], server: Server, 
         "has no outputs of one: free 0.9 beside those of full; it has one: free 0.5; one: full"
         in run("--setting", "free 0.9").stderr
     )
+    assert "has no outputs of two: free 0.5" in run("--setting", f"two: {SETTING}").stderr
     (tmp_path / "data.jsonl").write_text('{"input": "other", "target": "t"}\n')
     assert "data.jsonl is not what" in run().stderr
     wrong = CliRunner().invoke(main, ["evaluate", "judge", str(output), "--endpoint", "host", "--judge-model", "m",

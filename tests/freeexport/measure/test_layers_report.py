@@ -38,7 +38,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def run(model: Path | str, data: Path, *arguments: str) -> Result:
-    return CliRunner().invoke(main, ["evaluate-exits", str(model), "--data", str(data), *arguments])
+    return CliRunner().invoke(main, ["evaluate", str(model), "--layers", "--data", str(data), *arguments])
 
 
 def as_json(*arguments: Any) -> dict[str, Any]:
@@ -131,8 +131,8 @@ def test_a_bundles_measurements_replace_the_sizes(
 ) -> None:
     case = BY_NAME["llama-tied"]
     other = bundle(BY_NAME["llama-biases"])
-    assert "layers, the checkpoint 5" in error(run(checkpoint(case), data, "--bundle", str(other)))
-    assert "no measured costs" in error(run(checkpoint(case), data, "--bundle", str(bundle(case))))
+    assert "layers, the checkpoint 5" in error(run(checkpoint(case), data, str(other)))
+    assert "no measured costs" in error(run(checkpoint(case), data, str(bundle(case))))
 
 
 def test_the_plot_is_a_picture(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_a_plot_that_cannot_be_written_fails_before_the_work(
         ('{"target": "a"}\n', (), "line 1: 'input' is missing"),
         ('{"input": "a"}\n', ("--on", "targets"), "line 1: 'target' is missing"),
         ('{"input": "a", "target": ""}\n', ("--on", "targets"), "no output has a second token"),
-        ('{"input": "abcdefghijkl", "target": "a"}\n', ("--max-tokens", "4"), "none of the 1 examples fits"),
+        (f'{{"input": "{"abcdefghijkl " * 50}", "target": "a"}}\n', (), "none of the 1 examples fits"),
     ],
 )
 def test_bad_data_is_named(
