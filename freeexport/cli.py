@@ -20,6 +20,7 @@ import click
 
 from freeexport import __version__
 from freeexport.__main__ import INTERRUPTED
+from freeexport.system.child import tell_parent
 from freeexport.system.installation.extras import how_to_install
 from runtime.errors import FreeExportError
 
@@ -94,7 +95,9 @@ class Verbs(click.Group):
         except (Exception, KeyboardInterrupt) as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            click.echo(f"error: {describe(error, ctx.invoked_subcommand)}", err=True)
+            reason = describe(error, ctx.invoked_subcommand)
+            if not tell_parent(reason):
+                click.echo(f"error: {reason}", err=True)
             ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
 
 

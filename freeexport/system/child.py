@@ -11,68 +11,64 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import freeexport
-from freeexport.system.progress import VARIABLE, ChildProgress
 from runtime.errors import FreeExportError
 
 # The folder to import the packages from; they may stand in a source tree that only this process knows.
 PACKAGES = str(Path(freeexport.__file__).resolve().parents[1])
+# The number of the open file that a child writes its error line to, instead of stderr.
+ERRORS_TO = "FREEEXPORT_ERRORS_TO"
+# stderr is the parent's, for progress and warnings; what libraries say there is not for its user.
+_QUIET = {"TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 class ChildError(FreeExportError):
-    """A child process failed; the text is its own last line."""
+    """A child process failed; the text is its own error line."""
 
 
 def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None = None) -> str:
     """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
-    and nothing to read. Its progress is shown as this process's own. Raises ChildError with its error line."""
+    and nothing to read. It shows its progress itself. Raises ChildError with its error line."""
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
     watched, held = os.pipe()
+    errors, told = os.pipe()
     try:
-        return _output(module, arguments, watched, {"PYTHONPATH": path, VARIABLE: "1", **(variables or {})})
-    finally:
-        os.close(watched)
-        os.close(held)
-
-
-def _output(module: str, arguments: Sequence[str], watched: int, variables: Mapping[str, str]) -> str:
-    with (
-        subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments],
             stdin=watched,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **variables},
-        ) as process,
-        ThreadPoolExecutor(1) as reader,
-    ):
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            output = reader.submit(process.stdout.read)
-            reason = _last_line(process.stderr)
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-    if code != 0:
-        raise ChildError(reason.removeprefix("error: ") or f"{module} ended with exit code {code}")
-    return output.result()
+            pass_fds=(told,),
+            env={**os.environ, **_QUIET, "PYTHONPATH": path, ERRORS_TO: str(told), **(variables or {})},
+        ) as process:
+            os.close(told)
+            assert process.stdout is not None
+            try:
+                output = process.stdout.read()
+                code = process.wait()
+            except BaseException:
+                process.kill()
+                raise
+        if code != 0:
+            with open(errors, closefd=False, encoding="utf-8") as lines:
+                reason = lines.read().strip()
+            raise ChildError(reason or f"{module} ended with exit code {code}")
+        return output
+    finally:
+        for descriptor in (watched, held, errors):
+            os.close(descriptor)
 
 
-def _last_line(stderr: Iterable[str]) -> str:
-    """The last line with text, or "", after all were read; progress is shown and does not count."""
-    last = ""
-    with ChildProgress() as shown:
-        for line in stderr:
-            if not shown.read(line) and line.strip():
-                last = line.strip()
-    return last
+def tell_parent(reason: str) -> bool:
+    """Give the error line to the parent process; False where this process is no child."""
+    descriptor = os.environ.get(ERRORS_TO)
+    if descriptor is None:
+        return False
+    os.write(int(descriptor), reason.encode(errors="backslashreplace"))
+    return True
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,8 +76,12 @@ def main(arguments: Sequence[str]) -> None:
     watched = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
-    module, *_ = sys.argv = list(arguments)
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = list(arguments)
+    try:
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    except (FreeExportError, ImportError) as error:
+        tell_parent(str(error))
+        sys.exit(1)
 
 
 def _end_with_parent(watched: int) -> None:

@@ -22,7 +22,14 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "echo_module.py").write_text(
         "import sys\nif __name__ == '__main__':\n    print(sys.argv[1:], repr(sys.stdin.read()))\n"
     )
-    (tmp_path / "failing_module.py").write_text("import sys\nprint('error: no luck', file=sys.stderr)\nsys.exit(3)\n")
+    (tmp_path / "failing_module.py").write_text(
+        "from runtime.errors import FreeExportError\nprint('x' * 200_000)\nraise FreeExportError('no luck')\n"
+    )
+    (tmp_path / "counting_module.py").write_text(
+        "import sys, time\nfrom freeexport.system import progress\nprogress.EVERY = 0.2\n"
+        "with progress.progress('counting', 4) as advance:\n    advance(3)\n    time.sleep(1)\n"
+        "print('warning: hot', file=sys.stderr)\n"
+    )
     (tmp_path / "silent_module.py").write_text("import sys\nsys.exit(3)\n")
     (tmp_path / "waiting_module.py").write_text(
         "import os, sys, time\nwith open(sys.argv[1], 'w') as file:\n    file.write(f'{os.getpid()}\\n')\n"
@@ -39,11 +46,25 @@ def test_a_package_is_run_as_a_module() -> None:
     assert run_child("freeexport", "--version").startswith("freeexport ")
 
 
-def test_a_failure_is_its_last_line(modules: Path) -> None:
-    with pytest.raises(ChildError, match=r"^no luck$"):
-        run_child("failing_module")
-    with pytest.raises(ChildError, match="silent_module ended with exit code 3"):
-        run_child("silent_module")
+def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for module, reason in (
+        ("failing_module", "^no luck$"),
+        ("silent_module", "silent_module ended with exit code 3"),
+        ("no_such_child", "No module named no_such_child"),
+    ):
+        with pytest.raises(ChildError, match=reason):
+            run_child(module)
+    with pytest.raises(ChildError, match=r"^there is no bundle at "):
+        run_child("freeexport", "inspect", str(modules / "nowhere"))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_its_progress_and_warnings_go_to_stderr(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_child("counting_module") == ""
+    *lines, last = capfd.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("counting: 3 of 4 (75%), ") for line in lines)
+    assert last == "warning: hot"
 
 
 def test_a_child_outlives_other_threads_of_its_parent(modules: Path) -> None:

@@ -1,17 +1,13 @@
 from __future__ import annotations
 
 import io
-import os
 import sys
-import threading
-from pathlib import Path
 from time import sleep
 
 import pytest
 
 from freeexport.system import progress as progress_module
-from freeexport.system.child import ChildError, run_child
-from freeexport.system.progress import duration, plain_progress, progress
+from freeexport.system.progress import Work, duration, progress
 
 
 class Terminal(io.StringIO):
@@ -19,72 +15,27 @@ class Terminal(io.StringIO):
         return True
 
 
-class Halves:
-    """A clock and a timer in one: half a minute passes when the test says so."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._over, self._go, self._waiting = False, threading.Semaphore(0), threading.Semaphore(0)
-
-    def __call__(self) -> float:
-        return self.now
-
-    def wait(self, timeout: float) -> bool:
-        self._waiting.release()
-        assert self._go.acquire(timeout=10)
-        self.now += timeout
-        return self._over
-
-    def set(self) -> None:
-        self._over = True
-        self._go.release()
-
-    def pass_one(self) -> None:
-        """Returns after what is written at its end was written."""
-        assert self._waiting.acquire(timeout=10)
-        self._go.release()
-        assert self._waiting.acquire(timeout=10)
-        self._waiting.release()
-
-
-def test_a_plain_line_every_half_minute_says_what_how_far_and_how_long(capsys: pytest.CaptureFixture[str]) -> None:
-    time = Halves()
-    with plain_progress("decoding", 200, clock=time, timer=time) as advance:
-        time.pass_one()
-        advance(40)
-        time.pass_one()
-        advance()
-        for _ in range(3):
-            time.pass_one()
-    assert capsys.readouterr() == (
-        "",
-        "decoding: 0 of 200 (0%), 30 s so far\n"
-        "decoding: 40 of 200 (20%), 60 s so far, about 4 min left\n"
-        "decoding: 41 of 200 (20%), 90 s so far, about 6 min left\n"
-        "decoding: 41 of 200 (20%), 2 min so far, about 8 min left\n"
-        "decoding: 41 of 200 (20%), 2 min so far, about 10 min left\n",
-    )
-
-
-def test_work_done_before_does_not_make_the_rest_look_short(capsys: pytest.CaptureFixture[str]) -> None:
-    time = Halves()
-    with plain_progress("decoding", 200, 100, clock=time, timer=time) as advance:
-        time.pass_one()
-        advance(10)
-        time.pass_one()
-    assert capsys.readouterr().err.splitlines() == [
-        "decoding: 100 of 200 (50%), 30 s so far",
-        "decoding: 110 of 200 (55%), 60 s so far, about 9 min left",
-    ]
-
-
-def test_work_without_an_end_says_for_how_long(capsys: pytest.CaptureFixture[str]) -> None:
-    time = Halves()
-    with plain_progress("reference", None, clock=time, timer=time) as advance:
-        time.pass_one()
-        advance(3)
-        time.pass_one()
-    assert capsys.readouterr().err == "reference: 30 s so far\nreference: 3 done, 60 s so far\n"
+@pytest.mark.parametrize(
+    ("total", "done", "gained", "seconds", "line"),
+    [
+        (200, 0, 0, 30, "decoding: 0 of 200 (0%), 30 s so far"),
+        (200, 0, 40, 60, "decoding: 40 of 200 (20%), 60 s so far, about 4 min left"),
+        (200, 0, 41, 90, "decoding: 41 of 200 (20%), 90 s so far, about 6 min left"),
+        # What was done before does not make the rest look short.
+        (200, 100, 0, 30, "decoding: 100 of 200 (50%), 30 s so far"),
+        (200, 100, 10, 60, "decoding: 110 of 200 (55%), 60 s so far, about 9 min left"),
+        (None, 0, 0, 30, "decoding: 30 s so far"),
+        (None, 0, 3, 150, "decoding: 3 done, 2 min so far"),
+    ],
+)
+def test_a_line_is_what_how_far_and_how_long(
+    total: float | None, done: float, gained: float, seconds: float, line: str
+) -> None:
+    now = [1000.0]
+    work = Work("decoding", total, done, clock=lambda: now[0])
+    work.advance(gained)
+    now[0] += seconds
+    assert work.line() == line
 
 
 def test_a_reader_that_is_gone_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,40 +61,6 @@ def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-CHILD = """
-import sys, time
-from freeexport.system.progress import progress
-with progress("counting", 4) as advance:
-    advance(3)
-    time.sleep(1)
-with progress("more", None):
-    time.sleep(0.5)
-print("x" * 200_000)
-print("warning: hot", file=sys.stderr)
-if len(sys.argv) > 1:
-    print("error: " + sys.argv[1], file=sys.stderr)
-    sys.exit(1)
-"""
-
-
-def test_a_childs_progress_is_its_parents(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "counting_child.py").write_text(CHILD)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setattr(progress_module, "EVERY", 0.2)
-    assert run_child("counting_child") == "x" * 200_000 + "\n"
-    lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("counting: 3 of 4 (75%), ") for line in lines)
-    assert any(line.startswith("more: ") for line in lines)
-    assert all(line.startswith(("counting: ", "more: ")) for line in lines)
-    with pytest.raises(ChildError, match=r"^no luck$"):
-        run_child("counting_child", "no luck")
-    with pytest.raises(ChildError, match="No module named no_such_child"):
-        run_child("no_such_child")
-
-
 def test_silent_where_stderr_is_not_a_terminal_and_work_is_short(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +83,7 @@ def test_shows_the_count_on_a_terminal_and_leaves_piped_output_alone(monkeypatch
         advance()
     assert pipe.getvalue() == "a result\n"
     assert "deep.onnx [fp32]" in terminal.getvalue()
-    assert "3/3" in terminal.getvalue()
+    assert "100%" in terminal.getvalue()
     assert "a result" not in terminal.getvalue()
 
 
