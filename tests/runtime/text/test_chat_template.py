@@ -13,15 +13,18 @@ from runtime.text.chat_template import MOST_SOURCE, ChatTemplate
 CHAT = [{"role": "user", "content": "hello"}]
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 
+
+def nested(begin: str, end: str, depth: int) -> str:
+    return begin * depth + "x" + end * depth
+
+
 HOSTILE = {
     "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "filtered loops": "{% for a in range(99999) %}{% for b in range(99999) if false %}{% endfor %}{% endfor %}",
     "recursive loops": "{% for a in [1] recursive %}{{ loop([1, 1]) }}{% endfor %}",
     "macros": "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "callers": "{% macro f() %}{{ caller() }}{{ caller() }}{% endmacro %}"
-    + "{% call f() %}" * 30
-    + "x"
-    + "{% endcall %}" * 30,
+    + nested("{% call f() %}", "{% endcall %}", 30),
     "spelled counter": r"{% for i in range(99999) %}{{ '\x00turns' | replace('x', '') }}{% for j in range(9) %}"
     "{% endfor %}{% endfor %}",
     "output": "{% set s = 'x' * 10**5 %}{% for i in range(99999) %}{{ s }}{% endfor %}",
@@ -46,8 +49,8 @@ def test_a_template_without_end_is_refused_soon(name: str) -> None:
 @pytest.mark.parametrize(
     "source",
     [
-        "{% for a in range(9) %}" * 25 + "x" + "{% endfor %}" * 25,
-        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        nested("{% for a in range(9) %}", "{% endfor %}", 25),
+        "{{ " + nested("(", ")", 5000) + " }}",
         "{{ " + "9" * 5000 + " }}",
         "x" * (MOST_SOURCE + 1),
         "{{ messages | nothing }}",
@@ -60,7 +63,7 @@ def test_a_template_that_cannot_be_compiled_is_a_bundle_error(source: str) -> No
     assert "\n" not in str(caught.value)
 
 
-# In the manner of published ones: for Llama 3, Qwen 2.5 and 3, SmolLM2, Mistral, Gemma and Phi.
+# In the manner of published ones: for Llama 3, Qwen 3, Mistral, Gemma and Phi.
 PUBLISHED = {
     "headers": """{{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
@@ -109,10 +112,6 @@ PUBLISHED = {
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}""",
-    "default system": """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{
-'<|im_start|>system\nYou are helpful<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' +
-message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%
-endif %}""",
     "instructions": """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}{%- set loop_messages = messages[1:] %}
 {%- else %}{%- set loop_messages = messages %}{%- endif %}
@@ -147,7 +146,7 @@ endfor %}{{ messages | map(attribute='role') | unique | sort | join(',') }}{{ me
 }
 
 
-@pytest.mark.parametrize("turns", [0, 1, 5, 400])
+@pytest.mark.parametrize("turns", [0, 5, 400])
 @pytest.mark.parametrize("system", [False, True])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_templates_render_as_in_transformers(name: str, system: bool, turns: int) -> None:

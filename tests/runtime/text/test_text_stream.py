@@ -91,8 +91,8 @@ def ids_of(name: str) -> st.SearchStrategy[list[int]]:
 
 
 @st.composite
-def named_ids(draw: st.DrawFn, names: Sequence[str] = tuple(BUILT)) -> tuple[str, list[int]]:
-    name = draw(st.sampled_from(sorted(names)))
+def named_ids(draw: st.DrawFn) -> tuple[str, list[int]]:
+    name = draw(st.sampled_from(sorted(BUILT)))
     return name, draw(ids_of(name))
 
 
@@ -119,35 +119,17 @@ def run(stream: Detokenizer, ids: list[int]) -> tuple[list[str], int | None]:
     return [*pieces, stream.finish()], count
 
 
-@settings(max_examples=600, deadline=None)
-@given(named_ids())
-def test_pieces_join_to_the_decoded_text(case: tuple[str, list[int]]) -> None:
-    name, ids = case
-    stream = Detokenizer(BUILT[name], [])
-    pieces, _ = run(stream, ids)
-    assert "".join(pieces) == BUILT[name].decode(ids)
-
-
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=500)
 @given(named_ids(), stops)
-def test_text_ends_before_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
+def test_text_is_what_decodes_up_to_the_first_stop_string(case: tuple[str, list[int]], stop: list[str]) -> None:
+    """And what was handed out stays true, whatever comes."""
     name, ids = case
     stream = Detokenizer(BUILT[name], stop)
     pieces, count = run(stream, ids)
-    assert ("".join(pieces), count) == expected(BUILT[name], ids, stop)
+    final = expected(BUILT[name], ids, stop)
+    assert ("".join(pieces), count) == final
     assert stream.stopped == (count is not None)
-
-
-@settings(max_examples=300, deadline=None)
-@given(named_ids(tuple(TOKENIZERS)), stops)
-def test_what_was_handed_out_stays_true(case: tuple[str, list[int]], stop: list[str]) -> None:
-    name, ids = case
-    stream = Detokenizer(BUILT[name], stop)
-    final, _ = expected(BUILT[name], ids, stop)
-    text = ""
-    for token_id in ids:
-        text += stream.push(token_id)
-        assert final.startswith(text)
+    assert name in ODD or all(final[0].startswith("".join(pieces[:number])) for number in range(len(pieces)))
 
 
 @given(st.binary(max_size=30))
@@ -178,83 +160,62 @@ def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> lis
     return run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0]
 
 
-def test_a_character_is_never_cut() -> None:
-    assert pieces_of("byte-level", ["a", "â", "Ĥ¬", "ð", "Ł", "a"]) == ["a", "", "€", "", "", "\ufffda", ""]
+@pytest.mark.parametrize(
+    ("name", "tokens", "stop", "pieces"),
+    [
+        ("byte-level", ["a", "â", "Ĥ¬", "ð", "Ł", "a"], [], ["a", "", "€", "", "", "\ufffda", ""]),
+        ("byte-level", ["a", "â", "Ĥ"], [], ["a", "", "", "\ufffd"]),
+        # A run of byte tokens waits for its end: one invalid byte changes all of it.
+        ("llama-2", ["a", "<0xC3>", "<0xA9>", "b"], [], ["a", "", "", "éb", ""]),
+        ("llama-2", ["a", "<0xC3>", "<0xA9>", "<0xFF>", "b"], [], ["a", "", "", "", "\ufffd\ufffd\ufffdb", ""]),
+        # The first space is dropped, where it is the first text.
+        ("llama-2", ["</s>", "▁a", "</s>", "▁a", "▁", "b"], [], ["", "a", "", " a", " ", "b", ""]),
+        ("t5", ["</s>", "▁a", "</s>", "▁a", "▁", "b"], [], ["", "a", "", " a", " ", "b", ""]),
+        ("strip-three", ["▁", "▁▁", "▁▁", "a", "▁▁"], [], ["", "", "  ", "a", "  ", ""]),
+        # A decoder that may change all of its text gives it at the end.
+        ("bpe-suffix", ["a</w>", "b</w>"], [], ["", "", "a b"]),
+        ("bpe-suffix", ["a</w>", "b</w>", "a"], ["a b"], ["", "", "", ""]),
+        # What may begin a stop string is withheld, and handed out where it does not go on.
+        ("byte-level", ["a", "b", "Ċ", "b", "a"], ["b\nb"], ["a", "", "", "", "", ""]),
+        ("byte-level", ["a", "b", "Ċ", "a"], ["b\nb"], ["a", "", "", "b\na", ""]),
+        ("byte-level", ["a", "b", "Ċ"], ["b\nb"], ["a", "", "", "b\n"]),
+        ("byte-level", list("abaabab"), ["abab"], ["", "", "", "aba", "", "", "", ""]),
+        # Spelt in byte tokens, it stops at its last byte.
+        ("llama-2", ["▁a", "<0x0A>"], ["\n"], ["a", "", ""]),
+    ],
+)
+def test_pieces_come_as_soon_as_they_are_final(
+    name: str, tokens: list[str], stop: list[str], pieces: list[str]
+) -> None:
+    assert pieces_of(name, tokens, stop) == pieces
 
 
-def test_an_incomplete_character_comes_out_at_the_end() -> None:
-    assert pieces_of("byte-level", ["a", "â", "Ĥ"]) == ["a", "", "", "\ufffd"]
-
-
-def test_a_run_of_byte_tokens_waits_for_its_end() -> None:
-    valid, broken = ["<0xC3>", "<0xA9>"], ["<0xC3>", "<0xA9>", "<0xFF>"]
-    assert pieces_of("llama-2", ["a", *valid, "b"]) == ["a", "", "", "éb", ""]
-    assert pieces_of("llama-2", ["a", *broken, "b"]) == ["a", "", "", "", "\ufffd\ufffd\ufffdb", ""]
-
-
-def test_spaces_between_words_are_kept_and_the_first_one_is_dropped() -> None:
-    for name in ("llama-2", "t5"):
-        assert pieces_of(name, ["</s>", "▁a", "</s>", "▁a", "▁", "b"]) == ["", "a", "", " a", " ", "b", ""]
-
-
-def test_spaces_dropped_at_the_beginning_may_be_several_tokens() -> None:
-    assert pieces_of("strip-three", ["▁", "▁▁", "▁▁", "a", "▁▁"]) == ["", "", "  ", "a", "  ", ""]
+@pytest.mark.parametrize(
+    ("name", "tokens", "stop", "text"),
+    [
+        *(("byte-level", ["h", *tokens], ["abh", "ab"], "h") for tokens in (["a", "b", "h", "a"], ["a", "b", "h"])),
+        # Of two stop strings the one complete first counts, however the text falls into tokens.
+        ("byte-level", ["a", "he", "Ġ", "l", "o"], ["he lo", "e"], "ah"),
+        ("byte-level", ["a", "h", "e", "Ġ", "l", "o"], ["he lo", "e"], "ah"),
+        ("byte-level", ["a", "he"], ["he", "e"], "a"),
+        ("t5", ["▁a", "a▁b"], ["a b", " "], "aa"),
+        # An incomplete character is no replacement character to stop at.
+        ("llama-2", ["a", "<0xC3>", "<0xA9>", "b"], ["\ufffd"], "aéb"),
+        ("llama-2", ["a", "<0xC3>", "b"], ["\ufffd"], "a"),
+        ("byte-level", ["a", "Ã", "©", "b"], ["\ufffd"], "aéb"),
+        ("byte-level", ["a", "Ã", "b"], ["\ufffd"], "a"),
+    ],
+)
+def test_text_ends_before_the_stop_string_that_is_complete_first(
+    name: str, tokens: list[str], stop: list[str], text: str
+) -> None:
+    assert "".join(pieces_of(name, tokens, stop)) == text
 
 
 def test_spaces_dropped_at_the_end_are_so_only_there() -> None:
     tokenizer = byte_fallback(*LLAMA_STEPS[:3], decoders.Strip(" ", 0, 1))
     pieces, _ = run(Detokenizer(tokenizer), spelt("llama-2", "a", "▁", "b", "▁"))
     assert "".join(pieces) == "a b"
-
-
-def test_a_decoder_that_may_change_all_of_its_text_gives_it_at_the_end() -> None:
-    assert pieces_of("bpe-suffix", ["a</w>", "b</w>"]) == ["", "", "a b"]
-    assert pieces_of("bpe-suffix", ["a</w>", "b</w>", "a"], ["a b"]) == ["", "", "", ""]
-
-
-def test_a_stop_string_across_tokens_is_withheld_and_dropped() -> None:
-    stream = Detokenizer(BUILT["byte-level"], ["b\nb"])
-    ids = spelt("byte-level", "a", "b", "Ċ", "b", "a")
-    assert [stream.push(token_id) for token_id in ids] == ["a", "", "", "", ""]
-    assert stream.stopped
-    assert stream.finish() == ""
-
-
-def test_a_beginning_that_does_not_go_on_is_handed_out() -> None:
-    assert pieces_of("byte-level", ["a", "b", "Ċ", "a"], ["b\nb"]) == ["a", "", "", "b\na", ""]
-    assert pieces_of("byte-level", ["a", "b", "Ċ"], ["b\nb"]) == ["a", "", "", "b\n"]
-
-
-def test_a_stop_string_that_overlaps_itself_is_found() -> None:
-    assert pieces_of("byte-level", list("abaabab"), ["abab"]) == ["", "", "", "aba", "", "", "", ""]
-
-
-@pytest.mark.parametrize("tokens", [["a", "b", "h", "a"], ["a", "b", "h"], ["a", "b"]])
-def test_a_stop_string_that_begins_another_ends_the_text_first(tokens: list[str]) -> None:
-    assert "".join(pieces_of("byte-level", ["h", *tokens], ["abh", "ab"])) == "h"
-
-
-def test_of_two_stop_strings_the_one_complete_first_counts_whatever_the_tokens() -> None:
-    stop = ["he lo", "e"]
-    assert "".join(pieces_of("byte-level", ["a", "he", "Ġ", "l", "o"], stop)) == "ah"
-    assert "".join(pieces_of("byte-level", ["a", "h", "e", "Ġ", "l", "o"], stop)) == "ah"
-    assert "".join(pieces_of("byte-level", ["a", "he"], ["he", "e"])) == "a"
-    assert "".join(pieces_of("t5", ["▁a", "a▁b"], ["a b", " "])) == "aa"
-
-
-def test_a_stop_string_spelt_in_byte_tokens_stops_at_its_last_byte() -> None:
-    stream = Detokenizer(BUILT["llama-2"], ["\n"])
-    first, newline = spelt("llama-2", "▁a", "<0x0A>")
-    assert stream.push(first) == "a"
-    assert not stream.stopped
-    assert stream.push(newline) == ""
-    assert stream.stopped
-
-
-def test_an_incomplete_character_is_no_replacement_character_to_stop_at() -> None:
-    for name, lead, rest in (("llama-2", "<0xC3>", "<0xA9>"), ("byte-level", "Ã", "©")):
-        assert "".join(pieces_of(name, ["a", lead, rest, "b"], ["\ufffd"])) == "aéb"
-        assert "".join(pieces_of(name, ["a", lead, "b"], ["\ufffd"])) == "a"
 
 
 def test_without_a_tokenizer_there_is_no_text() -> None:
