@@ -189,7 +189,7 @@ def _calibrated(
         assert isinstance(source, BundleSource)
         outputs = DecodedOutputs.of(source, requests, options.max_new_tokens)
     choice = choose(traces, options.rule, outputs)
-    most = _fastest_rows(traces, choice.threshold, costs, source.facts.max_pending) if several else None
+    most = fastest_rows(traces, choice.threshold, costs, source.facts.max_pending) if several else None
     found = explained(choice, source.facts, traces, costs, options.rule, most)
     return replace(found, data=str(data))
 
@@ -219,7 +219,7 @@ def check_enough(traces: Traces, rule: Rule) -> None:
         )
 
 
-def _fastest_rows(traces: Traces, threshold: float, costs: Costs, most: int) -> int | None:
+def fastest_rows(traces: Traces, threshold: float, costs: Costs, most: int) -> int | None:
     """The rows of sync passes that are predicted to be clearly faster than the bundle's; None where none are. Fewer
     rows force more deep predictions: they cost no quality."""
     speed = {rows: replay(traces, threshold, rows).speedup(costs) for rows in (*PENDING, most) if rows <= most}

@@ -1,0 +1,361 @@
+"""`freeexport calibrate`: a bundle, a checkpoint, and several bundles of one model."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, Case
+from click.testing import CliRunner, Result
+from command_errors import error
+from conftest import TEXTS, Bundles
+from traces import mixed, trace
+
+from freeexport.cli import main
+from freeexport.measure import sources, timing
+from freeexport.measure.calibrate import check_enough, fastest_rows
+from freeexport.measure.prompts import check_unknown, unknown_of_bundle
+from freeexport.measure.threshold import Rule
+from freeexport.measure.traces import Traces, trace_of
+from runtime import Bundle, Session
+from runtime.bundle.calibration import read_calibration
+from runtime.bundle.costs import Costs
+from runtime.bundle.manifest import MANIFEST, Manifest
+from runtime.errors import CalibrationError
+
+BY_NAME = {case.name: case for case in CASES}
+T5, LLAMA = BY_NAME["t5-deep-decoder"], BY_NAME["llama-tied"]
+# Deep passes over a few rows cost little more than over one, over many much more: exits pay, long passes do not.
+PAYS = Costs(shallow=1.0, shallow_without_head=0.9, deep={1: 4.0, 2: 4.1, 4: 4.2, 16: 30.0})
+Directory = Callable[[Case], Path]
+Own = Callable[..., Path]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(autouse=True)
+def known_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "measured_costs", lambda *given: PAYS)
+
+
+@pytest.fixture
+def own(tmp_path: Path, bundle: Bundles) -> Own:
+    """A bundle of a case that the test may change."""
+
+    def copied(case: Case, exit_layer: int = 1) -> Path:
+        return Path(shutil.copytree(bundle(case, exit_layer), tmp_path / f"bundle-{exit_layer}"))
+
+    return copied
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def calibrated(*arguments: Any) -> dict[str, Any]:
+    result = run("calibrate", *arguments, "--max-new-tokens", 12, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+def test_a_bundle_is_updated_and_decodes_and_shows_it(own: Own, data: Path) -> None:
+    path = own(T5)
+    answer = calibrated(path, "--data", data, "--agreement", 0.2)
+    assert 0 < answer["threshold"] < 1
+    assert (answer["sequences"], answer["method"], answer["written"]) == (len(TEXTS), "bmm", str(path))
+    assert "95% interval" in answer["verdict"]["text"]
+    manifest = Bundle.open(path, verify="full").manifest
+    assert (manifest.threshold, manifest.rollback_threshold) == (answer["threshold"], answer["rollback_threshold"])
+    chosen = next(row for row in answer["table"] if row["threshold"] == answer["threshold"])
+    assert 0 < chosen["exit_rate"] < 1
+    assert chosen["predicted_speedup"] > 0
+    with Session(path, slots=1) as session:
+        exits = session.generate(TEXTS[0], mode="free", max_new_tokens=12).stats.exits
+        asked = {"mode": "free", "max_new_tokens": 12, "threshold": answer["threshold"]}
+        assert exits == session.generate(TEXTS[0], **asked).stats.exits
+        session.generate(TEXTS[0], max_new_tokens=12, mode="rollback")  # has a threshold of its own now
+    assert "P(agree | confidence) is at least 0.2" in run("inspect", path).stdout
+    assert json.loads(run("inspect", path, "--json").stdout)["calibration"]["threshold"] == answer["threshold"]
+
+
+def test_the_verdict_is_printed_once_with_the_file_in_the_next_step(own: Own, data: Path) -> None:
+    result = run("calibrate", own(T5), "--data", data, "--agreement", 0.2, "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    assert len([line for line in result.stdout.splitlines() if "the exit after layer 1 of 6" in line]) == 1
+    never = run("calibrate", own(LLAMA, 2), "--data", data, "--zeta", 0.4, "--max-new-tokens", 12)
+    assert never.stdout.count("Next: ") == 1
+
+
+def test_never_is_exactly_one_and_called_never(own: Own, data: Path) -> None:
+    path = own(T5)
+    answer = calibrated(path, "--data", data, "--agreement", 0.999999)
+    assert answer["threshold"] == 1.0
+    assert "never exits" in answer["verdict"]["text"]
+    shown = " ".join(run("inspect", path).stdout.split())
+    assert "never exits: there is no confidence from which 0.999999 of the tokens agree" in shown
+
+
+def test_times_of_a_busy_machine_are_printed_and_marked(own: Own, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = own(T5)
+    monkeypatch.setattr(sources, "measured_costs", lambda *given: replace(PAYS, busy=1.3))
+    monkeypatch.setattr(timing.OtherLoad, "so_far", lambda load: 1.3)
+    given = ("--data", data, "--agreement", 0.2, "--rounds", 1)
+    answer = calibrated(path, *given)
+    assert 0 < answer["threshold"] < 1
+    assert all(row["predicted_speedup"] for row in answer["table"])
+    assert answer["costs"]["busy"] == 1.3
+    assert any("1.3 cores busy" in note for note in answer["notes"])
+    page = " ".join(run("calibrate", path, *given, "--max-new-tokens", 12).stdout.split())
+    assert "others kept 1.3 cores busy" in page
+    assert "from round to round" in page
+
+
+def test_a_checkpoint_is_calibrated_before_export(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    file, out = tmp_path / "calibration.json", tmp_path / "bundle"
+    model = checkpoint(T5)
+    answer = calibrated(model, "--data", data, "--exit-layer", 3, "--agreement", 0.2, "--output", file)
+    assert answer["costs"] is None
+    quick = ("--verify", "none", "--calibration", file)
+    result = run("convert", model, out, "--exit-layer", 3, *quick)
+    assert result.exit_code == 0, result.output
+    bundle = Bundle.open(out, verify="full")
+    assert bundle.manifest.threshold == answer["threshold"]
+    assert bundle.calibration == read_calibration(file)
+    other = ("convert", model, tmp_path / "other")
+    entropy = ("--exit-layer", 3, "--confidence", "entropy", *quick)
+    assert "another confidence measure 'softmax', not 'entropy'" in error(run(*other, *entropy))
+    assert "another exit layer 3, not 1" in error(run(*other, "--exit-layer", 1, *quick))
+    assert "another model" in error(
+        run("convert", checkpoint(LLAMA), tmp_path / "other", "--exit-layer", 3, *quick)
+    )  # fmt: skip
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "promise"),
+    [
+        (("--risk", 0.4, "--delta", 0.1), "loss of a sequence at most 0.4 on average, with probability 0.9"),
+        (("--rule", "paper"), "the likelihood ratio of agreeing tokens is above 0.4"),
+    ],
+)
+def test_a_rule_says_what_it_promises(own: Own, data: Path, options: tuple[Any, ...], promise: str) -> None:
+    result = run("calibrate", path := own(T5), "--data", data, "--max-new-tokens", 12, *options)
+    assert result.exit_code == 0, result.output
+    assert promise in " ".join(result.stdout.split())
+    assert promise in " ".join(run("inspect", path).stdout.split())
+
+
+def test_an_interrupted_run_continues_and_other_rules_need_no_decoding(
+    own: Own, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = own(T5)
+    decoded: list[int] = []
+    until = 15
+
+    def counted(session: Session, line: int, prompt: np.ndarray, most: int) -> Traces:
+        if len(decoded) == until:
+            raise KeyboardInterrupt
+        decoded.append(line)
+        return trace_of(session, line, prompt, most)
+
+    monkeypatch.setattr(sources, "trace_of", counted)
+    before = (path / MANIFEST).read_bytes()
+    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
+    assert result.exit_code == 130
+    assert (path / MANIFEST).read_bytes() == before
+    until = 1000
+    first = calibrated(path, "--data", data)
+    assert decoded == list(range(1, len(TEXTS) + 1))
+    again = calibrated(path, "--data", data, "--zeta", 0.4)
+    assert again["mixture"] == first["mixture"]
+    calibrated(path, "--data", data, "--samples", 10)
+    assert len(decoded) == len(TEXTS)
+    data.write_text(data.read_text() + '{"input": "one more"}\n')
+    calibrated(path, "--data", data)
+    assert len(decoded) == 2 * len(TEXTS) + 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "reason"),
+    [
+        (0, (), "has no examples"),
+        (1, (), "a threshold needs at least 50; give more samples"),
+        (36, ("--rule", "risk"), "needs at least 59 sequences, the data have 36"),
+        (36, ("--exit-layer", "2"), "--exit-layer is for checkpoints"),
+        (36, ("--device", "tpu"), "device is 'tpu'; choose 'cpu', or 'cuda:0'"),
+        (36, ("--device", "cuda:7"), "converted for the CPU; for device cuda:7 convert again"),
+        (36, ("--agreement", "1"), "agreement is 1.0; choose a number between 0 and 1"),
+        (36, ("--delta", "nan"), "delta is nan"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_refused_with_the_reason(
+    own: Own, data: Path, lines: int, options: tuple[str, ...], reason: str
+) -> None:
+    path = own(T5)
+    before = (path / MANIFEST).read_bytes()
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[:lines]))
+    assert reason in error(run("calibrate", path, "--data", data, "--max-new-tokens", 12, *options))
+    assert (path / MANIFEST).read_bytes() == before
+
+
+def test_missing_and_broken_data_are_named(own: Own, data: Path, tmp_path: Path) -> None:
+    path = own(T5)
+    assert "nowhere cannot be read" in error(run("calibrate", path, "--data", tmp_path / "nowhere"))
+    data.write_text(data.read_text() + "{\n")
+    assert f"line {len(TEXTS) + 1}: not JSON" in error(run("calibrate", path, "--data", data))
+
+
+def test_inputs_that_do_not_fit_are_left_out_with_a_warning(own: Own, data: Path) -> None:
+    path = own(T5)
+    data.write_text(json.dumps({"input": "y" * 500}) + "\n" + data.read_text())
+    result = run("calibrate", path, "--data", data, "--max-new-tokens", 12)
+    assert result.exit_code == 0, result.output
+    assert f"warning: 1 of {len(TEXTS) + 1} inputs are left out; the first, line 1: " in result.stderr
+    data.write_text(json.dumps({"input": "y" * 500}) + "\n")
+    assert "none of the 1 inputs can be used" in error(run("calibrate", path, "--data", data))
+
+
+def test_confidences_that_are_not_numbers_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="80 of 80 confidences are not numbers"):
+        check_enough(trace([math.nan] * 80, [True] * 80), Rule())
+
+
+@pytest.mark.parametrize(
+    ("model", "unknown"),
+    [
+        ({"vocab": {"a": 0, "<unk>": 3}, "unk_token": "<unk>"}, 3),
+        ({"vocab": [["a", 0.0], ["<unk>", 0.0]], "unk_id": 1}, 1),
+        ({"vocab": {"a": 0}, "unk_token": None}, None),
+    ],
+)
+def test_the_unknown_token_is_the_one_of_the_tokenizer(tmp_path: Path, model: Any, unknown: int | None) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+    assert unknown_of_bundle(tmp_path) == unknown
+
+
+def test_data_of_another_vocabulary_are_refused() -> None:
+    check_unknown([np.array([2, 5, 6, 7, 8, 9])], 2)
+    check_unknown([np.array([2, 2])], None)
+    with pytest.raises(CalibrationError, match="50% of the data's tokens are unknown"):
+        check_unknown([np.array([2, 5]), np.array([2, 9])], 2)
+
+
+def test_an_exit_layer_or_a_device_that_is_none_is_refused(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    given = ("calibrate", checkpoint(T5), "--data", data, "--output", tmp_path / "out.json")
+    assert f"choose --exit-layer, from 1 to {T5.layers - 1}" in error(run(*given))
+    assert "exit layer 6 is out of range" in error(run(*given, "--exit-layer", T5.layers))
+    assert "device cuda:999 is not there: torch" in error(run(*given, "--exit-layer", 1, "--device", "cuda:999"))
+    for option in (("--metric", "exact"), ("--rounds", 2)):  # it has no engines
+        assert "convert, then calibrate" in error(run(*given, "--exit-layer", 1, *option))
+    assert list(tmp_path.iterdir()) == [data]
+
+
+@pytest.mark.parametrize("rule", [("--target-quality", 0.1), ("--risk", 0.9, "--metric", "chrf")])
+def test_rules_that_decode_write_a_report(own: Own, data: Path, tmp_path: Path, rule: tuple[Any, ...]) -> None:
+    path, report = own(T5), tmp_path / "report"
+    given = ("--data", data, *rule, "--samples", 10, "--report", report, "--rounds", 1)
+    answer = calibrated(path, *given)
+    assert {0.5, 0.9} <= {row["threshold"] for row in answer["table"] if row["measured_speedup"]}
+    decoded = [row for row in answer["table"] if row["quality"] is not None]
+    assert decoded
+    assert all(0 <= row["quality"] <= 1 for row in decoded)
+    page = html.unescape((report / "index.html").read_text())
+    assert answer["verdict"]["text"][1:] in page
+    assert answer["verdict"]["next_step"] in page
+    for picture in ("speed.png", "mixture.png"):
+        assert (report / picture).read_bytes().startswith(b"\x89PNG")
+    assert read_calibration(report / "calibration.json") == Bundle.open(path).calibration
+    assert "is not what this command writes" in error(run("calibrate", path, "--data", data, "--report", tmp_path))
+
+
+def test_options_of_two_rules_are_one_too_many(bundle: Bundles, data: Path) -> None:
+    result = run("calibrate", bundle(T5), "--data", data, "--rule", "risk", "--target-quality", 0.9)
+    assert result.exit_code == 2
+    assert "several rules (quality, risk)" in result.stderr
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Mode free so much faster than mode full, the more the earlier the exit."""
+
+    def behaves(faster: float) -> None:
+        def speeds(settings: Sequence[Any], prompts: Any, rounds: int, decode: Any) -> np.ndarray:
+            row = [100.0 if one.threshold is None else 100.0 * faster / (1 + one.bundle) for one in settings]
+            return np.tile(row, (rounds, 1))
+
+        monkeypatch.setattr(timing, "speeds", speeds)
+
+    behaves(1.5)
+    return behaves
+
+
+@pytest.mark.usefixtures("machine")
+def test_of_several_bundles_the_fastest_is_chosen_and_written(own: Own, data: Path) -> None:
+    paths = [own(LLAMA, 2), own(LLAMA, 1)]
+    answer = calibrated(*paths, "--data", data, "--target-quality", 0.5, "--metric", "chrf", "--delta", 0.3)
+    assert (answer["best"], answer["written"]) == (0, str(paths[0]))
+    assert f"{paths[0]}, exit layer 2 of 5, threshold " in answer["advice"]
+    assert "1.50x the fastest full model's speed" in answer["advice"]
+    chosen = answer["bundles"][0]
+    assert chosen["delta"] == 0.15  # both together keep what was asked for
+    assert Bundle.open(paths[1], verify="full").manifest.threshold == 1.0
+    opened = Bundle.open(paths[0], verify="full").manifest
+    assert (opened.threshold, opened.tuned_max_pending) == (chosen["threshold"], chosen["max_pending"])
+
+
+def test_shorter_passes_are_preferred_where_long_ones_cost_more_than_they_save() -> None:
+    traces = mixed(50, 60, agree=0.99)
+    assert fastest_rows(traces, 0.3, PAYS, 16) == 4
+    assert fastest_rows(traces, 0.3, replace(PAYS, deep={1: 4.0, 16: 4.5}), 16) is None
+    assert fastest_rows(traces, 1.0, PAYS, 16) is None
+
+
+def test_mode_full_where_no_exit_is_faster(own: Own, data: Path, machine: Callable[[float], None]) -> None:
+    machine(0.9)
+    path = own(LLAMA, 2)
+    before = (path / MANIFEST).read_bytes()
+    answer = calibrated(path, own(LLAMA, 1), "--data", data, "--agreement", 0.2)
+    assert (answer["best"], answer["written"]) == (None, None)
+    assert "use mode full: the fastest exit was measured at 0.90x its speed" in answer["advice"]
+    assert (path / MANIFEST).read_bytes() == before
+
+
+def test_bundles_that_do_not_go_together_are_refused(bundle: Bundles, own: Own, data: Path) -> None:
+    calibrate = partial(run, "calibrate", one := bundle(LLAMA, 1), "--data", data)
+    assert "are of different checkpoints (family" in error(calibrate(bundle(T5, 1)))
+    assert "is given twice" in error(calibrate(one))
+    assert "different precisions" in error(calibrate(bundle(LLAMA, 1, precision="int8")))
+    # Checkpoints that differ must write the same, as those of two exits trained on one model do.
+    path = own(LLAMA, 2)
+    manifest = Manifest.from_json((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(replace(manifest, source_sha256="cd" * 32).to_json())
+    assert calibrate(path, "--max-new-tokens", 8, "--samples", 12, "--rounds", 1).exit_code == 0
+
+
+def test_models_that_write_different_texts_are_refused(own: Own, bundle: Bundles) -> None:
+    class Other:
+        def __init__(self, number: int) -> None:
+            self.path, self.number = Path(str(number)), number
+            self.facts = self
+
+        source_sha256 = property(lambda self: str(self.number))
+        session = property(lambda self: self)
+
+        def prompts(self, requests: Any) -> list[tuple[Any, Any]]:
+            return [(None, np.array([1]))]
+
+        def generate(self, *given: Any, **options: Any) -> Any:
+            self.token_ids = (self.number,)
+            return self
+
+    with pytest.raises(sources.OptionError, match="their full models do not write the same"):
+        sources.check_same_model([Other(1), Other(2)], [], 4)  # type: ignore[list-item]
