@@ -40,7 +40,12 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
     files = {"generation_config.json": _json(checkpoint.generation_config)}
     if has_tokenizer(checkpoint):
         tokenizer = load_tokenizer(checkpoint)
-        files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
+        try:
+            files["tokenizer.json"] = _fast(tokenizer, checkpoint).to_str(pretty=False)
+        except CheckpointError:
+            raise
+        except Exception as error:  # what the tokenizers library raises, of no other type
+            raise _unreadable(checkpoint, error) from None
         files["tokenizer_config.json"] = _json(_special_tokens(tokenizer, checkpoint))
         template = _chat_template(tokenizer)
         if template is not None:
@@ -67,10 +72,14 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # tokenizers of every kind, each with errors of its own
-        raise CheckpointError(
-            f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); "
-            "repair the tokenizer files, or remove them to convert without"
-        ) from None
+        raise _unreadable(checkpoint, error) from None
+
+
+def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.name}: its tokenizer cannot be read ({one_line(error)}); "
+        "repair the tokenizer files, or remove them to convert without"
+    )
 
 
 def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokenizer:

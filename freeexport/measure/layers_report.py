@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from freeexport.checkpoints.examples import Example
-    from freeexport.measure.byte_model import StepCosts
     from freeexport.measure.layers import Evaluation
+    from graphs.step_costs import StepCosts
 
 TARGETS = (0.99, 0.95, 0.90)
 MAX_PENDING = 16
@@ -180,9 +180,10 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> LayersRep
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.checkpoints.examples import DataError, text_format
     from freeexport.checkpoints.transformers_model import reference_model
-    from freeexport.measure.byte_model import analytic, measured
+    from freeexport.measure.byte_model import measured
     from freeexport.measure.layers import LayerReader
     from graphs.families import describe
+    from graphs.step_costs import analytic
     from runtime.bundle.bundle import Bundle
 
     checkpoint = open_checkpoint(model)

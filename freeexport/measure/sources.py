@@ -178,7 +178,7 @@ class CheckpointSource:
             yield from self._form.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
 
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
-        from freeexport.measure.byte_model import analytic
+        from graphs.step_costs import analytic
 
         own = 0 if self._checkpoint.exit is None else self._checkpoint.exit.exit_layers
         return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers, own)

@@ -71,12 +71,12 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
-    from freeexport.measure.byte_model import analytic
     from freeexport.training.batches import described, examples
     from freeexport.training.frozen import tune_exit
     from freeexport.training.report import prospect
     from freeexport.training.trainer import written_outputs
     from freeexport.training.tuning import tune_model
+    from graphs.step_costs import analytic
 
     with process.main_process_first():
         checkpoint = _base(model, options, directory, process.is_main_process)

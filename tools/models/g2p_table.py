@@ -108,7 +108,7 @@ def compare(work: Path, output: Path, *arguments: object) -> None:
 def losses(work: Path, results: Path, *options: object, precision: str, seed: int) -> None:
     """FREE on each loss, CALM and static exits on the one that they need."""
     named = {loss: bundle(work, Training(loss, 2, seed), precision) for loss in LOSSES}
-    methods = dict.fromkeys(LOSSES, "full,static,free,lossless") | {"weighted-ce": "full,static,free,calm"}
+    methods = dict.fromkeys(LOSSES, "full,static,free,lossless") | {"weighted-ce": "full,static,free,calm,calm-single"}
     chosen = (f"{path}={methods[loss]}" for loss, path in named.items())
     model = work / Training("weighted-ce", 2, seed).name
     compare(work, results / f"losses-{precision}-seed-{seed}", *chosen, "--calm-model", model, *options)
@@ -121,8 +121,8 @@ def exit_layers(work: Path, results: Path, *options: object) -> None:
 
 def thresholds(work: Path, results: Path, *options: object) -> None:
     """Fixed against learned thresholds, rollback, and states that are copied past the skipped layers."""
-    methods = "full,free,adaptive,rollback,lossless,calm"
-    copied = ("--calm-model", work / BEST.name, "--calm-from", BEST.exit_layer, "--calm-single")
+    methods = "full,free,adaptive,rollback,lossless,calm-single"
+    copied = ("--calm-model", work / BEST.name)
     compare(work, results / "thresholds", bundle(work, BEST), "--methods", methods, *copied, *options)
 
 

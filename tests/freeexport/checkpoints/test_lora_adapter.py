@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import CASES, Case
 from safetensors.numpy import load_file, save_file
 
@@ -175,10 +176,28 @@ def test_adapters_whose_bases_are_adapters_are_refused(adapter: Path, tmp_path: 
             open_checkpoint(str(one))
 
 
-def test_damaged_adapter_is_refused(adapter: Path) -> None:
-    (adapter / "adapter_model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="has no weights"):
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff" * 64, None])
+def test_damaged_adapter_is_refused_in_one_line(adapter: Path, name: str, content: bytes | None) -> None:
+    (adapter / name).unlink()
+    if content is not None:
+        (adapter / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"cannot be read|is not a complete|has no") as caught:
         open_checkpoint(str(adapter))
-    (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_makes_weights_infinite_is_refused_when_read(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name: value * np.float32(1e30) for name, value in tensors.items()}, path)
+    opened = open_checkpoint(str(adapter))
+    with pytest.raises(CheckpointError, match="holds NaN or infinity"), np.errstate(over="ignore", invalid="ignore"):
+        opened.read(f"{QUERY}.weight")
+
+
+def test_pickled_code_in_an_adapter_is_not_run(adapter: Path) -> None:
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save({"a": Path("code")}, adapter / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
         open_checkpoint(str(adapter))

@@ -184,9 +184,29 @@ def test_without_a_tokenizer_none_is_written(directory: Path) -> None:
     assert [path.name for path in (directory.parent / "out").iterdir()] == ["generation_config.json"]
 
 
-def test_a_broken_tokenizer_is_refused_and_nothing_is_written(directory: Path) -> None:
+def deeply_nested() -> str:
+    return byte_level().to_str().replace('"normalizer": null', '"normalizer": ' + "[" * 100_000)
+
+
+def with_token(index: int) -> str:
+    text = json.loads(byte_level().to_str())
+    text["model"]["vocab"]["zzz"] = index
+    return json.dumps(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("{", id="cut"),
+        pytest.param("[" * 200_000, id="nothing but brackets"),
+        pytest.param(deeply_nested(), id="deep"),
+        pytest.param(with_token((1 << 32) - 1), id="an id beyond the vocabulary"),
+        pytest.param(with_token(-1), id="a negative id"),
+    ],
+)
+def test_a_broken_tokenizer_is_refused_and_nothing_is_written(directory: Path, text: str) -> None:
     save_byte_level(directory)
-    (directory / "tokenizer.json").write_text("{")
+    (directory / "tokenizer.json").write_text(text)
     with pytest.raises(CheckpointError, match="tokenizer cannot be read"):
         write_tokenizer(open_checkpoint(str(directory)), directory.parent / "out")
     assert not list((directory.parent / "out").iterdir())

@@ -10,8 +10,9 @@ from checkpoints import CASES, Case
 from conftest import Bundles
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.measure.byte_model import StepCosts, analytic, engine_bytes, measure_bandwidth, measured, token_bytes
+from freeexport.measure.byte_model import engine_bytes, measure_bandwidth, measured, token_bytes
 from graphs.families import describe
+from graphs.step_costs import StepCosts, analytic
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.errors import OptionError

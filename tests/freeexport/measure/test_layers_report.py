@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from freeexport.cli import main
-from freeexport.measure.byte_model import StepCosts
 from freeexport.measure.layers import Evaluation
 from freeexport.measure.layers_report import NO_EXIT, Curve, Exit, LayersOptions, LayersReport, draw, exit_of
+from graphs.step_costs import StepCosts
 
 BY_NAME = {case.name: case for case in CASES}
 LINES = [
