@@ -27,10 +27,10 @@ from runtime.errors import (
 )
 from runtime.metrics import Histogram, Metrics, RequestEvent
 from runtime.options import GenerationOptions, SessionOptions
-from runtime.requests.stream import AsyncStream, Stream
-from runtime.requests.thresholds import DefaultMode
 from runtime.result import GenerationResult, Stats, Token
 from runtime.session import Session
+from runtime.stream import AsyncStream, Stream
+from runtime.thresholds import DefaultMode
 
 __all__ = [
     "AsyncStream",

@@ -8,9 +8,9 @@ import time
 import warnings
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from runtime.result import GenerationResult
 
@@ -120,11 +120,18 @@ class Metrics:
             self.inter_token_latency.observe(later - earlier)
 
 
-class Observer:
-    """Counts the requests of a session, and calls `hook` with each event, in whichever thread decodes.
+class Observed(Protocol):
+    """One of the continuations of a request: its result, and when its tokens became final."""
 
-    What the hook raises is a warning: it ends no request.
-    """
+    times: list[float]
+
+    @property
+    def result(self) -> GenerationResult: ...
+
+
+class Observer:
+    """Counts the requests of a session, and calls `hook` with each event: "queued" in the thread that asks, the others
+    in the worker. What the hook raises is a warning: it ends no request."""
 
     def __init__(self, hook: Callable[[RequestEvent], None] | None) -> None:
         self._hook = hook
@@ -132,72 +139,45 @@ class Observer:
         self._lock = threading.Lock()
         self._metrics = Metrics()
 
-    def watch(self) -> Watch:
-        return Watch(self, next(self._numbers))
+    def next_number(self) -> int:
+        return next(self._numbers)
 
-    def tell(self, event: RequestEvent) -> None:
-        if self._hook is not None:
-            try:
-                self._hook(event)
-            except Exception as error:
-                warnings.warn(f"on_event raised {type(error).__name__}: {error}; fix it", RuntimeWarning, stacklevel=2)
+    def tell(
+        self,
+        kind: EventKind,
+        number: int,
+        result: GenerationResult | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        if self._hook is None:
+            return
+        try:
+            self._hook(RequestEvent(kind, number, time.time(), result, error))
+        except Exception as failure:
+            text = f"on_event raised {type(failure).__name__}: {failure}; fix it"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def count(self, asked: float, results: Iterable[tuple[GenerationResult, Sequence[float]]], failed: bool) -> None:
-        """A request that was asked for at this time of the monotonic clock has ended."""
-        results = list(results)
+    def ended(self, number: int, asked: float, done: Sequence[Observed], error: BaseException | None) -> None:
+        """A request that was asked for at this time of the monotonic clock has ended, with so many continuations."""
+        results = [each.result for each in done]
+        first = results[0]
         with self._lock:
-            metrics, first = self._metrics, results[0][0]
-            metrics.finished["error" if failed else first.finish_reason] += 1
+            metrics, stats = self._metrics, first.stats
+            metrics.finished[first.finish_reason if error is None else "error"] += 1
             metrics.request_latency.observe(time.monotonic() - asked)
-            for result, times in results:
-                metrics.add(result, times)
-            stats = first.stats
+            for each, result in zip(done, results, strict=True):
+                metrics.add(result, each.times)
             metrics.prompt_tokens += stats.prompt_tokens
             metrics.prefix_cache_hits += stats.cached_tokens
             if stats.mode is not None:  # it had a slot
                 prefill = stats.encode_seconds + stats.prefill_seconds
                 metrics.queue_time.observe(stats.queue_seconds)
                 metrics.prefill_time.observe(prefill)
-                metrics.decode_time.observe(max(0.0, sum(r.stats.seconds for r, _ in results) - prefill))
+                metrics.decode_time.observe(max(0.0, sum(each.stats.seconds for each in results) - prefill))
             if first.token_ids:
                 metrics.time_to_first_token.observe(stats.first_token_seconds)
+        self.tell("ended", number, None if error is not None else first, error)
 
     def metrics(self) -> Metrics:
         with self._lock:
             return self._metrics.copy()
-
-
-class Watch:
-    """Of one request: what it tells the observer."""
-
-    __slots__ = ("_number", "_observer")
-
-    def __init__(self, observer: Observer, number: int) -> None:
-        self._observer, self._number = observer, number
-
-    def queued(self) -> None:
-        self._tell("queued")
-
-    def started(self) -> None:
-        self._tell("started")
-
-    def first_token(self) -> None:
-        self._tell("first_token")
-
-    def refused(self, error: BaseException) -> None:
-        """It was not let in, and counts as no request."""
-        self._tell("ended", error=error)
-
-    def ended(
-        self,
-        asked: float,
-        results: Sequence[tuple[GenerationResult, Sequence[float]]],
-        error: BaseException | None,
-    ) -> None:
-        self._observer.count(asked, results, error is not None)
-        self._tell("ended", None if error is not None else results[0][0], error)
-
-    def _tell(
-        self, kind: EventKind, result: GenerationResult | None = None, error: BaseException | None = None
-    ) -> None:
-        self._observer.tell(RequestEvent(kind, self._number, time.time(), result, error))

@@ -32,10 +32,13 @@ ALLOWED: dict[str, dict[str, str]] = {
         "tensorrt": "cuda engines bundle machine options",
         "backends": "engines cuda tensorrt bundle machine options",
         "decoding": "engines adaptation text options result",
-        "scheduling": "decoding engines adaptation bundle result",
-        "requests": "scheduling decoding engines adaptation text machine bundle options keywords result metrics",
-        "session": "backends requests scheduling decoding engines adaptation text bundle machine "
-        "options keywords result metrics",
+        "thresholds": "adaptation bundle options",
+        "batching": "decoding engines bundle",
+        "sequence": "thresholds decoding engines adaptation text machine bundle options result metrics",
+        "scheduler": "sequence batching decoding engines",
+        "stream": "scheduler sequence text result",
+        "session": "stream scheduler batching sequence thresholds backends decoding engines adaptation text bundle "
+        "machine options keywords result metrics",
     },
     "freeexport": {
         "system": "",

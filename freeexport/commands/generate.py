@@ -21,7 +21,7 @@ from runtime import FreeExportError, GenerationOptions, GenerationResult, Option
 from runtime.errors import PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Drafts, Mode
-from runtime.requests.request import MOST_SEQUENCES
+from runtime.sequence import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4

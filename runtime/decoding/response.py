@@ -1,13 +1,12 @@
-"""What comes back for one request: the loops choose its tokens and make them final, here, to its end."""
+"""The output of one request: the loops choose its tokens and make them final, here, to its end."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import monotonic
-from typing import Protocol
 
 import numpy as np
 
@@ -17,59 +16,15 @@ from runtime.text.detokenizer import Detokenizer
 from runtime.text.sampler import Sampler, likeliest, log_softmax
 
 
-class Host(Protocol):
-    """What decodes requests. `closing`: it ends all of them after their next token."""
-
-    closing: bool
-
-    def clock(self) -> float:
-        """Seconds in which anything was decoded."""
-
-
-class Idle:
-    """A host of requests that are driven by hand."""
-
-    closing = False
-
-    def clock(self) -> float:
-        return 0.0
-
-
-class Caller:
-    """Who asked, as far as the request depends on it: `asked` and `until`, the deadline, by the monotonic clock;
-    `cancel`, where it was given, ends the request after its next token."""
-
-    def __init__(
-        self,
-        host: Host,
-        cancel: threading.Event | None = None,
-        asked: float = 0.0,
-        until: float = math.inf,
-    ) -> None:
-        self.host, self.cancel, self.asked, self.until = host, cancel, asked, until
-
-    @property
-    def reason(self) -> FinishReason | None:
-        """Why the request is to end now; None where it may go on."""
-        if self.host.closing or (self.cancel is not None and self.cancel.is_set()):
-            return "cancelled"
-        return "deadline" if self.until != math.inf and monotonic() >= self.until else None
-
-    def gone(self) -> bool:
-        return self.reason is not None
-
-
-NOBODY = Caller(Idle())
-
-
 class Response:
     """The tokens of one request so far, and the next: choosing does not depend on what was chosen and given up before,
     so a draft is chosen as the final token is.
 
     `prompt` int64 [n]: what the decoder reads before the first token. `limit`: most tokens. `eos`: tokens that end it.
     `sampler` None is arg max. `logprobs`: also of each token, and with `top_logprobs` of as many of the likeliest in
-    its place. `greedy`: neither, so of a prediction the token is all that is needed. `finished`: why it has ended, None
-    until then. `times`: when each token became final, by the monotonic clock.
+    its place. `greedy`: neither, so of a prediction the token is all that is needed. It ends early once `cancel` is
+    set, or `cancelled`, and at `until`, which is like `asked` a time of the monotonic clock. `finished`: why it has
+    ended, None until then. `times`: when each token became final.
     """
 
     def __init__(
@@ -80,27 +35,30 @@ class Response:
         sampler: Sampler | None = None,
         logprobs: bool = False,
         text: Detokenizer | None = None,
-        caller: Caller = NOBODY,
-        on_first_token: Callable[[], None] | None = None,
         top_logprobs: int = 0,
+        cancel: threading.Event | None = None,
+        asked: float = 0.0,
+        until: float = math.inf,
     ) -> None:
         self.tokens: list[Token] = []
         self.times: list[float] = []
         self.newest = int(prompt[-1])
         self.finished: FinishReason | None = None
+        self.cancelled, self.asked, self.until = False, asked, until
+        self.may_leave = cancel is not None or until != math.inf
+        self._cancel = cancel
         self._ids = np.empty(len(prompt) + limit, np.int64)
         self._ids[: len(prompt)] = prompt
         self._length, self._end = len(prompt), len(prompt) + limit
         self._eos, self._sampler = eos, sampler
         self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
         self.greedy = sampler is None and not self._logprobs
-        self._text, self._caller = text or Detokenizer(None), caller
+        self._text = text or Detokenizer(None)
         # Looked up once: what is called for every token is seldom in the processor's cache.
-        self._push, self._host = self._text.push, caller.host
-        self._may_leave = caller.cancel is not None or caller.until != math.inf
+        self._push = self._text.push
         self._rest = ""  # text that was withheld when it was cut short
-        self._stats, self._on_first_token = Stats(), on_first_token
-        self._began: float | None = None  # by the host's clock, while it has a slot
+        self._stats = Stats()
+        self._began: float | None = None  # while it has a slot
         self._left: GenerationResult | None = None
 
     @property
@@ -111,6 +69,12 @@ class Response:
     def complete(self) -> bool:
         """Whether it came to an end of its own."""
         return self.finished not in (None, "cancelled", "deadline")
+
+    def leaves(self) -> FinishReason | None:
+        """Why the request is to end now; None where it may go on."""
+        if self.cancelled or (self._cancel is not None and self._cancel.is_set()):
+            return "cancelled"
+        return "deadline" if self.until != math.inf and monotonic() >= self.until else None
 
     def choose(self, prediction: Prediction, drafts: Sequence[int] = ()) -> int:
         """The token that comes after the final ones and `drafts`."""
@@ -158,31 +122,30 @@ class Response:
                 self.finished = "stop"
             elif self._length == self._end:
                 self.finished = "length"
-            elif self._may_leave or self._host.closing:
-                self.finished = self._caller.reason
+            elif self.may_leave or self.cancelled:
+                self.finished = self.leaves()
         if self.finished is not None:
             text += self._text.finish()
         # Without the function that a named tuple makes itself with.
         final: Token = tuple.__new__(Token, (token, text, exited, confidence, logprob, best))
         self.times.append(monotonic())
         self.tokens.append(final)
-        if self._on_first_token is not None and len(self.tokens) == 1:
-            self._on_first_token()
         return final
 
     def begin(self, stats: Stats) -> None:
-        """Its slot is there, whose `stats` are its own from now on."""
-        stats.queue_seconds = monotonic() - self._caller.asked
-        self._stats, self._began = stats, self._caller.host.clock()
+        """It has a slot, whose `stats` are its own from now on."""
+        self._began = monotonic()
+        stats.queue_seconds = self._began - self.asked
+        self._stats = stats
 
-    def end(self) -> None:
+    def finish(self) -> None:
         """Nothing more will come: say why, unless it came to its end."""
         if self.finished is None:
-            self.finished = self._caller.reason or "cancelled"
+            self.finished = self.leaves() or "cancelled"
 
     def close(self) -> None:
-        """It ends, and gives its slot back."""
-        self.end()
+        """It gives its slot back."""
+        self.finish()
         self._rest = self._text.finish()
         self._count()
         self._began = None
@@ -191,7 +154,7 @@ class Response:
         """Stop waiting for it at its deadline: the tokens so far, and what comes later is not seen any more."""
         if self._left is None:
             self._count()
-            # Whoever drives may go on writing to them.
+            # The worker may go on writing to them.
             passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.longer_passes).items()}
             stats = dataclasses.replace(self._stats, longer_passes=passes)
             self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
@@ -203,20 +166,16 @@ class Response:
         if self._left is not None:
             return self._left
         self._count()
-        reason = self.finished or self._caller.reason or "cancelled"
+        reason = self.finished or self.leaves() or "cancelled"
         return _result(tuple(self.tokens), self._rest, reason, self._stats)
-
-    def tokens_from(self, number: int) -> list[Token]:
-        """Those of the result from this one on."""
-        return self.tokens[number : len(self.result.token_ids)]
 
     def _count(self) -> None:
         """What is not worth counting at every token."""
         self._stats.tokens = len(self.tokens)
         if self.tokens:
-            self._stats.first_token_seconds = self.times[0] - self._caller.asked
+            self._stats.first_token_seconds = self.times[0] - self.asked
         if self._began is not None:
-            self._stats.seconds = self._caller.host.clock() - self._began
+            self._stats.seconds = monotonic() - self._began
 
 
 def _result(tokens: tuple[Token, ...], rest: str, reason: FinishReason, stats: Stats) -> GenerationResult:

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from runtime.errors import OptionError
 from runtime.keywords import GenerationKeywords, SessionKeywords, merged
 from runtime.options import MODES, GenerationOptions, SessionOptions
-from runtime.requests.sampling import sampler_of
+from runtime.sequence import sampler_of
 
 
 def test_overlap_is_for_gpus_and_says_why() -> None:

@@ -36,7 +36,7 @@ from runtime.bundle.manifest import MANIFEST, Manifest
 from runtime.decoding.slot import Slot
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
-from runtime.requests.thresholds import Thresholds
+from runtime.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
 BY_NAME = {case.name: case for case in CASES}
@@ -82,6 +82,20 @@ def outcome(result: GenerationResult) -> tuple[Any, ...]:
         result.finish_reason,
         (stats.prompt_tokens, stats.tokens, stats.exits, stats.forced, stats.sync_sizes),
     )
+
+
+class Gate:
+    """A logits processor that lets so many tokens pass, then waits until it is opened for more, or some `seconds`."""
+
+    def __init__(self, tokens: int, seconds: float = 60) -> None:
+        self._free, self._seconds = threading.Semaphore(tokens), seconds
+
+    def open(self, tokens: int) -> None:
+        self._free.release(tokens)
+
+    def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        assert self._free.acquire(timeout=self._seconds) or self._seconds < 60
+        return scores
 
 
 def gathered(session: Session, prompt: Any, **options: Any) -> tuple[list[Token], GenerationResult]:
@@ -166,15 +180,16 @@ def test_text_withheld_until_the_end_comes_with_the_last_token(name: str, open_s
 
 def test_closing_a_stream_early_gives_its_slot_back(open_session: Open) -> None:
     session = open_session()
-    whole = session.generate(PROMPT, max_new_tokens=10)
-    stream = session.stream(PROMPT, max_new_tokens=10)
+    whole = session.generate(PROMPT, max_new_tokens=90, ignore_eos=True)
+    stream = session.stream(PROMPT, max_new_tokens=90, ignore_eos=True, logits_processor=Gate(2, seconds=0.02))
     ids = (next(stream).id, next(stream).id)
     stream.close()
     stream.close()
     assert list(stream) == []
     assert stream.result.finish_reason == "cancelled"
-    assert stream.result.token_ids == ids == whole.token_ids[:2]
-    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=10)).token_ids == whole.token_ids
+    assert ids == whole.token_ids[:2]
+    assert stream.result.token_ids == whole.token_ids[: len(stream.result.token_ids)] != whole.token_ids
+    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=10)).token_ids == whole.token_ids[:10]
 
 
 def test_a_stream_that_is_forgotten_gives_its_slot_back(open_session: Open) -> None:
@@ -184,21 +199,22 @@ def test_a_stream_that_is_forgotten_gives_its_slot_back(open_session: Open) -> N
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
 
 
-def test_a_stream_that_is_never_read_takes_no_slot(open_session: Open) -> None:
+def test_a_stream_that_is_not_read_keeps_no_other_from_the_slot(open_session: Open) -> None:
     session = open_session()
-    waiting = session.stream(PROMPT, max_new_tokens=3)
+    unread = session.stream(PROMPT, max_new_tokens=3)
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=3)).stats.tokens == 3
-    assert len(list(waiting)) == 3
+    assert len(list(unread)) == 3
 
 
 def test_a_stream_that_fails_gives_its_slot_back(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    session = open_session()
-    stream = session.stream(PROMPT)
+    session, gate = open_session(), Gate(1)
+    stream = session.stream(PROMPT, ignore_eos=True, logits_processor=gate)
     next(stream)
     with monkeypatch.context() as patch:
         patch.setattr(KVCache, "extend", lambda *_: 1 / 0)
+        gate.open(100)
         with pytest.raises(ZeroDivisionError):
-            next(stream)
+            list(stream)
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
 
 
@@ -220,11 +236,12 @@ def test_end_of_sequence_ends_a_request_and_is_no_text(name: str, open_session: 
 
 
 def test_a_cancelled_request_ends_after_the_next_token(open_session: Open) -> None:
-    session, cancel = open_session(), threading.Event()
-    stream = session.stream(PROMPT, cancel=cancel, max_new_tokens=20)
+    session, cancel, gate = open_session(), threading.Event(), Gate(3)
+    stream = session.stream(PROMPT, cancel=cancel, max_new_tokens=20, logits_processor=gate)
     for _ in range(3):
         next(stream)
     cancel.set()
+    gate.open(20)
     assert len(list(stream)) == 1
     assert stream.result.finish_reason == "cancelled"
     assert session.generate(PROMPT, cancel=cancel, max_new_tokens=20).stats.tokens == 1
@@ -560,11 +577,12 @@ def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
 
 
 def test_a_closed_session_refuses_requests_and_ends_those_that_run(open_session: Open) -> None:
-    session = open_session()
-    stream = session.stream(PROMPT, max_new_tokens=20)
+    session, gate = open_session(), Gate(1)
+    stream = session.stream(PROMPT, max_new_tokens=20, logits_processor=gate)
     next(stream)
     session.close()
     session.close()
+    gate.open(20)
     assert len(list(stream)) == 1
     assert stream.result.finish_reason == "cancelled"
     for ask in (session.generate, session.stream):
@@ -693,7 +711,7 @@ def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest
 
 def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) -> None:
     session = open_session()
-    with session.stream(PROMPT, max_new_tokens=8) as holder:
+    with session.stream(PROMPT, max_new_tokens=8, logits_processor=Gate(1, seconds=0.05)) as holder:
         next(holder)
         cancel = threading.Event()
         cancel.set()

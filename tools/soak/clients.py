@@ -17,8 +17,8 @@ import numpy as np
 from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.slot_call import Waiting
-from runtime.requests.stream import Stream
 from runtime.result import Token
+from runtime.stream import Stream
 from tools.soak.faults import Faults, InjectedError
 from tools.soak.requests import Ask
 
@@ -142,7 +142,7 @@ class Clients:
     def _engine_fails(self, ask: Ask, source: Random) -> str | None:
         """At a shallow step. Beams have engine calls of their own."""
         number = source.randint(0, 12)
-        request = self._session._request(ask.prompt, None, GenerationOptions(**ask.options))
+        request = self._session._sequence(ask.prompt, GenerationOptions(**ask.options), None)
         run = request.run
 
         def doomed(decoder: Decoder) -> Generator[Token | Waiting, None, None]:

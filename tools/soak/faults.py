@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from random import Random
 from unittest import mock
 
+from runtime.batching import BatchedCall
 from runtime.decoding.slot import Slot
 from runtime.decoding.slot_call import SlotCall
-from runtime.scheduling.batched_call import BatchedCall
 
 # Share of the calls of several rows that fail; each row then runs alone.
 FAILING_CALLS = 0.01

@@ -31,6 +31,5 @@ def left_over(session: Session) -> list[str]:
         (sorted(decoder.slot for decoder in scheduler._free) == list(range(session.options.slots)), "slots are lost"),
         (not any(runner.cache.lengths.any() for runner in runners), "the KV cache is not empty"),
         (not scheduler._cross._placed, "prompts are left for cross-attention"),
-        (not scheduler._wheel.followers, "threads are left asleep"),
     ]
     return [what for holds, what in facts if not holds]

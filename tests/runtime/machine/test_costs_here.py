@@ -13,11 +13,11 @@ from conftest import Bundles
 from manifest_case import MANIFEST as A_MANIFEST
 
 from runtime import Session
+from runtime.batching import BatchPolicy, rules_of
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.bundle.manifest import MANIFEST
 from runtime.machine.machine import costs_here, host
-from runtime.scheduling.batching import BatchPolicy, rules_of
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 HERE = host(threads=1)
@@ -69,7 +69,7 @@ def test_costs_measured_here_are_acted_on(session_of: WithCosts) -> None:
     session = session_of(MEASURED)
     assert policy_of(session).rules == rules_of(MEASURED)._replace(packed=session.manifest.packed)
     assert policy_of(session).rules.patience == 8
-    assert session._builder.learned.costs.base == MEASURED
+    assert session._model.learned.costs.base == MEASURED
 
 
 @pytest.mark.parametrize("costs", ELSEWHERE.values(), ids=list(ELSEWHERE))
@@ -77,7 +77,7 @@ def test_costs_of_another_machine_or_a_busy_one_are_not(costs: Costs, session_of
     assert costs_here(replace(A_MANIFEST, costs=costs), threads=1) is None
     session = session_of(costs)
     assert policy_of(session).rules == rules_of(None)._replace(packed=session.manifest.packed)
-    assert session._builder.learned.costs.base == (session.manifest.costs or NEUTRAL)
+    assert session._model.learned.costs.base == (session.manifest.costs or NEUTRAL)
 
 
 def test_a_session_without_costs_learns_them_from_its_own_calls(session_of: WithCosts) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from runtime.errors import BundleError
-from runtime.options import GenerationOptions
-from runtime.requests.generation_config import read_defaults, with_defaults
+from runtime.sequence import read_defaults
 
 
 def written(directory: Path, content: Any) -> Path:
@@ -30,14 +29,6 @@ def test_sampling_values_are_read_and_others_left(tmp_path: Path) -> None:
 
 def test_without_a_file_there_are_none(tmp_path: Path) -> None:
     assert read_defaults(tmp_path) == {}
-
-
-def test_they_fill_in_what_is_left_open_and_only_for_sampling() -> None:
-    defaults = {"temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1}
-    filled = with_defaults(GenerationOptions(do_sample=True, top_p=0.5), defaults)
-    assert (filled.temperature, filled.top_p, filled.repetition_penalty) == (0.6, 0.5, 1.1)
-    greedy = GenerationOptions()
-    assert with_defaults(greedy, defaults) is greedy
 
 
 UNUSABLE = [

@@ -15,9 +15,9 @@ from draft_plans import draft_exits
 from thread_runner import runners_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
+from runtime.batching import BatchedCall
 from runtime.decoding.slot_call import SlotCall
 from runtime.engines.backend import Backend
-from runtime.scheduling.batched_call import BatchedCall
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
@@ -210,7 +210,12 @@ def test_options_that_are_wrong_for_all_are_raised_at_once(open_session: Open) -
 def test_a_full_queue_refuses_one_more_and_a_list_may_be_longer(open_session: Open) -> None:
     session = open_session(slots=1, queue=0)
     assert len(session.generate(LISTED, max_new_tokens=2)) == len(LISTED)
-    with session.stream(LISTED[0], max_new_tokens=5) as holder:
+
+    def slowly(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        threading.Event().wait(0.05)
+        return scores
+
+    with session.stream(LISTED[0], max_new_tokens=50, ignore_eos=True, logits_processor=slowly) as holder:
         next(holder)
         for ask in (lambda: session.generate(LISTED[1]), lambda: session.generate(LISTED)):
             with pytest.raises(QueueFullError, match="0 requests wait"):

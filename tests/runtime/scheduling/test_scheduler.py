@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 import threading
-import time
 import zlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,24 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from thread_runner import ThreadRunner
 
-from runtime import OptionError, QueueFullError
+from runtime import EngineError, OptionError, QueueFullError
+from runtime.batching import LEARNED, BatchedCall, BatchPolicy, BatchRules, grouped, rules_of
 from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import AT_ONCE, SlotCall, Waiting, alone
+from runtime.decoding.slot_call import SlotCall, Waiting, alone
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
-from runtime.errors import EngineError
+from runtime.metrics import Observer
 from runtime.result import Token
-from runtime.scheduling.batched_call import BatchedCall, grouped
-from runtime.scheduling.batching import LEARNED, BatchPolicy, BatchRules, rules_of
-from runtime.scheduling.leader import Leader
-from runtime.scheduling.scheduler import Scheduler
-from runtime.scheduling.task import Task
+from runtime.scheduler import Scheduler
+from runtime.sequence import Sequence as Request
 
 WIDTH, VOCABULARY, ROWS, MAX_PENDING = 2, 90, 96, 8
 POISON = 99  # a token that makes every call fail that reads it
@@ -44,11 +43,12 @@ POISON = 99  # a token that makes every call fail that reads it
 @dataclass
 class HashingEngine:
     """Keeps the contract to the letter: what lies behind the valid rows, and what is returned for padding, is junk.
-    `calls` are the rows that each call was for."""
+    `calls` are the rows that each call was for; `after` runs after each."""
 
     name: str
     cache: KVCache
     calls: list[list[int]]
+    after: Callable[[], None] = lambda: None
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> HashingCall:
         return HashingCall(self, dict(inputs), dict(outputs))
@@ -93,6 +93,7 @@ class HashingCall:
         else:
             self.outputs["confidence"][:] = chosen // 100000 % 100 / 100
         self.engine.calls.append(lengths.tolist())
+        self.engine.after()
 
 
 def slot_of(view: np.ndarray, lengths: np.ndarray) -> int:
@@ -108,23 +109,45 @@ def hash_of(caches: list[np.ndarray], row: int, length: int) -> int:
     return zlib.crc32(contents.pop())
 
 
-class Machine:
-    """A scheduler over hashing engines."""
+class ByHand(Scheduler):
+    """Without a worker: the test takes the turns."""
 
-    def __init__(self, slots: int, queue: int = 100, beside: bool = False) -> None:
+    def _start(self) -> None:
+        pass
+
+    def drain(self) -> None:
+        while not self.empty:
+            self.turn()
+
+
+class Machine:
+    """A scheduler over hashing engines; `ask` submits what runs in its slots."""
+
+    def __init__(self, slots: int, queue: int = 100, beside: bool = False, kind: type[Scheduler] = ByHand) -> None:
         self.calls: dict[str, list[list[int]]] = {"shallow": [], "deep": []}
-        runners = []
+        self.engines, self.runners = [], []
         for name, layers in (("shallow", range(2)), ("deep", range(2, 4))):
             cache = KVCache(layers, slots, 1, ROWS + MAX_PENDING, 1, np.float32)
-            engine = HashingEngine(name, cache, self.calls[name])
+            self.engines.append(HashingEngine(name, cache, self.calls[name]))
             runner = ThreadRunner if beside and name == "deep" else Runner
-            runners.append(runner(engine, cache))  # type: ignore[arg-type]
-        self.runners = runners
-        kind = OverlappingDecoder if beside else Decoder
-        self.decoders = [kind(runners[0], runners[1], slot, WIDTH, VOCABULARY, MAX_PENDING) for slot in range(slots)]
+            self.runners.append(runner(self.engines[-1], cache))  # type: ignore[arg-type]
+        decoder = OverlappingDecoder if beside else Decoder
+        sizes = WIDTH, VOCABULARY, MAX_PENDING
+        self.decoders = [decoder(*self.runners, slot, *sizes) for slot in range(slots)]
         cross = CrossCache(slots)
-        batches = {runner: BatchedCall(runner, cross, WIDTH, VOCABULARY) for runner in runners}
-        self.scheduler = Scheduler(self.decoders, batches, cross, queue)
+        batches = {runner: BatchedCall(runner, cross, WIDTH, VOCABULARY) for runner in self.runners}
+        self.scheduler = kind(self.decoders, batches, cross, queue)
+
+    def ask(self, ask: Ask, **fields: Any) -> Job:
+        job = Job(ask)
+        for name, value in fields.items():
+            setattr(job, name, value)
+        self.scheduler.submit(job)
+        return job
+
+    def take_turns(self, count: int) -> None:
+        for _ in range(count):
+            self.scheduler.turn()
 
     def check_empty(self) -> None:
         assert self.scheduler.empty
@@ -133,15 +156,17 @@ class Machine:
             assert not runner.cache.lengths.any()
 
 
-class Turns:
-    """Ready after as many turns: lets a test stop a driver anywhere."""
+class Job(Request):
+    """A request that decodes as an Ask says; `came` are the tokens that were delivered."""
 
-    def __init__(self, count: int) -> None:
-        self.left = count + 1  # asked once before the first turn, and once after the last
+    number = 0
 
-    def ready(self, whole: bool) -> bool:
-        self.left -= 1
-        return self.left < 0
+    def __init__(self, ask: Ask) -> None:
+        Response.__init__(self, np.array(ask.prompt, np.int64), ask.tokens)
+        self.model: Any = SimpleNamespace(observer=Observer(None))
+        self.continuations, self.run = [self], ask.run  # type: ignore[method-assign]
+        self.came: list[Token] = []
+        self.deliver = self.came.append
 
 
 class Failing(Response):
@@ -210,38 +235,19 @@ class Ask:
 def test_a_long_prompt_is_read_in_smaller_pieces_while_others_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.decoding.decoder.PREFILL_ROWS", 6)
     monkeypatch.setattr("runtime.decoding.decoder.SHARED_PREFILL_ROWS", 2)
-    machine = Machine(2)
-    first, late = (Task(Ask(tuple(range(12)), "full", 14).run) for _ in range(2))
-    machine.scheduler.join(first)
-    machine.scheduler.wait(Turns(4), whole=True)
-    assert [max(call) for call in machine.calls["shallow"] if max(call) > 1] == [6, 6]
+    machine, late, ask = Machine(2), list[Job](), Ask(tuple(range(12)), "full", 14)
+    first = machine.ask(ask)
+    machine.take_turns(2)
+    assert [max(call) for call in machine.calls["shallow"]][:2] == [6, 6]
     machine.calls["shallow"].clear()
-    machine.scheduler.join(late)
-    machine.scheduler.wait(late, whole=True)
+    machine.engines[0].after = lambda: None if late else late.append(machine.ask(ask))
+    machine.scheduler.drain()
     sizes = [max(call) for call in machine.calls["shallow"]]
     pieces = [place for place, size in enumerate(sizes) if size > 1]
     assert [sizes[place] for place in pieces] == [2] * 6
     # A token of the other needs two engine calls: it waits for two pieces at most.
     assert all(later - earlier > 2 for earlier, later in zip(pieces, pieces[2:], strict=False))
-    assert [list(task.tokens) for task in (first, late)] == [Ask(tuple(range(12)), "full", 14).alone()[0]] * 2
-
-
-@pytest.mark.parametrize("mode", ["full", "free"])
-def test_a_request_that_is_alone_runs_its_calls_itself_until_another_joins(mode: str) -> None:
-    machine, ask, late = Machine(2), Ask((1, 2, 3), mode, 12), Ask((4,), mode, 12)
-    first, second = Task(ask.run), Task(late.run)
-    machine.scheduler.join(first)
-    for _ in range(3):  # token by token, as one reads a stream
-        machine.scheduler.wait(first, whole=False)
-        came = [first.tokens.popleft()]
-    assert (list(first.tokens), first.waits) == ([], AT_ONCE)
-    machine.scheduler.join(second)
-    machine.scheduler.wait(first, whole=True)
-    machine.scheduler.wait(second, whole=True)
-    assert any(len(call) > 1 for call in machine.calls["shallow"])
-    assert [*came, *first.tokens] == ask.alone()[0][2:]
-    assert list(second.tokens) == late.alone()[0]
-    machine.check_empty()
+    assert [job.came for job in (first, *late)] == [ask.alone()[0]] * 2
 
 
 @pytest.mark.parametrize("mode", ["full", "free"])
@@ -255,12 +261,11 @@ def test_an_engine_that_fails_ends_the_request_that_is_alone(mode: str, monkeypa
         return run(call)
 
     monkeypatch.setattr(machine.runners[1], "run", failing)
-    row = Task(ask.run)
-    machine.scheduler.join(row)
-    machine.scheduler.wait(row, whole=True)
-    assert isinstance(row.error, ZeroDivisionError)
-    assert 0 < len(row.tokens) < 12
-    assert list(row.tokens) == ask.alone()[0][: len(row.tokens)]
+    job = machine.ask(ask)
+    machine.scheduler.drain()
+    assert isinstance(job.error, ZeroDivisionError)
+    assert 0 < len(job.came) < 12
+    assert job.came == ask.alone()[0][: len(job.came)]
     machine.check_empty()
 
 
@@ -284,269 +289,174 @@ asks = st.builds(
     ),
     borrow=st.booleans(),
 )
-@settings(max_examples=100)
-def test_rows_are_what_they_are_alone_whatever_comes_and_goes_beside_them(
+@settings(max_examples=60)
+def test_requests_give_what_they_give_alone_whatever_comes_and_goes_beside_them(
     beside: bool, slots: int, arrivals: list[tuple[Ask, int, int | None]], borrow: bool
 ) -> None:
-    machine = Machine(slots, beside=beside)
-    scheduler, turn = machine.scheduler, 0
-    rows: list[Task] = []
-    leaving: list[tuple[int, Task]] = []
+    """They come and go during engine calls, as from other threads."""
+    machine = Machine(slots + borrow, beside=beside)
+    jobs, coming = list[Job](), list(arrivals)
+    calls = itertools.count()
+    leaving: list[tuple[int, Job]] = []
+    due = 0
 
-    def turns(count: int) -> None:
-        nonlocal turn
-        for _ in range(count):
-            scheduler.wait(Turns(1), whole=True)
-            turn += 1
-            for when, row in leaving:
-                row.abandoned = row.abandoned or when <= turn
+    def come(now: int) -> None:
+        nonlocal due
+        while coming and due + coming[0][1] <= now:
+            ask, pause, stays = coming.pop(0)
+            due += pause
+            jobs.append(machine.ask(ask))
+            if stays is not None:
+                leaving.append((now + stays, jobs[-1]))
+        for when, job in leaving:
+            job.abandoned = job.abandoned or when <= now
 
-    for ask, pause, stays in arrivals:
-        rows.append(Task(ask.run))
-        scheduler.join(rows[-1])
-        if stays is not None:
-            leaving.append((turn + stays, rows[-1]))
-        turns(pause)
-    if borrow and scheduler._free:
-        with scheduler.borrowed() as decoder:
-            assert decoder.prefill(np.arange(5), head=True)
-            turns(3)
-    scheduler.drain()
+    machine.engines[0].after = lambda: come(next(calls))
+    with ExitStack() as stack:
+        lent = stack.enter_context(machine.scheduler.borrowed()) if borrow else None
+        first = lent.prefill(np.arange(5), head=True) if lent is not None else None
+        while coming or not machine.scheduler.empty:
+            if machine.scheduler.empty:
+                due = -sum(pause for _, pause, _ in coming[:1])
+                come(0)
+            machine.scheduler.turn()
+        if lent is not None:
+            assert first == Machine(1).decoders[0].prefill(np.arange(5), head=True)
+            assert lent.lengths() == (5, 5)
     machine.check_empty()
-    for row, (ask, _, stays) in zip(rows, arrivals, strict=True):
+    for job, (ask, _, stays) in zip(jobs, arrivals, strict=True):
         tokens, error = ask.alone()
-        assert row.ended
-        came = list(row.tokens)
+        assert job.ended
         if stays is None:
             # What fails when it is run ahead on fails before the token before it is emitted.
-            assert came == (tokens[: len(came)] if beside and error else tokens)
-            assert (type(row.error).__name__ if row.error else None) == error
+            assert job.came == (tokens[: len(job.came)] if beside and error else tokens)
+            assert (type(job.error).__name__ if job.error else None) == error
         else:
-            assert came == tokens[: len(came)]
+            assert job.came == tokens[: len(job.came)]
 
 
-@given(ask=asks, late=asks, when=st.integers(0, 8))
-@settings(max_examples=30)
-def test_a_row_that_is_waited_for_is_the_same_alone_and_once_another_comes(ask: Ask, late: Ask, when: int) -> None:
-    """Alone it runs its deep passes itself."""
-    machine, tokens = Machine(2), list[Token]()
-    rows = [Task(ask.run), Task(late.run)]
-    machine.scheduler.join(rows[0])
-    while len(tokens) < when and not rows[0].ended:
-        machine.scheduler.wait(rows[0], whole=False)
-        tokens += rows[0].tokens
-        rows[0].tokens.clear()
-    machine.scheduler.join(rows[1])
-    for row in rows:
-        machine.scheduler.wait(row, whole=True)
-    machine.check_empty()
-    came = tokens + list(rows[0].tokens), list(rows[1].tokens)
-    errors = [type(row.error).__name__ if row.error else None for row in rows]
-    assert list(zip(came, errors, strict=True)) == [ask.alone(), late.alone()]
-
-
-def test_an_interrupt_in_a_pass_ends_no_request_that_another_thread_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine, good = Machine(2), Ask((1, 2), "full", 10)
-    row = Task(good.run)
-    machine.scheduler.join(row)
-    machine.scheduler.wait(Turns(4), whole=True)
-    run = HashingCall.run
-
-    def interrupted(call: HashingCall) -> None:
-        run(call)
-        if call.engine.name == "deep":
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(HashingCall, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        machine.scheduler.drain()
-    monkeypatch.setattr(HashingCall, "run", run)
+def test_requests_share_calls_and_deep_passes_collect() -> None:
+    machine, bare = Machine(8), Machine(1)
+    asks = [Ask((number,), tokens=12, threshold=0.4) for number in range(8)]
+    for ask in asks:
+        machine.ask(ask)
+        list(alone(ask.run(bare.decoders[0])))
     machine.scheduler.drain()
-    machine.check_empty()
-    assert (list(row.tokens), row.error) == (good.alone()[0], None)
-
-
-def test_rows_share_calls_and_deep_passes_collect() -> None:
-    machine = Machine(8)
-    rows = [Task(Ask((number,), tokens=12, threshold=0.4).run) for number in range(8)]
-    for row in rows:
-        machine.scheduler.join(row)
-    machine.scheduler.drain()
-    alone_calls = Machine(1)
-    for number in range(8):
-        list(alone(Ask((number,), tokens=12, threshold=0.4).run(alone_calls.decoders[0])))
     for name in ("shallow", "deep"):
-        assert len(machine.calls[name]) < 0.5 * len(alone_calls.calls[name])
+        assert len(machine.calls[name]) < 0.5 * len(bare.calls[name])
 
 
-def test_a_row_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
+def test_a_request_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle_in_the_next() -> None:
     machine = Machine(3)
     asks = [Ask((5,), "full", 40), Ask((6,), "free", 40, 0.0, 8), Ask((7,), "full", 40)]
-    rows = [Task(ask.run) for ask in asks]
-    for row in rows:
-        machine.scheduler.join(row)
+    jobs = [machine.ask(ask) for ask in asks]
     machine.scheduler.drain()
     assert [1, 0, 1] in machine.calls["deep"]
     assert any(len(call) == 1 and call[0] > 4 for call in machine.calls["deep"])
-    assert [list(row.tokens) for row in rows] == [ask.alone()[0] for ask in asks]
+    assert [job.came for job in jobs] == [ask.alone()[0] for ask in asks]
 
 
-def test_a_row_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
-    machine, bare = Machine(4), Machine(4)
-    machine.scheduler.join(Task(Ask((1, 2, 3), tokens=14).run))
+def test_a_request_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
+    machine, bare, ask = Machine(4), Machine(4), Ask((1, 2, 3), tokens=14)
+    machine.ask(ask)
     machine.scheduler.drain()
-    list(alone(Ask((1, 2, 3), tokens=14).run(bare.decoders[0])))
+    list(alone(ask.run(bare.decoders[0])))
     assert machine.calls == bare.calls
-    assert all(len(call) == 1 for call in machine.calls["shallow"])
 
 
 def test_a_sequence_knows_how_many_share_its_calls() -> None:
     machine = Machine(3)
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=8 + 6 * (number == 2), mode="full").run))
-    machine.scheduler.wait(Turns(12), whole=True)
+        machine.ask(Ask((number,), tokens=8 + 6 * (number == 2), mode="full"))
+    machine.take_turns(12)
     assert [decoder.batch_size for decoder in machine.decoders] == [3, 3, 3]
     machine.scheduler.drain()
     # The longest had the engines to itself in the end.
     assert min(decoder.batch_size for decoder in machine.decoders) == 1
 
 
-def test_an_engine_that_fails_for_one_row_fails_no_other() -> None:
+def test_an_engine_that_fails_for_one_request_fails_no_other() -> None:
     machine = Machine(3)
     good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
-    rows = [Task(ask.run) for ask in (good, bad, good)]
-    for row in rows:
-        machine.scheduler.join(row)
+    jobs = [machine.ask(ask) for ask in (good, bad, good)]
     machine.scheduler.drain()
     machine.check_empty()
-    assert [type(row.error) for row in rows] == [type(None), AssertionError, type(None)]
-    assert list(rows[0].tokens) == list(rows[2].tokens) == good.alone()[0]
+    assert [type(job.error) for job in jobs] == [type(None), AssertionError, type(None)]
+    assert jobs[0].came == jobs[2].came == good.alone()[0]
 
 
 def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
     for number in range(20):
-        row = Task(Ask((number,), tokens=6, mode="full").run)
-        row.told = lambda row=row, number=number: ended.append(number) if row.ended else None  # type: ignore[misc]
-        machine.scheduler.join(row)
+        machine.ask(Ask((number,), tokens=6, mode="full"), on_end=partial(ended.append, number))
     machine.scheduler.drain()
     assert all(abs(place - number) <= 2 for place, number in enumerate(ended))
 
 
-def test_a_deep_pass_is_not_kept_waiting_by_rows_that_exit_for_ever() -> None:
-    machine = Machine(4)
+def test_a_deep_pass_is_not_kept_waiting_by_requests_that_exit_for_ever() -> None:
+    machine, turns = Machine(4), 0
     for number in range(3):
-        machine.scheduler.join(Task(Ask((number,), tokens=60, threshold=0.0, max_pending=8).run))
-    lonely = Task(Ask((50,), tokens=10, mode="full").run)
-    machine.scheduler.join(lonely)
-    turns = 0
+        machine.ask(Ask((number,), tokens=60, threshold=0.0, max_pending=8))
+    lonely = machine.ask(Ask((50,), tokens=10, mode="full"))
     while not lonely.ended:
-        machine.scheduler.wait(Turns(1), whole=True)
+        machine.take_turns(1)
         turns += 1
     assert turns < 10 * 8
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    machine = Machine(1, queue=2)
-    rows = [Task(Ask((1,), tokens=2).run) for _ in range(4)]
-    for row in rows[:3]:
-        machine.scheduler.join(row)
+    machine, ask = Machine(1, queue=2), Ask((1,), tokens=2)
+    jobs = [machine.ask(ask) for _ in range(3)]
     with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
-        machine.scheduler.join(rows[3])
-    machine.scheduler.wait(rows[0], whole=True)
-    machine.scheduler.wait(Turns(1), whole=True)
-    machine.scheduler.join(rows[3])
+        machine.ask(ask)
+    machine.take_turns(2)
+    jobs.append(machine.ask(ask))
     machine.scheduler.drain()
-    assert all(len(row.tokens) == 2 for row in rows)
+    assert all(len(job.came) == 2 for job in jobs)
 
 
-def test_a_callback_that_asks_its_own_session_is_told_so() -> None:
-    machine = Machine(2)
-
-    def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-        machine.scheduler.drain()
-        yield None
-
-    row = Task(run)
-    machine.scheduler.join(row)
-    machine.scheduler.drain()
-    assert isinstance(row.error, OptionError)
-    assert "callback" in str(row.error)
+# With the worker
 
 
-def test_an_interrupted_driver_leaves_the_others_sound() -> None:
-    machine, good = Machine(3), Ask((1, 2), tokens=10)
-
-    def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-        yield None
-        raise KeyboardInterrupt
-
-    rows = [Task(good.run), Task(run)]
-    for row in rows:
-        machine.scheduler.join(row)
-    with pytest.raises(KeyboardInterrupt):
-        machine.scheduler.drain()
-    machine.scheduler.drain()
-    machine.check_empty()
-    assert isinstance(rows[1].error, EngineError)
-    assert list(rows[0].tokens) == good.alone()[0]
-
-
-def test_many_threads_drive_in_turn_and_all_get_what_they_wait_for() -> None:
-    machine = Machine(3)
-    requests = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
-    outcomes: list[Any] = [None] * len(requests)
+def test_the_worker_decodes_for_many_threads_and_rests_between() -> None:
+    machine = Machine(3, queue=1000, kind=Scheduler)
+    asks = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
+    outcomes: list[Any] = [None] * len(asks)
 
     def reader(number: int) -> None:
-        row, tokens = Task(requests[number].run), list[Token]()
-        machine.scheduler.join(row)
-        while not row.ended or row.tokens:
-            machine.scheduler.wait(row, whole=bool(number % 2))
-            while row.tokens:
-                tokens.append(row.tokens.popleft())
-        outcomes[number] = tokens
+        ended = threading.Event()
+        job = machine.ask(asks[number], on_end=ended.set)
+        assert ended.wait(30)
+        outcomes[number] = job.came
 
-    threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
-    assert outcomes == [ask.alone()[0] for ask in requests]
+    for _ in range(20):
+        threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(asks))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert outcomes == [ask.alone()[0] for ask in asks]
+        machine.scheduler.drain()
+        machine.check_empty()
+    machine.scheduler.close()
+    with pytest.raises(OptionError, match="closed"):
+        machine.ask(asks[0])
+
+
+def test_a_fault_of_the_worker_ends_what_it_decodes_and_not_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine, ended = Machine(2, kind=Scheduler), threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(machine.scheduler, "_resume", lambda: 1 / 0)
+        failed = machine.ask(Ask((1,)), on_end=ended.set)
+        assert ended.wait(30)
+    assert isinstance(failed.error, EngineError)
+    assert "ZeroDivisionError in the worker" in str(failed.error)
+    ended.clear()
+    assert machine.ask(Ask((1,)), on_end=ended.set).came is not None
+    assert ended.wait(30)
+    machine.scheduler.drain()
     machine.check_empty()
-
-
-@dataclass
-class Flag:
-    up: bool = False
-
-    def ready(self, whole: bool) -> bool:
-        return self.up
-
-
-def test_who_leaves_the_wheel_hands_it_to_one_that_still_waits() -> None:
-    """One that has what it waited for would go without driving, and the others would sleep for ever."""
-    wheel, flags, awake = Leader(threading.Lock()), [Flag(), Flag(), Flag()], list[int]()
-
-    def follow(number: int) -> None:
-        follower = wheel.take(flags[number], True)
-        assert follower is not None
-        wheel.sleep(follower)
-        awake.append(number)
-
-    assert wheel.take(Flag(), True) is None
-    threads = []
-    for number in range(3):
-        threads.append(threading.Thread(target=follow, args=(number,), daemon=True))
-        threads[-1].start()
-        while len(wheel.followers) <= number:
-            time.sleep(0.001)
-    flags[0].up = True  # as when a sweep ends its request
-    wheel.leave()
-    for thread in threads[:2]:
-        thread.join(5)
-    assert sorted(awake) == [0, 1]
-    assert len(wheel.followers) == 1
 
 
 def works(*asked: tuple[int, int]) -> list[SlotCall]:
@@ -624,86 +534,3 @@ def test_rules_are_not_learned_from_calls_of_one_size() -> None:
     for _ in range(3 * LEARNED):
         list(policy.run(asked, together=True))
     assert policy.rules == BatchRules(packed=True, known=False)
-
-
-@pytest.mark.parametrize("aside", [(5,), (0, 7, 14, 21), range(24)])
-def test_requests_that_the_own_thread_drives_are_waited_for_beside_others(aside: Sequence[int]) -> None:
-    """Readers token by token and of the whole, and waits that the own thread has beside them."""
-    machine = Machine(3)
-    requests = [Ask((number % 7, number), tokens=3 + number % 9) for number in range(24)]
-    outcomes: list[Any] = [None] * len(requests)
-    drivers: dict[bool, set[str]] = {True: set(), False: set()}
-
-    def reader(number: int) -> None:
-        def run(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-            for item in requests[number].run(decoder):
-                drivers[number in aside].add(threading.current_thread().name[:7])
-                yield item
-
-        row, tokens = Task(run, aside=number in aside), list[Token]()
-        machine.scheduler.join(row)
-        if number % 4 == 3:
-            machine.scheduler.attend(row, True)
-        while not row.ended or row.tokens:
-            assert machine.scheduler.wait(row, whole=bool(number % 2), until=time.monotonic() + 30)
-            while row.tokens:
-                tokens.append(row.tokens.popleft())
-        outcomes[number] = tokens
-
-    for _ in range(20):
-        threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(requests))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-        assert outcomes == [ask.alone()[0] for ask in requests]
-        outcomes = [None] * len(requests)
-    machine.scheduler.drain()
-    machine.check_empty()
-    assert machine.scheduler._aside == 0
-    assert drivers[True] == {"session"}
-    machine.scheduler.release()
-
-
-def test_a_thread_that_was_to_drive_and_must_not_any_more_leaves_it_to_the_own_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    machine, entered, gate = Machine(4), threading.Event(), threading.Event()
-    scheduler, sleep = machine.scheduler, Leader.sleep
-
-    def gated(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-        entered.set()
-        gate.wait(20)
-        yield from Ask((1,), tokens=1).run(decoder)
-
-    first, second, third = Task(gated), Task(Ask((2,), tokens=40).run), Task(Ask((3,), tokens=40).run)
-    late, joined = Task(Ask((4,), tokens=2).run, aside=True), list[Task]()
-
-    def slept(leader: Leader, follower: Any, until: float = math.inf) -> bool:
-        woken = sleep(leader, follower, until)
-        if threading.current_thread() is threads[1] and not joined:
-            joined.append(late)
-            scheduler.join(late)  # after it was woken to drive, and before it does
-        return woken
-
-    monkeypatch.setattr(Leader, "sleep", slept)
-
-    def others_wait(count: int) -> None:
-        while len(scheduler._wheel.followers) < count:
-            time.sleep(0.001)
-
-    for row in (first, second, third):
-        scheduler.join(row)
-    threads = [threading.Thread(target=scheduler.wait, args=(row, True), daemon=True) for row in (first, second)]
-    threads[0].start()
-    assert entered.wait(20)
-    threads[1].start()
-    others_wait(1)
-    scheduler.attend(third, True)
-    others_wait(2)
-    gate.set()
-    threads[1].join(5)
-    assert second.ended
-    assert joined
-    scheduler.drain()
-    scheduler.release()

@@ -58,7 +58,7 @@ class Thresholds:
 
     def __init__(self, bundle: Bundle, options: SessionOptions, costs: Costs | None = None) -> None:
         self._of_bundle = bundle.manifest.threshold
-        self._bundle, self._costs = bundle, costs
+        self._bundle, self.costs = bundle, costs
         self._of_session: float | None = None
         self.adaptive: AdaptiveThreshold | None = None
         if options.threshold == "adaptive":
@@ -106,8 +106,8 @@ class Thresholds:
             return DefaultMode("free", threshold)
         row = min(rows, key=lambda row: abs(row.threshold - threshold))
         speedup = row.predicted_speedup if row.measured_speedup is None else row.measured_speedup
-        if self._costs is not None:
-            speedup = self._costs.speedup(row.exit_rate, manifest.tuned_max_pending or manifest.max_pending)
+        if self.costs is not None:
+            speedup = self.costs.speedup(row.exit_rate, manifest.tuned_max_pending or manifest.max_pending)
         return DefaultMode("free", threshold, speedup, row.exit_rate, row.agreement)
 
     def with_mode(self, options: GenerationOptions) -> GenerationOptions:

@@ -1,1 +1,0 @@
-"""Prompt + options -> request -> response, sync and asyncio."""

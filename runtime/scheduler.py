@@ -1,0 +1,398 @@
+"""Many requests at the same engines. One worker thread decodes all of them: each of its turns admits sequences to free
+slots and runs the engine calls that they wait for, several as one. Callers wait for what it delivers."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as List
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakSet
+
+from runtime.batching import BatchedCall, BatchPolicy, BatchRules
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.slot_call import AT_ONCE, SlotCall
+from runtime.engines.cross_cache import CrossCache
+from runtime.engines.runner import Event, Runner
+from runtime.errors import EngineError, OptionError, QueueFullError
+from runtime.sequence import Sequence
+
+# Seconds between looks at whether a slot is free that someone drives by hand.
+WAIT = 0.005
+REENTRY = "a callback of a request asked its own session, which waits for the callback; open another session"
+CLOSED = "the session is closed; open a new one"
+
+
+class Scheduler:
+    """`decoders`: one for each slot; `batches` for each engine that runs calls of several sequences; at most `queue`
+    sequences wait for a slot.
+
+    Thread-safe, in the process that made it: a fork has no worker, and its calls raise OptionError. The worker runs
+    while there is something to do; `_lock` guards what others change too.
+    """
+
+    def __init__(
+        self,
+        decoders: List[Decoder],
+        batches: Mapping[Runner, BatchedCall],
+        cross: CrossCache,
+        queue: int,
+        rules: BatchRules = BatchRules(),  # noqa: B008 - it cannot be changed
+    ) -> None:
+        self._free, self._cross, self._queue = list(decoders), cross, queue
+        self._calls = BatchPolicy(batches, decoders[0].runners[0], rules)
+        self._rows: list[Sequence] = []
+        self._waiting: deque[Sequence] = deque()
+        self._lists = 0  # of which more sequences follow
+        self._borrowed = self._turns = 0
+        self._lock = threading.Lock()
+        self._closed = self._closing = False
+        self._pid = os.getpid()
+        self._thread: ThreadPoolExecutor | None = None
+        self._idle = threading.Event()
+        self._idle.set()
+        _LIVE.add(self)
+
+    # In any thread
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a fork of the one that opened the session."""
+        return os.getpid() != self._pid
+
+    @property
+    def inside(self) -> bool:
+        """Whether this code runs within a callback of a request, or in a task or thread that carries its context."""
+        return any(call.running and call.owner is self for call in _CALLS.get())
+
+    @property
+    def empty(self) -> bool:
+        return not self._rows and not self._waiting
+
+    @property
+    def running(self) -> int:
+        """Sequences that have a slot."""
+        return len(self._rows)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that wait for a slot."""
+        return len(self._waiting) - sum(each.abandoned for each in tuple(self._waiting))
+
+    def check(self) -> None:
+        """Refuse, with OptionError, to be asked in a fork or within a callback of a request."""
+        if self.forked:
+            raise OptionError(
+                f"the session was opened before process {os.getpid()} was forked; open one in this process, "
+                "or start it with multiprocessing's 'spawn'"
+            )
+        if self.inside:
+            raise OptionError(REENTRY)
+
+    def submit(self, sequence: Sequence, forced: bool = False) -> None:
+        """Queue a sequence. Raises OptionError where `check` does and after `close`, QueueFullError. `forced`: it is
+        one of a list that was let in, and neither the queue nor `close` refuse it."""
+        self.check()
+        observer = sequence.model.observer
+        observer.tell("queued", sequence.number)  # before the worker may begin it
+        try:
+            with self._lock:
+                self._let_in(sequence, forced)
+        except (OptionError, QueueFullError) as error:
+            observer.tell("ended", sequence.number, error=error)
+            raise
+
+    def _let_in(self, sequence: Sequence, forced: bool) -> None:
+        if self._closed and not forced:
+            raise OptionError(CLOSED)
+        waiting = sum(not (each.abandoned or each.forced) for each in self._waiting)
+        if not forced and waiting >= self._queue + len(self._free):
+            wait = "request waits" if self._queue == 1 else "requests wait"
+            raise QueueFullError(
+                f"{self._queue} {wait} for a slot already; ask again later, or open the session "
+                "with a larger queue or more slots"
+            )
+        if self._idle.is_set():
+            self._start()
+            self._idle.clear()
+        if self._closing:
+            sequence.end_soon()
+        self._waiting.append(sequence)
+
+    def _start(self) -> None:
+        """Let the worker run, which begins by taking the lock."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="session")
+        try:
+            self._thread.submit(self._work)
+        except RuntimeError:
+            raise OptionError("the interpreter is shutting down; ask earlier") from None
+
+    def close(self, drain: bool = False) -> None:
+        """Let nobody in any more, and end all after their next token; with `drain`, once they have ended."""
+        self._closed = True
+        if self.forked:
+            return
+        if drain:
+            self.drain()
+        self.end_soon()
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.shutdown(wait=False)
+
+    @contextmanager
+    def listing(self) -> Iterator[None]:
+        """While more sequences of a list follow, `drain` waits for them."""
+        with self._lock:
+            self._lists += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._lists -= 1
+
+    def drain(self) -> None:
+        """Wait until nobody waits or decodes. Raises OptionError within a callback of a request."""
+        self.check()
+        while True:
+            self._idle.wait()
+            with self._lock:
+                if self._idle.is_set() and not self._lists:
+                    return
+            time.sleep(WAIT)
+
+    def end_soon(self) -> None:
+        """End all after their next token."""
+        with self._lock:
+            self._closing = True
+            for sequence in (*self._rows, *self._waiting):
+                sequence.end_soon()
+
+    @contextmanager
+    def borrowed(self) -> Iterator[Decoder]:
+        """A free slot, to drive by hand, once nobody decodes. As long as any is lent, calls are of one sequence
+        each."""
+        self.check()
+        decoder = None
+        while decoder is None:
+            with self._lock:
+                if self._idle.is_set() and self._free:
+                    decoder = self._free.pop(0)
+                    self._borrowed += 1
+            if decoder is None:
+                time.sleep(WAIT)
+        try:
+            yield decoder
+        finally:
+            decoder.reset()
+            with self._lock:
+                self._borrowed -= 1
+                self._give_back(decoder)
+
+    def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """The same callback, within which this session refuses to be asked."""
+
+        def call(*arguments: Any) -> Any:
+            here = _Callback(self)
+            token = _CALLS.set((*_CALLS.get(), here))
+            try:
+                return callback(*arguments)
+            finally:
+                here.running = False
+                _CALLS.reset(token)
+
+        return call
+
+    # In the worker
+
+    def _work(self) -> None:
+        """Turns, until nobody waits or decodes."""
+        while True:
+            with self._lock:
+                if self.empty:
+                    self._idle.set()
+                    return
+            try:
+                self.turn()
+            except BaseException as error:  # of no request: their errors end them alone
+                for sequence in tuple(self._rows):
+                    self._end(sequence, EngineError(f"{type(error).__name__} in the worker: {error}; ask again"))
+
+    def turn(self) -> None:
+        """Admit sequences and go on with those that have a slot: with one that is alone until another comes."""
+        moved = self._sweep()
+        if len(self._rows) == 1 and _goes_on(self._rows[0]):
+            decoder = self._rows[0].decoder
+            decoder.alone = True
+            try:
+                self._run_alone(self._rows[0])
+            finally:
+                decoder.alone = False
+            return
+        self._turns += 1
+        moved = self._resume() or moved
+        moved = self._run_calls() or moved
+        if not moved:
+            self._wait()
+
+    def _sweep(self) -> bool:
+        """End abandoned and late sequences, admit waiting ones. True if anything changed."""
+        gone, now = False, time.monotonic()
+        for sequence in tuple(self._rows):
+            if sequence.abandoned or sequence.until <= now:
+                self._end(sequence)
+                gone = True
+        return (bool(self._waiting) and self._admit()) or gone
+
+    def _admit(self) -> bool:
+        begun = 0
+        with self._lock:
+            left = [each for each in self._waiting if each.abandoned]
+            for sequence in left:
+                self._waiting.remove(sequence)
+            while self._waiting and self._free:
+                sequence = self._waiting.popleft()
+                sequence.enter(self._free.pop(0))
+                self._rows.append(sequence)
+                begun += 1
+            late = [each for each in self._waiting if each.cancelled or (each.may_leave and each.leaves())]
+            for sequence in late:
+                self._waiting.remove(sequence)
+        for sequence in (*left, *late):
+            sequence.finish()
+            sequence.end()
+        return bool(begun or left or late)
+
+    def _run_alone(self, sequence: Sequence) -> None:
+        """Turns of the only sequence, while nothing else is to be done. Most turns are these. What they touch has left
+        the processor's cache during the engine call, so each function and array here counts."""
+        waiting, may_be_late = self._waiting, sequence.until != math.inf
+        call = sequence.waits
+        while True:
+            self._turns += 1
+            error: Exception | None = None
+            if call is not AT_ONCE:
+                if not isinstance(call, SlotCall):
+                    return
+                try:
+                    call.run()
+                except Exception as failure:
+                    error = failure
+            try:
+                going = sequence.advance(error)
+            except BaseException as failure:
+                self._end(sequence, failure)
+                return
+            if not going:
+                self._end(sequence)
+                return
+            if waiting or sequence.abandoned or (may_be_late and sequence.until <= time.monotonic()):
+                return
+            call = sequence.waits
+
+    def _resume(self) -> bool:
+        """Advance sequences whose event is done, and one of those that wait for a turn alone: the next piece of a
+        prompt, which must not keep the others waiting for long. True if there was any."""
+        happened = [each for each in self._rows if isinstance(each.waits, Event) and each.waits.done()]
+        for sequence in happened:
+            self._advance(sequence)
+        in_line = [each for each in self._rows if each.waits is None]
+        for sequence in in_line[:1]:
+            # To the end of the line.
+            self._rows.remove(sequence)
+            self._rows.append(sequence)
+            if sequence.begun and sequence.leaves():
+                self._end(sequence)
+            else:
+                sequence.decoder.others = len(self._rows) > 1
+                self._advance(sequence)
+        return bool(happened or in_line)
+
+    def _run_calls(self) -> bool:
+        chosen = self._calls.choose(self._rows, self._turns)
+        if not chosen:
+            return False
+        if len(chosen) > 1 and not self._borrowed:
+            self._close_gaps()
+        waiting = {id(each.waits): each for each in chosen}
+        calls = [each.waits for each in chosen if isinstance(each.waits, SlotCall)]
+        for call, error in self._calls.run(calls, together=not self._borrowed):
+            self._advance(waiting[id(call)], error)
+        return True
+
+    def _advance(self, sequence: Sequence, error: Exception | None = None) -> None:
+        try:
+            going = sequence.advance(error)
+        except BaseException as failure:  # of the engine, or of its caller's code
+            self._end(sequence, failure)
+            return
+        sequence.since = self._turns
+        if not going:
+            self._end(sequence)
+
+    def _end(self, sequence: Sequence, error: BaseException | None = None) -> None:
+        decoder = sequence.decoder
+        self._rows.remove(sequence)
+        with suppress(Exception):
+            sequence.stop()
+        self._cross.forget(decoder.slot)
+        decoder.reset()
+        with self._lock:
+            self._give_back(decoder)
+        sequence.end(error)
+
+    def _give_back(self, decoder: Decoder) -> None:
+        self._free.append(decoder)
+        self._free.sort(key=lambda free: free.slot)
+
+    def _close_gaps(self) -> None:
+        """Move sequences from the highest slots to free ones below: idle rows of a call cost as much as others."""
+        while self._free:
+            last = max(self._rows, key=lambda each: each.decoder.slot).decoder
+            if last.slot < self._free[0].slot or last.in_background:
+                return
+            self._cross.forget(last.slot)
+            last.move(self._free[0])
+            self._free.sort(key=lambda free: free.slot)
+
+    def _wait(self) -> None:
+        events = [each.waits for each in self._rows if isinstance(each.waits, Event)]
+        if events:
+            with suppress(Exception):  # it reaches the sequence that waits for it
+                events[0].wait()
+        else:
+            time.sleep(WAIT)
+
+
+def _goes_on(sequence: Sequence) -> bool:
+    """Whether a sequence that is alone needs nothing else to go on."""
+    return sequence.waits is AT_ONCE or isinstance(sequence.waits, SlotCall)
+
+
+class _Callback:
+    def __init__(self, owner: Scheduler) -> None:
+        self.owner, self.running = owner, True
+
+
+# Of this context and those it was copied from: tasks of an event loop and asyncio.to_thread begin with a copy.
+_CALLS: ContextVar[tuple[_Callback, ...]] = ContextVar("freeexport callbacks", default=())
+_LIVE: WeakSet[Scheduler] = WeakSet()
+
+
+def _at_exit() -> None:
+    for scheduler in tuple(_LIVE):
+        if not scheduler.forked:
+            scheduler.end_soon()
+
+
+# The interpreter waits for its threads before other exit handlers run: what nobody reads any more must not keep it.
+if hasattr(threading, "_register_atexit"):
+    threading._register_atexit(_at_exit)

@@ -1,1 +1,0 @@
-"""Many sequences: turns, batching, who drives."""

@@ -1,0 +1,473 @@
+"""A request from its prompt to its end: `Model` makes sequences of prompts and options, the scheduler runs them."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+from collections.abc import Callable, Container, Generator
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import numpy as np
+
+from runtime.adaptation.call_costs import CallCosts
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.costs import NEUTRAL
+from runtime.bundle.manifest import Manifest
+from runtime.decoding.beam_rows import BeamRows
+from runtime.decoding.beam_search import BeamSearch, Hypothesis, Scores
+from runtime.decoding.decoder import Decoder
+from runtime.decoding.draft_sources import DraftSources
+from runtime.decoding.drafts import Drafts, LearnedDrafts
+from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
+from runtime.decoding.prediction import Prediction
+from runtime.decoding.prefix import Prefix
+from runtime.decoding.response import Response
+from runtime.decoding.slot_call import AT_ONCE, Waiting, Waits
+from runtime.engines.encoder import Encoder
+from runtime.engines.memory import check_beams
+from runtime.engines.prefix_store import PrefixStore, hashes
+from runtime.errors import BundleError, OptionError
+from runtime.json_file import read_object
+from runtime.machine.device import Device
+from runtime.metrics import Observer
+from runtime.options import GenerationOptions, Mode, SessionOptions
+from runtime.result import GenerationResult, Stats, Token
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
+from runtime.text.sampler import LogitsProcessor, Sampler, Warping, log_softmax
+from runtime.text.tokenizer import Tokenizer
+from runtime.thresholds import Threshold, Thresholds
+
+# Most continuations of one prompt: they are decoded one after the other in one slot.
+MOST_SEQUENCES = 1024
+
+GENERATION_CONFIG = "generation_config.json"
+LARGEST_CONFIG = 4 << 20  # bytes
+# Sampling values that a bundle may recommend.
+RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+# Runs a callback of the caller's, so that it cannot wait for the session that waits for it.
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Model:
+    """What the sequences of a session have in common: the bundle, what is loaded of it, and what was learned.
+
+    `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None. `tokenizer` None: results have no text.
+    `prefixes`: what sequences reuse
+    of earlier ones, blocks or what the encoder gave; None: nothing. `learned`: of lossless drafts.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        options: SessionOptions,
+        capacity: int,
+        encoder: Encoder | None,
+        tokenizer: Tokenizer | None,
+        thresholds: Thresholds,
+        observer: Observer,
+        guard: Guard,
+    ) -> None:
+        self.bundle, self.manifest, self.options = bundle, bundle.manifest, options
+        self.capacity, self.encoder, self.tokenizer = capacity, encoder, tokenizer
+        self.observer, self.guard = observer, guard
+        self.thresholds = thresholds
+        self.forget_drafts()
+        limit = options.prefix_cache_bytes
+        self.prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
+
+    def forget_drafts(self) -> None:
+        """Begin to learn of lossless drafts anew."""
+        self.learned = LearnedDrafts(CallCosts(self.manifest.costs or NEUTRAL))
+
+    def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
+        """Token ids int64 [n]. Raises PromptError."""
+        limit = self.manifest.encoder_capacity or self.capacity
+        missing = NO_TOKENIZER if self.options.trust_templates else UNTRUSTED
+        parse_special = None if parse_special is None else bool(parse_special)
+        return encode_prompt(prompt, self.tokenizer, self.manifest.vocab_size, limit, parse_special, missing)
+
+    def sequence(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        cancel: threading.Event | None = None,
+        count: int | None = None,
+        asked: float | None = None,
+    ) -> Sequence:
+        """A request that was `asked` at this time of the monotonic clock, by default now. `count` continuations are to
+        be ordered by log-probability; None is one as it is. Raises PromptError, OptionError, CapacityError."""
+        manifest, options = self.manifest, self.thresholds.with_mode(options)
+        if count is not None:
+            options = replace(options, output_logprobs=True)
+        if options.max_pending is not None and options.max_pending > manifest.max_pending:
+            raise OptionError(
+                f"max_pending is {options.max_pending}; this bundle has room for {manifest.max_pending} (see convert)"
+            )
+        if options.num_beams > 1 and self.encoder is None:
+            raise OptionError(
+                f"num_beams is {options.num_beams}; beam search is for encoder-decoders, this bundle is decoder-only"
+            )
+        for tokens in options.sequence_bias or ():
+            if max(tokens) >= manifest.vocab_size:
+                raise OptionError(
+                    f"sequence_bias names token {max(tokens)}; the ids of this bundle are 0 to "
+                    f"{manifest.vocab_size - 1}"
+                )
+        if options.samples:
+            recommended = read_defaults(self.bundle.path, manifest.files).items()
+            options = replace(options, **{name: value for name, value in recommended if getattr(options, name) is None})
+        if options.logits_processor:
+            options = replace(options, logits_processor=[self.guard(each) for each in processors_of(options)])
+        if options.draft_source is not None:
+            options = replace(options, draft_source=self.guard(options.draft_source))
+        if options.predicted_output is not None:
+            expected = encode_expected(options.predicted_output, self.tokenizer, manifest.vocab_size, self.capacity)
+            options = replace(options, predicted_output=expected.tolist())
+        tokens = self.encode(prompt, options.parse_special)
+        return Sequence(self, tokens, options, cancel, monotonic() if asked is None else asked, count or 1)
+
+
+class Sequence(Response):
+    """A request: how its prompt `ids`, int64 [n], are decoded in a slot, and its place in the scheduler.
+
+    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `continuations` of the
+    prompt that have begun: this one is the first of `count`.
+
+    In the scheduler: `waits` for an engine call or event since the turn `since`. `abandoned`: nobody wants it any more,
+    and it ends at the next turn. `error` ended it. `deliver`, where it is set, is called with each token, and `on_end`
+    once nothing more comes, both in the worker: they must not raise.
+    """
+
+    waits: Waiting = None
+    since = 0
+    abandoned = ended = begun = forced = _told = False
+    error: BaseException | None = None
+    deliver: Callable[[Token], None] | None = None
+    on_end: Callable[[], None] | None = None
+    _decoder: Decoder | None = None
+    _coroutine: Loop | None = None
+
+    def __init__(
+        self,
+        model: Model,
+        ids: np.ndarray,
+        options: GenerationOptions,
+        cancel: threading.Event | None = None,
+        asked: float = 0.0,
+        count: int = 1,
+    ) -> None:
+        manifest = model.manifest
+        self.model, self.ids, self.options, self.count = model, ids, options, count
+        # What the decoder reads before its first token.
+        self._prompt = ids if model.encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
+        # The newest token is never read back, so it needs no position.
+        self._limit = min(options.max_new_tokens, model.capacity - len(self._prompt) + 1)
+        self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
+        self._cancel = cancel
+        until = math.inf if options.deadline is None else asked + options.deadline
+        super().__init__(*self._choosing(0), cancel=cancel, asked=asked, until=until)
+        assert options.mode is not None
+        self._threshold = model.thresholds.decide(options.threshold, options.mode)
+        self.mode = _mode(options, options.mode, self._threshold)
+        self._rollback_threshold = _rollback_threshold(options, manifest)
+        tuned = manifest.tuned_max_pending if options.mode == "free" else None
+        self._max_pending = options.max_pending or tuned or manifest.max_pending
+        self._prefix: Prefix | None = None
+        if model.prefixes is not None and model.encoder is None:
+            exits = bool(manifest.exit_layers) and (self._head or self._exits)
+            self._prefix = Prefix(model.prefixes, ids, options.cache_salt, exits)
+        if options.num_beams > 1 and Device.parse(model.options.device).index is None:
+            check_beams(manifest, options.num_beams, len(self._prompt) + self._limit)
+        self._first: Prediction | None = None
+        self._found: list[Hypothesis] = []
+        self.continuations: list[Response] = [self]
+        self.number = model.observer.next_number()
+
+    # In the scheduler
+
+    @property
+    def decoder(self) -> Decoder:
+        assert self._decoder is not None
+        return self._decoder
+
+    def enter(self, decoder: Decoder) -> None:
+        """Take a slot."""
+        self._decoder, self._coroutine = decoder, self.run(decoder)
+
+    def advance(self, error: Exception | None = None) -> bool:
+        """Go on to what it waits for next, or with an `error` of that: whether there is something. Raises its error."""
+        coroutine = self._coroutine
+        assert coroutine is not None
+        self.begun = True
+        try:
+            item = next(coroutine) if error is None else coroutine.throw(error)
+            while item is not AT_ONCE:
+                if not isinstance(item, Token):
+                    self.waits = item
+                    return True
+                if not self._told:
+                    self._told = True
+                    self.model.observer.tell("first_token", self.number)
+                if self.deliver is not None:
+                    self.deliver(item)
+                item = next(coroutine)
+        except StopIteration:
+            return False
+        self.waits = AT_ONCE
+        return True
+
+    def stop(self) -> None:
+        """Close the coroutine, which must not touch its slot afterwards."""
+        if self._coroutine is not None:
+            self._coroutine.close()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Nothing more will come, for this `error` if there was one."""
+        self.waits = self._decoder = self._coroutine = None
+        self.error = error
+        try:
+            self.model.observer.ended(self.number, self.asked, self.continuations, error)
+        finally:
+            self.ended = True
+            if self.on_end is not None:
+                self.on_end()
+
+    def end_soon(self) -> None:
+        """End after the next token."""
+        for each in self.continuations:
+            each.cancelled = True
+
+    def best(self) -> list[GenerationResult]:
+        """Of the continuations that came to their end, best first."""
+        done = [each.result for each in self.continuations if each.complete]
+        if self.options.num_beams > 1:
+            return done
+        return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
+
+    # In a slot
+
+    def run(self, decoder: Decoder) -> Loop:
+        """Decode in a slot, one continuation after the other: the tokens, and what they wait for."""
+        try:
+            for number in range(self.count):
+                response: Response = self
+                if number:
+                    response = Response(
+                        *self._choosing(number), cancel=self._cancel, asked=self.asked, until=self.until
+                    )
+                    response.cancelled = self.cancelled
+                    self.continuations.append(response)
+                self._reset(decoder, number)
+                response.begin(decoder.stats)
+                if not number:
+                    self.model.observer.tell("started", self.number)
+                try:
+                    if self.options.num_beams > 1:
+                        yield from self._beam(decoder, response, number)
+                    else:
+                        yield from (yield from self._begin(decoder, response, number))
+                finally:
+                    response.close()
+                if self._prefix is not None:
+                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
+                if not response.complete:
+                    return
+        finally:
+            self._threshold.learn()
+
+    def _choosing(self, number: int) -> tuple[np.ndarray, int, frozenset[int], Sampler | None, bool, Detokenizer, int]:
+        """How a continuation chooses tokens: the first arguments of its Response."""
+        options, manifest = self.options, self.model.manifest
+        eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
+        sampler = sampler_of(options, len(self._prompt), eos, (self._seed, number))
+        text = Detokenizer(self.model.tokenizer, tuple(options.stop))
+        logprobs, best = options.output_logprobs, int(options.top_logprobs)
+        return self._prompt, self._limit, eos, sampler, logprobs, text, best
+
+    def _reset(self, decoder: Decoder, number: int) -> None:
+        """Begin anew, or after the prompt, which was read."""
+        if number == 0 or self.options.num_beams > 1:
+            decoder.reset()
+        else:
+            decoder.stats = Stats()
+            decoder.trim(0 if self.model.encoder is not None else len(self._prompt))
+        decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self.ids)
+        decoder.stats.predicted = int(self.model.encoder is None)
+
+    def _begin(self, decoder: Decoder, response: Response, number: int) -> Generator[Token | Waiting, None, Loop]:
+        """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
+        prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
+        if number == 0:
+            decoder.want_logits(response.needs_logits)
+        if self.model.encoder is not None:
+            if number == 0:
+                decoder.attend(self._encode(decoder))
+            decoder.begin(self._exits or self._head)
+        else:
+            if self._first is None:
+                first = yield from decoder.prefilling(self._prompt, self._head, self._exits, self._prefix)
+                self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
+            yield response.add(response.choose(self._first), False, self._first.confidence, self._first)
+        return self._loop(decoder, response)
+
+    def _loop(self, decoder: Decoder, response: Response) -> Loop:
+        mode, (threshold, labels, _) = self.mode, self._threshold
+        if mode == "rollback":
+            return rollback(decoder, response, threshold, self._max_pending, self._rollback_threshold)
+        if mode == "shallow":
+            return shallow(decoder, response)
+        if mode == "free" and (labels is None or not labels.learns):
+            return free(decoder, response, threshold, self._max_pending, self.options.sync_every)
+        if mode == "free":
+            # What a pass in the background reads gets no answer, and so no label.
+            return free(decoder, response, threshold, self._max_pending, 0, labels)
+        if mode == "full" and self.options.output_confidence:
+            return free(decoder, response, NEVER_EXIT, self._max_pending)
+        if mode == "full":
+            return full(decoder, response)
+        learned = self.model.learned
+        acceptance = learned.acceptance(threshold, self.options.samples)
+        drafts = Drafts(learned.costs, acceptance, self._draft_sources(), self.options.drafts != "lookup")
+        return lossless(decoder, response, threshold, self._max_pending, drafts)
+
+    def _draft_sources(self) -> DraftSources | None:
+        options, predicted = self.options, self.options.predicted_output
+        if options.drafts == "exit":
+            return None
+        source = () if self.model.encoder is None else self.ids.tolist()
+        assert not isinstance(predicted, str)
+        vocabulary = self.model.manifest.vocab_size
+        return DraftSources(vocabulary, self._prompt.tolist(), source, predicted, options.draft_source)
+
+    def _beam(self, decoder: Decoder, response: Response, number: int) -> Loop:
+        """The best beams of one search, best first."""
+        if number == 0:
+            self._found = yield from self._search(decoder)
+        wanted = self.options.output_logprobs
+        for hypothesis in self._found[number : number + 1]:
+            for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
+                if not response.finished:
+                    yield response.add(token, False, None, None, logprob if wanted else None)
+
+    def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
+        options, sampler = self.options, self._sampler
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self._limit)
+
+        def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
+            newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self._prompt[-1])
+            raw = log_softmax((yield from rows.stepping(newest, sources)))
+            if sampler is None:
+                return raw, raw
+            processed = np.empty_like(raw)
+            for row, sequence in enumerate(sequences):
+                read = np.concatenate([self._prompt, sequence])
+                processed[row] = sampler.process(raw[row].astype(np.float32), read)
+                yield None
+            return processed, raw
+
+        penalty = float(options.length_penalty)
+        search = BeamSearch(options.num_beams, self._limit, self._eos, penalty, options.early_stopping)
+        return (yield from search.turns(score, lambda: self.leaves() is not None))
+
+    @property
+    def _exits(self) -> bool:
+        """Whether the shallow head may run after the prompt."""
+        return self.mode != "full" and not (self.mode == "lossless" and self.options.drafts == "lookup")
+
+    @property
+    def _head(self) -> bool:
+        """Whether the shallow head runs at the prompt: lossless must not cost more than full before it knows that
+        drafts pay."""
+        return self.mode not in ("full", "lossless") or self.options.output_confidence
+
+    def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
+        assert self.model.encoder is not None
+        began, store, ids = perf_counter(), self.model.prefixes, self.ids
+        chain = [] if store is None else hashes(ids, len(ids), self.options.cache_salt)
+        found = store.find(chain) if store is not None else []
+        cross: dict[str, np.ndarray] = found[0] if found else self.model.encoder.run(ids, decoder)
+        if found:
+            decoder.stats.cached_tokens = len(ids)
+        elif store is not None:
+            store.keep(chain, lambda number: cross, sum(array.nbytes for array in cross.values()))
+        decoder.stats.encode_seconds = perf_counter() - began
+        return cross
+
+
+def check_count(count: int, options: GenerationOptions) -> None:
+    """Raises OptionError for so many continuations of one prompt."""
+    most = MOST_SEQUENCES if options.samples else options.num_beams
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= most:
+        raise OptionError(
+            f"num_return_sequences is {count!r}; choose 1 to {MOST_SEQUENCES} with do_sample=True or a temperature "
+            "above 0, or up to num_beams"
+        )
+
+
+def sampler_of(
+    options: GenerationOptions, prompt_length: int, eos: frozenset[int], seed: tuple[int, int]
+) -> Sampler | None:
+    """How options choose among logits; None where that is arg max, which the engines do themselves."""
+    warping = None
+    if options.samples:
+        top_k = 50 if options.top_k is None else int(options.top_k)
+        temperature, top_p = _given(options.temperature, 1.0), _given(options.top_p, 1.0)
+        warping = Warping(temperature, top_k, top_p, _given(options.min_p, 0.0))
+    penalty, processors = _given(options.repetition_penalty, 1.0), processors_of(options)
+    if not (warping or options.sequence_bias or processors or options.min_new_tokens) and penalty == 1.0:
+        return None
+    return Sampler(
+        prompt_length, eos, options.min_new_tokens, penalty, options.sequence_bias, processors, warping, seed
+    )
+
+
+def processors_of(options: GenerationOptions) -> tuple[LogitsProcessor, ...]:
+    given = options.logits_processor
+    return (given,) if callable(given) else tuple(given)
+
+
+def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:
+    """The values of RECOMMENDED in the bundle's generation_config.json; none where the manifest has not `listed` it.
+
+    BundleError where one cannot be used.
+    """
+    file = bundle / GENERATION_CONFIG
+    if GENERATION_CONFIG not in listed or not file.exists():
+        return {}
+    content = read_object(file, "convert the checkpoint again", limit=LARGEST_CONFIG)
+    values = {name: content[name] for name in RECOMMENDED if content.get(name) is not None}
+    try:
+        GenerationOptions(do_sample=True, **values)
+    except OptionError as error:
+        raise BundleError(f"{file}: {str(error)[:300]}; or pass your own") from None
+    return values
+
+
+def _given(value: float | None, default: float) -> float:
+    return default if value is None else float(value)
+
+
+def _mode(options: GenerationOptions, wanted: Mode, threshold: Threshold) -> Mode:
+    """Where nothing can exit, the shallow head runs only for requests that return its confidence, or learn from it."""
+    if options.drafts == "none":
+        return "full"
+    learns = threshold.labels is not None and threshold.labels.learns
+    never = threshold.value >= NEVER_EXIT and wanted in ("free", "rollback")
+    return "full" if never and not (options.output_confidence or learns) else wanted
+
+
+def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:
+    given = manifest.rollback_threshold if options.rollback_threshold is None else options.rollback_threshold
+    if given is None and options.mode == "rollback":
+        raise OptionError(
+            "rollback_threshold is None and this bundle records none; pass nats above which a token is taken back, "
+            "as rollback_threshold=3.0, or calibrate"
+        )
+    return float("inf") if given is None else float(given)
