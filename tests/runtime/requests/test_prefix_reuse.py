@@ -132,8 +132,8 @@ def decoder_lag(options: dict[str, Any]) -> int:
 
 
 def stored(session: Session) -> dict[bytes, Any]:
-    assert session._prefixes is not None
-    return dict(session._prefixes._entries)
+    assert session._model.prefixes is not None
+    return dict(session._model.prefixes._entries)
 
 
 def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
@@ -163,7 +163,7 @@ def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: st
     session = open_session(precision=precision, prefix_cache_mb=1)
     draw = np.random.default_rng(0)
     beginnings = [SYSTEM, SYSTEM[:20], [5] * 50]
-    store, seen = session._prefixes, set[bytes]()
+    store, seen = session._model.prefixes, set[bytes]()
     assert store is not None
     for _ in range(4):
         prompts = [
@@ -290,7 +290,7 @@ def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(
 
 def test_the_encodings_of_an_encoder_decoder_keep_the_bound(open_session: Open) -> None:
     session = open_session(T5, "fp32", prefix_cache_mb=1)
-    store = session._prefixes
+    store = session._model.prefixes
     assert store is not None
     for number in range(12):
         session.generate([7 + number] * 100, max_new_tokens=2)
