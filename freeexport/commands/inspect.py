@@ -102,9 +102,8 @@ def bundle_as_dict(bundle: Bundle) -> dict[str, Any]:
 
 def default_mode(bundle: Bundle) -> DefaultMode:
     """How requests are decoded that give neither mode nor threshold; costs are those of the bundle."""
-    from runtime.thresholds import Thresholds
-
     from runtime.options import SessionOptions
+    from runtime.thresholds import Thresholds
 
     return Thresholds(bundle, SessionOptions()).default()
 
