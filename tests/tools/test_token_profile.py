@@ -12,8 +12,7 @@ from click.testing import CliRunner
 from conftest import Bundles
 
 from runtime import Bundle
-from tools.speed.kernel_profile import calls, read_step, typical
-from tools.speed.step_profile import main, profile, table
+from tools.token_profile import calls, main, profile, read_step, table, typical
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -78,11 +77,13 @@ def test_only_the_last_calls_count(tmp_path: Path) -> None:
 
 
 def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
-    found = profile(bundle(BY_NAME["llama-tied"]), 1, 6, 8)
+    path = bundle(BY_NAME["llama-tied"])
+    found = profile(path, 1, 6, 8)
     attended = [item for step in found.steps.values() for item in step.kernels if item.kind == "attention"]
-    assert sum(item.count for item in attended) == Bundle.open(bundle(BY_NAME["llama-tied"])).manifest.layers
+    assert sum(item.count for item in attended) == Bundle.open(path).manifest.layers
     assert set(found.engines) == {"shallow", "deep"}
     assert found.token > sum(found.engines.values()) > 0
+    assert found.open > 0
     shown = table(found, 0)
     assert "GroupQueryAttention" in shown
     assert "between them" in shown
@@ -90,13 +91,10 @@ def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
 
 def test_the_command_prints_a_table(bundle: Bundles) -> None:
     path = str(bundle(BY_NAME["t5-relu-tied"]))
-    result = CliRunner().invoke(main, [path, "--tokens", "6", "--context", "4", "--threads", "1", "--force"])
+    result = CliRunner().invoke(main, [path, "--tokens", "6", "--context", "4", "--threads", "1"])
     assert result.exit_code == 0, result.output
-    assert "threads 1" in result.output
+    assert "1 thread(s)" in result.output
     for operator in ("GroupQueryAttention", "MultiHeadAttention", "Gemm"):
         assert operator in result.output
-
-
-def test_too_few_tokens_are_refused(bundle: Bundles) -> None:
-    result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--tokens", "2"])
-    assert "4 or more" in str(result.exception)
+    few = CliRunner().invoke(main, [path, "--tokens", "2"])
+    assert "4 or more" in str(few.exception)
