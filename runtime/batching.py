@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from runtime.bundle.costs import Costs
-from runtime.decoding.slot_call import SlotCall, Waiting
+from runtime.decoding.decoder import SlotCall, Waiting
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner

@@ -17,8 +17,7 @@ from typing import Any
 from weakref import WeakSet
 
 from runtime.batching import BatchedCall, BatchPolicy, BatchRules
-from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import AT_ONCE, SlotCall
+from runtime.decoding.decoder import AT_ONCE, Decoder, SlotCall
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Event, Runner
 from runtime.errors import EngineError, OptionError, QueueFullError

@@ -18,16 +18,13 @@ from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
-from runtime.decoding.beam_rows import BeamRows
-from runtime.decoding.beam_search import BeamSearch, Hypothesis, Scores
-from runtime.decoding.decoder import Decoder
+from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
+from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, Waiting, Waits
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.drafts import Drafts, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
-from runtime.decoding.prediction import Prediction
 from runtime.decoding.prefix import Prefix
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import AT_ONCE, Waiting, Waits
 from runtime.engines.encoder import Encoder
 from runtime.engines.memory import check_beams
 from runtime.engines.prefix_store import PrefixStore, hashes

@@ -21,8 +21,7 @@ from runtime.batching import BatchedCall, rules_of
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import Manifest
-from runtime.decoding.decisions import Decisions
-from runtime.decoding.decoder import Decoder
+from runtime.decoding.decoder import Decisions, Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
@@ -47,7 +46,7 @@ class Session:
     itself, and its result does not depend on what else runs (docs/serving.md).
 
     `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
-    measurements: predictions in place of the decoders' own (runtime/decoding/decisions.py). `on_event` is called with
+    measurements: predictions in place of the decoders' own (runtime/decoding/decoder.py). `on_event` is called with
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
     """

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 
 from runtime import Session
-from runtime.decoding.decisions import Decisions
-from runtime.decoding.decoder import Decoder
-from runtime.decoding.prediction import Prediction
+from runtime.decoding.decoder import Decisions, Decoder, Prediction
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 

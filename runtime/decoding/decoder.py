@@ -1,41 +1,177 @@
-"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls."""
+"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls.
+
+Decoding is written as coroutines: generators that yield what they wait for, mostly the sequence's part of an engine
+call, which may be run together with those of others, and go on when it is there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from time import perf_counter
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.decoding.decisions import Decisions
-from runtime.decoding.prediction import NOTHING, Prediction
 from runtime.decoding.prefix import BLOCK, Prefix
-from runtime.decoding.slot import Slot
-from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
-from runtime.engines.runner import Runner
+from runtime.engines.onnx import Call
+from runtime.engines.runner import Event, Runner
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
 PREFILL_ROWS = 512
 # While other sequences decode, a piece comes before each of the two engine calls that their next token takes: about as
-# many rows as are read in so many seconds, within limits. Few rows read all weights for little.
+# many rows as are read in so many seconds, within limits. Small pieces reread all weights for few tokens.
 SHARED_PREFILL_SECONDS = 0.05
 FEWEST_SHARED_ROWS, SHARED_PREFILL_ROWS = BLOCK, 128
 
+T = TypeVar("T")
+Yielded = TypeVar("Yielded")
+
 # What to run the shallow decoder on next while a sync pass runs, given its prediction after the token before (None at
 # first) and the tokens that it has run ahead on. None: nothing more.
-RunAhead = Callable[[Prediction | None, Sequence[int]], int | None]
+RunAhead = Callable[["Prediction | None", Sequence[int]], int | None]
+
+
+class Prediction(NamedTuple):
+    """The arg max for the token after a row; `confidence` of the shallow decoder in [0, 1], None where its head did not
+    run; `nll` in nats of the token that was drafted there, by the deep decoder; `logits` float32 [V] where they were
+    asked for: a view, valid until the same engine's next call."""
+
+    token: int
+    confidence: float | None = None
+    nll: float | None = None
+    logits: np.ndarray | None = None
+
+
+# The prediction at a row without the head.
+NOTHING = Prediction(-1)
+
+
+class SlotCall:
+    """`rows` rows of a sequence for the engine of `runner`, which is to run the head for the last `heads` of them.
+    `exits`: and the exit's own layers, where it has any, for all.
+
+    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
+    "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
+    what the call took that it was last part of, and `batch_size` how many sequences were.
+    """
+
+    __slots__ = (
+        *("_call", "_used", "batch_size", "exits", "heads", "inputs"),
+        *("outputs", "owner", "rows", "runner", "seconds"),
+    )
+
+    def __init__(
+        self,
+        owner: Decoder,
+        runner: Runner,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        rows: int,
+        heads: int,
+        exits: bool = False,
+    ) -> None:
+        self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
+        self.rows, self.heads, self.exits, self.seconds, self.batch_size = rows, heads, exits, 0.0, 1
+        self._call: Call | None = None
+        self._used = False
+
+    def submit(self) -> Event:
+        """Run it by itself, where calls of its engine run."""
+        return self.runner.submit(self._bound())
+
+    def run(self) -> None:
+        """Run it by itself, to its end."""
+        call = self._call or self._bound()
+        self._used = True
+        self.seconds, self.batch_size = self.runner.run(call), 1
+
+    def _bound(self) -> Call:
+        if self._call is None:
+            self._call = self.owner.bind(self)
+        self._used = True
+        return self._call
+
+    def attend(self, cross: Mapping[str, Any]) -> None:
+        """Read this instead of what the sequence before did. A call that it did not use is forgotten."""
+        if self._call is not None and self._used:
+            self._call.rebind(cross, {})
+        else:
+            self._call = None
+        self._used = False
+
+    def forget(self) -> None:
+        """The slot has changed: bind again."""
+        self._call = None
+
+
+# Nothing: what follows are engine calls that a sequence which is alone runs itself.
+AT_ONCE = Event(0.0)
+
+# SlotCall to be run, an event to happen, or None: others may have a turn.
+Waiting = SlotCall | Event | None
+Waits = Generator[Waiting, None, T]
+
+
+def alone(coroutine: Generator[Waiting | Yielded, None, T]) -> Generator[Yielded, None, T]:
+    """Run what a coroutine waits for, at once, and pass on the other things that it yields."""
+    try:
+        item = next(coroutine)
+        while True:
+            if isinstance(item, SlotCall):
+                item.run()
+            elif item is not None and not isinstance(item, Event):
+                yield item
+            item = next(coroutine)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    finally:
+        coroutine.close()
+
+
+def finish(coroutine: Waits[T]) -> T:
+    """Run a coroutine to its end by itself: what it returns."""
+    rest: Generator[Any, None, T] = alone(coroutine)
+    try:
+        while True:
+            next(rest)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
+class Decisions:
+    """For `Session(..., decisions=...)`: predictions in place of the decoders' own, for measurements. Subclass it and
+    override what is to be decided; this one changes nothing. All engines run as ever, so what is measured is what such
+    decisions would cost. Called by whichever thread drives, for one sequence at a time. Positions are counted from 0 at
+    the first token of the prompt."""
+
+    def begin(self, decoder: Decoder, prompt: int) -> None:
+        """A sequence begins to decode after a prompt of so many tokens, an encoder-decoder's start token among them,
+        with a decoder that is its own until it ends."""
+
+    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
+        """In place of the shallow prediction after the token at `position`."""
+        return shallow
+
+    def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
+        """In place of a sync pass's predictions after the tokens at `first` and the positions that follow."""
+        return deep
 
 
 class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
     `max_pending` the rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
     whether other sequences wait while a piece of a prompt is read. `alone`: none could share a deep pass, which is then
-    run at once. `want_logits` makes predictions carry logits.
+    run at once. `cross` is what cross-attention reads. `shared_calls`: whether any engine call of the sequence was
+    shared with others.
 
     `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
-    be run as one; `guess` and `answers` are the predictions then. `prefill`, `step` and `sync` run them at once.
-    `decisions`: see there.
+    be run as one; `guess` and `answers` are the predictions then. `prefill`, `step` and `sync` run them at once. Calls
+    are bound on first use and kept, with the arrays that they read and write. Those of a step are seen as plain memory,
+    too: numpy scalar access is slow.
     """
 
     overlaps = False  # whether deep passes run beside shallow steps
@@ -51,31 +187,60 @@ class Decoder:
         max_pending: int,
         decisions: Decisions | None = None,
     ) -> None:
+        self.slot, self.hidden_size, self.vocab_size, self._max_pending = slot, hidden_size, vocab_size, max_pending
+        self._shallow, self._deep, self._decisions = shallow, deep, decisions
         self.stats = Stats()
         self.stacked = 0
-        self.batch_size, self.others, self.alone = 1, False, False
+        self.batch_size, self.others, self.alone, self.shared_calls = 1, False, False, False
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
-        self.hidden_size, self.vocab_size, self._max_pending = hidden_size, vocab_size, max_pending
-        self._shallow, self._deep = shallow, deep
-        self._calls = Slot(shallow, deep, slot, hidden_size, vocab_size, max_pending)
-        self._decisions = decisions
         self._step: SlotCall | None = None  # the last one
+        self._pass: SlotCall | None = None  # the last one, until its answers are read
         self._head = self._exits = False
         self._heads = self._drafts = 0  # of the last sync pass
-        self._pass: SlotCall | None = None  # the last one, until its answers are read
+        # What passes read, float32 [max_pending, d], the second where they leave out the first rows; and what a step
+        # gave, [1, 1, d].
+        self._stack = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._later = shallow.zeros((max_pending, hidden_size), np.float32)
+        self._hidden = shallow.zeros((1, 1, hidden_size), np.float32)
+        self._rows = [_memory(self._stack[row]) for row in range(max_pending)]
+        self._newest = _memory(self._hidden[0, 0])
+        self._tokens = np.zeros((1, max_pending), np.int64)
+        self._token = _memory(self._tokens[0, :1])
+        self._best, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        self._answers, self._nll = np.zeros(max_pending, np.int64), np.zeros(max_pending, np.float32)
+        self._best_memory, self._confidence_memory = _memory(self._best), _memory(self._confidence)
+        self._answer_memory = _memory(self._answers)
+        self._drafted = np.zeros(max_pending, np.int64)
+        self._logits: dict[Runner, np.ndarray] = {}
+        self._step_logits: np.ndarray | None = None  # float32 [V] of the last step, where they are wanted
+        self.cross: dict[str, np.ndarray] = {}
+        self._read: dict[Runner, dict[str, Any]] = {shallow: {}, deep: {}}
+        self._past = {
+            runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
+        }
+        self._forget_calls()
+
+    def _forget_calls(self) -> None:
+        # By rows (0: one, straight onto the stack), whether they run the head, and an exit's own layers; passes by rows
+        # (0: the one of `full_step`), heads, and whether they leave out the first rows of the stack.
+        self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
+        self._passes: dict[tuple[int, int, bool], SlotCall] = {}
+        # The step with the head, and those of `full_step`, once they are there.
+        self._step_with_head: SlotCall | None = None
+        self._both: tuple[SlotCall, SlotCall] | None = None
 
     @property
-    def slot(self) -> int:
-        return self._calls.slot
+    def runners(self) -> tuple[Runner, Runner]:
+        """The shallow and the deep one."""
+        return self._shallow, self._deep
 
-    @property
-    def shared_calls(self) -> bool:
-        """Whether any engine call of the sequence was shared with others."""
-        return self._calls.shared_calls
+    def lengths(self) -> tuple[int, int]:
+        """Valid positions of the shallow and of the deep cache."""
+        return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
 
     def reset(self) -> None:
         """Begin a new sequence."""
-        self.stats, self._calls.shared_calls = Stats(), False
+        self.stats, self.shared_calls = Stats(), False
         self.trim(0)
 
     def trim(self, length: int) -> None:
@@ -90,25 +255,34 @@ class Decoder:
 
     def attend(self, cross: dict[str, np.ndarray]) -> None:
         """Set what cross-attention reads: `cross.{layer}.key|value` [1, heads, E, head_dim] and `cross_lengths`."""
-        self._calls.attend(cross)
+        self.cross = cross
+        for runner in self.runners:
+            layers = {name.split(".")[0] for name in runner.cache.arrays}
+            read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
+            self._read[runner] = {name: runner.value(array) for name, array in read.items()}
+        for call in self._calls():
+            call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
         """Whether predictions carry logits: they are copied out of the engines only then."""
-        self._calls.want_logits(wanted)
+        if wanted == bool(self._logits):
+            return
+        rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
+        self._logits = {runner: np.zeros((count, self.vocab_size), np.float32) for runner, count in rows.items()}
+        self._step_logits = self._logits[self._shallow][0] if wanted else None
+        self._forget_calls()
 
     def move(self, other: Decoder) -> None:
         """Take the place of `other`, which is free, and leave it this one's."""
         for runner in self.runners:
             runner.cache.copy_rows(self.slot, other.slot)
             runner.cache.trim(self.slot, 0)
-        self._calls.exchange(other._calls)
+        self.slot, other.slot = other.slot, self.slot
+        self._past, other._past = other._past, self._past
+        for call in chain(self._calls(), other._calls()):
+            call.forget()
 
-    def begin(self, exits: bool) -> None:
-        """Begin with the first token of an encoder-decoder, without a prompt to read. `exits`: later steps may ask the
-        head, so an exit's own layers are run for all rows from here on."""
-        self._allow(exits)
-        if self._decisions is not None:
-            self._decisions.begin(self, 1)
+    # At once
 
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
         """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`.
@@ -138,9 +312,8 @@ class Decoder:
     def full_step(self, token: int) -> int:
         """Both decoders on one token, without the shallow head, at once: the token that the deep one predicts. Nothing
         may be stacked. The same as `step` and `sync`, in fewer functions."""
-        calls = self._calls
-        calls.token[0] = token
-        step, deep_pass = calls.both or calls.bind_both(self._exits)
+        self._token[0] = token
+        step, deep_pass = self._both or self._bind_both()
         step.run()
         deep_pass.run()
         self.batch_size = 1
@@ -148,10 +321,19 @@ class Decoder:
         stats.shallow_seconds += step.seconds
         stats.deep_seconds += deep_pass.seconds
         stats.single_passes += 1
-        self._shallow.cache.extend(calls.slot, 1)
-        self._deep.cache.extend(calls.slot, 1)
-        deep = calls.answers[0]
+        self._shallow.cache.extend(self.slot, 1)
+        self._deep.cache.extend(self.slot, 1)
+        deep: int = self._answer_memory[0]
         return deep if self._decisions is None else self._decided([Prediction(deep)])[0].token
+
+    # As coroutines, or as the engine calls that are needed
+
+    def begin(self, exits: bool) -> None:
+        """Begin with the first token of an encoder-decoder, without a prompt to read. `exits`: later steps may ask the
+        head, so an exit's own layers are run for all rows from here on."""
+        self._allow(exits)
+        if self._decisions is not None:
+            self._decisions.begin(self, 1)
 
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
@@ -171,37 +353,42 @@ class Decoder:
             piece = tokens[None, start : start + rows]
             start += piece.shape[1]
             last = start == len(tokens)
-            self._prefill_piece(piece, head and last, last)
+            self._prefill_piece(np.ascontiguousarray(piece), head and last, last)
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
         if self._decisions is not None:
             self._decisions.begin(self, len(tokens))
-        return self._calls.answer(0)._replace(confidence=self._calls.confidence[0] if head else None)
+        return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
         """What the step of `step` needs: nothing where it was run ahead. `guess` then gives the prediction."""
         self._head = head
-        calls = self._calls
-        calls.token[0] = token
-        self._step = call = (calls.asking if head else None) or calls.step(head, self._exits or head)
+        self._token[0] = token
+        self._step = call = (self._step_with_head if head else None) or self._step_call(head)
         return (call,)
 
     def guess(self) -> Prediction:
         """Count the step that ran, onto the stack: its prediction."""
-        calls, call = self._calls, self._step
+        call = self._step
         assert call is not None
         self.stats.shallow_seconds += call.seconds
         self.batch_size = call.batch_size
-        self._shallow.cache.extend(calls.slot, 1)
-        calls.rows[self.stacked][:] = calls.newest
+        self._shallow.cache.extend(self.slot, 1)
+        self._rows[self.stacked][:] = self._newest
         self.stacked += 1
         return self._prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
         """Shallow steps on several tokens as one call, onto the empty stack, without the head. `guesses` counts them
         then."""
-        self._step = call = self._calls.steps_together(tokens, self._exits)
+        rows = len(tokens)
+        self._tokens[0, :rows] = tokens
+        key = rows if rows > 1 else 0, False, self._exits
+        call = self._steps.get(key)
+        if call is None:
+            call = self._steps[key] = self._shallow_call(self._tokens[:, :rows], self._stack[None, :rows], False)
+        self._step = call
         return (call,)
 
     def guesses(self) -> list[Prediction]:
@@ -210,14 +397,14 @@ class Decoder:
         assert call is not None
         self.stats.shallow_seconds += call.seconds
         self.batch_size = call.batch_size
-        self._shallow.cache.extend(self._calls.slot, call.rows)
+        self._shallow.cache.extend(self.slot, call.rows)
         self.stacked = call.rows
         return [NOTHING] * call.rows
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
         """What the pass of `sync` needs. `answers` then gives the predictions."""
         self._heads, self._drafts = heads, len(drafts)
-        self._pass = call = self._calls.sync(0, self.stacked, heads, drafts)
+        self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
         if self.alone:
             call.run()
             return ()
@@ -225,55 +412,133 @@ class Decoder:
 
     def answers(self) -> list[Prediction]:
         """Count the sync pass that ran, and empty the stack: its predictions."""
-        calls, call = self._calls, self._pass
+        call = self._pass
         if call is not None:
             self._pass = None
             self.stats.count_pass(call.rows, call.seconds)
-            self._deep.cache.extend(calls.slot, call.rows)
+            self._deep.cache.extend(self.slot, call.rows)
         self.stacked = 0
-        deep = [calls.answer(row, row < self._drafts) for row in range(self._heads)]
+        deep = [self._answer(row, row < self._drafts) for row in range(self._heads)]
         return deep if self._decisions is None else self._decided(deep)
-
-    def _allow(self, exits: bool) -> None:
-        if self._exits != exits:
-            self._exits, self._calls.both = exits, None
-
-    def _decided(self, deep: list[Prediction]) -> list[Prediction]:
-        """In place of the predictions after the last rows of the deep cache."""
-        assert self._decisions is not None
-        return self._decisions.answers(self, self._deep.cache.lengths.item(self.slot) - len(deep), deep)
 
     def start_sync(self, least: int) -> None:
         """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
         the deep engine runs beside, and no pass is under way. It answers nothing; its rows stay stacked until `sync`.
         """
 
-    @property
-    def runners(self) -> tuple[Runner, Runner]:
-        """The shallow and the deep one."""
-        return self._shallow, self._deep
-
-    def lengths(self) -> tuple[int, int]:
-        """Valid positions of the shallow and of the deep cache."""
-        return int(self._shallow.cache.lengths[self.slot]), int(self._deep.cache.lengths[self.slot])
+    # What calls gave
 
     def _prediction(self) -> Prediction:
         """By the step that ran, which is counted."""
-        calls = self._calls
-        shallow: Prediction = tuple.__new__(Prediction, (calls.best[0], calls.confidence[0], None, calls.logits))
+        fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
+        shallow: Prediction = tuple.__new__(Prediction, fields)
         if self._decisions is not None:
-            shallow = self._decisions.guess(self, self._shallow.cache.lengths.item(calls.slot) - 1, shallow)
+            shallow = self._decisions.guess(self, self._shallow.cache.lengths.item(self.slot) - 1, shallow)
         return shallow
 
+    def _answer(self, row: int, drafted: bool = False) -> Prediction:
+        """What the last deep call predicted at the `row`-th of its heads."""
+        logits = self._logits[self._deep][row] if self._logits else None
+        nll = self._nll.item(row) if drafted else None
+        return tuple.__new__(Prediction, (self._answer_memory[row], None, nll, logits))
+
+    def _decided(self, deep: list[Prediction]) -> list[Prediction]:
+        """In place of the predictions after the last rows of the deep cache."""
+        assert self._decisions is not None
+        return self._decisions.answers(self, self._deep.cache.lengths.item(self.slot) - len(deep), deep)
+
+    # Calls
+
+    def bind(self, call: SlotCall) -> Call:
+        """A call of this slot alone."""
+        runner, rows, past = call.runner, call.rows, self._past[call.runner]
+        shared = {
+            # The cache's own counter: the engine reads it where `extend` and `trim` write it.
+            "past_lengths": runner.cache.lengths[self.slot : self.slot + 1],
+            "query_lengths": np.array([rows], np.int32),
+            "head_rows": np.arange(rows - call.heads, rows, dtype=np.int64),
+        }
+        if runner.cache.own_exit:
+            shared["exit_lengths"] = np.array([rows if call.exits else 0], np.int32)
+        return runner.engine.bind(
+            {**call.inputs, **shared, **self._read[runner], **{f"past.{name}": item for name, item in past.items()}},
+            {**call.outputs, **{f"present.{name}": item for name, item in past.items()}},
+        )
+
+    def _allow(self, exits: bool) -> None:
+        if self._exits != exits:
+            self._exits, self._both = exits, None
+
+    def _calls(self) -> Iterator[SlotCall]:
+        return chain(self._steps.values(), self._passes.values())
+
+    def _step_call(self, head: bool) -> SlotCall:
+        """The shallow decoder on `_token`."""
+        key = 1, head, self._exits or head
+        call = self._steps.get(key)
+        if call is None:
+            call = self._steps[key] = self._shallow_call(self._tokens[:, :1], self._hidden, head)
+        if head:
+            self._step_with_head = call
+        return call
+
+    def _pass_call(self, first: int, end: int, heads: int, drafts: Sequence[int]) -> SlotCall:
+        """The deep decoder on rows `first` to `end` of the stack; the head for the last `heads` of them."""
+        rows, apart = end - first, first > 0
+        call = self._passes.get((rows, heads, apart))
+        if call is None:
+            hidden = (self._later if apart else self._stack)[None, :rows]
+            call = self._passes[rows, heads, apart] = self._deep_call(hidden, heads)
+        if apart:
+            self._later[:rows] = self._stack[first:end]
+        if drafts:
+            self._drafted[: len(drafts)] = drafts
+        return call
+
+    def _bind_both(self) -> tuple[SlotCall, SlotCall]:
+        """The shallow decoder on `_token` without the head, and the deep one on what that gives, with it."""
+        deep = self._passes[0, 1, False] = self._deep_call(self._hidden, 1)
+        self._both = self._step_call(False), deep
+        return self._both
+
+    def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
+        """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
+        count = int(head)
+        outputs = {"hidden": hidden, "token": self._best[:count], "confidence": self._confidence[:count]}
+        exits = self._exits or head
+        return self._new_call(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
+
+    def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
+        """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
+        inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
+        outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
+        return self._new_call(self._deep, inputs, outputs, hidden.shape[1], heads)
+
+    def _new_call(
+        self,
+        runner: Runner,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        rows: int,
+        heads: int,
+        exits: bool = False,
+    ) -> SlotCall:
+        logits = {"logits": self._logits[runner][:heads]} if self._logits else {}
+        return SlotCall(self, runner, inputs, {**outputs, **logits}, rows, heads, exits)
+
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
-        calls, rows = self._calls, piece.shape[1]
-        began = perf_counter()
+        rows, began = piece.shape[1], perf_counter()
         hidden = self._shallow.scratch("piece", (1, rows, self.hidden_size), np.float32)
-        self._shallow.run(calls.bind(calls.piece(np.ascontiguousarray(piece), hidden, shallow_head, self._exits)))
+        self._shallow.run(self.bind(self._shallow_call(piece, hidden, shallow_head)))
         self._shallow.cache.extend(self.slot, rows)
-        self._deep.run(calls.bind(calls.deep_piece(hidden, int(deep_head))))
+        self._deep.run(self.bind(self._deep_call(hidden, int(deep_head))))
         self._deep.cache.extend(self.slot, rows)
         if rows >= FEWEST_SHARED_ROWS:
             fit = rows * SHARED_PREFILL_SECONDS / max(perf_counter() - began, 1e-9)
             # The nearest whole blocks: the next below could be the same for ever, as more rows take less time each.
             self._shared_rows = max(round(fit / BLOCK) * BLOCK, FEWEST_SHARED_ROWS)
+
+
+def _memory(array: Any) -> Any:
+    """The memory of an array of the host."""
+    return array.data if isinstance(array, np.ndarray) else array

@@ -2,7 +2,7 @@
 
 They begin where `response.newest` is the next token to read: after the prompt's own prediction of a decoder-only
 model, and at the start token of an encoder-decoder, whose first token is so decided like any other. Each makes tokens
-final in `response` until that is finished. They are coroutines (runtime/decoding/slot_call.py): between steps they
+final in `response` until that is finished. They are coroutines (runtime/decoding/decoder.py): between steps they
 yield the engine calls that they wait for.
 """
 
@@ -12,11 +12,9 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.decoding.decoder import Decoder, RunAhead
+from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, RunAhead, Waiting, Waits
 from runtime.decoding.drafts import PLAIN, Drafts, Outcome
-from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import AT_ONCE, Waiting, Waits
 from runtime.result import Token
 
 Loop = Generator[Token | Waiting, None, None]

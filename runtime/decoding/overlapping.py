@@ -10,9 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.decoding.decoder import Decoder, RunAhead
-from runtime.decoding.prediction import NOTHING, Prediction
-from runtime.decoding.slot_call import SlotCall, Waiting, Waits, finish
+from runtime.decoding.decoder import NOTHING, Decoder, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
 from runtime.engines.runner import Event
 
 
@@ -75,7 +73,7 @@ class OverlappingDecoder(Decoder):
         if self._step is not None:
             return super().guess()
         _, prediction, hidden = self._ahead.popleft()
-        self._calls.rows[self.stacked][:] = hidden
+        self._rows[self.stacked][:] = hidden
         self.stacked += 1
         return prediction if self._head else NOTHING
 
@@ -104,7 +102,7 @@ class OverlappingDecoder(Decoder):
             self._background = self._begin(heads=0, drafts=())
 
     def _begin(self, heads: int, drafts: Sequence[int]) -> _Pass:
-        call = self._calls.sync(self._started, self.stacked, heads, drafts)
+        call = self._pass_call(self._started, self.stacked, heads, drafts)
         self._started = self.stacked
         return _Pass(call.submit(), call.rows)
 
@@ -127,8 +125,8 @@ class OverlappingDecoder(Decoder):
             token = ahead(prediction, tokens)
             if token is None:
                 return
-            self._calls.token[0] = token
-            call = self._calls.step(head=True, exits=True)
+            self._token[0] = token
+            call = self._step_call(head=True)
             call.run()
             self.stats.shallow_seconds += call.seconds
             self._shallow.cache.extend(self.slot, 1)
@@ -136,7 +134,7 @@ class OverlappingDecoder(Decoder):
             # The buffers are overwritten by the next step.
             logits = None if prediction.logits is None else prediction.logits.copy()
             hidden = self._ahead_hidden[len(tokens)]
-            hidden[:] = self._calls.hidden
+            hidden[:] = self._hidden[0, 0]
             self._ahead.append(_Ahead(token, prediction._replace(logits=logits), hidden))
             tokens.append(token)
 

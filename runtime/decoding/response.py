@@ -10,7 +10,7 @@ from time import monotonic
 
 import numpy as np
 
-from runtime.decoding.prediction import Prediction
+from runtime.decoding.decoder import Prediction
 from runtime.result import FinishReason, GenerationResult, Stats, Token, TopLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.sampler import Sampler, likeliest, log_softmax

@@ -33,7 +33,7 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import TableRow
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST, Manifest
-from runtime.decoding.slot import Slot
+from runtime.decoding.decoder import Decoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
 from runtime.thresholds import Thresholds
@@ -729,13 +729,13 @@ def test_where_nothing_can_exit_the_shallow_head_is_not_run(
     name: str, mode: str, open_session: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads: list[bool] = []
-    piece = Slot.piece
+    made = Decoder._shallow_call
 
-    def watched(slot: Slot, tokens: np.ndarray, hidden: np.ndarray, head: bool, exits: bool) -> Any:
+    def watched(decoder: Decoder, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> Any:
         heads.append(head)
-        return piece(slot, tokens, hidden, head, exits)
+        return made(decoder, tokens, hidden, head)
 
-    monkeypatch.setattr(Slot, "piece", watched)
+    monkeypatch.setattr(Decoder, "_shallow_call", watched)
     session = open_session(name)
     options: dict[str, Any] = {"max_new_tokens": 12, "ignore_eos": True, "rollback_threshold": 3.0}
     full = session.generate(PROMPT, **options, mode="full")

@@ -12,7 +12,7 @@ from checkpoints import CASES
 from click.testing import CliRunner
 from conftest import Bundles
 
-from runtime.decoding.slot_call import SlotCall
+from runtime.decoding.decoder import SlotCall
 from tools.quality import chat_prompts, first_difference, main
 
 BY_NAME = {case.name: case for case in CASES}

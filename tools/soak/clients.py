@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
-from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import Waiting
+from runtime.decoding.decoder import Decoder, Waiting
 from runtime.result import Token
 from runtime.stream import Stream
 from tools.soak.faults import Faults, InjectedError
@@ -146,11 +145,11 @@ class Clients:
         run = request.run
 
         def doomed(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-            self._faults.left[decoder._calls] = number
+            self._faults.left[decoder] = number
             try:
                 yield from run(decoder)
             finally:
-                del self._faults.left[decoder._calls]
+                del self._faults.left[decoder]
 
         request.run = doomed  # type: ignore[method-assign]
         steps = 0 if ask.options.get("num_beams", 1) > 1 else ask.alone.stats.candidates

@@ -8,8 +8,7 @@ from random import Random
 from unittest import mock
 
 from runtime.batching import BatchedCall
-from runtime.decoding.slot import Slot
-from runtime.decoding.slot_call import SlotCall
+from runtime.decoding.decoder import Decoder, SlotCall
 
 # Share of the calls of several rows that fail; each row then runs alone.
 FAILING_CALLS = 0.01
@@ -24,7 +23,7 @@ class Faults:
     call of several rows fails too, before or after it has written."""
 
     def __init__(self, seed: int) -> None:
-        self.left: dict[Slot, int] = {}
+        self.left: dict[Decoder, int] = {}
         self._source = Random(seed)
 
     @contextmanager

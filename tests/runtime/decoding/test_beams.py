@@ -17,8 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import CapacityError, OptionError, Session
-from runtime.decoding.beam_rows import BeamRows
-from runtime.decoding.beam_search import BeamSearch
+from runtime.decoding.beams import BeamRows, BeamSearch
 from runtime.engines.kv_cache import KVCache
 from runtime.text.sampler import log_softmax
 
@@ -196,7 +195,7 @@ def test_caches_of_beams_grow_with_their_sequences(bundle: Bundles, monkeypatch:
     options: dict[str, Any] = {"mode": "full", "num_beams": 3, "max_new_tokens": 21, "ignore_eos": True}
     with Session(bundle(BY_NAME["t5-relu-tied"], 1), threads=1, slots=1) as session:
         whole = session.generate(PROMPTS[0], **options)
-        monkeypatch.setattr("runtime.decoding.beam_rows.FIRST_ROWS", 4)
+        monkeypatch.setattr("runtime.decoding.beams.FIRST_ROWS", 4)
         monkeypatch.setattr(BeamRows, "stepping", watched)
         grown = session.generate(PROMPTS[0], **options)
     assert grown.token_ids == whole.token_ids

@@ -16,10 +16,9 @@ from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, START, WIDTH, Re
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
+from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder, alone
 from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import alone
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
 from runtime.errors import CapacityError

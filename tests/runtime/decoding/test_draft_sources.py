@@ -16,6 +16,7 @@ from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
+from runtime.decoding.decoder import alone
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,
@@ -30,7 +31,6 @@ from runtime.decoding.draft_sources import (
 )
 from runtime.decoding.drafts import LENGTHS, PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import alone
 from runtime.errors import OptionError
 
 VOCAB = 4

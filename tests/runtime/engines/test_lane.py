@@ -21,9 +21,8 @@ from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import Decoder
+from runtime.decoding.decoder import Decoder, alone
 from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.decoding.slot_call import alone
 from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call

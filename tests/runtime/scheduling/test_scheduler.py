@@ -23,11 +23,9 @@ from runtime import EngineError, OptionError, QueueFullError
 from runtime.batching import LEARNED, BatchedCall, BatchPolicy, BatchRules, grouped, rules_of
 from runtime.bundle.costs import Costs
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import Decoder
+from runtime.decoding.decoder import Decoder, Prediction, SlotCall, Waiting, alone
 from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.decoding.prediction import Prediction
 from runtime.decoding.response import Response
-from runtime.decoding.slot_call import SlotCall, Waiting, alone
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner

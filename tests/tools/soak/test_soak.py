@@ -14,8 +14,7 @@ from conftest import Bundles
 
 from runtime import Session
 from runtime.batching import BatchedCall
-from runtime.decoding.decoder import Decoder
-from runtime.decoding.slot_call import SlotCall
+from runtime.decoding.decoder import Decoder, SlotCall
 from tools.soak.clients import Clients
 from tools.soak.leftovers import left_over, resident
 from tools.soak.run import Soaked, main, report, soak
