@@ -8,12 +8,12 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from runtime.bundle.beta_mixture import BetaMixture
-from runtime.bundle.costs import Costs, migrated
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure
-from runtime.bundle.schema import Reader, migrate
+from runtime.bundle.schema import Reader, is_newer
 from runtime.errors import CalibrationError
 from runtime.json_file import UnreadableError, parse_json, read_text
 
@@ -89,9 +89,7 @@ class Calibration:
             raw = parse_json(text, nan=True)
         except UnreadableError as reason:
             raise CalibrationError(f"{where} cannot be read ({reason}); {REMEDY}") from None
-        newer = isinstance(raw, dict) and migrate(
-            raw, str(where), (CALIBRATION_VERSION, CALIBRATION_MINOR), {1: _with_typed_costs}
-        )
+        newer = isinstance(raw, dict) and is_newer(raw, str(where), (CALIBRATION_VERSION, CALIBRATION_MINOR))
         calibration: Calibration = Reader(REMEDY, True, MOST_ENTRIES, skips=newer).read(cls, raw, str(where))
         calibration._check(str(where))
         return calibration
@@ -121,11 +119,6 @@ class Calibration:
         for holds, name, value in rules:
             if not holds:
                 raise CalibrationError(f"{where}: {name} = {repr(value)[:80]} is out of range; {REMEDY}")
-
-
-def _with_typed_costs(content: dict[str, Any]) -> None:
-    """From version 1, which had milliseconds by name."""
-    content["costs"] = migrated(content.get("costs"))
 
 
 def read_calibration(path: Path) -> Calibration:

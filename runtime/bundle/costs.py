@@ -5,12 +5,9 @@ A token costs a shallow step, and its share of the sync pass that its run of exi
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
 
 # Cores' worth of work by others that still counts as an idle machine: the system's own housekeeping.
 TOLERATED = 0.15
@@ -117,22 +114,3 @@ NEUTRAL = Costs(2.0, 1.0, {1: 1.0, 2: 1.1}, measured=False)
 def recordable(costs: Costs) -> Costs | None:
     """What a bundle or a calibration records: None where nothing was measured."""
     return costs if costs.measured and costs.sound else None
-
-
-def migrated(times: Any) -> dict[str, Any] | None:
-    """The record of costs, as JSON, from what version 1 of bundles and calibrations had: milliseconds by names such as
-    `deep_4_ms`. None where those do not say what each step costs, and where they are anything else."""
-    if not isinstance(times, dict) or not {"shallow_ms", "shallow_without_head_ms", "deep_1_ms"} <= times.keys():
-        return None
-    if not all(type(value) in (int, float) and math.isfinite(value) for value in times.values()):
-        return None
-    if min(times[name] for name in times if name.startswith(("shallow_", "deep_"))) <= 0:
-        return None
-    names = {int(match[1]): match[0] for match in (re.fullmatch(r"deep_(\d{1,4})_ms", name) for name in times) if match}
-    return {
-        "shallow": times["shallow_ms"] / 1e3,
-        "shallow_without_head": times["shallow_without_head_ms"] / 1e3,
-        "deep": {str(rows): times[names[rows]] / 1e3 for rows in sorted(names)},
-        "outside": {part: times.get(f"outside_{part}_ms", 0.0) / 1e3 for part in ("full", "free", "sync")},
-        "busy": times.get("busy_cores", 0.0),
-    }

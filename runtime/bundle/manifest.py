@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.bundle.costs import Costs, migrated
+from runtime.bundle.costs import Costs
 from runtime.bundle.precision import ExitVocabulary, FloatType, Quantization
-from runtime.bundle.schema import Reader, migrate
+from runtime.bundle.schema import Reader, is_newer
 from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, parse_json
 
@@ -78,8 +78,7 @@ class Manifest:
     that count only. `exit_trained`: whether the checkpoint was trained for this exit, None in bundles that do not say.
     `exit_layers`: how many layers the exit has of its own, behind the exit layer, which only its prediction reads.
     `kernels`: the version of our own operators that the graphs need, None for ONNX Runtime's alone. `costs`: as
-    `convert` measured them, None where it did not. `schema_minor`: once read, that of this code, as `schema_version`
-    is: older bundles are migrated in memory.
+    `convert` measured them, None where it did not. `schema_minor`: once read, that of this code.
     """
 
     schema_version: int
@@ -178,7 +177,7 @@ class Manifest:
             raise BundleError(f"{where} holds {type(raw).__name__}, not an object; convert the checkpoint again")
         digest = raw.pop(HASH, None)
         written = _hash(raw)
-        newer = migrate(raw, str(where), (SCHEMA_VERSION, SCHEMA_MINOR), {1: _with_typed_costs})
+        newer = is_newer(raw, str(where), (SCHEMA_VERSION, SCHEMA_MINOR))
         if digest != written:
             raise BundleError(f"{where} was altered (its own sha256 differs); convert the checkpoint again")
         if isinstance(raw.get("quantization"), dict):
@@ -225,11 +224,6 @@ class Manifest:
                     f"{where}: {name!r} has size {file.size} and sha256 {file.sha256[:80]!r}, which cannot be; "
                     "convert the checkpoint again"
                 )
-
-
-def _with_typed_costs(content: dict[str, Any]) -> None:
-    """From version 1, whose `break_even` had milliseconds by name."""
-    content["costs"] = migrated(content.pop("break_even", None))
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -84,16 +83,10 @@ class Reader:
             raise BundleError(f"{where}: {error}; {self.remedy}") from None
 
 
-def migrate(
-    content: dict[str, Any],
-    where: str,
-    version: tuple[int, int],
-    migrations: Mapping[int, Callable[[dict[str, Any]], None]],
-) -> bool:
-    """Bring parsed JSON to `version` (major, minor), in place, by what `migrations` do to each older major version.
-
-    True where it is of a newer minor version, which may have fields that are unknown here. What is no version is left,
-    to be refused. Raises BundleError for a newer major version.
+def is_newer(content: dict[str, Any], where: str, version: tuple[int, int]) -> bool:
+    """Whether parsed JSON is of a newer minor version than `version` (major, minor), which may have fields that are
+    unknown here; its version then becomes this one. What is no version is left, to be refused. Raises BundleError for a
+    newer major version.
     """
     major, minor = content.get("schema_version"), content.get("schema_minor", 0)
     if type(major) is not int or type(minor) is not int or minor < 0:
@@ -102,10 +95,7 @@ def migrate(
         raise BundleError(
             f"{where} has schema version {major}, this freeexport reads up to {version[0]}; upgrade freeexport"
         )
-    while major in migrations:
-        migrations[major](content)
-        major, minor = major + 1, 0
-    content["schema_version"], content["schema_minor"] = major, version[1]
+    content["schema_minor"] = version[1]
     return minor > version[1]
 
 

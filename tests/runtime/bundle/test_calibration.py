@@ -152,8 +152,8 @@ def test_a_calibration_fits_the_model_it_was_measured_on_alone() -> None:
             check_calibration(CALIBRATED, *changed)
 
 
-def test_version_1_is_migrated_and_a_newer_minor_version_read() -> None:
-    times = {"shallow_ms": 2.0, "shallow_without_head_ms": 1.0, "deep_1_ms": 8.0, "speedup_at_80": 1.2}
-    read = Calibration.from_json(written(schema_version=1, schema_minor=REMOVED, costs=times))
-    assert read == replace(CALIBRATED, costs=Costs(0.002, 0.001, {1: 0.008}))
+def test_a_newer_minor_version_is_read_and_another_major_one_refused() -> None:
     assert Calibration.from_json(written(schema_minor=CALIBRATION_MINOR + 1, novelty=1)) == CALIBRATED
+    for version in (1, 3):
+        with pytest.raises((BundleError, CalibrationError)):
+            Calibration.from_json(written(schema_version=version))

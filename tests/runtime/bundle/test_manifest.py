@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from manifest_case import MANIFEST
 
-from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.manifest import HASH, SCHEMA_MINOR, SCHEMA_VERSION, Manifest, _hash
 from runtime.errors import BundleError
 
@@ -227,30 +226,3 @@ def test_fields_of_a_newer_minor_version_are_skipped() -> None:
     # What is known must fit all the same.
     assert "lacks layers" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, layers=REMOVED))
     assert "upgrade freeexport" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, dialect="new"))
-
-
-TIMES = {"shallow_ms": 2.0, "shallow_without_head_ms": 1.0, "deep_1_ms": 8.0, "deep_16_ms": 20.0, "deep_2_ms": 9.0}
-
-
-def version_1(**changes: Any) -> str:
-    return signed(**{"schema_version": 1, "schema_minor": REMOVED, "costs": REMOVED, **changes})
-
-
-def test_a_manifest_of_version_1_is_migrated() -> None:
-    times = {**TIMES, "outside_sync_ms": 0.5, "speedup_at_80": 1.5, "overlap_gain": 0.5, "busy_cores": 0.25}
-    read = Manifest.from_json(version_1(break_even=times))
-    costs = Costs(0.002, 0.001, {1: 0.008, 2: 0.009, 16: 0.02}, Outside(sync=0.0005), busy=0.25)
-    assert read == replace(MANIFEST, costs=costs)
-    assert Manifest.from_json(read.to_json()) == read
-
-
-@pytest.mark.parametrize(
-    "times",
-    [{}, {"exit_rate": 0.5}, {**TIMES, "deep_1_ms": 0.0}, {**TIMES, "deep_2_ms": "x"}, [1], "x", REMOVED],
-)
-def test_costs_of_version_1_that_say_nothing_are_left_out(times: Any) -> None:
-    assert Manifest.from_json(version_1(break_even=times)).costs is None
-
-
-def test_version_1_knows_no_other_fields() -> None:
-    assert "unknown fields surprise" in refusal(version_1(break_even={}, surprise=1))
