@@ -44,6 +44,7 @@ $(BIN)/python:
 $(VENV)/.demo-ready: $(INSTALLED) | $(BIN)/python
 	@$(if $(QUIET),,$(BIN)/python tools/download_sizes.py '$(DEMO_EXTRAS)')
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '$(DEMO_EXTRAS)'
+	@$(BIN)/python -c 'from runtime.kernels import missing; print(f"warning: {why}" if (why := missing()) else "", end="")'
 	@touch $@
 
 $(VENV)/.test-ready: $(INSTALLED) | $(BIN)/python

@@ -42,6 +42,8 @@ def show(report: Report) -> None:
         pairs("Machine", [*_machine_rows(report.machine), ("freeexport's kernels", report.kernels)]),
     ]
     print_page(tables)
+    if report.without_kernels:
+        click.echo(f"slow: {report.kernels}")
     for item in report.missing:
         click.echo(f"optional: to {item.purpose}, run: {item.command}")
     for problem in report.problems:

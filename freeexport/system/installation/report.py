@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import platform
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +65,7 @@ class Report:
     tensorrt: TensorRT
     machine: Machine
     kernels: str
+    without_kernels: bool
     missing: tuple[MissingExtra, ...]
     problems: tuple[str, ...]
 
@@ -75,6 +78,7 @@ def examine(version_of: VersionOf = installed_version) -> Report:
     """Look at this installation and machine. `version_of` tells the version of a distribution, or None."""
     wheels = {wheel: version for wheel in WHEELS if (version := version_of(wheel))}
     problems = wheel_problems(wheels)
+    kernels, without_kernels = _own_kernels()
     providers: tuple[Provider, ...] = ()
     if not problems:
         providers, problems = probe_onnxruntime(next(iter(wheels)))
@@ -88,7 +92,8 @@ def examine(version_of: VersionOf = installed_version) -> Report:
         cuda=check_cuda(version_of),
         tensorrt=check_tensorrt(version_of),
         machine=detect_machine(),
-        kernels=_own_kernels(),
+        kernels=kernels,
+        without_kernels=without_kernels,
         missing=missing_extras(version_of),
         problems=problems,
     )
@@ -152,12 +157,17 @@ def report_as_dict(report: Report) -> dict[str, Any]:
     return {"ok": report.ok, **dataclasses.asdict(report)}
 
 
-def _own_kernels() -> str:
-    """The instructions that they use here; or why bundles run with ONNX Runtime's, which are slower."""
+def _own_kernels() -> tuple[str, bool]:
+    """The instructions that they use here, or why bundles run with ONNX Runtime's, which are slower; and whether that
+    is so."""
     from runtime.kernels import instructions, missing
 
     problem = missing()
-    return instructions() if problem is None else f"{problem}; until then ONNX Runtime's slower ones are used"
+    if problem is None:
+        return instructions(), False
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    why = "" if compiler else "; no C++ compiler is found here"
+    return f"{problem}{why}; until then ONNX Runtime's slower ones are used", True
 
 
 def _first_line(error: BaseException) -> str:

@@ -36,9 +36,12 @@ def printed(*arguments: str) -> str:
 
 @pytest.mark.usefixtures("no_library")
 def test_without_the_library_all_three_say_that_the_slower_kernels_are_used(
-    tmp_path: Path, checkpoint: Callable[[Any], Path]
+    tmp_path: Path, checkpoint: Callable[[Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "ONNX Runtime's slower ones are used" in json.loads(printed("doctor", "--json"))["kernels"]
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert " slow: freeexport's kernels are not built here (missing.so is missing); install a C++" in printed("doctor")
+    assert "no C++ compiler is found here" in json.loads(printed("doctor", "--json"))["kernels"]
     page = printed("inspect", str(write_bundle(tmp_path / "rounded", **ROUNDED)))
     assert "ONNX Runtime's, which are slower; freeexport's kernels are not built" in page
     out = convert(checkpoint(CASE), tmp_path / "bundle")

@@ -38,6 +38,7 @@ def test_without_a_compiler_the_wheel_is_for_any_platform(tmp_path):
     assert code == 0, printed
     assert wheel.name.endswith("-py3-none-any.whl")
     assert LIBRARY not in files(wheel)
+    assert "warning: freeexport's kernels are not built (" in printed
 
 
 def test_without_a_compiler_a_library_that_is_required_is_an_error(tmp_path):
