@@ -1,4 +1,4 @@
-"""What a client is told when a request fails: OpenAI's shape, types and codes."""
+"""Errors as clients see them: OpenAI's shape, types and codes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def draining() -> ApiError:
 
 
 def api_error(error: BaseException) -> ApiError:
-    """What a client is told of an exception; one that is no mistake of the client's is 500."""
+    """Return an exception as the client sees it; one that is not the client's mistake is 500."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, QueueFullError):

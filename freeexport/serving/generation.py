@@ -1,4 +1,5 @@
-"""The choices of one request: how they enter the session's queue, what comes of them, and their end."""
+"""The choices of one request: how they enter the session's queue, and how they are answered, whole or as a stream of
+server-sent events."""
 
 from __future__ import annotations
 
@@ -8,19 +9,33 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 
-from freeexport.serving.errors import ApiError, draining, invalid
+from freeexport.serving.errors import ApiError, api_error, draining, invalid
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from freeexport.serving.replies import Reply
+from freeexport.serving.service import Record
 from runtime import AsyncStream, GenerationOptions, GenerationResult, PromptLengthError, Session, Token
 from runtime.options import Mode
 from runtime.text.prompt import encode_expected
 
 Result = TypeVar("Result")
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
 # Prompts of fewer characters are encoded on the event loop, where a thread would take longer.
 SHORT = 2000
 # Characters that a template writes around a message, about.
 MARKUP = 30
+# Seconds of silence after which a comment keeps proxies from closing the connection.
+PING_SECONDS = 15.0
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+DONE, PING = b"data: [DONE]\n\n", b": ping\n\n"
 
 
 class ClientGone(Exception):
@@ -29,32 +44,28 @@ class ClientGone(Exception):
 
 @dataclass(frozen=True)
 class Generation:
-    """`streams`: one for each choice, those of the first prompt first. `prompts`: tokens of each."""
+    """`streams`: one for each choice, those of the first prompt first. `prompts`: tokens of each. `deadline`: status
+    and seconds of the one that counts."""
 
     streams: list[AsyncStream]
     prompts: list[int]
     deadline: tuple[int, float] | None
 
     async def results(self) -> list[GenerationResult]:
-        """Of all choices, in order. Raises ApiError where one did not come to its end."""
+        """Decode all choices to their end. Raises ApiError where one was cut short."""
         async with _together([stream.drain() for stream in self.streams]) as tasks:
-            results = [await task for task in tasks]
-        for result in results:
-            self.check(result)
-        return results
+            return [self.checked(await task) for task in tasks]
 
-    def check(self, result: GenerationResult) -> None:
+    def checked(self, result: GenerationResult) -> GenerationResult:
         """Raises ApiError where it was cut short."""
         if result.finish_reason == "deadline" and self.deadline is not None:
             status, seconds = self.deadline
             whose = "the request's deadline" if status == 408 else "the server's limit"
-            raise ApiError(
-                status,
-                f"{whose} of {seconds:g} s passed after {len(result.token_ids)} tokens; ask for fewer, or later",
-                "deadline_exceeded",
-            )
+            passed = f"{whose} of {seconds:g} s passed after {len(result.token_ids)} tokens"
+            raise ApiError(status, f"{passed}; ask for fewer, or later", "deadline_exceeded")
         if not result.complete:
             raise draining()  # the session was closed: a client that left is not told
+        return result
 
     async def end(self) -> None:
         """Give the slots back. Idempotent."""
@@ -71,45 +82,108 @@ async def begin(
     """
     options = request.options(mode, deadline)
     prompts = request.prompts
-    _check_count(request, len(prompts), session)
+    count, most = len(prompts) * request.n, session.options.slots + session.options.queue
+    if count > most:
+        what = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
+        raise invalid("n", f"{what}; this server takes {most} choices at once, ask for fewer")
 
-    def encode() -> tuple[list[np.ndarray], list[int] | None]:
+    def encode() -> tuple[list[np.ndarray], GenerationOptions]:
+        encoded = [session.encode(prompt) for prompt in prompts]
         expected = options.predicted_output
-        limits = session.tokenizer, session.manifest.vocab_size, session.capacity
-        return (
-            [session.encode(prompt) for prompt in prompts],
-            None if expected is None else encode_expected(expected, *limits).tolist(),
-        )
+        if expected is None:
+            return encoded, options
+        ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
+        return encoded, replace(options, predicted_output=ids.tolist())
 
     short = sum(map(_size, (*prompts, request.expected))) <= SHORT
-    encoded, expected = encode() if short else await asyncio.to_thread(encode)
-    options = replace(options, predicted_output=expected)
-    asked = [
-        (ids, number, _limited(options, request, len(ids), session)) for ids in encoded for number in range(request.n)
-    ]
+    encoded, options = encode() if short else await asyncio.to_thread(encode)
+    limits = [_limit(options, request, len(ids), session) for ids in encoded]
     streams: list[AsyncStream] = []
     try:
-        for ids, number, limited in asked:
-            streams.append(session.astream(ids, replace(limited, seed=_seed(request.seed, number))))
+        for ids, limit in zip(encoded, limits, strict=True):
+            for number in range(request.n):
+                seed = None if request.seed is None else (request.seed + number) % 2**64
+                streams.append(session.astream(ids, replace(options, max_new_tokens=limit, seed=seed)))
     except BaseException:
         for stream in streams:
             await stream.aclose()
         raise
-    own = request.free.deadline
-    ends = None if options.deadline is None else (408 if options.deadline == own else 504, options.deadline)
+    status = 408 if options.deadline == request.free.deadline else 504
+    ends = None if options.deadline is None else (status, options.deadline)
     return Generation(streams, [len(ids) for ids in encoded], ends)
 
 
-async def each_token(stream: AsyncStream, say: Callable[[Token], Awaitable[None]]) -> GenerationResult:
-    """Say every token as it comes; the result."""
-    async with stream:
-        async for token in stream:
-            await say(token)
-    return stream.result
+class EventStream:
+    """An ASGI response: the chunks of all choices as they come, and pings while there are none. `record` ends with
+    it."""
+
+    def __init__(
+        self, generation: Generation, reply: Reply, request: ChatRequest | CompletionRequest, record: Record
+    ) -> None:
+        self._generation, self._reply, self._request, self._record = generation, reply, request, record
+        self._written = 0.0
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        status, failed = 499, None
+        try:
+            await while_there(receive, self._answer(send))
+            status = 200
+        except ClientGone:
+            pass
+        except Exception as error:
+            failed = api_error(error)
+            status = failed.status
+            await self._write(send, _event(failed.body) + DONE)
+            await send({"type": "http.response.body", "body": b""})
+            if status == 500:
+                raise
+        finally:
+            await self._generation.end()
+            self._record.results = [stream.result for stream in self._generation.streams]
+            self._record.end(status, failed)
+
+    async def _answer(self, send: Send) -> None:
+        headers = [*HEADERS, (b"x-request-id", self._reply.id.encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        self._written = asyncio.get_running_loop().time()
+        choices = [self._choice(*each, send) for each in enumerate(self._generation.streams)]
+        async with _together([*choices, self._ping(send)]) as (*tasks, _):
+            results = list(await asyncio.gather(*tasks))
+        if self._request.include_usage:
+            await self._write(send, _event(self._reply.usage(results, self._generation.prompts)))
+        await self._write(send, DONE)
+        await send({"type": "http.response.body", "body": b""})
+
+    async def _choice(self, index: int, stream: AsyncStream, send: Send) -> GenerationResult:
+        opening = self._reply.opening(index)
+        if opening is not None:
+            await self._write(send, _event(opening))
+        held: list[Token] = []  # no text yet: a letter may have several tokens
+        async with stream:
+            async for token in stream:
+                held.append(token)
+                if token.text:
+                    await self._write(send, _event(self._reply.chunk(index, held)))
+                    held.clear()
+        result = self._generation.checked(stream.result)
+        await self._write(send, _event(self._reply.closing(index, result, held)))
+        return result
+
+    async def _ping(self, send: Send) -> None:
+        while True:
+            silent = asyncio.get_running_loop().time() - self._written
+            if silent >= PING_SECONDS:
+                await self._write(send, PING)
+            await asyncio.sleep(PING_SECONDS - silent if silent < PING_SECONDS else PING_SECONDS)
+
+    async def _write(self, send: Send, data: bytes) -> None:
+        self._written = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": data, "more_body": True})
+        await asyncio.sleep(0)  # where tokens are there already, others have their turn
 
 
-async def while_there(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any, Any, Result]) -> Result:
-    """What `work` returns or raises; ClientGone where the client disconnects first, which cancels it."""
+async def while_there(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return or raise as `work` does; raise ClientGone, and cancel it, where the client disconnects first."""
 
     async def disconnected() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -125,7 +199,7 @@ async def while_there(receive: Callable[[], Awaitable[Any]], work: Coroutine[Any
 
 @asynccontextmanager
 async def _together(works: Sequence[Coroutine[Any, Any, Any]]) -> AsyncIterator[list[asyncio.Task[Any]]]:
-    """As tasks, none of which outlives the block."""
+    """Run as tasks, none of which outlives the block."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         yield tasks
@@ -135,32 +209,22 @@ async def _together(works: Sequence[Coroutine[Any, Any, Any]]) -> AsyncIterator[
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _check_count(request: ChatRequest | CompletionRequest, prompts: int, session: Session) -> None:
-    count, most = prompts * request.n, session.options.slots + session.options.queue
-    if count > most:
-        what = f"n is {request.n}" + (f" for {prompts} prompts" if prompts > 1 else "")
-        raise invalid("n", f"{what}; this server takes {most} choices at once, ask for fewer")
+def _event(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _limited(
-    options: GenerationOptions, request: ChatRequest | CompletionRequest, prompt: int, session: Session
-) -> GenerationOptions:
-    """With the request's limit of tokens, or the most that fits, up to the session's default."""
+def _limit(options: GenerationOptions, request: ChatRequest | CompletionRequest, prompt: int, session: Session) -> int:
+    """The request's limit of tokens, or the most that fits, up to the session's default."""
     read = 1 if session.manifest.encoder_decoder else prompt
     room = session.capacity - read + 1  # the newest token is never read back
     if request.limit is None:
-        return replace(options, max_new_tokens=min(options.max_new_tokens, room))
+        return min(options.max_new_tokens, room)
     if request.limit > room:
         raise PromptLengthError(
             f"the prompt has {prompt} tokens and max_tokens is {request.limit}, but {room} tokens fit after it in the "
             f"{session.capacity} positions of a slot; shorten one of them"
         )
-    return replace(options, max_new_tokens=request.limit)
-
-
-def _seed(seed: int | None, number: int) -> int | None:
-    """Each choice draws tokens of its own."""
-    return None if seed is None else (seed + number) % 2**64
+    return request.limit
 
 
 def _size(prompt: str | list[Any]) -> int:

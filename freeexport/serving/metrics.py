@@ -1,4 +1,4 @@
-"""What sessions count, for Prometheus."""
+"""Metrics of sessions, for Prometheus."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def families(measured: Mapping[str, Metrics]) -> Iterator[Metric]:
 
 
 def registry(service: Service) -> CollectorRegistry:
-    """Of this service alone: several may be in one process."""
+    """A registry for this service alone: several may be in one process."""
     own = CollectorRegistry()
     own.register(SessionCollector(service))
     return own

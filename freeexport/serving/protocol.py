@@ -109,7 +109,7 @@ class Request(msgspec.Struct, kw_only=True):
             raise invalid("stream_options", "stream_options is given without stream; add stream: true")
 
     def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
-        """Those of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own.
+        """Options of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own.
         Raises OptionError."""
         sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
         temperature = self.temperature

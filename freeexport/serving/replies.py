@@ -1,4 +1,4 @@
-"""What is answered: chats, completions, their chunks and usage, as OpenAI writes them."""
+"""Answers as OpenAI writes them: chats, completions, their chunks and usage."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Reply:
         return choice
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Of the tokens but the end of the sequence, which is no text."""
+        """Log-probabilities of the tokens but the end of the sequence, which is no text."""
         kept = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [

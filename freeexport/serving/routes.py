@@ -19,8 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import protocol
 from freeexport.serving.errors import ApiError, api_error, invalid
-from freeexport.serving.events import EventStream
-from freeexport.serving.generation import ClientGone, begin, while_there
+from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
 from freeexport.serving.metrics import registry
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Service

@@ -1,4 +1,4 @@
-"""What is served: the models, whether they are ready, and a line of JSON for each request."""
+"""The models that are served, whether they are ready, and a line of JSON for each request."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class Service:
         await asyncio.to_thread(self.close)
 
     def session(self, name: str | None) -> tuple[str, Session]:
-        """Of the model that a request names; the only one, where it names none. Raises ApiError."""
+        """The session of the model that a request names; the only one, where it names none. Raises ApiError."""
         if self.state == "loading":
             raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
         if self.state == "draining":

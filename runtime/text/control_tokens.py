@@ -36,7 +36,7 @@ class Escaped(NamedTuple):
 
 
 class ControlTokens:
-    """Of a tokenizer: its special added tokens. Safe to use from many threads."""
+    """The special added tokens of a tokenizer. Safe to use from many threads."""
 
     def __init__(self, backend: tokenizers.Tokenizer, encode: Encode) -> None:
         self._backend, self._encode = backend, encode

@@ -31,7 +31,7 @@ Scores = np.ndarray  # float32 [V]; minus infinity: the token cannot be chosen
 
 @dataclass(frozen=True)
 class Warping:
-    """What sampling does to scores before it draws. 1.0, 0, 1.0 and 0.0 change nothing."""
+    """Changes scores before a draw. 1.0, 0, 1.0 and 0.0 change nothing."""
 
     temperature: float
     top_k: int
@@ -76,7 +76,7 @@ class Sampler:
 
     @cached_property
     def _biases(self) -> tuple[np.ndarray, np.ndarray, dict[tuple[int, ...], float]]:
-        """Of single tokens, of which there may be a thousand: ids and biases; and of longer sequences."""
+        """Ids and biases of single tokens, of which there may be a thousand, and biases of longer sequences."""
         given = self.sequence_bias or {}
         single = {sequence[0]: bias for sequence, bias in given.items() if len(sequence) == 1}
         longer = {sequence: bias for sequence, bias in given.items() if len(sequence) > 1}

@@ -28,7 +28,7 @@ from runtime import GenerationOptions
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 # Seconds that /health may take while a hostile request is worked on, on a machine that is busy with other tests.
-SOON = 0.7
+SOON = 0.5
 
 
 @contextmanager
@@ -80,11 +80,15 @@ EMPTY = [{"role": "user", "content": ""}]
 def test_a_large_request_holds_up_nobody(
     path: str, body: dict[str, Any], expected: int, message: str, server: Running
 ) -> None:
-    with health_watched(server) as took:
-        answer = httpx.post(server.url + path, json=body, timeout=60)
-    assert answer.status_code == expected, answer.text[:300]
-    assert message in answer.text
-    assert max(took) < SOON
+    content = json.dumps(body).encode()
+    for _ in range(3):  # a machine that is busy otherwise is late now and then
+        with health_watched(server) as took:
+            answer = httpx.post(server.url + path, content=content, timeout=60)
+        assert answer.status_code == expected, answer.text[:300]
+        assert message in answer.text
+        if max(took) < SOON:
+            return
+    pytest.fail(f"/health took {max(took):.2f} s")
 
 
 def test_a_million_tools_are_not_read() -> None:

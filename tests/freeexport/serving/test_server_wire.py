@@ -7,7 +7,6 @@ import random
 import re
 import threading
 import time
-from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +17,9 @@ import pytest
 from running_server import ENDLESS, MESSAGES, Running, eventually, read, running, status
 from starlette.testclient import TestClient
 
-from freeexport.serving import events, routes
+from freeexport.serving import generation, routes
 from freeexport.serving.service import ServerOptions, Service
-from runtime import AsyncStream, EngineError, GenerationResult, Session, Token
+from runtime import AsyncStream, EngineError, Session, Token
 from tools.soak.leftovers import resident
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -79,7 +78,7 @@ def test_chunks_say_which_of_their_tokens_exited(http: httpx.Client, server: Run
 
 
 def test_a_silent_stream_has_pings(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events, "PING_SECONDS", 0.1)
+    monkeypatch.setattr(generation, "PING_SECONDS", 0.1)
     session = server.service.sessions["m"]
     held = [session.stream([1]) for _ in range(4)]
     with httpx.stream("POST", server.url + TEXT, json={"prompt": "x", "max_tokens": 1, "stream": True}) as answer:
@@ -268,11 +267,10 @@ def test_a_flood_of_headers_is_cut_off(head: bytes, server: Running) -> None:
 
 
 def test_an_engine_that_fails_is_an_error_of_the_server(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def failing(stream: AsyncStream, say: Callable[[Token], Awaitable[None]]) -> GenerationResult:
-        await say(Token(5, "a", False, None))
+    async def failing(stream: AsyncStream) -> Token:
         raise EngineError("the engine is broken")
 
-    monkeypatch.setattr(events, "each_token", failing)
+    monkeypatch.setattr(AsyncStream, "__anext__", failing)
     streamed = httpx.post(server.url + TEXT, json={"prompt": "x", "stream": True})
     *_, error, done, end = streamed.text.split("\n\n")
     assert json.loads(error.removeprefix("data: "))["error"] == {

@@ -162,9 +162,9 @@ def test_a_text_far_too_long_is_refused_before_it_is_tokenised(monkeypatch: pyte
     refused([{"role": "user", "content": "é" * most}], "bytes or more", tokenizer)
     refused([{"role": "r" * (most + 1), "content": ""}], "bytes or more", tokenizer)
     refused([{"role": "user", "content": ""}] * 9, "has 9 messages, more than the 8 tokens that fit", tokenizer)
-    start = time.perf_counter()
+    start = time.thread_time()
     refused("x" * 100_000_000, "has 100000000 bytes or more", tokenizer)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 @given(st.text(max_size=20))
