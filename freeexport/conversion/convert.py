@@ -35,7 +35,7 @@ from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest, Precision
 from runtime.bundle.precision import ExitVocabulary
 from runtime.errors import BundleError
 from runtime.kernels import instructions
-from runtime.machine.page_cache import write_back
+from runtime.machine.pages import write_back
 from runtime.tensorrt.files import DIRECTORY
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from runtime.machine.cgroup import ROOT, cpu_quota, memory_limit
-from runtime.machine.machine import usable_cores
+from runtime.machine.machine import ROOT, cpu_quota, memory_limit, usable_cores
 
 # Instruction sets that multiply bfloat16 (the last one's processors are Arm's), by their names in /proc/cpuinfo.
 BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")

@@ -1,4 +1,5 @@
-"""What this process may use of the machine: cores and memory, as the kernel and its cgroup allow."""
+"""The machine as this process may use it: cores and memory, as the kernel and its control groups (cgroup versions 1 and
+2) allow, the costs that were measured on it, and the user's cache."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pathlib import Path
 from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
 from runtime.errors import EngineError
-from runtime.machine.cgroup import cpu_quota, memory_left
 
+ROOT = Path("/")
 _CPUINFO = "/proc/cpuinfo"
 _TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
 
@@ -48,19 +49,17 @@ def costs_here(manifest: Manifest, threads: int) -> Costs | None:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path(_CPUINFO).read_text(errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    for line in _read(Path(_CPUINFO)).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def cpu_features() -> frozenset[str]:
     """What the first processor can, in the kernel's words; empty where the system does not say."""
-    with contextlib.suppress(OSError):
-        for line in Path(_CPUINFO).read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.partition(":")[2].split())
+    for line in _read(Path(_CPUINFO)).splitlines():
+        if line.startswith(("flags", "Features")):
+            return frozenset(line.partition(":")[2].split())
     return frozenset()
 
 
@@ -72,22 +71,14 @@ def available_memory() -> int | None:
 
 
 def _topology(cpu: int, name: str) -> str | None:
-    return _first_line(Path(_TOPOLOGY.format(cpu, name)))
+    return _read(Path(_TOPOLOGY.format(cpu, name))).split("\n")[0].strip() or None
 
 
 def _meminfo() -> int | None:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    for line in _read(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
     return None
-
-
-def _first_line(path: Path) -> str | None:
-    try:
-        return path.read_text().split("\n")[0].strip()
-    except OSError:
-        return None
 
 
 def check_saturation(manifest: Manifest) -> None:
@@ -101,3 +92,69 @@ def check_saturation(manifest: Manifest) -> None:
             "this bundle's 8-bit weights need a processor with 8-bit dot products (VNNI), which this one lacks; "
             "convert the checkpoint again"
         )
+
+
+def cpu_quota(root: Path = ROOT) -> float | None:
+    """Processors that the control group, or any group around it, may keep busy; None without a limit."""
+    quotas = [_cpu_max(_read(group / "cpu.max")) for group in _groups(root, "")]
+    for group in _groups(root, "cpu"):  # version 1
+        quotas.append(_cpu_max(_read(group / "cpu.cfs_quota_us") + " " + _read(group / "cpu.cfs_period_us")))
+    return min((quota for quota in quotas if quota is not None), default=None)
+
+
+def memory_limit(root: Path = ROOT) -> int | None:
+    """Bytes of memory that the control group, or any group around it, may use; None without a limit."""
+    return min((limit for limit, _ in _memory(root)), default=None)
+
+
+def memory_left(root: Path = ROOT) -> int | None:
+    """Bytes that the tightest of these groups may still take; None without a limit."""
+    return min((max(0, limit - used) for limit, used in _memory(root)), default=None)
+
+
+def _memory(root: Path) -> list[tuple[int, int]]:
+    """Limit and use of each group that has a limit, in bytes."""
+    pairs = [(group / "memory.max", group / "memory.current") for group in _groups(root, "")]
+    version_1 = _groups(root, "memory")
+    pairs += [(group / "memory.limit_in_bytes", group / "memory.usage_in_bytes") for group in version_1]
+    found = []
+    for limit, used in ((_read(limit).strip(), _read(used).strip()) for limit, used in pairs):
+        # Version 1 writes "no limit" as the largest page-aligned 64-bit number.
+        if limit.isdigit() and int(limit) < 1 << 60:
+            found.append((int(limit), int(used) if used.isdigit() else 0))
+    return found
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """Directories of this process's control group and of those around it; `controller` "" is version 2."""
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, names, path = (*line.split(":", 2), "", "")[:3]
+        if controller in names.split(","):
+            base = root / "sys/fs/cgroup" / controller
+            group = base / path.lstrip("/")
+            # In a container the path may be the host's, which does not exist inside: the base is then the own group.
+            return [base, *(folder for folder in (group, *group.parents) if base in folder.parents)]
+    return []
+
+
+def _cpu_max(text: str) -> float | None:
+    """Processors from "quota period" in microseconds; "max" or a negative quota is no limit."""
+    fields = text.split()
+    if len(fields) != 2 or not all(field.isdigit() for field in fields) or int(fields[1]) == 0:
+        return None
+    return int(fields[0]) / int(fields[1])
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def user_cache(*parts: str) -> Path:
+    """A path under `$XDG_CACHE_HOME/freeexport`, by default ~/.cache/freeexport. Nothing is created."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    # The XDG specification: a relative path is to be ignored.
+    root = Path(home) if home and os.path.isabs(home) else Path.home() / ".cache"
+    return root.joinpath("freeexport", *parts)

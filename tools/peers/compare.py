@@ -47,7 +47,7 @@ from freeexport.system.output_file import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
-from runtime.machine.user_cache import user_cache
+from runtime.machine.machine import user_cache
 from tools.peers.catalog import PEERS, Peer, find_peer
 from tools.peers.environment import PeerError
 from tools.peers.model import Source, installed, peer_command, peer_model

@@ -14,7 +14,7 @@ from pathlib import Path
 from freeexport.system.output_directory import output_directory
 from freeexport.system.progress import progress
 from runtime.errors import FreeExportError
-from runtime.machine.user_cache import user_cache
+from runtime.machine.machine import user_cache
 
 MARKER = "environment.json"
 # Seconds for all of an environment: the slowest peer is compiled, on one core.

@@ -18,7 +18,7 @@ from freeexport.system.output_directory import output_directory
 from freeexport.system.progress import progress
 from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import read_object
-from runtime.machine.user_cache import user_cache
+from runtime.machine.machine import user_cache
 from tools.peers.catalog import SCRIPTS, Peer
 from tools.peers.environment import PeerError, environment_key, peer_interpreter
 from tools.peers.worker import Worker

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.machine.cgroup import cpu_quota, memory_left, memory_limit
+from runtime.machine.machine import cpu_quota, memory_left, memory_limit
 
 
 def write(root: Path, files: dict[str, str]) -> Path:

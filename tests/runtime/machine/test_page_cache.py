@@ -14,7 +14,7 @@ from conftest import Bundles
 from runtime import Session
 from runtime.engines import backend
 from runtime.kernels import missing
-from runtime.machine.page_cache import read_in_large_pages, write_back
+from runtime.machine.pages import read_in_large_pages, write_back
 
 SIZE = 8 << 20
 

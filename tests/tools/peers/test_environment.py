@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runtime.machine.user_cache import user_cache
+from runtime.machine.machine import user_cache
 from tools.peers.environment import PeerError, environment_key, peer_interpreter
 
 
