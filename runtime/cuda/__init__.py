@@ -1,1 +1,1 @@
-"""The same on a CUDA stream."""
+"""Engines on a CUDA device: memory, streams, calls, and what ONNX Runtime's provider runs."""

@@ -12,10 +12,8 @@ from typing import Any
 
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.driver import Cuda, Stream
-from runtime.cuda.encoder import CudaEncoder
-from runtime.cuda.engine import CudaEngine
-from runtime.cuda.kv_cache import CudaKVCache
-from runtime.cuda.runner import CudaRunner
+from runtime.cuda.onnx_engine import CudaEngine
+from runtime.cuda.runner import CudaEncoder, CudaKVCache, CudaRunner
 from runtime.engines import onnx
 from runtime.engines.backend import Backend, Load, cache_sizes, is_fixed
 from runtime.engines.contract import check_contract

@@ -1,89 +1,197 @@
-"""A call of an engine on ONNX Runtime's CUDA provider, on fixed arrays."""
+"""Calls of an engine on a CUDA device, on fixed arrays: those of the host are copied through a staging."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
+from weakref import WeakSet
 
-from runtime.cuda.device_call import DeviceCall, Layout
-from runtime.cuda.staging import Staging
-from runtime.errors import EngineError
+import numpy as np
 
-if TYPE_CHECKING:
-    from runtime.cuda.engine import CudaEngine
+from runtime.cuda.array import DeviceArray
+from runtime.cuda.driver import Stream
 
-logger = logging.getLogger(__name__)
-
-# A call becomes a CUDA graph when it comes again after so many runs: capturing costs as much as several.
-RUNS_BEFORE_CAPTURE = 2
-# Graphs that an engine keeps: ONNX Runtime has no way to give one up.
-MOST_GRAPHS = 256
+# TensorRT wants addresses that are multiples of this.
+ALIGNMENT = 256
+LEAST_STAGING = 1 << 14
 
 
-class CudaCall(DeviceCall):
-    _engine: CudaEngine
+class Staging:
+    """Pinned memory of the host and device memory of the same layout, `size` bytes, and an event for a call's end."""
 
-    def __init__(self, engine: CudaEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._binding: Any = None
-        self._options: Any = None
-        self._graph = 0
-        super().__init__(engine, inputs, outputs)
+    def __init__(self, stream: Stream, size: int) -> None:
+        self.stream, self.size = stream, size
+        self.pinned = stream.cuda.pinned(size)
+        self.device = stream.cuda.empty((size,), np.uint8, stream)
+        self.event = stream.cuda.event()
+        self.host = int(self.pinned.ctypes.data)
+
+    def send(self, start: int, end: int) -> None:
+        """Put a copy of these bytes to the device into the stream."""
+        if end > start:
+            self.stream.copy(self.device.address + start, self.host + start, end - start)
+
+    def fetch(self, start: int, end: int) -> None:
+        """Put a copy of these bytes from the device into the stream."""
+        if end > start:
+            self.stream.copy(self.host + start, self.device.address + start, end - start)
+
+    def view(self, offset: int, like: np.ndarray) -> np.ndarray:
+        """The part of the pinned memory that an array of the host is copied to and from."""
+        view: np.ndarray = self.pinned[offset : offset + like.nbytes].view(like.dtype).reshape(like.shape)
+        return view
+
+
+class DeviceEngine:
+    """What engines on a device share: the `name`, the `stream` that calls are put into, in order and always from the
+    same thread, and unused stagings. `captures`: calls of one token a row that come again become CUDA graphs."""
+
+    def __init__(self, name: str, stream: Stream, captures: bool) -> None:
+        self.name, self.stream, self.captures = name, stream, captures
+        self.calls: WeakSet[DeviceCall] = WeakSet()
+        self._stagings: list[Staging] = []
+
+    def take_staging(self, size: int) -> Staging:
+        """The smallest unused one of `size` bytes or more. Pinned memory is freed only when the device is closed."""
+        fitting = [staging for staging in self._stagings if staging.size >= size]
+        if not fitting:
+            return Staging(self.stream, max(LEAST_STAGING, 1 << (size - 1).bit_length()))
+        chosen = min(fitting, key=lambda staging: staging.size)
+        self._stagings.remove(chosen)
+        return chosen
+
+    def give_staging(self, staging: Staging) -> None:
+        self._stagings.append(staging)
+
+    def close_calls(self) -> None:
+        """Let go of what calls hold, before the stream is gone. None may run any more."""
+        for call in list(self.calls):
+            call.close()
+
+
+class DeviceCall:
+    """Change the arrays in place, run, read the arrays. `enqueue` and `finish` are the two halves of `run`: nothing in
+    between may touch the arrays. Before `enqueue` the engine's stream must wait for the `others`, the streams whose
+    arrays the call uses too.
+
+    `inputs` and `outputs` are numpy arrays, copied to the device and back at every run, or DeviceArrays of this device,
+    used where they are. In the staging, inputs stand from byte 0 to `_sent`, outputs from there to `_fetched`.
+    """
+
+    def __init__(self, engine: DeviceEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._base = engine
+        self._inputs: dict[str, Any] = {}
+        self._outputs: dict[str, Any] = {}
+        self.others: tuple[Stream, ...] = ()
+        self._staging: Staging | None = None  # None: arrays have changed
+        self._views: dict[str, np.ndarray] = {}
+        self._offsets: dict[str, int] = {}
+        self._sent = self._fetched = self._runs = 0
+        self._under_way = False
+        self.rebind(inputs, outputs)
+        engine.calls.add(self)
+
+    def rebind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        """Other arrays, of any shape, for these names; the others stay. EngineError for what the engine does not
+        take."""
+        for given, kept, is_input in ((inputs, self._inputs, True), (outputs, self._outputs, False)):
+            for name, array in given.items():
+                self._check(name, array, is_input)
+                if _moved(kept.get(name), array):
+                    self.close()
+                kept[name] = array
+        arrays = [*self._inputs.values(), *self._outputs.values()]
+        streams = {array.memory.stream for array in arrays if isinstance(array, DeviceArray)}
+        self.others = tuple(streams - {self._base.stream})
+
+    def run(self) -> None:
+        for other in self.others:
+            self._base.stream.follow(other)
+        self.enqueue()
+        self.finish()
+
+    def enqueue(self) -> None:
+        """Put the run into the engine's stream. Raises EngineError, DeviceError, CapacityError."""
+        stream = self._base.stream
+        # Memory may be taken, which would disturb another call that is captured.
+        with nullcontext() if self._base.captures else stream.cuda.undisturbed:
+            stream.cuda.make_current()
+            staging = self._staging or self._lay_out()
+            if self._under_way:
+                # A run that failed: the device may still be reading what it was given.
+                stream.synchronize()
+            self._under_way = True
+            for name, array in self._inputs.items():
+                if name in self._views:
+                    self._views[name][...] = array
+            self._launch(staging)
+            stream.record(staging.event)
+            self._runs += 1
+
+    def finish(self) -> None:
+        """Wait for it, and let the arrays of the host have what it gave."""
+        assert self._staging is not None
+        if not self._staging.event.done():
+            self._staging.event.wait()
+        self._under_way = False
+        for name, array in self._outputs.items():
+            if name in self._views:
+                array[...] = self._views[name]
 
     def close(self) -> None:
-        """Let go of the session and of memory: it may not run any more."""
-        staging, self._layout, self._binding, self._staging = self._staging, None, None, None
-        # What the device may still be copying into is not for others.
+        """Let go of memory. What the device may still be copying into is not for other calls."""
+        staging, self._staging = self._staging, None
         if staging is not None and not self._under_way:
-            self._engine.staging.give(staging)
+            self._base.give_staging(staging)
 
-    def _launch(self, layout: Layout, staging: Staging) -> None:
-        staging.send(0, layout.sent)
-        self._run()
-        staging.fetch(layout.sent, layout.fetched)
-
-    def _run(self) -> None:
-        engine = self._engine
-        captures = self._wants_graph()
-        if captures:
-            self._graph, engine.graphs_left = next(engine.graphs), engine.graphs_left - 1
-            self._options = engine.run_options(self._graph)
+    def _lay_out(self) -> Staging:
+        """Give the arrays of the host places in a staging, and `_prepare` the engine for all arrays."""
+        ins, self._sent = laid_out({name: array.nbytes for name, array in self._inputs.items() if _on_host(array)})
+        hosts = {name: array.nbytes for name, array in self._outputs.items() if _on_host(array)}
+        outs, self._fetched = laid_out(hosts, self._sent)
+        self._offsets, self._runs = {**ins, **outs}, 0
+        staging = self._base.take_staging(self._fetched)
+        bound = {**self._inputs, **self._outputs}
+        self._views = {name: staging.view(offset, bound[name]) for name, offset in self._offsets.items()}
         try:
-            with engine.stream.cuda.undisturbed if captures else nullcontext():
-                engine.session.run_with_iobinding(self._binding, self._options)
-        except Exception as error:
-            self._failed(error, captures)
-            engine.session.run_with_iobinding(self._binding, self._options)
+            self._prepare(staging)
+        except BaseException:
+            self._base.give_staging(staging)
+            raise
+        self._staging = staging
+        return staging
 
-    def _wants_graph(self) -> bool:
-        tokens = self._inputs.get("input_ids")
-        repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and self._engine.graphs_left > 0
-        return self._engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
+    def _prepare(self, staging: Staging) -> None:
+        """Make what the engine needs for these arrays."""
+        raise NotImplementedError
 
-    def _failed(self, error: Exception, captures: bool) -> None:
-        """Raise why a run failed; return where it was the capture alone, after which it can run without."""
-        engine = self._engine
-        text = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        # A lost device says so at the next call.
-        engine.stream.record(engine.stream.cuda.event())
-        if not captures:
-            raise EngineError(f"{engine.name} failed on device {engine.stream.cuda}: {text}") from error
-        logger.warning("steps of %s run one kernel at a time, as no CUDA graph can be captured: %s", engine.name, text)
-        engine.graphs_left, self._graph = 0, 0
-        self._options = engine.run_options(0)
+    def _launch(self, staging: Staging) -> None:
+        """Put the copies and the engine's work into the stream."""
+        raise NotImplementedError
 
-    def _prepare(self) -> Layout:
-        engine = self._engine
+    def _check(self, name: str, array: Any, is_input: bool) -> None:
+        """Raise EngineError for an array that the engine does not take."""
+
+    def __del__(self) -> None:
         self.close()
-        layout = Layout.of(self._inputs, self._outputs)
-        staging = self._take(layout)
-        binding = self._binding = engine.session.io_binding()
-        for name, array in {**self._inputs, **self._outputs}.items():
-            offset = layout.offsets.get(name)
-            place = array.address if offset is None else staging.device.address + offset
-            put = binding.bind_input if name in self._inputs else binding.bind_output
-            put(name, "cuda", engine.stream.cuda.index, engine.element_type(name), list(array.shape), place)
-        self._options, self._graph, self._runs = engine.run_options(0), 0, 0
-        self._layout = layout
-        return layout
+
+
+def laid_out(sizes: Mapping[str, int], start: int = 0) -> tuple[dict[str, int], int]:
+    """Where each of these many bytes begins, one after the other from `start` on, and where all end. What is empty has
+    a place of its own too."""
+    offsets = {}
+    for name, size in sizes.items():
+        offsets[name] = start
+        start += max(1, -(-size // ALIGNMENT)) * ALIGNMENT
+    return offsets, start
+
+
+def _on_host(array: Any) -> bool:
+    return not isinstance(array, DeviceArray)
+
+
+def _moved(old: Any, new: Any) -> bool:
+    """Whether a call must be prepared anew for an array in place of an `old` one, None where there was none. That an
+    array of the host stands elsewhere does not matter: it is copied."""
+    return old is None or old.shape != new.shape or getattr(old, "address", None) != getattr(new, "address", None)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from runtime.cuda.device_array import DeviceArray, Memory
+from runtime.cuda.array import DeviceArray, Memory
 from runtime.errors import CapacityError, DeviceError
 
 INSTALL = "pip install 'freeexport[gpu]'"
@@ -259,6 +260,38 @@ class Event:
     def seconds_since(self, earlier: Event) -> float:
         """Seconds of the device between two timed events that have happened."""
         return float(self.cuda.call("cudaEventElapsedTime", earlier.handle, self.handle)) / 1e3
+
+
+class CudaGraph:
+    """What `put` puts into `stream`, recorded without being done. It holds addresses: the memory must outlive it."""
+
+    def __init__(self, stream: Stream, put: Callable[[], None]) -> None:
+        self._stream, cuda = stream, stream.cuda
+        self._graph: Any = None
+        # Only this thread's calls are watched for what capture does not allow.
+        mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda.call("cudaStreamBeginCapture", stream.handle, mode)
+        try:
+            put()
+        except BaseException:
+            # What was captured is discarded; the error that ended it says more than this one's would.
+            _, graph = cuda.runtime.cudaStreamEndCapture(stream.handle)
+            if graph is not None and int(graph):
+                cuda.runtime.cudaGraphDestroy(graph)
+            raise
+        graph = cuda.call("cudaStreamEndCapture", stream.handle)
+        try:
+            self._graph = cuda.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            cuda.runtime.cudaGraphDestroy(graph)
+
+    def launch(self) -> None:
+        """Put it into the stream."""
+        self._stream.cuda.call("cudaGraphLaunch", self._graph, self._stream.handle)
+
+    def __del__(self) -> None:
+        if self._graph is not None and not self._stream.cuda.lost:
+            self._stream.cuda.runtime.cudaGraphExecDestroy(self._graph)
 
 
 def _import_runtime() -> Any:

@@ -10,15 +10,14 @@ from pathlib import Path
 
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.cuda.backend import CudaBackend
+from runtime.cuda.call import ALIGNMENT
 from runtime.cuda.driver import Stream
-from runtime.cuda.staging import ALIGNMENT
 from runtime.engines.backend import cache_sizes
 from runtime.errors import CapacityError, OptionError
 from runtime.machine.device import Device
 from runtime.options import SessionOptions
 from runtime.tensorrt.engine import TensorRTEngine
-from runtime.tensorrt.files import find_engine, read_record
-from runtime.tensorrt.library import architecture_of, import_tensorrt
+from runtime.tensorrt.files import architecture, find_engine, import_tensorrt, read_record
 
 
 class TensorRTBackend(CudaBackend):
@@ -33,7 +32,7 @@ class TensorRTBackend(CudaBackend):
         import_tensorrt()
 
     def _check_memory(self) -> None:
-        version, here = str(import_tensorrt().__version__), architecture_of(self.cuda)
+        version, here = str(import_tensorrt().__version__), architecture(self.cuda.index)
         for name in (Path(file).stem for file in engine_files(self.manifest)):
             self._files[name] = find_engine(self.bundle, name, version, here, self.options.verify)
         self._check_slots()

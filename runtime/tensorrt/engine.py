@@ -1,4 +1,4 @@
-"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its execution contexts.
+"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its calls.
 
 Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names and signatures of TensorRT's
 package.
@@ -6,26 +6,26 @@ package.
 
 from __future__ import annotations
 
-import threading
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import numpy as np
 
-from runtime.cuda.device_array import DeviceArray
-from runtime.cuda.driver import Stream
-from runtime.cuda.staging import ALIGNMENT, StagingPool, laid_out
+from runtime.cuda.array import DeviceArray
+from runtime.cuda.call import ALIGNMENT, DeviceCall, DeviceEngine, Staging, laid_out
+from runtime.cuda.driver import CudaGraph, Stream
 from runtime.errors import EngineError
-from runtime.tensorrt.call import TensorRTCall
-from runtime.tensorrt.context import Context
-from runtime.tensorrt.files import read_record
-from runtime.tensorrt.library import import_tensorrt, logger_of
-from runtime.tensorrt.plan import Profile, profile_for, sizes_of
+from runtime.tensorrt.files import Profile, import_tensorrt, logger_of, profile_for, read_record, sizes_of
+
+logger = logging.getLogger(__name__)
 
 # TensorRT's names of types; numpy has no bfloat16, see DeviceArray.
 _TYPES = {"FLOAT": np.float32, "HALF": np.float16, "BF16": np.uint16, "INT32": np.int32, "INT64": np.int64}
+# A call is captured as a CUDA graph when it comes again after so many runs: capturing costs as much as several.
+RUNS_BEFORE_CAPTURE = 3
+CAPTURED_PROFILE = "decode"
 
 
 class Tensor(NamedTuple):
@@ -36,78 +36,46 @@ class Tensor(NamedTuple):
     on_host: bool
 
 
-class TensorRTEngine:
-    """One engine of a bundle; its calls are put into `stream`, in order. Safe to use from many threads.
-
-    `captures`: calls of one row per sequence that come again become CUDA graphs. EngineError where the file does not
-    load; CapacityError, which says how much is needed and free, where the device has too little memory for it.
-    """
+class TensorRTEngine(DeviceEngine):
+    """One engine of a bundle. EngineError where the file does not load; CapacityError, which says how much is needed
+    and free, where the device has too little memory for it."""
 
     def __init__(self, path: Path, stream: Stream, captures: bool = False) -> None:
         record = read_record(path)
         if record is None:
             raise EngineError(f"{path} has no record of what it was built for; run convert BUNDLE --build again")
-        self.plan, self.stream, self.captures = record.plan, stream, captures
-        self.lock = threading.Lock()
-        self.staging = StagingPool(stream)
+        self.plan = record.plan
+        super().__init__(self.plan.engine, stream, captures)
         self._trt = import_tensorrt()
-        self._log = logger_of(self._trt)
+        self.log = logger_of(self._trt)
         stream.cuda.make_current()
         stream.cuda.require(record.bytes, f"TensorRT engine {path.name}")
         # The runtime must outlive its engines.
         self._runtime, self._engine = self._load(path)
         self.tensors = self._read_tensors()
+        # TensorRT gives dimensions that are free as -1.
+        self.output_shapes = {
+            name: tuple(self._engine.get_tensor_shape(name))
+            for name, tensor in self.tensors.items()
+            if not tensor.is_input
+        }
         self._check(path)
         self._scratch = self._allocate_scratch()
+        self._unread = stream.cuda.empty((ALIGNMENT,), np.uint8, stream)
         self._contexts: dict[int, Context] = {}
-        self._calls: WeakSet[TensorRTCall] = WeakSet()
-
-    @property
-    def name(self) -> str:
-        return self.plan.engine
-
-    @property
-    def output_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each output, -1 where a dimension is free."""
-        return {name: tuple(self._engine.get_tensor_shape(name)) for name in self.output_names}
 
     def dtype(self, name: str) -> np.dtype:
-        """Of an input or output."""
+        """The type of an input or output."""
         return self.tensors[name].dtype
 
     def close(self) -> None:
         """Let go of everything on the device, before its stream is gone. No call may run any more."""
-        for call in list(self._calls):
-            call.close()
+        self.close_calls()
         self._contexts.clear()
         self._engine = self._runtime = None
 
-    @property
-    def output_names(self) -> list[str]:
-        return [name for name, tensor in self.tensors.items() if not tensor.is_input]
-
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> TensorRTCall:
-        """A call on fixed arrays: numpy ones, which are copied to the device and back at every run, or DeviceArrays of
-        this device, which are used where they are."""
-        call = TensorRTCall(self, inputs, outputs)
-        self._calls.add(call)
-        return call
-
-    def run(self, outputs: list[str], inputs: Mapping[str, Any]) -> list[DeviceArray]:
-        """One call with arrays of any shape: its outputs as new arrays on the device, complete."""
-        with self.lock:
-            context = self.context(self.profile({name: array.shape for name, array in inputs.items()}))
-            context.set_shapes({name: array.shape for name, array in inputs.items()})
-            shapes = {name: context.shape(name) for name in outputs}
-        sizes = {name: _bytes(shapes[name], self.tensors[name].dtype) for name in outputs}
-        offsets, size = laid_out(sizes)
-        block = self.stream.cuda.empty((size,), np.uint8, self.stream)
-        results = [
-            DeviceArray(block.memory, block.address + offsets[name], shapes[name], self.tensors[name].dtype)
-            for name in outputs
-        ]
-        self.bind(inputs, dict(zip(outputs, results, strict=True))).run()
-        return results
+        return TensorRTCall(self, inputs, outputs)
 
     def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile:
         """The one for a call whose inputs have these shapes. EngineError where there is none."""
@@ -126,30 +94,29 @@ class TensorRTEngine:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         made = self._engine.create_execution_context(strategy)
         if made is None:
-            raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.reason()}")
+            raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.log.reason()}")
         made.set_device_memory(self._scratch.address, self._scratch.size)
-        return Context(made, self.name, self.plan.profiles.index(profile), self.stream, self._log)
+        return Context(made, self, self.plan.profiles.index(profile))
 
-    def reason(self) -> str:
-        """What TensorRT said last."""
-        return str(self._log.reason())
-
-    def forget_errors(self) -> None:
-        self._log.errors.clear()
+    def unread(self, size: int) -> DeviceArray:
+        """Memory for outputs that nobody reads: that of all calls, which follow each other in the stream."""
+        if self._unread.size < size:
+            self._unread = self.stream.cuda.empty((size,), np.uint8, self.stream)
+        return self._unread
 
     def _load(self, path: Path) -> tuple[Any, Any]:
         try:
-            runtime = self._trt.Runtime(self._log)
+            runtime = self._trt.Runtime(self.log)
         except TypeError:  # its constructor gave nothing
             raise EngineError(
-                f"TensorRT {self._trt.__version__} cannot start: {self.reason()}; run freeexport doctor"
+                f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; run freeexport doctor"
             ) from None
         # A version-compatible engine brings a runtime of its own along.
         runtime.engine_host_code_allowed = self.plan.version_compatible
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(
-                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.reason()}; "
+                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.log.reason()}; "
                 "run: freeexport convert BUNDLE --build"
             )
         return runtime, engine
@@ -170,7 +137,7 @@ class TensorRTEngine:
         engine = self._engine
         if engine.num_optimization_profiles != len(self.plan.profiles):
             raise EngineError(f"{path.name} has other profiles than its record says; run convert BUNDLE --build again")
-        for name in self.output_names:
+        for name in self.output_shapes:
             if name.startswith("present.") and engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
                 raise EngineError(
                     f"{path.name} does not write {name} in place of the past; run convert BUNDLE --build again"
@@ -183,5 +150,142 @@ class TensorRTEngine:
         return cuda.empty((max(*sizes, ALIGNMENT),), np.uint8, self.stream)
 
 
-def _bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+class Context:
+    """An execution context, for the profile of this number. Shapes and addresses stay set, so only what changes is set
+    again."""
+
+    def __init__(self, context: Any, engine: TensorRTEngine, profile: int) -> None:
+        self._context, self._engine, self._stream = context, engine, int(engine.stream.handle)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        if not context.set_optimization_profile_async(profile, self._stream):
+            raise self._error("cannot use a profile")
+
+    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """The shapes of all inputs. EngineError where one fits no profile."""
+        for name, shape in shapes.items():
+            if self._shapes.get(name) != shape:
+                self._shapes.pop(name, None)
+                if not self._context.set_input_shape(name, shape):
+                    raise self._error(f"refuses shape {list(shape)} of {name}")
+                self._shapes[name] = shape
+
+    def set_addresses(self, addresses: Mapping[str, int]) -> None:
+        for name, address in addresses.items():
+            if self._addresses.get(name) != address:
+                if not self._context.set_tensor_address(name, address):
+                    raise self._error(f"refuses the memory of {name}")
+                self._addresses[name] = address
+
+    def bytes_of(self, name: str) -> int:
+        """Bytes of an output, once the shapes of the inputs are set."""
+        shape = self._context.get_tensor_shape(name)
+        return int(np.prod(shape, dtype=np.int64)) * self._engine.dtype(name).itemsize
+
+    def enqueue(self) -> None:
+        """Put a run into the engine's stream."""
+        if not self._context.execute_async_v3(self._stream):
+            raise self._error("did not run")
+
+    def _error(self, what: str) -> EngineError:
+        return EngineError(f"the TensorRT engine {self._engine.name} {what}: {self._engine.log.reason()}")
+
+
+class TensorRTCall(DeviceCall):
+    def __init__(self, engine: TensorRTEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._engine = engine
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._context: Context | None = None
+        self._graph: CudaGraph | None = None
+        self._unread: DeviceArray | None = None  # kept, as a graph holds its address
+        super().__init__(engine, inputs, outputs)
+
+    def close(self) -> None:
+        """Let go of memory, graph and context."""
+        self._graph = self._context = self._unread = None
+        super().close()
+
+    def enqueue(self) -> None:
+        self._engine.log.errors.clear()
+        super().enqueue()
+
+    def _prepare(self, staging: Staging) -> None:
+        engine = self._engine
+        self._shapes = {name: tuple(array.shape) for name, array in self._inputs.items()}
+        missing = [name for name, tensor in engine.tensors.items() if tensor.is_input and name not in self._shapes]
+        if missing:
+            raise EngineError(f"a call of the TensorRT engine {engine.name} lacks {', '.join(missing)}")
+        self._context = engine.context(engine.profile(self._shapes))
+        self._context.set_shapes(self._shapes)
+        bound = {**self._inputs, **self._outputs}
+        addresses = {name: array.address for name, array in bound.items() if isinstance(array, DeviceArray)}
+        # What is written in place stands where it is read.
+        addresses |= {f"present.{name[5:]}": address for name, address in addresses.items() if name.startswith("past.")}
+        for name, offset in self._offsets.items():
+            on_host = engine.tensors[name].on_host
+            addresses[name] = (staging.host if on_host else staging.device.address) + offset
+        unread = {name: self._context.bytes_of(name) for name in engine.output_shapes if name not in addresses}
+        offsets, size = laid_out(unread)
+        self._unread = engine.unread(size)
+        self._addresses = addresses | {name: self._unread.address + offset for name, offset in offsets.items()}
+
+    def _launch(self, staging: Staging) -> None:
+        assert self._context is not None
+        if self._graph is not None:
+            self._graph.launch()
+            return
+        context = self._engine.new_context(self._profile) if self._wants_graph() else self._context
+        context.set_shapes(self._shapes)
+        context.set_addresses(self._addresses)
+        self._put_each(context, staging)
+        # TensorRT wants to have run once with these shapes before it is captured.
+        if context is not self._context:
+            self._capture(context, staging)
+
+    @property
+    def _profile(self) -> Profile:
+        return self._engine.profile(self._shapes)
+
+    def _wants_graph(self) -> bool:
+        engine = self._engine
+        if not engine.captures or self._runs < RUNS_BEFORE_CAPTURE:
+            return False
+        # What TensorRT reads from the host's memory would stay what it was when it was captured.
+        fixed = any(tensor.on_host for tensor in engine.tensors.values())
+        return not fixed and self._profile.name == CAPTURED_PROFILE
+
+    def _capture(self, context: Context, staging: Staging) -> None:
+        """Make a graph for the next time, of a context that no other call changes."""
+        stream = self._engine.stream
+        try:
+            with stream.cuda.undisturbed:
+                self._graph = CudaGraph(stream, lambda: self._put_each(context, staging))
+        except EngineError as error:
+            if stream.cuda.lost:
+                raise
+            self._engine.captures = False
+            logger.warning("calls of the TensorRT engine %s run one kernel at a time: %s", self._engine.name, error)
+            return
+        self._context = context
+
+    def _put_each(self, context: Context, staging: Staging) -> None:
+        staging.send(0, self._sent)
+        context.enqueue()
+        staging.fetch(self._sent, self._fetched)
+
+    def _check(self, name: str, array: Any, is_input: bool) -> None:
+        engine, tensor = self._engine, self._engine.tensors.get(name)
+        if tensor is None or tensor.is_input is not is_input:
+            kind = "input" if is_input else "output"
+            raise EngineError(f"the TensorRT engine {engine.name} has no {kind} {name}; run convert BUNDLE --build")
+        if array.dtype != tensor.dtype:
+            raise EngineError(f"{name} is {array.dtype}, the TensorRT engine {engine.name} has {tensor.dtype}")
+        if not isinstance(array, DeviceArray):
+            if name.startswith(("past.", "present.")):
+                raise EngineError(f"{name} is in the host's memory; a TensorRT engine writes its cache on the device")
+        elif array.address % ALIGNMENT or not array.contiguous:
+            raise EngineError(
+                f"{name} stands at address {array.address}, and TensorRT wants multiples of {ALIGNMENT}; "
+                "open the session with slots=1, or convert with another capacity"
+            )

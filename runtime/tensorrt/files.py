@@ -1,23 +1,159 @@
-"""The TensorRT engines in a bundle's folder `tensorrt`, each with a `.json` beside that describes it."""
+"""TensorRT's Python package, and the engine files in a bundle's folder `tensorrt`, each with a `.json` beside it that
+says what it was built from and for, and for which shapes."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from runtime.bundle.bundle import Bundle, Verify, sha256_of
 from runtime.bundle.manifest import Manifest
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError, EngineError
 from runtime.json_file import read_json
-from runtime.tensorrt.library import NO_GPU
-from runtime.tensorrt.plan import Plan
 
+logger = logging.getLogger(__name__)
+
+# The first version whose ONNX parser maps TensorScatter to KV-cache updates.
+LEAST = (10, 15)
+NO_GPU = "nogpu"
+INSTALL = "pip install 'freeexport[tensorrt]'"
 DIRECTORY = "tensorrt"
 LARGEST_RECORD = 1 << 20  # bytes
+# Dimensions of the engine contract (docs/architecture.md) that the shapes of these inputs tell.
+_ROWS = {
+    "encoder": ("input_ids", "E"),
+    "prologue": ("hidden", "E"),
+    "shallow": ("input_ids", "q"),
+    "deep": ("hidden", "k"),
+}
+
+
+def import_tensorrt() -> Any:
+    """The package `tensorrt`. EngineError where it is missing, does not load, or is too old."""
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(f"TensorRT cannot be imported ({_first_line(error)}); run: {INSTALL}") from error
+    check_version(str(tensorrt.__version__))
+    return tensorrt
+
+
+def check_version(version: str) -> None:
+    """EngineError for a version before LEAST."""
+    if version_numbers(version)[:2] < LEAST:
+        least = ".".join(map(str, LEAST))
+        raise EngineError(f"TensorRT {version} has no KV-cache updates; {least} or newer is needed, run: {INSTALL}")
+
+
+def version_numbers(version: str) -> tuple[int, ...]:
+    """11.4.0 -> (11, 4, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version))
+
+
+def architecture(index: int = 0) -> str:
+    """A CUDA device as sm90 and the like; NO_GPU where there is none, or no cuda-python to ask."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return NO_GPU
+    failed, properties = runtime.cudaGetDeviceProperties(index)
+    return NO_GPU if int(failed) else f"sm{properties.major}{properties.minor}"
+
+
+def logger_of(trt: Any) -> Any:
+    """TensorRT's messages into Python's logging; `errors` keeps those of severity error."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(" ".join(message.split()))
+            logger.debug("TensorRT: %s", message)
+
+        def reason(self) -> str:
+            """What it said last, cut to a line."""
+            return self.errors[-1][:600] if self.errors else "no reason given"
+
+    return Log()
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Shapes that an engine was optimised for: `ranges` maps a dimension of docs/architecture.md (B, q, k, E, R) to its
+    least, most usual and greatest size."""
+
+    name: str
+    ranges: dict[str, tuple[int, int, int]]
+
+    def admits(self, sizes: Mapping[str, int]) -> bool:
+        return all(self.ranges[name][0] <= size <= self.ranges[name][2] for name, size in sizes.items())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An engine file's identity. `sources_sha256` is the hash of the graph's and the weight file's; `architecture` is
+    sm90 and the like, or `nogpu`. `version_compatible`: later TensorRTs of the same major version run it too."""
+
+    engine: str
+    sources_sha256: str
+    tensorrt: str
+    architecture: str
+    profiles: tuple[Profile, ...]
+    version_compatible: bool = False
+
+    @property
+    def file(self) -> str:
+        """The name of the engine file, different wherever the file would be another."""
+        shapes = _digest([dataclasses.asdict(profile) for profile in self.profiles])
+        version = f"trt{self.tensorrt}{'-compatible' if self.version_compatible else ''}"
+        return f"{self.engine}-{self.sources_sha256[:8]}-{version}-{self.architecture}-{shapes[:8]}.engine"
+
+    def runs_with(self, version: str) -> bool:
+        """Whether a TensorRT of this version loads it."""
+        here, built = version_numbers(version), version_numbers(self.tensorrt)
+        return here == built or (self.version_compatible and here[:1] == built[:1] and here > built)
+
+
+def profile_for(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> Profile:
+    """The first profile that admits a call of these sizes. EngineError names what exceeds all of them."""
+    for profile in profiles:
+        if profile.admits(sizes):
+            return profile
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    known = "; ".join(f"{profile.name}: {_text(profile, sizes)}" for profile in profiles)
+    raise EngineError(
+        f"a call with {given} fits no profile of this TensorRT engine ({known}); "
+        "shorten it, or convert with a larger capacity and build with a larger --max-batch"
+    )
+
+
+def sizes_of(engine: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """The dimensions of a call, by name, from the shapes of its inputs."""
+    rows, name = _ROWS[engine]
+    sizes = {"B": shapes[rows][0], name: shapes[rows][1]}
+    if "head_rows" in shapes:
+        sizes["R"] = shapes["head_rows"][0]
+    read = next((shape for name, shape in shapes.items() if name.startswith("cross.")), None)
+    return sizes if read is None else {**sizes, "E": read[2]}
+
+
+def _text(profile: Profile, sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {profile.ranges[name][0]} to {profile.ranges[name][2]}" for name in sizes)
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -92,3 +228,7 @@ def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, ve
 
 def _gpu(architecture: str) -> str:
     return "without a GPU" if architecture == NO_GPU else f"for {architecture}"
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

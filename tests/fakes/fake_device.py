@@ -21,7 +21,7 @@ class Machine:
         self.cuda = FakeCuda(seed, **options)
         self.onnxruntime = FakeOnnxRuntime(self.cuda)
         monkeypatch.setattr("runtime.cuda.driver._import_runtime", lambda: self.cuda)
-        for module in ("runtime.engines.onnx", "runtime.cuda.engine"):
+        for module in ("runtime.engines.onnx", "runtime.cuda.onnx_engine"):
             monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 

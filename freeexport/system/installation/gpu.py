@@ -11,7 +11,7 @@ from pathlib import Path
 
 from runtime.cuda.driver import dotted
 from runtime.errors import EngineError
-from runtime.tensorrt.library import LEAST, import_tensorrt, version_numbers
+from runtime.tensorrt.files import LEAST, import_tensorrt, version_numbers
 
 WHEEL = "onnxruntime-gpu"
 INFO = "build_and_package_info.py"

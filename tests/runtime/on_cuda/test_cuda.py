@@ -14,7 +14,7 @@ from fake_cuda import Access, FakeCuda, Misuse, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.array import DeviceArray
 from runtime.cuda.driver import Cuda
 from runtime.errors import CapacityError, DeviceError
 

@@ -14,7 +14,7 @@ from device_cases import LLAMA, MODES, T5, both
 from fake_device import Machine
 from fake_onnxruntime import CPU
 
-from graphs.rewrites.fp32_copy import fp32_copy
+from graphs.rewrites.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.runner import CallEvents, CudaRunner

@@ -17,12 +17,11 @@ from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.device_array import DeviceArray
+from runtime.cuda.array import DeviceArray
 from runtime.cuda.driver import Cuda, Stream
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, DeviceError, EngineError
-from runtime.tensorrt.call import RUNS_BEFORE_CAPTURE
-from runtime.tensorrt.engine import TensorRTEngine
+from runtime.tensorrt.engine import RUNS_BEFORE_CAPTURE, TensorRTEngine
 from runtime.tensorrt.files import DIRECTORY, record_of
 
 BY_NAME = {case.name: case for case in CASES}
@@ -207,20 +206,6 @@ def test_a_runtime_that_does_not_start_is_an_error(gpu: Gpu, monkeypatch: pytest
     monkeypatch.setattr(gpu.trt, "Runtime", nothing)
     with pytest.raises(EngineError, match=r"TensorRT 11.4.0.106 cannot start: .*freeexport doctor"):
         gpu.engine("shallow")
-
-
-def test_run_gives_new_arrays_on_the_device(gpu: Gpu) -> None:
-    steps = Steps(gpu.engine("shallow"), gpu.bundle, gpu.stream)
-    steps.tokens[:] = 4
-    engine = gpu.engine("shallow")
-    hidden, token = engine.run(["hidden", "token"], steps.inputs)
-    assert isinstance(hidden, DeviceArray)
-    assert (hidden.shape, hidden.dtype, token.dtype) == (steps.hidden.shape, np.float32, np.int64)
-    steps.call.run()
-    host = gpu.cuda.pinned(token.size * 8).view(np.int64)
-    gpu.stream.copy(host.ctypes.data, token.address, 8)
-    gpu.stream.synchronize()
-    assert host.tolist() == steps.token.tolist()
 
 
 def test_what_a_call_needs_and_does_not_get_is_named(gpu: Gpu) -> None:

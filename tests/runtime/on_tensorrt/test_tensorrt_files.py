@@ -15,8 +15,17 @@ from conftest import Bundles
 
 from runtime.bundle.bundle import Bundle
 from runtime.errors import EngineError
-from runtime.tensorrt.files import DIRECTORY, EngineFile, find_engine, read_record, record_of, sources_sha256
-from runtime.tensorrt.plan import Plan, Profile, sizes_of
+from runtime.tensorrt.files import (
+    DIRECTORY,
+    EngineFile,
+    Plan,
+    Profile,
+    find_engine,
+    read_record,
+    record_of,
+    sizes_of,
+    sources_sha256,
+)
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 Put = Callable[..., Path]

@@ -62,7 +62,9 @@ def test_tokens_exits_and_confidences_are_those_of_the_cpu(
         with Session(path, device="cuda:0", overlap=overlap, cuda_graphs=graphs, threads=1) as session:
             assert answers(session, **MODES[mode]) == want
         assert bool(fake.launches) is graphs
-        assert {name for name, *_ in sys.modules["tensorrt"].runs} >= {"shallow", "deep"}
+        assert {name for name, *_ in sys.modules["tensorrt"].runs} >= (
+            {"shallow"} if mode == "shallow" else {"shallow", "deep"}
+        )
         assert (fake.allocated, fake.graphs, fake.alive) == (0, 0, (0, 0))
 
 

@@ -122,16 +122,6 @@ def _pieces(target: DeviceArray, source: DeviceArray) -> Iterator[tuple[int, int
         yield to, at, steps, width, target.shape[axis - 1]
 
 
-def moved(old: Any, new: Any) -> bool:
-    """Whether an array takes another place than the `old` one of a call, None where there was none. That an array of
-    the host stands elsewhere does not matter: it is copied."""
-    return old is None or old.shape != new.shape or _address(old) != _address(new)
-
-
-def _address(array: Any) -> int | None:
-    return array.address if isinstance(array, DeviceArray) else None
-
-
 def _padded(keys: tuple[Any, ...], dimensions: int) -> list[Any]:
     left = dimensions - sum(key is not None for key in keys)
     if left < 0:
