@@ -1,68 +1,179 @@
-"""Everything that only a machine with a card can tell, in one command of less than eight minutes.
+"""What only a machine with a card can tell, in one command of minutes.
 
-    python -m tools.gpu.check                      # a T5-base-sized model, random weights; docs/gpu-check.md, .json
-    python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --skip peers --output report
+    python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --output gpu-check
 
-Steps: environment, correctness (tokens against the CPU in fp32), lanes (overlap and CUDA graphs on and off), timeline
-(shallow steps within a deep pass, by events), cpu, peers (transformers, torch.compile). A step that cannot be done says
-why, and the others go on: without a card, or with the CPU's ONNX Runtime alone, what is left is still done, on the
-package's small model, and the report says that no card was found. Run from the root.
+Steps: environment; correctness, tokens and exits against the CPU in fp32; lanes, tokens/s with overlap, steps run ahead
+and CUDA graphs on and off; timeline, how many shallow steps lie within a deep pass, by events of the device. A step
+that fails or cannot be done says why, and the others go on. Without a card the graphs for one run on the CPU.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import platform
+import shutil
+import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
 
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from runtime import Session
 from runtime.cuda.driver import Cuda
+from runtime.cuda.runner import CudaRunner
 from runtime.engines.onnx import import_onnxruntime
 from runtime.errors import FreeExportError
 from runtime.machine.device import Device
-from tools.gpu.steps import STEPS, Bench, Unavailable
 
-SMALL = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
-# Begin no step after so many seconds.
-LIMIT = 400
+DEMO = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
+PACKAGES = ("onnxruntime", "onnxruntime-gpu", "cuda-bindings", "torch", "transformers", "tensorrt")
+PROMPTS = ("the cat sat on the mat", "a quick brown fox", "it was the best of times", "light travels faster than sound")
+MODES: dict[str, dict[str, Any]] = {"full": {"mode": "full"}, "free": {"threshold": 0.5}, "exits": {"threshold": 0.0}}
+# Session options, each compared with the first: the same tokens, at another speed.
+LANES: dict[str, dict[str, bool]] = {
+    "in turn": {"overlap": False, "cuda_graphs": False},
+    "graphs": {"overlap": False, "cuda_graphs": True},
+    "overlap": {"overlap": True, "cuda_graphs": False},
+    "overlap, graphs": {"overlap": True, "cuda_graphs": True},
+    "overlap, graphs, run ahead": {"overlap": True, "cuda_graphs": True, "run_ahead": True},
+}
 
 
-@click.command(help=__doc__, context_settings={"show_default": True})
-@click.option("--model", type=click.Path(path_type=Path, exists=True), help="A checkpoint.")
-@click.option("--exit-layer", type=click.IntRange(1), help="[default: that of its exit.json]")
-@click.option("--device", default="cuda:0")
-@click.option("--skip", multiple=True, type=click.Choice(list(STEPS)), help="Steps to leave out.")
-@click.option("--tokens", type=click.IntRange(8), help="A run.  [default: 200, without a card 40]")
-@click.option("--output", type=click.Path(path_type=Path), help="Report, without suffix.  [default: docs/gpu-check]")
-def main(
-    model: Path | None,
-    exit_layer: int | None,
-    device: str,
-    skip: tuple[str, ...],
-    tokens: int | None,
-    output: Path | None,
-) -> None:
-    began = time.monotonic()
-    found, why = usable(device)
-    with tempfile.TemporaryDirectory() as directory:
-        work = Path(directory)
-        if model is None:
-            model, exit_layer = default_model(found is not None, work)
-        bench = Bench(model, work, tokens or (200 if found else 40), exit_layer, found, why)
-        report = run(bench, skip, began)
-    text = page(report)
-    click.echo(text)
-    if output is None and found is not None:
-        output = Path("docs/gpu-check")
-    if output is not None:
-        output.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(text, encoding="utf-8")
-    sys.exit(1 if any(step["state"] == "failed" for step in report["steps"].values()) else 0)
+class Unavailable(Exception):
+    """Why a step cannot be done here."""
+
+
+@dataclass
+class Bench:
+    """What the steps share. `exit_layer` None is that of the checkpoint's exit.json; bundles are made in `work`.
+    `device` is None where no card works, for the reason `no_device`."""
+
+    model: Path
+    work: Path
+    tokens: int
+    exit_layer: int | None = None
+    device: str | None = None
+    no_device: str = ""
+
+    def bundle(self, target: Any, precision: Any) -> Path:
+        path = self.work / f"{target}-{precision}"
+        if not path.exists():
+            sizes: dict[str, Any] = {"capacity": 256, "verify": False, "measure": False}
+            convert(str(self.model), path, ConvertOptions(self.exit_layer, target=target, precision=precision, **sizes))
+        return path
+
+    def card(self) -> str:
+        if self.device is None:
+            raise Unavailable(self.no_device)
+        return self.device
+
+
+def environment(bench: Bench) -> dict[str, Any]:
+    """Versions, the driver's own report, and whether a CUDA device can be used through cuda-python."""
+    found: dict[str, Any] = {"python": sys.version.split()[0], "platform": platform.platform(), "packages": {}}
+    for name in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found["packages"][name] = importlib.metadata.version(name)
+    found["providers"] = import_onnxruntime().get_available_providers()
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        found["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
+    found["device"] = bench.device or f"none: {bench.no_device}"
+    return found
+
+
+def correctness(bench: Bench) -> dict[str, Any]:
+    """Shares of prompts with the tokens and exits of the CPU in fp32. AssertionError where fp32 has other tokens."""
+    want = _decoded(bench.bundle("cpu", "fp32"), "cpu")
+    found: dict[str, Any] = {"where": bench.device or "the graphs of target cuda, on the CPU provider"}
+    for precision in ("fp32", "fp16") if bench.device else ("fp32",):
+        pairs = list(zip(_decoded(bench.bundle("cuda", precision), bench.device or "cpu"), want, strict=True))
+        found[precision] = {
+            "tokens": sum(a[0] == b[0] for a, b in pairs) / len(pairs),
+            "exits": sum(a[1] == b[1] for a, b in pairs) / len(pairs),
+        }
+    if found["fp32"]["tokens"] < 1.0:
+        raise AssertionError(f"tokens in fp32 are not those of the CPU: {found}")
+    return found
+
+
+def lanes(bench: Bench) -> dict[str, Any]:
+    """Tokens/s by mode in each of LANES, the median of three runs after one, and of the CPU in fp32."""
+    device, path, tokens = bench.card(), bench.bundle("cuda", "fp16"), None
+    found: dict[str, Any] = {}
+    for name, options in LANES.items():
+        with Session(path, device=device, **options) as session:  # type: ignore[arg-type]
+            found[name], got = _speeds(session, bench.tokens)
+        tokens = tokens or got
+        if got != tokens:
+            raise AssertionError(f"{name!r} gives other tokens than 'in turn'")
+    with Session(bench.bundle("cpu", "fp32")) as session:
+        found["cpu, fp32"], _ = _speeds(session, bench.tokens)
+    return found
+
+
+def timeline(bench: Bench) -> dict[str, Any]:
+    """How many shallow steps lie within a deep pass that is under way, with overlap; the first calls in order."""
+    with Session(bench.bundle("cuda", "fp16"), device=bench.card(), overlap=True, slots=1) as session:
+        options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": bench.tokens, "ignore_eos": True}
+        session.generate(PROMPTS[0], **options)
+        with session.decoder() as decoder:
+            shallow, deep = decoder.runners
+        assert isinstance(shallow, CudaRunner)
+        assert isinstance(deep, CudaRunner)
+        origin = shallow.stream.cuda.event(timed=True)
+        shallow.stream.record(origin)
+        steps, passes = shallow.watch(origin), deep.watch(origin)
+        session.generate(PROMPTS[0], **options)
+        shallow.watch(None)
+        deep.watch(None)
+    calls = sorted([(*step, "shallow") for step in steps] + [(*call, "deep") for call in passes])
+    return {
+        "shallow steps": len(steps),
+        "deep passes": len(passes),
+        "steps inside a pass": sum(any(b <= step[0] and step[1] <= e for b, e in passes) for step in steps),
+        "milliseconds": {"step": _middle(steps), "pass": _middle(passes)},
+        "first calls": [[name, round(1e3 * begin, 3), round(1e3 * end, 3)] for begin, end, name in calls[:40]],
+    }
+
+
+STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
+    "environment": environment,
+    "correctness": correctness,
+    "lanes": lanes,
+    "timeline": timeline,
+}
+
+
+def _decoded(path: Path, device: str) -> list[tuple[Sequence[int], Sequence[bool]]]:
+    with Session(path, device=device) as session:
+        results = [session.generate(prompt, mode="free", max_new_tokens=48, threshold=0.5) for prompt in PROMPTS]
+    return [(result.token_ids, result.exited) for result in results]
+
+
+def _speeds(session: Session, tokens: int) -> tuple[dict[str, float], list[Sequence[int]]]:
+    """Tokens/s by mode, and the tokens of each."""
+    found, ids = {}, list[Sequence[int]]()
+    for name, options in MODES.items():
+        given: dict[str, Any] = {"mode": "free", **options, "max_new_tokens": tokens, "ignore_eos": True}
+        results = [session.generate(PROMPTS[0], **given) for _ in range(4)]
+        found[name] = round(median(result.stats.tokens / result.stats.seconds for result in results[1:]), 1)
+        ids.append(results[-1].token_ids)
+    return found, ids
+
+
+def _middle(calls: Sequence[tuple[float, float]]) -> float:
+    return round(1e3 * median(end - begin for begin, end in calls), 3) if calls else 0.0
 
 
 def usable(device: str) -> tuple[str | None, str]:
@@ -81,65 +192,36 @@ def usable(device: str) -> tuple[str | None, str]:
     return str(wanted), ""
 
 
-def default_model(card: bool, work: Path) -> tuple[Path, int | None]:
-    """With a card one of a size that means something; else the package's own, which every machine decodes quickly."""
-    if not card:
-        return SMALL, None
-    from tools.speed.sized_model import main as sized_model
-
-    sized_model.main(["t5-base", str(work / "t5-base")], standalone_mode=False)
-    return work / "t5-base", 4
-
-
-def run(bench: Bench, skip: tuple[str, ...], began: float) -> dict[str, Any]:
-    steps: dict[str, Any] = {}
-    for name, step in STEPS.items():
-        start = time.monotonic()
-        if name in skip:
-            steps[name] = {"state": "skipped", "why": "as asked"}
-        elif start - began > LIMIT:
-            steps[name] = {"state": "skipped", "why": f"{LIMIT} seconds were over"}
-        else:
-            click.echo(f"{name} ...", err=True)
-            steps[name] = attempt(step, bench)
-        steps[name]["seconds"] = round(time.monotonic() - start, 1)
-    return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "card": bench.device or "no card was found",
-        "why": bench.no_device,
-        "model": bench.model.name,
-        "steps": steps,
-    }
-
-
-def attempt(step: Any, bench: Bench) -> dict[str, Any]:
+def run(bench: Bench, name: str) -> dict[str, Any]:
+    """What a step found, or why not."""
+    began = time.monotonic()
+    click.echo(f"{name} ...", err=True)
     try:
-        return {"state": "done", "found": step(bench)}
+        step: dict[str, Any] = {"state": "done", "found": STEPS[name](bench)}
     except Unavailable as error:
-        return {"state": "not done", "why": str(error)}
+        step = {"state": "not done", "why": str(error)}
     except Exception as error:  # the other steps are worth having whatever this one met
-        return {"state": "failed", "why": f"{type(error).__name__}: {str(error)[:500]}"}
+        step = {"state": "failed", "why": f"{type(error).__name__}: {str(error)[:500]}"}
+    return {**step, "seconds": round(time.monotonic() - began, 1)}
 
 
-def page(report: dict[str, Any]) -> str:
-    """The report as Markdown."""
-    lines = ["# GPU check", "", f"{report['date']}, card: {report['card']}. {report['why']}".rstrip(), ""]
-    lines += [f"Model: {report['model']}. Made by `python -m tools.gpu.check`.", ""]
-    for name, step in report["steps"].items():
-        lines += [f"## {name}: {step['state']} ({step['seconds']} s)", ""]
-        if "why" in step:
-            lines += [step["why"], ""]
-        for key, value in step.get("found", {}).items():
-            if key != "first 40 calls":
-                lines.append(f"- {key}: {_text(value)}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+@click.command(help=__doc__, context_settings={"show_default": True})
+@click.option("--model", type=click.Path(path_type=Path, exists=True), default=DEMO, help="A checkpoint.")
+@click.option("--exit-layer", type=click.IntRange(1), help="[default: that of its exit.json]")
+@click.option("--device", default="cuda:0")
+@click.option("--tokens", type=click.IntRange(8), help="A run.  [default: 200, without a card 40]")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the report as JSON here.")
+def main(model: Path, exit_layer: int | None, device: str, tokens: int | None, output: Path | None) -> None:
+    found, why = usable(device)
+    with tempfile.TemporaryDirectory() as directory:
+        bench = Bench(model, Path(directory), tokens or (200 if found else 40), exit_layer, found, why)
+        steps = {name: run(bench, name) for name in STEPS}
+    report = {"card": found or "no card was found", "why": why, "model": model.name, "steps": steps}
+    text = json.dumps(report, indent=2)
+    click.echo(text)
+    if output is not None:
+        output.write_text(text + "\n", encoding="utf-8")
+    sys.exit(1 if any(step["state"] == "failed" for step in steps.values()) else 0)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,8 @@
     python -m tools.gpu.operators BUNDLE
     python -m tools.gpu.operators --dump     # a new table, where onnxruntime-gpu is installed and its libraries load
 
-The table, tools/gpu/operators.json, is what the provider of one version registers. What it registers and then refuses
-to run is in tools/gpu/operator_rules.py. A node without a kernel would run on the CPU, with its inputs and outputs
-copied between.
+The table, tools/gpu/operators.json, is what the provider of one version registers; RULES are what it registers and then
+refuses to run. A node without a kernel would run on the CPU, with its inputs and outputs copied between.
 """
 
 from __future__ import annotations
@@ -13,15 +12,70 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from tools.gpu.operator_rules import RULES
-from tools.gpu.operator_table import DOMAINS, OPSET, TABLE, dump, write
+TABLE = Path(__file__).with_name("operators.json")
+SOURCE = (
+    "onnxruntime.capi.onnxruntime_pybind11_state.get_all_opkernel_def() and get_all_operator_schema(), which "
+    "ONNX Runtime's docs/OperatorKernels.md is made from"
+)
+PROVIDER = "CUDAExecutionProvider"
+OPEN_END = 2**31 - 1
+# The opset of the graphs (graphs/graph.py).
+OPSET = 24
+DOMAINS = {"": OPSET, "com.microsoft": 1}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What the kernel of `operator` refuses when it is made or run: `refused` gives what of a node's attributes and
+    inputs it is, or nothing. `source` says where ONNX Runtime says so."""
+
+    operator: str
+    refused: Callable[[Mapping[str, Any], list[str]], str]
+    source: str
+
+
+def _bits(attributes: Mapping[str, Any], inputs: list[str]) -> str:
+    bits, block = attributes.get("bits", 4), attributes.get("block_size")
+    if bits not in (2, 4, 8):
+        return f"bits = {bits}"
+    if len(inputs) > 4 and inputs[4]:
+        return "g_idx, whose check cannot be captured in a CUDA graph"
+    return "" if block in (16, 32, 64, 128, 256) else f"block_size = {block}"
+
+
+def _softmax_precision(attributes: Mapping[str, Any], inputs: list[str]) -> str:
+    precision = attributes.get("softmax_precision", 0)
+    return "" if precision in (0, 1, 10, 16) else f"softmax_precision = {precision}"
+
+
+def _grouped_query(attributes: Mapping[str, Any], inputs: list[str]) -> str:
+    if len(inputs) > 10 and inputs[10] and (attributes.get("smooth_softmax") or (len(inputs) > 11 and inputs[11])):
+        return "attention_bias with smooth softmax or head_sink"
+    return ""
+
+
+def _mode(attributes: Mapping[str, Any], inputs: list[str]) -> str:
+    mode = attributes.get("mode", b"linear")
+    return "" if mode in (b"linear", b"circular") else f"mode {mode!r}"
+
+
+RULES = (
+    Rule("com.microsoft|MatMulNBits", _bits, "contrib_ops/cuda/quantization/matmul_nbits.cc, its messages in 1.31.1"),
+    Rule("|Attention", _softmax_precision, "providers/cuda/llm/attention.cc, its messages in 1.31.1"),
+    Rule(
+        "com.microsoft|GroupQueryAttention",
+        _grouped_query,
+        "contrib_ops/cuda/bert/group_query_attention.cc, its messages in 1.31.1 and pull request 29525",
+    ),
+    Rule("|TensorScatter", _mode, "providers/cuda/llm/tensorscatter.cc, its messages in 1.31.1"),
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +184,73 @@ def _only_type(kernels: list[dict[str, list[str]]], parameter: str) -> str:
 def _type_name(number: int) -> str:
     """As ONNX Runtime calls them: float, float16, int64."""
     return onnx.TensorProto.DataType.Name(number).lower()
+
+
+def _plain(type_: str) -> str:
+    return type_.removeprefix("tensor(").removesuffix(")")
+
+
+def dump() -> dict[str, Any]:
+    """The table of the ONNX Runtime that is installed: for each operator of OPSET the names and type parameters of its
+    inputs and outputs, its attributes, and of each kernel the types that it takes for type parameters or inputs."""
+    import onnxruntime
+    from onnxruntime.capi import build_and_package_info
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kernels = [kernel for kernel in state.get_all_opkernel_def() if kernel.provider == PROVIDER]
+    if not kernels:
+        raise SystemExit(
+            "error: this ONNX Runtime shows no CUDA kernels; install onnxruntime-gpu and its CUDA libraries"
+        )
+    schemas: dict[tuple[str, str], Any] = {}
+    for schema in state.get_all_operator_schema():
+        key = schema.domain, schema.name
+        newest = schemas[key].since_version if key in schemas else 0
+        if newest < schema.since_version <= DOMAINS.get(schema.domain, 0):
+            schemas[key] = schema
+    return {
+        "onnxruntime": onnxruntime.__version__,
+        "cuda": getattr(build_and_package_info, "cuda_version", ""),
+        "source": SOURCE,
+        "opset": OPSET,
+        "operators": {
+            f"{domain}|{name}": _entry(schema, [k for k in kernels if (k.domain, k.op_name) == (domain, name)])
+            for (domain, name), schema in sorted(schemas.items())
+            if any((kernel.domain, kernel.op_name) == (domain, name) for kernel in kernels)
+        },
+    }
+
+
+def _entry(schema: Any, kernels: list[Any]) -> dict[str, Any]:
+    since = schema.since_version
+    found = {
+        json.dumps({name: sorted(map(_plain, types)) for name, types in sorted(kernel.type_constraints.items())})
+        for kernel in kernels
+        if _serves(*kernel.version_range, since)
+    }
+    return {
+        "since": since,
+        "inputs": [[formal.name, _plain(formal.typeStr)] for formal in schema.inputs],
+        "variadic": any("Variadic" in str(formal.option) for formal in schema.inputs),
+        "outputs": [[formal.name, _plain(formal.typeStr)] for formal in schema.outputs],
+        "attributes": sorted(schema.attributes),
+        "kernels": [json.loads(kernel) for kernel in sorted(found)],
+    }
+
+
+def _serves(start: int, end: int, since: int) -> bool:
+    """Whether a kernel is for an operator as it is since a version: one without an end is for the version that it
+    names alone (KernelRegistry::VerifyKernelDef)."""
+    return start == since or (start < since <= end and end != OPEN_END)
+
+
+def write(content: Mapping[str, Any], path: Path) -> None:
+    """A line an operator, so that changes can be read."""
+    head = {key: value for key, value in content.items() if key != "operators"}
+    lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in content["operators"].items()]
+    text = json.dumps(head)[:-1] + ', "operators": {\n' + ",\n".join(lines) + "\n}}\n"
+    json.loads(text)
+    path.write_text(text, encoding="utf-8")
 
 
 def check_bundle(bundle: Path, table: Table | None = None) -> list[Finding]:

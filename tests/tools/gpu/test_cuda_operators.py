@@ -11,13 +11,11 @@ from typing import Any
 
 import onnx
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES
 from conftest import Bundles
 from onnx import TensorProto, helper
 
-from tools.gpu.operator_rules import RULES
-from tools.gpu.operator_table import OPSET, TABLE, write
-from tools.gpu.operators import Table, check_bundle, main
+from tools.gpu.operators import OPSET, RULES, TABLE, Table, check_bundle, main, write
 
 BY_NAME = {case.name: case for case in CASES}
 FLOAT, HALF, INT64 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64
@@ -28,27 +26,26 @@ def table() -> Table:
     return Table.load()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_node_has_a_kernel(case: Case, precision: str, bundle: Bundles, table: Table) -> None:
-    path = bundle(case, target="cuda", precision=precision)
-    assert len(list(path.glob("*.onnx"))) == (4 if "t5" in case.name else 2)
+KINDS = ("t5-relu-tied", "t5-gated-untied", "umt5", "llama-biases", "mistral-window", "qwen3")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"precision": precision}) for name in KINDS for precision in ("fp16", "bf16")),
+        *(
+            (name, {"precision": precision, "compute": compute})
+            for name in ("t5-gated-untied", "qwen3")
+            for precision, compute in (("int8", "fp16"), ("int8", "fp32"), ("int4", "bf16"))
+        ),
+        *((name, {"precision": "fp32"}) for name in ("t5-relu-tied", "qwen3")),
+        *(("qwen3", {"confidence": confidence}) for confidence in ("entropy", "max-prob")),
+    ],
+)
+def test_every_node_has_a_kernel(name: str, options: dict[str, str], bundle: Bundles, table: Table) -> None:
+    path = bundle(BY_NAME[name], target="cuda", **options)
+    assert len(list(path.glob("*.onnx"))) == (4 if "t5" in name else 2)
     assert check_bundle(path, table) == []
-
-
-@pytest.mark.parametrize("compute", ["fp16", "bf16", "fp32"])
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("name", ["t5-relu-tied", "t5-gated-untied", "llama-biases", "qwen3"])
-def test_rounded_weights_have_kernels_in_every_type(
-    name: str, precision: str, compute: str, bundle: Bundles, table: Table
-) -> None:
-    assert check_bundle(bundle(BY_NAME[name], target="cuda", precision=precision, compute=compute), table) == []
-
-
-@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-grouped-llama3-rope"])
-def test_fp32_and_other_options_have_kernels_too(name: str, bundle: Bundles, table: Table) -> None:
-    for options in ({"precision": "fp32"}, {"confidence": "entropy"}, {"confidence": "max-prob"}):
-        assert check_bundle(bundle(BY_NAME[name], target="cuda", **options), table) == []
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "qwen3"])
