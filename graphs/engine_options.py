@@ -9,8 +9,7 @@ from itertools import pairwise
 import onnx_ir as ir
 
 from graphs.description import Description, ForeignEncoder
-from graphs.dialects.kernels import has_attention_kernel
-from graphs.dialects.ort import check_head_size, fits_head_size, misfit
+from graphs.dialects.ort import check_head_size, fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
 from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target

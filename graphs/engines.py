@@ -14,21 +14,18 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder, Layer
-from graphs.dialects.base import Call, Dialect, in_heads, linear
-from graphs.dialects.kernels import KernelDialect
-from graphs.dialects.ort import OrtDialect
-from graphs.dialects.packing import Packing, packing
+from graphs.dialects.base import Call, Dialect, Packing, in_heads, linear, packing
+from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
-from graphs.errors import GraphError
 from graphs.graph import Dimension, Graph
 from graphs.head import exit_rows, head_outputs
 from graphs.layers import decoder_layers, encoder_layers
-from graphs.quantization.embedding import QuantizeEmbedding
-from graphs.quantization.linears import QuantizeLinears
+from graphs.quantization.passes import QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
+from graphs.shapes import check_weights
 from graphs.weights import WeightFile, Weights
 from runtime.bundle.precision import Quantization
 
@@ -49,7 +46,7 @@ class EngineBuilder:
         rounded: Mapping[str, Rounded] = MappingProxyType({}),
     ) -> None:
         options.check(description)
-        check_norms(description, source)
+        check_weights(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
         self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
@@ -80,15 +77,15 @@ class EngineBuilder:
     def _own_exit(self, graph: Graph, call: Call, hidden: ir.Value) -> None:
         """The exit's own layers and the head, from `hidden` [B, q, d]: for `exit_lengths` int32 [B] rows of each
         sequence, all of a call's or none. A sequence that never exits does not pay for them."""
-        decoder, width = self.description.decoder, self.description.hidden_size
+        decoder = self.description.decoder
         assert decoder.exit_map is not None
         call = replace(call, query_lengths=graph.input("exit_lengths", INT32, ["B"]))
         rows = packing(graph, call, idle=True)
         dialect = self._dialect(graph, call, rows)
         x = graph.to_compute(rows.packed(graph, hidden))
-        x = graph.to_float(linear(graph, x, decoder.exit_map, width, width))
+        x = graph.to_float(linear(graph, x, decoder.exit_map))
         names = [f"exit.{number}" for number in range(len(decoder.exit_layers))]
-        x = decoder_layers(graph, dialect, x, decoder.exit_layers, names, width)
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, names)
         self._head(graph, dialect, x, None, rows)
 
     def deep(self) -> None:
@@ -115,7 +112,7 @@ class EngineBuilder:
         call = Call(_size(graph, tokens), lengths)
         dialect = self._dialect(graph, call)
         x = self._embed(graph, tokens, encoder.embedding)
-        hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm, self.description.hidden_size)
+        hidden = encoder_layers(graph, dialect, x, encoder.layers, encoder.norm)
         self._output_hidden(graph, hidden, call, graph.compute, "E")
         self._save(graph)
 
@@ -131,7 +128,7 @@ class EngineBuilder:
             heads, head_dim = layer.cross.kv_heads, layer.cross.head_dim
             shape: list[Dimension] = ["B", heads, "E", head_dim]
             for part, projection in (("key", layer.cross.key), ("value", layer.cross.value)):
-                rows = linear(graph, x, projection, heads * head_dim, width)
+                rows = linear(graph, x, projection)
                 graph.output(
                     f"cross.{number}.{part}", in_heads(graph, rows, call, heads, head_dim), graph.compute, shape
                 )
@@ -161,12 +158,12 @@ class EngineBuilder:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
 
     def _dialect(self, graph: Graph, call: Call, packed: Packing | None = None) -> Dialect:
-        rows, width = self.options.capacity + self.options.max_pending, self.description.hidden_size
+        rows = self.options.capacity + self.options.max_pending
         if call.past_lengths is not None and self.options.own_attention(self.description):
-            return KernelDialect(graph, call, width, rows, packed)
+            return KernelDialect(graph, call, rows, packed)
         if self.options.dialect == "ort":
-            return OrtDialect(graph, call, width, rows, packed)
-        return StandardDialect(graph, call, width, rows, fixed=self.options.target == "tensorrt")
+            return OrtDialect(graph, call, rows, packed)
+        return StandardDialect(graph, call, rows, fixed=self.options.target == "tensorrt")
 
     def _decoder_call(self, graph: Graph, rows: ir.Value) -> Call:
         past, query = (graph.input(name, INT32, ["B"]) for name in ("past_lengths", "query_lengths"))
@@ -175,13 +172,13 @@ class EngineBuilder:
 
     def _embed(self, graph: Graph, tokens: ir.Value, name: str) -> ir.Value:
         """int64 [B, q] -> float32 [M, d]."""
-        table = graph.weight(name, (self.description.vocab_size, self.description.hidden_size))
+        table = graph.weight(name)
         flat = graph.op("Reshape", [tokens, graph.constant([-1])])
         return graph.to_float(graph.op("Gather", [table, flat], axis=0))
 
     def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
         names = range(first, first + len(layers))
-        return decoder_layers(graph, dialect, x, layers, names, self.description.hidden_size)
+        return decoder_layers(graph, dialect, x, layers, names)
 
     def _head(
         self,
@@ -191,7 +188,6 @@ class EngineBuilder:
         emitted: ir.Value | None,
         rows: Packing | None = None,
     ) -> None:
-        size = (self.description.vocab_size, self.description.hidden_size)
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
         decoder = self.description.decoder
@@ -199,7 +195,18 @@ class EngineBuilder:
         if emitted is None:
             head = decoder.exit_head or decoder.head
             tokens = np.array(self.options.exit_tokens, np.int64) if self.options.exit_tokens else None
-        head_outputs(graph, dialect, hidden, head, size, self.options.confidence, emitted, packed, tokens, rows)
+        head_outputs(
+            graph,
+            dialect,
+            hidden,
+            head,
+            self.description.vocab_size,
+            self.options.confidence,
+            emitted,
+            packed,
+            tokens,
+            rows,
+        )
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> ir.Value:
         """[M, d] -> [B, rows, d]."""
@@ -208,29 +215,6 @@ class EngineBuilder:
         shaped = graph.op("Reshape", [hidden, shape])
         graph.output("hidden", shaped, dtype, ["B", rows, width])
         return shaped
-
-
-def check_norms(description: Description, weights: Weights) -> None:
-    """GraphError where a norm's weight has not one value for each channel: no operator's shape shows that."""
-    width, size = description.hidden_size, description.attention.head_dim
-    decoder = description.decoder
-    sizes, layers = {decoder.head.norm.weight: width}, decoder.layers + decoder.exit_layers
-    if isinstance(description.encoder, Encoder):
-        sizes[description.encoder.norm.weight] = width
-        layers += description.encoder.layers
-    for layer in layers:
-        for norm, expected in (
-            (layer.attention_norm, width),
-            (layer.cross_norm, width),
-            (layer.mlp_norm, width),
-            (layer.attention.query_norm, size),
-            (layer.attention.key_norm, size),
-        ):
-            if norm is not None:
-                sizes[norm.weight] = expected
-    for name, expected in sizes.items():
-        if weights.shape(name) != (expected,):
-            raise GraphError(f"weight {name} is {list(weights.shape(name))}, the configuration says {[expected]}")
 
 
 def _size(graph: Graph, x: ir.Value) -> ir.Value:

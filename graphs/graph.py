@@ -66,27 +66,22 @@ class Graph:
         """A computed table, stored with the weights."""
         return self._unread(name, array.shape, dtype, lambda: array)
 
-    def weight(self, name: str, shape: Sequence[int] | None = None, dtype: ir.DataType | None = None) -> ir.Value:
-        """A checkpoint tensor; GraphError where its shape is not the expected one."""
-        return self.stacked_weight([name], [shape], dtype)
+    def weight(self, name: str, dtype: ir.DataType | None = None) -> ir.Value:
+        """A checkpoint tensor."""
+        return self.stacked_weight([name], dtype)
 
-    def unpacked_weight(self, name: str, shape: Sequence[int]) -> ir.Value:
+    def unpacked_weight(self, name: str) -> ir.Value:
         """A checkpoint tensor that ONNX Runtime must use where it stands in the file, without a packed copy.
 
         An initializer that is also an input may be overridden, so it is no constant, and only constants are packed.
         """
-        value = self.weight(name, shape)
+        value = self.weight(name)
         if value not in self._inputs:
             self._inputs.append(value)
         return value
 
-    def stacked_weight(
-        self, names: Sequence[str], shapes: Sequence[Sequence[int] | None], dtype: ir.DataType | None = None
-    ) -> ir.Value:
+    def stacked_weight(self, names: Sequence[str], dtype: ir.DataType | None = None) -> ir.Value:
         """Checkpoint tensors joined along their first axis."""
-        for name, shape in zip(names, shapes, strict=True):
-            if shape is not None:
-                self._check_shape(name, shape)
         found = [self._source.shape(name) for name in names]
 
         def produce() -> np.ndarray:
@@ -98,19 +93,14 @@ class Graph:
         value.const_value.meta[STACK] = [shape[0] for shape in found]  # rows of each
         return value
 
-    def selected_weight(self, name: str, shape: Sequence[int], rows: np.ndarray, as_name: str) -> ir.Value:
+    def selected_weight(self, name: str, rows: np.ndarray, as_name: str) -> ir.Value:
         """Some rows of a checkpoint tensor, as a weight of their own."""
-        self._check_shape(name, shape)
+        shape = self._source.shape(name)
         return self._unread(as_name, (len(rows), *shape[1:]), None, lambda: self._source.read(name)[rows])
 
-    def read(self, name: str, shape: Sequence[int]) -> np.ndarray:
+    def read(self, name: str) -> np.ndarray:
         """A checkpoint tensor as float32, to compute a table from."""
-        self._check_shape(name, shape)
         return self._source.read(name)
-
-    def rows(self, name: str) -> int:
-        """First dimension of a checkpoint tensor."""
-        return self._source.shape(name)[0]
 
     def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """`value` as `dtype`."""
@@ -140,11 +130,6 @@ class Graph:
         self._write_weights(graph)
         ir.save(model, path)
 
-    def _check_shape(self, name: str, shape: Sequence[int]) -> None:
-        found = self._source.shape(name)
-        if found != tuple(shape):
-            raise GraphError(f"weight {name} is {list(found)}, the configuration says {list(shape)}")
-
     def _unread(
         self, name: str, shape: Sequence[int], dtype: ir.DataType | None, produce: Callable[[], np.ndarray]
     ) -> ir.Value:
@@ -169,3 +154,39 @@ class Graph:
                 const_value=tensor,
             )
         return self._initializers[name]
+
+
+def external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
+    """A tensor of the weight file, once a graph."""
+    assert tensor.name is not None
+    if tensor.name not in graph.initializers:
+        shape = ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
+        graph.register_initializer(
+            ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
+        )
+    return graph.initializers[tensor.name]
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
+    """A small constant under a name of its own, once a graph."""
+    if name not in graph.initializers:
+        tensor = ir.tensor(np.asarray(array), name=name)
+        graph.register_initializer(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+        )
+    return graph.initializers[name]
+
+
+def unread(value: ir.Value | None) -> ir.LazyTensor | None:
+    """The tensor of a weight that is not written yet, and so may be replaced."""
+    tensor = None if value is None else value.const_value
+    return tensor if isinstance(tensor, ir.LazyTensor) else None
+
+
+def drop_unused(graph: ir.Graph) -> None:
+    """Remove initializers that nothing reads, also where they are inputs."""
+    unused = [value for value in graph.initializers.values() if not value.uses() and not value.is_graph_output()]
+    for value in unused:
+        del graph.initializers[str(value.name)]
+        if value in graph.inputs:
+            graph.inputs.remove(value)

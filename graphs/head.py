@@ -6,9 +6,8 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Adapter, Head
-from graphs.dialects.base import Dialect
-from graphs.dialects.kernels import KernelDialect
-from graphs.dialects.packing import Packing
+from graphs.dialects.base import Dialect, Packing
+from graphs.dialects.ort import KernelDialect
 from graphs.graph import Graph
 from graphs.layers import activate, fp32_linear
 from runtime.bundle.manifest import ConfidenceMeasure
@@ -20,7 +19,7 @@ def head_outputs(
     dialect: Dialect,
     hidden: ir.Value,
     head: Head,
-    size: tuple[int, int],
+    vocabulary: int,
     confidence: ConfidenceMeasure,
     emitted: ir.Value | None = None,
     packed: bool = True,
@@ -29,17 +28,16 @@ def head_outputs(
 ) -> None:
     """Outputs `token` int64, `confidence` and `logits`, and with `emitted` int64 [R] also `nll` in nats.
 
-    `head_rows` int64 [R] picks their rows of `hidden` float32 [M, d]; `size` is (vocabulary, d). Not `packed`, the
+    `head_rows` int64 [R] picks their rows of `hidden` float32 [M, d]. Not `packed`, the
     head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
 
     `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
     logits of all others are UNKNOWN. With `packing`, `hidden` has the rows that count only.
     """
-    vocabulary = size[0] if tokens is None else len(tokens)
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
-    normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head, size[1])
-    weight = _weight(graph, head, size, packed, tokens)
+    normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
+    weight = _weight(graph, head, packed, tokens)
     logits = graph.to_float(graph.op("Gemm", [normed, weight], transB=1))  # [R, V], or [R, N]
     choice: _Choice
     if isinstance(dialect, KernelDialect) and confidence != "entropy":
@@ -47,11 +45,11 @@ def head_outputs(
     else:
         choice = _Choice(graph, logits)
     token = graph.op("Gather", [choice.top, graph.constant(np.int64(0))], axis=1)
-    measured = _confidence(graph, choice, confidence, vocabulary)
+    measured = _confidence(graph, choice, confidence, vocabulary if tokens is None else len(tokens))
     if tokens is not None:
         known = graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
         token = graph.op("Gather", [known, token], axis=0)
-        logits = _in_whole_vocabulary(graph, logits, tokens, size[0])
+        logits = _in_whole_vocabulary(graph, logits, tokens, vocabulary)
     graph.output("token", token, ir.DataType.INT64, ["R"])
     graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
     if emitted is not None:
@@ -59,7 +57,7 @@ def head_outputs(
         chosen = choice.log_probabilities_of(index)
         nll = graph.op("Neg", [graph.op("Squeeze", [chosen, graph.constant([1])])])
         graph.output("nll", nll, ir.DataType.FLOAT, ["R"])
-    graph.output("logits", logits, ir.DataType.FLOAT, ["R", size[0]])
+    graph.output("logits", logits, ir.DataType.FLOAT, ["R", vocabulary])
 
 
 class _Choice:
@@ -94,20 +92,20 @@ def exit_rows(head: Head) -> str:
     return f"{head.weight}.exit_rows"
 
 
-def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head, width: int) -> ir.Value:
+def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.Value:
     """float32 [R, d] -> the head's input, in the compute type."""
     if head.adapter is not None:
-        hidden = _adapted(graph, dialect, hidden, head.adapter, width)
+        hidden = _adapted(graph, dialect, hidden, head.adapter)
     normed = dialect.norm(hidden, head.norm)
     if head.scale != 1.0:
         normed = graph.op("Mul", [normed, graph.constant(np.float32(head.scale))])
     return graph.to_compute(normed)
 
 
-def _weight(graph: Graph, head: Head, size: tuple[int, int], packed: bool, tokens: np.ndarray | None) -> ir.Value:
+def _weight(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> ir.Value:
     if tokens is not None:
-        return graph.selected_weight(head.weight, size, tokens, exit_rows(head))
-    return graph.weight(head.weight, size) if packed else graph.unpacked_weight(head.weight, size)
+        return graph.selected_weight(head.weight, tokens, exit_rows(head))
+    return graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)
 
 
 def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, vocabulary: int) -> ir.Value:
@@ -121,11 +119,10 @@ def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, voc
     return graph.op("Gather", [extended, graph.table("exit_vocabulary.place", place, ir.DataType.INT64)], axis=1)
 
 
-def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter, width: int) -> ir.Value:
-    """float32 [R, width] -> the same."""
-    rank = graph.rows(adapter.down.weight)
-    inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down, rank, width)
-    outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up, width, rank)
+def _adapted(graph: Graph, dialect: Dialect, hidden: ir.Value, adapter: Adapter) -> ir.Value:
+    """float32 [R, d] -> the same."""
+    inner = fp32_linear(graph, dialect.norm(hidden, adapter.norm), adapter.down)
+    outer = fp32_linear(graph, activate(graph, inner, "silu"), adapter.up)
     return graph.op("Add", [hidden, outer])
 
 

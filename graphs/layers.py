@@ -39,56 +39,51 @@ class Residual:
 
 
 def decoder_layers(
-    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], names: Sequence[int | str], width: int
+    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], names: Sequence[int | str]
 ) -> ir.Value:
-    """Hidden states float32 [M, width] after `layers`, which have these `names` in the KV cache."""
+    """Hidden states float32 [M, d] after `layers`, which have these `names` in the KV cache."""
     stream = Residual(graph, dialect, x)
     for name, layer in zip(names, layers, strict=True):
         attended = dialect.self_attention(stream.normed(layer.attention_norm), layer.attention, name)
-        stream.add(project(graph, attended, layer.attention, width))
+        stream.add(project(graph, attended, layer.attention))
         if layer.cross is not None and layer.cross_norm is not None:
             attended = dialect.cross_attention(stream.normed(layer.cross_norm), layer.cross, name)
-            stream.add(project(graph, attended, layer.cross, width))
-        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp, width))
+            stream.add(project(graph, attended, layer.cross))
+        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp))
     return stream.value()
 
 
-def encoder_layers(
-    graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm, width: int
-) -> ir.Value:
-    """Hidden states in the compute type [M, width] after `layers` and `norm`."""
+def encoder_layers(graph: Graph, dialect: Dialect, x: ir.Value, layers: Sequence[Layer], norm: Norm) -> ir.Value:
+    """Hidden states in the compute type [M, d] after `layers` and `norm`."""
     stream = Residual(graph, dialect, x)
     for layer in layers:
         attended = dialect.encoder_attention(stream.normed(layer.attention_norm), layer.attention)
-        stream.add(project(graph, attended, layer.attention, width))
-        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp, width))
+        stream.add(project(graph, attended, layer.attention))
+        stream.add(mlp(graph, stream.normed(layer.mlp_norm), layer.mlp))
     return stream.normed(norm)
 
 
-def project(graph: Graph, attended: ir.Value, attention: Attention, width: int) -> ir.Value:
-    """[M, heads * head_dim] -> float32 [M, width]."""
-    return graph.to_float(linear(graph, attended, attention.output, width, attention.heads * attention.head_dim))
+def project(graph: Graph, attended: ir.Value, attention: Attention) -> ir.Value:
+    """[M, heads * head_dim] -> float32 [M, d]."""
+    return graph.to_float(linear(graph, attended, attention.output))
 
 
-def mlp(graph: Graph, x: ir.Value, layer: MLP, width: int) -> ir.Value:
-    """[M, width] -> float32 [M, width]."""
-    inner = graph.rows(layer.up.weight)
-    up = linear(graph, x, layer.up, inner, width)
+def mlp(graph: Graph, x: ir.Value, layer: MLP) -> ir.Value:
+    """[M, d] -> float32 [M, d]."""
+    up = linear(graph, x, layer.up)
     if layer.gate is None:
         hidden = activate(graph, up, layer.activation)
     else:
-        hidden = graph.op("Mul", [activate(graph, linear(graph, x, layer.gate, inner, width), layer.activation), up])
+        hidden = graph.op("Mul", [activate(graph, linear(graph, x, layer.gate), layer.activation), up])
     if not layer.fp32:
-        return graph.to_float(linear(graph, hidden, layer.down, width, inner))
-    return fp32_linear(graph, graph.to_float(hidden), layer.down, width, inner)
+        return graph.to_float(linear(graph, hidden, layer.down))
+    return fp32_linear(graph, graph.to_float(hidden), layer.down)
 
 
-def fp32_linear(graph: Graph, x: ir.Value, layer: Linear, outputs: int, inputs: int) -> ir.Value:
+def fp32_linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
     """A linear layer that stays in fp32 at every precision."""
-    parameters = [graph.weight(layer.weight, (outputs, inputs), ir.DataType.FLOAT)]
-    if layer.bias is not None:
-        parameters.append(graph.weight(layer.bias, (outputs,), ir.DataType.FLOAT))
-    return graph.op("Gemm", [x, *parameters], transB=1)
+    names = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    return graph.op("Gemm", [x, *(graph.weight(name, ir.DataType.FLOAT) for name in names)], transB=1)
 
 
 def activate(graph: Graph, x: ir.Value, activation: Activation) -> ir.Value:

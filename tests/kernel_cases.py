@@ -12,8 +12,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from graphs.quantization.panels import in_panels
-from graphs.quantization.rounding import Rounded, round_4_bits, round_8_bits
+from graphs.quantization.rounding import Rounded, in_panels, round_4_bits, round_8_bits
 from runtime.kernels import DOMAIN, LIBRARY
 
 ROUND = {4: round_4_bits, 8: round_8_bits}

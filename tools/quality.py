@@ -49,21 +49,24 @@ class Precision:
 
 
 @dataclass
-class Forced:
-    """A logits processor that makes a request say `tokens`, and keeps what the model would have chosen, how likely
-    each token was in nats, and how far apart the two best logits were."""
+class Watch:
+    """A logits processor that keeps what the model would choose, how likely each token of the answer was in nats, and
+    how far apart the two best logits were. With `tokens` the request says these."""
 
-    tokens: Sequence[int]
+    tokens: Sequence[int] | None = None
     best: list[int] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
 
     def __call__(self, ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        row, target = scores[0].astype(np.float64), self.tokens[len(self.best)]
+        row = scores[0].astype(np.float64)
         second, first = np.partition(row, -2)[-2:]
+        target = int(row.argmax()) if self.tokens is None else self.tokens[len(self.best)]
         self.best.append(int(row.argmax()))
         self.nats.append(float(row[target] - first - np.log(np.exp(row - first).sum())))
         self.gaps.append(float(first - second))
+        if self.tokens is None:
+            return scores
         forced = np.full_like(scores, -np.inf)
         forced[0, target] = 0
         return forced
@@ -87,25 +90,25 @@ def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, thread
     """A row for each bundle, of which the first is the fp32 one."""
     asked = chat_prompts(samples)
     prompts = [prompt for _, prompt in asked]
-    answers: list[list[tuple[int, ...]]] = []
-    wanted: list[Forced] = []
-    rows = []
+    rows, answers, wanted = list[Precision](), list[list[tuple[int, ...]]](), list[Watch]()
     for path in paths:
         with Session(path, threads=threads, slots=slots) as session:
-            given = _decode(session, prompts, slots, mode="full", max_new_tokens=tokens)
-            answers.append([result.token_ids for result in given])
-            read = _force(session, prompts, answers[0], slots)
+            given, said = _watch(session, prompts, slots, max_new_tokens=tokens)
+            # The fp32 model has read its own answers as it gave them.
+            read = _force(session, prompts, answers[0], slots) if answers else said
             rows.append(Precision(session.manifest.precision))
         wanted = wanted or read
-        pairs = [(ours.best, reference.best) for ours, reference in zip(read, wanted, strict=True)]
-        rows[-1].agreement = float(
-            np.mean([a == b for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True)])
-        )
-        _compare_answers(rows[-1], answers[-1], answers[0], [kind for kind, _ in asked], wanted)
+        answers.append(given)
+        chosen = [np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)]
+        rows[-1].agreement = float(np.concatenate(chosen).mean())
+        _compare_answers(rows[-1], given, answers[0], [kind for kind, _ in asked], wanted)
     with Session(paths[0], threads=threads, slots=slots) as session:
         for row, each in zip(rows, answers, strict=True):
-            scored = wanted if each is answers[0] else _force(session, prompts, each, slots)
-            row.likelihood = float(np.mean([nats for one in scored for nats in one.nats]))
+            others = [n for n, answer in enumerate(each) if answer != answers[0][n]]
+            scored = dict(enumerate(wanted))
+            forced = _force(session, [prompts[n] for n in others], [each[n] for n in others], slots)
+            scored |= dict(zip(others, forced, strict=True))
+            row.likelihood = float(np.mean([nats for one in scored.values() for nats in one.nats]))
     return rows
 
 
@@ -114,7 +117,7 @@ def _compare_answers(
     ours: Sequence[Sequence[int]],
     theirs: Sequence[Sequence[int]],
     kinds: Sequence[str],
-    wanted: Sequence[Forced],
+    wanted: Sequence[Watch],
 ) -> None:
     places = [first_difference(mine, other) for mine, other in zip(ours, theirs, strict=True)]
     row.same_answers = places.count(None)
@@ -135,11 +138,21 @@ def _decode(
         return list(pool.map(lambda prompt, own: session.generate(prompt, **common, **own), prompts, each))
 
 
-def _force(session: Session, prompts: Sequence[Prompt], answers: Sequence[Sequence[int]], at_once: int) -> list[Forced]:
-    forced = [Forced(answer) for answer in answers]
-    options = [{"logits_processor": one, "max_new_tokens": len(one.tokens)} for one in forced]
+def _watch(
+    session: Session, prompts: Sequence[Any], at_once: int, **common: Any
+) -> tuple[list[tuple[int, ...]], list[Watch]]:
+    watches = [Watch() for _ in prompts]
+    options = [{"logits_processor": watch} for watch in watches]
+    given = _decode(session, prompts, at_once, options, mode="full", **common)
+    return [result.token_ids for result in given], watches
+
+
+def _force(session: Session, prompts: Sequence[Any], answers: Sequence[Sequence[int]], at_once: int) -> list[Watch]:
+    """What the model would have chosen within these answers."""
+    watches = [Watch(answer) for answer in answers]
+    options = [{"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches]
     _decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
-    return forced
+    return watches
 
 
 def random_prompts(vocab_size: int, count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:
@@ -190,7 +203,7 @@ def differences(
 
 
 def _gap(session: Session, prompt: Any, wanted: GenerationResult, place: int, threshold: float) -> float:
-    forced = Forced([*wanted.token_ids, 0][: place + 1])
+    forced = Watch([*wanted.token_ids, 0][: place + 1])
     session.generate(prompt, logits_processor=forced, max_new_tokens=place + 1, mode="full", ignore_eos=True)
     confidence = [*wanted.confidence, None][place]
     return min(forced.gaps[-1], float("inf") if confidence is None else abs(confidence - threshold))

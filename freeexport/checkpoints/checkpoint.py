@@ -18,7 +18,7 @@ from freeexport.checkpoints.weight_files import CheckpointError as CheckpointErr
 from freeexport.checkpoints.weight_files import WeightFile, one_line, read_json, weight_files
 from graphs.errors import UnsupportedModelError
 from graphs.families import supported
-from graphs.limits import check_config
+from graphs.shapes import check_config
 from runtime.errors import OptionError
 
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")

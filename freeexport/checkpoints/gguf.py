@@ -22,7 +22,7 @@ import numpy as np
 
 from freeexport.checkpoints.weight_files import CheckpointError, one_line
 from graphs.errors import UnsupportedModelError
-from graphs.limits import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
+from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "t5")  # a Mistral model calls itself llama
 # Several times what published models have.

@@ -48,10 +48,11 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
     import torch
     import transformers
 
-    from graphs.weight_shapes import check_weights
+    from graphs.families import describe
+    from graphs.shapes import check_checkpoint
 
     place = torch_device(device)
-    check_weights(checkpoint.config, checkpoint)
+    check_checkpoint(checkpoint.config, describe(checkpoint.config, checkpoint), checkpoint)
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")
@@ -130,7 +131,7 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    from graphs.limits import check_config
+    from graphs.shapes import check_config
 
     if not (source / "config.json").is_file():
         raise CheckpointError(f"{source} has no config.json; give a directory with a configuration and a tokenizer")

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from graphs.description import Description
-from graphs.dialects.kernels import has_attention_kernel
-from graphs.dialects.ort import fits_head_size
+from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING

@@ -23,8 +23,7 @@ from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.quantization.inputs import round_4_bits_for
 from graphs.quantization.plan import rounding
-from graphs.quantization.rounding import FLOAT32, Rounded, values_of
-from graphs.quantization.scheme import BLOCK
+from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, values_of
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.precision import RoundingData
 from runtime.errors import OptionError

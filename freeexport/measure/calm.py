@@ -124,11 +124,10 @@ class CalmBuilder(EngineBuilder):
         return super()._passes(engine if engine == "shallow" else "deep")
 
 
-def keys_as_queries(graph: Graph, x: ir.Value, attention: Attention, width: int) -> ir.Value:
+def keys_as_queries(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
     """Attention that runs for the cache it writes needs no product for queries, as nobody reads what it gives: keys
     stand in their place."""
-    size = attention.kv_heads * attention.head_dim
-    both = stacked_linear(graph, x, [attention.key, attention.value], [size, size], width)
+    both = stacked_linear(graph, x, [attention.key, attention.value])
     key, value = graph.ops("Split", [both], 2, axis=-1, num_outputs=2)
     return graph.op("Concat", [key, key, value], axis=-1)
 

@@ -1,7 +1,6 @@
-"""What differs between the two ways to write a decoder in ONNX: norms, attention and the KV cache.
-
-Activations are flat: [M, d] with M = batch * rows. `ort` uses ONNX Runtime's fused operators, `standard` ONNX opset 24.
-"""
+"""What the two ways to write a decoder in ONNX share: norms, attention and the KV cache as an interface, projections,
+rotary tables, relative bias (Raffel et al., JMLR 2020, section 2.1), rows without padding. `ort` uses ONNX Runtime's
+fused operators, `standard` ONNX opset 24. Activations are flat: [M, d] with M = batch * rows."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Attention, Linear, Norm, RelativeBias, Rotary
-from graphs.dialects.relative_bias import by_distance
 from graphs.graph import Graph
 
 
@@ -53,31 +51,25 @@ class Dialect(Protocol):
         ...
 
 
-def linear(graph: Graph, x: ir.Value, layer: Linear, outputs: int, inputs: int) -> ir.Value:
+def linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:
     """[M, inputs] -> [M, outputs], in the compute type."""
-    return stacked_linear(graph, x, [layer], [outputs], inputs)
+    return stacked_linear(graph, x, [layer])
 
 
-def stacked_linear(
-    graph: Graph, x: ir.Value, layers: Sequence[Linear], outputs: Sequence[int], inputs: int
-) -> ir.Value:
-    """Several linear layers of one input as one product: [M, inputs] -> [M, sum(outputs)]."""
-    weight = graph.stacked_weight([layer.weight for layer in layers], [(rows, inputs) for rows in outputs])
+def stacked_linear(graph: Graph, x: ir.Value, layers: Sequence[Linear]) -> ir.Value:
+    """Several linear layers of one input as one product: [M, inputs] -> [M, sum of outputs]."""
+    weight = graph.stacked_weight([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers if layer.bias is not None]
     if not biases:
         return graph.op("Gemm", [x, weight], transB=1)
     if len(biases) == len(layers):
-        bias = graph.stacked_weight(biases, [(rows,) for rows in outputs])
-        return graph.op("Gemm", [x, weight, bias], transB=1)
-    products = [linear(graph, x, layer, rows, inputs) for layer, rows in zip(layers, outputs, strict=True)]
-    return graph.op("Concat", products, axis=-1)
+        return graph.op("Gemm", [x, weight, graph.stacked_weight(biases)], transB=1)
+    return graph.op("Concat", [linear(graph, x, layer) for layer in layers], axis=-1)
 
 
-def query_key_value(graph: Graph, x: ir.Value, attention: Attention, width: int) -> ir.Value:
-    """[M, width] -> [M, (heads + 2 kv_heads) * head_dim], query first."""
-    sizes = [attention.heads, attention.kv_heads, attention.kv_heads]
-    layers = [attention.query, attention.key, attention.value]
-    return stacked_linear(graph, x, layers, [count * attention.head_dim for count in sizes], width)
+def query_key_value(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value:
+    """[M, d] -> [M, (heads + 2 kv_heads) * head_dim], query first."""
+    return stacked_linear(graph, x, [attention.query, attention.key, attention.value])
 
 
 def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:
@@ -132,12 +124,12 @@ def query_positions(graph: Graph, call: Call) -> ir.Value:
     return graph.op("Add", [past, steps])
 
 
-def bias_of_distances(graph: Graph, bias: RelativeBias, heads: int, queries: ir.Value, keys: ir.Value) -> ir.Value:
+def bias_of_distances(graph: Graph, bias: RelativeBias, queries: ir.Value, keys: ir.Value) -> ir.Value:
     """Relative bias [B, heads, rows, T] for query positions int64 [B, rows] and key positions int64 [T]."""
     reach = bias.max_distance
     name = f"{bias.table}.by_distance"
     # The table is tiny and read at once: its expansion replaces it in the bundle.
-    expanded = by_distance(graph.read(bias.table, (bias.buckets, heads)), bias)
+    expanded = by_distance(graph.read(bias.table), bias)
     table = graph.table(name, expanded)
     distance = graph.op("Sub", [graph.op("Unsqueeze", [queries, graph.constant([2])]), keys])  # [B, rows, T]
     if bias.bidirectional:
@@ -147,3 +139,66 @@ def bias_of_distances(graph: Graph, bias: RelativeBias, heads: int, queries: ir.
     else:
         index = graph.op("Clip", [distance, graph.constant(np.int64(0)), graph.constant(np.int64(reach))])
     return graph.op("Transpose", [graph.op("Gather", [table, index], axis=0)], perm=[0, 3, 1, 2])
+
+
+def buckets(distance: np.ndarray, bias: RelativeBias) -> np.ndarray:
+    """Bucket of each signed distance key - query. Half the buckets are exact, the others grow logarithmically."""
+    count, offset = bias.buckets, np.zeros_like(distance)
+    if bias.bidirectional:
+        count //= 2
+        offset = np.where(distance > 0, count, 0)
+        distance = np.abs(distance)
+    else:
+        distance = np.maximum(-distance, 0)
+    exact = count // 2
+    # In float32, operation by operation, as the models were trained: the edges of buckets depend on it.
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    grown = ratio / np.float32(np.log(bias.max_distance / exact)) * np.float32(count - exact)
+    far = np.minimum(exact + grown.astype(np.int64), count - 1)
+    return offset + np.where(distance < exact, distance, far)
+
+
+def by_distance(table: np.ndarray, bias: RelativeBias) -> np.ndarray:
+    """The bias of every distance that has its own: [max_distance + 1, heads] by query - key, or
+    [2 max_distance + 1, heads] by key - query + max_distance where bidirectional. `table` [buckets, heads]."""
+    reach = bias.max_distance
+    distance = np.arange(-reach, reach + 1) if bias.bidirectional else -np.arange(reach + 1)
+    return np.ascontiguousarray(table[buckets(distance, bias)])
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
+    of the call is; of padding, any. `attended`: the same, [B, rows].
+
+    `idle`: there are calls in which no row counts.
+    """
+
+    valid: ir.Value
+    rows: ir.Value
+    attended: ir.Value
+    idle: bool = False
+
+    def packed(self, graph: Graph, x: ir.Value) -> ir.Value:
+        """[B, rows, n] -> [N, n]."""
+        return graph.op("GatherND", [x, self.valid])
+
+    def in_rows(self, graph: Graph, x: ir.Value) -> ir.Value:
+        """[N, n] -> [B, rows, n]."""
+        if self.idle:  # padding has a row to be
+            x = graph.op("Pad", [x, graph.constant([0, 1]), None, graph.constant([0])])
+        return graph.op("Gather", [x, self.attended], axis=0)
+
+
+def packing(graph: Graph, call: Call, idle: bool = False) -> Packing:
+    """Of a call; `idle` as there."""
+    longest = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
+    first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
+    steps = graph.op("Range", [first, longest, one])
+    lengths = graph.op("Unsqueeze", [graph.cast(call.query_lengths, ir.DataType.INT64), graph.constant([1])])
+    counts = graph.op("Less", [steps, lengths])  # [B, rows]
+    valid = graph.op("Transpose", [graph.op("NonZero", [counts])], perm=[1, 0])
+    flags = graph.op("Reshape", [graph.cast(counts, ir.DataType.INT64), graph.constant([-1])])
+    before = graph.op("Sub", [graph.op("CumSum", [flags, first]), one])
+    rows = graph.op("Max", [before, first])
+    return Packing(valid, rows, graph.op("Reshape", [rows, graph.op("Shape", [counts])]), idle)

@@ -1,4 +1,5 @@
-"""ONNX Runtime's fused operators (com.microsoft): attention reads and extends the KV cache in place."""
+"""ONNX Runtime's fused operators (com.microsoft), or our own for the attention of decoders (docs/kernels.md): attention
+reads and extends the KV cache in place."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ import onnx_ir as ir
 from graphs.description import Attention, Norm, RelativeBias
 from graphs.dialects.base import (
     Call,
+    Packing,
     bias_of_distances,
+    by_distance,
     flat,
     head_norm,
     in_rows,
@@ -20,9 +23,9 @@ from graphs.dialects.base import (
     query_positions,
     rotary_tables,
 )
-from graphs.dialects.packing import Packing
 from graphs.errors import GraphError
 from graphs.graph import MICROSOFT, Dimension, Graph
+from runtime.kernels import DOMAIN
 
 
 def fits_head_size(attention: Attention) -> bool:
@@ -58,13 +61,12 @@ class OrtDialect:
         self,
         graph: Graph,
         call: Call,
-        width: int,
         cache_rows: int = 0,
         packing: Packing | None = None,
     ) -> None:
-        self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
-        # [M, width] -> query, key and value in one, [M, (heads + 2 kv_heads) * head_dim]
-        self.project: Callable[[Graph, ir.Value, Attention, int], ir.Value] = query_key_value
+        self.graph, self.call, self.cache_rows = graph, call, cache_rows
+        # [M, d] -> query, key and value in one, [M, (heads + 2 kv_heads) * head_dim]
+        self.project: Callable[[Graph, ir.Value, Attention], ir.Value] = query_key_value
         self._biases: dict[str, ir.Value] = {}
         self._packing = packing
 
@@ -103,7 +105,7 @@ class OrtDialect:
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
         heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
-        packed = self.project(graph, x, attention, self.width)
+        packed = self.project(graph, x, attention)
         query, key, value = self._split(packed, attention)
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
         shape: list[Dimension] = ["B", kv_heads, "cache", size]
@@ -128,7 +130,7 @@ class OrtDialect:
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call = self.graph, self.call
         width = attention.heads * attention.head_dim
-        query = self._in_rows(linear(graph, x, attention.query, width, self.width))
+        query = self._in_rows(linear(graph, x, attention.query))
         shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
         key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
         out = self._attend(query, key, value, attention, call.cross_lengths, None)
@@ -137,7 +139,7 @@ class OrtDialect:
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph, call = self.graph, self.call
         width = attention.heads * attention.head_dim
-        packed = query_key_value(graph, x, attention, self.width)
+        packed = query_key_value(graph, x, attention)
         parts = graph.ops("Split", [packed], 3, axis=-1, num_outputs=3)
         query, key, value = map(self._in_rows, parts)
         out = self._attend(query, key, value, attention, call.query_lengths, self._bias(attention))
@@ -187,10 +189,10 @@ class OrtDialect:
         if bias is None:
             return None
         if bias.table not in self._biases:
-            self._biases[bias.table] = self._expand(bias, attention.heads)
+            self._biases[bias.table] = self._expand(bias)
         return self._biases[bias.table]
 
-    def _expand(self, bias: RelativeBias, heads: int) -> ir.Value:
+    def _expand(self, bias: RelativeBias) -> ir.Value:
         graph = self.graph
         queries = query_positions(graph, self.call)
         if self.call.past_lengths is None:
@@ -198,4 +200,83 @@ class OrtDialect:
         else:
             last = graph.cast(self._longest, ir.DataType.INT64)
             keys = graph.op("Range", [graph.constant(np.int64(0)), last, graph.constant(np.int64(1))])
-        return bias_of_distances(graph, bias, heads, queries, keys)
+        return bias_of_distances(graph, bias, queries, keys)
+
+
+def has_attention_kernel(attention: Attention) -> bool:
+    """Whether our own attention takes heads of this size."""
+    return attention.head_dim >= 16 and attention.head_dim % 8 == 0
+
+
+class KernelDialect(OrtDialect):
+    """See graphs.dialects.base.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
+    between attentions, with padding or, with `packing`, without."""
+
+    def __init__(self, graph: Graph, call: Call, cache_rows: int, packing: Packing | None) -> None:
+        super().__init__(graph, call, cache_rows, packing)
+        self._tables: dict[str, ir.Value] = {}
+
+    def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+        graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
+        rows = self.project(graph, x, attention)
+        shape: list[Dimension] = ["B", kv_heads, "cache", attention.head_dim]
+        past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
+        norms = (attention.query_norm, attention.key_norm)
+        weights = [None if norm is None else graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
+        out, *present = graph.ops(
+            "CachedAttention",
+            [rows, *past, call.past_lengths, call.query_lengths, cos, sin, self._by_distance(attention), *weights],
+            3,
+            DOMAIN,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            head_size=attention.head_dim,
+            scale=attention.scale,
+            window=attention.window or 0,
+            packed=int(self._packing is not None),
+            epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
+        )
+        for part, written in zip(("key", "value"), present, strict=True):
+            graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
+        out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, heads * attention.head_dim])
+        return out
+
+    def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
+        graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
+        width = heads * attention.head_dim
+        rows = linear(graph, x, attention.query)
+        shape: list[Dimension] = ["B", kv_heads, "E", attention.head_dim]
+        prompt = [graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        out = graph.op(
+            "CrossAttention",
+            [rows, *prompt, call.cross_lengths, call.query_lengths],
+            DOMAIN,
+            num_heads=heads,
+            kv_num_heads=kv_heads,
+            head_size=attention.head_dim,
+            scale=attention.scale,
+            packed=int(self._packing is not None),
+        )
+        out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, width])
+        return out
+
+    def best_two(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """[R, V] -> the indices of the best two int64 [R, 2], and the logarithm of the sum of exponentials [R]."""
+        top, log_sum = self.graph.ops("BestTwo", [logits], 2, DOMAIN)
+        top.type, top.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([None, 2])
+        log_sum.type, log_sum.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None])
+        return top, log_sum
+
+    def _by_distance(self, attention: Attention) -> ir.Value | None:
+        """The bias of each distance [reach + 1, heads]; layers share a table."""
+        bias = attention.relative_bias
+        if bias is None:
+            return None
+        if bias.table not in self._tables:
+            self._tables[bias.table] = self._table(bias)
+        return self._tables[bias.table]
+
+    def _table(self, bias: RelativeBias) -> ir.Value:
+        table = by_distance(self.graph.read(bias.table), bias)
+        return self.graph.table(f"{bias.table}.by_distance", table)

@@ -27,8 +27,8 @@ class StandardDialect:
     """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has, and where the cache
     is `fixed`, as TensorRT wants it, also the least."""
 
-    def __init__(self, graph: Graph, call: Call, width: int, cache_rows: int = 0, fixed: bool = False) -> None:
-        self.graph, self.call, self.width, self.cache_rows = graph, call, width, cache_rows
+    def __init__(self, graph: Graph, call: Call, cache_rows: int = 0, fixed: bool = False) -> None:
+        self.graph, self.call, self.cache_rows = graph, call, cache_rows
         self._rows: Dimension = cache_rows if fixed else "cache"
         self._masks: dict[tuple[str | None, int | None], ir.Value] = {}
         self._cross_mask: ir.Value | None = None
@@ -47,7 +47,7 @@ class StandardDialect:
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call, size = self.graph, self.call, attention.head_dim
         counts = (attention.heads, attention.kv_heads, attention.kv_heads)
-        packed = query_key_value(graph, x, attention, self.width)
+        packed = query_key_value(graph, x, attention)
         query, key, value = graph.ops("Split", [packed, graph.constant([n * size for n in counts])], 3, axis=-1)
         query = head_norm(graph, self, query, attention.query_norm, attention.heads, size)
         key = head_norm(graph, self, key, attention.key_norm, attention.kv_heads, size)
@@ -63,7 +63,7 @@ class StandardDialect:
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call = self.graph, self.call
-        projected = linear(graph, x, attention.query, attention.heads * attention.head_dim, self.width)
+        projected = linear(graph, x, attention.query)
         query = in_heads(graph, projected, call, attention.heads, attention.head_dim)
         shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
         key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
@@ -74,7 +74,7 @@ class StandardDialect:
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         graph, call = self.graph, self.call
-        parts = graph.ops("Split", [query_key_value(graph, x, attention, self.width)], 3, axis=-1, num_outputs=3)
+        parts = graph.ops("Split", [query_key_value(graph, x, attention)], 3, axis=-1, num_outputs=3)
         query, key, value = (in_heads(graph, p, call, attention.heads, attention.head_dim) for p in parts)
         bias = attention.relative_bias
         name = (bias.table if bias else None, None)
@@ -82,7 +82,7 @@ class StandardDialect:
             keys = graph.op("Squeeze", [self._positions, graph.constant([0])])
             mask = self._padding_mask(keys, call.query_lengths)
             if bias is not None:
-                mask = graph.op("Add", [bias_of_distances(graph, bias, attention.heads, self._positions, keys), mask])
+                mask = graph.op("Add", [bias_of_distances(graph, bias, self._positions, keys), mask])
             self._masks[name] = mask
         return self._attend(query, key, value, self._masks[name], attention)
 
@@ -108,7 +108,7 @@ class StandardDialect:
                 seen = graph.op("And", [seen, graph.op("Greater", [positions, oldest])])
             mask = graph.op("Unsqueeze", [self._additive(seen), graph.constant([1])])
             if bias is not None:
-                table = bias_of_distances(graph, bias, attention.heads, self._positions, positions)
+                table = bias_of_distances(graph, bias, self._positions, positions)
                 mask = graph.op("Add", [table, mask])
             self._masks[name] = mask
         return self._masks[name]

@@ -8,7 +8,7 @@ from typing import Any
 from graphs.description import Description
 from graphs.errors import UnsupportedModelError
 from graphs.families import llama, t5
-from graphs.limits import check_config
+from graphs.shapes import check_config
 from graphs.weights import Weights
 
 FAMILIES = (t5, llama)

@@ -21,7 +21,7 @@ from graphs.description import (
 )
 from graphs.description import RelativeBias as Bias
 from graphs.errors import UnsupportedModelError
-from graphs.limits import vocabulary_size
+from graphs.shapes import vocabulary_size
 from graphs.weights import Weights
 
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")

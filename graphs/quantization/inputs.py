@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graphs.quantization.pieces import pieces, relative, total
-from graphs.quantization.rounding import FLOAT32, Rounded, at_least, best_range, in_blocks, joined
+from graphs.quantization.rounding import (
+    FLOAT32,
+    Rounded,
+    at_least,
+    best_range,
+    in_blocks,
+    joined,
+    pieces,
+    relative,
+    total,
+)
 
 # Added to the mean square of every input, as a share of their mean: inputs that were never seen may come.
 DAMPING = 0.01

@@ -10,11 +10,9 @@ import onnx_ir as ir
 
 from graphs.description import Description
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
-from graphs.quantization.fusion import FuseProducts
-from graphs.quantization.panels import packed
-from graphs.quantization.products import OrtProducts, PackedProducts, Products, WidenedProducts
+from graphs.quantization.passes import FuseProducts, OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.quantizer import Layout, as_rounded
-from graphs.quantization.scheme import IntegerScheme, Scheme, SymmetricScheme
+from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme, packed
 from runtime.bundle.manifest import Precision, Target
 from runtime.bundle.precision import HeadPrecision, Kernels, TensorFormat
 

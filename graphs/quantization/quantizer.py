@@ -11,8 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.graph import STACK
-from graphs.quantization.rounding import Rounded, round_4_bits, side_by_side
-from graphs.quantization.scheme import BLOCK, Scheme
+from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
 from graphs.weights import WeightFile
 from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
 

@@ -1,13 +1,39 @@
-"""Weights rounded to 8 or 4 bits in blocks along the inputs, in numpy."""
+"""Weights rounded to 8 or 4 bits, in numpy: the formats of each target, and how much each may lose.
+
+Weights in blocks along the inputs; 4-bit weights of a checkpoint, which stay as they are; weights around zero, for
+operators that widen them; and the layout of our own operators."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import ml_dtypes
 import numpy as np
 
-from graphs.quantization.pieces import pieces, relative, total
+from runtime.bundle.precision import TensorFormat
+
+# Values rounded at once.
+CHUNK = 1 << 20
+
+
+def pieces(weight: np.ndarray) -> Iterator[slice]:
+    """Rows in pieces of about CHUNK values."""
+    rows = max(1, CHUNK // weight.shape[1])
+    for start in range(0, len(weight), rows):
+        yield slice(start, min(start + rows, len(weight)))
+
+
+def total(squares: np.ndarray) -> float:
+    return float(squares.sum(dtype=np.float64))
+
+
+def relative(lost: float, weight: np.ndarray) -> float:
+    """The relative error of a weight whose squared errors sum to `lost`."""
+    whole = sum(total(np.square(weight[rows])) for rows in pieces(weight))
+    return float(np.sqrt(lost / whole)) if whole > 0 else 0.0
+
 
 # How far the range of 4 bits is pulled in: clipping the ends of a block costs less than coarse steps for all of it.
 CLIPS = (1.0, 0.92, 0.85, 0.78)
@@ -148,3 +174,265 @@ def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
     found = np.where(exact > 0, exact, 1).astype(type_)
     above = np.nextafter(found, np.array(np.inf, type_))
     return np.where(found.astype(np.float32) < exact, above, found)
+
+
+# How far a value may be from its step, in steps: bfloat16 moves it so far, and chance puts no 32 values there.
+TOLERANCE = 1 / 16
+MOST_STEPS = 15
+# Outputs that are looked at first: most weights are on no grid.
+FIRST = 4
+
+
+def on_grid(weight: np.ndarray, block: int, type_: np.dtype, offsets: bool) -> Rounded | None:
+    """A weight [outputs, inputs] whose blocks have at most 16 evenly spaced values each, as these, in the form of
+    `round_4_bits`; None for any other. Where 0 is none of these values, its blocks have `offsets` of `type_`; if these
+    may not be, the weight is as any other."""
+    outputs, inputs = weight.shape
+    if inputs % block or _steps(weight[:FIRST].reshape(-1, block)) is None:
+        return None
+    blocks = inputs // block
+    values = np.empty((outputs, blocks, block), np.uint8)
+    scales, starts = np.empty((outputs, blocks), np.float32), np.empty((outputs, blocks), np.float32)
+    for rows in pieces(weight):
+        found = _steps(weight[rows].reshape(-1, block))
+        if found is None:
+            return None
+        for whole, part in zip((values, scales, starts), found, strict=True):
+            whole[rows] = part.reshape(whole[rows].shape)
+    zeros = np.rint(-starts / scales)
+    meets_zero = np.abs(starts + zeros * scales) <= TOLERANCE * scales
+    rounded_scales = scales.astype(type_)
+    if meets_zero.all() and zeros.min() >= 0 and zeros.max() <= MOST_STEPS:
+        error = _error(weight, values, rounded_scales, -zeros * rounded_scales.astype(np.float32))
+        return joined(values, rounded_scales, zeros, error)
+    if not offsets:
+        return None
+    rounded_starts = starts.astype(type_)
+    error = _error(weight, values, rounded_scales, rounded_starts.astype(np.float32))
+    return joined(values, rounded_scales, None, error, rounded_starts)
+
+
+def _steps(blocks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """Blocks float32 [n, block] as steps uint8 [n, block] of a spacing [n] from a start [n]; None if one has none."""
+    low, high = blocks.min(-1), blocks.max(-1)
+    if not np.isfinite(high - low).all():
+        return None
+    (left,) = np.nonzero(high > low)
+    # Blocks of one value: 0 is the other end of one step.
+    values = np.repeat((low > 0).astype(np.uint8)[:, None], blocks.shape[1], axis=1)
+    spacing = np.where(low == 0, 1, np.abs(low)).astype(np.float32)
+    low = np.where(high > low, low, np.minimum(low, 0))
+    for count in range(MOST_STEPS, 0, -1):
+        between = (high[left] - low[left]) / count
+        steps = (blocks[left] - low[left, None]) / between[:, None]
+        nearest = np.rint(steps)
+        good = np.abs(steps - nearest).max(-1, initial=0) <= TOLERANCE
+        values[left[good]], spacing[left[good]] = nearest[good], between[good]
+        left = left[~good]
+        if not len(left):
+            return values, spacing, low
+    return None
+
+
+def _error(weight: np.ndarray, values: np.ndarray, scales: np.ndarray, starts: np.ndarray) -> float:
+    """|W - values * scales - starts| / |W|."""
+    lost = 0.0
+    for rows in pieces(weight):
+        kept = values[rows] * scales[rows, :, None].astype(np.float32) + starts[rows, :, None]
+        lost += total(np.square(kept.reshape(weight[rows].shape) - weight[rows]))
+    return relative(lost, weight)
+
+
+# The type and the largest value of each format.
+TYPES: dict[TensorFormat, tuple[np.dtype, int]] = {
+    "int8": (np.dtype(np.int8), 127),
+    "fp8": (np.dtype(ml_dtypes.float8_e4m3fn), 448),
+}
+INT4 = np.dtype(ml_dtypes.int4)
+
+
+def round_rows(weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> Rounded:
+    """[outputs, inputs] float32 -> the same in int8 or float8_e4m3fn, and scales [outputs] of type `scales`."""
+    kind, peak = TYPES[format_]
+    data, steps = np.empty(weight.shape, kind), at_least(np.abs(weight).max(axis=1) / peak, scales)
+    lost = 0.0
+    for rows in pieces(weight):
+        scale = steps[rows, None].astype(np.float32)
+        values = weight[rows] / scale
+        data[rows] = np.rint(values) if kind == np.int8 else values
+        lost += total(np.square(data[rows].astype(np.float32) * scale - weight[rows]))
+    return Rounded(data, steps, None, relative(lost, weight))
+
+
+def round_blocks(weight: np.ndarray, block: int, scales: np.dtype) -> Rounded:
+    """[outputs, inputs] float32 -> the same in int4, and scales [outputs, inputs / block] of type `scales`."""
+    data, lost = np.empty(weight.shape, INT4), 0.0
+    steps = np.empty((len(weight), weight.shape[1] // block), scales)
+    for rows in pieces(weight):
+        piece = weight[rows].reshape(-1, steps.shape[1], block)
+        values, steps[rows], errors = _best_clip(piece, scales)
+        data[rows] = values.reshape(len(piece), -1)
+        lost += total(errors)
+    return Rounded(data, steps, None, relative(lost, weight))
+
+
+def _best_clip(piece: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[n, blocks, block] -> values -8..7; scales and squared errors [n, blocks] of each block's best range."""
+    peak = np.abs(piece).max(-1)
+    # -8 has no counterpart: of the two ends, the larger one may reach it.
+    best = _round(piece, peak / 7, type_)
+    for end in (7.5, *(7 / clip for clip in CLIPS[1:])):
+        found = _round(piece, peak / np.float32(end), type_)
+        better = found[-1] < best[-1]
+        for chosen, candidate in zip(best, found, strict=True):
+            chosen[better] = candidate[better]
+    return best
+
+
+def _round(piece: np.ndarray, scale: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Even steps of `scale` [n, blocks], then the scale that fits the values best (least squares)."""
+    values = np.clip(np.rint(piece / np.where(scale > 0, scale, 1)[..., None]), -8, 7)
+    power = np.square(values).sum(-1)
+    fitted = np.where(power > 0, (values * piece).sum(-1) / np.maximum(power, 1), 1)
+    steps = at_least(fitted.astype(np.float32), type_)
+    errors = np.square(values * steps[..., None].astype(np.float32) - piece).sum(-1)
+    return values.astype(INT4), steps, errors
+
+
+BITS: dict[TensorFormat, int] = {"int4": 4, "int8-block": 8}
+# Outputs that stand together, and inputs that share a scale of the activations.
+PANEL, GROUP = 16, 32
+
+
+def packed(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
+    """See graphs.quantization.quantizer.Layout."""
+    return in_panels(rounded, inputs, BITS[format_])
+
+
+def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
+    """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`,
+    `offsets` and uint8 `zero_points` [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
+    outputs, blocks = rounded.scales.shape
+    panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
+    data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
+    for rows in pieces(rounded.data.reshape(outputs, -1)):
+        data[rows] = _halves(rounded.data[rows], groups, bits)
+    # [panel, output, group, quad, byte] -> [panel, group, quad, output, byte]
+    ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
+    zeros = None if rounded.zero_points is None else _by_panel(unpacked(rounded.zero_points)[:, :blocks], panels)
+    packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
+    offsets = None if rounded.offsets is None else _by_panel(rounded.offsets, panels)
+    return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error, offsets)
+
+
+def _halves(data: np.ndarray, groups: int, bits: int) -> np.ndarray:
+    """[n, blocks, bytes] -> uint8 [n, groups, bytes]: of 4 bits the even quads of inputs low, the odd ones high."""
+    values = (data if bits == 8 else unpacked(data)).reshape(len(data), -1)[:, : groups * GROUP]
+    if bits == 8:
+        return values.reshape(len(data), groups, GROUP)
+    quads = values.reshape(len(data), groups, GROUP // 8, 2, 4)
+    halves: np.ndarray = (quads[..., 0, :] | quads[..., 1, :] << 4).reshape(len(data), groups, -1)
+    return halves
+
+
+def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:
+    """[outputs, blocks] -> [panels, blocks, 16]."""
+    padded = np.zeros((panels * PANEL, values.shape[1]), values.dtype)
+    padded[: len(values)] = values
+    return np.ascontiguousarray(padded.reshape(panels, PANEL, -1).transpose(0, 2, 1))
+
+
+class Scheme(Protocol):
+    """`limits`: relative errors of a weight above which it gets the `higher` format, or stays as it is where there is
+    none."""
+
+    @property
+    def limits(self) -> Mapping[TensorFormat, float]: ...
+
+    @property
+    def higher(self) -> Mapping[TensorFormat, TensorFormat]: ...
+
+    def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
+        """[outputs, inputs] float32 in a format, with scales of that type; and how many inputs share one, 0 for all."""
+        ...
+
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        """Whether a weight has 4 bits already, which `round` leaves as they are."""
+        ...
+
+
+# Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
+LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8-block": 0.03}
+HIGHER: dict[TensorFormat, TensorFormat] = {"int4": "int8-block"}
+# 4 bits come in blocks of 32, or larger ones where a weight bears it: 16 would take half as long again.
+BLOCK, LARGER_BLOCKS, EASY = 32, (64, 128), 0.06
+# 8 bits come in the largest of these that divides the inputs, else in blocks of 32: fewer scales are faster, and lose
+# hardly more (docs/precision.md).
+BLOCKS_OF_8_BITS = (128, 64)
+
+
+@dataclass(frozen=True)
+class IntegerScheme:
+    """For operators that read weights in blocks. `blocks`: of 8 bits, besides 32. `offsets`: of 4 bits they read those
+    too."""
+
+    blocks: tuple[int, ...] = BLOCKS_OF_8_BITS
+    offsets: bool = False
+
+    @property
+    def limits(self) -> Mapping[TensorFormat, float]:
+        return LIMITS
+
+    @property
+    def higher(self) -> Mapping[TensorFormat, TensorFormat]:
+        return HIGHER
+
+    def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
+        if format_ == "int8-block":
+            block = next((size for size in self.blocks if weight.shape[1] % size == 0), BLOCK)
+            return round_8_bits(weight, block, scales), block
+        if (kept := on_grid(weight, BLOCK, scales, self.offsets)) is not None:
+            return kept, BLOCK
+        rounded, block = round_4_bits(weight, BLOCK, scales), BLOCK
+        for larger in LARGER_BLOCKS:
+            if rounded.error > EASY:
+                break
+            candidate = round_4_bits(weight, larger, scales)
+            if candidate.error <= EASY:
+                rounded, block = candidate, larger
+        return rounded, block
+
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        return on_grid(weight, BLOCK, scales, self.offsets) is not None
+
+
+# What a bell loses here: 0.10 in 4 bits, 0.026 in fp8, 0.008 in 8 bits.
+SYMMETRIC_LIMITS: dict[TensorFormat, float] = {"int4": 0.15, "fp8": 0.05, "int8": 0.03}
+# The largest block that divides the inputs: TensorRT takes no part of one.
+SYMMETRIC_BLOCKS = (64, 32)
+
+
+@dataclass(frozen=True)
+class SymmetricScheme:
+    """For weights that a graph widens before a product: DequantizeLinear, without zero points, which TensorRT does not
+    take."""
+
+    @property
+    def limits(self) -> Mapping[TensorFormat, float]:
+        return SYMMETRIC_LIMITS
+
+    @property
+    def higher(self) -> Mapping[TensorFormat, TensorFormat]:
+        return {"int4": "int8"}
+
+    def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
+        if format_ != "int4":
+            return round_rows(weight, format_, scales), 0
+        block = next((size for size in SYMMETRIC_BLOCKS if weight.shape[1] % size == 0), 0)
+        if not block:
+            nothing = np.empty(0, np.int8)
+            return Rounded(nothing, nothing, None, error=1.0), 0
+        return round_blocks(weight, block, scales), block
+
+    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        return False

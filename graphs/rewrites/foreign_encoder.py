@@ -10,7 +10,7 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 from onnx_ir.tape import Tape
 
 from graphs.errors import GraphError
-from graphs.rewrites.initializers import constant, external
+from graphs.graph import constant, external
 from graphs.weights import WeightFile
 
 # Scalars and short constants stay in the graph.

@@ -1,10 +1,19 @@
-"""A graph that computes in half precision as one in fp32, which every processor runs."""
+"""A graph that computes in half precision as one in fp32, and a bundle for a GPU as one that the CPU runs."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
+
+from runtime.bundle.bundle import Bundle, engine_files, sha256_of
+from runtime.bundle.manifest import MANIFEST, File
 
 HALVES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 FLOAT = ir.DataType.FLOAT
@@ -74,3 +83,41 @@ class Widen(ir.passes.InPlacePass):
             graph.outputs[graph.outputs.index(value)] = wide.outputs[0]
             wide.outputs[0].dtype, wide.outputs[0].shape = FLOAT, value.shape
             value.name, wide.outputs[0].name = f"{value.name}.exact", value.name
+
+
+@contextmanager
+def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
+    """The graphs of a bundle, widened from half precision to fp32, and the weights that it has; gone at the end.
+
+    `rounds`: see graphs.rewrites.widen.Widen. A bundle that computes in fp32 is its own copy.
+    """
+    manifest = bundle.manifest
+    if manifest.float_type == "fp32":
+        yield bundle
+        return
+    beside = bundle.path.resolve().parent
+    place = beside if os.access(beside, os.W_OK) else None
+    with TemporaryDirectory(prefix=f".{bundle.path.name}.fp32-", dir=place) as name:
+        directory = Path(name)
+        change = Widen(HALVES[manifest.float_type], rounds)
+        graphs, files = engine_files(manifest), dict(manifest.files)
+        for file in files:
+            if file in graphs:
+                model = ir.load(bundle.path / file)
+                change(model)
+                ir.save(model, directory / file)
+                files[file] = File((directory / file).stat().st_size, sha256_of(directory / file))
+            else:
+                _link(bundle.path / file, directory / file)
+        widened = replace(manifest, compute="fp32", files=files)
+        (directory / MANIFEST).write_text(widened.to_json(), encoding="utf-8")
+        yield Bundle.open(directory)
+
+
+def _link(source: Path, target: Path) -> None:
+    """ONNX Runtime follows no symbolic links out of a graph's folder."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy(source, target)

@@ -4,23 +4,183 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import onnx_ir as ir
+
 from graphs.errors import BuildError
-from graphs.tensorrt.monitor import monitor_of
-from graphs.tensorrt.network import add_profiles, dimensions, parse
-from graphs.tensorrt.profiles import profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
+from runtime.engines.cross_cache import STEP
 from runtime.errors import FreeExportError
-from runtime.tensorrt.files import DIRECTORY, EngineFile, is_whole, read_record, record_of, sources_sha256
-from runtime.tensorrt.library import architecture, import_tensorrt, logger_of
-from runtime.tensorrt.plan import Plan
+from runtime.tensorrt.files import (
+    DIRECTORY,
+    EngineFile,
+    Plan,
+    Profile,
+    architecture,
+    import_tensorrt,
+    is_whole,
+    logger_of,
+    read_record,
+    record_of,
+    sources_sha256,
+)
+
+MAX_BATCH = 256
+# What a prompt usually has, for the tactics of prefill.
+USUAL_PROMPT = 128
+
+
+def profiles_of(engine: str, manifest: Manifest, max_batch: int) -> tuple[Profile, ...]:
+    """The profiles of an engine for up to `max_batch` sequences, the most frequent first. BuildError where `max_batch`
+    is out of range.
+
+    Dimensions are those of the engine contract: B sequences, q or k rows each, E prompt tokens, R head rows.
+    """
+    if not 1 <= max_batch <= MAX_BATCH:
+        raise BuildError(f"max batch {max_batch} is out of range; choose 1 to {MAX_BATCH}")
+    batch = {"B": (1, 1, max_batch)}
+    # Sequences that share calls read arrays of one width, which is a multiple of STEP.
+    longest = -(-manifest.encoder_capacity // STEP) * STEP
+    prompt = {"E": _up_to(longest)} if manifest.encoder_decoder else {}
+    if engine in ("encoder", "prologue"):
+        return (Profile("prompt", {**batch, **prompt}),)
+    rows = "q" if engine == "shallow" else "k"
+    # Where nothing may exit, the shallow head runs for no row.
+    decode = Profile("decode", {**batch, **prompt, rows: (1, 1, 1), "R": (0, 1, max_batch)})
+    prefill = Profile("prefill", {**batch, **prompt, rows: _up_to(manifest.capacity), "R": (0, 1, max_batch)})
+    if engine == "shallow":
+        return decode, prefill
+    most = manifest.max_pending
+    sync = Profile("sync", {**batch, **prompt, "k": (1, min(4, most), most), "R": (0, 1, most * max_batch)})
+    return decode, sync, prefill
+
+
+def _up_to(limit: int) -> tuple[int, int, int]:
+    return 1, min(USUAL_PROMPT, limit), limit
+
+
+def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
+    """The network of an ONNX file, and its parser. BuildError lists what the parser refuses, with its nodes."""
+    flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flags)
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(graph)):
+        refused = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        raise BuildError(
+            f"TensorRT {trt.__version__} cannot parse {graph.name}: {'; '.join(refused) or 'no reason given'}; "
+            "convert with --target tensorrt, or use a newer TensorRT"
+        )
+    # The network refers to weights that the parser holds.
+    return network, parser
+
+
+def _parser_error(error: Any) -> str:
+    where = f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'})"
+    return f"{where}: {' '.join(error.desc().split())[:300]}"
+
+
+def dimensions(graph: Path) -> dict[str, list[int | str]]:
+    """The shape of each input of an ONNX file, dimensions by name where they are free."""
+    inputs = ir.load(graph).graph.inputs
+    return {str(value.name): [_dimension(size) for size in value.shape or ()] for value in inputs}
+
+
+def _dimension(size: int | ir.SymbolicDim) -> int | str:
+    return size if isinstance(size, int) else str(size.value)
+
+
+def add_profiles(builder: Any, config: Any, shapes: dict[str, list[int | str]], profiles: Sequence[Profile]) -> None:
+    """Tell TensorRT the least, usual and greatest shape of every input in each profile, in order."""
+    for profile in profiles:
+        added = builder.create_optimization_profile()
+        for name, shape in shapes.items():
+            sizes = [profile.ranges[size] if isinstance(size, str) else (size,) * 3 for size in shape]
+            added.set_shape(name, *([size[which] for size in sizes] for which in range(3)))
+        config.add_optimization_profile(added)
+
+
+@dataclass
+class Phase:
+    """A phase under way: its parent's name, how many steps it has, and how many are done."""
+
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+class Phases:
+    """The fraction of a build that is done, from its phases: never less than before."""
+
+    def __init__(self) -> None:
+        self._phases: dict[str, Phase] = {}
+        self._reached = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        self._phases[name] = Phase(parent, max(1, steps))
+
+    def step(self, name: str, step: int) -> float:
+        phase = self._phases.get(name)
+        if phase is not None:
+            phase.done = max(phase.done, min(phase.steps, step + 1))
+        self._reached = max(self._reached, self._fraction())
+        return self._reached
+
+    def finish(self, name: str) -> float:
+        self._phases.pop(name, None)
+        if not self._phases:
+            self._reached = 1.0
+        return self._reached
+
+    def _fraction(self) -> float:
+        """Each phase adds a share of the step of its parent that is under way."""
+        roots = [name for name, phase in self._phases.items() if phase.parent not in self._phases]
+        return max((self._of(name) for name in roots), default=0.0)
+
+    def _of(self, name: str) -> float:
+        phase = self._phases[name]
+        inner = [self._of(child) for child, other in self._phases.items() if other.parent == name]
+        return min(1.0, (phase.done + max(inner, default=0.0)) / phase.steps)
+
+
+def monitor_of(trt: Any, report: Callable[[float], None]) -> Any:
+    """A monitor for a build that calls `report` with the fraction that is done. What `report` raises, an interrupt
+    for one, stops the build; it is kept as `error`."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.error: BaseException | None = None
+            self._phases, self._lock = Phases(), threading.Lock()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            with self._lock:
+                self._phases.start(phase_name, parent_phase, num_steps)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            return self._tell(lambda: self._phases.step(phase_name, step))
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._tell(lambda: self._phases.finish(phase_name))
+
+        def _tell(self, change: Callable[[], float]) -> bool:
+            # An exception must not pass through TensorRT's own frames.
+            try:
+                with self._lock:
+                    report(change())
+            except BaseException as error:
+                self.error = self.error or error
+            return self.error is None
+
+    return Monitor()
+
 
 # Called with an engine's name, and how much of its build is done: 0 to 1.
 Report = Callable[[str, float], None]

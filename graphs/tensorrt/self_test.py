@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from graphs.errors import BuildError
-from graphs.rewrites.fp32_copy import fp32_copy
+from graphs.rewrites.widen import fp32_copy
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.cuda.driver import Cuda, Stream
 from runtime.engines.kv_cache import PARTS

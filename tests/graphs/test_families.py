@@ -14,8 +14,7 @@ from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from graphs.description import Description, Encoder
 from graphs.errors import UnsupportedModelError
 from graphs.families import describe, supported
-from graphs.limits import ROPE, SIZES
-from graphs.weight_shapes import check_weights
+from graphs.shapes import ROPE, SIZES, check_checkpoint
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -267,13 +266,17 @@ def test_weights_of_other_sizes_are_refused(
     changes: dict[str, int], part: str, checkpoint: Callable[[Case], Path]
 ) -> None:
     source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
-    check_weights(source.config, source)
+    check_checkpoint(source.config, describe(source.config, source), source)
+    config = {**source.config, **changes}
+    description = describe(config, source)
     with pytest.raises(UnsupportedModelError) as refused:
-        check_weights({**source.config, **changes}, source)
+        check_checkpoint(config, description, source)
     assert part in str(refused.value)
 
 
 def test_weights_that_are_missing_are_refused(checkpoint: Callable[[Case], Path]) -> None:
     source = open_checkpoint(str(checkpoint(BY_NAME["llama-tied"])))
+    config = {**source.config, "num_hidden_layers": 1024, "layer_types": None}
+    description = describe(config, source)
     with pytest.raises(CheckpointError, match="has no tensor model"):
-        check_weights({**source.config, "num_hidden_layers": 1024, "layer_types": None}, source)
+        check_checkpoint(config, description, source)

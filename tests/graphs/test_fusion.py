@@ -19,12 +19,9 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.graph import MICROSOFT, Graph
 from graphs.quantization import plan
-from graphs.quantization.fusion import FuseProducts
-from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.panels import packed
-from graphs.quantization.products import PackedProducts
+from graphs.quantization.passes import FuseProducts, PackedProducts, QuantizeLinears
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.scheme import IntegerScheme
+from graphs.quantization.rounding import IntegerScheme, packed
 from graphs.weights import WeightFile
 from runtime.kernels import missing
 

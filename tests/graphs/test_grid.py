@@ -9,9 +9,7 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphs.quantization.grid import on_grid
-from graphs.quantization.rounding import Rounded, unpacked
-from graphs.quantization.scheme import IntegerScheme
+from graphs.quantization.rounding import IntegerScheme, Rounded, on_grid, unpacked
 
 FLOAT16 = np.dtype(np.float16)
 

@@ -20,12 +20,9 @@ from tensor_source import Source
 import runtime.kernels
 from graphs.errors import GraphError
 from graphs.graph import Graph
-from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.panels import packed
-from graphs.quantization.products import PackedProducts
+from graphs.quantization.passes import PackedProducts, QuantizeLinears
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.rounding import round_4_bits
-from graphs.quantization.scheme import IntegerScheme
+from graphs.quantization.rounding import IntegerScheme, packed, round_4_bits
 from graphs.weights import WeightFile
 from runtime import Session
 from runtime.bundle.bundle import Bundle
@@ -71,7 +68,7 @@ def test_what_was_fitted_stands_beside_what_was_not_and_what_has_8_bits(tmp_path
     with WeightFile(tmp_path / "weights.data") as weights:
         graph = Graph("g", Source(parts), weights, FLOAT)
         x = graph.input("x", FLOAT, ["M", 64])
-        weight = graph.stacked_weight(list(parts), [(16, 64)] * 3)
+        weight = graph.stacked_weight(list(parts))
         graph.output("y", graph.op("Gemm", [x, weight], transB=1), FLOAT, ["M", 48])
         quantizer = Quantizer(weights, IntegerScheme(), packed, scales, {"q": fitted})
         graph.save(

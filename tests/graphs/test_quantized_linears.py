@@ -19,11 +19,9 @@ from onnx_ir.tape import Tape
 from tensor_source import Source
 
 from graphs.graph import IR_VERSION, OPSET, Graph
-from graphs.quantization.embedding import QuantizeEmbedding
-from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.products import OrtProducts
+from graphs.quantization.passes import OrtProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.scheme import IntegerScheme
+from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.precision import HigherTensor, TensorFormat

@@ -13,8 +13,7 @@ import pytest
 from graphs.graph import STACK
 from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.rounding import round_4_bits
-from graphs.quantization.scheme import LIMITS, IntegerScheme
+from graphs.quantization.rounding import LIMITS, IntegerScheme, round_4_bits
 from graphs.weights import WeightFile
 from runtime.bundle.precision import TensorFormat
 
@@ -72,7 +71,7 @@ def test_a_weight_that_loses_too_much_gets_the_next_format(
 
 
 def test_what_no_format_holds_stays(weights: WeightFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graphs.quantization.scheme.LIMITS", {"int4": 0.0, "int8-block": 0.0})
+    monkeypatch.setattr("graphs.quantization.rounding.LIMITS", {"int4": 0.0, "int8-block": 0.0})
     stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "int4")
     assert (stored.format, stored.operands) == ("fp32", {})
     assert 0.05 < stored.lost < 0.12

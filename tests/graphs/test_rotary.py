@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graphs.errors import UnsupportedModelError
-from graphs.families.rotary import rotary
+from graphs.families.llama import rotary
 
 LLAMA3 = {
     "rope_type": "llama3",

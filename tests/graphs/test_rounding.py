@@ -76,7 +76,7 @@ def test_constant_weights_are_exact(value: float) -> None:
 def test_one_row_is_rounded_as_it_is_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = weight(50, 64)
     whole = round_4_bits(exact, 32), round_8_bits(exact, 32)
-    monkeypatch.setattr("graphs.quantization.pieces.CHUNK", 7 * 64)
+    monkeypatch.setattr("graphs.quantization.rounding.CHUNK", 7 * 64)
     pieces = round_4_bits(exact, 32), round_8_bits(exact, 32)
     for a, b in zip(whole, pieces, strict=True):
         np.testing.assert_array_equal(a.data, b.data)

@@ -129,7 +129,7 @@ def test_rows_do_not_depend_on_the_pieces_they_are_rounded_in(monkeypatch: pytes
     weight, moments = layer(50, 96, 40)
     whole = round_4_bits_for(weight, moments, 32)
     again = round_4_bits_for(weight, moments, 32)
-    monkeypatch.setattr("graphs.quantization.pieces.CHUNK", 96 * 7)
+    monkeypatch.setattr("graphs.quantization.rounding.CHUNK", 96 * 7)
     pieces = round_4_bits_for(weight, moments, 32)
     assert (whole.data == again.data).all()
     assert (whole.scales == again.scales).all()

@@ -13,12 +13,18 @@ import pytest
 from tensor_source import Source
 
 from graphs.graph import Graph
-from graphs.quantization.linears import QuantizeLinears
-from graphs.quantization.products import WidenedProducts
+from graphs.quantization.passes import QuantizeLinears, WidenedProducts
 from graphs.quantization.quantizer import Quantizer
-from graphs.quantization.rounding import Rounded, at_least, round_4_bits, round_8_bits
-from graphs.quantization.scheme import SYMMETRIC_LIMITS, SymmetricScheme
-from graphs.quantization.symmetric import round_blocks, round_rows
+from graphs.quantization.rounding import (
+    SYMMETRIC_LIMITS,
+    Rounded,
+    SymmetricScheme,
+    at_least,
+    round_4_bits,
+    round_8_bits,
+    round_blocks,
+    round_rows,
+)
 from graphs.weights import WeightFile
 from runtime.bundle.precision import TensorFormat
 
@@ -140,7 +146,7 @@ def test_what_no_block_divides_gets_8_bits_and_says_so(tmp_path: Path) -> None:
 def test_one_row_is_rounded_as_it_is_among_many(monkeypatch: pytest.MonkeyPatch) -> None:
     type_ = np.dtype(np.float16)
     whole = [rounded(bell(), format_, type_) for format_ in FORMATS]
-    monkeypatch.setattr("graphs.quantization.pieces.CHUNK", 7 * 128)
+    monkeypatch.setattr("graphs.quantization.rounding.CHUNK", 7 * 128)
     for one, other in zip(whole, [rounded(bell(), format_, type_) for format_ in FORMATS], strict=True):
         np.testing.assert_array_equal(one.data.astype(np.float32), other.data.astype(np.float32))
         np.testing.assert_array_equal(one.scales, other.scales)

@@ -17,12 +17,9 @@ from conftest import Bundles
 from onnx import TensorProto
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions, build
-from graphs.tensorrt.network import parse
-from graphs.tensorrt.profiles import profiles_of
+from graphs.tensorrt.build import BuildOptions, build, parse, profiles_of
 from runtime.bundle.bundle import Bundle
-from runtime.tensorrt.files import DIRECTORY
-from runtime.tensorrt.library import logger_of
+from runtime.tensorrt.files import DIRECTORY, logger_of
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt

@@ -14,14 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions, build, plan_of
-from graphs.tensorrt.monitor import Phases
-from graphs.tensorrt.network import dimensions
-from graphs.tensorrt.profiles import profiles_of
+from graphs.tensorrt.build import BuildOptions, Phases, build, dimensions, plan_of, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
-from runtime.tensorrt.library import check_version, import_tensorrt
-from runtime.tensorrt.plan import Plan, Profile, profile_for
+from runtime.tensorrt.files import Plan, Profile, check_version, import_tensorrt, profile_for
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]

@@ -14,8 +14,7 @@ from conftest import Bundles
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.verification.verification import failure, verify
-from graphs.quantization.rounding import round_4_bits, round_8_bits
-from graphs.quantization.symmetric import round_blocks, round_rows
+from graphs.quantization.rounding import round_4_bits, round_8_bits, round_blocks, round_rows
 from runtime import Bundle, Session
 from runtime.bundle.precision import TensorFormat
 

@@ -28,8 +28,7 @@ from freeexport.verification.reference import measure_quality
 from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for
-from graphs.quantization.rounding import Rounded, values_of
-from graphs.quantization.scheme import IntegerScheme
+from graphs.quantization.rounding import IntegerScheme, Rounded, values_of
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.precision import Kernels
 

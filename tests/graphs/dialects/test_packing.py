@@ -7,8 +7,7 @@ import onnx_ir as ir
 from onnxruntime import InferenceSession
 from tensor_source import Source
 
-from graphs.dialects.base import Call
-from graphs.dialects.packing import packing
+from graphs.dialects.base import Call, packing
 from graphs.graph import Graph
 from graphs.weights import WeightFile
 

@@ -6,7 +6,7 @@ import torch
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from graphs.description import RelativeBias
-from graphs.dialects.relative_bias import buckets, by_distance
+from graphs.dialects.base import buckets, by_distance
 
 # (buckets, max_distance): T5 and its kin, the test checkpoints, and ones whose logarithms fall on bucket edges.
 SIZES = [(32, 128), (16, 40), (32, 64), (8, 16), (64, 256)]

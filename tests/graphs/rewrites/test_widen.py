@@ -13,7 +13,7 @@ from conftest import Bundles
 from onnx import TensorProto
 
 from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch
-from graphs.rewrites.fp32_copy import fp32_copy
+from graphs.rewrites.widen import fp32_copy
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
@@ -80,7 +80,7 @@ def test_weights_are_copied_where_they_cannot_be_linked(bundle: Bundles, monkeyp
     def refuse(source: Path, target: Path) -> None:
         raise OSError("cross-device link")
 
-    monkeypatch.setattr("graphs.rewrites.fp32_copy.os.link", refuse)
+    monkeypatch.setattr("graphs.rewrites.widen.os.link", refuse)
     with fp32_copy(Bundle.open(bundle(BY_NAME["qwen3"], target="tensorrt")), rounds=False) as copy:
         assert Bundle.open(copy.path, verify="full").manifest.compute == "fp32"
 

@@ -40,7 +40,7 @@ def made(layer, sequence):
 
 
 @given(layers, sequences, st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, sequence, packed):
     layer, call = made(layer, sequence)
     ours, expected = call.fresh(), call.fresh()
@@ -55,7 +55,7 @@ def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, se
 
 
 @given(layers, sequences)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
     layer, call = made(layer, sequence)
     together = attend("scalar", layer, call.fresh(), packed=True)

@@ -1,14 +1,17 @@
-"""What a configuration may say: checked before anything of that size is made, several times above published models."""
+"""What a checkpoint may say, checked before anything of that size is made: the values of its configuration, and the
+shapes of its tensors."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from graphs.description import Attention, Description, Encoder, Linear
 from graphs.errors import UnsupportedModelError
 from graphs.weights import Weights
 
+Shape = tuple[int, ...]
 MAX_LAYERS = 1024
 MAX_HEADS = 1024
 MAX_HEAD_SIZE = 4096
@@ -131,3 +134,74 @@ def positive(values: tuple[float, ...], what: str) -> tuple[float, ...]:
         if not 0 < value < math.inf:
             raise UnsupportedModelError(f"{what} gives the frequency {value}, not a number above 0; correct its values")
     return values
+
+
+def check_weights(description: Description, weights: Weights, inner: int | None = None) -> None:
+    """UnsupportedModelError where a tensor has not the shape that the configuration says; `weights` refuses one that is
+    missing. `inner` is the width of the MLPs, None for that of the weights."""
+    for name, shape in _shapes(description, weights, inner):
+        found = weights.shape(name)
+        if found != shape:
+            raise UnsupportedModelError(f"weight {name} is {list(found)}, the configuration says {list(shape)}")
+
+
+def check_checkpoint(config: Mapping[str, Any], description: Description, weights: Weights) -> None:
+    """The vocabulary, and `check_weights`: transformers allocates what a configuration says before it reads weights."""
+    vocabulary = config.get("vocab_size", description.vocab_size)
+    if vocabulary != description.vocab_size:
+        raise UnsupportedModelError(
+            f"vocab_size is {vocabulary} in the configuration, the embedding has {description.vocab_size} rows; "
+            "correct config.json"
+        )
+    check_weights(description, weights, config.get("intermediate_size") or config.get("d_ff"))
+
+
+def _shapes(description: Description, weights: Weights, inner: int | None) -> Iterator[tuple[str, Shape]]:
+    width, decoder = description.hidden_size, description.decoder
+    yield decoder.head.weight, (description.vocab_size, width)
+    yield decoder.head.norm.weight, (width,)
+    yield decoder.embedding, (description.vocab_size, width)
+    layers = decoder.layers + decoder.exit_layers
+    if decoder.exit_map is not None:
+        yield from _linear(decoder.exit_map, width, width)
+    if decoder.exit_head is not None:
+        yield decoder.exit_head.norm.weight, (width,)
+        if (adapter := decoder.exit_head.adapter) is not None:
+            rank = weights.shape(adapter.down.weight)[0]
+            yield adapter.norm.weight, (width,)
+            yield from _linear(adapter.down, rank, width)
+            yield from _linear(adapter.up, width, rank)
+    if isinstance(description.encoder, Encoder):
+        yield description.encoder.norm.weight, (width,)
+        layers += description.encoder.layers
+    for layer in layers:
+        for norm in (layer.attention_norm, layer.cross_norm, layer.mlp_norm):
+            if norm is not None:
+                yield norm.weight, (width,)
+        for attention in (layer.attention, layer.cross):
+            if attention is not None:
+                yield from _attention(attention, width)
+        wide = inner or weights.shape(layer.mlp.down.weight)[-1]
+        yield from _linear(layer.mlp.down, width, wide)
+        for linear in (layer.mlp.up, layer.mlp.gate):
+            if linear is not None:
+                yield from _linear(linear, wide, width)
+
+
+def _attention(attention: Attention, width: int) -> Iterator[tuple[str, Shape]]:
+    queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    yield from _linear(attention.query, queries, width)
+    yield from _linear(attention.key, keys, width)
+    yield from _linear(attention.value, keys, width)
+    yield from _linear(attention.output, width, queries)
+    for norm in (attention.query_norm, attention.key_norm):
+        if norm is not None:
+            yield norm.weight, (attention.head_dim,)
+    if attention.relative_bias is not None:
+        yield attention.relative_bias.table, (attention.relative_bias.buckets, attention.heads)
+
+
+def _linear(linear: Linear, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
+    yield linear.weight, (outputs, inputs)
+    if linear.bias is not None:
+        yield linear.bias, (outputs,)

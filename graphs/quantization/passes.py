@@ -1,0 +1,404 @@
+"""Passes over graphs whose weights are not written yet: linear layers and the embedding get quantized weights, and what
+stands before and behind a product on our own operators becomes part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Protocol
+
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from graphs.exit_head import EXIT
+from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
+from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
+from graphs.quantization.rounding import BITS
+from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
+from runtime.kernels import DOMAIN
+
+# Inputs of PackedLinear, and those of its two weights in the order of `OPERANDS`.
+X, DATA, SCALES, ZEROS, BIAS, SKIP, NORM, UP_DATA, UP_SCALES, UP_ZEROS, OFFSETS, UP_OFFSETS, INPUTS = range(13)
+WEIGHT = (DATA, SCALES, ZEROS, OFFSETS)
+UP = (UP_DATA, UP_SCALES, UP_ZEROS, UP_OFFSETS)
+# Activations in MatMulNBits are rounded to 8 bits; without it they stay as they are, on a CPU 5 to 40 times slower.
+INT8_ACTIVATIONS = 4
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some outputs of a weight [outputs, inputs], and their operands as values of the graph."""
+
+    stored: Stored
+    operands: dict[str, ir.Value]
+    outputs: int
+    inputs: int
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        bits = BITS[self.stored.format]
+        return {"N": self.outputs, "K": self.inputs, "bits": bits, "block_size": self.stored.block}
+
+
+class Products(Protocol):
+    """`domain`: of its operators. `beside`: one may read two weights of two formats."""
+
+    domain: str
+    beside: bool
+
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
+        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight. `parts`: its
+        outputs; one, or two where `beside`."""
+        ...
+
+
+class OrtProducts:
+    """ONNX Runtime's MatMulNBits. It rounds activations by row and block, so that k rows at once are k single rows
+    (DynamicQuantizeMatMul has one scale for all), and does not saturate on processors without VNNI (docs/precision.md).
+    `rounds_activations`, as a CPU wants it; a GPU has no use for that."""
+
+    domain, beside = MICROSOFT, False
+
+    def __init__(self, rounds_activations: bool = True) -> None:
+        self._attributes = {"accuracy_level": INT8_ACTIVATIONS} if rounds_activations else {}
+
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
+        x, _, *bias = node.inputs
+        (part,) = parts
+        attributes = {**part.attributes, **self._attributes}
+        made = tape.op("MatMulNBits", [x, *part.operands.values()], attributes, domain=MICROSOFT)
+        return tape.op("Add", [made, bias[0]]) if bias and bias[0] is not None else made
+
+
+class PackedProducts:
+    """Our own operators, which read weights packed (docs/kernels.md)."""
+
+    domain, beside = DOMAIN, True
+
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
+        x, _, *bias = node.inputs
+        first, *rest = parts
+        given: list[ir.Value | None] = [None] * INPUTS
+        given[X], given[BIAS] = x, bias[0] if bias else None
+        attributes = first.attributes
+        for place, operand in zip(WEIGHT, OPERANDS, strict=True):
+            given[place] = first.operands.get(operand)
+        for second in rest:
+            for place, operand in zip(UP, OPERANDS, strict=True):
+                given[place] = second.operands.get(operand)
+            attributes |= {f"up_{name}": value for name, value in second.attributes.items() if name != "K"}
+        made = tape.op("PackedLinear", given, attributes, domain=DOMAIN)
+        # ONNX Runtime cannot work it out from an operator that it does not know.
+        outputs = sum(part.outputs for part in parts)
+        made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, outputs])
+        return made
+
+
+class WidenedProducts:
+    """Weights that are widened before: TensorRT reads them rounded and widens them as it computes."""
+
+    domain, beside = "", False
+
+    def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
+        x, _, *rest = node.inputs
+        (part,) = parts
+        attributes = {"axis": 1, "block_size": part.stored.block} if part.stored.block else {"axis": 0}
+        weight = tape.op("DequantizeLinear", list(part.operands.values()), attributes)
+        return tape.op("Gemm", [x, weight, *rest], {"transB": 1})
+
+
+class QuantizeLinears(ir.passes.InPlacePass):
+    """Before: products with weights are Gemm(x, W, bias) with W [outputs, inputs], not yet written.
+    After: those of them whose weights were quantized are `products`, and no weight is left unused.
+
+    `linears` is the format of the engine, and `wanted` that of a weight by its name; `head` is the name of the head's
+    weight. What became of the weights is recorded with the quantizer.
+    """
+
+    def __init__(
+        self,
+        quantizer: Quantizer,
+        products: Products,
+        engine: str,
+        linears: TensorFormat,
+        wanted: Callable[[str], TensorFormat],
+        head: str,
+    ) -> None:
+        self._quantizer, self._products, self._engine, self._linears = quantizer, products, engine, linears
+        self._wanted, self._head = wanted, head
+        self._stored: dict[str, Stored] = {}
+
+    def requires(self, model: ir.Model) -> None:
+        for node in _gemms(model.graph):
+            tensor = unread(node.inputs[1])
+            if tensor is None or tensor.dtype not in FLOATS or node.attributes.get_int("transB", 0) != 1:
+                raise ir.passes.PreconditionError(f"{node.name}: not a product with an unwritten floating weight")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        for node in _gemms(model.graph):
+            tensor = unread(node.inputs[1])
+            assert tensor is not None
+            parts = self._parts(tensor)
+            stored = [self._store(part) for part in parts]
+            if not all(part.rounded for part in stored):  # one product reads them all
+                parts, stored = [tensor], [self._store(tensor)]
+            self._stored.update((str(part.name), each) for part, each in zip(parts, stored, strict=True))
+            if stored[0].rounded:
+                self._replace(model.graph, node, parts, stored)
+        if self._products.domain:
+            model.graph.opset_imports[self._products.domain] = 1
+        drop_unused(model.graph)
+        self._record()
+        return ir.passes.PassResult(model, modified=bool(self._stored))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in _gemms(model.graph):
+            tensor = unread(node.inputs[1])
+            if tensor is not None and self._stored[str(tensor.name)].rounded:
+                raise ir.passes.PostconditionError(f"{node.name} still reads a weight that was rounded as it was")
+
+    def _parts(self, tensor: ir.LazyTensor) -> list[ir.LazyTensor]:
+        """A weight as it is, or, where what it is stacked of is to have two formats, that of each."""
+        names = str(tensor.name).split(STACK)
+        if not self._products.beside or len({self._wanted(name) for name in names}) == 1:
+            return [tensor]
+        if self._wanted(names[0]) == "int4" and self._quantizer.keeps(tensor):
+            return [tensor]
+        return _by_format(tensor, self._wanted)
+
+    def _store(self, tensor: ir.LazyTensor) -> Stored:
+        first = _first(str(tensor.name))
+        of_checkpoint = first != self._head and not first.startswith(EXIT)
+        return self._quantizer.store(tensor, self._wanted(first), of_checkpoint)
+
+    def _replace(self, graph: ir.Graph, node: ir.Node, tensors: list[ir.LazyTensor], stored: list[Stored]) -> None:
+        tape = Tape()
+        parts = []
+        for tensor, each in zip(tensors, stored, strict=True):
+            operands = {name: external(graph, operand) for name, operand in each.operands.items()}
+            parts.append(Part(each, operands, *tensor.shape.numpy()))
+        made = self._products.product(tape, node, parts)
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
+
+    def _higher(self) -> Iterator[HigherTensor]:
+        for name, stored in self._stored.items():
+            wanted = self._wanted(_first(name))
+            if stored.format != wanted:
+                yield HigherTensor(self._engine, name, wanted, stored.format, stored.lost)
+            elif wanted != self._linears and name != self._head:
+                yield HigherTensor(self._engine, name, self._linears, wanted, None)
+
+    def _record(self) -> None:
+        precision = EnginePrecision(
+            engine=self._engine,
+            linears=self._linears,
+            head=self._stored[self._head].format if self._head in self._stored else None,
+            bytes=sum(stored.bytes for stored in self._stored.values()),
+            largest_error=max((stored.error for stored in self._stored.values()), default=0.0),
+            kept=sum(len(name.split(STACK)) for name, stored in self._stored.items() if stored.kept),
+        )
+        self._quantizer.record(precision, list(self._higher()))
+
+
+def _gemms(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if node.op_type == "Gemm"]
+
+
+def _first(name: str) -> str:
+    """Of the tensors that a weight is stacked of."""
+    return name.split(STACK)[0]
+
+
+def _by_format(tensor: ir.LazyTensor, wanted: Callable[[str], TensorFormat]) -> list[ir.LazyTensor]:
+    """A weight as it is, or, where the tensors that it is stacked of are to have two formats, those of each."""
+    names = str(tensor.name).split(STACK)
+    rows = tensor.meta.get(STACK, [tensor.shape.numpy()[0]])
+    runs = [list(run) for _, run in groupby(zip(names, rows, strict=True), key=lambda part: wanted(part[0]))]
+    if len(runs) != 2:
+        return [tensor]
+    parts, start = [], 0
+    for run in runs:
+        end = start + sum(count for _, count in run)
+        name, shape = STACK.join(name for name, _ in run), ir.Shape((end - start, *tensor.shape.numpy()[1:]))
+        part = partial(_rows_of, tensor, start, end)
+        parts.append(ir.LazyTensor(part, tensor.dtype, shape, name=name))
+        parts[-1].meta[STACK] = [count for _, count in run]
+        start = end
+    return parts
+
+
+def _rows_of(tensor: ir.LazyTensor, start: int, end: int) -> ir.TensorProtocol:
+    return ir.tensor(tensor.numpy()[start:end])
+
+
+class QuantizeEmbedding(ir.passes.InPlacePass):
+    """Before: rows of the unwritten float32 tensor `table` [rows, d] are read by Gather along axis 0.
+    After: by GatherBlockQuantized, from 8-bit rows in blocks, or, where it is `tied` to a head that stands packed in
+    8 bits, from that."""
+
+    def __init__(self, quantizer: Quantizer, table: str, tied: bool = False) -> None:
+        self._quantizer, self._table, self._tied = quantizer, table, tied
+
+    def requires(self, model: ir.Model) -> None:
+        if len(self._lookups(model.graph)) != 1:
+            raise ir.passes.PreconditionError(f"{self._table} is not read by one Gather")
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        (node,) = self._lookups(graph)
+        tensor = unread(node.inputs[0])
+        assert tensor is not None
+        tape = Tape()
+        head = self._quantizer.store(tensor, "int8-block") if self._tied else None
+        if head is not None and head.rounded:
+            rows = _packed_rows(tape, graph, node, head)
+        else:
+            rows = _table_rows(tape, graph, node, self._quantizer.store_table(tensor))
+        ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [rows])
+        graph.opset_imports.update({made.domain: 1 for made in tape.nodes})
+        drop_unused(graph)
+        return ir.passes.PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        if self._lookups(model.graph):
+            raise ir.passes.PostconditionError(f"{self._table} is still read in float32")
+
+    def _lookups(self, graph: ir.Graph) -> list[ir.Node]:
+        found = [(node, unread(node.inputs[0])) for node in graph if node.op_type == "Gather"]
+        return [node for node, tensor in found if tensor is not None and tensor.name == self._table]
+
+
+def _table_rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> ir.Value:
+    data, scales = (external(graph, part) for part in stored.operands.values())
+    attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}
+    return tape.op("GatherBlockQuantized", [data, node.inputs[1], scales], attributes, domain=MICROSOFT)
+
+
+def _packed_rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> ir.Value:
+    table = node.inputs[0]
+    assert table is not None
+    assert table.shape is not None
+    outputs, inputs = table.shape.numpy()
+    data, scales = (external(graph, part) for part in stored.operands.values())
+    attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
+    made = tape.op("PackedRows", [node.inputs[1], data, scales], attributes, domain=DOMAIN)
+    made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, inputs])
+    return made
+
+
+class FuseProducts(ir.passes.InPlacePass):
+    """Before: PackedLinear of x alone, with norms, activations and gates as operators of their own.
+    After: an activation and a gate that nothing else reads, and a norm that one product reads, are part of it."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        graph = model.graph
+        for node in _products(graph):
+            _with_activation(graph, node)
+        for node in _products(graph):
+            _with_gate(graph, node)
+        for node in _products(graph):
+            _with_norm(graph, node)
+        return ir.passes.PassResult(model, modified=True)
+
+
+def _with_activation(graph: ir.Graph, node: ir.Node) -> None:
+    """PackedLinear -> activation."""
+    found = _activation_of(node.outputs[0])
+    if found is None:
+        return
+    name, nodes = found
+    node.attributes["activation"] = ir.AttrString("activation", name)
+    _take_over(graph, node.outputs[0], nodes[-1].outputs[0], nodes)
+
+
+def _activation_of(product: ir.Value) -> tuple[str, list[ir.Node]] | None:
+    """The activation of a product that nothing else reads: its name, and its nodes in order."""
+    readers = _readers(product)
+    if len(readers) == 1:
+        (reader,) = readers
+        if reader.op_type == "Relu":
+            return "relu", [reader]
+        if reader.op_type == "Gelu" and reader.attributes.get_string("approximate", "none") == "tanh":
+            return "gelu-tanh", [reader]
+    if len(readers) == 2:
+        by_type = {reader.op_type: reader for reader in readers}
+        sigmoid, times = by_type.get("Sigmoid"), by_type.get("Mul")
+        if sigmoid and times and _readers(sigmoid.outputs[0]) == [times]:
+            return "silu", [sigmoid, times]
+    return None
+
+
+def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
+    """activation(PackedLinear(x)) * PackedLinear(x): the first takes the second's weight as well."""
+    readers = _readers(node.outputs[0])
+    if "activation" not in node.attributes or len(readers) != 1 or readers[0].op_type != "Mul":
+        return
+    (times,) = readers
+    (other,) = (value for value in times.inputs if value is not node.outputs[0])
+    up = other.producer() if other is not None else None
+    if up is None or not _may_be_up(up, node) or _readers(up.outputs[0]) != [times]:
+        return
+    node.resize_inputs(INPUTS)
+    for place, part in zip(UP, WEIGHT, strict=True):
+        node.replace_input_with(place, up.inputs[part])
+    for name in ("bits", "block_size"):
+        node.attributes[f"up_{name}"] = ir.AttrInt64(f"up_{name}", up.attributes.get_int(name, 0))
+    _take_over(graph, node.outputs[0], times.outputs[0], [up, times])
+
+
+def _may_be_up(up: ir.Node, gate: ir.Node) -> bool:
+    plain = "activation" not in up.attributes and len(up.inputs) <= INPUTS and _input(up, BIAS) is None
+    same = up.inputs[X] is gate.inputs[X] and up.attributes.get_int("N") == gate.attributes.get_int("N")
+    return _is_product(up) and plain and same
+
+
+def _with_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """(Skip)SimplifiedLayerNormalization -> PackedLinear."""
+    normed = node.inputs[X]
+    norm = normed.producer() if normed is not None else None
+    if normed is None or norm is None or _readers(normed) != [node] or normed.is_graph_output():
+        return
+    epsilon = norm.attributes.get_float("epsilon", 1e-5)
+    if norm.op_type == "SimplifiedLayerNormalization":
+        inputs = {X: norm.inputs[0], NORM: norm.inputs[1]}
+    elif norm.op_type == "SkipSimplifiedLayerNormalization" and norm.domain == MICROSOFT:
+        inputs = {X: norm.inputs[0], SKIP: norm.inputs[1], NORM: norm.inputs[2]}
+    else:
+        return
+    node.resize_inputs(INPUTS)
+    for place, value in inputs.items():
+        node.replace_input_with(place, value)
+    node.attributes["epsilon"] = ir.AttrFloat32("epsilon", epsilon)
+    if SKIP in inputs:
+        node.resize_outputs(2)
+        total = norm.outputs[3]
+        node.outputs[1].name, node.outputs[1].type = f"{total.name}.total", ir.TensorType(ir.DataType.FLOAT)
+        _take_over(graph, node.outputs[1], total, [norm])
+    else:
+        graph.remove(norm, safe=True)
+
+
+def _products(graph: ir.Graph) -> list[ir.Node]:
+    return [node for node in graph if _is_product(node)]
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type == "PackedLinear" and node.domain == DOMAIN
+
+
+def _readers(value: ir.Value) -> list[ir.Node]:
+    """Each node once, though it may read the value twice."""
+    return list(dict.fromkeys(use.node for use in value.uses()))
+
+
+def _input(node: ir.Node, place: int) -> ir.Value | None:
+    return node.inputs[place] if place < len(node.inputs) else None
+
+
+def _take_over(graph: ir.Graph, value: ir.Value, old: ir.Value, nodes: Sequence[ir.Node]) -> None:
+    """`value` stands for `old` from now on, and `nodes`, which made it, are gone."""
+    value.shape = value.shape or old.shape
+    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
+    graph.remove(nodes, safe=True)
