@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+from contextlib import suppress
 
 from runtime.bundle.manifest import Manifest
 from runtime.engines.cross_cache import STEP
@@ -16,6 +18,7 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     """CapacityError where the caches, full, are more than the memory that is available: self-attention's, of an
     encoder-decoder what cross-attention reads, with prompts as long as the bundle allows, and `prefixes`, the bytes of
     prompts that are kept."""
+    trim_freed()
     rows, each = capacity + manifest.max_pending, manifest.kv_bytes_per_token
     need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
     read = cross_positions(manifest.encoder_capacity, slots)
@@ -33,6 +36,13 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
             f"lower {'prefix_cache_mb, ' if prefixes else ''}"
             f"{'slots, or convert with a lower --encoder-capacity' if read else 'capacity or slots'}"
         )
+
+
+def trim_freed() -> None:
+    """Give back what glibc's heaps, one a thread, keep of closed sessions: 30 MB of 477 once SmolLM2 in int4
+    was opened 16 times."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
