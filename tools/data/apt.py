@@ -1,4 +1,4 @@
-"""Debian's package index and packages, fetched by apt into a directory of one's own."""
+"""Debian's package index, fetched by apt into a directory of one's own."""
 
 from __future__ import annotations
 
@@ -62,20 +62,6 @@ def fetch_index(target: Path, languages: Sequence[str]) -> None:
                 for path in found:
                     file.write(_apt(configuration, _HELPER, "cat-file", str(path)) + b"\n")
         out.rename(target)
-
-
-def fetch_package(name: str, directory: Path) -> Path:
-    """Download a package and unpack it below `directory`; returns the root of what it would install.
-
-    Raises DataError when apt does not know it or cannot fetch it.
-    """
-    download = directory / "download"
-    download.mkdir(parents=True)
-    _command(["apt-get", "-q", "-o", 'APT::Sandbox::User=""', "download", name], download, dict(os.environ))
-    (archive,) = download.glob("*.deb")
-    root = directory / "root"
-    _command(["dpkg-deb", "-x", str(archive), str(root)], directory, dict(os.environ))
-    return root
 
 
 def _is_kind(file: str, kind: str) -> bool:

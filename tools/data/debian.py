@@ -11,12 +11,14 @@
 - extraction: a package's record -> the fields that matter, as JSON.
 - translation: synopses and paragraphs, English -> German or French ("translate English to German: ...").
 
-A family of descriptions (tools/data/debian_families.py) is in one split as a whole; one too large to be held out goes
+A family of descriptions (tools/data/debian_index.py) is in one split as a whole; one too large to be held out goes
 to train. What many packages say alike occurs once in a translation set.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,15 +26,40 @@ from pathlib import Path
 
 import click
 
-from tools.data import extraction, restoration
 from tools.data.apt import fetch_index
-from tools.data.debian_families import families
-from tools.data.debian_index import Description, descriptions, sources, stanzas
+from tools.data.debian_index import Description, descriptions, families, sources, stanzas
 from tools.data.splits import Example, limited, normalised, report, run, split_of, write_data_set
 
 LANGUAGES = {"de": "German", "fr": "French"}
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
 SHORTEST_BODY, SHORTEST_SYNOPSIS, SHORTEST_PARAGRAPH = 20, 3, 4  # words
+
+
+# Characters; shorter sentences have little to restore, longer ones are mostly lists.
+SHORTEST, LONGEST = 60, 260
+_SENTENCE = re.compile(rf".{{{SHORTEST},{LONGEST}}}?[.!?](?= |$)")
+_PUNCTUATION = re.compile(r"[^\w\s'+#/-]")
+# What ends the input, so that a decoder-only model knows where the answer begins.
+RESTORE_SEPARATOR = "\n=> "
+MOST_DEPENDENCIES = 12
+# In the order of the record; some are there to be passed over.
+SHOWN = (
+    "Package",
+    "Source",
+    "Version",
+    "Installed-Size",
+    "Architecture",
+    "Provides",
+    "Depends",
+    "Description",
+    "Homepage",
+    "Section",
+    "Priority",
+    "Size",
+)
+# What ends the input, so that a decoder-only model knows where the answer begins.
+EXTRACT_SEPARATOR = "\nJSON: "
+_UPSTREAM = re.compile(r"^(?:\d+:)?(.+?)(?:-[^-]*)?$")
 
 
 @dataclass(frozen=True)
@@ -61,21 +88,21 @@ def restorations(english: Mapping[str, Description]) -> Iterator[Pair]:
     seen = set()
     for md5, text in english.items():
         for paragraph in text.paragraphs:
-            for sentence in restoration.sentences(paragraph):
-                key = restoration.stripped(sentence)
+            for sentence in sentences(paragraph):
+                key = stripped(sentence)
                 if key not in seen:
                     seen.add(key)
-                    yield Pair(md5, key + restoration.SEPARATOR, sentence)
+                    yield Pair(md5, key + RESTORE_SEPARATOR, sentence)
 
 
 def extractions(lines: Iterable[str], english: Mapping[str, Description]) -> Iterator[Pair]:
     """Record of a Packages file -> JSON, one a description."""
     seen = set()
     for fields in stanzas(lines):
-        md5, target = fields.get("Description-md5"), extraction.extracted(fields)
+        md5, target = fields.get("Description-md5"), extracted(fields)
         if md5 in english and target is not None and md5 not in seen:
             seen.add(md5)
-            yield Pair(md5, extraction.record(fields) + extraction.SEPARATOR, target)
+            yield Pair(md5, record(fields) + EXTRACT_SEPARATOR, target)
 
 
 def translations(english: Mapping[str, Description], other: Mapping[str, Description], language: str) -> Iterator[Pair]:
@@ -94,6 +121,45 @@ def translations(english: Mapping[str, Description], other: Mapping[str, Descrip
             if key not in seen and key != normalised(after):
                 seen.add(key)
                 yield Pair(md5, f"translate English to {LANGUAGES[language]}: {before}", after)
+
+
+def stripped(text: str) -> str:
+    """`text` in lower case, its punctuation except that inside names and options replaced by single spaces."""
+    return " ".join(_PUNCTUATION.sub(" ", text.lower()).split())
+
+
+def sentences(paragraph: str) -> Iterator[str]:
+    """The sentences of a paragraph that begin with a capital letter and change when they are stripped."""
+    for found in _SENTENCE.findall(" ".join(paragraph.split())):
+        sentence = found.strip()
+        if sentence[:1].isupper() and stripped(sentence) not in ("", sentence):
+            yield sentence
+
+
+def record(fields: Mapping[str, str]) -> str:
+    """The fields that are shown, a line each."""
+    return "\n".join(f"{name}: {fields[name]}" for name in SHOWN if name in fields)
+
+
+def extracted(fields: Mapping[str, str]) -> str | None:
+    """Name, upstream version, section, home page, summary and dependencies as one line of JSON.
+
+    Of a dependency only the first alternative's name is kept. None for a record without dependencies or with very
+    many.
+    """
+    depends = [part.split("|")[0].split()[0].split(":")[0] for part in fields.get("Depends", "").split(",") if part]
+    if not 0 < len(depends) <= MOST_DEPENDENCIES or "Description" not in fields:
+        return None
+    upstream = _UPSTREAM.match(fields["Version"])
+    found = {
+        "name": fields["Package"],
+        "version": upstream.group(1) if upstream else fields["Version"],
+        "section": fields.get("Section"),
+        "homepage": fields.get("Homepage"),
+        "summary": fields["Description"],
+        "depends": depends,
+    }
+    return json.dumps(found, ensure_ascii=False)
 
 
 def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Example]]:

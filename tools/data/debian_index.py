@@ -1,9 +1,27 @@
-"""What the index of Debian's packages says: descriptions in each language, and the source of each package."""
+"""The index of Debian's packages, read: descriptions in each language, the source of each package, and families.
+
+Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that begins
+alike form one family, which goes into one split as a whole. A paragraph that many sources share is boilerplate: it
+makes no families.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from tools.data.splits import normalised
+
+# Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
+SHARED_BY, LONG_SHARED_BY = 5, 200
+SHORT, LONG = 6, 16  # words; what follows in a longer paragraph is not compared
+_AFFIXES = re.compile(
+    r"^(lib|python3?-|node-|golang-|ruby-|librust-|r-cran-|gir1\.2-)"
+    r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
+    r"|[-.]?\d[\d.~+a-z]*$"
+)
 
 
 @dataclass(frozen=True)
@@ -66,3 +84,54 @@ def sources(lines: Iterable[str]) -> dict[str, str]:
         if "Description-md5" in fields:
             found[fields["Description-md5"]] = fields.get("Source", fields["Package"]).partition(" ")[0]
     return found
+
+
+def stem(package: str) -> str:
+    """What packages of one family have in their names: libfoo2, libfoo-dev and foo-doc are all foo."""
+    previous = ""
+    while package != previous:
+        previous, package = package, _AFFIXES.sub("", package) or package
+    return package
+
+
+def families(english: Mapping[str, Description], source: Mapping[str, str]) -> dict[str, str]:
+    """The family of each md5: joined by source, by stem, and by beginnings of paragraphs that few share."""
+    sharing: dict[str, set[str]] = defaultdict(set)
+    links: dict[str, list[str]] = {}
+    for md5, text in english.items():
+        origin = source.get(md5, text.package)
+        links[md5] = [f"source {origin}", f"stem {stem(text.package)}", f"stem {stem(origin)}"]
+        for paragraph in text.paragraphs:
+            sharing[_comparable(paragraph)].add(origin)
+    for md5, text in english.items():
+        compared = (_comparable(paragraph) for paragraph in text.paragraphs)
+        links[md5] += [f"text {key}" for key in compared if _links(key, len(sharing[key]))]
+    return components(links)
+
+
+def _links(beginning: str, shared_by: int) -> bool:
+    words = beginning.count(" ") + 1
+    return words >= SHORT and shared_by <= (LONG_SHARED_BY if words >= LONG else SHARED_BY)
+
+
+def _comparable(paragraph: str) -> str:
+    """The paragraph's first words without case and digits."""
+    return " ".join(re.findall(r"[^\W\d]+(?:-[^\W\d]+)*", normalised(paragraph))[:LONG])
+
+
+def components(links: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The component of each item: items that have a link in common, directly or through others, have one name."""
+    parent: dict[str, str] = {}
+
+    def root(node: str) -> str:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for names in links.values():
+        for name in names[1:]:
+            first, second = sorted((root(names[0]), root(name)))
+            parent[second] = first
+    return {item: root(names[0]) for item, names in links.items()}

@@ -8,8 +8,7 @@ from click.testing import CliRunner
 
 from tools.data import apt, debian
 from tools.data.debian import Pair, split_pairs, summaries, translations
-from tools.data.debian_families import components, families, stem
-from tools.data.debian_index import Description, descriptions, sources
+from tools.data.debian_index import Description, components, descriptions, families, sources, stem
 from tools.data.splits import DataError
 
 TRANSLATION = """\

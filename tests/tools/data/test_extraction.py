@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from tools.data.debian import extractions
+from tools.data.debian import EXTRACT_SEPARATOR, MOST_DEPENDENCIES, extracted, extractions, record
 from tools.data.debian_index import descriptions, stanzas
-from tools.data.extraction import MOST_DEPENDENCIES, SEPARATOR, extracted, record
 
 PACKAGES = """\
 Package: libfoo2
@@ -54,5 +53,5 @@ def test_a_description_is_used_once_and_only_where_its_english_text_is_known() -
     english = descriptions(["Description-md5: aaa", "Description-en: fast foo library", " It is."], "en")
     found = list(extractions((PACKAGES + "\n" + PACKAGES).splitlines(), english))
     assert [pair.md5 for pair in found] == ["aaa"]
-    assert found[0].input == record(FOO) + SEPARATOR
+    assert found[0].input == record(FOO) + EXTRACT_SEPARATOR
     assert extracted(DOC) is None
