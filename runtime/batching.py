@@ -4,11 +4,11 @@ length and number of rows."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
+from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import Costs
 from runtime.decoding.decoder import SlotCall, Waiting
 from runtime.engines.cross_cache import CrossCache
@@ -20,9 +20,8 @@ from runtime.engines.runner import Runner
 ROW_COST = 0.1
 # Calls that are kept bound.
 MOST_CALLS = 256
-# Of so many deep passes those over the fewest and over the most rows tell what a further row costs, where they are so
-# many times apart.
-LEARNED, OUTER, APART = 64, 8, 1.5
+# Deep passes after which their measured costs decide the rules.
+LEARNED = 64
 
 
 class BatchedCall:
@@ -173,11 +172,14 @@ def _rules(row: float) -> BatchRules:
 
 
 class BatchPolicy:
-    """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first."""
+    """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first. `costs`
+    learns what calls take."""
 
-    def __init__(self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules) -> None:
+    def __init__(
+        self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules, costs: CallCosts | None = None
+    ) -> None:
         self._batches, self._shallow, self.rules = batches, shallow, rules
-        self._timed: list[tuple[int, float]] = []
+        self._costs, self._timed = costs or CallCosts(), 0
 
     def choose(self, sequences: Sequence[Waits], turn: int) -> list[Waits]:
         """Choose sequences that wait for one engine. Shallow steps go first, so that deep passes accumulate. Those run
@@ -219,19 +221,20 @@ class BatchPolicy:
                 return {id(calls[0]): error}
             # Retry singly to find the failing request: nothing has been counted as written.
             return {key: failure for call in calls for key, failure in self._call([call]).items()}
-        if not self.rules.known and calls[0].runner is not self._shallow:
-            self._learn(calls)
+        self._learn(calls)
         return {}
 
     def _learn(self, calls: Sequence[SlotCall]) -> None:
-        """From the rows and the seconds of a deep pass: a row costs about the same, whichever sequence it is of."""
-        self._timed.append((sum(call.rows for call in calls), calls[0].seconds))
-        if len(self._timed) < LEARNED:
+        """A row costs about the same, whichever sequence it is of."""
+        rows, seconds = sum(call.rows for call in calls), calls[0].seconds
+        if calls[0].runner is self._shallow:
+            heads = sum(call.heads for call in calls)
+            if heads in (0, rows):
+                self._costs.observe("head" if heads else "step", rows, seconds)
             return
-        timed, self._timed = sorted(self._timed), []
-        few, short = map(median, zip(*timed[:OUTER], strict=True))
-        many, long = map(median, zip(*timed[-OUTER:], strict=True))
-        if many >= APART * few:
-            further = max(0.0, long - short) / (many - few)
-            first = short - (few - 1) * further
-            self.rules = _rules(min(1.0, further / first) if first > 0 else 1.0)._replace(packed=self.rules.packed)
+        self._costs.observe("pass", rows, seconds)
+        self._timed += 1
+        if not self.rules.known and self._timed % LEARNED == 0:
+            row = self._costs.further_row()
+            if row is not None:
+                self.rules = _rules(row)._replace(packed=self.rules.packed)

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 from weakref import WeakSet
 
+from runtime.adaptation.call_costs import CallCosts
 from runtime.batching import BatchedCall, BatchPolicy, BatchRules
 from runtime.decoding.decoder import AT_ONCE, Decoder, SlotCall
 from runtime.engines.cross_cache import CrossCache
@@ -44,9 +45,10 @@ class Scheduler:
         cross: CrossCache,
         queue: int,
         rules: BatchRules = BatchRules(),  # noqa: B008 - it cannot be changed
+        costs: CallCosts | None = None,
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = BatchPolicy(batches, decoders[0].runners[0], rules)
+        self._calls = BatchPolicy(batches, decoders[0].runners[0], rules, costs)
         self._rows: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
         self._lists = 0  # of which more sequences follow

@@ -16,7 +16,6 @@ import numpy as np
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, Waiting, Waits
@@ -57,7 +56,8 @@ class Model:
 
     `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None. `tokenizer` None: results have no text.
     `prefixes`: what sequences reuse
-    of earlier ones, blocks or what the encoder gave; None: nothing. `learned`: of lossless drafts.
+    of earlier ones, blocks or what the encoder gave; None: nothing. `costs` of engine calls; `learned`: of lossless
+    drafts.
     """
 
     def __init__(
@@ -68,20 +68,16 @@ class Model:
         encoder: Encoder | None,
         tokenizer: Tokenizer | None,
         thresholds: Thresholds,
+        costs: CallCosts,
         observer: Observer,
         guard: Guard,
     ) -> None:
         self.bundle, self.manifest, self.options = bundle, bundle.manifest, options
         self.capacity, self.encoder, self.tokenizer = capacity, encoder, tokenizer
         self.observer, self.guard = observer, guard
-        self.thresholds = thresholds
-        self.forget_drafts()
+        self.thresholds, self.learned = thresholds, LearnedDrafts(costs)
         limit = options.prefix_cache_bytes
         self.prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
-
-    def forget_drafts(self) -> None:
-        """Begin to learn of lossless drafts anew."""
-        self.learned = LearnedDrafts(CallCosts(self.manifest.costs or NEUTRAL))
 
     def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
         """Token ids int64 [n]. Raises PromptError."""

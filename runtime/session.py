@@ -16,10 +16,11 @@ from typing import Any, Unpack, overload
 
 import numpy as np
 
+from runtime.adaptation.call_costs import CallCosts
 from runtime.backends import open_backend
-from runtime.batching import BatchedCall, rules_of
+from runtime.batching import BatchedCall, BatchRules, rules_of
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.costs import Costs
+from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decisions, Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
@@ -79,7 +80,9 @@ class Session:
             encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
         self._runners = shallow, deep
-        self._scheduler = scheduler = self._schedule(shallow, deep, decisions, costs)
+        calls = CallCosts(manifest.costs or NEUTRAL)
+        rules = rules_of(costs)._replace(packed=manifest.packed)
+        self._scheduler = scheduler = self._schedule(shallow, deep, decisions, rules, calls)
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         self._model = Model(
             self.bundle,
@@ -88,6 +91,7 @@ class Session:
             encoder,
             self._tokenizer,
             thresholds,
+            calls,
             self._observer,
             scheduler.guarded,
         )
@@ -270,7 +274,7 @@ class Session:
 
     def forget_drafts(self) -> None:
         """Forget what requests of mode "lossless" have learned of drafts: the next is like the first."""
-        self._model.forget_drafts()
+        self._model.learned.forget()
 
     def metrics(self) -> Metrics:
         """What was counted since the session was opened, and what runs now."""
@@ -345,7 +349,9 @@ class Session:
         if self._closed:
             raise OptionError(CLOSED)
 
-    def _schedule(self, shallow: Runner, deep: Runner, decisions: Decisions | None, costs: Costs | None) -> Scheduler:
+    def _schedule(
+        self, shallow: Runner, deep: Runner, decisions: Decisions | None, rules: BatchRules, costs: CallCosts
+    ) -> Scheduler:
         manifest, slots = self.manifest, self.options.slots
         sizes = manifest.hidden_size, manifest.vocab_size
         kind: Callable[..., Decoder] = Decoder
@@ -354,8 +360,7 @@ class Session:
         decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
         cross = CrossCache(slots, shallow.zeros)
         batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
-        rules = rules_of(costs)._replace(packed=manifest.packed)
-        return Scheduler(decoders, batches, cross, self.options.queue, rules)
+        return Scheduler(decoders, batches, cross, self.options.queue, rules, costs)
 
 
 def _capacity(manifest: Manifest, wanted: int | None) -> int:

@@ -22,6 +22,10 @@ class CallCosts:
 
     def __init__(self, base: Costs = NEUTRAL) -> None:
         self.base = base
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew with the base."""
         self._seen: dict[Kind, dict[int, _Average]] = {"step": {}, "head": {}, "pass": {}}
         self._count = 0
 

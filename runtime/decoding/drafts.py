@@ -83,6 +83,11 @@ class LearnedDrafts:
             self._acceptance.pop(next(iter(self._acceptance)), None)
         return self._acceptance.setdefault(key, Acceptance())
 
+    def forget(self) -> None:
+        """Begin anew."""
+        self._acceptance.clear()
+        self.costs.forget()
+
 
 class Plan(NamedTuple):
     """The next draft: `tokens` of a `source`, or up to `exits` tokens that the exit predicts. `probe`: nothing is

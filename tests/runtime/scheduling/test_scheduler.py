@@ -521,7 +521,7 @@ def test_rules_that_are_not_known_are_learned_from_calls(further: float, patienc
     assert policies[True].rules == BatchRules(packed=True)
     learned = policies[False].rules
     assert (learned.patience, learned.packed, learned.known) == (patience, True, True)
-    assert learned.row_cost == pytest.approx(further)
+    assert learned.row_cost == pytest.approx(further, rel=0.1)
 
 
 def test_rules_are_not_learned_from_calls_of_one_size() -> None:
