@@ -42,7 +42,7 @@ class DeviceError(EngineError):
 
 
 class QueueFullError(FreeExportError):
-    """As many requests wait for a slot of the session as may; the request was not taken."""
+    """The queue of the session is full; the request was not taken."""
 
 
 class BatchError(FreeExportError):
@@ -56,6 +56,11 @@ class BatchError(FreeExportError):
         self.results = results
 
 
-def interrupted(interruption: BaseException) -> EngineError:
-    """What a request gets where Ctrl-C, or what else is no Exception, ended the thread that drove it."""
-    return EngineError(f"interrupted by {type(interruption).__name__} in the thread that drove it; ask again")
+def shown(value: Any) -> str:
+    """A value for a message: one line of at most 80 characters, whatever its repr does."""
+    try:
+        text = repr(value)
+    except Exception:  # an int of more digits than Python prints, or a foreign class
+        return f"of type {type(value).__name__}, which cannot be printed"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,17 +1,12 @@
-"""Options as keyword arguments, for editors and type checkers, and the one place where they become typed objects."""
+"""Options as keyword arguments, for editors and type checkers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
-from typing import Any, Literal, TypedDict, TypeVar
+from typing import Any, Literal, TypedDict
 
-from runtime.errors import OptionError
-from runtime.option_checks import shown
-from runtime.options import Drafts, DraftSource, GenerationOptions, Mode, SessionOptions
+from runtime.options import Drafts, DraftSource, Mode
 from runtime.text.sampler import LogitsProcessor
-
-Options = TypeVar("Options", SessionOptions, GenerationOptions)
 
 
 class SessionKeywords(TypedDict, total=False):
@@ -67,17 +62,3 @@ class GenerationKeywords(TypedDict, total=False):
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
-
-
-def merged(kind: type[Options], given: Options | None, keywords: Mapping[str, Any]) -> Options:
-    """The options given as an object, or the defaults, with `keywords` in place of its fields. Raises OptionError for
-    another object, an unknown keyword, and what `kind` refuses."""
-    names = [field.name for field in fields(kind)]
-    unknown = sorted(keywords.keys() - set(names))
-    if unknown:
-        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
-    if given is None:
-        return kind(**keywords)
-    if not isinstance(given, kind):
-        raise OptionError(f"options is {shown(given)}; give a {kind.__name__}, or its fields as keywords")
-    return replace(given, **keywords) if keywords else given

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, Literal, get_args
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 
-from runtime.errors import OptionError
+from runtime.errors import OptionError, shown
 from runtime.machine.device import Device
-from runtime.option_checks import MOST, check_bool, check_choice, check_number, check_whole, listed, number, shown
 from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
@@ -21,6 +21,8 @@ Drafts = Literal["auto", "exit", "lookup", "none"]
 # Token ids that may come after those that the decoder read or wrote so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
 
+# Counts end where int64 ends: numpy holds them, and every message can print them.
+MOST = 2**63 - 1
 # Logits are float32: divided by less, or raised by more, they become infinite, and every token is token 0.
 LEAST_DIVISOR, MOST_PENALTY, MOST_BIAS = 1e-6, 1e6, 1e20
 FLOAT32_MAX = 3.4e38
@@ -33,6 +35,8 @@ MOST_TOP_LOGPROBS = 20  # as OpenAI's interface
 @dataclass(frozen=True, slots=True)
 class SessionOptions:
     """How a session runs. OptionError names a value that is out of range.
+
+    Documented as `name: text`, a field at a time, in the order of the fields (see `documented`).
 
     threads: CPU threads of an engine call; None is one per physical core this process may use.
     slots: requests that are decoded at once, in shared engine calls; further requests wait. Default 4.
@@ -49,10 +53,11 @@ class SessionOptions:
     adaptive_target: the probability of agreeing that an exit at the adaptive threshold must have, in (0, 1). None is
         what the bundle was calibrated for, else 0.95.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
+    verify: "sizes" checks the sizes of the bundle's files, "full" their sha256 too. Default "sizes".
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
+    cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
     trust_templates: load the bundle's tokenizer and chat template. False loads neither: prompts are token ids alone,
         and results have the text "" (docs/serving.md says whom the files of a bundle must come from).
-    cuda_graphs: on a GPU, capture repeated shallow steps as CUDA graphs: one call starts all their kernels.
     prefix_cache_mb: keep the keys and values of what requests read, in at most so many MB (1e6 bytes) beside the slots,
         for requests that begin with the same tokens (docs/serving.md). 0 keeps nothing. CPU only. Default 0.
     """
@@ -115,6 +120,8 @@ class SessionOptions:
 class GenerationOptions:
     """How one request is decoded. OptionError names a value that is out of range, and options that contradict.
 
+    Documented as SessionOptions is.
+
     max_new_tokens: maximum tokens to generate, end of sequence included; clipped to the KV cache. Default 256.
     mode: "free": exits are final. "rollback": the next deep pass rejects those it finds unlikely. "lossless": exits
         are drafts, and the tokens those of "full", which never exits and runs no shallow head. "shallow" always exits
@@ -140,14 +147,15 @@ class GenerationOptions:
     ignore_eos: go on after an end-of-sequence token (to measure).
     deadline: seconds from the call, waiting for a slot included, after which the request ends as if it were cancelled:
         with the tokens so far, and finish_reason "deadline". None is no deadline.
-
-    The others have the names and meaning of transformers' GenerationConfig, but for `seed`. Sampling is opt-in: with
-    `do_sample` or a `temperature` above 0, None takes the value of the bundle's generation_config.json, then the
-    default: temperature 1, top_k 50 (0 is off), top_p 1, min_p 0, repetition_penalty 1.
-
-    A temperature between 0 and 1e-6, or a repetition_penalty outside 1e-6 to 1e6, would make float32 logits infinite
-    and is refused.
-
+    min_new_tokens: no end of sequence before so many tokens. Default 0.
+    do_sample: draw tokens; None does where a temperature above 0 is given. This and the following fields have the
+        meaning of transformers' GenerationConfig; where tokens are drawn, None takes the value of the bundle's
+        generation_config.json, then the default.
+    temperature: divides logits, from 1e-6 on; 0 is greedy. Default 1.
+    top_k: draw from so many of the likeliest tokens; 0 is all. Default 50.
+    top_p: draw from the likeliest tokens of so much probability together. Default 1, all.
+    min_p: draw from tokens of at least this share of the likeliest one's probability. Default 0, all.
+    repetition_penalty: divides the logits of tokens that were read or written, from 1e-6 to 1e6. Default 1, none.
     seed: the same seed gives the same tokens; None is another one each time.
     sequence_bias: nats added to a token ({42: -5.0}), or to the last of a sequence of tokens ({(7, 42): 2.0}).
     logits_processor: called as in transformers, on numpy: (input_ids [1, n], scores [1, V]) -> scores [1, V]. It must
@@ -157,8 +165,9 @@ class GenerationOptions:
         beams. Fewer where an exit vocabulary knows fewer.
     cache_salt: text that tells users apart: a request reuses prefixes (SessionOptions.prefix_cache_mb) only of requests
         with the same salt, and without one only of those without.
-    num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. length_penalty: a finished
-        beam's log-probability is divided by its length to this power. early_stopping: as in transformers.
+    num_beams: more than 1 is beam search: encoder-decoders in "full", without sampling. Default 1.
+    length_penalty: a finished beam's log-probability is divided by its length to this power. Default 1.
+    early_stopping: when beam search stops, as in transformers: True, False or "never". Default False.
     """
 
     max_new_tokens: int = 256
@@ -288,6 +297,35 @@ class GenerationOptions:
             raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
 
 
+Options = TypeVar("Options", SessionOptions, GenerationOptions)
+
+
+def merged(kind: type[Options], given: Options | None, keywords: Mapping[str, Any]) -> Options:
+    """The options given as an object, or the defaults, with `keywords` in place of its fields. Raises OptionError for
+    another object, an unknown keyword, and what `kind` refuses."""
+    names = [field.name for field in fields(kind)]
+    unknown = sorted(keywords.keys() - set(names))
+    if unknown:
+        raise OptionError(f"unknown option {', '.join(unknown)}; known are {', '.join(names)}")
+    if given is None:
+        return kind(**keywords)
+    if not isinstance(given, kind):
+        raise OptionError(f"options is {shown(given)}; give a {kind.__name__}, or its fields as keywords")
+    return replace(given, **keywords) if keywords else given
+
+
+def documented(kind: type[Options]) -> dict[str, str]:
+    """The documentation of each field, by its name, in one line: for tables and help."""
+    found: dict[str, str] = {}
+    for line in (kind.__doc__ or "").splitlines():
+        entry = re.match(r"    (\w+): (.+)", line)
+        if entry is not None and entry[1] in {field.name for field in fields(kind)}:
+            found[entry[1]] = entry[2].strip()
+        elif line.startswith(" " * 8) and found:
+            found[next(reversed(found))] += f" {line.strip()}"
+    return found
+
+
 def _is_text(value: Any, text: str) -> bool:
     """Equal, where comparing with an array would give an array."""
     return isinstance(value, str) and value == text
@@ -331,3 +369,55 @@ def _processors(given: Any) -> tuple[LogitsProcessor, ...]:
     if processors is None or not all(callable(processor) for processor in processors):
         raise OptionError(f"logits_processor is {shown(given)}; give a callable, or a list of them")
     return processors
+
+
+def number(value: Any) -> float:
+    """NaN, which is in no range, for what is no real number or beyond float64."""
+    if not isinstance(value, Real) or isinstance(value, (bool, np.bool_)):
+        return math.nan
+    try:
+        return float(value)
+    except (OverflowError, ValueError, TypeError):
+        return math.nan
+
+
+def check_number(name: str, value: Any, low: float, high: float, allowed: str, *, optional: bool = True) -> None:
+    """`value` is a finite number with low <= value <= high; None passes where `optional`."""
+    if value is None and optional:
+        return
+    given = number(value)
+    if not (math.isfinite(given) and low <= given <= high):
+        raise OptionError(f"{name} is {shown(value)}; choose a number {allowed}")
+
+
+def check_whole(name: str, value: Any, low: int, high: int = MOST, *, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or not low <= value <= high:
+        # The largest count is no choice that anybody would read about.
+        upper = f" to {high}" if high < MOST or (whole and value > high) else ""
+        raise OptionError(f"{name} is {shown(value)}; choose a whole number from {low}{upper}")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        *most, last = map(repr, choices)
+        raise OptionError(f"{name} is {shown(value)}; choose {', '.join(most)} or {last}")
+
+
+def check_bool(name: str, value: Any, *, none: str = "") -> None:
+    """True or False, of numpy too; `none` says what None stands for, where it may be given."""
+    if isinstance(value, (bool, np.bool_)) or (value is None and none):
+        return
+    raise OptionError(f"{name} is {shown(value)}; choose True{', False or None ' + none if none else ' or False'}")
+
+
+def listed(given: Any) -> tuple[Any, ...] | None:
+    """The items of a finite collection; None for anything else, as an endless iterator would never be checked."""
+    if not isinstance(given, Collection) or not isinstance(given, Iterable):
+        return None
+    try:
+        return tuple(given)
+    except Exception:  # a foreign class that cannot be read; the caller names the option
+        return None

@@ -26,13 +26,12 @@ from runtime.decoding.decoder import Decisions, Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Runner
-from runtime.errors import CapacityError, OptionError
-from runtime.keywords import GenerationKeywords, SessionKeywords, merged
+from runtime.errors import CapacityError, OptionError, shown
+from runtime.keywords import GenerationKeywords, SessionKeywords
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_saturation, costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.option_checks import shown
-from runtime.options import GenerationOptions, SessionOptions
+from runtime.options import GenerationOptions, SessionOptions, merged
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Model, Sequence, check_count

@@ -12,12 +12,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("runtime", "graphs", "freeexport")
 
 # A room is a folder of a package, or a file at its top. Every room may import the files named "everywhere".
-EVERYWHERE = {"runtime": {"errors", "json_file", "option_checks"}, "graphs": {"errors"}, "freeexport": set[str]()}
+EVERYWHERE = {"runtime": {"errors", "json_file"}, "graphs": {"errors"}, "freeexport": set[str]()}
 ALLOWED: dict[str, dict[str, str]] = {
     "runtime": {
         "errors": "",
         "json_file": "",
-        "option_checks": "",
         "kernels": "",
         "bundle": "",
         "text": "",

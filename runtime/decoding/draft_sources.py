@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.errors import OptionError
-from runtime.option_checks import shown
+from runtime.errors import OptionError, shown
 from runtime.result import Token
 
 # The option draft_source.

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runtime.bundle.manifest import Manifest
-from runtime.errors import EngineError, OptionError
-from runtime.option_checks import shown
+from runtime.errors import EngineError, OptionError, shown
 
 CUDA_PROVIDER, CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 

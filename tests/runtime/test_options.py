@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import OptionError
-from runtime.keywords import GenerationKeywords, SessionKeywords, merged
-from runtime.options import MODES, GenerationOptions, SessionOptions
+from runtime.keywords import GenerationKeywords, SessionKeywords
+from runtime.options import MODES, GenerationOptions, SessionOptions, documented, merged
 from runtime.sequence import sampler_of
 
 
@@ -306,6 +306,13 @@ def test_one_stop_string_is_a_list_of_one() -> None:
 )
 def test_keywords_are_the_fields_of_the_options_with_their_types(options: type, keywords: type) -> None:
     assert get_type_hints(keywords) == get_type_hints(options)
+
+
+@pytest.mark.parametrize("options", [SessionOptions, GenerationOptions])
+def test_each_option_is_documented_in_a_form_that_a_script_reads(options: type[Any]) -> None:
+    found = documented(options)
+    assert list(found) == [field.name for field in dataclasses.fields(options)]
+    assert all(text.endswith((".", ")")) and "  " not in text for text in found.values())
 
 
 def test_keywords_take_the_place_of_what_an_object_says() -> None:
