@@ -87,12 +87,12 @@ class BenchSetting:
 
     @property
     def real(self) -> bool:
-        """Whether a user could decode so, and get the model's text."""
+        """Tell modes that a user would choose from replays and the shallow decoder."""
         return self.mode != "shallow" and self.replay is None and self.right is None
 
     @property
     def session(self) -> tuple[int, str]:
-        """Which session decodes it."""
+        """The key of the session that decodes it."""
         return self.bundle, "exits" if self.replay is not None else "drafts" if self.right is not None else ""
 
     @property

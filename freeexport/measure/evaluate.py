@@ -100,7 +100,7 @@ def _references(requests: Sequence[Request], data: Path) -> dict[int, Reference]
 
 
 def _run(options: EvaluateOptions, entries: Sequence[Entry]) -> dict[str, Any]:
-    """What outputs depend on. Metrics and rounds may change: nothing is decoded again for them."""
+    """Describe what outputs depend on. Metrics and rounds may change: nothing is decoded again for them."""
     return {
         "bundles": {
             entry.name: [engines_hash(entry.bundle.manifest), entry.bundle.manifest.threshold] for entry in entries
@@ -194,7 +194,7 @@ class Decoder:
         return {request.line_number: ids for request, ids in fitting_prompts(self._session, requests, unknown)}
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
-        """The fields of a record that decoding gives."""
+        """Decode, and return the fields of a record that this gives."""
         if setting.method in CALM:
             return self._by_calm(setting, prompt, most)
         adaptive = setting.method == "adaptive"

@@ -99,53 +99,48 @@ class Endpoint:
     def ask(self, prompt: str) -> str:
         """Get the answer's text. Waits and asks again where the endpoint fails, limits rates or takes too long; raises
         JudgeError where that does not help, and at once where it refuses."""
-        reason = ""
-        for attempt in range(ATTEMPTS):
-            if attempt:
-                self._sleep(self._pause(attempt, reason))
-            reason, text = self._once(prompt)
-            if text is not None:
-                return text
-        raise JudgeError(
-            f"{self._url} did not answer in {ATTEMPTS} attempts ({reason.split(';')[0]}); run the same command later: "
-            "nothing is judged twice"
-        )
-
-    def _once(self, prompt: str) -> tuple[str, str | None]:
         import httpx
 
-        request = {
-            "model": self._model,
-            "messages": [{"role": "user", "content": prompt}],
-            "temperature": 0,
-            "max_tokens": 256,
-        }
-        try:
-            answer = self._client.post(self._url, json=request)
-        except httpx.HTTPError as error:
-            return f"{type(error).__name__}: {error}", None
-        if answer.status_code in _TRANSIENT:
-            return f"status {answer.status_code};{answer.headers.get('retry-after', '')}", None
-        if answer.status_code != 200:
-            text = " ".join(answer.text.split())[:120]
-            raise JudgeError(
-                f"{self._url} refused with status {answer.status_code} ({text}); check --endpoint, --model and the key"
-            )
-        try:
-            found: Any = answer.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
-            return "an answer that is no chat completion", None
-        return ("", found) if isinstance(found, str) else ("an answer without text", None)
+        messages = [{"role": "user", "content": prompt}]
+        request = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": 256}
+        reason, wished = "", ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                self._sleep(_pause(attempt, wished))
+            try:
+                answer = self._client.post(self._url, json=request)
+            except httpx.HTTPError as error:
+                reason, wished = f"{type(error).__name__}: {error}", ""
+                continue
+            if answer.status_code in _TRANSIENT:
+                reason, wished = f"status {answer.status_code}", answer.headers.get("retry-after", "")
+                continue
+            if answer.status_code != 200:
+                text = " ".join(answer.text.split())[:120]
+                raise JudgeError(
+                    f"{self._url} refused with status {answer.status_code} ({text}); check --endpoint, --judge-model "
+                    "and the key"
+                )
+            try:
+                found: Any = answer.json()["choices"][0]["message"]["content"]
+            except (ValueError, KeyError, IndexError, TypeError):
+                found = None
+            if isinstance(found, str):
+                return found
+            reason, wished = "an answer that is no chat completion", ""
+        raise JudgeError(
+            f"{self._url} did not answer in {ATTEMPTS} attempts ({reason}); run the same command later: nothing is "
+            "judged twice"
+        )
 
-    @staticmethod
-    def _pause(attempt: int, reason: str) -> float:
-        """Retry-After, else exponential backoff with jitter."""
-        wished = reason.partition(";")[2]
-        try:
-            seconds = float(wished)
-        except ValueError:
-            seconds = 2.0 ** (attempt - 1) * random.uniform(0.5, 1.0)
-        return min(LONGEST_PAUSE, max(0.0, seconds))
+
+def _pause(attempt: int, wished: str) -> float:
+    """Retry-After, else exponential backoff with jitter."""
+    try:
+        seconds = float(wished)
+    except ValueError:
+        seconds = 2.0 ** (attempt - 1) * random.uniform(0.5, 1.0)
+    return min(LONGEST_PAUSE, max(0.0, seconds))
 
 
 @dataclass(frozen=True)

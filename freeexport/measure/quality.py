@@ -68,7 +68,7 @@ class Row:
     joules_per_token: float | None = None
 
     def keeps(self, metric: str, quality: float) -> bool:
-        """Whether the lower bound of its interval keeps this share of the full model's metric."""
+        """Say whether the lower bound of its interval keeps this share of the full model's metric."""
         low = self.scores[metric].low
         return low is not None and low >= quality
 
@@ -142,7 +142,7 @@ def speed_interval(ours: Sequence[float], full: Sequence[float]) -> tuple[float 
 
 
 def _draws(count: int) -> np.ndarray:
-    """How often each of `count` lines is drawn in each resample, the same for every setting, [RESAMPLES, count]."""
+    """Draw how often each of `count` lines is in each resample, the same for every setting, [RESAMPLES, count]."""
     return np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 

@@ -19,7 +19,7 @@ RUN, OUTPUTS = "run.json", "outputs.jsonl"
 
 
 class Key(NamedTuple):
-    """Which record: of what bundle, setting (by their names), line of the data, and round."""
+    """A record by the names of its bundle and setting, the line of the data, and the round."""
 
     bundle: str
     setting: str
@@ -29,11 +29,10 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """One line decoded. `seconds` from the prompt to the last token, `decode_seconds` without prompt and encoder,
-    `first_seconds` to the first token (0 in records of older versions);
-    `layers` of all tokens that could exit, where they are not those of one exit; `threshold` that an adaptive session
-    had, and what it had learned then; `joules` where they are known; `busy`: cores that other processes used. Text and
-    tokens are those of round 0."""
+    """One line decoded. `seconds` from the prompt to the last token, `first_seconds` to the first token, and
+    `decode_seconds` after it; `layers` of all tokens that could exit, where they are not those of one exit; `threshold`
+    that an adaptive session had, and what it had learned then; `joules` where they are known; `busy`: cores that other
+    processes used. Text and tokens are those of round 0."""
 
     bundle: str
     setting: str
@@ -59,8 +58,8 @@ class Record:
 
 
 class Records:
-    """Of the directory `output`, whose file RUN says what they are of: `run`, which must be the same. Raises
-    OptionError where it is not, or where something else stands there; `overwrite` begins anew."""
+    """The records in the directory `output`, whose file RUN describes the run: it must equal `run`. Raises OptionError
+    where it does not, or where something else stands there; `overwrite` begins anew."""
 
     def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
         self._path = output / OUTPUTS
@@ -84,7 +83,7 @@ class Records:
         return all(key in self._found for key in keys)
 
     def add(self, records: Sequence[Record]) -> None:
-        """Whole lines, or none of them where the disk is full."""
+        """Append whole lines, or none of them where the disk is full."""
         text = "".join(json.dumps(_filled(record), ensure_ascii=False) + "\n" for record in records)
         end = self._file.seek(0, 2)
         try:
@@ -99,12 +98,12 @@ class Records:
         self._found.update({record.key: record for record in records})
 
     def last_state(self, bundle: str, setting: str) -> Mapping[str, Any] | None:
-        """What an adaptive session had learned when its last record was written."""
+        """Find what an adaptive session had learned when its last record was written."""
         states = [one.adaptive_state for one in self._found.values() if (one.bundle, one.setting) == (bundle, setting)]
         return states[-1] if states else None
 
     def by_setting(self) -> dict[tuple[str, str], dict[int, list[Record]]]:
-        """For each bundle and setting, the rounds of each line in order."""
+        """Group records by bundle and setting, then line, the rounds in order."""
         found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
             found[record.bundle, record.setting][record.line].append(record)
@@ -112,7 +111,7 @@ class Records:
 
 
 def check_output(output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
-    """Before long work: raises OptionError where `Records` would."""
+    """Raise OptionError where `Records` would, before long work."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not (output / RUN).is_file():
@@ -123,6 +122,7 @@ def check_output(output: Path, run: Mapping[str, Any], overwrite: bool = False) 
         before = json.loads((output / RUN).read_text(encoding="utf-8"))
     except ValueError:
         before = {}
+    before = before if isinstance(before, dict) else {}
     names = sorted(name for name in {*before, *run} if before.get(name) != json.loads(json.dumps(run.get(name))))
     if names:
         raise OptionError(
@@ -136,7 +136,7 @@ def _filled(record: Record) -> dict[str, Any]:
 
 
 def read_records(path: Path) -> Iterator[Record]:
-    """A partial last line, of a run that was killed, is cut off."""
+    """Read records; a partial last line, of a run that was killed, is cut off."""
     for number, line in enumerate(whole_lines(path), start=1):
         try:
             found = json.loads(line)

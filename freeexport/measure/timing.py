@@ -90,7 +90,7 @@ def spread(values: Sequence[float]) -> float:
 
 
 class OtherLoad:
-    """How many cores other processes keep busy, from now on; `cores` is final once a measurement ended."""
+    """The cores that other processes keep busy, from now on; `cores` is final once a measurement ended."""
 
     def __init__(self) -> None:
         self._began, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()

@@ -63,13 +63,13 @@ class Source:
 
     @cached_property
     def gguf(self) -> Path | None:
-        """Its GGUF file, where it is one."""
+        """The checkpoint's GGUF file, where it is one."""
         path = open_checkpoint(self.model).path
         return path if path.suffix == ".gguf" else None
 
 
 def peer_model(peer: Peer, source: Source, interpreter: Path, limit: float = LIMIT) -> Path:
-    """What the peer loads; converted now by its own script in its own environment, unless it is in the cache.
+    """Find what the peer loads; converted now by its own script in its own environment, unless it is in the cache.
 
     Raises PeerError where the peer cannot run such a model.
     """

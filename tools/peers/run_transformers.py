@@ -10,7 +10,7 @@ from wire import Emit, Generate, serve, versions
 
 
 class Streamer:
-    """What `generate` gives new tokens to; the first are those of the prompt."""
+    """Receives tokens from `generate`; the first are those of the prompt."""
 
     def __init__(self, emit: Emit) -> None:
         self.emit, self.prompt = emit, True

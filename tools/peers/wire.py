@@ -55,7 +55,7 @@ def serve(load: Load, convert: Convert | None = None) -> None:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Of those that are installed."""
+    """Installed versions."""
     found = {}
     for name in distributions:
         try:

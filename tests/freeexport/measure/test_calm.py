@@ -24,13 +24,20 @@ Directory = Callable[[Case], Path]
 PROMPTS = ["one two three", "x", "line 5 of 25 lines"]
 
 
-@pytest.fixture
-def calm(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> Callable[..., tuple[Calm, Path]]:
+@pytest.fixture(scope="module")
+def calm(
+    bundle: Bundles, checkpoint: Directory, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Calm, Path]]:
+    made: dict[Any, tuple[Calm, Path]] = {}
+
     def build(case: Case, **options: Any) -> tuple[Calm, Path]:
-        path = bundle(case, **options)
-        opened = Bundle.open(path)
-        write_calm(str(checkpoint(case)), opened.manifest, 1, tmp_path / "calm")
-        return Calm(opened, tmp_path / "calm", 1, 1), path
+        key = case.name, *options
+        if key not in made:
+            path, directory = bundle(case, **options), tmp_path_factory.mktemp("calm") / "engines"
+            opened = Bundle.open(path)
+            write_calm(str(checkpoint(case)), opened.manifest, 1, directory)
+            made[key] = Calm(opened, directory, 1, 1), path
+        return made[key]
 
     return build
 
@@ -83,23 +90,20 @@ def test_skipped_layers_get_the_keys_and_values_of_the_copied_state(
 
 
 def test_a_single_exit_is_that_of_the_shallow_decoder_with_states_copied(
-    bundle: Bundles, checkpoint: Directory, tmp_path: Path
+    calm: Callable[..., tuple[Calm, Path]],
 ) -> None:
-    path = bundle(T5)
-    opened = Bundle.open(path)
-    write_calm(str(checkpoint(T5)), opened.manifest, 1, tmp_path / "calm")
-    calm = Calm(opened, tmp_path / "calm", 1, 1)
+    made, path = calm(T5)
     with Session(path, threads=1, slots=1) as session:
         assert session.tokenizer is not None
         for text in PROMPTS:
             prompt = np.array(session.tokenizer.encode(text), np.int64)
             full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
-            assert calm.generate(prompt, 16, 1.0, single=True).token_ids == full.token_ids
-            assert calm.generate(prompt, 16, 0.0, single=True).token_ids == shallow.token_ids
-            some = calm.generate(prompt, 16, 0.4, single=True)
+            assert made.generate(prompt, 16, 1.0, single=True).token_ids == full.token_ids
+            assert made.generate(prompt, 16, 0.0, single=True).token_ids == shallow.token_ids
+            some = made.generate(prompt, 16, 0.4, single=True)
             assert set(some.layers) <= {1, T5.layers}
             # Up to the first token that takes more than one layer, and not all, both do the same.
-            others = calm.generate(prompt, 16, 0.4)
+            others = made.generate(prompt, 16, 0.4)
             same = next((n for n, taken in enumerate(others.layers) if taken not in (1, T5.layers)), len(others.layers))
             assert some.token_ids[:same] == others.token_ids[:same]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
@@ -24,6 +25,7 @@ from freeexport.measure.page import pieces
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.records import OUTPUTS, RUN
 from freeexport.measure.settings import CALM, METHODS, Setting, settings_of
+from freeexport.metrics import metric_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
@@ -31,15 +33,15 @@ CASE = next(case for case in CASES if case.name == "t5-relu-tied")
 Run = Callable[..., Result]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def path(bundle: Bundles) -> Path:
     return bundle(CASE)
 
 
-@pytest.fixture
-def data(tmp_path: Path, path: Path) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory, path: Path) -> Path:
     """Four lines, whose references are what the full model writes, but for the last."""
-    file = tmp_path / "data.jsonl"
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
     inputs = ["one two", "<three> & four", "five six seven", "x"]
     with Session(path, slots=1) as session:
         texts = [session.generate(text, mode="full", max_new_tokens=12).text for text in inputs]
@@ -49,15 +51,22 @@ def data(tmp_path: Path, path: Path) -> Path:
     return file
 
 
-@pytest.fixture
-def run(tmp_path: Path, path: Path, data: Path) -> Run:
-    def call(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
-        given = ("--metric", "exact", "--max-new-tokens", 12, "--threads", 1, "--output", tmp_path / "out")
-        options = ("--threshold", 0.3, "--threshold", 0.7)
-        everything = ("evaluate", *bundles, "--data", file, *given, *options, *arguments)
-        return CliRunner().invoke(main, [str(one) for one in everything])
+def call(bundles: tuple[Any, ...], data: Path, out: Path, *arguments: Any) -> Result:
+    given = ("--metric", "exact", "--max-new-tokens", 12, "--threads", 1, "--output", out)
+    options = ("--threshold", 0.3, "--threshold", 0.7)
+    everything = ("evaluate", *bundles, "--data", data, *given, *options, *arguments)
+    return CliRunner().invoke(main, [str(one) for one in everything])
 
-    return call
+
+@pytest.fixture
+def run(tmp_path: Path, path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Evaluates without files of results, which take longer to draw than these models to decode."""
+    monkeypatch.setattr(evaluation, "write", lambda found: None)
+
+    def evaluate(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
+        return call(bundles, file, tmp_path / "out", *arguments)
+
+    return evaluate
 
 
 def figures(result: Result) -> dict[str, dict[str, Any]]:
@@ -65,9 +74,29 @@ def figures(result: Result) -> dict[str, dict[str, Any]]:
     return {row["setting"]: row for row in json.loads(result.stdout)["rows"]}
 
 
-def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Done:
+    """A run of most methods by two metrics in two rounds: what it printed, wrote and found."""
+
+    stdout: str
+    out: Path
+    found: evaluation.Evaluation
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
+    out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", *CALM))
-    rows = figures(run("--methods", methods, "--rounds", 2, "--metric", "chrf", "--json"))
+    write = evaluation.write
+    with mock.patch.object(evaluation, "write", lambda one: (found.append(one), write(one))):
+        result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
+    assert result.exit_code == 0, result.output
+    return Done(result.stdout, out, found[0])
+
+
+def test_every_method_is_decoded_and_compared(done: Done) -> None:
+    content = json.loads((done.out / "evaluation.json").read_text())
+    rows = {row["setting"]: row for row in content["rows"]}
     assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lossless"]
     full, static, lossless = rows["full"], rows["static"], rows["lossless"]
     assert full["scores"]["exact"]["value"] == 0.75
@@ -78,21 +107,29 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     assert rows["free 0.3"]["exit_rate"] >= rows["free 0.7"]["exit_rate"]
     assert all(row["request_speed"] > 0 and row["first_speed"] > 0 and row["lines"] == 4 for row in rows.values())
     assert all(row["request_low"] <= row["request_speed"] <= row["request_high"] for row in list(rows.values())[1:])
-    out = tmp_path / "out"
-    with (out / "evaluation.csv").open(newline="") as file:
+    assert content["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
+    assert len((done.out / OUTPUTS).read_text().splitlines()) == 5 * 4 * 2
+    trained = "was not trained for its exit after layer 1: its figures for static, free, lossless show"
+    assert any(trained in note for note in content["notes"])
+    assert any("is not calibrated" in note for note in content["notes"])
+
+
+def test_tables_and_pictures_are_written(done: Done) -> None:
+    with (done.out / "evaluation.csv").open(newline="") as file:
         listed = list(csv.DictReader(file))
-    assert [row["setting"] for row in listed] == list(rows)
+    assert [row["setting"] for row in listed] == [row.setting for row in done.found.rows]
     assert float(listed[0]["scores exact value"]) == 0.75
-    assert json.loads((out / "evaluation.json").read_text())["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
-    markdown = (out / "results.md").read_text()
+    markdown = (done.out / "results.md").read_text()
     assert markdown.startswith("**no winner: 4 lines are too few")
-    table = [line for line in markdown.splitlines() if line.startswith("|")][: 2 + len(rows)]
+    table = [line for line in markdown.splitlines() if line.startswith("|")][: 2 + len(listed)]
     assert len({line.count("|") for line in table}) == 1
     assert table[2].startswith("| full | 0.7500 |  | ")
-    assert (out / "curve.png").read_bytes().startswith(b"\x89PNG")
-    assert ElementTree.parse(out / "curve.svg").getroot().tag.endswith("svg")
-    assert len((out / OUTPUTS).read_text().splitlines()) == 5 * 4 * 2
-    page = (out / "report.html").read_text()
+    assert (done.out / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert ElementTree.parse(done.out / "curve.svg").getroot().tag.endswith("svg")
+
+
+def test_the_page_is_one_file_with_escaped_text_and_marked_tokens(done: Done) -> None:
+    page = (done.out / "report.html").read_text()
     assert "&lt;three&gt; &amp; four" in page
     assert "<three>" not in page
     assert '<p class="verdict">no winner' in page
@@ -102,22 +139,40 @@ def test_every_method_is_decoded_and_compared_and_reported(run: Run, tmp_path: P
     assert not any(word in page for word in ("<script", "src=", "<link", "@import"))
 
 
-def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(run: Run) -> None:
-    """Run again on the outputs of one run: nothing is decoded twice."""
-    methods = ("--methods", "full,static,free", "--rounds", 2)
-    one = run(*methods)
-    two = run(*methods, "--metric", "chrf", "--metric", "wer", "--metric", "squad-f1")
-    for result in (one, two):
-        assert result.exit_code == 0, result.output
-        lines = result.stdout.splitlines()
-        table = lines[: lines.index("")]
-        assert max(map(len, (line.rstrip() for line in table))) <= 80
-        assert len(table) == 2 + 4  # a title, names, and a line for each setting
-        assert "precision: fp32" in lines
-    assert [
-        name for name in one.stdout.splitlines()[1].split() if name in ("setting", "exact", "full", "exits", "speed")
-    ] == ["setting", "exact", "full", "exits", "speed"]
-    assert "±" in one.stdout
+def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: Done) -> None:
+    lines = done.stdout.splitlines()
+    table = lines[: lines.index("")]
+    assert max(map(len, (line.rstrip() for line in table))) <= 80
+    assert len(table) == 2 + 5  # a title, names, and a line for each setting
+    assert table[1].split()[:2] == ["setting", "exact"]
+    assert "±" in table[3]
+    assert "precision: fp32" in lines
+    metrics = [metric_of(name) for name in ("exact", "chrf", "wer", "squad-f1")]
+    rows = [
+        replace(row, scores={metric.name: row.scores["exact"] for metric in metrics}, bundle=f"bundle {number}")
+        for number, row in enumerate(done.found.rows)
+    ]
+    wide = evaluation.settings_sheet(replace(done.found, metrics=metrics, rows=rows))
+    assert wide.width > 120
+    narrowed = evaluation.narrow(wide, metrics)
+    assert narrowed.width <= 80
+    assert narrowed.columns[:4] == ("bundle", "setting", "exact#", "% of exact#")
+    assert "speed#" in narrowed.columns
+    assert "squad-f1#" not in narrowed.columns
+
+
+def test_one_far_point_does_not_flatten_the_others(done: Done) -> None:
+    def axes(*values: float) -> Any:
+        scored = [
+            replace(row, scores={"exact": replace(row.scores["exact"], relative=value, low=None, high=None)})
+            for row, value in zip(done.found.rows, values, strict=True)
+        ]
+        return quality_speed(replace(done.found, rows=scored)).axes[0]
+
+    clipped, whole = axes(1.0, 0.0, 0.97, 1.0, 1.0), axes(1.0, 0.95, 0.97, 1.0, 1.0)
+    assert 0.9 < clipped.get_ylim()[0] < 0.97
+    assert "0 %" in [text.get_text() for text in clipped.texts]
+    assert whole.get_ylim()[0] < 0.95
 
 
 def test_bundles_are_interleaved_as_settings_are(
@@ -145,25 +200,6 @@ def test_bundles_are_interleaved_as_settings_are(
         assert len({prompt for *_, prompt in turn}) == 1
         assert len({decoder for decoder, *_ in turn}) == 2
     assert len({turn[0][1] for turn in turns}) == 4  # and another setting first each time
-
-
-def test_one_far_point_does_not_flatten_the_others(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Any] = []
-    write = evaluation.write
-    monkeypatch.setattr(evaluation, "write", lambda one: (found.append(one), write(one)))
-    assert run("--methods", "full,static,free").exit_code == 0
-
-    def figure(values: list[float]) -> Any:
-        scored = [
-            replace(row, scores={"exact": replace(row.scores["exact"], relative=value, low=None, high=None)})
-            for row, value in zip(found[0].rows, values, strict=True)
-        ]
-        return quality_speed(replace(found[0], rows=scored)).axes[0]
-
-    clipped, whole = figure([1.0, 0.0, 0.97, 1.0]), figure([1.0, 0.95, 0.97, 1.0])
-    assert 0.9 < clipped.get_ylim()[0] < 0.97
-    assert "0 %" in [text.get_text() for text in clipped.texts]
-    assert whole.get_ylim()[0] < 0.95
 
 
 def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
@@ -230,14 +266,6 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
     assert len(states) == 4
     assert states[0] != states[-1]
     assert all(0 <= record["threshold"] <= 1 for record in records if record["setting"] == "adaptive")
-
-
-def test_figures_say_what_they_mean_where_the_exit_was_not_trained(run: Run) -> None:
-    notes = json.loads(run("--methods", "full,static,free", "--json").stdout)["notes"]
-    assert any(
-        "was not trained for its exit after layer 1: its figures for static, free show" in note for note in notes
-    )
-    assert any("is not calibrated" in note for note in notes)
 
 
 @pytest.mark.parametrize(
