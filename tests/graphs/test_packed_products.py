@@ -125,13 +125,6 @@ def test_a_row_has_the_same_bits_in_every_call(name: str, precision: str, bundle
         np.testing.assert_array_equal(together, np.stack(singles[:size]))
 
 
-def test_a_bundle_is_verified_and_measured_with_the_kernels(bundle: Bundles) -> None:
-    manifest = Bundle.open(bundle(LLAMA, 1, precision="int8", verify=True, measure=True, **OWN)).manifest
-    assert manifest.verified
-    assert manifest.costs is not None
-    assert manifest.costs.host is not None
-
-
 def test_a_session_generates_with_the_kernels(bundle: Bundles) -> None:
     path = bundle(LARGER[1], 1, precision="int4", **OWN)
     with Session(path, threads=2) as session:

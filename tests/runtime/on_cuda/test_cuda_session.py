@@ -47,24 +47,23 @@ def target(bundle: Bundles) -> Any:
 
 @both
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("overlap", "graphs", "seed"), [(False, False, 1), (True, False, 2), (True, True, 3)])
 def test_tokens_exits_and_confidences_are_those_of_the_cpu(
-    case: Any, mode: str, overlap: bool, graphs: bool, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch
+    case: Any, mode: str, target: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = expected(target(case), **MODES[mode])
-    machine = Machine(monkeypatch, seed)
-    options: Any = {"overlap": overlap, "run_ahead": overlap, "cuda_graphs": graphs}
-    with Session(target(case), device="cuda:0", threads=1, **options) as session:
-        got = answers(session, **MODES[mode])
-    if mode == "lossless":  # how long drafts are is a matter of timing
-        got, want = ([(ids, (), ()) for ids, _, _ in each] for each in (got, want))
-    assert [answer[:2] for answer in got] == [answer[:2] for answer in want]
-    for (*_, confidences), (*_, others) in zip(got, want, strict=True):
-        assert [value is None for value in confidences] == [value is None for value in others]
-        known = [(a, b) for a, b in zip(confidences, others, strict=True) if a is not None and b is not None]
-        np.testing.assert_allclose(*zip(*known, strict=True), atol=1e-4) if known else None
-    assert bool(machine.onnxruntime.captures) is (graphs and mode in MODES)
-    assert machine.onnxruntime.launches > machine.onnxruntime.captures or not graphs
+    for seed, (overlap, graphs) in enumerate([(False, False), (True, False), (True, True)]):
+        machine = Machine(monkeypatch, seed)
+        options: Any = {"overlap": overlap, "run_ahead": overlap, "cuda_graphs": graphs}
+        with Session(target(case), device="cuda:0", threads=1, **options) as session:
+            got = answers(session, **MODES[mode])
+        assert [ids for ids, *_ in got] == [ids for ids, *_ in want]
+        for ours, theirs in zip(got, want, strict=True):
+            if mode != "lossless":  # how long drafts are is a matter of timing
+                assert ours[1] == theirs[1]
+                mine, other = (np.array(each[2], float) for each in (ours, theirs))  # None is NaN
+                np.testing.assert_allclose(mine, other, atol=1e-4)
+        assert bool(machine.onnxruntime.captures) is graphs
+        assert machine.onnxruntime.launches > machine.onnxruntime.captures or not graphs
 
 
 @both
@@ -304,8 +303,3 @@ def test_a_provider_that_does_not_load_is_no_reason_to_decode_elsewhere(target: 
     machine.onnxruntime.active = [CPU]
     with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
         Session(target(LLAMA), device="cuda:0")
-
-
-def test_whether_graphs_are_captured_is_yes_or_no(target: Any) -> None:
-    with pytest.raises(OptionError, match="cuda_graphs is 'maybe'; choose True or False"):
-        Session(target(LLAMA), cuda_graphs="maybe")
