@@ -19,7 +19,7 @@ each_case = pytest.mark.parametrize("case", HEADS_OF_40, ids=lambda case: case.n
 def test_heads_of_40_are_those_of_transformers_and_lossless_says_what_full_says(
     case: Case, precision: str, bundle: Bundles
 ) -> None:
-    path = bundle(case, precision=precision, verify=True)  # fails where logits are further off than the precision is
+    path = bundle(case, precision=precision, verify="quick")  # fails where logits are further off than the precision is
     options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
     with Session(path, threads=1, slots=3) as session:
         assert session.manifest.verified

@@ -68,8 +68,10 @@ class Bench:
     def bundle(self, target: Any, precision: Any) -> Path:
         path = self.work / f"{target}-{precision}"
         if not path.exists():
-            sizes: dict[str, Any] = {"capacity": 256, "verify": False, "measure": False}
-            convert(str(self.model), path, ConvertOptions(self.exit_layer, target=target, precision=precision, **sizes))
+            options = ConvertOptions(
+                self.exit_layer, target=target, precision=precision, capacity=256, verify="none", measure=False
+            )
+            convert(str(self.model), path, options)
         return path
 
     def card(self) -> str:
