@@ -162,8 +162,6 @@ def command(
         bundle, device=device, threads=threads, capacity=capacity, slots=slots, trust_templates=trust
     ) as session:
         hint = ChatHint(session)
-        if not as_json and "mode" not in options and "threshold" not in options:
-            click.echo(session.default_mode, err=True)
 
         def prompt_of(text: Any) -> Any:
             prompt = _prompt(text, chat) if trust else _ids(text)
@@ -180,6 +178,8 @@ def command(
             return results
 
         if source is not None:
+            if "mode" not in options and "threshold" not in options:
+                click.echo(session.default_mode, err=True)
             answer_file(ask, source, target or Path(STANDARD), batch or BATCH, resume, overwrite)
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
@@ -260,6 +260,8 @@ def _session(bundle: Path, slots: int, **options: Any) -> Iterator[Session]:
 
 def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> GenerationResult:
     with session.stream(prompt, **options) as stream:
+        if not as_json and "mode" not in options and "threshold" not in options:
+            click.echo(session.default_mode, err=True)
         for token in stream:
             if not as_json:
                 click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)

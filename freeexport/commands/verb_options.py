@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
@@ -96,38 +95,3 @@ def section(title: str, rare: bool = False) -> Callable[[Decorated], Decorated]:
         return function
 
     return mark
-
-
-def retired(name: str, instead: str, **attributes: Any) -> Callable[[Decorated], Decorated]:
-    """A hidden option of the version before, which is refused with what replaced it."""
-
-    def refuse(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
-        if value:
-            raise OptionError(f"{name} was removed: {instead}; leave it out")
-
-    return click.option(name, hidden=True, expose_value=False, callback=refuse, **attributes)
-
-
-class RenamedOption(click.Option):
-    """Also takes the name `old` that it had before, which help and messages do not show."""
-
-    def __init__(self, names: Sequence[str], *, old: str, **attributes: Any) -> None:
-        super().__init__([*names, old], **attributes)
-        self.old = old
-
-    def get_help_record(self, ctx: click.Context) -> tuple[str, str] | None:
-        with self._shown():
-            return super().get_help_record(ctx)
-
-    def get_error_hint(self, ctx: click.Context | None) -> str:
-        with self._shown():
-            return super().get_error_hint(ctx)  # type: ignore[arg-type]
-
-    @contextmanager
-    def _shown(self) -> Iterator[None]:
-        names = self.opts
-        self.opts = [name for name in names if name != self.old]
-        try:
-            yield
-        finally:
-            self.opts = names

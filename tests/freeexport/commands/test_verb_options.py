@@ -1,8 +1,8 @@
-"""Options of all verbs: one name, one meaning; long helps in sections; names of before still work."""
+"""Options of all verbs: one name, one meaning; long helps in sections, rare options apart."""
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from freeexport import cli
-from freeexport.commands.verb_options import REST, RenamedOption, SectionedCommand, section
+from freeexport.commands.verb_options import REST, SectionedCommand, section
 
 LONG = ("convert", "calibrate", "train", "generate", "bench")
 
@@ -40,8 +40,7 @@ def test_an_option_takes_the_same_kind_of_value_in_every_verb() -> None:
     kinds: dict[str, dict[Any, list[str]]] = defaultdict(lambda: defaultdict(list))
     for verb, option in options():
         for name in option.opts:
-            if name != getattr(option, "old", None):
-                kinds[name][kind(option)].append(verb)
+            kinds[name][kind(option)].append(verb)
     # A checkpoint of any name, and the name of a demo's.
     different = {name: dict(found) for name, found in kinds.items() if len(found) > 1 and name != "--model"}
     assert different == {}
@@ -69,7 +68,7 @@ def test_an_option_says_the_same_in_every_verb(name: str, texts: tuple[str, ...]
 @pytest.mark.parametrize("verb", LONG)
 def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> None:
     command = dict(commands())[verb]
-    flag = "--help-all" if verb == "generate" else "--help"
+    flag = "--help-all" if any(getattr(option, "rare", False) for option in command.params) else "--help"
     text = CliRunner().invoke(cli.main, [verb, flag], terminal_width=100).output
     _, *sections = text.split("\n\n")
     titles = [part.splitlines()[0] for part in sections if not part.startswith("  ")]
@@ -78,7 +77,7 @@ def test_a_long_help_is_in_sections_that_have_every_option_once(verb: str) -> No
     assert f"{REST}:\n  -h, --help" in text
     for parameter in command.params:
         if isinstance(parameter, click.Option) and not parameter.hidden:
-            first = next(name for name in parameter.opts if name != getattr(parameter, "old", None))
+            first = parameter.opts[0]
             assert sum(line.strip().split(" ")[0].rstrip(",") == first for line in text.splitlines()) == 1, first
             assert parameter.help, first
             assert hasattr(parameter, "section"), first
@@ -91,27 +90,6 @@ def test_every_choice_of_a_long_help_is_explained() -> None:
             shown = [choice for choice in option.type.choices if choice in (option.metavar or choice)]
             unexplained = [choice for choice in shown if choice not in (option.help or "")]
             assert unexplained == [] or (verb, option.opts[0]) == ("bench", "--mode"), (verb, option.opts[0])
-
-
-RENAMED = {("calibrate", "--target"): "--agreement", ("bench", "--tokens"): "--max-new-tokens"}
-
-
-def test_names_of_before_work_and_are_not_shown() -> None:
-    found = {(verb, option.old): option for verb, option in options() if isinstance(option, RenamedOption)}
-    assert {key: option.opts[0] for key, option in found.items()} == RENAMED
-    for (verb, old), option in found.items():
-        command = dict(commands())[verb]
-        arguments = ["model", *(["--data", "data"] if verb == "calibrate" else [])]
-        value = "0.5" if option.type is click.FLOAT else "3"
-        by_old, by_new = (
-            command.make_context(verb, [*arguments, name, value]).params[option.name or ""]
-            for name in (old, RENAMED[verb, old])
-        )
-        assert by_old == by_new == float(value)
-        assert f"{old} " not in CliRunner().invoke(cli.main, [verb, "--help"]).output
-        wrong = CliRunner().invoke(cli.main, [verb, *arguments, old, "x"])
-        assert wrong.exit_code == 2
-        assert f"'{RENAMED[verb, old]}'" in wrong.stderr
 
 
 def test_options_stand_below_the_heading_above_them() -> None:
@@ -154,3 +132,9 @@ def test_the_help_of_generate_has_ten_options_and_all_of_them_if_asked() -> None
     short, long = (CliRunner().invoke(cli.main, ["generate", flag]).output for flag in ("--help", "--help-all"))
     counts = [sum(line.startswith(("  -", "      --")) for line in text.splitlines()) - 2 for text in (short, long)]
     assert counts == [10, 25]
+
+
+def test_there_are_at_most_12_verbs_and_150_options() -> None:
+    assert len(cli.main.list_commands(click.Context(cli.main))) <= 12
+    counts = Counter(verb for verb, _ in options())
+    assert sum(counts.values()) <= 150, counts

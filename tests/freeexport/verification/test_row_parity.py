@@ -27,8 +27,6 @@ from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
 BY_NAME = {case.name: case for case in CASES}
-each_model = pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied"])
-each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 
 # What attention differs by from kernel to kernel, as a share.
 LAST_BITS = 5e-7
@@ -120,9 +118,15 @@ def with_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Call]
     return inject
 
 
-@pytest.mark.parametrize("extent", [FULL, QUICK], ids=["full", "quick"])
-@each_precision
-@each_model
+@pytest.mark.parametrize(
+    ("name", "precision", "extent"),
+    [
+        ("llama-tied", "int8", FULL),
+        ("llama-tied", "int4", QUICK),
+        ("t5-relu-tied", "mixed", FULL),
+        ("t5-relu-tied", "int8", QUICK),
+    ],
+)
 def test_faults_do_not_pass(
     name: str, precision: str, extent: Extent, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,9 +141,9 @@ def test_faults_do_not_pass(
         assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@each_precision
-@each_model
+@pytest.mark.parametrize(
+    ("name", "precision", "seed"), [("llama-tied", "int8", 0), ("t5-relu-tied", "int4", 1), ("llama-tied", "mixed", 2)]
+)
 def test_the_last_bits_of_another_processor_pass(
     name: str, precision: str, seed: int, bundle: Bundles, with_fault: Callable[[Callable[..., Call]], None]
 ) -> None:
