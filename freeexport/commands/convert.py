@@ -53,7 +53,9 @@ THREADS = "CPU threads.  [default: one per physical core]"
 @click.option("--exit-vocab", type=click.IntRange(0), metavar="N",
               help="Tokens that the shallow head knows, chosen on --data; others never exit. 0: as many as are fastest."
               "  [default: all]")  # fmt: skip
-@click.option("--data", type=click.Path(path_type=Path), help="JSONL with 'input' (and 'target') for --exit-vocab.")
+@click.option("--data", type=click.Path(path_type=Path),
+              help="JSON lines with input (and target): text for --exit-vocab, and that 4-bit weights fit, which then "
+              "lose less.")  # fmt: skip
 @click.option("--max-pending", type=int, default=16, help="Maximum tokens in a sync pass.")
 @section("Graphs and quantized weights", rare=True)
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
@@ -65,15 +67,13 @@ THREADS = "CPU threads.  [default: one per physical core]"
 @click.option("--kernels", type=click.Choice(get_args(Kernels)),
               help="Operators for quantized weights on a CPU. freeexport: ours. onnxruntime: its own, which other "
               "programs run too.  [default: freeexport where its library is built]")  # fmt: skip
-@click.option("--rounding-data", type=click.Path(path_type=Path),
-              help="JSON lines with input and target: 4-bit weights fit such text, and lose less.")  # fmt: skip
 @click.option("--compute", type=click.Choice(get_args(FloatType)),
               help="The type a GPU computes in, where weights are quantized.  [default: fp16]")  # fmt: skip
 @section("TensorRT", rare=True)
-@click.option("--build", is_flag=True, help="Also build the engines of --target tensorrt, for this machine's GPU. "
+@click.option("--build", type=int, flag_value=8, is_flag=False, metavar="[BATCH]",
+              help="Also build the engines of --target tensorrt, for this machine's GPU and batches up to 8 or BATCH. "
               "Without OUT, MODEL is a bundle.")  # fmt: skip
-@click.option("--max-batch", type=int, default=8, help="Maximum batch size of the engines.")
-def command(model: str, out: Path | None, build: bool, max_batch: int, as_json: bool, **options: Any) -> None:
+def command(model: str, out: Path | None, data: Path | None, build: int | None, as_json: bool, **options: Any) -> None:
     """Convert MODEL to a bundle of ONNX engines at OUT.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. OUT is written complete or not at all.
@@ -82,25 +82,29 @@ def command(model: str, out: Path | None, build: bool, max_batch: int, as_json: 
     Example:
       freeexport convert path/to/checkpoint bundle --precision int8
       freeexport convert path/to/checkpoint bundle --target tensorrt --build
-      freeexport convert bundle --build --max-batch 4
+      freeexport convert bundle --build 4
     """
-    if build and out is None:
-        _build(Path(model), max_batch, as_json)
+    if build is not None and out is None:
+        _build(Path(model), build, as_json)
         return
     if out is None:
         raise click.UsageError("OUT is missing: the folder that the bundle is written to")
     if (Path(model) / MANIFEST).is_file():
         raise click.UsageError(f"{model} is a bundle already; give a checkpoint, or leave out OUT and give --build")
-    if build and options["target"] != "tensorrt":
+    if build is not None and options["target"] != "tensorrt":
         raise click.UsageError("--build is for --target tensorrt")
+    # Text is for the exit vocabulary, and for what gets 4 bits; where there is neither, that is refused.
+    fits = options["precision"] in ("int4", "mixed") or options["head"] == "int4" or options["exit_vocab"] is None
+    options["data"] = data if options["exit_vocab"] is not None else None
+    options["rounding_data"] = data if fits else None
     manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
-    if as_json and not build:
+    if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
         return
     if not as_json:
         _print_manifest(manifest, model, out, options)
-    if build:
-        _build(out, max_batch, as_json)
+    if build is not None:
+        _build(out, build, as_json)
 
 
 def _print_manifest(manifest: Manifest, model: str, out: Path, options: dict[str, Any]) -> None:

@@ -70,7 +70,7 @@ class ConvertOptions:
         for option, path in (
             ("--data", self.data),
             ("--calibration", self.calibration),
-            ("--rounding-data", self.rounding_data),
+            ("--data", self.rounding_data),
         ):
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
@@ -92,8 +92,8 @@ def check_rounding_data(engines: EngineOptions, data: Path | None) -> None:
         engines.target != "cpu" or plan is None or "int4" not in (plan.shallow, plan.deep, plan.head)
     ):
         raise OptionError(
-            "--rounding-data is for weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), not for "
-            f"precision {engines.precision} of target {engines.target}; leave it out"
+            "--data is for --exit-vocab, or weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
+            f"not for precision {engines.precision} of target {engines.target}; leave it out"
         )
 
 

@@ -59,7 +59,7 @@ def round_for_text(
     rounder = _Rounder(model, description, engines)
     if rounder.done:
         raise OptionError(
-            f"--rounding-data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, which are kept; "
+            f"--data has nothing to fit: {checkpoint.name} has its weights in 4 bits already, which are kept; "
             "leave it out"
         )
     layers = list(getattr(stack, field))
@@ -213,7 +213,7 @@ def _check_memory(checkpoint: Checkpoint) -> None:
     available = available_memory()
     if available is not None and need > available:
         raise OptionError(
-            f"--rounding-data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
+            f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
             f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
         )
 

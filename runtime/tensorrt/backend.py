@@ -49,7 +49,7 @@ class TensorRTBackend(CudaBackend):
         if slots > most:
             raise OptionError(
                 f"slots is {slots}, and the TensorRT engines of this bundle take {most} sequences a call; "
-                f"choose slots={most}, or run: freeexport convert {self.bundle.path} --build --max-batch {slots}"
+                f"choose slots={most}, or run: freeexport convert {self.bundle.path} --build {slots}"
             )
         _, _, *shape, dtype = cache_sizes(manifest, manifest.deep_layers, slots, self.capacity)
         size = math.prod(shape) * dtype().itemsize

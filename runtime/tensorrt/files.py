@@ -134,7 +134,7 @@ def profile_for(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> Profil
     known = "; ".join(f"{profile.name}: {_text(profile, sizes)}" for profile in profiles)
     raise EngineError(
         f"a call with {given} fits no profile of this TensorRT engine ({known}); "
-        "shorten it, or convert with a larger capacity and build with a larger --max-batch"
+        "shorten it, or convert with a larger capacity and --build a larger batch"
     )
 
 

@@ -57,7 +57,7 @@ def test_calls_of_a_session_fit_a_profile(t5: Bundle) -> None:
 def test_a_call_that_no_profile_admits_is_an_error_with_the_limits(size: dict[str, int], t5: Bundle) -> None:
     sizes = {"B": 1, "q": 1, "R": 1, "E": 1} | size
     ((name, value),) = size.items()
-    with pytest.raises(EngineError, match=rf"{name}={value}.* fits no profile .*prefill: .*--max-batch"):
+    with pytest.raises(EngineError, match=rf"{name}={value}.* fits no profile .*prefill: .*--build a larger batch"):
         profile_for(profiles_of("shallow", t5.manifest, 2), sizes)
 
 

@@ -93,10 +93,10 @@ def test_engines_that_give_what_is_no_number_fail(copy_of: Any, monkeypatch: pyt
 def test_without_a_gpu_it_says_that_it_was_not_run(copy_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = copy_of(LLAMA)
     fake_device.install(monkeypatch, devices=0)
-    result = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "--max-batch", "1"])
+    result = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1"])
     assert result.exit_code == 0, result.output
     assert "self-test: not run, there is no GPU to run on" in result.output
-    shown = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "--max-batch", "1", "--json"])
+    shown = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1", "--json"])
     content = json.loads(shown.output)
     assert [engine["reused"] for engine in content["engines"]] == [True, True]
     assert content["self_test"]["largest"] == {}
@@ -124,5 +124,5 @@ def test_a_failed_self_test_is_one_line_and_exit_code_1(copy_of: Any, monkeypatc
     path = copy_of(LLAMA)
     fake_device.install(monkeypatch)
     monkeypatch.setattr("fake_tensorrt.OUTPUT", double_deep)
-    result = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "--max-batch", "1"])
+    result = CliRunner().invoke(cli.main, ["convert", str(path), "--build", "1"])
     assert "self-test: the TensorRT engine deep differs" in error(result)

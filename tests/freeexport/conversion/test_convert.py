@@ -377,7 +377,11 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
         *(
             ((name, "nowhere.json", *more), f"{name} nowhere.json: there is no such file; name another")
-            for name, more in (("--calibration", ()), ("--rounding-data", ()), ("--data", ("--exit-vocab", "9")))
+            for name, more in (
+                ("--calibration", ()),
+                ("--data", ("--precision", "int4")),
+                ("--data", ("--exit-vocab", "9")),
+            )
         ),
         (("--max-pending", "999"), "max_pending 999 is out of range"),
     ],

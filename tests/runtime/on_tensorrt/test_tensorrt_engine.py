@@ -227,7 +227,7 @@ def test_what_a_call_needs_and_does_not_get_is_named(gpu: Gpu) -> None:
 @pytest.mark.parametrize(("batch", "rows"), [(3, 1), (1, 129)])
 def test_a_shape_outside_of_all_profiles_is_an_error_with_the_limits(batch: int, rows: int, gpu: Gpu) -> None:
     steps = Steps(gpu.engine("shallow"), gpu.bundle, gpu.stream, batch, rows)
-    with pytest.raises(EngineError, match=rf"B={batch}, q={rows}.* fits no profile .*--max-batch"):
+    with pytest.raises(EngineError, match=rf"B={batch}, q={rows}.* fits no profile .*--build a larger batch"):
         steps.step([[3] * rows] * batch)
 
 

@@ -151,7 +151,7 @@ def test_more_slots_than_a_call_takes_are_refused_with_both_ways_out(
 ) -> None:
     path = built(LLAMA, max_batch=2)
     fake_device.install(monkeypatch)
-    with pytest.raises(OptionError, match=r"slots is 3, .* take 2 sequences a call; choose slots=2, .*--max-batch 3"):
+    with pytest.raises(OptionError, match=r"slots is 3, .* take 2 sequences a call; choose slots=2, .*--build 3"):
         Session(path, device="cuda:0", slots=3)
 
 
