@@ -32,9 +32,9 @@ ALLOWED: dict[str, dict[str, str]] = {
         "backends": "engines cuda tensorrt bundle machine options",
         "decoding": "engines adaptation text options result",
         "thresholds": "adaptation bundle options",
-        "batching": "decoding engines bundle",
+        "batching": "decoding engines adaptation bundle",
         "sequence": "thresholds decoding engines adaptation text machine bundle options result metrics",
-        "scheduler": "sequence batching decoding engines",
+        "scheduler": "sequence batching decoding engines adaptation",
         "stream": "scheduler sequence text result",
         "session": "stream scheduler batching sequence thresholds backends decoding engines adaptation text bundle "
         "machine options keywords result metrics",
