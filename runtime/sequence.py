@@ -22,11 +22,10 @@ from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, Waiting, Wait
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.drafts import Drafts, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
-from runtime.decoding.prefix import Prefix
 from runtime.decoding.response import Response
 from runtime.engines.encoder import Encoder
 from runtime.engines.memory import check_beams
-from runtime.engines.prefix_store import PrefixStore, hashes
+from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
 from runtime.errors import BundleError, OptionError
 from runtime.json_file import read_object
 from runtime.machine.device import Device
@@ -367,7 +366,7 @@ class Sequence(Response):
 
         penalty = float(options.length_penalty)
         search = BeamSearch(options.num_beams, self._limit, self._eos, penalty, options.early_stopping)
-        return (yield from search.turns(score, lambda: self.leaves() is not None))
+        return (yield from search.search(score, lambda: self.leaves() is not None))
 
     @property
     def _exits(self) -> bool:

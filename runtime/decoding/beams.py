@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.decoding.decoder import Decoder, Waits, finish
+from runtime.decoding.decoder import Decoder, Waits
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
@@ -17,11 +17,9 @@ from runtime.engines.runner import Runner
 # Positions that the caches begin with, and grow from: an engine call takes as long as all their positions do.
 FIRST_ROWS = 32
 
-# Continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from, int64 [B]: to the
-# scores of what comes next, float64 [B, V], processed and raw.
+# A coroutine from continuations of the beams so far, int64 [B, n], and which of the former beams each goes on from,
+# int64 [B], to the scores of what comes next, float64 [B, V], processed and raw.
 Scores = tuple[np.ndarray, np.ndarray]
-Score = Callable[[np.ndarray, np.ndarray], Scores]
-# The same as a coroutine.
 Scoring = Callable[[np.ndarray, np.ndarray], Waits[Scores]]
 
 # A beam that is there to fill a row, and must not win.
@@ -49,17 +47,9 @@ class BeamSearch:
     length_penalty: float = 1.0
     early_stopping: bool | Literal["never"] = False
 
-    def run(self, score: Score, cancelled: Callable[[], bool] = lambda: False) -> list[Hypothesis]:
-        """The `beams` best, best first; none where it was cancelled."""
-
-        def at_once(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
-            yield None
-            return score(sequences, sources)
-
-        return finish(self.turns(at_once, cancelled))
-
-    def turns(self, score: Scoring, cancelled: Callable[[], bool]) -> Waits[list[Hypothesis]]:
-        """The same as a coroutine: others have a turn between tokens, and where `score` lets them."""
+    def search(self, score: Scoring, cancelled: Callable[[], bool] = lambda: False) -> Waits[list[Hypothesis]]:
+        """Find the `beams` best, best first; none where it was cancelled. Others have a turn between tokens, and where
+        `score` lets them."""
         sequences, logprobs = np.zeros((self.beams, 0), np.int64), np.zeros((self.beams, 0))
         # All beams are the same at first: only one may give candidates.
         totals, sources = np.array([0.0] + [NEVER] * (self.beams - 1)), np.arange(self.beams)

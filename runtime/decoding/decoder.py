@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from runtime.decoding.prefix import BLOCK, Prefix
 from runtime.engines.onnx import Call
+from runtime.engines.prefix_store import BLOCK, Prefix
 from runtime.engines.runner import Event, Runner
 from runtime.result import Stats
 
@@ -149,15 +149,15 @@ class Decisions:
     the first token of the prompt."""
 
     def begin(self, decoder: Decoder, prompt: int) -> None:
-        """A sequence begins to decode after a prompt of so many tokens, an encoder-decoder's start token among them,
-        with a decoder that is its own until it ends."""
+        """Begin a sequence after a prompt of so many tokens, an encoder-decoder's start token among them. The decoder
+        is its own until it ends."""
 
     def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
-        """In place of the shallow prediction after the token at `position`."""
+        """Replace the shallow prediction after the token at `position`."""
         return shallow
 
     def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
-        """In place of a sync pass's predictions after the tokens at `first` and the positions that follow."""
+        """Replace a sync pass's predictions after the tokens at `first` and the positions that follow."""
         return deep
 
 
@@ -285,21 +285,19 @@ class Decoder:
     # At once
 
     def prefill(self, tokens: np.ndarray, head: bool, exits: bool = False) -> Prediction:
-        """Both engines over the prompt, int64 [n]. The deep prediction, with the shallow confidence if `head`.
-
-        `exits`: see `begin`; with `head` they are run anyway.
-        """
+        """Run both engines over the prompt, int64 [n]: the deep prediction, with the shallow confidence if `head`.
+        `exits`: see `begin`; with `head` they are run anyway."""
         return finish(self.prefilling(tokens, head, exits))
 
     def step(self, token: int, head: bool) -> Prediction:
-        """Shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
+        """Run the shallow decoder on one token, onto the stack. Without `head` there is no prediction: token -1."""
         calls = self.stepping(token, head)
         if calls:
             calls[0].run()
         return self.guess()
 
     def sync(self, heads: int = 1, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> list[Prediction]:
-        """Deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
+        """Run the deep decoder on all stacked tokens: its predictions after the newest `heads` of them, in order.
 
         `drafts` are the tokens taken after the first of these rows: their predictions carry `nll`. Where the deep
         engine runs beside, the shallow one runs `ahead` meanwhile; `step` takes from that what fits.
@@ -310,8 +308,8 @@ class Decoder:
         return self.answers()
 
     def full_step(self, token: int) -> int:
-        """Both decoders on one token, without the shallow head, at once: the token that the deep one predicts. Nothing
-        may be stacked. The same as `step` and `sync`, in fewer functions."""
+        """Run both decoders on one token, without the shallow head: the token that the deep one predicts. Nothing may
+        be stacked. The same as `step` and `sync`, in fewer functions."""
         self._token[0] = token
         step, deep_pass = self._both or self._bind_both()
         step.run()
@@ -338,7 +336,7 @@ class Decoder:
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
     ) -> Waits[Prediction]:
-        """See `prefill`. Between pieces others have a turn. What `prefix` has of the tokens is copied, not read."""
+        """Read the prompt as `prefill`. Others have a turn between pieces. What `prefix` has is copied, not read."""
         self._allow(exits or head)
         start = 0
         while start < len(tokens):
@@ -362,7 +360,7 @@ class Decoder:
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
-        """What the step of `step` needs: nothing where it was run ahead. `guess` then gives the prediction."""
+        """The calls that `step` needs: none where it was run ahead. `guess` then gives the prediction."""
         self._head = head
         self._token[0] = token
         self._step = call = (self._step_with_head if head else None) or self._step_call(head)
@@ -380,8 +378,8 @@ class Decoder:
         return self._prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
-        """Shallow steps on several tokens as one call, onto the empty stack, without the head. `guesses` counts them
-        then."""
+        """The call for shallow steps on several tokens at once, onto the empty stack, without the head. `guesses`
+        counts them then."""
         rows = len(tokens)
         self._tokens[0, :rows] = tokens
         key = rows if rows > 1 else 0, False, self._exits
@@ -402,7 +400,7 @@ class Decoder:
         return [NOTHING] * call.rows
 
     def syncing(self, heads: int, drafts: Sequence[int] = (), ahead: RunAhead | None = None) -> Iterable[Waiting]:
-        """What the pass of `sync` needs. `answers` then gives the predictions."""
+        """The calls that `sync` needs. `answers` then gives the predictions."""
         self._heads, self._drafts = heads, len(drafts)
         self._pass = call = self._pass_call(0, self.stacked, heads, drafts)
         if self.alone:
@@ -429,7 +427,7 @@ class Decoder:
     # What calls gave
 
     def _prediction(self) -> Prediction:
-        """By the step that ran, which is counted."""
+        """Read the prediction of the step that ran, which is counted."""
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
         shallow: Prediction = tuple.__new__(Prediction, fields)
         if self._decisions is not None:
@@ -437,20 +435,20 @@ class Decoder:
         return shallow
 
     def _answer(self, row: int, drafted: bool = False) -> Prediction:
-        """What the last deep call predicted at the `row`-th of its heads."""
+        """Read what the last deep call predicted at the `row`-th of its heads."""
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
         return tuple.__new__(Prediction, (self._answer_memory[row], None, nll, logits))
 
     def _decided(self, deep: list[Prediction]) -> list[Prediction]:
-        """In place of the predictions after the last rows of the deep cache."""
+        """Let `decisions` replace the predictions after the last rows of the deep cache."""
         assert self._decisions is not None
         return self._decisions.answers(self, self._deep.cache.lengths.item(self.slot) - len(deep), deep)
 
     # Calls
 
     def bind(self, call: SlotCall) -> Call:
-        """A call of this slot alone."""
+        """Bind a call of this slot alone."""
         runner, rows, past = call.runner, call.rows, self._past[call.runner]
         shared = {
             # The cache's own counter: the engine reads it where `extend` and `trim` write it.

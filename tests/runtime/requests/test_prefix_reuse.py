@@ -15,9 +15,8 @@ from exit_layer_case import EXIT_LAYER, with_exit_layers
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
-from runtime.decoding.prefix import BLOCK
 from runtime.engines.encoder import Encoder
-from runtime.engines.prefix_store import hashes
+from runtime.engines.prefix_store import BLOCK, hashes
 
 BY_NAME = {case.name: case for case in [*CASES, LONG, *map(with_exit_layers, ("llama-tied", "qwen3"))]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
