@@ -94,13 +94,6 @@ def test_torch_files_equal_the_model_that_saved_them(tmp_path: Path, sharded: bo
         assert checkpoint.nbytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_a_torch_file_of_the_old_format_is_read(tmp_path: Path) -> None:
-    write_config(tmp_path)
-    tensor = torch.arange(6, dtype=torch.bfloat16).reshape(2, 3)
-    torch.save({"a": tensor}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert np.array_equal(open_checkpoint(str(tmp_path)).read("a"), tensor.float().numpy())
-
-
 def test_config_has_defaults_and_no_path(tmp_path: Path) -> None:
     with_tensors(tmp_path, a=np.zeros(1, np.float32))
     checkpoint = open_checkpoint(str(tmp_path))
@@ -221,11 +214,6 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path, quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="stored quantised"):
         open_checkpoint(str(tmp_path))
-
-
-def test_missing_weights_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="has no weights"):
-        open_checkpoint(str(write_config(tmp_path)))
 
 
 @pytest.mark.parametrize("keep", [0, 7, 20, -1])

@@ -185,7 +185,7 @@ def test_without_a_tokenizer_none_is_written(directory: Path) -> None:
 
 
 def deeply_nested() -> str:
-    return byte_level().to_str().replace('"normalizer": null', '"normalizer": ' + "[" * 100_000)
+    return byte_level().to_str().replace('"normalizer":null', '"normalizer":' + "[" * 100_000)
 
 
 def with_token(index: int) -> str:
