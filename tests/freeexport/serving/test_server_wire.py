@@ -20,7 +20,7 @@ from starlette.testclient import TestClient
 from freeexport.serving import generation, routes
 from freeexport.serving.service import ServerOptions, Service
 from runtime import AsyncStream, EngineError, Session, Token
-from tools.soak.leftovers import resident
+from tools.soak import resident
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 LONG: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 4000, "stream": True, **ENDLESS}

@@ -15,9 +15,7 @@ from conftest import Bundles
 from runtime import Session
 from runtime.batching import BatchedCall
 from runtime.decoding.decoder import Decoder, SlotCall
-from tools.soak.clients import Clients
-from tools.soak.leftovers import left_over, resident
-from tools.soak.run import Soaked, main, report, soak
+from tools.soak import Clients, Soaked, left_over, main, report, resident, soak
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -40,14 +38,6 @@ def test_the_same_where_prompts_are_reused(name: str, bundle: Bundles) -> None:
     assert not found.violations
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied"])
-def test_the_same_for_ten_seconds(name: str, bundle: Bundles) -> None:
-    found = soaked(bundle(BY_NAME[name]), 10, 64)
-    assert not found.violations
-    assert found.done.total() > 300
-
-
 def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     run = BatchedCall.run
 
@@ -66,7 +56,7 @@ def test_rows_that_are_mixed_up_are_found(bundle: Bundles, monkeypatch: pytest.M
 
 
 def test_a_run_that_fails_before_it_is_watched_is_reported(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tools.soak.run.left_over", lambda session: ["requests are left"])
+    monkeypatch.setattr("tools.soak.left_over", lambda session: ["requests are left"])
     monkeypatch.setattr(Clients, "run", lambda clients, number, stop, seed: clients.violations.append("mixed up"))
     result = CliRunner().invoke(main, [str(bundle(BY_NAME["llama-tied"])), "--slots", "2", "--asks", "2"])
     assert result.exit_code == 1
