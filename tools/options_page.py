@@ -6,7 +6,6 @@ python -m tools.options_page --check      fails where the page differs
 
 from __future__ import annotations
 
-import inspect
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import click
 
-from runtime import GenerationOptions, SessionOptions
+from runtime.options import GenerationOptions, SessionOptions, documented
 
 PAGE = Path("docs/options.md")
 HEADER = """# Options
@@ -25,34 +24,15 @@ Made from `runtime/options.py` by `python -m tools.options_page`; do not edit.
 ELSEWHERE = "as in transformers"
 
 
-def described(options: type[Any]) -> tuple[str, dict[str, str]]:
-    """The paragraphs of a docstring that explain no field, and the text of each field that has one.
-
-    Fields are explained by `name: text`, with continuation lines indented by four spaces.
-    """
-    names = {field.name for field in fields(options)}
-    prose, texts, current = list[str](), dict[str, str](), ""
-    for line in inspect.cleandoc(options.__doc__ or "").splitlines():
-        name, colon, text = line.partition(": ")
-        if colon and name in names:
-            current, texts[name] = name, text
-        elif current and line.startswith("    "):
-            texts[current] += " " + line.strip()
-        else:
-            current = ""
-            prose.append(line)
-    return re.sub(r"\n{2,}", "\n\n", "\n".join(prose)).strip(), texts
-
-
 def table(name: str, options: type[Any]) -> str:
-    """A section: the docstring's prose, then a row a field with its default."""
-    prose, texts = described(options)
+    """A section: a row for each field, with its default."""
+    texts = documented(options)
     rows = ["| option | default | |", "|---|---|---|"]
     for field in fields(options):
         default = "" if field.default is MISSING else repr(field.default)
         text = re.sub(r"\s*Default [^.]*\.$", "", texts.get(field.name, ELSEWHERE)).replace("|", "\\|")
         rows.append(f"| `{field.name}` | `{default}` | {text} |")
-    return f"## {name}\n\n{prose}\n\n" + "\n".join(rows) + "\n"
+    return f"## {name}\n\n" + "\n".join(rows) + "\n"
 
 
 def page() -> str:
