@@ -24,37 +24,6 @@ if TYPE_CHECKING:
     from runtime.bundle.precision import Quantization
 
 
-def precision_table(quantization: Quantization) -> Table:
-    """A row an engine."""
-    rows = [
-        (
-            item.engine,
-            item.linears,
-            item.head or "",
-            human_bytes(item.bytes),
-            f"{item.largest_error:.1%}",
-            f"{item.kept}",
-        )
-        for item in quantization.engines
-    ]
-    columns = ("engine", "linear layers", "head", "weights#", "largest error#", "4 bits as they were#")
-    return table("Precision", columns, rows)
-
-
-def _fitted(manifest: Manifest) -> list[tuple[str, str]]:
-    data = manifest.quantization and manifest.quantization.rounding_data
-    return [("4-bit weights", f"fitted to {data.tokens} tokens of {data.texts} texts")] if data else []
-
-
-def higher_table(quantization: Quantization) -> Table:
-    """A row a weight with a higher precision than its engine: it would lose too much, or the plan says so."""
-    rows = [
-        (item.engine, item.tensor, item.wanted, item.stored, "by plan" if item.error is None else f"{item.error:.1%}")
-        for item in quantization.higher
-    ]
-    return table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), rows)
-
-
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}
 NEVER = "1 (never, as calibrated)"
 NOT_CALIBRATED = "1 (not calibrated)"
@@ -110,19 +79,36 @@ def default_mode(bundle: Bundle) -> DefaultMode:
 
 def bundle_tables(bundle: Bundle) -> list[Table]:
     """The page: a table a topic."""
-    manifest = bundle.manifest
+    from freeexport.conversion.bundle_verdict import bundle_verdict
+
+    manifest, calibration, verdict = bundle.manifest, bundle.calibration, bundle_verdict(bundle)
+    next_step = [("next step", verdict.next_step)] if verdict.next_step else []
+    calibrated_at: list[Table] = []
+    if calibration is not None:
+        from freeexport.measure.calibration_page import calibration_tables
+
+        calibrated_at = calibration_tables(calibration)
+    size = f"{human_bytes(bundle_bytes(manifest))}, weights {human_bytes(manifest.weight_bytes)}"
+    cache = [
+        ("capacity", f"{manifest.capacity} tokens"),
+        *([("longest prompt", f"{manifest.encoder_capacity} tokens")] if manifest.encoder_decoder else []),
+        ("per token", human_bytes(manifest.kv_bytes_per_token)),
+        ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
+    ]
+    files = [(name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())]
+    copies = [(copy.tensor, human_bytes(copy.bytes), copy.reason) for copy in manifest.copies]
+    origin = {"path": str(bundle.path), "sha256": bundle.sha256, "made from": manifest.source}
     return [
-        pairs("Bundle", _origin(bundle)),
+        pairs("Bundle", {**origin, "its sha256": manifest.source_sha256, "size": size}.items()),
         pairs("Model", _model(manifest)),
-        pairs("Exit", _exit(manifest, bundle.calibration)),
-        pairs("Verdict", _verdict(bundle)),
-        *([precision_table(manifest.quantization)] if manifest.quantization else []),
-        *([higher_table(manifest.quantization)] if manifest.quantization and manifest.quantization.higher else []),
-        *_calibration(bundle),
-        pairs("KV cache", _cache(manifest)),
+        pairs("Exit", _exit(manifest, calibration)),
+        pairs("Verdict", [("verdict", verdict.text), *next_step]),
+        *([] if manifest.quantization is None else _precision(manifest.quantization)),
+        *calibrated_at,
+        pairs("KV cache", cache),
         pairs("Verification", _verification(bundle)),
-        table("Files", ("name", "size#", "sha256"), _files(manifest)),
-        table("Weights stored more than once", ("tensor", "size#", "reason"), _copies(manifest)),
+        table("Files", ("name", "size#", "sha256"), files),
+        table("Weights stored more than once", ("tensor", "size#", "reason"), copies),
         pairs("Written with", sorted(manifest.versions.items())),
     ]
 
@@ -137,94 +123,67 @@ def bundle_bytes(manifest: Manifest) -> int:
     return sum(file.size for file in manifest.files.values())
 
 
-def _origin(bundle: Bundle) -> list[tuple[str, str]]:
-    manifest = bundle.manifest
-    return [
-        ("path", str(bundle.path)),
-        ("sha256", bundle.sha256),
-        ("made from", manifest.source),
-        ("its sha256", manifest.source_sha256),
-        ("size", f"{human_bytes(bundle_bytes(manifest))}, weights {human_bytes(manifest.weight_bytes)}"),
-    ]
-
-
 def _model(manifest: Manifest) -> list[tuple[str, str]]:
-    kind = "encoder-decoder" if manifest.encoder_decoder else "decoder-only"
-    heads = f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"
+    from runtime.kernels import kernels_of
+
+    def span(layers: range) -> str:  # as people count them, from 1
+        return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
+
+    shallow, deep, quantization = span(manifest.shallow_layers), span(manifest.deep_layers), manifest.quantization
+    fitted = quantization and quantization.rounding_data
     return [
-        ("family", f"{manifest.family} ({kind})"),
-        (
-            "decoder layers",
-            f"{manifest.layers}: shallow {_span(manifest.shallow_layers)}, deep {_span(manifest.deep_layers)}",
-        ),
+        ("family", f"{manifest.family} ({'encoder-decoder' if manifest.encoder_decoder else 'decoder-only'})"),
+        ("decoder layers", f"{manifest.layers}: shallow {shallow}, deep {deep}"),
         ("hidden size", str(manifest.hidden_size)),
-        ("heads", heads),
+        ("heads", f"{manifest.heads} of size {manifest.head_dim}, {manifest.kv_heads} for keys and values"),
         ("vocabulary", str(manifest.vocab_size)),
         ("end tokens", ", ".join(map(str, manifest.eos_token_ids)) or "none"),
         ("target", manifest.target),
         ("dialect", manifest.dialect),
         ("precision", manifest.precision),
-        *_fitted(manifest),
-        *_kernels(manifest),
+        *([("4-bit weights", f"fitted to {fitted.tokens} tokens of {fitted.texts} texts")] if fitted else []),
+        *([("kernels", kernels_of(manifest.kernels))] if quantization and manifest.target == "cpu" else []),
     ]
 
 
-def _kernels(manifest: Manifest) -> list[tuple[str, str]]:
-    from runtime.kernels import kernels_of
-
-    rounded = manifest.quantization is not None and manifest.target == "cpu"
-    return [("kernels", kernels_of(manifest.kernels))] if rounded else []
-
-
-def _span(layers: range) -> str:
-    """Layer numbers as people count them, from 1."""
-    return f"{layers.start + 1}-{layers.stop}" if len(layers) > 1 else str(layers.stop)
+def _precision(quantization: Quantization) -> list[Table]:
+    """A row an engine; and a row a weight with a higher precision than its engine: it would lose too much, or the plan
+    says so."""
+    engines = [
+        (one.engine, one.linears, one.head or "", human_bytes(one.bytes), f"{one.largest_error:.1%}", f"{one.kept}")
+        for one in quantization.engines
+    ]
+    higher = [
+        (one.engine, one.tensor, one.wanted, one.stored, "by plan" if one.error is None else f"{one.error:.1%}")
+        for one in quantization.higher
+    ]
+    columns = ("engine", "linear layers", "head", "weights#", "largest error#", "4 bits as they were#")
+    return [
+        table("Precision", columns, engines),
+        table("Kept at a higher precision", ("engine", "tensor", "wanted", "stored", "error as wanted#"), higher),
+    ]
 
 
 def _exit(manifest: Manifest, calibration: Calibration | None) -> list[tuple[str, str]]:
+    threshold = f"{manifest.threshold:.4g}"
+    if not calibrated(manifest):
+        threshold = NOT_CALIBRATED if calibration is None else NEVER
+    vocabulary, known = "all tokens", manifest.exit_vocabulary
+    if known is not None:
+        covered = f"{known.covered:.2%} of the {known.text_tokens} they come from"
+        vocabulary = f"{known.size} of {manifest.vocab_size} tokens, {covered}"
     return [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),
         ("confidence", manifest.confidence),
-        ("threshold", _threshold(manifest, calibration)),
+        ("threshold", threshold),
         ("most pending tokens", str(manifest.max_pending)),
         *([] if manifest.tuned_max_pending is None else [("in mode free, as tuned", str(manifest.tuned_max_pending))]),
-        ("exit vocabulary", _exit_vocabulary(manifest)),
+        ("exit vocabulary", vocabulary),
         *([("rollback threshold", f"{limit:.3g} nats")] if (limit := manifest.rollback_threshold) is not None else []),
         ("trained", _TRAINED[manifest.exit_trained]),
         *_break_even(manifest),
     ]
-
-
-def _threshold(manifest: Manifest, calibration: Calibration | None) -> str:
-    if calibrated(manifest):
-        return f"{manifest.threshold:.4g}"
-    return NOT_CALIBRATED if calibration is None else NEVER
-
-
-def _verdict(bundle: Bundle) -> list[tuple[str, str]]:
-    from freeexport.conversion.bundle_verdict import bundle_verdict
-
-    found = bundle_verdict(bundle)
-    return [("verdict", found.text), *([("next step", found.next_step)] if found.next_step else [])]
-
-
-def _calibration(bundle: Bundle) -> list[Table]:
-    calibration = bundle.calibration
-    if calibration is None:
-        return []
-    from freeexport.measure.calibration_page import calibration_tables
-
-    return calibration_tables(calibration)
-
-
-def _exit_vocabulary(manifest: Manifest) -> str:
-    known = manifest.exit_vocabulary
-    if known is None:
-        return "all tokens"
-    return (
-        f"{known.size} of {manifest.vocab_size} tokens, {known.covered:.2%} of the {known.text_tokens} they come from"
-    )
 
 
 def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
@@ -254,17 +213,6 @@ def _break_even(manifest: Manifest) -> list[tuple[str, str]]:
     return rows
 
 
-def _cache(manifest: Manifest) -> list[tuple[str, str]]:
-    rows = [
-        ("capacity", f"{manifest.capacity} tokens"),
-        ("per token", human_bytes(manifest.kv_bytes_per_token)),
-        ("per sequence", human_bytes(manifest.kv_bytes_per_sequence)),
-    ]
-    if manifest.encoder_decoder:
-        rows.insert(1, ("longest prompt", f"{manifest.encoder_capacity} tokens"))
-    return rows
-
-
 def _verification(bundle: Bundle) -> list[tuple[str, str]]:
     """A line for each check, and one for greedy decoding; `--json` has all figures."""
     try:
@@ -286,11 +234,3 @@ def _checks(bundle: Bundle, report: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("same best token", f"{quality['agreement']:.1%} of {quality['tokens']}"))
         rows.append(("perplexity", f"x {quality['perplexity_ratio']:.3f}, divergence {quality['divergence']:.2g} nats"))
     return rows
-
-
-def _files(manifest: Manifest) -> list[tuple[str, str, str]]:
-    return [(name, human_bytes(file.size), file.sha256) for name, file in sorted(manifest.files.items())]
-
-
-def _copies(manifest: Manifest) -> list[tuple[str, str, str]]:
-    return [(copy.tensor, human_bytes(copy.bytes), copy.reason) for copy in manifest.copies]
