@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -270,25 +271,38 @@ class Comparison:
         return tie is None or self.first_difference is None or (self.gap is not None and self.gap < tie)
 
 
-def compare(session: Session, model: Any, prompts: Sequence[Sequence[int]], new_tokens: int) -> Iterator[Comparison]:
-    """Mode `full` of the session against transformers' `generate`, with the bundle's end-of-sequence ids."""
+def compare(
+    session: Session,
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    seconds: Callable[[], float] = lambda: math.inf,
+) -> Iterator[Comparison]:
+    """Mode `full` of the session against transformers' `generate`, with the bundle's end-of-sequence ids. `seconds` are
+    left for the reference: it may give fewer tokens then, and so many are compared."""
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
     for number, prompt in enumerate(prompts):
         ours = session.generate(list(prompt), mode="full", max_new_tokens=count).token_ids
-        theirs, gaps = reference_ids(model, list(prompt), count, session.manifest.eos_token_ids)
+        most = max(1.0, seconds())
+        theirs, gaps = reference_ids(model, list(prompt), count, session.manifest.eos_token_ids, most)
+        if most < math.inf and theirs and theirs[-1] not in session.manifest.eos_token_ids:
+            ours = ours[: len(theirs)]
         differing = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
         first = next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
         yield Comparison(number, len(ours), first, gaps[first] if first is not None and first < len(gaps) else None)
 
 
-def reference_ids(model: Any, prompt: list[int], count: int, eos: Sequence[int]) -> tuple[list[int], list[float]]:
+def reference_ids(
+    model: Any, prompt: list[int], count: int, eos: Sequence[int], seconds: float = math.inf
+) -> tuple[list[int], list[float]]:
     """Greedy ids of `generate`, and the distance of the two best logits at each."""
     ids = torch.tensor([prompt])
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,
+        max_time=seconds if seconds < math.inf else None,
         min_new_tokens=0,
         do_sample=False,
         num_beams=1,

@@ -62,8 +62,7 @@ def verify(
     """
     total = LOAD + AGAINST + ITSELF + GREEDY + EXIT if model else ITSELF
     with _runnable(bundle) as copy, progress("verifying", total) as advance:
-        checked = _Verification(copy, bundle.manifest.float_type, extent, threads or usable_cores(), advance)
-        return checked.report(model, data)
+        return _Verification(copy, bundle.manifest.float_type, extent, threads, advance).report(model, data)
 
 
 def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
@@ -74,9 +73,12 @@ def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
 class _Verification:
     """The checks of one bundle, `float_type` as it was written for."""
 
-    def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent, threads: int, advance: Advance) -> None:
+    def __init__(
+        self, bundle: Bundle, float_type: FloatType, extent: Extent, threads: int | None, advance: Advance
+    ) -> None:
         self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
-        self.extent, self.threads, self.advance = extent, threads, advance
+        self.extent, self.threads, self.advance = extent, threads or usable_cores(), advance
+        self.torch_threads = threads  # None is torch's own choice, which OMP_NUM_THREADS sets
         self.left_out: list[str] = []
         self.began = time.monotonic()
 
@@ -117,8 +119,12 @@ class _Verification:
         rounds = self.manifest.quantization is not None and self.manifest.target == "cpu"
         return "8 bits" if rounds else self.float_type
 
+    @property
+    def _seconds_left(self) -> float:
+        return self.began + self.extent.seconds - time.monotonic()
+
     def _in_time(self, what: str) -> bool:
-        if time.monotonic() - self.began <= self.extent.seconds:
+        if self._seconds_left > 0:
             return True
         self.left_out.append(what)
         return False
@@ -128,7 +134,8 @@ class _Verification:
 
         from freeexport.checkpoints.transformers_model import reference_model
 
-        torch.set_num_threads(self.threads)
+        if self.torch_threads is not None:
+            torch.set_num_threads(self.torch_threads)
         model = reference_model(checkpoint)
         self.advance(LOAD)
         return model
@@ -182,7 +189,7 @@ class _Verification:
         tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
         greedy, traces = list[dict[str, Any]](), list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
-            for comparison in compare(session, model, prompts, count):
+            for comparison in compare(session, model, prompts, count, lambda: self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
                 self.advance(GREEDY / len(prompts))
                 if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
