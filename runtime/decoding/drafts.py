@@ -4,8 +4,8 @@
   lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.
 - A draft has up to 3 tokens at first; after one that was accepted whole twice as many and one more, after another as
   many as were accepted of it, at least 1. Of those lengths the measured costs decide for the one that promises most.
-- A request that drafts have cost more than GRANT tokens and SHARE of its time tries only lookups of LONG tokens, until
-  it has made up for that. The next request begins without that debt.
+- A request that drafts have cost more than GRANT tokens and SHARE of its time tries only what LONG tokens agree with,
+  until it has made up for that. The next request begins without that debt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runtime.decoding.response import Response
 # Lengths of drafts of candidates: the calls for each number of rows are bound once, which takes as long as a token.
 LENGTHS = (1, 3, 7, 15)
 FIRST = 3  # tokens of a request's first draft
-# Tokens of a lookup that is always tried, and of one that is tried whatever was lost.
+# Tokens of a lookup that is always tried, and tokens that agree with a text that is tried whatever was lost.
 TRIED, LONG = 3, 8
 # In tokens of mode full: what drafts may lose in a request, the share of its tokens that adds to it, and the most that
 # they may lose again of what they have saved.
@@ -222,7 +222,7 @@ class Drafts:
     def _length(self, source: str, agrees: int, count: int) -> int:
         """How many of `count` candidates to draft, where so many tokens before them agree."""
         tried = source != "lookup" or agrees >= TRIED
-        if not count or not (self._may_lose or (source == "lookup" and agrees >= LONG)):
+        if not count or not (self._may_lose or agrees >= LONG):
             return 0
         most, whole = self._next.get(source, (FIRST, False))
         costs, among, tokens, reached, drafted = self._costs, self._sequences, 1.0, 1.0, 0

@@ -20,17 +20,18 @@ from freeexport.system.machine import detect_machine
 from runtime import Session
 from runtime.result import GenerationResult
 
-CODE = """def mean(values):
-    total = 0
-    count = 0
-    for value in values:
-        total += value
-        count += 1
-    average = total / count
-    return average"""
+CODE = """for i in range(10):
+    if i % 2 == 0:
+        print(i, "is even")
+    else:
+        print(i, "is odd")
+    if i == 5:
+        print("half way")
+print("done")"""
 REPEAT = {
     "sentence": "The quick brown fox jumps over the lazy dog near the river bank at dawn.",
-    "long": "Alice sold 14 red apples and 9 green pears to the baker on Monday, and 3 plums to the miller on Friday.",
+    "long": "The library opens at nine in the morning and closes at six in the evening, except on Sundays, when it is "
+    "closed all day long.",
     "code": CODE,
 }
 SUBJECTS = (
@@ -80,8 +81,10 @@ def measured(session: Session, prompt: str, tokens: int, rounds: int, fresh: boo
 @click.option("--threads", type=int, default=1)
 @click.option("--max-new-tokens", "tokens", type=int, default=128)
 @click.option("--rounds", type=click.IntRange(1), default=16, help="Of each prompt, fresh and then next ones.")
+@click.option("--prompt", "chosen", multiple=True, help="Names that begin so, as 'repeat code'. May be repeated.")
 @click.option("--require", is_flag=True, help="Fail where drafts do not pay as they should.")
-def main(bundles: tuple[Path, ...], threads: int, tokens: int, rounds: int, require: bool) -> None:
+def main(bundles: tuple[Path, ...], threads: int, tokens: int, rounds: int, chosen: tuple[str, ...],
+         require: bool) -> None:
     # fmt: on
     click.echo(f"{detect_machine().cpu}, {threads} threads, {rounds} rounds")
     failed = False
@@ -89,6 +92,8 @@ def main(bundles: tuple[Path, ...], threads: int, tokens: int, rounds: int, requ
         with Session(bundle, threads=threads, slots=1) as session:
             click.echo(f"{bundle.name}, {session.manifest.precision}")
             for name, prompt in prompts().items():
+                if not name.startswith(chosen or ("",)):
+                    continue
                 for fresh in (True, False):
                     ratios, told = measured(session, prompt, tokens, rounds, fresh)
                     listed = " ".join(f"{ratio:.2f}" for ratio in ratios)
