@@ -86,7 +86,7 @@ def cached(engine: Recorder, length: int) -> set[tuple[float, ...]]:
 def decoded(
     loop: Callable[..., Loop], decoder: Decoder, prompt: np.ndarray, limit: int, *settings: Any, **options: Any
 ) -> Loop:
-    """What a request decodes by `loop`: a prompt's own prediction first, but for an encoder-decoder, whose prompt is
+    """Decode a request by `loop`: a prompt's own prediction first, but for an encoder-decoder, whose prompt is
     none: [0] stands for its start token. `head`: whether the prompt's last row has the shallow head."""
     head, response = options.pop("head", True), Response(prompt, limit)
     if prompt.tolist() == START:

@@ -18,7 +18,7 @@ Mode = Literal["free", "full"]
 
 @dataclass
 class Reference:
-    """What FREE emits. All lists but `sync_sizes` run parallel to `token_ids` (end of sequence included, no prompt).
+    """The output of FREE. All lists but `sync_sizes` run parallel to `token_ids` (end of sequence included, no prompt).
 
     `forced`: the token would have exited, but the stack was full. `gaps`: best minus second best logit of whichever
     decoder emitted. `sync_sizes`: rows of each deep call after a prefill (in mode `full` all 1). `stacked`: pending
@@ -97,7 +97,7 @@ def replay(
     max_pending: int = 16,
     mode: Mode = "free",
 ) -> Reference:
-    """What FREE emits at each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
+    """Decide each step after `token_ids[:step]`, from one forward pass: `free_decode` for large models.
 
     It equals `free_decode` up to and including the first place where it differs from `token_ids`, if there is one;
     what follows is meaningless. `finish_reason` is not set.
@@ -241,7 +241,7 @@ def separating_threshold(reference: Reference, quantile: float = 0.5) -> float:
 
 
 class Decoded(Protocol):
-    """What `assert_same_tokens` compares with a reference: a generation result, or another reference."""
+    """A generation result, or another reference, that `assert_same_tokens` compares with one."""
 
     @property
     def token_ids(self) -> Sequence[int]: ...

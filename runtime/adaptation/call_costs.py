@@ -1,4 +1,4 @@
-"""What engine calls take on this machine: the one estimator, measured while requests are decoded."""
+"""The estimator of what engine calls take on this machine, measured while requests are decoded."""
 
 from __future__ import annotations
 

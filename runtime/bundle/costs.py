@@ -1,4 +1,4 @@
-"""What decoding costs, and what exits save: the one model of it (docs/method.md), and what bundles record of it.
+"""The model of what decoding costs and exits save (docs/method.md), and what bundles record of it.
 
 A token costs a shallow step, and its share of the sync pass that its run of exits ends in.
 """
@@ -50,12 +50,12 @@ class Costs:
 
     @property
     def trusted(self) -> bool:
-        """Whether predictions from them are worth printing: timings beside other work are not."""
+        """True where predictions from them are worth printing: timings beside other work are not."""
         return self.busy <= TOLERATED
 
     @property
     def sound(self) -> bool:
-        """Whether such costs can be: positive, with a deep pass over one row."""
+        """True where such costs can be: positive, with a deep pass over one row."""
         seconds = (self.shallow, self.shallow_without_head, *self.deep.values())
         beside = (self.outside.full, self.outside.free, self.outside.sync, self.busy)
         return 1 in self.deep and min(self.deep) == 1 and min(seconds) > 0 <= min(beside)
@@ -95,8 +95,7 @@ class Costs:
         return self.full / (self.step + passes / tokens)
 
     def speedup(self, exit_rate: float, max_pending: int) -> float:
-        """The same where each token exits with probability `exit_rate`, independently, and a full stack forces a
-        sync."""
+        """The `speedup_of` tokens that exit with probability `exit_rate`, where a full stack forces a sync."""
         chances = {rows: exit_rate ** (rows - 1) * (1 - exit_rate) for rows in range(1, max_pending)}
         chances[max_pending] = exit_rate ** (max_pending - 1)
         return self.speedup_of(chances, sum(rows * chance for rows, chance in chances.items()))
@@ -107,10 +106,10 @@ class Costs:
 
 
 # A session that knows nothing of its machine takes these proportions: a deep row beside the first costs a tenth of it,
-# the head as much as a shallow step without it, which is rather too much.
+# the head as much as a shallow step without it, an overestimate.
 NEUTRAL = Costs(2.0, 1.0, {1: 1.0, 2: 1.1}, measured=False)
 
 
 def recordable(costs: Costs) -> Costs | None:
-    """What a bundle or a calibration records: None where nothing was measured."""
+    """Costs as a bundle or a calibration records them: None where nothing was measured."""
     return costs if costs.measured and costs.sound else None

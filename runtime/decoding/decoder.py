@@ -264,7 +264,7 @@ class Decoder:
             call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
-        """Whether predictions carry logits: they are copied out of the engines only then."""
+        """Let predictions carry logits, or not: they are copied out of the engines only where they are `wanted`."""
         if wanted == bool(self._logits):
             return
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}

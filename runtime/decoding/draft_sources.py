@@ -76,7 +76,7 @@ class NGrams:
 
 
 class Repetition:
-    """What followed, where the newest tokens stood before. `agrees`: how many of them did, 0 where none is known."""
+    """A lookup: the tokens that followed where the newest ones stood before. `agrees`: how many did, 0 for none."""
 
     name = "lookup"
 
@@ -101,7 +101,7 @@ class Repetition:
 
 
 class Expected:
-    """What is left of a text that the output is expected to be, but for changes."""
+    """The rest of a text that the output is expected to be, but for changes."""
 
     name = "predicted"
 
@@ -141,8 +141,8 @@ class Expected:
 
 
 class Own:
-    """What the caller's code returns for the tokens so far, int64 [n], of the decoder. OptionError for what is no list
-    of token ids."""
+    """The caller's code, which is given the decoder's tokens so far, int64 [n]. OptionError where it returns no list of
+    token ids."""
 
     name, agrees = "own", 0
 
@@ -201,7 +201,7 @@ class DraftSources:
         self.unexpected = 0  # tokens since a candidate was right
 
     def due(self) -> bool:
-        """Whether to look for candidates at this token."""
+        """Count a token, and tell whether to look for candidates at it."""
         self.tokens_to_look -= 1
         if self.tokens_to_look > 0:
             return False
@@ -219,6 +219,6 @@ class DraftSources:
         return final
 
     def found(self, most: int) -> Iterator[Candidates]:
-        """What the texts have to follow, at most `most` tokens each."""
+        """Yield candidates of the texts, at most `most` tokens each."""
         for source in self._texts:
             yield Candidates(source.name, source.agrees, source.candidates(most))

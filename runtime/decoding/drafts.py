@@ -70,8 +70,8 @@ class Acceptance:
 
 
 class LearnedDrafts:
-    """What the lossless requests of a session have taught: `costs` of calls, and acceptance by threshold and by
-    whether tokens are sampled."""
+    """Lessons of a session's lossless requests: `costs` of calls, and acceptance by threshold and by whether tokens are
+    sampled."""
 
     def __init__(self, costs: CallCosts) -> None:
         self.costs = costs
@@ -103,7 +103,7 @@ PLAIN = Plan()
 
 
 class Outcome(NamedTuple):
-    """What came of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
+    """The outcome of a draft: `kept` of `proposed` tokens were accepted and `made` tokens final, after `rows` shallow
     steps. `sure`: whether each row that had the head was; `agreed`: the prediction at the row behind the draft was the
     deep decoder's."""
 
@@ -133,7 +133,7 @@ class Drafts:
         self._exit_length = self._best_exit()
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
-        """The next draft, of at most `most` tokens, in calls that so many sequences share."""
+        """Choose the next draft, of at most `most` tokens, in calls that so many sequences share."""
         self._tokens = len(response.tokens)
         if sequences != self._sequences:
             self._sequences = sequences
@@ -152,7 +152,7 @@ class Drafts:
         return self._plan_exit(most) if self._exits else PLAIN
 
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
-        """A token without a draft: seconds of its step and of its deep pass, in calls of its own unless `shared`."""
+        """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
         self._to_time -= 1
         if self._to_time <= 0 and not shared:
             self._to_time = TIMED
@@ -160,7 +160,7 @@ class Drafts:
             self._costs.observe("pass", 1, deep)
 
     def observe(self, plan: Plan, outcome: Outcome, shallow: float, deep: float, shared: bool) -> None:
-        """What came of a draft or a probe, and seconds of its shallow calls and of its deep pass."""
+        """Learn from a draft or a probe, and the seconds of its shallow calls and of its deep pass."""
         costs, among, rows, heads = self._costs, self._sequences, outcome.rows, len(outcome.sure)
         if not shared:
             costs.observe("pass", rows, deep)
@@ -209,7 +209,7 @@ class Drafts:
         yield from sources.found(most)
 
     def _judge(self, final: list[int]) -> None:
-        """Tokens have become final: which candidates were right, drafted or not."""
+        """Learn from tokens that became final which candidates were right, drafted or not."""
         for source, agrees, tokens in self._open:
             for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
                 self._acceptance.right(source, agrees + place).observe(candidate == token)
@@ -220,7 +220,7 @@ class Drafts:
         self._open = []
 
     def _length(self, source: str, agrees: int, count: int) -> int:
-        """How many of `count` candidates to draft, where so many tokens before them agree."""
+        """Choose how many of `count` candidates to draft, where so many tokens before them agree."""
         tried = source != "lookup" or agrees >= TRIED
         if not count or not (self._may_lose or agrees >= LONG):
             return 0
@@ -253,7 +253,7 @@ class Drafts:
         return Plan(probe=True)
 
     def _best_exit(self) -> int:
-        """The length of the exit's next draft, 0 where none pays."""
+        """Choose the length of the exit's next draft, 0 where none pays."""
         costs, among = self._costs, self._sequences
         most, whole = self._next.get("exit", (FIRST, False))
         sure, kept = self._acceptance.sure.value, self._acceptance.kept.value

@@ -67,7 +67,7 @@ class Response:
 
     @property
     def complete(self) -> bool:
-        """Whether it came to an end of its own."""
+        """True where it came to an end of its own."""
         return self.finished not in (None, "cancelled", "deadline")
 
     def leaves(self) -> FinishReason | None:
@@ -86,11 +86,11 @@ class Response:
         return self._sampler(prediction.logits, self._ids[:length])
 
     def ends(self, drafts: Sequence[int]) -> bool:
-        """Whether the request is over with the last of `drafts`, should all of them become final."""
+        """True where the request is over with the last of `drafts`, should all of them become final."""
         return drafts[-1] in self._eos or self._length + len(drafts) >= self._end
 
     def within(self, drafts: list[int]) -> list[int]:
-        """Those up to the one that ends the request, should all of them become final."""
+        """Cut `drafts` behind the one that ends the request, should all of them become final."""
         ends = (place + 1 for place, token in enumerate(drafts) if token in self._eos)
         return drafts[: min(next(ends, len(drafts)), self._end - self._length)]
 
@@ -170,7 +170,7 @@ class Response:
         return _result(tuple(self.tokens), self._rest, reason, self._stats)
 
     def _count(self) -> None:
-        """What is not worth counting at every token."""
+        """Fill in the counts that are not worth keeping at every token."""
         self._stats.tokens = len(self.tokens)
         if self.tokens:
             self._stats.first_token_seconds = self.times[0] - self.asked

@@ -149,7 +149,7 @@ def test_a_long_prompt_is_read_in_pieces_and_only_its_last_row_gets_the_head(len
 def test_pieces_keep_others_waiting_for_a_bounded_time(
     fixed: float, each: float, least: float, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock in which a piece takes `fixed` seconds, and `each` for a row."""
+    """The clock is one in which a piece takes `fixed` seconds, and `each` for a row."""
     decoder, shallow, deep = decoder_of(rows=2048)
     decoder.others = True
 

@@ -1,4 +1,4 @@
-"""What is drafted: simulated text, acceptance and costs in, speed against mode full out."""
+"""The rule of drafts: simulated text, acceptance and costs in, speed against mode full out."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def learned_by(base: Costs = NEUTRAL) -> LearnedDrafts:
 @each_machine
 @pytest.mark.parametrize(("found", "right"), [(0.08, 0.6), (0.1, 0.5), (0.1, 0.2), (0.03, 0.0), (0.0, 0.0)])
 def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float, right: float) -> None:
-    """Of SmolLM2's own texts 3 to 8 % of the tokens begin a match of three, whose tokens are right 6 times in 10."""
+    """In texts of SmolLM2 3 to 8 % of the tokens begin a match of three, whose tokens are right 6 times in 10."""
     for seed in range(12):
         learned = learned_by()
         for number in range(6):
