@@ -49,7 +49,7 @@ def check(library: Path) -> None:
                         for name in names:
                             np.testing.assert_array_equal(multiply(name, x, case, library, **extra), expected, name)
                             count += 1
-    for heads, kv_heads, size, window, kinds in ((3, 1, 16, 0, "r"), (5, 1, 48, 3, "b"), (4, 4, 64, 0, "rn")):
+    for heads, kv_heads, size, window, kinds in ((3, 1, 24, 0, "r"), (5, 1, 40, 3, "b"), (4, 4, 64, 0, "rn")):
         layer = random_layer(rng, heads, kv_heads, size, window, kinds)
         for packed in (False, True):
             call = random_call(rng, layer, [0, 124, 7], [5, 16, 0], capacity=140)

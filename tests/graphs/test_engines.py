@@ -17,7 +17,6 @@ from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from graphs.description import Description
 from graphs.engine_options import EngineOptions
-from graphs.engines import engine_names
 from graphs.errors import GraphError
 from graphs.families import describe
 
@@ -129,11 +128,6 @@ def test_an_exit_layer_outside_the_model_is_refused_with_the_range(exit_layer: i
         EngineOptions(exit_layer, capacity=64).check(llama)
 
 
-@pytest.mark.parametrize("exit_layer", [1, 4])
-def test_the_ends_of_the_range_are_exit_layers(exit_layer: int, llama: Description) -> None:
-    EngineOptions(exit_layer, capacity=64).check(llama)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -157,9 +151,3 @@ def test_head_sizes_that_the_fused_operator_has_no_kernel_for_are_refused(head_d
     with pytest.raises(GraphError, match=f"size {head_dim} .*--dialect standard"):
         EngineOptions(1, capacity=64).check(odd)
     EngineOptions(1, capacity=64, dialect="standard").check(odd)
-
-
-def test_engines_are_named_in_the_order_they_run(llama: Description, checkpoint: Callable[[Case], Path]) -> None:
-    assert engine_names(llama) == ["shallow", "deep"]
-    source = open_checkpoint(str(checkpoint(BY_NAME["t5-relu-tied"])))
-    assert engine_names(describe(source.config, source)) == ["encoder", "prologue", "shallow", "deep"]

@@ -16,7 +16,6 @@ from engine_cases import check_rows_are_exact, every, pair_of, tokens
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from graphs.engine_options import EngineOptions
-from runtime import Session
 from runtime.kernels import missing
 
 if problem := missing():
@@ -67,17 +66,6 @@ def test_attention_computes_what_onnx_runtimes_does(
 def test_rows_are_exact_without_an_option(name: str, precision: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision)
     check_rows_are_exact(path)
-
-
-@pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
-def test_lossless_is_full_to_the_token(precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME["llama-biases"], 1, precision=precision)
-    prompts = [np.random.default_rng(seed).integers(3, 90, 9).tolist() for seed in range(12)]
-    with Session(path, threads=2, slots=4) as session:
-        given = {"max_new_tokens": 40, "ignore_eos": True}
-        full = [session.generate(prompt, mode="full", **given).token_ids for prompt in prompts]
-        batched = session.generate(prompts, mode="lossless", threshold=0.1, **given)
-    assert [result.token_ids for result in batched] == full
 
 
 @pytest.mark.parametrize("measure", ["softmax", "max-prob", "entropy"])

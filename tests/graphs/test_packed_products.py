@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, LARGER
+from checkpoints import CASES
 from conftest import Bundles
 from engine_cases import every, pair_of, tokens
 from kernel_cases import session_of
@@ -17,14 +16,12 @@ from linear_case import BIAS, FLOAT, WEIGHT, normal
 from onnx import numpy_helper
 from tensor_source import Source
 
-import runtime.kernels
 from graphs.errors import GraphError
 from graphs.graph import Graph
 from graphs.quantization.passes import PackedProducts, QuantizeLinears
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme, packed, round_4_bits
 from graphs.weights import WeightFile
-from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.precision import TensorFormat
 from runtime.errors import EngineError
@@ -123,31 +120,6 @@ def test_a_row_has_the_same_bits_in_every_call(name: str, precision: str, bundle
         pair.trim(past)
         together = pair.deep(hidden[:, past : past + size], every(1, size))["logits"]
         np.testing.assert_array_equal(together, np.stack(singles[:size]))
-
-
-def test_a_session_generates_with_the_kernels(bundle: Bundles) -> None:
-    path = bundle(LARGER[1], 1, precision="int4", **OWN)
-    with Session(path, threads=2) as session:
-        full = session.generate([5, 6, 7], max_new_tokens=24, mode="full", ignore_eos=True)
-        lossless = session.generate([5, 6, 7], max_new_tokens=24, mode="lossless", threshold=0.0, ignore_eos=True)
-    assert full.token_ids == lossless.token_ids
-
-
-def test_without_the_library_a_session_says_what_to_install(
-    bundle: Bundles, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    path = bundle(LLAMA, 1, precision="int8", **OWN)
-    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
-    with pytest.raises(EngineError, match=r"kernels are not built here .*; install a C\+\+ compiler"):
-        Session(path)
-
-
-def test_a_bundle_of_a_later_version_is_refused(bundle: Bundles) -> None:
-    opened = Bundle.open(bundle(LLAMA, 1, precision="int8", **OWN))
-    with pytest.raises(EngineError, match=f"version {VERSION + 1} of .* is needed, {VERSION} is here"):
-        runtime.kernels.register(None, VERSION + 1)
-    manifest = replace(opened.manifest, kernels=VERSION + 1)
-    assert type(manifest).from_json(manifest.to_json()).kernels == VERSION + 1
 
 
 def test_graphs_without_the_library_are_refused_by_onnx_runtime(bundle: Bundles) -> None:

@@ -28,7 +28,7 @@ from runtime.bundle.precision import HigherTensor, TensorFormat
 
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ("int8", "int4", "mixed")
-SELECTION = ("t5-relu-tied", "t5-gated-untied", "llama-tied", "llama-biases", "mistral-window", "qwen3")
+SELECTION = ("t5-gated-untied", "llama-biases", "mistral-window", "qwen3")
 ORT = {"kernels": "onnxruntime"}
 each_precision = pytest.mark.parametrize("precision", PRECISIONS)
 

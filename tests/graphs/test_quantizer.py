@@ -158,9 +158,3 @@ def test_a_head_and_the_embedding_it_is_tied_to_share_their_bytes(width: int, we
     assert [part.offset for part in head.operands.values()] == [part.offset for part in table.operands.values()]
     assert table.operands["data"].shape == (16, width)
     assert weights.bytes == head.bytes
-
-
-def test_fp32_stores_nothing(weights: WeightFile) -> None:
-    stored = Quantizer(weights, IntegerScheme()).store(tensor(bell()), "fp32")
-    assert (stored.format, stored.operands, stored.bytes) == ("fp32", {}, 16 * 64 * 4)
-    assert weights.bytes == 0

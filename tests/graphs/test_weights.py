@@ -77,19 +77,6 @@ def test_equal_bytes_are_written_once_whatever_their_shape_and_type(weights: Wei
     assert weights.bytes == values.nbytes
 
 
-def test_one_name_in_two_precisions_is_two_tensors(weights: WeightFile) -> None:
-    value = array(3, 5)
-    full, half = weights.add("a", FLOAT, giving(value)), weights.add("a", HALF, giving(value))
-    assert full.name != half.name
-    np.testing.assert_array_equal(read(weights, full), value)
-    np.testing.assert_array_equal(read(weights, half), value.astype(np.float16))
-
-
-def test_a_transposed_array_is_written_in_row_order(weights: WeightFile) -> None:
-    value = array(3, 5).T
-    np.testing.assert_array_equal(read(weights, weights.add("a", FLOAT, giving(value))), value)
-
-
 @settings(max_examples=20, deadline=None)
 @given(sizes=st.lists(st.integers(1, 300) | st.just(BIG // 4), min_size=1, max_size=8))
 def test_tensors_are_aligned_and_do_not_overlap(sizes: list[int], tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -109,8 +96,3 @@ def test_a_weight_out_of_range_of_fp16_is_refused(value: float, weights: WeightF
     with pytest.raises(GraphError, match=r"weight layer\.weight.* reaches .*--precision fp32"):
         weights.add("layer.weight", HALF, giving(large))
     weights.add("layer.weight", FLOAT, giving(large))
-
-
-def test_the_largest_value_of_fp16_is_kept(weights: WeightFile) -> None:
-    tensor = weights.add("a", HALF, giving(np.array([65504.0], np.float32)))
-    assert read(weights, tensor).tolist() == [65504.0]
