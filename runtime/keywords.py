@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-from runtime.options import Drafts, DraftSource, Mode
+from runtime.options import AdaptiveRule, Drafts, DraftSource, Mode
 from runtime.text.sampler import LogitsProcessor
 
 
@@ -19,6 +19,7 @@ class SessionKeywords(TypedDict, total=False):
     overlap: bool | None
     run_ahead: bool
     threshold: float | Literal["adaptive"] | None
+    adaptive_rule: AdaptiveRule
     adaptive_memory: int
     adaptive_target: float | None
     adaptive_state: Mapping[str, Any] | None

@@ -17,6 +17,7 @@ from runtime.text.sampler import LogitsProcessor
 
 Mode = Literal["free", "rollback", "lossless", "full", "shallow"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+AdaptiveRule = Literal["bmm", "paper"]
 Drafts = Literal["auto", "exit", "lookup", "none"]
 # Token ids that may come after those that the decoder read or wrote so far, int64 [n].
 DraftSource = Callable[[np.ndarray], Sequence[int] | np.ndarray]
@@ -49,9 +50,11 @@ class SessionOptions:
     threshold: of requests that give none. "adaptive" is for mode "free": it begins as calibrated, or high where
         nothing is, and is refitted from the agreement in sync passes (docs/calibration.md); other modes then use the
         bundle's. None is the bundle's.
-    adaptive_memory: the weight of a token is 1/e after so many further tokens. Default 4000.
-    adaptive_target: the probability of agreeing that an exit at the adaptive threshold must have, in (0, 1). None is
-        what the bundle was calibrated for, else 0.95.
+    adaptive_rule: how it is refitted. "bmm": by P(agree | confidence). "paper": by the likelihood ratio, as FREE's
+        authors run it, for comparison: it may exit where most tokens disagree (docs/calibration.md). Default "bmm".
+    adaptive_memory: bmm: the weight of a token is 1/e after so many further tokens. Default 4000.
+    adaptive_target: bmm: the probability of agreeing that an exit at the adaptive threshold must have, in (0, 1). None
+        is what the bundle was calibrated for, else 0.95. paper: zeta, None is 0.4.
     adaptive_state: of `Session.adaptive_state()`, to continue from there.
     verify: "sizes" checks the sizes of the bundle's files, "full" their sha256 too. Default "sizes".
     device: "cpu", or "cuda:0" for one of `convert --target cuda` or tensorrt. No fallback to another device.
@@ -69,6 +72,7 @@ class SessionOptions:
     overlap: bool | None = None
     run_ahead: bool = False
     threshold: float | Literal["adaptive"] | None = None
+    adaptive_rule: AdaptiveRule = "bmm"
     adaptive_memory: int = 4000
     adaptive_target: float | None = None
     adaptive_state: Mapping[str, Any] | None = None
@@ -89,6 +93,7 @@ class SessionOptions:
         check_whole("capacity", self.capacity, 1, optional=True)
         if not _is_text(self.threshold, "adaptive"):
             check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
+        check_choice("adaptive_rule", self.adaptive_rule, get_args(AdaptiveRule))
         check_whole("adaptive_memory", self.adaptive_memory, 100)
         check_whole("prefix_cache_mb", self.prefix_cache_mb, 0)
         check_number("adaptive_target", self.adaptive_target, 1e-6, 1 - 1e-6, "between 0 and 1")

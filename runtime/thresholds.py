@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, RequestLabels
+from runtime.adaptation.paper_threshold import PaperThreshold
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
@@ -21,7 +22,7 @@ class Threshold(NamedTuple):
 
     value: float
     labels: RequestLabels | None = None
-    adaptive: AdaptiveThreshold | None = None
+    adaptive: AdaptiveThreshold | PaperThreshold | None = None
 
     def learn(self) -> None:
         """The request has ended."""
@@ -60,8 +61,11 @@ class Thresholds:
         self._of_bundle = bundle.manifest.threshold
         self._bundle, self.costs = bundle, costs
         self._of_session: float | None = None
-        self.adaptive: AdaptiveThreshold | None = None
-        if options.threshold == "adaptive":
+        self.adaptive: AdaptiveThreshold | PaperThreshold | None = None
+        given = options.adaptive_state, options.adaptive_target
+        if options.threshold == "adaptive" and options.adaptive_rule == "paper":
+            self.adaptive = PaperThreshold(bundle.manifest, bundle.calibration, *given)
+        elif options.threshold == "adaptive":
             self.adaptive = AdaptiveThreshold(
                 bundle.manifest,
                 bundle.calibration,

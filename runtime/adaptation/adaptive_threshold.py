@@ -1,22 +1,19 @@
 """The exit threshold refitted from what sync passes say, while a session decodes.
 
 A sync pass of mode "free" tells for each of its rows whether both decoders predict the same: for the tokens that exited
-since the last pass, for the one below the threshold that made it run, and for one that a full stack forced. What the
-threshold decides is so labelled on both sides of it, whatever the threshold is. Which tokens remain without a label?
+since the last pass, for the one below the threshold that made it run, and for one that a full stack forced. So what the
+threshold decides is labelled on both sides of it. Which tokens remain without a label?
 
 - A stack that is left over when a sequence ends. Its tokens are more confident than the threshold, so leaving them out
-would
-  make sure tokens look rarer than they are, the more so the lower the threshold. They count as unlabelled, and EM gives
-  them the labels that tokens of their confidence have. That is right as long as being left over depends on the
-  confidence alone.
-- It may depend on more; and where sequences are short and all tokens exit, no pass runs, nothing is labelled, and a
-  threshold that is too low stays so. So once AUDIT_TOKENS were left over, the stack of the next request that ends is
-  checked by one pass more, an audit, which changes none of its tokens.
-- The first token of a decoder-only model, which reading the prompt predicts: it is not among the tokens that are
-  learned from. Requests with a threshold of their own are not either: their passes would choose other tokens.
+  would make confident tokens look rarer than they are. They count as unlabelled, and EM gives them the labels that
+  tokens of their confidence have, which is right as long as being left over depends on the confidence alone.
+- It may depend on more; and where sequences are short and all tokens exit, no pass runs, and a threshold that is too
+  low stays so. So once AUDIT_TOKENS were left over, the stack of the next request that ends is checked by one pass
+  more, an audit, which changes none of its tokens.
 
-What is seen fades exponentially (`LabelStatistics`). The state is a function of the requests in the order in which they
-complete; what a request does is a function of the state at its start.
+Requests with a threshold of their own are not learned from: their passes would choose other tokens. What is seen fades
+exponentially. The state is a function of the requests in the order in which they complete; what a request does is a
+function of the state at its start.
 """
 
 from __future__ import annotations
@@ -24,18 +21,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from runtime.adaptation.label_statistics import LabelStatistics
-from runtime.bundle.beta import Beta, LogSums
+import numpy as np
+
+from runtime.bundle.beta import EPSILON, Beta, LogSums, most_likely
 from runtime.bundle.beta_mixture import BetaMixture, threshold_at
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 from runtime.bundle.schema import Reader
-from runtime.errors import BundleError, OptionError
+from runtime.errors import BundleError, CalibrationError, OptionError
 
 STATE_VERSION = 1
 AUDIT_TOKENS = 256
@@ -48,9 +46,19 @@ TYPICAL_ROWS = 4
 # A calibrated threshold without a target implies one: P(agree | c) there, within these bounds.
 LEAST_TARGET, MOST_TARGET = 0.5, 0.9999
 # Without calibration: that of `freeexport calibrate`, and confidences as shallow decoders have them, at first above a
-# threshold of 0.94. It is worth no token but those that no prior loses (label_statistics.PRIOR_TOKENS).
+# threshold of 0.94. It is worth no token but those that no prior loses (PRIOR_TOKENS).
 UNCALIBRATED_TARGET = 0.95
 UNCALIBRATED = BetaMixture(Beta(2.0, 0.5), Beta(1.0, 1.5), 0.7)
+# Unlabelled tokens are kept in bins of equal width in the logit: EM must see how they are distributed.
+BINS = 56
+# The calibrated mixture never quite fades: so many of its tokens stand beside what is seen, for each component.
+PRIOR_TOKENS = 10.0
+# Rounds of EM at a refit, each with one Newton step; the next refit goes on from there.
+ROUNDS = 3
+
+_LIMIT = math.log(1 - EPSILON) - math.log(EPSILON)
+
+StateT = TypeVar("StateT")
 
 
 class RequestLabels:
@@ -124,7 +132,14 @@ class AdaptiveThreshold:
         self._evidence = LabelStatistics.of_mixture(self._prior, min(calibrated, memory))
         self._requests = self._left = self._fresh = 0
         if state is not None:
-            self._restore(_read_state(state, manifest))
+            found: AdaptiveState = read_state(state, AdaptiveState)
+            rows = [found.agree, found.disagree, *found.unlabelled]
+            check_state(found, manifest, STATE_VERSION, rows, found.requests, found.left, found.fresh)
+            if any(max(row[1:]) > 0 for row in rows):  # logarithms of shares
+                raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
+            self._evidence = LabelStatistics(LogSums(*found.agree), LogSums(*found.disagree), found.unlabelled)
+            self._mixture = found.mixture
+            self._requests, self._left, self._fresh = found.requests, found.left, found.fresh
         self._threshold = threshold_at(self._mixture, self.target)
 
     @property
@@ -176,11 +191,6 @@ class AdaptiveThreshold:
             )
         return dataclasses.asdict(state)
 
-    def _restore(self, state: AdaptiveState) -> None:
-        self._evidence = LabelStatistics(LogSums(*state.agree), LogSums(*state.disagree), state.unlabelled)
-        self._mixture = state.mixture
-        self._requests, self._left, self._fresh = state.requests, state.left, state.fresh
-
 
 def label_every(costs: Costs | None) -> int:
     """From every how many-th request to learn, so that labels cost LABEL_SHARE of the time; every one where costs are
@@ -205,29 +215,104 @@ def _target(calibration: Calibration | None) -> float:
     return min(max(float(calibration.mixture.posterior(calibration.threshold)), LEAST_TARGET), MOST_TARGET)
 
 
-def _read_state(given: Mapping[str, Any], manifest: Manifest) -> AdaptiveState:
+def read_state(given: Mapping[str, Any], kind: type[StateT]) -> StateT:
+    """Raises OptionError for what `state()` of an adaptive threshold cannot have given."""
     try:
         listed = {name: _listed(value) for name, value in dict(given).items()}
-        state: AdaptiveState = Reader("start without a state", finite=True).read(
-            AdaptiveState, listed, "adaptive_state"
-        )
-    except (BundleError, TypeError, ValueError) as error:
+        state: StateT = Reader("start without a state", finite=True).read(kind, listed, "adaptive_state")
+    except (BundleError, CalibrationError, TypeError, ValueError) as error:
         raise OptionError(str(error)) from None
-    for name, value, wanted in (
-        ("schema_version", state.schema_version, STATE_VERSION),
-        ("source_sha256", state.source_sha256, manifest.source_sha256),
-        ("exit_layer", state.exit_layer, manifest.exit_layer),
-        ("confidence", state.confidence, manifest.confidence),
-    ):
-        if value != wanted:
-            raise OptionError(f"adaptive_state: {name} is {value!r}, this bundle has {wanted!r}; start without a state")
-    rows = [state.agree, state.disagree, *state.unlabelled]
-    sound = all(len(row) == 3 and row[0] >= 0 >= max(row[1:]) for row in rows)
-    if not sound or min(state.requests, state.left, state.fresh) < 0:
-        raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
     return state
+
+
+def check_state(state: Any, manifest: Manifest, version: int, sums: Iterable[Sequence[float]], *counts: float) -> None:
+    """Raises OptionError where a state is of another model, or no tokens have its `sums` of three and its `counts`."""
+    for name, wanted in (
+        ("schema_version", version),
+        ("source_sha256", manifest.source_sha256),
+        ("exit_layer", manifest.exit_layer),
+        ("confidence", manifest.confidence),
+    ):
+        if (value := getattr(state, name)) != wanted:
+            raise OptionError(f"adaptive_state: {name} is {value!r}, this bundle has {wanted!r}; start without a state")
+    if not all(len(row) == 3 and row[0] >= 0 for row in sums) or min(counts) < 0:
+        raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
 
 
 def _listed(value: Any) -> Any:
     """Tuples as the lists that JSON has."""
     return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class LabelStatistics:
+    """Of bounded size. A token counts exp(-n / memory) once n tokens came after it."""
+
+    def __init__(self, agree: LogSums, disagree: LogSums, unlabelled: Sequence[Sequence[float]] = ()) -> None:
+        self.agree, self.disagree = agree, disagree
+        # Weight, sum of ln c and sum of ln (1 - c) of each bin.
+        self.unlabelled = np.array(unlabelled, np.float64) if len(unlabelled) else np.zeros((BINS, 3))
+        if self.unlabelled.shape != (BINS, 3):
+            raise OptionError(f"unlabelled has shape {self.unlabelled.shape}, not {(BINS, 3)}; start without a state")
+
+    @classmethod
+    def of_mixture(cls, mixture: BetaMixture, tokens: float) -> LabelStatistics:
+        """What `tokens` labelled tokens of a mixture are on average."""
+        share = mixture.weight_agree
+        return cls(mixture.agree.expected(tokens * share), mixture.disagree.expected(tokens * (1 - share)))
+
+    @property
+    def weight(self) -> float:
+        return self.agree.weight + self.disagree.weight + float(self.unlabelled[:, 0].sum())
+
+    def add(self, labelled: Sequence[tuple[float, bool]], unlabelled: Sequence[float], memory: float) -> None:
+        """Tokens of a request as (confidence, agrees), and confidences of those without a label."""
+        faded = math.exp(-(len(labelled) + len(unlabelled)) / memory)
+        self.agree = self.agree.scaled(faded) + _sums(c for c, agrees in labelled if agrees)
+        self.disagree = self.disagree.scaled(faded) + _sums(c for c, agrees in labelled if not agrees)
+        self.unlabelled *= faded
+        for confidence in unlabelled:
+            sums = _sums([confidence])
+            place = (sums.log - sums.log_rest + _LIMIT) / (2 * _LIMIT)
+            self.unlabelled[min(int(place * BINS), BINS - 1)] += sums
+
+    def refit(self, mixture: BetaMixture, prior: BetaMixture) -> BetaMixture:
+        """EM from `mixture`, where `prior` is believed as much as PRIOR_TOKENS of each component are."""
+        rows = self.unlabelled[self.unlabelled[:, 0] > EPSILON]  # [n, 3]
+        means = rows[:, 1:] / rows[:, :1]
+        for _ in range(ROUNDS):
+            agreeing = 1 / (1 + np.exp(-_log_odds(mixture, means)))
+            agree = self.agree + LogSums(*(agreeing @ rows).tolist())
+            disagree = self.disagree + LogSums(*((1 - agreeing) @ rows).tolist())
+            mixture = _maximize(agree, disagree, mixture, prior)
+        return mixture
+
+
+def _maximize(agree: LogSums, disagree: LogSums, mixture: BetaMixture, prior: BetaMixture) -> BetaMixture:
+    of_prior = 2 * PRIOR_TOKENS
+    share = (agree.weight + of_prior * prior.weight_agree) / (agree.weight + disagree.weight + of_prior)
+    return BetaMixture(
+        most_likely(agree + prior.agree.expected(PRIOR_TOKENS), mixture.agree, steps=1),
+        most_likely(disagree + prior.disagree.expected(PRIOR_TOKENS), mixture.disagree, steps=1),
+        min(max(share, EPSILON), 1 - EPSILON),
+    )
+
+
+def _log_odds(mixture: BetaMixture, logs: np.ndarray) -> np.ndarray:
+    """As BetaMixture.log_odds, of ln c and ln (1 - c) [n, 2]; within what exp can take."""
+    agree, disagree = mixture.agree, mixture.disagree
+    constant = math.log(mixture.weight_agree) - math.log1p(-mixture.weight_agree)
+    constant += disagree.log_normalizer - agree.log_normalizer
+    odds = constant + logs @ np.array([agree.a - disagree.a, agree.b - disagree.b])
+    return np.clip(odds, -500, 500)
+
+
+def _sums(confidences: Iterable[float]) -> LogSums:
+    weight = log = log_rest = 0.0
+    for confidence in confidences:
+        # One that is not a number says nothing, and would never be forgotten.
+        if math.isfinite(confidence):
+            inside = min(max(confidence, EPSILON), 1 - EPSILON)
+            weight += 1.0
+            log += math.log(inside)
+            log_rest += math.log1p(-inside)
+    return LogSums(weight, log, log_rest)

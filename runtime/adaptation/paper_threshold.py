@@ -8,15 +8,25 @@ labelled are forgotten.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import NamedTuple
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from runtime.adaptation.adaptive_threshold import RequestLabels, check_state, read_state
+from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.calibration import Calibration
+from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 
 ZETA = 0.4
 FIRST_THRESHOLD = 0.9  # until there are labels, where a bundle is not calibrated
 MOST_REFITS = 300
 GRID = np.linspace(0.3, 0.9, 10)
+STATE_VERSION = 1
 # Confidences of exactly 0 and 1 have no density.
 EDGE = 1e-4
 # A label weighs 0.2, and 1e-4 in the other class.
@@ -32,7 +42,8 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, confidences: np.ndarray) -> Moments:
-        inside = np.clip(np.asarray(confidences, np.float64), EDGE, 1 - EDGE)
+        known = np.asarray(confidences, np.float64)
+        inside = np.clip(known[np.isfinite(known)], EDGE, 1 - EDGE)
         return cls(float(inside.size), float(inside.sum()), float(np.square(inside).sum()))
 
     def plus(self, other: Moments, times: float = 1.0) -> Moments:
@@ -50,6 +61,77 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
     odds += _log_beta(other_a, other_b) - _log_beta(a, b)
     above = int(np.sum(odds > math.log(zeta / (1 - zeta))))
     return float(GRID[min(len(GRID) - above, len(GRID) - 1)])
+
+
+@dataclass(frozen=True)
+class PaperState:
+    """What a session has learned, to continue from later: plain numbers. `source_sha256`, `exit_layer` and `confidence`
+    say of which model; `agree` and `disagree` are moments."""
+
+    schema_version: int
+    source_sha256: str
+    exit_layer: int
+    confidence: ConfidenceMeasure
+    refits: int
+    agree: tuple[float, ...]
+    disagree: tuple[float, ...]
+    threshold: float
+
+
+class PaperThreshold:
+    """Shared by the requests of a session; thread-safe. Begins with the calibrated threshold, or FIRST_THRESHOLD, or
+    with `state`, as `state()` gave it. `zeta` None is ZETA. Raises OptionError where the state is of another model."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        calibration: Calibration | None,
+        state: Mapping[str, Any] | None = None,
+        zeta: float | None = None,
+    ) -> None:
+        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
+        self._manifest, self._zeta, self._lock = manifest, ZETA if zeta is None else zeta, threading.RLock()
+        calibrated = NEVER_EXIT if calibration is None else calibration.threshold
+        self._threshold = calibrated if calibrated < NEVER_EXIT else FIRST_THRESHOLD
+        self._agree = self._disagree = Moments()
+        self._refits = 0
+        if state is not None:
+            found: PaperState = read_state(state, PaperState)
+            check_state(
+                found, manifest, STATE_VERSION, (found.agree, found.disagree), found.refits, 1 - found.threshold
+            )
+            self._agree, self._disagree = Moments(*found.agree), Moments(*found.disagree)
+            self._refits, self._threshold = found.refits, found.threshold
+
+    @property
+    def threshold(self) -> float:
+        """What a request would begin with now."""
+        return self._threshold
+
+    def begin(self) -> RequestLabels:
+        with self._lock:
+            return RequestLabels(self._threshold, learns=self._refits < MOST_REFITS, audits=False)
+
+    def complete(self, observation: RequestLabels) -> None:
+        """Learn from a request that has ended: a refit to all labels so far."""
+        with self._lock:
+            if self._refits >= MOST_REFITS:
+                return
+            confidences = np.array([confidence for confidence, _ in observation.labelled])
+            agrees = np.array([agrees for _, agrees in observation.labelled], np.bool_)
+            self._agree = self._agree.plus(Moments.of(confidences[agrees]))
+            self._disagree = self._disagree.plus(Moments.of(confidences[~agrees]))
+            if self._agree.weight or self._disagree.weight:
+                self._refits += 1
+                self._threshold = paper_threshold(self._agree, self._disagree, self._zeta)
+
+    def state(self) -> dict[str, Any]:
+        """All that was learned, as JSON can hold it; see PaperState."""
+        with self._lock:
+            manifest = self._manifest
+            model = (manifest.source_sha256, manifest.exit_layer, manifest.confidence)
+            moments = tuple(self._agree), tuple(self._disagree)
+            return dataclasses.asdict(PaperState(STATE_VERSION, *model, self._refits, *moments, self._threshold))
 
 
 def _shapes(moments: Moments) -> tuple[float, float] | None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize
 
-from runtime.adaptation.label_statistics import BINS, LabelStatistics
+from runtime.adaptation.adaptive_threshold import BINS, LabelStatistics
 from runtime.bundle.beta import UNIFORM, Beta, LogSums
 from runtime.bundle.beta_mixture import BetaMixture
 from runtime.errors import OptionError

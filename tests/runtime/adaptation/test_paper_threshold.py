@@ -1,0 +1,135 @@
+"""The adaptive threshold of FREE's authors, request by request; its rule is tested with those of calibration."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, PROMPTS
+from conftest import Bundles
+from manifest_case import MANIFEST
+
+from runtime import OptionError, Session
+from runtime.adaptation.paper_threshold import (
+    FIRST_THRESHOLD,
+    GRID,
+    MOST_REFITS,
+    Moments,
+    PaperThreshold,
+    paper_threshold,
+)
+
+T5 = next(case for case in CASES if case.name == "t5-deep-decoder")
+
+
+def teach(adaptive: PaperThreshold, random: np.random.Generator, labels: int = 12) -> list[tuple[float, bool]]:
+    """A request: some labelled tokens, and some left over."""
+    agrees = random.random(labels) < 0.7
+    confidence = np.where(agrees, random.beta(4, 1, labels), random.beta(2, 3, labels))
+    request = adaptive.begin()
+    seen = list(zip(confidence.tolist(), agrees.tolist(), strict=True))
+    request.label(seen)
+    assert not request.leave([0.99] * 5)  # never an audit, and what is left over teaches nothing
+    adaptive.complete(request)
+    return seen
+
+
+def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> None:
+    random, adaptive = np.random.default_rng(2), PaperThreshold(MANIFEST, None)
+    assert adaptive.threshold == FIRST_THRESHOLD
+    seen: list[tuple[float, bool]] = []
+    for number in range(MOST_REFITS):
+        seen += teach(adaptive, random)
+        if number < 20 or number == MOST_REFITS - 1:
+            classes = [Moments.of(np.array([c for c, agrees in seen if agrees == label])) for label in (True, False)]
+            assert adaptive.threshold == paper_threshold(*classes)
+    assert GRID[0] < adaptive.threshold < GRID[-1]
+    last = adaptive.state()
+    for _ in range(50):  # all of it wrong, far up
+        request = adaptive.begin()
+        assert not request.learns
+        request.label([(0.95, False)] * 100)
+        adaptive.complete(request)
+    assert adaptive.state() == last
+
+
+def test_a_request_keeps_the_threshold_of_its_start_and_one_without_labels_teaches_nothing() -> None:
+    adaptive = PaperThreshold(MANIFEST, None)
+    early = adaptive.begin()
+    adaptive.complete(adaptive.begin())
+    assert adaptive.state()["refits"] == 0
+    teach(adaptive, np.random.default_rng(0))
+    assert early.threshold == FIRST_THRESHOLD != adaptive.threshold
+
+
+def test_a_larger_zeta_asks_for_more_confidence() -> None:
+    thresholds = []
+    for zeta in (0.1, 0.4, 0.8):
+        adaptive = PaperThreshold(MANIFEST, None, zeta=zeta)
+        teach(adaptive, np.random.default_rng(5), labels=400)
+        thresholds.append(adaptive.threshold)
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] < thresholds[-1]
+
+
+@pytest.mark.parametrize("confidence", [math.nan, math.inf])
+def test_a_confidence_that_is_no_number_teaches_nothing(confidence: float) -> None:
+    ones = [PaperThreshold(MANIFEST, None) for _ in range(2)]
+    for adaptive, more in zip(ones, ([], [(confidence, True)]), strict=True):
+        request = adaptive.begin()
+        request.label([(0.9, True), (0.8, True), (0.3, False), (0.5, False), *more])
+        adaptive.complete(request)
+    assert ones[0].threshold == ones[1].threshold
+
+
+def test_a_restored_state_continues_as_if_nothing_had_happened() -> None:
+    random, adaptive = np.random.default_rng(4), PaperThreshold(MANIFEST, None)
+    for _ in range(5):
+        teach(adaptive, random)
+    restored = PaperThreshold(MANIFEST, None, json.loads(json.dumps(adaptive.state())))
+    assert restored.threshold == adaptive.threshold
+    for one in (adaptive, restored):
+        teach(one, np.random.default_rng(9))
+    assert restored.state() == adaptive.state()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"source_sha256": "12" * 32}, "source_sha256 is"),
+        ({"exit_layer": 99}, "exit_layer is 99"),
+        ({"refits": -1}, "sums that no tokens have"),
+        ({"threshold": 1.5}, "sums that no tokens have"),
+        ({"threshold": math.nan}, "threshold"),
+        ({"agree": [1.0, 2.0]}, "sums that no tokens have"),
+        ({"agree": [1.0, math.inf, 2.0]}, "agree"),
+        ({"disagree": "x"}, "disagree"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(change: dict[str, Any], problem: str) -> None:
+    state = {**PaperThreshold(MANIFEST, None).state(), **change}
+    with pytest.raises(OptionError, match=problem):
+        PaperThreshold(MANIFEST, None, state)
+
+
+def test_a_session_adapts_by_the_papers_rule_and_continues_from_its_state(bundle: Bundles) -> None:
+    options: dict[str, Any] = {"threshold": "adaptive", "adaptive_rule": "paper", "slots": 1}
+    asked: dict[str, Any] = {"mode": "free", "max_new_tokens": 16, "ignore_eos": True}
+    with Session(bundle(T5), **options) as session:
+        for prompt in PROMPTS[:3]:
+            session.generate(list(prompt), **asked)
+        state = json.loads(json.dumps(session.adaptive_state()))
+        assert state["refits"] == 3
+        assert any(np.isclose(state["threshold"], GRID))
+        expected = session.generate(list(PROMPTS[0]), **asked).token_ids
+    with Session(bundle(T5), **options, adaptive_state=state) as session:
+        assert session.generate(list(PROMPTS[0]), **asked).token_ids == expected
+    # A state of the other rule.
+    with pytest.raises(OptionError, match="start without a state"):
+        Session(bundle(T5), threshold="adaptive", adaptive_state=state)
+    with pytest.raises(OptionError, match="adaptive_rule"):
+        Session(bundle(T5), threshold="adaptive", adaptive_rule="moments")  # type: ignore[arg-type]
