@@ -14,6 +14,8 @@ from runtime.errors import CalibrationError
 EPSILON = 1e-6
 # Shapes stay where densities can be computed: equal confidences would have a peak without end.
 LEAST_SHAPE, MOST_CONCENTRATION = 1e-2, 1e4
+# Beyond it the logarithms of Gamma functions overflow, or say nothing any more.
+MOST_SHAPE = 1e9
 
 
 class LogSums(NamedTuple):
@@ -38,14 +40,14 @@ class LogSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Beta:
-    """Beta(a, b) on [0, 1]; CalibrationError where a shape is not a finite number above 0."""
+    """Beta(a, b) on [0, 1]; CalibrationError where a shape is no number above 0, or a huge one."""
 
     a: float
     b: float
 
     def __post_init__(self) -> None:
         for name, shape in (("a", self.a), ("b", self.b)):
-            if not (math.isfinite(shape) and shape > 0):
+            if not 0 < shape <= MOST_SHAPE:
                 raise CalibrationError(f"{name} = {shape!r} is no shape of a Beta distribution; give a number above 0")
 
     @property

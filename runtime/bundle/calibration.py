@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,10 @@ CALIBRATION = "calibration.json"
 CALIBRATION_VERSION, CALIBRATION_MINOR = 2, 0
 REMEDY = "run freeexport calibrate again"
 
-# Limits of what is read: bytes of the file, and entries of its table.
+# Limits of what is read: bytes of the file, entries of its table, and figures that no calibration has.
 LARGEST_CALIBRATION = 4 << 20
 MOST_ENTRIES = 10_000
+MOST_TOKENS, MOST_ROWS, MOST_SPEEDUP = 1 << 50, 4096, 1e6
 
 Method = Literal["bmm", "paper", "risk", "quality"]
 
@@ -99,16 +99,16 @@ class Calibration:
             (self.schema_version == CALIBRATION_VERSION, "schema_version", self.schema_version),
             (self.schema_minor == CALIBRATION_MINOR, "schema_minor", self.schema_minor),
             (self.costs is None or self.costs.sound, "costs", self.costs),
-            (self.vocab_size > 0, "vocab_size", self.vocab_size),
-            (self.exit_layer >= 1, "exit_layer", self.exit_layer),
+            (0 < self.vocab_size <= MOST_TOKENS, "vocab_size", self.vocab_size),
+            (1 <= self.exit_layer <= MOST_TOKENS, "exit_layer", self.exit_layer),
             (_share(self.threshold), "threshold", self.threshold),
-            (self.sequences >= 1, "sequences", self.sequences),
-            (self.positions >= 1, "positions", self.positions),
+            (1 <= self.sequences <= MOST_TOKENS, "sequences", self.sequences),
+            (1 <= self.positions <= MOST_TOKENS, "positions", self.positions),
             (_share(self.agreement), "agreement", self.agreement),
             (_share(self.target), "target", self.target),
             (_share(self.risk), "risk", self.risk),
             (_share(self.delta), "delta", self.delta),
-            (self.max_pending is None or self.max_pending >= 1, "max_pending", self.max_pending),
+            (1 <= (self.max_pending or 1) <= MOST_ROWS, "max_pending", self.max_pending),
             (_not_negative(self.rollback_threshold), "rollback_threshold", self.rollback_threshold),
         ]
         for index, row in enumerate(self.table):
@@ -153,7 +153,7 @@ def _share(value: float | None) -> bool:
 
 
 def _not_negative(value: float | None) -> bool:
-    return value is None or 0.0 <= value < math.inf
+    return value is None or 0.0 <= value <= MOST_SPEEDUP
 
 
 def _shown(value: int | str) -> str:

@@ -11,6 +11,8 @@ from itertools import pairwise
 
 # Cores' worth of work by others that still counts as an idle machine: the system's own housekeeping.
 TOLERATED = 0.15
+# Seconds, or bytes, of a call that some machine could take.
+MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class Costs:
         """True where such costs can be: positive, with a deep pass over one row."""
         seconds = (self.shallow, self.shallow_without_head, *self.deep.values())
         beside = (self.outside.full, self.outside.free, self.outside.sync, self.busy)
-        return 1 in self.deep and min(self.deep) == 1 and min(seconds) > 0 <= min(beside)
+        return (
+            1 in self.deep
+            and min(self.deep) == 1
+            and max(*seconds, *beside) <= MOST
+            and min(seconds) > 0 <= min(beside)
+        )
 
     @property
     def head(self) -> float:

@@ -10,10 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from manifest_case import MANIFEST
 from traces import mixed, trace
 
+from freeexport.conversion.bundle_verdict import _calibrated
 from freeexport.measure.calibrate import Calibrated, Comparison, explained
 from freeexport.measure.calibration_page import (
+    calibration_tables,
     check,
     comparison_tables,
     mixture_figure,
@@ -22,11 +27,16 @@ from freeexport.measure.calibration_page import (
     trade_figure,
     write,
 )
+from freeexport.measure.exit_verdict import ExitFacts, verdict
 from freeexport.measure.sources import Facts
 from freeexport.measure.threshold import Rule, choose
 from freeexport.measure.traces import Traces
 from freeexport.system.machine import Machine
 from freeexport.system.page import print_page
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
+from runtime.bundle.beta import Beta
+from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs
 
 pytest.importorskip("matplotlib")
@@ -171,3 +181,44 @@ def test_a_report_is_a_page_with_pictures_and_replaces_one_at_once(tmp_path: Pat
     assert pictures == ["speed.png", "mixture.png"]
     assert all((tmp_path / "report" / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+UNITS = st.sampled_from([0.0, 5e-324, 1e-9, 0.5, 1 - 2**-53, 1.0])
+COUNTS = st.sampled_from([1, 7, 1 << 50])
+SHAPES = st.sampled_from([5e-324, 1e-9, 1.0, 1e9])
+BETAS = st.builds(Beta, SHAPES, SHAPES)
+SECONDS = st.sampled_from([5e-324, 1e-3, 1e15])
+
+
+@given(
+    calibration=st.builds(
+        Calibration,
+        schema_version=st.just(CALIBRATION_VERSION),
+        source_sha256=st.just("ab" * 32),
+        vocab_size=COUNTS,
+        exit_layer=st.just(2),
+        confidence=st.just("softmax"),
+        method=st.sampled_from(["bmm", "paper"]),
+        threshold=UNITS,
+        sequences=COUNTS,
+        positions=COUNTS,
+        agreement=UNITS,
+        target=UNITS,
+        mixture=st.builds(
+            BetaMixture,
+            st.builds(Beta, SHAPES, SHAPES),
+            st.builds(Beta, SHAPES, SHAPES),
+            st.sampled_from([1e-300, 0.5]),
+        ),
+        table=st.lists(st.builds(TableRow, UNITS, UNITS, UNITS, UNITS, st.just(1e6)), max_size=3).map(tuple),
+        costs=st.builds(Costs, SECONDS, SECONDS, st.fixed_dictionaries({1: SECONDS, 999_999_999: SECONDS})),
+    )
+)
+def test_whatever_figures_a_calibration_file_may_hold_can_be_shown(calibration: Calibration) -> None:
+    """`inspect` and a session read them from a bundle that somebody else wrote."""
+    read = Calibration.from_json(calibration.to_json())
+    assert read == calibration
+    for one in calibration_tables(read):
+        assert one.row_count or not read.table
+    assert 0 <= AdaptiveThreshold(MANIFEST, read, 4000).threshold <= 1
+    assert str(verdict(_calibrated(ExitFacts("out", 2, 30), MANIFEST, read)))
