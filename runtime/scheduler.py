@@ -114,7 +114,8 @@ class Scheduler:
         if self._closed and not forced:
             raise OptionError(CLOSED)
         waiting = sum(not (each.abandoned or each.forced) for each in self._waiting)
-        if not forced and waiting >= self._queue + len(self._free):
+        free = len(self._free) + sum(each.abandoned for each in tuple(self._rows))  # or will be at the next turn
+        if not forced and waiting >= self._queue + free:
             wait = "request waits" if self._queue == 1 else "requests wait"
             raise QueueFullError(
                 f"{self._queue} {wait} for a slot already; ask again later, or open the session "

@@ -141,16 +141,6 @@ def test_a_request_leaves_nothing_for_the_next_in_its_slot(name: str, open_sessi
         assert outcome(session.generate(prompt, **options)) == outcome(fresh)
 
 
-def test_two_streams_in_one_thread_take_turns(open_session: Open) -> None:
-    session = open_session(slots=2)
-    options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 10, "ignore_eos": True}
-    alone = [session.generate(prompt, **options) for prompt in PROMPTS[:2]]
-    streams = [session.stream(prompt, **options) for prompt in PROMPTS[:2]]
-    pairs = list(zip(*streams, strict=True))
-    for index, result in enumerate(alone):
-        assert tuple(pair[index].id for pair in pairs) == result.token_ids
-
-
 # Streams
 
 
@@ -199,13 +189,6 @@ def test_a_stream_that_is_forgotten_gives_its_slot_back(open_session: Open) -> N
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
 
 
-def test_a_stream_that_is_not_read_keeps_no_other_from_the_slot(open_session: Open) -> None:
-    session = open_session()
-    unread = session.stream(PROMPT, max_new_tokens=3)
-    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=3)).stats.tokens == 3
-    assert len(list(unread)) == 3
-
-
 def test_a_stream_that_fails_gives_its_slot_back(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     session, gate = open_session(), Gate(1)
     stream = session.stream(PROMPT, ignore_eos=True, logits_processor=gate)
@@ -249,18 +232,6 @@ def test_a_cancelled_request_ends_after_the_next_token(open_session: Open) -> No
     assert session.generate(PROMPT, cancel=cancel, max_new_tokens=1).finish_reason == "length"
 
 
-def test_a_request_is_cancelled_from_another_thread(open_session: Open) -> None:
-    session, cancel = open_session(), threading.Event()
-    timer = threading.Timer(0.05, cancel.set)
-    timer.start()
-    results = []
-    while not cancel.is_set():
-        results.append(session.generate(PROMPT, cancel=cancel, max_new_tokens=90, ignore_eos=True))
-    results.append(session.generate(PROMPT, cancel=cancel, max_new_tokens=90, ignore_eos=True))
-    assert results[-1].finish_reason == "cancelled"
-    assert results[-1].token_ids == session.generate(PROMPT, max_new_tokens=90).token_ids[: len(results[-1].token_ids)]
-
-
 @both
 def test_a_stop_string_ends_the_text_before_it(name: str, open_session: Open) -> None:
     session = open_session(name)
@@ -279,12 +250,6 @@ def test_a_stop_string_ends_the_text_before_it(name: str, open_session: Open) ->
             assert len(result.token_ids) < len(whole.token_ids)
             tried += 1
     assert tried > 5
-
-
-def test_a_stop_string_that_never_comes_changes_nothing(open_session: Open) -> None:
-    session = open_session()
-    whole = session.generate(PROMPT, max_new_tokens=20)
-    assert outcome(session.generate(PROMPT, max_new_tokens=20, stop="this is not said")) == outcome(whole)
 
 
 # Limits
@@ -387,13 +352,6 @@ def test_what_cross_attention_reads_counts_as_cache(
 # Options
 
 
-def test_the_threshold_is_the_bundles_unless_given(open_session: Open) -> None:
-    session = open_session()
-    assert session.manifest.threshold == 1.0
-    assert not any(session.generate(PROMPT, max_new_tokens=20).exited)
-    assert any(session.generate(PROMPT, max_new_tokens=20, threshold=0).exited)
-
-
 @pytest.mark.parametrize(
     ("session", "options", "mode"),
     [
@@ -481,11 +439,6 @@ def test_a_wrong_option_is_refused_before_a_slot_is_taken(
     with pytest.raises(OptionError, match=message):
         session.stream(PROMPT, **options)
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
-
-
-def test_an_unknown_session_option_is_refused_with_those_known(open_session: Open) -> None:
-    with pytest.raises(OptionError, match="unknown option slot, thread; known are threads, slots"):
-        open_session(slot=2, thread=1)
 
 
 # Prompts
@@ -590,13 +543,6 @@ def test_a_closed_session_refuses_requests_and_ends_those_that_run(open_session:
             ask(PROMPT)
 
 
-def test_the_end_of_a_with_block_closes_the_session(bundle: Bundles) -> None:
-    with Session(bundle(BY_NAME[LLAMA], 2), slots=1) as session:
-        session.generate(PROMPT, max_new_tokens=1)
-    with pytest.raises(OptionError, match="closed"):
-        session.generate(PROMPT)
-
-
 # Statistics
 
 
@@ -616,13 +562,6 @@ def test_statistics_add_up(name: str, open_session: Open) -> None:
     assert stats.seconds == pytest.approx(sum(phases) + stats.encode_seconds + stats.overhead_seconds)
     decoding = stats.seconds - stats.prefill_seconds - stats.encode_seconds
     assert stats.tokens_per_second * decoding == pytest.approx(decided)
-
-
-def test_time_that_the_reader_of_a_stream_takes_is_not_counted(open_session: Open) -> None:
-    stream = open_session().stream(PROMPT, max_new_tokens=3, ignore_eos=True)
-    for _ in stream:
-        threading.Event().wait(0.2)
-    assert stream.result.stats.seconds < 0.3
 
 
 # Imports

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -231,8 +232,8 @@ def read(stream: Stream) -> GenerationResult:
 def test_deadlines_of_others_hold_while_a_callback_blocks(
     kind: str, open_session: Open, blocking: Blocking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also that of the thread that drove everything when the callback's request came."""
-    session = open_session(slots=3)
+    """Also that of a request that was decoded when the callback's request came."""
+    session, stack = open_session(slots=3), ExitStack()
     whole = session.generate([8], max_new_tokens=100, ignore_eos=True)
     options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "deadline": 1.0}
     run, began_early = Call.run, threading.Event()
@@ -242,7 +243,8 @@ def test_deadlines_of_others_hold_while_a_callback_blocks(
         threading.Event().wait(0.02)
         run(call)
 
-    monkeypatch.setattr(Call, "run", slowly)
+    patch = stack.enter_context(monkeypatch.context())
+    patch.setattr(Call, "run", slowly)
     early = Aside(lambda: session.generate([8], mode="full", **options))
     assert began_early.wait(30)
     blocked = Aside(lambda: session.generate([7], max_new_tokens=5, ignore_eos=True, logits_processor=blocking))
@@ -254,6 +256,7 @@ def test_deadlines_of_others_hold_while_a_callback_blocks(
     for result in (results[0], results[-1]):
         assert result.token_ids == whole.token_ids[: len(result.token_ids)]
         assert result.stats.tokens == len(result.token_ids) < 100
+    stack.close()
     blocking.free.set()
     assert blocked.result().stats.tokens == 5
     assert (
