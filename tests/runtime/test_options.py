@@ -29,7 +29,6 @@ def test_overlap_is_for_gpus_and_says_why() -> None:
 
 
 SESSION: dict[str, list[Any]] = {
-    "name": ["value"],
     "threads": [0, -1, 2.0, 5000],
     "slots": [0, True, None],
     "capacity": [0, "64"],
@@ -53,7 +52,6 @@ def test_a_session_option_out_of_range_is_refused_by_name_and_value(name: str, v
 
 
 GENERATION: dict[str, list[Any]] = {
-    "name": ["value"],
     "max_new_tokens": [0, -3, 1.5, True, None],
     "max_pending": [0],
     "mode": ["fast", ["free"]],
