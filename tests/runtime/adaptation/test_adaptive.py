@@ -484,11 +484,12 @@ def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
 def test_a_stream_that_is_closed_early_teaches_what_it_showed(open_session: Open) -> None:
     session = open_session()
     with session.stream(PROMPTS[0], **OPTIONS) as stream:
-        tokens = list(islice(stream, 11))
+        assert len(list(islice(stream, 11))) == 11
+    exited = stream.result.exited  # it may have been decoded further than it was read
     state = session.adaptive_state()
     assert state["requests"] == 1
     left = sum(row[0] for row in state["unlabelled"])
-    trailing = next((n for n, token in enumerate(reversed(tokens)) if not token.exited), 0)
+    trailing = next((n for n, exit in enumerate(reversed(exited)) if not exit), 0)
     assert left == trailing
 
 

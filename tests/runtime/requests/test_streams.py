@@ -51,7 +51,8 @@ def slowly(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 def test_a_full_queue_is_said_at_the_call_before_there_is_an_answer(open_session: Open) -> None:
     session = open_session(queue=1)
-    taken = [session.stream(PROMPT, max_new_tokens=3), session.astream(PROMPT, max_new_tokens=3)]
+    slow: dict[str, Any] = {"max_new_tokens": 90, "ignore_eos": True, "logits_processor": slowly}
+    taken = [session.stream(PROMPT, **slow), session.astream(PROMPT, **slow)]
     for ask in (session.stream, session.astream, session.generate):
         with pytest.raises(QueueFullError, match="1 request waits for a slot already"):
             ask(PROMPT)
