@@ -27,7 +27,7 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
     bundle: Path
     name: str | None = None
-    mode: Mode = "free"
+    mode: Mode | None = None
     threshold: float | None = Field(None, ge=0, le=1)
     threads: int = Field(2, ge=1)
     slots: int = Field(4, ge=1)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -20,7 +19,7 @@ from runtime.errors import PromptError
 
 # Private use, planes 15 and 16.
 _UNUSED = (range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
-# How deep the values of a message may be nested; the chat template has a limit of its own.
+# How deep the values of messages may be nested.
 _DEPTH = 64
 
 # Encodes with a tokenizer, with the special tokens that it adds or without; raises PromptError.
@@ -64,7 +63,7 @@ class ControlTokens:
         return self._checked(self._encode(self.plain, text, special))
 
     def escape(self, messages: Sequence[Mapping[str, Any]], template: str) -> Escaped:
-        texts = list(chain.from_iterable(map(_texts, messages)))
+        texts = _texts(messages)
         found = {match[0] for text in texts for match in self._by_text.finditer(text)} if self._special else set()
         if not found:
             return Escaped(messages, {}, self._normalized and any(map(self._has_special, texts)))
@@ -156,23 +155,24 @@ def _any_of(texts: Sequence[str] | Mapping[str, Any]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
 
-def _texts(value: Any, depth: int = 0) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping) and depth < _DEPTH:
-        for key, inner in value.items():
-            yield from _texts(key, _DEPTH)
-            yield from _texts(inner, depth + 1)
-    elif isinstance(value, (list, tuple)) and depth < _DEPTH:
-        for inner in value:
-            yield from _texts(inner, depth + 1)
-
-
 def _mapped(value: Any, change: Callable[[str], str], depth: int = 0) -> Any:
+    """`value` with every text in it changed, keys too, down to a depth."""
     if isinstance(value, str):
         return change(value)
-    if isinstance(value, Mapping) and depth < _DEPTH:
+    if depth < _DEPTH and isinstance(value, Mapping):
         return {_mapped(key, change, _DEPTH): _mapped(inner, change, depth + 1) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)) and depth < _DEPTH:
+    if depth < _DEPTH and isinstance(value, (list, tuple)):
         return [_mapped(inner, change, depth + 1) for inner in value]
     return value
+
+
+def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:
+    found: list[str] = []
+
+    def note(text: str) -> str:
+        found.append(text)
+        return text
+
+    for message in messages:
+        _mapped(message, note)
+    return found

@@ -21,11 +21,9 @@ class Detokenizer:
     depend on how the text falls into tokens. `stopped` is set by the token that completes it; later tokens are ignored.
 
     Withheld until it is certain: an incomplete UTF-8 character, a run of byte tokens (of a ByteFallback decoder: one
-    invalid byte turns the whole run into U+FFFD), and a suffix that may begin a stop string.
-
-    A push costs O(1), with two exceptions. Inside a run of r byte tokens it costs O(r) where there are stop strings.
-    A decoder that is neither byte-level nor token by token (CTC, BPEDecoder, a regular expression over the whole
-    text) gives its text only at the end, and a push costs O(all ids) where there are stop strings.
+    invalid byte turns the whole run into U+FFFD), a suffix that may begin a stop string, and all text of a decoder that
+    is neither byte-level nor token by token (CTC, BPEDecoder). `tokenizers.decoders.DecodeStream` does not withhold
+    such runs and is several times as slow: a push here looks up what it has seen.
 
     Without a tokenizer the text is always "". Raises OptionError for stop strings that are empty or not strings, or
     without a tokenizer.
