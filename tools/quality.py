@@ -22,7 +22,7 @@ from typing import Any
 import click
 import numpy as np
 
-from runtime import GenerationResult, Session
+from runtime import Bundle, GenerationResult, Session
 from runtime.machine.machine import host
 
 Prompt = list[dict[str, str]]
@@ -232,7 +232,12 @@ def precisions(
             f"| {row.precision} | {row.same_answers} of {samples} | {row.likelihood:.3f} | {row.agreement:.1%} |"
         )
     if output is not None:
-        what = {"prompts": samples, "tokens": tokens, "processor": host(threads).processor}
+        what = {
+            "model": Bundle.open(bundles[0]).manifest.source,
+            "prompts": samples,
+            "tokens": tokens,
+            "processor": host(threads).processor,
+        }
         output.write_text(
             json.dumps({**what, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
         )
