@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import fake_peer
 import pytest
 from checkpoints import CASES, Case, load
 from conftest import Bundles
+from runtime.machine.user_cache import user_cache
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
@@ -20,11 +24,12 @@ from tools.peers import compare as comparing
 from tools.peers import model as peer_model
 from tools.peers.catalog import PEERS, SCRIPTS, find_peer
 from tools.peers.compare import Contender, compare, measure
-from tools.peers.environment import PeerError
+from tools.peers.environment import PeerError, environment_key, peer_interpreter
+from tools.peers.worker import Worker
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 T5 = next(case for case in CASES if case.name == "t5-gated-tied")
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 PROGRAM = "import sys, runpy; sys.path[:0] = sys.argv[1:3]; runpy.run_path(sys.argv[3], run_name='__main__')"
 COMMAND = [sys.executable, "-c", PROGRAM, str(ROOT), str(ROOT / "tests"), fake_peer.__file__]
 OPTIONS = BenchOptions((), tokens=3, rounds=2, threads=1)
@@ -55,9 +60,8 @@ def test_ours_may_not_fail() -> None:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
+def fake(monkeypatch: pytest.MonkeyPatch, cache: None) -> Callable[..., None]:
     """Puts a peer in the catalogue that this interpreter runs."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(comparing, "installed", lambda peer: Path(sys.executable))
     monkeypatch.setattr(comparing, "bandwidth_of", lambda threads: 1e10)
     for module in (comparing, peer_model):
@@ -145,3 +149,99 @@ def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Ca
     generator(load(checkpoint(LLAMA)), {"lookup": 10})(prompt, 24, lambda *tokens: lookup.extend(tokens))
     assert lookup == plain
     assert PEERS["hf-lookup"].options == {"lookup": 10}
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    made = Worker(COMMAND, {})
+    made.ask({"op": "load", "model": "", "threads": 1, "cpus": [], "options": {}}, 60)
+    yield made
+    made.close()
+
+
+def generate(last: int, tokens: int = 3) -> dict[str, Any]:
+    return {"op": "generate", "prompt": [last], "tokens": tokens}
+
+
+def test_a_worker_answers_whatever_libraries_print_and_after_failures(worker: Worker) -> None:
+    with pytest.raises(PeerError, match=r"^ValueError: cannot read this$"):
+        worker.ask(generate(fake_peer.FAILS), 60)
+    with pytest.raises(PeerError, match="gave 2 tokens, 3 were asked for"):
+        worker.ask(generate(fake_peer.SHORT), 60)
+    answer = worker.ask(generate(7), 60)
+    assert answer["tokens"] == [8, 9, 10]
+    assert answer["times"] == sorted(answer["times"])
+    assert 0 < answer["times"][0] < answer["times"][-1] <= answer["seconds"]
+    assert answer["peak_bytes"] > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("last", "limit", "said", "then"),
+    [
+        (fake_peer.DIES, 60, "ended with code 3.*the last words", "ended with code 3"),
+        (fake_peer.HANGS, 0.2, "generate took more than 0 s, and was ended", "its process was ended"),
+    ],
+)
+def test_a_worker_that_dies_or_hangs_is_reported(worker: Worker, last: int, limit: float, said: str, then: str) -> None:
+    with pytest.raises(PeerError, match=said):
+        worker.ask(generate(last), limit)
+    with pytest.raises(PeerError, match=then):
+        worker.ask(generate(1), 60)
+
+
+def test_what_is_no_answer_is_reported() -> None:
+    worker = Worker([sys.executable, "-c", "input(); print('hello')"], {})
+    with pytest.raises(PeerError, match="answered 'hello', which is not JSON"):
+        worker.ask(generate(1), 60)
+    worker.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_an_environment_is_built_once_and_has_what_was_asked_for(
+    tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the smallest package that pip installs."""
+    wheel, info = tmp_path / "fake_decoder-1.0-py3-none-any.whl", "fake_decoder-1.0.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("fake_decoder.py", "ANSWER = 42\n")
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-decoder\nVersion: 1.0\n")
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info}/RECORD", "")
+    requirements = [str(wheel)]
+    python = peer_interpreter("fake", requirements, {})
+    found = subprocess.run([python, "-E", "-c", "import fake_decoder; print(fake_decoder.ANSWER)"], capture_output=True)
+    assert found.stdout == b"42\n"
+    assert not list(python.parents[2].glob(".*partial*"))
+    monkeypatch.setattr(subprocess, "run", None)
+    assert peer_interpreter("fake", requirements, {}) == python
+    assert environment_key(["a>=1", "b"], {}) == environment_key(["b", "a>=1"], {})
+    assert (
+        len({environment_key(["a>=1"], {}), environment_key(["a>=2"], {}), environment_key(["a>=1"], {"X": "1"})}) == 3
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (partial(subprocess.CalledProcessError, 1), r"cannot be built \(No matching .*missing\.whl\); see .*fake\.log"),
+        (lambda command: subprocess.TimeoutExpired(command, 5), "not built within 5 s"),
+    ],
+)
+def test_an_environment_that_fails_leaves_nothing_but_the_log(
+    error: Callable[[list[str]], Exception], said: str, cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: list[str], stdout: Any, **given: Any) -> None:
+        if "install" in command:
+            stdout.write("Looking\nERROR: No matching distribution for missing.whl\nnote: that was pip\n")
+            stdout.flush()
+            raise error(command)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(PeerError, match=said):
+        peer_interpreter("fake", ["missing.whl"], {}, 5)
+    assert not list(user_cache("peers", "environments").iterdir())
+    assert user_cache("peers", "logs", "fake.log").is_file()
