@@ -53,10 +53,11 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         Device.parse(self.device)
-        for name in ("bundles", "replay", "drafts"):
+        for name in ("bundles", "modes", "thresholds", "drafts", "replay", "replay_drafts"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                raise OptionError(f"{max(values, key=values.count)} is named twice among {name}; name it once")
+                what = name.replace("_", " ")
+                raise OptionError(f"{max(values, key=values.count)} is named twice among {what}; name it once")
         for what in self.replay:
             exit_trace(what)
         for rate in self.replay_drafts:

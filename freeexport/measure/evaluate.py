@@ -170,12 +170,13 @@ def _measure(entries: Sequence[Entry], requests: Sequence[Request], options: Eva
                     decoders[number].decode(setting, prompts[number][lines[0]], 16)
         for turn in interleave(settings, lines, options.rounds, decode, 0, done, "evaluating"):
             left_out = _OUTPUTS if turn.round else ()
+            busy = load.so_far()
             records.add(
                 [
                     Record(
                         **key._asdict(),
                         **{name: value for name, value in run.items() if name not in left_out},
-                        busy=load.so_far(),
+                        busy=busy,
                     )
                     for key, run in zip(keys(turn.round, lines[turn.prompt]), turn.runs, strict=True)
                 ]

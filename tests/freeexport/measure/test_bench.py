@@ -100,6 +100,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--replay-drafts", "1.5"), "no share of right drafts"),
         (("--drafts", "lookup", "--drafts", "lookup"), "lookup is named twice among drafts"),
         (("--threshold", "2"), "choose one from 0 to 1"),
+        (("--threshold", "0.5", "--threshold", "0.50"), "0.5 is named twice among thresholds"),
         (("--device", "gpu"), "device is 'gpu'"),
         (("--device", "cuda:0"), "convert again with --target cuda"),
         (("--output", "/nowhere/x.json"), "no directory /nowhere"),
