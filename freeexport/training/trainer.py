@@ -103,6 +103,13 @@ def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * rest)) if schedule == "cosine" else 1.0 - rest
 
 
+def decided_rows(labels: torch.Tensor, seq2seq: bool) -> torch.Tensor:
+    """The rows that may exit, bool [N], of those of labels [B, m] that are not IGNORED: all but a decoder-only model's
+    first of each sequence."""
+    wanted = labels != IGNORED
+    return (wanted.cumsum(1) > (0 if seq2seq else 1))[wanted]
+
+
 def oracle_exits(confidence: torch.Tensor, agreed: torch.Tensor) -> float:
     """The largest share of tokens, the surest, of which AGREEING agree with the deep prediction: what would exit at a
     threshold that is chosen on these very tokens. `confidence` float [N], `agreed` bool [N]."""
@@ -203,6 +210,7 @@ class ExitTrainer(Trainer):
         written: WrittenOutputs | None = None,
     ) -> None:
         self.options, self._written = options, written
+        self._seq2seq = getattr(tuning.module, "seq2seq", False)
         self.clock = clock
         self.tokens_seen: torch.Tensor | int = 0
         training_lengths, self._validation_lengths = tuning.lengths
@@ -246,7 +254,8 @@ class ExitTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measure means over the rows of the validation examples, and the share that each exit predicts right."""
+        """Measure means over the rows of the validation examples, and the share that each exit predicts right. The
+        agreement of both, and oracle exits, leave out a decoder-only model's first tokens: the prompt predicts them."""
         model, where, began = cast(torch.nn.Module, self.model), self.args, time.monotonic()
         was_training = model.training
         model.eval()
@@ -263,7 +272,8 @@ class ExitTrainer(Trainer):
             rows += (batch["labels"] != IGNORED).sum()
             for name in MEASURES:
                 sums[name] += outputs[name].double()
-            seen.append((outputs["confidence"].float().cpu(), outputs["agreed"].cpu()))
+            decided = decided_rows(batch["labels"], self._seq2seq).cpu()
+            seen.append((outputs["confidence"].float().cpu()[decided], outputs["agreed"].cpu()[decided]))
         metrics = self._means(sums, rows, metric_key_prefix)
         if self._written is not None:
             with self.accelerator.autocast():
@@ -271,8 +281,9 @@ class ExitTrainer(Trainer):
             metrics[self._written.key] = broadcast_object_list(quality)[0]
         model.train(was_training)
         gathered = gather_object(seen) if where.world_size > 1 else seen
-        parts = (torch.cat(part) for part in zip(*gathered, strict=True))
-        metrics[f"{metric_key_prefix}_oracle_exits"] = oracle_exits(*parts)
+        confidence, agreed = (torch.cat(part) for part in zip(*gathered, strict=True))
+        metrics[f"{metric_key_prefix}_agreement"] = float(agreed.double().mean()) if len(agreed) else 0.0
+        metrics[f"{metric_key_prefix}_oracle_exits"] = oracle_exits(confidence, agreed)
         self.clock.evaluation = max(self.clock.evaluation, time.monotonic() - began)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

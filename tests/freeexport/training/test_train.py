@@ -29,7 +29,7 @@ from freeexport.training.exit_modules import own_exit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep
 from freeexport.training.train import train
-from freeexport.training.trainer import oracle_exits, rate_factor
+from freeexport.training.trainer import decided_rows, oracle_exits, rate_factor
 from graphs.families import describe
 from runtime.errors import OptionError
 
@@ -50,7 +50,15 @@ def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
     with torch.no_grad():
         sums = module(**batch)
     rows = int((batch["labels"] != IGNORED).sum())
-    return {name: float(sums[name]) / rows for name in ("shallow_loss", "deep_loss", "agreement")}
+    decided = decided_rows(batch["labels"], module.seq2seq)
+    agreement = float(sums["agreed"][decided].double().mean())
+    return {**{name: float(sums[name]) / rows for name in ("shallow_loss", "deep_loss")}, "agreement": agreement}
+
+
+def test_a_decoder_only_models_first_tokens_cannot_exit() -> None:
+    labels = torch.tensor([[IGNORED, 5, 6, 7], [8, 9, IGNORED, IGNORED], [IGNORED, IGNORED, 4, IGNORED]])
+    assert decided_rows(labels, seq2seq=True).tolist() == [True] * 6
+    assert decided_rows(labels, seq2seq=False).tolist() == [False, True, True, False, True, False]
 
 
 @pytest.mark.parametrize(("case", "loss"), [(T5, "kd-dyn"), (T5, "ce"), (LLAMA, "logit-kd"), (LLAMA, "weighted-ce")])
