@@ -9,7 +9,7 @@ from runtime.options import SessionOptions
 
 
 def open_backend(bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> Backend:
-    """What the options ask for. Raises CapacityError, EngineError, DeviceError."""
+    """Open the backend that the options ask for. Raises CapacityError, EngineError, DeviceError."""
     device = Device.parse(options.device)
     if device.index is None:
         return Backend(bundle, options, capacity, threads)

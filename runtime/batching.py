@@ -135,7 +135,7 @@ def _area(calls: Sequence[SlotCall]) -> tuple[int, int, int]:
 
 
 class Waiter(Protocol):
-    """What waits since the turn `since`."""
+    """A sequence in the scheduler, as far as batching sees it: it `waits` since the turn `since`."""
 
     waits: Waiting
     since: int

@@ -1,4 +1,4 @@
-"""What can go wrong, as types. Every message names what was wrong, the value, and what to do."""
+"""Errors, as types. Every message names what was wrong, the value, and what to do."""
 
 from __future__ import annotations
 

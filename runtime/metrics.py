@@ -1,4 +1,4 @@
-"""What a session counts of its requests, and the events it tells of them while they run."""
+"""Counts of a session's requests, and the events of each while it runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EventKind = Literal["queued", "started", "first_token", "ended"]
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """What happened to a request, numbered within its session, at `time`, seconds since 1970.
+    """An event of a request, numbered within its session, at `time`, seconds since 1970.
 
     "queued": it was asked for, in the thread that asked. "started": its prompt is read next. "first_token". "ended":
     with its `result`, or the `error` that it raised, such as QueueFullError.

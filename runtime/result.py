@@ -1,4 +1,4 @@
-"""What a request returns."""
+"""The result of a request, its tokens and its statistics."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ FinishReason = Literal["eos", "stop", "length", "cancelled", "deadline"]
 
 @dataclass(slots=True)
 class DraftStats:
-    """Of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`. One that the exit continued counts
-    for both sources."""
+    """Counts of one source of drafts: tokens `proposed` and `accepted` in so many `drafts`. One that the exit
+    continued counts for both sources."""
 
     drafts: int = 0
     proposed: int = 0
@@ -31,7 +31,7 @@ class DraftStats:
 
 @dataclass(slots=True)
 class PassStats:
-    """Of the deep passes over so many tokens: how many, and their total time."""
+    """Number and total time of the deep passes over so many tokens."""
 
     count: int = 0
     seconds: float = 0.0

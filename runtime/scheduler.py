@@ -200,7 +200,7 @@ class Scheduler:
                 self._give_back(decoder)
 
     def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
-        """The same callback, within which this session refuses to be asked."""
+        """Wrap a callback: while it runs, this session refuses to be asked by it."""
 
         def call(*arguments: Any) -> Any:
             here = _Callback(self)

@@ -51,7 +51,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Model:
-    """What the sequences of a session have in common: the bundle, what is loaded of it, and what was learned.
+    """The common part of a session's sequences: the bundle, what is loaded of it, and what was learned.
 
     `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None. `tokenizer` None: results have no text.
     `prefixes`: what sequences reuse
@@ -237,7 +237,7 @@ class Sequence(Response):
             each.cancelled = True
 
     def best(self) -> list[GenerationResult]:
-        """Of the continuations that came to their end, best first."""
+        """Results of the continuations that came to their end, best first."""
         done = [each.result for each in self.continuations if each.complete]
         if self.options.num_beams > 1:
             return done
@@ -447,7 +447,7 @@ def _given(value: float | None, default: float) -> float:
 
 
 def _mode(options: GenerationOptions, wanted: Mode, threshold: Threshold) -> Mode:
-    """Where nothing can exit, the shallow head runs only for requests that return its confidence, or learn from it."""
+    """The mode to decode in: full where nothing can exit, unless the request returns or learns from confidences."""
     if options.drafts == "none":
         return "full"
     learns = threshold.labels is not None and threshold.labels.learns

@@ -276,7 +276,7 @@ class Session:
         self._model.learned.forget()
 
     def metrics(self) -> Metrics:
-        """What was counted since the session was opened, and what runs now."""
+        """Counts since the session was opened, and the requests that run now."""
         metrics = self._observer.metrics()
         metrics.running, metrics.waiting = self._scheduler.running, self._scheduler.waiting
         used = int(self._runners[0].cache.lengths.sum())

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 class Inbox(Generic[T]):
-    """What the worker puts there, for a thread that waits in C, without the interpreter's lock."""
+    """Items from the worker for one thread, which waits in C, without the interpreter's lock."""
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[T] = SimpleQueue()
@@ -47,7 +47,7 @@ class Inbox(Generic[T]):
 
 
 class AsyncInbox(Generic[T]):
-    """The same for a task of an event loop."""
+    """Items from the worker for one task of an event loop."""
 
     def __init__(self) -> None:
         self._items: deque[T] = deque()
@@ -56,7 +56,7 @@ class AsyncInbox(Generic[T]):
         self._rung = False
 
     def put(self, item: T) -> None:
-        """From any thread."""
+        """Add an item; in any thread."""
         self._items.append(item)
         loop, event = self._loop, self._event
         if loop is not None and event is not None and not self._rung:
@@ -111,7 +111,7 @@ class _Reader:
         return self._sequence.result
 
     def _take(self, token: Token | None) -> Token | None:
-        """What the inbox gave; None at the end. Raises what ended the request, once."""
+        """Count a token that the inbox gave; None is the end, and raises the request's error, once."""
         if token is not None:
             self._given += 1
             return token
@@ -299,7 +299,7 @@ class PromptList:
 
 
 def _late() -> GenerationResult:
-    """Of a prompt that the deadline found waiting for those before it."""
+    """The result of a prompt that did not begin before the deadline."""
     return GenerationResult("", (), (), (), "deadline", Stats())
 
 

@@ -17,8 +17,8 @@ DRAFT_THRESHOLD = 0.5
 
 
 class Threshold(NamedTuple):
-    """Of one request: the confidence above which a token exits or is drafted. `labels`: where it adapts, what the
-    request has to teach the session's `adaptive` one."""
+    """The threshold of one request: the confidence above which a token exits or is drafted. `labels`: where
+    it adapts, what the request has to teach the session's `adaptive` one."""
 
     value: float
     labels: RequestLabels | None = None
@@ -54,8 +54,8 @@ class DefaultMode:
 
 
 class Thresholds:
-    """Of a session. `adaptive`: what it learns with threshold="adaptive", else None. `costs`: of this machine, where
-    they are known. Raises OptionError for an adaptive state that does not fit the bundle."""
+    """Thresholds of a session. `adaptive`: what it learns with threshold="adaptive", else None. `costs`: of this
+    machine, where they are known. Raises OptionError for an adaptive state that does not fit the bundle."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions, costs: Costs | None = None) -> None:
         self._of_bundle = bundle.manifest.threshold

@@ -1,4 +1,4 @@
-"""Where engines run: a device, ONNX Runtime's provider for it, and proof that it is the one that runs them."""
+"""Devices that engines run on: a name, ONNX Runtime's provider for it, and proof that it is the one that runs them."""
 
 from __future__ import annotations
 

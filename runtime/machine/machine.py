@@ -56,7 +56,7 @@ def _processor() -> str:
 
 
 def cpu_features() -> frozenset[str]:
-    """What the first processor can, in the kernel's words; empty where the system does not say."""
+    """Instruction sets of the first processor, as the kernel names them; empty where the system does not say."""
     for line in _read(Path(_CPUINFO)).splitlines():
         if line.startswith(("flags", "Features")):
             return frozenset(line.partition(":")[2].split())

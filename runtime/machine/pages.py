@@ -49,8 +49,8 @@ def write_back(path: Path) -> None:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """As numpy's zeros. In pages of 2 MB a row written to a KV cache would bring in its slot as a whole, which takes as
-    long as hundreds of tokens, and memory that a short sequence never needs."""
+    """Zeros, as numpy's. In pages of 2 MB a row written to a KV cache would bring in its slot as a whole, which takes
+    as long as hundreds of tokens, and memory that a short sequence never needs."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size < LARGE or not hasattr(mmap, "MADV_NOHUGEPAGE"):
         return np.zeros(shape, dtype)
