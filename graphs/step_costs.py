@@ -1,4 +1,4 @@
-"""What a step costs at any exit layer, by the bytes of weights that it reads."""
+"""Costs of a step at any exit layer, by the bytes of weights that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of training share: data, options of short runs, and what a run logged."""
+"""Shared by tests of training: data, options of short runs, and what a run logged."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def exit_layer(self, layers: int, given: int | None) -> int:
-        """Where the exit of a decoder of so many layers is: as trained, or as given. Raises OptionError."""
+        """Return the exit layer in a decoder of so many layers: as trained, or as given. Raises OptionError."""
         trained = None if self.exit is None else self.exit.exit_layer
         if trained is not None and given not in (None, trained):
             raise OptionError(f"{self.name} was trained to exit after layer {trained}, not {given}; leave it out")

@@ -65,7 +65,7 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How text becomes token ids. `limit` is the most tokens of a sequence that the model is trained on.
+    """The way from text to token ids. `limit` is the most tokens of a sequence that the model is trained on.
 
     Encoder-decoder models have the limit for prompt and target each, decoder-only ones for both together. `truncate`:
     prompts give way, at the end for an encoder, else at the beginning, where the target is farthest away.
@@ -112,7 +112,7 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
 
 
 def known_ends(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
-    """Those of `end_ids` that the vocabulary has."""
+    """Return those of `end_ids` that the vocabulary has."""
     return tuple(token for token in end_ids(checkpoint) if 0 <= token < vocab_size)
 
 

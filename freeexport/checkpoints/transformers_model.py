@@ -26,7 +26,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".gguf")
 
 
 def torch_device(name: str) -> torch.device:
-    """Of "cpu" or "cuda:0". Raises OptionError for a device that is not there."""
+    """Torch's device for "cpu" or "cuda:0". Raises OptionError for a device that is not there."""
     import torch
 
     device = Device.parse(name)

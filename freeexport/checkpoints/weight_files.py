@@ -81,7 +81,7 @@ class SafetensorsFile:
 
 
 def _data_bytes(path: Path) -> int:
-    """What follows the header: the format has tensors without gaps there, to the end of the file."""
+    """Count what follows the header: the format has tensors without gaps there, to the end of the file."""
     with path.open("rb") as file:
         return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
 

@@ -96,7 +96,7 @@ class _Rounder:
         return not self._modules
 
     def round(self, part: Module, read: Any) -> None:
-        """Those in `part`; `read()` runs the text through it."""
+        """Round those in `part`; `read()` runs the text through it."""
         inside = set(part.modules())
         modules = {name: self._modules.pop(name) for name, module in list(self._modules.items()) if module in inside}
         if not modules:
@@ -141,7 +141,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class _Call:
-    """Of a layer: hidden states [1, n, d], and what else it is called with."""
+    """A call of a layer: hidden states [1, n, d], and its other arguments."""
 
     hidden: torch.Tensor
     rest: tuple[Any, ...]
@@ -153,7 +153,7 @@ class _Enough(Exception):
 
 
 def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> dict[Module, list[_Call]]:
-    """How the model calls its layers, a call a text."""
+    """Record how the model calls its layers, a call a text."""
     calls: dict[Module, list[_Call]] = {layer: [] for layer in layers}
 
     def note(layer: Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -172,7 +172,7 @@ def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> di
 
 
 def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What a layer makes of the states of each text."""
+    """Run a layer on the states of each text."""
     found = [layer(hidden, *call.rest, **call.options) for call, hidden in zip(calls, states, strict=True)]
     return [out[0] if isinstance(out, tuple) else out for out in found]
 

@@ -108,7 +108,7 @@ def _rounded(length: int) -> int:
 
 
 def _cuts(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Where batches begin in ascending lengths, and the end."""
+    """Return where batches begin in ascending lengths, and the end."""
     cuts = [0]
     for index, length in enumerate(lengths):
         if index > cuts[-1] and (index + 1 - cuts[-1]) * length > tokens:

@@ -1,4 +1,4 @@
-"""What an exit has of its own in torch: a norm and a small adapter, or transformer layers made from a description."""
+"""An exit's own parameters in torch: a norm and a small adapter, or transformer layers made from a description."""
 
 from __future__ import annotations
 

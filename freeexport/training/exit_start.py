@@ -1,4 +1,4 @@
-"""How an exit's own parameters begin: as the linear map that is nearest to what the skipped layers do."""
+"""The start of an exit's own parameters: the linear map nearest to what the skipped layers do."""
 
 from __future__ import annotations
 

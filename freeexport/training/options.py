@@ -1,4 +1,4 @@
-"""What a user decides about a training run, and which choices go together."""
+"""Options of a training run, and which of them go together."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class TrainingOptions:
         return self.epochs or DEFAULT_EPOCHS
 
     def recorded(self) -> dict[str, Any]:
-        """What a continued run must share with the run that it continues, as JSON values."""
+        """Return what a continued run must share with the run before, as JSON values."""
         values = {key: value for key, value in asdict(self).items() if key not in _FREE_ON_RESUME}
         for name in ("data", "validation"):
             values[name] = None if values[name] is None else str(Path(values[name]).absolute())

@@ -195,7 +195,7 @@ def plan(
 
 
 def prospect(costs: Costs, exit_layer: int, layers: int) -> str:
-    """What the exit can bring at all, in one line, by the bytes of weights that tokens read."""
+    """Say in one line what the exit can bring at all, by the bytes of weights that tokens read."""
     most, even = costs.speedup(1.0, _MAX_PENDING), costs.break_even(_MAX_PENDING)
     if even is None:
         return (

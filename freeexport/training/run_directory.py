@@ -1,4 +1,4 @@
-"""Where an unfinished training run keeps its checkpoints and metrics: OUT.training, beside OUT."""
+"""The directory of an unfinished training run: OUT.training, beside OUT, has its checkpoints and metrics."""
 
 from __future__ import annotations
 

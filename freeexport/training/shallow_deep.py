@@ -167,13 +167,13 @@ class ShallowDeep(nn.Module):
 
 
 def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
-    """What `named_measures` gives, of logits [N, V] and targets [N]."""
+    """Compute the sums of `named_measures` from logits [N, V] and targets [N]."""
     by_layer = {exit_layer: losses.cross_entropy(shallow, targets), layers: losses.cross_entropy(deep, targets)}
     return named_measures(by_layer, targets, exits_of(shallow), deep.argmax(-1))
 
 
 def exits_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of logits [N, V]: the best token [N], and its probability minus that of the second best [N]."""
+    """Return the best token [N] of logits [N, V], and its probability minus that of the second best [N]."""
     best = logits.float().topk(2, dim=-1)
     chances = (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
     return best.indices[:, 0], chances[:, 0] - chances[:, 1]

@@ -193,7 +193,7 @@ class WrittenOutputs:
 def written_outputs(
     module: Any, checkpoint: Checkpoint, validation: Sequence[Example], options: TrainingOptions
 ) -> WrittenOutputs | None:
-    """What `--select-by` needs; None where a measure that every evaluation has is enough."""
+    """Make what `--select-by` needs; None where a measure that every evaluation has is enough."""
     return None if options.select_by in MEASURED else WrittenOutputs(module.model, checkpoint, validation, options)
 
 

@@ -1,4 +1,4 @@
-"""What a run trains with `--tune full` or `lora`: the module that is stepped, its batches, and how it is written."""
+"""`--tune full` and `lora`: the module that is stepped, its batches, and how it is written."""
 
 from __future__ import annotations
 

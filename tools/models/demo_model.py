@@ -84,7 +84,7 @@ def train_stages(work: Path) -> Path:
 
 
 def other_exit(work: Path, checkpoint: Path) -> Path:
-    """The same model with an exit of its own after another layer, to compare exit layers on equal deep tokens."""
+    """Make the model with an exit of its own after another layer, to compare exit layers on equal deep tokens."""
     out = work / "other-exit"
     if not out.exists():
         plain = work / "no-exit"

@@ -25,7 +25,7 @@ COSTS = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
 
 
 class FakeTime:
-    """What `time.monotonic` returns: it passes in evaluations, and in steps of a minute."""
+    """Stands in for `time.monotonic`: time passes in evaluations, and in steps of a minute."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluation: float) -> None:
         self.now = 0.0

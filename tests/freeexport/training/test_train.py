@@ -1,4 +1,4 @@
-"""What each way of tuning trains, and what it leaves alone."""
+"""Each way of tuning: what it trains, and what it leaves alone."""
 
 from __future__ import annotations
 
