@@ -179,9 +179,18 @@ class FrozenExit(nn.Module):
     accepts_loss_kwargs = True
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
 
-    def __init__(self, own: Exit, head: SharedHead, layers: tuple[int, int], loss: LossName, alpha: float) -> None:
+    def __init__(
+        self,
+        own: Exit,
+        head: SharedHead,
+        layers: tuple[int, int],
+        loss: LossName,
+        alpha: float,
+        seq2seq: bool = False,
+    ) -> None:
         """`layers` are the exit layer and the last one."""
         super().__init__()
+        self.seq2seq = seq2seq
         self.exit = own
         self.head = head.requires_grad_(False)
         self.exit_layer, self.layers = layers
@@ -274,7 +283,8 @@ def tune_exit(
     torch.manual_seed(options.seed)
     # The norm and the head alone, so that the layers' memory goes back.
     head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
-    module = FrozenExit(own, head, (whole.exit_layer, whole.layers), options.loss, options.loss_alpha)
+    layers = whole.exit_layer, whole.layers
+    module = FrozenExit(own, head, layers, options.loss, options.loss_alpha, whole.seq2seq)
 
     def write(directory: Path) -> None:
         write_exit(own, directory)

@@ -210,7 +210,7 @@ class ExitTrainer(Trainer):
         written: WrittenOutputs | None = None,
     ) -> None:
         self.options, self._written = options, written
-        self._seq2seq = getattr(tuning.module, "seq2seq", False)
+        self._seq2seq = bool(tuning.module.seq2seq)
         self.clock = clock
         self.tokens_seen: torch.Tensor | int = 0
         training_lengths, self._validation_lengths = tuning.lengths
