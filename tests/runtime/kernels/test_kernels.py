@@ -50,7 +50,7 @@ shapes = st.tuples(
 
 
 @given(shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_products_are_those_of_the_rounded_rows_and_weights(shape):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def test_products_are_those_of_the_rounded_rows_and_weights(shape):
 
 
 @given(shapes)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_every_instruction_set_gives_the_same_bits(shape):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
@@ -110,7 +110,7 @@ def activated(activation, x):
 
 
 @given(shapes, st.sampled_from(ACTIVATIONS), st.sampled_from(["", "norm", "skip"]), st.sampled_from([None, 4, 8]))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_norms_activations_and_gates_are_those_of_float64_and_the_same_everywhere(shape, activation, before, up_bits):
     seed, count, outputs, inputs, bits, block, bias = shape
     rng = np.random.default_rng(seed)
