@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -295,6 +297,46 @@ def test_what_a_callback_raises_reaches_its_own_caller_alone(
         with pytest.raises(interruption):
             Aside(lambda prompt=prompt: session.generate(prompt, max_new_tokens=3, logits_processor=raising)).result()
     assert other.result().stats.tokens == 60
+
+
+@pytest.mark.parametrize("prompt", [[7], [[7], [8], [9]]], ids=["one", "list"])
+def test_ctrl_c_ends_the_requests_of_who_waits_and_no_other(prompt: Any, open_session: Open) -> None:
+    assert threading.current_thread() is threading.main_thread()
+    session, before = open_session(slots=2), signal.getsignal(signal.SIGINT)
+    options: dict[str, Any] = {"max_new_tokens": 60, "ignore_eos": True, "logits_processor": Slowly(0.02)}
+    other = Aside(lambda: session.generate([8], **options))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            session.generate(prompt, **{**options, "max_new_tokens": 100})
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert other.result().stats.tokens == 60
+    session._scheduler.drain()
+    assert session.metrics().finished["cancelled"] >= 1
+
+
+LEAVING = """
+import sys, time
+from runtime import Session
+
+def slowly(ids, scores):
+    time.sleep(0.2)
+    return scores
+
+session = Session(sys.argv[1], threads=1, slots=1)
+streams = [session.stream([5], max_new_tokens=100, ignore_eos=True, logits_processor=slowly) for _ in range(3)]
+next(streams[0])
+print(time.time())
+"""
+
+
+def test_requests_that_nobody_reads_any_more_do_not_keep_the_interpreter(bundle: Bundles) -> None:
+    command = [sys.executable, "-c", LEAVING, str(bundle(BY_NAME[LLAMA], 1))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert time.time() - float(done.stdout) < 10, "a request takes 20 seconds"
 
 
 # Forks
