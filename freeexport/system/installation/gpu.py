@@ -100,7 +100,6 @@ def _driver_version() -> int:
     return 0
 
 
-DISTRIBUTION = "tensorrt"
 PROVIDER = "libonnxruntime_providers_tensorrt.so"
 _SONAME = re.compile(rb"libnvinfer\.so\.(\d+)")
 
@@ -119,7 +118,7 @@ class TensorRT:
 
 def check_tensorrt(version_of: Callable[[str], str | None], provider: Path | None = None) -> TensorRT:
     """Look at what is installed. `provider` is the library of ONNX Runtime's provider, by default the one here."""
-    version, wanted = version_of(DISTRIBUTION), provider_wants(provider or provider_library())
+    version, wanted = version_of("tensorrt"), provider_wants(provider or provider_library())
     if version is None:
         return TensorRT(None, wanted=wanted, provider_problem=_provider_problem(None, wanted))
     problem = ""
