@@ -15,11 +15,11 @@ import fake_peer
 import pytest
 from checkpoints import CASES, Case, load
 from conftest import Bundles
-from runtime.machine.user_cache import user_cache
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
+from runtime.machine.machine import user_cache
 from tools.peers import compare as comparing
 from tools.peers import model as peer_model
 from tools.peers.catalog import PEERS, SCRIPTS, find_peer
