@@ -197,7 +197,7 @@ def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, se
         (("--top-p", "0.5"), "nothing is sampled"),
         (("--num-return-sequences", "2"), "num_return_sequences is 2"),
         (("-o", "min_new_tokens=x"), "min_new_tokens is 'x'"),
-        (("--num-beams", "2"), "early exit is not supported with beam search"),
+        (("--num-beams", "2", "--mode", "free"), "early exit is not supported with beam search"),
         (("--num-beams", "2", "--mode", "full"), "beam search is for encoder-decoders"),
     ],
 )
