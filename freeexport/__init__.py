@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from runtime import *  # noqa: F403 - `runtime.__all__` lists them
 
 __version__ = "0.2.0"
+INTERRUPTED = 130  # exit code: 128 + SIGINT, as shells report it
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ import signal
 import sys
 from types import FrameType
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+from freeexport import INTERRUPTED
 
 
 def main() -> None:

@@ -18,8 +18,7 @@ from typing import Any
 
 import click
 
-from freeexport import __version__
-from freeexport.__main__ import INTERRUPTED
+from freeexport import INTERRUPTED, __version__
 from freeexport.system.child import tell_parent
 from freeexport.system.installation.extras import how_to_install
 from runtime.errors import FreeExportError

@@ -47,7 +47,8 @@ def circles(root: Path) -> list[list[str]]:
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
-                found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+                targets = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= targets & set(modules) or {node.module}
         graph[name] = (found & set(modules)) - {name, name.rpartition(".")[0]}
     index: dict[str, int] = {}
     low: dict[str, int] = {}

@@ -93,7 +93,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """
     import matplotlib  # noqa: F401
 
-    from freeexport.measure.evaluate import FILES, as_dict, evaluate, facts, narrow, settings_sheet, write
+    from freeexport.measure.evaluate import FILES, as_dict, evaluate, facts, narrow, settings_sheet
+    from freeexport.measure.page import write
     from freeexport.measure.table import terminal
 
     chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)

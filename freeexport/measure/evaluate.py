@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,12 +16,10 @@ from freeexport.measure.prompts import engines_hash, fitting_prompts, reference_
 from freeexport.measure.quality import Curve, Row, curves_of, rows_of, verdicts
 from freeexport.measure.records import Key, Record, Records, check_output
 from freeexport.measure.settings import CALM, Entry, EvaluateOptions, Setting, entries_of
-from freeexport.measure.table import TERMINAL, Sheet, about, as_csv, environment, markdown, plus_minus, sheet
+from freeexport.measure.table import TERMINAL, Sheet, about, environment, markdown, plus_minus, sheet
 from freeexport.measure.timing import Energy, OtherLoad, interleave, load_note
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
-from freeexport.system.output_file import write_whole
-from freeexport.system.plot import save_figure
 from runtime import Session
 from runtime.bundle.beta_mixture import NEVER_EXIT
 from runtime.bundle.bundle import sha256_of
@@ -401,19 +398,3 @@ def as_dict(found: Evaluation) -> dict[str, Any]:
         "curves": [asdict(curve) for curve in found.curves],
         "notes": found.notes,
     }
-
-
-def write(found: Evaluation) -> None:
-    """Write figures, pictures and the page beside the outputs. Needs matplotlib."""
-    from freeexport.measure.page import page
-    from freeexport.measure.plot import quality_speed
-
-    out = found.options.output
-    content = as_dict(found)
-    write_whole(out / "evaluation.json", json.dumps(content, indent=2) + "\n")
-    write_whole(out / "evaluation.csv", as_csv(content["rows"]))
-    write_whole(out / "results.md", as_markdown(found))
-    figure = quality_speed(found)
-    for name in ("curve.png", "curve.svg"):
-        save_figure(figure, out / name)
-    write_whole(out / "report.html", page(found, settings_sheet(found), curves_sheet(found), facts(found)))

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jinja2 import Environment, StrictUndefined
 
+from freeexport.measure.evaluate import Evaluation, as_dict, as_markdown, curves_sheet, facts, settings_sheet
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row
-from freeexport.measure.table import Sheet
+from freeexport.measure.table import Sheet, as_csv
+from freeexport.system.output_file import write_whole
+from freeexport.system.plot import save_figure
 from runtime.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from freeexport.measure.evaluate import Evaluation
 
 SHOWN = 12
 _TEMPLATE = """<!doctype html>
@@ -149,3 +149,16 @@ def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]
         texts.append(shown[len(before) :])
         before = shown if shown.startswith(before) else before
     return texts
+
+
+def write(found: Evaluation) -> None:
+    """Write figures, pictures and the page beside the outputs. Needs matplotlib."""
+    out = found.options.output
+    content = as_dict(found)
+    write_whole(out / "evaluation.json", json.dumps(content, indent=2) + "\n")
+    write_whole(out / "evaluation.csv", as_csv(content["rows"]))
+    write_whole(out / "results.md", as_markdown(found))
+    figure = quality_speed(found)
+    for name in ("curve.png", "curve.svg"):
+        save_figure(figure, out / name)
+    write_whole(out / "report.html", page(found, settings_sheet(found), curves_sheet(found), facts(found)))

@@ -9,8 +9,7 @@ from weakref import WeakSet
 
 import numpy as np
 
-from runtime.cuda.array import DeviceArray
-from runtime.cuda.driver import Stream
+from runtime.cuda.driver import DeviceArray, Stream
 
 # TensorRT wants addresses that are multiples of this.
 ALIGNMENT = 256

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.cuda import driver as cuda
-from runtime.cuda.array import DeviceArray
+from runtime.cuda.driver import DeviceArray
 from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Event, Runner

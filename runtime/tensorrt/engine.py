@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.cuda.array import DeviceArray
 from runtime.cuda.call import ALIGNMENT, DeviceCall, DeviceEngine, Staging, laid_out
-from runtime.cuda.driver import CudaGraph, Stream
+from runtime.cuda.driver import CudaGraph, DeviceArray, Stream
 from runtime.errors import EngineError
 from runtime.tensorrt.files import Profile, import_tensorrt, logger_of, profile_for, read_record, sizes_of
 

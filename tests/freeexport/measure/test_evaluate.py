@@ -19,6 +19,7 @@ from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.measure import evaluate as evaluation
+from freeexport.measure import page as pages
 from freeexport.measure import sources
 from freeexport.measure.costs import measured_costs
 from freeexport.measure.page import pieces
@@ -87,8 +88,8 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Done:
     out, found = tmp_path_factory.mktemp("results") / "out", list[evaluation.Evaluation]()
     methods = ",".join(method for method in METHODS if method not in ("adaptive", "rollback", *CALM))
-    write = evaluation.write
-    with mock.patch.object(evaluation, "write", lambda one: (found.append(one), write(one))):
+    write = pages.write
+    with mock.patch.object(pages, "write", lambda one: (found.append(one), write(one))):
         result = call((path,), data, out, "--methods", methods, "--rounds", 2, "--metric", "chrf")
     assert result.exit_code == 0, result.output
     return Done(result.stdout, out, found[0])

@@ -14,8 +14,7 @@ from fake_cuda import Access, FakeCuda, Misuse, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.array import DeviceArray
-from runtime.cuda.driver import Cuda
+from runtime.cuda.driver import Cuda, DeviceArray
 from runtime.errors import CapacityError, DeviceError
 
 

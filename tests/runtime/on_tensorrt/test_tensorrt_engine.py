@@ -17,8 +17,7 @@ from fake_tensorrt import _Context, fake_tensorrt
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime.bundle.bundle import Bundle
-from runtime.cuda.array import DeviceArray
-from runtime.cuda.driver import Cuda, Stream
+from runtime.cuda.driver import Cuda, DeviceArray, Stream
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import CapacityError, DeviceError, EngineError
 from runtime.tensorrt.engine import RUNS_BEFORE_CAPTURE, TensorRTEngine
