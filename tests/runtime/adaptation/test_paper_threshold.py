@@ -13,6 +13,7 @@ from conftest import Bundles
 from manifest_case import MANIFEST
 
 from runtime import OptionError, Session
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
 from runtime.adaptation.paper_threshold import (
     FIRST_THRESHOLD,
     GRID,
@@ -63,6 +64,29 @@ def test_a_request_keeps_the_threshold_of_its_start_and_one_without_labels_teach
     assert adaptive.state()["refits"] == 0
     teach(adaptive, np.random.default_rng(0))
     assert early.threshold == FIRST_THRESHOLD != adaptive.threshold
+
+
+def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not() -> None:
+    """An untrained exit, as SmolLM2's after layer 10: the likelihood ratio leaves out that 4 % of the tokens agree."""
+    wrong = {}
+    for rule in (AdaptiveThreshold(MANIFEST, None, 4000), PaperThreshold(MANIFEST, None)):
+        random, errors, tokens = np.random.default_rng(1), 0, 0
+        for number in range(200):
+            agrees = random.random(60) < 0.045
+            confidence = np.where(agrees, random.beta(1.1, 3.2, 60), random.beta(0.95, 1.3, 60))
+            request, stack = rule.begin(), list[tuple[float, bool]]()
+            for row in zip(confidence.tolist(), agrees.tolist(), strict=True):
+                stack.append(row)
+                if row[0] > request.threshold and len(stack) < 16:
+                    errors += (not row[1]) and number > 50
+                    continue
+                request.label(stack)
+                stack = []
+            tokens += 60 * (number > 50)
+            rule.complete(request)
+        wrong[type(rule)] = errors / tokens
+    assert wrong[AdaptiveThreshold] < 0.01
+    assert wrong[PaperThreshold] > 0.4
 
 
 def test_a_larger_zeta_asks_for_more_confidence() -> None:
