@@ -31,10 +31,10 @@ def on(server: Running, text: str) -> str:
 
 
 def test_the_curl_commands_and_the_client_of_the_page_work(server: Running) -> None:
-    ((_, commands),) = blocks(DOCS / "server.md", "<!-- curl -->")
+    ((_, commands),) = blocks(DOCS / "serving.md", "<!-- curl -->")
     for line in on(server, commands).replace("\\\n", " ").strip().splitlines():
         run_program(["bash", "-euc", f"{line} > /dev/null"])
-    ((_, program),) = blocks(DOCS / "server.md", "<!-- client -->")
+    ((_, program),) = blocks(DOCS / "serving.md", "<!-- client -->")
     run_program([sys.executable, "-c", on(server, program)])
     assert len(server.log) == 4
     assert {line["status"] for line in server.log} == {200}
