@@ -301,7 +301,7 @@ def test_a_server_that_loads_is_alive_and_not_ready(tmp_path: Path) -> None:
 def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> None:
     with running(chat, names=("m",)) as server, httpx.Client(base_url=server.url, timeout=60) as http:
         answers: list[httpx.Response] = []
-        asked = {"messages": MESSAGES, "max_tokens": 1500, **ENDLESS}
+        asked = {"messages": MESSAGES, "max_tokens": 600, **ENDLESS}
         asking = threading.Thread(target=lambda: answers.append(httpx.post(server.url + CHAT, json=asked, timeout=60)))
         asking.start()
         session = server.service.sessions["m"]
@@ -314,7 +314,7 @@ def test_shutdown_lets_running_requests_end_and_refuses_new_ones(chat: Path) -> 
         asking.join()
         server.thread.join(10)
     assert answers[0].status_code == 200
-    assert answers[0].json()["usage"]["completion_tokens"] == 1500
+    assert answers[0].json()["usage"]["completion_tokens"] == 600
 
 
 def test_what_still_runs_at_the_end_of_the_shutdown_is_told_so(chat: Path) -> None:
