@@ -105,7 +105,7 @@ def _module(verb: str) -> str:
 
 
 def describe(error: BaseException, verb: str | None = None) -> str:
-    """What went wrong in `verb` and what to do about it, on one line, without the leading `error:`."""
+    """Describe the error of `verb` and what to do about it, on one line, without the leading `error:`."""
     return " ".join(line.strip() for line in _explain(error, verb).splitlines() if line.strip())
 
 

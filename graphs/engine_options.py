@@ -1,4 +1,4 @@
-"""What is decided when engines are built, and which decisions go together."""
+"""Options of engines, and which go together."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLOAT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": i
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What is decided when engines are built. GraphError where a value is out of range.
+    """Options of engines. GraphError where a value is out of range.
 
     `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
     where weights are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized
@@ -135,7 +135,7 @@ class EngineOptions:
 
     @property
     def float_type(self) -> FloatType:
-        """Of activations, and of weights that are not rounded."""
+        """The type of activations, and of weights that are not quantized."""
         if self.precision in ("fp32", "fp16", "bf16"):
             return self.precision
         if self.target == "cpu":

@@ -55,7 +55,7 @@ class EngineBuilder:
 
     @property
     def quantization(self) -> Quantization | None:
-        """What became of the weights of the engines built so far; None where they were not rounded."""
+        """How the weights of the engines built so far were quantized; None where they were not."""
         return self._quantizer.report if self._plan else None
 
     def shallow(self) -> None:

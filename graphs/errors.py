@@ -1,4 +1,4 @@
-"""What a checkpoint or a graph can be refused for."""
+"""Errors of checkpoints and graphs that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an exit has of its own, where a checkpoint was trained with it: layers, a norm, an adapter."""
+"""Layers of an exit's own, where a checkpoint was trained with them: layers, a norm, an adapter."""
 
 from __future__ import annotations
 

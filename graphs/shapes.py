@@ -1,4 +1,4 @@
-"""What a checkpoint may say, checked before anything of that size is made: the values of its configuration, and the
+"""Limits of a checkpoint, checked before anything of that size is made: the values of its configuration, and the
 shapes of its tensors."""
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which backend a session runs on: the CPU, CUDA or TensorRT. GPU modules are imported only where one is asked for."""
+"""The backend that a session runs on: the CPU, CUDA or TensorRT. GPU modules are imported only where one is asked
+for."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Which engine calls of several sequences run next, and how many of them as one: rows side by side, each with its own
-length and number of rows."""
+"""Chooses the engine calls of several sequences that run next, and how many as one: rows side by side, each with its
+own length and number of rows."""
 
 from __future__ import annotations
 

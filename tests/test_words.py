@@ -139,6 +139,11 @@ def test_docstrings_of_the_product_use_the_words_of_the_field() -> None:
     assert {place: said for place, text in found.items() if (said := wrong(text, words))} == {}
 
 
+def test_docstrings_begin_with_a_verb_or_the_noun_that_they_describe() -> None:
+    vague = re.compile(r"(Of|What|Whose|As many|The same|Told|Those|That|Which|Where|When)\b")
+    assert [place for place, text in product_docstrings() if vague.match(text)] == []
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -1,4 +1,4 @@
-"""What a precision costs in answers, and whether the modes of a bundle give the same tokens.
+"""Measures what a precision costs in answers, and whether the modes of a bundle give the same tokens.
 
     python -m tools.quality precisions FP32 BUNDLE ... --output quality.json
     python -m tools.quality modes BUNDLE --samples 200
@@ -148,7 +148,7 @@ def _watch(
 
 
 def _force(session: Session, prompts: Sequence[Any], answers: Sequence[Sequence[int]], at_once: int) -> list[Watch]:
-    """What the model would have chosen within these answers."""
+    """The tokens that the model would have chosen within these answers."""
     watches = [Watch(answer) for answer in answers]
     options = [{"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches]
     _decode(session, prompts, at_once, options, mode="full", ignore_eos=True)

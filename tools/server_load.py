@@ -51,7 +51,7 @@ def served(bundle: Path, threads: int, slots: int) -> Iterator[str]:
 
 
 async def stream(client: httpx.AsyncClient, prompt: str | Sequence[int], tokens: int) -> list[float]:
-    """When it was asked for, and when each chunk with text came."""
+    """The times of the request and of each chunk with text."""
     times = [time.perf_counter()]
     body = {"prompt": prompt, "max_tokens": tokens, "stream": True, "temperature": 0}
     async with client.stream("POST", "/v1/completions", json=body) as answer:

@@ -1,4 +1,4 @@
-"""Where the time of a token goes in mode full: kernel by kernel, by ONNX Runtime's own profile.
+"""Profiles a token in mode full, kernel by kernel, by ONNX Runtime's own profile.
 
     python -m tools.token_profile BUNDLE [BUNDLE ...]
 

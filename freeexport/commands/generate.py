@@ -283,7 +283,7 @@ def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[st
 
 
 def _sources(stats: Stats) -> str:
-    """What came of drafts that no exit made."""
+    """Describe the drafts that no exit made."""
     return "".join(
         f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time), "
         for source, counts in stats.drafts.items()

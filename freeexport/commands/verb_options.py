@@ -1,4 +1,4 @@
-"""What verbs share in their options: sections of the help, texts, and names that were others before."""
+"""Options that verbs share: sections of the help, texts, and names that were others before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a bundle records of its exit: what `convert` and `inspect` give a verdict on."""
+"""The exit as a bundle records it, which `convert` and `inspect` give a verdict on."""
 
 from __future__ import annotations
 

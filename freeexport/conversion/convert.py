@@ -101,7 +101,7 @@ def _exit_layer(checkpoint: Checkpoint, layers: int, given: int | None) -> int:
 
 
 def unverified_place(out: Path) -> Path:
-    """Where a refused bundle for `out` goes. Raises OutputError where something stands there that is none."""
+    """The place of a refused bundle for `out`. Raises OutputError where something stands there that is none."""
     absolute = Path(os.path.abspath(out))
     place = absolute.with_name(f"{absolute.name}.unverified")
     check_output(place, MANIFEST, overwrite=True)
@@ -114,8 +114,8 @@ def unverified_place(out: Path) -> Path:
 
 @contextmanager
 def kept_where_refused(directory: Path, place: Path) -> Iterator[None]:
-    """Where the block raises VerificationError, move what is in `directory` to `place`, instead of an earlier one, and
-    raise the error with the path. Without a report nothing was judged, and nothing is kept."""
+    """If the block raises VerificationError, move the contents of `directory` to `place`, instead of an earlier one,
+    and raise the error with the path. Without a report nothing was judged, and nothing is kept."""
     try:
         yield
     except VerificationError as error:

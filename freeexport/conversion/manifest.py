@@ -24,7 +24,7 @@ VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 
 @dataclass(frozen=True)
 class Written:
-    """What the engines came to: bytes of weights, what stands in memory a second time, and how weights were
+    """Sizes of the engines: bytes of weights, what stands in memory a second time, and how weights were
     quantized."""
 
     bytes: int
@@ -40,8 +40,8 @@ def new_manifest(
     written: Written,
     directory: Path,
 ) -> Manifest:
-    """That of the engines that stand in `directory`, not yet verified, measured or calibrated. Raises GraphError where
-    the checkpoint does not say how decoding starts."""
+    """The manifest of the engines that stand in `directory`, not yet verified, measured or calibrated. Raises
+    GraphError where the checkpoint does not say how decoding starts."""
     generation, attention = checkpoint.generation_config, description.attention
     return Manifest(
         schema_version=SCHEMA_VERSION,

@@ -1,4 +1,4 @@
-"""What a user decides about a bundle, and what its engines take from that."""
+"""Options of a conversion, and of the engines that follow from them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Verify = Literal["quick", "full", "none"]
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """What a user decides about a bundle. OptionError where two do not go together or a file is missing; GraphError for
+    """Options of a conversion. OptionError where two do not go together or a file is missing; GraphError for
     an encoder capacity under 1.
 
     exit_layer: None is that of exit.json beside the weights, without one a third of the layers.
@@ -81,7 +81,7 @@ class ConvertOptions:
 
     @property
     def longest_prompt(self) -> int:
-        """Of an encoder-decoder, in tokens."""
+        """Longest prompt of an encoder-decoder, in tokens."""
         return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
 
 
@@ -111,7 +111,7 @@ def natural_kernels(options: ConvertOptions, precision: Precision) -> Kernels:
 
 
 def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
-    """What the engines need of `options`, with the defaults of the model and the target."""
+    """Options of the engines by `options`, with the defaults of the model and the target."""
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]

@@ -1,1 +1,1 @@
-"""What `freeexport demo` runs."""
+"""The demos of `freeexport demo`."""

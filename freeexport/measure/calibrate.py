@@ -195,7 +195,7 @@ def _calibrated(
 
 
 def cache_path(model: str, output: Path | None) -> Path:
-    """Where traces are kept: beside the file that is written, or beside the bundle."""
+    """The file of traces: beside the file that is written, or beside the bundle."""
     if output is not None and not is_bundle(model):
         return output.with_name(f"{output.name}.traces.jsonl")
     bundle = Path(os.path.abspath(model))

@@ -55,7 +55,7 @@ def tables(result: Calibrated) -> list[Table]:
 
 
 def calibration_tables(calibration: Calibration) -> list[Table]:
-    """What a file or a bundle records of its calibration."""
+    """The calibration that a file or a bundle records."""
     return [pairs("Calibration", recorded(calibration)), threshold_table(calibration)]
 
 
@@ -99,7 +99,7 @@ def _cells_of(calibration: Calibration, row: TableRow) -> tuple[str, ...]:
 
 
 def recorded(calibration: Calibration) -> list[tuple[str, str]]:
-    """Where the threshold comes from."""
+    """The source of the threshold."""
     limit, mixture = calibration.rollback_threshold, calibration.mixture
     rows = [
         ("data", f"{calibration.sequences} sequences, {calibration.positions} tokens that may exit"),
@@ -115,7 +115,7 @@ def recorded(calibration: Calibration) -> list[tuple[str, str]]:
 
 
 def promise(calibration: Calibration) -> str:
-    """What the rule says about its threshold."""
+    """Describe the threshold by its rule."""
     probability = f"with probability {1 - (calibration.delta or 0):.4g}"
     if calibration.method == "risk":
         return f"risk: loss of a sequence at most {calibration.risk:g} on average, {probability}"

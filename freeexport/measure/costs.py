@@ -1,4 +1,4 @@
-"""What decoding costs on this machine, fitted to decoding: mode full, and mode free with exits as scripts say.
+"""Costs of decoding on this machine, fitted to decoding: mode full, and mode free with exits as scripts say.
 
 Calls that are timed one by one, again and again, find their weights in the processor's cache and their buffers bound;
 decoding does not, and pays more. So costs are fitted to whole requests, all kinds of them in turn.

@@ -91,7 +91,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ExitFacts:
-    """What is known of an exit. None is not known.
+    """Facts of an exit. None is not known.
 
     `name` is what commands call the bundle, or the `checkpoint`; `data` the file that was used. `trained`: whether the
     checkpoint was trained for this exit. `threshold`: as calibrated, None where it was not; 1.0 is never to exit, and
@@ -225,7 +225,7 @@ def _elsewhere(facts: ExitFacts) -> tuple[str, ...]:
 
 
 def _instead(facts: ExitFacts, *first: str) -> str:
-    """What to do about an exit that does not pay."""
+    """Advice on an exit that does not pay."""
     steps = [*first, f"train it for the exit (freeexport train {facts.name if facts.checkpoint else 'CHECKPOINT'} OUT)"]
     if facts.heavy_head:
         steps.append("give the exit a smaller head (freeexport convert --exit-vocab N), which outweighs its layers")

@@ -1,4 +1,4 @@
-"""Which layer of a checkpoint to exit after: `freeexport evaluate CHECKPOINT --layers`."""
+"""Compares the layers of a checkpoint as exits: `freeexport evaluate CHECKPOINT --layers`."""
 
 from __future__ import annotations
 

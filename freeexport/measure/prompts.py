@@ -49,7 +49,7 @@ def fitting_prompts(
 
 
 def reference_of(request: Request) -> Reference | None:
-    """What the outputs of a line are compared with; OptionError where it cannot be read."""
+    """The references of a line; OptionError where it cannot be read."""
     return Reference.of(request.target, request.references, f"line {request.line_number}")
 
 

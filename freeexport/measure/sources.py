@@ -1,4 +1,4 @@
-"""What is calibrated: bundles, which decode with their engines, or a checkpoint, with transformers."""
+"""Sources of traces: bundles, which decode with their engines, or a checkpoint, with transformers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _SHARED = ("family", "layers", "hidden_size", "heads", "vocab_size", "precision"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a calibration says about its model. `hash` is of all that traces depend on; `ends` are the tokens that end a
+    """The model that a calibration belongs to. `hash` is of all that traces depend on; `ends` are the tokens that end a
     sequence; `threshold` is 1.0 where not calibrated. `path` is how commands name the model; `trained`: for this exit,
     None where that is not known."""
 

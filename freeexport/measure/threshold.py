@@ -227,7 +227,7 @@ def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: Outputs) -> Ch
 
 
 def held_out_of(count: int) -> np.ndarray:
-    """Which of `count` sequences the choice does not see, bool [n]: every third, whatever order the data have."""
+    """Mask of the sequences that the choice does not see, bool [count]: every third, whatever order the data have."""
     return np.arange(count) % 3 == 2
 
 

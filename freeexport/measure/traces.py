@@ -158,7 +158,7 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
 
 @dataclass(frozen=True)
 class TraceKey:
-    """What traces depend on. `model` and `data` are hashes."""
+    """Everything that traces depend on. `model` and `data` are hashes."""
 
     model: str
     data: str

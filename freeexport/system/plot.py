@@ -1,4 +1,4 @@
-"""What every picture has in common: colours that colour-blind people can tell, a legend beside the data, the file."""
+"""Shared by every picture: colours that colour-blind people can tell, a legend beside the data, the file."""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ class Check:
 
 
 def failure_of(check: dict[str, Any]) -> str:
-    """What a check of a report found, that did not pass."""
+    """Describe a check that did not pass."""
     limit = _shown(check["measure"], check["tolerance"])
     found = _FOUND[check["measure"]].format(_shown(check["measure"], check["error"]))
     return f"{check['name']}: {check['tensor']} {found}, the limit is {limit}{_transformers(check)}"
 
 
 def line_of(check: dict[str, Any]) -> str:
-    """The same of one that passed."""
+    """Describe a check that passed."""
     limit = _shown(check["measure"], check["tolerance"])
     found = _WITHIN[check["measure"]].format(_shown(check["measure"], check["error"]))
     return f"{check['name']}: {check['tensor']} {found} (at most {limit}{_transformers(check)})"

@@ -214,7 +214,7 @@ class EnginePair:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the engines gave for valid rows: flat indices [n] into the padded text, hidden states [n, d], logits [n, V]
+    """Outputs of the engines for valid rows: flat indices [n] into the padded text, hidden states [n, d], logits [n, V]
     of both engines."""
 
     index: np.ndarray
@@ -275,7 +275,7 @@ def self_checks(
 
 
 def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws) -> Noise:
-    """What the engines give for the text in growing pieces, against the same with what they read changed by up to
+    """Outputs of the engines for the text in growing pieces, against the same with what they read changed by up to
     `step` of itself: hidden states, and the caches of every layer."""
     bounds = [0, *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width), text.width]
     before = in_calls(pair, text, bounds)
@@ -375,7 +375,7 @@ def scale_of(values: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class Moved:
-    """What became of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
+    """Changes of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
     two best logits before, how far these moved against each other, and whether the best one is another."""
 
     divergence: np.ndarray
@@ -386,7 +386,7 @@ class Moved:
 
     @classmethod
     def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
-        """Of logits [n, V], and of any n tokens."""
+        """The change of logits [n, V], and of any n tokens."""
         blocks = [slice(start, start + _BLOCK) for start in range(0, len(before), _BLOCK)]
         return cls.joined([_moved(before[block], after[block], tokens[block]) for block in blocks])
 
@@ -430,6 +430,6 @@ def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[C
 
 
 def _limit(noise: np.ndarray, count: int) -> float:
-    """What the mean of `count` rows may be: FACTOR times noise's mean and the standard error of so many rows."""
+    """The limit of the mean of `count` rows: FACTOR times noise's mean and the standard error of so many rows."""
     # Unlike max, this keeps NaN.
     return float(np.maximum(RESOLUTION, FACTOR * (np.abs(noise.mean()) + noise.std() / np.sqrt(count))))

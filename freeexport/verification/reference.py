@@ -52,7 +52,7 @@ ExitHead = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class States:
-    """What a model gives for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
+    """Outputs of a model for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
     the states [n, d] after it, and for an encoder-decoder its encoder's output at the valid rows of the prompts."""
 
     deep: np.ndarray
@@ -62,7 +62,7 @@ class States:
 
     @classmethod
     def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
-        """What transformers computes, as float32."""
+        """Outputs of transformers, as float32."""
         out = forward(model, batch)
         states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
         encoded = out.get("encoder_last_hidden_state")
@@ -96,7 +96,7 @@ def layer_list(model: Any) -> tuple[Any, str]:
 
 
 def forward(model: Any, batch: Batch) -> Any:
-    """What transformers returns for a batch: `logits` [B, n, V], and the hidden states of all layers."""
+    """Outputs of transformers for a batch: `logits` [B, n, V], and the hidden states of all layers."""
     tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(mask_of(batch.lengths, batch.tokens.shape[1]))
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if batch.prompts is not None and batch.prompt_lengths is not None:
@@ -189,7 +189,7 @@ def _wide(item: Any) -> Any:
 
 @contextmanager
 def rounding(model: Any, bits: int) -> Iterator[None]:
-    """What every layer, norm and activation gives is rounded to `bits` of significand; the range stays float32's."""
+    """Round the output of every layer, norm and activation to `bits` of significand; the range stays float32's."""
     leaves = [module for module in model.modules() if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(_rounder(bits)) for module in leaves]
     try:

@@ -211,7 +211,7 @@ class _Verification:
 
 
 def remedy(manifest: Manifest) -> str:
-    """What to do about a bundle that does not pass."""
+    """Advice on a bundle that does not pass."""
     ways = []
     if manifest.precision != "fp32":
         ways.append("a higher --precision")
@@ -221,7 +221,7 @@ def remedy(manifest: Manifest) -> str:
 
 
 def failure(report: dict[str, Any]) -> str:
-    """What is wrong, in a line that names the tensor, the figure, its limit and what to do."""
+    """Describe the fault in a line that names the tensor, the figure, its limit and what to do."""
     found = _found(report)
     return f"{found}; {report['remedy']}" if "remedy" in report else found
 

@@ -1,4 +1,4 @@
-"""What the two ways to write a decoder in ONNX share: norms, attention and the KV cache as an interface, projections,
+"""Shared by the two ways to write a decoder in ONNX: norms, attention and the KV cache as an interface, projections,
 rotary tables, relative bias (Raffel et al., JMLR 2020, section 2.1), rows without padding. `ort` uses ONNX Runtime's
 fused operators, `standard` ONNX opset 24. Activations are flat: [M, d] with M = batch * rows."""
 
@@ -191,7 +191,7 @@ class Packing:
 
 
 def packing(graph: Graph, call: Call, idle: bool = False) -> Packing:
-    """Of a call; `idle` as there."""
+    """Rows of a call; `idle` as there."""
     longest = graph.op("Gather", [call.size, graph.constant(np.int64(1))], axis=0)
     first, one = graph.constant(np.int64(0)), graph.constant(np.int64(1))
     steps = graph.op("Range", [first, longest, one])

@@ -96,7 +96,8 @@ class StandardDialect:
         return present
 
     def _mask(self, attention: Attention, keys: ir.Value) -> ir.Value:
-        """What to add to the scores, [B, 1 or heads, rows, cache]: the relative bias, and MASKED for what is unseen."""
+        """The tensor added to the scores, [B, 1 or heads, rows, cache]: the relative bias, and MASKED for what is
+        unseen."""
         graph, bias = self.graph, attention.relative_bias
         name = (bias.table if bias else None, attention.window)
         if name not in self._masks:

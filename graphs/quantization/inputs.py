@@ -105,7 +105,7 @@ def _in_best_range(target: np.ndarray, importance: np.ndarray, block: int, type_
 
 
 def _losses(grid: _Grid, target: np.ndarray, moments: np.ndarray) -> np.ndarray:
-    """What the error of each output sums to over the inputs seen: float32 [outputs]."""
+    """The error of each output, summed over the inputs seen: float32 [outputs]."""
     wrong = grid.weights - target
     found: np.ndarray = np.einsum("io,io->o", moments @ wrong, wrong)
     return found

@@ -49,7 +49,7 @@ class Products(Protocol):
     beside: bool
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
-        """What Gemm(x, W, bias) `node` gives, by operators on `tape` that read the quantized weight. `parts`: its
+        """Replace Gemm(x, W, bias) `node` by operators on `tape` that read the quantized weight. `parts`: its
         outputs; one, or two where `beside`."""
         ...
 
@@ -207,7 +207,7 @@ def _gemms(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _first(name: str) -> str:
-    """Of the tensors that a weight is stacked of."""
+    """Names of the tensors that a weight is stacked of."""
     return name.split(STACK)[0]
 
 

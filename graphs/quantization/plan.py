@@ -1,4 +1,4 @@
-"""Which format the weights of each engine get at a precision, and how they are rounded and multiplied with."""
+"""Plans the format that each engine's weights get at a precision, and their operators."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def _round_between(
 
 
 def values_of(rounded: Rounded) -> np.ndarray:
-    """What `rounded` of 4 bits stands for, float32 [outputs, blocks * block]."""
+    """Dequantize `rounded` of 4 bits: float32 [outputs, blocks * block]."""
     assert rounded.zero_points is not None
     values, zeros = unpacked(rounded.data).astype(np.float32), unpacked(rounded.zero_points)[:, : rounded.data.shape[1]]
     found: np.ndarray = (values - zeros[..., None]) * rounded.scales[..., None].astype(np.float32)

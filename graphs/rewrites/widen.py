@@ -55,7 +55,7 @@ class Widen(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{value.name} is still {self._half.name}")
 
     def _results(self, graph: ir.Graph) -> Iterator[ir.Value]:
-        """What operators give in `half`: those that read it, and casts to it."""
+        """Values that operators give in `half`: those that read it, and casts to it."""
         known = {value for value in (*graph.inputs, *graph.initializers.values()) if value.dtype == self._half}
         for node in graph:
             given = node.op_type not in _OTHERS and any(value in known for value in node.inputs)

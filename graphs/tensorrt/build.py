@@ -233,7 +233,7 @@ def check_target(manifest: Manifest) -> None:
 
 
 def plan_of(bundle: Bundle, engine: str, version: str, options: BuildOptions) -> Plan:
-    """What the file of this engine would be built from and for, here."""
+    """The record of the engine file that would be built here."""
     digest = sources_sha256(bundle.manifest, engine)
     profiles = profiles_of(engine, bundle.manifest, options.max_batch)
     return Plan(engine, digest, version, architecture(), profiles, options.version_compatible)

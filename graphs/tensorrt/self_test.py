@@ -149,7 +149,8 @@ class _Trio:
 
 
 class _Differences:
-    """Of all calls of an engine together, as one alone has few numbers. `least` is what rounding explains at least."""
+    """The error of all calls of an engine together, as one alone has few numbers. `least` is what rounding explains at
+    least."""
 
     def __init__(self, least: float) -> None:
         self._least = least

@@ -1,1 +1,1 @@
-"""What a session learns while decoding: threshold, draft length."""
+"""Learned while decoding: the adaptive threshold, the costs of calls."""

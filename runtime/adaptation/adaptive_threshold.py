@@ -86,9 +86,9 @@ class RequestLabels:
 
 @dataclass(frozen=True)
 class AdaptiveState:
-    """What a session has learned, to go on from later: plain numbers. `source_sha256`, `exit_layer` and `confidence`
-    say of which model. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens without label since the
-    last audit, `fresh`: tokens since the last refit."""
+    """The learned state of a session, to go on from later: plain numbers. `source_sha256`, `exit_layer` and
+    `confidence` say of which model. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens without
+    label since the last audit, `fresh`: tokens since the last refit."""
 
     schema_version: int
     source_sha256: str
@@ -144,7 +144,7 @@ class AdaptiveThreshold:
 
     @property
     def threshold(self) -> float:
-        """What a request would begin with now."""
+        """The threshold that a request would begin with now."""
         return self._threshold
 
     @property
@@ -245,7 +245,7 @@ def _listed(value: Any) -> Any:
 
 
 class LabelStatistics:
-    """Of bounded size. A token counts exp(-n / memory) once n tokens came after it."""
+    """Labels of bounded size. A token counts exp(-n / memory) once n tokens came after it."""
 
     def __init__(self, agree: LogSums, disagree: LogSums, unlabelled: Sequence[Sequence[float]] = ()) -> None:
         self.agree, self.disagree = agree, disagree
@@ -256,7 +256,7 @@ class LabelStatistics:
 
     @classmethod
     def of_mixture(cls, mixture: BetaMixture, tokens: float) -> LabelStatistics:
-        """What `tokens` labelled tokens of a mixture are on average."""
+        """The expected labels of `tokens` tokens of a mixture."""
         share = mixture.weight_agree
         return cls(mixture.agree.expected(tokens * share), mixture.disagree.expected(tokens * (1 - share)))
 

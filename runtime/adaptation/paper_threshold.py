@@ -65,8 +65,8 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
 
 @dataclass(frozen=True)
 class PaperState:
-    """What a session has learned, to continue from later: plain numbers. `source_sha256`, `exit_layer` and `confidence`
-    say of which model; `agree` and `disagree` are moments."""
+    """The learned state of a session, to continue from later: plain numbers. `source_sha256`, `exit_layer` and
+    `confidence` say of which model; `agree` and `disagree` are moments."""
 
     schema_version: int
     source_sha256: str
@@ -105,7 +105,7 @@ class PaperThreshold:
 
     @property
     def threshold(self) -> float:
-        """What a request would begin with now."""
+        """The threshold that a request would begin with now."""
         return self._threshold
 
     def begin(self) -> RequestLabels:
@@ -135,7 +135,7 @@ class PaperThreshold:
 
 
 def _shapes(moments: Moments) -> tuple[float, float] | None:
-    """Of the Beta distribution with this mean and variance; None without any."""
+    """Shapes of the Beta distribution with this mean and variance; None without any."""
     if not moments.weight:
         return None
     mean = moments.total / moments.weight

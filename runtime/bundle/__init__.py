@@ -1,4 +1,4 @@
-"""What is on disk, checked: the manifest, the calibration, and the Beta mixture that it holds."""
+"""A bundle on disk, checked: the manifest, the calibration, and the Beta mixture that it holds."""
 
 from __future__ import annotations
 

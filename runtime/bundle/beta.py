@@ -27,7 +27,7 @@ class LogSums(NamedTuple):
 
     @classmethod
     def of(cls, confidences: np.ndarray) -> LogSums:
-        """Of tokens [n], each of weight 1."""
+        """The sums of tokens [n], each of weight 1."""
         inside = clipped(confidences)
         return cls(float(inside.size), float(np.log(inside).sum()), float(np.log1p(-inside).sum()))
 
@@ -69,7 +69,7 @@ class Beta:
         return np.exp(self.log_density(confidence))
 
     def log_likelihood(self, sums: LogSums) -> float:
-        """Of the tokens that `sums` were taken over, in nats."""
+        """The log-likelihood, in nats, of the tokens that `sums` were taken over."""
         return (self.a - 1) * sums.log + (self.b - 1) * sums.log_rest - sums.weight * self.log_normalizer
 
     def expected(self, weight: float) -> LogSums:

@@ -40,7 +40,7 @@ class BetaMixture:
         return np.where(odds >= 0, 1.0, np.exp(np.minimum(odds, 0.0))) / (1.0 + np.exp(-np.abs(odds)))
 
     def density(self, confidence: np.ndarray | float) -> np.ndarray:
-        """Of all tokens."""
+        """The share among all tokens."""
         agree, disagree = self.agree.density(confidence), self.disagree.density(confidence)
         return np.asarray(self.weight_agree * agree + (1 - self.weight_agree) * disagree)
 

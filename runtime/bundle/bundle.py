@@ -59,7 +59,7 @@ class Bundle:
 
     @property
     def verification(self) -> dict[str, Any] | None:
-        """What `freeexport verify` measured, or None."""
+        """The report of `freeexport verify`, or None."""
         file = self.path / VERIFICATION
         if not os.path.lexists(file):
             return None
@@ -68,7 +68,8 @@ class Bundle:
 
     @property
     def calibration(self) -> Calibration | None:
-        """What its threshold was measured by, or None. Raises BundleError where it is not that of this bundle."""
+        """The calibration that its threshold comes from, or None. Raises BundleError where it is not that of this
+        bundle."""
         manifest = self.manifest
         name = next(filter(is_calibration, manifest.files), None)
         if name is None:

@@ -34,10 +34,9 @@ RATIOS = ("quality", "predicted_speedup", "measured_speedup")
 
 @dataclass(frozen=True)
 class TableRow:
-    """What a threshold gives. `exit_rate`: share of tokens that exit. `agreement`: share of those that agree, None
-    where none exits. `quality`: of the metric, as a share of the full model's. Speedups over the full model. None is
-    not known.
-    """
+    """Expected results of a threshold. `exit_rate`: share of tokens that exit. `agreement`: share of those that agree,
+    None where none exits. `quality`: of the metric, as a share of the full model's. Speedups over the full model. None
+    is not known."""
 
     threshold: float
     exit_rate: float

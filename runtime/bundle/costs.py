@@ -17,8 +17,8 @@ MOST = 1e15
 
 @dataclass(frozen=True)
 class Host:
-    """Where costs hold: the processor by name, the cores that the process could use, the threads of an engine call,
-    and ONNX Runtime's version."""
+    """The machine on which costs hold: the processor by name, the cores that the process could use, the threads of an
+    engine call, and ONNX Runtime's version."""
 
     processor: str
     cores: int

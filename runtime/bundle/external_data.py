@@ -1,4 +1,4 @@
-"""Which files an ONNX graph names as its external data, without the package `onnx`."""
+"""Finds the files that an ONNX graph names as its external data, without the package `onnx`."""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ class Manifest:
 
     @property
     def float_type(self) -> FloatType:
-        """Of activations, the KV cache, and weights that are not rounded."""
+        """The type of activations, the KV cache, and weights that are not quantized."""
         if self.compute is not None:
             return self.compute
         return self.precision if self.precision in ("fp16", "bf16") else "fp32"

@@ -1,4 +1,4 @@
-"""What stands in which precision: the part of the manifest that a quantised bundle has."""
+"""Precisions of a bundle's tensors: the part of the manifest that a quantised bundle has."""
 
 from __future__ import annotations
 

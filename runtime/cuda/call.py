@@ -43,7 +43,7 @@ class Staging:
 
 
 class DeviceEngine:
-    """What engines on a device share: the `name`, the `stream` that calls are put into, in order and always from the
+    """Shared by engines on a device: the `name`, the `stream` that calls are put into, in order and always from the
     same thread, and unused stagings. `captures`: calls of one token a row that come again become CUDA graphs."""
 
     def __init__(self, name: str, stream: Stream, captures: bool) -> None:
@@ -177,8 +177,8 @@ class DeviceCall:
 
 
 def laid_out(sizes: Mapping[str, int], start: int = 0) -> tuple[dict[str, int], int]:
-    """Where each of these many bytes begins, one after the other from `start` on, and where all end. What is empty has
-    a place of its own too."""
+    """Offsets at which each of these many bytes begins, one after the other from `start` on, and where all end. What is
+    empty has a place of its own too."""
     offsets = {}
     for name, size in sizes.items():
         offsets[name] = start

@@ -111,7 +111,7 @@ class Cuda:
         return DeviceArray(Memory(self, address, size, stream), address, shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
-        """The same, zeroed in `stream`."""
+        """A new array, zeroed in `stream`."""
         array = self.empty(shape, dtype, stream)
         self.call("cudaMemsetAsync", array.address, 0, array.memory.size, stream.handle)
         return array
@@ -211,11 +211,11 @@ class Stream:
         self.cuda.call("cudaEventRecord", event.handle, self.handle)
 
     def wait(self, event: Event) -> None:
-        """What is put into the queue from now on begins after `event`. The host goes on."""
+        """Make work that is put into the queue from now on begin after `event`. The host goes on."""
         self.cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
 
     def follow(self, other: Stream) -> None:
-        """What is put into this queue from now on begins after all that is in `other` now."""
+        """Make work that is put into this queue from now on begin after all that is in `other` now."""
         if other is not self:
             if other._passing is None:
                 other._passing = self.cuda.event()
@@ -262,7 +262,7 @@ class Event:
 
 
 class CudaGraph:
-    """What `put` puts into `stream`, recorded without being done. It holds addresses: the memory must outlive it."""
+    """Records what `put` puts into `stream`, without being done. It holds addresses: the memory must outlive it."""
 
     def __init__(self, stream: Stream, put: Callable[[], None]) -> None:
         self._stream, cuda = stream, stream.cuda
@@ -354,7 +354,7 @@ class DeviceArray:
         return all(n == 1 or a == b for n, a, b in zip(self.shape, self.strides, dense, strict=True))
 
     def reshaped(self, shape: tuple[int, ...]) -> DeviceArray:
-        """The same elements, at most as many, from the first on; only of a contiguous array."""
+        """A view of the same elements, at most as many, from the first on; only of a contiguous array."""
         count = int(np.prod(shape, dtype=np.int64))
         if not self.contiguous or count > self.size:
             raise ValueError(f"{list(self.shape)} cannot be read as {list(shape)}")

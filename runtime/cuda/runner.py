@@ -200,7 +200,7 @@ class CudaEncoder(Encoder):
 
 
 class _Place:
-    """What a prompt of one width is read from and leads to, and the bound calls between."""
+    """Inputs and outputs of a prompt of one width, and the bound calls between."""
 
     def __init__(self, encoder: Any, prologue: Any, runner: CudaRunner, width: int, hidden_size: int) -> None:
         self.tokens = np.zeros((1, width), np.int64)

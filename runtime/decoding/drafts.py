@@ -1,4 +1,4 @@
-"""Which tokens a lossless request drafts next, and how many.
+"""Chooses the tokens that a lossless request drafts next, and how many.
 
 - A lookup whose newest three tokens stood before is always tried, and so are `predicted_output` and `draft_source`; a
   lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.

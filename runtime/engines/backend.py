@@ -1,4 +1,4 @@
-"""Where a session's engines, caches and encoder stand: on the CPU, or on a GPU. All that a session makes once."""
+"""The place of a session's engines, caches and encoder: on the CPU, or on a GPU. All that a session makes once."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Backend:
         return shallow, Runner(engine("deep"), self._cache(self.manifest.deep_layers))
 
     def encoder(self, engine: Load, runner: Runner) -> Encoder | None:
-        """Of an encoder-decoder; what it gives is read in `runner` first."""
+        """The encoder of an encoder-decoder; its output is read in `runner` first."""
         return Encoder(engine("encoder"), engine("prologue")) if self.manifest.encoder_decoder else None
 
     def close(self, drain: Callable[[], None]) -> None:
@@ -85,7 +85,7 @@ class Backend:
 
 
 def cache_sizes(manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int) -> Sizes:
-    """What a KVCache is made with. numpy has no bfloat16: its bits are uint16."""
+    """Element type of a KVCache. numpy has no bfloat16: its bits are uint16."""
     dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
 

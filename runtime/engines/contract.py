@@ -1,4 +1,4 @@
-"""What the manifest says the graphs of a bundle take and give, compared with what they do."""
+"""Compares the inputs and outputs of a bundle's graphs with the manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Contract(NamedTuple):
 
 
 def contract(manifest: Manifest, engine: str) -> Contract:
-    """Of encoder, prologue, shallow or deep."""
+    """Inputs and outputs of encoder, prologue, shallow or deep."""
     compute = _FLOATS[manifest.float_type]
     if engine in ("encoder", "prologue"):
         hidden = {"hidden": Tensor(compute, ("B", "E", manifest.hidden_size))}

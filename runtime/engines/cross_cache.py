@@ -1,4 +1,4 @@
-"""What cross-attention reads, of all sequences that share engine calls."""
+"""Keys and values that cross-attention reads, of all sequences that share engine calls."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CrossCache:
         self._lengths[slot] = 1  # engines check the lengths of idle rows, too, against arrays that may become narrower
 
     def rows(self, layers: set[str], first: int, count: int) -> dict[str, np.ndarray]:
-        """What an engine of these layers reads for `count` slots from `first` on."""
+        """Arrays that an engine of these layers reads for `count` slots from `first` on."""
         if not self.arrays:
             return {}
         views = {name: array for name, array in self.arrays.items() if name.split(".")[1] in layers}

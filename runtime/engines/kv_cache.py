@@ -77,7 +77,7 @@ class KVCache:
         self.lengths[slot] = first + count
 
     def row_bytes(self, exits: bool) -> int:
-        """Of a position in all arrays that `read` gives."""
+        """Bytes of a position in all arrays that `read` gives."""
         return sum(array[0, :, 0].nbytes for array in self._arrays_of(exits))
 
     def _arrays_of(self, exits: bool) -> list[np.ndarray]:

@@ -1,4 +1,4 @@
-"""What the caches of a session may come to, and whether that is there."""
+"""Memory that the caches of a session may take, checked against what is available."""
 
 from __future__ import annotations
 

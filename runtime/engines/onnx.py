@@ -48,7 +48,7 @@ class OnnxEngine:
 
     @property
     def output_shapes(self) -> dict[str, tuple[Any, ...]]:
-        """Of each output; dimensions that are free have a name."""
+        """The shape of each output; dimensions that are free have a name."""
         return {output.name: tuple(output.shape) for output in self.session.get_outputs()}
 
     def run(self, outputs: list[str], inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

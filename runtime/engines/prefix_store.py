@@ -1,4 +1,4 @@
-"""What requests left of the prompts they read, for requests that begin with the same tokens."""
+"""Keys and values of prompts that were read, for requests that begin with the same tokens."""
 
 from __future__ import annotations
 

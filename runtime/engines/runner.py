@@ -54,5 +54,5 @@ class Runner:
         return lazy_zeros(shape, dtype)
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Any:
-        """The same, of finite numbers, until the next call for this name."""
+        """An array of finite numbers, until the next call for this name."""
         return np.zeros(shape, dtype)

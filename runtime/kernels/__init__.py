@@ -59,7 +59,8 @@ def missing() -> str | None:
 
 
 def kernels_of(needed: int | None) -> str:
-    """Whose operators multiply with a bundle's quantized weights, for a person; `needed` is what its manifest says."""
+    """Name the operators that multiply with a bundle's quantized weights, for a person; `needed` is what its manifest
+    says."""
     problem = missing()
     if needed is not None:
         return f"freeexport's own, version {needed}, " + (f"with {instructions()} here" if problem is None else problem)

@@ -1,1 +1,1 @@
-"""The same on TensorRT engines."""
+"""TensorRT engines on a CUDA stream."""

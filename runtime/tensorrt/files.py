@@ -82,7 +82,7 @@ def logger_of(trt: Any) -> Any:
             logger.debug("TensorRT: %s", message)
 
         def reason(self) -> str:
-            """What it said last, cut to a line."""
+            """The last message of TensorRT, cut to a line."""
             return self.errors[-1][:600] if self.errors else "no reason given"
 
     return Log()
@@ -170,12 +170,12 @@ class EngineFile:
 
 
 def record_of(path: Path) -> Path:
-    """Where it stands what an engine file is."""
+    """The path of an engine file's record."""
     return path.with_name(f"{path.name}.json")
 
 
 def read_record(path: Path) -> EngineFile | None:
-    """What the record of an engine file says; None where there is none that can be read."""
+    """The record of an engine file; None where there is none that can be read."""
     try:
         content = read_json(record_of(path), "build it again", limit=LARGEST_RECORD)
         found: EngineFile = Reader("build it again").read(EngineFile, content, path.name)

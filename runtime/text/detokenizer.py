@@ -85,7 +85,7 @@ def _check_stop(tokenizer: Tokenizer | None, stop: Sequence[str]) -> None:
 
 
 def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Where the stop string that ends first begins; None where there is none."""
+    """The place where the stop string that ends first begins; None where there is none."""
     spans = [(start + len(word), start) for word in stop if (start := text.find(word)) >= 0]
     return min(spans)[1] if spans else None
 

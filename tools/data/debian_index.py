@@ -87,7 +87,7 @@ def sources(lines: Iterable[str]) -> dict[str, str]:
 
 
 def stem(package: str) -> str:
-    """What packages of one family have in their names: libfoo2, libfoo-dev and foo-doc are all foo."""
+    """The part that names of one family of packages share: libfoo2, libfoo-dev and foo-doc are all foo."""
     previous = ""
     while package != previous:
         previous, package = package, _AFFIXES.sub("", package) or package

@@ -63,7 +63,7 @@ def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
 
 
 def key_of(word: Word) -> str:
-    """What decides a word's split: its spelling without the possessive."""
+    """The key that decides a word's split: its spelling without the possessive."""
     return _POSSESSIVE.sub("", word.spelling)
 
 

@@ -123,7 +123,7 @@ def report(out: Path, sizes: Mapping[str, int]) -> None:
 
 
 def normalised(text: str) -> str:
-    """What two inputs that differ in case or spacing have in common."""
+    """The text without differences of case and spacing."""
     return " ".join(text.casefold().split())
 
 

@@ -1,4 +1,4 @@
-"""What only a machine with a card can tell, in one command of minutes.
+"""Checks that need a machine with a card, in one command of minutes.
 
     python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --output gpu-check
 
@@ -55,7 +55,7 @@ class Unavailable(Exception):
 
 @dataclass
 class Bench:
-    """What the steps share. `exit_layer` None is that of the checkpoint's exit.json; bundles are made in `work`.
+    """Shared by the steps. `exit_layer` None is that of the checkpoint's exit.json; bundles are made in `work`.
     `device` is None where no card works, for the reason `no_device`."""
 
     model: Path
@@ -195,7 +195,7 @@ def usable(device: str) -> tuple[str | None, str]:
 
 
 def run(bench: Bench, name: str) -> dict[str, Any]:
-    """What a step found, or why not."""
+    """The result of a step, or why it has none."""
     began = time.monotonic()
     click.echo(f"{name} ...", err=True)
     try:

@@ -33,8 +33,8 @@ DOMAINS = {"": OPSET, "com.microsoft": 1}
 
 @dataclass(frozen=True)
 class Rule:
-    """What the kernel of `operator` refuses when it is made or run: `refused` gives what of a node's attributes and
-    inputs it is, or nothing. `source` says where ONNX Runtime says so."""
+    """Rules that the kernel of `operator` refuses when it is made or run: `refused` gives what of a node's attributes
+    and inputs it is, or nothing. `source` says where ONNX Runtime says so."""
 
     operator: str
     refused: Callable[[Mapping[str, Any], list[str]], str]
@@ -80,7 +80,7 @@ RULES = (
 
 @dataclass(frozen=True)
 class Finding:
-    """What the provider cannot run: a node of a graph, and why."""
+    """A node that the provider cannot run, and why."""
 
     graph: str
     node: str
@@ -92,7 +92,8 @@ class Finding:
 
 
 class Table:
-    """What a version of ONNX Runtime registers for CUDA; see `dump` for the form. ValueError for another opset."""
+    """The kernels that a version of ONNX Runtime registers for CUDA; see `dump` for the form. ValueError for another
+    opset."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         if content["opset"] != OPSET:
@@ -105,7 +106,7 @@ class Table:
         return cls(json.loads(path.read_text(encoding="utf-8")))
 
     def check(self, model: onnx.ModelProto, name: str) -> list[Finding]:
-        """What of a graph, called `name`, has no kernel."""
+        """Nodes without a kernel in a graph called `name`."""
         return list(self._findings(model, name))
 
     def _findings(self, model: onnx.ModelProto, name: str) -> Iterator[Finding]:
@@ -254,7 +255,7 @@ def write(content: Mapping[str, Any], path: Path) -> None:
 
 
 def check_bundle(bundle: Path, table: Table | None = None) -> list[Finding]:
-    """What of all graphs in a directory has no kernel."""
+    """Nodes without a kernel in all graphs of a directory."""
     table = table or Table.load()
     findings: list[Finding] = []
     for path in sorted(bundle.glob("*.onnx")):

@@ -57,7 +57,7 @@ def configuration(size: str) -> dict:
 
 
 def write_tokenizer(directory: Path) -> None:
-    """As many pieces as T5 has: characters, so that any English text can be read, and made-up words."""
+    """A vocabulary of T5's size: characters, so that any English text can be read, and made-up words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     special = ["<pad>", "</s>", "<unk>"]

@@ -1,1 +1,1 @@
-"""What is installed, what of it works here, and what to install."""
+"""Checks the installation and says what to install."""

@@ -77,7 +77,7 @@ def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_v
 
 
 def how_to_install(module: str, verb: str | None = None) -> str:
-    """What is missing, and the one command that installs all of it for `verb`, where `module` was not found."""
+    """Name what is missing, and the one command that installs all of it for `verb`, where `module` was not found."""
     top = module.partition(".")[0]
     package = _DISTRIBUTIONS.get(top, top)
     wanted = (*NEEDED.get(verb or "", ()), *extras())

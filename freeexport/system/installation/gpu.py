@@ -1,4 +1,4 @@
-"""Which CUDA and cuDNN the installed onnxruntime-gpu was built for, and whether driver and packages here fit."""
+"""Finds the CUDA and cuDNN that onnxruntime-gpu was built for, and whether driver and packages here fit."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check_cuda(
 
 
 def cuda_rows(found: CudaVersions) -> list[tuple[str, str]]:
-    """What to print; nothing where the wheel is for the CPU."""
+    """Lines to print; none where the wheel is for the CPU."""
     if found.wanted is None and not found.problems:
         return []
     rows = [
@@ -80,7 +80,7 @@ def _requirements() -> list[str]:
 
 
 def _built_for() -> str | None:
-    """What the wheel's own file says. Imports nothing of it."""
+    """The requirements by the wheel's own file. Imports nothing of it."""
     spec = util.find_spec("onnxruntime")
     for place in (spec.submodule_search_locations or ()) if spec else ():
         with suppress(OSError):
@@ -151,7 +151,7 @@ def _provider_problem(version: str | None, wanted: int | None) -> str:
 
 
 def tensorrt_rows(found: TensorRT) -> list[tuple[str, str]]:
-    """What to print."""
+    """Lines to print."""
     usable = found.problem or "can build engines, and run them on a GPU"
     rows = [("tensorrt", "not installed" if found.version is None else f"{found.version}: {usable}")]
     if found.wanted is not None:

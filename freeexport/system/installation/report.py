@@ -1,4 +1,4 @@
-"""What is installed, what of it works, what the machine offers, and what to install."""
+"""The report of `doctor`: packages, machine, and what to install."""
 
 from __future__ import annotations
 
