@@ -171,7 +171,7 @@ def test_sizes_and_data_that_do_not_do_are_refused(checkpoint: Directory, data: 
         choose_exit_vocabulary(many, data, 12, out, 1, threshold=1.0)
     given = (checkpoint(LLAMA), tmp_path / "bundle", "--exit-layer", 1)
     assert "give both, or neither" in error(run(*given, "--exit-vocab", 100))
-    assert "give both, or neither" in error(run(*given, "--data", data))
+    assert "--data is for --exit-vocab, or weights in 4 bits" in error(run(*given, "--data", data))
     both = ("--exit-vocab", 100, "--data", data, "--calibration", tmp_path / "x.json")
     assert "calibrate the bundle" in error(run(*given, *both))
     assert not (tmp_path / "bundle").exists()
