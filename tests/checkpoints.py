@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -299,3 +299,13 @@ WIDE: tuple[Case, ...] = (
     _llama("llama-wide", (1,), vocab_size=8192, hidden_size=512, intermediate_size=1536),
     _t5("t5-wide", (1,), vocab_size=8192, d_model=512, d_kv=64, d_ff=2048, num_heads=8),
 )
+
+
+# Short prompts of different lengths, to calibrate on.
+TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]
+
+
+class Bundles(Protocol):
+    """A case's bundle; options are those of ConvertOptions. Tests must not write into it."""
+
+    def __call__(self, case: Case, exit_layer: int = 1, **options: Any) -> Path: ...

@@ -6,10 +6,10 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
-from checkpoints import CASES, LONG, Case, load
+from checkpoints import CASES, LONG, TEXTS, Bundles, Case, load
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,16 +19,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
-
-
-# Short prompts of different lengths, to calibrate on.
-TEXTS = ["one two three", "four", "x", *(f"line {n} of {n * n} lines" for n in range(33))]
-
-
-class Bundles(Protocol):
-    """A case's bundle; options are those of ConvertOptions. Tests must not write into it."""
-
-    def __call__(self, case: Case, exit_layer: int = 1, **options: Any) -> Path: ...
 
 
 @pytest.fixture(scope="session")

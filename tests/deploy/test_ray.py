@@ -20,8 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from checkpoints import LONG
-from conftest import Bundles
+from checkpoints import LONG, Bundles
 from running_server import ENDLESS, eventually
 
 from freeexport.serving.server import listen

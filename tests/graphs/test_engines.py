@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Case
-from conftest import Bundles
+from checkpoints import CASES, Bundles, Case
 from engine_cases import CONFIDENCES, every, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from engine_cases import pair_of, tokens
 from kernel_cases import session_of
 from linear_case import FLOAT, normal

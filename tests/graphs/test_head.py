@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Case
-from conftest import Bundles
+from checkpoints import CASES, VOCAB_SIZE, Bundles, Case
 from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
 
 from freeexport.checkpoints.checkpoint import open_checkpoint

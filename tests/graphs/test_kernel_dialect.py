@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from engine_cases import check_rows_are_exact, every, pair_of, tokens
 
 from freeexport.conversion.convert import convert

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from engine_cases import every, pair_of, tokens
 from kernel_cases import session_of
 from linear_case import BIAS, FLOAT, WEIGHT, normal

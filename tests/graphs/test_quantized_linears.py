@@ -11,8 +11,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from checkpoints import CASES, LARGER
-from conftest import Bundles
+from checkpoints import CASES, LARGER, Bundles
 from engine_cases import every, pair_of, tokens
 from linear_case import BIAS, FLOAT, WEIGHT, normal
 from onnx_ir.tape import Tape

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, LARGER, WIDE
-from conftest import Bundles
+from checkpoints import CASES, LARGER, WIDE, Bundles
 from onnx import TensorProto
 
 from graphs.errors import BuildError

@@ -10,10 +10,9 @@ from typing import Any
 import fake_device
 import numpy as np
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner
 from command_errors import error
-from conftest import Bundles
 
 from freeexport import cli
 from freeexport.conversion.convert import build_and_test

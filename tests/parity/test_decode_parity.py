@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Case
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles, Case
 from reference import Reference, assert_same_tokens, free_decode, replay, separating_threshold
 
 from runtime import GenerationResult, Session

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case
 from draft_plans import draft_exits
 from reference import (
     Run,

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PROMPTS, Case
-from conftest import Bundles
+from checkpoints import PROMPTS, Bundles, Case
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, OWN_LAYERS, model_with_exit, with_exit_layers
 from reference import (

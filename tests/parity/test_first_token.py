@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Case
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles, Case
 from reference import assert_same_tokens, draft_decode, free_decode, replay, unlikely_goes
 
 from runtime import GenerationResult, Session

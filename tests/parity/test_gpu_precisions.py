@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, PROMPTS, Case
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles, Case
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.verification.verification import failure, verify

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import HEADS_OF_40, PROMPTS, Case
-from conftest import Bundles
+from checkpoints import HEADS_OF_40, PROMPTS, Bundles, Case
 
 from graphs.errors import GraphError
 from runtime import Session

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE
-from conftest import Bundles
+from checkpoints import CASES, VOCAB_SIZE, Bundles
 from draft_plans import draft_candidates
 
 from runtime import Session

@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, Case
+from checkpoints import CASES, PROMPTS, Bundles, Case
 from click.testing import CliRunner
-from conftest import Bundles
 
 from freeexport.cli import main
 from runtime import Session

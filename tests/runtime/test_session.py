@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
 
 from runtime import (
     CapacityError,

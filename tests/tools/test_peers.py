@@ -13,8 +13,7 @@ from typing import Any
 
 import fake_peer
 import pytest
-from checkpoints import CASES, Case, load
-from conftest import Bundles
+from checkpoints import CASES, Bundles, Case, load
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner
-from conftest import Bundles
 
 from runtime import Bundle
 from tools.token_profile import calls, main, profile, read_step, table, typical

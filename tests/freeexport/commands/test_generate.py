@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import Bundles
 from fake_device import Machine
 
 from freeexport import cli

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, LARGER, Case
+from checkpoints import CASES, LARGER, Bundles, Case
 from click.testing import CliRunner, Result
-from conftest import Bundles
 from safetensors.numpy import load_file, save_file
 
 from freeexport.cli import main

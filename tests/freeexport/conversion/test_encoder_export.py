@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import Case, _t5
-from conftest import Bundles
+from checkpoints import Bundles, Case, _t5
 
 from freeexport.checkpoints.checkpoint import CheckpointError
 from freeexport.conversion import encoder_export

@@ -14,10 +14,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from checkpoints import CASES, Case, load
+from checkpoints import CASES, Bundles, Case, load
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import Bundles
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Case
+from checkpoints import CASES, PROMPTS, Bundles, Case
 from click.testing import CliRunner, Result
-from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.verification.verification import failure, verify

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, Bundles, Case
 from click.testing import CliRunner, Result
-from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.measure import bench as benching

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from checkpoints import CASES, Case
-from conftest import Bundles
+from checkpoints import CASES, Bundles, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.measure.byte_model import engine_bytes, measure_bandwidth, measured, token_bytes

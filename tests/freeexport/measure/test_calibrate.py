@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, TEXTS, Bundles, Case
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import TEXTS, Bundles
 from traces import mixed, trace
 
 from freeexport.cli import main

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, Bundles, Case
 from click.testing import CliRunner
-from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.measure.calm import Calm, threshold_at, write_calm

@@ -5,8 +5,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 
 from freeexport.measure.costs import Sample, fit, measured_costs, measured_in_child
 from freeexport.measure.forced import ForcedExitSession

@@ -13,9 +13,8 @@ from unittest import mock
 from xml.etree import ElementTree
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner, Result
-from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.measure import evaluate as evaluation
@@ -62,7 +61,7 @@ def call(bundles: tuple[Any, ...], data: Path, out: Path, *arguments: Any) -> Re
 @pytest.fixture
 def run(tmp_path: Path, path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """Evaluates without files of results, which take longer to draw than these models to decode."""
-    monkeypatch.setattr(evaluation, "write", lambda found: None)
+    monkeypatch.setattr(pages, "write", lambda found: None)
 
     def evaluate(*arguments: Any, bundles: tuple[Any, ...] = (path,), file: Path = data) -> Result:
         return call(bundles, file, tmp_path / "out", *arguments)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, Bundles, Case
 from click.testing import CliRunner, Result
 from command_errors import error
-from conftest import Bundles
 from hypothesis import given
 from hypothesis import strategies as st
 from traces import trace

@@ -4,8 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES, PROMPTS
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles
 from draft_plans import draft_exits
 
 from freeexport.measure.forced import THRESHOLD, ForcedDraftSession, ForcedExitSession, exit_trace

@@ -148,7 +148,7 @@ def test_a_plot_without_matplotlib_says_what_to_install(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "freeexport[bench]" in error(run("missing", data, "--plot", str(tmp_path / "x.png")))
+    assert "freeexport[evaluate]" in error(run("missing", data, "--plot", str(tmp_path / "x.png")))
 
 
 @pytest.mark.parametrize(("name", "message"), [("x.pdf", ".png"), ("none/x.png", "make it first")])

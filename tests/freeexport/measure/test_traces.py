@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Case
-from conftest import TEXTS, Bundles
+from checkpoints import CASES, TEXTS, Bundles, Case
 from hypothesis import given
 from hypothesis import strategies as st
 from traces import mixed, trace

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner, Result
-from conftest import Bundles
 from hypothesis import given
 from hypothesis import strategies as st
 

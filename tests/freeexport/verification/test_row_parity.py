@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 
 from freeexport.verification.checks import Check
 from freeexport.verification.engines import (

@@ -15,9 +15,8 @@ from typing import Any, cast
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Case
+from checkpoints import CASES, Bundles, Case
 from click.testing import CliRunner, Result
-from conftest import Bundles
 from damaged_bundle import scale_weight
 from safetensors.numpy import load_file, save_file
 

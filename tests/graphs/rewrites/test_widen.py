@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from onnx import TensorProto
 
 from freeexport.verification.engines import EnginePair, encode, rows_of, sample_batch

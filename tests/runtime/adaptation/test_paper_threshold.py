@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles
 from manifest_case import MANIFEST
 
 from runtime import OptionError, Session

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 
 from runtime import Bundle, BundleError, CalibrationError, EngineError, Session
 from runtime.bundle.bundle import VERIFICATION, sha256_of

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, Case
-from conftest import Bundles
+from checkpoints import CASES, Bundles, Case
 
 from runtime import Bundle, BundleError, EngineError, Session
 from runtime.bundle.bundle import sha256_of

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles
 from draft_plans import LongestExits, draft_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 
 from runtime import Session
 from runtime.engines import backend

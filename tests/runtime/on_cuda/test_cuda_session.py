@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PROMPTS
-from conftest import Bundles
+from checkpoints import PROMPTS, Bundles
 from device_cases import LLAMA, MODES, T5, both
 from fake_device import Machine
 from fake_onnxruntime import CPU

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from fake_cuda_graphs import GraphCuda
 from fake_tensorrt import _Context, fake_tensorrt
 

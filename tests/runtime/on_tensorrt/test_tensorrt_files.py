@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 
 from runtime.bundle.bundle import Bundle
 from runtime.errors import EngineError

@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
 from draft_plans import draft_candidates
 from scipy.stats import chisquare
 

@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from tokenizers import pre_tokenizers
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream

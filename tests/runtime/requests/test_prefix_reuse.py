@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, LONG
-from conftest import Bundles
+from checkpoints import CASES, LONG, Bundles
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, with_exit_layers
 

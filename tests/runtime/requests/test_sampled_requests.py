@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
 from draft_plans import draft_exits
 from reference import Run
 from scipy.stats import chisquare

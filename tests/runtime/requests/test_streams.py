@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, Bundles
 
 from runtime import AsyncStream, GenerationResult, OptionError, PromptError, QueueFullError, Session
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Case
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
 from reference import Run

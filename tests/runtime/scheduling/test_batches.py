@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE
-from conftest import Bundles
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
 from draft_plans import draft_exits
 from thread_runner import runners_beside
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import onnx
 import pytest
-from checkpoints import CASES
-from conftest import Bundles
+from checkpoints import CASES, Bundles
 from onnx import TensorProto, helper
 
 from tools.gpu.operators import OPSET, RULES, TABLE, Table, check_bundle, main, write

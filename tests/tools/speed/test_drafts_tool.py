@@ -7,9 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner
-from conftest import Bundles
 
 from tools.speed import drafts
 

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner
-from conftest import Bundles
 
 from tools.speed.outside import HERE, main
 

@@ -12,9 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, Case
+from checkpoints import CASES, Bundles, Case
 from click.testing import CliRunner
-from conftest import Bundles
 
 from freeexport.cli import main
 from freeexport.verification.reference import Quality, measure_quality

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES
+from checkpoints import CASES, Bundles
 from click.testing import CliRunner
-from conftest import Bundles
 
 from runtime.decoding.decoder import SlotCall
 from tools.quality import chat_prompts, first_difference, main
