@@ -127,7 +127,11 @@ def test_where_fp32_itself_is_far_from_float64_a_wrong_weight_fails(peaky: Path,
     assert failure(verify(Bundle.open(bundle.path), str(peaky))).startswith("prefill: deep logits differs by ")
 
 
-@pytest.mark.parametrize(("precision", "case"), [("int8", T5), ("int4", LLAMA), ("mixed", T5)], ids=str)
+@pytest.mark.parametrize(
+    ("precision", "case"),
+    [("int8", T5), ("int4", LLAMA), ("mixed", T5)],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
 def test_a_damaged_block_of_quantized_weights_fails(
     precision: str, case: Case, bundle: Bundles, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:
