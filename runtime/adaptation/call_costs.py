@@ -43,6 +43,11 @@ class CallCosts:
             return seen.seconds
         return self._scaled(kind, rows) or self._base(kind, rows)
 
+    def measured(self, kind: Kind, rows: int) -> bool:
+        """Whether the cost of such a call was measured here, and not long ago."""
+        seen = self._seen[kind].get(rows)
+        return seen is not None and seen.known(self._count)
+
     def token(self, sequences: int = 1) -> float:
         """A token of mode full, for each of so many sequences."""
         return self.seconds("step", sequences) + self.seconds("pass", sequences)

@@ -138,7 +138,8 @@ class Drafts:
         if sequences != self._sequences:
             self._sequences = sequences
             self._exit_length = self._best_exit()
-        if most == 0:
+        # Without a token of mode full to compare with, a draft that loses would pass for one that pays.
+        if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             return PLAIN
         if self._sources is not None and self._sources.due():
             self._judge(self._sources.follow(response.tokens))
@@ -154,7 +155,7 @@ class Drafts:
     def observe_plain(self, shallow: float, deep: float, shared: bool) -> None:
         """Learn from a token without a draft: seconds of its step and pass, in calls of its own unless `shared`."""
         self._to_time -= 1
-        if self._to_time <= 0 and not shared:
+        if not shared and (self._to_time <= 0 or not self._costs.measured("pass", 1)):
             self._to_time = TIMED
             self._costs.observe("step", 1, shallow)
             self._costs.observe("pass", 1, deep)

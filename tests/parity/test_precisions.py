@@ -87,9 +87,9 @@ def test_an_unknown_precision_is_a_usage_error(checkpoint: Callable[[Case], Path
 def test_a_kept_tensor_is_recorded_and_shown(
     checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphs.quantization import scheme
+    from graphs.quantization import rounding
 
-    monkeypatch.setitem(scheme.LIMITS, "int4", 0.0785)
+    monkeypatch.setitem(rounding.LIMITS, "int4", 0.0785)
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
     result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--verify", "none"])
     assert result.exit_code == 0, result.output

@@ -49,6 +49,10 @@ def prompts() -> dict[str, str]:
     return {**found, **{f"write {subject}": f"Write about {subject}." for subject in SUBJECTS}}
 
 
+def chat(prompt: str) -> list[dict[str, str]] | str:
+    return [{"role": "user", "content": prompt}]
+
+
 def seconds(result: GenerationResult) -> float:
     stats = result.stats
     return stats.seconds - stats.encode_seconds - stats.prefill_seconds
@@ -56,14 +60,14 @@ def seconds(result: GenerationResult) -> float:
 
 def measured(session: Session, prompt: str, tokens: int, rounds: int, fresh: bool) -> tuple[list[float], str]:
     """Speeds over mode full, and what was drafted. Raises ClickException where tokens differ."""
-    chat, ratios, drafted, last = [{"role": "user", "content": prompt}], [], [0, 0], 0
+    ratios, drafted, last = list[float](), [0, 0], 0
     for _ in range(rounds):
         if fresh:
             session.forget_drafts()
         found = []
         for mode in ("full", "lossless", "full"):
             options: dict[str, Any] = {"mode": mode, **({"drafts": "lookup"} if mode == "lossless" else {})}
-            found.append(session.generate(chat, max_new_tokens=tokens, **options))
+            found.append(session.generate(chat(prompt), max_new_tokens=tokens, **options))
         before, ours, after = found
         if not before.token_ids == ours.token_ids == after.token_ids:
             raise click.ClickException(f"tokens of lossless differ from those of full: {prompt!r}")

@@ -139,9 +139,9 @@ def test_an_input_that_cannot_be_opened_is_refused_at_once(tmp_path: Path) -> No
 
 
 def test_a_pipe_that_nobody_writes_to_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "pipe"
-    os.mkfifo(path)
     for mode, nobody in (("rb", "nothing writes to"), ("wb", "nothing reads")):
+        path = tmp_path / mode
+        os.mkfifo(path)
         with pytest.raises(OptionError, match=f"{nobody} the pipe .*; start the other process"):
             open_pipe(path, mode, seconds=0.05)
         assert f"waiting for a process that {'writes to' if mode == 'rb' else 'reads'}" in capfd.readouterr().err

@@ -196,6 +196,7 @@ def test_free_writing_is_never_slower_than_0_97_of_full(name: str, found: float,
     known=st.booleans(),
     seed=st.integers(0, 1000),
 )
+@example(name="dear rows", texts=[(1.0, 0.125, 2)], tokens=100, known=False, seed=1)
 @example(name="dear rows", texts=[(1.0, 0.0, 3)] * 3, tokens=100, known=True, seed=0)
 @example(name="dear rows", texts=[(1.0, 1.0, 3), (1.0, 0.4, 5)], tokens=100, known=True, seed=0)
 @hypothesis_settings(max_examples=50, deadline=None)

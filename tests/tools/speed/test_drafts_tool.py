@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import random
-from pathlib import Path
-
 import pytest
 from checkpoints import CASES, Bundles
 from click.testing import CliRunner
@@ -15,23 +11,35 @@ from tools.speed import drafts
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 
 
-def test_texts_are_changed_as_much_as_was_asked() -> None:
-    text = " ".join(f"word{number}" for number in range(100))
-    assert (
-        sum(a != b for a, b in zip(text.split(), drafts.edited(text, 0.1, random.Random(0)).split(), strict=True)) >= 9
-    )
-    assert (
-        sum(a != b for a, b in zip(text.split(), drafts.misspelled(text, random.Random(0)).split(), strict=True)) == 10
-    )
-    assert drafts.table(random.Random(0)).count(" | ") == 12
-
-
-def test_every_task_is_measured_and_compared(bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drafts, "LEAST_WORDS", 5)
-    data = tmp_path / "data.jsonl"
-    data.write_text("".join(json.dumps({"input": "summarize: a b c d ef gh " + str(n)}) + "\n" for n in range(3)))
+def run(bundle: Bundles, *arguments: object) -> tuple[int, list[str]]:
     path = bundle(LLAMA, 2, capacity=512)
-    arguments = ["--data", data, "--samples", 1, "--rounds", 1, "--max-new-tokens", 12, "--force"]
-    result = CliRunner().invoke(drafts.main, list(map(str, [path, *arguments])))
-    assert result.exit_code == 0, result.output
-    assert [line.split()[0] for line in result.output.splitlines()[-6:]] == list(drafts.TASKS)
+    given = [path, "--rounds", 2, "--max-new-tokens", 12, "--prompt", "repeat sentence", *arguments]
+    result = CliRunner().invoke(drafts.main, list(map(str, given)), catch_exceptions=False)
+    return result.exit_code, result.output.splitlines()
+
+
+@pytest.fixture
+def plain_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny bundle has no chat template."""
+    monkeypatch.setattr(drafts, "chat", lambda prompt: prompt)
+
+
+@pytest.mark.usefixtures("plain_prompts")
+def test_every_ratio_is_shown_for_fresh_and_following_requests(bundle: Bundles) -> None:
+    code, lines = run(bundle)
+    assert code == 0
+    assert lines[0].endswith("1 threads, 2 rounds")
+    fresh, following = lines[-2:]
+    assert fresh.startswith("  repeat sentence, fresh: worst ")
+    assert following.startswith("  repeat sentence, next: worst ")
+    for line in (fresh, following):
+        ratios = [float(ratio) for ratio in line.partition("[")[2].partition("]")[0].split()]
+        assert len(ratios) == 2
+        assert ratios == sorted(ratios)
+
+
+@pytest.mark.usefixtures("plain_prompts")
+def test_what_does_not_pay_fails_where_that_is_required(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drafts, "WORST_REPEATED", 1e9)
+    assert run(bundle)[0] == 0
+    assert run(bundle, "--require")[0] == 1
