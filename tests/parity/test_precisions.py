@@ -99,7 +99,9 @@ def test_a_kept_tensor_is_recorded_and_shown(
     for item in quantization.higher:
         assert (item.wanted, item.stored) == ("int4", "int8-block")
         assert item.error > 0.0785
-    assert f"kept at a higher precision: {len(quantization.higher)} tensors" in result.stdout
+    shown = ", ".join(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3])
+    rest = len(quantization.higher) - 3
+    assert f"kept at a higher precision: {shown} and {rest} more (see inspect)" in result.stdout
     page = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
     assert "Kept at a higher precision" in page
     with Session(tmp_path / "out") as session:
