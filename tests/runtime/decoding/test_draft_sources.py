@@ -36,11 +36,20 @@ from runtime.errors import OptionError
 VOCAB = 4
 
 
+def measured() -> CallCosts:
+    """Costs that know what a token takes, without which nothing is drafted."""
+    costs = CallCosts()
+    for kind in ("step", "pass"):
+        for _ in range(2):
+            costs.observe(kind, 1, costs.seconds(kind, 1))
+    return costs
+
+
 class Chosen(Drafts):
     """Lengths of drafts as they are given, over and over: exits, probe, candidates."""
 
     def __init__(self, sources: DraftSources, plans: list[tuple[int, bool, int]]) -> None:
-        super().__init__(CallCosts(), Acceptance(), sources)
+        super().__init__(measured(), Acceptance(), sources)
         self.turns, self.now = itertools.cycle(plans), plans[0]
 
     def plan(self, response: Response, most: int, sequences: int = 1) -> Plan:
@@ -217,7 +226,7 @@ def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for
 
     sources, read, looked = DraftSources(10_000), list[int](), list[bool]()
     sources._texts[0].read = read.append  # type: ignore[method-assign]
-    drafts = Drafts(CallCosts(), Acceptance(), sources, exits=False)
+    drafts = Drafts(measured(), Acceptance(), sources, exits=False)
     for response, _ in tokens(range(100)):
         before = len(read)
         drafts.plan(response, 15)
@@ -225,6 +234,6 @@ def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for
     assert all(looked[:PATIENCE])
     assert sum(looked[PATIENCE + REST :]) <= (100 - PATIENCE) // REST
     assert read == list(range(len(read)))
-    repeating = Drafts(CallCosts(), Acceptance(), DraftSources(10_000), exits=False)
+    repeating = Drafts(measured(), Acceptance(), DraftSources(10_000), exits=False)
     found = sum(bool(repeating.plan(response, 15).tokens) for response, _ in tokens([*range(60), *range(20, 60)]))
     assert found >= 40 - 2 * REST
