@@ -140,7 +140,8 @@ class GenerationOptions:
     rollback_threshold: nats of deep cross-entropy above which "rollback" rejects a token. None is the bundle's.
     max_pending: maximum tokens in a sync pass; None is the bundle's (in mode free, as it was tuned).
     drafts: in "lossless", where drafts come from: "exit", the shallow decoder; "lookup", text that is repeated, of the
-        prompt or of the output; "none", which is "full". None is "auto": lookup first, else the exit (docs/drafts.md).
+        prompt or of the output; "none", which is "full". None is "auto": lookup first, else the exit
+        (docs/decoding.md).
     predicted_output: text or token ids that the output is expected to be, but for changes: drafts for "lossless".
     draft_source: called as source(token_ids int64 [n]), with what the decoder read and wrote so far, it returns a list
         of token ids that may follow: drafts for "lossless". Those beyond a sync pass are not used. It must return soon.

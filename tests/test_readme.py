@@ -116,6 +116,15 @@ def test_every_script_that_the_documentation_names_exists() -> None:
         assert missing == [], page.name
 
 
+def test_every_page_that_the_code_names_exists() -> None:
+    for package in ("runtime", "graphs", "freeexport", "tools", "deploy"):
+        for path in sorted((ROOT / package).rglob("*")):
+            if path.suffix in (".py", ".md", ".yaml") or path.name == "Dockerfile":
+                named = re.findall(r"\bdocs/[a-z0-9/-]+\.md\b", path.read_text(encoding="utf-8"))
+                missing = [name for name in named if not (ROOT / name).exists()]
+                assert missing == [], path.relative_to(ROOT)
+
+
 def anchors(page: Path) -> set[str]:
     """Of the headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)

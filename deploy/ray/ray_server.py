@@ -70,7 +70,7 @@ class Replica:
 
 
 def build(arguments: Arguments) -> serve.Application:
-    """What `serve run` and `serve deploy` start."""
+    """The application that `serve run` and `serve deploy` start."""
     deployment = serve.deployment(
         Replica,
         name="freeexport",

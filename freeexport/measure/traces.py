@@ -111,7 +111,7 @@ class Replay:
         return self.agreeing / int(self.exits.sum()) if self.exits.any() else None
 
     def speedup(self, costs: Costs) -> float:
-        """Tokens per second of decoding as a multiple of mode full's (docs/method.md). 1 where nothing can exit: a
+        """Tokens per second of decoding as a multiple of mode full's (docs/decoding.md). 1 where nothing can exit: a
         session then decodes as mode full does."""
         decided = len(self.exits)
         return costs.speedup_of(self.sync_sizes, decided) if decided and self.threshold < NEVER_EXIT else 1.0

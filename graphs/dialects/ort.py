@@ -1,5 +1,5 @@
-"""ONNX Runtime's fused operators (com.microsoft), or our own for the attention of decoders (docs/kernels.md): attention
-reads and extends the KV cache in place."""
+"""ONNX Runtime's fused operators (com.microsoft), or our own for the attention of decoders (docs/precision.md):
+attention reads and extends the KV cache in place."""
 
 from __future__ import annotations
 

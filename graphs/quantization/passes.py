@@ -73,7 +73,7 @@ class OrtProducts:
 
 
 class PackedProducts:
-    """Our own operators, which read weights packed (docs/kernels.md)."""
+    """Our own operators, which read weights packed (docs/precision.md)."""
 
     domain, beside = DOMAIN, True
 

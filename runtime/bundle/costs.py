@@ -1,4 +1,4 @@
-"""The model of what decoding costs and exits save (docs/method.md), and what bundles record of it.
+"""The model of what decoding costs and exits save (docs/decoding.md), and what bundles record of it.
 
 A token costs a shallow step, and its share of the sync pass that its run of exits ends in.
 """

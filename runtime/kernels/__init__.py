@@ -1,6 +1,6 @@
 """Our own operators for ONNX Runtime: where their library stands, whether it can be used here, and how.
 
-It is built from `source` when the project is installed where there is a C++ compiler (docs/kernels.md).
+It is built from `source` when the project is installed where there is a C++ compiler (docs/precision.md).
 """
 
 from __future__ import annotations

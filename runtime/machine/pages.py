@@ -2,7 +2,7 @@
 
 Linux keeps a file in pages of the size that it was read or written with. Written, and read a piece at a time, these are
 small and scattered, which prefetching by the processor does not cross: ours decode up to a third faster from large ones
-(docs/kernels.md).
+(docs/precision.md).
 """
 
 from __future__ import annotations
