@@ -12,9 +12,16 @@ from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import check_head_size, fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
-from runtime.bundle.manifest import ConfidenceMeasure, Precision, Target
+from runtime.bundle.manifest import (
+    ConfidenceMeasure,
+    FloatType,
+    HeadPrecision,
+    Kernels,
+    Precision,
+    Target,
+    TensorFormat,
+)
 from runtime.bundle.manifest import Dialect as DialectName
-from runtime.bundle.precision import FloatType, HeadPrecision, Kernels, TensorFormat
 
 # The dialect that a target needs, None for either, and its precisions, the first its default. ONNX Runtime's CUDA
 # provider has no lengths of queries in GroupQueryAttention; TensorRT has no kernel for fp32 attention.

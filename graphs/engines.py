@@ -27,7 +27,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
 from graphs.shapes import check_weights
 from graphs.weights import WeightFile, Weights
-from runtime.bundle.precision import Quantization
+from runtime.bundle.manifest import Quantization
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores

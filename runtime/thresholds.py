@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, RequestLabels
 from runtime.adaptation.paper_threshold import PaperThreshold
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs
 from runtime.options import GenerationOptions, Mode, SessionOptions

@@ -18,10 +18,19 @@ from freeexport.verification.checks import line_of, prompts_of, quality_line
 from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from graphs.tensorrt.build import BuildOptions
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, Dialect, Manifest, Precision, Target
-from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
+from runtime.bundle.manifest import (
+    MANIFEST,
+    ConfidenceMeasure,
+    Dialect,
+    FloatType,
+    HeadPrecision,
+    Kernels,
+    Manifest,
+    Precision,
+    Target,
+)
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
 

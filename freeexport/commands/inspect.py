@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from runtime import DefaultMode
     from runtime.bundle.bundle import Bundle
     from runtime.bundle.calibration import Calibration
-    from runtime.bundle.manifest import Manifest
-    from runtime.bundle.precision import Quantization
+    from runtime.bundle.manifest import Manifest, Quantization
 
 
 _TRAINED = {True: "yes", False: "no, the checkpoint has no exit.json", None: "unknown"}

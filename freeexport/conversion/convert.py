@@ -31,8 +31,7 @@ from graphs.weights import WeightFile
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files
 from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
 from runtime.bundle.costs import recordable
-from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest, Precision
-from runtime.bundle.precision import ExitVocabulary
+from runtime.bundle.manifest import MANIFEST, DeclaredCopy, ExitVocabulary, Manifest, Precision
 from runtime.errors import BundleError
 from runtime.kernels import instructions
 from runtime.machine.pages import write_back

@@ -15,8 +15,7 @@ from graphs.description import Description
 from graphs.engine_options import EngineOptions
 from graphs.errors import GraphError
 from runtime.bundle.bundle import VERIFICATION, sha256_of
-from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest
-from runtime.bundle.precision import Quantization
+from runtime.bundle.manifest import MANIFEST, SCHEMA_VERSION, DeclaredCopy, File, Manifest, Quantization
 from runtime.kernels import VERSION as KERNELS_VERSION
 
 VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")

@@ -11,8 +11,7 @@ from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING
-from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision, Target
-from runtime.bundle.precision import FloatType, HeadPrecision, Kernels
+from runtime.bundle.manifest import ConfidenceMeasure, Dialect, FloatType, HeadPrecision, Kernels, Precision, Target
 from runtime.errors import OptionError
 from runtime.kernels import missing
 

@@ -25,7 +25,7 @@ from graphs.quantization.inputs import round_4_bits_for
 from graphs.quantization.plan import rounding
 from graphs.quantization.rounding import BLOCK, FLOAT32, Rounded, values_of
 from runtime.bundle.bundle import sha256_of
-from runtime.bundle.precision import RoundingData
+from runtime.bundle.manifest import RoundingData
 from runtime.errors import OptionError
 from runtime.machine.machine import available_memory
 

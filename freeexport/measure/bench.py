@@ -21,7 +21,7 @@ from freeexport.measure.timing import interleave, load_note, other_load, spread
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
 from runtime import Session
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 from runtime.machine.device import Device, check_runnable

@@ -36,7 +36,7 @@ from freeexport.measure.threshold import (
 )
 from freeexport.measure.traces import Replay, Traces, replay
 from freeexport.system.jsonl import Request
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, recordable
 from runtime.errors import CalibrationError, OptionError

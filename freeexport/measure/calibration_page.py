@@ -15,7 +15,7 @@ from freeexport.system.machine import Machine, detect_machine
 from freeexport.system.output_directory import output_directory
 from freeexport.system.page import filled, pairs, table
 from freeexport.system.plot import BLUE, GREEN, GREY, ORANGE, legend_beside, new_figure, save_figure
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

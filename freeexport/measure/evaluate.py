@@ -21,7 +21,7 @@ from freeexport.measure.timing import Energy, OtherLoad, interleave, load_note
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
 from runtime import Session
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import sha256_of
 from runtime.machine.machine import usable_cores
 

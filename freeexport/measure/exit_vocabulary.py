@@ -14,9 +14,9 @@ from freeexport.measure.sources import Facts, collect, open_sources
 from freeexport.measure.threshold import Rule, choose
 from freeexport.measure.traces import Replay, Traces, replay
 from graphs.errors import GraphError
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import Costs
-from runtime.bundle.precision import ExitVocabulary
+from runtime.bundle.manifest import ExitVocabulary
 from runtime.errors import CalibrationError, OptionError
 
 # Lines that are decoded, and tokens of each.

@@ -16,7 +16,7 @@ from freeexport.measure.exit_verdict import ExitFacts, Share, Verdict, share, ve
 from freeexport.system.page import pairs, table
 from freeexport.system.plot import BLUE, GREY, ORANGE, legend_beside, new_figure
 from freeexport.system.progress import progress
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:

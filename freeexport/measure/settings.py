@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from freeexport.metrics import check_name
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError

@@ -23,11 +23,10 @@ from freeexport.metrics import Metric, Reference, metric_of, scores
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
 from runtime import Bundle, Session
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.costs import Costs
-from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, Manifest
-from runtime.bundle.precision import ExitVocabulary
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, ExitVocabulary, Manifest
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:

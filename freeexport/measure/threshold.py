@@ -13,8 +13,7 @@ from scipy.stats import binom
 from freeexport.measure.traces import Traces
 from freeexport.metrics import check_name
 from runtime.adaptation.paper_threshold import ZETA, Moments, paper_threshold
-from runtime.bundle.beta import UNIFORM, LogSums, most_likely
-from runtime.bundle.beta_mixture import NEVER_EXIT, BetaMixture, threshold_at
+from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at
 from runtime.bundle.calibration import Method
 from runtime.errors import CalibrationError, OptionError
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from freeexport.measure.exit_verdict import Share, share
 from runtime import Session
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import Costs
 from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import parse_json

@@ -19,7 +19,7 @@ import numpy as np
 
 from freeexport.verification.checks import Check, Measure
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import FloatType
+from runtime.bundle.manifest import FloatType
 from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value

@@ -21,8 +21,7 @@ from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import Batch, EnginePair, encode, log_softmax, mask_of, pad, rows_of, scale_of
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.manifest import Manifest, Precision
-from runtime.bundle.precision import EnginePrecision
+from runtime.bundle.manifest import EnginePrecision, Manifest, Precision
 from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 from runtime.text.tokenizer import Tokenizer

@@ -34,8 +34,7 @@ from graphs.families import describe
 from graphs.rewrites.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.bundle.manifest import MANIFEST, Manifest, Precision
-from runtime.bundle.precision import FloatType
+from runtime.bundle.manifest import MANIFEST, FloatType, Manifest, Precision
 from runtime.errors import FreeExportError
 from runtime.machine.machine import available_memory, usable_cores
 

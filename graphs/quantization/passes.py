@@ -16,7 +16,7 @@ from graphs.exit_head import EXIT
 from graphs.graph import MICROSOFT, STACK, drop_unused, external, unread
 from graphs.quantization.quantizer import FLOATS, OPERANDS, Quantizer, Stored
 from graphs.quantization.rounding import BITS
-from runtime.bundle.precision import EnginePrecision, HigherTensor, TensorFormat
+from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
 from runtime.kernels import DOMAIN
 
 # Inputs of PackedLinear, and those of its two weights in the order of `OPERANDS`.

@@ -13,8 +13,7 @@ from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.passes import FuseProducts, OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.quantizer import Layout, as_rounded
 from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme, packed
-from runtime.bundle.manifest import Precision, Target
-from runtime.bundle.precision import HeadPrecision, Kernels, TensorFormat
+from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, TensorFormat
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from graphs.graph import STACK
 from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
 from graphs.weights import WeightFile
-from runtime.bundle.precision import EnginePrecision, HigherTensor, Quantization, TensorFormat
+from runtime.bundle.manifest import EnginePrecision, HigherTensor, Quantization, TensorFormat
 
 FLOATS: dict[ir.DataType, TensorFormat] = {
     ir.DataType.FLOAT: "fp32",

@@ -12,7 +12,7 @@ from typing import Protocol
 import ml_dtypes
 import numpy as np
 
-from runtime.bundle.precision import TensorFormat
+from runtime.bundle.manifest import TensorFormat
 
 # Values rounded at once.
 CHUNK = 1 << 20

@@ -27,8 +27,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from runtime.bundle.beta import EPSILON, Beta, LogSums, most_likely
-from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.beta import EPSILON, Beta, BetaMixture, LogSums, most_likely, threshold_at
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.adaptation.adaptive_threshold import RequestLabels, check_state, read_state
-from runtime.bundle.beta_mixture import NEVER_EXIT
+from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
 

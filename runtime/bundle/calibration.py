@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.beta import BetaMixture
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure
 from runtime.bundle.schema import Reader, is_newer

@@ -22,7 +22,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme, packed, round_4_bits
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import TensorFormat
+from runtime.bundle.manifest import TensorFormat
 from runtime.errors import EngineError
 from runtime.kernels import VERSION, missing
 

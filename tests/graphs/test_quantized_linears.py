@@ -23,7 +23,7 @@ from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import IntegerScheme
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import HigherTensor, TensorFormat
+from runtime.bundle.manifest import HigherTensor, TensorFormat
 
 BY_NAME = {case.name: case for case in CASES}
 PRECISIONS = ("int8", "int4", "mixed")

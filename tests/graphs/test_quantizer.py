@@ -15,7 +15,7 @@ from graphs.quantization.plan import ROUNDING
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import LIMITS, IntegerScheme, round_4_bits
 from graphs.weights import WeightFile
-from runtime.bundle.precision import TensorFormat
+from runtime.bundle.manifest import TensorFormat
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from graphs.quantization.rounding import (
     round_rows,
 )
 from graphs.weights import WeightFile
-from runtime.bundle.precision import TensorFormat
+from runtime.bundle.manifest import TensorFormat
 
 FLOATS = (np.float32, np.float16, ml_dtypes.bfloat16)
 each_type = pytest.mark.parametrize("type_", [np.dtype(kind) for kind in FLOATS], ids=str)

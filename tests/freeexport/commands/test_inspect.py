@@ -13,8 +13,7 @@ from handmade_bundle import VERIFICATION, write_bundle
 
 from freeexport import cli
 from runtime.bundle.costs import Costs, Host, Outside
-from runtime.bundle.manifest import MANIFEST, DeclaredCopy, Manifest
-from runtime.bundle.precision import HigherTensor, Quantization
+from runtime.bundle.manifest import MANIFEST, DeclaredCopy, HigherTensor, Manifest, Quantization
 
 COSTS = Costs(0.012, 0.01, {1: 0.02, 8: 0.03, 16: 0.045}, Outside(1e-4, 1e-4, 1e-4), host=Host("a CPU", 4, 2, "1.32"))
 

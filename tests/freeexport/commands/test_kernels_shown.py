@@ -15,7 +15,7 @@ from handmade_bundle import write_bundle
 
 import runtime.kernels
 from freeexport.cli import main
-from runtime.bundle.precision import Quantization
+from runtime.bundle.manifest import Quantization
 from runtime.kernels import VERSION, missing
 
 CASE = next(case for case in CASES if case.name == "llama-tied")

@@ -29,7 +29,7 @@ from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for
 from graphs.quantization.rounding import IntegerScheme, Rounded, values_of
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import Kernels
+from runtime.bundle.manifest import Kernels
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

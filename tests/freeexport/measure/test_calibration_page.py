@@ -34,8 +34,7 @@ from freeexport.measure.traces import Traces
 from freeexport.system.machine import Machine
 from freeexport.system.page import print_page
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
-from runtime.bundle.beta import Beta
-from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.beta import Beta, BetaMixture
 from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs
 

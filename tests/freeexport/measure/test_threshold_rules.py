@@ -29,8 +29,7 @@ from freeexport.measure.threshold import (
 )
 from freeexport.measure.traces import Traces
 from runtime.adaptation.paper_threshold import GRID, Moments, paper_threshold
-from runtime.bundle.beta import Beta
-from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.beta import Beta, BetaMixture, threshold_at
 from runtime.errors import CalibrationError, OptionError
 
 AGREE = [(8.0, 1.0), (20.0, 2.0), (2.0, 0.5), (5.0, 0.3)]

@@ -11,7 +11,7 @@ import torch
 from checkpoints import CASES, PROMPTS, Case
 
 from freeexport.verification.reference import BITS, Float64, coarsening, rounding
-from runtime.bundle.precision import EnginePrecision
+from runtime.bundle.manifest import EnginePrecision
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,8 +21,7 @@ from thread_runner import runners_beside
 from runtime import Bundle, OptionError, Session
 from runtime.adaptation import adaptive_threshold as adaptive
 from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, label_every
-from runtime.bundle.beta import Beta
-from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.beta import Beta, BetaMixture, threshold_at
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.calibration import CALIBRATION, CALIBRATION_VERSION, Calibration
 from runtime.bundle.costs import Costs

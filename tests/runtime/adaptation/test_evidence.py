@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from runtime.adaptation.adaptive_threshold import BINS, LabelStatistics
-from runtime.bundle.beta import UNIFORM, Beta, LogSums
-from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.beta import UNIFORM, Beta, BetaMixture, LogSums
 from runtime.errors import OptionError
 
 MIXTURE = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle.beta import Beta
-from runtime.bundle.beta_mixture import BetaMixture
+from runtime.bundle.beta import Beta, BetaMixture
 from runtime.bundle.calibration import (
     CALIBRATION_MINOR,
     CALIBRATION_VERSION,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bundle.external_data import MOST_FIELDS, external_data
+from runtime.bundle.bundle import MOST_FIELDS, external_data
 from runtime.errors import BundleError
 
 

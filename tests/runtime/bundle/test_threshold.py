@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.bundle.beta import EPSILON, Beta
-from runtime.bundle.beta_mixture import BetaMixture, threshold_at
+from runtime.bundle.beta import EPSILON, Beta, BetaMixture, threshold_at
 from runtime.errors import CalibrationError
 
 SHARP = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)

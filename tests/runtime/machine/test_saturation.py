@@ -12,7 +12,7 @@ from handmade_bundle import write_bundle
 
 from runtime import Session
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.precision import EnginePrecision, Quantization
+from runtime.bundle.manifest import EnginePrecision, Quantization
 from runtime.errors import EngineError
 from runtime.machine.machine import check_saturation
 

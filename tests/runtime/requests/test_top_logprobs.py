@@ -16,7 +16,7 @@ from reference import Run
 from freeexport.measure import exit_vocabulary
 from freeexport.measure.exit_vocabulary import ChosenVocabulary
 from runtime import GenerationResult, OptionError, Session
-from runtime.bundle.precision import ExitVocabulary
+from runtime.bundle.manifest import ExitVocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
