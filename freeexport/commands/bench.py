@@ -12,7 +12,7 @@ import click
 from freeexport.commands.verb_options import SAMPLES, SectionedCommand, section
 from freeexport.measure.bench import MODES, BenchOptions, bench_sheet, benchmark, facts_lines, narrow
 from freeexport.measure.table import as_csv, markdown, terminal
-from freeexport.system.output_file import check_writable, write_whole
+from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.errors import OptionError
 from runtime.options import Drafts
@@ -86,7 +86,7 @@ def command(output: tuple[Path, ...], as_json: bool, **given: Any) -> None:
 def _write(found: Mapping[str, Any], path: Path) -> None:
     if path.suffix in _PICTURES:
         from freeexport.measure.plot import bench_speeds
-        from freeexport.system.plot import save_figure
+        from freeexport.system.page import save_figure
 
         used = found["settings"]
         title = f"{used['model']}, {used['threads']} threads, batch {used['batch']}, {used['cpu']}"

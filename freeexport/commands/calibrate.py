@@ -21,7 +21,7 @@ from freeexport.commands.verb_options import (
 from freeexport.measure.calibrate import CalibrateOptions
 from freeexport.measure.sources import is_bundle
 from freeexport.measure.threshold import Rule
-from freeexport.system.output_file import write_whole
+from freeexport.system.output import write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.calibration import Method
 

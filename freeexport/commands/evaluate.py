@@ -142,7 +142,7 @@ def judge_outputs(output: Path, endpoint: str, model: str, setting: str, as_json
     import os
 
     from freeexport.measure.judge import Endpoint, JudgeOptions, judge, only_bundle, summary, summary_tables
-    from freeexport.system.output_file import write_whole
+    from freeexport.system.output import write_whole
 
     bundle, _, name = setting.rpartition(": ")
     options = JudgeOptions(output, bundle or only_bundle(output), name, endpoint, model, **given)
@@ -182,7 +182,7 @@ def compare_layers(model: str, data: Path, as_json: bool, plot: Path | None, **o
       freeexport evaluate path/to/checkpoint --layers --data validation.jsonl --plot exits.png
     """
     from freeexport.measure.layers_report import as_dict, check_plot, draw, evaluate_layers, tables
-    from freeexport.system.plot import save_figure
+    from freeexport.system.page import save_figure
 
     if plot is not None:
         check_plot(plot)

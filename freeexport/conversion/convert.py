@@ -17,7 +17,7 @@ from freeexport.conversion.manifest import Written, decoder_start, head_copies, 
 from freeexport.conversion.options import ConvertOptions, check_rounding_data, engine_options
 from freeexport.conversion.recalibrate import check_room, with_calibration
 from freeexport.measure.costs import measured_in_child
-from freeexport.system.output_directory import OutputError, check_output, output_directory
+from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
 from freeexport.verification.verification import VerificationError, verify_in_child
 from graphs.description import Description, ForeignEncoder

@@ -7,7 +7,7 @@ import secrets
 from dataclasses import replace
 from pathlib import Path
 
-from freeexport.system.output_file import replacing
+from freeexport.system.output import replacing
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.calibration import Calibration, calibration_name, check_calibration, is_calibration
 from runtime.bundle.manifest import MANIFEST, File, Manifest

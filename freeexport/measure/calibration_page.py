@@ -12,9 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from freeexport.system.machine import Machine, detect_machine
-from freeexport.system.output_directory import output_directory
-from freeexport.system.page import filled, pairs, table
-from freeexport.system.plot import BLUE, GREEN, GREY, ORANGE, legend_beside, new_figure, save_figure
+from freeexport.system.output import output_directory
+from freeexport.system.page import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    filled,
+    legend_beside,
+    new_figure,
+    pairs,
+    save_figure,
+    table,
+)
 from runtime.bundle.beta import NEVER_EXIT
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from graphs.description import Attention
 from graphs.dialects.base import stacked_linear

@@ -13,8 +13,7 @@ import numpy as np
 
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.measure.exit_verdict import ExitFacts, Share, Verdict, share, verdict
-from freeexport.system.page import pairs, table
-from freeexport.system.plot import BLUE, GREY, ORANGE, legend_beside, new_figure
+from freeexport.system.page import BLUE, GREY, ORANGE, legend_beside, new_figure, pairs, table
 from freeexport.system.progress import progress
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.errors import OptionError

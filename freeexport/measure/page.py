@@ -13,8 +13,8 @@ from freeexport.measure.evaluate import Evaluation, as_dict, as_markdown, curves
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row
 from freeexport.measure.table import Sheet, as_csv
-from freeexport.system.output_file import write_whole
-from freeexport.system.plot import save_figure
+from freeexport.system.output import write_whole
+from freeexport.system.page import save_figure
 from runtime.text.tokenizer import Tokenizer
 
 SHOWN = 12

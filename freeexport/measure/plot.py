@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from freeexport.measure.quality import Row, Score
-from freeexport.system.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend_beside, new_figure
+from freeexport.system.page import BLUE, GREEN, GREY, ORANGE, PURPLE, YELLOW, legend_beside, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

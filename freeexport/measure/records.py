@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from freeexport.system.jsonl import whole_lines
-from freeexport.system.output_file import write_whole
+from freeexport.system.output import write_whole
 from runtime.errors import FreeExportError, OptionError
 
 RUN, OUTPUTS = "run.json", "outputs.jsonl"

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import click
 
 from freeexport.system.jsonl import STANDARD, BrokenLine, Request, open_pipe, read_requests
-from freeexport.system.output_file import replacing
+from freeexport.system.output import replacing
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 

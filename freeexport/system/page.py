@@ -1,13 +1,22 @@
-"""Readable pages for a terminal: titled tables of plain text, and numbers in human units."""
+"""Pages for a terminal and pictures for a file: tables of plain text, numbers in human units, figures and colours."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from freeexport.system.output import replacing
+
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from rich.table import Table
+
+# Of the palette of Okabe and Ito, which colour-blind people can tell; marks and dashes say the same without colour.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#666666"
+YELLOW = "#E69F00"
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], header: bool = True) -> Table:
@@ -57,3 +66,24 @@ def human_bytes(count: float) -> str:
             break
         count /= 1000
     return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure in inches, drawn without a display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def legend_beside(axes: Axes) -> None:
+    """Draw the legend to the right of the axes, where no data are."""
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0, frameon=False, fontsize="small")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write SVG where `path` ends so, else PNG, whole or not at all."""
+    with replacing(path) as partial:
+        figure.savefig(partial, format="svg" if path.suffix == ".svg" else "png", dpi=120)

@@ -13,7 +13,7 @@ from typing import Any
 
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
-from freeexport.system.output_directory import OutputError
+from freeexport.system.output import OutputError
 from freeexport.training.options import TrainingOptions
 from runtime.errors import OptionError
 from runtime.json_file import UnreadableError, parse_json, read_object, read_text

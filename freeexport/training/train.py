@@ -12,8 +12,7 @@ import click
 
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
-from freeexport.system.output_directory import output_directory
-from freeexport.system.output_file import naming
+from freeexport.system.output import naming, output_directory
 from freeexport.training.options import TrainingOptions
 from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
 from runtime.errors import OptionError

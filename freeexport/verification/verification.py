@@ -14,7 +14,7 @@ import numpy as np
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.system.child import ChildError, run_child
-from freeexport.system.output_file import write_whole
+from freeexport.system.output import write_whole
 from freeexport.system.progress import Advance, progress
 from freeexport.verification.checks import Check, failure_of
 from freeexport.verification.engines import (

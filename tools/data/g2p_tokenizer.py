@@ -18,7 +18,7 @@ from typing import Any
 import click
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers, processors
 
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 from tools.data.g2p import PREFIX, SEPARATOR
 from tools.data.splits import run
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import click
 
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 from runtime.errors import FreeExportError
 
 # Percent of all keys, in the order in which the hash is cut.

@@ -43,7 +43,7 @@ from freeexport.measure.byte_model import bandwidth_of
 from freeexport.measure.table import terminal
 from freeexport.measure.timing import interleave, other_load
 from freeexport.system.child import PACKAGES
-from freeexport.system.output_file import check_writable, write_whole
+from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from runtime.errors import FreeExportError
 from runtime.machine.machine import user_cache

@@ -14,7 +14,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.packaged_models import smollm2
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.system.child import ChildError, run_child
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from runtime.errors import FreeExportError, OptionError
 from runtime.json_file import read_object

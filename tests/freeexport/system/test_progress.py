@@ -7,7 +7,7 @@ from time import sleep
 import pytest
 
 from freeexport.system import progress as progress_module
-from freeexport.system.progress import Work, duration, progress
+from freeexport.system.progress import duration, progress, progress_line
 
 
 class Terminal(io.StringIO):
@@ -15,43 +15,44 @@ class Terminal(io.StringIO):
         return True
 
 
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
 @pytest.mark.parametrize(
-    ("total", "done", "gained", "seconds", "line"),
+    ("given", "line"),
     [
-        (200, 0, 0, 30, "decoding: 0 of 200 (0%), 30 s so far"),
-        (200, 0, 40, 60, "decoding: 40 of 200 (20%), 60 s so far, about 4 min left"),
-        (200, 0, 41, 90, "decoding: 41 of 200 (20%), 90 s so far, about 6 min left"),
-        # What was done before does not make the rest look short.
-        (200, 100, 0, 30, "decoding: 100 of 200 (50%), 30 s so far"),
-        (200, 100, 10, 60, "decoding: 110 of 200 (55%), 60 s so far, about 9 min left"),
-        (None, 0, 0, 30, "decoding: 30 s so far"),
-        (None, 0, 3, 150, "decoding: 3 done, 2 min so far"),
+        ((0, 200, 30, None), "decoding: 0 of 200 (0%), 30 s so far"),
+        ((40, 200, 60, 240), "decoding: 40 of 200 (20%), 60 s so far, about 4 min left"),
+        ((0, None, 30, None), "decoding: 30 s so far"),
+        ((3, None, 150, None), "decoding: 3 done, 2 min so far"),
     ],
 )
-def test_a_line_is_what_how_far_and_how_long(
-    total: float | None, done: float, gained: float, seconds: float, line: str
+def test_a_line_is_what_how_far_and_how_long(given: tuple[float, float | None, float, float | None], line: str) -> None:
+    assert progress_line("decoding", *given) == line
+
+
+def test_what_was_done_before_does_not_make_the_rest_look_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress_module, "EVERY", 0.05)
     now = [1000.0]
-    work = Work("decoding", total, done, clock=lambda: now[0])
-    work.advance(gained)
-    now[0] += seconds
-    assert work.line() == line
+    monkeypatch.setattr("freeexport.system.progress.time.monotonic", lambda: now[0])
+    with progress("decoding", 200, 100) as advance:
+        advance(10)
+        now[0] += 60
+        sleep(0.2)
+    assert "decoding: 110 of 200 (55%), 60 s so far, about 9 min left\n" in capsys.readouterr().err
 
 
 def test_a_reader_that_is_gone_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Gone(io.StringIO):
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    monkeypatch.setattr(sys, "stderr", Gone())
     monkeypatch.setattr(progress_module, "EVERY", 0.01)
-    with progress("work", 2) as advance:
-        sleep(0.05)
-        advance()
-    monkeypatch.setattr(sys, "stderr", None)
-    with progress("work", 2) as advance:
-        sleep(0.05)
-        advance()
+    for stderr in (Gone(), None):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        with progress("work", 2) as advance:
+            sleep(0.05)
+            advance()
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,8 @@ def test_silent_where_stderr_is_not_a_terminal_and_work_is_short(
     monkeypatch.setenv("FORCE_COLOR", "1")
     with progress("shallow.onnx", total=2) as advance:
         advance()
-        advance(1)
+    with pytest.raises(MemoryError), progress("work"):
+        raise MemoryError
     assert capsys.readouterr() == ("", "")
 
 
@@ -85,8 +87,3 @@ def test_shows_the_count_on_a_terminal_and_leaves_piped_output_alone(monkeypatch
     assert "deep.onnx [fp32]" in terminal.getvalue()
     assert "100%" in terminal.getvalue()
     assert "a result" not in terminal.getvalue()
-
-
-def test_an_error_in_the_block_is_passed_on() -> None:
-    with pytest.raises(MemoryError), progress("work"):
-        raise MemoryError

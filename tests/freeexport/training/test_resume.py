@@ -19,7 +19,7 @@ from checkpoints import Case
 from safetensors.numpy import save_file
 from training_case import LLAMA, T5, Runs, logged, run_options, tensors
 
-from freeexport.system.output_directory import OutputError
+from freeexport.system.output import OutputError
 from freeexport.training.run_directory import last_checkpoint
 from freeexport.training.train import train
 from freeexport.training.trainer import ExitTrainer

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from freeexport.system.output_directory import OutputError
+from freeexport.system.output import OutputError
 from tools.data.splits import (
     SHARES,
     DataError,

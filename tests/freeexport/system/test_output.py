@@ -1,3 +1,5 @@
+"""Files and directories that appear whole or not at all, and what is never replaced."""
+
 from __future__ import annotations
 
 import errno
@@ -11,13 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
-from freeexport.system import output_directory as output_directory_module
-from freeexport.system.output_directory import OutputError, exchange, output_directory
+from freeexport import cli
+from freeexport.system import output
+from freeexport.system.output import OutputError, exchange, naming, output_directory, replacing
 
 MARKER = "marker.json"
 KILLED = 9
-Writer = Callable[[str], tuple[subprocess.Popen[str], Path]]
+Writer = Callable[[str], subprocess.Popen[str]]
 
 
 def write(out: Path, text: str, overwrite: bool = False, then: Callable[[], None] = lambda: None) -> None:
@@ -26,27 +30,39 @@ def write(out: Path, text: str, overwrite: bool = False, then: Callable[[], None
         then()
 
 
-def raising(error: BaseException) -> Callable[[], None]:
-    def fail() -> None:
-        raise error
-
-    return fail
-
-
 def listing(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()}
 
 
-# Begins to write the directory, says where, and waits.
+# Begins to write the directory, and waits.
 WRITER = """
 import sys, time
 from pathlib import Path
-from freeexport.system.output_directory import output_directory
+from freeexport.system.output import output_directory
 with output_directory(Path(sys.argv[1]), "marker.json", True) as directory:
     (directory / "marker.json").write_text("half")
-    print(directory, flush=True)
+    print("begun", flush=True)
     time.sleep(600)
 """
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[Writer]:
+    """A process that is writing a directory."""
+    processes = []
+
+    def begin(name: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        return process
+
+    yield begin
+    for process in processes:
+        process.kill()
+        process.communicate()
 
 
 def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
@@ -67,8 +83,11 @@ def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
 
             return call
 
-        output_directory_module.exchange = (lambda *_: False) if in_two_steps else counted(exchange)
-        for place, names in ((Path, ("rename", "mkdir", "unlink")), (os, ("open", "fsync", "unlink", "rmdir"))):
+        output.exchange = (lambda *_: False) if in_two_steps else counted(exchange)
+        for place, names in (
+            (Path, ("rename", "mkdir", "unlink")),
+            (os, ("open", "write", "fsync", "unlink", "rmdir")),
+        ):
             for name in names:
                 setattr(place, name, counted(getattr(place, name)))
         write(out, "new", overwrite=True)
@@ -86,58 +105,33 @@ def exchanges(directory: Path) -> bool:
     return done
 
 
-@pytest.fixture
-def writer(tmp_path: Path) -> Iterator[Callable[[str], tuple[subprocess.Popen[str], Path]]]:
-    """A process that is writing a directory, and where."""
-    processes = []
-
-    def begin(name: str) -> tuple[subprocess.Popen[str], Path]:
-        command = [sys.executable, "-c", WRITER, str(tmp_path / name)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-        assert process.stdout is not None
-        return process, Path(process.stdout.readline().rstrip("\n"))
-
-    yield begin
-    for process in processes:
-        process.kill()
-        process.communicate()
-
-
-def test_the_directory_appears_when_the_block_ends(tmp_path: Path) -> None:
-    with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
-        assert directory.parent == tmp_path
-        (directory / MARKER).write_text("x")
-        assert not (tmp_path / "out").exists()
-    assert (tmp_path / "out" / MARKER).read_text() == "x"
-    assert listing(tmp_path) == {"out"}
-
-
-def test_parents_are_made(tmp_path: Path) -> None:
-    write(tmp_path / "a" / "b" / "out", "x")
-    assert (tmp_path / "a" / "b" / "out" / MARKER).read_text() == "x"
-
-
-def test_a_relative_path_is_meant_where_it_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with output_directory(Path("out"), MARKER, overwrite=False) as directory:
+    with output_directory(Path("a/out"), MARKER, overwrite=False) as directory:
+        assert directory.parent == tmp_path / "a"
         (directory / MARKER).write_text("x")
+        assert not (tmp_path / "a" / "out").exists()
         monkeypatch.chdir("/")
-    assert (tmp_path / "out" / MARKER).is_file()
+    assert (tmp_path / "a" / "out" / MARKER).read_text() == "x"
+    assert listing(tmp_path / "a") == {"out"}
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("error", [ValueError(), KeyboardInterrupt()])
 @pytest.mark.parametrize("old", [True, False])
-def test_an_error_leaves_what_was_there(old: bool, error: type[BaseException], tmp_path: Path) -> None:
+def test_an_error_leaves_what_was_there(old: bool, error: BaseException, tmp_path: Path) -> None:
+    def fail() -> None:
+        raise error
+
     if old:
         write(tmp_path / "out", "old")
-    with pytest.raises(error):
-        write(tmp_path / "out", "new", overwrite=True, then=raising(error()))
+    with pytest.raises(type(error)):
+        write(tmp_path / "out", "new", overwrite=True, then=fail)
     assert listing(tmp_path) == ({"out"} if old else set())
     assert not old or (tmp_path / "out" / MARKER).read_text() == "old"
 
 
-def test_an_older_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_an_older_output_is_replaced_only_when_asked_and_an_empty_directory_always(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
     write(tmp_path / "out", "old")
     (tmp_path / "out" / "more").write_text("x")
     with pytest.raises(OutputError, match="--overwrite"):
@@ -147,13 +141,6 @@ def test_an_older_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
     assert (tmp_path / "out" / MARKER).read_text() == "new"
     assert listing(tmp_path) == {"out"}
     assert listing(tmp_path / "out") == {MARKER}
-
-
-def test_an_empty_directory_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    write(tmp_path / "out", "x")
-    assert (tmp_path / "out" / MARKER).read_text() == "x"
-    assert listing(tmp_path) == {"out"}
 
 
 def put_directory(out: Path) -> None:
@@ -190,35 +177,27 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
         write(tmp_path / "out", "new", overwrite=True, then=lambda: put_directory(tmp_path / "out"))
     assert listing(tmp_path / "out") == {"thesis.txt"}
     assert listing(tmp_path) == {"out"}
+    with pytest.raises(OSError, match=r"thesis\.txt"):
+        write(tmp_path / "out" / "thesis.txt" / "out", "x")
 
 
-def test_a_parent_that_is_a_file_is_an_error_of_the_system(tmp_path: Path) -> None:
-    put_file(tmp_path / "file")
-    with pytest.raises(OSError, match="file"):
-        write(tmp_path / "file" / "out", "x")
-    assert listing(tmp_path) == {"file"}
-
-
-@pytest.mark.parametrize("name", ["out", "out[1]*?"])
 @pytest.mark.parametrize("old", [True, False])
-def test_what_a_killed_process_left_is_cleared_away(name: str, old: bool, writer: Writer, tmp_path: Path) -> None:
+def test_one_process_writes_at_a_time_and_what_a_killed_one_left_is_cleared_away(
+    old: bool, writer: Writer, tmp_path: Path
+) -> None:
     if old:
-        write(tmp_path / name, "old")
-    process, partial = writer(name)
-    assert partial.is_dir()
+        write(tmp_path / "out[1]*?", "old")
+    process = writer("out[1]*?")
+    with pytest.raises(OutputError, match=r"another process writes to .*out\[1\]\*\?; wait for it, or choose another"):
+        write(tmp_path / "out[1]*?", "x", overwrite=True)
+    assert process.poll() is None
+    assert len(listing(tmp_path)) == 2 + old
     process.kill()
     process.wait()
-    assert not old or (tmp_path / name / MARKER).read_text() == "old"
-    write(tmp_path / name, "x", overwrite=True)
-    assert listing(tmp_path) == {name}
-    assert (tmp_path / name / MARKER).read_text() == "x"
-
-
-def test_what_a_living_process_writes_is_left_alone(writer: Writer, tmp_path: Path) -> None:
-    _, partial = writer("out")
-    write(tmp_path / "out", "x")
-    assert listing(partial) == {MARKER}
-    assert (tmp_path / "out" / MARKER).read_text() == "x"
+    assert not old or (tmp_path / "out[1]*?" / MARKER).read_text() == "old"
+    write(tmp_path / "out[1]*?", "x", overwrite=True)
+    assert listing(tmp_path) == {"out[1]*?"}
+    assert (tmp_path / "out[1]*?" / MARKER).read_text() == "x"
 
 
 @pytest.mark.parametrize("in_two_steps", [False, True])
@@ -247,11 +226,11 @@ def test_where_nothing_can_be_exchanged_it_takes_two_steps(
     error: OSError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write(tmp_path / "out", "old")
-    monkeypatch.setattr("freeexport.system.output_directory.exchange", lambda *_: False)
+    monkeypatch.setattr(output, "exchange", lambda *_: False)
     rename = Path.rename
 
     def failing(path: Path, target: Path) -> Path:
-        if error is not None and ".partial-" in path.name:
+        if error is not None and path.name.endswith(".partial"):
             raise error
         return rename(path, target)
 
@@ -275,7 +254,7 @@ def test_what_comes_at_the_last_moment_is_put_back(can: bool, tmp_path: Path, mo
             put_directory(out)
         return can and exchange(one, other)
 
-    monkeypatch.setattr("freeexport.system.output_directory.exchange", late)
+    monkeypatch.setattr(output, "exchange", late)
     with pytest.raises(OutputError, match="not what this command writes"):
         write(out, "new", overwrite=True)
     assert listing(out) == {"thesis.txt"}
@@ -286,7 +265,6 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     synced = []
     fsync = os.fsync
     monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), fsync(descriptor)))
-    inodes = []
     with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
         (directory / "folder").mkdir()
         (directory / "folder" / "file").write_text("x")
@@ -295,25 +273,62 @@ def test_everything_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkey
     assert synced[-1] == tmp_path.stat().st_ino
 
 
-def test_without_locks_what_others_left_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_a_lock_file_that_was_left_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(descriptor: int, how: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
-    monkeypatch.setattr("freeexport.system.output_directory.fcntl.flock", refuse)
+    monkeypatch.setattr("freeexport.system.output.fcntl.flock", refuse)
     with output_directory(tmp_path / "out", MARKER, overwrite=False) as directory:
         (directory / MARKER).write_text("x")
-        write(tmp_path / "out", "y")
-        assert directory.is_dir()
-        (tmp_path / "out" / MARKER).unlink()
-        (tmp_path / "out").rmdir()
+        with pytest.raises(OutputError, match=r"remove .*\.out\.lock if none does"):
+            write(tmp_path / "out", "y")
     assert listing(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize(
-    "name", ["partial-abc", "lock-abc", "backup-1", "partial-0123456789abcdef", "lock-0123456789ABCDEF", "x"]
-)
-def test_names_that_only_look_alike_are_left_alone(name: str, tmp_path: Path) -> None:
-    put_directory(tmp_path / f".out.{name}")
-    put_directory(tmp_path / f".other.{name}")
+def test_names_that_only_look_alike_are_left_alone(tmp_path: Path) -> None:
+    names = {".out.partial-abc", ".out.lock-abc", ".out.old-1", ".other.partial"}
+    for name in names:
+        put_directory(tmp_path / name)
     write(tmp_path / "out", "x")
-    assert listing(tmp_path) == {"out", f".out.{name}", f".other.{name}"}
+    assert listing(tmp_path) == {"out", *names}
+    put_directory(tmp_path / ".new.partial")
+    with pytest.raises(FileExistsError):
+        write(tmp_path / "new", "x")
+    put_file(tmp_path / ".next.lock")
+    with pytest.raises(OutputError, match=r"\.next\.lock exists and is no lock of this command"):
+        write(tmp_path / "next", "x")
+    assert listing(tmp_path) == {"out", *names, ".new.partial", ".next.lock"}
+
+
+def in_directory(out: Path) -> None:
+    with output_directory(out, "marker", overwrite=False):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+def in_file(out: Path) -> None:
+    with replacing(out):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+
+@pytest.mark.parametrize("begin", [in_directory, in_file])
+def test_a_file_that_grows_too_large_is_named(tmp_path: Path, begin: Callable[[Path], None]) -> None:
+    with pytest.raises(OSError, match="File too large") as caught:
+        begin(tmp_path / "out")
+    assert cli.describe(caught.value) == (
+        f"{tmp_path}/out: a file grew too large for ulimit -f or the file system; raise the limit, or write elsewhere"
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_errors_of_safetensors_are_those_of_the_disk_and_others_are_left_as_they_are() -> None:
+    for number in (errno.EFBIG, errno.ENOSPC, errno.EDQUOT):
+        text = f"Error while serializing: I/O error: {os.strerror(number)} (os error {number})"
+        with pytest.raises(OSError, match=os.strerror(number)) as caught, naming(Path("out")):
+            raise SafetensorError(text)
+        assert (caught.value.errno, caught.value.filename) == (number, "out")
+    for error in (OSError(errno.ENOSPC, "full", "other"), OSError(errno.ENOENT, "none"), ValueError("no (os error 2)")):
+        before = str(error)
+        with pytest.raises(type(error)) as found, naming(Path("out")):
+            raise error
+        assert found.value is error
+        assert str(error) == before

@@ -1,0 +1,227 @@
+"""Files and directories that appear complete or not at all, and never in place of something that is not ours."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import FreeExportError, OptionError
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is ever held
+    fcntl = None
+
+# A full disk, a quota, or a limit of file sizes; libraries in Rust tell the number in their text.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+# A kernel, a C library or a file system that cannot exchange: ENOTSUP on some network file systems, EXDEV for a
+# directory that an overlay has from a layer below.
+_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_LOCKED = b"freeexport writes beside this file\n"
+
+
+class OutputError(FreeExportError):
+    """Something stands where a command wants to write."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of writing that names no file the name of what the user asked for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in _NO_ROOM:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = _RUST_ERROR.search(str(error))
+        if found is None or int(found[1]) not in _NO_ROOM:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield where to write what then replaces the file at `path`, in one step and after it is on the disk."""
+    # Process ids alone are not unique among containers that share a volume.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with naming(path):
+            yield partial
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace the file at `path` by this text."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def check_writable(path: Path | None, option: str) -> None:
+    """Raise OptionError, before long work, where `option` names a file in no directory."""
+    if path is not None and not path.parent.is_dir():
+        raise OptionError(f"{option}: there is no directory {path.parent}; make it first")
+
+
+@contextmanager
+def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True) -> Iterator[Path]:
+    """Yield an empty directory beside `out` that takes its name when the block ends without an error.
+
+    What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`: the two change
+    places in one step where the system can do that, else in two, which a kill between them leaves for the next call to
+    put right. With `sync` everything is on the disk before. Raises OutputError, also while another process writes to
+    `out`.
+    """
+    out = Path(os.path.abspath(out))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _held(out):
+        check_output(out, marker, overwrite)
+        partial = _beside(out, "partial")
+        partial.mkdir()
+        try:
+            with naming(out):
+                yield partial
+            check_output(out, marker, overwrite)
+            if sync:
+                for place, _, names in os.walk(partial):
+                    for name in (*names, ""):
+                        _sync(Path(place, name))
+            _swap(partial, out, marker)
+            _sync(out.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_output(out: Path, marker: str, overwrite: bool) -> None:
+    """Raise OutputError, before long work, where `output_directory` would."""
+    out = Path(os.path.abspath(out))
+    if not os.path.lexists(out) or _is_empty(out):
+        return
+    if not _is_ours(out, marker):
+        raise _not_ours(out, marker)
+    if not overwrite:
+        raise OutputError(f"{out} exists; choose another path, or replace it with --overwrite")
+
+
+def _is_empty(out: Path) -> bool:
+    return out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+
+
+def _is_ours(directory: Path, marker: str) -> bool:
+    return not directory.is_symlink() and (directory / marker).is_file()
+
+
+def _not_ours(out: Path, marker: str) -> OutputError:
+    return OutputError(f"{out} exists and is not what this command writes (no {marker}); choose another path")
+
+
+def _beside(out: Path, kind: str) -> Path:
+    return out.parent / f".{out.name}.{kind}"
+
+
+def _swap(partial: Path, out: Path, marker: str) -> None:
+    """Give `out` to the new directory; what came there since it was looked at, and is not ours, is put back."""
+    if not os.path.lexists(out) or _is_empty(out):
+        partial.rename(out)  # over an empty directory too
+    elif exchange(partial, out):
+        if not _is_ours(partial, marker):
+            exchange(partial, out)
+            raise _not_ours(out, marker)
+    else:
+        old = _beside(out, "old")
+        out.rename(old)
+        try:
+            if not _is_ours(old, marker):
+                raise _not_ours(out, marker)
+            partial.rename(out)
+        except (OSError, OutputError):
+            old.rename(out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places; False where the system cannot do it, and nothing has changed. Raises OSError."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no such function; TypeError: not a POSIX system
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    if (code := ctypes.get_errno()) in _CANNOT:
+        return False
+    raise OSError(code, os.strerror(code), str(one), None, str(other))
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Hold the lock file beside `out`; first clear away what a process that was killed while it held it has left.
+
+    A lock (flock) belongs to the open file: it is gone when its process is, however that ends, and all that share the
+    volume see it, containers and NFS too, where process ids say nothing.
+    """
+    lock, partial, old = (_beside(out, kind) for kind in ("lock", "partial", "old"))
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    descriptor = os.open(lock, flags, 0o666)
+    try:
+        left = os.read(descriptor, len(_LOCKED))
+        if left not in (b"", _LOCKED):
+            raise OutputError(f"{lock} exists and is no lock of this command; move it, or choose another path")
+        if fcntl is not None:
+            _lock(descriptor, lock, bool(left))
+        if left:
+            if old.exists() and not os.path.lexists(out):
+                old.rename(out)
+            for path in (partial, old):
+                shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.write(descriptor, _LOCKED)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, lock: Path, left: bool) -> None:
+    out = lock.with_name(lock.name[1:].removesuffix(".lock"))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except (BlockingIOError, FileNotFoundError):
+        held = False
+    except OSError:  # a file system without locks cannot tell a process that writes from one that was killed
+        if left:
+            raise OutputError(f"another process writes to {out}, or was killed: remove {lock} if none does") from None
+        return
+    if not held:
+        raise OutputError(f"another process writes to {out}; wait for it, or choose another path")
+
+
+def _sync(path: Path) -> None:
+    """Put a file or directory on the disk: without it a crash of the machine can leave the name and no content."""
+    if path.is_symlink() or not (path.is_dir() or path.is_file()):
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        if not path.is_dir():  # of directories not every file system knows
+            raise
+    finally:
+        os.close(descriptor)
