@@ -1,4 +1,4 @@
-"""A peer for tests: it says the token after the last one, again and again; some tokens make it misbehave."""
+"""A peer for tests: it writes the tokens that follow the last one; some tokens make it misbehave."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "peers"))
-from wire import Emit, Generate, serve
+from tools.peers.decoders import Emit, Loaded, serve
 
 DIES, HANGS, FAILS, SHORT = 101, 102, 103, 104
 
@@ -20,7 +19,7 @@ def convert(source: str, out: str, options: dict[str, Any]) -> None:
     (Path(out) / "model").write_text(source)
 
 
-def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, dict[str, Any]]:
+def load(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     print("a library that prints on stdout")
 
     def generate(prompt: list[int], count: int, emit: Emit) -> None:
@@ -36,7 +35,7 @@ def load(path: str, threads: int, options: dict[str, Any]) -> tuple[Generate, di
             time.sleep(0.001)
             emit(token)
 
-    return generate, {"versions": {"fake": "1.0"}}
+    return generate, {"fake": "1.0"}
 
 
 if __name__ == "__main__":

@@ -14,17 +14,18 @@ from typing import Any
 import fake_peer
 import pytest
 from checkpoints import CASES, Bundles, Case, load
+from click.testing import CliRunner
 
 from freeexport.measure.bench import BenchOptions, BenchSetting
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.machine import user_cache
+from tools.peers import catalog
 from tools.peers import compare as comparing
-from tools.peers import model as peer_model
-from tools.peers.catalog import PEERS, SCRIPTS, find_peer
+from tools.peers.catalog import PEERS, Peer, find_peer, find_source, peer_command
 from tools.peers.compare import Contender, compare, measure
-from tools.peers.environment import PeerError, environment_key, peer_interpreter
-from tools.peers.worker import Worker
+from tools.peers.decoders import transformers_generate
+from tools.peers.worker import PeerError, Worker
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 T5 = next(case for case in CASES if case.name == "t5-gated-tied")
@@ -40,15 +41,13 @@ def contender(name: str, ours: bool = False) -> Contender:
 
 def test_everyone_runs_in_every_round_and_failures_stop_nobody_else() -> None:
     missing = replace(contender("missing"), command=["/nowhere/python"])
-    runs, versions, failed = measure([missing, contender("good")], [[5], [6]], OPTIONS, settle=0)
+    everyone = [missing, contender("good"), contender("bad")]
+    runs, versions, failed = measure(everyone[:2], [[5], [6]], OPTIONS, settle=0)
     assert list(failed) == ["missing"]
     assert "cannot be started" in failed["missing"]
     assert [[run.tokens for run in turn] for turn in runs["good"]] == [[(6, 7, 8), (7, 8, 9)]] * 2
     assert versions == {"good": {"fake": "1.0"}}
-
-
-def test_who_fails_while_decoding_has_no_row() -> None:
-    runs, _, failed = measure([contender("bad")], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
+    runs, _, failed = measure(everyone[2:], [[5], [fake_peer.DIES]], OPTIONS, settle=0)
     assert "ended with code 3" in failed["bad"]
     assert not runs
 
@@ -59,12 +58,16 @@ def test_ours_may_not_fail() -> None:
 
 
 @pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, cache: None) -> Callable[..., None]:
-    """Puts a peer in the catalogue that this interpreter runs."""
-    monkeypatch.setattr(comparing, "installed", lambda peer: Path(sys.executable))
+    """Put a peer in the catalogue that this interpreter runs."""
+    monkeypatch.setattr(comparing, "peer_command", lambda peer: COMMAND)
     monkeypatch.setattr(comparing, "bandwidth_of", lambda threads: 1e10)
-    for module in (comparing, peer_model):
-        monkeypatch.setattr(module, "peer_command", lambda peer, interpreter: COMMAND)
+    monkeypatch.setattr(comparing, "SETTLE", 0.0)
 
     def add(name: str, **changes: Any) -> None:
         monkeypatch.setitem(PEERS, name, replace(PEERS["hf"], name=name, **changes))
@@ -93,34 +96,31 @@ def test_bundles_the_checkpoint_and_peers_in_one_run(
     assert rows["full"]["token_bytes"] > 0
     assert all(row["peak_bytes"] > 1 << 20 for row in rows.values())
     models = next((tmp_path / "cache" / "freeexport" / "peers" / "models").iterdir())
+    # The checkpoint is a plain directory: it is not copied.
     assert [path.name.split("-")[0] for path in models.iterdir()] == ["converted"]
 
 
 def test_what_a_peer_cannot_run_or_have_is_said(
-    bundle: Bundles,
-    checkpoint: Callable[[Case], Path],
-    fake: Callable[..., None],
-    monkeypatch: pytest.MonkeyPatch,
+    bundle: Bundles, checkpoint: Callable[[Case], Path], fake: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake("fake", decoder_only=True)
-    monkeypatch.setattr(comparing, "reference_tokens", lambda *arguments: (None, None))
-    options = replace(OPTIONS, bundles=(bundle(T5),), samples=1, rounds=1, modes=())
-    source = str(checkpoint(T5))
-    found = compare(options, ["fake"], source)
-    assert "it runs decoder-only models" in found["failed"]["fake"]
-    assert [row["name"] for row in found["rows"]] == ["full"]
+    options, source = replace(OPTIONS, bundles=(bundle(T5),), modes=()), str(checkpoint(T5))
+    bundles = [Bundle.open(bundle(T5))]
+    found = find_source(bundles[0].manifest, source)
+    contenders, failed = comparing.contenders_of(["fake"], found, bundles, options)
+    assert [one.name for one in contenders] == ["full"]
+    assert "it runs decoder-only models" in failed["fake"]
 
-    def installed(peer: Any) -> Path:
+    def unavailable(peer: Peer) -> list[str]:
         raise PeerError("its environment cannot be built (No matching distribution)")
 
-    monkeypatch.setattr(comparing, "installed", installed)
-    bundles = [Bundle.open(bundle(T5))]
-    _, failed = comparing.contenders_of(["genai"], peer_model.Source.of(bundles[0].manifest, source), bundles, options)
+    monkeypatch.setattr(comparing, "peer_command", unavailable)
+    _, failed = comparing.contenders_of(["genai"], found, bundles, options)
     assert failed == {"genai": "its environment cannot be built (No matching distribution)"}
     with pytest.raises(OptionError, match="give it with --model"):
         comparing.contenders_of(["genai"], None, bundles, options)
     with pytest.raises(OptionError, match="is not the checkpoint that the bundle came from"):
-        peer_model.Source.of(bundles[0].manifest, str(checkpoint(LLAMA)))
+        find_source(bundles[0].manifest, str(checkpoint(LLAMA)))
 
 
 def test_names_are_of_peers_or_of_checkpoints(tmp_path: Path) -> None:
@@ -129,25 +129,18 @@ def test_names_are_of_peers_or_of_checkpoints(tmp_path: Path) -> None:
     for name, said in (("genai_int4", "did you mean genai-int4"), ("nothing-like-it", "known are hf, hf-compile")):
         with pytest.raises(OptionError, match=said):
             find_peer(name)
-
-
-def test_peer_models_need_no_copy_of_a_plain_checkpoint(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
-    source = peer_model.Source.of(Bundle.open(bundle(LLAMA)).manifest, str(checkpoint(LLAMA)))
-    assert source is not None
-    assert source.plain == checkpoint(LLAMA)
-    assert source.gguf is None
+    twice = CliRunner().invoke(comparing.main, ["bundle", "--against", "hf", "--against", "hf"])
+    assert "--against names hf twice" in str(twice.exception)
 
 
 def test_transformers_drafts_from_the_prompt_where_it_is_asked_to(checkpoint: Callable[[Case], Path]) -> None:
-    sys.path.insert(0, str(SCRIPTS))
-    from run_transformers import generator
-
     plain, lookup = list[int](), list[int]()
     prompt = [*range(20, 40)] * 3
-    generator(load(checkpoint(LLAMA)), {})(prompt, 24, lambda *tokens: plain.extend(tokens))
-    generator(load(checkpoint(LLAMA)), {"lookup": 10})(prompt, 24, lambda *tokens: lookup.extend(tokens))
+    transformers_generate(load(checkpoint(LLAMA)), {})(prompt, 24, lambda *tokens: plain.extend(tokens))
+    options = PEERS["hf-lookup"].options
+    transformers_generate(load(checkpoint(LLAMA)), options)(prompt, 24, lambda *tokens: lookup.extend(tokens))
     assert lookup == plain
-    assert PEERS["hf-lookup"].options == {"lookup": 10}
+    assert options == {"lookup": 10}
 
 
 @pytest.fixture
@@ -195,11 +188,6 @@ def test_what_is_no_answer_is_reported() -> None:
     worker.close()
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 def test_an_environment_is_built_once_and_has_what_was_asked_for(
     tmp_path: Path, cache: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,24 +198,23 @@ def test_an_environment_is_built_once_and_has_what_was_asked_for(
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: fake-decoder\nVersion: 1.0\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
-    requirements = [str(wheel)]
-    python = peer_interpreter("fake", requirements, {})
-    found = subprocess.run([python, "-E", "-c", "import fake_decoder; print(fake_decoder.ANSWER)"], capture_output=True)
-    assert found.stdout == b"42\n"
-    assert not list(python.parents[2].glob(".*partial*"))
+    monkeypatch.setitem(catalog.REQUIREMENTS, "fake", (str(wheel),))
+    peer = Peer("fake", "fake")
+    command = peer_command(peer)
+    program = "import fake_decoder; print(fake_decoder.ANSWER)"
+    assert subprocess.run([*command[:2], "-c", program], capture_output=True).stdout == b"42\n"
+    assert not list(user_cache("peers", "environments").glob(".*partial*"))
     monkeypatch.setattr(subprocess, "run", None)
-    assert peer_interpreter("fake", requirements, {}) == python
-    assert environment_key(["a>=1", "b"], {}) == environment_key(["b", "a>=1"], {})
-    assert (
-        len({environment_key(["a>=1"], {}), environment_key(["a>=2"], {}), environment_key(["a>=1"], {"X": "1"})}) == 3
-    )
+    assert peer_command(peer) == command
+    monkeypatch.setitem(catalog.VARIABLES, "fake", {"X": "1"})
+    assert peer.key not in command[0]
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (partial(subprocess.CalledProcessError, 1), r"cannot be built \(No matching .*missing\.whl\); see .*fake\.log"),
-        (lambda command: subprocess.TimeoutExpired(command, 5), "not built within 5 s"),
+        (lambda command: subprocess.TimeoutExpired(command, 5), "not built within 3600 s"),
     ],
 )
 def test_an_environment_that_fails_leaves_nothing_but_the_log(
@@ -240,7 +227,8 @@ def test_an_environment_that_fails_leaves_nothing_but_the_log(
             raise error(command)
 
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setitem(catalog.REQUIREMENTS, "fake", ("missing.whl",))
     with pytest.raises(PeerError, match=said):
-        peer_interpreter("fake", ["missing.whl"], {}, 5)
+        peer_command(Peer("fake", "fake"))
     assert not list(user_cache("peers", "environments").iterdir())
     assert user_cache("peers", "logs", "fake.log").is_file()

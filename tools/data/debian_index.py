@@ -1,4 +1,4 @@
-"""The index of Debian's packages, read: descriptions in each language, the source of each package, and families.
+"""The index of Debian's packages: fetched by apt, read, and its descriptions grouped into families.
 
 Packages of one source, packages named alike (libfoo2, libfoo-dev, foo-doc) and packages with a paragraph that begins
 alike form one family, which goes into one split as a whole. A paragraph that many sources share is boilerplate: it
@@ -7,12 +7,18 @@ makes no families.
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
 
-from tools.data.splits import normalised
+from tools.data.splits import DataError, normalised
 
 # Sources that begin a paragraph alike, at most, for them to be a family: of many words in common, more may be.
 SHARED_BY, LONG_SHARED_BY = 5, 200
@@ -22,19 +28,74 @@ _AFFIXES = re.compile(
     r"|(-(dev|dbg|dbgsym|doc|docs|data|common|bin|tools|utils|core|extra|examples|perl|java|dkms|l10n|i18n).*)$"
     r"|[-.]?\d[\d.~+a-z]*$"
 )
+_SYSTEM_PARTS = Path("/etc/apt/apt.conf.d")
+
+
+def fetch_index(target: Path) -> None:
+    """Make the directory `target` with the texts `Packages` and `Translation-en` of this machine's sources.
+
+    It appears complete or not at all. Raises DataError when apt is missing or fails, or a text has no file.
+    """
+    target = target.absolute()  # apt reads a relative directory as one below its own
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.partial-") as name:
+        work = Path(name)
+        work.chmod(0o755)
+        configuration = private_configuration(work / "apt")
+        # By default apt calls an update that left files out a success.
+        _apt(configuration, "apt-get", "-q", "-o", "APT::Update::Error-Mode=any", "update")
+        out = work / "index"
+        out.mkdir()
+        for kind in ("Packages", "Translation-en"):
+            files = sorted((work / "apt" / "lists").iterdir())
+            found = [path for path in files if re.search(rf"_(i18n_)?{kind}(\.\w+)?$", path.name)]
+            if not found:
+                raise DataError(f"the sources of apt have no {kind}; check that they name a Debian mirror")
+            texts = (_apt(configuration, "/usr/lib/apt/apt-helper", "cat-file", str(path)) for path in found)
+            (out / kind).write_bytes(b"".join(text + b"\n" for text in texts))
+        out.rename(target)
+
+
+def private_configuration(directory: Path, system_parts: Path = _SYSTEM_PARTS) -> Path:
+    """Write a configuration that is the machine's, except for its languages and where its lists lie; returns its file.
+
+    Images of Debian often set the languages to none in a part of their own: parts that name them are left out.
+    """
+    parts, lists, archives = (directory / name for name in ("parts", "lists", "archives"))
+    for path in (parts, lists / "partial", archives / "partial"):
+        path.mkdir(parents=True)
+    for part in sorted(system_parts.iterdir()) if system_parts.is_dir() else ():
+        if part.is_file() and not re.search(r"Acquire::Languages", part.read_text(errors="replace"), re.IGNORECASE):
+            shutil.copy(part, parts)
+    (parts / "zz-languages").write_text('Acquire::Languages {"en";};\n')
+    settings = {"Etc::parts": f"{parts}/", "State::lists": f"{lists}/", "Cache::archives": f"{archives}/"}
+    lines = [f'Dir::{name} "{path}";' for name, path in settings.items()]
+    # Without root apt has no other user to drop to, and none is needed to write here.
+    lines += ['Dir::Cache::pkgcache "";', 'Dir::Cache::srcpkgcache "";', 'APT::Sandbox::User "";']
+    path = directory / "apt.conf"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _apt(configuration: Path, *command: str) -> bytes:
+    environment = {**os.environ, "APT_CONFIG": str(configuration), "LC_ALL": "C"}
+    try:
+        done = subprocess.run(command, cwd=configuration.parent, env=environment, capture_output=True, check=True)
+    except FileNotFoundError:
+        raise DataError(f"{command[0]} is not on this machine; run on Debian") from None
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise DataError(f"{Path(command[0]).name} failed ({lines[-1]}); try: apt-get update") from None
+    return done.stdout
 
 
 @dataclass(frozen=True)
 class Description:
-    """A description in one language: the synopsis and the long text's paragraphs, each on one line."""
+    """A description: the synopsis and the long text's paragraphs, each on one line."""
 
     package: str
     synopsis: str
     paragraphs: tuple[str, ...]
-
-    @property
-    def body(self) -> str:
-        return " ".join(self.paragraphs)
 
 
 def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
@@ -56,34 +117,39 @@ def stanzas(lines: Iterable[str]) -> Iterator[dict[str, str]]:
         yield fields
 
 
-def descriptions(lines: Iterable[str], language: str) -> dict[str, Description]:
-    """The descriptions of a Translation file by the md5 of the English text."""
+def descriptions(lines: Iterable[str]) -> dict[str, Description]:
+    """The descriptions of a Translation file by the md5 of the text."""
     found = {}
     for fields in stanzas(lines):
-        text, md5 = fields.get(f"Description-{language}"), fields.get("Description-md5")
+        text, md5 = fields.get("Description-en"), fields.get("Description-md5")
         if text and md5:
-            synopsis, *rest = text.split("\n")
-            found[md5] = Description(fields.get("Package", ""), synopsis.strip(), tuple(_paragraphs(rest)))
+            synopsis, *rest = (line.strip() for line in text.split("\n"))
+            blocks = groupby(rest, lambda line: line == ".")
+            paragraphs = tuple(" ".join(block) for separator, block in blocks if not separator)
+            found[md5] = Description(fields.get("Package", ""), synopsis, paragraphs)
     return found
 
 
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    current: list[str] = []
-    for line in [*lines, "."]:
-        if line.strip() != ".":
-            current.append(line.strip())
-        elif current:
-            yield " ".join(current)
-            current = []
-
-
-def sources(lines: Iterable[str]) -> dict[str, str]:
-    """The source package of each description's md5, from a Packages file."""
-    found = {}
-    for fields in stanzas(lines):
-        if "Description-md5" in fields:
-            found[fields["Description-md5"]] = fields.get("Source", fields["Package"]).partition(" ")[0]
-    return found
+def families(english: Mapping[str, Description], packages: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The family of each md5: joined by source, by stem, and by beginnings of paragraphs that few share."""
+    source = {
+        fields["Description-md5"]: fields.get("Source", fields["Package"]).partition(" ")[0]
+        for fields in packages
+        if "Description-md5" in fields
+    }
+    sharing: dict[str, set[str]] = defaultdict(set)
+    links: dict[str, list[str]] = {}
+    for md5, text in english.items():
+        origin = source.get(md5, text.package)
+        links[md5] = [f"source {origin}", f"stem {stem(text.package)}", f"stem {stem(origin)}"]
+        for paragraph in text.paragraphs:
+            sharing[_beginning(paragraph)].add(origin)
+    for md5, text in english.items():
+        for beginning in map(_beginning, text.paragraphs):
+            words = beginning.count(" ") + 1
+            if words >= SHORT and len(sharing[beginning]) <= (LONG_SHARED_BY if words >= LONG else SHARED_BY):
+                links[md5].append(f"text {beginning}")
+    return components(links)
 
 
 def stem(package: str) -> str:
@@ -94,27 +160,7 @@ def stem(package: str) -> str:
     return package
 
 
-def families(english: Mapping[str, Description], source: Mapping[str, str]) -> dict[str, str]:
-    """The family of each md5: joined by source, by stem, and by beginnings of paragraphs that few share."""
-    sharing: dict[str, set[str]] = defaultdict(set)
-    links: dict[str, list[str]] = {}
-    for md5, text in english.items():
-        origin = source.get(md5, text.package)
-        links[md5] = [f"source {origin}", f"stem {stem(text.package)}", f"stem {stem(origin)}"]
-        for paragraph in text.paragraphs:
-            sharing[_comparable(paragraph)].add(origin)
-    for md5, text in english.items():
-        compared = (_comparable(paragraph) for paragraph in text.paragraphs)
-        links[md5] += [f"text {key}" for key in compared if _links(key, len(sharing[key]))]
-    return components(links)
-
-
-def _links(beginning: str, shared_by: int) -> bool:
-    words = beginning.count(" ") + 1
-    return words >= SHORT and shared_by <= (LONG_SHARED_BY if words >= LONG else SHARED_BY)
-
-
-def _comparable(paragraph: str) -> str:
+def _beginning(paragraph: str) -> str:
     """The paragraph's first words without case and digits."""
     return " ".join(re.findall(r"[^\W\d]+(?:-[^\W\d]+)*", normalised(paragraph))[:LONG])
 

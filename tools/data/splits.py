@@ -1,7 +1,5 @@
 """Data sets in four splits: a stable hash places each example, and overlapping splits are refused.
 
-    python -m tools.data.splits DIR         check that the splits of a data set share no input
-
 A data set is a directory with train, validation, calibration and test as JSONL (`{"input", "target"}`), and
 `dataset.json`, which says where it came from. It appears complete or not at all.
 """
@@ -10,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +31,7 @@ class DataError(FreeExportError):
 
 @dataclass(frozen=True)
 class Example:
-    """A line of a data set. `keys` name what must not occur in two splits: a word, a package's family, a question.
+    """A line of a data set. `keys` must not occur in two splits: a word, a package's family, a normalised input.
     `extra` are further fields of the line."""
 
     input: str
@@ -43,7 +41,7 @@ class Example:
 
 
 def stable_hash(text: str) -> int:
-    """64 bits of `text`, the same on every machine and release of Python."""
+    """64 bits of `text`, equal on every machine and release of Python."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
 
 
@@ -57,69 +55,9 @@ def split_of(key: str) -> str:
     raise AssertionError("the shares make 100 %")
 
 
-def by_split(items: Iterable[Item], key: Callable[[Item], str]) -> dict[str, list[Item]]:
-    """The items of each split, in their order; every split is there, even if empty."""
-    splits: dict[str, list[Item]] = {name: [] for name in SHARES}
-    for item in items:
-        splits[split_of(key(item))].append(item)
-    return splits
-
-
 def shuffled(items: Iterable[Item], seed: int, text: Callable[[Item], str]) -> list[Item]:
     """The items in an order that depends on `seed` and each one's `text` alone."""
     return sorted(items, key=lambda item: (stable_hash(f"{seed}/{text(item)}"), text(item)))
-
-
-def limited(splits: Mapping[str, list[Example]], train: int | None, held_out: int | None, seed: int) -> dict[str, list]:
-    """Each split shuffled, and cut to `train` examples, or `held_out` for the other three; None keeps all."""
-    return {
-        name: shuffled(examples, seed, lambda example: example.input)[: train if name == "train" else held_out]
-        for name, examples in splits.items()
-    }
-
-
-def check_disjoint(splits: Mapping[str, Iterable[tuple[str, ...]]]) -> None:
-    """Raises DataError when a key occurs in two splits; each split is given as the keys of its examples."""
-    owner: dict[str, str] = {}
-    for name, examples in splits.items():
-        for keys in examples:
-            for key in keys:
-                if owner.setdefault(key, name) != name:
-                    raise DataError(
-                        f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; "
-                        "build the data set again with the tool that made it"
-                    )
-
-
-def write_data_set(
-    out: Path, splits: Mapping[str, list[Example]], about: Mapping[str, Any], overwrite: bool = False
-) -> dict[str, int]:
-    """Write a JSONL file a split, and `about` with the sizes as dataset.json; returns the number of lines of each.
-
-    Raises DataError when splits overlap or one is empty, OutputError when `out` exists.
-    """
-    check_disjoint({name: (example.keys for example in examples) for name, examples in splits.items()})
-    sizes = {name: len(examples) for name, examples in splits.items()}
-    for name, size in sizes.items():
-        if size == 0:
-            raise DataError(f"split {name} has no examples; ask for more, or check the source of the data")
-    with output_directory(out, MARKER, overwrite) as directory:
-        for name, examples in splits.items():
-            write_lines(directory / f"{name}.jsonl", examples)
-        text = json.dumps({**about, "sizes": sizes, "shares": SHARES}, indent=2, ensure_ascii=False)
-        (directory / MARKER).write_text(text + "\n", encoding="utf-8")
-    return sizes
-
-
-def write_lines(path: Path, examples: Iterable[Example]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        for example in examples:
-            line = {"input": example.input, "target": example.target, **example.extra}
-            file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def report(out: Path, sizes: Mapping[str, int]) -> None:
-    click.echo(f"{out}: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
 
 
 def normalised(text: str) -> str:
@@ -127,43 +65,30 @@ def normalised(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def check_directory(directory: Path) -> dict[str, int]:
-    """Number of lines of each split of a written data set. Raises DataError when one is missing or they overlap."""
-    sizes = dict.fromkeys(SHARES, 0)
+def write_data_set(
+    out: Path, splits: Mapping[str, list[Example]], about: Mapping[str, Any], overwrite: bool = False
+) -> None:
+    """Write a JSONL file a split, and `about` with the sizes as dataset.json; print the number of lines of each.
 
-    def inputs(name: str) -> Iterator[tuple[str]]:
-        for number, line in enumerate(_lines(directory / f"{name}.jsonl"), start=1):
-            sizes[name] += 1
-            yield (normalised(_input(line, directory / f"{name}.jsonl", number)),)
-
-    check_disjoint({name: inputs(name) for name in SHARES})
-    return sizes
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read ({error}); name the directory of a data set") from None
-
-
-def _input(line: str, path: Path, number: int) -> str:
-    try:
-        return str(json.loads(line)["input"])
-    except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path} line {number} has no 'input'; build the data set again") from None
-
-
-@click.command()
-@click.argument("directory", type=click.Path(path_type=Path))
-def command(directory: Path) -> None:
-    """Check that the splits in DIRECTORY share no input, and count their lines.
-
-    \b
-    Example:
-      python -m tools.data.splits data/g2p
+    Raises DataError when a key is in two splits or one is empty, OutputError when `out` exists.
     """
-    report(directory, check_directory(directory))
+    owner: dict[str, str] = {}
+    for name, examples in splits.items():
+        if not examples:
+            raise DataError(f"split {name} has no examples; ask for more, or check the source of the data")
+        for key in (key for example in examples for key in example.keys):
+            if owner.setdefault(key, name) != name:
+                raise DataError(f"splits overlap: {key[:80]!r} is in {owner[key]} and in {name}; give both one key")
+    sizes = {name: len(examples) for name, examples in splits.items()}
+    with output_directory(out, MARKER, overwrite) as directory:
+        for name, examples in splits.items():
+            with (directory / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                for example in examples:
+                    line = {"input": example.input, "target": example.target, **example.extra}
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        text = json.dumps({**about, "sizes": sizes, "shares": SHARES}, indent=2, ensure_ascii=False)
+        (directory / MARKER).write_text(text + "\n", encoding="utf-8")
+    click.echo(f"{out}: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
 
 
 def run(tool: click.Command) -> None:
@@ -173,7 +98,3 @@ def run(tool: click.Command) -> None:
     except FreeExportError as error:
         click.echo(f"error: {error}", err=True)
         raise SystemExit(1) from None
-
-
-if __name__ == "__main__":
-    run(command)

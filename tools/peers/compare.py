@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -48,10 +47,8 @@ from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
 from runtime.machine.machine import user_cache
-from tools.peers.catalog import PEERS, Peer, find_peer
-from tools.peers.environment import PeerError
-from tools.peers.model import Source, installed, peer_command, peer_model
-from tools.peers.worker import Worker
+from tools.peers.catalog import OURS, PEERS, Source, find_peer, find_source, peer_command, peer_model
+from tools.peers.worker import PeerError, Worker
 
 # Seconds for one answer: a compiling decoder takes minutes for its first prompt.
 LIMIT = 600.0
@@ -71,78 +68,50 @@ class Contender:
     options: dict[str, Any]
     setting: BenchSetting | None = None
 
-
-class Loaded:
-    """A contender that is ready to decode. Raises PeerError where it cannot be had, or fails."""
-
-    def __init__(self, contender: Contender, threads: int) -> None:
-        self._worker = Worker(contender.command, variables(threads))
-        request = {"op": "load", "model": contender.model, "threads": threads, "cpus": cpus_for(threads)}
+    def load(self, threads: int) -> tuple[Worker, dict[str, str]]:
+        """Start the process and load the model: the process, and versions of its libraries. Raises PeerError."""
+        usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        variables = {
+            # The packages may stand in a source tree that only this process's path knows.
+            "PYTHONPATH": os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")])),
+            "OMP_NUM_THREADS": str(threads),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            # Libraries that see a GPU would use it.
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCHINDUCTOR_CACHE_DIR": str(user_cache("peers", "torchinductor")),
+        }
+        worker = Worker(self.command, variables)
+        # All are held to the same processors, where there are as many.
+        request = {"op": "load", "model": self.model, "threads": threads, "options": self.options}
+        request["cpus"] = usable[:threads] if threads <= len(usable) else []
         try:
-            answer = self._worker.ask({**request, "options": contender.options}, LIMIT)
+            return worker, worker.ask(request, LIMIT)["versions"]
         except PeerError:
-            self.close()
+            worker.close()
             raise
-        self.versions: dict[str, str] = answer.get("versions", {})
-
-    def run(self, prompt: Sequence[int], count: int) -> Run:
-        answer = self._worker.ask({"op": "generate", "prompt": list(prompt), "tokens": count}, LIMIT)
-        known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead", "predicted") if name in answer}
-        sizes = {int(rows): passes for rows, passes in answer.get("sync_sizes", {}).items()}
-        tokens, times = tuple(answer["tokens"]), tuple(answer["times"])
-        return Run(tokens, times, answer["seconds"], sync_sizes=sizes, peak_bytes=answer["peak_bytes"], **known)
-
-    def close(self) -> None:
-        self._worker.close()
 
 
-def cpus_for(threads: int) -> list[int]:
-    """Processors that every contender is held to; none where there are not as many, or the system cannot."""
-    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return usable[:threads] if threads <= len(usable) else []
-
-
-def variables(threads: int) -> dict[str, str]:
-    # The packages may stand in a source tree that only this process's path knows.
-    path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
-    return {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        # Libraries that see a GPU would use it.
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCHINDUCTOR_CACHE_DIR": str(user_cache("peers", "torchinductor")),
-    }
-
-
-OWN = [sys.executable, "-m", "tools.peers.server"]
-
-
-def ours(setting: BenchSetting, bundle: Bundle) -> Contender:
-    options = {**asdict(setting), "device": "cpu"}
-    return Contender(setting.name, bundle.manifest.precision, OWN, str(bundle.path), options, setting)
+def decode(worker: Worker, prompt: Sequence[int], count: int) -> Run:
+    answer = worker.ask({"op": "generate", "prompt": list(prompt), "tokens": count}, LIMIT)
+    known = {name: answer[name] for name in ("exit_rate", "acceptance", "overhead", "predicted") if name in answer}
+    sizes = {int(rows): passes for rows, passes in answer.get("sync_sizes", {}).items()}
+    tokens, times = tuple(answer["tokens"]), tuple(answer["times"])
+    return Run(tokens, times, answer["seconds"], sync_sizes=sizes, peak_bytes=answer["peak_bytes"], **known)
 
 
 def checkpoint(model: str) -> Contender:
     """transformers' generate in this environment, with the checkpoint that a bundle was made from."""
-    return Contender(TRUTH, "fp32", OWN, model, {"checkpoint": True})
-
-
-def peer_contender(peer: Peer, source: Source, exit_layer: int) -> Contender:
-    """Build the peer's environment and its model, where they are not in the cache. Raises PeerError."""
-    interpreter = installed(peer)
-    options = {**peer.options, "encoder_decoder": source.encoder_decoder}
-    if "early_exit" in options:
-        options["early_exit"] = exit_layer
-    model = str(peer_model(peer, source, interpreter))
-    return Contender(peer.name, peer.precision, peer_command(peer, interpreter), model, options)
+    return Contender(TRUTH, "fp32", OURS, model, {"checkpoint": True})
 
 
 def contenders_of(
     against: Sequence[str], source: Source | None, bundles: Sequence[Bundle], options: BenchOptions
 ) -> tuple[list[Contender], dict[str, str]]:
-    """List the others in the order given, then each bundle's settings; and why others cannot run."""
+    """List the others in the order given, then each bundle's settings; and why others cannot run.
+
+    Builds environments and models of peers, where they are not in the cache.
+    """
     found: list[Contender] = []
     failed: dict[str, str] = {}
     for name in against:
@@ -155,12 +124,18 @@ def contenders_of(
                 f"--against {name} needs the checkpoint that the bundle came from ({bundles[0].manifest.source}); "
                 "give it with --model"
             )
+        given = {**peer.options, "encoder_decoder": source.encoder_decoder}
+        if "early_exit" in given:
+            given["early_exit"] = bundles[0].manifest.exit_layer
         try:
-            found.append(peer_contender(peer, source, bundles[0].manifest.exit_layer))
+            command = peer_command(peer)
+            model = str(peer_model(peer, source, command))
+            found.append(Contender(peer.name, peer.precision, command, model, given))
         except PeerError as error:
             failed[name] = str(error)
     for number, (bundle, label) in enumerate(zip(bundles, labels(bundles), strict=True)):
-        found += [ours(setting, bundle) for setting in settings_of(options, bundles, number, label)]
+        for one in settings_of(options, bundles, number, label):
+            found.append(Contender(one.name, bundle.manifest.precision, OURS, str(bundle.path), asdict(one), one))
     return found, failed
 
 
@@ -169,7 +144,8 @@ def measure(
 ) -> tuple[dict[str, list[list[Run]]], dict[str, dict[str, str]], dict[str, str]]:
     """Let every contender decode every prompt in each round, after one to warm up: runs by name, the versions that
     served them, and why others have none. Raises FreeExportError where one of ours fails."""
-    running: dict[str, Loaded] = {}
+    running: dict[str, Worker] = {}
+    versions: dict[str, dict[str, str]] = {}
     failed: dict[str, str] = {}
 
     def fail(contender: Contender, error: PeerError) -> None:
@@ -177,61 +153,57 @@ def measure(
             raise FreeExportError(f"{contender.name}: {error}") from None
         failed[contender.name] = str(error)
 
-    def decode(contender: Contender, block: Sequence[Sequence[int]]) -> list[Run]:
-        if contender.name not in running or contender.name in failed:
+    def run(contender: Contender, block: Sequence[Sequence[int]]) -> list[Run]:
+        if contender.name in failed:
             return []
         time.sleep(settle)
         try:
-            return [running[contender.name].run(prompt, options.tokens) for prompt in block]
+            return [decode(running[contender.name], prompt, options.tokens) for prompt in block]
         except PeerError as error:
             fail(contender, error)
             return []
 
     with ExitStack() as stack:
-        for contender in contenders:
+        for one in contenders:
             try:
-                running[contender.name] = Loaded(contender, options.count)
-                stack.callback(running[contender.name].close)
+                running[one.name], versions[one.name] = one.load(options.count)
+                stack.callback(running[one.name].close)
             except PeerError as error:
-                fail(contender, error)
-        turns = list(interleave(contenders, [prompts], options.rounds, decode))
-    runs = {
-        contender.name: [turn.runs[number] for turn in turns]
-        for number, contender in enumerate(contenders)
-        if contender.name not in failed
-    }
-    return runs, {name: loaded.versions for name, loaded in running.items()}, failed
+                fail(one, error)
+        turns = list(interleave(contenders, [prompts], options.rounds, run))
+    names = {number: one.name for number, one in enumerate(contenders) if one.name not in failed}
+    return {name: [turn.runs[number] for turn in turns] for number, name in names.items()}, versions, failed
 
 
 def reference_tokens(
     runs: dict[str, list[list[Run]]], source: Source | None, prompts: Sequence[Sequence[int]], options: BenchOptions
-) -> tuple[list[tuple[int, ...]] | None, str | None]:
-    """Ask transformers in float32, whose tokens others are compared with; None where it cannot run here."""
+) -> list[tuple[int, ...]] | None:
+    """Tokens of transformers in float32, which others are compared with; None where it cannot run here."""
     if TRUTH in runs:
-        return [run.tokens for run in runs[TRUTH][0]], TRUTH
+        return [run.tokens for run in runs[TRUTH][0]]
     if source is None:
-        return None, None
+        return None
     try:
-        loaded = Loaded(checkpoint(source.model), options.count)
+        worker, _ = checkpoint(source.model).load(options.count)
     except PeerError:
-        return None, None
+        return None
     try:
-        return [loaded.run(prompt, options.tokens).tokens for prompt in prompts], TRUTH
+        return [decode(worker, prompt, options.tokens).tokens for prompt in prompts]
     finally:
-        loaded.close()
+        worker.close()
 
 
 def compare(options: BenchOptions, against: Sequence[str], model: str | None) -> dict[str, Any]:
     """Measure, and return what JSON keeps, as `freeexport bench` does."""
     bundles = [Bundle.open(path) for path in options.bundles]
     named = model or next((name for name in against if find_peer(name) is None), None)
-    source = Source.of(bundles[0].manifest, named)
+    source = find_source(bundles[0].manifest, named)
     prompts = bench_prompts(bundles[0], options.data, options.samples)
     contenders, missing = contenders_of(against, source, bundles, options)
     bandwidth = bandwidth_of(options.count)
     with other_load() as load:
         runs, versions, failed = measure(contenders, prompts, options)
-    tokens, truth = reference_tokens(runs, source, prompts, options)
+    tokens = reference_tokens(runs, source, prompts, options)
     rows = rows_of(runs, {one.name: one.precision for one in contenders}, tokens, versions)
     by_name = {one.name: one.setting for one in contenders}
     context = round(fmean(map(len, prompts))), options.tokens / 2
@@ -239,7 +211,7 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
         setting = by_name[row.name]
         if setting is not None:
             rows[number] = with_roofline(row, bundles[setting.bundle], setting.mode, context, bandwidth)
-    facts = facts_of(bundles[0], options, len(prompts), truth, load.cores)
+    facts = facts_of(bundles[0], options, len(prompts), None if tokens is None else TRUTH, load.cores)
     real = [one.name for one in contenders if one.setting is None or one.setting.real]
     return report(rows, facts, bandwidth, real, {**missing, **failed})
 

