@@ -82,7 +82,7 @@ def read_exit_file(directory: Path) -> ExitFile | None:
                 f"{path} has schema version {repr(version)[:80]}, this freeexport reads {EXIT_SCHEMA_VERSION}; use the "
                 f"freeexport that wrote it, or {remedy}"
             )
-        read: ExitFile = Reader(remedy, finite=True).read(ExitFile, value, str(path))
+        read: ExitFile = Reader(remedy).read(ExitFile, value, str(path))
     except BundleError as error:
         raise CheckpointError(str(error)) from None
     return read

@@ -218,7 +218,7 @@ def read_state(given: Mapping[str, Any], kind: type[StateT]) -> StateT:
     """Raises OptionError for what `state()` of an adaptive threshold cannot have given."""
     try:
         listed = {name: _listed(value) for name, value in dict(given).items()}
-        state: StateT = Reader("start without a state", finite=True).read(kind, listed, "adaptive_state")
+        state: StateT = Reader("start without a state").read(kind, listed, "adaptive_state")
     except (BundleError, CalibrationError, TypeError, ValueError) as error:
         raise OptionError(str(error)) from None
     return state

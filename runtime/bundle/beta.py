@@ -1,4 +1,8 @@
-"""The Beta distribution of confidences: its density, and its fit to sums that are cheap to keep."""
+"""Beta distributions of confidences, their fit to sums that are cheap to keep, and the threshold of a mixture of two.
+
+A token agrees where the shallow prediction is the deep decoder's: one Beta describes the confidences of agreeing
+tokens, another those of disagreeing ones.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +15,17 @@ import numpy as np
 
 from runtime.errors import CalibrationError
 
+NEVER_EXIT = 1.0
 # Confidences of exactly 0 and 1 have no finite logarithm: all are taken as lying in [EPSILON, 1 - EPSILON].
 EPSILON = 1e-6
-# Shapes stay where densities can be computed: equal confidences would have a peak without end.
+# Fitted shapes stay where densities can be computed: equal confidences would have a peak without end.
 LEAST_SHAPE, MOST_CONCENTRATION = 1e-2, 1e4
-# Beyond it the logarithms of Gamma functions overflow, or say nothing any more.
+# Beyond it the logarithms of Gamma functions overflow.
 MOST_SHAPE = 1e9
 
 
 class LogSums(NamedTuple):
-    """All that a fit needs to know of tokens: their `weight`, and the weighted sums of ln c and of ln(1 - c)."""
+    """Sufficient statistics of a fit: the `weight` of tokens, and the weighted sums of ln c and of ln(1 - c)."""
 
     weight: float = 0.0
     log: float = 0.0
@@ -28,7 +33,7 @@ class LogSums(NamedTuple):
 
     @classmethod
     def of(cls, confidences: np.ndarray) -> LogSums:
-        """The sums of tokens [n], each of weight 1."""
+        """Sum over tokens [n], each of weight 1."""
         inside = clipped(confidences)
         return cls(float(inside.size), float(np.log(inside).sum()), float(np.log1p(-inside).sum()))
 
@@ -41,7 +46,7 @@ class LogSums(NamedTuple):
 
 @dataclass(frozen=True)
 class Beta:
-    """Beta(a, b) on [0, 1]; CalibrationError where a shape is no number above 0, or a huge one."""
+    """Beta(a, b) on [0, 1]. Raises CalibrationError unless both shapes are in (0, MOST_SHAPE]."""
 
     a: float
     b: float
@@ -61,7 +66,7 @@ class Beta:
         return math.lgamma(self.a) + math.lgamma(self.b) - math.lgamma(self.a + self.b)
 
     def log_density(self, confidence: np.ndarray | float) -> np.ndarray:
-        """In nats, of confidences of any shape; those outside [EPSILON, 1 - EPSILON] count as its ends."""
+        """The log density in nats, for confidences of any shape, clipped to [EPSILON, 1 - EPSILON]."""
         inside = clipped(confidence)
         logs = (self.a - 1) * np.log(inside) + (self.b - 1) * np.log1p(-inside)
         return np.asarray(logs - self.log_normalizer)
@@ -90,26 +95,20 @@ def most_likely(sums: LogSums, start: Beta, steps: int = 30) -> Beta:
     """The Beta of greatest likelihood, by Newton steps from `start`: never less likely than that."""
     best, likelihood = start, start.log_likelihood(sums)
     for _ in range(steps):
-        improved = _improved(best, likelihood, sums)
-        if improved is None:
-            return best
-        best, before, likelihood = improved, likelihood, improved.log_likelihood(sums)
+        before = likelihood
+        step_a, step_b = _newton_step(best, sums)
+        for _ in range(30):  # halve the step until it gains
+            a, b = best.a + step_a, best.b + step_b
+            if min(a, b) > 0:
+                scale = min(1.0, MOST_CONCENTRATION / (a + b))  # within bounds, at the same mean where possible
+                tried = Beta(max(a * scale, LEAST_SHAPE), max(b * scale, LEAST_SHAPE))
+                if (gained := tried.log_likelihood(sums)) > likelihood:
+                    best, likelihood = tried, gained
+                    break
+            step_a, step_b = step_a / 2, step_b / 2
         if likelihood - before <= 1e-12 * (1 + abs(likelihood)):
-            return best
+            break
     return best
-
-
-def _improved(beta: Beta, likelihood: float, sums: LogSums) -> Beta | None:
-    """A Newton step, halved until it gains; None where nothing does."""
-    step_a, step_b = _newton_step(beta, sums)
-    for _ in range(30):
-        a, b = beta.a + step_a, beta.b + step_b
-        if min(a, b) > 0:
-            tried = _bounded(a, b)
-            if tried.log_likelihood(sums) > likelihood:
-                return tried
-        step_a, step_b = step_a / 2, step_b / 2
-    return None
 
 
 def _newton_step(beta: Beta, sums: LogSums) -> tuple[float, float]:
@@ -123,12 +122,6 @@ def _newton_step(beta: Beta, sums: LogSums) -> tuple[float, float]:
     if determinant <= 0:
         return slope_a, slope_b
     return (bend_b * slope_a + both * slope_b) / determinant, (both * slope_a + bend_a * slope_b) / determinant
-
-
-def _bounded(a: float, b: float) -> Beta:
-    """Within the bounds of shapes, with the same mean where that is possible."""
-    scale = min(1.0, MOST_CONCENTRATION / (a + b))
-    return Beta(max(a * scale, LEAST_SHAPE), max(b * scale, LEAST_SHAPE))
 
 
 def digamma(x: float) -> float:
@@ -151,9 +144,6 @@ def trigamma(x: float) -> float:
     inverse = 1 / (x * x)
     series = 1 / 6 - inverse * (1 / 30 - inverse * (1 / 42 - inverse * (1 / 30 - inverse * 5 / 66)))
     return result + 1 / x + inverse / 2 + inverse / x * series
-
-
-NEVER_EXIT = 1.0
 
 
 @dataclass(frozen=True)
@@ -179,7 +169,7 @@ class BetaMixture:
         return np.where(odds >= 0, 1.0, np.exp(np.minimum(odds, 0.0))) / (1.0 + np.exp(-np.abs(odds)))
 
     def density(self, confidence: np.ndarray | float) -> np.ndarray:
-        """The share among all tokens."""
+        """The density of all tokens."""
         agree, disagree = self.agree.density(confidence), self.disagree.density(confidence)
         return np.asarray(self.weight_agree * agree + (1 - self.weight_agree) * disagree)
 
@@ -187,7 +177,7 @@ class BetaMixture:
 def threshold_at(mixture: BetaMixture, target: float) -> float:
     """The smallest confidence from which P(agree | c) >= `target` stays true up to 1.
 
-    0 where it holds everywhere; 1, "never exit", where it does not hold at 1. `target` in (0, 1).
+    0 where it holds everywhere; NEVER_EXIT where it does not hold at 1. `target` in (0, 1).
     """
     if not 0 < target < 1:
         raise CalibrationError(f"target = {target!r} is no probability of agreeing; give one in (0, 1)")
@@ -195,30 +185,25 @@ def threshold_at(mixture: BetaMixture, target: float) -> float:
     wanted = math.log(target) - math.log1p(-target)
     constant = math.log(mixture.weight_agree) - math.log1p(-mixture.weight_agree)
     constant += disagree.log_normalizer - agree.log_normalizer
+    rise, fall = agree.a - disagree.a, agree.b - disagree.b
 
     def holds(confidence: float) -> bool:
-        slopes = (agree.a - disagree.a) * math.log(confidence) + (agree.b - disagree.b) * math.log1p(-confidence)
-        return constant + slopes >= wanted
+        return constant + rise * math.log(confidence) + fall * math.log1p(-confidence) >= wanted
 
-    low, high, turn = EPSILON, 1 - EPSILON, _turning_point(agree, disagree)
+    low, high = EPSILON, 1 - EPSILON
     if not holds(high):
         return NEVER_EXIT
-    if turn is not None and not holds(turn):
-        return _bisect(holds, turn, high)
-    return 0.0 if holds(low) else _bisect(holds, low, high if turn is None else turn)
-
-
-def _turning_point(agree: Beta, disagree: Beta) -> float | None:
-    """The odds of two Betas turn at most once between 0 and 1: where, or None."""
-    rise, fall = agree.a - disagree.a, agree.b - disagree.b
+    # The odds of two Betas turn at most once between 0 and 1.
     turn = rise / (rise + fall) if rise + fall else math.nan
-    return turn if EPSILON < turn < 1 - EPSILON else None
+    if not low < turn < high:
+        return 0.0 if holds(low) else _bisect(holds, low, high)
+    if not holds(turn):
+        return _bisect(holds, turn, high)
+    return 0.0 if holds(low) else _bisect(holds, low, turn)
 
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The smallest number at which `holds` is true, where it is false at `low`, true at `high` and turns once."""
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):
-            return high
+    while low < (middle := (low + high) / 2) < high:
         low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,21 +11,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 from runtime.bundle.calibration import Calibration, check_calibration, is_calibration, read_calibration
-from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, File, Manifest
+from runtime.bundle.manifest import LARGEST_MANIFEST, MANIFEST, REMEDY, File, Manifest
 from runtime.errors import BundleError
 from runtime.json_file import UnreadableError, read_bytes, read_object, read_text
 
 Verify = Literal["sizes", "full"]
 VERIFICATION = "verification.json"
-LARGEST_REPORT = 64 << 20
+
+# Bytes of the report, and of a graph, whose weights are in other files.
+LARGEST_REPORT, LARGEST_GRAPH = 64 << 20, 256 << 20
+# Fields of a graph that are read, and messages within each other, of which Protocol Buffers take no more.
+MOST_FIELDS, DEEPEST = 1_000_000, 100
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A directory that `freeexport convert` wrote. `sha256` is the hash of its manifest, and so of all its files.
 
-    Of the directory only the files that the manifest lists are read, none of them through a link. Beside them stand the
-    report `verification.json`, and in the folder `tensorrt` the engines that were built later.
+    Only the files that the manifest lists are read, none of them through a link. Beside them are the report
+    `verification.json`, and in the folder `tensorrt` the engines that were built later.
     """
 
     path: Path
@@ -40,11 +43,11 @@ class Bundle:
         Raises BundleError naming the file that is missing, differs or is a link, or is not listed but named by a graph.
         """
         root = Path(path)
-        text = _read_text(root)
+        text = _read_manifest(root)
         manifest = Manifest.from_json(text, MANIFEST)
         for name in engine_files(manifest):
             if name not in manifest.files:
-                raise BundleError(f"{MANIFEST} lists no {name}; convert the checkpoint again")
+                raise BundleError(f"{MANIFEST} lists no {name}; {REMEDY}")
         for name, file in manifest.files.items():
             _check_file(root, name, file, verify)
         for graph in engine_files(manifest):
@@ -69,23 +72,13 @@ class Bundle:
 
     @property
     def calibration(self) -> Calibration | None:
-        """The calibration that its threshold comes from, or None. Raises BundleError where it is not that of this
-        bundle."""
-        manifest = self.manifest
-        name = next(filter(is_calibration, manifest.files), None)
+        """The calibration that its threshold comes from, or None. Raises BundleError for one of another model."""
+        name = next(filter(is_calibration, self.manifest.files), None)
         if name is None:
             return None
-        calibration = read_calibration(self.path / name)
-        check_calibration(
-            calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
-        )
+        calibration, own = read_calibration(self.path / name), self.manifest
+        check_calibration(calibration, own.source_sha256, own.vocab_size, own.exit_layer, own.confidence)
         return calibration
-
-
-def engines_digest(manifest: Manifest) -> str:
-    """A name for what its engines compute: other calibration, tokenizer or costs change nothing."""
-    files = sorted((n, file.sha256) for n, file in manifest.files.items() if n.endswith((".onnx", ".data")))
-    return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
 
 def engine_files(manifest: Manifest) -> list[str]:
@@ -94,15 +87,12 @@ def engine_files(manifest: Manifest) -> list[str]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """The sha256 of a file's content."""
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _read_text(root: Path) -> str:
+def _read_manifest(root: Path) -> str:
     if not root.is_dir():
         raise BundleError(f"there is no bundle at {root}; make one with: freeexport convert MODEL {root}")
     if not os.path.lexists(root / MANIFEST):
@@ -111,11 +101,11 @@ def _read_text(root: Path) -> str:
     try:
         return read_text(root / MANIFEST, LARGEST_MANIFEST)
     except UnreadableError as reason:
-        raise BundleError(f"{MANIFEST} cannot be read ({reason}); convert the checkpoint again") from None
+        raise BundleError(f"{MANIFEST} cannot be read ({reason}); {REMEDY}") from None
 
 
 def check_no_link(root: Path, name: str) -> None:
-    """BundleError where a file of the bundle at `root`, or a folder on the way to it, is a symbolic link."""
+    """Raise BundleError where a file of the bundle at `root`, or a folder on the way to it, is a symbolic link."""
     if os.path.realpath(root / name) != os.path.join(os.path.realpath(root), *name.split("/")):
         raise BundleError(
             f"{name} is a symbolic link, which no file of a bundle may be; copy the bundle with the files themselves: "
@@ -127,7 +117,7 @@ def _check_file(root: Path, name: str, file: File, verify: Verify) -> None:
     path = root / name
     if not path.is_file():
         wrong = "no regular file" if path.exists() and not path.is_dir() else "missing"
-        raise BundleError(f"{name} is {wrong} in {root}; copy the whole bundle, or convert the checkpoint again")
+        raise BundleError(f"{name} is {wrong} in {root}; copy the whole bundle, or {REMEDY}")
     check_no_link(root, name)
     size = path.stat().st_size
     if size != file.size:
@@ -136,13 +126,7 @@ def _check_file(root: Path, name: str, file: File, verify: Verify) -> None:
         raise BundleError(f"{name} is not the file that was written (sha256 differs); copy or convert it again")
 
 
-# Bytes of a graph, whose weights stand elsewhere; fields that are looked at, and messages within each other, of which
-# Protocol Buffers take no more.
-LARGEST_GRAPH = 256 << 20
-MOST_FIELDS = 1_000_000
-DEEPEST = 100
-
-# Of onnx.proto: a message's fields by number that lead to tensors, and the kind of message each holds.
+# Fields by number that lead to tensors in each message of onnx.proto, and the message each holds.
 _MESSAGES: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -153,20 +137,18 @@ _MESSAGES: dict[str, dict[int, str]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-_KEY, _VALUE = 1, 2
 _LOCATION = b"location"
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_NO_GRAPH = "it is no ONNX graph, or cut off"
 
 Span = tuple[int, int]
 
 
 def external_data(graph: Path) -> set[str]:
-    """The names of the files in which a graph's tensors stand. BundleError where it is no ONNX graph."""
+    """The names of the files that hold a graph's tensors, found without `onnx`. BundleError where it is no graph."""
     try:
-        content = read_bytes(graph, LARGEST_GRAPH)
-        return set(_locations(content))
+        return set(_locations(read_bytes(graph, LARGEST_GRAPH)))
     except UnreadableError as reason:
-        raise BundleError(f"{graph.name} cannot be read ({reason}); convert the checkpoint again") from None
+        raise BundleError(f"{graph.name} cannot be read ({reason}); {REMEDY}") from None
 
 
 def _locations(content: bytes) -> Iterator[str]:
@@ -174,15 +156,16 @@ def _locations(content: bytes) -> Iterator[str]:
     left = MOST_FIELDS
     while stack:
         kind, span, depth = stack.pop()
-        if kind == "entry":
-            yield from _location(content, span)
-            continue
         fields = list(islice(_fields(content, span), left))
         left -= len(fields)
         if left <= 0 or depth > DEEPEST:
             raise UnreadableError("its graph is too large")
+        if kind == "entry":  # a key and a value, in any order
+            if any(number == 1 and content[slice(*part)] == _LOCATION for number, part in fields):
+                yield from (content[slice(*at)].decode("utf-8", "backslashreplace") for n, at in fields if n == 2)
+            continue
         inner = _MESSAGES[kind]
-        # Most nodes and attributes hold no tensor: what does not hold the word is not looked into.
+        # Most nodes and attributes hold no tensor: those without the word are skipped.
         stack += [
             (inner[number], part, depth + 1)
             for number, part in fields
@@ -190,35 +173,25 @@ def _locations(content: bytes) -> Iterator[str]:
         ]
 
 
-def _location(content: bytes, span: Span) -> Iterator[str]:
-    """The value of an entry of external data, where a key of it is "location"."""
-    fields = list(_fields(content, span))
-    if any(number == _KEY and content[slice(*part)] == _LOCATION for number, part in fields):
-        for number, part in fields:
-            if number == _VALUE:
-                yield content[slice(*part)].decode("utf-8", "backslashreplace")
-
-
 def _fields(content: bytes, span: Span) -> Iterator[tuple[int, Span]]:
-    """Number and place of each field of a message; numbers have no length."""
+    """The number and place of each field of a message; the place of a number is empty."""
     at, end = span
     while at < end:
         tag, at = _varint(content, at, end)
-        wire = tag & 7
-        if wire == _BYTES:
-            size, at = _varint(content, at, end)
-            if size > end - at:
-                raise UnreadableError("it is no ONNX graph, or cut off")
-            yield tag >> 3, (at, at + size)
-            at += size
-        elif wire == _VARINT:
+        begin, wire = at, tag & 7
+        if wire == 0:
             _, at = _varint(content, at, end)
-            yield tag >> 3, (at, at)
-        elif wire in (_FIXED32, _FIXED64):
-            at += 4 if wire == _FIXED32 else 8
-            yield tag >> 3, (at, at)
+            begin = at
+        elif wire == 2:
+            size, begin = _varint(content, at, end)
+            if size > end - begin:
+                raise UnreadableError(_NO_GRAPH)
+            at = begin + size
+        elif wire in (1, 5):
+            begin = at = at + (8 if wire == 1 else 4)
         else:
-            raise UnreadableError("it is no ONNX graph")
+            raise UnreadableError(_NO_GRAPH)
+        yield tag >> 3, (begin, at)
 
 
 def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
@@ -229,4 +202,4 @@ def _varint(content: bytes, at: int, end: int) -> tuple[int, int]:
         at, shift = at + 1, shift + 7
         if byte < 0x80:
             return value, at
-    raise UnreadableError("it is no ONNX graph, or cut off")
+    raise UnreadableError(_NO_GRAPH)

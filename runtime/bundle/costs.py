@@ -1,4 +1,4 @@
-"""The model of what decoding costs and exits save (docs/decoding.md), and what bundles record of it.
+"""Costs of decoding, what exits save (docs/decoding.md), and how bundles record them.
 
 A token costs a shallow step, and its share of the sync pass that its run of exits ends in.
 """
@@ -11,7 +11,7 @@ from itertools import pairwise
 
 # Cores' worth of work by others that still counts as an idle machine: the system's own housekeeping.
 TOLERATED = 0.15
-# Seconds, or bytes, of a call that some machine could take.
+# Seconds, or bytes, beyond any call.
 MOST = 1e15
 
 
@@ -28,8 +28,8 @@ class Host:
 
 @dataclass(frozen=True)
 class Outside:
-    """Seconds beside the engine calls: of a token in mode full, of one in free, and of a sync pass in free. A pass also
-    makes the shallow step after it slower, which finds its weights no longer in the cache: that is in `sync`."""
+    """Seconds beside the engine calls: of a token in mode full, of one in free, and of a sync pass in free. `sync` also
+    holds what a pass adds to the next shallow step, whose weights it evicts from the cache."""
 
     full: float = 0.0
     free: float = 0.0
@@ -38,9 +38,12 @@ class Outside:
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds: a shallow step with and without the head, a deep pass over k rows at some k (1 is one of them, ascending
-    keys), and what is outside. Where not `measured`, on `host`, another unit, as bytes of weights. `busy`: cores that
-    others used meanwhile. `host` is None in bundles that do not say."""
+    """Seconds of a shallow step with and without the head, of a deep pass over k rows for some k (ascending, 1 is one
+    of them), and `outside`.
+
+    Where not `measured`, on `host`, another unit, as bytes of weights. `busy`: cores that others used meanwhile. `host`
+    is None in bundles that do not say.
+    """
 
     shallow: float
     shallow_without_head: float
@@ -52,24 +55,19 @@ class Costs:
 
     @property
     def trusted(self) -> bool:
-        """True where predictions from them are worth printing: timings beside other work are not."""
+        """Whether predictions are worth printing: timings beside other work are not."""
         return self.busy <= TOLERATED
 
     @property
     def sound(self) -> bool:
-        """True where such costs can be: positive, with a deep pass over one row."""
+        """Whether such costs are possible: positive, with a deep pass over one row."""
         seconds = (self.shallow, self.shallow_without_head, *self.deep.values())
         beside = (self.outside.full, self.outside.free, self.outside.sync, self.busy)
-        return (
-            1 in self.deep
-            and min(self.deep) == 1
-            and max(*seconds, *beside) <= MOST
-            and min(seconds) > 0 <= min(beside)
-        )
+        return min(self.deep, default=0) == 1 and max(*seconds, *beside) <= MOST and min(seconds) > 0 <= min(beside)
 
     @property
     def head(self) -> float:
-        """The shallow head of one step; noise can make a small one look like nothing."""
+        """The shallow head of one step, at least 0 whatever the noise."""
         return max(0.0, self.shallow - self.shallow_without_head)
 
     @property
@@ -77,29 +75,18 @@ class Costs:
         """A token without exits: the shallow layers without their head, and a deep pass over one row."""
         return self.shallow_without_head + self.deep[1] + self.outside.full
 
-    @property
-    def step(self) -> float:
-        """A token in mode free, less its share of a pass."""
-        return self.shallow + self.outside.free
-
     def deep_pass(self, rows: int) -> float:
-        """A deep pass over `rows`, between known sizes by interpolation; beyond the last it goes on as between the last
-        two."""
+        """A deep pass over `rows`: interpolated between known sizes, and extrapolated from the last two."""
         sizes = sorted(self.deep)
         if rows <= sizes[0] or len(sizes) == 1:
             return self.deep[sizes[0]]
         low, high = next(((low, high) for low, high in pairwise(sizes) if rows <= high), sizes[-2:])
         return self.deep[low] + (self.deep[high] - self.deep[low]) * (rows - low) / (high - low)
 
-    def sync(self, rows: int) -> float:
-        """A sync pass over `rows` in mode free, with what is outside it."""
-        return self.deep_pass(rows) + self.outside.sync
-
     def speedup_of(self, sync_sizes: Mapping[int, float], tokens: float) -> float:
-        """Tokens per second of decoding as a multiple of mode full's, where `tokens` took `sync_sizes[k]` passes over k
-        rows."""
-        passes = sum(count * self.sync(rows) for rows, count in sync_sizes.items())
-        return self.full / (self.step + passes / tokens)
+        """Tokens per second as a multiple of mode full's, where `tokens` took `sync_sizes[k]` passes over k rows."""
+        passes = sum(count * (self.deep_pass(rows) + self.outside.sync) for rows, count in sync_sizes.items())
+        return self.full / (self.shallow + self.outside.free + passes / tokens)
 
     def speedup(self, exit_rate: float, max_pending: int) -> float:
         """The `speedup_of` tokens that exit with probability `exit_rate`, where a full stack forces a sync."""
@@ -112,8 +99,8 @@ class Costs:
         return next((rate / 1000 for rate in range(1001) if self.speedup(rate / 1000, max_pending) >= 1), None)
 
 
-# A session that knows nothing of its machine takes these proportions: a deep row beside the first costs a tenth of it,
-# the head as much as a shallow step without it, an overestimate.
+# The proportions assumed where nothing is known of the machine: another deep row costs a tenth of the first, the head
+# as much as a shallow step without it, an overestimate.
 NEUTRAL = Costs(2.0, 1.0, {1: 1.0, 2: 1.1}, measured=False)
 
 

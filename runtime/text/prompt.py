@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from runtime.text.tokenizer import Tokenizer
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, str]] | npt.NDArray[np.integer[Any]]
 
 # Real text has 1 to 6 bytes a token, indented code up to about 16. A text longer than 64 bytes for each allowed token
-# is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenising megabytes takes seconds.
+# is too long whatever the tokenizer makes of it (runs of spaces aside), and tokenizing megabytes takes seconds.
 MAX_BYTES_PER_TOKEN = 64
 
 NO_TOKENIZER = "the bundle has no tokenizer"
@@ -39,33 +39,33 @@ def encode_prompt(
     Raises PromptError for a prompt that is empty, too long, not valid text, out of range, or of a form that the bundle
     cannot take.
     """
-    if tokenizer is None and (isinstance(prompt, str) or _is_chat(prompt)):
-        form = "text" if isinstance(prompt, str) else "chat"
-        raise PromptError(f"{missing}, so it takes no {form}; pass the prompt as a list of token ids")
-    if isinstance(prompt, str):
-        assert tokenizer is not None
-        return _checked(_encode_text(prompt, tokenizer, limit, parse_special in (None, True)), vocab_size, limit)
-    if isinstance(prompt, np.ndarray):
-        return _checked(_listed(prompt, limit), vocab_size, limit)
-    if isinstance(prompt, (bytes, bytearray)) or not isinstance(prompt, Sequence):
-        raise PromptError(f"the prompt is {type(prompt).__name__}; {_FORMS}")
-    if _is_chat(prompt):
-        assert tokenizer is not None
-        return _checked(_encode_chat(prompt, tokenizer, limit, bool(parse_special)), vocab_size, limit)
-    return _checked(prompt, vocab_size, limit)
+    ids: Any = prompt
+    text = isinstance(prompt, str)
+    chat = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if text or chat:
+        if tokenizer is None:
+            form = "text" if text else "chat"
+            raise PromptError(f"{missing}, so it takes no {form}; pass the prompt as a list of token ids")
+        if text:
+            check_text(ids, limit)
+            ids = tokenizer.encode(ids, parse_special=parse_special in (None, True))
+        else:
+            _check_messages(ids, limit)
+            check = lambda rendered: check_text(rendered, limit)  # noqa: E731
+            ids = tokenizer.encode_chat(ids, parse_special=bool(parse_special), check=check)
+    return _checked(ids, vocab_size, limit)
 
 
 def encode_expected(
     given: str | Sequence[int], tokenizer: Tokenizer | None, vocab_size: int, limit: int
 ) -> npt.NDArray[np.int64]:
     """Token ids [n] of the option predicted_output, at most the first `limit`, which may be more than can be generated;
-    nothing of an empty one. Raises OptionError for what is neither text nor token ids, and for megabytes."""
+    nothing of an empty one. Raises OptionError where it is neither text nor token ids, or megabytes long."""
     try:
         if len(given) == 0:
             return np.empty(0, np.int64)
         if not isinstance(given, str):
-            ids = _listed(given[:limit], limit) if isinstance(given, np.ndarray) else list(given[:limit])
-            return _checked(ids, vocab_size, limit)
+            return _checked(given[:limit], vocab_size, limit)
         if tokenizer is None:
             raise OptionError("predicted_output is text, and there is no tokenizer; pass a list of token ids")
         check_text(given, limit)
@@ -74,21 +74,20 @@ def encode_expected(
         raise OptionError(f"predicted_output: {error}".replace("the prompt", "it")) from None
 
 
-def _is_chat(prompt: object) -> TypeGuard[Sequence[Mapping[str, str]]]:
-    return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
-
-
-def _encode_text(text: str, tokenizer: Tokenizer, limit: int, parse_special: bool) -> list[int]:
-    check_text(text, limit)
-    return tokenizer.encode(text, parse_special=parse_special)
-
-
 def check_text(text: str, limit: int) -> None:
-    """Raises PromptError for text that is empty, not valid, or too long for `limit` tokens however it is encoded."""
+    """Raise PromptError for text that is empty, not valid, or too long for `limit` tokens however it is encoded."""
     if not text:
         raise PromptError("the prompt is empty; pass at least one character")
     size = len(text)
-    _check_size(size if size > limit * MAX_BYTES_PER_TOKEN else _utf8_size(text), limit)
+    if size <= limit * MAX_BYTES_PER_TOKEN:
+        try:
+            size = len(text.encode("utf-8"))
+        except UnicodeEncodeError as error:
+            raise PromptError(
+                f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}; "
+                "remove it, or decode the source as UTF-8"
+            ) from None
+    _check_size(size, limit)
 
 
 def _check_size(size: int, limit: int) -> None:
@@ -99,19 +98,8 @@ def _check_size(size: int, limit: int) -> None:
         )
 
 
-def _utf8_size(text: str) -> int:
-    try:
-        return len(text.encode("utf-8"))
-    except UnicodeEncodeError as error:
-        raise PromptError(
-            f"the prompt has a lone surrogate, U+{ord(text[error.start]):04X}, at index {error.start}; "
-            "remove it, or decode the source as UTF-8"
-        ) from None
-
-
-def _encode_chat(
-    messages: Sequence[Mapping[str, str]], tokenizer: Tokenizer, limit: int, parse_special: bool
-) -> list[int]:
+def _check_messages(messages: Sequence[Any], limit: int) -> None:
+    """Check messages before a template makes a text of them."""
     if len(messages) > limit:
         raise PromptLengthError(
             f"the prompt has {len(messages)} messages, more than the {limit} tokens that fit; leave some out"
@@ -125,19 +113,21 @@ def _encode_chat(
                 problem = f"is {type(message[name]).__name__}" if name in message else "is missing"
                 raise PromptError(f"{name!r} of message {index} {problem}; give each message a role and a content text")
             size += len(message[name])
-    _check_size(size, limit)  # before a template makes a text of them
-    return tokenizer.encode_chat(messages, parse_special=parse_special, check=lambda text: check_text(text, limit))
+    _check_size(size, limit)
 
 
-def _listed(ids: npt.NDArray[Any], limit: int) -> list[int]:
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise PromptError(f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]")
-    _check_count(len(ids), limit)
-    return cast(list[int], ids.tolist())
-
-
-def _checked(ids: Sequence[Any], vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
-    _check_count(len(ids), limit)
+def _checked(ids: Any, vocab_size: int, limit: int) -> npt.NDArray[np.int64]:
+    if isinstance(ids, np.ndarray):
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise PromptError(f"the prompt is an array of {ids.dtype} {list(ids.shape)}; pass integer token ids [n]")
+    elif isinstance(ids, (bytes, bytearray)) or not isinstance(ids, Sequence):
+        raise PromptError(f"the prompt is {type(ids).__name__}; {_FORMS}")
+    if len(ids) == 0:
+        raise PromptError("the prompt is empty; pass at least one token")
+    if len(ids) > limit:
+        raise PromptLengthError(
+            f"the prompt has {len(ids)} tokens, at most {limit} fit; shorten it, or convert with a larger capacity"
+        )
     for index, value in enumerate(ids):
         if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
             raise PromptError(f"token id {index} of the prompt is {str(value)[:40]!r}, not an integer; {_FORMS}")
@@ -146,12 +136,3 @@ def _checked(ids: Sequence[Any], vocab_size: int, limit: int) -> npt.NDArray[np.
                 f"token id {index} of the prompt is {str(value)[:40]}; the ids of this bundle are 0 to {vocab_size - 1}"
             )
     return np.array(ids, dtype=np.int64)
-
-
-def _check_count(count: int, limit: int) -> None:
-    if count == 0:
-        raise PromptError("the prompt is empty; pass at least one token")
-    if count > limit:
-        raise PromptLengthError(
-            f"the prompt has {count} tokens, at most {limit} fit; shorten it, or convert with a larger capacity"
-        )

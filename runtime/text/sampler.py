@@ -25,6 +25,7 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # The logit of a token that a head does not know: its probability is 0.
 UNKNOWN = np.finfo(np.float32).min
+NEVER = np.float32(-np.inf)
 
 Scores = np.ndarray  # float32 [V]; minus infinity: the token cannot be chosen
 
@@ -151,7 +152,7 @@ def penalise_repetition(scores: Scores, context: np.ndarray, penalty: float) -> 
 
 def forbid(scores: Scores, tokens: Collection[int]) -> Scores:
     changed = scores.copy()
-    changed[list(tokens)] = -np.inf
+    changed[list(tokens)] = NEVER
     return changed
 
 
@@ -159,7 +160,7 @@ def keep_top_k(scores: Scores, count: int) -> Scores:
     """Keep the `count` best, and what ties with the last of them."""
     count = min(count, len(scores))
     least = np.partition(scores, -count)[-count]
-    return _only(scores, scores >= least)
+    return np.where(scores >= least, scores, NEVER)
 
 
 def keep_top_p(scores: Scores, mass: float) -> Scores:
@@ -169,14 +170,14 @@ def keep_top_p(scores: Scores, mass: float) -> Scores:
     kept = np.empty(len(scores), bool)
     kept[order] = below > 1 - mass
     kept[order[-1]] = True
-    return _only(scores, kept)
+    return np.where(kept, scores, NEVER)
 
 
 def keep_min_p(scores: Scores, share: float) -> Scores:
     """Keep what has at least `share` of the best one's probability."""
     probabilities = softmax(scores)
     best = probabilities.max()
-    return _only(scores, (probabilities >= share * best) | (probabilities == best))
+    return np.where((probabilities >= share * best) | (probabilities == best), scores, NEVER)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
@@ -190,9 +191,4 @@ def log_softmax(scores: np.ndarray) -> np.ndarray:
     """float64, of the last axis."""
     shifted = scores.astype(np.float64) - scores.max(axis=-1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
-def _only(scores: Scores, kept: np.ndarray) -> Scores:
-    result: Scores = np.where(kept, scores, np.float32(-np.inf))
     return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +14,7 @@ import tokenizers
 
 from runtime.errors import BundleError, PromptError
 from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
-from runtime.text.control_tokens import ControlTokens, Escaped
+from runtime.text.control_tokens import ControlTokens
 
 if TYPE_CHECKING:
     from runtime.text.chat_template import ChatTemplate
@@ -25,6 +26,10 @@ FILES = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
 LARGEST_CONFIG = 4 << 20  # bytes
 # A chain of replacements multiplies: eight that write a hundred characters for one end the process for want of memory.
 MOST_STEPS, MOST_GROWTH = 64, 1000
+# Steps of decoders that turn each token into text by itself, except that the first one may lose leading spaces.
+TOKEN_BY_TOKEN = re.compile(
+    r"(ByteLevel )|((Metaspace|WordPiece|Replace|Strip|StripLeft) )*(ByteFallback )?(Fuse )?(StripLeft )*"
+)
 # Texts of more characters are encoded without the interpreter's lock: other threads go on.
 LONG_TEXT = 10_000
 
@@ -99,17 +104,19 @@ class Tokenizer:
     ) -> list[int]:
         """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does.
 
-        Control tokens are those that the template writes; those in the messages are text, unless `parse_special`.
+        Control tokens in the messages are text, unless `parse_special`; those that the template writes are themselves.
         `check` sees the text before it is encoded.
         """
-        template = self.chat_template or ""
-        escaped = Escaped(messages, {}, False) if parse_special else self._controls.escape(messages, template)
-        text = self.render_chat(escaped.messages)
-        if check is not None:
-            check(text)
-        if not escaped.found:
-            return self.encode(text, special=False)
-        return self._controls.encode_escaped(text, escaped.characters)
+
+        def render(given: Sequence[Mapping[str, Any]]) -> str:
+            text = self.render_chat(given)
+            if check is not None:
+                check(text)
+            return text
+
+        if parse_special:
+            return self.encode(render(messages), special=False)
+        return self._controls.encode_chat(messages, self.chat_template or "", render)
 
     def _encoding(self, backend: tokenizers.Tokenizer, text: str, special: bool) -> tokenizers.Encoding:
         try:
@@ -148,9 +155,26 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     @cached_property
-    def decoder_steps(self) -> tuple[dict[str, Any], ...]:
-        """The steps that make text of tokens, each as tokenizer.json has it."""
-        return tuple(_steps(self._backend.decoder))
+    def decoder_kinds(self) -> tuple[str, ...]:
+        """The kinds of the steps that make text of tokens; a Strip that only strips the beginning is a StripLeft."""
+        return tuple(
+            "StripLeft" if step["type"] == "Strip" and step["stop"] == 0 else step["type"]
+            for step in _steps(self._backend.decoder)
+        )
+
+    @cached_property
+    def anchor(self) -> tuple[int, int] | None:
+        """A token that is text even as the first one, so whatever follows it is decoded as it is in mid-text, and the
+        length of its text. None for a decoder whose text is only known at the end."""
+        if TOKEN_BY_TOKEN.fullmatch("".join(f"{kind} " for kind in self.decoder_kinds)) is None:
+            return None
+        for token_id in range(self.vocab_size):
+            token = self.token(token_id)
+            if token is not None and token_id not in self.special_ids and not is_byte(token):
+                text = self.decode([token_id])
+                if text and "\ufffd" not in text:
+                    return token_id, len(text)
+        return None
 
     @cached_property
     def _controls(self) -> ControlTokens:
@@ -161,6 +185,11 @@ class Tokenizer:
         from runtime.text.chat_template import ChatTemplate  # jinja2 is loaded for chats alone
 
         return ChatTemplate(self.chat_template or "")
+
+
+def is_byte(token: str) -> bool:
+    """Return whether a token is a byte, such as <0x0A>."""
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
 
 
 def _read(path: Path, listed: Container[str], limit: int) -> str | None:
@@ -176,11 +205,8 @@ def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
     if path.name not in listed or not path.exists():
         return {}
     config = read_object(path, "convert the checkpoint again", limit=LARGEST_CONFIG)
-    contents = {
-        name: value.get("content") if isinstance(value, dict) else value
-        for name, value in config.items()
-        if name.endswith("_token")
-    }
+    named = {name: value for name, value in config.items() if name.endswith("_token")}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: value for name, value in contents.items() if isinstance(value, str)}
 
 

@@ -158,7 +158,9 @@ def test_what_is_too_much_is_refused_before_it_is_looked_at() -> None:
 @pytest.mark.parametrize("file", [{"size": -1, "sha256": "00" * 32}, {"size": 10**18, "sha256": "00" * 32},
                                   {"size": 1, "sha256": "00"}, {"size": 1, "sha256": "GG" * 32}])  # fmt: skip
 def test_a_file_of_no_possible_size_or_hash_is_refused(file: dict[str, Any]) -> None:
-    assert "'deep.onnx' has size" in refusal(signed(files={"deep.onnx": file}))
+    message = refusal(signed(files={"deep.onnx": file}))
+    assert "deep.onnx" in message
+    assert "out of range" in message
 
 
 @pytest.mark.parametrize("name", ["./x", "a//b", "a/./b", "a/", "a\nb", "\u202ea"])

@@ -155,12 +155,12 @@ def test_text_has_control_tokens_unless_told_otherwise() -> None:
 
 def test_what_looks_like_a_mark_or_an_escape_is_text() -> None:
     tokenizer = tokenizer_of("byte level")
-    first = tokenizer._controls._alias("<|start|>").content
+    first = tokenizer._controls.aliases["<|start|>"].content
     messages = messages_of(f"{chr(0xF0000)}<|end|>{chr(0xF0001)} <|start|>")
     ids = tokenizer.encode_chat(messages)
     assert specials(tokenizer, ids) == ["<|start|>", "<|end|>", "<|start|>"]
     assert messages[0]["content"] in reference_of("byte level").decode(ids)
-    assert first != Tokenizer(byte_level(), TEMPLATE)._controls._alias("<|start|>").content  # nobody can guess it
+    assert first != Tokenizer(byte_level(), TEMPLATE)._controls.aliases["<|start|>"].content  # nobody can guess it
 
 
 def test_forms_that_the_normalizer_makes_equal_are_text() -> None:
