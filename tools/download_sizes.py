@@ -14,26 +14,24 @@ import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-_LARGEST_SHOWN = 8
-
 
 def planned_urls(requirements: list[str], *options: str) -> list[str]:
     """Addresses of the files that pip would fetch for these requirements. Raises CalledProcessError with pip's text."""
     if not requirements:
         return []
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", *options]
-    done = subprocess.run([*pip, *requirements], capture_output=True, text=True, check=True)
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run", "--report", "-", *options, *requirements]
+    done = subprocess.run(pip, capture_output=True, text=True, check=True)
     urls = [item["download_info"]["url"] for item in json.loads(done.stdout)["install"]]
     return [url for url in urls if url.startswith("http")]
 
 
-def remote_size(url: str) -> int | None:
-    """Bytes of a remote file, None where the server does not say."""
+def remote_size(url: str) -> int:
+    """Bytes of a remote file, 0 where the server does not say."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as response:
             return int(response.headers["Content-Length"])
     except (OSError, ValueError, TypeError):
-        return None
+        return 0
 
 
 def main(arguments: list[str]) -> None:
@@ -42,16 +40,14 @@ def main(arguments: list[str]) -> None:
         urls = planned_urls(arguments[:alone]) + planned_urls(arguments[alone + 1 :], "--no-deps")
     except subprocess.CalledProcessError as error:
         # The installation that follows fails the same way and says why in full.
-        reason = next(iter(error.stderr.strip().splitlines()), "pip failed")
-        print(f"Download sizes are unknown: {reason}")
+        print(f"Download sizes are unknown: {next(iter(error.stderr.strip().splitlines()), 'pip failed')}")
         return
     with ThreadPoolExecutor(8) as pool:
-        sizes = dict(zip(urls, pool.map(remote_size, urls), strict=True))
-    known = {url: size for url, size in sizes.items() if size is not None}
-    unknown = len(sizes) - len(known)
-    print(f"To download: {sum(known.values()) / 1e6:.0f} MB in {len(sizes)} files at most", end="")
-    print(f" ({unknown} of unknown size)" if unknown else "")
-    for url, size in sorted(known.items(), key=lambda item: -item[1])[:_LARGEST_SHOWN]:
+        sizes = sorted(zip(pool.map(remote_size, urls), urls, strict=True), reverse=True)
+    unknown = sum(size == 0 for size, _ in sizes)
+    note = f" ({unknown} of unknown size)" if unknown else ""
+    print(f"To download: {sum(size for size, _ in sizes) / 1e6:.0f} MB in {len(sizes)} files at most{note}")
+    for size, url in sizes[:8]:
         print(f"  {size / 1e6:7.1f} MB  {url.rsplit('/', 1)[-1]}")
 
 

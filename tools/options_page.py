@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,24 +19,23 @@ HEADER = """# Options
 
 Made from `runtime/options.py` by `python -m tools.options_page`; do not edit.
 """
-# Fields whose meaning is that of transformers' GenerationConfig have no text of their own.
-ELSEWHERE = "as in transformers"
-
-
-def table(name: str, options: type[Any]) -> str:
-    """A section: a row for each field, with its default."""
-    texts = documented(options)
-    rows = ["| option | default | |", "|---|---|---|"]
-    for field in fields(options):
-        default = "" if field.default is MISSING else repr(field.default)
-        text = re.sub(r"\s*Default [^.]*\.$", "", texts.get(field.name, ELSEWHERE)).replace("|", "\\|")
-        rows.append(f"| `{field.name}` | `{default}` | {text} |")
-    return f"## {name}\n\n" + "\n".join(rows) + "\n"
 
 
 def page() -> str:
-    sections = {"`Session(...)`": SessionOptions, "`generate`, `stream`, `agenerate`, `astream`": GenerationOptions}
-    return "\n".join([HEADER, *(table(name, options) for name, options in sections.items())])
+    """A section for each dataclass, with a row for each field."""
+    sections = [HEADER]
+    options = {"`Session(...)`": SessionOptions, "`generate`, `stream`, `agenerate`, `astream`": GenerationOptions}
+    for name, dataclass in options.items():
+        texts = documented(dataclass)
+        rows = [f"## {name}\n", "| option | default | |", "|---|---|---|"]
+        for field in fields(dataclass):
+            default = "" if field.default is MISSING else repr(field.default)
+            # Fields that mean what they do in transformers' GenerationConfig have no text of their own.
+            text = texts.get(field.name, "as in transformers")
+            text = re.sub(r"\s*Default [^.]*\.$", "", text).replace("|", "\\|")
+            rows.append(f"| `{field.name}` | `{default}` | {text} |")
+        sections.append("\n".join(rows) + "\n")
+    return "\n".join(sections)
 
 
 @click.command(help=__doc__)

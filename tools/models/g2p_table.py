@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,8 +27,8 @@ from pathlib import Path
 import click
 
 from tools.data.splits import DataError, run
-from tools.models.demo_model import build_data, part_of
-from tools.models.recipe import convert, python, train
+from tools.models.demo_model import build_data, initial, part_of
+from tools.models.recipe import convert, python, splits, train
 
 SHARED_MINUTES, STEPS = 30, 400  # of the common checkpoint, of each run
 SEEDS = (0, 1)
@@ -68,27 +68,20 @@ def begin_with(work: Path, checkpoint: Path) -> None:
 
 def common(work: Path) -> Path:
     """The checkpoint that every training begins with."""
-    stage, start = work / "stage1", work / "init"
-    if stage.exists():
-        return stage
-    if not start.exists():
-        sizes = ("--d-model", 128, "--d-ff", 512, "--layers", 2, "--decoder-layers", 8)
-        python("tools.data.g2p_tokenizer", start, *sizes)
-    data = work / "short"
-    options = ("--data", data / "train.jsonl", "--validation", data / "validation.jsonl", "--from-config")
+    if (work / "stage1").exists():
+        return work / "stage1"
     pace = ("--batch-tokens", 3072, "--learning-rate", 7e-4, "--schedule", "constant", "--warmup", 0.02)
     length = ("--time-limit", SHARED_MINUTES, "--patience", 0, "--evaluate-every", 300)
-    return train(start, stage, *options, "--exit-layer", 7, "--loss", "ce", *ALIKE, *pace, *length)
+    options = ("--from-config", "--exit-layer", 7, "--loss", "ce", *ALIKE, *pace, *length)
+    return train(initial(work), work / "stage1", *splits(work / "short"), *options)
 
 
 def trained(work: Path, training: Training) -> Path:
     """The checkpoint of a run, from the common one."""
-    data = work / "long"
-    options = ("--data", data / "train.jsonl", "--validation", data / "validation.jsonl")
     pace = ("--batch-tokens", 4096, "--learning-rate", 6e-4, "--schedule", "cosine", "--warmup", 0.02)
     length = ("--steps", STEPS, "--patience", 0, "--evaluate-every", 200)
     chosen = ("--exit-layer", training.exit_layer, "--loss", training.loss, "--seed", training.seed)
-    return train(common(work), work / training.name, *options, *chosen, *ALIKE, *pace, *length)
+    return train(common(work), work / training.name, *splits(work / "long"), *chosen, *ALIKE, *pace, *length)
 
 
 def bundle(work: Path, training: Training, precision: str = "fp32", *options: object, name: str = "") -> Path:
@@ -98,54 +91,47 @@ def bundle(work: Path, training: Training, precision: str = "fp32", *options: ob
     return convert(trained(work, training), out, calibration, MOST, "--precision", precision, *options)
 
 
-def compare(work: Path, output: Path, *arguments: object) -> None:
-    """`evaluate` on phrases of words that nothing was trained on."""
-    data = part_of(work / "test" / "test.jsonl", "phrases")
-    options = ("--metric", "per", "--metric", "word-acc", "--max-new-tokens", MOST)
-    python("freeexport", "evaluate", *arguments, "--data", data, *options, "--output", output)
+def calibrated_on(work: Path, samples: int) -> Path:
+    """The best run's bundle with a threshold that was found on so many phrases."""
+    out = work / f"{BEST.name}-calibrated-{samples}"
+    if not out.exists():
+        shutil.copytree(bundle(work, BEST), out, copy_function=os.link)
+        data = part_of(work / "test" / "calibration.jsonl", "phrases")
+        python("freeexport", "calibrate", out, "--data", data, "--samples", samples, "--max-new-tokens", MOST)
+    return out
 
 
-def losses(work: Path, results: Path, *options: object, precision: str, seed: int) -> None:
+def losses(work: Path, precision: str, seed: int) -> Sequence[object]:
     """FREE on each loss, CALM and static exits on the one that they need."""
-    named = {loss: bundle(work, Training(loss, 2, seed), precision) for loss in LOSSES}
     methods = dict.fromkeys(LOSSES, "full,static,free,lossless") | {"weighted-ce": "full,static,free,calm,calm-single"}
-    chosen = (f"{path}={methods[loss]}" for loss, path in named.items())
-    model = work / Training("weighted-ce", 2, seed).name
-    compare(work, results / f"losses-{precision}-seed-{seed}", *chosen, "--calm-model", model, *options)
+    chosen = [f"{bundle(work, Training(loss, 2, seed), precision)}={methods[loss]}" for loss in LOSSES]
+    return [*chosen, "--calm-model", work / Training("weighted-ce", 2, seed).name]
 
 
-def exit_layers(work: Path, results: Path, *options: object) -> None:
-    chosen = (bundle(work, Training(exit_layer=layer)) for layer in (1, 2, 3, 4))
-    compare(work, results / "exit-layers", *chosen, "--methods", "full,static,free,lossless", *options)
+def exit_layers(work: Path) -> Sequence[object]:
+    chosen = [bundle(work, Training(exit_layer=layer)) for layer in (1, 2, 3, 4)]
+    return [*chosen, "--methods", "full,static,free,lossless"]
 
 
-def thresholds(work: Path, results: Path, *options: object) -> None:
+def thresholds(work: Path) -> Sequence[object]:
     """Fixed against learned thresholds, rollback, and states that are copied past the skipped layers."""
-    methods = "full,free,adaptive,rollback,lossless,calm-single"
-    copied = ("--calm-model", work / BEST.name)
-    compare(work, results / "thresholds", bundle(work, BEST), "--methods", methods, *copied, *options)
+    methods = ("--methods", "full,free,adaptive,rollback,lossless,calm-single")
+    return [bundle(work, BEST), *methods, "--calm-model", work / BEST.name]
 
 
-def confidences(work: Path, results: Path, *options: object) -> None:
-    named = ("max-prob", "entropy")
-    others = (bundle(work, BEST, "fp32", "--confidence", name, name=f"-{name}") for name in named)
-    compare(work, results / "confidence", bundle(work, BEST), *others, "--methods", "full,free", *options)
+def confidences(work: Path) -> Sequence[object]:
+    others = [bundle(work, BEST, "fp32", "--confidence", name, name=f"-{name}") for name in ("max-prob", "entropy")]
+    return [bundle(work, BEST), *others, "--methods", "full,free"]
 
 
-def calibration_sizes(work: Path, results: Path, *options: object) -> None:
+def calibration_sizes(work: Path) -> Sequence[object]:
     """The calibrated threshold by the number of phrases that it was found on."""
-    chosen = []
-    for size in (10, 50, 200, 1000):
-        out = work / f"{BEST.name}-calibrated-{size}"
-        if not out.exists():
-            shutil.copytree(bundle(work, BEST), out, copy_function=os.link)
-            data = part_of(work / "test" / "calibration.jsonl", "phrases")
-            python("freeexport", "calibrate", out, "--data", data, "--samples", size, "--max-new-tokens", MOST)
-        chosen.append(out)
-    compare(work, results / "calibration-size", *chosen, "--methods", "full,free", "--threshold", 0.9, *options)
+    chosen = [calibrated_on(work, samples) for samples in (10, 50, 200, 1000)]
+    return [*chosen, "--methods", "full,free", "--threshold", 0.9]
 
 
-TABLES: dict[str, Callable[..., None]] = {
+# Arguments of `evaluate`; what they need is made.
+TABLES: dict[str, Callable[[Path], Sequence[object]]] = {
     **{f"losses-fp32-seed-{seed}": partial(losses, precision="fp32", seed=seed) for seed in SEEDS},
     "losses-int8-seed-0": partial(losses, precision="int8", seed=0),
     "exit-layers": exit_layers,
@@ -180,8 +166,21 @@ def command(
     if train_only:
         return
     results = work / ("results" if threads == 1 else f"results-{threads}")
+    data = ("--data", part_of(work / "test" / "test.jsonl", "phrases"), "--max-new-tokens", MOST)
+    options = (
+        "--metric",
+        "per",
+        "--metric",
+        "word-acc",
+        "--samples",
+        samples,
+        "--rounds",
+        rounds,
+        "--threads",
+        threads,
+    )
     for name in only or TABLES:
-        TABLES[name](work, results, "--samples", samples, "--rounds", rounds, "--threads", threads)
+        python("freeexport", "evaluate", *TABLES[name](work), *data, *options, "--output", results / name)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,17 @@ from tools.data.splits import DataError
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def first_lines(source: Path, count: int, target: Path) -> Path:
-    """Write the first lines of a file to another; its path."""
-    with source.open(encoding="utf-8") as file:
-        target.write_text("".join(line for line, _ in zip(file, range(count), strict=False)), encoding="utf-8")
-    return target
-
-
 def python(*arguments: object) -> None:
     """Run a module of this project; DataError where it fails."""
     command = [str(argument) for argument in arguments]
     click.echo("$ python -m " + " ".join(command))
     if subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode:
         raise DataError(f"python -m {command[0]} failed; its message is above; run this again to go on")
+
+
+def splits(data: Path) -> tuple[object, ...]:
+    """Options that train on one split of a data set and stop by another."""
+    return "--data", data / "train.jsonl", "--validation", data / "validation.jsonl"
 
 
 def train(model: object, out: Path, *options: object) -> Path:

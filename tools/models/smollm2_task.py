@@ -11,13 +11,14 @@ goes on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import click
 
 from freeexport.checkpoints.packaged_models import smollm2
 from tools.data.splits import run
-from tools.models.recipe import convert, first_lines, python, train
+from tools.models.recipe import convert, python, train
 
 VALIDATION, CALIBRATION = 100, 400  # lines
 EXIT_VOCABULARY = 8192  # tokens
@@ -46,6 +47,14 @@ TASKS = {
 }
 
 
+def first_lines(source: Path, count: int, target: Path) -> Path:
+    """Write the first lines of a file to another; its path."""
+    with source.open(encoding="utf-8") as file:
+        target.write_text("".join(islice(file, count)), encoding="utf-8")
+    return target
+
+
+# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("name", metavar="TASK", type=click.Choice(list(TASKS)))
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
@@ -56,17 +65,9 @@ TASKS = {
 @click.option("--samples", type=click.IntRange(10), default=100, help="Lines of the evaluation.")
 @click.option("--threads", type=click.IntRange(1), default=2, help="Of the evaluation.")
 @click.option("--bundle", "bundles", type=click.Choice(BUNDLES), multiple=True, default=BUNDLES, help="To evaluate.")
-def command(
-    name: str,
-    work: Path,
-    begin: Path | None,
-    exit_layer: int,
-    exit_layers: int,
-    minutes: tuple[float, float] | None,
-    samples: int,
-    threads: int,
-    bundles: tuple[str, ...],
-) -> None:
+def command(name: str, work: Path, begin: Path | None, exit_layer: int, exit_layers: int,
+            minutes: tuple[float, float] | None, samples: int, threads: int, bundles: tuple[str, ...]) -> None:
+    # fmt: on
     """Train into WORK/exit, convert it to WORK/fp32, int8 and int8-head (an exit vocabulary) or those of --bundle, and
     evaluate these into WORK/evaluation-THREADS."""
     task, work = TASKS[name], work.absolute()

@@ -1,17 +1,21 @@
-"""docs/benchmarks.md, from the figures that it is made of."""
+"""docs/benchmarks.md and docs/options.md, from what they are made of."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
 
+from runtime import GenerationOptions, SessionOptions
+from tools import options_page
 from tools.benchmarks_page import main
 
-FIGURES = sorted((Path(__file__).parents[2] / "docs" / "benchmarks").glob("*.json"))
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))
 
 
 def run(*arguments: object) -> Result:
@@ -27,9 +31,16 @@ def changed(path: Path, **settings: Any) -> Path:
     return path
 
 
+def test_the_pages_of_the_documentation_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert run(*(path.relative_to(Path.cwd()) for path in FIGURES), "--check").exit_code == 0
+    assert CliRunner().invoke(options_page.main, ["--check"]).exit_code == 0
+
+
 def test_a_section_a_file_with_every_row_and_reason(tmp_path: Path) -> None:
     first, second = changed(tmp_path / "1-smol-fp32.json"), changed(tmp_path / "other.json", idle=False, busy=1.2)
     page = tmp_path / "page.md"
+    assert "is not what the figures say" in run(first, second, "--out", page, "--check").output
     assert run(first, second, "--out", page).exit_code == 0
     text = page.read_text()
     assert text.index("## smol fp32") < text.index("## other")
@@ -38,15 +49,8 @@ def test_a_section_a_file_with_every_row_and_reason(tmp_path: Path) -> None:
     assert text.count("| a\\|b |") == 2
     assert text.count("- genai: not run: no wheel") == 2
     assert text.count("other processes kept 1.2 cores busy") == 1  # marked, not refused
-
-
-def test_check_fails_where_the_page_was_changed_by_hand(tmp_path: Path) -> None:
-    figures, page = changed(tmp_path / "run.json"), tmp_path / "page.md"
-    assert "is not what the figures say" in run(figures, "--out", page, "--check").output
-    run(figures, "--out", page)
-    assert run(figures, "--out", page, "--check").exit_code == 0
-    page.write_text(page.read_text().replace("GB/s", "TB/s"))
-    assert run(figures, "--out", page, "--check").exit_code == 1
+    page.write_text(text.replace("GB/s", "TB/s"))
+    assert run(first, second, "--out", page, "--check").exit_code == 1
 
 
 @pytest.mark.parametrize(
@@ -66,6 +70,16 @@ def test_files_without_figures_are_refused(text: str, said: str, tmp_path: Path)
     assert not (tmp_path / "page.md").exists()
 
 
-def test_the_page_in_the_documentation_is_what_its_figures_say(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parents[2])
-    assert run(*(path.relative_to(Path.cwd()) for path in FIGURES), "--check").exit_code == 0
+def test_every_option_has_a_row_with_its_default_and_an_outdated_page_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for options in (SessionOptions, GenerationOptions):
+        for field in fields(options):
+            assert f"| `{field.name}` | `{field.default!r}` |" in options_page.page()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert CliRunner().invoke(options_page.main, []).exit_code == 0
+    (tmp_path / "docs" / "options.md").write_text("old", encoding="utf-8")
+    done = CliRunner().invoke(options_page.main, ["--check"])
+    assert done.exit_code == 1
+    assert "tools.options_page" in done.output
