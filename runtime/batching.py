@@ -9,18 +9,14 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.bundle.costs import Costs
-from runtime.decoding.decoder import SlotCall, Waiting
+from runtime.decoding.calls import SlotCall, Waiting
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner
 
-# What a further row of a call costs, as a share of the first, where a bundle does not say: in a padded place it costs
-# as much as anywhere.
-ROW_COST = 0.1
 # Calls that are kept bound.
 MOST_CALLS = 256
-# Deep passes after which their measured costs decide the rules.
+# Deep passes after which the rules follow their measured costs.
 LEARNED = 64
 
 
@@ -39,38 +35,33 @@ class BatchedCall:
         """Run what sequences wait for as one call, and copy to each its part."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
-        heads = [
-            place * width + row
-            for call, place in zip(calls, places, strict=True)
-            for row in range(call.rows - call.heads, call.rows)
-        ]
         with_logits = any("logits" in call.outputs for call in calls)
         inputs = self._inputs(calls, places, count, width)
-        inputs["head_rows"] = np.array(heads, np.int64)
-        outputs = self._outputs(calls, count, width, len(heads), with_logits)
-        bound = self._call(calls, first, count, with_logits)
+        outputs = self._outputs(calls, count, width, len(inputs["head_rows"]), with_logits)
+        bound = self._bound(calls, first, count, with_logits)
         bound.rebind(inputs, outputs)
         seconds, head = self._runner.run(bound), 0
         for call, place in zip(calls, places, strict=True):
             for name, target in call.outputs.items():
-                source = outputs[name]
-                if name == "hidden":
-                    target[:] = source[place : place + 1, : call.rows]
-                else:
-                    target[:] = source[head : head + call.heads]
+                whole = outputs[name]
+                target[:] = (
+                    whole[place : place + 1, : call.rows] if name == "hidden" else whole[head : head + call.heads]
+                )
             head += call.heads
-            call.seconds, call.batch_size, call.owner.shared_calls = seconds, len(calls), True
+            call.seconds, call.batch_size = seconds, len(calls)
 
     def _inputs(self, calls: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
         name = "input_ids" if "input_ids" in calls[0].inputs else "hidden"
         shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
         rows = np.zeros(shape, np.int64) if name == "input_ids" else self._runner.scratch("rows", shape, np.float32)
         lengths, exits = np.zeros((2, count), np.int32)
+        heads = list[int]()
         for call, place in zip(calls, places, strict=True):
             rows[place, : call.rows] = call.inputs[name][0]
             lengths[place] = call.rows
             exits[place] = call.rows if call.exits else 0
-        inputs: dict[str, Any] = {name: rows, "query_lengths": lengths}
+            heads.extend(place * width + row for row in range(call.rows - call.heads, call.rows))
+        inputs: dict[str, Any] = {name: rows, "query_lengths": lengths, "head_rows": np.array(heads, np.int64)}
         if self._runner.cache.own_exit:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
@@ -90,16 +81,14 @@ class BatchedCall:
             outputs["logits"] = np.empty((heads, self._vocab_size), np.float32)
         return outputs
 
-    def _call(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
+    def _bound(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
         for call in calls:
             self._cross.place(call.owner.slot, call.owner.cross)
-        if self._version != self._cross.version:
+        if self._version != self._cross.version or len(self._calls) >= MOST_CALLS:
             self._calls.clear()
             self._version = self._cross.version
         key = first, count, with_logits
         if key not in self._calls:
-            if len(self._calls) >= MOST_CALLS:
-                self._calls.clear()
             cache = self._runner.cache
             slots = {name: array[first : first + count] for name, array in cache.arrays.items()}
             self._calls[key] = self._runner.engine.bind(
@@ -113,19 +102,19 @@ class BatchedCall:
         return self._calls[key]
 
 
-def grouped(calls: Sequence[SlotCall], row_cost: float = ROW_COST) -> list[list[SlotCall]]:
+def grouped(calls: Sequence[SlotCall], row_cost: float) -> list[list[SlotCall]]:
     """Split calls into those to run as one each: those with far more rows than the others go alone, where padding all
     of them to that size, and idle rows between, would cost more than another call."""
+
+    def cost(calls: Sequence[SlotCall]) -> float:
+        _, count, width = _area(calls)
+        return 1 + row_cost * (count * width - 1)
+
     groups: list[list[SlotCall]] = []
     rest = sorted(calls, key=lambda call: call.rows)
-    while len(rest) > 1 and _cost(rest, row_cost) > _cost(rest[:-1], row_cost) + _cost(rest[-1:], row_cost):
+    while len(rest) > 1 and cost(rest) > cost(rest[:-1]) + cost(rest[-1:]):
         groups.append([rest.pop()])
     return [*groups, rest]
-
-
-def _cost(calls: Sequence[SlotCall], row_cost: float) -> float:
-    _, count, width = _area(calls)
-    return 1 + row_cost * (count * width - 1)
 
 
 def _area(calls: Sequence[SlotCall]) -> tuple[int, int, int]:
@@ -146,40 +135,30 @@ Waits = TypeVar("Waits", bound=Waiter)
 
 class BatchRules(NamedTuple):
     """A deep pass runs once the share `ready` of the sequences waits for one, or one has waited `patience` turns for
-    others to join it. `row_cost`: what a further row of a call costs, as a share of the first. `packed`: of deep
-    passes, padding and idle rows cost nothing. Where they are not `known` to be right for this machine, they are
-    replaced once enough calls were timed."""
+    others to join it. `row_cost`: what a further row of a call costs, as a share of the first."""
 
-    ready: float = 0.5
-    patience: int = 4
-    row_cost: float = ROW_COST
-    packed: bool = False
-    known: bool = True
+    ready: float
+    patience: int
+    row_cost: float
 
 
-def rules_of(costs: Costs | None) -> BatchRules:
-    """The best for costs on this machine, None where they are not known, by simulation (docs/serving.md): the cheaper a
-    further row, the more pays waiting for it."""
-    if costs is None:
-        return BatchRules(known=False)
-    return _rules(max(0.0, (costs.deep_pass(8) / costs.deep_pass(1) - 1) / 7))
-
-
-def _rules(row: float) -> BatchRules:
-    if row < 0.08:
-        return BatchRules(1.0, 8, row)
-    return BatchRules(0.5, 4, row) if row < 0.2 else BatchRules(0.25, 2, row)
+def rules_of(row_cost: float) -> BatchRules:
+    """The best by simulation (docs/serving.md): the cheaper a further row, the more pays waiting for it."""
+    if row_cost < 0.08:
+        return BatchRules(1.0, 8, row_cost)
+    return BatchRules(0.5, 4, row_cost) if row_cost < 0.2 else BatchRules(0.25, 2, row_cost)
 
 
 class BatchPolicy:
     """`batches` for each engine that runs calls of several sequences; `shallow` is the one that goes first. `costs`
-    learns what calls take."""
+    learns what calls take. `packed`: of deep passes, padding and idle rows cost nothing."""
 
     def __init__(
-        self, batches: Mapping[Runner, BatchedCall], shallow: Runner, rules: BatchRules, costs: CallCosts | None = None
+        self, batches: Mapping[Runner, BatchedCall], shallow: Runner, costs: CallCosts, packed: bool = False
     ) -> None:
-        self._batches, self._shallow, self.rules = batches, shallow, rules
-        self._costs, self._timed = costs or CallCosts(), 0
+        self._batches, self._shallow, self._costs, self._packed = batches, shallow, costs, packed
+        self._timed = 0
+        self.rules = rules_of(costs.further_row())
 
     def choose(self, sequences: Sequence[Waits], turn: int) -> list[Waits]:
         """Choose sequences that wait for one engine. Shallow steps go first, so that deep passes accumulate. Those run
@@ -206,7 +185,7 @@ class BatchPolicy:
         runner = calls[0].runner
         if runner not in self._batches:
             return [[call] for call in calls]
-        if self.rules.packed and runner is not self._shallow:
+        if self._packed and runner is not self._shallow:
             return [calls]
         return grouped(calls, self.rules.row_cost)
 
@@ -226,15 +205,11 @@ class BatchPolicy:
 
     def _learn(self, calls: Sequence[SlotCall]) -> None:
         """A row costs about the same, whichever sequence it is of."""
-        rows, seconds = sum(call.rows for call in calls), calls[0].seconds
-        if calls[0].runner is self._shallow:
-            heads = sum(call.heads for call in calls)
-            if heads in (0, rows):
-                self._costs.observe("head" if heads else "step", rows, seconds)
-            return
-        self._costs.observe("pass", rows, seconds)
-        self._timed += 1
-        if not self.rules.known and self._timed % LEARNED == 0:
-            row = self._costs.further_row()
-            if row is not None:
-                self.rules = _rules(row)._replace(packed=self.rules.packed)
+        rows, heads = sum(call.rows for call in calls), sum(call.heads for call in calls)
+        if calls[0].runner is not self._shallow:
+            self._costs.observe("pass", rows, calls[0].seconds)
+            self._timed += 1
+            if self._timed % LEARNED == 0:
+                self.rules = rules_of(self._costs.further_row())
+        elif heads in (0, rows):
+            self._costs.observe("head" if heads else "step", rows, calls[0].seconds)

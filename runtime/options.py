@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 import numpy as np
 
@@ -91,19 +92,22 @@ class SessionOptions:
         check_whole("slots", self.slots, 1, 4096)
         check_whole("queue", self.queue, 0)
         check_whole("capacity", self.capacity, 1, optional=True)
-        if not _is_text(self.threshold, "adaptive"):
-            check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
-        check_choice("adaptive_rule", self.adaptive_rule, get_args(AdaptiveRule))
         check_whole("adaptive_memory", self.adaptive_memory, 100)
         check_whole("prefix_cache_mb", self.prefix_cache_mb, 0)
+        adaptive = _is_text(self.threshold, "adaptive")
+        if not adaptive:
+            check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never), or 'adaptive'")
+        check_choice("adaptive_rule", self.adaptive_rule, get_args(AdaptiveRule))
+        check_choice("verify", self.verify, ("sizes", "full"))
         check_number("adaptive_target", self.adaptive_target, 1e-6, 1 - 1e-6, "between 0 and 1")
         for name in ("adaptive_target", "adaptive_state"):
-            if getattr(self, name) is not None and not _is_text(self.threshold, "adaptive"):
+            if getattr(self, name) is not None and not adaptive:
                 raise OptionError(f"{name} is given, but threshold is {shown(self.threshold)}; choose 'adaptive'")
         if self.adaptive_state is not None and not isinstance(self.adaptive_state, Mapping):
             raise OptionError(f"adaptive_state is {shown(self.adaptive_state)}; give what adaptive_state() gave")
         check_bool("overlap", self.overlap, none="(on, on a GPU)")
-        check_choice("verify", self.verify, ("sizes", "full"))
+        for name in ("cuda_graphs", "run_ahead", "trust_templates"):
+            check_bool(name, getattr(self, name))
         on_cpu = Device.parse(self.device).index is None
         if on_cpu and self.overlap:
             raise OptionError(
@@ -117,8 +121,6 @@ class SessionOptions:
                 f"prefix_cache_mb is {self.prefix_cache_mb} with device {self.device!r}: prefixes are kept on the CPU "
                 "only; leave it out"
             )
-        for name in ("cuda_graphs", "run_ahead", "trust_templates"):
-            check_bool(name, getattr(self, name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,18 +220,24 @@ class GenerationOptions:
         check_whole("top_logprobs", self.top_logprobs, 0, MOST_TOP_LOGPROBS)
         if self.mode is not None:
             check_choice("mode", self.mode, MODES)
+        if self.drafts is not None:
+            check_choice("drafts", self.drafts, get_args(Drafts))
         check_number("threshold", self.threshold, 0, 1, "from 0 (exit always) to 1 (never)")
-        self._check_sampling()
+        if self.temperature is not None and number(self.temperature) != 0:
+            allowed = f"from {LEAST_DIVISOR} on, or 0 (greedy)"
+            check_number("temperature", self.temperature, LEAST_DIVISOR, FLOAT32_MAX, allowed)
+        check_number("top_p", self.top_p, ABOVE_ZERO, 1, "above 0, up to 1 (all tokens)")
+        check_number("min_p", self.min_p, 0, 1, "from 0 (all tokens) to 1")
+        allowed = f"from {LEAST_DIVISOR} to {MOST_PENALTY:.0f}; 1 is none"
+        check_number("repetition_penalty", self.repetition_penalty, LEAST_DIVISOR, MOST_PENALTY, allowed)
         check_number("rollback_threshold", self.rollback_threshold, 0, math.inf, "of nats from 0")
         check_number("deadline", self.deadline, ABOVE_ZERO, MOST_SECONDS, "of seconds above 0, up to 1e9, or None")
-        allowed = f"from -{MOST_LENGTH_PENALTY} to {MOST_LENGTH_PENALTY}"
-        check_number(
-            "length_penalty", self.length_penalty, -MOST_LENGTH_PENALTY, MOST_LENGTH_PENALTY, allowed, optional=False
-        )
+        most = MOST_LENGTH_PENALTY
+        check_number("length_penalty", self.length_penalty, -most, most, f"from -{most} to {most}", optional=False)
         check_bool("parse_special", self.parse_special, none="(in text, not in messages)")
-        check_bool("ignore_eos", self.ignore_eos)
-        check_bool("output_logprobs", self.output_logprobs)
-        check_bool("output_confidence", self.output_confidence)
+        check_bool("do_sample", self.do_sample, none="(as temperature says)")
+        for name in ("ignore_eos", "output_logprobs", "output_confidence"):
+            check_bool(name, getattr(self, name))
         if self.cache_salt is not None and not (isinstance(self.cache_salt, str) and self.cache_salt):
             raise OptionError(f"cache_salt is {shown(self.cache_salt)}; give a text that is not empty, or None")
         if not isinstance(self.early_stopping, (bool, np.bool_)) and not _is_text(self.early_stopping, "never"):
@@ -237,7 +245,8 @@ class GenerationOptions:
         object.__setattr__(self, "stop", _strings(self.stop))
         object.__setattr__(self, "sequence_bias", _biases(self.sequence_bias))
         object.__setattr__(self, "logits_processor", _processors(self.logits_processor))
-        self._check_together()
+        self._check_sampling()
+        self._check_beams()
         self._check_drafts()
 
     @property
@@ -246,18 +255,41 @@ class GenerationOptions:
         return bool(self.do_sample or self.temperature) and self.temperature != 0
 
     def _check_sampling(self) -> None:
-        check_bool("do_sample", self.do_sample, none="(as temperature says)")
-        if not (self.temperature is None or number(self.temperature) == 0):
-            allowed = f"from {LEAST_DIVISOR} on, or 0 (greedy)"
-            check_number("temperature", self.temperature, LEAST_DIVISOR, FLOAT32_MAX, allowed)
-        check_number("top_p", self.top_p, ABOVE_ZERO, 1, "above 0, up to 1 (all tokens)")
-        check_number("min_p", self.min_p, 0, 1, "from 0 (all tokens) to 1")
-        allowed = f"from {LEAST_DIVISOR} to {MOST_PENALTY:.0f}; 1 is none"
-        check_number("repetition_penalty", self.repetition_penalty, LEAST_DIVISOR, MOST_PENALTY, allowed)
+        if self.do_sample is False and self.temperature:
+            raise OptionError(f"do_sample is False and temperature is {self.temperature!r}; leave one of them out")
+        for name in ("top_k", "top_p", "min_p"):
+            if getattr(self, name) is not None and not self.samples:
+                raise OptionError(
+                    f"{name} is {getattr(self, name)!r}, but nothing is sampled; "
+                    "add do_sample=True or a temperature above 0"
+                )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise OptionError(
+                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
+            )
+
+    def _check_beams(self) -> None:
+        beams = self.num_beams
+        if self.output_confidence and (self.mode == "lossless" or beams > 1):
+            other = f"num_beams {beams}" if beams > 1 else "mode lossless"
+            raise OptionError(f"output_confidence is True with {other}, which has none for every token; leave it out")
+        if beams == 1:
+            return
+        if self.mode not in (None, "full"):
+            raise OptionError(
+                f"num_beams is {beams} in mode {self.mode}: early exit is not supported with beam search; "
+                "use mode 'full'"
+            )
+        others = {
+            "sampling": self.samples,
+            "stop strings": self.stop,
+            f"top_logprobs {self.top_logprobs}": self.top_logprobs,
+        }
+        for other, given in others.items():
+            if given:
+                raise OptionError(f"num_beams is {beams} with {other}; choose one of them")
 
     def _check_drafts(self) -> None:
-        if self.drafts is not None:
-            check_choice("drafts", self.drafts, get_args(Drafts))
         if self.draft_source is not None and not callable(self.draft_source):
             raise OptionError(f"draft_source is {shown(self.draft_source)}; give a callable")
         text = self.predicted_output
@@ -272,35 +304,62 @@ class GenerationOptions:
             if name != "drafts" and self.drafts in ("exit", "none"):
                 raise OptionError(f"{name} is {shown(given)}, but drafts is {self.drafts!r}; choose 'auto' or 'lookup'")
 
-    def _check_together(self) -> None:
-        if self.do_sample is False and self.temperature:
-            raise OptionError(f"do_sample is False and temperature is {self.temperature!r}; leave one of them out")
-        for name in ("top_k", "top_p", "min_p"):
-            if getattr(self, name) is not None and not self.samples:
-                raise OptionError(
-                    f"{name} is {getattr(self, name)!r}, but nothing is sampled; "
-                    "add do_sample=True or a temperature above 0"
-                )
-        if self.min_new_tokens > self.max_new_tokens:
-            raise OptionError(
-                f"min_new_tokens is {self.min_new_tokens}, more than max_new_tokens, {self.max_new_tokens}; lower it"
-            )
-        if self.num_beams > 1 and self.mode not in (None, "full"):
-            raise OptionError(
-                f"num_beams is {self.num_beams} in mode {self.mode}: early exit is not supported with beam search; "
-                "use mode 'full'"
-            )
-        if self.output_confidence and (self.mode == "lossless" or self.num_beams > 1):
-            what = f"num_beams {self.num_beams}" if self.num_beams > 1 else "mode lossless"
-            raise OptionError(f"output_confidence is True with {what}, which has none for every token; leave it out")
-        if self.num_beams > 1 and self.samples:
-            raise OptionError(f"num_beams is {self.num_beams} with sampling; choose one of them")
-        if self.num_beams > 1 and self.top_logprobs:
-            raise OptionError(
-                f"top_logprobs is {self.top_logprobs} with num_beams {self.num_beams}; choose one of them"
-            )
-        if self.num_beams > 1 and self.stop:
-            raise OptionError(f"num_beams is {self.num_beams} with stop strings; choose one of them")
+
+class SessionKeywords(TypedDict, total=False):
+    """The fields of SessionOptions, which explains them."""
+
+    threads: int | None
+    slots: int
+    queue: int
+    capacity: int | None
+    overlap: bool | None
+    run_ahead: bool
+    threshold: float | Literal["adaptive"] | None
+    adaptive_rule: AdaptiveRule
+    adaptive_memory: int
+    adaptive_target: float | None
+    adaptive_state: Mapping[str, Any] | None
+    verify: Literal["sizes", "full"]
+    device: str
+    cuda_graphs: bool
+    trust_templates: bool
+    prefix_cache_mb: int
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The fields of GenerationOptions, and `cancel`, which ends the request after its next token once it is set."""
+
+    cancel: threading.Event | None
+    max_new_tokens: int
+    mode: Mode | None
+    threshold: float | None
+    output_confidence: bool
+    rollback_threshold: float | None
+    max_pending: int | None
+    drafts: Drafts | None
+    predicted_output: str | Sequence[int] | None
+    draft_source: DraftSource | None
+    sync_every: int
+    parse_special: bool | None
+    stop: Sequence[str]
+    ignore_eos: bool
+    deadline: float | None
+    min_new_tokens: int
+    do_sample: bool | None
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int | None
+    sequence_bias: Mapping[Any, float] | None
+    logits_processor: LogitsProcessor | Sequence[LogitsProcessor]
+    output_logprobs: bool
+    top_logprobs: int
+    cache_salt: str | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
 
 
 Options = TypeVar("Options", SessionOptions, GenerationOptions)
@@ -353,7 +412,8 @@ def _biases(given: Any) -> _Biases | None:
         return given
     items = listed(given.items()) if isinstance(given, Mapping) else None
     biases = _Biases({key if isinstance(key, tuple) else (key,): bias for key, bias in items or ()})
-    if items is None or not all(map(_is_sequence, biases)) or not all(map(_is_bias, biases.values())):
+    fit = all(map(_is_sequence, biases)) and all(abs(number(bias)) <= MOST_BIAS for bias in biases.values())
+    if items is None or not fit:
         raise OptionError(
             f"sequence_bias is {shown(given)}; "
             f"give {{token: bias}} or {{(token, token): bias}}, biases of at most {MOST_BIAS:.0e} nats"
@@ -364,10 +424,6 @@ def _biases(given: Any) -> _Biases | None:
 def _is_sequence(tokens: tuple[Any, ...]) -> bool:
     whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
     return bool(tokens) and whole and all(0 <= token <= MOST for token in tokens)
-
-
-def _is_bias(bias: Any) -> bool:
-    return abs(number(bias)) <= MOST_BIAS
 
 
 def _processors(given: Any) -> tuple[LogitsProcessor, ...]:

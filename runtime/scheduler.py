@@ -17,8 +17,9 @@ from typing import Any
 from weakref import WeakSet
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.batching import BatchedCall, BatchPolicy, BatchRules
-from runtime.decoding.decoder import AT_ONCE, Decoder, SlotCall
+from runtime.batching import BatchedCall, BatchPolicy
+from runtime.decoding.calls import AT_ONCE, SlotCall
+from runtime.decoding.decoder import Decoder
 from runtime.engines.cross_cache import CrossCache
 from runtime.engines.runner import Event, Runner
 from runtime.errors import EngineError, OptionError, QueueFullError
@@ -44,14 +45,13 @@ class Scheduler:
         batches: Mapping[Runner, BatchedCall],
         cross: CrossCache,
         queue: int,
-        rules: BatchRules = BatchRules(),  # noqa: B008 - it cannot be changed
         costs: CallCosts | None = None,
+        packed: bool = False,
     ) -> None:
         self._free, self._cross, self._queue = list(decoders), cross, queue
-        self._calls = BatchPolicy(batches, decoders[0].runners[0], rules, costs)
+        self._calls = BatchPolicy(batches, decoders[0].runners[0], costs or CallCosts(), packed)
         self._rows: list[Sequence] = []
         self._waiting: deque[Sequence] = deque()
-        self._lists = 0  # of which more sequences follow
         self._borrowed = self._turns = 0
         self._lock = threading.Lock()
         self._closed = self._closing = False
@@ -97,25 +97,24 @@ class Scheduler:
         if self.inside:
             raise OptionError(REENTRY)
 
-    def submit(self, sequence: Sequence, forced: bool = False) -> None:
-        """Queue a sequence. Raises OptionError where `check` does and after `close`, QueueFullError. `forced`: it is
-        one of a list that was let in, and neither the queue nor `close` refuse it."""
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises OptionError where `check` does and after `close`, QueueFullError."""
         self.check()
         observer = sequence.model.observer
         observer.tell("queued", sequence.number)  # before the worker may begin it
         try:
             with self._lock:
-                self._let_in(sequence, forced)
+                self._let_in(sequence)
         except (OptionError, QueueFullError) as error:
             observer.tell("ended", sequence.number, error=error)
             raise
 
-    def _let_in(self, sequence: Sequence, forced: bool) -> None:
-        if self._closed and not forced:
+    def _let_in(self, sequence: Sequence) -> None:
+        if self._closed:
             raise OptionError(CLOSED)
-        waiting = sum(not (each.abandoned or each.forced) for each in self._waiting)
+        waiting = sum(not (each.abandoned or each.follows) for each in self._waiting)
         free = len(self._free) + sum(each.abandoned for each in tuple(self._rows))  # or will be at the next turn
-        if not forced and waiting >= self._queue + free:
+        if waiting >= self._queue + free:
             wait = "request waits" if self._queue == 1 else "requests wait"
             raise QueueFullError(
                 f"{self._queue} {wait} for a slot already; ask again later, or open the session "
@@ -124,6 +123,9 @@ class Scheduler:
         if self._idle.is_set():
             self._start()
             self._idle.clear()
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
         if self._closing:
             sequence.end_soon()
         self._waiting.append(sequence)
@@ -147,29 +149,20 @@ class Scheduler:
         self.end_soon()
         with self._lock:
             thread, self._thread = self._thread, None
+            self._unbind()
         if thread is not None:
             thread.shutdown(wait=False)
 
-    @contextmanager
-    def listing(self) -> Iterator[None]:
-        """While more sequences of a list follow, `drain` waits for them."""
-        with self._lock:
-            self._lists += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._lists -= 1
+    def _unbind(self) -> None:
+        """Break the circles of decoders and their calls, so that engines go with a closed session."""
+        if self._closed and self.empty:
+            for decoder in self._free:
+                decoder.forget_calls()
 
     def drain(self) -> None:
         """Wait until nobody waits or decodes. Raises OptionError within a callback of a request."""
         self.check()
-        while True:
-            self._idle.wait()
-            with self._lock:
-                if self._idle.is_set() and not self._lists:
-                    return
-            time.sleep(WAIT)
+        self._idle.wait()
 
     def end_soon(self) -> None:
         """End all after their next token."""
@@ -220,6 +213,7 @@ class Scheduler:
         while True:
             with self._lock:
                 if self.empty:
+                    self._unbind()
                     self._idle.set()
                     return
             try:
@@ -255,23 +249,32 @@ class Scheduler:
         return (bool(self._waiting) and self._admit()) or gone
 
     def _admit(self) -> bool:
-        begun = 0
-        with self._lock:
-            left = [each for each in self._waiting if each.abandoned]
-            for sequence in left:
-                self._waiting.remove(sequence)
-            while self._waiting and self._free:
-                sequence = self._waiting.popleft()
-                sequence.enter(self._free.pop(0))
-                self._rows.append(sequence)
-                begun += 1
-            late = [each for each in self._waiting if each.cancelled or (each.may_leave and each.leaves())]
-            for sequence in late:
-                self._waiting.remove(sequence)
-        for sequence in (*left, *late):
-            sequence.finish()
-            sequence.end()
-        return bool(begun or left or late)
+        """Give free slots to sequences that wait, and end those that are to wait no longer. Where they are of a list,
+        others follow."""
+        changed = False
+        while True:
+            begun, gone, left = list[Sequence](), list[Sequence](), deque[Sequence]()
+            with self._lock:
+                for each in self._waiting:
+                    if self._free and not each.abandoned:
+                        each.enter(self._free.pop(0))
+                        begun.append(each)
+                    elif each.abandoned or ((each.cancelled or each.may_leave) and each.leaves()):
+                        gone.append(each)
+                    else:
+                        left.append(each)
+                self._waiting = left
+                self._rows += begun
+            following = [each.follow() for each in (*begun, *gone) if each.follow is not None]
+            with self._lock:
+                for sequence in filter(None, following):
+                    self._enqueue(sequence)
+            for sequence in gone:
+                sequence.finish()
+                sequence.end()
+            changed = changed or bool(begun or gone)
+            if not any(following):
+                return changed
 
     def _run_alone(self, sequence: Sequence) -> None:
         """Turns of the only sequence, while nothing else is to be done. Most turns are these. What they touch has left

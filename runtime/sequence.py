@@ -6,7 +6,7 @@ import math
 import secrets
 import threading
 from collections.abc import Callable, Container, Generator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -18,7 +18,8 @@ from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
-from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, Waiting, Waits
+from runtime.decoding.calls import AT_ONCE, Prediction, Waiting, Waits
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.draft_sources import DraftSources
 from runtime.decoding.drafts import Drafts, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
@@ -36,7 +37,7 @@ from runtime.text.detokenizer import Detokenizer
 from runtime.text.prompt import NO_TOKENIZER, UNTRUSTED, Prompt, encode_expected, encode_prompt
 from runtime.text.sampler import LogitsProcessor, Sampler, Warping, log_softmax
 from runtime.text.tokenizer import Tokenizer
-from runtime.thresholds import Threshold, Thresholds
+from runtime.thresholds import Thresholds
 
 # Most continuations of one prompt: they are decoded one after the other in one slot.
 MOST_SEQUENCES = 1024
@@ -50,33 +51,28 @@ RECOMMENDED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
+@dataclass
 class Model:
     """The common part of a session's sequences: the bundle, what is loaded of it, and what was learned.
 
     `capacity`: positions of a slot. `encoder` of an encoder-decoder, else None. `tokenizer` None: results have no text.
-    `prefixes`: what sequences reuse
-    of earlier ones, blocks or what the encoder gave; None: nothing. `costs` of engine calls; `learned`: of lossless
-    drafts.
+    `costs` of engine calls. `prefixes`: what sequences reuse of earlier ones, blocks or what the encoder gave; None:
+    nothing.
     """
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        options: SessionOptions,
-        capacity: int,
-        encoder: Encoder | None,
-        tokenizer: Tokenizer | None,
-        thresholds: Thresholds,
-        costs: CallCosts,
-        observer: Observer,
-        guard: Guard,
-    ) -> None:
-        self.bundle, self.manifest, self.options = bundle, bundle.manifest, options
-        self.capacity, self.encoder, self.tokenizer = capacity, encoder, tokenizer
-        self.observer, self.guard = observer, guard
-        self.thresholds, self.learned = thresholds, LearnedDrafts(costs)
-        limit = options.prefix_cache_bytes
-        self.prefixes: PrefixStore[Any] | None = PrefixStore(limit) if limit else None
+    bundle: Bundle
+    options: SessionOptions
+    capacity: int
+    encoder: Encoder | None
+    tokenizer: Tokenizer | None
+    thresholds: Thresholds
+    costs: CallCosts
+    observer: Observer
+    guard: Guard
+    prefixes: PrefixStore[Any] | None = None
+
+    def __post_init__(self) -> None:
+        self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)
 
     def encode(self, prompt: Prompt, parse_special: bool | None = None) -> np.ndarray:
         """Token ids int64 [n]. Raises PromptError."""
@@ -129,22 +125,27 @@ class Model:
 class Sequence(Response):
     """A request: how its prompt `ids`, int64 [n], are decoded in a slot, and its place in the scheduler.
 
-    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `continuations` of the
-    prompt that have begun: this one is the first of `count`.
+    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). It is the first of `count`
+    continuations of the prompt; `later` are the others that have begun.
 
     In the scheduler: `waits` for an engine call or event since the turn `since`. `abandoned`: nobody wants it any more,
     and it ends at the next turn. `error` ended it. `deliver`, where it is set, is called with each token, and `on_end`
-    once nothing more comes, both in the worker: they must not raise.
+    once nothing more comes, both in the worker: they must not raise. `follow` gives the next of a list of prompts;
+    this one `follows` another.
     """
 
     waits: Waiting = None
     since = 0
-    abandoned = ended = begun = forced = _told = False
+    abandoned = ended = begun = follows = _told = False
     error: BaseException | None = None
     deliver: Callable[[Token], None] | None = None
     on_end: Callable[[], None] | None = None
+    follow: Callable[[], Sequence | None] | None = None
+    later: tuple[Response, ...] = ()
     _decoder: Decoder | None = None
     _coroutine: Loop | None = None
+    _first: Prediction | None = None
+    _found: tuple[Hypothesis, ...] = ()
 
     def __init__(
         self,
@@ -158,29 +159,40 @@ class Sequence(Response):
         manifest = model.manifest
         self.model, self.ids, self.options, self.count = model, ids, options, count
         # What the decoder reads before its first token.
-        self._prompt = ids if model.encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
+        prompt = ids if model.encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
         # The newest token is never read back, so it needs no position.
-        self._limit = min(options.max_new_tokens, model.capacity - len(self._prompt) + 1)
+        limit = min(options.max_new_tokens, model.capacity - len(prompt) + 1)
+        eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
         self._seed = secrets.randbits(64) if options.seed is None else int(options.seed)
-        self._cancel = cancel
+        sampler = sampler_of(options, len(prompt), eos, (self._seed, 0))
+        text = Detokenizer(model.tokenizer, tuple(options.stop))
         until = math.inf if options.deadline is None else asked + options.deadline
-        super().__init__(*self._choosing(0), cancel=cancel, asked=asked, until=until)
+        logprobs, best = options.output_logprobs, int(options.top_logprobs)
+        super().__init__(prompt, limit, eos, sampler, logprobs, text, best, cancel, asked, until)
         assert options.mode is not None
-        self._threshold = model.thresholds.decide(options.threshold, options.mode)
-        self.mode = _mode(options, options.mode, self._threshold)
+        self._threshold, self._labels = model.thresholds.decide(options.threshold, options.mode)
+        self.mode = self._mode(options.mode)
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
+        # Whether the shallow head may run after the prompt, and whether it runs at the prompt: lossless must not cost
+        # more than full before it knows that drafts pay.
+        self._exits = self.mode != "full" and not (self.mode == "lossless" and options.drafts == "lookup")
+        self._head = self.mode not in ("full", "lossless") or options.output_confidence
         self._prefix: Prefix | None = None
         if model.prefixes is not None and model.encoder is None:
             exits = bool(manifest.exit_layers) and (self._head or self._exits)
             self._prefix = Prefix(model.prefixes, ids, options.cache_salt, exits)
         if options.num_beams > 1 and Device.parse(model.options.device).index is None:
-            check_beams(manifest, options.num_beams, len(self._prompt) + self._limit)
-        self._first: Prediction | None = None
-        self._found: list[Hypothesis] = []
-        self.continuations: list[Response] = [self]
+            check_beams(manifest, options.num_beams, len(prompt) + limit)
         self.number = model.observer.next_number()
+
+    def _mode(self, wanted: Mode) -> Mode:
+        """Full where nothing can exit, unless the request returns or learns from confidences."""
+        learns = self._labels is not None and self._labels.learns
+        never = self._threshold >= NEVER_EXIT and wanted in ("free", "rollback")
+        never = never and not (self.options.output_confidence or learns)
+        return "full" if never or self.options.drafts == "none" else wanted
 
     # In the scheduler
 
@@ -231,6 +243,11 @@ class Sequence(Response):
             if self.on_end is not None:
                 self.on_end()
 
+    @property
+    def continuations(self) -> tuple[Response, ...]:
+        """Those of the prompt that have begun."""
+        return (self, *self.later)
+
     def end_soon(self) -> None:
         """End after the next token."""
         for each in self.continuations:
@@ -249,13 +266,7 @@ class Sequence(Response):
         """Decode in a slot, one continuation after the other: the tokens, and what they wait for."""
         try:
             for number in range(self.count):
-                response: Response = self
-                if number:
-                    response = Response(
-                        *self._choosing(number), cancel=self._cancel, asked=self.asked, until=self.until
-                    )
-                    response.cancelled = self.cancelled
-                    self.continuations.append(response)
+                response = self._continuation(number)
                 self._reset(decoder, number)
                 response.begin(decoder.stats)
                 if not number:
@@ -272,16 +283,15 @@ class Sequence(Response):
                 if not response.complete:
                     return
         finally:
-            self._threshold.learn()
+            self.model.thresholds.learn(self._labels)
 
-    def _choosing(self, number: int) -> tuple[np.ndarray, int, frozenset[int], Sampler | None, bool, Detokenizer, int]:
-        """How a continuation chooses tokens: the first arguments of its Response."""
-        options, manifest = self.options, self.model.manifest
-        eos = frozenset[int]() if options.ignore_eos else frozenset(manifest.eos_token_ids)
-        sampler = sampler_of(options, len(self._prompt), eos, (self._seed, number))
-        text = Detokenizer(self.model.tokenizer, tuple(options.stop))
-        logprobs, best = options.output_logprobs, int(options.top_logprobs)
-        return self._prompt, self._limit, eos, sampler, logprobs, text, best
+    def _continuation(self, number: int) -> Response:
+        if number == 0:
+            return self
+        sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number))
+        response = self.another(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
+        self.later = (*self.later, response)
+        return response
 
     def _reset(self, decoder: Decoder, number: int) -> None:
         """Begin anew, or after the prompt, which was read."""
@@ -289,7 +299,7 @@ class Sequence(Response):
             decoder.reset()
         else:
             decoder.stats = Stats()
-            decoder.trim(0 if self.model.encoder is not None else len(self._prompt))
+            decoder.trim(0 if self.model.encoder is not None else len(self.prompt))
         decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self.ids)
         decoder.stats.predicted = int(self.model.encoder is None)
 
@@ -297,37 +307,37 @@ class Sequence(Response):
         """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
         prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
         if number == 0:
-            decoder.want_logits(response.needs_logits)
+            decoder.want_logits(not response.greedy)
         if self.model.encoder is not None:
             if number == 0:
                 decoder.attend(self._encode(decoder))
             decoder.begin(self._exits or self._head)
         else:
             if self._first is None:
-                first = yield from decoder.prefilling(self._prompt, self._head, self._exits, self._prefix)
+                first = yield from decoder.prefilling(self.prompt, self._head, self._exits, self._prefix)
                 self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
             yield response.add(response.choose(self._first), False, self._first.confidence, self._first)
         return self._loop(decoder, response)
 
     def _loop(self, decoder: Decoder, response: Response) -> Loop:
-        mode, (threshold, labels, _) = self.mode, self._threshold
+        mode, threshold, labels, room = self.mode, self._threshold, self._labels, self._max_pending
         if mode == "rollback":
-            return rollback(decoder, response, threshold, self._max_pending, self._rollback_threshold)
+            return rollback(decoder, response, threshold, room, self._rollback_threshold)
         if mode == "shallow":
             return shallow(decoder, response)
         if mode == "free" and (labels is None or not labels.learns):
-            return free(decoder, response, threshold, self._max_pending, self.options.sync_every)
+            return free(decoder, response, threshold, room, self.options.sync_every)
         if mode == "free":
             # What a pass in the background reads gets no answer, and so no label.
-            return free(decoder, response, threshold, self._max_pending, 0, labels)
+            return free(decoder, response, threshold, room, 0, labels)
         if mode == "full" and self.options.output_confidence:
-            return free(decoder, response, NEVER_EXIT, self._max_pending)
+            return free(decoder, response, NEVER_EXIT, room)
         if mode == "full":
             return full(decoder, response)
         learned = self.model.learned
         acceptance = learned.acceptance(threshold, self.options.samples)
         drafts = Drafts(learned.costs, acceptance, self._draft_sources(), self.options.drafts != "lookup")
-        return lossless(decoder, response, threshold, self._max_pending, drafts)
+        return lossless(decoder, response, threshold, room, drafts)
 
     def _draft_sources(self) -> DraftSources | None:
         options, predicted = self.options, self.options.predicted_output
@@ -336,48 +346,36 @@ class Sequence(Response):
         source = () if self.model.encoder is None else self.ids.tolist()
         assert not isinstance(predicted, str)
         vocabulary = self.model.manifest.vocab_size
-        return DraftSources(vocabulary, self._prompt.tolist(), source, predicted, options.draft_source)
+        return DraftSources(vocabulary, self.prompt.tolist(), source, predicted, options.draft_source)
 
     def _beam(self, decoder: Decoder, response: Response, number: int) -> Loop:
         """The best beams of one search, best first."""
         if number == 0:
-            self._found = yield from self._search(decoder)
-        wanted = self.options.output_logprobs
+            self._found = tuple((yield from self._search(decoder)))
         for hypothesis in self._found[number : number + 1]:
             for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
                 if not response.finished:
-                    yield response.add(token, False, None, None, logprob if wanted else None)
+                    yield response.add(token, False, None, None, logprob if self.options.output_logprobs else None)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options, sampler = self.options, self._sampler
-        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, len(self._prompt) + self._limit)
+        rows = BeamRows(decoder, self._encode(decoder), options.num_beams, self._end)
 
         def score(sequences: np.ndarray, sources: np.ndarray) -> Waits[Scores]:
-            newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self._prompt[-1])
+            newest = sequences[:, -1] if sequences.shape[1] else np.full(len(sequences), self.prompt[-1])
             raw = log_softmax((yield from rows.stepping(newest, sources)))
             if sampler is None:
                 return raw, raw
             processed = np.empty_like(raw)
             for row, sequence in enumerate(sequences):
-                read = np.concatenate([self._prompt, sequence])
+                read = np.concatenate([self.prompt, sequence])
                 processed[row] = sampler.process(raw[row].astype(np.float32), read)
                 yield None
             return processed, raw
 
-        penalty = float(options.length_penalty)
-        search = BeamSearch(options.num_beams, self._limit, self._eos, penalty, options.early_stopping)
+        limit, penalty = self._end - len(self.prompt), float(options.length_penalty)
+        search = BeamSearch(options.num_beams, limit, self._eos, penalty, options.early_stopping)
         return (yield from search.search(score, lambda: self.leaves() is not None))
-
-    @property
-    def _exits(self) -> bool:
-        """Whether the shallow head may run after the prompt."""
-        return self.mode != "full" and not (self.mode == "lossless" and self.options.drafts == "lookup")
-
-    @property
-    def _head(self) -> bool:
-        """Whether the shallow head runs at the prompt: lossless must not cost more than full before it knows that
-        drafts pay."""
-        return self.mode not in ("full", "lossless") or self.options.output_confidence
 
     def _encode(self, decoder: Decoder) -> dict[str, np.ndarray]:
         assert self.model.encoder is not None
@@ -444,15 +442,6 @@ def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -
 
 def _given(value: float | None, default: float) -> float:
     return default if value is None else float(value)
-
-
-def _mode(options: GenerationOptions, wanted: Mode, threshold: Threshold) -> Mode:
-    """The mode to decode in: full where nothing can exit, unless the request returns or learns from confidences."""
-    if options.drafts == "none":
-        return "full"
-    learns = threshold.labels is not None and threshold.labels.learns
-    never = threshold.value >= NEVER_EXIT and wanted in ("free", "rollback")
-    return "full" if never and not (options.output_confidence or learns) else wanted
 
 
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:

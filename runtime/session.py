@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as List
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -17,21 +16,20 @@ from typing import Any, Unpack, overload
 import numpy as np
 
 from runtime.adaptation.call_costs import CallCosts
-from runtime.backends import open_backend
-from runtime.batching import BatchedCall, BatchRules, rules_of
+from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
 from runtime.decoding.decoder import Decisions, Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
+from runtime.engines.backend import Backend
 from runtime.engines.cross_cache import CrossCache
-from runtime.engines.runner import Runner
+from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import CapacityError, OptionError, shown
-from runtime.keywords import GenerationKeywords, SessionKeywords
 from runtime.machine.device import Device, check_runnable
 from runtime.machine.machine import check_saturation, costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
-from runtime.options import GenerationOptions, SessionOptions, merged
+from runtime.options import GenerationKeywords, GenerationOptions, SessionKeywords, SessionOptions, merged
 from runtime.result import GenerationResult
 from runtime.scheduler import CLOSED, Scheduler
 from runtime.sequence import Model, Sequence, check_count
@@ -39,6 +37,9 @@ from runtime.stream import AsyncInbox, AsyncStream, Inbox, PromptList, Stream
 from runtime.text.prompt import Prompt
 from runtime.text.tokenizer import Tokenizer
 from runtime.thresholds import DefaultMode, Thresholds
+
+Given = GenerationOptions | None
+Keywords = GenerationKeywords
 
 
 class Session:
@@ -49,6 +50,9 @@ class Session:
     measurements: predictions in place of the decoders' own (runtime/decoding/decoder.py). `on_event` is called with
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
+
+    A request's options are a GenerationOptions, and keyword arguments in place of its fields; `cancel`, an event, ends
+    the request after its next token.
     """
 
     def __init__(
@@ -60,32 +64,38 @@ class Session:
         on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
-        self.options = merged(SessionOptions, options, keywords)
+        self.options = options = merged(SessionOptions, options, keywords)
         if on_event is not None and not callable(on_event):
             raise OptionError(f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent")
-        self.bundle = Bundle.open(bundle, self.options.verify)
-        manifest = self.bundle.manifest
+        self.bundle = Bundle.open(bundle, options.verify)
+        manifest, device = self.bundle.manifest, Device.parse(options.device)
         check_saturation(manifest)
-        check_runnable(manifest, Device.parse(self.options.device))
-        self.capacity = _capacity(manifest, self.options.capacity)
-        self.threads = self.options.threads or usable_cores()
+        check_runnable(manifest, device)
+        self.capacity = _capacity(manifest, options.capacity)
+        self.threads = options.threads or usable_cores()
         costs = costs_here(manifest, self.threads)
-        thresholds = Thresholds(self.bundle, self.options, costs)
-        self._placement = open_backend(self.bundle, self.options, self.capacity, self.threads)
+        thresholds = Thresholds(self.bundle, options, costs)
+        self._placement = _open_backend(self.bundle, options, self.capacity, self.threads, device)
         with self._placement.loading() as engine:
-            trusted = self.options.trust_templates
+            trusted = options.trust_templates
             self._tokenizer = Tokenizer.load(self.bundle.path, manifest.files) if trusted else None
-            shallow, deep = self._placement.runners(engine)
+            self._runners = shallow, deep = self._placement.runners(engine)
             encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
-        self._runners = shallow, deep
+        sizes = manifest.hidden_size, manifest.vocab_size
+        kind: Callable[..., Decoder] = Decoder
+        if deep.beside:
+            kind = partial(OverlappingDecoder, run_ahead=options.run_ahead)
+        decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(options.slots)]
+        cross = CrossCache(options.slots, shallow.zeros)
+        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
         calls = CallCosts(manifest.costs or NEUTRAL)
-        rules = rules_of(costs)._replace(packed=manifest.packed)
-        self._scheduler = scheduler = self._schedule(shallow, deep, decisions, rules, calls)
+        self._scheduler = scheduler = Scheduler(decoders, batches, cross, options.queue, calls, manifest.packed)
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
+        limit = options.prefix_cache_bytes
         self._model = Model(
             self.bundle,
-            self.options,
+            options,
             self.capacity,
             encoder,
             self._tokenizer,
@@ -93,6 +103,7 @@ class Session:
             calls,
             self._observer,
             scheduler.guarded,
+            PrefixStore[Any](limit) if limit else None,
         )
         self._closed = False
 
@@ -107,119 +118,59 @@ class Session:
 
     @overload
     def generate(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
     ) -> GenerationResult: ...
 
     @overload
     def generate(
-        self,
-        prompt: List[Prompt],
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        self, prompt: List[Prompt], options: Given = None, **keywords: Unpack[Keywords]
     ) -> list[GenerationResult]: ...
 
-    def generate(
-        self,
-        prompt: Any,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Any:
-        """Decode one prompt to its end, or each of a list of prompts. `options` are GenerationOptions; keyword
-        arguments are its fields, and take precedence.
+    def generate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
+        """Decode one prompt to its end, or each of a list of prompts.
 
-        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. `cancel`
-        ends it after the next token. A list of prompts gives a list of results in the same order. Raises PromptError,
-        OptionError, QueueFullError; for a list BatchError, after all have ended, where any failed.
+        A prompt is text, a list of token ids, or a list of {"role", "content"} for the bundle's chat template. A list
+        of prompts gives a list of results in the same order. Raises PromptError, OptionError, QueueFullError; for a
+        list BatchError, after all have ended, where any failed.
         """
-        chosen = merged(GenerationOptions, options, keywords)
         if not _is_list_of_prompts(prompt):
-            return Stream(self._scheduler, self._sequence(prompt, chosen, cancel), whole=True).drain()
-        inbox = Inbox[int]()
-        with self._prompts(prompt, chosen, cancel, inbox.put) as (prompts, until):
-            while prompts.running:
-                try:
-                    prompts.take(inbox.get(until))
-                except TimeoutError:
-                    prompts.leave()
-                    break
+            return Stream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
+        inbox = Inbox[None]()
+        with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
+            if prompts.running:
+                inbox.get(prompts.until)
         return prompts.results()
 
-    def stream(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Stream:
+    def stream(self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]) -> Stream:
         """Decode one prompt token by token; arguments as for `generate`, and raises what that does, at the call. The
         request enters the queue at once, and is decoded whether or not its tokens are read. Closing the stream ends
         it."""
-        return Stream(self._scheduler, self._sequence(prompt, merged(GenerationOptions, options, keywords), cancel))
+        return Stream(self._scheduler, self._sequence(prompt, options, keywords))
 
     @overload
     async def agenerate(  # type: ignore[overload-overlap]
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]
     ) -> GenerationResult: ...
 
     @overload
     async def agenerate(
-        self,
-        prompt: List[Prompt],
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        self, prompt: List[Prompt], options: Given = None, **keywords: Unpack[Keywords]
     ) -> list[GenerationResult]: ...
 
-    async def agenerate(
-        self,
-        prompt: Any,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> Any:
+    async def agenerate(self, prompt: Any, options: Given = None, **keywords: Unpack[Keywords]) -> Any:
         """`generate` for asyncio: a result, or a list of them. Cancelling the task ends the request."""
-        chosen = merged(GenerationOptions, options, keywords)
         if not _is_list_of_prompts(prompt):
-            return await AsyncStream(self._scheduler, self._sequence(prompt, chosen, cancel), whole=True).drain()
-        inbox = AsyncInbox[int]()
-        with self._prompts(prompt, chosen, cancel, inbox.put) as (prompts, until):
-            while prompts.running:
-                try:
-                    prompts.take(await inbox.get(until))
-                except TimeoutError:
-                    prompts.leave()
-                    break
+            return await AsyncStream(self._scheduler, self._sequence(prompt, options, keywords), whole=True).drain()
+        inbox = AsyncInbox[None]()
+        with self._prompts(prompt, options, keywords, inbox.put) as prompts, suppress(TimeoutError):
+            if prompts.running:
+                await inbox.get(prompts.until)
         return prompts.results()
 
-    def astream(
-        self,
-        prompt: Prompt,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
-    ) -> AsyncStream:
+    def astream(self, prompt: Prompt, options: Given = None, **keywords: Unpack[Keywords]) -> AsyncStream:
         """`stream` for asyncio: raises QueueFullError at the call, before a server begins to answer. Leaving the loop
         ends the request."""
-        chosen = merged(GenerationOptions, options, keywords)
-        return AsyncStream(self._scheduler, self._sequence(prompt, chosen, cancel))
+        return AsyncStream(self._scheduler, self._sequence(prompt, options, keywords))
 
     def encode(self, prompt: Prompt) -> np.ndarray:
         """The token ids, int64 [n], that `generate` reads of a prompt: it takes them as the prompt, too. Raises
@@ -227,13 +178,7 @@ class Session:
         return self._model.encode(prompt)
 
     def generate_best(
-        self,
-        prompt: Prompt,
-        num_return_sequences: int,
-        options: GenerationOptions | None = None,
-        *,
-        cancel: threading.Event | None = None,
-        **keywords: Unpack[GenerationKeywords],
+        self, prompt: Prompt, num_return_sequences: int, options: Given = None, **keywords: Unpack[Keywords]
     ) -> list[GenerationResult]:
         """Several continuations of one prompt, which is read once, best first: samples by log-probability per token, or
         with `num_beams` the best beams by their scores. At most MOST_SEQUENCES (runtime/sequence.py).
@@ -241,9 +186,7 @@ class Session:
         Other arguments as for `generate`. Cancelled, or at its deadline, it returns those that are finished. Raises as
         `generate` does, and CapacityError for beams whose caches would not fit the memory.
         """
-        chosen = merged(GenerationOptions, options, keywords)
-        check_count(num_return_sequences, chosen)
-        sequence = self._sequence(prompt, chosen, cancel, num_return_sequences)
+        sequence = self._sequence(prompt, options, keywords, num_return_sequences)
         Stream(self._scheduler, sequence, whole=True).drain()
         return sequence.best()
 
@@ -263,7 +206,7 @@ class Session:
     def threshold(self) -> float:
         """The threshold with which a request of mode "free" without its own would begin now."""
         self._scheduler.check()
-        return self._model.thresholds.decide(None, "free").value
+        return self._model.thresholds.decide(None, "free")[0]
 
     @property
     def default_mode(self) -> DefaultMode:
@@ -315,51 +258,53 @@ class Session:
     ) -> None:
         self.close()
 
-    def _sequence(
-        self, prompt: Prompt, options: GenerationOptions, cancel: threading.Event | None, count: int | None = None
-    ) -> Sequence:
+    def _sequence(self, prompt: Prompt, options: Given, keywords: Keywords, count: int | None = None) -> Sequence:
+        cancel = keywords.pop("cancel", None)
+        chosen = merged(GenerationOptions, options, keywords)
+        if count is not None:
+            check_count(count, chosen)
         self._refuse_if_closed()
-        return self._model.sequence(prompt, options, cancel, count)
+        return self._model.sequence(prompt, chosen, cancel, count)
 
     @contextmanager
     def _prompts(
-        self,
-        prompts: List[Prompt],
-        options: GenerationOptions,
-        cancel: threading.Event | None,
-        ended: Callable[[int], None],
-    ) -> Iterator[tuple[PromptList, float]]:
-        """Requests that have begun, and their deadline; they are abandoned where the body raises."""
+        self, prompts: List[Prompt], options: Given, keywords: Keywords, ended: Callable[[None], None]
+    ) -> Iterator[PromptList]:
+        """Requests that have begun; they are abandoned where the body raises."""
+        cancel = keywords.pop("cancel", None)
+        chosen = merged(GenerationOptions, options, keywords)
         self._refuse_if_closed()
         asked = monotonic()
-        until = math.inf if options.deadline is None else asked + options.deadline
-        make = partial(self._model.sequence, options=options, cancel=cancel, asked=asked)
-        listed = PromptList(self._scheduler, make, prompts, self.options.slots, until, ended)
-        with self._scheduler.listing():
-            try:
-                listed.begin()
-                yield listed, until
-            except BaseException:
-                listed.abandon()
-                raise
+        until = math.inf if chosen.deadline is None else asked + chosen.deadline
+        make = partial(self._model.sequence, options=chosen, cancel=cancel, asked=asked)
+        listed = PromptList(make, prompts, until, partial(ended, None))
+        try:
+            first = listed.follow()
+            if first is not None:
+                self._scheduler.submit(first)
+            yield listed
+        except BaseException:
+            listed.abandon()
+            raise
 
     def _refuse_if_closed(self) -> None:
         self._scheduler.check()
         if self._closed:
             raise OptionError(CLOSED)
 
-    def _schedule(
-        self, shallow: Runner, deep: Runner, decisions: Decisions | None, rules: BatchRules, costs: CallCosts
-    ) -> Scheduler:
-        manifest, slots = self.manifest, self.options.slots
-        sizes = manifest.hidden_size, manifest.vocab_size
-        kind: Callable[..., Decoder] = Decoder
-        if deep.beside:
-            kind = partial(OverlappingDecoder, run_ahead=self.options.run_ahead)
-        decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(slots)]
-        cross = CrossCache(slots, shallow.zeros)
-        batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
-        return Scheduler(decoders, batches, cross, self.options.queue, rules, costs)
+
+def _open_backend(bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> Backend:
+    """Open the backend that the options ask for, a GPU's only where one is asked for. Raises CapacityError,
+    EngineError, DeviceError."""
+    if device.index is None:
+        return Backend(bundle, options, capacity, threads)
+    if bundle.manifest.target == "tensorrt":
+        from runtime.tensorrt.backend import TensorRTBackend
+
+        return TensorRTBackend(bundle, options, capacity, threads, device)
+    from runtime.cuda.backend import CudaBackend
+
+    return CudaBackend(bundle, options, capacity, threads, device)
 
 
 def _capacity(manifest: Manifest, wanted: int | None) -> int:

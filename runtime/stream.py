@@ -32,11 +32,7 @@ class Inbox(Generic[T]):
 
     def __init__(self) -> None:
         self._queue: SimpleQueue[T] = SimpleQueue()
-        self.put = self._queue.put
-
-    @property
-    def empty(self) -> bool:
-        return self._queue.empty()
+        self.put, self.empty = self._queue.put, self._queue.empty
 
     def get(self, until: float = math.inf) -> T:
         """The next item; TimeoutError shortly after `until`, a time of the monotonic clock."""
@@ -78,25 +74,23 @@ class AsyncInbox(Generic[T]):
                 return self._items.popleft()
             if until == math.inf:
                 await self._event.wait()
-            else:
-                import asyncio
+                continue
+            import asyncio
 
-                async with asyncio.timeout(_patience(until)):
-                    await self._event.wait()
+            async with asyncio.timeout(_patience(until)):
+                await self._event.wait()
 
 
 class _Reader:
     """A request that has a place among the others from the start. `whole`: its tokens are not read one by one."""
 
-    _inbox: Inbox[Token | None] | AsyncInbox[Token | None]
-
-    def __init__(self, scheduler: Scheduler, sequence: Sequence, whole: bool = False) -> None:
-        self._scheduler, self._sequence = scheduler, sequence
+    def __init__(
+        self, scheduler: Scheduler, sequence: Sequence, put: Callable[[Token | None], None], whole: bool
+    ) -> None:
+        self._scheduler, self._sequence, self._whole = scheduler, sequence, whole
         self._given, self._ended = 0, False
-        self._rest: deque[Token] = deque()  # what is left to read, where the reader left before the end
-        inbox = self._inbox
-        sequence.deliver = None if whole else inbox.put
-        sequence.on_end = partial(inbox.put, None)
+        sequence.deliver = None if whole else put
+        sequence.on_end = partial(put, None)
         scheduler.submit(sequence)
 
     def __del__(self) -> None:
@@ -121,13 +115,9 @@ class _Reader:
         return None
 
     def _leave(self) -> None:
-        """Go without the worker, which is late: the result is what is there."""
+        """Go without the worker, which is late: the result is what was read."""
         self._sequence.abandoned = self._ended = True
-        result = self._sequence.leave()
-        self._rest = deque(self._sequence.tokens[self._given : len(result.token_ids)])
-
-    def _after_end(self) -> Token | None:
-        return self._rest.popleft() if self._rest else None
+        self._sequence.leave(None if self._whole else self._given)
 
 
 class Stream(_Reader, Iterator[Token]):
@@ -136,10 +126,10 @@ class Stream(_Reader, Iterator[Token]):
 
     def __init__(self, scheduler: Scheduler, sequence: Sequence, whole: bool = False) -> None:
         self._inbox: Inbox[Token | None] = Inbox()
-        super().__init__(scheduler, sequence, whole)
+        super().__init__(scheduler, sequence, self._inbox.put, whole)
 
     def __next__(self) -> Token:
-        token = self._after_end() if self._ended else self._next()
+        token = None if self._ended else self._next()
         if token is None:
             raise StopIteration
         return token
@@ -148,19 +138,15 @@ class Stream(_Reader, Iterator[Token]):
         """To the end, without reading the tokens one by one: the result."""
         while not self._ended:
             self._next()
-        self._rest.clear()
         return self.result
 
     def close(self) -> None:
         """End the request and give its slot back. Idempotent."""
         self._sequence.abandoned = True
-        self._rest.clear()
-        if self._ended or self._scheduler.forked or self._scheduler.inside:
-            self._ended = True
-            return
-        with suppress(TimeoutError):
-            while self._inbox.get(self._sequence.until) is not None:
-                pass
+        if not (self._ended or self._scheduler.forked or self._scheduler.inside):
+            with suppress(TimeoutError):
+                while self._inbox.get(self._sequence.until) is not None:
+                    pass
         self._ended = True
 
     def __enter__(self) -> Stream:
@@ -170,14 +156,13 @@ class Stream(_Reader, Iterator[Token]):
         self.close()
 
     def _next(self) -> Token | None:
-        inbox = self._inbox
         try:
-            if inbox.empty:
+            if self._inbox.empty():
                 self._scheduler.check()  # within a callback it would wait for itself
-            token = inbox.get(self._sequence.until)
+            token = self._inbox.get(self._sequence.until)
         except TimeoutError:
             self._leave()
-            return self._after_end()
+            return None
         except BaseException:
             self._sequence.abandoned = True
             raise
@@ -190,10 +175,10 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
 
     def __init__(self, scheduler: Scheduler, sequence: Sequence, whole: bool = False) -> None:
         self._inbox: AsyncInbox[Token | None] = AsyncInbox()
-        super().__init__(scheduler, sequence, whole)
+        super().__init__(scheduler, sequence, self._inbox.put, whole)
 
     async def __anext__(self) -> Token:
-        token = self._after_end() if self._ended else await self._next()
+        token = None if self._ended else await self._next()
         if token is None:
             raise StopAsyncIteration
         return token
@@ -202,13 +187,11 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
         """To the end, without reading the tokens one by one: the result."""
         while not self._ended:
             await self._next()
-        self._rest.clear()
         return self.result
 
     async def aclose(self) -> None:
         """End the request; its slot is free after what is decoded now. Idempotent."""
         self._sequence.abandoned = self._ended = True
-        self._rest.clear()
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -221,7 +204,7 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
             token = await self._inbox.get(self._sequence.until)
         except TimeoutError:
             self._leave()
-            return self._after_end()
+            return None
         except BaseException:
             self._sequence.abandoned = True
             raise
@@ -229,78 +212,76 @@ class AsyncStream(_Reader, AsyncIterator[Token]):
 
 
 class PromptList:
-    """The requests of a list of prompts: one more than there are slots is in the scheduler at once, so a long list
-    neither fills the queue nor keeps other callers out. `until` is the deadline of all, by the monotonic clock."""
+    """The requests of a list of prompts. Each that leaves the queue lets the next in (`follow`), so a long list neither
+    fills the queue nor keeps other callers out. `until` is the deadline of all, by the monotonic clock; `ended` is
+    called once all have ended."""
 
     def __init__(
-        self,
-        scheduler: Scheduler,
-        make: Callable[[Prompt], Sequence],
-        prompts: List[Prompt],
-        slots: int,
-        until: float,
-        ended: Callable[[int], None],
+        self, make: Callable[[Prompt], Sequence], prompts: List[Prompt], until: float, ended: Callable[[], None]
     ) -> None:
-        self._scheduler, self._make, self._until, self._ended = scheduler, make, until, ended
-        self._slots, self._left = slots, iter(list(enumerate(prompts)))
-        self._results: list[GenerationResult | BaseException] = [_late()] * len(prompts)
-        self.running: dict[int, Sequence] = {}
+        self._make, self.until, self._ended = make, until, ended
+        self._left = iter(list(enumerate(prompts)))
+        self._made: list[Sequence | BaseException | None] = [None] * len(prompts)  # None: the deadline came first
+        self.running = 0
+        self._abandoned = False
 
-    def begin(self) -> None:
-        """Submit the first prompts. Raises QueueFullError where not even one finds a place."""
-        for count in range(self._slots + 1):
-            self._follow(forced=count > 0)
+    def follow(self) -> Sequence | None:
+        """The request of the next prompt; those of which no request can be made fail individually."""
+        for number, prompt in self._left:
+            if monotonic() >= self.until or self._abandoned:
+                return None
+            try:
+                sequence = self._make(prompt)
+            except BaseException as error:
+                self._made[number] = error
+                if isinstance(error, Exception):
+                    continue
+                return None  # an interruption ends the list
+            sequence.follow, sequence.on_end = self.follow, self._end
+            sequence.follows = self.running > 0
+            self._made[number] = sequence
+            self.running += 1
+            return sequence
+        return None
 
-    def take(self, number: int) -> None:
-        """The request of this prompt has ended; the next follows."""
-        sequence = self.running.pop(number)
-        self._results[number] = sequence.result if sequence.error is None else sequence.error
-        self._follow(forced=True)
-
-    def leave(self) -> None:
-        """Go at the deadline without the worker, which is late: what is there are the results."""
-        self.abandon()
-        for number, sequence in self.running.items():
-            self._results[number] = sequence.leave()
+    def _end(self) -> None:
+        self.running -= 1
+        if not self.running:
+            self._ended()
 
     def abandon(self) -> None:
-        for sequence in self.running.values():
-            sequence.abandoned = True
+        self._abandoned = True
+        for sequence in self._made:
+            if isinstance(sequence, Sequence):
+                sequence.abandoned = True
 
     def results(self) -> list[GenerationResult]:
-        """In the order of the prompts. Raises BatchError, with all that there is, where any failed."""
-        failed = [(number, each) for number, each in enumerate(self._results) if isinstance(each, BaseException)]
+        """In the order of the prompts; of those that have not ended, what is there. Raises BatchError, with all that
+        there is, where any failed."""
+        self.abandon()
+        found = [_outcome(each) for each in self._made]
+        failed = [(number, each) for number, each in enumerate(found) if isinstance(each, BaseException)]
         for _, error in failed:
             if not isinstance(error, Exception):
                 raise error  # a callback ended more than its request
         if failed:
             number, error = failed[0]
             raise BatchError(
-                f"{len(failed)} of {len(self._results)} prompts failed, the first of them prompt {number}: "
+                f"{len(failed)} of {len(found)} prompts failed, the first of them prompt {number}: "
                 f"{type(error).__name__}: {error}; the exception's results have the others",
-                list(self._results),
+                list(found),
             )
-        return [each for each in self._results if isinstance(each, GenerationResult)]
-
-    def _follow(self, forced: bool) -> None:
-        """Submit the next prompt; those of which no request can be made fail individually."""
-        for number, prompt in self._left:
-            if monotonic() >= self._until:
-                continue
-            try:
-                sequence = self._make(prompt)
-            except Exception as error:
-                self._results[number] = error
-                continue
-            sequence.on_end = partial(self._ended, number)
-            self._scheduler.submit(sequence, forced)
-            self.running[number] = sequence
-            return
+        return [each for each in found if isinstance(each, GenerationResult)]
 
 
-def _late() -> GenerationResult:
-    """The result of a prompt that did not begin before the deadline."""
-    return GenerationResult("", (), (), (), "deadline", Stats())
+def _outcome(made: Sequence | BaseException | None) -> GenerationResult | BaseException:
+    if made is None:
+        return GenerationResult("", (), (), (), "deadline", Stats())
+    if isinstance(made, BaseException):
+        return made
+    if not made.ended:
+        made.leave()
+    return made.result if made.error is None else made.error
 
 
 def _patience(until: float) -> float | None:

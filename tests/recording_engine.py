@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from runtime.decoding.calls import SlotCall
 from runtime.decoding.decoder import Decoder
 from runtime.decoding.loops import Loop
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
+from runtime.result import Token
 
 WIDTH = 4
+
+
+def alone(coroutine: Loop) -> Iterator[Token]:
+    """Run what a coroutine waits for, at once: its tokens."""
+    try:
+        for item in coroutine:
+            if isinstance(item, SlotCall):
+                item.run()
+            elif isinstance(item, Token):
+                yield item
+    finally:
+        coroutine.close()
 
 
 SHALLOW_TOKEN, DEEP_TOKEN = 1000, 2000  # plus the position that predicts the token

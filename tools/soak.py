@@ -33,7 +33,8 @@ import psutil
 
 from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
 from runtime.batching import BatchedCall
-from runtime.decoding.decoder import Decoder, SlotCall, Waiting
+from runtime.decoding.calls import SlotCall, Waiting
+from runtime.decoding.decoder import Decoder
 from runtime.options import MODES
 from runtime.result import Token
 from runtime.stream import Stream

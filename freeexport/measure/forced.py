@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from runtime import Session
-from runtime.decoding.decoder import Decisions, Decoder, Prediction
+from runtime.decoding.calls import Prediction
+from runtime.decoding.decoder import Decisions, Decoder
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 

@@ -56,13 +56,15 @@ class CallCosts:
         """The shallow head of one step."""
         return max(0.0, self.seconds("head", sequences) - self.seconds("step", sequences))
 
-    def further_row(self) -> float | None:
-        """A further row of a deep pass as a share of the first, between the fewest and the most rows that were
-        measured; None where they are not far apart."""
+    def further_row(self) -> float:
+        """A further row of a deep pass as a share of the first: between the fewest and the most rows that were
+        measured, by the base where these are not far apart."""
         known = {rows: seen.seconds for rows, seen in self._seen["pass"].items() if seen.known(self._count)}
         few, many = min(known, default=1), max(known, default=1)
         if many < 1.5 * few:
-            return None
+            few, many = 1, 8
+            base = self.base if len(self.base.deep) > 1 else NEUTRAL
+            known = {rows: base.deep_pass(rows) for rows in (few, many)}
         row = max(0.0, known[many] - known[few]) / (many - few)
         first = known[few] - (few - 1) * row
         return min(1.0, row / first) if first > 0 else 1.0

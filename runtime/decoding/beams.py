@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from runtime.decoding.decoder import Decoder, Waits
+from runtime.decoding.calls import Waits
+from runtime.decoding.decoder import Decoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call
 from runtime.engines.runner import Runner

@@ -1,21 +1,17 @@
-"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls.
-
-Decoding is written as coroutines: generators that yield what they wait for, mostly the sequence's part of an engine
-call, which may be run together with those of others, and go on when it is there.
-"""
+"""One sequence at the two engines: its rows of the KV caches, its stack of pending tokens, its bound calls."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Sequence
 from time import perf_counter
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 
+from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
 from runtime.engines.onnx import Call
 from runtime.engines.prefix_store import BLOCK, Prefix
-from runtime.engines.runner import Event, Runner
+from runtime.engines.runner import Runner
 from runtime.result import Stats
 
 # Prompts are read in pieces: attention over a piece needs memory for rows x positions scores.
@@ -24,122 +20,6 @@ PREFILL_ROWS = 512
 # many rows as are read in so many seconds, within limits. Small pieces reread all weights for few tokens.
 SHARED_PREFILL_SECONDS = 0.05
 FEWEST_SHARED_ROWS, SHARED_PREFILL_ROWS = BLOCK, 128
-
-T = TypeVar("T")
-Yielded = TypeVar("Yielded")
-
-# What to run the shallow decoder on next while a sync pass runs, given its prediction after the token before (None at
-# first) and the tokens that it has run ahead on. None: nothing more.
-RunAhead = Callable[["Prediction | None", Sequence[int]], int | None]
-
-
-class Prediction(NamedTuple):
-    """The arg max for the token after a row; `confidence` of the shallow decoder in [0, 1], None where its head did not
-    run; `nll` in nats of the token that was drafted there, by the deep decoder; `logits` float32 [V] where they were
-    asked for: a view, valid until the same engine's next call."""
-
-    token: int
-    confidence: float | None = None
-    nll: float | None = None
-    logits: np.ndarray | None = None
-
-
-# The prediction at a row without the head.
-NOTHING = Prediction(-1)
-
-
-class SlotCall:
-    """`rows` rows of a sequence for the engine of `runner`, which is to run the head for the last `heads` of them.
-    `exits`: and the exit's own layers, where it has any, for all.
-
-    `inputs` and `outputs` are arrays of this sequence alone, named as the engine's: "input_ids" int64 [1, k], or
-    "hidden" float32 [1, k, d] and "emitted" int64 [R]; "token", "confidence" or "nll", "logits" for R rows. `seconds`:
-    what the call took that it was last part of, and `batch_size` how many sequences were.
-    """
-
-    __slots__ = (
-        *("_call", "_used", "batch_size", "exits", "heads", "inputs"),
-        *("outputs", "owner", "rows", "runner", "seconds"),
-    )
-
-    def __init__(
-        self,
-        owner: Decoder,
-        runner: Runner,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
-        rows: int,
-        heads: int,
-        exits: bool = False,
-    ) -> None:
-        self.owner, self.runner, self.inputs, self.outputs = owner, runner, inputs, outputs
-        self.rows, self.heads, self.exits, self.seconds, self.batch_size = rows, heads, exits, 0.0, 1
-        self._call: Call | None = None
-        self._used = False
-
-    def submit(self) -> Event:
-        """Run it by itself, where calls of its engine run."""
-        return self.runner.submit(self._bound())
-
-    def run(self) -> None:
-        """Run it by itself, to its end."""
-        call = self._call or self._bound()
-        self._used = True
-        self.seconds, self.batch_size = self.runner.run(call), 1
-
-    def _bound(self) -> Call:
-        if self._call is None:
-            self._call = self.owner.bind(self)
-        self._used = True
-        return self._call
-
-    def attend(self, cross: Mapping[str, Any]) -> None:
-        """Read this instead of what the sequence before did. A call that it did not use is forgotten."""
-        if self._call is not None and self._used:
-            self._call.rebind(cross, {})
-        else:
-            self._call = None
-        self._used = False
-
-    def forget(self) -> None:
-        """The slot has changed: bind again."""
-        self._call = None
-
-
-# Nothing: what follows are engine calls that a sequence which is alone runs itself.
-AT_ONCE = Event(0.0)
-
-# SlotCall to be run, an event to happen, or None: others may have a turn.
-Waiting = SlotCall | Event | None
-Waits = Generator[Waiting, None, T]
-
-
-def alone(coroutine: Generator[Waiting | Yielded, None, T]) -> Generator[Yielded, None, T]:
-    """Run what a coroutine waits for, at once, and pass on the other things that it yields."""
-    try:
-        item = next(coroutine)
-        while True:
-            if isinstance(item, SlotCall):
-                item.run()
-            elif item is not None and not isinstance(item, Event):
-                yield item
-            item = next(coroutine)
-    except StopIteration as end:
-        result: T = end.value
-        return result
-    finally:
-        coroutine.close()
-
-
-def finish(coroutine: Waits[T]) -> T:
-    """Run a coroutine to its end by itself: what it returns."""
-    rest: Generator[Any, None, T] = alone(coroutine)
-    try:
-        while True:
-            next(rest)
-    except StopIteration as end:
-        result: T = end.value
-        return result
 
 
 class Decisions:
@@ -165,8 +45,7 @@ class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
     `max_pending` the rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
     whether other sequences wait while a piece of a prompt is read. `alone`: none could share a deep pass, which is then
-    run at once. `cross` is what cross-attention reads. `shared_calls`: whether any engine call of the sequence was
-    shared with others.
+    run at once. `cross` is what cross-attention reads.
 
     `prefilling`, `stepping` and `syncing` give the engine calls that they need, so that those of several sequences can
     be run as one; `guess` and `answers` are the predictions then. `prefill`, `step` and `sync` run them at once. Calls
@@ -191,10 +70,8 @@ class Decoder:
         self._shallow, self._deep, self._decisions = shallow, deep, decisions
         self.stats = Stats()
         self.stacked = 0
-        self.batch_size, self.others, self.alone, self.shared_calls = 1, False, False, False
+        self.batch_size, self.others, self.alone = 1, False, False
         self._shared_rows = 2 * FEWEST_SHARED_ROWS  # of the next piece while others decode
-        self._step: SlotCall | None = None  # the last one
-        self._pass: SlotCall | None = None  # the last one, until its answers are read
         self._head = self._exits = False
         self._heads = self._drafts = 0  # of the last sync pass
         # What passes read, float32 [max_pending, d], the second where they leave out the first rows; and what a step
@@ -218,14 +95,17 @@ class Decoder:
         self._past = {
             runner: {name: runner.value(view) for name, view in runner.cache.slot(slot)} for runner in (shallow, deep)
         }
-        self._forget_calls()
+        self.forget_calls()
 
-    def _forget_calls(self) -> None:
-        # By rows (0: one, straight onto the stack), whether they run the head, and an exit's own layers; passes by rows
-        # (0: the one of `full_step`), heads, and whether they leave out the first rows of the stack.
+    def forget_calls(self) -> None:
+        """Bind all calls again when they are needed next."""
+        # Steps by rows (0: one, straight onto the stack), whether they run the head, and an exit's own layers; passes
+        # by rows (0: the one of `full_step`), heads, and whether they leave out the first rows of the stack.
         self._steps: dict[tuple[int, bool, bool], SlotCall] = {}
         self._passes: dict[tuple[int, int, bool], SlotCall] = {}
-        # The step with the head, and those of `full_step`, once they are there.
+        # The last step, and the last pass until its answers are read; the step with the head, and those of `full_step`.
+        self._step: SlotCall | None = None
+        self._pass: SlotCall | None = None
         self._step_with_head: SlotCall | None = None
         self._both: tuple[SlotCall, SlotCall] | None = None
 
@@ -240,7 +120,7 @@ class Decoder:
 
     def reset(self) -> None:
         """Begin a new sequence."""
-        self.stats, self.shared_calls = Stats(), False
+        self.stats = Stats()
         self.trim(0)
 
     def trim(self, length: int) -> None:
@@ -260,7 +140,7 @@ class Decoder:
             layers = {name.split(".")[0] for name in runner.cache.arrays}
             read = {n: v for n, v in cross.items() if n == "cross_lengths" or n.split(".")[1] in layers}
             self._read[runner] = {name: runner.value(array) for name, array in read.items()}
-        for call in self._calls():
+        for call in (*self._steps.values(), *self._passes.values()):
             call.attend(self._read[call.runner])
 
     def want_logits(self, wanted: bool) -> None:
@@ -270,7 +150,7 @@ class Decoder:
         rows = {self._shallow: 1, self._deep: self._max_pending} if wanted else {}
         self._logits = {runner: np.zeros((count, self.vocab_size), np.float32) for runner, count in rows.items()}
         self._step_logits = self._logits[self._shallow][0] if wanted else None
-        self._forget_calls()
+        self.forget_calls()
 
     def move(self, other: Decoder) -> None:
         """Take the place of `other`, which is free, and leave it this one's."""
@@ -279,8 +159,9 @@ class Decoder:
             runner.cache.trim(self.slot, 0)
         self.slot, other.slot = other.slot, self.slot
         self._past, other._past = other._past, self._past
-        for call in chain(self._calls(), other._calls()):
-            call.forget()
+        for decoder in (self, other):
+            for call in (*decoder._steps.values(), *decoder._passes.values()):
+                call.forget()
 
     # At once
 
@@ -467,9 +348,6 @@ class Decoder:
         if self._exits != exits:
             self._exits, self._both = exits, None
 
-    def _calls(self) -> Iterator[SlotCall]:
-        return chain(self._steps.values(), self._passes.values())
-
     def _step_call(self, head: bool) -> SlotCall:
         """The shallow decoder on `_token`."""
         key = 1, head, self._exits or head
@@ -501,28 +379,19 @@ class Decoder:
 
     def _shallow_call(self, tokens: np.ndarray, hidden: np.ndarray, head: bool) -> SlotCall:
         """The shallow decoder on tokens int64 [1, q]; `head` for its last row, or for none."""
-        count = int(head)
+        count, exits = int(head), self._exits or head
         outputs = {"hidden": hidden, "token": self._best[:count], "confidence": self._confidence[:count]}
-        exits = self._exits or head
-        return self._new_call(self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
+        if self._logits:
+            outputs["logits"] = self._logits[self._shallow][:count]
+        return SlotCall(self, self._shallow, {"input_ids": tokens}, outputs, tokens.shape[1], count, exits)
 
     def _deep_call(self, hidden: np.ndarray, heads: int) -> SlotCall:
         """The deep decoder on hidden states float32 [1, k, d]; the head for its last `heads` rows."""
         inputs = {"hidden": hidden, "emitted": self._drafted[:heads]}
         outputs = {"token": self._answers[:heads], "nll": self._nll[:heads]}
-        return self._new_call(self._deep, inputs, outputs, hidden.shape[1], heads)
-
-    def _new_call(
-        self,
-        runner: Runner,
-        inputs: Mapping[str, Any],
-        outputs: Mapping[str, Any],
-        rows: int,
-        heads: int,
-        exits: bool = False,
-    ) -> SlotCall:
-        logits = {"logits": self._logits[runner][:heads]} if self._logits else {}
-        return SlotCall(self, runner, inputs, {**outputs, **logits}, rows, heads, exits)
+        if self._logits:
+            outputs["logits"] = self._logits[self._deep][:heads]
+        return SlotCall(self, self._deep, inputs, outputs, hidden.shape[1], heads)
 
     def _prefill_piece(self, piece: np.ndarray, shallow_head: bool, deep_head: bool) -> None:
         rows, began = piece.shape[1], perf_counter()

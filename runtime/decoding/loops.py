@@ -12,7 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
-from runtime.decoding.decoder import AT_ONCE, Decoder, Prediction, RunAhead, Waiting, Waits
+from runtime.decoding.calls import AT_ONCE, Prediction, RunAhead, Waiting, Waits
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.drafts import PLAIN, Drafts, Outcome
 from runtime.decoding.response import Response
 from runtime.result import Token

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from runtime.decoding.decoder import NOTHING, Decoder, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
+from runtime.decoding.calls import NOTHING, Prediction, RunAhead, SlotCall, Waiting, Waits, finish
+from runtime.decoding.decoder import Decoder
 from runtime.engines.runner import Event
 
 

@@ -10,7 +10,7 @@ from time import monotonic
 
 import numpy as np
 
-from runtime.decoding.decoder import Prediction
+from runtime.decoding.calls import Prediction
 from runtime.result import FinishReason, GenerationResult, Stats, Token, TopLogprobs
 from runtime.text.detokenizer import Detokenizer
 from runtime.text.sampler import Sampler, likeliest, log_softmax
@@ -40,7 +40,7 @@ class Response:
         asked: float = 0.0,
         until: float = math.inf,
     ) -> None:
-        self.tokens: list[Token] = []
+        self.prompt, self.tokens = prompt, list[Token]()
         self.times: list[float] = []
         self.newest = int(prompt[-1])
         self.finished: FinishReason | None = None
@@ -61,9 +61,14 @@ class Response:
         self._began: float | None = None  # while it has a slot
         self._left: GenerationResult | None = None
 
-    @property
-    def needs_logits(self) -> bool:
-        return not self.greedy
+    def another(self, sampler: Sampler | None, text: Detokenizer) -> Response:
+        """Another continuation of the prompt that has not begun, by its own `sampler`."""
+        limit, cancel, best = self._end - len(self.prompt), self._cancel, self._top_logprobs
+        made = Response(
+            self.prompt, limit, self._eos, sampler, self._logprobs, text, best, cancel, self.asked, self.until
+        )
+        made.cancelled = self.cancelled
+        return made
 
     @property
     def complete(self) -> bool:
@@ -150,15 +155,15 @@ class Response:
         self._count()
         self._began = None
 
-    def leave(self) -> GenerationResult:
-        """Stop waiting for it at its deadline: the tokens so far, and what comes later is not seen any more."""
+    def leave(self, count: int | None = None) -> None:
+        """Stop waiting for it at its deadline: the first `count` tokens, by default those so far, are the result."""
         if self._left is None:
+            tokens = tuple(self.tokens[:count])
             self._count()
             # The worker may go on writing to them.
             passes = {rows: dataclasses.replace(done) for rows, done in dict(self._stats.longer_passes).items()}
-            stats = dataclasses.replace(self._stats, longer_passes=passes)
-            self._left = _result(tuple(self.tokens[: stats.tokens]), "", "deadline", stats)
-        return self._left
+            stats = dataclasses.replace(self._stats, longer_passes=passes, tokens=len(tokens))
+            self._left = _result(tokens, "", "deadline", stats)
 
     @property
     def result(self) -> GenerationResult:

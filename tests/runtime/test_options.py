@@ -16,8 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.errors import OptionError
-from runtime.keywords import GenerationKeywords, SessionKeywords
-from runtime.options import MODES, GenerationOptions, SessionOptions, documented, merged
+from runtime.options import (
+    MODES,
+    GenerationKeywords,
+    GenerationOptions,
+    SessionKeywords,
+    SessionOptions,
+    documented,
+    merged,
+)
 from runtime.sequence import sampler_of
 
 
@@ -170,7 +177,7 @@ def test_no_temperature_or_penalty_that_is_taken_loses_the_logits(temperature: f
         ({"num_beams": 2, "mode": "lossless"}, "early exit is not supported with beam search"),
         ({"num_beams": 2, "mode": "full", "temperature": 1.0}, "num_beams is 2 with sampling"),
         ({"num_beams": 2, "mode": "full", "stop": "end"}, "num_beams is 2 with stop strings"),
-        ({"num_beams": 2, "mode": "full", "top_logprobs": 3}, "top_logprobs is 3 with num_beams 2; choose one of them"),
+        ({"num_beams": 2, "mode": "full", "top_logprobs": 3}, "num_beams is 2 with top_logprobs 3; choose one of them"),
     ],
 )
 def test_options_that_contradict_are_refused(options: dict[str, Any], message: str) -> None:
@@ -227,7 +234,8 @@ def test_one_stop_string_is_a_list_of_one() -> None:
     ("options", "keywords"), [(SessionOptions, SessionKeywords), (GenerationOptions, GenerationKeywords)]
 )
 def test_keywords_are_the_fields_of_the_options_with_their_types(options: type, keywords: type) -> None:
-    assert get_type_hints(keywords) == get_type_hints(options)
+    assert {**get_type_hints(options), **get_type_hints(keywords)} == get_type_hints(keywords)
+    assert set(get_type_hints(keywords)) - set(get_type_hints(options)) <= {"cancel"}
 
 
 @pytest.mark.parametrize("options", [SessionOptions, GenerationOptions])

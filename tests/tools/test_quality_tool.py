@@ -11,7 +11,7 @@ import pytest
 from checkpoints import CASES, Bundles
 from click.testing import CliRunner
 
-from runtime.decoding.decoder import SlotCall
+from runtime.decoding.calls import SlotCall
 from tools.quality import chat_prompts, first_difference, main
 
 BY_NAME = {case.name: case for case in CASES}

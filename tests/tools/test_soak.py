@@ -13,7 +13,8 @@ from click.testing import CliRunner
 
 from runtime import Session
 from runtime.batching import BatchedCall
-from runtime.decoding.decoder import Decoder, SlotCall
+from runtime.decoding.calls import SlotCall
+from runtime.decoding.decoder import Decoder
 from tools.soak import Clients, Soaked, left_over, main, report, resident, soak
 
 BY_NAME = {case.name: case for case in CASES}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from runtime import CapacityError, OptionError, Session
 from runtime.decoding.beams import BeamRows, BeamSearch, Scores
-from runtime.decoding.decoder import Waits, finish
+from runtime.decoding.calls import Waits, finish
 from runtime.engines.kv_cache import KVCache
 from runtime.text.sampler import log_softmax
 

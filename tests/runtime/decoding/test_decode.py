@@ -11,12 +11,23 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recording_engine import DEEP_TOKEN, LENGTH, SHALLOW_TOKEN, START, WIDTH, Recorder, cached, decoded, prompt_of
+from recording_engine import (
+    DEEP_TOKEN,
+    LENGTH,
+    SHALLOW_TOKEN,
+    START,
+    WIDTH,
+    Recorder,
+    alone,
+    cached,
+    decoded,
+    prompt_of,
+)
 
 from runtime.adaptation.adaptive_threshold import RequestLabels
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder, alone
+from runtime.decoding.decoder import PREFILL_ROWS, SHARED_PREFILL_ROWS, Decoder
 from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from recording_engine import DEEP_TOKEN, LENGTH, decoded, prompt_of
+from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import alone
 from runtime.decoding.draft_sources import (
     GAP,
     LONGEST,

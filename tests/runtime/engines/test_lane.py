@@ -15,12 +15,12 @@ from checkpoints import CASES, PROMPTS, Bundles
 from draft_plans import LongestExits, draft_exits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from recording_engine import LENGTH, WIDTH, Recorder, cached, decoded, prompt_of
+from recording_engine import LENGTH, WIDTH, Recorder, alone, cached, decoded, prompt_of
 from thread_runner import ThreadRunner, runners_beside
 
 from runtime import Session
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import Decoder, alone
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.backend import Backend
 from runtime.engines.kv_cache import KVCache

@@ -12,9 +12,9 @@ from checkpoints import CASES, PROMPTS, Bundles
 from manifest_case import MANIFEST as A_MANIFEST
 
 from runtime import Session
-from runtime.batching import BatchPolicy, rules_of
+from runtime.batching import BatchPolicy
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.costs import NEUTRAL, Costs
+from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import MANIFEST
 from runtime.machine.machine import costs_here, host
 
@@ -66,24 +66,19 @@ def test_this_machine_has_a_name_and_a_version_of_onnx_runtime() -> None:
 
 def test_costs_measured_here_are_acted_on(session_of: WithCosts) -> None:
     session = session_of(MEASURED)
-    assert policy_of(session).rules == rules_of(MEASURED)._replace(packed=session.manifest.packed)
-    assert policy_of(session).rules.patience == 8
+    assert session._scheduler._calls.rules.patience == 8
     assert session._model.learned.costs.base == MEASURED
 
 
 @pytest.mark.parametrize("costs", ELSEWHERE.values(), ids=list(ELSEWHERE))
-def test_costs_of_another_machine_or_a_busy_one_are_not(costs: Costs, session_of: WithCosts) -> None:
+def test_costs_of_another_machine_or_a_busy_one_are_not_those_here(costs: Costs) -> None:
     assert costs_here(replace(A_MANIFEST, costs=costs), threads=1) is None
-    session = session_of(costs)
-    assert policy_of(session).rules == rules_of(None)._replace(packed=session.manifest.packed)
-    assert session._model.learned.costs.base == (session.manifest.costs or NEUTRAL)
 
 
 def test_a_session_without_costs_learns_them_from_its_own_calls(session_of: WithCosts) -> None:
     session = session_of(None)
-    policy = policy_of(session)
+    before = session._scheduler._calls.rules
     for threshold in (0.05, 1.0) * 2:
         options = {"threshold": threshold, "output_confidence": True, "max_new_tokens": 40, "ignore_eos": True}
         session.generate([list(prompt) for prompt in PROMPTS], **options)
-    assert policy.rules.known
-    assert policy.rules.packed == session.manifest.packed
+    assert session._scheduler._calls.rules.row_cost != before.row_cost

@@ -15,7 +15,7 @@ from thread_runner import runners_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError, Session
 from runtime.batching import BatchedCall
-from runtime.decoding.decoder import SlotCall
+from runtime.decoding.calls import SlotCall
 from runtime.engines.backend import Backend
 
 BY_NAME = {case.name: case for case in CASES}

@@ -17,13 +17,16 @@ import pytest
 from draft_plans import LongestExits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from recording_engine import alone
 from thread_runner import ThreadRunner
 
 from runtime import EngineError, OptionError, QueueFullError
-from runtime.batching import LEARNED, BatchedCall, BatchPolicy, BatchRules, grouped, rules_of
-from runtime.bundle.costs import Costs
+from runtime.adaptation.call_costs import CallCosts
+from runtime.batching import LEARNED, BatchedCall, BatchPolicy, grouped, rules_of
+from runtime.bundle.costs import NEUTRAL, Costs
 from runtime.decoding import loops as decode
-from runtime.decoding.decoder import Decoder, Prediction, SlotCall, Waiting, alone
+from runtime.decoding.calls import Prediction, SlotCall, Waiting
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.decoding.response import Response
 from runtime.engines.cross_cache import CrossCache
@@ -162,7 +165,7 @@ class Job(Request):
     def __init__(self, ask: Ask) -> None:
         Response.__init__(self, np.array(ask.prompt, np.int64), ask.tokens)
         self.model: Any = SimpleNamespace(observer=Observer(None))
-        self.continuations, self.run = [self], ask.run  # type: ignore[method-assign]
+        self.run = ask.run  # type: ignore[method-assign]
         self.came: list[Token] = []
         self.deliver = self.came.append
 
@@ -474,25 +477,25 @@ def works(*asked: tuple[int, int]) -> list[SlotCall]:
     ],
 )
 def test_rows_are_grouped_where_that_costs_less(asked: list[tuple[int, int]], sizes: list[int]) -> None:
-    assert sorted(len(group) for group in grouped(works(*asked))) == sizes
+    assert sorted(len(group) for group in grouped(works(*asked), 0.1)) == sizes
+
+
+def policy_of(asked: Sequence[SlotCall], batch: Any, packed: bool = False, base: Costs = NEUTRAL) -> BatchPolicy:
+    deep, shallow = asked[0].runner, asked[0].owner._shallow
+    return BatchPolicy(dict.fromkeys((deep, shallow), batch), shallow, CallCosts(base), packed)
 
 
 def test_packed_deep_passes_are_one_call_whatever_rows_they_have() -> None:
     asked = works((0, 1), (1, 16), (15, 1))
-    deep, shallow = asked[0].runner, asked[0].owner._shallow
-    batches = {runner: BatchedCall(runner, CrossCache(16), WIDTH, VOCABULARY) for runner in (deep, shallow)}
-    sizes = [[len(group) for group in BatchPolicy(batches, shallow, BatchRules(packed=packed))._grouped(asked)]
-             for packed in (True, False)]  # fmt: skip
+    sizes = [[len(group) for group in policy_of(asked, None, packed)._grouped(asked)] for packed in (True, False)]
     assert sizes == [[3], [1, 1, 1]]
 
 
-def test_rows_that_cost_nothing_are_one_call_and_waited_for() -> None:
-    costly, cheap = (Costs(1.0, 1.0, {1: 1.0, 8: eight}) for eight in (4.0, 1.01))
+@pytest.mark.parametrize(("eight", "calls", "patience"), [(4.0, 3, 2), (1.7, 3, 4), (1.01, 1, 8)])
+def test_rows_that_cost_nothing_are_one_call_and_waited_for(eight: float, calls: int, patience: int) -> None:
     asked = works((0, 1), (1, 16), (15, 1))
-    assert len(grouped(asked, rules_of(cheap).row_cost)) == 1
-    assert len(grouped(asked, rules_of(costly).row_cost)) == 3
-    assert rules_of(cheap).patience > rules_of(None).patience > rules_of(costly).patience
-    assert rules_of(None) == BatchRules(known=False)
+    policy = policy_of(asked, None, base=Costs(1.0, 1.0, {1: 1.0, 8: eight}))
+    assert (len(policy._grouped(asked)), policy.rules.patience) == (calls, patience)
 
 
 class Timed:
@@ -507,28 +510,14 @@ class Timed:
 
 
 @pytest.mark.parametrize(("further", "patience"), [(0.01, 8), (0.1, 4), (0.5, 2)])
-def test_rules_that_are_not_known_are_learned_from_calls(further: float, patience: int) -> None:
+def test_rules_are_learned_from_calls_of_several_sizes(further: float, patience: int) -> None:
     few, many = works((0, 1), (1, 1)), works((0, 4), (1, 4))
-    deep, shallow = few[0].runner, few[0].owner._shallow
     for work in many:
-        work.runner = deep
-    batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, further))
-    policies = {known: BatchPolicy(batches, shallow, BatchRules(packed=True, known=known)) for known in (True, False)}
-    for known, policy in policies.items():
-        for turn in range(LEARNED):
-            assert policy.rules.known == known
-            assert [error for _, error in policy.run(few if turn % 2 else many, together=True)] == [None, None]
-    assert policies[True].rules == BatchRules(packed=True)
-    learned = policies[False].rules
-    assert (learned.patience, learned.packed, learned.known) == (patience, True, True)
-    assert learned.row_cost == pytest.approx(further, rel=0.1)
-
-
-def test_rules_are_not_learned_from_calls_of_one_size() -> None:
-    asked = works((0, 1), (1, 1))
-    deep, shallow = asked[0].runner, asked[0].owner._shallow
-    batches: dict[Any, Any] = dict.fromkeys((deep, shallow), Timed(1.0, 0.1))
-    policy = BatchPolicy(batches, shallow, BatchRules(packed=True, known=False))
-    for _ in range(3 * LEARNED):
-        list(policy.run(asked, together=True))
-    assert policy.rules == BatchRules(packed=True, known=False)
+        work.runner = few[0].runner
+    policy, one_size = (policy_of(few, Timed(1.0, further), packed=True) for _ in range(2))
+    for turn in range(2 * LEARNED):
+        assert [error for _, error in policy.run(few if turn % 2 else many, together=True)] == [None, None]
+        list(one_size.run(few, together=True))
+    assert policy.rules.patience == patience
+    assert policy.rules.row_cost == pytest.approx(further, rel=0.1)
+    assert one_size.rules == rules_of(one_size.rules.row_cost) == rules_of(CallCosts().further_row())

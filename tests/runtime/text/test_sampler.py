@@ -25,7 +25,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from runtime.decoding.decoder import Prediction
+from runtime.decoding.calls import Prediction
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
 from runtime.text.sampler import (
