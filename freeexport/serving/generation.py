@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 import msgspec
 import numpy as np
 
-from freeexport.serving.errors import ApiError, api_error, draining, invalid
-from freeexport.serving.protocol import ChatRequest, CompletionRequest
+from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, draining, invalid
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Record
 from runtime import AsyncStream, GenerationOptions, GenerationResult, PromptLengthError, Session, Token
@@ -23,6 +22,7 @@ from runtime.text.prompt import encode_expected
 Result = TypeVar("Result")
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
+Generating = ChatRequest | CompletionRequest
 
 # Prompts of fewer characters are encoded on the event loop, where a thread would take longer.
 SHORT = 2000
@@ -57,39 +57,36 @@ class Generation:
             return [self.checked(await task) for task in tasks]
 
     def checked(self, result: GenerationResult) -> GenerationResult:
-        """Raises ApiError where it was cut short."""
+        """Raise ApiError where a result was cut short."""
         if result.finish_reason == "deadline" and self.deadline is not None:
             status, seconds = self.deadline
-            whose = "the request's deadline" if status == 408 else "the server's limit"
-            passed = f"{whose} of {seconds:g} s passed after {len(result.token_ids)} tokens"
+            limit = "the request's deadline" if status == 408 else "the server's limit"
+            passed = f"{limit} of {seconds:g} s passed after {len(result.token_ids)} tokens"
             raise ApiError(status, f"{passed}; ask for fewer, or later", "deadline_exceeded")
         if not result.complete:
             raise draining()  # the session was closed: a client that left is not told
         return result
 
-    async def end(self) -> None:
-        """Give the slots back. Idempotent."""
+    async def end(self) -> list[GenerationResult]:
+        """Give the slots back, and return the results so far. Idempotent."""
         for stream in self.streams:
             await stream.aclose()
+        return [stream.result for stream in self.streams]
 
 
-async def begin(
-    session: Session, request: ChatRequest | CompletionRequest, mode: Mode | None, deadline: float | None
-) -> Generation:
+async def begin(session: Session, request: Generating, mode: Mode | None, deadline: float | None) -> Generation:
     """Encode the prompts, and let every choice enter the queue, or none. `mode` and `deadline` are the server's.
 
     Raises ApiError, PromptError, OptionError, QueueFullError.
     """
-    options = request.options(mode, deadline)
-    prompts = request.prompts
+    options, prompts = request.options(mode, deadline), request.prompts
     count, most = len(prompts) * request.n, session.options.slots + session.options.queue
     if count > most:
-        what = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
-        raise invalid("n", f"{what}; this server takes {most} choices at once, ask for fewer")
+        asked = f"n is {request.n}" + (f" for {len(prompts)} prompts" if len(prompts) > 1 else "")
+        raise invalid("n", f"{asked}; this server takes {most} choices at once, ask for fewer")
 
     def encode() -> tuple[list[np.ndarray], GenerationOptions]:
-        encoded = [session.encode(prompt) for prompt in prompts]
-        expected = options.predicted_output
+        encoded, expected = [session.encode(prompt) for prompt in prompts], options.predicted_output
         if expected is None:
             return encoded, options
         ids = encode_expected(expected, session.tokenizer, session.manifest.vocab_size, session.capacity)
@@ -98,28 +95,28 @@ async def begin(
     short = sum(map(_size, (*prompts, request.expected))) <= SHORT
     encoded, options = encode() if short else await asyncio.to_thread(encode)
     limits = [_limit(options, request, len(ids), session) for ids in encoded]
-    streams: list[AsyncStream] = []
+    ends = (
+        None
+        if options.deadline is None
+        else (408 if options.deadline == request.free.deadline else 504, options.deadline)
+    )
+    generation = Generation([], [len(ids) for ids in encoded], ends)
     try:
         for ids, limit in zip(encoded, limits, strict=True):
             for number in range(request.n):
                 seed = None if request.seed is None else (request.seed + number) % 2**64
-                streams.append(session.astream(ids, replace(options, max_new_tokens=limit, seed=seed)))
+                generation.streams.append(session.astream(ids, replace(options, max_new_tokens=limit, seed=seed)))
     except BaseException:
-        for stream in streams:
-            await stream.aclose()
+        await generation.end()
         raise
-    status = 408 if options.deadline == request.free.deadline else 504
-    ends = None if options.deadline is None else (status, options.deadline)
-    return Generation(streams, [len(ids) for ids in encoded], ends)
+    return generation
 
 
 class EventStream:
     """An ASGI response: the chunks of all choices as they come, and pings while there are none. `record` ends with
     it."""
 
-    def __init__(
-        self, generation: Generation, reply: Reply, request: ChatRequest | CompletionRequest, record: Record
-    ) -> None:
+    def __init__(self, generation: Generation, reply: Reply, request: Generating, record: Record) -> None:
         self._generation, self._reply, self._request, self._record = generation, reply, request, record
         self._written = 0.0
 
@@ -138,8 +135,7 @@ class EventStream:
             if status == 500:
                 raise
         finally:
-            await self._generation.end()
-            self._record.results = [stream.result for stream in self._generation.streams]
+            self._record.results = await self._generation.end()
             self._record.end(status, failed)
 
     async def _answer(self, send: Send) -> None:
@@ -166,7 +162,7 @@ class EventStream:
                     await self._write(send, _event(self._reply.chunk(index, held)))
                     held.clear()
         result = self._generation.checked(stream.result)
-        await self._write(send, _event(self._reply.closing(index, result, held)))
+        await self._write(send, _event(self._reply.chunk(index, held, result)))
         return result
 
     async def _ping(self, send: Send) -> None:
@@ -213,8 +209,8 @@ def _event(data: Any) -> bytes:
     return b"data: " + msgspec.json.encode(data) + b"\n\n"
 
 
-def _limit(options: GenerationOptions, request: ChatRequest | CompletionRequest, prompt: int, session: Session) -> int:
-    """The request's limit of tokens, or the most that fits, up to the session's default."""
+def _limit(options: GenerationOptions, request: Generating, prompt: int, session: Session) -> int:
+    """Return the request's limit of tokens, or the most that fits, up to the session's default."""
     read = 1 if session.manifest.encoder_decoder else prompt
     room = session.capacity - read + 1  # the newest token is never read back
     if request.limit is None:
@@ -228,7 +224,7 @@ def _limit(options: GenerationOptions, request: ChatRequest | CompletionRequest,
 
 
 def _size(prompt: str | list[Any]) -> int:
-    """Characters, of which a chat's template may make many more."""
+    """Return the characters of a prompt, of which a chat's template may make many more."""
     if isinstance(prompt, str):
         return len(prompt)
     return sum(MARKUP + len(part["role"]) + len(part["content"]) if isinstance(part, dict) else 1 for part in prompt)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from freeexport.serving.service import Service
-from runtime import Histogram, Metrics
+from runtime import Histogram
 
 PREFIX = "freeexport_"
 FINISHED = ("eos", "stop", "length", "cancelled", "deadline", "error")
 
-# The name for Prometheus, the field of Metrics, and what it is.
+# The name for Prometheus, the field of Metrics, and the help.
 GAUGES = {
     "num_requests_running": ("running", "Requests that have a slot."),
     "num_requests_waiting": ("waiting", "Requests that wait for a slot."),
@@ -41,6 +42,11 @@ HISTOGRAMS = {
     "request_decode_time_seconds": ("decode_time", "From the prompt to the last token."),
     "sync_pass_rows": ("pass_rows", "Tokens of a sync pass."),
 }
+FAMILIES: tuple[tuple[Any, dict[str, tuple[str, str]]], ...] = (
+    (GaugeMetricFamily, GAUGES),
+    (CounterMetricFamily, COUNTERS),
+    (HistogramMetricFamily, HISTOGRAMS),
+)
 
 
 class SessionCollector(Collector):
@@ -51,45 +57,33 @@ class SessionCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         measured = {name: session.metrics() for name, session in self._service.sessions.items()}
-        yield from families(measured)
+        for family, figures in FAMILIES:
+            for name, (field, text) in figures.items():
+                metric = family(PREFIX + name, text, labels=["model_name"])
+                for model, metrics in measured.items():
+                    value = getattr(metrics, field)
+                    if isinstance(value, Histogram):
+                        bounds = [*(f"{bound:g}" for bound in value.bounds), "+Inf"]
+                        buckets = list(zip(bounds, accumulate(value.counts), strict=True))
+                        metric.add_metric([model], buckets, value.total)
+                    else:
+                        metric.add_metric([model], value)
+                yield metric
+        finished = CounterMetricFamily(
+            PREFIX + "request_success", "Requests by what ended them.", labels=["model_name", "finished_reason"]
+        )
+        exits = CounterMetricFamily(
+            PREFIX + "exit_tokens", "Tokens by the decoder whose prediction they are.", labels=["model_name", "depth"]
+        )
         responses = CounterMetricFamily(PREFIX + "http_responses", "Responses.", labels=["path", "status"])
+        for model, metrics in measured.items():
+            for reason in FINISHED:
+                finished.add_metric([model, reason], metrics.finished[reason])
+            exits.add_metric([model, "shallow"], metrics.exited_tokens)
+            exits.add_metric([model, "deep"], metrics.deep_tokens)
         for (path, status), count in self._service.responses.items():
             responses.add_metric([path, str(status)], count)
-        yield responses
-
-
-def families(measured: Mapping[str, Metrics]) -> Iterator[Metric]:
-    """Every figure, with the label model_name."""
-    label = ["model_name"]
-    for name, (field, text) in GAUGES.items():
-        gauge = GaugeMetricFamily(PREFIX + name, text, labels=label)
-        for model, metrics in measured.items():
-            gauge.add_metric([model], getattr(metrics, field))
-        yield gauge
-    for name, (field, text) in COUNTERS.items():
-        counter = CounterMetricFamily(PREFIX + name, text, labels=label)
-        for model, metrics in measured.items():
-            counter.add_metric([model], getattr(metrics, field))
-        yield counter
-    for name, (field, text) in HISTOGRAMS.items():
-        histogram = HistogramMetricFamily(PREFIX + name, text, labels=label)
-        for model, metrics in measured.items():
-            values: Histogram = getattr(metrics, field)
-            bounds = [*(f"{bound:g}" for bound in values.bounds), "+Inf"]
-            histogram.add_metric([model], list(zip(bounds, accumulate(values.counts), strict=True)), values.total)
-        yield histogram
-    finished = CounterMetricFamily(
-        PREFIX + "request_success", "Requests by what ended them.", labels=["model_name", "finished_reason"]
-    )
-    exits = CounterMetricFamily(
-        PREFIX + "exit_tokens", "Tokens by the decoder whose prediction they are.", labels=["model_name", "depth"]
-    )
-    for model, metrics in measured.items():
-        for reason in FINISHED:
-            finished.add_metric([model, reason], metrics.finished[reason])
-        exits.add_metric([model, "shallow"], metrics.exited_tokens)
-        exits.add_metric([model, "deep"], metrics.deep_tokens)
-    yield from (finished, exits)
+        yield from (finished, exits, responses)
 
 
 def registry(service: Service) -> CollectorRegistry:

@@ -1,23 +1,27 @@
-"""Requests as OpenAI's clients write them: typed, validated, and refused by the name of the field."""
+"""Requests as OpenAI's clients write them: typed, validated, refused by the name of the field, with OpenAI's errors."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from freeexport.serving.errors import ApiError, invalid
-from runtime import GenerationOptions
+from runtime import FreeExportError, GenerationOptions, OptionError, PromptError, PromptLengthError, QueueFullError
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
-MOST_CHOICES, MOST_MESSAGES = 128, 10_000
-MOST_STOPS, LONGEST_STOP = 16, 1024
-MOST_BIASES = 1024
-MOST_COMPLETION_LOGPROBS = 5
-
-# Fields that say nothing with these values, as clients send them unasked. Others of the same name are refused.
+# Options of a session whose field in a request has another name, and those of the same name.
+FIELDS = {
+    "max_new_tokens": "max_tokens",
+    "mode": "free.mode",
+    "threshold": "free.threshold",
+    "deadline": "free.deadline",
+    "rollback_threshold": "free.mode",
+    "sequence_bias": "logit_bias",
+    "predicted_output": "prediction",
+}
+SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
+# Fields that say nothing with these values, as clients send them unasked. Other values are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
@@ -35,16 +39,76 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
-# Why a field of OpenAI's is refused, where that is not plain.
-BECAUSE = {
+# What to do where a field of OpenAI's is refused, if not to remove it.
+ADVICE = {
     "frequency_penalty": "repetition_penalty is the penalty there is",
     "presence_penalty": "repetition_penalty is the penalty there is",
     "top_logprobs": "in completions, logprobs is how many",
     "best_of": "use n",
 }
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+
+class ApiError(Exception):
+    """An HTTP status and its body in OpenAI's shape; `param` is the field that is wrong, `retry_after` seconds."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def invalid(param: str, message: str) -> ApiError:
+    return ApiError(400, message, "invalid_value", param)
+
+
+def unsupported(name: str, advice: str, value: str = "") -> ApiError:
+    return ApiError(400, f"{name}{value} is not supported; {advice}", "unsupported", name)
+
+
+def draining() -> ApiError:
+    return ApiError(503, "the server is shutting down; ask another, or again later", "shutting_down", retry_after=1)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Return an exception as the client sees it; one that is not the client's mistake is 500."""
+    message = str(error)
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            return ApiError(429, f"the queue is full: {error}", "queue_full", retry_after=1)
+        case PromptError():
+            long = isinstance(error, PromptLengthError)
+            return ApiError(400, message, "context_length_exceeded" if long else "invalid_prompt", "prompt")
+        case OptionError() if message.startswith("the session is closed"):
+            return draining()
+        case OptionError():
+            # The message begins with the option's name: the client knows the field's.
+            name, rest = re.match(r"(\w*)(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
+            param = FIELDS.get(name, name if name in SAME else None)
+            return ApiError(400, message if param is None else param + rest, "invalid_value", param)
+        case FreeExportError():
+            return ApiError(500, message, "engine_error")
+    return ApiError(500, f"{type(error).__name__} in the server; its log has the traceback", "internal_error")
+
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
-Stop = Annotated[str, msgspec.Meta(max_length=LONGEST_STOP)]
+Stop = Annotated[str, msgspec.Meta(max_length=1024)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
 
 
@@ -72,65 +136,62 @@ class Request(msgspec.Struct, kw_only=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
-    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=MOST_STOPS)] | None = None
+    stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=16)] | None = None
     seed: int | None = None
-    n: Annotated[int, msgspec.Meta(ge=1, le=MOST_CHOICES)] = 1
-    logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=MOST_BIASES)] = {}
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
+    logit_bias: Annotated[dict[TokenId, float], msgspec.Meta(max_length=1024)] = {}
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
     cache_salt: str | None = None
     free: Free = msgspec.field(default_factory=Free)
 
-    # Where chats and completions differ: the most tokens, whether they have log-probabilities, how many alternatives
-    # each has, and the text that the answer is expected to be but for changes.
+    def __post_init__(self) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise invalid("stream_options", "stream_options is given without stream; add stream: true")
+
     @property
     def limit(self) -> int | None:
+        """The most tokens."""
         return self.max_tokens
 
     @property
-    def wants_logprobs(self) -> bool:
-        return False
-
-    @property
-    def alternatives(self) -> int:
-        return 0
+    def alternatives(self) -> int | None:
+        """How many alternatives each token has; None: tokens have no log-probabilities."""
+        raise NotImplementedError
 
     @property
     def expected(self) -> str:
+        """The text that the answer is expected to be but for changes."""
         return ""
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def check(self) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise invalid("stream_options", "stream_options is given without stream; add stream: true")
-
     def options(self, mode: Mode | None, deadline: float | None) -> GenerationOptions:
-        """Options of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the server's own.
-        Raises OptionError."""
-        sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
+        """Return the options of one choice, but for `max_new_tokens` and the seed. `mode` and `deadline` are the
+        server's own. Raises OptionError."""
         temperature = self.temperature
         if temperature is None and (self.top_k or self.min_p or self.top_p not in (None, 1)):
             temperature = 1.0
-        if not temperature:  # greedy: these choose nothing
-            sampling = {}
+        greedy = not temperature  # then the others choose nothing
         deadlines = [seconds for seconds in (self.free.deadline, deadline) if seconds is not None]
         return GenerationOptions(
             mode=self.free.mode or ("lossless" if self.expected else mode),
             threshold=self.free.threshold,
             deadline=min(deadlines, default=None),
             temperature=temperature,
+            top_p=None if greedy else self.top_p,
+            top_k=None if greedy else self.top_k,
+            min_p=None if greedy else self.min_p,
             repetition_penalty=self.repetition_penalty,
             stop=[self.stop] if isinstance(self.stop, str) else self.stop or (),
             sequence_bias=self.logit_bias or None,
             predicted_output=self.expected or None,
-            output_logprobs=self.wants_logprobs,
-            top_logprobs=self.alternatives,
+            output_logprobs=self.alternatives is not None,
+            top_logprobs=self.alternatives or 0,
             cache_salt=self.cache_salt,
-            **sampling,
         )
 
 
@@ -140,42 +201,37 @@ class Part(msgspec.Struct):
 
 
 def joined(content: str | list[Part], where: str) -> str:
+    """Join the text of a content. Raises ApiError for a part that is no text."""
     if isinstance(content, str):
         return content
     for place, part in enumerate(content):
         if part.type != "text" or part.text is None:
-            raise _unsupported(f"{where}[{place}].type {part.type[:40]!r}", "this model reads text")
+            raise unsupported(f"{where}[{place}].type", "this model reads text", f" {part.type[:40]!r}")
     return "".join(part.text or "" for part in content)
-
-
-NOTHING = msgspec.Raw(b"null")
 
 
 class Message(msgspec.Struct):
     role: str
     content: str | list[Part]
     name: str | None = None
-    tool_calls: msgspec.Raw = NOTHING  # unread: there may be a million of them
+    tool_calls: msgspec.Raw = msgspec.Raw(b"null")  # unread: there may be a million of them
     tool_call_id: str | None = None
 
-    def plain(self, number: int) -> dict[str, str]:
-        """For a chat template. `developer` is OpenAI's new name of the system."""
-        used = {
-            "name": self.name,
-            "tool_calls": bytes(self.tool_calls) not in (b"null", b"[]"),
-            "tool_call_id": self.tool_call_id,
-        }
+
+Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=10_000)]
+
+
+def plain(messages: list[Message]) -> list[dict[str, str]]:
+    """Return messages as a chat template reads them. `developer` is OpenAI's new name of the system."""
+    read = list[dict[str, str]]()
+    for number, message in enumerate(messages):
+        calls = bytes(message.tool_calls) not in (b"null", b"[]")
+        used = {"name": message.name, "tool_calls": calls, "tool_call_id": message.tool_call_id}
         for field in filter(used.get, used):
-            raise _unsupported(f"messages[{number}].{field}", "messages have a role and a text")
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": joined(self.content, f"messages[{number}].content")}
-
-
-Messages = Annotated[list[Message], msgspec.Meta(min_length=1, max_length=MOST_MESSAGES)]
-
-
-def plain(messages: Iterable[Message]) -> list[dict[str, str]]:
-    return [message.plain(number) for number, message in enumerate(messages)]
+            raise unsupported(f"messages[{number}].{field}", "messages have a role and a text")
+        role = "system" if message.role == "developer" else message.role
+        read.append({"role": role, "content": joined(message.content, f"messages[{number}].content")})
+    return read
 
 
 class Prediction(msgspec.Struct, forbid_unknown_fields=True):
@@ -190,26 +246,22 @@ class ChatRequest(Request, kw_only=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_TOP_LOGPROBS)] = 0
 
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs
-
-    @property
-    def alternatives(self) -> int:
-        return self.top_logprobs
-
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.top_logprobs and not self.logprobs:
             wrong = f"top_logprobs is {self.top_logprobs} without logprobs; add logprobs: true"
             raise invalid("top_logprobs", wrong)
         if self.prediction is not None and self.free.mode not in (None, "lossless"):
             wrong = f"prediction is given with free.mode {self.free.mode!r}, which drafts nothing"
             raise invalid("prediction", f"{wrong}; choose 'lossless', or leave the mode out")
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
 
     @property
     def expected(self) -> str:
@@ -222,27 +274,22 @@ class ChatRequest(Request, kw_only=True):
 
 class CompletionRequest(Request, kw_only=True):
     prompt: str | list[int | str | list[int]]
-    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MOST_COMPLETION_LOGPROBS)] | None = None
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return self.logprobs is not None
-
-    @property
-    def alternatives(self) -> int:
-        return self.logprobs or 0
-
-    def check(self) -> None:
-        super().check()
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.prompt, list) and len({type(part) for part in self.prompt}) != 1:
             wrong = "mixes texts and token ids" if self.prompt else "is an empty list"
             raise invalid("prompt", f"prompt {wrong}; give a text, token ids, or a list of them")
 
     @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+    @property
     def prompts(self) -> list[Any]:
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        return [self.prompt] if isinstance(self.prompt[0], int) else list(self.prompt)
+        several = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
+        return list(self.prompt) if several else [self.prompt]
 
 
 class TokenizeRequest(msgspec.Struct):
@@ -261,40 +308,27 @@ Body = TypeVar("Body", bound=msgspec.Struct)
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """A request body as `kind`. Raises ApiError naming what is not JSON, not supported, or of a wrong type."""
+    """Read a request body as `kind`. Raises ApiError naming what is not JSON, not supported, or of a wrong type."""
     try:
-        # Values are not read yet: a million tools cost nothing.
-        given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
-    except msgspec.ValidationError:
-        raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(error) from None
-    values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
-    known = {field.name for field in msgspec.structs.fields(kind)}
-    for name in [name for name in values if name not in known]:
-        if not _neutral(name, values.pop(name)):
-            raise _unsupported(name[:80], BECAUSE.get(name, "remove it"), name[:80])
-    try:
-        request = msgspec.json.decode(
-            b"{%s}" % b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items()), type=kind
-        )
+        try:
+            # Values are not read yet: a million tools cost nothing.
+            given = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+        except msgspec.ValidationError:
+            raise ApiError(400, "the body is no JSON object; send the fields of a request", "invalid_json") from None
+        values = {name: bytes(value) for name, value in given.items() if bytes(value) != b"null"}
+        known = {field.name for field in msgspec.structs.fields(kind)}
+        for name in [name for name in values if name not in known]:
+            if not _neutral(name, values.pop(name)):
+                raise unsupported(name[:80], ADVICE.get(name, "remove it"))
+        fields = b",".join(b'"%s":%s' % (name.encode(), value) for name, value in values.items())
+        return msgspec.json.decode(b"{%s}" % fields, type=kind)
     except msgspec.ValidationError as error:
         message, _, path = str(error).partition(" - at ")
         param = re.sub(r"^(`key` in )?`\$\.?|`$", "", path) or None
         raise ApiError(400, f"{param or 'the body'}: {message}", "invalid_type", param) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise _not_json(error) from None
-    if isinstance(request, Request):
-        request.check()
-    return request
-
-
-def _unsupported(what: str, advice: str, param: str | None = None) -> ApiError:
-    return ApiError(400, f"{what} is not supported; {advice}", "unsupported", param or what.partition(" ")[0])
-
-
-def _not_json(error: BaseException) -> ApiError:
-    return ApiError(400, f"the body is not JSON: {' '.join(str(error).split())[:200]}", "invalid_json")
+        problem = " ".join(str(error).split())[:200]
+        raise ApiError(400, f"the body is not JSON: {problem}", "invalid_json") from None
 
 
 def _neutral(name: str, value: bytes) -> bool:

@@ -8,42 +8,47 @@ from collections.abc import Sequence
 from typing import Any
 
 from freeexport.serving.protocol import ChatRequest, CompletionRequest
-from runtime import GenerationResult, Session, Stats, Token
+from runtime import GenerationResult, Session, Token
 
 REASONS = {"eos": "stop", "stop": "stop", "length": "length"}
 
 
 class Reply:
-    """To one request: `id` and `created` are those of all its chunks."""
+    """Formats the answer to one request. `id` and `created` are those of all its chunks. `prompts`: tokens of each."""
 
     def __init__(self, session: Session, model: str, request: ChatRequest | CompletionRequest) -> None:
         self._chat = isinstance(request, ChatRequest)
         self.id = ("chatcmpl-" if self._chat else "cmpl-") + secrets.token_hex(12)
-        self._session, self._request, self._model, self._created = session, request, model, int(time.time())
+        self._tokenizer, self._request, self._model, self._created = session.tokenizer, request, model, int(time.time())
         self._ends = frozenset(session.manifest.eos_token_ids)
 
     def whole(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-        """`prompts`: tokens of each prompt."""
-        choices = [self._whole_choice(index, result) for index, result in enumerate(results)]
+        choices = list[dict[str, Any]]()
+        for index, result in enumerate(results):
+            nothing = [None] * len(result.token_ids)
+            fields = (result.token_ids, result.exited, result.logprobs or nothing, result.top_logprobs or nothing)
+            tokens = [
+                Token(token, "", exited, None, prob, best) for token, exited, prob, best in zip(*fields, strict=True)
+            ]
+            message = {"role": "assistant", "content": result.text, "refusal": None}
+            content = {"message": message} if self._chat else {"text": result.text}
+            choices.append(self._choice(index, content, tokens, REASONS[result.finish_reason]))
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": usage(results, prompts)}
 
     def opening(self, index: int) -> dict[str, Any] | None:
-        """The chunk before the first token of a choice, in a chat."""
-        return self._chunk(index, {"role": "assistant", "content": ""}) if self._chat else None
+        """Return the chunk before the first token of a choice, in a chat."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, (), None) if self._chat else None
 
-    def chunk(self, index: int, tokens: Sequence[Token]) -> dict[str, Any]:
+    def chunk(self, index: int, tokens: Sequence[Token], result: GenerationResult | None = None) -> dict[str, Any]:
+        """Return a chunk of `tokens`; the last one of a choice, of tokens that no chunk had, has its result."""
         text = "".join(token.text for token in tokens)
-        return self._chunk(index, {"content": text} if self._chat else text, tokens)
-
-    def closing(self, index: int, result: GenerationResult, tokens: Sequence[Token]) -> dict[str, Any]:
-        """The last chunk of a choice; `tokens` that no chunk had."""
-        text = "".join(token.text for token in tokens)
-        delta = ({"content": text} if text else {}) if self._chat else text
-        return self._chunk(index, delta, tokens, REASONS[result.finish_reason])
+        empty = result is not None and not text
+        delta = ({} if empty else {"content": text}) if self._chat else text
+        return self._chunk(index, delta, tokens, None if result is None else REASONS[result.finish_reason])
 
     def usage(self, results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-        """The chunk that has no choice."""
+        """Return the chunk that has no choice."""
         return {**self._head(self._chunks), "choices": [], "usage": usage(results, prompts)}
 
     @property
@@ -53,31 +58,18 @@ class Reply:
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
-    def _chunk(
-        self, index: int, delta: Any, tokens: Sequence[Token] = (), finish_reason: str | None = None
-    ) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index, "delta" if self._chat else "text": delta}
-        choice["logprobs"] = self._logprobs(tokens) if self._request.wants_logprobs and tokens else None
-        choice["finish_reason"] = finish_reason
-        if self._request.free.exits:
-            choice["free"] = {"exited": [token.exited for token in tokens]}
+    def _chunk(self, index: int, delta: Any, tokens: Sequence[Token], reason: str | None) -> dict[str, Any]:
+        choice = self._choice(index, {"delta" if self._chat else "text": delta}, tokens or None, reason)
         chunk = {**self._head(self._chunks), "choices": [choice]}
         return {**chunk, "usage": None} if self._request.include_usage else chunk
 
-    def _whole_choice(self, index: int, result: GenerationResult) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": index}
-        if self._chat:
-            choice["message"] = {"role": "assistant", "content": result.text, "refusal": None}
-        else:
-            choice["text"] = result.text
-        choice["logprobs"] = self._logprobs(_tokens(result)) if self._request.wants_logprobs else None
-        choice["finish_reason"] = REASONS[result.finish_reason]
-        if self._request.free.exits:
-            choice["free"] = {"exited": list(result.exited)}
-        return choice
+    def _choice(self, index: int, content: Any, tokens: Sequence[Token] | None, reason: str | None) -> dict[str, Any]:
+        logprobs = None if self._request.alternatives is None or tokens is None else self._logprobs(tokens)
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        return choice | ({"free": {"exited": [t.exited for t in tokens or ()]}} if self._request.free.exits else {})
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
-        """Log-probabilities of the tokens but the end of the sequence, which is no text."""
+        """Return the log-probabilities of the tokens, without the end of the sequence, which is no text."""
         kept = [token for token in tokens if token.id not in self._ends]
         if self._chat:
             content = [
@@ -100,8 +92,8 @@ class Reply:
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
     def _by_text(self, token: Token) -> dict[str, float | None]:
-        """The alternatives to a token, best first, and itself. Of several with one text, as parts of a letter have, the
-        best, or itself."""
+        """Return the alternatives to a token, best first, and itself. Of several with one text, as parts of a letter
+        have, the best, or itself."""
         found: dict[str, float | None] = {}
         for alternative, logprob in token.top_logprobs or ():
             found.setdefault(self._spelled(alternative), logprob)
@@ -109,25 +101,18 @@ class Reply:
         return found
 
     def _spelled(self, token: int) -> str:
-        tokenizer = self._session.tokenizer
-        if tokenizer is None:
+        if self._tokenizer is None:
             return str(token)
-        return tokenizer.decode([token]) or tokenizer.token(token) or str(token)
-
-
-def _tokens(result: GenerationResult) -> list[Token]:
-    """Without their texts."""
-    nothing = [None] * len(result.token_ids)
-    fields = (result.token_ids, result.exited, result.logprobs or nothing, result.top_logprobs or nothing)
-    return [Token(token, "", exited, None, logprob, best) for token, exited, logprob, best in zip(*fields, strict=True)]
+        return self._tokenizer.decode([token]) or self._tokenizer.token(token) or str(token)
 
 
 def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[str, Any]:
-    """Tokens of all choices. A prompt counts once, however many choices it has, and what the first of them reused.
-    Predictions are accepted and rejected in modes "lossless" and "rollback"; in "free" every exit is final."""
+    """Count the tokens of all choices. A prompt counts once, however many choices it has, and what the first of them
+    reused. Predictions are accepted and rejected in modes "lossless" and "rollback"; in "free" every exit is final."""
     stats = [result.stats for result in results]
     read, written = sum(prompts), sum(each.tokens for each in stats)
     drafting = [each for each in stats if each.mode in ("lossless", "rollback")]
+    drafted = sum(drafts.accepted for each in drafting for source, drafts in each.drafts.items() if source != "exit")
     cached = sum(each.cached_tokens for each in stats[:: max(1, len(stats) // len(prompts))])
     candidates = sum(each.candidates for each in stats)
     return {
@@ -135,7 +120,7 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
         "completion_tokens": written,
         "total_tokens": read + written,
         "completion_tokens_details": {
-            "accepted_prediction_tokens": sum(map(_accepted, drafting)),
+            "accepted_prediction_tokens": drafted + sum(each.exits for each in drafting),
             "rejected_prediction_tokens": sum(each.rejected for each in drafting),
         },
         "prompt_tokens_details": {"cached_tokens": cached},
@@ -145,8 +130,3 @@ def usage(results: Sequence[GenerationResult], prompts: Sequence[int]) -> dict[s
             "sync_passes": sum(each.sync_passes for each in stats),
         },
     }
-
-
-def _accepted(stats: Stats) -> int:
-    others = (drafts.accepted for source, drafts in stats.drafts.items() if source != "exit")
-    return stats.exits + sum(others)

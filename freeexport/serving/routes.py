@@ -18,9 +18,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import protocol
-from freeexport.serving.errors import ApiError, api_error, invalid
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
 from freeexport.serving.metrics import registry
+from freeexport.serving.protocol import ApiError, api_error, invalid
 from freeexport.serving.replies import Reply
 from freeexport.serving.service import Service
 from runtime import FreeExportError, PromptError, Session
@@ -38,7 +38,7 @@ def json(content: Any, status: int = 200, headers: dict[str, str] | None = None)
 
 
 def application(service: Service) -> Starlette:
-    """The ASGI application of a service."""
+    """Return the ASGI application of a service."""
     endpoints = Endpoints(service)
     routes = [
         Route("/v1/chat/completions", endpoints.chat, methods=["POST"]),
@@ -58,12 +58,7 @@ def application(service: Service) -> Starlette:
     served = Starlette(
         routes=routes,
         middleware=[Middleware(Unambiguous), *([allow] if origins else [])],
-        exception_handlers={
-            ApiError: _refuse,
-            FreeExportError: _refuse,
-            HTTPException: _http_error,
-            Exception: _refuse,
-        },
+        exception_handlers=dict.fromkeys((ApiError, FreeExportError, HTTPException, Exception), _refuse),
     )
     served.router.redirect_slashes = False  # a redirection would go to the host that the client names
     return served
@@ -84,6 +79,8 @@ class Unambiguous:
 
 
 class Endpoints:
+    """A method for each route of a service."""
+
     def __init__(self, service: Service) -> None:
         self._service, self._registry = service, registry(service)
 
@@ -96,15 +93,14 @@ class Endpoints:
     async def _generate(
         self, request: Request, kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest]
     ) -> Any:
-        record = self._service.begin(request.scope["path"])
+        record, options = self._service.begin(request.scope["path"]), self._service.options
         try:
             asked = await self._parsed(request, kind)
-            if self._service.options.log_prompts:
+            if options.log_prompts:
                 record.line["prompt"] = asked.prompts
             name, session = self._service.session(asked.model)
             reply = Reply(session, name, asked)
             record.line |= {"id": reply.id, "model": name, "stream": asked.stream}
-            options = self._service.options
             generation = await begin(session, asked, options.mode, options.deadline)
             record.line["prompt_tokens"] = sum(generation.prompts)
             if asked.stream:
@@ -112,8 +108,7 @@ class Endpoints:
             try:
                 whole = await while_there(request.receive, generation.results())
             finally:
-                await generation.end()
-                record.results = [stream.result for stream in generation.streams]
+                record.results = await generation.end()
         except (ClientGone, ClientDisconnect):
             record.end(499)
             return Response(status_code=499)
@@ -153,7 +148,7 @@ class Endpoints:
     async def detokenize(self, request: Request) -> Response:
         asked = await self._parsed(request, protocol.DetokenizeRequest)
         _, session = self._service.session(asked.model)
-        most, vocabulary = max(session.manifest.encoder_capacity or 0, session.capacity), session.manifest.vocab_size
+        most, vocabulary = max(session.manifest.encoder_capacity, session.capacity), session.manifest.vocab_size
         if len(asked.tokens) > most:
             raise invalid("tokens", f"tokens has {len(asked.tokens)} ids; give at most {most} at once")
         wrong = next((token for token in asked.tokens if token >= vocabulary), None)
@@ -181,10 +176,9 @@ class Endpoints:
 
     def _authorize(self, request: Request) -> None:
         key = self._service.options.api_key
-        if key is None:
-            return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        right = key is None or hmac.compare_digest(given.strip().encode(), key.encode())
+        if key is not None and not (right and kind.lower() == "bearer"):
             raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", "invalid_api_key")
 
     def _model(self, name: str) -> dict[str, Any]:
@@ -201,7 +195,7 @@ class Endpoints:
 
 
 async def read_body(request: Request, most: int) -> bytes:
-    """Raises ApiError for one that is too large or does not come."""
+    """Read a body. Raises ApiError for one that is too large or does not come."""
     told = request.headers.get("content-length", "")
     too_large = ApiError(413, f"the body is larger than {most} bytes; send less", "body_too_large")
     if told.isdigit() and int(told[:20]) > most and "expect" in request.headers:
@@ -230,12 +224,10 @@ def _tokenizer(session: Session) -> Tokenizer:
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException):
+        path, method = request.scope["path"][:80], request.method
+        messages = {404: f"there is no {path}", 405: f"{method} is not a method of this path"}
+        failed = ApiError(error.status_code, messages.get(error.status_code, error.detail))
+        return json(failed.body, failed.status, dict(error.headers or {}))
     failed = api_error(error)
     return json(failed.body, failed.status, failed.headers)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    said = {404: f"there is no {request.scope['path'][:80]}", 405: f"{request.method} is not a method of this path"}
-    failed = ApiError(error.status_code, said.get(error.status_code, error.detail), None)
-    return json(failed.body, failed.status, dict(error.headers or {}))

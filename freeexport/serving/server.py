@@ -1,4 +1,4 @@
-"""From options to a server that listens, and to its end."""
+"""A server from its options to its end: the socket, the protocol, signals and log lines."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from freeexport.serving.generation import PING
-from freeexport.serving.log_writer import LogWriter
 from freeexport.serving.routes import application
 from freeexport.serving.service import ServerOptions, Service
 from runtime.errors import OptionError
@@ -30,6 +31,8 @@ BACKLOG = 1024
 # of the end has to read it.
 KEEP_ALIVE, LAST_WORDS = 75, 2
 LARGEST_HEADERS = 64 << 10
+# Bytes of log lines that wait to be written; others are dropped, and counted in the next that is written.
+MOST_WAITING = 4 << 20
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 # Errors of accept(2) where a process or the machine has too much open.
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -90,8 +93,49 @@ class _Server(uvicorn.Server):
         yield
 
 
+class LogWriter:
+    """Writes lines to the file descriptor of `stream` in a thread of its own, so an output that nobody reads holds
+    nobody up; nothing where `stream` is None."""
+
+    def __init__(self, stream: TextIO | None, most: int = MOST_WAITING) -> None:
+        # A copy, and not the stream: its lock would be held by a write that blocks, and the interpreter could not end.
+        self._file = None if stream is None else os.dup(stream.fileno())
+        self._lines = SimpleQueue[bytes]()
+        self._most, self._waiting, self._dropped = most, 0, 0
+        self._lock = threading.RLock()  # a signal handler may write while its thread does
+        self._thread = threading.Thread(target=self._run, name="freeexport-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        data = line.rstrip("\n").encode(errors="replace") + b"\n"
+        with self._lock:
+            if self._waiting + len(data) > self._most:
+                self._dropped += 1
+                return
+            self._waiting += len(data)
+            self._lines.put(data)
+
+    def close(self, seconds: float) -> None:
+        """Write waiting lines, for so long at most."""
+        self._lines.put(b"")
+        self._thread.join(seconds)
+
+    def _run(self) -> None:
+        while data := self._lines.get():
+            with self._lock:
+                self._waiting -= len(data)
+                if self._dropped:
+                    data += b'{"dropped_lines": %d}\n' % self._dropped
+                    self._dropped = 0
+            with suppress(OSError):  # nobody can read it any more
+                while data and self._file is not None:
+                    data = data[os.write(self._file, data) :]
+        if self._file is not None:
+            os.close(self._file)
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 is a free one. Raises OptionError."""
+    """Return a socket that listens; port 0 is a free one. Raises OptionError."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -183,7 +227,7 @@ def run(options: ServerOptions, host: str, port: int) -> None:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    logging.basicConfig(handlers=[said.handler()])
+    logging.basicConfig(handlers=[logging.StreamHandler(said)])
     said.write(f"loading {', '.join(map(str, options.bundles))}")
     try:
         asyncio.run(main())

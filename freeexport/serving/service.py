@@ -1,4 +1,4 @@
-"""The models that are served, whether they are ready, and a line of JSON for each request."""
+"""The served models, whether they are ready, and a line of JSON for each request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from freeexport.serving.errors import ApiError, draining
+from freeexport.serving.protocol import ApiError, draining
 from runtime import GenerationResult, OptionError, Session, SessionOptions
 from runtime.options import Mode
 
@@ -52,7 +52,7 @@ class ServerOptions:
 
 
 class Record:
-    """The line of the log for one request. `results`: those of its choices, as far as they came."""
+    """The log line of one request. `results`: those of its choices, as far as they came."""
 
     def __init__(self, path: str, ended: Callable[[Record, int], None]) -> None:
         self.line: dict[str, Any] = {"time": round(time.time(), 3), "path": path}
@@ -60,7 +60,7 @@ class Record:
         self._began, self._ended = time.monotonic(), ended
 
     def end(self, status: int, error: BaseException | None = None) -> None:
-        """With this status: 499 where the client left before."""
+        """Write the line, with this status: 499 where the client left before."""
         stats = [result.stats for result in self.results]
         if stats:
             candidates = sum(each.candidates for each in stats)
@@ -110,14 +110,14 @@ class Service:
             session.close()
 
     async def drain(self) -> None:
-        """Refuse new requests, and wait for the running ones, the time they have; then end them."""
+        """Refuse new requests, wait for the running ones as long as they have, then end them."""
         self.state = "draining"
         with suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), self.options.shutdown_timeout)
         await asyncio.to_thread(self.close)
 
     def session(self, name: str | None) -> tuple[str, Session]:
-        """The session of the model that a request names; the only one, where it names none. Raises ApiError."""
+        """Return the model that a request names, or the only one, with its session. Raises ApiError."""
         if self.state == "loading":
             raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
         if self.state == "draining":
@@ -130,7 +130,7 @@ class Service:
         return name, self.sessions[name]
 
     def begin(self, path: str) -> Record:
-        """A request that a shutdown waits for, until its record ends."""
+        """Begin a request that a shutdown waits for, until its record ends."""
         self._running += 1
         self._idle.clear()
         return Record(path, self._ended)

@@ -21,9 +21,8 @@ import pytest
 from running_server import MESSAGES, Running, eventually, read, status
 from serve_command import command
 
-from freeexport.serving.errors import ApiError
-from freeexport.serving.log_writer import LogWriter
-from freeexport.serving.protocol import ChatRequest, parse
+from freeexport.serving.protocol import ApiError, ChatRequest, parse
+from freeexport.serving.server import LogWriter
 from runtime import GenerationOptions
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"

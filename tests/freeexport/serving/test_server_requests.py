@@ -7,8 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from freeexport.serving.errors import ApiError, api_error
-from freeexport.serving.protocol import ChatRequest, CompletionRequest, parse
+from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
 from runtime import EngineError, OptionError, PromptError, QueueFullError
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
