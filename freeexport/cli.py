@@ -1,8 +1,8 @@
 """The `freeexport` command: verbs, whose modules are imported when they are called, and the one place where errors
 become text.
 
-A verb is a module `freeexport/commands/<verb>.py` with a click command named `command`, and a line in GROUPS. A verb
-that shares another's module has a line in SHARED too, and its command there is named `<verb>_command`.
+A verb is a line in GROUPS and a module `freeexport/commands/<verb>.py` with a click command named `command`, or another
+verb's module, in SHARED, with one named `<verb>_command`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import click
 
 from freeexport import INTERRUPTED, __version__
 from freeexport.system.child import tell_parent
-from freeexport.system.installation.extras import how_to_install
+from freeexport.system.extras import how_to_install
 from runtime.errors import FreeExportError
 
 # In the order of use, as the help groups them. A verb whose module this installation lacks is not listed.
@@ -59,7 +59,7 @@ class Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        name = f"{cmd_name.replace('-', '_')}_command" if cmd_name in SHARED else "command"
+        name = f"{cmd_name}_command" if cmd_name in SHARED else "command"
         command: click.Command = getattr(importlib.import_module(_module(cmd_name)), name)
         return command
 
@@ -120,25 +120,18 @@ def _explain(error: BaseException, verb: str | None) -> str:
         detail = f" ({error})" if str(error) else ""
         return f"out of memory{detail}; free some memory, or lower --capacity, and run again"
     if isinstance(error, OSError):
-        return _explain_os_error(error)
-    if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
-        return how_to_install(error.name or "", verb)
-    return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
-
-
-def _explain_os_error(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full while writing {error.filename or 'the output'}; free some space and run again"
-    if error.errno == errno.EFBIG:
         where = error.filename or "the output"
-        return f"{where}: a file grew too large for ulimit -f or the file system; raise the limit, or write elsewhere"
-    if error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return error.strerror or str(error) or type(error).__name__
-
-
-def _is_foreign(module: str | None) -> bool:
-    return module is not None and module.partition(".")[0] not in ("freeexport", "graphs", "runtime")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"disk full while writing {where}; free some space and run again"
+        if error.errno == errno.EFBIG:
+            advice = "raise the limit, or write elsewhere"
+            return f"{where}: a file grew too large for ulimit -f or the file system; {advice}"
+        named = f"{error.filename}: " if error.strerror and error.filename is not None else ""
+        return named + (error.strerror or str(error) or type(error).__name__)
+    ours = ("freeexport", "graphs", "runtime")
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] not in ours:
+        return how_to_install(error.name, verb)
+    return f"{type(error).__name__}: {error}; this is a bug, see where with: freeexport --debug ..."
 
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
@@ -34,8 +35,6 @@ from runtime.bundle.manifest import (
 from runtime.kernels import kernels_of
 from runtime.tensorrt.files import DIRECTORY
 
-THREADS = "CPU threads.  [default: one per physical core]"
-
 
 @click.command(cls=SectionedCommand)
 @click.argument("model")
@@ -54,7 +53,6 @@ THREADS = "CPU threads.  [default: one per physical core]"
 @click.option("--verify", type=click.Choice(get_args(Verify)), default=ConvertOptions.verify,
               help="Compare the engines with the checkpoint. quick: short texts, at most a minute after the model is "
               "loaded. full: longer ones. none: nor time them.")  # fmt: skip
-@click.option("--threads", type=int, help=THREADS)
 @click.option("--overwrite", is_flag=True, help="Replace an existing bundle at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest, or what was built, as JSON.")
 @section("How exits decide", rare=True)
@@ -65,7 +63,6 @@ THREADS = "CPU threads.  [default: one per physical core]"
 @click.option("--data", type=click.Path(path_type=Path),
               help="JSON lines with input (and target): text for --exit-vocab, and that 4-bit weights fit, which then "
               "lose less.")  # fmt: skip
-@click.option("--max-pending", type=int, default=16, help="Maximum tokens in a sync pass.")
 @section("Graphs and quantized weights", rare=True)
 @click.option("--encoder-capacity", type=int, help="Longest prompt of an encoder-decoder.  [default: 2048]")
 @click.option("--dialect", type=click.Choice(get_args(Dialect)),
@@ -109,81 +106,56 @@ def command(model: str, out: Path | None, data: Path | None, build: int | None, 
     manifest = convert(model, out, ConvertOptions(measure=options["verify"] != "none", **options))
     if as_json and build is None:
         click.echo(manifest.to_json(), nl=False)
-        return
     if not as_json:
-        _print_manifest(manifest, model, out, options)
+        for line in _lines(manifest, Path(model), out, options):
+            click.echo(line)
     if build is not None:
         _build(out, build, as_json)
 
 
-def _print_manifest(manifest: Manifest, model: str, out: Path, options: dict[str, Any]) -> None:
-    click.echo(f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}")
-    if manifest.target == "cpu" and manifest.dialect == "standard" and options["dialect"] is None:
-        click.echo(
-            f"dialect: standard, as ONNX Runtime's fused attention has no kernel for heads of size {manifest.head_dim}"
-        )
-    source = _source_bytes(Path(model))
-    size = sum(file.size for file in manifest.files.values())
-    click.echo(f"size: {human_bytes(size)}{f', from {human_bytes(source)}' if source else ''}")
-    click.echo(f"weights: {human_bytes(manifest.weight_bytes)}, {manifest.precision}{_advice(manifest)}")
-    if manifest.quantization is not None:
-        _print_quantization(manifest, model)
-    if manifest.exit_vocabulary is not None:
-        size, covered = manifest.exit_vocabulary.size, manifest.exit_vocabulary.covered
-        known = f"{covered:.2%} of the shallow decoder's predictions"
-        click.echo(f"exit vocabulary: {size} of {manifest.vocab_size} tokens, {known}")
-    click.echo(f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions")
-    click.echo(f"verified: {'yes' if manifest.verified else 'no'}")
-    click.echo(_threshold(manifest, options["calibration"]))
-    click.echo(str(bundle_verdict(Bundle.open(out))))
-
-
-def _advice(manifest: Manifest) -> str:
-    if manifest.target != "cpu" or manifest.precision not in ("fp32", "fp16"):
-        return ""
-    if manifest.precision == "fp16":
-        return "; note: a CPU computes in fp32, so fp16 saves space and no time; --precision int8 is faster and smaller"
-    return "; --precision int8 is faster on a CPU"
-
-
-def _print_quantization(manifest: Manifest, model: str) -> None:
-    quantization = manifest.quantization
-    assert quantization is not None
-    if quantization.higher:
-        names = ", ".join(dict.fromkeys(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3]))
-        more = f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
-        click.echo(f"kept at a higher precision: {names}{more} (see inspect)")
-    kept = {item.engine: item.kept for item in quantization.engines if item.kept}
-    if kept:
-        each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
-        click.echo(f"4-bit weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each})")
-    elif model.endswith(".gguf") and manifest.precision in ("int4", "mixed"):
-        click.echo("4-bit weights: quantized again; only blocks of 32 such as Q4_0 and Q4_1 keep their bits")
-    if quantization.rounding_data is not None:
-        data = quantization.rounding_data
-        click.echo(f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts")
-    if manifest.target == "cpu":
-        click.echo(f"kernels: {kernels_of(manifest.kernels)}")
-
-
-def _source_bytes(model: Path) -> int:
-    """Bytes of the weights of a checkpoint on disk; 0 for a hub name."""
-    if model.is_file():
-        return model.stat().st_size
-    files = [path for pattern in ("*.safetensors", "*.bin") for path in model.glob(pattern)] if model.is_dir() else []
-    return sum(path.stat().st_size for path in files)
-
-
-def _threshold(manifest: Manifest, calibration: Path | None) -> str:
-    if calibration is None:
-        return "threshold: not calibrated, so decoding is lossless until you calibrate or pass a threshold"
-    rounded = (
-        ""
-        if manifest.quantization is None
-        else (f"; it was calibrated in fp32; calibrate the bundle for a threshold in {manifest.precision}")
-    )
-    never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
-    return f"threshold: {manifest.threshold:.4g}, calibrated{never}{rounded}"
+def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) -> Iterator[str]:
+    """Describe a new bundle, a line a subject."""
+    yield f"{out}: {manifest.family}, exit after layer {manifest.exit_layer} of {manifest.layers}"
+    on_cpu, precision, quantization = manifest.target == "cpu", manifest.precision, manifest.quantization
+    if on_cpu and manifest.dialect == "standard" and options["dialect"] is None:
+        heads = f"heads of size {manifest.head_dim}"
+        yield f"dialect: standard, as ONNX Runtime's fused attention has no kernel for {heads}"
+    files = [model] if model.is_file() else [*model.glob("*.safetensors"), *model.glob("*.bin")]
+    source = sum(path.stat().st_size for path in files)  # 0 for a hub name
+    size = human_bytes(sum(file.size for file in manifest.files.values()))
+    yield f"size: {size}{f', from {human_bytes(source)}' if source else ''}"
+    advice = ""
+    if on_cpu and precision == "fp16":
+        advice = "; note: a CPU computes in fp32, so fp16 saves space and no time"
+    if on_cpu and precision in ("fp32", "fp16"):
+        advice += "; --precision int8 is faster on a CPU"
+    yield f"weights: {human_bytes(manifest.weight_bytes)}, {precision}{advice}"
+    if quantization is not None:
+        if quantization.higher:
+            names = ", ".join(dict.fromkeys(f"{item.tensor} ({item.stored})" for item in quantization.higher[:3]))
+            more = f" and {len(quantization.higher) - 3} more" if len(quantization.higher) > 3 else ""
+            yield f"kept at a higher precision: {names}{more} (see inspect)"
+        if kept := {item.engine: item.kept for item in quantization.engines if item.kept}:
+            each = ", ".join(f"{engine} {count}" for engine, count in kept.items())
+            yield f"4-bit weights: {sum(kept.values())} tensors keep the checkpoint's bits ({each})"
+        elif model.suffix == ".gguf" and precision in ("int4", "mixed"):
+            yield "4-bit weights: quantized again; only blocks of 32 such as Q4_0 and Q4_1 keep their bits"
+        if (data := quantization.rounding_data) is not None:
+            yield f"4-bit weights: fitted to {data.tokens} tokens of {data.texts} texts"
+        if on_cpu:
+            yield f"kernels: {kernels_of(manifest.kernels)}"
+    if (vocabulary := manifest.exit_vocabulary) is not None:
+        known = f"{vocabulary.covered:.2%} of the shallow decoder's predictions"
+        yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens, {known}"
+    yield f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions"
+    yield f"verified: {'yes' if manifest.verified else 'no'}"
+    if options["calibration"] is None:
+        yield "threshold: not calibrated, so decoding is lossless until you calibrate or pass a threshold"
+    else:
+        never = ": nothing exits" if manifest.threshold >= NEVER_EXIT else ""
+        again = f"; it was calibrated in fp32; calibrate the bundle for a threshold in {precision}"
+        yield f"threshold: {manifest.threshold:.4g}, calibrated{never}{again if quantization else ''}"
+    yield str(bundle_verdict(Bundle.open(out)))
 
 
 def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
@@ -197,13 +169,9 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
     for engine in built:
         how = "up to date" if engine.reused else f"built in {engine.seconds:.1f} s"
         click.echo(f"{DIRECTORY}/{engine.plan.file}: {human_bytes(engine.bytes)}, {how}")
-    if tested.ran:
-        found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
-        click.echo(
-            f"self-test: passed; largest differences from the graphs, as multiples of their type's error: {found}"
-        )
-    else:
-        click.echo(f"self-test: not run, {tested.why}")
+    found = ", ".join(f"{name} {difference:.2g}" for name, difference in tested.largest.items())
+    passed = f"passed; largest differences from the graphs, as multiples of their type's error: {found}"
+    click.echo(f"self-test: {passed if tested.ran else f'not run, {tested.why}'}")
 
 
 @click.command()
@@ -211,11 +179,8 @@ def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
 @click.option("--against", metavar="MODEL", help="The checkpoint that the bundle was made from.")
 @click.option("--data", type=click.Path(path_type=Path), help="JSON lines to measure the quality on, with --against.")
 @click.option("--quick", is_flag=True, help="Short texts, and at most a minute after the model is loaded.")
-@click.option("--threads", type=int, help=THREADS)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def verify_command(
-    bundle: Path, against: str | None, data: Path | None, quick: bool, threads: int | None, as_json: bool
-) -> None:
+def verify_command(bundle: Path, against: str | None, data: Path | None, quick: bool, as_json: bool) -> None:
     """Check every byte of BUNDLE, and its engines: against the checkpoint, and one token at a time against one pass.
 
     With --against the report is written to verification.json in the bundle. Exit code 1 where a check fails.
@@ -227,18 +192,15 @@ def verify_command(
     if data is not None and against is None:
         raise click.UsageError("--data is measured against the checkpoint; give --against MODEL")
     opened = Bundle.open(bundle, verify="full")
-    report = verify(opened, against, data, QUICK if quick else FULL, threads)
+    report = verify(opened, against, data, QUICK if quick else FULL)
     if against is not None:
         write_report(opened, report)
     if as_json:
         click.echo(json.dumps(report))
     if not report["passed"]:
         raise VerificationError(failure(report))
-    if not as_json:
-        _print_report(report)
-
-
-def _print_report(report: dict[str, Any]) -> None:
+    if as_json:
+        return
     for check in report["checks"]:
         click.echo(f"ok       {line_of(check)}")
     if "quality" in report:

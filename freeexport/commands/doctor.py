@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import click
 
-from freeexport.system.installation.gpu import cuda_rows, tensorrt_rows
-from freeexport.system.installation.report import Provider, Report, examine, report_as_dict
-from freeexport.system.machine import Machine
+from freeexport import __version__
+from freeexport.system.extras import PURPOSES, install_command, installed_version, missing_of
+from freeexport.system.machine import detect_machine
 from freeexport.system.page import human_bytes, pairs, print_page
+from runtime.cuda.driver import dotted
+from runtime.errors import EngineError
+from runtime.kernels import instructions, missing
+from runtime.tensorrt.files import import_tensorrt
+
+# Distributions that all install the import package `onnxruntime`: of two, the later one overwrites the earlier one.
+GPU_WHEEL = "onnxruntime-gpu"
+WHEELS = ("onnxruntime", GPU_WHEEL, "onnxruntime-directml", "onnxruntime-openvino")
+PACKAGES = ("numpy", "tokenizers", "jinja2", "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors")
+# The ONNX model y = x + x over float32[1] (opset 13), serialised once so that this probe does not need `onnx`.
+_PROBE = bytes.fromhex(
+    "08083a350a0e0a01780a017812017922034164641201675a0f0a0178120a0a08080112040a020801"
+    "620f0a0179120a0a08080112040a02080142040a00100d"
+)
+_NOT_LOADED = "it runs no operator here: its libraries or its device are missing"
+
+VersionOf = Callable[[str], str | None]
 
 
 @click.command()
@@ -24,49 +53,210 @@ def command(ctx: click.Context, as_json: bool) -> None:
     """
     report = examine()
     if as_json:
-        click.echo(json.dumps(report_as_dict(report), indent=2))
+        click.echo(json.dumps(report, indent=2))
     else:
-        show(report)
-    ctx.exit(0 if report.ok else 1)
+        _show(report)
+    ctx.exit(0 if report["ok"] else 1)
 
 
-def show(report: Report) -> None:
-    """Print the report as a page of tables."""
-    versions = {**report.wheels, **report.packages}
-    tables = [
-        pairs("Versions", [("freeexport", report.freeexport), ("python", report.python), ("system", report.platform)]),
-        pairs("Packages", [(name, version or "not installed") for name, version in versions.items()]),
-        pairs("Providers", [(item.name, _provider_text(item)) for item in report.providers]),
-        *([pairs("CUDA", rows)] if (rows := cuda_rows(report.cuda)) else []),
-        pairs("TensorRT", tensorrt_rows(report.tensorrt)),
-        pairs("Machine", [*_machine_rows(report.machine), ("freeexport's kernels", report.kernels)]),
+def examine(version_of: VersionOf = installed_version) -> dict[str, Any]:
+    """Look at this installation and machine, as values of JSON; `problems` are the reasons why decoding cannot work,
+    each with what to do. `version_of` tells the version of a distribution, or None."""
+    wheels = {wheel: version for wheel in WHEELS if (version := version_of(wheel))}
+    providers, problems = list[dict[str, Any]](), wheel_problems(list(wheels))
+    if not problems:
+        providers, problems = probe_onnxruntime(next(iter(wheels)))
+    why_not = missing()
+    if why_not is not None:
+        compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+        why_not += (
+            f"{'' if compiler else '; no C++ compiler is found here'}; until then ONNX Runtime's slower ones are "
+        )
+        why_not += "used"
+    return {
+        "ok": not problems,
+        "freeexport": __version__,
+        "python": f"{platform.python_version()} ({platform.python_implementation()})",
+        "platform": platform.platform(),
+        "wheels": wheels,
+        "packages": {name: version_of(name) for name in PACKAGES},
+        "providers": providers,
+        "cuda": check_cuda(version_of),
+        "tensorrt": check_tensorrt(version_of),
+        "machine": asdict(detect_machine()),
+        "kernels": why_not or instructions(),
+        "without_kernels": why_not is not None,
+        "missing": [
+            {"extra": extra, "purpose": purpose, "packages": names, "command": install_command(extra)}
+            for extra, purpose in PURPOSES.items()
+            if (names := missing_of(extra, version_of))
+        ],
+        "problems": problems,
+    }
+
+
+def wheel_problems(wheels: Sequence[str]) -> list[str]:
+    """Why this set of installed ONNX Runtime wheels cannot work; empty for exactly one."""
+    if not wheels:
+        return [f"ONNX Runtime is not installed; run: {install_command('cpu')}  (on an NVIDIA GPU: [gpu])"]
+    if len(wheels) > 1:
+        # Removing one wheel leaves the other with files missing, so all of them have to go.
+        remove = f"pip uninstall -y {' '.join(wheels)}"
+        install = install_command("gpu" if GPU_WHEEL in wheels else "cpu")
+        return [f"{' and '.join(wheels)} overwrite each other; run: {remove} && {install}"]
+    return []
+
+
+def probe_onnxruntime(wheel: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """The providers compiled into the installed wheel, each tried; and why decoding cannot work, if so."""
+    try:
+        ort = importlib.import_module("onnxruntime")
+        names = list(ort.get_available_providers())
+    except Exception as error:  # a broken wheel fails in many ways: ImportError, AttributeError, OSError
+        repair = f"pip install --force-reinstall --no-deps {wheel}"
+        return [], [f"{wheel} is installed but does not load ({_first_line(error)}); run: {repair}"]
+    problems = {name: provider_problem(ort, name) for name in names}
+    providers = [{"name": name, "usable": not why, "problem": why} for name, why in problems.items()]
+    if all(problems.values()):
+        return providers, ["no execution provider of onnxruntime works here; see the list of providers"]
+    return providers, []
+
+
+def provider_problem(ort: Any, name: str) -> str:
+    """Run a one-node model on provider `name` alone (ONNX Runtime would fall back to the CPU): why it fails, or ""."""
+    import numpy
+
+    try:
+        ort.set_default_logger_severity(4)  # a provider that fails to load writes pages to stderr
+        options = ort.SessionOptions()
+        if name != "CPUExecutionProvider":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        session = ort.InferenceSession(_PROBE, options, providers=[name], enable_fallback=0)
+        if name not in session.get_providers():
+            return _NOT_LOADED
+        (result,) = session.run(None, {"x": numpy.ones(1, numpy.float32)})
+    except Exception as error:  # anything a provider's library raises means not usable
+        return _NOT_LOADED if "fallback to CPU EP" in str(error) else _first_line(error)
+    return "" if result[0] == 2.0 else f"computed 1 + 1 = {result[0]}"
+
+
+def check_cuda(
+    version_of: VersionOf,
+    wanted: str | None = None,
+    requires: list[str] | None = None,
+    driver: Callable[[], int] | None = None,
+) -> dict[str, Any]:
+    """The CUDA (`wanted`) and the major version of cuDNN that onnxruntime-gpu was built for, the newest CUDA that the
+    driver runs, and what does not fit, with what to do. The other arguments are, by default, what is here."""
+    if version_of(GPU_WHEEL) is None:
+        return {"wanted": None, "cudnn": None, "driver": None, "bindings": None, "problems": []}
+    wanted = wanted or _built_for()
+    if requires is None:
+        requires = []
+        with suppress(metadata.PackageNotFoundError):
+            requires = metadata.requires(GPU_WHEEL) or []
+    cudnn = next((found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))), None)
+    bindings = version_of("cuda-bindings")
+    number = (driver or _driver_version)()
+    known = dotted(number) if number else None
+    problems = []
+    if wanted and number and number // 1000 < int(wanted.split(".")[0]):
+        problems.append(
+            f"{GPU_WHEEL} is built for CUDA {wanted}, and the driver runs up to {known}; install a newer driver"
+        )
+    if bindings is None:
+        problems.append("a session on a GPU needs cuda-python; pip install 'freeexport[gpu]'")
+    elif not number:
+        problems.append("no NVIDIA driver is loaded here")
+    if cudnn and wanted and not version_of(f"nvidia-cudnn-cu{wanted.split('.')[0]}"):
+        whole = f"pip install '{GPU_WHEEL}[cuda,cudnn]'"
+        problems.append(f"cuDNN {cudnn} is not among the packages; unless the system has it: {whole}")
+    return {"wanted": wanted, "cudnn": cudnn, "driver": known, "bindings": bindings, "problems": problems}
+
+
+def _built_for() -> str | None:
+    """The CUDA version that the wheel's own file names. Imports nothing of it."""
+    spec = importlib.util.find_spec("onnxruntime")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        with suppress(OSError):
+            text = (Path(place) / "capi" / "build_and_package_info.py").read_text()
+            if found := re.search(r"cuda_version = '([\d.]+)'", text):
+                return found[1]
+    return None
+
+
+def _driver_version() -> int:
+    """13000 for CUDA 13.0; 0 where there is no driver, or no cuda-python to ask."""
+    with suppress(ImportError):
+        from cuda.bindings import runtime
+
+        failed, version = runtime.cudaDriverGetVersion()
+        return 0 if int(failed) else int(version)
+    return 0
+
+
+def check_tensorrt(version_of: VersionOf) -> dict[str, str | None]:
+    """The installed version of TensorRT, and why engines cannot be built or run with it, or ""."""
+    version, problem = version_of("tensorrt"), ""
+    if version is not None:
+        try:
+            version = str(import_tensorrt().__version__)
+        except EngineError as error:
+            problem = str(error)
+    return {"version": version, "problem": problem}
+
+
+def _show(report: dict[str, Any]) -> None:
+    versions = {**report["wheels"], **report["packages"]}
+    providers = [
+        (one["name"], "usable" if one["usable"] else f"not usable: {one['problem']}") for one in report["providers"]
     ]
-    print_page(tables)
-    if report.without_kernels:
-        click.echo(f"slow: {report.kernels}")
-    for item in report.missing:
-        click.echo(f"optional: to {item.purpose}, run: {item.command}")
-    for problem in report.problems:
+    tensorrt = report["tensorrt"]
+    usable = f"{tensorrt['version']}: {tensorrt['problem'] or 'can build engines, and run them on a GPU'}"
+    print_page(
+        [
+            pairs("Versions", [(name, report[name]) for name in ("freeexport", "python", "platform")]),
+            pairs("Packages", [(name, version or "not installed") for name, version in versions.items()]),
+            pairs("Providers", providers),
+            pairs("CUDA", _cuda_rows(report["cuda"]) if GPU_WHEEL in versions else []),
+            pairs(
+                "TensorRT",
+                [("tensorrt", usable if tensorrt["version"] else "not installed")],
+            ),
+            pairs("Machine", [*_machine_rows(report["machine"]), ("freeexport's kernels", report["kernels"])]),
+        ]
+    )
+    if report["without_kernels"]:
+        click.echo(f"slow: {report['kernels']}")
+    for one in report["missing"]:
+        click.echo(f"optional: to {one['purpose']}, run: {one['command']}")
+    for problem in report["problems"]:
         click.echo(f"problem: {problem}")
-    if report.ok:
+    if report["ok"]:
         click.echo("This installation can decode.")
 
 
-def _provider_text(provider: Provider) -> str:
-    return "usable" if provider.usable else f"not usable: {provider.problem}"
+def _cuda_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    built_for = f"built for CUDA {found['wanted'] or 'unknown'}, cuDNN {found['cudnn'] or 'unknown'}"
+    driver = f"CUDA {found['driver']}" if found["driver"] else "not known"
+    rows = [(GPU_WHEEL, built_for), ("driver", driver), ("cuda-bindings", found["bindings"] or "not installed")]
+    return rows + [("does not fit", problem) for problem in found["problems"]]
 
 
-def _machine_rows(machine: Machine) -> list[tuple[str, str]]:
-    affinity = "all" if machine.affinity is None else " ".join(map(str, machine.affinity))
-    quota = "none" if machine.cpu_quota is None else f"{machine.cpu_quota:g} processors"
-    limit = "none" if machine.memory_limit is None else human_bytes(machine.memory_limit)
+def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:
+    affinity, quota, limit = machine["affinity"], machine["cpu_quota"], machine["memory_limit"]
+    memory = f"{human_bytes(machine['memory'])}, {human_bytes(machine['memory_available'])} available"
     return [
-        ("processor", machine.cpu),
-        ("features", " ".join(machine.features) or "none known"),
-        ("cores, threads", f"{machine.cores or 'unknown'}, {machine.threads or 'unknown'}"),
-        ("may run on", affinity),
-        ("control group's limit", quota),
-        ("threads of a session", str(machine.usable_cores)),
-        ("memory", f"{human_bytes(machine.memory)}, {human_bytes(machine.memory_available)} available"),
-        ("control group's memory", limit),
+        ("processor", machine["cpu"]),
+        ("features", " ".join(machine["features"]) or "none known"),
+        ("cores, threads", f"{machine['cores'] or 'unknown'}, {machine['threads'] or 'unknown'}"),
+        ("may run on", "all" if affinity is None else " ".join(map(str, affinity))),
+        ("control group's limit", "none" if quota is None else f"{quota:g} processors"),
+        ("threads of a session", str(machine["usable_cores"])),
+        ("memory", memory),
+        ("control group's memory", "none" if limit is None else human_bytes(limit)),
     ]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -7,30 +7,29 @@ import difflib
 import json
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import DEVICE, SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
 from freeexport.system.jsonl import STANDARD
-from runtime import FreeExportError, GenerationOptions, GenerationResult, OptionError, Session, Stats
+from runtime import FreeExportError, GenerationOptions, GenerationResult, OptionError, Session
 from runtime.errors import PromptLengthError
 from runtime.json_file import UnreadableError, read_text
-from runtime.options import Drafts, Mode
+from runtime.options import Mode
 from runtime.sequence import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
-# Options of a request that --option takes: all but those of this command, and Python functions.
-OWN = (
-    *("mode", "threshold", "drafts", "predicted_output", "max_new_tokens", "stop", "deadline", "temperature", "top_p"),
-    *("seed", "num_beams", "top_logprobs", "draft_source", "logits_processor", "cache_salt"),
+# Options of a request that this command has itself, or that a command line cannot give; --option takes all others.
+OWN = ("mode", "threshold", "predicted_output", "max_new_tokens", "stop", "temperature")
+OTHERS = sorted(
+    {item.name for item in dataclasses.fields(GenerationOptions)}
+    - {*OWN, "draft_source", "logits_processor", "cache_salt"}
 )
-OTHERS = sorted({item.name for item in dataclasses.fields(GenerationOptions)} - set(OWN))
 
 
 def _others(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
@@ -48,17 +47,13 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
-        if name == "sequence_bias":
-            options[name] = _biases(options[name], context, parameter)
+    if (biases := options.get("sequence_bias")) is not None:
+        try:
+            options["sequence_bias"] = {tuple(map(int, ids.split(","))): float(bias) for ids, bias in biases.items()}
+        except (AttributeError, TypeError, ValueError):
+            example = 'sequence_bias={"42": -5, "7,42": 2.5}'
+            raise click.BadParameter(f"sequence_bias is {biases!r}, not like {example}", context, parameter) from None
     return options
-
-
-def _biases(given: Any, context: click.Context, parameter: click.Parameter) -> dict[tuple[int, ...], float]:
-    try:
-        return {tuple(map(int, tokens.split(","))): float(bias) for tokens, bias in given.items()}
-    except (AttributeError, TypeError, ValueError):
-        example = 'sequence_bias={"42": -5, "7,42": 2.5}'
-        raise click.BadParameter(f"sequence_bias is {given!r}, not like {example}", context, parameter) from None
 
 
 @click.command(cls=SectionedCommand)
@@ -81,35 +76,24 @@ def _biases(given: Any, context: click.Context, parameter: click.Parameter) -> d
               help="Generate at most so many tokens, the end included.  [default: 256, or what fits]")  # fmt: skip
 @click.option("--stop", multiple=True, help="End before this string. May be repeated.")
 @click.option("--temperature", type=float, help="Sample at this temperature; 0 is greedy.")
-@click.option("--seed", type=int, help="The same seed gives the same tokens.")
 @section("Files", rare=True)
 @click.option("--resume", is_flag=True, help="Continue with the lines that OUTPUT does not have yet.")
 @click.option("--overwrite", is_flag=True, help="Replace OUTPUT.")
 @click.option("--batch-size", "batch", type=click.IntRange(1, 4096),
               help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
-@click.option("--deadline", type=float, metavar="SECONDS",
-              help="End a prompt that takes longer; with --input its line has failed.")  # fmt: skip
 @click.option("--no-trust-templates", is_flag=True,
               help="Do not load the tokenizer and chat template: PROMPT is token ids, as in 1,22,333.")  # fmt: skip
-@section("Drafts of mode lossless", rare=True)
-@click.option("--drafts", type=click.Choice(get_args(Drafts)),
-              help="Where they come from. exit: the shallow decoder. lookup: text that is repeated. none: nowhere. "
-              "auto: lookup, else exit.  [default: auto]")  # fmt: skip
+@section("Drafts, sampling, beams", rare=True)
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
-              help="Text that the output is expected to be, but for changes.")  # fmt: skip
-@section("Sampling, beams and several results", rare=True)
-@click.option("--top-p", type=float, help="Sample from the fewest best tokens with this total probability.")
-@click.option("--num-beams", type=int, default=1, help="Beam search: encoder-decoders in mode full.")
+              help="Text that the output is expected to be, but for changes: drafts of mode lossless.")  # fmt: skip
 @click.option("--num-return-sequences", type=click.IntRange(1, MOST_SEQUENCES), default=1,
               help="Return so many samples or beams, best first.")  # fmt: skip
-@click.option("--top-logprobs", type=int, default=0,
-              help="In JSON, the log-probability of each token, and of so many of the likeliest, 0 to 20.")  # fmt: skip
 @click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
-              help=f"Any other option of a request. May be repeated. Names: {', '.join(OTHERS)}.")  # fmt: skip
+              help="Any other option of a request, such as seed=1, top_p=0.9, num_beams=4, drafts=exit, deadline=60, "
+              f"or top_logprobs=3 for JSON. May be repeated. Names: {', '.join(OTHERS)}.")  # fmt: skip
 @section("Machine", rare=True)
 @click.option("--device", default="cpu", help=DEVICE)
-@click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
-@click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
+@click.option("--threads", type=int, help=THREADS)
 def command(
     bundle: Path,
     prompt: str | None,
@@ -121,7 +105,6 @@ def command(
     chat: bool,
     device: str,
     threads: int | None,
-    capacity: int | None,
     no_trust_templates: bool,
     num_return_sequences: int,
     predicted_output: Path | None,
@@ -134,39 +117,49 @@ def command(
     \b
     Example:
       freeexport generate bundle "The capital of France is" --max-new-tokens 32
-      freeexport generate bundle "Once upon a time" --temperature 0.8 --seed 1 -o top_k=40
+      freeexport generate bundle "Once upon a time" --temperature 0.8 -o top_k=40 -o seed=1
       freeexport generate bundle "Correct the spelling: ..." --mode lossless --predicted-output draft.txt
-      freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 --deadline 60
+      freeexport generate bundle --input prompts.jsonl --output results.jsonl --batch-size 8 -o deadline=60
       freeexport generate cuda-bundle "Once upon a time" --device cuda:0
     """
-    if source is not None and prompt is not None:
-        raise click.UsageError("--input goes without PROMPT")
-    if source is None and (target is not None or resume or overwrite or batch is not None):
-        raise click.UsageError("--output, --resume, --overwrite and --batch-size go with --input")
-    if resume and overwrite:
-        raise click.UsageError("--resume and --overwrite contradict each other; choose one")
-    if source is not None and target is not None and target.is_file() and target.samefile(source):
-        raise click.UsageError("--output is the same file as --input")
-    if chat and no_trust_templates:
-        raise click.UsageError("--chat needs the bundle's chat template; leave out --no-trust-templates")
-    if source is not None and predicted_output is not None:
-        raise click.UsageError("--predicted-output is for one PROMPT; leave out --input")
+    for wrong, message in (
+        (source and prompt is not None, "--input goes without PROMPT"),
+        (
+            not source and (target or resume or overwrite or batch),
+            "--output, --resume, --overwrite and --batch-size go with --input",
+        ),
+        (resume and overwrite, "--resume and --overwrite contradict each other; choose one"),
+        (source and target and target.is_file() and target.samefile(source), "--output is the same file as --input"),
+        (chat and no_trust_templates, "--chat needs the bundle's chat template; leave out --no-trust-templates"),
+        (source and predicted_output, "--predicted-output is for one PROMPT; leave out --input"),
+    ):
+        if wrong:
+            raise click.UsageError(message)
     options = {name: value for name, value in {**given, **others}.items() if value is not None}
     if predicted_output is not None:
-        options["predicted_output"] = _text_of(predicted_output)
-    if options["top_logprobs"]:
+        try:
+            options["predicted_output"] = read_text(predicted_output)
+        except UnreadableError as error:
+            raise OptionError(
+                f"--predicted-output {predicted_output} cannot be read ({error}); give a text file in UTF-8"
+            ) from None
+    if options.get("top_logprobs"):
         options["output_logprobs"] = True
     slots = 1 if source is None else batch or BATCH
     trust = not no_trust_templates
-    with _session(
-        bundle, device=device, threads=threads, capacity=capacity, slots=slots, trust_templates=trust
-    ) as session:
-        hint = ChatHint(session)
+    with Session(bundle, device=device, threads=threads, slots=slots, trust_templates=trust) as session:
+        if sys.stderr.isatty():
+            rows = session.capacity + session.manifest.max_pending
+            click.echo(f"KV cache: {slots * session.manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
+        names_mode = "mode" in options or "threshold" in options
 
         def prompt_of(text: Any) -> Any:
-            prompt = _prompt(text, chat) if trust else _ids(text)
-            _check_room(session, prompt, options)
-            return prompt
+            if no_trust_templates:
+                text = _ids(text)
+            elif chat and isinstance(text, str):
+                text = [{"role": "user", "content": text}]
+            _check_room(session, text, options.get("max_new_tokens"))
+            return text
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
             prompt = prompt_of(text)
@@ -177,22 +170,37 @@ def command(
             hint(prompt, results)
             return results
 
+        hint = _chat_hint(session)
         if source is not None:
-            if "mode" not in options and "threshold" not in options:
+            if not names_mode:
                 click.echo(session.default_mode, err=True)
-            answer_file(ask, source, target or Path(STANDARD), batch or BATCH, resume, overwrite)
+            answer_file(ask, source, target or Path(STANDARD), slots, resume, overwrite)
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
-        if num_return_sequences > 1:
-            _print_all(ask(text), as_json)
-        else:
-            prompt = prompt_of(text)
-            hint(prompt, [_generate_one(session, prompt, as_json, options)])
+        if num_return_sequences == 1 and not as_json:
+            asked = prompt_of(text)
+            hint(asked, [_stream(session, asked, names_mode, options)])
+            return
+        results = ask(text)
+        if not results:
+            raise FreeExportError("the deadline passed before the first result; allow more with -o deadline=SECONDS")
+        if as_json:
+            click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
+            return
+        for result in results:
+            logprob = sum(result.logprobs or ()) / len(result.token_ids)
+            click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
 
 
-def _check_room(session: Session, prompt: Any, options: dict[str, Any]) -> None:
+def _ids(text: Any) -> Any:
+    """Token ids as text names them; what names none stays, and the session refuses it with the reason."""
+    words = text.replace(",", " ").split() if isinstance(text, str) else []
+    listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
+    return list(map(int, words)) if listed else text
+
+
+def _check_room(session: Session, prompt: Any, wanted: int | None) -> None:
     """PromptLengthError where more tokens were asked for than the context has room for."""
-    wanted = options.get("max_new_tokens")
     if wanted is None:
         return
     read = 1 if session.manifest.encoder_decoder else len(session.encode(prompt))
@@ -205,87 +213,41 @@ def _check_room(session: Session, prompt: Any, options: dict[str, Any]) -> None:
         )
 
 
-class ChatHint:
-    """Says once, on stderr, that a bundle has a chat template, where a prompt without it was answered with nothing."""
+def _chat_hint(session: Session) -> Callable[[Any, list[GenerationResult]], None]:
+    """Hint once, on stderr, at the bundle's chat template, where a prompt without it had an empty answer."""
+    wanted = session.tokenizer is not None and session.tokenizer.chat_template is not None
 
-    def __init__(self, session: Session) -> None:
-        tokenizer = session.tokenizer
-        self._wanted = tokenizer is not None and tokenizer.chat_template is not None
-
-    def __call__(self, prompt: Any, results: list[GenerationResult]) -> None:
+    def hint(prompt: Any, results: list[GenerationResult]) -> None:
+        nonlocal wanted
         empty = any(result.finish_reason == "eos" and not result.text.strip() for result in results)
-        if self._wanted and empty and isinstance(prompt, str):
-            self._wanted = False
+        if wanted and empty and isinstance(prompt, str):
+            wanted = False
             click.echo("hint: the answer is empty, and this bundle has a chat template; try --chat", err=True)
 
-
-def _prompt(text: Any, chat: bool) -> Any:
-    return [{"role": "user", "content": text}] if chat and isinstance(text, str) else text
+    return hint
 
 
-def _ids(text: Any) -> Any:
-    """Token ids as text names them; what names none stays, and the session says why it is refused."""
-    words = text.replace(",", " ").split() if isinstance(text, str) else []
-    listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
-    return list(map(int, words)) if listed else text
-
-
-def _text_of(path: Path) -> str:
-    try:
-        return read_text(path)
-    except UnreadableError as error:
-        raise OptionError(f"--predicted-output {path} cannot be read ({error}); give a text file in UTF-8") from None
-
-
-def _print_all(results: list[GenerationResult], as_json: bool) -> None:
-    if not results:
-        raise FreeExportError("the deadline passed before the first result; allow more with --deadline")
-    if as_json:
-        click.echo(json.dumps(fields_of(*results), ensure_ascii=False))
-        return
-    for result in results:
-        logprob = sum(result.logprobs or ()) / len(result.token_ids)
-        click.echo(f"[{logprob:.2f} nats a token] {result.text or result.token_ids}")
-
-
-@contextmanager
-def _session(bundle: Path, slots: int, **options: Any) -> Iterator[Session]:
-    with Session(bundle, slots=slots, **options) as session:
-        manifest = session.manifest
-        if sys.stderr.isatty():
-            rows = session.capacity + manifest.max_pending
-            click.echo(f"KV cache: {slots * manifest.kv_bytes_per_token * rows / 1e6:.1f} MB", err=True)
-        yield session
-
-
-def _generate_one(session: Session, prompt: Any, as_json: bool, options: dict[str, Any]) -> GenerationResult:
+def _stream(session: Session, prompt: Any, names_mode: bool, options: dict[str, Any]) -> GenerationResult:
+    """Print tokens as they come, and then a line of figures on stderr."""
     with session.stream(prompt, **options) as stream:
-        if not as_json and "mode" not in options and "threshold" not in options:
+        if not names_mode:
             click.echo(session.default_mode, err=True)
         for token in stream:
-            if not as_json:
-                click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)
-                sys.stdout.flush()
-    if as_json:
-        click.echo(json.dumps(fields_of(stream.result), ensure_ascii=False))
-        return stream.result
+            click.echo(token.text if session.tokenizer else f"{token.id} ", nl=False)
+            sys.stdout.flush()
     click.echo()
     stats = stream.result.stats
-    asked = options.get("mode", stats.mode)
-    click.echo(
-        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited, "
-        f"{f'{stats.rejected} drafts rejected, ' if stats.rejected else ''}{_sources(stats)}"
-        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}"
-        f"{'' if stats.mode in (None, asked) else f'; decoded as {stats.mode}: no token can exit'}",
-        err=True,
-    )
+    figures = [
+        f"{stats.tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, {stats.exit_rate:.0%} exited",
+        *([f"{stats.rejected} drafts rejected"] if stats.rejected else []),
+        *(
+            f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time)"
+            for source, counts in stats.drafts.items()
+            if source != "exit"
+        ),
+        f"{stats.sync_passes} deep passes, finished by {stream.result.finish_reason}",
+    ]
+    if stats.mode not in (None, options.get("mode", stats.mode)):
+        figures[-1] += f"; decoded as {stats.mode}: no token can exit"
+    click.echo(", ".join(figures), err=True)
     return stream.result
-
-
-def _sources(stats: Stats) -> str:
-    """Describe the drafts that no exit made."""
-    return "".join(
-        f"{counts.accepted} of {counts.proposed} {source} drafts accepted ({counts.mean_accepted:.1f} at a time), "
-        for source, counts in stats.drafts.items()
-        if source != "exit"
-    )

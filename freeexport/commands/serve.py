@@ -8,13 +8,14 @@ from typing import Any, get_args
 
 import click
 
-from freeexport.commands.verb_options import SectionedCommand, section
+from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, section
 from runtime.options import Mode, SessionOptions
 
 KEY = "FREEEXPORT_API_KEY"
-DEMO = Path(".demo/g2p")
 # Chats send all earlier turns again. For SmolLM2-135M 5,500 tokens; its four slots take 380 MB.
 PREFIX_CACHE_MB = 256
+# Options of a session; the others are the server's.
+SESSION = ("threads", "slots", "queue", "capacity", "device", "threshold", "prefix_cache_mb")
 
 
 @click.command(cls=SectionedCommand)
@@ -22,7 +23,6 @@ PREFIX_CACHE_MB = 256
 @section("What is served")
 @click.option("--name", "names", multiple=True, help="Name of a model, in the order of BUNDLES. May be repeated.  "
               "[default: the directory's]")  # fmt: skip
-@click.option("--demo", is_flag=True, help=f"Serve the pronunciation model of this package, converted to {DEMO}.")
 @click.option("--mode", type=click.Choice(get_args(Mode)),
               help="Mode of requests that name none.  [default: free where a threshold is given or calibrated, else "
               "lossless]")  # fmt: skip
@@ -37,64 +37,31 @@ PREFIX_CACHE_MB = 256
 @section("Machine")
 @click.option("--slots", type=int, default=4, help="Requests of a bundle that are decoded at once.")
 @click.option("--queue", type=int, default=256, help="Requests that may wait; more get 429.")
-@click.option("--threads", type=int, help="CPU threads.  [default: one per physical core]")
+@click.option("--threads", type=int, help=THREADS)
 @click.option("--capacity", type=int, help="Positions of the KV cache.  [default: the bundle's]")
 @click.option("--prefix-cache-mb", type=int, metavar="MB",
               help="Keep keys and values of what was read, for requests that begin alike; 0 is off.  "
               f"[default: {PREFIX_CACHE_MB} on a CPU]")  # fmt: skip
-@click.option("--device", default="cpu", help="cpu, or cuda:0 for the first GPU.")
+@click.option("--device", default="cpu", help=DEVICE)
 @click.option("--shutdown-timeout", type=click.FloatRange(0), default=30.0, metavar="SECONDS",
               help="After SIGTERM running requests have so long to end.")  # fmt: skip
-def command(
-    bundles: tuple[Path, ...],
-    demo: bool,
-    host: str,
-    port: int,
-    threshold: float | None,
-    slots: int,
-    queue: int,
-    threads: int | None,
-    capacity: int | None,
-    prefix_cache_mb: int | None,
-    device: str,
-    **options: Any,
-) -> None:
+def command(bundles: tuple[Path, ...], host: str, port: int, **options: Any) -> None:
     """Serve BUNDLES to clients of OpenAI's interface: /v1/chat/completions, /v1/completions, /v1/models.
 
     Requests of one bundle share engine calls. A line of JSON for each goes to standard output. SIGTERM ends the server
     after the running requests. Prometheus reads /metrics. Where the variable FREEEXPORT_API_KEY is set, clients must
-    send its value as their API key.
+    send its value as their API key. `freeexport demo` makes a bundle to try, .demo/g2p.
 
     \b
     Example:
       freeexport serve bundle --port 8000
-      freeexport serve --demo
       curl http://127.0.0.1:8000/v1/completions -d '{"prompt": "g2p: hello world"}'
     """
     from freeexport.serving.server import run
     from freeexport.serving.service import ServerOptions
 
-    if prefix_cache_mb is None:
-        prefix_cache_mb = PREFIX_CACHE_MB if device == "cpu" else 0
-    session = SessionOptions(
-        threads=threads,
-        slots=slots,
-        queue=queue,
-        capacity=capacity,
-        device=device,
-        threshold=threshold,
-        prefix_cache_mb=prefix_cache_mb,
-    )
-    served = (*bundles, *((_demo(),) if demo else ()))
-    run(ServerOptions(served, session=session, api_key=os.environ.get(KEY) or None, **options), host, port)
-
-
-def _demo() -> Path:
-    """Converted in a process of its own, where it was not: the server loads no torch."""
-    from freeexport.system.child import run_child
-
-    if not (DEMO / "freeexport.json").exists():
-        model = Path(__file__).resolve().parents[1] / "data" / "g2p"
-        click.echo(f"converting {model.name} to {DEMO}", err=True)
-        run_child("freeexport", "convert", str(model), str(DEMO), "--calibration", str(model / "calibration.json"))
-    return DEMO
+    session = {name: options.pop(name) for name in SESSION}
+    if session["prefix_cache_mb"] is None:
+        session["prefix_cache_mb"] = PREFIX_CACHE_MB if session["device"] == "cpu" else 0
+    key = os.environ.get(KEY) or None
+    run(ServerOptions(bundles, session=SessionOptions(**session), api_key=key, **options), host, port)

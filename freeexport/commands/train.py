@@ -34,10 +34,10 @@ from freeexport.training.train import leave_group, train
 @click.option("--loss-alpha", type=float, default=TrainingOptions.loss_alpha, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default=TrainingOptions.tune,
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip
-@click.option("--lora-rank", type=int, default=TrainingOptions.lora_rank,
-              help="Rank of LoRA adapters, on all linear layers; alpha is twice the rank.")  # fmt: skip
-@click.option("--adapter-rank", type=int, default=TrainingOptions.adapter_rank,
-              help="Rank of the adapter of --tune exit; 0 is a norm only.")  # fmt: skip
+@click.option("--rank", type=int,
+              help="Rank of LoRA adapters, on all linear layers (alpha is twice the rank); of the adapter of --tune "
+              "exit, 0 for a norm only.  "
+              f"[default: {TrainingOptions.lora_rank}; exit: {TrainingOptions.adapter_rank}]")  # fmt: skip
 @click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
               help="Transformer layers of the exit's own, before the head; decoder-only.")  # fmt: skip
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
@@ -76,7 +76,7 @@ from freeexport.training.train import leave_group, train
 @click.option("--resume", is_flag=True, help="Continue the interrupted run in OUT.training.")
 @click.option("--overwrite", is_flag=True, help="Replace what train wrote at OUT, and an interrupted run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
+def command(model: str, out: Path, as_json: bool, rank: int | None, **options: Any) -> None:
     """Fine-tune MODEL for an exit after one of its layers, and write it to OUT for `convert`.
 
     MODEL is a Hugging Face checkpoint directory, a hub name, or a GGUF file. DATA has one JSON object a line, with
@@ -87,6 +87,10 @@ def command(model: str, out: Path, as_json: bool, **options: Any) -> None:
       freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
       torchrun --nproc-per-node 4 -m freeexport train path/to/checkpoint trained --data train.jsonl --exit-layer 6
     """
+    if rank is not None:
+        if options["tune"] == "full":
+            raise click.UsageError("--rank is for --tune lora or exit; --tune full has no adapters")
+        options["lora_rank" if options["tune"] == "lora" else "adapter_rank"] = rank
     trained = train(model, out, TrainingOptions(**options))
     if not leave_group():
         return

@@ -1,4 +1,4 @@
-"""Options that verbs share: sections of the help, texts, and names that were others before."""
+"""Options that verbs share: sections of the help, and texts."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ REST = "Other options"
 SAMPLES = "Use only the first N lines of --data."
 MAX_NEW_TOKENS = "Generate at most so many tokens for a line."
 DEVICE = "cpu, or cuda:0 for the first GPU."
+THREADS = "CPU threads.  [default: one per physical core]"
 CONFIDENCES = (
     "softmax: probability of the best token minus that of the second. max-prob: of the best alone. entropy: 1 minus "
     "the normalized entropy."
@@ -42,8 +43,8 @@ class MetricName(click.ParamType):
 
 
 class SectionedCommand(click.Command):
-    """Its help shows options under the headings that `section` gave them, in the order of their declaration. Rare
-    sections are shown with --help-all."""
+    """A command whose help shows options under the headings that `section` gave them, in the order of their
+    declaration; rare sections are shown with --help-all alone."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         params = super().get_params(ctx)
@@ -52,14 +53,14 @@ class SectionedCommand(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
         rest: list[tuple[str, str]] = []
-        hidden = dict[str, int]()
+        hidden: list[str] = []
         for option in self.get_params(ctx):
             record = option.get_help_record(ctx) if isinstance(option, click.Option) else None
+            title = getattr(option, "section", None)
             if record is None:
                 continue
-            title = getattr(option, "section", None)
             if getattr(option, "rare", False) and HELP_ALL.name not in ctx.meta:
-                hidden[str(title)] = hidden.get(str(title), 0) + 1
+                hidden.append(str(title))
             else:
                 (rest if title is None else sections.setdefault(title, [])).append(record)
         for name, records in {**sections, REST: rest}.items():
@@ -67,8 +68,8 @@ class SectionedCommand(click.Command):
                 formatter.write_dl(records)
         if hidden:
             formatter.write_paragraph()
-            titles = ", ".join(title[:1].lower() + title[1:] for title in hidden)
-            formatter.write_text(f"{sum(hidden.values())} more options with --help-all: {titles}.")
+            titles = ", ".join(title[:1].lower() + title[1:] for title in dict.fromkeys(hidden))
+            formatter.write_text(f"{len(hidden)} more options with --help-all: {titles}.")
 
 
 def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -84,8 +85,7 @@ HELP_ALL = click.Option(
 
 
 def section(title: str, rare: bool = False) -> Callable[[Decorated], Decorated]:
-    """A heading above the options that are declared below it, up to the next heading; `rare` ones are shown with
-    --help-all alone."""
+    """A heading above the options that are declared below it, up to the next heading."""
 
     def mark(function: Decorated) -> Decorated:
         # Decorators run from the last to the first: what has no heading yet stands below this one.

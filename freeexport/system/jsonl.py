@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ MAX_SKIPPED = 1 << 30
 # The name of standard input and output, and how long nobody may be at the other end of a named pipe.
 STANDARD = "-"
 PIPE_SECONDS = 60.0
-# What others call an input.
+# Names that other formats give an input.
 _OTHER_NAMES = ("text", "prompt", "messages", "instruction", "source")
 
 
@@ -49,22 +48,18 @@ class BrokenLine:
 
 
 def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
-    """The lines of a JSONL file in order, one at a time; blank ones are left out, broken ones do not end the reading.
-    A line of more than MAX_LINE bytes is a broken one. It may be a pipe, and `-` is standard input.
+    """Yield the lines of a JSONL file, of a pipe, or of standard input (`-`) in order; blank ones are left out.
 
     Raises OptionError, at the call, when the file cannot be opened, and later where reading it fails or a line does not
     end within MAX_SKIPPED bytes.
     """
-    file: Any
     try:
         if str(path) == STANDARD:
-            file = sys.stdin.buffer
-        elif stat.S_ISFIFO(path.stat().st_mode):
-            file = open_pipe(path, "rb")
+            file: Any = sys.stdin.buffer
         else:
-            file = path.open("rb")
+            file = open_pipe(path, "rb") if path.is_fifo() else path.open("rb")
     except OSError as error:
-        raise OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from None
+        raise _unreadable(path, error) from None
 
     def lines() -> Iterator[Request | BrokenLine]:
         with file:
@@ -80,20 +75,18 @@ def read_requests(path: Path) -> Iterator[Request | BrokenLine]:
     return lines()
 
 
-def open_pipe(path: Path, mode: str, seconds: float | None = None) -> Any:
+def open_pipe(path: Path, mode: str) -> Any:
     """Open a named pipe as soon as another process has opened its other end, unbuffered for writing. Raises OptionError
-    where none has in so many seconds, by default PIPE_SECONDS."""
+    where none has in PIPE_SECONDS."""
     opened: list[Any] = []
     reads = mode == "rb"
     # The system call has no limit of its own; a thread that it never leaves ends with the process.
-    buffering = -1 if reads else 0
-    thread = threading.Thread(target=lambda: opened.append(path.open(mode, buffering)), daemon=True)
+    thread = threading.Thread(target=lambda: opened.append(path.open(mode, -1 if reads else 0)), daemon=True)
     thread.start()
-    seconds = PIPE_SECONDS if seconds is None else seconds
-    thread.join(min(1.0, seconds))
+    thread.join(min(1.0, PIPE_SECONDS))
     if thread.is_alive():
         click.echo(f"waiting for a process that {'writes to' if reads else 'reads'} {path}", err=True)
-        thread.join(seconds)
+        thread.join(PIPE_SECONDS)
     if not opened:
         nobody = "nothing writes to" if reads else "nothing reads"
         raise OptionError(f"{nobody} the pipe {path}; start the other process, or name a file")
@@ -113,8 +106,12 @@ def whole_lines(path: Path) -> list[bytes]:
     return whole.splitlines()
 
 
+def _unreadable(path: Path, error: OSError) -> OptionError:
+    return OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file")
+
+
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
-    """With its end, empty at the end of the file, None where it is too long: the next call reads the line after it."""
+    """A line with its end, empty at the end of the file, None where it is too long: the next call reads the next."""
     try:
         line = file.readline(MAX_LINE + 1)
         if len(line) <= MAX_LINE:
@@ -126,7 +123,7 @@ def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:
             if skipped > MAX_SKIPPED:
                 raise OptionError(f"{path}, line {number} has no end in {MAX_SKIPPED >> 20} MiB; name a JSONL file")
     except OSError as error:
-        raise OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file") from None
+        raise _unreadable(path, error) from None
     return None
 
 
@@ -161,9 +158,7 @@ def _input_problem(record: dict[str, Any]) -> str | None:
         return f"'input' is {type(value).__name__}, not a string or a list of messages"
     if not value:
         return "'input' is empty"
-    if isinstance(value, str):
-        return None
-    for index, message in enumerate(value):
+    for index, message in enumerate(value if isinstance(value, list) else ()):
         if not isinstance(message, dict):
             return f"message {index} of 'input' is {type(message).__name__}, not an object with 'role' and 'content'"
         for name in ("role", "content"):

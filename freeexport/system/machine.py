@@ -18,10 +18,9 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")
 # Instruction sets that decide which matrix kernels ONNX Runtime and torch pick.
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "asimd", "asimddp", "i8mm", "sve", *BFLOAT16)
 
-# Parameters of mallopt(3): where memory at the top is given back, what more is asked for, and the most mappings.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
-_KEPT = {_TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20, _MMAP_MAX: 0}
-_USUAL = {_TRIM_THRESHOLD: 128 << 10, _TOP_PAD: 128 << 10, _MMAP_MAX: 65536}
+# For mallopt(3): M_TRIM_THRESHOLD, M_TOP_PAD and M_MMAP_MAX.
+_KEPT = {-1: 2**31 - 1, -2: 64 << 20, -4: 0}
+_USUAL = {-1: 128 << 10, -2: 128 << 10, -4: 65536}
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,11 @@ def detect_machine(root: Path = ROOT) -> Machine:
 def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
     """The model name ("" where unknown) and the known FEATURES of the first processor in /proc/cpuinfo."""
     model, flags = "", set[str]()
-    for line in _read(root / "proc/cpuinfo").splitlines():
+    try:
+        text = (root / "proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ()
+    for line in text.splitlines():
         name, _, value = line.partition(":")
         if name.strip() == "model name":
             model = model or value.strip()
@@ -77,13 +80,6 @@ def read_cpuinfo(root: Path = ROOT) -> tuple[str, tuple[str, ...]]:
 def multiplies_bfloat16(root: Path = ROOT) -> bool:
     """Whether the processor has instructions for it; without them torch's bfloat16 products are slow."""
     return any(feature in BFLOAT16 for feature in read_cpuinfo(root)[1])
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def keep_freed_memory(keep: bool = True) -> bool:

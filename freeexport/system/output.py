@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -24,10 +23,6 @@ except ImportError:  # Windows: nothing is ever held
 # A full disk, a quota, or a limit of file sizes; libraries in Rust tell the number in their text.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-# A kernel, a C library or a file system that cannot exchange: ENOTSUP on some network file systems, EXDEV for a
-# directory that an overlay has from a layer below.
-_CANNOT = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EPERM)
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _LOCKED = b"freeexport writes beside this file\n"
 
 
@@ -81,10 +76,9 @@ def check_writable(path: Path | None, option: str) -> None:
 def output_directory(out: Path, marker: str, overwrite: bool, sync: bool = True) -> Iterator[Path]:
     """Yield an empty directory beside `out` that takes its name when the block ends without an error.
 
-    What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`: the two change
-    places in one step where the system can do that, else in two, which a kill between them leaves for the next call to
-    put right. With `sync` everything is on the disk before. Raises OutputError, also while another process writes to
-    `out`.
+    What stands at `out` is replaced only with `overwrite`, and only if it holds the file `marker`. It is renamed just
+    before; what a kill between the two renames leaves, the next call puts back. With `sync` everything is on the disk
+    before. Raises OutputError, also while another process writes to `out`.
     """
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -137,34 +131,17 @@ def _swap(partial: Path, out: Path, marker: str) -> None:
     """Give `out` to the new directory; what came there since it was looked at, and is not ours, is put back."""
     if not os.path.lexists(out) or _is_empty(out):
         partial.rename(out)  # over an empty directory too
-    elif exchange(partial, out):
-        if not _is_ours(partial, marker):
-            exchange(partial, out)
-            raise _not_ours(out, marker)
-    else:
-        old = _beside(out, "old")
-        out.rename(old)
-        try:
-            if not _is_ours(old, marker):
-                raise _not_ours(out, marker)
-            partial.rename(out)
-        except (OSError, OutputError):
-            old.rename(out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places; False where the system cannot do it, and nothing has changed. Raises OSError."""
+        return
+    old = _beside(out, "old")
+    out.rename(old)
     try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):  # no such function; TypeError: not a POSIX system
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    if (code := ctypes.get_errno()) in _CANNOT:
-        return False
-    raise OSError(code, os.strerror(code), str(one), None, str(other))
+        if not _is_ours(old, marker):
+            raise _not_ours(out, marker)
+        partial.rename(out)
+    except (OSError, OutputError):
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager

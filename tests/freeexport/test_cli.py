@@ -4,7 +4,6 @@ import errno
 import importlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import tomllib
@@ -16,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from freeexport import cli, commands
-from freeexport.system.installation.extras import PURPOSES, extras, how_to_install, missing_of
+from freeexport.system.extras import PURPOSES, extras, how_to_install, missing_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -101,38 +100,41 @@ def test_verb_without_a_module_is_not_listed_and_is_a_usage_error(monkeypatch: p
     assert "No such command 'absent'" in result.stderr
 
 
-def test_a_verb_runs(run_verb: Run) -> None:
-    result = run_verb("click.echo('ran')")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, "ran\n", "")
+def test_a_verb_runs_and_its_own_exit_code_is_kept(run_verb: Run) -> None:
+    for body, found in (
+        ("click.echo('ran')", (0, "ran\n", "")),
+        ("raise click.exceptions.Exit(7)", (7, "", "")),
+        ("raise BrokenPipeError(32, 'Broken pipe')", (1, "", "")),  # quiet
+    ):
+        result = run_verb(body)
+        assert (result.exit_code, result.stdout, result.stderr) == found
 
 
-def test_a_verbs_own_exit_code_is_kept(run_verb: Run) -> None:
-    result = run_verb("raise click.exceptions.Exit(7)")
-    assert (result.exit_code, result.stderr) == (7, "")
+BUNDLE_ERROR = "from runtime.errors import BundleError; raise BundleError('deep.onnx is altered;\\n convert')"
 
 
-def test_project_error_is_one_line(run_verb: Run) -> None:
-    result = run_verb("from runtime.errors import BundleError; raise BundleError('deep.onnx is altered;\\n convert')")
-    assert error_line(result) == "error: deep.onnx is altered; convert"
-
-
-@pytest.mark.parametrize("exception", ["KeyboardInterrupt", "click.Abort"])
-def test_interrupt_exits_with_130(run_verb: Run, exception: str) -> None:
-    assert error_line(run_verb(f"raise {exception}()"), cli.INTERRUPTED) == "error: interrupted"
-
-
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
-def test_ctrl_c_in_a_real_process_exits_with_130() -> None:
-    code = (
-        "import os, signal, click; from freeexport import cli\n"
-        # A background job of a shell is born without.
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "command = click.command()(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "cli.Verbs.get_command = lambda *_: command\n"
-        "cli.main(['convert'])"
-    )
-    done = run_python(code)
-    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+@pytest.mark.parametrize(
+    ("body", "exit_code", "line"),
+    [
+        (BUNDLE_ERROR, 1, "error: deep.onnx is altered; convert"),
+        ("raise KeyboardInterrupt()", 130, "error: interrupted"),
+        ("raise click.Abort()", 130, "error: interrupted"),
+        ("open('no/such/file')", 1, "error: no/such/file: No such file or directory"),
+        (
+            "raise MemoryError('cannot allocate 9 GB')",
+            1,
+            "error: out of memory (cannot allocate 9 GB); free some memory, or lower --capacity, and run again",
+        ),
+        pytest.param(
+            "open('/dev/full', 'w', buffering=1).write('x\\n')",
+            1,
+            "error: disk full while writing the output; free some space and run again",
+            marks=pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full"),
+        ),
+    ],
+)
+def test_an_error_is_one_line(body: str, exit_code: int, line: str, run_verb: Run) -> None:
+    assert error_line(run_verb(body), exit_code) == line
 
 
 INTERRUPTED_IN = """
@@ -151,24 +153,33 @@ entry.main()
 """
 
 
-@pytest.mark.parametrize("module", ["freeexport.cli", "click", "numpy", "freeexport.commands.doctor"])
+@pytest.mark.parametrize("module", ["freeexport.cli", "numpy", "freeexport.commands.doctor"])
 def test_ctrl_c_while_packages_are_imported_exits_with_130(module: str) -> None:
     done = run_python(INTERRUPTED_IN.replace("MODULE", module))
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-def test_ctrl_c_while_options_are_parsed_exits_with_130() -> None:
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "cli.Verbs.get_command = lambda *_: click.command()(interrupt)",
+        "click.Group.parse_args = lambda *_: interrupt()",
+    ],
+    ids=["in the verb", "while options are parsed"],
+)
+def test_ctrl_c_in_a_real_process_exits_with_130(changed: str) -> None:
     code = (
-        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        # A background job of a shell is born without.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from freeexport import cli; import click\n"
-        "click.Group.parse_args = lambda *_: signal.raise_signal(signal.SIGINT)\n"
-        "cli.main(['doctor'])"
+        "interrupt = lambda: signal.raise_signal(signal.SIGINT)\n"
+        f"{changed}\ncli.main(['doctor'])"
     )
     done = run_python(code)
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: Path) -> None:
     """What a library prints to a closed stream must not go to the file that is opened next."""
     (tmp_path / "shape.py").write_text(
@@ -190,29 +201,14 @@ def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: P
     assert done.stderr == ("" if "2>&-" in closed else "to stderr\nnative")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_full_disk_names_what_to_do(run_verb: Run) -> None:
-    line = error_line(run_verb("open('/dev/full', 'w', buffering=1).write('x\\n')"))
-    assert line == "error: disk full while writing the output; free some space and run again"
-
-
 def test_full_disk_names_the_file() -> None:
     error = OSError(errno.ENOSPC, "No space left on device", "out/deep.data")
     assert cli.describe(error) == "disk full while writing out/deep.data; free some space and run again"
 
 
-def test_missing_file_is_named(run_verb: Run) -> None:
-    assert error_line(run_verb("open('no/such/file')")) == "error: no/such/file: No such file or directory"
-
-
 def test_os_error_of_a_library_keeps_its_text() -> None:
     assert cli.describe(OSError("gpt9 is not a model\nidentifier")) == "gpt9 is not a model identifier"
     assert cli.describe(OSError()) == "OSError"
-
-
-def test_out_of_memory_is_one_line(run_verb: Run) -> None:
-    line = error_line(run_verb("raise MemoryError('cannot allocate 9 GB')"))
-    assert line.startswith("error: out of memory (cannot allocate 9 GB); ")
 
 
 @pytest.mark.parametrize(
@@ -231,14 +227,14 @@ def test_out_of_memory_is_one_line(run_verb: Run) -> None:
 def test_a_missing_package_names_the_extra_of_its_verb(
     verb: str | None, module: str, line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("freeexport.system.installation.extras.missing_of", lambda extra: ())
+    monkeypatch.setattr("freeexport.system.extras.missing_of", lambda extra: ())
     assert cli.describe(ModuleNotFoundError(f"No module named {module}", name=module), verb) == line
 
 
 def test_all_that_a_verb_lacks_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = ("onnxruntime", "peft", "tensorboard", "torch", "transformers")
     missing = {name: tuple(package for package in extras()[name] if package in absent) for name in extras()}
-    monkeypatch.setattr("freeexport.system.installation.extras.missing_of", missing.__getitem__)
+    monkeypatch.setattr("freeexport.system.extras.missing_of", missing.__getitem__)
     assert how_to_install("peft", "train") == (
         "peft, onnxruntime, tensorboard, torch, transformers are not installed; "
         "run: pip install 'freeexport[cpu,train]'"
@@ -268,24 +264,16 @@ def test_a_bug_is_called_one(error: Exception) -> None:
     assert "this is a bug" in cli.describe(error)
 
 
-def test_debug_shows_the_traceback_and_the_line(run_verb: Run) -> None:
+def test_debug_shows_the_traceback_and_the_line(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_verb("raise MemoryError()", "--debug")
+    monkeypatch.setenv("FREEEXPORT_DEBUG", "1")
+    assert "Traceback" in run_verb("raise MemoryError()").stderr
     assert result.exit_code == 1
     assert "Traceback (most recent call last)" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: out of memory;")
-
-
-def test_debug_from_the_environment(run_verb: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FREEEXPORT_DEBUG", "1")
-    assert "Traceback" in run_verb("raise MemoryError()").stderr
 
 
 def test_usage_error_exits_with_2(run_verb: Run) -> None:
     result = run_verb("raise click.UsageError('--exit-layer needs a number')")
     assert result.exit_code == 2
     assert "--exit-layer needs a number" in result.stderr
-
-
-def test_closed_pipe_is_quiet(run_verb: Run) -> None:
-    result = run_verb("raise BrokenPipeError(32, 'Broken pipe')")
-    assert (result.exit_code, result.stderr) == (1, "")

@@ -1,10 +1,12 @@
+"""What doctor reports: wheels, providers, CUDA, TensorRT, extras; and what to do about each."""
+
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
 from collections.abc import Collection
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,18 +15,18 @@ from click.testing import CliRunner
 
 from freeexport import cli
 from freeexport.commands import doctor
-from freeexport.system.installation import report as installation
-from freeexport.system.installation.extras import extras
-from freeexport.system.installation.report import (
-    Provider,
+from freeexport.commands.doctor import (
+    WHEELS,
+    check_cuda,
+    check_tensorrt,
     examine,
-    missing_extras,
     probe_onnxruntime,
-    probe_provider,
+    provider_problem,
     wheel_problems,
 )
+from freeexport.system.extras import extras
 
-ALL_OF_CONVERT = dict.fromkeys(extras()["convert"], "1.0")
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 
 def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> Any:
@@ -37,7 +39,7 @@ def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> 
             self.providers = [name for name in providers if name in working]
 
         def get_providers(self) -> list[str]:
-            return [*self.providers, "CPUExecutionProvider"]
+            return [*self.providers, CPU]
 
         def run(self, outputs: None, feeds: dict[str, Any]) -> list[Any]:
             return [feeds["x"] * 2]
@@ -46,108 +48,128 @@ def fake_onnxruntime(working: Collection[str], silent: Collection[str] = ()) -> 
         InferenceSession=InferenceSession,
         SessionOptions=lambda: SimpleNamespace(add_session_config_entry=lambda key, value: None),
         set_default_logger_severity=lambda level: None,
-        get_available_providers=lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"],
+        get_available_providers=lambda: [CUDA, CPU],
     )
 
 
-def test_neither_wheel_is_a_problem_with_a_command() -> None:
+def test_neither_and_both_wheels_are_problems_with_a_command() -> None:
     report = examine({}.get)
-    assert not report.ok
-    assert report.wheels == {}
-    assert report.providers == ()
-    assert "pip install 'freeexport[cpu]'" in report.problems[0]
-
-
-def test_both_wheels_are_a_problem_with_a_command() -> None:
+    assert (report["ok"], report["wheels"], report["providers"]) == (False, {}, [])
+    assert "pip install 'freeexport[cpu]'" in report["problems"][0]
     report = examine({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"}.get)
-    assert not report.ok
-    remove, _, install = report.problems[0].partition(" && ")
+    assert not report["ok"]
+    remove, _, install = report["problems"][0].partition(" && ")
     assert remove.endswith("pip uninstall -y onnxruntime onnxruntime-gpu")
     assert install == "pip install 'freeexport[gpu]'"
-
-
-@pytest.mark.parametrize("wheel", installation.WHEELS)
-def test_one_wheel_is_no_problem(wheel: str) -> None:
-    assert wheel_problems({wheel: "1.32.0"}) == ()
+    assert all(wheel_problems([wheel]) == [] for wheel in WHEELS)
 
 
 def test_this_installation_can_decode_on_the_cpu() -> None:
-    pytest.importorskip("onnxruntime")
     report = examine()
-    assert report.ok
-    assert Provider("CPUExecutionProvider", True) in report.providers
-    assert report.packages["numpy"] == np.__version__
+    assert report["ok"]
+    assert {"name": CPU, "usable": True, "problem": ""} in report["providers"]
+    assert report["packages"]["numpy"] == np.__version__
 
 
 def test_a_wheel_that_does_not_load_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace())  # what an overwritten wheel leaves behind
     providers, problems = probe_onnxruntime("onnxruntime-gpu")
-    assert providers == ()
+    assert providers == []
     assert "pip install --force-reinstall --no-deps onnxruntime-gpu" in problems[0]
 
 
-def test_a_provider_that_raises_is_not_usable() -> None:
-    ort = fake_onnxruntime(working={"CPUExecutionProvider"})
-    provider = probe_provider(ort, "CUDAExecutionProvider")
-    assert provider == Provider("CUDAExecutionProvider", False, "libcublas.so.12 not found")
+def test_a_provider_that_raises_or_falls_back_silently_is_not_usable() -> None:
+    assert provider_problem(fake_onnxruntime({CPU}), CUDA) == "libcublas.so.12 not found"
+    assert provider_problem(fake_onnxruntime({CPU}, silent={CUDA}), CUDA)
 
 
-def test_a_provider_that_falls_back_silently_is_not_usable() -> None:
-    ort = fake_onnxruntime(working={"CPUExecutionProvider"}, silent={"CUDAExecutionProvider"})
-    assert not probe_provider(ort, "CUDAExecutionProvider").usable
-
-
-def test_one_working_provider_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(working={"CPUExecutionProvider"}))
+@pytest.mark.parametrize(("working", "usable"), [({CPU}, [False, True]), (set[str](), [False, False])])
+def test_one_working_provider_is_enough(working: set[str], usable: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(working))
     providers, problems = probe_onnxruntime("onnxruntime-gpu")
-    assert [provider.usable for provider in providers] == [False, True]
-    assert problems == ()
-
-
-def test_no_working_provider_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", fake_onnxruntime(working=()))
-    _, problems = probe_onnxruntime("onnxruntime")
-    assert "no execution provider" in problems[0]
+    assert [provider["usable"] for provider in providers] == usable
+    assert bool(problems) != any(usable)
+    assert not problems or "no execution provider" in problems[0]
 
 
 def test_missing_extras_name_packages_and_command() -> None:
-    missing = {item.extra: item for item in missing_extras({"onnxruntime": "1", **ALL_OF_CONVERT, "torch": ""}.get)}
-    assert missing["convert"].packages == ("torch",)
-    assert missing["convert"].command == "pip install 'freeexport[convert]'"
+    convert = dict.fromkeys(extras()["convert"], "1.0")
+    installed = {"onnxruntime": "1", **convert, "torch": ""}
+    missing = {item["extra"]: item for item in examine(installed.get)["missing"]}
+    assert missing["convert"]["packages"] == ("torch",)
+    assert missing["convert"]["command"] == "pip install 'freeexport[convert]'"
     assert "cpu" not in missing
     assert "gpu" not in missing
+    without = [item["extra"] for item in examine(convert.get)["missing"]]
+    assert without[:2] == ["cpu", "gpu"]
+    assert "convert" not in without
 
 
-def test_without_a_wheel_cpu_and_gpu_are_both_missing() -> None:
-    extras = [item.extra for item in missing_extras(ALL_OF_CONVERT.get)]
-    assert extras[:2] == ["cpu", "gpu"]
-    assert "convert" not in extras
-
-
-def test_page_shows_versions_problems_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda: examine({"torch": "2.13.0"}.get))
+def test_page_and_json_show_versions_problems_and_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "examine", lambda: examine({"torch": "2.13.0", "cuda-bindings": "13"}.get))
     result = CliRunner().invoke(cli.main, ["doctor"])
     assert result.exit_code == 1
     assert "2.13.0" in result.stdout
     assert "not installed" in result.stdout
     assert "problem: ONNX Runtime is not installed; run: pip install 'freeexport[cpu]'" in result.stdout
     assert "can decode" not in result.stdout
-
-
-def test_json_holds_the_whole_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "examine", lambda: examine({}.get))
+    assert "CUDA" not in result.stdout
     result = CliRunner().invoke(cli.main, ["doctor", "--json"])
     report = json.loads(result.stdout)
-    assert result.exit_code == 1
-    assert report["ok"] is False
+    assert (result.exit_code, report["ok"]) == (1, False)
     assert report["machine"]["usable_cores"] >= 1
     assert report["problems"]
     assert {item["extra"] for item in report["missing"]} >= {"cpu", "convert"}
 
 
 def test_doctor_imports_no_torch() -> None:
-    code = (
-        "import sys; from freeexport.system.installation.report import examine; examine(); "
-        "sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from freeexport.commands.doctor import examine; examine(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+REQUIRES = ["numpy>=1.21.6", 'nvidia-cudnn-cu13~=9.0; extra == "cudnn"']
+WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-cu13": "9.14"}
+
+
+@pytest.mark.parametrize(
+    ("missing", "driver", "problem"),
+    [
+        (None, 13000, None),
+        (None, 12040, "built for CUDA 13.0, and the driver runs up to 12.4; install a newer driver"),
+        (None, 0, "no NVIDIA driver is loaded here"),
+        ("cuda-bindings", 0, "needs cuda-python; pip install 'freeexport[gpu]'"),
+        ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not among the packages"),
+    ],
+)
+def test_cuda_that_does_not_fit_comes_with_what_to_do(missing: str | None, driver: int, problem: str | None) -> None:
+    installed = {name: version for name, version in WHOLE.items() if name != missing}
+    found = check_cuda(installed.get, "13.0", REQUIRES, lambda: driver)
+    rows = doctor._cuda_rows(found)
+    assert ("onnxruntime-gpu", "built for CUDA 13.0, cuDNN 9") in rows
+    if problem is None:
+        assert found == {"wanted": "13.0", "cudnn": "9", "driver": "13.0", "bindings": "13.5.0", "problems": []}
+    else:
+        (line,) = found["problems"]
+        assert problem in line
+        assert ("does not fit", line) in rows
+
+
+@pytest.mark.parametrize(
+    ("version", "loads", "problem"),
+    [
+        (None, True, ""),
+        ("10.16.1.11", True, ""),
+        ("10.9.0", True, "TensorRT 10.9.0 has no KV-cache updates"),
+        ("11.4.0", False, "cannot be imported"),
+    ],
+)
+def test_tensorrt_says_why_it_builds_nothing(
+    version: str | None, loads: bool, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = ModuleType("tensorrt")
+    fake.__version__ = version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "tensorrt", fake if loads else None)
+    found = check_tensorrt(({"tensorrt": version} if version else {}).get)
+    assert found["version"] == version
+    assert bool(found["problem"]) == bool(problem)
+    assert problem in str(found["problem"])

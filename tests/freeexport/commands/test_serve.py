@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from click.testing import CliRunner
 from running_server import ENDLESS, MESSAGES
 from serve_command import command
@@ -95,21 +94,3 @@ def test_the_variable_is_the_key_of_clients_and_never_shown(chat: Path) -> None:
         assert httpx.get(url + "/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
         process.send_signal(signal.SIGTERM)
         assert "secret" not in "".join([*said, *process.communicate(timeout=20)])
-
-
-def test_the_demo_is_converted_once_and_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from freeexport.commands import serve
-    from freeexport.serving import server
-
-    asked, served = [], []
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("freeexport.system.child.run_child", lambda *given: asked.append(given))
-    monkeypatch.setattr(server, "run", lambda options, host, port: served.append(options.bundles))
-    assert CliRunner().invoke(main, ["serve", "--demo"]).exit_code == 0
-    assert asked[0][:2] == ("freeexport", "convert")
-    assert Path(asked[0][2], "model.safetensors").exists()
-    assert served == [(serve.DEMO,)]
-    serve.DEMO.mkdir(parents=True)
-    (serve.DEMO / "freeexport.json").write_text("{}")
-    CliRunner().invoke(main, ["serve", "--demo"])
-    assert len(asked) == 1

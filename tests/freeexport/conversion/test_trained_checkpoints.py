@@ -38,7 +38,7 @@ def test_a_trained_exit_converts_at_its_layer_and_verifies(
 ) -> None:
     trained, out = tmp_path / "trained", tmp_path / "bundle"
     run("train", checkpoint(case), trained, "--data", data, "--exit-layer", 2, "--tune", tune, "--steps", 3,
-        "--batch-tokens", 512, "--adapter-rank", 4, "--lora-rank", 4, "--learning-rate", 0.01)  # fmt: skip
+        "--batch-tokens", 512, *([] if tune == "full" else ["--rank", 4]), "--learning-rate", 0.01)  # fmt: skip
     run("convert", trained, out, "--verify", "none")
     bundle = Bundle.open(out)
     assert bundle.manifest.exit_layer == 2

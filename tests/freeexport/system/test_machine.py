@@ -1,35 +1,34 @@
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from freeexport.system.machine import detect_machine, multiplies_bfloat16, read_cpuinfo
 
-
-def write(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-def test_cpu_model_and_features_of_x86(tmp_path: Path) -> None:
-    text = "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nflags\t\t: fpu avx2 avx512_vnni avx512vl\n\nprocessor\t: 1\n"
-    assert read_cpuinfo(write(tmp_path, {"proc/cpuinfo": text})) == ("Some CPU: 3 GHz", ("avx2", "avx512_vnni"))
-
-
-def test_features_of_arm(tmp_path: Path) -> None:
-    text = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
-    assert read_cpuinfo(write(tmp_path, {"proc/cpuinfo": text})) == ("", ("asimd", "asimddp"))
+X86 = "processor\t: 0\nmodel name\t: Some CPU: 3 GHz\nflags\t\t: fpu avx2 avx512_vnni avx512vl\n\nprocessor\t: 1\n"
+ARM = "processor\t: 0\nFeatures\t: fp asimd asimddp\nCPU part\t: 0xd0c\n"
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"),
-    [("fpu avx2 avx512f avx512_vnni", False), ("avx2 avx512_bf16", True), ("amx_bf16 amx_int8", True), ("", False)],
+    ("text", "model", "features", "bfloat16"),
+    [
+        (X86, "Some CPU: 3 GHz", ("avx2", "avx512_vnni"), False),
+        (ARM, "", ("asimd", "asimddp"), False),
+        ("flags\t: avx2 avx512_bf16\n", "", ("avx2", "avx512_bf16"), True),
+        ("flags\t: amx_bf16\n", "", ("amx_bf16",), True),
+    ],
 )
-def test_bfloat16_is_multiplied_only_with_instructions_for_it(flags: str, expected: bool, tmp_path: Path) -> None:
-    assert multiplies_bfloat16(write(tmp_path, {"proc/cpuinfo": f"flags\t: {flags}\n"})) is expected
+def test_model_and_features_are_those_of_the_first_processor(
+    text: str, model: str, features: tuple[str, ...], bfloat16: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc" / "cpuinfo").write_text(text)
+    assert read_cpuinfo(tmp_path) == (model, features)
+    assert multiplies_bfloat16(tmp_path) is bfloat16
 
 
 def test_a_system_without_proc_is_described_all_the_same(tmp_path: Path) -> None:
@@ -38,3 +37,37 @@ def test_a_system_without_proc_is_described_all_the_same(tmp_path: Path) -> None
     assert machine.memory > 0
     assert (machine.features, machine.cpu_quota, machine.memory_limit) == ((), None, None)
     assert not multiplies_bfloat16(tmp_path)
+
+
+_FAULTS = """
+import ctypes, resource, sys
+from freeexport.system.machine import keep_freed_memory
+
+if sys.argv[1] != "never":
+    keep_freed_memory()
+if sys.argv[1] == "no more":
+    keep_freed_memory(False)
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+def use():
+    block = libc.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(8):
+    use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc")
+def test_a_large_block_that_was_freed_is_used_again_without_page_faults() -> None:
+    def faults(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", _FAULTS, how], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < faults("never") / 4
+    assert faults("no more") > 4 * faults("keep")

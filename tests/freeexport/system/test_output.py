@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ import pytest
 from safetensors import SafetensorError
 
 from freeexport import cli
-from freeexport.system import output
-from freeexport.system.output import OutputError, exchange, naming, output_directory, replacing
+from freeexport.system.output import OutputError, naming, output_directory, replacing
 
 MARKER = "marker.json"
 KILLED = 9
@@ -65,7 +63,7 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
         process.communicate()
 
 
-def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
+def end_before(step: int, out: Path) -> bool:
     """Replace `out` in a process that ends, as by a kill, before a change of the file system; whether it was ended."""
     process = os.fork()
     if process:
@@ -83,7 +81,6 @@ def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
 
             return call
 
-        output.exchange = (lambda *_: False) if in_two_steps else counted(exchange)
         for place, names in (
             (Path, ("rename", "mkdir", "unlink")),
             (os, ("open", "write", "fsync", "unlink", "rmdir")),
@@ -94,15 +91,6 @@ def end_before(step: int, out: Path, in_two_steps: bool) -> bool:
         os._exit(0)
     except BaseException:
         os._exit(1)
-
-
-def exchanges(directory: Path) -> bool:
-    (directory / "a").mkdir()
-    (directory / "b").mkdir()
-    done = exchange(directory / "a", directory / "b")
-    (directory / "a").rmdir()
-    (directory / "b").rmdir()
-    return done
 
 
 def test_the_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,18 +188,11 @@ def test_one_process_writes_at_a_time_and_what_a_killed_one_left_is_cleared_away
     assert (tmp_path / "out[1]*?" / MARKER).read_text() == "x"
 
 
-@pytest.mark.parametrize("in_two_steps", [False, True])
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(
-    in_two_steps: bool, tmp_path: Path
-) -> None:
-    if not in_two_steps and not exchanges(tmp_path):
-        pytest.skip("this file system cannot exchange two directories")
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(tmp_path: Path) -> None:
     seen, killed, step = set(), True, 0
     while killed:
         write(tmp_path / "out", "old", overwrite=True)
-        killed = end_before(step, tmp_path / "out", in_two_steps)
-        if not in_two_steps:
-            seen.add((tmp_path / "out" / MARKER).read_text())
+        killed = end_before(step, tmp_path / "out")
         with pytest.raises(OutputError, match="--overwrite"):
             write(tmp_path / "out", "next")
         seen.add((tmp_path / "out" / MARKER).read_text())
@@ -221,40 +202,34 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(
     assert step > 10
 
 
-@pytest.mark.parametrize("error", [OSError(5, "no"), None])
-def test_where_nothing_can_be_exchanged_it_takes_two_steps(
-    error: OSError | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "old")
-    monkeypatch.setattr(output, "exchange", lambda *_: False)
     rename = Path.rename
 
     def failing(path: Path, target: Path) -> Path:
-        if error is not None and path.name.endswith(".partial"):
-            raise error
+        if path.name.endswith(".partial"):
+            raise OSError(5, "no")
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with nullcontext() if error is None else pytest.raises(OSError, match="no"):
+    with pytest.raises(OSError, match="no"):
         write(tmp_path / "out", "new", overwrite=True)
-    assert (tmp_path / "out" / MARKER).read_text() == ("new" if error is None else "old")
+    assert (tmp_path / "out" / MARKER).read_text() == "old"
     assert listing(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("can", [True, False])
-def test_what_comes_at_the_last_moment_is_put_back(can: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if can and not exchanges(tmp_path):
-        pytest.skip("this file system cannot exchange two directories")
+def test_what_comes_at_the_last_moment_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     write(out, "old")
+    rename = Path.rename
 
-    def late(one: Path, other: Path) -> bool:
-        if not (out / "thesis.txt").exists():
+    def late(path: Path, target: Path) -> Path:
+        if path == out and target.name == ".out.old":
             shutil.rmtree(out)
             put_directory(out)
-        return can and exchange(one, other)
+        return rename(path, target)
 
-    monkeypatch.setattr(output, "exchange", late)
+    monkeypatch.setattr(Path, "rename", late)
     with pytest.raises(OutputError, match="not what this command writes"):
         write(out, "new", overwrite=True)
     assert listing(out) == {"thesis.txt"}

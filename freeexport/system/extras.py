@@ -70,10 +70,9 @@ def extras() -> dict[str, tuple[str, ...]]:
 
 def missing_of(extra: str, version_of: Callable[[str], str | None] = installed_version) -> tuple[str, ...]:
     """Packages of an extra that are not installed; with one wheel of ONNX Runtime, the other's is not missing."""
-    packages = extras().get(extra, ())
     if extra in ("cpu", "gpu") and any(version_of(name) for name in ("onnxruntime", "onnxruntime-gpu")):
         return ()
-    return tuple(name for name in packages if not version_of(name))
+    return tuple(name for name in extras().get(extra, ()) if not version_of(name))
 
 
 def how_to_install(module: str, verb: str | None = None) -> str:

@@ -1,0 +1,138 @@
+"""The demos: the pronunciation model of this package, and SmolLM2-135M-Instruct."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.examples import read_examples
+from freeexport.checkpoints.packaged_models import smollm2 as smollm2_checkpoint
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from freeexport.measure.bench import BenchOptions, bench_sheet, benchmark, facts_lines, narrow
+from freeexport.measure.evaluate import evaluate
+from freeexport.measure.settings import EvaluateOptions
+from freeexport.measure.table import terminal
+from freeexport.system.page import print_page, table
+from runtime import Bundle, BundleError, Session
+from runtime.result import GenerationResult
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from freeexport.measure.evaluate import Evaluation
+
+# The trained checkpoint that this package ships, with phrases and every listed pronunciation of each of their words.
+G2P = Path(str(files("freeexport") / "data" / "g2p"))
+PHRASES = G2P / "test.jsonl"
+# A matrix of this model is too small to be shared among threads.
+THREADS = 1
+SHOWN, MEASURED, ROUNDS = 3, 60, 3
+MODES = {"full": "full: the whole model", "static": "shallow only", "free": "free: FREE"}
+
+EXIT_LAYER, THRESHOLD, TOKENS = 10, 0.9, 64
+QUESTION = "What is the capital of France, and what is it known for?"
+
+
+def g2p(directory: Path) -> None:
+    """Convert the pronunciation model to a bundle at `directory`, decode phrases, and compare its modes."""
+    bundle = demo_bundle(G2P, directory, ConvertOptions(overwrite=True, calibration=G2P / "calibration.json"))
+    with Session(bundle, threads=THREADS, slots=1) as session:
+        green = click.style("green", fg="green")
+        click.echo(f"\n{green} tokens exited after layer {session.manifest.exit_layer}; the others took every layer")
+        for phrase in (request.input for request in read_examples(PHRASES, SHOWN)):
+            click.echo(f"\n{phrase}\n  {_coloured(session, session.generate(phrase))}")
+        click.echo()
+    with tempfile.TemporaryDirectory() as results:
+        found = evaluate(
+            EvaluateOptions(
+                bundles=((bundle, ("full", "static", "free")),),
+                data=PHRASES,
+                output=Path(results),
+                metrics=("per", "word-acc"),
+                thresholds=(),
+                samples=MEASURED,
+                rounds=ROUNDS,
+                threads=THREADS,
+            )
+        )
+    print_page([_comparison(found)])
+    click.echo(
+        f"{MEASURED} phrases of the test split, {ROUNDS} interleaved rounds (the median counts), fp32, "
+        f"{THREADS} thread(s); speed of requests, the encoder included"
+    )
+    for note in found.notes:
+        click.echo(f"note: {note}")
+
+
+def smollm2(directory: Path) -> None:
+    """Convert SmolLM2-135M-Instruct to a bundle at `directory`, generate with it, and measure its modes."""
+    bundle = demo_bundle(smollm2_checkpoint(), directory, ConvertOptions(EXIT_LAYER, overwrite=True))
+    click.echo(f"\nprompt: {QUESTION}")
+    with Session(bundle, slots=1) as session:
+        prompt = [{"role": "user", "content": QUESTION}]
+        click.echo("mode full: ", nl=False)
+        for token in session.stream(prompt, mode="full", max_new_tokens=TOKENS):
+            click.echo(token.text, nl=False)
+        click.echo()
+        result = session.generate(prompt, threshold=THRESHOLD, max_new_tokens=TOKENS)
+        click.echo(f"mode free, threshold {THRESHOLD}, {result.stats.exit_rate:.0%} exited: {result.text}")
+    click.echo(f"\nmeasuring {TOKENS} tokens, {ROUNDS} rounds ...")
+    found = benchmark(BenchOptions((bundle,), tokens=TOKENS, rounds=ROUNDS, thresholds=(THRESHOLD,)))
+    print_page([terminal(narrow(bench_sheet(found)))])
+    click.echo("\n".join(facts_lines(found)))
+    click.echo(
+        f"note: this model was not trained to exit at layer {EXIT_LAYER}, so text in mode free is poor: it shows speed "
+        "and mechanics, not quality"
+    )
+
+
+def demo_bundle(checkpoint: Path, path: Path, options: ConvertOptions) -> Path:
+    """The verified bundle of `checkpoint` at `path`; made again where what stands there is another or not whole."""
+    try:
+        manifest = Bundle.open(path, verify="full").manifest
+        if manifest.verified and manifest.source_sha256 == open_checkpoint(str(checkpoint)).sha256:
+            click.echo(f"bundle: {path}, from an earlier run")
+            return path
+    except BundleError:
+        pass  # there is none that can be used
+    exit_at = "" if options.exit_layer is None else f", exit after layer {options.exit_layer}"
+    began = time.monotonic()
+    click.echo(f"converting {checkpoint.name}{exit_at}, and checking it against transformers ...")
+    manifest = convert(str(checkpoint), path, options)
+    click.echo(f"bundle: {path}, {manifest.weight_bytes / 1e6:.0f} MB, {time.monotonic() - began:.0f} s")
+    return path
+
+
+def _coloured(session: Session, result: GenerationResult) -> str:
+    """The tokens of a result but the end of sequence; those that exited are green."""
+    assert session.tokenizer is not None
+    shown = []
+    for token, exited in zip(result.token_ids, result.exited, strict=True):
+        if token not in session.manifest.eos_token_ids:
+            text = session.tokenizer.decode([token])
+            shown.append(click.style(text, fg="green") if exited else text)
+    return " ".join(shown)
+
+
+def _comparison(found: Evaluation) -> Table:
+    """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
+    rows = [
+        (
+            MODES[row.method] + ("" if row.threshold is None else f", threshold {row.threshold:.2f}"),
+            f"{1 - row.scores['per'].value:.1%}",
+            f"{1 - row.scores['word-acc'].value:.1%}",
+            f"{row.tokens_per_second:.0f}",
+            f"{row.request_speed:.2f}x",
+            f"{row.exit_rate:.0%}",
+        )
+        for row in found.rows
+    ]
+    columns = ("mode", "phoneme errors#", "word errors#", "tokens/s#", "speed#", "exited#")
+    return table("Pronunciations of words that the model has not seen", columns, rows)

@@ -1,1 +1,0 @@
-"""The demos of `freeexport demo`."""

@@ -1,1 +1,0 @@
-"""Checks the installation and says what to install."""
