@@ -106,12 +106,18 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Head:
-    """logits = scale * norm(adapter(hidden)) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor."""
+    """logits = scale * norm(adapter(hidden)) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor.
+
+    Trained with an exit vocabulary, the head has the rows of `tokens`, ascending, and as one class more that of `other`
+    [1, d], which stands for all remaining tokens and never exits.
+    """
 
     norm: Norm
     weight: str
     scale: float = 1.0
     adapter: Adapter | None = None
+    tokens: tuple[int, ...] = ()
+    other: Linear | None = None
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 
 import onnx_ir as ir
 
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import check_head_size, fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
+from graphs.exit_head import check_tokens
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
@@ -75,6 +75,9 @@ class EngineOptions:
                 f"--kernels freeexport is for weights that are quantized for a CPU, not for precision {self.precision} "
                 f"of target {self.target}; leave it out"
             )
+        trained = () if description.decoder.exit_head is None else description.decoder.exit_head.tokens
+        if trained and self.exit_tokens != trained:
+            raise GraphError(f"the exit was trained with a vocabulary of {len(trained)} tokens and has no other")
         if self.exit_tokens:
             check_tokens(self.exit_tokens, description.vocab_size)
         if description.decoder.exit_layers and not self.packed:
@@ -148,9 +151,3 @@ class EngineOptions:
         if self.target == "cpu":
             return "fp32"
         return self.compute or "fp16"
-
-
-def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
-    """GraphError where an exit vocabulary is not at least two tokens of the vocabulary, ascending."""
-    if len(tokens) < 2 or any(a >= b for a, b in pairwise(tokens)) or tokens[0] < 0 or tokens[-1] >= vocabulary:
-        raise GraphError(f"an exit vocabulary is 2 to {vocabulary} different tokens of the model, in ascending order")

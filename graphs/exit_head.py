@@ -1,12 +1,14 @@
-"""Layers of an exit's own, where a checkpoint was trained with them: layers, a norm, an adapter."""
+"""An exit's own parameters, where a checkpoint was trained with them: layers, a norm, an adapter, a vocabulary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from graphs.description import MLP, Adapter, Attention, Description, Layer, Linear, Norm
+from graphs.errors import GraphError
 from graphs.weights import Weights
 
 # Tensors of an exit's own, float32: shallow logits = head(norm(h + up(silu(down(adapter_norm(h)))))).
@@ -16,6 +18,8 @@ ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
 ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
 EXIT_MAP = "exit.map.weight"  # [d, d]: what the exit's own layers read is the exit layer's state times this
+VOCABULARY = "exit.vocabulary"  # [n]: the token ids that the exit knows, ascending
+OTHER, OTHER_BIAS = "exit.other.weight", "exit.other.bias"  # [1, d], [1]: the class of all other tokens
 EXIT_LAYERS = "exit.layers"  # exit.layers.0.attention.query.weight ..., as graphs.description names a layer's parts
 
 Part = TypeVar("Part", Layer, Attention, MLP)
@@ -23,18 +27,28 @@ Part = TypeVar("Part", Layer, Attention, MLP)
 
 def with_exit(description: Description, weights: Weights) -> Description:
     """The description with what `weights` has of an exit's own, if anything: layers, which are like the last ones of
-    the model, a norm and an adapter; the head's weight and scale are the final head's."""
+    the model, a norm, an adapter and a vocabulary; the head's weight and scale are the final head's."""
     decoder = description.decoder
     head, epsilon = decoder.head, decoder.head.norm.epsilon
     if EXIT_NORM in weights:
         head = replace(head, norm=Norm(EXIT_NORM, epsilon))
     if ADAPTER_UP in weights:
         head = replace(head, adapter=Adapter(Norm(ADAPTER_NORM, epsilon), Linear(ADAPTER_DOWN), Linear(ADAPTER_UP)))
+    if VOCABULARY in weights:
+        tokens = tuple(map(int, weights.read(VOCABULARY)))
+        check_tokens(tokens, description.vocab_size)
+        head = replace(head, tokens=tokens, other=Linear(OTHER, OTHER_BIAS))
     if head is not decoder.head:
         decoder = replace(decoder, exit_head=head)
     if EXIT_MAP in weights:
         decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=own_layers(description, _count(weights)))
     return description if decoder is description.decoder else replace(description, decoder=decoder)
+
+
+def check_tokens(tokens: tuple[int, ...], vocabulary: int) -> None:
+    """GraphError where an exit vocabulary is not at least two tokens of the vocabulary, ascending."""
+    if len(tokens) < 2 or any(a >= b for a, b in pairwise(tokens)) or tokens[0] < 0 or tokens[-1] >= vocabulary:
+        raise GraphError(f"an exit vocabulary is 2 to {vocabulary} different tokens of the model, in ascending order")
 
 
 def own_layers(description: Description, count: int) -> tuple[Layer, ...]:

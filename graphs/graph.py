@@ -93,10 +93,15 @@ class Graph:
         value.const_value.meta[STACK] = [shape[0] for shape in found]  # rows of each
         return value
 
-    def selected_weight(self, name: str, rows: np.ndarray, as_name: str) -> ir.Value:
-        """Some rows of a checkpoint tensor, as a weight of their own."""
+    def selected_weight(self, name: str, rows: np.ndarray, as_name: str, also: Sequence[str] = ()) -> ir.Value:
+        """Some rows of a checkpoint tensor, and all of the tensors `also`, as a weight of its own."""
         shape = self._source.shape(name)
-        return self._unread(as_name, (len(rows), *shape[1:]), None, lambda: self._source.read(name)[rows])
+        count = len(rows) + sum(self._source.shape(other)[0] for other in also)
+
+        def produce() -> np.ndarray:
+            return np.concatenate([self._source.read(name)[rows], *map(self._source.read, also)])
+
+        return self._unread(as_name, (count, *shape[1:]), None, produce)
 
     def read(self, name: str) -> np.ndarray:
         """A checkpoint tensor as float32, to compute a table from."""

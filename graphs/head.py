@@ -32,24 +32,31 @@ def head_outputs(
     head's weight is used as it stands: as fast for one row, slower for more, and without a copy in memory.
 
     `tokens` int64 [N] are the only ones that the head knows, None for all: its confidence is that of N logits, and the
-    logits of all others are UNKNOWN. With `packing`, `hidden` has the rows that count only.
+    logits of all others are UNKNOWN. Where the head was trained with a class for them, that is one more logit; where it
+    is the largest, `confidence` is 0, so nothing exits, and `token` is the best known one. With `packing`, `hidden` has
+    the rows that count only.
     """
     rows = graph.input("head_rows", ir.DataType.INT64, ["R"])
     places = rows if packing is None else graph.op("Gather", [packing.rows, rows], axis=0)
     normed = _normed(graph, dialect, graph.op("Gather", [hidden, places], axis=0), head)
-    weight = _weight(graph, head, packed, tokens)
-    logits = graph.to_float(graph.op("Gemm", [normed, weight], transB=1))  # [R, V], or [R, N]
+    logits = graph.to_float(graph.op("Gemm", [normed, *_weights(graph, head, packed, tokens)], transB=1))
+    classes = vocabulary if tokens is None else len(tokens) + (head.other is not None)  # logits [R, classes]
     choice: _Choice
     if isinstance(dialect, KernelDialect) and confidence != "entropy":
         choice = _OwnChoice(graph, dialect, logits)
     else:
         choice = _Choice(graph, logits)
     token = graph.op("Gather", [choice.top, graph.constant(np.int64(0))], axis=1)
-    measured = _confidence(graph, choice, confidence, vocabulary if tokens is None else len(tokens))
+    measured = _confidence(graph, choice, confidence, classes)
+    if tokens is not None and head.other is not None:
+        is_other = graph.op("Equal", [token, graph.constant(np.int64(len(tokens)))])
+        second = graph.op("Gather", [choice.top, graph.constant(np.int64(1))], axis=1)
+        token = graph.op("Where", [is_other, second, token])
+        measured = graph.op("Where", [is_other, graph.constant(np.float32(0)), measured])
     if tokens is not None:
         known = graph.table("exit_vocabulary", tokens, ir.DataType.INT64)
         token = graph.op("Gather", [known, token], axis=0)
-        logits = _in_whole_vocabulary(graph, logits, tokens, vocabulary)
+        logits = _in_whole_vocabulary(graph, logits, tokens, classes, vocabulary)
     graph.output("token", token, ir.DataType.INT64, ["R"])
     graph.output("confidence", measured, ir.DataType.FLOAT, ["R"])
     if emitted is not None:
@@ -102,15 +109,21 @@ def _normed(graph: Graph, dialect: Dialect, hidden: ir.Value, head: Head) -> ir.
     return graph.to_compute(normed)
 
 
-def _weight(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> ir.Value:
-    if tokens is not None:
-        return graph.selected_weight(head.weight, tokens, exit_rows(head))
-    return graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)
+def _weights(graph: Graph, head: Head, packed: bool, tokens: np.ndarray | None) -> list[ir.Value]:
+    """The head's weight [classes, d], and where it has a class for other tokens, a bias."""
+    if tokens is None:
+        return [graph.weight(head.weight) if packed else graph.unpacked_weight(head.weight)]
+    if head.other is None:
+        return [graph.selected_weight(head.weight, tokens, exit_rows(head))]
+    assert head.other.bias is not None
+    bias = np.concatenate([np.zeros(len(tokens), np.float32), graph.read(head.other.bias)])
+    weight = graph.selected_weight(head.weight, tokens, exit_rows(head), [head.other.weight])
+    return [weight, graph.table(f"{exit_rows(head)}.bias", bias)]
 
 
-def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, vocabulary: int) -> ir.Value:
-    """[R, N] -> [R, V]: what reads logits need not know which tokens the head knows."""
-    place = np.full(vocabulary, len(tokens), np.int64)
+def _in_whole_vocabulary(graph: Graph, logits: ir.Value, tokens: np.ndarray, classes: int, vocabulary: int) -> ir.Value:
+    """[R, classes] -> [R, V]: what reads logits need not know which tokens the head knows."""
+    place = np.full(vocabulary, classes, np.int64)
     place[tokens] = np.arange(len(tokens))
     rows = graph.op("Shape", [logits], start=0, end=1)
     shape = graph.op("Concat", [rows, graph.constant([1])], axis=0)

@@ -166,6 +166,8 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
         yield from _linear(decoder.exit_map, width, width)
     if decoder.exit_head is not None:
         yield decoder.exit_head.norm.weight, (width,)
+        if decoder.exit_head.other is not None:
+            yield from _linear(decoder.exit_head.other, 1, width)
         if (adapter := decoder.exit_head.adapter) is not None:
             rank = weights.shape(adapter.down.weight)[0]
             yield adapter.norm.weight, (width,)

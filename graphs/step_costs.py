@@ -25,12 +25,12 @@ class StepCosts:
     growth: dict[int, float]
     measured: bool
 
-    def at(self, exit_layer: int, layers: int, own: int = 0) -> Costs:
+    def at(self, exit_layer: int, layers: int, own: int = 0, share: float = 1.0) -> Costs:
         """Costs, in the same unit, of a model of `layers` layers that exits after `exit_layer`, through `own` layers of
-        the exit's own."""
+        the exit's own and the `share` of the head that an exit vocabulary has."""
         shallow, deep = exit_layer * self.layer, (layers - exit_layer) * self.layer + self.head
         deep_passes = {size: deep * factor for size, factor in self.growth.items()}
-        return Costs(shallow + own * self.layer + self.head, shallow, deep_passes, measured=self.measured)
+        return Costs(shallow + own * self.layer + share * self.head, shallow, deep_passes, measured=self.measured)
 
 
 def analytic(description: Description, weights: Weights) -> StepCosts:

@@ -39,10 +39,11 @@ class Reference:
     predicted: int = 1
 
     def step(self, shallow: torch.Tensor, deep: torch.Tensor, max_pending: int) -> int:
-        """Decide on the next token from both decoders' logits [vocab]; returns it."""
+        """Decide on the next token from both decoders' logits [vocab], of an exit with a class of its own for the
+        tokens that it does not know [vocab + 1]; returns it."""
         first = len(self.token_ids) < self.predicted
         pending = self.stacked[-1] if self.stacked else 0
-        confidence = None if self.mode == "full" else confidence_of(shallow)
+        confidence = None if self.mode == "full" else confidence_of(shallow, len(deep))
         sure = not first and confidence is not None and confidence > self.threshold
         exits = sure and pending < max_pending - 1
         if not first and not exits:
@@ -139,12 +140,12 @@ def draft_decode(
     reference = Reference(threshold, "free", predicted=predicted_of(model))
     if reference.predicted:
         shallow, deep = run.logits([])
-        _record(reference, deep[-1], False, confidence_of(shallow[-1]))
+        _record(reference, deep[-1], False, confidence_of(shallow[-1], deep.shape[-1]))
     while len(reference.token_ids) < max_new_tokens and not ends.intersection(reference.token_ids[-1:]):
         final, drafts = list(reference.token_ids), list[int]()
         while True:
             shallow, deep = run.logits(final + drafts)
-            exits = confidence_of(shallow[-1]) > threshold
+            exits = confidence_of(shallow[-1], deep.shape[-1]) > threshold
             if not exits or len(drafts) == max_pending - 1:
                 rows = len(drafts) + 1
                 break
@@ -156,7 +157,8 @@ def draft_decode(
         for row in range(len(final), len(final) + rows):
             place = row - len(final)
             kept = place < len(drafts) and keeps(deep[row], drafts[place])
-            _record(reference, shallow[row] if kept else deep[row], kept, confidence_of(shallow[row]))
+            sure = confidence_of(shallow[row], deep.shape[-1])
+            _record(reference, shallow[row] if kept else deep[row], kept, sure)
             if not kept:
                 break
     reference.finish_reason = "eos" if reference.token_ids[-1] in ends else "length"
@@ -182,6 +184,10 @@ class Run:
 
     def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int) -> None:
         self.model, self.exit_layer = model, exit_layer
+        self.read: list[torch.Tensor] = []  # what the head read in its last call
+        model.get_output_embeddings().register_forward_pre_hook(
+            lambda _, inputs: self.read.__setitem__(slice(None), inputs)
+        )
         self.prompt = torch.tensor([list(prompt_ids)])
         self.start = len(prompt_ids)
         self.inputs: dict[str, Any] = {}
@@ -204,7 +210,26 @@ class Run:
         else:
             with cut_after(self.model, self.exit_layer):
                 shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
+        known: ExitVocabulary | None = getattr(self.model, "exit_vocabulary", None)
+        if known is not None:
+            shallow = known.classes(shallow, self.read[-1])
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
+
+
+@dataclass(frozen=True)
+class ExitVocabulary:
+    """The `tokens` int64 [n] that an exit knows, and the weight [d] and bias of the class of all others."""
+
+    tokens: torch.Tensor
+    weight: torch.Tensor
+    bias: float
+
+    def classes(self, logits: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+        """Logits [1, n, vocab] of a head that `read` states [1, n, d] -> [1, n, vocab + 1]."""
+        whole = torch.full((*logits.shape[:2], logits.shape[2] + 1), float("-inf"))
+        whole[..., self.tokens] = logits[..., self.tokens]
+        whole[..., -1] = read @ self.weight + self.bias
+        return whole
 
 
 @contextmanager
@@ -220,10 +245,10 @@ def cut_after(model: Any, layers: int) -> Iterator[None]:
         setattr(stack, name, whole)
 
 
-def confidence_of(logits: torch.Tensor) -> float:
-    """Probability of the best token minus that of the second best; logits [vocab]."""
-    best, second = logits.double().softmax(-1).topk(2).values
-    return float(best - second)
+def confidence_of(logits: torch.Tensor, vocabulary: int | None = None) -> float:
+    """Probability of the best token minus that of the second best; 0 where the best is none of the `vocabulary`."""
+    (best, second), (token, _) = logits.double().softmax(-1).topk(2)
+    return 0.0 if vocabulary is not None and token >= vocabulary else float(best - second)
 
 
 def separating_threshold(reference: Reference, quantile: float = 0.5) -> float:

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from checkpoints import CASES, Case
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.transformers_model import reference_model
+from freeexport.training.batches import Collator, described, examples
+from freeexport.training.exit_modules import known_tokens, own_exit
 from freeexport.training.options import TrainingOptions
+from freeexport.training.shallow_deep import IGNORED, ShallowDeep
 from freeexport.training.train import Trained
+from freeexport.training.trainer import decided_rows
 
 T5, LLAMA = (next(case for case in CASES if case.name == name) for name in ("t5-deep-decoder", "llama-tied"))
 
@@ -51,3 +57,19 @@ def logged(out: Path, name: str = "loss") -> list[float]:
 def tensors(directory: Path) -> dict[str, np.ndarray]:
     opened = open_checkpoint(str(directory))
     return {name: opened.read(name) for name in opened.names()}
+
+
+def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
+    """The measures of a written checkpoint on the validation examples, by the model run as a whole."""
+    opened = open_checkpoint(str(out))
+    description = described(opened, options)
+    _, validation, _ = examples(opened, description, options)
+    own, known = own_exit(opened, description), known_tokens(opened, description)
+    module = ShallowDeep(reference_model(opened), description, options.exit_layer, "ce", own=own, known=known).eval()
+    batch = Collator(opened.generation_config.get("decoder_start_token_id") if module.seq2seq else None)(validation)
+    with torch.no_grad():
+        sums = module(**batch)
+    rows = int((batch["labels"] != IGNORED).sum())
+    decided = decided_rows(batch["labels"], module.seq2seq)
+    agreement = float(sums["agreed"][decided].double().mean())
+    return {**{name: float(sums[name]) / rows for name in ("shallow_loss", "deep_loss")}, "agreement": agreement}

@@ -10,8 +10,18 @@ from typing import Any, Literal
 import numpy as np
 
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, WeightFile
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, own_shapes
+from graphs.exit_head import (
+    ADAPTER_DOWN,
+    ADAPTER_NORM,
+    ADAPTER_UP,
+    EXIT_NORM,
+    OTHER,
+    OTHER_BIAS,
+    VOCABULARY,
+    own_shapes,
+)
 from graphs.families import describe
+from runtime.bundle.manifest import ExitVocabulary
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
@@ -27,8 +37,9 @@ EXIT_SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class ExitFile:
     """`exit_norm`, `adapter_rank` and `exit_layers` (transformer layers) say which parameters the exit has of its own:
-    none (False, 0, 0) where the checkpoint itself was trained. `base_sha256` is Checkpoint.sha256 of what was trained;
-    where that and layers of the exit's own were trained together, of the weights beside them."""
+    none (False, 0, 0) where the checkpoint itself was trained. `vocabulary`: the tokens that the exit knows, beside one
+    class for all others; None for all. `base_sha256` is Checkpoint.sha256 of the weights beside the exit's own
+    parameters; without any, of what was trained."""
 
     exit_layer: int
     exit_norm: bool
@@ -37,6 +48,7 @@ class ExitFile:
     loss: LossName
     tune: Tune
     exit_layers: int = 0
+    vocabulary: ExitVocabulary | None = None
     schema_version: int = EXIT_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
@@ -44,6 +56,7 @@ class ExitFile:
             "exit_layer": self.exit_layer >= 1,
             "adapter_rank": self.adapter_rank >= 0,
             "exit_layers": self.exit_layers >= 0,
+            "vocabulary": self.vocabulary is None or self.vocabulary.size >= 2,
             "base_sha256": len(self.base_sha256) == 64,
         }
         for name in (name for name, holds in right.items() if not holds):
@@ -51,7 +64,11 @@ class ExitFile:
 
     @property
     def has_parameters(self) -> bool:
-        return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0
+        return self.exit_norm or self.adapter_rank > 0 or self.exit_layers > 0 or self.vocabulary is not None
+
+    def head_share(self, vocab_size: int) -> float:
+        """How much of the head the exit reads."""
+        return 1.0 if self.vocabulary is None else (self.vocabulary.size + 1) / vocab_size
 
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
         """The tensors of EXIT_WEIGHTS."""
@@ -62,6 +79,8 @@ class ExitFile:
             shapes[ADAPTER_NORM] = (hidden_size,)
             shapes[ADAPTER_DOWN] = (self.adapter_rank, hidden_size)
             shapes[ADAPTER_UP] = (hidden_size, self.adapter_rank)
+        if self.vocabulary is not None:
+            shapes |= {VOCABULARY: (self.vocabulary.size,), OTHER: (1, hidden_size), OTHER_BIAS: (1,)}
         return shapes
 
 

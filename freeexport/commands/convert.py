@@ -145,7 +145,8 @@ def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) 
         if on_cpu:
             yield f"kernels: {kernels_of(manifest.kernels)}"
     if (vocabulary := manifest.exit_vocabulary) is not None:
-        known = f"{vocabulary.covered:.2%} of the shallow decoder's predictions"
+        text = "training targets" if vocabulary.trained else "shallow decoder's predictions"
+        known = f"{vocabulary.covered:.2%} of the {text}"
         yield f"exit vocabulary: {vocabulary.size} of {manifest.vocab_size} tokens, {known}"
     yield f"KV cache: {human_bytes(manifest.kv_bytes_per_sequence)} per sequence of {manifest.capacity} positions"
     yield f"verified: {'yes' if manifest.verified else 'no'}"

@@ -145,7 +145,8 @@ def _exit(manifest: Manifest, calibration: Calibration | None) -> Rows:
     vocabulary, known = "all tokens", manifest.exit_vocabulary
     if known is not None:
         covered = f"{known.covered:.2%} of the {known.text_tokens} they come from"
-        vocabulary = f"{known.size} of {manifest.vocab_size} tokens, {covered}"
+        others = ", trained with one class for all others" if known.trained else ""
+        vocabulary = f"{known.size} of {manifest.vocab_size} tokens, {covered}{others}"
     rows = [
         ("exit layer", f"{manifest.exit_layer} of {manifest.layers}"),
         *([("its own layers", str(manifest.exit_layers))] if manifest.exit_layers else []),

@@ -40,6 +40,9 @@ from freeexport.training.train import leave_group, train
               f"[default: {TrainingOptions.lora_rank}; exit: {TrainingOptions.adapter_rank}]")  # fmt: skip
 @click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
               help="Transformer layers of the exit's own, before the head; decoder-only.")  # fmt: skip
+@click.option("--exit-vocab", type=int,
+              help="So many tokens are all that the exit knows, beside one class for all others, which never exits: "
+              "the most frequent in the targets.  [default: all tokens]")  # fmt: skip
 @click.option("--from-config", is_flag=True, help="Start from random weights: MODEL has a config.json and a tokenizer.")
 @section("Length and steps")
 @click.option("--steps", type=int, help="Optimizer steps.")

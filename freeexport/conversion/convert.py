@@ -65,7 +65,7 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     decoder_start(checkpoint, description)
     if calibration is not None:
         _check_calibration(calibration, checkpoint, description, engines)
-    engines, vocabulary = _with_exit_vocabulary(model, out, engines, options)
+    engines, vocabulary = _with_exit_vocabulary(model, checkpoint, out, engines, options)
     with output_directory(out, MANIFEST, options.overwrite) as directory:
         write_tokenizer(checkpoint, directory)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
@@ -137,10 +137,10 @@ def _check_calibration(
 
 
 def _with_exit_vocabulary(
-    model: str, out: Path, engines: EngineOptions, options: ConvertOptions
+    model: str, checkpoint: Checkpoint, out: Path, engines: EngineOptions, options: ConvertOptions
 ) -> tuple[EngineOptions, ExitVocabulary | None]:
     if options.exit_vocab is None or options.data is None:
-        return engines, None
+        return engines, None if checkpoint.exit is None else checkpoint.exit.vocabulary
     # torch, which decodes the data.
     from freeexport.measure.exit_vocabulary import choose_exit_vocabulary
 

@@ -114,6 +114,12 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
     limit = description.decoder.max_positions or DEFAULT_CAPACITY
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
+    head = description.decoder.exit_head
+    if head is not None and head.tokens and options.exit_vocab is not None:
+        raise OptionError(
+            f"--exit-vocab {options.exit_vocab}: the exit was trained with a vocabulary of {len(head.tokens)} tokens; "
+            "leave the option out"
+        )
     kernels = options.kernels or natural_kernels(options, precision)
     return EngineOptions(
         exit_layer=exit_layer,
@@ -124,6 +130,7 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         target=options.target,
         confidence=options.confidence,
         head=options.head,
+        exit_tokens=() if head is None else head.tokens,
         compute=options.compute,
         kernels=kernels,
     )

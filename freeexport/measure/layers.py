@@ -14,8 +14,8 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.measure.traces import Traces
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import own_exit
-from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep
+from freeexport.training.exit_modules import known_tokens, own_exit
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, exits_of
 from graphs.description import Description
 
 if TYPE_CHECKING:
@@ -57,13 +57,15 @@ class LayerReader:
 
     def __init__(self, model: Any, checkpoint: Checkpoint, description: Description, exit_layer: int) -> None:
         self._model, self._checkpoint = model, checkpoint
-        own = own_exit(checkpoint, description)
+        own, known = own_exit(checkpoint, description), known_tokens(checkpoint, description)
         # The loss of all layers keeps the states of all.
-        module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own).eval().to(model.device)
-        self._module, self._exit_layer = module, exit_layer
+        module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own, known=known)
+        self._module, self._exit_layer = module.eval().to(model.device), exit_layer
+        normed = module.head.normed if own is None else own.norm
         self._heads: list[Head] = [module.head] * module.layers
-        if own is not None:
-            self._heads[exit_layer - 1] = lambda hidden: module.head.read(own.norm(hidden))
+        self._heads[exit_layer - 1] = lambda hidden: module.read_exit(normed(hidden))
+        self._known: list[torch.Tensor | None] = [None] * module.layers
+        self._known[exit_layer - 1] = None if known is None else known.vocabulary
         start = checkpoint.generation_config.get("decoder_start_token_id") if module.seq2seq else None
         self._collate = Collator(start)
 
@@ -91,10 +93,8 @@ class LayerReader:
             labels, hidden = self._hidden(batch)
             for number, head in enumerate(self._heads):
                 for rows in hidden[self._state(number + 1)].split(_LOGIT_ROWS):
-                    best = (logits := head(rows).float()).topk(2, dim=-1)
-                    chances = (best.values - logits.logsumexp(-1, keepdim=True)).exp()
-                    confidence = (chances[:, 0] - chances[:, 1]).cpu().numpy()
-                    seen[number].append((best.indices[:, 0].cpu().numpy(), confidence))
+                    token, sure = exits_of(head(rows), self._known[number])
+                    seen[number].append((token.cpu().numpy(), sure.cpu().numpy()))
             targets.append(labels[labels != IGNORED].numpy())
             sequences.append(begun + (labels != IGNORED).nonzero()[:, 0].numpy())
             begun += len(batch)
@@ -112,11 +112,11 @@ class LayerReader:
         parts: list[tuple[torch.Tensor, ...]] = []
         states = (hidden[self._state(self._exit_layer)], hidden[self._module.layers])
         for low, high in zip(*(one.split(_LOGIT_ROWS) for one in states), strict=True):
-            shallow = self._heads[self._exit_layer - 1](low).float().log_softmax(-1)
+            shallow = self._heads[self._exit_layer - 1](low)
             deep = self._module.head(high).float().log_softmax(-1)
-            token = shallow.argmax(-1)
+            token, sure = exits_of(shallow, self._known[self._exit_layer - 1], measure)
             nll = -deep.gather(1, token[:, None])[:, 0]
-            parts.append((confidence_of(shallow, measure), token == deep.argmax(-1), nll, token))
+            parts.append((sure, token == deep.argmax(-1), nll, token))
         values = (torch.cat(each).cpu().numpy() for each in zip(*parts, strict=True))
         for example, *one in zip(batch, *(np.split(each, ends) for each in values), strict=True):
             yield Traces.one(example.line, **dict(zip(("confidence", "agrees", "nll", "token"), one, strict=True)))
@@ -132,15 +132,6 @@ class LayerReader:
 
     def _state(self, layer: int) -> int:
         return EXIT if self._module.own is not None and layer == self._exit_layer else layer
-
-
-def confidence_of(log_probabilities: torch.Tensor, measure: ConfidenceMeasure) -> torch.Tensor:
-    """Confidences [N] in [0, 1] of rows [N, V], as the engines compute them (graphs/head.py)."""
-    if measure == "entropy":
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
-        return (1 - entropy / np.log(log_probabilities.shape[-1])).clamp(0, 1)
-    best = log_probabilities.topk(2, dim=-1).values.exp()
-    return (best[:, 0] if measure == "max-prob" else best[:, 0] - best[:, 1]).clamp(0, 1)
 
 
 def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

@@ -209,21 +209,26 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> LayersRep
         evaluation = reader.evaluate(examples, options.batch_size, advance)
     if evaluation.tokens == 0:
         raise DataError(f"{data}: no output has a second token, and the first never exits; give longer texts")
-    own = {} if found is None else {found.exit_layer: found.exit_layers}
-    exits = tuple(exit_of(evaluation, layer, costs, options, own.get(layer, 0)) for layer in range(1, layers))
+    parts = {}
+    if found is not None:
+        head = found.head_share(description.vocab_size) if options.bundle is None else 1.0
+        parts[found.exit_layer] = found.exit_layers, head
+    exits = tuple(exit_of(evaluation, layer, costs, options, *parts.get(layer, (0, 1.0))) for layer in range(1, layers))
     trained, whole = None if found is None else found.exit_layer, evaluation.accuracy(layers)
     return LayersReport(
         checkpoint.name, layers, evaluation.tokens, len(examples), options, whole, costs, exits, trained
     )
 
 
-def exit_of(evaluation: Evaluation, layer: int, costs: StepCosts, options: LayersOptions, own: int = 0) -> Exit:
-    """A layer's figures; `own`: layers that the exit has of its own."""
+def exit_of(
+    evaluation: Evaluation, layer: int, costs: StepCosts, options: LayersOptions, own: int = 0, head: float = 1.0
+) -> Exit:
+    """A layer's figures; `own`: layers that the exit has of its own, `head`: the share of the head that it reads."""
     agrees, confidence = evaluation.agrees(layer), evaluation.confidence[layer - 1]
     curve = Curve.of(confidence, agrees)
     point = curve.at_agreement(options.agreement)
     exits = confidence.astype(np.float64) > point.threshold
-    at_layer, every = costs.at(layer, len(evaluation.prediction), own), np.bincount(evaluation.sequence)
+    at_layer, every = costs.at(layer, len(evaluation.prediction), own, head), np.bincount(evaluation.sequence)
     exits_by_sequence = np.bincount(evaluation.sequence, exits)
     return Exit(
         exit_layer=layer,

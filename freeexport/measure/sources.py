@@ -145,6 +145,7 @@ class CheckpointSource:
             MAX_PENDING,
             known_ends(checkpoint, vocabulary),
             checkpoint.exit is not None,
+            exit_vocabulary=None if checkpoint.exit is None else checkpoint.exit.vocabulary,
         )
 
     @cached_property
@@ -179,8 +180,10 @@ class CheckpointSource:
     def costs(self, requests: Sequence[Request], tokens: int) -> Costs:
         from graphs.step_costs import analytic
 
-        own = 0 if self._checkpoint.exit is None else self._checkpoint.exit.exit_layers
-        return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers, own)
+        own, share = 0, 1.0
+        if (found := self._checkpoint.exit) is not None:
+            own, share = found.exit_layers, found.head_share(self._description.vocab_size)
+        return analytic(self._description, self._checkpoint).at(self._exit_layer, self.facts.layers, own, share)
 
 
 @contextmanager

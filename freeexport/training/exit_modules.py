@@ -1,4 +1,5 @@
-"""An exit's own parameters in torch: a norm and a small adapter, or transformer layers made from a description."""
+"""An exit's own parameters in torch: a norm and a small adapter, or transformer layers made from a description; and
+the class of all tokens that the exit does not know."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from torch import nn
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from graphs.description import MLP, Activation, Attention, Description, Layer, Linear, Norm
 from graphs.exit_head import EXIT as PREFIX
-from graphs.exit_head import with_exit
+from graphs.exit_head import OTHER, OTHER_BIAS, with_exit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,10 +100,40 @@ class ExitLayers(Exit):
         return x
 
 
+class KnownTokens(nn.Module):
+    """An exit's head over the token ids `vocabulary` int64 [n], ascending, and one class more, number n: all other
+    tokens, which never exit. Its rows are those of the model's head, but for `other`."""
+
+    vocabulary: torch.Tensor
+
+    def __init__(self, tokens: Sequence[int] | np.ndarray, width: int) -> None:
+        super().__init__()
+        self.register_buffer("vocabulary", torch.tensor(np.asarray(tokens, np.int64)))
+        self.other = nn.Linear(width, 1)
+
+    def __len__(self) -> int:
+        return len(self.vocabulary)
+
+    def logits(self, normed: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[N, d], and rows [n, d] of the head -> [N, n + 1]."""
+        weight = torch.cat([rows, self.other.weight.to(rows.dtype)])
+        return F.linear(normed.to(rows.dtype), weight, F.pad(self.other.bias, (len(self), 0)).to(rows.dtype))
+
+    def classes(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The classes of token ids."""
+        place = torch.searchsorted(self.vocabulary, tokens).clamp(max=len(self) - 1)
+        return torch.where(self.vocabulary[place] == tokens, place, len(self))
+
+    def folded(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits of all tokens [N, V] -> of the classes [N, n + 1]: the other tokens' probabilities are added up."""
+        tail = logits.index_fill(-1, self.vocabulary, float("-inf")).logsumexp(-1, keepdim=True)
+        return torch.cat([logits[:, self.vocabulary], tail], dim=-1)
+
+
 def own_exit(checkpoint: Checkpoint, description: Description) -> Exit | None:
-    """The exit's own parameters of a checkpoint, None where it has none."""
+    """The exit's own norm, and adapter or layers, of a checkpoint, None where it has none."""
     decoder = with_exit(description, checkpoint).decoder
-    if decoder.exit_head is None:
+    if decoder.exit_head is None or decoder.exit_head.norm is description.decoder.head.norm:
         return None
     norm = decoder.exit_head.norm
     if decoder.exit_map is not None:
@@ -115,10 +146,26 @@ def own_exit(checkpoint: Checkpoint, description: Description) -> Exit | None:
     return own.eval()
 
 
-def write_exit(own: Exit, directory: Path) -> None:
-    """Write the parameters as exit.safetensors."""
-    tensors = {f"{PREFIX}{name}": value.detach().float().cpu().contiguous() for name, value in own.state_dict().items()}
-    save_file(tensors, directory / EXIT_WEIGHTS)
+def known_tokens(checkpoint: Checkpoint, description: Description) -> KnownTokens | None:
+    """The exit vocabulary of a checkpoint, None where its exit knows all tokens."""
+    head = with_exit(description, checkpoint).decoder.exit_head
+    if head is None or not head.tokens:
+        return None
+    known = KnownTokens(head.tokens, description.hidden_size)
+    known.other.weight = _parameter(checkpoint.read(OTHER))
+    known.other.bias = _parameter(checkpoint.read(OTHER_BIAS))
+    return known.eval()
+
+
+def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> None:
+    """Write the parameters as exit.safetensors, if there are any."""
+    tensors = {}
+    for module in filter(None, (own, known)):
+        for name, value in module.state_dict().items():
+            dtype = torch.float32 if value.is_floating_point() else torch.int32
+            tensors[f"{PREFIX}{name}"] = value.detach().to("cpu", dtype).contiguous()
+    if tensors:
+        save_file(tensors, directory / EXIT_WEIGHTS)
 
 
 class ExitLayer(nn.Module):

@@ -1,24 +1,31 @@
-"""The start of an exit's own parameters: the linear map nearest to what the skipped layers do."""
+"""The start of an exit's own parameters: the linear map nearest to what the skipped layers do, and the tokens that the
+exit knows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
-from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.examples import Example, known_ends
+from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, own_exit
+from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, KnownTokens, own_exit
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import IGNORED, ShallowDeep
+from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
+from graphs.exit_head import VOCABULARY
+from runtime.bundle.manifest import ExitVocabulary
+from runtime.errors import OptionError
 
 _POSITIONS = 10_000  # that a map is fitted on, at least
+_TAIL_POSITIONS = 2_000  # that the class of all other tokens is fitted on, at least
 # A share of the mean variance: keeps directions that the data hardly shows from growing large weights.
 _RIDGE = 1e-3
+_LOGIT_ROWS = 256  # whose logits are in memory at a time
 
 
 def first_exit(
@@ -72,6 +79,58 @@ def _observed(
         found.append((shallow, deep))
     model.train(was_training)
     return cast(tuple[np.ndarray, np.ndarray], tuple(map(np.concatenate, zip(*found, strict=True))))
+
+
+def chosen_tokens(
+    checkpoint: Checkpoint, description: Description, options: TrainingOptions, training: Sequence[Example]
+) -> tuple[np.ndarray, ExitVocabulary]:
+    """The `--exit-vocab` ids of the exit's vocabulary, ascending, and what they cover of the training targets: special
+    tokens and ends of sequence, the most frequent in the targets, then the lowest ids; those of the checkpoint where
+    its exit has a vocabulary. Raises OptionError for a number out of range."""
+    size, vocabulary = options.exit_vocab or 0, description.vocab_size
+    special = {*load_tokenizer(checkpoint).all_special_ids, *known_ends(checkpoint, vocabulary)}
+    kept = np.array(sorted(token for token in special if 0 <= token < vocabulary), np.int64)
+    fewest = max(2, len(kept) + 1)
+    if not fewest <= size < vocabulary:
+        raise OptionError(
+            f"--exit-vocab is {size}; this model has {vocabulary} tokens, and {len(kept)} special ones, which are "
+            f"always kept: choose {fewest} to {vocabulary - 1}"
+        )
+    counts = np.bincount(np.concatenate([one.target for one in training]), minlength=vocabulary)
+    ranked = np.lexsort((np.arange(vocabulary), -counts))
+    tokens = np.sort(np.concatenate([kept, ranked[~np.isin(ranked, kept)]])[:size])
+    if VOCABULARY in checkpoint:
+        tokens = checkpoint.read(VOCABULARY).astype(np.int64)
+    covered = float(counts[tokens].sum() / counts.sum())
+    return tokens, ExitVocabulary(size, covered, int(counts.sum()), trained=True)
+
+
+@torch.no_grad()
+def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Tensor]) -> None:
+    """Set the class of all other tokens to the linear map nearest to what their logits add up to. `normed`: batches
+    [N, d] of what the exit's head reads."""
+    states, tails, count = [], [], 0
+    for batch in normed:
+        for rows in batch.split(_LOGIT_ROWS):
+            states.append((rows * head.scale).float().cpu().numpy())
+            tails.append(known.folded(head.read(rows).float())[:, -1:].cpu().numpy())
+        count += len(batch)
+        if count >= _TAIL_POSITIONS:
+            break
+    x, y = np.concatenate(states), np.concatenate(tails)
+    weight = linear_map(x - x.mean(0), y - y.mean(0))  # [1, d]
+    known.other.weight.copy_(torch.from_numpy(weight))
+    known.other.bias.copy_(torch.from_numpy(y.mean(0) - weight @ x.mean(0)))
+
+
+def exit_states(
+    model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool
+) -> Iterable[torch.Tensor]:
+    """Batches [N, d] of what the exit's head reads."""
+    for start in range(0, len(examples), 16):
+        inputs = {key: value.to(model.device) for key, value in collate(examples[start : start + 16]).items()}
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            yield model.exit_normed(model.hidden_states(**inputs))
 
 
 def linear_map(shallow: np.ndarray, deep: np.ndarray) -> np.ndarray:

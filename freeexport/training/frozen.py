@@ -18,14 +18,15 @@ from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, LossName
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches
-from freeexport.training.exit_modules import Exit, write_exit
-from freeexport.training.exit_start import first_exit
+from freeexport.training.exit_modules import Exit, KnownTokens, write_exit
+from freeexport.training.exit_start import begin_other, first_exit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, Metrics, ShallowDeep, SharedHead, exits_of, named_measures
 from freeexport.training.tuning import (
     Trainable,
     collator,
     copy_tokenizer,
+    first_known,
     link_or_copy,
     token_counts,
     trainable_model,
@@ -33,23 +34,31 @@ from freeexport.training.tuning import (
 from graphs.description import Description
 from runtime.errors import OptionError
 
-BEST = 32  # tokens of the teacher that are kept
+BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
 _LOGIT_ROWS = 512  # whose logits are in memory at a time
+_OF_ROWS: dict[str, type] = {
+    "best": np.int64,
+    "chances": np.float32,
+    "predicted": np.int64,
+    "deep_losses": np.float32,
+}
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
 
 
 @dataclass(frozen=True)
 class Teacher:
     """T positions of all examples end to end, R of which predict. `states` float16 [T, d] over their `scales` float32
-    [T], `labels` int32 [T] (-100 where nothing is predicted); `best` int32 [R, 32] and their `chances` float16
-    [R, 32] (logarithms), `deep_losses` float32 [R] (nats of the label); `rows` and `starts` [examples + 1] are where
-    examples begin among R and T."""
+    [T], `labels` int32 [T] (-100 where nothing is predicted); `best` int32 [R, 32], tokens or classes of an exit
+    vocabulary, and their `chances` float16 [R, 32] (logarithms); `predicted` int32 [R], the best token, and
+    `deep_losses` float32 [R] (nats of the label); `rows` and `starts` [examples + 1] are where examples begin among R
+    and T."""
 
     states: np.ndarray
     scales: np.ndarray
     labels: np.ndarray
     best: np.ndarray
     chances: np.ndarray
+    predicted: np.ndarray
     deep_losses: np.ndarray
     rows: np.ndarray
     starts: np.ndarray
@@ -58,11 +67,11 @@ class Teacher:
         return len(self.starts) - 1
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """`states` float32 [n, d] and `labels` [n] of an example, and `best`, `chances`, `deep_losses` [r, ...]."""
+        """`states` float32 [n, d] and `labels` [n] of an example, and what is kept of its rows [r, ...]."""
         places = slice(self.starts[index], self.starts[index + 1])
         rows = slice(self.rows[index], self.rows[index + 1])
         states = self.states[places].astype(np.float32) * self.scales[places][:, None]
-        of_rows = {name: getattr(self, name)[rows] for name in ("best", "chances", "deep_losses")}
+        of_rows = {name: getattr(self, name)[rows] for name in _OF_ROWS}
         return {"states": states, "labels": self.labels[places], **of_rows}
 
     @property
@@ -73,18 +82,17 @@ class Teacher:
 
 
 def collate_teacher(examples: Sequence[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """`states` float32 [B, n, d] and `labels` int64 [B, n], padded on the right; `best` int64 [R, 32], `chances`
-    float32 [R, 32] and `deep_losses` float32 [R] of the rows that have a label, in their order."""
+    """`states` float32 [B, n, d] and `labels` int64 [B, n], padded on the right; and of the rows that have a label, in
+    their order, `best` int64 [R, 32], `chances` float32 [R, 32], `predicted` int64 [R], `deep_losses` float32 [R]."""
     longest = max(len(one["labels"]) for one in examples)
     states = torch.zeros(len(examples), longest, examples[0]["states"].shape[1])
     labels = torch.full((len(examples), longest), IGNORED)
     for row, one in enumerate(examples):
         states[row, : len(one["labels"])] = torch.from_numpy(one["states"])
         labels[row, : len(one["labels"])] = torch.from_numpy(one["labels"].astype(np.int64))
-    kinds = {"best": np.int64, "chances": np.float32, "deep_losses": np.float32}
     ends = {
         name: torch.from_numpy(np.concatenate([one[name] for one in examples]).astype(kind))
-        for name, kind in kinds.items()
+        for name, kind in _OF_ROWS.items()
     }
     return {"states": states, "labels": labels, **ends}
 
@@ -96,14 +104,15 @@ def cached_teacher(
     examples: Sequence[Example],
     collate: Collator,
     options: TrainingOptions,
+    known: KnownTokens | None,
 ) -> Teacher:
     """Open the teacher in `directory`, computed and written there first where there is none; `model` is run on the
     device where it stands. An exit of layers needs the states of all positions, an adapter those with a label."""
-    if not (directory / f"{name}.starts.npy").exists():
+    parts = [directory / f"{name}.{field.name}.npy" for field in fields(Teacher)]
+    if not all(part.exists() for part in parts):
         directory.mkdir(parents=True, exist_ok=True)
-        _compute(directory, name, model, examples, collate, options)
-    parts = (field.name for field in fields(Teacher))
-    return Teacher(*(np.load(directory / f"{name}.{part}.npy", mmap_mode="r") for part in parts))
+        _compute(directory, name, model, examples, collate, options, known)
+    return Teacher(*(np.load(part, mmap_mode="r") for part in parts))
 
 
 @torch.no_grad()
@@ -114,6 +123,7 @@ def _compute(
     examples: Sequence[Example],
     collate: Collator,
     options: TrainingOptions,
+    known: KnownTokens | None,
 ) -> None:
     everywhere = options.exit_layers > 0
     labels = [collate([example])["labels"] for example in examples]
@@ -121,13 +131,14 @@ def _compute(
     rows = np.concatenate([[0], np.cumsum(counts)])
     starts = np.concatenate([[0], np.cumsum([one.numel() for one in labels])]) if everywhere else rows
     width = int(cast(torch.Tensor, model.head.norm.weight).shape[0])
-    best = min(BEST, len(cast(torch.Tensor, model.head.linear.weight)))
+    best = min(BEST, len(cast(torch.Tensor, model.head.linear.weight)) if known is None else len(known) + 1)
     shapes: dict[str, tuple[type, tuple[int, ...]]] = {
         "states": (np.float16, (int(starts[-1]), width)),
         "scales": (np.float32, (int(starts[-1]),)),
         "labels": (np.int32, (int(starts[-1]),)),
         "best": (np.int32, (int(rows[-1]), best)),
         "chances": (np.float16, (int(rows[-1]), best)),
+        "predicted": (np.int32, (int(rows[-1]),)),
         "deep_losses": (np.float32, (int(rows[-1]),)),
     }
     arrays = {
@@ -140,7 +151,7 @@ def _compute(
     with progress(f"teacher of {name}, batches", len(batches)) as advance:
         for batch in batches:
             inputs = {key: one.to(model.device) for key, one in collate([examples[i] for i in batch]).items()}
-            for part, values in _batch(model, inputs, everywhere, options.bf16, best).items():
+            for part, values in _batch(model, inputs, everywhere, options.bf16, best, known).items():
                 begins = starts if part in ("states", "scales", "labels") else rows
                 arrays[part][np.concatenate([np.arange(begins[i], begins[i + 1]) for i in batch])] = values
             advance()
@@ -152,7 +163,12 @@ def _compute(
 
 
 def _batch(
-    model: ShallowDeep, inputs: dict[str, torch.Tensor], everywhere: bool, bf16: bool, best: int
+    model: ShallowDeep,
+    inputs: dict[str, torch.Tensor],
+    everywhere: bool,
+    bf16: bool,
+    best: int,
+    known: KnownTokens | None,
 ) -> dict[str, np.ndarray]:
     """The arrays of a teacher for one batch, end to end."""
     kept = inputs["attention_mask"] > 0 if everywhere else inputs["labels"] != IGNORED
@@ -165,11 +181,11 @@ def _batch(
     for piece in (labels != IGNORED).nonzero()[:, 0].split(_LOGIT_ROWS):
         # In float32: the best two of logits in bfloat16 are often equal.
         chances = model.head(hidden[model.layers][piece].float()).float().log_softmax(-1)
-        top = chances.topk(best, dim=-1)
-        parts.append((top.indices, top.values, -chances.gather(1, labels[piece, None])[:, 0]))
-    tokens, values, nats = (torch.cat(part) for part in zip(*parts, strict=True))
+        top = (chances if known is None else known.folded(chances)).topk(best, dim=-1)
+        nats = -chances.gather(1, labels[piece, None])[:, 0]
+        parts.append((top.indices, top.values, chances.argmax(-1), nats))
     found = {"states": states / scales[:, None], "scales": scales, "labels": labels}
-    found |= {"best": tokens, "chances": values, "deep_losses": nats}
+    found |= dict(zip(_OF_ROWS, (torch.cat(part) for part in zip(*parts, strict=True)), strict=True))
     return {name: value.cpu().numpy() for name, value in found.items()}
 
 
@@ -178,6 +194,7 @@ class FrozenExit(nn.Module):
 
     accepts_loss_kwargs = True
     _keys_to_ignore_on_save: tuple[str, ...] | None = None
+    _rows: torch.Tensor  # [n, d] of the known tokens
 
     def __init__(
         self,
@@ -187,12 +204,15 @@ class FrozenExit(nn.Module):
         loss: LossName,
         alpha: float,
         seq2seq: bool = False,
+        known: KnownTokens | None = None,
     ) -> None:
-        """`layers` are the exit layer and the last one."""
+        """`layers` are the exit layer and the last one. `known`: the tokens that the exit knows, None for all."""
         super().__init__()
         self.seq2seq = seq2seq
-        self.exit = own
+        self.exit, self.known = own, known
         self.head = head.requires_grad_(False)
+        rows = None if known is None else head.rows(known.vocabulary).detach()
+        self.register_buffer("_rows", rows, persistent=False)
         self.exit_layer, self.layers = layers
         self.loss_name, self.alpha = loss, alpha
 
@@ -202,29 +222,32 @@ class FrozenExit(nn.Module):
         labels: torch.Tensor,
         best: torch.Tensor,
         chances: torch.Tensor,
+        predicted: torch.Tensor,
         deep_losses: torch.Tensor,
     ) -> Metrics:
         """Take what `collate_teacher` gives."""
         wanted = labels != IGNORED
-        labels = labels[wanted]
+        labels, known = labels[wanted], self.known
+        classes = labels if known is None else known.classes(labels)
         student = self.exit.norm(self.exit(states)[wanted]) * self.head.scale  # [R, d]
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):
             if self.training:
-                return {"loss": self._loss(student, labels, best, chances, deep_losses)}
-            logits = self.head.linear(student)
-            nats = {self.exit_layer: losses.cross_entropy(logits, labels), self.layers: deep_losses.sum()}
-            return named_measures(nats, labels, exits_of(logits), best[:, 0])
+                return {"loss": self._loss(student, classes, best, chances, deep_losses)}
+            logits = self.head.linear(student) if known is None else known.logits(student, self._rows)
+            nats = {self.exit_layer: losses.cross_entropy(logits, classes), self.layers: deep_losses.sum()}
+            tokens = None if known is None else known.vocabulary
+            return named_measures(nats, labels, exits_of(logits, tokens), predicted)
 
     def _loss(
         self,
         student: torch.Tensor,
-        labels: torch.Tensor,
+        classes: torch.Tensor,
         best: torch.Tensor,
         chances: torch.Tensor,
         deep_losses: torch.Tensor,
     ) -> torch.Tensor:
-        found, places = self._log_chances(student, torch.cat([labels[:, None], best], dim=1))
+        found, places = self._log_chances(student, torch.cat([classes[:, None], best], dim=1))
         found = found.gather(1, places)  # [R, 1 + 32]
         # The deep one is a constant, so that losses compare with other modes.
         loss = losses.by_depth({self.exit_layer: -found[:, 0].sum(), self.layers: deep_losses.sum()})
@@ -233,11 +256,14 @@ class FrozenExit(nn.Module):
         return loss
 
     def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them.
+        """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,
+        where there is an exit vocabulary.
 
         The head's product with a large vocabulary is most of a step. All tokens that some row needs are taken, and
         of the others a sample, which stands for all of them.
         """
+        if self.known is not None:
+            return self.known.logits(student, self._rows).log_softmax(-1), tokens
         weight = cast(torch.Tensor, self.head.linear.weight)
         size = len(weight)
         needed = tokens.unique()
@@ -259,10 +285,12 @@ def tune_exit(
     options: TrainingOptions,
     training: Sequence[Example],
     validation: Sequence[Example],
+    tokens: np.ndarray | None,
     cache: Path,
 ) -> Trainable:
     """Train an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d bytes a position
-    (a trained one for an adapter, any for layers) and 192 a trained one. Raises OptionError for a LoRA adapter.
+    (a trained one for an adapter, any for layers) and 200 a trained one. `tokens`: the exit's vocabulary, None for all.
+    Raises OptionError for a LoRA adapter.
 
     Of several processes, the first must be through before the others call this: they find the cache filled.
     """
@@ -275,19 +303,27 @@ def tune_exit(
     if torch.cuda.is_available():
         whole.to("cuda")
     own = first_exit(model, checkpoint, description, options, training, collate)
+    known, begun = first_known(checkpoint, description, tokens)
+    if known is not None:
+        known.to(whole.device)
     teachers = [
-        cached_teacher(cache, name, whole, examples, collate, options)
+        cached_teacher(cache, name, whole, examples, collate, options, known)
         for name, examples in (("training", training), ("validation", validation))
     ]
     whole.to("cpu")
+    if known is not None:
+        known.to("cpu")
     torch.manual_seed(options.seed)
     # The norm and the head alone, so that the layers' memory goes back.
     head = SharedHead(whole.head.norm, whole.head.linear, description.decoder.head.scale)
     layers = whole.exit_layer, whole.layers
-    module = FrozenExit(own, head, layers, options.loss, options.loss_alpha, whole.seq2seq)
+    module = FrozenExit(own, head, layers, options.loss, options.loss_alpha, whole.seq2seq, known)
+    if known is not None and not begun:
+        batches = (collate_teacher([teachers[0][place]]) for place in range(len(teachers[0])))
+        begin_other(known, head, (own.norm(own(one["states"])[one["labels"] != IGNORED]) for one in batches))
 
     def write(directory: Path) -> None:
-        write_exit(own, directory)
+        write_exit(own, known, directory)
         _link_base(checkpoint, directory)
 
     lengths = teachers[0].lengths, teachers[1].lengths

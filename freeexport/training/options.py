@@ -47,6 +47,7 @@ class TrainingOptions:
     lora_rank: int = 16
     adapter_rank: int = 64
     exit_layers: int = 0
+    exit_vocab: int | None = None
     from_config: bool = False
     steps: int | None = None
     epochs: float | None = None
@@ -71,7 +72,7 @@ class TrainingOptions:
         for name, known in (("loss", LossName), ("tune", Tune), ("schedule", Schedule), ("dtype", Dtype)):
             if (value := getattr(self, name)) not in get_args(known):
                 raise OptionError(f"--{name} {value!r} is unknown; choose {', '.join(get_args(known))}")
-        for name in ("lora_rank", "steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every"):
+        for name in ("lora_rank", "steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab"):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
             self._check(name, "a number above 0", lambda value: 0 < value < math.inf)
@@ -102,6 +103,8 @@ class TrainingOptions:
             )
         if self.exit_layers and self.loss == "weighted-ce":
             raise OptionError("--loss weighted-ce is for an exit without layers of its own; choose logit-kd or ce")
+        if self.exit_vocab is not None and self.loss == "weighted-ce":
+            raise OptionError("--loss weighted-ce is for an exit that knows all tokens; choose logit-kd or ce")
         if self.from_config and self.tune != "full":
             raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
         if self.resume and self.overwrite:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,8 +11,11 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import Exit
+from freeexport.training.exit_modules import Exit, KnownTokens
 from graphs.description import Description
+
+if TYPE_CHECKING:
+    from runtime.bundle.manifest import ConfidenceMeasure
 
 Metrics = dict[str, torch.Tensor]
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
@@ -37,6 +41,10 @@ class SharedHead(nn.Module):
         """[N, d] -> [N, d]: what the linear layer reads, and what distillation compares."""
         states: torch.Tensor = self.dropout(self.norm(hidden))
         return states
+
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The weights [n, d] of tokens [n]."""
+        return next(self.linear.parameters())[tokens]
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
@@ -65,9 +73,10 @@ class ShallowDeep(nn.Module):
         alpha: float = 0.5,
         also: tuple[int, ...] = (),
         own: Exit | None = None,
+        known: KnownTokens | None = None,
     ) -> None:
         """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's parameters,
-        whose states it gives as number EXIT."""
+        whose states it gives as number EXIT. `known`: the tokens that the exit knows, None for all."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -76,7 +85,7 @@ class ShallowDeep(nn.Module):
         self.alpha = alpha
         self.seq2seq = description.encoder is not None
         self.head = shared_head(model, description)
-        self.own = own
+        self.own, self.known = own, known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
         for number, layer in enumerate(decoder_layers(model, description), start=1):
@@ -110,11 +119,18 @@ class ShallowDeep(nn.Module):
         kept = (*self.kept, EXIT) if self.own is not None else self.kept
         return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
 
-    def read_exit(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
-        """The exit's logits [N, V] for what `hidden_states` gives."""
+    def exit_normed(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
+        """What the exit's head reads [N, d], from what `hidden_states` gives."""
         if self.own is None:
-            return self.head(hidden[self.exit_layer])
-        return self.head.read(self.own.norm(hidden[EXIT]))
+            return self.head.normed(hidden[self.exit_layer])
+        normed: torch.Tensor = self.own.norm(hidden[EXIT])
+        return normed
+
+    def read_exit(self, normed: torch.Tensor) -> torch.Tensor:
+        """The exit's logits of what `exit_normed` gives: [N, V], or those of the classes of `known`."""
+        if self.known is None:
+            return self.head.read(normed)
+        return self.known.logits(normed * self.head.scale, self.head.rows(self.known.vocabulary))
 
     def _run(
         self,
@@ -140,18 +156,19 @@ class ShallowDeep(nn.Module):
             return {"loss": self._weighted(hidden, targets)}
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
         # With dropout after the norm, what is distilled is the very sample that the head reads.
-        shallow = self.head.read(states[self.exit_layer]) if self.own is None else self.read_exit(hidden)
-        deep = self.head.read(states[self.layers])
+        shallow = self.read_exit(states[self.exit_layer] if self.own is None else self.exit_normed(hidden))
+        deep, known = self.head.read(states[self.layers]), self.known
+        by_layer = {
+            self.exit_layer: losses.cross_entropy(shallow, targets if known is None else known.classes(targets)),
+            self.layers: losses.cross_entropy(deep, targets),
+        }
         if not self.training:
-            return measures(shallow, deep, targets, self.exit_layer, self.layers)
-        loss = losses.by_depth(
-            {
-                self.exit_layer: losses.cross_entropy(shallow, targets),
-                self.layers: losses.cross_entropy(deep, targets),
-            }
-        )
+            tokens = None if known is None else known.vocabulary
+            return named_measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1))
+        loss = losses.by_depth(by_layer)
         if self.loss_name == "logit-kd":
-            loss = loss + self.alpha * losses.logit_distillation(deep, shallow)
+            meant = deep if known is None else known.folded(deep.detach().float())
+            loss = loss + self.alpha * losses.logit_distillation(meant, shallow)
         if self.loss_name == "kd-dyn":
             teachers = losses.teacher_layers(self.exit_layer, self.layers)
             pairs = losses.dynamic_pairs(states, self.exit_layer, teachers)
@@ -166,17 +183,26 @@ class ShallowDeep(nn.Module):
         return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})
 
 
-def measures(shallow: torch.Tensor, deep: torch.Tensor, targets: torch.Tensor, exit_layer: int, layers: int) -> Metrics:
-    """Compute the sums of `named_measures` from logits [N, V] and targets [N]."""
-    by_layer = {exit_layer: losses.cross_entropy(shallow, targets), layers: losses.cross_entropy(deep, targets)}
-    return named_measures(by_layer, targets, exits_of(shallow), deep.argmax(-1))
-
-
-def exits_of(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best token [N] of logits [N, V], and its probability minus that of the second best [N]."""
-    best = logits.float().topk(2, dim=-1)
-    chances = (best.values - logits.float().logsumexp(-1, keepdim=True)).exp()
-    return best.indices[:, 0], chances[:, 0] - chances[:, 1]
+def exits_of(
+    logits: torch.Tensor, known: torch.Tensor | None = None, measure: ConfidenceMeasure = "softmax"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the best token [N] of logits [N, V], and the confidence in it [N], as the engines do (graphs/head.py). Of
+    logits [N, n + 1] of the classes of `known` tokens [n] it is the best known one, of confidence 0 where the class of
+    all others is better."""
+    chances = logits.float().log_softmax(-1)
+    best = chances.topk(2, dim=-1)
+    if measure == "entropy":
+        # 0 ln 0 is 0.
+        entropy = -(chances.exp() * chances.clamp_min(-1e4)).sum(-1)
+        confidence = 1 - entropy / math.log(logits.shape[-1])
+    else:
+        first, second = best.values.exp().unbind(-1)
+        confidence = first if measure == "max-prob" else first - second
+    token, confidence = best.indices[:, 0], confidence.clamp(0, 1)
+    if known is None:
+        return token, confidence
+    other = token == len(known)
+    return known[torch.where(other, best.indices[:, 1], token)], confidence.masked_fill(other, 0.0)
 
 
 def named_measures(

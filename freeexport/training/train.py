@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from freeexport.training.trainer import WrittenOutputs
     from freeexport.training.tuning import Trainable
     from runtime.bundle.costs import Costs
+    from runtime.bundle.manifest import ExitVocabulary
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
     from freeexport.training.batches import described, examples
+    from freeexport.training.exit_start import chosen_tokens
     from freeexport.training.frozen import tune_exit
     from freeexport.training.report import prospect
     from freeexport.training.trainer import written_outputs
@@ -82,21 +84,31 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
     description = described(checkpoint, options)
     training, validation, left_out = examples(checkpoint, description, options)
     layers = len(description.decoder.layers)
-    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers)
+    tokens, vocabulary, share = None, None, 1.0
+    if options.exit_vocab is not None:
+        tokens, vocabulary = chosen_tokens(checkpoint, description, options, training)
+        share = (len(tokens) + 1) / description.vocab_size
+    costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share)
     if process.is_main_process:
         for line in [*(f"warning: {line}" for line in left_out), prospect(costs, options.exit_layer, layers)]:
             click.echo(line, err=True)
+        if vocabulary is not None:
+            click.echo(
+                f"exit vocabulary: {vocabulary.size} of {description.vocab_size} tokens, {vocabulary.covered:.2%} of "
+                "those in the training targets",
+                err=True,
+            )
     with process.main_process_first():
         if options.tune == "exit":
             cache = directory.path / "states"
-            tuning = tune_exit(checkpoint, description, options, training, validation, cache)
+            tuning = tune_exit(checkpoint, description, options, training, validation, tokens, cache)
         else:
-            tuning = tune_model(model, checkpoint, description, options, training, validation)
+            tuning = tune_model(model, checkpoint, description, options, training, validation, tokens)
     with naming(directory.path):
         written = written_outputs(tuning.module, checkpoint, validation, options)
         trained = _run(tuning, options, directory, process.is_main_process, written, costs)
     if process.is_main_process:
-        _write(tuning, checkpoint, options, directory)
+        _write(tuning, checkpoint, options, vocabulary, directory)
     process.wait_for_everyone()
     return replace(trained, out=str(out), left_out=tuple(left_out))
 
@@ -134,10 +146,12 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
     found = checkpoint.exit
     if found is not None and found.has_parameters:
         wanted = options.exit_layers, options.exit_layer
-        if not options.exit_layers or (found.exit_layers, found.exit_layer) != wanted:
+        adapted = found.exit_norm and not found.exit_layers
+        same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
+        if adapted or (found.exit_layers, found.exit_layer) != wanted or not same_tokens:
             raise CheckpointError(
                 f"{model} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
-                "an exit of layers: the same --exit-layer and --exit-layers"
+                "an exit of layers or a vocabulary: the same --exit-layer and --exit-layers, --exit-vocab"
             )
     return checkpoint
 
@@ -181,6 +195,7 @@ def _write(
     tuning: Trainable,
     checkpoint: Checkpoint,
     options: TrainingOptions,
+    vocabulary: ExitVocabulary | None,
     directory: TrainingDirectory,
 ) -> None:
     from freeexport.checkpoints.checkpoint import open_checkpoint
@@ -188,12 +203,13 @@ def _write(
     with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
         tuning.write(partial)
         # An exit's own parameters belong to the weights beside them.
-        beside = open_checkpoint(str(partial)) if tuning.exit_layers else checkpoint
+        beside = open_checkpoint(str(partial)) if tuning.own is not None or vocabulary is not None else checkpoint
         exit_file = ExitFile(
             exit_layer=options.exit_layer,
             exit_norm=tuning.own is not None,
             adapter_rank=options.adapter_rank if tuning.own is not None and not tuning.exit_layers else 0,
             exit_layers=tuning.exit_layers,
+            vocabulary=vocabulary,
             base_sha256=beside.sha256,
             loss=options.loss,
             tune=options.tune,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
@@ -16,8 +17,8 @@ from freeexport.checkpoints.examples import Example
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import Exit, ExitLayers, write_exit
-from freeexport.training.exit_start import first_exit
+from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, known_tokens, write_exit
+from freeexport.training.exit_start import begin_other, exit_states, first_exit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep
 from graphs.description import Description
@@ -66,16 +67,22 @@ def tune_model(
     options: TrainingOptions,
     training: Sequence[Example],
     validation: Sequence[Example],
+    tokens: np.ndarray | None,
 ) -> Trainable:
     """Train every weight (16 bytes of memory a parameter, and what the batch needs), or a LoRA adapter, which is
-    written with `model_name` as its base; together with the exit's own layers where there are to be some."""
+    written with `model_name` as its base; together with the exit's own layers where there are to be some. `tokens`: the
+    exit's vocabulary, None for all."""
     lora = options.tune == "lora"
     if lora and checkpoint.adapter is not None:
         raise OptionError(f"{model_name} is a LoRA adapter itself; merge it first, or train on its base")
     model, collate = trainable_model(checkpoint, options), collator(checkpoint)
     own = first_exit(model, checkpoint, description, options, training, collate) if options.exit_layers else None
+    known, begun = first_known(checkpoint, description, tokens)
     adapted = _adapted(model, model_name, description, options) if lora else None
-    module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own)
+    module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own, known=known)
+    if known is not None and not begun:
+        begin_other(known, module.head, exit_states(module.eval(), training, collate, options.bf16))
+        module.train()
 
     def write(directory: Path) -> None:
         if adapted is None:
@@ -84,11 +91,20 @@ def tune_model(
         else:
             adapted.save_pretrained(str(directory))
             (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
-        if own is not None:
-            write_exit(own, directory)
+        write_exit(own, known, directory)
 
     lengths = token_counts(training), token_counts(validation)
     return Trainable(module, training, validation, lengths, collate, write, own)
+
+
+def first_known(
+    checkpoint: Checkpoint, description: Description, tokens: np.ndarray | None
+) -> tuple[KnownTokens | None, bool]:
+    """The exit vocabulary of `tokens`, and whether the checkpoint has trained it already."""
+    trained = known_tokens(checkpoint, description)
+    if trained is not None or tokens is None:
+        return trained, trained is not None
+    return KnownTokens(tokens, description.hidden_size), False
 
 
 def _adapted(model: PreTrainedModel, model_name: str, description: Description, options: TrainingOptions) -> PeftModel:

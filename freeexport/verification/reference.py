@@ -46,18 +46,21 @@ ACTIVATION_BLOCK = 128
 _ATTRIBUTES = frozenset({"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"})
 
 
-ExitHead = Callable[[torch.Tensor], torch.Tensor]
+# States [B, n, d] -> logits [B, n, V], and confidences [B, n, 1] where these depend on more than the logits.
+ExitHead = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
 class States:
     """Outputs of a model for the n valid rows of a batch: logits [n, V], those of the model cut after the exit layer,
-    the states [n, d] after it, and for an encoder-decoder its encoder's output at the valid rows of the prompts."""
+    the states [n, d] after it, for an encoder-decoder its encoder's output at the valid rows of the prompts, and for an
+    exit that was trained with a vocabulary its confidences [n, 1]."""
 
     deep: np.ndarray
     shallow: np.ndarray
     hidden: np.ndarray
     encoded: np.ndarray | None
+    confidence: np.ndarray | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, exit_layer: int, batch: Batch, exit_head: ExitHead | None) -> States:
@@ -67,12 +70,17 @@ class States:
         encoded = out.get("encoder_last_hidden_state")
         deep = valid_rows(out["logits"].numpy(), batch.lengths)
         del out
-        shallow = _cut_logits(model, exit_layer, batch) if exit_head is None else exit_head(states)
+        confidence = None
+        if exit_head is None:
+            shallow = _cut_logits(model, exit_layer, batch)
+        else:
+            shallow, confidence = exit_head(states)
         return cls(
             deep,
             valid_rows(shallow.numpy(), batch.lengths),
             valid_rows(states.numpy(), batch.lengths),
             None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
+            None if confidence is None else valid_rows(confidence.numpy(), batch.lengths),
         )
 
 
@@ -121,6 +129,7 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
         ("encoder", "encoder hidden", "encoded"),
         ("prefill", "shallow hidden", "hidden"),
         ("prefill", "shallow logits", "shallow"),
+        ("prefill", "exit confidence", "confidence"),
         ("prefill", "deep logits", "deep"),
     ):
         values, wanted, reference = (getattr(states, field) for states in (ours, truth, theirs))

@@ -34,7 +34,7 @@ from graphs.families import describe
 from graphs.rewrites.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
-from runtime.bundle.manifest import MANIFEST, FloatType, Manifest, Precision
+from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, FloatType, Manifest, Precision
 from runtime.errors import FreeExportError
 from runtime.machine.machine import available_memory, usable_cores
 
@@ -94,7 +94,8 @@ class _Verification:
         whole = Rows.of_call(index, index, shallow, deep["logits"])
         checks, quality = list[Check](), None
         if checkpoint is not None:
-            found, quality = self._against(checkpoint, reference, batch, whole, encoded, data)
+            sure = shallow["confidence"][index, None]
+            found, quality = self._against(checkpoint, reference, batch, whole, sure, encoded, data)
             checks += found
         if self._in_time("stepping and sync passes"):
             checks += self_checks(pair, batch, whole, shallow["hidden"], self._arithmetic, self.extent)
@@ -145,6 +146,7 @@ class _Verification:
         model: Any,
         batch: Batch,
         whole: Rows,
+        confidence: np.ndarray,
         encoded: np.ndarray | None,
         data: Path | None,
     ) -> tuple[list[Check], dict[str, Any]]:
@@ -161,13 +163,13 @@ class _Verification:
             valid_rows,
         )
 
-        manifest, exit_head = self.manifest, _exit_head(checkpoint, model)
+        manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
         with Float64():
             truth = States.of(model, manifest.exit_layer, batch, exit_head)
         with in_precision_of(manifest, model):
             theirs = States.of(model, manifest.exit_layer, batch, exit_head)
         prompts = None if encoded is None else valid_rows(encoded, batch.prompt_lengths)
-        ours = States(whole.deep, whole.shallow, whole.hidden, prompts)
+        ours = States(whole.deep, whole.shallow, whole.hidden, prompts, confidence)
         checks = list(state_checks(ours, truth, theirs, manifest.precision))
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
         targets = batch.following(whole.index[followed])
@@ -290,19 +292,33 @@ def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
     return checkpoint
 
 
-def _exit_head(checkpoint: Checkpoint, model: Any) -> Any:
+def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -> Any:
     """The reference of an exit that has parameters of its own; None where it reads through the model's head."""
     if checkpoint.exit is None or not checkpoint.exit.has_parameters:
         return None
     import torch
 
-    from freeexport.training.exit_modules import own_exit
-    from freeexport.training.shallow_deep import shared_head
+    from freeexport.training.exit_modules import known_tokens, own_exit
+    from freeexport.training.shallow_deep import exits_of, shared_head
 
     description = describe(checkpoint.config, checkpoint)
-    own, head = own_exit(checkpoint, description), shared_head(model, description)
-    assert own is not None
-    return torch.no_grad()(lambda states: head.read(own.norm(own(states))))
+    own, known = own_exit(checkpoint, description), known_tokens(checkpoint, description)
+    head = shared_head(model, description).eval()
+
+    @torch.no_grad()
+    def read(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = head.normed(states) if own is None else own.norm(own(states))
+        logits = head.read(normed)
+        if known is None:
+            return logits, None
+        # Through the model's own linear layer, which is made as coarse as the bundle's.
+        tokens = known.vocabulary
+        classes = torch.cat([logits[..., tokens], known.other(normed * head.scale)], dim=-1)
+        _, confidence = exits_of(classes.flatten(0, 1), tokens, measure)
+        unknown = torch.full_like(logits, torch.finfo(torch.float32).min)
+        return unknown.index_copy(-1, tokens, logits[..., tokens]), confidence.reshape(*states.shape[:2], 1)
+
+    return read
 
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:

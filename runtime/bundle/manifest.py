@@ -16,7 +16,7 @@ from runtime.bundle.schema import Range, Reader, is_newer, parse_object
 from runtime.errors import BundleError
 
 # A newer minor version only adds fields that may be skipped; a newer major one cannot be read.
-SCHEMA_VERSION, SCHEMA_MINOR = 2, 1
+SCHEMA_VERSION, SCHEMA_MINOR = 2, 2
 MANIFEST = "freeexport.json"
 HASH = "manifest_sha256"
 REMEDY = "convert the checkpoint again"
@@ -91,11 +91,13 @@ class Quantization:
 
 @dataclass(frozen=True)
 class ExitVocabulary:
-    """`size` tokens that can exit, the share `covered` of the `text_tokens` tokens that they were chosen on."""
+    """`size` tokens that can exit, the share `covered` of the `text_tokens` tokens that they were chosen on. `trained`:
+    the exit was trained with them and one class for all others."""
 
     size: int
     covered: float
     text_tokens: int
+    trained: bool = False
 
 
 @dataclass(frozen=True)

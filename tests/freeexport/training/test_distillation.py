@@ -163,7 +163,9 @@ def test_a_frozen_exit_is_read_after_its_own_norm() -> None:
     best = torch.tensor(teacher, dtype=torch.float32).topk(11, dim=-1)
     states = torch.tensor(shallow, dtype=torch.float32)[None]
     deep_losses = torch.tensor(-teacher[np.arange(7), labels])
-    loss = module(states, torch.tensor(labels)[None], best.indices, best.values, deep_losses)["loss"]
+    loss = module(states, torch.tensor(labels)[None], best.indices, best.values, best.indices[:, 0], deep_losses)[
+        "loss"
+    ]
     ce = [-chances[np.arange(7), labels].sum() for chances in (student, teacher)]
     expected = (2 * ce[0] + 6 * ce[1]) / 8 + ALPHA * (np.exp(teacher) * (teacher - student)).sum()
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)

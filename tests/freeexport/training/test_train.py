@@ -16,7 +16,7 @@ import pytest
 import torch
 from checkpoints import Case
 from click.testing import CliRunner
-from training_case import LLAMA, T5, Runs, logged, run_options, tensors
+from training_case import LLAMA, T5, Runs, evaluated, logged, run_options, tensors
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import DataError, end_ids
@@ -24,8 +24,6 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, LossName, 
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.cli import main
-from freeexport.training.batches import Collator, described, examples
-from freeexport.training.exit_modules import own_exit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep
 from freeexport.training.train import train
@@ -37,22 +35,6 @@ ROOT = Path(__file__).parents[3]
 BOTH = pytest.mark.parametrize("case", [T5, LLAMA], ids=lambda case: case.name)
 Directory = Callable[[Case], Path]
 EXIT_OF_LAYERS: dict[str, Any] = {"exit_layers": 2, "steps": 30, "evaluate_every": 15, "learning_rate": 3e-3}
-
-
-def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
-    """The measures of a written checkpoint on the validation examples, by the model run as a whole."""
-    opened = open_checkpoint(str(out))
-    description = described(opened, options)
-    _, validation, _ = examples(opened, description, options)
-    own = own_exit(opened, description)
-    module = ShallowDeep(reference_model(opened), description, options.exit_layer, "ce", own=own).eval()
-    batch = Collator(opened.generation_config.get("decoder_start_token_id") if module.seq2seq else None)(validation)
-    with torch.no_grad():
-        sums = module(**batch)
-    rows = int((batch["labels"] != IGNORED).sum())
-    decided = decided_rows(batch["labels"], module.seq2seq)
-    agreement = float(sums["agreed"][decided].double().mean())
-    return {**{name: float(sums[name]) / rows for name in ("shallow_loss", "deep_loss")}, "agreement": agreement}
 
 
 def test_a_decoder_only_models_first_tokens_cannot_exit() -> None:

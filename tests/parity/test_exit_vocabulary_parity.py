@@ -1,0 +1,129 @@
+"""An exit that was trained with a vocabulary: tokens, confidences and modes against transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import PROMPTS, Bundles, Case
+from click.testing import CliRunner
+from exit_layer_case import EXIT_LAYER
+from exit_vocabulary_case import KNOWN, model_with_vocabulary, with_exit_vocabulary
+from reference import assert_same_tokens, replay, separating_threshold
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.commands.inspect import command as inspect
+from freeexport.conversion.convert import convert
+from freeexport.conversion.options import ConvertOptions
+from freeexport.measure.sources import open_sources
+from freeexport.system.jsonl import Request
+from freeexport.training.exit_modules import KnownTokens, known_tokens
+from freeexport.verification.engines import QUICK
+from freeexport.verification.verification import verify
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+from runtime.errors import OptionError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TOKENS = 18
+LLAMA, TIED_T5, T5 = map(with_exit_vocabulary, ("llama-tied", "t5-relu-tied", "t5-gated-untied"))
+LAYERS = with_exit_vocabulary("llama-untied-many-eos", layers=True)
+OWN_KERNELS = {"precision": "int8", "kernels": "freeexport"}
+EXACT: tuple[tuple[Case, dict[str, Any]], ...] = (
+    (LLAMA, {}),
+    (LLAMA, {"dialect": "standard"}),
+    (TIED_T5, {}),
+    (T5, {"dialect": "standard"}),
+    (LAYERS, {}),
+)
+Directory = Callable[[Case], Path]
+
+
+@pytest.mark.parametrize(("case", "options"), EXACT, ids=lambda value: getattr(value, "name", value))
+def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
+    case: Case, options: dict[str, Any], bundle: Bundles, checkpoint: Directory
+) -> None:
+    model, others, exits = model_with_vocabulary(checkpoint(case)), 0, 0
+    with Session(bundle(case, EXIT_LAYER, **options), slots=1, threads=1) as session:
+        for prompt in PROMPTS:
+            full = session.generate(prompt, mode="full", max_new_tokens=TOKENS, ignore_eos=True)
+            assert_same_tokens(full, replay(model, prompt, full.token_ids, EXIT_LAYER, 1.0, mode="full"))
+            guide = replay(model, prompt, full.token_ids, EXIT_LAYER, 1.0)
+            others += guide.confidence.count(0.0)
+            threshold = separating_threshold(guide, 0.6)
+            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
+            reference = replay(model, prompt, ours.token_ids, EXIT_LAYER, threshold)
+            if assert_same_tokens(ours, reference) is None:
+                assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
+            exits += sum(ours.exited)
+            assert {token for token, exited in zip(ours.token_ids, ours.exited, strict=True) if exited} <= set(KNOWN)
+            lossless = session.generate(prompt, mode="lossless", threshold=0.0, max_new_tokens=TOKENS, ignore_eos=True)
+            assert lossless.token_ids == full.token_ids
+            shallow = session.generate(prompt, mode="shallow", max_new_tokens=TOKENS, ignore_eos=True)
+            assert {token for token, exited in zip(shallow.token_ids, shallow.exited, strict=True) if exited} <= set(
+                KNOWN
+            )
+    assert others
+    assert exits
+
+
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        *EXACT[2:],
+        (LLAMA, OWN_KERNELS),
+        (LLAMA, {"precision": "int4", "kernels": "onnxruntime", "confidence": "max-prob"}),
+        (T5, {"precision": "fp16", "confidence": "entropy"}),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_verify_compares_the_confidences(
+    case: Case, options: dict[str, Any], bundle: Bundles, checkpoint: Directory
+) -> None:
+    report = verify(Bundle.open(bundle(case, EXIT_LAYER, **options)), str(checkpoint(case)), extent=QUICK)
+    assert report["passed"], report
+
+
+def test_verify_refuses_another_class_of_others(
+    bundle: Bundles, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*given: Any) -> KnownTokens | None:
+        known = known_tokens(*given)
+        assert known is not None
+        known.other.bias.data += 0.1
+        return known
+
+    monkeypatch.setattr("freeexport.training.exit_modules.known_tokens", other)
+    report = verify(Bundle.open(bundle(LLAMA, EXIT_LAYER)), str(checkpoint(LLAMA)), extent=QUICK)
+    assert [check["tensor"] for check in report["checks"] if not check["passed"]] == ["exit confidence"]
+
+
+def test_the_checkpoint_and_its_bundle_give_the_same_traces(bundle: Bundles, checkpoint: Directory) -> None:
+    requests, traces = [Request(1, "one two three"), Request(2, "four")], []
+    for model, layer in ((str(checkpoint(LLAMA)), None), (str(bundle(LLAMA, EXIT_LAYER)), None)):
+        with open_sources([model], layer, "cpu", 1) as sources:
+            facts = sources[0].facts.exit_vocabulary
+            assert facts is not None
+            assert (facts.size, facts.trained) == (len(KNOWN), True)
+            traces.append(list(sources[0].traces(requests, 12)))
+    for ours, theirs in zip(*traces, strict=True):
+        np.testing.assert_array_equal(ours.token, theirs.token)
+        np.testing.assert_array_equal(ours.agrees, theirs.agrees)
+        np.testing.assert_allclose(ours.confidence, theirs.confidence, atol=1e-5)
+
+
+def test_convert_needs_no_option_and_takes_none(bundle: Bundles, checkpoint: Directory, tmp_path: Path) -> None:
+    path = bundle(LLAMA, EXIT_LAYER)
+    shown = CliRunner().invoke(inspect, [str(path)]).output
+    assert f"{len(KNOWN)} of 288 tokens" in shown
+    assert "trained with one class for all others" in " ".join(shown.split())
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"input": "a"}\n')
+    with pytest.raises(OptionError, match=f"trained with a vocabulary of {len(KNOWN)} tokens; leave the option out"):
+        convert(str(checkpoint(LLAMA)), tmp_path / "out", ConvertOptions(exit_vocab=100, data=data))
+    assert open_checkpoint(str(checkpoint(LLAMA))).sha256 == Bundle.open(path).manifest.source_sha256
