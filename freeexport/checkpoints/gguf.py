@@ -12,15 +12,14 @@ import re
 import struct
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from freeexport.checkpoints.weight_files import CheckpointError, one_line
+from freeexport.checkpoints.weight_files import CheckpointError, Shape, TensorFile, one_line
 from graphs.errors import UnsupportedModelError
 from graphs.shapes import MAX_HEADS, MAX_LAYERS, MAX_WIDTH
 
@@ -32,10 +31,7 @@ MAX_DIMENSIONS = 4
 MAX_TEXT = 1 << 24  # bytes
 # Items of arrays by name. transformers reads each of them one by one, some ten microseconds each.
 MAX_ITEMS = {
-    "tokenizer.ggml.tokens": 1 << 19,
-    "tokenizer.ggml.scores": 1 << 19,
-    "tokenizer.ggml.token_type": 1 << 19,
-    "tokenizer.ggml.merges": 1 << 19,
+    **dict.fromkeys((f"tokenizer.ggml.{name}" for name in ("tokens", "scores", "token_type", "merges")), 1 << 19),
     "tokenizer.ggml.precompiled_charsmap": 1 << 20,
 }
 MAX_OTHER_ITEMS = 1 << 12
@@ -46,7 +42,6 @@ _DECODER_ONLY = re.compile(
 )
 _ENCODER_DECODER = re.compile(r"(encoder|decoder)\.(block\.\d+\.layer\..+|final_layer_norm)|shared|lm_head")
 _SPECIAL_TOKENS = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_DAMAGE = (ValueError, IndexError, KeyError, TypeError, OverflowError)
 _TEXT, _ARRAY = 8, 9
 # Formats of struct by the number of the type.
 _FORMATS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -55,24 +50,22 @@ _PLAIN = {0: "f4", 1: "f2", 24: "i1", 25: "i2", 26: "i4", 27: "i8", 28: "f8"}
 _LEAST_FIELD, _LEAST_TENSOR = 8 + 4 + 1, 8 + 4 + 4 + 8
 
 
-@dataclass(frozen=True)
-class _Array:
+class _Array(NamedTuple):
     """Items of a type, in the file from the offset `at`."""
 
     kind: int
-    count: int
+    length: int
     at: int
 
 
-@dataclass(frozen=True)
-class _Tensor:
+class _Tensor(NamedTuple):
     """`shape` is numpy's order; `at` counts from the begin of the file's data."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: Shape
     kind: int
     at: int
-    nbytes: int
+    nbytes: int = 0
 
 
 class Header:
@@ -119,10 +112,18 @@ class Header:
         alignment = self.fields.get("general.alignment", 32)
         if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1) or alignment > 1 << 20:
             raise ValueError(f"general.alignment is {str(alignment)[:40]!r}, which is no power of two up to a MiB")
-        infos = [self._tensor_info() for _ in range(tensors)]
+        found = []
+        for _ in range(tensors):
+            name = self._text("the name of a tensor")
+            dimensions = self._take("I")
+            self._limit("dimensions of a tensor", dimensions, MAX_DIMENSIONS, 8)
+            shape = tuple(self._take("Q") for _ in range(dimensions))[::-1]
+            found.append(_Tensor(name, shape, self._take("I"), self._take("Q")))
         self.data = -(-self._at // alignment) * alignment
-        for name, shape, kind, at in infos:
-            self._add_tensor(name, shape, kind, at, alignment)
+        for tensor in found:
+            if tensor.name in self.tensors:
+                raise ValueError(f"tensor {tensor.name[:80]!r} is there twice")
+            self.tensors[tensor.name] = tensor._replace(nbytes=self._nbytes(tensor, alignment))
 
     def _value(self, name: str, kind: int) -> Any:
         if kind == _TEXT:
@@ -130,47 +131,39 @@ class Header:
         if kind != _ARRAY:
             return self._take(self._format(kind))
         kind, count = self._take("I"), self._take("Q")
-        # Arrays of arrays no published model has.
+        # No published model has arrays of arrays.
         width = 8 if kind == _TEXT else struct.calcsize(self._format(kind))
         self._limit(f"items in {name[:80]}", count, MAX_ITEMS.get(name, MAX_OTHER_ITEMS), width)
         array = _Array(kind, count, self._at)
-        if kind != _TEXT:
-            self._skip(width * count, "an array")
-            return array
-        unpack, at, end = struct.Struct(self.order + "Q").unpack_from, self._at, len(self._content)
-        for _ in range(count):
-            (length,) = unpack(self._content, at)
-            at += 8 + length
-            if at > end:
-                raise ValueError(f"a text of {name[:80]} has {length} bytes, and the file ends before")
-        if at - self._at < 8 * count + count // 2:
-            raise ValueError(f"most of the {count} texts of {name[:80]} are empty")
-        self._at = at
+        self._at += width * count
+        if kind == _TEXT:
+            unpack, at, end = struct.Struct(self.order + "Q").unpack_from, array.at, len(self._content)
+            for _ in range(count):
+                (length,) = unpack(self._content, at)
+                at += 8 + length
+                if at > end:
+                    raise ValueError(f"a text of {name[:80]} has {length} bytes, and the file ends before")
+            if at - array.at < 8 * count + count // 2:
+                raise ValueError(f"most of the {count} texts of {name[:80]} are empty")
+            self._at = at
         return array
 
-    def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._text("the name of a tensor")
-        dimensions = self._take("I")
-        self._limit("dimensions of a tensor", dimensions, MAX_DIMENSIONS, 8)
-        shape = tuple(int(self._take("Q")) for _ in range(dimensions))[::-1]
-        return name, shape, int(self._take("I")), int(self._take("Q"))
+    def _nbytes(self, tensor: _Tensor, alignment: int) -> int:
+        from gguf.constants import GGML_QUANT_SIZES
 
-    def _add_tensor(self, name: str, shape: tuple[int, ...], kind: int, at: int, alignment: int) -> None:
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-        if name in self.tensors:
-            raise ValueError(f"tensor {name[:80]!r} is there twice")
+        name, shape, kind, at, _ = tensor
+        sizes = {int(known): size for known, size in GGML_QUANT_SIZES.items()}
         if not shape or not all(shape):
             raise ValueError(f"tensor {name[:80]!r} has the shape {list(shape)}")
-        if kind not in {int(known) for known in GGMLQuantizationType}:
+        if kind not in sizes:
             raise ValueError(f"tensor {name[:80]!r} has the type {kind}, which the gguf package does not know")
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        block, size = sizes[kind]
         if shape[-1] % block:
             raise ValueError(f"tensor {name[:80]!r} has rows of {shape[-1]}, which is no multiple of {block}")
         nbytes = math.prod(shape) // block * size
         if at % alignment or self.data + at + nbytes > len(self._content):
             raise ValueError(f"tensor {name[:80]!r} has {nbytes} bytes at {at}, which the file has not")
-        self.tensors[name] = _Tensor(name, shape, kind, at, nbytes)
+        return nbytes
 
     def _text(self, what: str) -> str:
         length = self._take("Q")
@@ -192,12 +185,6 @@ class Header:
         if count * width > left:
             raise ValueError(f"it has {count} {what}, and {left} bytes of them")
 
-    def _skip(self, length: int, what: str) -> None:
-        left = len(self._content) - self._at
-        if length > left:
-            raise ValueError(f"{what} has {length} bytes, and {left} are left")
-        self._at += length
-
     def _take(self, kind: str) -> Any:
         value = self._number(kind, self._at)
         self._at += struct.calcsize(kind)
@@ -207,21 +194,42 @@ class Header:
         return struct.unpack_from(self.order + kind, self._content, at)[0]
 
 
-class GGUFFile:
+class GGUFFile(TensorFile):
     """Weights of a GGUF file. Raises what Header does, and CheckpointError for a part of a split file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.header = header = Header(path)
-        if (self._number("split.count", MAX_TENSORS) or 1) > 1:
+        if (self._field("split.count", MAX_TENSORS) or 1) > 1:
             raise CheckpointError(f"{path} is one part of a split GGUF; join the parts with llama-gguf-split --merge")
         self._architecture = str(header.fields.get("general.architecture"))
         if self._architecture not in ARCHITECTURES:
             raise CheckpointError(f"{path} names no general.architecture; download it again")
-        self._check_vocabulary()
+        embedding = header.tensors.get("token_embd.weight")
+        for name in ("tokens", "scores", "token_type"):
+            # transformers reads every item, so there must be weights for them.
+            array = header.fields.get(f"tokenizer.ggml.{name}")
+            if isinstance(array, _Array) and embedding is not None and array.length > embedding.shape[0]:
+                raise CheckpointError(
+                    f"{path}: tokenizer.ggml.{name} has {array.length} items, and the embedding "
+                    f"{embedding.shape[0]} rows; download it again"
+                )
+        for key, most in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
+            self._field(f"{self._architecture}.{key}", most)
+        keys = (f"{self._architecture}.{key}" for key in ("block_count", "decoder_block_count"))
+        blocks = max(self._field(key, MAX_LAYERS) or 0 for key in keys)
         self._data: Any = np.memmap(path, mode="r")
-        self._tensors = _hugging_face_names(header.tensors, self._architecture, self._blocks())
+        self._tensors = _hugging_face_names(header.tensors, self._architecture, blocks)
+        self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
         self.nbytes = sum(tensor.nbytes for tensor in header.tensors.values())
+
+    def _field(self, key: str, most: int, least: int = 1) -> int | None:
+        value = self.header.fields.get(key)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise CheckpointError(
+                f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
+            )
+        return value
 
     @property
     def has_tokenizer(self) -> bool:
@@ -230,33 +238,27 @@ class GGUFFile:
     def special_tokens(self) -> dict[str, str]:
         """The tokenizer's "bos_token", "eos_token", "unk_token" and "pad_token", as far as the file has them."""
         tokens = self.header.fields.get("tokenizer.ggml.tokens")
-        if not isinstance(tokens, _Array) or tokens.kind != _TEXT or not tokens.count:
+        if not isinstance(tokens, _Array) or tokens.kind != _TEXT or not tokens.length:
             return {}
-        last = tokens.count - 1
-        ids = {name: self._number(f"tokenizer.ggml.{key}_token_id", last, 0) for name, key in _SPECIAL_TOKENS.items()}
-        return {name: self._text_of(tokens, index) for name, index in ids.items() if index is not None}
-
-    def _text_of(self, array: _Array, index: int) -> str:
-        at, unpack = array.at, struct.Struct(self.header.order + "Q").unpack_from
-        for _ in range(index):
-            at += 8 + unpack(self._data, at)[0]
-        (length,) = unpack(self._data, at)
-        return self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
-
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._tensors[name].shape
+        found, unpack = {}, struct.Struct(self.header.order + "Q").unpack_from
+        for name, key in _SPECIAL_TOKENS.items():
+            index = self._field(f"tokenizer.ggml.{key}_token_id", tokens.length - 1, 0)
+            if index is not None:
+                at = tokens.at
+                for _ in range(index):
+                    at += 8 + unpack(self._data, at)[0]
+                (length,) = unpack(self._data, at)
+                found[name] = self._data[at + 8 : at + 8 + length].tobytes().decode("utf-8", "replace")
+        return found
 
     def read(self, name: str) -> np.ndarray:
         from gguf.constants import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        tensor = self._tensors[name]
+        tensor, order = self._tensors[name], self.header.order
+        begin = self.header.data + tensor.at
+        stored = np.asarray(self._data[begin : begin + tensor.nbytes])
         try:
-            begin = self.header.data + tensor.at
-            stored, order = np.asarray(self._data[begin : begin + tensor.nbytes]), self.header.order
             if tensor.kind in _PLAIN:
                 array = stored.view(np.dtype(_PLAIN[tensor.kind]).newbyteorder(order)).astype(np.float32)
             elif order == ">":
@@ -265,46 +267,19 @@ class GGUFFile:
                 array = dequantize(stored.reshape(*tensor.shape[:-1], -1), GGMLQuantizationType(tensor.kind))
             array = array.reshape(tensor.shape)
             if self._architecture == "llama" and (part := re.search(r"\.attn_([qk])\.", tensor.name)):
-                return _halves(array, self._heads(part[1]))
-        except (NotImplementedError, *_DAMAGE) as error:
+                heads = self._field("llama.attention.head_count", MAX_HEADS)
+                if part[1] == "k":
+                    heads = self._field("llama.attention.head_count_kv", MAX_HEADS) or heads
+                if heads is None:
+                    raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
+                # Rotary rows from llama.cpp's interleaved pairs back to halves. [heads * head_dim, ...] both ways.
+                pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, *array.shape[1:])
+                array = np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(array.shape)
+        except (NotImplementedError, ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
             raise CheckpointError(
                 f"{self.path}: {name} cannot be dequantised ({one_line(error)}); use a file of another quantisation"
             ) from None
         return array
-
-    def _check_vocabulary(self) -> None:
-        """transformers reads every item, so there must be weights for them."""
-        embedding = self.header.tensors.get("token_embd.weight")
-        for name in ("tokens", "scores", "token_type"):
-            array = self.header.fields.get(f"tokenizer.ggml.{name}")
-            if isinstance(array, _Array) and embedding is not None and array.count > embedding.shape[0]:
-                raise CheckpointError(
-                    f"{self.path}: tokenizer.ggml.{name} has {array.count} items, and the embedding "
-                    f"{embedding.shape[0]} rows; download it again"
-                )
-
-    def _number(self, key: str, most: int, least: int = 1) -> int | None:
-        value = self.header.fields.get(key)
-        if value is not None and not (type(value) is int and least <= value <= most):
-            raise CheckpointError(
-                f"{self.path}: {key} is {str(value)[:40]!r}; it must be a whole number from {least} to {most}"
-            )
-        return value
-
-    def _blocks(self) -> int:
-        """Layers of the encoder or the decoder, the more. What other sizes are made from is checked too."""
-        for key, most in (("attention.head_count", MAX_HEADS), ("embedding_length", MAX_WIDTH)):
-            self._number(f"{self._architecture}.{key}", most)
-        keys = (f"{self._architecture}.{key}" for key in ("block_count", "decoder_block_count"))
-        return max(self._number(key, MAX_LAYERS) or 0 for key in keys)
-
-    def _heads(self, part: str) -> int:
-        heads = self._number("llama.attention.head_count", MAX_HEADS)
-        kv_heads = self._number("llama.attention.head_count_kv", MAX_HEADS) or heads
-        found = heads if part == "q" else kv_heads
-        if found is None:
-            raise CheckpointError(f"{self.path} has no llama.attention.head_count; download it again")
-        return found
 
 
 @contextmanager
@@ -315,15 +290,15 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
     from gguf.constants import GGUFValueType
 
     fields = file.header.fields
+    kinds = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT64, str: GGUFValueType.STRING}
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "header.gguf"
-        writer = GGUFWriter(path, str(fields["general.architecture"]))
-        tokens = fields.get("tokenizer.ggml.tokens")
-        size = {f"{fields['general.architecture']}.vocab_size": getattr(tokens, "count", None)}
+        architecture = str(fields["general.architecture"])
+        writer = GGUFWriter(path, architecture)
+        size = {f"{architecture}.vocab_size": getattr(fields.get("tokenizer.ggml.tokens"), "length", None)}
         for name, value in {**size, **fields}.items():
             if name.startswith("general.a") or value is None or isinstance(value, _Array):
                 continue  # GGUFWriter writes architecture and alignment itself
-            kinds = {bool: GGUFValueType.BOOL, float: GGUFValueType.FLOAT64, str: GGUFValueType.STRING}
             writer.add_key_value(name, value, kinds.get(type(value), GGUFValueType.INT64))
         for name in file.header.tensors:
             writer.add_tensor(name, np.zeros(1, np.float32))
@@ -332,12 +307,6 @@ def without_arrays(file: GGUFFile) -> Iterator[Path]:
         writer.write_tensors_to_file()
         writer.close()
         yield path
-
-
-def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary rows from llama.cpp's interleaved pairs back to halves. [heads * head_dim, ...] both ways."""
-    pairs = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def _hugging_face_names(found: dict[str, _Tensor], architecture: str, blocks: int) -> dict[str, _Tensor]:

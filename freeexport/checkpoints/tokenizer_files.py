@@ -17,13 +17,8 @@ if TYPE_CHECKING:
 
 # transformers 5 makes an empty tokenizer where none of these is there, rather than failing.
 _SOURCES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
 )
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 _BYT5_OFFSET = 3
@@ -46,9 +41,13 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
             raise
         except Exception as error:  # what the tokenizers library raises, of no other type
             raise _unreadable(checkpoint, error) from None
-        files["tokenizer_config.json"] = _json(_special_tokens(tokenizer, checkpoint))
-        template = _chat_template(tokenizer)
-        if template is not None:
+        named = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
+        special = {name: str(token) for name, token in named.items() if token is not None}
+        if gguf := _gguf(checkpoint):  # transformers 4.57 takes the wrong token for eos
+            special = gguf.special_tokens()
+        files["tokenizer_config.json"] = _json(special)
+        template = getattr(tokenizer, "chat_template", None)
+        if template := template.get("default") if isinstance(template, dict) else template:
             files["chat_template.jinja"] = template
     for name, text in files.items():
         (out_dir / name).write_text(text, encoding="utf-8")
@@ -57,8 +56,8 @@ def write_tokenizer(checkpoint: Checkpoint, out_dir: Path) -> list[str]:
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint brings a tokenizer; without one, only token ids can be decoded from."""
-    if checkpoint.path.is_file():
-        return any(isinstance(file, GGUFFile) and file.has_tokenizer for file in checkpoint.files)
+    if gguf := _gguf(checkpoint):
+        return gguf.has_tokenizer
     return any((checkpoint.path / name).is_file() for name in _SOURCES)
 
 
@@ -66,13 +65,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     """The tokenizer as transformers reads it. Raises CheckpointError when it cannot be read."""
     from transformers import AutoTokenizer
 
-    source, options = checkpoint.path, {}
-    if checkpoint.path.is_file():
-        source, options = checkpoint.path.parent, {"gguf_file": checkpoint.path.name}
+    source, options = checkpoint.source
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # tokenizers of every kind, each with errors of its own
         raise _unreadable(checkpoint, error) from None
+
+
+def _gguf(checkpoint: Checkpoint) -> GGUFFile | None:
+    return next((file for file in checkpoint.files if isinstance(file, GGUFFile)), None)
 
 
 def _unreadable(checkpoint: Checkpoint, error: Exception) -> CheckpointError:
@@ -100,9 +101,13 @@ def _fast(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> Tokeniz
 
 def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Bytes as tokens: the id of a byte is its value + 3, after pad, eos and unk; sentinels follow the bytes."""
+    # A byte-level tokenizer writes a byte as its character, or as one from U+0100 if that is unprintable.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
     added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
     vocabulary = {added[index].content: index for index in range(_BYT5_OFFSET)}
-    vocabulary.update({letter: byte + _BYT5_OFFSET for byte, letter in enumerate(_byte_letters())})
+    vocabulary.update({letter: byte + _BYT5_OFFSET for byte, letter in enumerate(letters)})
     fast = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token=added[2].content))
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
@@ -110,28 +115,6 @@ def _byt5(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     eos = str(tokenizer.eos_token)
     fast.post_processor = processors.TemplateProcessing(single=f"$A {eos}", special_tokens=[(eos, 1)])
     return fast
-
-
-def _byte_letters() -> list[str]:
-    """The character that stands for each byte in a byte-level tokenizer: itself, or one from U+0100 if unprintable."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, checkpoint: Checkpoint) -> dict[str, str]:
-    for file in checkpoint.files:
-        if isinstance(file, GGUFFile):  # transformers 4.57 takes the wrong token for eos
-            return file.special_tokens()
-    tokens = {name: getattr(tokenizer, name, None) for name in _SPECIAL}
-    return {name: str(token) for name, token in tokens.items() if token is not None}
-
-
-def _chat_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    template = getattr(tokenizer, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template or None
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -57,9 +57,7 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
         transformers.utils.logging.disable_progress_bar()
     seq2seq = checkpoint.config.get("is_encoder_decoder")
     loader = transformers.AutoModelForSeq2SeqLM if seq2seq else transformers.AutoModelForCausalLM
-    source, options = checkpoint.path, {}
-    if checkpoint.path.is_file():
-        source, options = checkpoint.path.parent, {"gguf_file": checkpoint.path.name}
+    source, options = checkpoint.source
     # 4.57 takes `dtype` as well; only older releases want `torch_dtype`.
     model = loader.from_pretrained(
         source, dtype=getattr(torch, dtype), trust_remote_code=False, local_files_only=True, **options
@@ -68,14 +66,11 @@ def reference_model(checkpoint: Checkpoint, device: str = "cpu", dtype: Dtype = 
         # Its weights are plain by now, but transformers would refuse to save them.
         model.hf_quantizer = None
         vars(model.config).pop("quantization_config", None)
-    return (model if checkpoint.adapter is None else _merged(model, checkpoint.adapter)).eval().to(place)
+    if checkpoint.adapter is not None:
+        from peft import PeftModel
 
-
-def _merged(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    from peft import PeftModel
-
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    return merged
+        model = PeftModel.from_pretrained(model, str(checkpoint.adapter)).merge_and_unload()
+    return model.eval().to(place)
 
 
 def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray], new_tokens: int) -> list[np.ndarray]:
@@ -117,12 +112,11 @@ def greedy_ids(model: Any, checkpoint: Checkpoint, prompts: Sequence[np.ndarray]
         )
     finally:
         model.generation_config = own
-    return [_until_end(row, ends) for row in out[:, 1 if seq2seq else width :].cpu().numpy()]
-
-
-def _until_end(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
-    found = np.flatnonzero(np.isin(ids, ends))
-    return ids[: found[0] + 1].astype(np.int32) if len(found) else ids.astype(np.int32)
+    found = []
+    for row in out[:, 1 if seq2seq else width :].cpu().numpy():
+        end = np.flatnonzero(np.isin(row, ends))
+        found.append(row[: end[0] + 1 if len(end) else None].astype(np.int32))
+    return found
 
 
 def write_random_weights(source: Path, out: Path, seed: int) -> None:
@@ -149,10 +143,6 @@ def write_random_weights(source: Path, out: Path, seed: int) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     model.save_pretrained(partial)
     for path in source.iterdir():
-        if (
-            path.is_file()
-            and path.name != "config.json"
-            and path.suffix not in (".safetensors", ".bin", ".pt", ".gguf")
-        ):
+        if path.is_file() and path.name != "config.json" and path.suffix not in _WEIGHT_SUFFIXES:
             shutil.copyfile(path, partial / path.name)
     partial.rename(out)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,9 +15,11 @@ from runtime.json_file import read_object
 if TYPE_CHECKING:
     import torch
 
+Shape = tuple[int, ...]
+
 # In the order in which transformers looks for them.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# Of real numbers, a value a byte or more: what can be read as float32.
+# Real numbers, a value a byte or more: what can be read as float32.
 _SAFETENSORS_TYPES = (
     *("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"),
     *("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"),
@@ -28,22 +30,19 @@ class CheckpointError(FreeExportError):
     """A checkpoint is missing, incomplete, damaged, or of a kind that cannot be read."""
 
 
-class WeightFile(Protocol):
+class TensorFile:
     """One file of named tensors. `nbytes` counts every stored tensor once, at its stored type."""
 
     path: Path
     nbytes: int
-
-    def names(self) -> Iterable[str]: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    shapes: Mapping[str, Shape]
 
     def read(self, name: str) -> np.ndarray:
         """The tensor as a float32 array of its own memory."""
-        ...
+        raise NotImplementedError
 
 
-class SafetensorsFile:
+class SafetensorsFile(TensorFile):
     """Mapped by the format's own library, which refuses overlaps, holes, and bytes that the file does not have.
 
     Raises CheckpointError for these, and where the file cannot be opened.
@@ -58,18 +57,14 @@ class SafetensorsFile:
             self._file: Any = safe_open(path, "pt")
             entries = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118, no mapping
             self._types = {name: str(entry.get_dtype()) for name, entry in entries.items()}
-            self._shapes = {name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()}
-            self.nbytes = _data_bytes(path)
+            self.shapes = {name: tuple(map(int, entry.get_shape())) for name, entry in entries.items()}
+            with path.open("rb") as file:
+                # Tensors follow the header without gaps, to the end of the file.
+                self.nbytes = path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
         except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
                 f"{path} is not a complete safetensors file ({one_line(error)}); download the checkpoint again"
             ) from None
-
-    def names(self) -> Iterable[str]:
-        return self._shapes.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
 
     def read(self, name: str) -> np.ndarray:
         if self._types[name] not in _SAFETENSORS_TYPES:
@@ -80,10 +75,32 @@ class SafetensorsFile:
         return _float32(self._file.get_tensor(name))
 
 
-def _data_bytes(path: Path) -> int:
-    """Count what follows the header: the format has tensors without gaps there, to the end of the file."""
-    with path.open("rb") as file:
-        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+class TorchFile(TensorFile):
+    """A state dict in a .bin file, mapped rather than loaded (files older than PyTorch 1.6 cannot be mapped).
+
+    Raises CheckpointError when it does not load, or holds anything that is not plain data.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self.path = path
+        try:
+            state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
+        except Exception as error:  # a damaged pickle can raise anything
+            raise CheckpointError(
+                f"{path} cannot be read as PyTorch weights ({one_line(error)}); download the checkpoint again"
+            ) from None
+        if not isinstance(state, dict):
+            kind = type(state).__name__
+            raise CheckpointError(f"{path} holds {kind}, not named tensors; save model.state_dict() there")
+        self._tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        # Tied weights are one storage under several names.
+        self.nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}.values())
+
+    def read(self, name: str) -> np.ndarray:
+        return _float32(self._tensors[name])
 
 
 def _float32(tensor: torch.Tensor) -> np.ndarray:
@@ -93,70 +110,34 @@ def _float32(tensor: torch.Tensor) -> np.ndarray:
     return array
 
 
-class TorchFile:
-    """A state dict in a .bin file, mapped rather than loaded (files older than PyTorch 1.6 cannot be mapped).
-
-    Raises CheckpointError when it does not load, or holds anything that is not plain data.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._tensors = _torch_tensors(path)
-        # Tied weights are one storage under several names.
-        self.nbytes = sum({tensor.data_ptr(): tensor.nbytes for tensor in self._tensors.values()}.values())
-
-    def names(self) -> Iterable[str]:
-        return self._tensors.keys()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def read(self, name: str) -> np.ndarray:
-        return _float32(self._tensors[name])
+def open_weights(path: Path) -> TensorFile:
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
-def _torch_tensors(path: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    try:
-        state = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(
-            f"{path} cannot be read as PyTorch weights ({one_line(error)}); download the checkpoint again"
-        ) from None
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path} holds {type(state).__name__}, not named tensors; save model.state_dict() there")
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def weight_files(path: Path) -> tuple[list[WeightFile], dict[str, WeightFile]]:
+def weight_files(path: Path) -> tuple[list[TensorFile], dict[str, TensorFile]]:
     """The files of weights in a directory, and which of them holds each tensor. Raises CheckpointError."""
     found = next((path / name for name in _WEIGHTS if (path / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{path} has no weights: none of {', '.join(_WEIGHTS)} is there; download it again")
     if found.suffix != ".json":
         file = open_weights(found)
-        return [file], dict.fromkeys(file.names(), file)
+        return [file], dict.fromkeys(file.shapes, file)
     shards = read_json(found).get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{found} has no weight_map; download the checkpoint again")
-    files = {name: _open_shard(found, str(name)) for name in sorted(set(map(str, shards.values())))}
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(map(str, shards.values()))):
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{found} names the shard {name!r}, outside its directory; do not use this checkpoint"
+            )
+        if not (path / name).is_file():
+            raise CheckpointError(f"{found} names the shard {name}, which is missing; download the checkpoint again")
+        files[name] = open_weights(path / name)
     for tensor, shard in shards.items():
-        if tensor not in files[str(shard)].names():
+        if tensor not in files[str(shard)].shapes:
             raise CheckpointError(f"{found} places {tensor} in {shard}, which lacks it; download the checkpoint again")
     return list(files.values()), {tensor: files[str(shard)] for tensor, shard in shards.items()}
-
-
-def _open_shard(index: Path, name: str) -> WeightFile:
-    if Path(name).name != name:
-        raise CheckpointError(f"{index} names the shard {name!r}, outside its directory; do not use this checkpoint")
-    if not (index.parent / name).is_file():
-        raise CheckpointError(f"{index} names the shard {name}, which is missing; download the checkpoint again")
-    return open_weights(index.parent / name)
-
-
-def open_weights(path: Path) -> WeightFile:
-    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

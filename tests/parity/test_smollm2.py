@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 from reference import assert_same_tokens, replay
 
-from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.checkpoints.checkpoint import smollm2
 from tools.data.splits import run
 from tools.models.recipe import convert, python, train
 

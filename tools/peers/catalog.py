@@ -17,8 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from freeexport.checkpoints.packaged_models import smollm2
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint, smollm2
 from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from runtime.bundle.manifest import Manifest

@@ -95,26 +95,27 @@ def test_torch_files_equal_the_model_that_saved_them(tmp_path: Path, sharded: bo
 
 
 def test_config_has_defaults_and_no_path(tmp_path: Path) -> None:
-    with_tensors(tmp_path, a=np.zeros(1, np.float32))
-    checkpoint = open_checkpoint(str(tmp_path))
+    checkpoint = open_checkpoint(str(with_tensors(tmp_path, a=np.zeros(1, np.float32))))
     assert checkpoint.config["rms_norm_eps"] == 1e-6
-    assert checkpoint.config["num_hidden_layers"] == 2
     assert checkpoint.config.get("rope_parameters", checkpoint.config)["rope_theta"] == 10000.0
     assert str(tmp_path) not in json.dumps(checkpoint.config)
-    assert checkpoint.name == tmp_path.name
-    assert checkpoint.architecture == "llama"
+    assert (checkpoint.name, checkpoint.architecture) == (tmp_path.name, "llama")
 
 
-def test_generation_config_is_the_file_or_derived(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [
+        (None, {"eos_token_id": 1, "pad_token_id": 0, "decoder_start_token_id": 0}),
+        ({"eos_token_id": [3, 4]}, {"eos_token_id": [3, 4], "decoder_start_token_id": 0}),
+        ({"decoder_start_token_id": 2}, {"decoder_start_token_id": 2}),
+    ],
+)
+def test_generation_config_is_the_file_or_derived(tmp_path: Path, stored: Any, expected: dict[str, Any]) -> None:
     t5().save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").unlink()
-    assert open_checkpoint(str(tmp_path)).generation_config == {
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-        "decoder_start_token_id": 0,
-    }
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4], "decoder_start_token_id": 2}')
-    assert open_checkpoint(str(tmp_path)).generation_config == {"eos_token_id": [3, 4], "decoder_start_token_id": 2}
+    if stored is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(stored))
+    assert open_checkpoint(str(tmp_path)).generation_config == expected
 
 
 def test_sha256_changes_with_config_and_with_weights(tmp_path: Path) -> None:
@@ -179,6 +180,7 @@ def test_a_hub_name_is_resolved_from_the_cache_and_weights_are_fetched_last(
         # The first reason, whatever else is wrong: there are no weights, and they would be quantised.
         ('{"model_type": "nonesuch", "quantization_config": {}}', "architecture 'nonesuch' is not supported"),
         ("{}", "architecture 'None' is not supported"),
+        ('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}', "stored quantised"),
     ],
 )
 def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, part: str) -> None:
@@ -189,14 +191,11 @@ def test_a_config_that_cannot_be_used_is_refused(tmp_path: Path, config: str, pa
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_hidden_layers", 10**6), ("num_hidden_layers", 10**12), ("head_dim", 10**9), ("rms_norm_eps", float("nan"))],
+    [("num_hidden_layers", 10**12), ("head_dim", 10**9), ("rms_norm_eps", float("nan"))],
 )
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_a_configuration_out_of_range_is_refused_before_work(
-    tmp_path: Path, name: str, value: float, model_type: str
-) -> None:
+def test_a_configuration_out_of_range_is_refused_before_work(tmp_path: Path, name: str, value: float) -> None:
     with_tensors(tmp_path, a=np.zeros(1, np.float32))
-    write_config(tmp_path, model_type=model_type, **{name: value})
+    write_config(tmp_path, model_type="qwen3", **{name: value})
     with pytest.raises(UnsupportedModelError, match=f"{name} is {value} in the configuration; it must be a "):
         open_checkpoint(str(tmp_path))
 
@@ -209,20 +208,13 @@ def test_the_reference_is_not_made_of_a_configuration_of_other_sizes(tmp_path: P
         reference_model(open_checkpoint(str(tmp_path)))
 
 
-def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
-    with_tensors(tmp_path, a=np.zeros(1, np.float32))
-    write_config(tmp_path, quantization_config={"quant_method": "gptq"})
-    with pytest.raises(CheckpointError, match="stored quantised"):
-        open_checkpoint(str(tmp_path))
-
-
-@pytest.mark.parametrize("keep", [0, 7, 20, -1])
-def test_truncated_safetensors_are_refused(tmp_path: Path, keep: int) -> None:
-    with_tensors(tmp_path, a=np.zeros(100, np.float32))
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
-        open_checkpoint(str(tmp_path))
+def test_truncated_safetensors_are_refused(tmp_path: Path) -> None:
+    path = with_tensors(tmp_path, a=np.zeros(100, np.float32)) / "model.safetensors"
+    content = path.read_bytes()
+    for keep in (0, 7, 20, -1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors is not a complete safetensors file"):
+            open_checkpoint(str(tmp_path))
 
 
 def write_safetensors(path: Path, header: Any, data: bytes) -> None:
@@ -260,22 +252,18 @@ def test_a_wrong_safetensors_header_is_refused(tmp_path: Path, header: Any) -> N
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_types_of_8_bits_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_types_of_8_bits_are_read_and_an_unsupported_one_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path)
-    tensor = torch.tensor([[1.5, -2.0, 0.0625], [0.0, 448.0, -0.25]]).to(dtype)
-    save_torch_file({"a": tensor}, tmp_path / "model.safetensors")
+    values = torch.tensor([[1.5, -2.0, 0.0625], [0.0, 448.0, -0.25]])
+    tensors = {name: values.to(getattr(torch, name)) for name in ("float8_e4m3fn", "float8_e5m2")}
+    save_torch_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(str(tmp_path))
-    assert checkpoint.nbytes == 6
-    assert np.array_equal(checkpoint.read("a"), tensor.float().numpy())
-
-
-def test_an_unsupported_type_is_refused_when_read(tmp_path: Path) -> None:
-    write_config(tmp_path)
+    assert checkpoint.nbytes == 12
+    for name, tensor in tensors.items():
+        assert np.array_equal(checkpoint.read(name), tensor.float().numpy())
     write_safetensors(tmp_path / "model.safetensors", {"a": entry(0, 8, 1, dtype="C64")}, bytes(8))
-    checkpoint = open_checkpoint(str(tmp_path))
     with pytest.raises(CheckpointError, match="C64, which is not supported"):
-        checkpoint.read("a")
+        open_checkpoint(str(tmp_path)).read("a")
 
 
 @pytest.mark.parametrize(
@@ -296,34 +284,29 @@ def test_a_wrong_index_is_refused(tmp_path: Path, weight_map: dict[str, str], pa
 
 
 def test_an_unreadable_torch_file_is_refused(tmp_path: Path) -> None:
-    write_config(tmp_path)
-    path = tmp_path / "pytorch_model.bin"
+    path = write_config(tmp_path) / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1000)}, path)
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
-        open_checkpoint(str(tmp_path))
-    torch.save([torch.zeros(1)], path)
-    with pytest.raises(CheckpointError, match="holds list"):
-        open_checkpoint(str(tmp_path))
-    torch.save({"a": Path("code")}, path)
-    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
-        open_checkpoint(str(tmp_path))
-
-
-def test_a_tensor_that_is_not_there_is_named(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(str(with_tensors(tmp_path, a=np.zeros(1, np.float32))))
-    assert "a" in checkpoint
-    assert "b" not in checkpoint
-    for method in (checkpoint.read, checkpoint.shape):
-        with pytest.raises(CheckpointError, match="no tensor b;"):
-            method("b")
+    cut = path.read_bytes()[:-100]
+    for content, reason in (
+        (cut, "cannot be read as PyTorch weights"),
+        ([torch.zeros(1)], "holds list"),
+        ({"a": Path("code")}, "cannot be read as PyTorch weights"),  # nothing but plain data is unpickled
+    ):
+        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        with pytest.raises(CheckpointError, match=reason):
+            open_checkpoint(str(tmp_path))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_tensor_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
+def test_a_tensor_that_is_not_there_or_not_finite_is_named(tmp_path: Path, value: float) -> None:
     array = np.zeros((3, 4), np.float32)
     array[1, 2] = value
     checkpoint = open_checkpoint(str(with_tensors(tmp_path, good=np.zeros(2, np.float32), bad=array)))
     assert checkpoint.read("good").sum() == 0
     with pytest.raises(CheckpointError, match="tensor bad holds NaN or infinity"):
         checkpoint.read("bad")
+    assert "good" in checkpoint
+    assert "none" not in checkpoint
+    for method in (checkpoint.read, checkpoint.shape):
+        with pytest.raises(CheckpointError, match="no tensor none;"):
+            method("none")

