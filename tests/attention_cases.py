@@ -19,7 +19,7 @@ TABLES = ("cosine", "sine", "bias", "query_norm", "key_norm")
 
 
 class _Attention(ctypes.Structure):
-    """That of runtime/kernels/source/attention.h."""
+    """The struct of runtime/kernels/source/attention.h."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("batch", "rows", "heads", "kv_heads", "size", "capacity", "width")),
@@ -122,7 +122,7 @@ def attend(instructions: str, layer: Layer, call: Call, packed: bool, library: P
 
 
 def exact(layer: Layer, call: Call) -> np.ndarray:
-    """The same in float64, row by row; the caches of `call` are extended."""
+    """Attention in float64, row by row; the caches of `call` are extended."""
     tables = {name: array.astype(np.float64) for name, array in layer.tables.items()}
     y = np.zeros((*call.rows.shape[:2], layer.heads * layer.size))
     for b, (past, length) in enumerate(zip(call.past, call.lengths, strict=True)):

@@ -111,7 +111,7 @@ def _t5(name: str, exit_layers: tuple[int, ...], model: str = "T5", **options: A
 
 @dataclass(frozen=True)
 class _Blueprint:
-    """What `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4."""
+    """Values that `_write` makes a checkpoint from. `legacy_rope` writes the config keys of transformers 4."""
 
     name: str
     config_class: str

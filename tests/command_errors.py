@@ -1,4 +1,4 @@
-"""What a command that failed must print."""
+"""The line that a command that failed must print."""
 
 from __future__ import annotations
 

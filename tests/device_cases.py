@@ -1,4 +1,4 @@
-"""What sessions on a device are tried with: two checkpoints, and every way to decode."""
+"""Cases of sessions on a device: two checkpoints, and every way to decode."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def check_program(folder: Path, compiler: str, processor: str, *extra: str, **re
 
 
 def run(*command: str) -> str:
-    """What a program prints; AssertionError with all that it printed where it fails."""
+    """The output of a program; AssertionError with all that it printed where it fails."""
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
     return done.stdout

@@ -80,7 +80,7 @@ class _Weight(ctypes.Structure):
 
 
 class _Product(ctypes.Structure):
-    """That of runtime/kernels/source/packed_linear.h."""
+    """The struct of runtime/kernels/source/packed_linear.h."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),

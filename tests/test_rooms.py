@@ -1,15 +1,18 @@
-"""Who may import whom: data flows one way, from a checkpoint to a session (docs/architecture.md)."""
+"""Imports between rooms: data flows one way, from a checkpoint to a session (docs/architecture.md); and duplicates."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("runtime", "graphs", "freeexport")
+BLOCK = 10  # lines that may not stand twice
 
 # A room is a folder of a package, or a file at its top. Every room may import the files named "everywhere".
 EVERYWHERE = {"runtime": {"errors", "json_file"}, "graphs": {"errors"}, "freeexport": set[str]()}
@@ -95,19 +98,35 @@ def test_imports_follow_the_direction_of_the_data(package: str) -> None:
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_rooms_have_no_circle(package: str) -> None:
-    seen = set[str]()
-    for name, below in ALLOWED[package].items():
-        assert set(below.split()) - set(ALLOWED[package]) == set()
-        seen.add(name)
-    order = list[str]()
+    below = {name: set(names.split()) for name, names in ALLOWED[package].items()}
+    assert set(TopologicalSorter(below).static_order()) == set(below)
 
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path, name))
-        if name not in order:
-            for other in ALLOWED[package][name].split():
-                visit(other, (*path, name))
-            order.append(name)
 
-    for name in ALLOWED[package]:
-        visit(name, ())
-    assert set(order) == seen
+def code(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines without indentation; not blank ones, comments and imports."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        bare = line.strip()
+        if bare and not bare.startswith(("#", "import ", "from ")):
+            yield number, bare
+
+
+def duplicates(paths: Iterable[Path]) -> list[list[str]]:
+    places: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for path in paths:
+        lines = list(code(path))
+        for start in range(len(lines) - BLOCK + 1):
+            block = tuple(line for _, line in lines[start : start + BLOCK])
+            places[block].append(f"{path}:{lines[start][0]}")
+    return [found for found in places.values() if len(found) > 1]
+
+
+def test_no_block_of_ten_lines_stands_twice() -> None:
+    packages = (ROOT / name for name in (*PACKAGES, "tools"))
+    assert duplicates(sorted(path for package in packages for path in package.rglob("*.py"))) == []
+
+
+def test_a_block_that_stands_twice_is_found(tmp_path: Path) -> None:
+    block = "\n".join(f"value_{n} = {n}" for n in range(BLOCK))
+    (tmp_path / "one.py").write_text(f"import os\n{block}\n")
+    (tmp_path / "two.py").write_text(f"\n\nif True:\n    {block}\nlast = 1\n")
+    assert duplicates(sorted(tmp_path.iterdir())) == [[f"{tmp_path}/one.py:2", f"{tmp_path}/two.py:4"]]

@@ -58,7 +58,7 @@ UNSAFE = frozenset(
 
 
 class Misuse(Exception):
-    """What CUDA leaves undefined."""
+    """A use that CUDA leaves undefined."""
 
 
 class Race(Misuse):

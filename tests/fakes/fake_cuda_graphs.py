@@ -40,7 +40,7 @@ class GraphCuda(FakeCuda):
 
     @property
     def graphs(self) -> int:
-        """Those that are not destroyed."""
+        """Graphs that are not destroyed."""
         return len(self._graphs)
 
     def enqueue(self, stream: int, what: str, accesses: Iterable[Access], action: Callable[[], None]) -> None:

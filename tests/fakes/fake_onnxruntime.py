@@ -24,7 +24,7 @@ BFLOAT16 = 16  # TensorProto.BFLOAT16, which numpy has no type for
 
 
 class _Place(NamedTuple):
-    """Where a value stands."""
+    """The place of a value."""
 
     element_type: Any
     shape: tuple[int, ...]
@@ -155,6 +155,6 @@ class _Session:
 
 
 def _merged(accesses: Iterable[Access]) -> list[Access]:
-    """What is read and written in place is written."""
+    """Count what is read and written in place as written."""
     written = {(access.address, access.size) for access in accesses if access.writes}
     return [access for access in accesses if access.writes or (access.address, access.size) not in written]

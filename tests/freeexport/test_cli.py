@@ -181,7 +181,7 @@ def test_ctrl_c_in_a_real_process_exits_with_130(changed: str) -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_are_as_the_null_device(closed: str, tmp_path: Path) -> None:
-    """What a library prints to a closed stream must not go to the file that is opened next."""
+    """Text that a library prints to a closed stream must not go to the file that is opened next."""
     (tmp_path / "shape.py").write_text(
         "import os, freeexport.__main__ as entry, freeexport.cli as cli, click\n"
         "def body():\n"

@@ -38,7 +38,7 @@ class Small:
         self.directory = directory
 
     def check(self, build, kinds: dict[str, int], outputs: int = 1) -> None:
-        """The same results both ways, and then operators of these kinds."""
+        """Compare the results both ways, and then the kinds of operators."""
         rows = {"x": normal(5, 40, seed=4), "skip": normal(5, 40, seed=5)}
         found = []
         for name, passes in (("apart", []), ("fused", [FuseProducts()])):

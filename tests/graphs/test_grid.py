@@ -23,7 +23,7 @@ def as_in(kind: str, weight: np.ndarray) -> np.ndarray:
 
 
 def any_q4_k(outputs: int, inputs: int) -> np.ndarray:
-    """What random bytes stand for, but for their two float16 a block of 256, which are given."""
+    """Weights that random bytes stand for, but for their two float16 a block of 256, which are given."""
     raw = np.random.default_rng(1).integers(0, 256, (outputs, inputs // 256, 144), np.uint8)
     raw[..., :4] = np.array([0.01, 0.02], np.float16).view(np.uint8)
     return dequantize(raw.reshape(outputs, -1), GGMLQuantizationType.Q4_K)

@@ -88,7 +88,7 @@ ROUNDED = {"int8": trt.DataType.INT8, "fp8": trt.DataType.FP8, "int4": trt.DataT
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: case.name)
 def test_rounded_weights_stay_rounded_in_every_engine(case: Any, bundle: Bundles, tmp_path: Path) -> None:
-    """What an engine has beside its weights hardly depends on their precision: none of them was widened."""
+    """The size of an engine beside its weights hardly depends on their precision: none of them was widened."""
     beside: dict[str, dict[str, int]] = {}
     for precision in ("fp16", *ROUNDED):
         head = {"head": "int4"} if precision == "int4" else {}
@@ -104,7 +104,7 @@ def test_rounded_weights_stay_rounded_in_every_engine(case: Any, bundle: Bundles
 
 
 def weight_bytes(graph: Path) -> int:
-    """Of all tensors that a graph reads."""
+    """Bytes of all tensors that a graph reads."""
     bits = {TensorProto.FLOAT: 32, TensorProto.FLOAT16: 16, TensorProto.INT64: 64, TensorProto.INT4: 4}
     tensors = onnx.load(graph, load_external_data=False).graph.initializer
     return int(sum(bits.get(tensor.data_type, 8) * np.prod(tensor.dims, dtype=np.int64) // 8 for tensor in tensors))

@@ -43,7 +43,7 @@ def opened(bundle: Bundles, case: Case, exit_layer: int) -> Iterator[Session]:
 
 
 def thresholds(session: Session, model: Any, prompt: tuple[int, ...], exit_layer: int) -> tuple[float, float]:
-    """Where exits and their rollbacks both happen, both far from any value seen on the greedy continuation."""
+    """Thresholds with exits and with rollbacks, both far from any value seen on the greedy continuation."""
     guide = session.generate(prompt, mode="full", max_new_tokens=TOKENS, ignore_eos=True).token_ids
     exits = separating_threshold(replay(model, prompt, guide, exit_layer, 1.0), quantile=0.3)
     shallow, deep = Run(model, prompt, exit_layer).logits(guide[:-1])

@@ -123,7 +123,7 @@ def test_lossless_is_full_and_drafts_as_the_reference(
 
 
 def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> None:
-    """Those that never exit, whose rows the exit's layers pass over, beside those that do."""
+    """Sequences that never exit, whose rows the exit's layers pass over, beside those that do."""
     path = bundle(TIED, EXIT_LAYER)
     requests: list[dict[str, Any]] = [
         {"mode": mode, "threshold": 0.3, "max_new_tokens": TOKENS, "ignore_eos": True}

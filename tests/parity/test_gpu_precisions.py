@@ -38,7 +38,7 @@ def widened(array: np.ndarray, format_: TensorFormat, scales: np.dtype) -> np.nd
 
 
 def from_blocks(array: np.ndarray, format_: TensorFormat, scales: np.dtype) -> np.ndarray:
-    """The same for MatMulNBits."""
+    """Read the blocks of MatMulNBits."""
     if format_ == "int8-block":
         eight = round_8_bits(array, 32, scales)
         values = (eight.data.astype(np.float32) - 128) * eight.scales[..., None].astype(np.float32)

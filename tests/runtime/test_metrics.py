@@ -1,4 +1,4 @@
-"""What a session counts, and the events that it tells of."""
+"""Counts of a session, and its events."""
 
 from __future__ import annotations
 

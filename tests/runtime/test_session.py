@@ -71,7 +71,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
 
 
 def outcome(result: GenerationResult) -> tuple[Any, ...]:
-    """What must not depend on timing."""
+    """The parts of a result that must not depend on timing."""
     stats = result.stats
     return (
         result.text,

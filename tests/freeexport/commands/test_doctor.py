@@ -1,4 +1,4 @@
-"""What doctor reports: wheels, providers, CUDA, TensorRT, extras; and what to do about each."""
+"""Reports of doctor: wheels, providers, CUDA, TensorRT, extras; and what to do about each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernels a bundle needs and this machine has, as doctor, inspect and convert say it."""
+"""Kernels that a bundle needs and this machine has, as doctor, inspect and convert say it."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def options() -> Iterator[tuple[str, click.Option]]:
 
 
 def kind(option: click.Option) -> Any:
-    """What it takes: a range of numbers is a number."""
+    """Name the values that it takes: a range of numbers is a number."""
     return "flag" if option.is_flag else option.type.name.removesuffix(" range")
 
 

@@ -1,4 +1,4 @@
-"""What `train` writes goes through `convert` and `verify`, for every tune mode."""
+"""Checkpoints that `train` writes go through `convert` and `verify`, for every tune mode."""
 
 from __future__ import annotations
 

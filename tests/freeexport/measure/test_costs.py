@@ -35,7 +35,7 @@ def sizes_of(steps: int, exit_rate: float, seed: int) -> Counter[int]:
 
 
 def sample(exit_rate: float | None, steps: int, seed: int, noise: float = 0.0) -> Sample:
-    """What a request would take if decoding cost what TRUE says; None is mode full."""
+    """Seconds that a request would take if decoding cost what TRUE says; None is mode full."""
     random = np.random.default_rng(seed + 1000)
 
     def took(seconds: float) -> float:

@@ -178,7 +178,7 @@ def test_one_far_point_does_not_flatten_the_others(done: Done) -> None:
 def test_bundles_are_interleaved_as_settings_are(
     run: Run, bundle: Bundles, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What slows the machine for some lines must slow the same lines of every bundle."""
+    """A machine that is slow for some lines must slow the same lines of every bundle."""
     decoded: list[tuple[int, str, bytes]] = []
     decode = evaluation.Decoder.decode
 

@@ -212,7 +212,7 @@ def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
 
 
 def _as_if_independent(sample: np.ndarray, count: np.ndarray) -> int:
-    """The same test on tokens instead of sequences: the last of STEPS that passes."""
+    """Test tokens instead of sequences: the last of STEPS that passes."""
     wrong = np.rint(sample * count[:, None]).sum(axis=0).astype(int)
     total, passing = int(count.sum()), 0
     for index in range(1, len(STEPS)):

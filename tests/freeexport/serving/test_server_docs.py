@@ -1,4 +1,4 @@
-"""What the page about the server says works: commands, programs, the page that streams, and the dashboard."""
+"""The page about the server works: commands, programs, the page that streams, and the dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What hostile clients send, and what surroundings do to a server: none of it may stop it for the others."""
+"""Hostile clients and surroundings of a server: none of it may stop it for the others."""
 
 from __future__ import annotations
 

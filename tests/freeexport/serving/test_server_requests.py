@@ -1,4 +1,4 @@
-"""What a request may say: each field that is not supported is refused by name, and none is ignored."""
+"""Fields of a request: each field that is not supported is refused by name, and none is ignored."""
 
 from __future__ import annotations
 

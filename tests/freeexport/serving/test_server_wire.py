@@ -1,4 +1,4 @@
-"""What comes over the wire, byte for byte, and what clients do to a server that they should not."""
+"""Answers over the wire, byte for byte, and what clients do to a server that they should not."""
 
 from __future__ import annotations
 

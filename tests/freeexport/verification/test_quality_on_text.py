@@ -1,4 +1,4 @@
-"""What a precision costs: against the same model, against a spoilt one, and against figures computed apart."""
+"""The cost of a precision: against the same model, against a spoilt one, and against figures computed apart."""
 
 from __future__ import annotations
 

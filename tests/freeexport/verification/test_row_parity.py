@@ -35,7 +35,7 @@ Run = Callable[..., Call]
 
 
 def checks(path: Path, extent: Extent = FULL) -> list[Check]:
-    """Those of the engines against themselves."""
+    """Checks of the engines against themselves."""
     found = verify(Bundle.open(path), None, extent=extent)["checks"]
     return [Check(**{name: value for name, value in check.items() if name != "passed"}) for check in found]
 

@@ -18,7 +18,7 @@ FLOAT, FLOAT16 = ir.DataType.FLOAT, ir.DataType.FLOAT16
 
 
 def exported(mask_name: str = "attention_mask", table: np.ndarray = TABLE) -> ir.Model:
-    """What an exporter writes: a graph that only takes whole blocks, and adds to each row the sum of its block."""
+    """An exporter's output: a graph that only takes whole blocks, and adds to each row the sum of its block."""
     ids, mask = (
         ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["B", "N"]))
         for name in ("input_ids", mask_name)

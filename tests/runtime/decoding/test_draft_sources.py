@@ -1,4 +1,4 @@
-"""Where drafts come from, against searching all of the text; and the loop that drafts them, on recorded engines."""
+"""Sources of drafts, against searching all of the text; and the loop that drafts them, on recorded engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What cross-attention reads, of sequences that come and go."""
+"""Caches that cross-attention reads, while sequences come and go."""
 
 from __future__ import annotations
 

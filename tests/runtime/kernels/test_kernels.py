@@ -33,7 +33,7 @@ if problem := missing():
 
 
 def rows(rng, count, inputs):
-    """Of values with outliers, as activations have them."""
+    """Rows with outliers, as activations have them."""
     x = rng.standard_normal((count, inputs)).astype(np.float32)
     x[:, rng.integers(inputs)] *= 30
     return x

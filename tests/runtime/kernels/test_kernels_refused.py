@@ -1,4 +1,4 @@
-"""What a session of a bundle that needs our own operators says where it cannot be, in one line."""
+"""Refusals of a bundle that needs our own operators where they cannot run, in one line."""
 
 import ctypes
 import logging
@@ -93,7 +93,7 @@ def test_without_vector_instructions_a_warning_says_why(copied, monkeypatch, cap
 
 
 class OldRuntime:
-    """Of ONNX Runtime's C API, as a runtime of version 1.17 offers it: nothing of version 18."""
+    """ONNX Runtime's C API, as a runtime of version 1.17 offers it: nothing of version 18."""
 
     def __init__(self):
         created = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_char_p)

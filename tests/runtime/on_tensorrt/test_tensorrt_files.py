@@ -1,4 +1,4 @@
-"""Which TensorRT engine a bundle's folder has for this GPU and version; why none, where there is none."""
+"""TensorRT engines that a bundle's folder has for this GPU and version; why none, where there is none."""
 
 from __future__ import annotations
 

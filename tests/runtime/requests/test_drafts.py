@@ -78,7 +78,7 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
 
 @pytest.mark.usefixtures("eager")
 def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
-    """What it generates becomes its prompt: the output is found there only where the output follows the prompt."""
+    """Its output becomes its prompt: the output is found there only where the output follows the prompt."""
     session = sessions(T5)
     options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
     proposed = 0

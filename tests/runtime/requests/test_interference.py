@@ -1,4 +1,4 @@
-"""What one request, its callbacks, or another process may do to the requests beside it: nothing."""
+"""Requests are left alone by other requests, their callbacks, and other processes."""
 
 from __future__ import annotations
 

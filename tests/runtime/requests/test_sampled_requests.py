@@ -54,7 +54,7 @@ Sessions = Callable[[str], Session]
 
 
 def context_of(prompt: tuple[int, ...], name: str) -> list[int]:
-    """What the decoder has read before the first token."""
+    """The ids that the decoder has read before the first token."""
     return [0] if name == T5 else list(prompt)
 
 

@@ -98,13 +98,13 @@ class HashingCall:
 
 
 def slot_of(view: np.ndarray, lengths: np.ndarray) -> int:
-    """Where in a cache a call's rows begin: its lengths are a view of the cache's own."""
+    """The cache row at which a call's rows begin: its lengths are a view of the cache's own."""
     start, whole = (array.__array_interface__["data"][0] for array in (view, lengths))
     return (start - whole) // lengths.itemsize
 
 
 def hash_of(caches: list[np.ndarray], row: int, length: int) -> int:
-    """Of all that a row of every cache holds; the caches must agree."""
+    """Hash all that a row of every cache holds; the caches must agree."""
     contents = {cache[row, 0, :length, 0].tobytes() for cache in caches}
     assert len(contents) == 1
     return zlib.crc32(contents.pop())
