@@ -17,12 +17,7 @@ LARGEST_FILE = 256 << 20
 DEEPEST = 100
 MOST_DIGITS = 100
 
-_KINDS = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISCHR, "a device"),
-    (stat.S_ISBLK, "a device"),
-)
+_KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
 
 class UnreadableError(ValueError):
@@ -56,15 +51,10 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     """JSON as Python values. UnreadableError where it is none, nests more than DEEPEST deep, or holds a key twice, an
     integer of more than MOST_DIGITS digits, a number that no float can hold, half of a surrogate pair, or, without
     `nan`, NaN or infinity."""
+    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _float, "object_pairs_hook": _object}
     try:
         source = text if isinstance(text, str) else text.decode("utf-8")
-        value = json.loads(
-            source,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=float if nan else _refuse_constant,
-            object_pairs_hook=_object,
-        )
+        value = json.loads(source, parse_constant=float if nan else _refuse_constant, **hooks)
         if "\\ud" in source or "\\uD" in source:
             json.dumps(value, ensure_ascii=False).encode()
     except UnreadableError:
@@ -74,7 +64,7 @@ def parse_json(text: str | bytes, *, nan: bool = False) -> Any:
     except UnicodeEncodeError:
         raise UnreadableError("it holds half of a surrogate pair, which is no character") from None
     except RecursionError:
-        raise UnreadableError(_too_deep()) from None
+        raise UnreadableError(f"not JSON of at most {DEEPEST} levels") from None
     except ValueError as error:
         raise UnreadableError(f"not JSON: {error}") from None
     _check_depth(value)
@@ -92,30 +82,27 @@ def read_text(path: Path, limit: int = LARGEST_FILE) -> str:
 def read_bytes(path: Path, limit: int = LARGEST_FILE) -> bytes:
     """The content of a regular file of at most `limit` bytes. UnreadableError, for a missing file too."""
     # Without O_NONBLOCK the opening of a named pipe that nobody writes to would wait for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
-        descriptor = os.open(path, flags)
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        raise UnreadableError(getattr(error, "strerror", None) or str(error)) from None
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableError(f"it is {_kind(status.st_mode)}, not a regular file")
-        if status.st_size > limit:
-            raise UnreadableError(f"it has {status.st_size} bytes, at most {limit} are read")
-        with open(descriptor, "rb", closefd=False) as file:
+        with open(path, "rb", opener=lambda name, _: os.open(name, os.O_RDONLY | flags)) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                kind = _KINDS.get(stat.S_IFMT(status.st_mode), "a special file")
+                raise UnreadableError(f"it is {kind}, not a regular file")
+            if status.st_size > limit:
+                raise UnreadableError(f"it has {status.st_size} bytes, at most {limit} are read")
             content = file.read(limit + 1)
+    except IsADirectoryError:
+        raise UnreadableError("it is a directory, not a regular file") from None
     except OSError as error:
         raise UnreadableError(error.strerror or str(error)) from None
-    finally:
-        os.close(descriptor)
+    except ValueError as error:
+        if isinstance(error, UnreadableError):
+            raise
+        raise UnreadableError(str(error)) from None  # a null character in the path
     if len(content) > limit:
         raise UnreadableError(f"it has more than the {limit} bytes that are read")
     return content
-
-
-def _kind(mode: int) -> str:
-    return next((name for holds, name in _KINDS if holds(mode)), "a special file")
 
 
 def _integer(digits: str) -> int:
@@ -136,27 +123,19 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UnreadableError(f"it holds the key {twice[:80]!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise UnreadableError(f"it holds the key {name[:80]!r} twice")
+        found[name] = value
     return found
 
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            child
-            for item in level
-            for child in (item.values() if isinstance(item, dict) else item if isinstance(item, list) else ())
-            if isinstance(child, (dict, list))
-        ]
+    for _ in range(DEEPEST + 1):
+        level = [item for item in level if isinstance(item, (dict, list))]
         if not level:
             return
-    raise UnreadableError(_too_deep())
-
-
-def _too_deep() -> str:
-    return f"not JSON of at most {DEEPEST} levels"
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    raise UnreadableError(f"not JSON of at most {DEEPEST} levels")

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 from runtime.result import GenerationResult
 
@@ -42,7 +42,7 @@ class Histogram:
     """`counts[i]` values are at most `bounds[i]` and more than the bound before; the last count is of those above all
     bounds. `total` is their sum."""
 
-    bounds: Sequence[float]
+    bounds: Sequence[float] = REQUEST_SECONDS
     counts: list[int] = field(default_factory=list)
     total: float = 0.0
 
@@ -55,10 +55,6 @@ class Histogram:
 
     def copy(self) -> Histogram:
         return Histogram(self.bounds, list(self.counts), self.total)
-
-
-def _of_requests() -> Histogram:
-    return Histogram(REQUEST_SECONDS)
 
 
 @dataclass(slots=True)
@@ -89,12 +85,12 @@ class Metrics:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)
-    time_to_first_token: Histogram = field(default_factory=_of_requests)
+    time_to_first_token: Histogram = field(default_factory=Histogram)
     inter_token_latency: Histogram = field(default_factory=lambda: Histogram(TOKEN_SECONDS))
-    request_latency: Histogram = field(default_factory=_of_requests)
-    queue_time: Histogram = field(default_factory=_of_requests)
-    prefill_time: Histogram = field(default_factory=_of_requests)
-    decode_time: Histogram = field(default_factory=_of_requests)
+    request_latency: Histogram = field(default_factory=Histogram)
+    queue_time: Histogram = field(default_factory=Histogram)
+    prefill_time: Histogram = field(default_factory=Histogram)
+    decode_time: Histogram = field(default_factory=Histogram)
     pass_rows: Histogram = field(default_factory=lambda: Histogram(PASS_ROWS))
 
     def copy(self) -> Metrics:
@@ -120,15 +116,6 @@ class Metrics:
             self.inter_token_latency.observe(later - earlier)
 
 
-class Observed(Protocol):
-    """One of the continuations of a request: its result, and when its tokens became final."""
-
-    times: list[float]
-
-    @property
-    def result(self) -> GenerationResult: ...
-
-
 class Observer:
     """Counts the requests of a session, and calls `hook` with each event: "queued" in the thread that asks, the others
     in the worker. What the hook raises is a warning: it ends no request."""
@@ -143,11 +130,7 @@ class Observer:
         return next(self._numbers)
 
     def tell(
-        self,
-        kind: EventKind,
-        number: int,
-        result: GenerationResult | None = None,
-        error: BaseException | None = None,
+        self, kind: EventKind, number: int, result: GenerationResult | None = None, error: BaseException | None = None
     ) -> None:
         if self._hook is None:
             return
@@ -157,16 +140,23 @@ class Observer:
             text = f"on_event raised {type(failure).__name__}: {failure}; fix it"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
 
-    def ended(self, number: int, asked: float, done: Sequence[Observed], error: BaseException | None) -> None:
-        """A request that was asked for at this time of the monotonic clock has ended, with so many continuations."""
-        results = [each.result for each in done]
+    def ended(
+        self,
+        number: int,
+        asked: float,
+        results: Sequence[GenerationResult],
+        times: Sequence[Sequence[float]],
+        error: BaseException | None,
+    ) -> None:
+        """A request that was asked for at this time of the monotonic clock has ended, with these continuations, whose
+        tokens became final at these times."""
         first = results[0]
         with self._lock:
             metrics, stats = self._metrics, first.stats
             metrics.finished[first.finish_reason if error is None else "error"] += 1
             metrics.request_latency.observe(time.monotonic() - asked)
-            for each, result in zip(done, results, strict=True):
-                metrics.add(result, each.times)
+            for result, token_times in zip(results, times, strict=True):
+                metrics.add(result, token_times)
             metrics.prompt_tokens += stats.prompt_tokens
             metrics.prefix_cache_hits += stats.cached_tokens
             if stats.mode is not None:  # it had a slot

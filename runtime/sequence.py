@@ -237,7 +237,9 @@ class Sequence(Response):
         self.waits = self._decoder = self._coroutine = None
         self.error = error
         try:
-            self.model.observer.ended(self.number, self.asked, self.continuations, error)
+            done = self.continuations
+            results, times = [each.result for each in done], [each.times for each in done]
+            self.model.observer.ended(self.number, self.asked, results, times, error)
         finally:
             self.ended = True
             if self.on_end is not None:

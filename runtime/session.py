@@ -27,7 +27,7 @@ from runtime.engines.cross_cache import CrossCache
 from runtime.engines.prefix_store import PrefixStore
 from runtime.errors import CapacityError, OptionError, shown
 from runtime.machine.device import Device, check_runnable
-from runtime.machine.machine import check_saturation, costs_here, usable_cores
+from runtime.machine.machine import costs_here, usable_cores
 from runtime.metrics import Metrics, Observer, RequestEvent
 from runtime.options import GenerationKeywords, GenerationOptions, SessionKeywords, SessionOptions, merged
 from runtime.result import GenerationResult
@@ -69,7 +69,6 @@ class Session:
             raise OptionError(f"on_event is {shown(on_event)}; give a callable that takes a RequestEvent")
         self.bundle = Bundle.open(bundle, options.verify)
         manifest, device = self.bundle.manifest, Device.parse(options.device)
-        check_saturation(manifest)
         check_runnable(manifest, device)
         self.capacity = _capacity(manifest, options.capacity)
         self.threads = options.threads or usable_cores()

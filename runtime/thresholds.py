@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, RequestLabels
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, Learner, RequestLabels
 from runtime.adaptation.paper_threshold import PaperThreshold
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
@@ -45,7 +45,7 @@ class Thresholds:
     def __init__(self, bundle: Bundle, options: SessionOptions, costs: Costs | None = None) -> None:
         self._bundle, self.costs = bundle, costs
         self._of_session: float | None = None
-        self.adaptive: AdaptiveThreshold | PaperThreshold | None = None
+        self.adaptive: Learner | None = None
         model, given = (bundle.manifest, bundle.calibration), (options.adaptive_state, options.adaptive_target)
         if options.threshold == "adaptive" and options.adaptive_rule == "paper":
             self.adaptive = PaperThreshold(*model, *given)

@@ -23,7 +23,7 @@ import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from runtime.bundle.beta import EPSILON, Beta, BetaMixture, LogSums, most_likely
 from runtime.bundle.calibration import Calibration
 from runtime.bundle.costs import Costs
 from runtime.bundle.manifest import ConfidenceMeasure, Manifest
-from runtime.bundle.schema import Reader
+from runtime.bundle.schema import Range, Reader
 from runtime.errors import BundleError, CalibrationError, OptionError
 
 STATE_VERSION = 1
@@ -57,7 +57,8 @@ ROUNDS = 3
 
 _LIMIT = math.log(1 - EPSILON) - math.log(EPSILON)
 
-StateT = TypeVar("StateT")
+StateT = TypeVar("StateT", bound="LearnedState")
+Count = Annotated[int, Range(0, 1 << 62)]
 
 
 class RequestLabels:
@@ -84,26 +85,77 @@ class RequestLabels:
 
 
 @dataclass(frozen=True)
-class AdaptiveState:
-    """The learned state of a session, to go on from later: plain numbers. `source_sha256`, `exit_layer` and
-    `confidence` say of which model. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens without
-    label since the last audit, `fresh`: tokens since the last refit."""
+class LearnedState:
+    """A learned state, to go on from later, as JSON can hold it; these fields say of which model."""
 
     schema_version: int
     source_sha256: str
     exit_layer: int
     confidence: ConfidenceMeasure
-    requests: int
-    left: int
-    fresh: int
+
+
+@dataclass(frozen=True)
+class AdaptiveState(LearnedState):
+    """The state of an AdaptiveThreshold. Sums are the weight and the sums of ln c and ln (1 - c). `left`: tokens
+    without label since the last audit, `fresh`: tokens since the last refit."""
+
+    requests: Count
+    left: Count
+    fresh: Count
     agree: tuple[float, ...]
     disagree: tuple[float, ...]
     unlabelled: tuple[tuple[float, ...], ...]
     mixture: BetaMixture
 
 
-class AdaptiveThreshold:
-    """Shared by the requests of a session; thread-safe. `memory`: tokens after which one counts 1/e.
+class Learner:
+    """Shared by the requests of a session; thread-safe. `threshold`: with which a request would begin now."""
+
+    threshold: float
+
+    def __init__(self, manifest: Manifest) -> None:
+        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
+        self._lock = threading.RLock()
+        self._model = STATE_VERSION, manifest.source_sha256, manifest.exit_layer, manifest.confidence
+
+    def begin(self) -> RequestLabels:
+        raise NotImplementedError
+
+    def complete(self, labels: RequestLabels) -> None:
+        """Learn from a request that has ended."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """All that was learned, as JSON can hold it."""
+        with self._lock:
+            return dataclasses.asdict(self._state())
+
+    def _state(self) -> LearnedState:
+        raise NotImplementedError
+
+    def _read(self, given: Mapping[str, Any], kind: type[StateT]) -> StateT:
+        """Raises OptionError for what `state()` cannot have given, and for the state of another model."""
+        try:
+            listed = {name: _listed(value) for name, value in dict(given).items()}
+            state: StateT = Reader("start without a state").read(kind, listed, "adaptive_state")
+        except (BundleError, CalibrationError, TypeError, ValueError) as error:
+            raise OptionError(str(error)) from None
+        for field, wanted in zip(dataclasses.fields(LearnedState), self._model, strict=True):
+            if (value := getattr(state, field.name)) != wanted:
+                raise OptionError(
+                    f"adaptive_state: {field.name} is {value!r}, this bundle has {wanted!r}; start without a state"
+                )
+        return state
+
+
+def check_sums(sums: Iterable[Sequence[float]], most: float = math.inf) -> None:
+    """Raises OptionError for what is no weight and two sums of at most `most`."""
+    if not all(len(row) == 3 and row[0] >= 0 and max(row[1:]) <= most for row in sums):
+        raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
+
+
+class AdaptiveThreshold(Learner):
+    """`memory`: tokens after which one counts 1/e.
 
     Begins with the calibrated mixture, worth as many tokens as were calibrated with, at most `memory`; without one, as
     in the paper, which needs no calibration set, with UNCALIBRATED; or with `state`, as `state()` gave it. `target` is
@@ -121,74 +173,48 @@ class AdaptiveThreshold:
         costs: Costs | None = None,
         target: float | None = None,
     ) -> None:
+        super().__init__(manifest)
+        self._memory, self._every = memory, label_every(costs)
         mixture = None if calibration is None else calibration.mixture
-        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
-        self._manifest, self._memory, self._lock = manifest, memory, threading.RLock()
-        self._prior = self._mixture = mixture or UNCALIBRATED
+        self._prior = self.mixture = mixture or UNCALIBRATED
         self.target = _target(calibration) if target is None else target
-        self._every = label_every(costs)
         calibrated = 0 if calibration is None or mixture is None else calibration.positions
         self._evidence = LabelStatistics.of_mixture(self._prior, min(calibrated, memory))
         self._requests = self._left = self._fresh = 0
         if state is not None:
-            found: AdaptiveState = read_state(state, AdaptiveState)
-            rows = [found.agree, found.disagree, *found.unlabelled]
-            check_state(found, manifest, STATE_VERSION, rows, found.requests, found.left, found.fresh)
-            if any(max(row[1:]) > 0 for row in rows):  # logarithms of shares
-                raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
+            found = self._read(state, AdaptiveState)
+            # Logarithms of shares are not above 0.
+            check_sums([found.agree, found.disagree, *found.unlabelled], most=0)
             self._evidence = LabelStatistics(LogSums(*found.agree), LogSums(*found.disagree), found.unlabelled)
-            self._mixture = found.mixture
+            self.mixture = found.mixture
             self._requests, self._left, self._fresh = found.requests, found.left, found.fresh
-        self._threshold = threshold_at(self._mixture, self.target)
-
-    @property
-    def threshold(self) -> float:
-        """The threshold that a request would begin with now."""
-        return self._threshold
-
-    @property
-    def mixture(self) -> BetaMixture:
-        return self._mixture
+        self.threshold = threshold_at(self.mixture, self.target)
 
     def begin(self) -> RequestLabels:
         with self._lock:
             learns = self._requests % self._every == 0
-            return RequestLabels(self._threshold, learns, learns and self._left >= AUDIT_TOKENS)
+            return RequestLabels(self.threshold, learns, learns and self._left >= AUDIT_TOKENS)
 
-    def complete(self, observation: RequestLabels) -> None:
-        """Learn from a request that has ended."""
+    def complete(self, labels: RequestLabels) -> None:
         with self._lock:
             self._requests += 1
-            if observation.audited:
+            if labels.audited:
                 self._left = 0
-            self._left += len(observation.unlabelled)
-            seen = len(observation.labelled) + len(observation.unlabelled)
+            self._left += len(labels.unlabelled)
+            seen = len(labels.labelled) + len(labels.unlabelled)
             if seen:
-                self._evidence.add(observation.labelled, observation.unlabelled, self._memory)
+                self._evidence.add(labels.labelled, labels.unlabelled, self._memory)
             self._fresh += seen
             if self._fresh >= REFIT_TOKENS:
                 self._fresh = 0
-                self._mixture = self._evidence.refit(self._mixture, self._prior)
-                self._threshold = threshold_at(self._mixture, self.target)
+                self.mixture = self._evidence.refit(self.mixture, self._prior)
+                self.threshold = threshold_at(self.mixture, self.target)
 
-    def state(self) -> dict[str, Any]:
-        """All that was learned, as JSON can hold it; see AdaptiveState."""
-        with self._lock:
-            manifest, evidence = self._manifest, self._evidence
-            state = AdaptiveState(
-                STATE_VERSION,
-                manifest.source_sha256,
-                manifest.exit_layer,
-                manifest.confidence,
-                self._requests,
-                self._left,
-                self._fresh,
-                tuple(evidence.agree),
-                tuple(evidence.disagree),
-                tuple(tuple(row) for row in evidence.unlabelled.tolist()),
-                self._mixture,
-            )
-        return dataclasses.asdict(state)
+    def _state(self) -> AdaptiveState:
+        evidence = self._evidence
+        unlabelled = tuple(tuple(row) for row in evidence.unlabelled.tolist())
+        sums = tuple(evidence.agree), tuple(evidence.disagree), unlabelled
+        return AdaptiveState(*self._model, self._requests, self._left, self._fresh, *sums, self.mixture)
 
 
 def label_every(costs: Costs | None) -> int:
@@ -208,34 +234,12 @@ def _target(calibration: Calibration | None) -> float:
     if calibration is None:
         return UNCALIBRATED_TARGET
     if calibration.method == "bmm" and calibration.target is not None:
-        return min(max(calibration.target, LEAST_TARGET), MOST_TARGET)
-    if calibration.mixture is None:
+        target = calibration.target
+    elif calibration.mixture is None:
         return UNCALIBRATED_TARGET
-    return min(max(float(calibration.mixture.posterior(calibration.threshold)), LEAST_TARGET), MOST_TARGET)
-
-
-def read_state(given: Mapping[str, Any], kind: type[StateT]) -> StateT:
-    """Raises OptionError for what `state()` of an adaptive threshold cannot have given."""
-    try:
-        listed = {name: _listed(value) for name, value in dict(given).items()}
-        state: StateT = Reader("start without a state").read(kind, listed, "adaptive_state")
-    except (BundleError, CalibrationError, TypeError, ValueError) as error:
-        raise OptionError(str(error)) from None
-    return state
-
-
-def check_state(state: Any, manifest: Manifest, version: int, sums: Iterable[Sequence[float]], *counts: float) -> None:
-    """Raises OptionError where a state is of another model, or no tokens have its `sums` of three and its `counts`."""
-    for name, wanted in (
-        ("schema_version", version),
-        ("source_sha256", manifest.source_sha256),
-        ("exit_layer", manifest.exit_layer),
-        ("confidence", manifest.confidence),
-    ):
-        if (value := getattr(state, name)) != wanted:
-            raise OptionError(f"adaptive_state: {name} is {value!r}, this bundle has {wanted!r}; start without a state")
-    if not all(len(row) == 3 and row[0] >= 0 for row in sums) or min(counts) < 0:
-        raise OptionError("adaptive_state holds sums that no tokens have; start without a state")
+    else:
+        target = float(calibration.mixture.posterior(calibration.threshold))
+    return min(max(target, LEAST_TARGET), MOST_TARGET)
 
 
 def _listed(value: Any) -> Any:
@@ -278,22 +282,18 @@ class LabelStatistics:
         """EM from `mixture`, where `prior` is believed as much as PRIOR_TOKENS of each component are."""
         rows = self.unlabelled[self.unlabelled[:, 0] > EPSILON]  # [n, 3]
         means = rows[:, 1:] / rows[:, :1]
+        of_prior = 2 * PRIOR_TOKENS
         for _ in range(ROUNDS):
             agreeing = 1 / (1 + np.exp(-_log_odds(mixture, means)))
             agree = self.agree + LogSums(*(agreeing @ rows).tolist())
             disagree = self.disagree + LogSums(*((1 - agreeing) @ rows).tolist())
-            mixture = _maximize(agree, disagree, mixture, prior)
+            share = (agree.weight + of_prior * prior.weight_agree) / (agree.weight + disagree.weight + of_prior)
+            mixture = BetaMixture(
+                most_likely(agree + prior.agree.expected(PRIOR_TOKENS), mixture.agree, steps=1),
+                most_likely(disagree + prior.disagree.expected(PRIOR_TOKENS), mixture.disagree, steps=1),
+                min(max(share, EPSILON), 1 - EPSILON),
+            )
         return mixture
-
-
-def _maximize(agree: LogSums, disagree: LogSums, mixture: BetaMixture, prior: BetaMixture) -> BetaMixture:
-    of_prior = 2 * PRIOR_TOKENS
-    share = (agree.weight + of_prior * prior.weight_agree) / (agree.weight + disagree.weight + of_prior)
-    return BetaMixture(
-        most_likely(agree + prior.agree.expected(PRIOR_TOKENS), mixture.agree, steps=1),
-        most_likely(disagree + prior.disagree.expected(PRIOR_TOKENS), mixture.disagree, steps=1),
-        min(max(share, EPSILON), 1 - EPSILON),
-    )
 
 
 def _log_odds(mixture: BetaMixture, logs: np.ndarray) -> np.ndarray:

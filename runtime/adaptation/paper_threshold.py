@@ -8,25 +8,23 @@ labelled are forgotten.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from runtime.adaptation.adaptive_threshold import RequestLabels, check_state, read_state
+from runtime.adaptation.adaptive_threshold import Count, LearnedState, Learner, RequestLabels, check_sums
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.calibration import Calibration
-from runtime.bundle.manifest import ConfidenceMeasure, Manifest
+from runtime.bundle.manifest import Manifest
+from runtime.bundle.schema import Range
 
 ZETA = 0.4
 FIRST_THRESHOLD = 0.9  # until there are labels, where a bundle is not calibrated
 MOST_REFITS = 300
 GRID = np.linspace(0.3, 0.9, 10)
-STATE_VERSION = 1
 # Confidences of exactly 0 and 1 have no density.
 EDGE = 1e-4
 # A label weighs 0.2, and 1e-4 in the other class.
@@ -64,23 +62,18 @@ def paper_threshold(agree: Moments, disagree: Moments, zeta: float = ZETA) -> fl
 
 
 @dataclass(frozen=True)
-class PaperState:
-    """The learned state of a session, to continue from later: plain numbers. `source_sha256`, `exit_layer` and
-    `confidence` say of which model; `agree` and `disagree` are moments."""
+class PaperState(LearnedState):
+    """The state of a PaperThreshold; `agree` and `disagree` are moments."""
 
-    schema_version: int
-    source_sha256: str
-    exit_layer: int
-    confidence: ConfidenceMeasure
-    refits: int
+    refits: Count
     agree: tuple[float, ...]
     disagree: tuple[float, ...]
-    threshold: float
+    threshold: Annotated[float, Range(0, 1)]
 
 
-class PaperThreshold:
-    """Shared by the requests of a session; thread-safe. Begins with the calibrated threshold, or FIRST_THRESHOLD, or
-    with `state`, as `state()` gave it. `zeta` None is ZETA. Raises OptionError where the state is of another model."""
+class PaperThreshold(Learner):
+    """Begins with the calibrated threshold, or FIRST_THRESHOLD, or with `state`, as `state()` gave it. `zeta` None is
+    ZETA. Raises OptionError where the state is of another model."""
 
     def __init__(
         self,
@@ -89,49 +82,38 @@ class PaperThreshold:
         state: Mapping[str, Any] | None = None,
         zeta: float | None = None,
     ) -> None:
-        # Reentrant: a stream that nobody closed may complete while the collector runs inside `complete`.
-        self._manifest, self._zeta, self._lock = manifest, ZETA if zeta is None else zeta, threading.RLock()
+        super().__init__(manifest)
+        self._zeta = ZETA if zeta is None else zeta
         calibrated = NEVER_EXIT if calibration is None else calibration.threshold
-        self._threshold = calibrated if calibrated < NEVER_EXIT else FIRST_THRESHOLD
+        self.threshold = calibrated if calibrated < NEVER_EXIT else FIRST_THRESHOLD
         self._agree = self._disagree = Moments()
         self._refits = 0
         if state is not None:
-            found: PaperState = read_state(state, PaperState)
-            check_state(
-                found, manifest, STATE_VERSION, (found.agree, found.disagree), found.refits, 1 - found.threshold
-            )
+            found = self._read(state, PaperState)
+            check_sums((found.agree, found.disagree))
             self._agree, self._disagree = Moments(*found.agree), Moments(*found.disagree)
-            self._refits, self._threshold = found.refits, found.threshold
-
-    @property
-    def threshold(self) -> float:
-        """The threshold that a request would begin with now."""
-        return self._threshold
+            self._refits, self.threshold = found.refits, found.threshold
 
     def begin(self) -> RequestLabels:
         with self._lock:
-            return RequestLabels(self._threshold, learns=self._refits < MOST_REFITS, audits=False)
+            return RequestLabels(self.threshold, learns=self._refits < MOST_REFITS, audits=False)
 
-    def complete(self, observation: RequestLabels) -> None:
+    def complete(self, labels: RequestLabels) -> None:
         """Learn from a request that has ended: a refit to all labels so far."""
         with self._lock:
             if self._refits >= MOST_REFITS:
                 return
-            confidences = np.array([confidence for confidence, _ in observation.labelled])
-            agrees = np.array([agrees for _, agrees in observation.labelled], np.bool_)
+            confidences = np.array([confidence for confidence, _ in labels.labelled])
+            agrees = np.array([agrees for _, agrees in labels.labelled], np.bool_)
             self._agree = self._agree.plus(Moments.of(confidences[agrees]))
             self._disagree = self._disagree.plus(Moments.of(confidences[~agrees]))
             if self._agree.weight or self._disagree.weight:
                 self._refits += 1
-                self._threshold = paper_threshold(self._agree, self._disagree, self._zeta)
+                self.threshold = paper_threshold(self._agree, self._disagree, self._zeta)
 
-    def state(self) -> dict[str, Any]:
-        """All that was learned, as JSON can hold it; see PaperState."""
-        with self._lock:
-            manifest = self._manifest
-            model = (manifest.source_sha256, manifest.exit_layer, manifest.confidence)
-            moments = tuple(self._agree), tuple(self._disagree)
-            return dataclasses.asdict(PaperState(STATE_VERSION, *model, self._refits, *moments, self._threshold))
+    def _state(self) -> PaperState:
+        moments = tuple(self._agree), tuple(self._disagree)
+        return PaperState(*self._model, self._refits, *moments, self.threshold)
 
 
 def _shapes(moments: Moments) -> tuple[float, float] | None:

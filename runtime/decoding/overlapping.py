@@ -23,13 +23,6 @@ class _Ahead(NamedTuple):
     hidden: np.ndarray
 
 
-class _Pass(NamedTuple):
-    """A sync pass that runs beside."""
-
-    event: Event
-    rows: int
-
-
 class OverlappingDecoder(Decoder):
     """Invariant, until `drop_stack`: shallow length = deep length + stacked + steps run ahead; the rows of a pass in
     the background count as stacked. `run_ahead`: shallow steps are taken while a pass runs whose answer they need."""
@@ -44,7 +37,7 @@ class OverlappingDecoder(Decoder):
         rows = self._max_pending if run_ahead else 0
         self._ahead_hidden = self._shallow.zeros((rows, self.hidden_size), np.float32)
         self._started = 0  # rows of the stack that a pass has seen
-        self._background: _Pass | None = None
+        self._background: tuple[Event, int] | None = None  # a pass that runs beside, and its rows
 
     @property
     def in_background(self) -> bool:  # type: ignore[override]
@@ -54,7 +47,7 @@ class OverlappingDecoder(Decoder):
         """Forget what was run ahead, too."""
         if self._background is not None:
             with suppress(Exception):  # a request that nobody waits for any more
-                self._background.event.wait()
+                self._background[0].wait()
         self._started, self._background = 0, None
         self._ahead.clear()
         super().trim(length)
@@ -88,7 +81,7 @@ class OverlappingDecoder(Decoder):
             yield from self._finish_background()
         self._background = self._begin(heads, drafts)
         if self._runs_ahead and ahead is not None and not self._ahead:
-            self._run_ahead(self._background.event, ahead)
+            self._run_ahead(self._background[0], ahead)
         yield from self._finish_background()
 
     def answers(self) -> list[Prediction]:
@@ -96,16 +89,16 @@ class OverlappingDecoder(Decoder):
         return super().answers()
 
     def start_sync(self, least: int) -> None:
-        under_way = self._background is not None and not self._background.event.done()
+        under_way = self._background is not None and not self._background[0].done()
         if not under_way and self.stacked - self._started >= least:
             if self._background is not None:
                 finish(self._finish_background())
             self._background = self._begin(heads=0, drafts=())
 
-    def _begin(self, heads: int, drafts: Sequence[int]) -> _Pass:
+    def _begin(self, heads: int, drafts: Sequence[int]) -> tuple[Event, int]:
         call = self._pass_call(self._started, self.stacked, heads, drafts)
         self._started = self.stacked
-        return _Pass(call.submit(), call.rows)
+        return call.submit(), call.rows
 
     def _finish_background(self) -> Waits[None]:
         assert self._background is not None

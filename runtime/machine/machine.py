@@ -11,11 +11,8 @@ from pathlib import Path
 
 from runtime.bundle.costs import Costs, Host
 from runtime.bundle.manifest import Manifest
-from runtime.errors import EngineError
 
 ROOT = Path("/")
-_CPUINFO = "/proc/cpuinfo"
-_TOPOLOGY = "/sys/devices/system/cpu/cpu{}/topology/{}"
 
 
 def usable_cores() -> int:
@@ -49,49 +46,22 @@ def costs_here(manifest: Manifest, threads: int) -> Costs | None:
 
 
 def _processor() -> str:
-    for line in _read(Path(_CPUINFO)).splitlines():
+    for line in _read(Path("/proc/cpuinfo")).splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
-def cpu_features() -> frozenset[str]:
-    """Instruction sets of the first processor, as the kernel names them; empty where the system does not say."""
-    for line in _read(Path(_CPUINFO)).splitlines():
-        if line.startswith(("flags", "Features")):
-            return frozenset(line.partition(":")[2].split())
-    return frozenset()
-
-
 def available_memory() -> int | None:
     """Bytes that can be allocated without swapping; None where the system does not say."""
-    limits = [_meminfo(), memory_left()]
-    known = [limit for limit in limits if limit is not None]
-    return min(known) if known else None
+    lines = _read(Path("/proc/meminfo")).splitlines()
+    known = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    left = memory_left()
+    return min([*known, *([] if left is None else [left])], default=None)
 
 
-def _topology(cpu: int, name: str) -> str | None:
-    return _read(Path(_TOPOLOGY.format(cpu, name))).split("\n")[0].strip() or None
-
-
-def _meminfo() -> int | None:
-    for line in _read(Path("/proc/meminfo")).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def check_saturation(manifest: Manifest) -> None:
-    """EngineError where products of an older bundle's 8-bit weights saturate here: ONNX Runtime adds pairs of them in
-    16 bits on x86 processors without 8-bit dot products, where weights by output channel have the full range."""
-    found, flags = manifest.quantization, cpu_features()
-    if found is None or manifest.target != "cpu" or found.int8_range != "full" or "avx2" not in flags:
-        return
-    if any(engine.linears == "int8" for engine in found.engines) and not flags & {"avx512_vnni", "avx_vnni"}:
-        raise EngineError(
-            "this bundle's 8-bit weights need a processor with 8-bit dot products (VNNI), which this one lacks; "
-            "convert the checkpoint again"
-        )
+def _topology(cpu: int, name: str) -> str:
+    return _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/{name}")).strip()
 
 
 def cpu_quota(root: Path = ROOT) -> float | None:

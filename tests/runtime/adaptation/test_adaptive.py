@@ -190,7 +190,7 @@ def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
         ({"exit_layer": 3}, "exit_layer is 3"),
         ({"confidence": "entropy"}, "confidence is 'entropy'"),
         ({"schema_version": 99}, "schema_version is 99"),
-        ({"requests": -1}, "no tokens have"),
+        ({"requests": -1}, "requests = -1 is out of range"),
         ({"agree": [-1.0, -1.0, -1.0]}, "no tokens have"),
         ({"agree": [1.0, 1.0, -1.0]}, "no tokens have"),
         ({"disagree": [1.0]}, "no tokens have"),

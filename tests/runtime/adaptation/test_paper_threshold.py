@@ -124,8 +124,8 @@ def test_a_restored_state_continues_as_if_nothing_had_happened() -> None:
     [
         ({"source_sha256": "12" * 32}, "source_sha256 is"),
         ({"exit_layer": 99}, "exit_layer is 99"),
-        ({"refits": -1}, "sums that no tokens have"),
-        ({"threshold": 1.5}, "sums that no tokens have"),
+        ({"refits": -1}, "refits = -1 is out of range"),
+        ({"threshold": 1.5}, "threshold = 1.5 is out of range"),
         ({"threshold": math.nan}, "threshold"),
         ({"agree": [1.0, 2.0]}, "sums that no tokens have"),
         ({"agree": [1.0, math.inf, 2.0]}, "agree"),
