@@ -9,7 +9,7 @@ from collections.abc import Callable, Container, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -112,7 +112,8 @@ class Model:
             recommended = read_defaults(self.bundle.path, manifest.files).items()
             options = replace(options, **{name: value for name, value in recommended if getattr(options, name) is None})
         if options.logits_processor:
-            options = replace(options, logits_processor=[self.guard(each) for each in processors_of(options)])
+            processors = cast(tuple[LogitsProcessor, ...], options.logits_processor)
+            options = replace(options, logits_processor=[self.guard(each) for each in processors])
         if options.draft_source is not None:
             options = replace(options, draft_source=self.guard(options.draft_source))
         if options.predicted_output is not None:
@@ -407,22 +408,20 @@ def sampler_of(
     options: GenerationOptions, prompt_length: int, eos: frozenset[int], seed: tuple[int, int]
 ) -> Sampler | None:
     """How options choose among logits; None where that is arg max, which the engines do themselves."""
+
+    def given(value: float | None, default: float) -> float:
+        return default if value is None else float(value)
+
     warping = None
     if options.samples:
-        top_k = 50 if options.top_k is None else int(options.top_k)
-        temperature, top_p = _given(options.temperature, 1.0), _given(options.top_p, 1.0)
-        warping = Warping(temperature, top_k, top_p, _given(options.min_p, 0.0))
-    penalty, processors = _given(options.repetition_penalty, 1.0), processors_of(options)
+        temperature, top_k = given(options.temperature, 1.0), int(given(options.top_k, 50))
+        warping = Warping(temperature, top_k, given(options.top_p, 1.0), given(options.min_p, 0.0))
+    penalty, processors = given(options.repetition_penalty, 1.0), cast(tuple[LogitsProcessor], options.logits_processor)
     if not (warping or options.sequence_bias or processors or options.min_new_tokens) and penalty == 1.0:
         return None
     return Sampler(
         prompt_length, eos, options.min_new_tokens, penalty, options.sequence_bias, processors, warping, seed
     )
-
-
-def processors_of(options: GenerationOptions) -> tuple[LogitsProcessor, ...]:
-    given = options.logits_processor
-    return (given,) if callable(given) else tuple(given)
 
 
 def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -> dict[str, Any]:
@@ -440,10 +439,6 @@ def read_defaults(bundle: Path, listed: Container[str] = (GENERATION_CONFIG,)) -
     except OptionError as error:
         raise BundleError(f"{file}: {str(error)[:300]}; or pass your own") from None
     return values
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else float(value)
 
 
 def _rollback_threshold(options: GenerationOptions, manifest: Manifest) -> float:

@@ -5,17 +5,17 @@ A candidate is a token that may come next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from runtime.errors import OptionError, shown
+from runtime.options import DraftSource
 from runtime.result import Token
 
-# The option draft_source.
-Source = Callable[[np.ndarray], Any]
 # Tokens of the n-grams that are looked up.
 SHORTEST, LONGEST = 2, 5
 # Places of a text that are indexed; of a longer one the older half is forgotten.
@@ -144,25 +144,22 @@ class Own:
     """The caller's code, which is given the decoder's tokens so far, int64 [n]. OptionError where it returns no list of
     token ids."""
 
-    name, agrees = "own", 0
+    name = "own"
 
-    def __init__(self, source: Source, vocab_size: int) -> None:
+    def __init__(self, source: DraftSource, vocab_size: int) -> None:
         self._source, self._vocab_size = source, vocab_size
 
     def candidates(self, context: Sequence[int], most: int) -> list[int]:
         given: Any = self._source(np.array(context, np.int64))
-        fits = isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1)
-        found = [token for token in given[:most] if _is_id(token)] if fits else []
-        if not fits or len(found) < len(given[:most]) or not all(0 <= token < self._vocab_size for token in found):
-            raise OptionError(
-                f"draft_source returned {shown(given)}; return a list of token ids, integers from 0 to "
-                f"{self._vocab_size - 1}, empty where nothing is expected"
-            )
-        return [int(token) for token in found]
-
-
-def _is_id(token: Any) -> bool:
-    return isinstance(token, (int, np.integer)) and not isinstance(token, bool)
+        if isinstance(given, (list, tuple)) or (isinstance(given, np.ndarray) and given.ndim == 1):
+            tokens = given[:most]
+            whole = all(isinstance(token, Integral) and not isinstance(token, bool) for token in tokens)
+            if whole and all(0 <= token < self._vocab_size for token in tokens):
+                return [int(token) for token in tokens]
+        raise OptionError(
+            f"draft_source returned {shown(given)}; return a list of token ids, integers from 0 to "
+            f"{self._vocab_size - 1}, empty where nothing is expected"
+        )
 
 
 class Candidates(NamedTuple):
@@ -183,7 +180,7 @@ class DraftSources:
         prompt: Sequence[int] = (),
         text: Sequence[int] = (),
         predicted: Sequence[int] | None = None,
-        own: Source | None = None,
+        own: DraftSource | None = None,
     ) -> None:
         self.own = None if own is None else Own(own, vocab_size)
         repetition = Repetition(vocab_size)

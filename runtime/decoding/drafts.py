@@ -142,7 +142,7 @@ class Drafts:
         if most == 0 or (sequences == 1 and not self._costs.measured("pass", 1)):
             return PLAIN
         if self._sources is not None and self._sources.due():
-            self._judge(self._sources.follow(response.tokens))
+            self._judge(self._sources, response)
             for found in self._candidates(self._sources, most):
                 self._open.append(found)
                 tokens = response.within(found.tokens)
@@ -171,20 +171,16 @@ class Drafts:
                 # A step with the head takes as long as one without, at least.
                 rest = shallow - (rows - heads) * costs.seconds("step", 1)
                 costs.observe("head", 1, max(rest / heads, shallow / rows))
+        spent = costs.seconds("pass", among + rows - 1)
         if plan.tokens:
-            spent = costs.seconds("step", among + rows - 1)
+            spent += costs.seconds("step", among + rows - 1)
         else:
-            spent = rows * costs.seconds("step", among) + heads * costs.head(among)
-        spent = (spent + costs.seconds("pass", among + rows - 1)) / costs.token(among)
-        self._lost = max(-SAVED, self._lost + spent - outcome.made)
+            spent += rows * costs.seconds("step", among) + heads * costs.head(among)
+        self._lost = max(-SAVED, self._lost + spent / costs.token(among) - outcome.made)
         if outcome.proposed:
             whole = outcome.kept == outcome.proposed
             self._next[plan.source] = (2 * outcome.proposed + 1 if whole else max(1, outcome.kept)), whole
-        if heads:
-            self._learn_exits(plan, outcome)
-
-    def _learn_exits(self, plan: Plan, outcome: Outcome) -> None:
-        """Judge the rows with the head, up to the first that was rejected."""
+        # Rows with the head, up to the first that was rejected.
         for row, sure in enumerate(outcome.sure[: outcome.kept + 1]):
             self._acceptance.sure.observe(sure)
             if sure:
@@ -192,16 +188,17 @@ class Drafts:
                 self._acceptance.kept.observe(right)
         if plan.probe and outcome.sure[-1] and outcome.agreed:
             self._next["exit"] = 1, True
-        self._exit_length = self._best_exit()
+        if heads:
+            self._exit_length = self._best_exit()
 
     @property
-    def _may_lose(self) -> bool:
-        return self._lost <= GRANT + SHARE * self._tokens
+    def _budget(self) -> float:
+        """Tokens of mode full that drafts may still lose."""
+        return GRANT + SHARE * self._tokens - self._lost
 
     def _candidates(self, sources: DraftSources, most: int) -> Iterator[Candidates]:
         full = self._costs.token(self._sequences)
-        call = self._call_seconds / full
-        if sources.own is not None and self._lost + call <= GRANT + SHARE * self._tokens:
+        if sources.own is not None and self._call_seconds / full <= self._budget:
             began = perf_counter()
             tokens = sources.own.candidates(sources.context, most)
             self._call_seconds = perf_counter() - began
@@ -209,21 +206,20 @@ class Drafts:
             yield Candidates(sources.own.name, 0, tokens)
         yield from sources.found(most)
 
-    def _judge(self, final: list[int]) -> None:
+    def _judge(self, sources: DraftSources, response: Response) -> None:
         """Learn from tokens that became final which candidates were right, drafted or not."""
+        final = sources.follow(response.tokens)
         for source, agrees, tokens in self._open:
             for place, (candidate, token) in enumerate(zip(tokens, final, strict=False)):
                 self._acceptance.right(source, agrees + place).observe(candidate == token)
                 if candidate != token:
                     break
-                assert self._sources is not None
-                self._sources.unexpected = 0
+                sources.unexpected = 0
         self._open = []
 
     def _length(self, source: str, agrees: int, count: int) -> int:
         """Choose how many of `count` candidates to draft, where so many tokens before them agree."""
-        tried = source != "lookup" or agrees >= TRIED
-        if not count or not (self._may_lose or agrees >= LONG):
+        if not count or (self._budget < 0 and agrees < LONG):
             return 0
         most, whole = self._next.get(source, (FIRST, False))
         costs, among, tokens, reached, drafted = self._costs, self._sequences, 1.0, 1.0, 0
@@ -239,10 +235,10 @@ class Drafts:
             spent = costs.seconds("step", among + length) + costs.seconds("pass", among + length)
             if tokens * full / spent > promise:
                 best, promise = length, tokens * full / spent
-        return best if tried or promise > MARGIN else 0
+        return best if source != "lookup" or agrees >= TRIED or promise > MARGIN else 0
 
     def _plan_exit(self, most: int) -> Plan:
-        if not self._may_lose:
+        if self._budget < 0:
             return PLAIN
         if self._exit_length:
             return Plan(exits=min(self._exit_length, most))
