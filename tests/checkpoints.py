@@ -275,6 +275,8 @@ CASES: tuple[Case, ...] = (
     _llama("qwen3", (1, 3), model="Qwen3", num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-6),
 )
 
+BY_NAME = {case.name: case for case in CASES}
+
 # Large enough that tables, graphs and padding are small beside the weights.
 LARGER: tuple[Case, ...] = (
     _llama(
@@ -309,3 +311,8 @@ class Bundles(Protocol):
     """A case's bundle; options are those of ConvertOptions. Tests must not write into it."""
 
     def __call__(self, case: Case, exit_layer: int = 1, **options: Any) -> Path: ...
+
+
+Open = Callable[..., Any]  # opens a session of a case, by name
+Sessions = Callable[[str], Any]
+Model = Callable[[Case], Any]  # the Hugging Face model of a case

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import CASES, LONG, TEXTS, Bundles, Case, load
+from checkpoints import BY_NAME, LONG, TEXTS, Bundles, Case, Open, load
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -78,7 +80,32 @@ def chat(bundle: Bundles) -> Path:
 @pytest.fixture(scope="session")
 def t5(bundle: Bundles) -> Path:
     """An encoder-decoder."""
-    return bundle(next(case for case in CASES if case.name == "t5-relu-tied"), 1)
+    return bundle(BY_NAME["t5-relu-tied"], 1)
+
+
+@pytest.fixture
+def open_session(bundle: Bundles) -> Iterator[Open]:
+    """Opens sessions of a case with one thread and one slot; closes them after the test."""
+    from runtime import Session
+
+    with ExitStack() as opened:
+
+        def open_(
+            name: str = "llama-tied", exit_layer: int = 1, convert: dict[str, Any] | None = None, **options: Any
+        ) -> Session:
+            path = bundle(BY_NAME[name], exit_layer, **(convert or {}))
+            return opened.enter_context(Session(path, **{"threads": 1, "slots": 1, **options}))
+
+        yield open_
+
+
+@pytest.fixture(scope="module")
+def sessions(bundle: Bundles) -> Iterator[Callable[[str], Any]]:
+    """A session of a case with its exit after layer 2, one for all tests of a file."""
+    from runtime import Session
+
+    with ExitStack() as stack:
+        yield cache(lambda name: stack.enter_context(Session(bundle(BY_NAME[name], 2), threads=1, slots=4)))
 
 
 @pytest.fixture

@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles, Case
+from checkpoints import BY_NAME, CASES, PROMPTS, Bundles, Case, Model
 from reference import Reference, assert_same_tokens, free_decode, replay, separating_threshold
 
 from runtime import GenerationResult, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Model = Callable[[Case], Any]
 TOKENS = 24
-BY_NAME = {case.name: case for case in CASES}
 STANDARD = ("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-window", "qwen3", "llama-yarn-rope")
 
 

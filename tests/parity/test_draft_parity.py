@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case
+from checkpoints import BY_NAME, CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
 from draft_plans import draft_exits
 from reference import (
     Run,
@@ -27,9 +27,7 @@ from runtime import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Model = Callable[[Case], Any]
 TOKENS = 18
-BY_NAME = {case.name: case for case in CASES}
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 few_cases = pytest.mark.parametrize(
     "case", [BY_NAME[name] for name in ("t5-deep-decoder", "umt5", "llama-tied", "qwen3")], ids=lambda case: case.name

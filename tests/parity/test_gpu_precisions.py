@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles, Case
+from checkpoints import BY_NAME, PROMPTS, Bundles, Case
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.verification.verification import failure, verify
@@ -17,7 +17,6 @@ from graphs.quantization.rounding import round_4_bits, round_8_bits, round_block
 from runtime import Bundle, Session
 from runtime.bundle.manifest import TensorFormat
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = BY_NAME["llama-untied-many-eos"], BY_NAME["t5-gated-untied"]
 PLAIN_T5 = BY_NAME["t5-relu-tied"]
 FP16, FP32 = np.dtype(np.float16), np.dtype(np.float32)

@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, VOCAB_SIZE, Bundles
+from checkpoints import BY_NAME, VOCAB_SIZE, Bundles
 from draft_plans import draft_candidates
 
 from runtime import Session
 
-BY_NAME = {case.name: case for case in CASES}
 FAMILIES = ("t5-relu-tied", "byt5-deep-encoder", "mt5", "umt5", "llama-tied", "mistral-window", "qwen2-tied", "qwen3")
 PROMPTS, TOKENS = 500, 24
 # Two logits nearer than this may change places between k rows and one.

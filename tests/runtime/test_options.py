@@ -213,12 +213,6 @@ def test_a_logits_processor_is_callable(given: Any) -> None:
         GenerationOptions(logits_processor=given)
 
 
-def test_the_ends_of_the_ranges_are_options() -> None:
-    assert GenerationOptions(threshold=0).threshold == 0
-    assert GenerationOptions(threshold=1.0, max_new_tokens=1, max_pending=1).threshold == 1.0
-    assert SessionOptions(threads=1, slots=1, capacity=1).capacity == 1
-
-
 def test_numbers_of_numpy_are_numbers() -> None:
     options = GenerationOptions(threshold=np.float32(0.5), max_new_tokens=np.int64(3))  # type: ignore[arg-type]
     assert (options.threshold, options.max_new_tokens) == (0.5, 3)

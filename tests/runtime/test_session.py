@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
+from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Open
 
 from runtime import (
     CapacityError,
@@ -38,26 +38,14 @@ from runtime.engines.onnx import Call, OnnxEngine
 from runtime.thresholds import Thresholds
 
 ROOT = Path(__file__).parents[2]
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
 both = pytest.mark.parametrize("name", [LLAMA, T5])
 PROMPT = PROMPTS[0]
 
-Open = Callable[..., Session]
-
 
 @pytest.fixture
-def open_session(bundle: Bundles) -> Iterator[Open]:
-    """Opens sessions of a case with one thread and one slot; closes them after the test."""
-    opened: list[Session] = []
-
-    def open_(name: str = LLAMA, exit_layer: int = 2, **options: Any) -> Session:
-        opened.append(Session(bundle(BY_NAME[name], exit_layer), **{"threads": 1, "slots": 1, **options}))
-        return opened[-1]
-
-    yield open_
-    for session in opened:
-        session.close()
+def open_session(open_session: Open) -> Open:
+    return partial(open_session, exit_layer=2)
 
 
 def within(seconds: float, work: Callable[[], Any]) -> Any:
@@ -181,25 +169,6 @@ def test_closing_a_stream_early_gives_its_slot_back(open_session: Open) -> None:
     assert within(20, lambda: session.generate(PROMPT, max_new_tokens=10)).token_ids == whole.token_ids[:10]
 
 
-def test_a_stream_that_is_forgotten_gives_its_slot_back(open_session: Open) -> None:
-    session = open_session()
-    next(session.stream(PROMPT))
-    gc.collect()
-    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
-
-
-def test_a_stream_that_fails_gives_its_slot_back(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    session, gate = open_session(), Gate(1)
-    stream = session.stream(PROMPT, ignore_eos=True, logits_processor=gate)
-    next(stream)
-    with monkeypatch.context() as patch:
-        patch.setattr(KVCache, "extend", lambda *_: 1 / 0)
-        gate.open(100)
-        with pytest.raises(ZeroDivisionError):
-            list(stream)
-    assert within(20, lambda: session.generate(PROMPT, max_new_tokens=2)).stats.tokens == 2
-
-
 # Ends
 
 
@@ -302,18 +271,6 @@ def test_one_token_is_one_token(open_session: Open) -> None:
     assert result.stats.sync_passes == 0
 
 
-def test_a_long_prompt_in_pieces_gives_what_it_gives_at_once(
-    open_session: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = open_session()
-    whole = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
-    monkeypatch.setattr("runtime.decoding.decoder.PREFILL_ROWS", 7)
-    pieces = session.generate(PROMPTS[2], threshold=0.3, max_new_tokens=20)
-    assert pieces.token_ids == whole.token_ids
-    assert pieces.exited == whole.exited
-    assert pieces.confidence == pytest.approx(whole.confidence, abs=1e-5)
-
-
 def test_a_capacity_beyond_the_bundle_is_refused(open_session: Open) -> None:
     with pytest.raises(CapacityError, match="capacity 129 is more than the 128 positions"):
         open_session(capacity=129)
@@ -379,11 +336,6 @@ def test_the_default_mode_is_free_where_something_may_exit_else_lossless_from_te
         assert result.token_ids == opened.generate(PROMPT, **{**same, "mode": "full"}).token_ids
     assert opened.default_mode.mode == ("free" if session else "lossless")
     assert str(opened.default_mode).startswith(f"mode {opened.default_mode.mode}")
-
-
-def test_beams_are_decoded_in_mode_full_by_default(open_session: Open) -> None:
-    result = open_session(T5).generate(PROMPT, num_beams=2, max_new_tokens=4)
-    assert result.stats.mode == "full"
 
 
 def test_the_default_mode_says_what_the_calibration_expects(bundle: Bundles) -> None:
@@ -526,20 +478,6 @@ def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
 
 
 # Closing
-
-
-def test_a_closed_session_refuses_requests_and_ends_those_that_run(open_session: Open) -> None:
-    session, gate = open_session(), Gate(1)
-    stream = session.stream(PROMPT, max_new_tokens=20, logits_processor=gate)
-    next(stream)
-    session.close()
-    session.close()
-    gate.open(20)
-    assert len(list(stream)) == 1
-    assert stream.result.finish_reason == "cancelled"
-    for ask in (session.generate, session.stream):
-        with pytest.raises(OptionError, match="closed"):
-            ask(PROMPT)
 
 
 # Statistics

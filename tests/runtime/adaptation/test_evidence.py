@@ -10,7 +10,6 @@ from scipy.optimize import minimize
 
 from runtime.adaptation.adaptive_threshold import BINS, LabelStatistics
 from runtime.bundle.beta import UNIFORM, Beta, BetaMixture, LogSums
-from runtime.errors import OptionError
 
 MIXTURE = BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.85)
 VAGUE = BetaMixture(UNIFORM, Beta(1.0, 2.0), 0.5)
@@ -95,12 +94,6 @@ def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
     assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.05)
 
 
-def test_without_evidence_the_prior_stands() -> None:
-    mixture = nothing().refit(MIXTURE, MIXTURE)
-    assert mixture.weight_agree == pytest.approx(MIXTURE.weight_agree)
-    assert (mixture.agree.a, mixture.disagree.b) == pytest.approx((8.0, 2.5), rel=1e-6)
-
-
 def test_a_class_that_is_never_seen_keeps_its_prior() -> None:
     evidence = nothing()
     evidence.add([(c, True) for c in drawn(500)[0]], [], FOREVER)
@@ -115,8 +108,3 @@ def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
     assert evidence.agree.weight == 1
     assert evidence.unlabelled[:, 0].sum() == 1
     assert math.isfinite(evidence.refit(MIXTURE, MIXTURE).weight_agree)
-
-
-def test_bins_of_another_number_are_refused() -> None:
-    with pytest.raises(OptionError, match="unlabelled has shape"):
-        LabelStatistics(LogSums(), LogSums(), [[1.0, -1.0, -1.0]])

@@ -88,16 +88,6 @@ def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not
     assert wrong[PaperThreshold] > 0.4
 
 
-def test_a_larger_zeta_asks_for_more_confidence() -> None:
-    thresholds = []
-    for zeta in (0.1, 0.4, 0.8):
-        adaptive = PaperThreshold(MANIFEST, None, zeta=zeta)
-        teach(adaptive, np.random.default_rng(5), labels=400)
-        thresholds.append(adaptive.threshold)
-    assert thresholds == sorted(thresholds)
-    assert thresholds[0] < thresholds[-1]
-
-
 @pytest.mark.parametrize("confidence", [math.nan, math.inf])
 def test_a_confidence_that_is_no_number_teaches_nothing(confidence: float) -> None:
     ones = [PaperThreshold(MANIFEST, None) for _ in range(2)]
@@ -106,17 +96,6 @@ def test_a_confidence_that_is_no_number_teaches_nothing(confidence: float) -> No
         request.label([(0.9, True), (0.8, True), (0.3, False), (0.5, False), *more])
         adaptive.complete(request)
     assert ones[0].threshold == ones[1].threshold
-
-
-def test_a_restored_state_continues_as_if_nothing_had_happened() -> None:
-    random, adaptive = np.random.default_rng(4), PaperThreshold(MANIFEST, None)
-    for _ in range(5):
-        teach(adaptive, random)
-    restored = PaperThreshold(MANIFEST, None, json.loads(json.dumps(adaptive.state())))
-    assert restored.threshold == adaptive.threshold
-    for one in (adaptive, restored):
-        teach(one, np.random.default_rng(9))
-    assert restored.state() == adaptive.state()
 
 
 @pytest.mark.parametrize(

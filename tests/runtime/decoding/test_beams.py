@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from itertools import product
 from time import monotonic
 from typing import Any
@@ -11,20 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, Bundles
+from checkpoints import BY_NAME, PROMPTS, Bundles, Model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import CapacityError, OptionError, Session
 from runtime.decoding.beams import BeamRows, BeamSearch, Scores
 from runtime.decoding.calls import Waits, finish
-from runtime.engines.kv_cache import KVCache
 from runtime.text.sampler import log_softmax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Model = Callable[[Any], Any]
-BY_NAME = {case.name: case for case in CASES}
 EOS = 0
 
 
@@ -80,17 +76,6 @@ def test_one_beam_is_greedy() -> None:
         greedy.append(int(language.after(tuple(greedy)).argmax()))
     (found,) = finish(BeamSearch(1, 6, frozenset({EOS}), early_stopping=True).search(language.score))
     assert list(found.tokens) == greedy
-
-
-def test_a_cache_follows_its_beams() -> None:
-    cache = KVCache(range(1), 3, 1, 4, 1, np.float32)
-    for slot in range(3):
-        for _, view in cache.slot(slot):
-            view[0, 0, :2, 0] = slot
-        cache.extend(slot, 2)
-    cache.gather(np.array([2, 0, 2]))
-    assert all(array[:, 0, :2, 0].tolist() == [[2, 2], [0, 0], [2, 2]] for array in cache.arrays.values())
-    assert cache.lengths.tolist() == [2, 2, 2]
 
 
 SETTINGS: tuple[dict[str, Any], ...] = (

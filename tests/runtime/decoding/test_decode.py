@@ -103,33 +103,6 @@ def test_lengths_flags_and_sync_passes_hold_at_every_step(
     assert max(passes, default=1) <= max_pending
 
 
-def test_a_token_exits_only_above_the_threshold() -> None:
-    decoder, _, _ = decoder_of([0.9, 0.5, 0.500001, 0.4])
-    steps = islice(free(decoder, prompt_of(1), 0.5, 16), 4)
-    assert [step.exited for step in steps] == [False, False, True, False]
-
-
-def test_threshold_one_never_exits() -> None:
-    decoder, _, deep = decoder_of([1.0] * 10)
-    assert not any(step.exited for step in islice(free(decoder, prompt_of(1), 1.0, 16), 10))
-    assert deep.calls == [1] * 10
-
-
-def test_a_stack_of_one_row_never_exits_and_counts_the_tokens_as_forced() -> None:
-    decoder, _, deep = decoder_of([1.0] * 10)
-    assert not any(step.exited for step in islice(free(decoder, prompt_of(1), 0.0, 1), 10))
-    assert deep.calls == [1] * 10
-    assert decoder.stats.forced == 9
-
-
-def test_a_full_stack_forces_a_pass_over_all_its_rows() -> None:
-    decoder, _, deep = decoder_of([1.0] * 12, max_pending=8)
-    exited = [step.exited for step in islice(free(decoder, prompt_of(1), 0.5, 4), 10)]
-    assert exited == [False, True, True, True, False, True, True, True, False, True]
-    assert deep.calls == [1, 4, 4]
-    assert decoder.stats.forced == 2
-
-
 def test_mode_full_runs_both_engines_for_every_token_and_no_shallow_head() -> None:
     decoder, shallow, deep = decoder_of()
     steps = list(islice(full(decoder, prompt_of(3)), 5))
@@ -311,15 +284,6 @@ def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit:
     assert deep.calls == [2, 2] + [2] * audit
 
 
-def test_a_sequence_that_ends_with_an_empty_stack_leaves_nothing() -> None:
-    decoder, _, _ = decoder_of([0, 0, 0.1])
-    seen = RequestLabels(0.5, learns=True, audits=True)
-    loop = alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=seen))
-    list(islice(loop, 2))
-    loop.close()
-    assert (seen.labelled, seen.unlabelled, seen.audited) == ([(np.float32(0.1), False)], [], False)
-
-
 def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
     trace = [0, 0, 0.9, 0.2, 0.9]
     observation = RequestLabels(0.5, learns=True, audits=True)
@@ -335,12 +299,6 @@ def test_a_sequence_that_is_left_during_a_call_cannot_be_looked_at() -> None:
         loop.close()
         assert observation.unlabelled == pytest.approx(left)
         assert (observation.labelled, observation.audited, deep.calls) == ([], False, [2])
-
-
-def test_the_prompt_does_not_count_as_a_sync_pass() -> None:
-    decoder, _, _ = decoder_of([0.0] * 8)
-    list(islice(free(decoder, prompt_of(5), 0.5, 16), 1))
-    assert decoder.stats.sync_passes == 0
 
 
 def test_reset_forgets_the_sequence_the_stack_and_the_counts() -> None:

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
-from runtime.decoding import drafts as rule
 from runtime.decoding.draft_sources import Candidates
 from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, LearnedDrafts, Outcome, Plan
 
@@ -301,14 +300,6 @@ def test_an_exit_that_is_right_pays(name: str, kept: float, least: float) -> Non
     assert Request(MACHINES[name], learned, 400, exits=(0.95, kept), noise=0.1).speed > least
 
 
-def test_an_exit_that_begins_to_be_right_is_drafted_again() -> None:
-    learned = learned_by()
-    machine = MACHINES["smollm2-int8"]
-    for seed in range(5):
-        Request(machine, learned, 100, exits=(0.9, 0.0), seed=seed)
-    assert Request(machine, learned, 400, exits=(0.95, 0.95)).speed > 1.15
-
-
 def test_a_source_that_takes_long_is_called_once_and_a_fast_one_for_every_draft() -> None:
     """The call's seconds are those of the clock: here next to none."""
     fast = Text(1.0, 0.95, call=0.0)
@@ -318,13 +309,3 @@ def test_a_source_that_takes_long_is_called_once_and_a_fast_one_for_every_draft(
     request = Request(Machine(1e-6, 1e-6, 1e-6, 1e-7), learned, 3, slow)
     assert slow.calls <= 2
     assert request.drafts._lost >= 0 or slow.calls == 1
-
-
-def test_requests_of_one_threshold_share_what_they_have_seen_and_only_so_many_are_remembered() -> None:
-    learned = learned_by()
-    first = learned.acceptance(0.0, False)
-    assert learned.acceptance(0.0, False) is first
-    assert learned.acceptance(0.0, True) is not first
-    for number in range(1, rule.MOST_SETTINGS):
-        learned.acceptance(number / 100, False)
-    assert learned.acceptance(0.0, False) is not first

@@ -28,7 +28,7 @@ from runtime.decoding.draft_sources import (
     Own,
     Repetition,
 )
-from runtime.decoding.drafts import LENGTHS, PLAIN, Acceptance, Drafts, Plan
+from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
 
@@ -141,14 +141,6 @@ def test_an_expected_text_is_found_again_after_a_long_insertion() -> None:
     assert (source.agrees, source.candidates(3)) == (2, [112, 113, 114])
 
 
-def test_an_expected_text_stands_still_for_an_output_that_is_another() -> None:
-    source = Expected([1, 2, 3])
-    for token in range(50, 90):
-        source.read(token)
-        assert source.agrees == 0
-    assert source.candidates(4) == []
-
-
 @pytest.mark.parametrize(
     "given", [None, 5, "12", b"12", {1: 2}, [1, VOCAB], [-1], [1.0], [True], np.zeros((1, 2), np.int64), [[1]], [2**70]]
 )
@@ -206,14 +198,6 @@ def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
     assert shallow.heads[1:] == [0, 0]
     assert deep.heads[1:] == [8, 8]
     assert (decoder.stats.drafts["predicted"].mean_accepted, decoder.stats.exits) == (7.0, 0)
-
-
-def test_candidates_are_drafted_in_few_numbers() -> None:
-    """Calls for each number of rows are bound once."""
-    drafts = Drafts(CallCosts(), Acceptance())
-    for count in range(1, 16):
-        for agrees in range(10):
-            assert drafts._length("lookup", agrees, count) in (0, *LENGTHS)
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
+from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Sessions
 from draft_plans import draft_candidates
 from scipy.stats import chisquare
 
@@ -18,24 +15,8 @@ from runtime import BatchError, GenerationOptions, OptionError, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
 both = pytest.mark.parametrize("name", [LLAMA, T5])
-Sessions = Callable[[str], Session]
-
-
-@pytest.fixture(scope="module")
-def sessions(bundle: Bundles) -> Iterator[Sessions]:
-    opened: dict[str, Session] = {}
-
-    def session(name: str) -> Session:
-        if name not in opened:
-            opened[name] = Session(bundle(BY_NAME[name], 2), threads=1, slots=4)
-        return opened[name]
-
-    yield session
-    for item in opened.values():
-        item.close()
 
 
 @pytest.fixture
@@ -92,27 +73,6 @@ def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
             source = [*full.token_ids, *source][:100]
             proposed += ours.stats.drafts["lookup"].proposed if "lookup" in ours.stats.drafts else 0
     assert proposed
-
-
-@pytest.mark.usefixtures("eager")
-def test_drafts_share_batches_with_every_mode_and_leave_the_others_alone(sessions: Sessions) -> None:
-    session = sessions(LLAMA)
-    wanted = [session.generate(prompt, mode="full", max_new_tokens=40, ignore_eos=True) for prompt in PROMPTS]
-
-    def ask(number: int) -> bool:
-        tokens = wanted[number % 3].token_ids
-        more: dict[str, Any] = [
-            {"mode": "lossless", "predicted_output": changed(tokens, seed=number)},
-            {"mode": "lossless", "drafts": "lookup"},
-            {"mode": "lossless", "drafts": "exit", "threshold": 0.1},
-            {"mode": "full"},
-            {"mode": "lossless", "draft_source": lambda ids: list(tokens[len(ids) - len(PROMPTS[number % 3]) :])},
-        ][number % 5]
-        ours = session.generate(PROMPTS[number % 3], max_new_tokens=40, ignore_eos=True, **more)
-        return ours.token_ids == tokens
-
-    with ThreadPoolExecutor(6) as pool:
-        assert all(pool.map(ask, range(45)))
 
 
 @pytest.mark.usefixtures("eager")
@@ -261,29 +221,6 @@ def test_a_source_that_raises_is_the_error_of_its_request_alone(sessions: Sessio
         with pytest.raises(OptionError, match="draft_source returned"):
             session.generate(PROMPTS[0], mode="lossless", draft_source=lambda ids, given=given: given)
     assert session.generate(PROMPTS[0], max_new_tokens=4, ignore_eos=True).stats.tokens == 4
-
-
-@pytest.mark.usefixtures("eager")
-def test_a_source_that_blocks_keeps_no_caller_beyond_its_deadline(sessions: Sessions) -> None:
-    gate = threading.Event()
-
-    def blocked(ids: np.ndarray) -> list[int]:
-        gate.wait(20)
-        return []
-
-    began = time.monotonic()
-    ours = sessions(LLAMA).generate(
-        PROMPTS[0], mode="lossless", draft_source=blocked, deadline=0.3, max_new_tokens=20, ignore_eos=True
-    )
-    gate.set()
-    assert time.monotonic() - began < 10
-    assert ours.finish_reason == "deadline"
-    cancel = threading.Event()
-    cancel.set()
-    ended = sessions(LLAMA).generate(
-        PROMPTS[0], mode="lossless", predicted_output=[1] * 20, cancel=cancel, max_new_tokens=20, ignore_eos=True
-    )
-    assert ended.finish_reason == "cancelled"
 
 
 @pytest.mark.usefixtures("eager")

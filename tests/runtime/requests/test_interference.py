@@ -18,32 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-from checkpoints import CASES, Bundles
+from checkpoints import BY_NAME, Bundles, Open
 from tokenizers import pre_tokenizers
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, Session, Stream
 from runtime.engines.onnx import Call
 
 ROOT = Path(__file__).parents[3]
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
-
-Open = Callable[..., Session]
-
-
-@pytest.fixture
-def open_session(bundle: Bundles) -> Iterator[Open]:
-    """Opens sessions with one thread and one slot; closes them after the test."""
-    opened: list[Session] = []
-
-    def open_(name: str = LLAMA, convert: dict[str, Any] | None = None, **options: Any) -> Session:
-        path = bundle(BY_NAME[name], 1, **(convert or {}))
-        opened.append(Session(path, **{"threads": 1, "slots": 1, **options}))
-        return opened[-1]
-
-    yield open_
-    for session in opened:
-        session.close()
 
 
 class Aside:

@@ -15,7 +15,7 @@ from exit_layer_case import EXIT_LAYER, with_exit_layers
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
 from runtime.engines.encoder import Encoder
-from runtime.engines.prefix_store import BLOCK, hashes
+from runtime.engines.prefix_store import BLOCK
 
 BY_NAME = {case.name: case for case in [*CASES, LONG, *map(with_exit_layers, ("llama-tied", "qwen3"))]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
@@ -188,38 +188,6 @@ def test_requests_side_by_side_reuse_each_others_pieces(open_session: Open, monk
         same(result, plain.generate(prompt, max_new_tokens=4, mode="full"))
 
 
-def test_threads_that_come_and_go_get_their_own_tokens(open_session: Open) -> None:
-    session, plain = open_session(prefix_cache_mb=1), open_session(prefix_cache_mb=0)
-    draw = np.random.default_rng(1)
-    asked = [
-        ([*SYSTEM, *draw.integers(3, 250, draw.integers(1, 30)).tolist()], {**MODES[number % 5], "max_new_tokens": 10})
-        for number in range(20)
-    ]
-    expected = [plain.generate(prompt, ignore_eos=True, **options) for prompt, options in asked]
-    wrong: list[BaseException] = []
-
-    def ask(worker: int) -> None:
-        try:
-            for number in np.random.default_rng(worker).permutation(len(asked)):
-                prompt, options = asked[number]
-                if number % 4 == worker % 4:  # somebody who leaves after a few tokens
-                    with session.stream(prompt, ignore_eos=True, **options) as stream:
-                        ids = [next(stream).id for _ in range(number % 7)]
-                    assert tuple(ids) == expected[number].token_ids[: number % 7]
-                else:
-                    same(session.generate(prompt, ignore_eos=True, **options), expected[number])
-        except BaseException as error:
-            wrong.append(error)
-
-    threads = [threading.Thread(target=ask, args=(worker,)) for worker in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong, wrong[0]
-    assert session.metrics().prefix_cache_hits > 0
-
-
 def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "PREFILL_ROWS", 2 * BLOCK)
     cancel = threading.Event()
@@ -306,12 +274,6 @@ def test_tokens_that_were_looked_up_and_found_are_counted(open_session: Open) ->
         each.generate([*SYSTEM, 5, 6], max_new_tokens=2)
     found = [(each.metrics().prefix_cache_queries, each.metrics().prefix_cache_hits) for each in (session, off)]
     assert found == [(84, 32), (0, 0)]
-
-
-def test_keys_are_of_the_tokens_as_the_session_reads_them(open_session: Open) -> None:
-    session = open_session()
-    session.generate([np.int32(token) for token in SYSTEM], max_new_tokens=1, mode="full")
-    assert list(stored(session))[::-1] == hashes(np.array(SYSTEM, np.int64), BLOCK, None)
 
 
 def test_prefixes_are_refused_on_a_gpu() -> None:

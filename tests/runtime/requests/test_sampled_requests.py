@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -12,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles
+from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Model, Sessions
 from draft_plans import draft_exits
 from reference import Run
-from scipy.stats import chisquare
 from transformers import (
     LogitsProcessorList,
     RepetitionPenaltyLogitsProcessor,
@@ -29,28 +27,9 @@ from runtime.text.sampler import race
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Model = Callable[[Any], Any]
-BY_NAME = {case.name: case for case in CASES}
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
 both = pytest.mark.parametrize("name", [LLAMA, T5])
 DRAW: dict[str, Any] = {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "repetition_penalty": 1.2, "seed": 11}
-
-
-@pytest.fixture(scope="module")
-def sessions(bundle: Bundles) -> Iterator[Callable[[str], Session]]:
-    opened: dict[str, Session] = {}
-
-    def session(name: str) -> Session:
-        if name not in opened:
-            opened[name] = Session(bundle(BY_NAME[name], 2), threads=1, slots=1)
-        return opened[name]
-
-    yield session
-    for item in opened.values():
-        item.close()
-
-
-Sessions = Callable[[str], Session]
 
 
 def context_of(prompt: tuple[int, ...], name: str) -> list[int]:
@@ -195,12 +174,6 @@ def test_log_probabilities_are_those_of_the_source_model(name: str, sessions: Se
         assert plain.logprobs is None
 
 
-def test_a_stream_has_the_log_probabilities(sessions: Sessions) -> None:
-    with sessions(LLAMA).stream(PROMPTS[0], max_new_tokens=8, output_logprobs=True, **DRAW) as stream:
-        streamed = tuple(token.logprob for token in stream)
-    assert streamed == stream.result.logprobs
-
-
 @pytest.mark.parametrize("mode", ["free", "lossless", "full"])
 def test_a_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessions) -> None:
     def even(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
@@ -238,37 +211,6 @@ def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
 def test_rollback_needs_a_threshold_where_the_bundle_records_none(sessions: Sessions) -> None:
     with pytest.raises(OptionError, match="rollback_threshold is None and this bundle records none"):
         sessions(LLAMA).generate(PROMPTS[0], mode="rollback")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("mode", ["lossless", "full"])
-def test_20000_draws_have_the_distribution_of_the_full_model(
-    mode: str, sessions: Sessions, source_model: Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second token, over all first tokens, of a vocabulary of eight."""
-    draft_exits(monkeypatch)
-    allowed = list(range(40, 48))
-    bias = {token: -1e9 for token in range(VOCAB_SIZE) if token not in allowed}
-    results = sessions(LLAMA).generate_best(
-        (35, 40), 20_000, mode=mode, threshold=0.0, temperature=1.5, seed=0, sequence_bias=bias, max_new_tokens=2
-    )
-    counts = np.bincount([result.token_ids[1] for result in results], minlength=VOCAB_SIZE)
-    drafted = sum(result.stats.exits + result.stats.rejected for result in results)
-    model, chance = source_model(BY_NAME[LLAMA]), np.zeros(VOCAB_SIZE)
-    for first in allowed:
-        _, deep = Run(model, (35, 40), 2).logits([first])
-        one, two = (deep[row][allowed].div(1.5).double().softmax(-1).numpy() for row in (0, 1))
-        chance[allowed] += one[allowed.index(first)] * two
-    assert counts.sum() == counts[allowed].sum()
-    assert chisquare(counts[allowed], 20_000 * chance[allowed]).pvalue > 0.001
-    assert (drafted > 15_000) == (mode == "lossless")
-
-
-def test_more_samples_than_one_request_may_have_are_refused(sessions: Sessions) -> None:
-    for count in (0, 1025, 100_000, True, 2.0):
-        with pytest.raises(OptionError, match=f"num_return_sequences is {count}; choose 1 to 1024"):
-            sessions(LLAMA).generate_best(PROMPTS[0], count, **DRAW)  # type: ignore[arg-type]
 
 
 def test_a_deadline_ends_samples_between_two_tokens(sessions: Sessions) -> None:

@@ -5,35 +5,17 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable, Iterator
 from time import monotonic
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, PROMPTS, Bundles
+from checkpoints import PROMPTS, Open
 
-from runtime import AsyncStream, GenerationResult, OptionError, PromptError, QueueFullError, Session
+from runtime import AsyncStream, GenerationResult, OptionError, PromptError, QueueFullError
 
-BY_NAME = {case.name: case for case in CASES}
 PROMPT = list(PROMPTS[0])
 ENDLESS: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True}
-
-Open = Callable[..., Session]
-
-
-@pytest.fixture
-def open_session(bundle: Bundles) -> Iterator[Open]:
-    """Opens sessions with one thread and one slot; closes them after the test."""
-    opened: list[Session] = []
-
-    def open_(**options: Any) -> Session:
-        opened.append(Session(bundle(BY_NAME["llama-tied"], 1), **{"threads": 1, "slots": 1, **options}))
-        return opened[-1]
-
-    yield open_
-    for session in opened:
-        session.close()
 
 
 def run(work: Any) -> Any:
@@ -132,21 +114,6 @@ def test_an_async_stream_that_is_closed_gives_its_slot_back(open_session: Open) 
         assert first.id == whole.token_ids[0]
         assert len(stream.result.token_ids) < 100
         assert (await session.agenerate(PROMPT, max_new_tokens=3)).stats.tokens == 3
-
-    run(main())
-
-
-def test_an_error_of_a_request_comes_out_of_its_async_stream_once(open_session: Open) -> None:
-    session = open_session()
-
-    def broken(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        raise ValueError("broken")
-
-    async def main() -> None:
-        stream = session.astream(PROMPT, logits_processor=broken)
-        with pytest.raises(ValueError, match="broken"):
-            await anext(stream)
-        assert [token async for token in stream] == []
 
     run(main())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case
+from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
 from draft_plans import draft_exits
 from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
 from reference import Run
@@ -20,7 +20,6 @@ from runtime.bundle.manifest import ExitVocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-Model = Callable[[Any], Any]
 LLAMA, T5 = (next(case for case in CASES if case.name == name) for name in ("llama-tied", "t5-relu-tied"))
 COUNT, TOKENS = 6, 20
 # Modes, and whether an exited token's probabilities are the shallow decoder's.
@@ -127,21 +126,6 @@ def test_of_an_exit_vocabulary_only_its_tokens_are_named(
     assert exited
     assert {token for best in exited for token, _ in best} <= set(known)
     same_as_transformers(ours, Run(source_model(LLAMA), PROMPTS[0], 2), False, known)
-
-
-def test_a_batch_has_them_for_those_who_ask(bundle: Bundles) -> None:
-    options: dict[str, Any] = {"threshold": 0.3, "max_new_tokens": 12, "ignore_eos": True}
-    with Session(bundle(LLAMA, 2), threads=1, slots=4) as session:
-        alone = [session.generate(prompt, top_logprobs=COUNT, **options) for prompt in PROMPTS[:3]]
-        plain = session.stream(PROMPTS[1], **options)
-        together = session.generate([list(prompt) for prompt in PROMPTS[:3]], top_logprobs=COUNT, **options)
-        assert [token.top_logprobs for token in plain] == [None] * 12
-    assert plain.result.top_logprobs is None
-    assert plain.result.logprobs is None
-    for ours, expected in zip(together, alone, strict=True):
-        assert ours.token_ids == expected.token_ids
-        for mine, theirs in zip(ours.top_logprobs or (), expected.top_logprobs or (), strict=True):
-            assert [logprob for _, logprob in mine] == pytest.approx([logprob for _, logprob in theirs], abs=1e-4)
 
 
 def test_a_stream_has_them_and_so_have_several_samples(bundle: Bundles) -> None:
