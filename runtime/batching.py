@@ -35,25 +35,9 @@ class BatchedCall:
         """Run what sequences wait for as one call, and copy to each its part."""
         first, count, width = _area(calls)
         places = [call.owner.slot - first for call in calls]
-        with_logits = any("logits" in call.outputs for call in calls)
-        inputs = self._inputs(calls, places, count, width)
-        outputs = self._outputs(calls, count, width, len(inputs["head_rows"]), with_logits)
-        bound = self._bound(calls, first, count, with_logits)
-        bound.rebind(inputs, outputs)
-        seconds, head = self._runner.run(bound), 0
-        for call, place in zip(calls, places, strict=True):
-            for name, target in call.outputs.items():
-                whole = outputs[name]
-                target[:] = (
-                    whole[place : place + 1, : call.rows] if name == "hidden" else whole[head : head + call.heads]
-                )
-            head += call.heads
-            call.seconds, call.batch_size = seconds, len(calls)
-
-    def _inputs(self, calls: Sequence[SlotCall], places: list[int], count: int, width: int) -> dict[str, Any]:
-        name = "input_ids" if "input_ids" in calls[0].inputs else "hidden"
-        shape = (count, width) if name == "input_ids" else (count, width, self._hidden_size)
-        rows = np.zeros(shape, np.int64) if name == "input_ids" else self._runner.scratch("rows", shape, np.float32)
+        runner, name = self._runner, "input_ids" if "input_ids" in calls[0].inputs else "hidden"
+        tokens, states = (count, width), (count, width, self._hidden_size)
+        rows = np.zeros(tokens, np.int64) if name == "input_ids" else runner.scratch("rows", states, np.float32)
         lengths, exits = np.zeros((2, count), np.int32)
         heads = list[int]()
         for call, place in zip(calls, places, strict=True):
@@ -62,24 +46,29 @@ class BatchedCall:
             exits[place] = call.rows if call.exits else 0
             heads.extend(place * width + row for row in range(call.rows - call.heads, call.rows))
         inputs: dict[str, Any] = {name: rows, "query_lengths": lengths, "head_rows": np.array(heads, np.int64)}
-        if self._runner.cache.own_exit:
+        if runner.cache.own_exit:
             inputs["exit_lengths"] = exits
         if "emitted" in calls[0].inputs:
             inputs["emitted"] = np.concatenate([call.inputs["emitted"] for call in calls])
-        return inputs
-
-    def _outputs(
-        self, calls: Sequence[SlotCall], count: int, width: int, heads: int, with_logits: bool
-    ) -> dict[str, Any]:
-        outputs: dict[str, Any] = {"token": np.empty(heads, np.int64)}
+        outputs: dict[str, Any] = {"token": np.empty(len(heads), np.int64)}
         if "hidden" in calls[0].outputs:
-            outputs["hidden"] = self._runner.scratch("hidden", (count, width, self._hidden_size), np.float32)
-            outputs["confidence"] = np.empty(heads, np.float32)
-        else:
-            outputs["nll"] = np.empty(heads, np.float32)
-        if with_logits:
-            outputs["logits"] = np.empty((heads, self._vocab_size), np.float32)
-        return outputs
+            outputs["hidden"] = runner.scratch("hidden", states, np.float32)
+        outputs["confidence" if name == "input_ids" else "nll"] = np.empty(len(heads), np.float32)
+        if any("logits" in call.outputs for call in calls):
+            outputs["logits"] = np.empty((len(heads), self._vocab_size), np.float32)
+        bound = self._bound(calls, first, count, "logits" in outputs)
+        bound.rebind(inputs, outputs)
+        seconds, head = runner.run(bound), 0
+        for call, place in zip(calls, places, strict=True):
+            for output, target in call.outputs.items():
+                part = (
+                    outputs[output][place : place + 1, : call.rows]
+                    if output == "hidden"
+                    else outputs[output][head : head + call.heads]
+                )
+                target[:] = part
+            head += call.heads
+            call.seconds, call.batch_size = seconds, len(calls)
 
     def _bound(self, calls: Sequence[SlotCall], first: int, count: int, with_logits: bool) -> Call:
         for call in calls:

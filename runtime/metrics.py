@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 import time
@@ -53,9 +54,6 @@ class Histogram:
         self.counts[bisect_left(self.bounds, value)] += times
         self.total += value * times
 
-    def copy(self) -> Histogram:
-        return Histogram(self.bounds, list(self.counts), self.total)
-
 
 @dataclass(slots=True)
 class Metrics:
@@ -92,11 +90,6 @@ class Metrics:
     prefill_time: Histogram = field(default_factory=Histogram)
     decode_time: Histogram = field(default_factory=Histogram)
     pass_rows: Histogram = field(default_factory=lambda: Histogram(PASS_ROWS))
-
-    def copy(self) -> Metrics:
-        values = {name: getattr(self, name) for name in self.__slots__}
-        copied = {name: value.copy() for name, value in values.items() if isinstance(value, (Histogram, Counter))}
-        return Metrics(**{**values, **copied})
 
     def add(self, result: GenerationResult, token_times: Sequence[float]) -> None:
         """Count a continuation of a prompt, whose tokens became final at these times."""
@@ -170,4 +163,4 @@ class Observer:
 
     def metrics(self) -> Metrics:
         with self._lock:
-            return self._metrics.copy()
+            return copy.deepcopy(self._metrics)

@@ -127,7 +127,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         if self._closing:
-            sequence.end_soon()
+            sequence.cancelled = True
         self._waiting.append(sequence)
 
     def _start(self) -> None:
@@ -169,7 +169,7 @@ class Scheduler:
         with self._lock:
             self._closing = True
             for sequence in (*self._rows, *self._waiting):
-                sequence.end_soon()
+                sequence.cancelled = True
 
     @contextmanager
     def borrowed(self) -> Iterator[Decoder]:

@@ -20,8 +20,7 @@ from runtime.bundle.manifest import Manifest
 from runtime.decoding.beams import BeamRows, BeamSearch, Hypothesis, Scores
 from runtime.decoding.calls import AT_ONCE, Prediction, Waiting, Waits
 from runtime.decoding.decoder import Decoder
-from runtime.decoding.draft_sources import DraftSources
-from runtime.decoding.drafts import Drafts, LearnedDrafts
+from runtime.decoding.drafts import Drafts, DraftSources, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
 from runtime.engines.encoder import Encoder
@@ -126,8 +125,8 @@ class Model:
 class Sequence(Response):
     """A request: how its prompt `ids`, int64 [n], are decoded in a slot, and its place in the scheduler.
 
-    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). It is the first of `count`
-    continuations of the prompt; `later` are the others that have begun.
+    `mode`: how it is decoded, which is not always as asked for (see the option `threshold`). `results` of its `count`
+    continuations of the prompt, as far as they have ended, and `token_times`, when their tokens became final.
 
     In the scheduler: `waits` for an engine call or event since the turn `since`. `abandoned`: nobody wants it any more,
     and it ends at the next turn. `error` ended it. `deliver`, where it is set, is called with each token, and `on_end`
@@ -142,7 +141,6 @@ class Sequence(Response):
     deliver: Callable[[Token], None] | None = None
     on_end: Callable[[], None] | None = None
     follow: Callable[[], Sequence | None] | None = None
-    later: tuple[Response, ...] = ()
     _decoder: Decoder | None = None
     _coroutine: Loop | None = None
     _first: Prediction | None = None
@@ -159,6 +157,8 @@ class Sequence(Response):
     ) -> None:
         manifest = model.manifest
         self.model, self.ids, self.options, self.count = model, ids, options, count
+        self.results: list[GenerationResult] = []
+        self.token_times: list[list[float]] = []
         # What the decoder reads before its first token.
         prompt = ids if model.encoder is None else np.array([manifest.decoder_start_token_id or 0], np.int64)
         # The newest token is never read back, so it needs no position.
@@ -238,27 +238,17 @@ class Sequence(Response):
         self.waits = self._decoder = self._coroutine = None
         self.error = error
         try:
-            done = self.continuations
-            results, times = [each.result for each in done], [each.times for each in done]
-            self.model.observer.ended(self.number, self.asked, results, times, error)
+            results = self.results or [self.result]
+            self.model.observer.ended(self.number, self.asked, results, self.token_times or [[]], error)
         finally:
-            self.ended = True
-            if self.on_end is not None:
-                self.on_end()
-
-    @property
-    def continuations(self) -> tuple[Response, ...]:
-        """Those of the prompt that have begun."""
-        return (self, *self.later)
-
-    def end_soon(self) -> None:
-        """End after the next token."""
-        for each in self.continuations:
-            each.cancelled = True
+            # A list of prompts and its requests know each other.
+            on_end, self.on_end, self.follow, self.ended = self.on_end, None, None, True
+            if on_end is not None:
+                on_end()
 
     def best(self) -> list[GenerationResult]:
         """Results of the continuations that came to their end, best first."""
-        done = [each.result for each in self.continuations if each.complete]
+        done = [result for result in self.results if result.complete]
         if self.options.num_beams > 1:
             return done
         return sorted(done, key=lambda result: -sum(result.logprobs or ()) / len(result.token_ids))
@@ -269,32 +259,28 @@ class Sequence(Response):
         """Decode in a slot, one continuation after the other: the tokens, and what they wait for."""
         try:
             for number in range(self.count):
-                response = self._continuation(number)
+                if number:
+                    sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number))
+                    self.restart(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
                 self._reset(decoder, number)
-                response.begin(decoder.stats)
+                self.begin(decoder.stats)
                 if not number:
                     self.model.observer.tell("started", self.number)
                 try:
                     if self.options.num_beams > 1:
-                        yield from self._beam(decoder, response, number)
+                        yield from self._beam(decoder, number)
                     else:
-                        yield from (yield from self._begin(decoder, response, number))
+                        yield from (yield from self._begin(decoder, number))
                 finally:
-                    response.close()
+                    self.close()
+                    self.results.append(self.result)
+                    self.token_times.append(self.times)
                 if self._prefix is not None:
-                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in response.tokens])
-                if not response.complete:
+                    self._prefix.keep(decoder.runners, decoder.slot, [token.id for token in self.tokens])
+                if not self.results[-1].complete:
                     return
         finally:
             self.model.thresholds.learn(self._labels)
-
-    def _continuation(self, number: int) -> Response:
-        if number == 0:
-            return self
-        sampler = sampler_of(self.options, len(self.prompt), self._eos, (self._seed, number))
-        response = self.another(sampler, Detokenizer(self.model.tokenizer, tuple(self.options.stop)))
-        self.later = (*self.later, response)
-        return response
 
     def _reset(self, decoder: Decoder, number: int) -> None:
         """Begin anew, or after the prompt, which was read."""
@@ -306,11 +292,11 @@ class Sequence(Response):
         decoder.stats.mode, decoder.stats.prompt_tokens = self.mode, len(self.ids)
         decoder.stats.predicted = int(self.model.encoder is None)
 
-    def _begin(self, decoder: Decoder, response: Response, number: int) -> Generator[Token | Waiting, None, Loop]:
+    def _begin(self, decoder: Decoder, number: int) -> Generator[Token | Waiting, None, Loop]:
         """Begin a continuation: the loop that goes on with it. A decoder-only model's first token is the deep
         prediction after the prompt, which is read once for all; an encoder-decoder decides it like the others."""
         if number == 0:
-            decoder.want_logits(not response.greedy)
+            decoder.want_logits(not self.greedy)
         if self.model.encoder is not None:
             if number == 0:
                 decoder.attend(self._encode(decoder))
@@ -319,28 +305,28 @@ class Sequence(Response):
             if self._first is None:
                 first = yield from decoder.prefilling(self.prompt, self._head, self._exits, self._prefix)
                 self._first = first._replace(logits=None if first.logits is None else first.logits.copy())
-            yield response.add(response.choose(self._first), False, self._first.confidence, self._first)
-        return self._loop(decoder, response)
+            yield self.add(self.choose(self._first), False, self._first.confidence, self._first)
+        return self._loop(decoder)
 
-    def _loop(self, decoder: Decoder, response: Response) -> Loop:
+    def _loop(self, decoder: Decoder) -> Loop:
         mode, threshold, labels, room = self.mode, self._threshold, self._labels, self._max_pending
         if mode == "rollback":
-            return rollback(decoder, response, threshold, room, self._rollback_threshold)
+            return rollback(decoder, self, threshold, room, self._rollback_threshold)
         if mode == "shallow":
-            return shallow(decoder, response)
+            return shallow(decoder, self)
         if mode == "free" and (labels is None or not labels.learns):
-            return free(decoder, response, threshold, room, self.options.sync_every)
+            return free(decoder, self, threshold, room, self.options.sync_every)
         if mode == "free":
             # What a pass in the background reads gets no answer, and so no label.
-            return free(decoder, response, threshold, room, 0, labels)
+            return free(decoder, self, threshold, room, 0, labels)
         if mode == "full" and self.options.output_confidence:
-            return free(decoder, response, NEVER_EXIT, room)
+            return free(decoder, self, NEVER_EXIT, room)
         if mode == "full":
-            return full(decoder, response)
+            return full(decoder, self)
         learned = self.model.learned
         acceptance = learned.acceptance(threshold, self.options.samples)
         drafts = Drafts(learned.costs, acceptance, self._draft_sources(), self.options.drafts != "lookup")
-        return lossless(decoder, response, threshold, room, drafts)
+        return lossless(decoder, self, threshold, room, drafts)
 
     def _draft_sources(self) -> DraftSources | None:
         options, predicted = self.options, self.options.predicted_output
@@ -351,14 +337,14 @@ class Sequence(Response):
         vocabulary = self.model.manifest.vocab_size
         return DraftSources(vocabulary, self.prompt.tolist(), source, predicted, options.draft_source)
 
-    def _beam(self, decoder: Decoder, response: Response, number: int) -> Loop:
+    def _beam(self, decoder: Decoder, number: int) -> Loop:
         """The best beams of one search, best first."""
         if number == 0:
             self._found = tuple((yield from self._search(decoder)))
         for hypothesis in self._found[number : number + 1]:
             for token, logprob in zip(hypothesis.tokens, hypothesis.logprobs, strict=True):
-                if not response.finished:
-                    yield response.add(token, False, None, None, logprob if self.options.output_logprobs else None)
+                if not self.finished:
+                    yield self.add(token, False, None, None, logprob if self.options.output_logprobs else None)
 
     def _search(self, decoder: Decoder) -> Waits[list[Hypothesis]]:
         options, sampler = self.options, self._sampler

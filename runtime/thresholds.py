@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, Learner, RequestLabels
-from runtime.adaptation.paper_threshold import PaperThreshold
+from runtime.adaptation.adaptive_threshold import AdaptiveThreshold, Learner, PaperThreshold, RequestLabels
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs

@@ -34,7 +34,7 @@ from runtime.bundle.costs import recordable
 from runtime.bundle.manifest import MANIFEST, DeclaredCopy, ExitVocabulary, Manifest, Precision
 from runtime.errors import BundleError
 from runtime.kernels import instructions
-from runtime.machine.pages import write_back
+from runtime.machine.machine import write_back
 from runtime.tensorrt.files import DIRECTORY
 
 if TYPE_CHECKING:

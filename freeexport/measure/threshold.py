@@ -12,7 +12,7 @@ from scipy.stats import binom
 
 from freeexport.measure.traces import Traces
 from freeexport.metrics import check_name
-from runtime.adaptation.paper_threshold import ZETA, Moments, paper_threshold
+from runtime.adaptation.adaptive_threshold import ZETA, Moments, paper_threshold
 from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at
 from runtime.bundle.calibration import Method
 from runtime.errors import CalibrationError, OptionError

@@ -40,40 +40,30 @@ class Response:
         asked: float = 0.0,
         until: float = math.inf,
     ) -> None:
-        self.prompt, self.tokens = prompt, list[Token]()
-        self.times: list[float] = []
-        self.newest = int(prompt[-1])
-        self.finished: FinishReason | None = None
-        self.cancelled, self.asked, self.until = False, asked, until
+        self.prompt, self.cancelled, self.asked, self.until = prompt, False, asked, until
         self.may_leave = cancel is not None or until != math.inf
         self._cancel = cancel
         self._ids = np.empty(len(prompt) + limit, np.int64)
         self._ids[: len(prompt)] = prompt
-        self._length, self._end = len(prompt), len(prompt) + limit
-        self._eos, self._sampler = eos, sampler
+        self._end = len(prompt) + limit
+        self._eos = eos
         self._logprobs, self._top_logprobs = logprobs or top_logprobs > 0, top_logprobs
+        self._left: GenerationResult | None = None
+        self.restart(sampler, text or Detokenizer(None))
+
+    def restart(self, sampler: Sampler | None, text: Detokenizer) -> None:
+        """Begin another continuation of the prompt."""
+        self.tokens: list[Token] = []
+        self.times: list[float] = []
+        self.newest, self._length = int(self.prompt[-1]), len(self.prompt)
+        self.finished: FinishReason | None = None
+        self._sampler, self._text = sampler, text
         self.greedy = sampler is None and not self._logprobs
-        self._text = text or Detokenizer(None)
         # Looked up once: what is called for every token is seldom in the processor's cache.
-        self._push = self._text.push
+        self._push = text.push
         self._rest = ""  # text that was withheld when it was cut short
         self._stats = Stats()
         self._began: float | None = None  # while it has a slot
-        self._left: GenerationResult | None = None
-
-    def another(self, sampler: Sampler | None, text: Detokenizer) -> Response:
-        """Another continuation of the prompt that has not begun, by its own `sampler`."""
-        limit, cancel, best = self._end - len(self.prompt), self._cancel, self._top_logprobs
-        made = Response(
-            self.prompt, limit, self._eos, sampler, self._logprobs, text, best, cancel, self.asked, self.until
-        )
-        made.cancelled = self.cancelled
-        return made
-
-    @property
-    def complete(self) -> bool:
-        """True where it came to an end of its own."""
-        return self.finished not in (None, "cancelled", "deadline")
 
     def leaves(self) -> FinishReason | None:
         """Why the request is to end now; None where it may go on."""

@@ -17,7 +17,7 @@ from runtime.engines.kv_cache import KVCache
 from runtime.engines.memory import check_memory
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.runner import Runner
-from runtime.machine.pages import read_in_large_pages
+from runtime.machine.machine import read_in_large_pages
 from runtime.options import SessionOptions
 
 # An engine by its name.

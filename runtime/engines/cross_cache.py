@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from runtime.machine.pages import lazy_zeros
+from runtime.machine.machine import lazy_zeros
 
 # Widths are multiples of this, so that a longer prompt seldom means another array.
 STEP = 32

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from runtime.errors import CapacityError
-from runtime.machine.pages import lazy_zeros
+from runtime.machine.machine import lazy_zeros
 
 PARTS = ("key", "value")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine, value
-from runtime.machine.pages import lazy_zeros
+from runtime.machine.machine import lazy_zeros
 
 
 class Event:

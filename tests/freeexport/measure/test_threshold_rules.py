@@ -28,7 +28,7 @@ from freeexport.measure.threshold import (
     token_losses,
 )
 from freeexport.measure.traces import Traces
-from runtime.adaptation.paper_threshold import GRID, Moments, paper_threshold
+from runtime.adaptation.adaptive_threshold import GRID, Moments, paper_threshold
 from runtime.bundle.beta import Beta, BetaMixture, threshold_at
 from runtime.errors import CalibrationError, OptionError
 

@@ -196,12 +196,6 @@ def test_without_a_calibration_2000_tokens_teach_the_threshold(
     assert threshold.threshold == pytest.approx(threshold_at(true, 0.95), abs=tolerance)
 
 
-def test_without_a_calibration_an_exit_that_is_mostly_wrong_is_hardly_taken() -> None:
-    threshold, untrained = AdaptiveThreshold(MANIFEST, None, 4000), BetaMixture(Beta(1.0, 2.0), Beta(1.0, 3.0), 0.05)
-    Requests(seed=12, mean=30).run(threshold, untrained, 2000)
-    assert untrained.density(np.linspace(threshold.threshold, 1, 1000)).mean() * (1 - threshold.threshold) < 1e-3
-
-
 def test_a_target_takes_precedence_over_that_of_the_calibration() -> None:
     given = AdaptiveThreshold(MANIFEST, calibration_of(MANIFEST, SHARP, 0.9), 4000, target=0.99)
     assert given.threshold == threshold_at(SHARP, 0.99)
@@ -304,18 +298,6 @@ def test_requests_move_the_threshold_and_each_decodes_with_that_of_its_start(ope
         result = plain.generate([*PROMPTS[0], 40 + number], threshold=thresholds[-1], **OPTIONS)
         assert ours == (result.token_ids, result.exited)
     assert len(set(thresholds)) > 3
-
-
-def test_a_running_request_keeps_its_threshold(open_session: Open) -> None:
-    session, plain = open_session(slots=2), open_session(threshold=None)
-    began = session.threshold
-    stream = session.stream(PROMPTS[0], **OPTIONS)
-    tokens = [next(stream)]
-    decoded(session, 8)
-    assert session.threshold != began
-    tokens += list(stream)
-    alone = plain.generate(PROMPTS[0], threshold=began, **OPTIONS)
-    assert tuple(token.exited for token in tokens) == alone.exited
 
 
 @pytest.mark.parametrize(

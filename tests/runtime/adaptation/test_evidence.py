@@ -94,14 +94,6 @@ def test_unlabelled_tokens_in_bins_count_as_they_do_one_by_one() -> None:
     assert (mixture.agree.a, mixture.agree.b) == pytest.approx((fitted.agree.a, fitted.agree.b), rel=0.05)
 
 
-def test_a_class_that_is_never_seen_keeps_its_prior() -> None:
-    evidence = nothing()
-    evidence.add([(c, True) for c in drawn(500)[0]], [], FOREVER)
-    mixture = evidence.refit(MIXTURE, MIXTURE)
-    assert mixture.disagree.mean == pytest.approx(MIXTURE.disagree.mean, abs=1e-6)
-    assert 0.98 < mixture.weight_agree < 1
-
-
 def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
     evidence = nothing()
     evidence.add([(math.nan, True), (0.5, True)], [math.inf, math.nan, 0.4], FOREVER)

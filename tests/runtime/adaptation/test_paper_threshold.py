@@ -12,11 +12,11 @@ from checkpoints import CASES, PROMPTS, Bundles
 from manifest_case import MANIFEST
 
 from runtime import OptionError, Session
-from runtime.adaptation.adaptive_threshold import AdaptiveThreshold
-from runtime.adaptation.paper_threshold import (
+from runtime.adaptation.adaptive_threshold import (
     FIRST_THRESHOLD,
     GRID,
     MOST_REFITS,
+    AdaptiveThreshold,
     Moments,
     PaperThreshold,
     paper_threshold,
@@ -54,15 +54,6 @@ def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> Non
         request.label([(0.95, False)] * 100)
         adaptive.complete(request)
     assert adaptive.state() == last
-
-
-def test_a_request_keeps_the_threshold_of_its_start_and_one_without_labels_teaches_nothing() -> None:
-    adaptive = PaperThreshold(MANIFEST, None)
-    early = adaptive.begin()
-    adaptive.complete(adaptive.begin())
-    assert adaptive.state()["refits"] == 0
-    teach(adaptive, np.random.default_rng(0))
-    assert early.threshold == FIRST_THRESHOLD != adaptive.threshold
 
 
 def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not() -> None:

@@ -137,14 +137,6 @@ def test_beams_are_cancelled_and_give_their_slot_back(bundle: Bundles) -> None:
             session.generate_best(PROMPTS[0], 4, **options)
 
 
-def test_beams_of_a_decoder_only_bundle_are_refused(bundle: Bundles) -> None:
-    with (
-        Session(bundle(BY_NAME["llama-tied"], 1), threads=1, slots=1) as session,
-        pytest.raises(OptionError, match="beam search is for encoder-decoders"),
-    ):
-        session.generate(PROMPTS[0], mode="full", num_beams=2)
-
-
 def test_a_deadline_holds_whatever_a_step_of_all_beams_takes(bundle: Bundles, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread that waits goes at the deadline; the search ends between two engine calls."""
     stepping, ended = BeamRows.stepping, threading.Event()

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.bundle.costs import NEUTRAL, Costs
-from runtime.decoding.draft_sources import Candidates
-from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, LearnedDrafts, Outcome, Plan
+from runtime.decoding.drafts import PLAIN, Acceptance, Candidates, Drafts, LearnedDrafts, Outcome, Plan
 
 ROOM = 15
 

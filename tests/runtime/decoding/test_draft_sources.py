@@ -16,19 +16,22 @@ from test_decode import decoder_of, drafted, full
 
 from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
-from runtime.decoding.draft_sources import (
+from runtime.decoding.drafts import (
     GAP,
     LONGEST,
     PATIENCE,
+    PLAIN,
     REST,
     SHORTEST,
+    Acceptance,
+    Drafts,
     DraftSources,
     Expected,
     NGrams,
     Own,
+    Plan,
     Repetition,
 )
-from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.errors import OptionError
 
@@ -132,13 +135,6 @@ def test_an_expected_text_is_followed_over_changes_insertions_and_deletions() ->
     # Wrong are the three new tokens, the first one after each change of the length, and what follows the deletion.
     assert right >= len(output) - 7
     assert source.candidates(5) == []
-
-
-def test_an_expected_text_is_found_again_after_a_long_insertion() -> None:
-    source = Expected(range(100, 200))
-    for token in [*range(100, 110), *range(1000, 1200), 110, 111]:
-        source.read(token)
-    assert (source.agrees, source.candidates(3)) == (2, [112, 113, 114])
 
 
 @pytest.mark.parametrize(

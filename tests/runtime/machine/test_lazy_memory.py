@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.machine.pages import LARGE, lazy_zeros
+from runtime.machine.machine import LARGE, lazy_zeros
 
 MB = 1 << 20
 

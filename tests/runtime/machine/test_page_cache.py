@@ -13,7 +13,7 @@ from checkpoints import CASES, Bundles
 from runtime import Session
 from runtime.engines import backend
 from runtime.kernels import missing
-from runtime.machine.pages import read_in_large_pages, write_back
+from runtime.machine.machine import read_in_large_pages, write_back
 
 SIZE = 8 << 20
 

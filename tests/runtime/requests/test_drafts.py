@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Sessions
 from draft_plans import draft_candidates
-from scipy.stats import chisquare
 
 from runtime import BatchError, GenerationOptions, OptionError, Session
 
@@ -148,44 +147,6 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
     assert ours.token_ids == full.token_ids
     assert ours.logprobs == pytest.approx(full.logprobs, abs=1e-4)
     assert ours.stats.drafts["predicted"].accepted
-
-
-@pytest.mark.usefixtures("eager")
-def test_sampled_tokens_are_those_of_full_for_every_seed_and_so_is_their_distribution(sessions: Sessions) -> None:
-    """Chi-square of the second token, which a draft proposes each time, against the full model's probabilities."""
-    session, draws, count = sessions(LLAMA), [], 1500
-    options: dict[str, Any] = {"temperature": 1.5, "top_k": 4, "max_new_tokens": 2, "ignore_eos": True}
-    first = session.generate(PROMPTS[1], mode="full", max_new_tokens=1, ignore_eos=True).token_ids[0]
-    # The first token is fixed, so that the second has one distribution.
-    options["sequence_bias"] = {(PROMPTS[1][-1], first): 100.0}
-    prompt = list(PROMPTS[1])
-    scores = logits_after(session, [*prompt, first])
-    best = np.argsort(scores)[-4:]
-    likelihood = np.exp(scores[best] / 1.5) / np.exp(scores[best] / 1.5).sum()
-    accepted = 0
-    for seed in range(count):
-        ours = session.generate(
-            prompt, mode="lossless", drafts="lookup", predicted_output=[first, int(best[-1])], seed=seed, **options
-        )
-        if seed < 50:
-            full = session.generate(prompt, mode="full", seed=seed, **options)
-            assert ours.token_ids == full.token_ids
-        assert ours.token_ids[0] == first
-        draws.append(ours.token_ids[1])
-        accepted += ours.stats.drafts["predicted"].accepted
-    assert 0 < accepted < count
-    assert chisquare([draws.count(token) for token in best], likelihood * count).pvalue > 1e-3
-
-
-def logits_after(session: Session, ids: list[int]) -> np.ndarray:
-    scores: list[np.ndarray] = []
-
-    def keep(_: np.ndarray, given: np.ndarray) -> np.ndarray:
-        scores.append(given[0].astype(np.float64))
-        return given
-
-    session.generate(ids, mode="full", max_new_tokens=1, ignore_eos=True, logits_processor=keep)
-    return scores[0]
 
 
 @pytest.mark.usefixtures("eager")

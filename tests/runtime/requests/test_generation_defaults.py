@@ -27,10 +27,6 @@ def test_sampling_values_are_read_and_others_left(tmp_path: Path) -> None:
     assert read_defaults(written(tmp_path, content)) == {"temperature": 0.6, "top_p": 0.9}
 
 
-def test_without_a_file_there_are_none(tmp_path: Path) -> None:
-    assert read_defaults(tmp_path) == {}
-
-
 UNUSABLE = [
     {"temperature": 1e-38},
     {"temperature": 10**400},
@@ -52,9 +48,3 @@ def test_a_file_that_cannot_be_used_is_refused(content: Any, tmp_path: Path) -> 
 
 def test_a_file_that_the_manifest_does_not_list_is_not_read(tmp_path: Path) -> None:
     assert read_defaults(written(tmp_path, {"temperature": 0.6}), {"deep.onnx": None}) == {}
-
-
-@pytest.mark.parametrize("content", ["[" * 100_000, '{"temperature": 1' + "0" * 400 + "}", '{"temperature": NaN}'])
-def test_what_no_reader_should_meet_is_refused(content: str, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"generation_config\.json cannot be read .*convert the checkpoint again"):
-        read_defaults(written(tmp_path, content))

@@ -134,15 +134,6 @@ def stored(session: Session) -> dict[bytes, Any]:
     return dict(session._model.prefixes._entries)
 
 
-def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
-    session = open_session()
-    ended = session.generate(SYSTEM, threshold=0.0, max_pending=16, max_new_tokens=16, ignore_eos=True)
-    assert ended.stats.sync_passes == 0  # all that was generated is in the shallow cache alone
-    again = session.generate([*SYSTEM, *ended.token_ids], max_new_tokens=2, threshold=0.0)
-    assert again.stats.cached_tokens == len(SYSTEM) // BLOCK * BLOCK
-    assert len(stored(session)) == (len(SYSTEM) + 16) // BLOCK == 3  # the follow-up read them
-
-
 def test_the_last_token_is_read(open_session: Open) -> None:
     session = open_session()
     prompt = SYSTEM[: 2 * BLOCK]
@@ -224,13 +215,6 @@ def test_salts_share_nothing_with_others(name: str, open_session: Open) -> None:
         for salt in salts:
             result = session.generate(SYSTEM, max_new_tokens=2, mode="full", cache_salt=salt)
             assert bool(result.stats.cached_tokens) == (turn == 1), salt
-
-
-def test_an_exit_with_layers_of_its_own_shares_with_those_that_run_them(open_session: Open) -> None:
-    session = open_session(EXIT_LAYERS)
-    kinds: list[dict[str, Any]] = [{"mode": "full"}, {"mode": "free", "threshold": 0.3}]
-    reused = [session.generate(SYSTEM, max_new_tokens=2, **options).stats.cached_tokens for options in kinds * 2]
-    assert reused == [0, 0, 32, 32]
 
 
 def test_an_equal_prompt_of_an_encoder_decoder_is_encoded_once(

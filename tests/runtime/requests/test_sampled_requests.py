@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 import numpy as np
@@ -211,13 +210,3 @@ def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
 def test_rollback_needs_a_threshold_where_the_bundle_records_none(sessions: Sessions) -> None:
     with pytest.raises(OptionError, match="rollback_threshold is None and this bundle records none"):
         sessions(LLAMA).generate(PROMPTS[0], mode="rollback")
-
-
-def test_a_deadline_ends_samples_between_two_tokens(sessions: Sessions) -> None:
-    session = sessions(LLAMA)
-    whole = session.generate_best(PROMPTS[0], 3, max_new_tokens=8, **DRAW)
-    began = monotonic()
-    some = session.generate_best(PROMPTS[0], 1024, max_new_tokens=100, ignore_eos=True, deadline=1.5, **DRAW)
-    assert monotonic() - began < 8
-    assert 0 < len(some) < 1024
-    assert all(result.complete for result in (*some, *whole))

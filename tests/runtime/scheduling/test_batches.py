@@ -203,34 +203,6 @@ def test_a_full_queue_refuses_one_more_and_a_list_may_be_longer(open_session: Op
     assert session.generate(LISTED[1], max_new_tokens=2).stats.tokens == 2
 
 
-def test_a_reader_that_stops_blocks_nobody(open_session: Open) -> None:
-    session = open_session(slots=2)
-    alone = session.generate(LISTED[2], max_new_tokens=30, ignore_eos=True)
-    stopped = [session.stream(LISTED[2], max_new_tokens=30, ignore_eos=True) for _ in range(2)]
-    first = [next(stream) for stream in stopped]
-    # Both slots are taken by streams that nobody reads.
-    assert session.generate(LISTED[0], max_new_tokens=5).stats.tokens == 5
-    for stream, token in zip(stopped, first, strict=True):
-        assert (token.id, *(later.id for later in stream)) == alone.token_ids
-
-
-@pytest.mark.parametrize("slots", [1, 4])
-def test_a_deadline_ends_a_request_that_decodes_or_waits(slots: int, open_session: Open) -> None:
-    session = open_session(slots=slots)
-    options: dict[str, Any] = {"max_new_tokens": 100, "ignore_eos": True, "mode": "full"}
-    whole = session.generate(LISTED[0], **options)
-
-    def slow(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        threading.Event().wait(0.02)
-        return scores
-
-    results = session.generate([LISTED[0], LISTED[0]], deadline=0.3, logits_processor=slow, **options)
-    assert [result.finish_reason for result in results] == ["deadline"] * 2
-    assert all(0 < len(result.token_ids) < 40 for result in results[:1])
-    assert all(result.token_ids == whole.token_ids[: len(result.token_ids)] for result in results)
-    assert session.generate(LISTED[0], deadline=100, **options).token_ids == whole.token_ids
-
-
 def test_closing_with_drain_lets_all_come_to_their_end(open_session: Open) -> None:
     session = open_session(slots=2)
     alone = [session.generate(prompt, max_new_tokens=20, mode="full") for prompt in LISTED[:4]]
