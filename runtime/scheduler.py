@@ -224,8 +224,13 @@ class Scheduler:
 
     def turn(self) -> None:
         """Admit sequences and go on with those that have a slot: with one that is alone until another comes."""
-        moved = self._sweep()
-        if len(self._rows) == 1 and _goes_on(self._rows[0]):
+        now = time.monotonic()
+        gone = [each for each in self._rows if each.abandoned or each.until <= now]
+        for sequence in gone:
+            self._end(sequence)
+        moved = (bool(self._waiting) and self._admit()) or bool(gone)
+        waits = self._rows[0].waits if len(self._rows) == 1 else None
+        if waits is AT_ONCE or isinstance(waits, SlotCall):
             decoder = self._rows[0].decoder
             decoder.alone = True
             try:
@@ -238,15 +243,6 @@ class Scheduler:
         moved = self._run_calls() or moved
         if not moved:
             self._wait()
-
-    def _sweep(self) -> bool:
-        """End abandoned and late sequences, admit waiting ones. True if anything changed."""
-        gone, now = False, time.monotonic()
-        for sequence in tuple(self._rows):
-            if sequence.abandoned or sequence.until <= now:
-                self._end(sequence)
-                gone = True
-        return (bool(self._waiting) and self._admit()) or gone
 
     def _admit(self) -> bool:
         """Give free slots to sequences that wait, and end those that are to wait no longer. Where they are of a list,
@@ -375,11 +371,6 @@ class Scheduler:
                 events[0].wait()
         else:
             time.sleep(WAIT)
-
-
-def _goes_on(sequence: Sequence) -> bool:
-    """Whether a sequence that is alone needs nothing else to go on."""
-    return sequence.waits is AT_ONCE or isinstance(sequence.waits, SlotCall)
 
 
 class _Callback:

@@ -48,6 +48,7 @@ class Case:
     name: str
     build: Callable[[Path], None]
     exit_layers: tuple[int, ...]
+    model: Callable[[Path], Any] | None = None  # its Hugging Face model, where `load` does not do
 
     @property
     def layers(self) -> int:

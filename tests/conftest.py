@@ -45,7 +45,7 @@ def source_model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
 
     def model(case: Case) -> Any:
         if case.name not in loaded:
-            loaded[case.name] = load(checkpoint(case))
+            loaded[case.name] = (case.model or load)(checkpoint(case))
         return loaded[case.name]
 
     return model

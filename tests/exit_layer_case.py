@@ -45,7 +45,7 @@ def with_exit_layers(name: str) -> Case:
         plain.build(directory)
         write_exit(directory)
 
-    return Case(f"{name}-exit-layers", build, (EXIT_LAYER, plain.exit_layers[-1]))
+    return Case(f"{name}-exit-layers", build, (EXIT_LAYER,), model_with_exit)
 
 
 def model_with_exit(directory: Path) -> Any:
@@ -53,3 +53,6 @@ def model_with_exit(directory: Path) -> Any:
     model, opened = load(directory), open_checkpoint(str(directory))
     object.__setattr__(model, "own_exit", own_exit(opened, describe(opened.config, opened)))
     return model
+
+
+EXIT_CASES = tuple(map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases")))

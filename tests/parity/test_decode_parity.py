@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from checkpoints import BY_NAME, CASES, PROMPTS, Bundles, Case, Model
+from exit_layer_case import EXIT_CASES
 from reference import Reference, assert_same_tokens, free_decode, replay, separating_threshold
 
 from runtime import GenerationResult, Session
@@ -21,14 +22,14 @@ STANDARD = ("t5-relu-tied", "t5-deep-decoder", "umt5", "llama-tied", "mistral-wi
 
 def settings(case: Case) -> Iterator[Any]:
     """The first and last exit layer in the ort dialect, for some the last in the standard dialect."""
-    for exit_layer in (case.exit_layers[0], case.exit_layers[-1]):
+    for exit_layer in dict.fromkeys((case.exit_layers[0], case.exit_layers[-1])):
         yield pytest.param(case, exit_layer, "ort", id=f"{case.name}-{exit_layer}")
     if case.name in STANDARD:
         yield pytest.param(case, case.exit_layers[-1], "standard", id=f"{case.name}-standard")
 
 
 each_setting = pytest.mark.parametrize(
-    ("case", "exit_layer", "dialect"), [setting for case in CASES for setting in settings(case)]
+    ("case", "exit_layer", "dialect"), [setting for case in (*CASES, *EXIT_CASES) for setting in settings(case)]
 )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from checkpoints import BY_NAME, CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
 from draft_plans import draft_exits
+from exit_layer_case import EXIT_CASES
 from reference import (
     Run,
     assert_same_tokens,
@@ -28,7 +29,7 @@ from runtime import Session
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 18
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+each_case = pytest.mark.parametrize("case", [*CASES, *EXIT_CASES], ids=lambda case: case.name)
 few_cases = pytest.mark.parametrize(
     "case", [BY_NAME[name] for name in ("t5-deep-decoder", "umt5", "llama-tied", "qwen3")], ids=lambda case: case.name
 )
@@ -54,19 +55,13 @@ def thresholds(session: Session, model: Any, prompt: tuple[int, ...], exit_layer
 @each_case
 def test_rollback_takes_back_what_the_reference_takes_back(case: Case, bundle: Bundles, source_model: Model) -> None:
     model, rejected, kept = source_model(case), 0, 0
-    for exit_layer in (case.exit_layers[0], case.exit_layers[-1]):
+    for exit_layer in dict.fromkeys((case.exit_layers[0], case.exit_layers[-1])):
         with opened(bundle, case, exit_layer) as session:
             for prompt, max_pending in ((PROMPTS[0], 16), (PROMPTS[2], 3)):
                 threshold, limit = thresholds(session, model, prompt, exit_layer)
-                ours = session.generate(
-                    prompt,
-                    mode="rollback",
-                    threshold=threshold,
-                    rollback_threshold=limit,
-                    max_pending=max_pending,
-                    max_new_tokens=TOKENS,
-                    ignore_eos=True,
-                )
+                options: dict[str, Any] = {"threshold": threshold, "rollback_threshold": limit, "ignore_eos": True}
+                options |= {"max_pending": max_pending, "max_new_tokens": TOKENS}
+                ours = session.generate(prompt, mode="rollback", **options)
                 reference = draft_decode(
                     model, prompt, exit_layer, threshold, unlikely_goes(limit), TOKENS, max_pending
                 )
@@ -120,14 +115,8 @@ def test_lossless_drafts_are_kept_as_far_as_those_of_the_reference(
     with opened(bundle, case, exit_layer) as session:
         for prompt in PROMPTS[::2]:
             threshold, _ = thresholds(session, model, prompt, exit_layer)
-            ours = session.generate(
-                prompt,
-                mode="lossless",
-                threshold=threshold,
-                max_pending=max_pending,
-                max_new_tokens=TOKENS,
-                ignore_eos=True,
-            )
+            options: dict[str, Any] = {"threshold": threshold, "max_pending": max_pending, "ignore_eos": True}
+            ours = session.generate(prompt, mode="lossless", max_new_tokens=TOKENS, **options)
             reference = draft_decode(
                 model, prompt, exit_layer, threshold, only_the_deep_choice_stays, TOKENS, max_pending
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,17 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import PROMPTS, Bundles, Case
+from checkpoints import PROMPTS, Bundles, Case, Model
 from draft_plans import draft_exits
-from exit_layer_case import EXIT_LAYER, OWN_LAYERS, model_with_exit, with_exit_layers
+from exit_layer_case import EXIT_CASES, EXIT_LAYER, OWN_LAYERS
 from reference import (
     Run,
     assert_same_tokens,
-    draft_decode,
-    free_decode,
     replay,
-    separating_threshold,
-    unlikely_goes,
 )
 
 from freeexport.verification.engines import EnginePair
@@ -30,25 +25,12 @@ from runtime.bundle.bundle import Bundle
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOKENS = 18
-TIED = with_exit_layers("llama-tied")
-CASES = (TIED, *map(with_exit_layers, ("qwen3", "mistral-window", "llama-biases")))
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-@pytest.fixture(scope="session")
-def model(checkpoint: Callable[[Case], Path]) -> Callable[[Case], Any]:
-    return lambda case: model_with_exit(checkpoint(case))
-
-
-def threshold_of(session: Session, model: Any, prompt: tuple[int, ...], quantile: float = 0.5) -> float:
-    guide = session.generate(prompt, threshold=1.0, max_new_tokens=TOKENS, ignore_eos=True).token_ids
-    return separating_threshold(replay(model, prompt, guide, EXIT_LAYER, 1.0), quantile)
+TIED = EXIT_CASES[0]
+each_case = pytest.mark.parametrize("case", EXIT_CASES, ids=lambda case: case.name)
 
 
 @each_case
-def test_shallow_logits_are_those_of_the_layers_in_torch(
-    case: Case, bundle: Bundles, model: Callable[[Case], Any]
-) -> None:
+def test_shallow_logits_are_those_of_the_layers_in_torch(case: Case, bundle: Bundles, source_model: Model) -> None:
     opened = Bundle.open(bundle(case, EXIT_LAYER))
     assert opened.manifest.exit_layers == OWN_LAYERS
     pair, ids = EnginePair(opened, 1, 1), np.array(PROMPTS[2])
@@ -60,53 +42,17 @@ def test_shallow_logits_are_those_of_the_layers_in_torch(
         found.append(out["logits"])
         pair.deep(out["hidden"], call)
         place += count
-    wanted = Run(model(case), ids[:1].tolist(), EXIT_LAYER).logits(ids[1:place].tolist())[0]
+    wanted = Run(source_model(case), ids[:1].tolist(), EXIT_LAYER).logits(ids[1:place].tolist())[0]
     np.testing.assert_allclose(np.concatenate(found), wanted.numpy(), atol=1e-4, rtol=1e-4)
 
 
 @each_case
-def test_free_exits_and_syncs_as_the_reference(case: Case, bundle: Bundles, model: Callable[[Case], Any]) -> None:
-    whole = model(case)
-    with Session(bundle(case, EXIT_LAYER), slots=1, threads=1) as session:
-        for prompt in PROMPTS:
-            threshold = threshold_of(session, whole, prompt)
-            ours = session.generate(prompt, threshold=threshold, max_new_tokens=TOKENS, ignore_eos=True)
-            reference = replay(whole, prompt, ours.token_ids, EXIT_LAYER, threshold)
-            assert any(reference.exited)
-            assert not all(reference.exited[1:])
-            if assert_same_tokens(ours, reference) is None:
-                assert ours.stats.sync_sizes == Counter(reference.sync_sizes)
-        assert_same_tokens(ours, free_decode(whole, prompt, EXIT_LAYER, threshold, TOKENS, eos_ids=()))
-
-
-def test_rollback_takes_back_what_the_reference_takes_back(bundle: Bundles, model: Callable[[Case], Any]) -> None:
-    whole, rejected, kept = model(TIED), 0, 0
-    with Session(bundle(TIED, EXIT_LAYER), slots=1, threads=1) as session:
-        for prompt in PROMPTS:
-            for limit in (1.0, 3.0):
-                threshold = threshold_of(session, whole, prompt, 0.3)
-                ours = session.generate(
-                    prompt,
-                    mode="rollback",
-                    threshold=threshold,
-                    rollback_threshold=limit,
-                    max_new_tokens=TOKENS,
-                    ignore_eos=True,
-                )
-                reference = draft_decode(whole, prompt, EXIT_LAYER, threshold, unlikely_goes(limit), TOKENS)
-                assert_same_tokens(ours, reference)
-                rejected, kept = rejected + ours.stats.rejected, kept + ours.stats.exits
-    assert rejected
-    assert kept
-
-
-@each_case
 def test_lossless_is_full_and_drafts_as_the_reference(
-    case: Case, bundle: Bundles, model: Callable[[Case], Any], monkeypatch: pytest.MonkeyPatch
+    case: Case, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With drafts that are as long as there is room for, and, among them, plain steps that ask no head."""
     draft_exits(monkeypatch, plain_every=3)
-    drafted, whole = 0, model(case)
+    drafted, whole = 0, source_model(case)
     with Session(bundle(case, EXIT_LAYER), slots=1, threads=1) as session:
         for prompt in PROMPTS:
             options: dict[str, Any] = {"max_new_tokens": TOKENS, "ignore_eos": True}
@@ -155,7 +101,7 @@ def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> Non
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_rounded_engines_run_with_the_exits_layers_and_without(
-    options: dict[str, Any], bundle: Bundles, model: Callable[[Case], Any]
+    options: dict[str, Any], bundle: Bundles, source_model: Model
 ) -> None:
     ids = np.array(PROMPTS[2])
     with Session(bundle(TIED, EXIT_LAYER, **options), slots=1, threads=1) as session, session.decoder() as decoder:
@@ -165,7 +111,7 @@ def test_rounded_engines_run_with_the_exits_layers_and_without(
         decoder.trim(0)
         decoder.prefill(ids[:30], head=False)
         assert [decoder.step(int(token), head=False).token for token in ids[30:34]] == [-1] * 4
-    wanted = Run(model(TIED), ids[:31].tolist(), EXIT_LAYER).logits(ids[31:34].tolist())[0].numpy()
+    wanted = Run(source_model(TIED), ids[:31].tolist(), EXIT_LAYER).logits(ids[31:34].tolist())[0].numpy()
     off = np.linalg.norm(np.stack(said) - wanted) / np.linalg.norm(wanted)
     assert off < (0.1 if options["precision"] == "int8" else 0.5)
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from checkpoints import CASES, LONG, Bundles
 from draft_plans import draft_exits
-from exit_layer_case import EXIT_LAYER, with_exit_layers
+from exit_layer_case import EXIT_CASES, EXIT_LAYER
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
 from runtime.engines.encoder import Encoder
 from runtime.engines.prefix_store import BLOCK
 
-BY_NAME = {case.name: case for case in [*CASES, LONG, *map(with_exit_layers, ("llama-tied", "qwen3"))]}
+BY_NAME = {case.name: case for case in [*CASES, LONG, *EXIT_CASES]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
 SYSTEM = [3 + (29 * step + 7) % 250 for step in range(41)]
 MODES: list[dict[str, Any]] = [

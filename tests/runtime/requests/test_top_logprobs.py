@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import torch
 from checkpoints import CASES, PROMPTS, VOCAB_SIZE, Bundles, Case, Model
 from draft_plans import draft_exits
-from exit_layer_case import EXIT_LAYER, model_with_exit, with_exit_layers
+from exit_layer_case import EXIT_CASES, EXIT_LAYER
 from reference import Run
 
 from freeexport.measure import exit_vocabulary
@@ -101,14 +100,14 @@ def test_sampling_and_biases_do_not_change_them(mode: str, bundle: Bundles, sour
     assert any(token != best[0][0] for token, best in zip(ours.token_ids, ours.top_logprobs or (), strict=True))
 
 
-def test_an_exit_of_layers_has_its_own(bundle: Bundles, checkpoint: Callable[[Case], Path]) -> None:
-    case = with_exit_layers("llama-tied")
+def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> None:
+    case = EXIT_CASES[0]
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
         ours = session.generate(
             PROMPTS[2], threshold=0.05, max_new_tokens=TOKENS, ignore_eos=True, top_logprobs=COUNT, mode="free"
         )
     assert any(ours.exited)
-    same_as_transformers(ours, Run(model_with_exit(checkpoint(case)), PROMPTS[2], EXIT_LAYER), False)
+    same_as_transformers(ours, Run(source_model(case), PROMPTS[2], EXIT_LAYER), False)
 
 
 @pytest.mark.parametrize("size", [4, 100])

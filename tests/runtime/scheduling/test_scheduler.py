@@ -165,7 +165,7 @@ class Job(Request):
     def __init__(self, ask: Ask) -> None:
         Response.__init__(self, np.array(ask.prompt, np.int64), ask.tokens)
         self.model: Any = SimpleNamespace(observer=Observer(None))
-        self.run = ask.run  # type: ignore[method-assign]
+        self.run, self.results, self.token_times = ask.run, [], []  # type: ignore[method-assign]
         self.came: list[Token] = []
         self.deliver = self.came.append
 
