@@ -20,7 +20,7 @@ from runtime.batching import BatchedCall
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import NEUTRAL
 from runtime.bundle.manifest import Manifest
-from runtime.decoding.decoder import Decisions, Decoder
+from runtime.decoding.decoder import Decoder
 from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.engines.backend import Backend
 from runtime.engines.cross_cache import CrossCache
@@ -46,8 +46,8 @@ class Session:
     """Loads a bundle and generates. Thread-safe: requests share engine calls, each has a slot of the KV cache to
     itself, and its result does not depend on what else runs (docs/serving.md).
 
-    `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decisions` is for
-    measurements: predictions in place of the decoders' own (runtime/decoding/decoder.py). `on_event` is called with
+    `options`, and keyword arguments in place of its fields, are those of SessionOptions. `decoder_type` is for
+    measurements: a subclass of Decoder whose predictions are others, without overlap. `on_event` is called with
     each RequestEvent, in the thread that asks or decodes: it must be quick. Raises BundleError, CapacityError,
     EngineError, OptionError.
 
@@ -60,7 +60,7 @@ class Session:
         bundle: Path | str,
         options: SessionOptions | None = None,
         *,
-        decisions: Decisions | None = None,
+        decoder_type: Callable[..., Decoder] = Decoder,
         on_event: Callable[[RequestEvent], None] | None = None,
         **keywords: Unpack[SessionKeywords],
     ) -> None:
@@ -82,10 +82,9 @@ class Session:
             encoder = self._placement.encoder(engine, shallow)
         self.overlap = deep.beside
         sizes = manifest.hidden_size, manifest.vocab_size
-        kind: Callable[..., Decoder] = Decoder
         if deep.beside:
-            kind = partial(OverlappingDecoder, run_ahead=options.run_ahead)
-        decoders = [kind(shallow, deep, slot, *sizes, manifest.max_pending, decisions) for slot in range(options.slots)]
+            decoder_type = partial(OverlappingDecoder, run_ahead=options.run_ahead)
+        decoders = [decoder_type(shallow, deep, slot, *sizes, manifest.max_pending) for slot in range(options.slots)]
         cross = CrossCache(options.slots, shallow.zeros)
         batches = {runner: BatchedCall(runner, cross, *sizes) for runner in (shallow, deep)}
         calls = CallCosts(manifest.costs or NEUTRAL)

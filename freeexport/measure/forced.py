@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import numpy as np
 
 from runtime import Session
 from runtime.decoding.calls import Prediction
-from runtime.decoding.decoder import Decisions, Decoder
+from runtime.decoding.decoder import Decoder
 from runtime.errors import OptionError
 from runtime.json_file import parse_json, read_text
 
@@ -53,26 +55,33 @@ def _recorded(path: Path, predicted: int) -> list[bool]:
     return exits
 
 
-class Script(Decisions):
-    """Shallow predictions are as confident as in the trace; None: as the model is. Sequences side by side do not exit
-    in step. `onward`: a request begins where the one before it in its slot left off, so that many short ones have the
-    rate of the trace."""
+@dataclass
+class ExitScript:
+    """Shallow predictions are as confident as in the trace; None: as the model is. `onward`: a request begins where the
+    one before it in its slot left off, so that many short ones have the rate of the trace."""
 
-    def __init__(self, trace: Sequence[bool] | None, onward: bool) -> None:
-        self.trace, self.onward = trace, onward
-        self._starts: dict[Decoder, int] = {}
-        self._rows: dict[Decoder, int] = {}
+    trace: Sequence[bool] | None
+    onward: bool
 
-    def begin(self, decoder: Decoder, prompt: int) -> None:
-        start = self._starts.setdefault(decoder, len(self._starts) * STRIDE)
-        self._rows[decoder] = self._rows.get(decoder, start) if self.onward else start
 
-    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
-        if self.trace is None:
+class ExitReplay(Decoder):
+    """All engines run as ever, so what is measured is what such exits would cost. Sequences side by side do not exit in
+    step."""
+
+    def __init__(self, script: ExitScript, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._script = script
+        self._row = self._start = self.slot * STRIDE
+
+    def begun(self, prompt: int) -> None:
+        self._row = self._row if self._script.onward else self._start
+
+    def prediction(self) -> Prediction:
+        shallow, trace = super().prediction(), self._script.trace
+        if trace is None:
             return shallow
-        row = self._rows[decoder]
-        self._rows[decoder] = row + 1
-        return shallow._replace(confidence=float(self.trace[row % len(self.trace)]))
+        self._row += 1
+        return shallow._replace(confidence=float(trace[(self._row - 1) % len(trace)]))
 
 
 class ForcedExitSession(Session):
@@ -82,8 +91,8 @@ class ForcedExitSession(Session):
     def __init__(
         self, bundle: Path | str, trace: Sequence[bool] | None = None, onward: bool = False, **options: Any
     ) -> None:
-        self._script = Script(trace, onward)
-        super().__init__(bundle, decisions=self._script, **{**options, "overlap": False})
+        self._script = ExitScript(trace, onward)
+        super().__init__(bundle, decoder_type=partial(ExitReplay, self._script), **{**options, "overlap": False})
 
     def __enter__(self) -> ForcedExitSession:
         return self
@@ -98,34 +107,48 @@ class ForcedExitSession(Session):
             self._script.trace = before
 
 
-class Answer(Decisions):
+@dataclass
+class Answer:
     """The output of mode full for a prompt, for drafts to be taken from; None: the shallow decoder drafts. The draft of
-    place i is sure, and right where `right[i]`. The deep prediction is the answer, as with quantized weights it might
-    stray from it over several rows."""
+    place i is sure, and right where `right[i]`."""
 
-    def __init__(self) -> None:
-        self.tokens: Sequence[int] | None = None
-        self.right: Sequence[bool] = [True]
-        self._prompt = 0
+    tokens: Sequence[int] | None = None
+    right: Sequence[bool] = (True,)
 
-    def begin(self, decoder: Decoder, prompt: int) -> None:
+
+class DraftReplay(Decoder):
+    """Drafts are taken from an answer. The deep prediction is the answer, as with quantized weights it might stray from
+    it over several rows."""
+
+    def __init__(self, answer: Answer, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._given, self._prompt = answer, 0
+
+    def begun(self, prompt: int) -> None:
         self._prompt = prompt
 
-    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
-        if self.tokens is None:
+    def prediction(self) -> Prediction:
+        shallow, tokens, right = super().prediction(), self._given.tokens, self._given.right
+        if tokens is None:
             return shallow
         # Places are counted from the first token, which comes after the prompt's last row.
-        place = position + 1 - self._prompt
-        if place >= len(self.tokens):
+        place = self.lengths()[0] - self._prompt
+        if place >= len(tokens):
             return shallow._replace(confidence=0.0)
-        wrong = 0 if self.right[place % len(self.right)] else 1
-        return shallow._replace(token=(self.tokens[place] + wrong) % decoder.vocab_size, confidence=1.0)
+        wrong = 0 if right[place % len(right)] else 1
+        return shallow._replace(token=(tokens[place] + wrong) % self.vocab_size, confidence=1.0)
 
-    def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
-        tokens = self.tokens
+    def answers(self) -> list[Prediction]:
+        return self._answered(super().answers())
+
+    def full_step(self, token: int) -> int:
+        return self._answered([Prediction(super().full_step(token))])[0].token
+
+    def _answered(self, deep: list[Prediction]) -> list[Prediction]:
+        tokens = self._given.tokens
         if tokens is None:
             return deep
-        places = enumerate(deep, first + 1 - self._prompt)
+        places = enumerate(deep, self.lengths()[1] - len(deep) + 1 - self._prompt)
         return [one._replace(token=tokens[place]) if place < len(tokens) else one for place, one in places]
 
 
@@ -134,7 +157,9 @@ class ForcedDraftSession(Session):
 
     def __init__(self, bundle: Path | str, **options: Any) -> None:
         self._answer = Answer()
-        super().__init__(bundle, decisions=self._answer, **{**options, "overlap": False, "slots": 1})
+        super().__init__(
+            bundle, decoder_type=partial(DraftReplay, self._answer), **{**options, "overlap": False, "slots": 1}
+        )
 
     @contextmanager
     def drafting(self, tokens: Sequence[int], rate: float) -> Iterator[None]:

@@ -22,25 +22,6 @@ SHARED_PREFILL_SECONDS = 0.05
 FEWEST_SHARED_ROWS, SHARED_PREFILL_ROWS = BLOCK, 128
 
 
-class Decisions:
-    """For `Session(..., decisions=...)`: predictions in place of the decoders' own, for measurements. Subclass it and
-    override what is to be decided; this one changes nothing. All engines run as ever, so what is measured is what such
-    decisions would cost. Called by whichever thread drives, for one sequence at a time. Positions are counted from 0 at
-    the first token of the prompt."""
-
-    def begin(self, decoder: Decoder, prompt: int) -> None:
-        """Begin a sequence after a prompt of so many tokens, an encoder-decoder's start token among them. The decoder
-        is its own until it ends."""
-
-    def guess(self, decoder: Decoder, position: int, shallow: Prediction) -> Prediction:
-        """Replace the shallow prediction after the token at `position`."""
-        return shallow
-
-    def answers(self, decoder: Decoder, first: int, deep: list[Prediction]) -> list[Prediction]:
-        """Replace a sync pass's predictions after the tokens at `first` and the positions that follow."""
-        return deep
-
-
 class Decoder:
     """Invariant, until `drop_stack`: shallow length = deep length + stacked. `hidden_size` is d, `vocab_size` V,
     `max_pending` the rows of the stack. `batch_size`: sequences in the last shallow call, this one included. `others`:
@@ -64,10 +45,9 @@ class Decoder:
         hidden_size: int,
         vocab_size: int,
         max_pending: int,
-        decisions: Decisions | None = None,
     ) -> None:
         self.slot, self.hidden_size, self.vocab_size, self._max_pending = slot, hidden_size, vocab_size, max_pending
-        self._shallow, self._deep, self._decisions = shallow, deep, decisions
+        self._shallow, self._deep = shallow, deep
         self.stats = Stats()
         self.stacked = 0
         self.batch_size, self.others, self.alone = 1, False, False
@@ -203,7 +183,7 @@ class Decoder:
         self._shallow.cache.extend(self.slot, 1)
         self._deep.cache.extend(self.slot, 1)
         deep: int = self._answer_memory[0]
-        return deep if self._decisions is None else self._decided([Prediction(deep)])[0].token
+        return deep
 
     # As coroutines, or as the engine calls that are needed
 
@@ -211,8 +191,10 @@ class Decoder:
         """Begin with the first token of an encoder-decoder, without a prompt to read. `exits`: later steps may ask the
         head, so an exit's own layers are run for all rows from here on."""
         self._allow(exits)
-        if self._decisions is not None:
-            self._decisions.begin(self, 1)
+        self.begun(1)
+
+    def begun(self, prompt: int) -> None:
+        """Called once a prompt of so many tokens was read, an encoder-decoder's start token among them."""
 
     def prefilling(
         self, tokens: np.ndarray, head: bool, exits: bool = False, prefix: Prefix | None = None
@@ -236,8 +218,7 @@ class Decoder:
             if prefix is not None:
                 prefix.keep(self.runners, self.slot)
             self.stats.prefill_seconds += perf_counter() - began
-        if self._decisions is not None:
-            self._decisions.begin(self, len(tokens))
+        self.begun(len(tokens))
         return self._answer(0)._replace(confidence=self._confidence_memory[0] if head else None)
 
     def stepping(self, token: int, head: bool) -> tuple[SlotCall, ...]:
@@ -256,7 +237,7 @@ class Decoder:
         self._shallow.cache.extend(self.slot, 1)
         self._rows[self.stacked][:] = self._newest
         self.stacked += 1
-        return self._prediction() if self._head else NOTHING
+        return self.prediction() if self._head else NOTHING
 
     def stepping_together(self, tokens: Sequence[int]) -> tuple[SlotCall, ...]:
         """The call for shallow steps on several tokens at once, onto the empty stack, without the head. `guesses`
@@ -297,8 +278,7 @@ class Decoder:
             self.stats.count_pass(call.rows, call.seconds)
             self._deep.cache.extend(self.slot, call.rows)
         self.stacked = 0
-        deep = [self._answer(row, row < self._drafts) for row in range(self._heads)]
-        return deep if self._decisions is None else self._decided(deep)
+        return [self._answer(row, row < self._drafts) for row in range(self._heads)]
 
     def start_sync(self, least: int) -> None:
         """Begin a pass in the background over the stacked rows that no pass has seen, where they are at least `least`,
@@ -307,12 +287,10 @@ class Decoder:
 
     # What calls gave
 
-    def _prediction(self) -> Prediction:
+    def prediction(self) -> Prediction:
         """Read the prediction of the step that ran, which is counted."""
         fields = (self._best_memory[0], self._confidence_memory[0], None, self._step_logits)
         shallow: Prediction = tuple.__new__(Prediction, fields)
-        if self._decisions is not None:
-            shallow = self._decisions.guess(self, self._shallow.cache.lengths.item(self.slot) - 1, shallow)
         return shallow
 
     def _answer(self, row: int, drafted: bool = False) -> Prediction:
@@ -320,11 +298,6 @@ class Decoder:
         logits = self._logits[self._deep][row] if self._logits else None
         nll = self._nll.item(row) if drafted else None
         return tuple.__new__(Prediction, (self._answer_memory[row], None, nll, logits))
-
-    def _decided(self, deep: list[Prediction]) -> list[Prediction]:
-        """Let `decisions` replace the predictions after the last rows of the deep cache."""
-        assert self._decisions is not None
-        return self._decisions.answers(self, self._deep.cache.lengths.item(self.slot) - len(deep), deep)
 
     # Calls
 

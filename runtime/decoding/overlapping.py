@@ -124,7 +124,7 @@ class OverlappingDecoder(Decoder):
             call.run()
             self.stats.shallow_seconds += call.seconds
             self._shallow.cache.extend(self.slot, 1)
-            prediction = self._prediction()
+            prediction = self.prediction()
             # The buffers are overwritten by the next step.
             logits = None if prediction.logits is None else prediction.logits.copy()
             hidden = self._ahead_hidden[len(tokens)]
