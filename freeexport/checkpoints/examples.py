@@ -27,7 +27,7 @@ _HASH_RANGE = 1 << 32
 
 
 class DataError(FreeExportError):
-    """A data file is empty, broken, or has nothing that a model could be trained on."""
+    """Data is missing, empty or broken, or has nothing that a model could be trained on."""
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,6 @@ class Example:
     prompt: np.ndarray
     target: np.ndarray
     line: int
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Examples that do not fit: how many, of how many, the first one's line, and the limit they passed; and the inputs
-    that were `cut` to it."""
-
-    path: Path
-    count: int
-    total: int
-    first_line: int
-    limit: int
-    cut: int = 0
-
-    def __str__(self) -> str:
-        parts = []
-        if self.cut:
-            parts.append(f"{self.cut} of {self.total} inputs are cut, so that examples have {self.limit} tokens")
-        if self.count:
-            parts.append(
-                f"{self.count} of {self.total} examples are longer than {self.limit} tokens and are left out (the "
-                f"first on line {self.first_line}); raise --max-tokens if the model can take them"
-            )
-        return f"{self.path}: {'; '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -154,9 +130,9 @@ def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[R
     return training, [request for rank, request in ranked if rank < border]
 
 
-def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], LeftOut | None]:
-    """Examples in the order of the file, without those that do not fit, also when cut where `form` says so. Raises
-    DataError where none fits."""
+def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
+    """Examples in the order of the file, without those that do not fit, also when cut where `form` says so; and a line
+    about those that were cut or left out. Raises DataError where none fits."""
     examples = []
     for start in range(0, len(requests), _CHUNK):
         chunk = requests[start : start + _CHUNK]
@@ -167,17 +143,23 @@ def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[l
                 raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
             ends = np.array([*target, form.eos], np.int32)
             examples.append(Example(np.array(prompt, np.int32), ends, request.line_number))
-    long = sum(not form.fits(example) for example in examples)
+    total, long = len(examples), sum(not form.fits(example) for example in examples)
     if not long:
         return examples, None
     if form.truncate:
         examples = [form.cut(example) for example in examples]
-    fitting = [example for example in examples if form.fits(example)]
-    if not fitting:
-        raise DataError(f"{path}: none of the {len(examples)} examples fits {form.limit} tokens; raise --max-tokens")
-    first = next((example.line for example in examples if not form.fits(example)), 0)
-    count = len(examples) - len(fitting)
-    return fitting, LeftOut(path, count, len(examples), first, form.limit, long - count)
+    left_out = [example for example in examples if not form.fits(example)]
+    if len(left_out) == total:
+        raise DataError(f"{path}: none of the {total} examples fits {form.limit} tokens; raise --max-tokens")
+    notes = []
+    if cut := long - len(left_out):
+        notes.append(f"{cut} of {total} inputs are cut, so that examples have {form.limit} tokens")
+    if left_out:
+        notes.append(
+            f"{len(left_out)} of {total} examples are longer than {form.limit} tokens and are left out (the first on "
+            f"line {left_out[0].line}); raise --max-tokens if the model can take them"
+        )
+    return [example for example in examples if form.fits(example)], f"{path}: {'; '.join(notes)}"
 
 
 def _prompts(inputs: Sequence[str | list[dict[str, str]]], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -67,7 +67,7 @@ def examples(
         validation = read_examples(options.validation, need_target=TARGETS_WANTED)
     first, left_out = encode(training, form, options.data)
     second, also_left_out = encode(validation, form, options.validation or options.data)
-    return first, second, [str(part) for part in (left_out, also_left_out) if part is not None]
+    return first, second, [note for note in (left_out, also_left_out) if note is not None]
 
 
 class LengthBatches(Sampler[list[int]]):

@@ -24,7 +24,7 @@ from pathlib import Path
 import click
 
 from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas
-from tools.data.splits import SHARES, Example, normalised, run, shuffled, split_of, write_data_set
+from tools.data.splits import SHARES, Line, normalised, run, shuffled, split_of, write_data_set
 
 LARGEST_HELD_OUT = 0.005  # of all examples, in one family
 SHORTEST_BODY, SHORTEST_SYNOPSIS = 20, 3  # words
@@ -109,14 +109,14 @@ def extracted(fields: Mapping[str, str]) -> str | None:
     return json.dumps(found, ensure_ascii=False)
 
 
-def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Example]]:
+def split_pairs(pairs: Sequence[Pair], family: Mapping[str, str]) -> dict[str, list[Line]]:
     """The pairs as examples, a family in one split."""
     sizes = Counter(family[pair.md5] for pair in pairs)
-    splits: dict[str, list[Example]] = {name: [] for name in SHARES}
+    splits: dict[str, list[Line]] = {name: [] for name in SHARES}
     for pair in pairs:
         name = family[pair.md5]
         split = "train" if sizes[name] > LARGEST_HELD_OUT * len(pairs) else split_of(name)
-        splits[split].append(Example(pair.input, pair.target, (name, normalised(pair.input))))
+        splits[split].append(Line(pair.input, pair.target, (name, normalised(pair.input))))
     return splits
 
 

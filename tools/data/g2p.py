@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from tools.data.splits import SHARES, DataError, Example, run, shuffled, split_of, stable_hash, write_data_set
+from tools.data.splits import SHARES, DataError, Line, run, shuffled, split_of, stable_hash, write_data_set
 
 PREFIX = "g2p: "
 SEPARATOR = "|"
@@ -66,8 +66,8 @@ def phrases(words: Sequence[Word], count: int, shortest: int, longest: int, seed
         yield tuple(next(stream) for _ in range(length))
 
 
-def example(words: Sequence[Word], references: bool = False) -> Example:
-    return Example(
+def example(words: Sequence[Word], references: bool = False) -> Line:
+    return Line(
         PREFIX + " ".join(word.spelling for word in words),
         f" {SEPARATOR} ".join(word.pronunciations[0] for word in words),
         tuple(word.key for word in words),
@@ -82,7 +82,7 @@ def build(
     lengths: tuple[int, int],
     seed: int,
     references: bool,
-) -> dict[str, list[Example]]:
+) -> dict[str, list[Line]]:
     """The splits, each shuffled, so that the first lines are a fair sample of words and phrases.
 
     For each split: how many single words (None: all) and how many phrases, of so many words.

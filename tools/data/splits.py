@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import click
 
+from freeexport.checkpoints.examples import DataError as DataError
 from freeexport.system.output import output_directory
 from runtime.errors import FreeExportError
 
@@ -25,13 +26,9 @@ MARKER = "dataset.json"
 Item = TypeVar("Item")
 
 
-class DataError(FreeExportError):
-    """A source of data is missing or not as expected, or the splits of a data set overlap."""
-
-
 @dataclass(frozen=True)
-class Example:
-    """A line of a data set. `keys` must not occur in two splits: a word, a package's family, a normalised input.
+class Line:
+    """One line of a data set. `keys` must not occur in two splits: a word, a package's family, a normalised input.
     `extra` are further fields of the line."""
 
     input: str
@@ -66,7 +63,7 @@ def normalised(text: str) -> str:
 
 
 def write_data_set(
-    out: Path, splits: Mapping[str, list[Example]], about: Mapping[str, Any], overwrite: bool = False
+    out: Path, splits: Mapping[str, list[Line]], about: Mapping[str, Any], overwrite: bool = False
 ) -> None:
     """Write a JSONL file a split, and `about` with the sizes as dataset.json; print the number of lines of each.
 

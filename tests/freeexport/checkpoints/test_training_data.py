@@ -70,12 +70,13 @@ def test_too_long_examples_are_left_out_or_cut_on_request_and_counted(form: Any,
         assert none is None
         examples, left_out = encode(requests, form(case, 10), path)
         assert [example.line for example in examples] == [4]
-        assert (left_out.count, left_out.total, left_out.first_line, left_out.limit) == (2, 3, 5, 10)
-        assert "2 of 3 examples" in str(left_out)
+        assert left_out.startswith(
+            f"{path}: 2 of 3 examples are longer than 10 tokens and are left out (the first on line 5)"
+        )
         examples, left_out = encode(requests, replace(form(case, 10), truncate=True), path)
         assert [example.line for example in examples] == [4, 9]
-        assert (left_out.cut, left_out.count, left_out.first_line) == (1, 1, 5)
-        assert "1 of 3 inputs are cut, so that examples have 10 tokens; 1 of 3 examples are longer" in str(left_out)
+        assert "1 of 3 inputs are cut, so that examples have 10 tokens; 1 of 3 examples are longer" in left_out
+        assert "the first on line 5" in left_out
         np.testing.assert_array_equal(examples[0].prompt, whole[0].prompt)
         (long, cut), target = (one[-1].prompt for one in (whole, examples)), whole[-1].target
         np.testing.assert_array_equal(examples[-1].target, target)

@@ -8,14 +8,14 @@ import click
 import pytest
 
 from freeexport.system.output import OutputError
-from tools.data.splits import SHARES, DataError, Example, run, shuffled, split_of, write_data_set
+from tools.data.splits import SHARES, DataError, Line, run, shuffled, split_of, write_data_set
 
 
-def examples(name: str, count: int = 2) -> list[Example]:
-    return [Example(f"{name} {index}", "é", (f"{name} {index}",)) for index in range(count)]
+def examples(name: str, count: int = 2) -> list[Line]:
+    return [Line(f"{name} {index}", "é", (f"{name} {index}",)) for index in range(count)]
 
 
-def data_set() -> dict[str, list[Example]]:
+def data_set() -> dict[str, list[Line]]:
     return {name: examples(name) for name in SHARES}
 
 
@@ -51,7 +51,7 @@ def test_a_data_set_is_lines_of_json_and_is_replaced_only_when_asked(
 
 def test_overlapping_and_empty_splits_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     splits = data_set()
-    splits["test"] += [Example("new", "x", ("own", "train 1")), Example("twice", "x", ("own",))]
+    splits["test"] += [Line("new", "x", ("own", "train 1")), Line("twice", "x", ("own",))]
     with pytest.raises(DataError, match=r"'train 1' is in train and in test"):
         write_data_set(tmp_path / "set", splits, {})
     with pytest.raises(DataError, match="split calibration has no examples"):
