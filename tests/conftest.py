@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ import pytest
 from checkpoints import BY_NAME, LONG, TEXTS, Bundles, Case, Open, load
 from hypothesis import settings
 
+from freeexport.system.child import ChildError
+from runtime.errors import FreeExportError
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny: two threads that wait for each other are slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,6 +25,30 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def verification_in_this_process() -> Iterator[None]:
+    """Verify new bundles in the test's process: a child would import torch and transformers once more for each.
+
+    tests/freeexport/conversion/test_convert.py has one with the child.
+    """
+    from freeexport.commands.convert import verify_command
+    from freeexport.verification import verification
+
+    def verify_here(module: str, verb: str, *arguments: str) -> str:
+        assert (module, verb) == ("freeexport", "verify")
+        output = io.StringIO()
+        try:
+            with redirect_stdout(output):
+                verify_command.main(list(arguments), standalone_mode=False)
+        except FreeExportError as error:
+            raise ChildError(str(error)) from None
+        return output.getvalue()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verification, "run_child", verify_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,10 @@ def settings(case: Case) -> Iterator[Any]:
 each_setting = pytest.mark.parametrize(
     ("case", "exit_layer", "dialect"), [setting for case in (*CASES, *EXIT_CASES) for setting in settings(case)]
 )
+# Where exits are the same at every layer: the last one.
+each_dialect = pytest.mark.parametrize(
+    ("case", "exit_layer", "dialect"), [setting for case in CASES for setting in list(settings(case))[1:]]
+)
 
 
 @contextmanager
@@ -50,7 +54,7 @@ def assert_same_run(ours: GenerationResult, reference: Reference) -> None:
     assert stats.tokens == len(reference.token_ids)
 
 
-@each_setting
+@each_dialect
 def test_threshold_one_and_mode_full_are_greedy_decoding(
     case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:
@@ -137,17 +141,18 @@ def test_verification_passes_in_fp16(
 
 
 def assert_verified(path: Any, model: Any) -> None:
+    from freeexport.verification.engines import QUICK
     from freeexport.verification.verification import failure, verify
     from runtime import Bundle
 
-    report = verify(Bundle.open(path), str(model))
+    report = verify(Bundle.open(path), str(model), extent=QUICK)
     assert report["passed"], failure(report)
     names = {check["name"] for check in report["checks"]}
-    assert {"prefill", "stepping against prefill", "sync pass of 16"} <= names
+    assert {"prefill", "stepping against prefill", "sync pass of 8"} <= names
     assert len(report["greedy"]["prompts"]) > 1
 
 
-@each_setting
+@each_dialect
 def test_mode_shallow_is_exiting_at_every_token(
     case: Case, exit_layer: int, dialect: str, bundle: Bundles, source_model: Model
 ) -> None:

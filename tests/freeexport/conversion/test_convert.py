@@ -24,6 +24,7 @@ from click.testing import CliRunner, Result
 from safetensors.numpy import load_file, save_file
 
 from freeexport.cli import main
+from freeexport.system.child import run_child
 from freeexport.system.page import human_bytes
 from graphs.families import supported
 from graphs.weights import WeightFile
@@ -83,7 +84,10 @@ def place(tmp_path: Path) -> Path:
 # What is written
 
 
-def test_a_verified_bundle_says_so_and_generates(checkpoint: Checkpoint, place: Path) -> None:
+def test_a_verified_bundle_says_so_and_generates(
+    checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.verification.verification.run_child", run_child)  # in a process of its own
     result = convert(checkpoint(LLAMA), place / "out", "--capacity", "128", exit_layer=2)
     assert result.exit_code == 0, result.stderr
     assert "verified: yes" in result.stdout
@@ -475,7 +479,7 @@ def refused(directory: Path, *_: object) -> bool:
 def test_a_refused_bundle_is_kept_beside_with_its_report(
     checkpoint: Checkpoint, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through the child process, on a bundle whose weights were damaged just before."""
+    """On a bundle whose weights were damaged just before."""
     from damaged_bundle import scale_weight
 
     from freeexport.verification import verification
