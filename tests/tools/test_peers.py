@@ -126,7 +126,7 @@ def test_what_a_peer_cannot_run_or_have_is_said(
 def test_names_are_of_peers_or_of_checkpoints(tmp_path: Path) -> None:
     assert find_peer("organisation/model") is None
     assert find_peer(str(tmp_path)) is None
-    for name, said in (("genai_int4", "did you mean genai-int4"), ("nothing-like-it", "known are hf, hf-compile")):
+    for name, said in (("genai_int4", "did you mean genai-int4"), ("nothing-like-it", "known are hf, hf-early-exit")):
         with pytest.raises(OptionError, match=said):
             find_peer(name)
     twice = CliRunner().invoke(comparing.main, ["bundle", "--against", "hf", "--against", "hf"])

@@ -31,11 +31,9 @@ ENVIRONMENT_MARKER, MODEL_MARKER = "environment.json", "converted"
 SCRIPT = Path(__file__).with_name("decoders.py")
 OURS = [sys.executable, "-m", "tools.peers.decoders", "ours"]
 
-_TORCH = "torch>=2.6,<3"
-_TRANSFORMERS = (_TORCH, "transformers>=5,<6")
+_TRANSFORMERS = ("torch>=2.6,<3", "transformers>=5,<6")
 REQUIREMENTS = {
     "transformers": _TRANSFORMERS,
-    "optimum": ("optimum-onnx[onnxruntime]>=0.1,<0.2", "transformers>=4.57,<4.58", _TORCH),
     "genai": (
         *("onnxruntime-genai>=0.10", *_TRANSFORMERS, "onnx>=1.20", "onnx_ir>=0.1"),
         *("sentencepiece>=0.2", "protobuf>=5"),
@@ -71,12 +69,10 @@ class Peer:
 
 _ALL = (
     Peer("hf", "transformers", converts=False),
-    Peer("hf-compile", "transformers", options={"compile": True}, converts=False),
     # The comparison fills in the layer of the bundle's exit.
     Peer("hf-early-exit", "transformers", options={"early_exit": None}, converts=False, decoder_only=True),
     # As many tokens as its documentation drafts.
     Peer("hf-lookup", "transformers", options={"lookup": 10}, converts=False),
-    Peer("optimum", "optimum"),
     Peer("genai", "genai", options={"precision": "fp32"}, decoder_only=True),
     Peer("genai-int4", "genai", "int4", {"precision": "int4"}, decoder_only=True),
     Peer("ctranslate2", "ctranslate2", options={"compute_type": "float32"}),

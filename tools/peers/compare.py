@@ -46,11 +46,10 @@ from freeexport.system.output import check_writable, write_whole
 from freeexport.system.page import print_page
 from runtime.bundle.bundle import Bundle
 from runtime.errors import FreeExportError, OptionError
-from runtime.machine.machine import user_cache
 from tools.peers.catalog import OURS, PEERS, Source, find_peer, find_source, peer_command, peer_model
 from tools.peers.worker import PeerError, Worker
 
-# Seconds for one answer: a compiling decoder takes minutes for its first prompt.
+# Seconds for one answer: a large model takes minutes to load.
 LIMIT = 600.0
 # Seconds between decoders: threads of some libraries spin on after their work.
 SETTLE = 0.3
@@ -79,7 +78,6 @@ class Contender:
             "HF_HUB_OFFLINE": "1",
             # Libraries that see a GPU would use it.
             "CUDA_VISIBLE_DEVICES": "",
-            "TORCHINDUCTOR_CACHE_DIR": str(user_cache("peers", "torchinductor")),
         }
         worker = Worker(self.command, variables)
         # All are held to the same processors, where there are as many.

@@ -151,8 +151,7 @@ def load_transformers(path: str, threads: int, options: dict[str, Any]) -> Loade
 
 
 def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
-    """`options`: `compile`; `early_exit`, the layer after which drafts are made, for decoder-only models; `lookup`, the
-    tokens of a draft from the prompt."""
+    """`options`: `early_exit`, the layer to draft after; `lookup`, the tokens of a draft from the prompt."""
     import torch
 
     class Streamer:
@@ -175,9 +174,6 @@ def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
     # transformers' cache fails for T5 with a decoder deeper than the encoder.
     deeper = config.is_encoder_decoder and getattr(config, "num_decoder_layers", 0) > getattr(config, "num_layers", 0)
     given: dict[str, Any] = {"do_sample": False, "num_beams": 1, "use_cache": not deeper}
-    if options.get("compile"):
-        given["cache_implementation"] = "static"
-        model.forward = torch.compile(model.forward)
     if options.get("early_exit"):
         given["assistant_early_exit"] = options["early_exit"]
     if options.get("lookup"):
@@ -189,28 +185,6 @@ def transformers_generate(model: Any, options: dict[str, Any]) -> Generate:
         model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=count, streamer=Streamer(emit), **given)
 
     return generate
-
-
-def _optimum_class(path: str) -> Any:
-    from optimum.onnxruntime import ORTModelForCausalLM, ORTModelForSeq2SeqLM
-    from transformers import AutoConfig
-
-    return ORTModelForSeq2SeqLM if AutoConfig.from_pretrained(path).is_encoder_decoder else ORTModelForCausalLM
-
-
-def convert_optimum(source: str, out: str, options: dict[str, Any]) -> None:
-    _optimum_class(source).from_pretrained(source, export=True).save_pretrained(out)
-
-
-def load_optimum(path: str, threads: int, options: dict[str, Any]) -> Loaded:
-    import onnxruntime
-    import torch
-
-    torch.set_num_threads(threads)
-    session = onnxruntime.SessionOptions()
-    session.intra_op_num_threads, session.inter_op_num_threads = threads, 1
-    model = _optimum_class(path).from_pretrained(path, session_options=session, provider="CPUExecutionProvider")
-    return transformers_generate(model, {}), _versions("optimum-onnx", "onnxruntime", "transformers")
 
 
 def convert_genai(source: str, out: str, options: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ mean of free writing below 0.97.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ import click
 
 from freeexport.system.machine import detect_machine
 from runtime import Session
-from runtime.result import GenerationResult
 
 CODE = """for i in range(10):
     if i % 2 == 0:
@@ -28,55 +28,48 @@ CODE = """for i in range(10):
     if i == 5:
         print("half way")
 print("done")"""
-REPEAT = {
-    "sentence": "The quick brown fox jumps over the lazy dog near the river bank at dawn.",
-    "long": "The library opens at nine in the morning and closes at six in the evening, except on Sundays, when it is "
-    "closed all day long.",
-    "code": CODE,
-}
-SUBJECTS = (
-    "a lighthouse keeper",
-    "photosynthesis",
-    "life in a small town",
-    "the history of bread",
-    "a city without cars",
+SENTENCE = "The quick brown fox jumps over the lazy dog near the river bank at dawn."
+LONG = (
+    "The library opens at nine in the morning and closes at six in the evening, except on Sundays, when it is "
+    "closed all day long."
 )
+SUBJECTS = (
+    *("a lighthouse keeper", "photosynthesis", "life in a small town"),
+    *("the history of bread", "a city without cars"),
+)
+PROMPTS = {
+    **{
+        f"repeat {name}": f"Repeat this text exactly, twice:\n\n{text}"
+        for name, text in {"sentence": SENTENCE, "long": LONG, "code": CODE}.items()
+    },
+    **{f"write {subject}": f"Write about {subject}." for subject in SUBJECTS},
+}
 WORST_REPEATED, MEAN_WRITTEN = 1.6, 0.97
-
-
-def prompts() -> dict[str, str]:
-    found = {f"repeat {name}": f"Repeat this text exactly, twice:\n\n{text}" for name, text in REPEAT.items()}
-    return {**found, **{f"write {subject}": f"Write about {subject}." for subject in SUBJECTS}}
 
 
 def chat(prompt: str) -> list[dict[str, str]] | str:
     return [{"role": "user", "content": prompt}]
 
 
-def seconds(result: GenerationResult) -> float:
-    stats = result.stats
-    return stats.seconds - stats.encode_seconds - stats.prefill_seconds
-
-
 def measured(session: Session, prompt: str, tokens: int, rounds: int, fresh: bool) -> tuple[list[float], str]:
     """Speeds over mode full, and what was drafted. Raises ClickException where tokens differ."""
-    ratios, drafted, last = list[float](), [0, 0], 0
+    ratios, proposed, accepted, last = list[float](), 0, 0, 0
     for _ in range(rounds):
         if fresh:
             session.forget_drafts()
-        found = []
+        seconds, answers = [], []
         for mode in ("full", "lossless", "full"):
-            options: dict[str, Any] = {"mode": mode, **({"drafts": "lookup"} if mode == "lossless" else {})}
-            found.append(session.generate(chat(prompt), max_new_tokens=tokens, **options))
-        before, ours, after = found
-        if not before.token_ids == ours.token_ids == after.token_ids:
+            options: dict[str, Any] = {"drafts": "lookup"} if mode == "lossless" else {}
+            found = session.generate(chat(prompt), mode=mode, max_new_tokens=tokens, **options)
+            seconds.append(found.stats.seconds - found.stats.encode_seconds - found.stats.prefill_seconds)
+            answers.append(found.token_ids)
+            proposed += sum(counts.proposed for counts in found.stats.drafts.values())
+            accepted += sum(counts.accepted for counts in found.stats.drafts.values())
+        if len(set(answers)) > 1:
             raise click.ClickException(f"tokens of lossless differ from those of full: {prompt!r}")
-        ratios.append((seconds(before) + seconds(after)) / 2 / max(seconds(ours), 1e-9))
-        for counts in ours.stats.drafts.values():
-            drafted[0] += counts.proposed
-            drafted[1] += counts.accepted
-        last = len(ours.token_ids)
-    return sorted(ratios), f"{last} tokens, {drafted[1]} of {drafted[0]} drafted accepted"
+        ratios.append((seconds[0] + seconds[2]) / 2 / max(seconds[1], 1e-9))
+        last = len(answers[1])
+    return sorted(ratios), f"{last} tokens, {accepted} of {proposed} drafted accepted"
 
 
 # fmt: off
@@ -95,16 +88,13 @@ def main(bundles: tuple[Path, ...], threads: int, tokens: int, rounds: int, chos
     for bundle in bundles:
         with Session(bundle, threads=threads, slots=1) as session:
             click.echo(f"{bundle.name}, {session.manifest.precision}")
-            for name, prompt in prompts().items():
-                if not name.startswith(chosen or ("",)):
-                    continue
-                for fresh in (True, False):
-                    ratios, told = measured(session, prompt, tokens, rounds, fresh)
-                    listed = " ".join(f"{ratio:.2f}" for ratio in ratios)
-                    click.echo(f"  {name}, {'fresh' if fresh else 'next'}: worst {ratios[0]:.2f} [{listed}] {told}")
-                    # A text that the model does not repeat is free writing.
-                    mean = sum(ratios) / len(ratios)
-                    failed |= mean < MEAN_WRITTEN or (name.startswith("repeat") and ratios[0] < WORST_REPEATED)
+            for name, fresh in product((name for name in PROMPTS if name.startswith(chosen or ("",))), (True, False)):
+                ratios, told = measured(session, PROMPTS[name], tokens, rounds, fresh)
+                listed = " ".join(f"{ratio:.2f}" for ratio in ratios)
+                click.echo(f"  {name}, {'fresh' if fresh else 'next'}: worst {ratios[0]:.2f} [{listed}] {told}")
+                # A text that the model does not repeat is free writing.
+                mean = sum(ratios) / len(ratios)
+                failed |= mean < MEAN_WRITTEN or (name.startswith("repeat") and ratios[0] < WORST_REPEATED)
     if require and failed:
         raise SystemExit(1)
 

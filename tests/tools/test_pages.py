@@ -1,0 +1,64 @@
+"""docs/benchmarks.md and docs/options.md, from what they are made of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from runtime import GenerationOptions, SessionOptions
+from tools import pages
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_pages_of_the_documentation_are_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    done = CliRunner().invoke(pages.main, ["--check"])
+    assert done.exit_code == 0, done.output
+
+
+def test_every_row_reason_and_option_is_shown_and_a_change_by_hand_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
+    found: dict[str, Any] = json.loads(min((ROOT / "docs" / "benchmarks").glob("*.json")).read_text())
+    names = [row["name"] for row in found["rows"][1:]]
+    found["rows"][0]["name"], found["failed"] = "a|b", {"genai": "no wheel"}
+    for name, busy in (("1-smol-fp32", {}), ("other", {"idle": False, "busy": 1.2})):
+        (tmp_path / "docs" / "benchmarks" / f"{name}.json").write_text(
+            json.dumps({**found, "settings": {**found["settings"], **busy}})
+        )
+    monkeypatch.chdir(tmp_path)
+    assert CliRunner().invoke(pages.main, []).exit_code == 0
+    page = tmp_path / "docs" / "benchmarks.md"
+    text = page.read_text()
+    assert text.index("## smol fp32") < text.index("## other")
+    assert all(text.count(f"| {name} |") == 2 for name in ("a\\|b", *names))
+    assert text.count("- genai: not run: no wheel") == 2
+    assert text.count("other processes kept 1.2 cores busy") == 1  # marked, not refused
+    for options in (SessionOptions, GenerationOptions):
+        for field in fields(options):
+            assert f"| `{field.name}` | `{field.default!r}` |" in (tmp_path / "docs" / "options.md").read_text()
+    page.write_text(text.replace("GB/s", "TB/s"))
+    assert "benchmarks.md is not what it is made from" in CliRunner().invoke(pages.main, ["--check"]).output
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "holds no figures"),
+        ("[]", "holds no figures"),
+        ('{"schema": 1, "settings": {}}', "holds no figures"),
+        ('{"schema": 7, "settings": {"idle": true}}', "schema 7, not 1"),
+    ],
+)
+def test_files_without_figures_are_refused(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(click.ClickException, match=said):
+        pages.benchmark(tmp_path / "run.json")
