@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -14,9 +15,10 @@ from checkpoints import CASES, Case
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.training.batches import Collator, described, examples
-from freeexport.training.exit_modules import known_tokens, own_exit
+from freeexport.training.exit_modules import KnownTokens, known_tokens, own_exit
+from freeexport.training.frozen import FrozenExit
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import IGNORED, ShallowDeep
+from freeexport.training.shallow_deep import MEASURES, ShallowDeep, SharedHead
 from freeexport.training.train import Trained
 from freeexport.training.trainer import decided_rows
 
@@ -68,8 +70,16 @@ def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
     module = ShallowDeep(reference_model(opened), description, options.exit_layer, "ce", own=own, known=known).eval()
     batch = Collator(opened.generation_config.get("decoder_start_token_id") if module.seq2seq else None)(validation)
     with torch.no_grad():
-        sums = module(**batch)
-    rows = int((batch["labels"] != IGNORED).sum())
+        rows = module(**batch)["measures"]
     decided = decided_rows(batch["labels"], module.seq2seq)
-    agreement = float(sums["agreed"][decided].double().mean())
-    return {**{name: float(sums[name]) / rows for name in ("shallow_loss", "deep_loss")}, "agreement": agreement}
+    means = dict(zip(MEASURES, rows.mean(0).tolist(), strict=True))
+    agreement = float(rows[decided, MEASURES.index("agreement")].mean())
+    return {"shallow_loss": means["shallow_loss"], "deep_loss": means["deep_loss"], "agreement": agreement}
+
+
+def frozen_exit(
+    own: Any, head: SharedHead, exit_layer: int, layers: int, known: KnownTokens | None = None
+) -> FrozenExit:
+    """An exit with distillation of weight a half, without a model."""
+    parts = {"own": own, "head": head, "known": known, "exit_layer": exit_layer, "layers": layers}
+    return FrozenExit(SimpleNamespace(**parts, loss_name="logit-kd", alpha=0.5, seq2seq=False))  # type: ignore[arg-type]

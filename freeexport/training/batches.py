@@ -70,6 +70,11 @@ def examples(
     return first, second, [note for note in (left_out, also_left_out) if note is not None]
 
 
+def token_counts(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example."""
+    return [len(example.prompt) + len(example.target) for example in examples]
+
+
 class LengthBatches(Sampler[list[int]]):
     """Indices of examples, one batch at a time: those of one device among `devices`.
 
@@ -80,9 +85,16 @@ class LengthBatches(Sampler[list[int]]):
 
     def __init__(self, lengths: Sequence[int], tokens: int, seed: int, device: int = 0, devices: int = 1) -> None:
         self.epoch = 0
-        self._rounded = np.array([_rounded(length) for length in lengths])
         self._seed, self._device, self._devices = seed, device, devices
-        self._cuts = _cuts(np.sort(self._rounded), tokens)
+        # Up to a multiple of an eighth of their power of two: enough examples are then of equal length.
+        steps = [max(1, 1 << max(0, int(length).bit_length() - 4)) for length in lengths]
+        self._rounded = np.array([-(-length // step) * step for length, step in zip(lengths, steps, strict=True)])
+        # Where batches begin in ascending lengths, and the end.
+        self._cuts = [0]
+        for index, length in enumerate(np.sort(self._rounded)):
+            if index > self._cuts[-1] and (index + 1 - self._cuts[-1]) * length > tokens:
+                self._cuts.append(index)
+        self._cuts.append(len(lengths))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -99,21 +111,6 @@ class LengthBatches(Sampler[list[int]]):
         padded = np.resize(batches, len(self) * self._devices)
         for number in padded[self._device :: self._devices]:
             yield order[self._cuts[number] : self._cuts[number + 1]].tolist()
-
-
-def _rounded(length: int) -> int:
-    """Round up to a multiple of an eighth of its power of two: enough examples are then of equal length."""
-    step = max(1, 1 << max(0, int(length).bit_length() - 4))
-    return -(-length // step) * step
-
-
-def _cuts(lengths: np.ndarray, tokens: int) -> list[int]:
-    """Return where batches begin in ascending lengths, and the end."""
-    cuts = [0]
-    for index, length in enumerate(lengths):
-        if index > cuts[-1] and (index + 1 - cuts[-1]) * length > tokens:
-            cuts.append(index)
-    return [*cuts, len(lengths)]
 
 
 @dataclass(frozen=True)

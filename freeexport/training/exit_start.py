@@ -3,7 +3,7 @@ exit knows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -43,41 +43,46 @@ def first_exit(
     layers, norm = description.decoder.layers, description.decoder.head.norm
     into = len(layers) - options.exit_layers
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,))
+    states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
+    pairs = ((hidden[options.exit_layer], hidden[into]) for hidden in states)
     norm_weight = checkpoint.read(norm.weight)
     if options.exit_layers:
-        shallow, deep = _observed(whole, examples, collate, into, options.bf16, everywhere=True)
-        return ExitLayers(layers[into:], checkpoint.read, linear_map(shallow, deep), norm_weight, norm.epsilon)
+        linear = linear_map(*_joined(pairs, _POSITIONS))
+        return ExitLayers(layers[into:], checkpoint.read, linear, norm_weight, norm.epsilon)
     torch.manual_seed(options.seed)
     own = AdaptedExit(norm_weight, norm.epsilon, options.adapter_rank)
     if own.adapter is not None:
-        shallow, deep = _observed(whole, examples, collate, into, options.bf16, everywhere=False)
-        begin_linear(own.adapter, shallow, deep, norm_weight)
+        begin_linear(own.adapter, *_joined(pairs, _POSITIONS), norm_weight)
     return own
 
 
-@torch.no_grad()
-def _observed(
-    model: ShallowDeep, examples: Sequence[Example], collate: Collator, into: int, bf16: bool, everywhere: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """States [N, d] after the exit layer and after layer `into`: of labelled rows, or of all but first positions, whose
-    states are of another size."""
-    was_training = model.training
-    model.eval()
-    found = list[tuple[np.ndarray, np.ndarray]]()
+def observed(
+    model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool, everywhere: bool = False
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Batches of hidden states by layer, without dropout: of labelled rows, or `everywhere` but at first positions,
+    whose states are of another size."""
     for start in range(0, len(examples), 16):
-        if sum(len(shallow) for shallow, _ in found) >= _POSITIONS:
-            break
         inputs = collate(examples[start : start + 16])
         if everywhere:
             valid = inputs["attention_mask"] > 0
             valid[:, 0] = False
             inputs["labels"] = torch.where(valid, 0, IGNORED)
         inputs = {key: value.to(model.device) for key, value in inputs.items()}
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            hidden = model.hidden_states(**inputs)
-        shallow, deep = (hidden[layer].float().cpu().numpy() for layer in (model.exit_layer, into))
-        found.append((shallow, deep))
-    model.train(was_training)
+        was_training = model.training
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+            hidden = model.eval().hidden_states(**inputs)
+        model.train(was_training)
+        yield hidden
+
+
+def _joined(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], least: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of pairs until there are at least so many."""
+    found, count = [], 0
+    for pair in pairs:
+        found.append([part.detach().float().cpu().numpy() for part in pair])
+        count += len(pair[0])
+        if count >= least:
+            break
     return cast(tuple[np.ndarray, np.ndarray], tuple(map(np.concatenate, zip(*found, strict=True))))
 
 
@@ -109,28 +114,12 @@ def chosen_tokens(
 def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Tensor]) -> None:
     """Set the class of all other tokens to the linear map nearest to what their logits add up to. `normed`: batches
     [N, d] of what the exit's head reads."""
-    states, tails, count = [], [], 0
-    for batch in normed:
-        for rows in batch.split(_LOGIT_ROWS):
-            states.append((rows * head.scale).float().cpu().numpy())
-            tails.append(known.folded(head.read(rows).float())[:, -1:].cpu().numpy())
-        count += len(batch)
-        if count >= _TAIL_POSITIONS:
-            break
-    x, y = np.concatenate(states), np.concatenate(tails)
+    pieces = (rows for batch in normed for rows in batch.split(_LOGIT_ROWS))
+    pairs = ((rows * head.scale, known.folded(head.read(rows).float())[:, -1:]) for rows in pieces)
+    x, y = _joined(pairs, _TAIL_POSITIONS)
     weight = linear_map(x - x.mean(0), y - y.mean(0))  # [1, d]
     known.other.weight.copy_(torch.from_numpy(weight))
     known.other.bias.copy_(torch.from_numpy(y.mean(0) - weight @ x.mean(0)))
-
-
-def exit_states(
-    model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool
-) -> Iterable[torch.Tensor]:
-    """Batches [N, d] of what the exit's head reads."""
-    for start in range(0, len(examples), 16):
-        inputs = {key: value.to(model.device) for key, value in collate(examples[start : start + 16]).items()}
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            yield model.exit_normed(model.hidden_states(**inputs))
 
 
 def linear_map(shallow: np.ndarray, deep: np.ndarray) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Losses of a model with one exit: cross-entropy of both exits, and distillation from the deep layers to the shallow.
 
-Every loss is a sum over rows (predicted positions), so that dividing by the rows of a whole step makes gradient
+Distillation is a sum over rows (predicted positions), so that dividing by the rows of a whole step makes gradient
 accumulation and several devices equal to one large batch.
 """
 
@@ -17,15 +17,15 @@ from freeexport.checkpoints.exit_file import LossName
 Pair = tuple[int, int]  # (student: a shallow layer, teacher: any layer), counted from 1
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Summed over rows, in nats: logits [N, V], labels int64 [N]. `smoothing`: so much of a label is spread evenly."""
-    return F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[N], in nats: logits [N, V], labels int64 [N]."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def by_depth(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:
     """The mean of losses by layer, weighted by the layer's number: (S * a + L * b) / (S + L) for two."""
     total = sum(losses)
-    return torch.stack([loss * (layer / total) for layer, loss in losses.items()]).sum()
+    return torch.stack([loss * (layer / total) for layer, loss in losses.items()]).sum(0)
 
 
 def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:

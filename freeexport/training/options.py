@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,7 +20,6 @@ EXIT_LOSSES: tuple[LossName, ...] = ("ce", "logit-kd")
 DEFAULT_RATES: dict[Tune, float] = {"full": 1e-4, "lora": 1e-4, "exit": 1e-3}
 RANDOM_WEIGHTS_RATE = 1e-3
 DEFAULT_EPOCHS = 3.0
-LORA_DROPOUT = 0.1  # as FREE's authors have it
 # What every evaluation measures and a run may be selected by: `loss`, which is to be low, and shares.
 MEASURED = ("loss", "agreement", "oracle-exits")
 # May differ between a run and its continuation without changing the loss curve of the steps they share.
@@ -82,43 +82,34 @@ class TrainingOptions:
             self._check(name, "a number from 0 to below 1", lambda value: 0 <= value < 1)
         if self.select_by not in MEASURED:
             check_name(self.select_by)
-        self._check_combinations()
+        contradictions = {
+            "--steps and --epochs contradict each other; choose one": None not in (self.steps, self.epochs),
+            "--resume and --overwrite contradict each other; choose one": self.resume and self.overwrite,
+            f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}": (
+                self.tune == "exit" and self.loss not in EXIT_LOSSES
+            ),
+            f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
+            f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
+            "--loss weighted-ce is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
+                self.loss == "weighted-ce" and (self.exit_layers > 0 or self.exit_vocab is not None)
+            ),
+            f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full": (
+                self.from_config and self.tune != "full"
+            ),
+        }
+        for problem, found in contradictions.items():
+            if found:
+                raise OptionError(problem)
 
-    def _check(self, name: str, wanted: str, holds: Any) -> None:
+    def _check(self, name: str, wanted: str, holds: Callable[[Any], bool]) -> None:
         value = getattr(self, name)
         if value is not None and not holds(value):
             raise OptionError(f"--{name.replace('_', '-')} is {value}; give {wanted}")
-
-    def _check_combinations(self) -> None:
-        if self.steps is not None and self.epochs is not None:
-            raise OptionError("--steps and --epochs contradict each other; choose one")
-        if self.tune == "exit" and self.loss not in EXIT_LOSSES:
-            raise OptionError(
-                f"--loss {self.loss} trains layers, which --tune exit freezes; choose {', '.join(EXIT_LOSSES)}"
-            )
-        if self.tune == "exit" and self.select_by not in MEASURED:
-            raise OptionError(
-                f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
-                f"{', '.join(MEASURED)}"
-            )
-        if self.exit_layers and self.loss == "weighted-ce":
-            raise OptionError("--loss weighted-ce is for an exit without layers of its own; choose logit-kd or ce")
-        if self.exit_vocab is not None and self.loss == "weighted-ce":
-            raise OptionError("--loss weighted-ce is for an exit that knows all tokens; choose logit-kd or ce")
-        if self.from_config and self.tune != "full":
-            raise OptionError(f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full")
-        if self.resume and self.overwrite:
-            raise OptionError("--resume and --overwrite contradict each other; choose one")
 
     @property
     def rate(self) -> float:
         """Peak learning rate."""
         return self.learning_rate or (RANDOM_WEIGHTS_RATE if self.from_config else DEFAULT_RATES[self.tune])
-
-    @property
-    def lora_dropout(self) -> float:
-        """Dropout before LoRA adapters."""
-        return LORA_DROPOUT if self.dropout is None else self.dropout
 
     @property
     def epoch_count(self) -> float | None:

@@ -1,4 +1,4 @@
-"""Callbacks and sentences of a training run: plan, progress, a file of metrics, the end in time, the verdict."""
+"""Reports of a training run: plan, progress, a file of metrics, the verdict; and its end in time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from freeexport.system.machine import keep_freed_memory
 from freeexport.system.progress import duration, progress
-from freeexport.training.trainer import AGREEING, ENDLESS, Clock, ExitTrainer
+from freeexport.training.trainer import AGREEING, ENDLESS, Clock
 from runtime.bundle.costs import Costs
 from runtime.errors import FreeExportError
 from runtime.json_file import parse_json
@@ -32,50 +32,63 @@ class DivergedError(FreeExportError):
     """The loss is no longer a number."""
 
 
-class StopInTime(TrainerCallback):  # type: ignore[misc]
-    """Ends a run at its last step or its time limit, with an evaluation and a checkpoint."""
+class Watch(TrainerCallback):  # type: ignore[misc]
+    """Ends a run at its last step or its time limit, with an evaluation and a checkpoint; ends the keeping of freed
+    memory where little is left. On the main process it also logs, prints a plan after the first steps and evaluations,
+    and shows progress whose remaining time never rises."""
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock, self._began = clock, time.monotonic()
+    def __init__(self, clock: Clock, log: MetricLog | None) -> None:
+        """`log` of the main process."""
+        self._clock, self._log = clock, log
+        self.trainer: Any = None  # which is made with its callbacks
+        self._keeps = True
+        self._context: Any = None
+        self._left, self._shown = math.inf, 0.0
+        self._first = self._began = self._planned = 0.0
+        self._tokens = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self._timed = state.max_steps >= ENDLESS
+        self._first = state.global_step
+        if self._log is None:
+            return
+        self._shown = self._now(state)
+        total = self._clock.limit if self._timed else state.max_steps
+        what = "training, seconds" if self._timed else "training, steps"
+        self._context = progress(what, total, self._shown, left=lambda: self.seconds_left(state))
+        self._advance = self._context.__enter__()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        self.trainer.batches.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         self._began = time.monotonic()
+        # The first step allocates what the others use again.
+        if state.global_step == self._first + 1:
+            self._planned, self._tokens = self._began, int(self.trainer.tokens_seen)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._clock.stepped(time.monotonic() - self._began)
-        self._clock.tick()
-        if state.global_step >= state.max_steps or self._clock.share >= 1:
+        now, clock = time.monotonic(), self._clock
+        clock.stepped(now - self._began)
+        clock.tick()
+        if state.global_step >= state.max_steps or clock.share >= 1:
             control.should_training_stop = control.should_evaluate = control.should_save = control.should_log = True
-
-
-class MemoryLeft(TrainerCallback):  # type: ignore[misc]
-    """Ends the keeping of freed memory where little is left on the machine."""
-
-    def __init__(self) -> None:
-        self._keeps = True
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         memory = psutil.virtual_memory()
         if self._keeps and memory.available < LEAST_LEFT * memory.total:
             self._keeps = False
             keep_freed_memory(False)
-
-
-class Metrics(TrainerCallback):  # type: ignore[misc]
-    """Writes one JSON object a line, and to TensorBoard where it is installed. `after` drops what a killed run logged
-    after that step."""
-
-    def __init__(self, trainer: ExitTrainer, path: Path, tensorboard: Path, after: int | None) -> None:
-        self._trainer, self._path = trainer, path
-        self._seen, self._time = 0, time.monotonic()
-        lines = path.read_text(encoding="utf-8").splitlines() if after is not None and path.exists() else []
-        kept = [line for line in lines if _step(line) <= (after or 0)]
-        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self._board: Any = None
-        if find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(tensorboard), purge_step=None if after is None else after + 1)
+        if self._log is None:
+            return
+        self._advance(self._now(state) - self._shown)
+        self._shown = self._now(state)
+        if state.global_step == self._first + PLANNED_AFTER:
+            seconds = (now - self._planned) / (PLANNED_AFTER - 1)
+            tokens = (int(self.trainer.tokens_seen) - self._tokens) / (PLANNED_AFTER - 1)
+            batches = len(self.trainer.batches) / args.gradient_accumulation_steps
+            for line in plan(
+                clock, state.max_steps, state.global_step, seconds, tokens / seconds, batches, args.eval_steps
+            ):
+                click.echo(line, err=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **others: Any) -> None:
         values = {key: value for key, value in (logs or {}).items() if isinstance(value, (int, float))}
@@ -86,66 +99,20 @@ class Metrics(TrainerCallback):  # type: ignore[misc]
                 f"the loss is {values['loss']} at step {state.global_step}; lower --learning-rate, or train without "
                 "--bf16"
             )
-        if "loss" in values:
-            values["tokens_per_second"] = self._tokens_per_second()
-        record = {"step": state.global_step, **values, "elapsed": round(self._trainer.clock.elapsed, 2)}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, state.global_step)
+        if self._log is not None:
+            self._log.write(state.global_step, values, int(self.trainer.tokens_seen), self._clock.elapsed)
 
-    def _tokens_per_second(self) -> float:
-        now, seen = time.monotonic(), int(self._trainer.tokens_seen)
-        rate = (seen - self._seen) / max(now - self._time, 1e-6)
-        self._seen, self._time = seen, now
-        return round(rate, 1)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def _step(line: str) -> float:
-    try:
-        return float(parse_json(line, nan=True)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a kill cut off
-
-
-class Report(TrainerCallback):  # type: ignore[misc]
-    """Prints a plan after the first steps, evaluations, and progress whose remaining time never rises."""
-
-    def __init__(self, trainer: ExitTrainer) -> None:
-        self._trainer, self._clock = trainer, trainer.clock
-        self._context: Any = None
-        self._left, self._shown = math.inf, 0.0
-        self._first = self._began = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._timed = state.max_steps >= ENDLESS
-        self._first = state.global_step
-        self._shown = self._now(state)
-        total = self._clock.limit if self._timed else state.max_steps
-        what = "training, seconds" if self._timed else "training, steps"
-        self._context = progress(what, total, self._shown, left=lambda: self.seconds_left(state))
-        self._advance = self._context.__enter__()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        # The first step allocates what the others use again.
-        if state.global_step == self._first + 1:
-            self._began, self._tokens = time.monotonic(), int(self._trainer.tokens_seen)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._advance(self._now(state) - self._shown)
-        self._shown = self._now(state)
-        if state.global_step == self._first + PLANNED_AFTER:
-            seconds = (time.monotonic() - self._began) / (PLANNED_AFTER - 1)
-            tokens = (int(self._trainer.tokens_seen) - self._tokens) / (PLANNED_AFTER - 1)
-            batches = len(self._trainer.batches) / args.gradient_accumulation_steps
-            every, end = args.eval_steps, state.max_steps
-            for line in plan(self._clock, end, state.global_step, seconds, tokens / seconds, batches, every):
-                click.echo(line, err=True)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self._log is None:
+            return
+        metrics, chosen = others["metrics"], args.metric_for_best_model
+        shown = ("eval_shallow_loss", "eval_agreement", "eval_oracle_exits", "eval_loss")
+        also = "" if chosen in shown else f", {chosen.removeprefix('eval_')} {metrics[chosen]:.3f}"
+        click.echo(
+            f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
+            f"{metrics['eval_agreement']:.3f}, oracle exits {metrics['eval_oracle_exits']:.3f}{also}",
+            err=True,
+        )
 
     def _now(self, state: Any) -> float:
         return float(int(self._clock.elapsed)) if self._timed else float(state.global_step)
@@ -159,19 +126,50 @@ class Report(TrainerCallback):  # type: ignore[misc]
         self._left = max(0.0, min(self._left, found))
         return self._left if math.isfinite(self._left) else None
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        metrics, chosen = others["metrics"], args.metric_for_best_model
-        shown = ("eval_shallow_loss", "eval_agreement", "eval_oracle_exits", "eval_loss")
-        also = "" if chosen in shown else f", {chosen.removeprefix('eval_')} {metrics[chosen]:.3f}"
-        click.echo(
-            f"step {state.global_step}: shallow loss {metrics['eval_shallow_loss']:.3f}, agreement "
-            f"{metrics['eval_agreement']:.3f}, oracle exits {metrics['eval_oracle_exits']:.3f}{also}",
-            err=True,
-        )
-
     def close(self) -> None:
         if self._context is not None:
             self._context.__exit__(None, None, None)
+        if self._log is not None:
+            self._log.close()
+
+
+class MetricLog:
+    """Metrics of a run as JSON lines, and in TensorBoard where it is installed. `after` drops what a killed run logged
+    after that step."""
+
+    def __init__(self, path: Path, tensorboard: Path, after: int | None) -> None:
+        self._path, self._seen, self._time = path, 0, time.monotonic()
+        lines = path.read_text(encoding="utf-8").splitlines() if after is not None and path.exists() else []
+        kept = [line for line in lines if _step(line) <= (after or 0)]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        self._board: Any = None
+        if find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(tensorboard), purge_step=None if after is None else after + 1)
+
+    def write(self, step: int, values: dict[str, float], tokens: int, elapsed: float) -> None:
+        """Log `values`, and with a loss the tokens a second since the last one; `tokens` were seen in all."""
+        if "loss" in values:
+            now = time.monotonic()
+            values["tokens_per_second"] = round((tokens - self._seen) / max(now - self._time, 1e-6), 1)
+            self._seen, self._time = tokens, now
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values, "elapsed": round(elapsed, 2)}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def _step(line: str) -> float:
+    try:
+        return float(parse_json(line, nan=True)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line that a kill cut off
 
 
 def plan(

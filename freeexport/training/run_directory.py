@@ -13,7 +13,7 @@ from typing import Any
 
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.checkpoints.weight_files import CheckpointError, SafetensorsFile
-from freeexport.system.output import OutputError
+from freeexport.system.output import OutputError, check_output
 from freeexport.training.options import TrainingOptions
 from runtime.errors import OptionError
 from runtime.json_file import UnreadableError, parse_json, read_object, read_text
@@ -33,25 +33,17 @@ def last_checkpoint(directory: Path) -> Path | None:
 
 
 def _complete(checkpoint: Path) -> bool:
-    # Trainer writes its state last.
-    state, elapsed = _read(checkpoint / "trainer_state.json"), _read(checkpoint / ELAPSED)
-    if not isinstance(state, dict) or type(state.get("global_step")) is not int:
-        return False
-    if type(elapsed) not in (int, float) or not 0 <= elapsed < math.inf:
-        return False
     try:
+        # Trainer writes its state last.
+        state, elapsed = (
+            parse_json(read_text(checkpoint / name), nan=True) for name in ("trainer_state.json", ELAPSED)
+        )
         SafetensorsFile(checkpoint / "model.safetensors")
-    except CheckpointError:
+    except (UnreadableError, CheckpointError):
         return False
-    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-
-
-def _read(path: Path) -> Any:
-    """The JSON of a file, None where it cannot be read."""
-    try:
-        return parse_json(read_text(path), nan=True)
-    except UnreadableError:
-        return None
+    counted = isinstance(state, dict) and type(state.get("global_step")) is int
+    timed = type(elapsed) in (int, float) and 0 <= elapsed < math.inf
+    return counted and timed and zipfile.is_zipfile(checkpoint / "optimizer.pt")
 
 
 class TrainingDirectory:
@@ -61,29 +53,19 @@ class TrainingDirectory:
     def __init__(self, out: Path, model: str, options: TrainingOptions, writer: bool = True) -> None:
         self.out = Path(os.path.abspath(out))
         self.path = self.out.parent / f"{self.out.name}.training"
-        record = json.loads(json.dumps({"model": _name(model), **options.recorded()}))
+        name = str(Path(model).absolute()) if Path(model).exists() else model
         if writer:
-            self._check_out(options.overwrite)
-            self._open(record, options)
+            check_output(self.out, EXIT_FILE, options.overwrite)
+            self._open(json.loads(json.dumps({"model": name, **options.recorded()})), options)
 
-    def _check_out(self, overwrite: bool) -> None:
-        """Hours of training would otherwise end in an error."""
-        if not os.path.lexists(self.out) or (self.out.is_dir() and not any(self.out.iterdir())):
-            return
-        if self.out.is_symlink() or not (self.out / EXIT_FILE).is_file():
-            raise OutputError(f"{self.out} exists and is not what train writes (no {EXIT_FILE}); choose another path")
-        if not overwrite:
-            raise OutputError(f"{self.out} exists; choose another path, or replace it with --overwrite")
-
-    def _open(self, record: dict[str, object], options: TrainingOptions) -> None:
+    def _open(self, record: dict[str, Any], options: TrainingOptions) -> None:
         recorded = self.path / OPTIONS
         if options.resume:
             if not recorded.is_file():
                 raise OptionError(f"{self.path} holds no run to resume; start one without --resume")
             remedy = "its run cannot be resumed; start anew with --overwrite"
             before = read_object(recorded, remedy, OptionError)
-            changed = sorted(name for name in record if record[name] != before.get(name))
-            if changed:
+            if changed := sorted(name for name in record if record[name] != before.get(name)):
                 name = changed[0]
                 raise OptionError(
                     f"the run in {self.path} had {name} {before.get(name)!r}, not {record[name]!r}; "
@@ -100,21 +82,10 @@ class TrainingDirectory:
         recorded.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def keep_records(self, directory: Path) -> None:
-        """Copy options and metrics of the run to the result."""
-        for name in (METRICS, TENSORBOARD):
-            if (self.path / name).is_dir():
-                shutil.copytree(self.path / name, directory / name)
-            elif (self.path / name).exists():
-                shutil.copyfile(self.path / name, directory / name)
-
-    def remove_unless_resumable(self) -> None:
-        """After a failure: what holds no checkpoint is of no use."""
-        if last_checkpoint(self.path) is None:
-            self.remove()
+        """Copy the metrics of the run to the result."""
+        shutil.copyfile(self.path / METRICS, directory / METRICS)
+        if (self.path / TENSORBOARD).is_dir():
+            shutil.copytree(self.path / TENSORBOARD, directory / TENSORBOARD)
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _name(model: str) -> str:
-    return str(Path(model).absolute()) if Path(model).exists() else model

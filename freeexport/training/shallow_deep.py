@@ -17,8 +17,9 @@ from graphs.description import Description
 if TYPE_CHECKING:
     from runtime.bundle.manifest import ConfidenceMeasure
 
-Metrics = dict[str, torch.Tensor]
-MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement")
+Outputs = dict[str, torch.Tensor]
+# Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth.
+MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
 EXIT = 0  # as a layer's number: behind the exit's own layers
 IGNORED = -100  # the label of a position that predicts nothing
 
@@ -42,22 +43,22 @@ class SharedHead(nn.Module):
         states: torch.Tensor = self.dropout(self.norm(hidden))
         return states
 
-    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The weights [n, d] of tokens [n]."""
-        return next(self.linear.parameters())[tokens]
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [V, d] of the linear layer."""
+        return next(self.linear.parameters())
 
     def read(self, normed: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of what `normed` gives, [N, d]."""
-        weight = next(self.linear.parameters())
-        logits: torch.Tensor = self.linear((normed * self.scale).to(weight.dtype))
+        logits: torch.Tensor = self.linear((normed * self.scale).to(self.weight.dtype))
         return logits
 
 
 class ShallowDeep(nn.Module):
     """Both exits of a whole model. The model's own parameters are those that are trained.
 
-    Called with a batch it gives `loss`, summed over the rows whose label is not -100, and in evaluation mode also the
-    sums of `measures`.
+    Called with a batch it gives `loss`, summed over the rows whose label is not -100, and in evaluation mode instead
+    the `measures` of these rows.
     """
 
     # What transformers' Trainer asks of a model.
@@ -88,7 +89,7 @@ class ShallowDeep(nn.Module):
         self.own, self.known = own, known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
-        for number, layer in enumerate(decoder_layers(model, description), start=1):
+        for number, layer in enumerate(model.decoder.block if self.seq2seq else model.model.layers, start=1):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
 
@@ -120,7 +121,7 @@ class ShallowDeep(nn.Module):
         return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
 
     def exit_normed(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
-        """What the exit's head reads [N, d], from what `hidden_states` gives."""
+        """Inputs [N, d] of the exit's head, from what `hidden_states` gives."""
         if self.own is None:
             return self.head.normed(hidden[self.exit_layer])
         normed: torch.Tensor = self.own.norm(hidden[EXIT])
@@ -130,7 +131,7 @@ class ShallowDeep(nn.Module):
         """The exit's logits of what `exit_normed` gives: [N, V], or those of the classes of `known`."""
         if self.known is None:
             return self.head.read(normed)
-        return self.known.logits(normed * self.head.scale, self.head.rows(self.known.vocabulary))
+        return self.known.logits(normed * self.head.scale, self.head.weight[self.known.vocabulary])
 
     def _run(
         self,
@@ -149,7 +150,7 @@ class ShallowDeep(nn.Module):
             use_cache=False,
         )
 
-    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Metrics:
+    def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Outputs:
         hidden = self.hidden_states(labels, **batch)
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
@@ -164,8 +165,8 @@ class ShallowDeep(nn.Module):
         }
         if not self.training:
             tokens = None if known is None else known.vocabulary
-            return named_measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1))
-        loss = losses.by_depth(by_layer)
+            return measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1))
+        loss = losses.by_depth(by_layer).sum()
         if self.loss_name == "logit-kd":
             meant = deep if known is None else known.folded(deep.detach().float())
             loss = loss + self.alpha * losses.logit_distillation(meant, shallow)
@@ -177,7 +178,7 @@ class ShallowDeep(nn.Module):
 
     def _weighted(self, hidden: dict[int, torch.Tensor], targets: torch.Tensor) -> torch.Tensor:
         def read(state: torch.Tensor) -> torch.Tensor:
-            return losses.cross_entropy(self.head(state), targets)
+            return losses.cross_entropy(self.head(state), targets).sum()
 
         # One layer's logits in memory at a time, or L times the vocabulary would be.
         return losses.by_depth({n: recompute(read, state, use_reentrant=False) for n, state in hidden.items()})
@@ -205,24 +206,18 @@ def exits_of(
     return known[torch.where(other, best.indices[:, 1], token)], confidence.masked_fill(other, 0.0)
 
 
-def named_measures(
+def measures(
     by_layer: dict[int, torch.Tensor],
     targets: torch.Tensor,
     shallow: tuple[torch.Tensor, torch.Tensor],
     deep: torch.Tensor,
-) -> Metrics:
-    """Sums over rows, of MEASURES: `loss` is the cross-entropies by depth, of the exit layer and the last one; and by
-    row [N] the shallow prediction's `confidence` and whether it `agreed` with the `deep` one."""
+) -> Outputs:
+    """`measures` float32 [N, MEASURES] of rows, from the cross-entropies [N] of the exit layer and the last one, what
+    `exits_of` gives, and the deep prediction [N]."""
     best, confidence = shallow
-    hits = ((best == targets).sum(), (deep == targets).sum(), (best == deep).sum())
-    sums = dict(zip(MEASURES, (losses.by_depth(by_layer), *by_layer.values(), *hits), strict=True))
-    return {**sums, "confidence": confidence, "agreed": best == deep}
-
-
-def decoder_layers(model: Any, description: Description) -> nn.ModuleList:
-    """The decoder's layers of a Hugging Face model."""
-    layers: nn.ModuleList = model.model.layers if description.encoder is None else model.decoder.block
-    return layers
+    hits = (best == targets, deep == targets, best == deep)
+    columns = (losses.by_depth(by_layer), *by_layer.values(), *hits, confidence)
+    return {"measures": torch.stack([column.float() for column in columns], dim=1)}
 
 
 def shared_head(model: Any, description: Description) -> SharedHead:

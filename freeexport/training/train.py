@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from dataclasses import dataclass, replace
@@ -13,16 +14,14 @@ import click
 from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_file
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
-from freeexport.training.options import TrainingOptions
-from freeexport.training.run_directory import METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
+from freeexport.training.options import MEASURED, TrainingOptions
+from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
-    from freeexport.training.trainer import WrittenOutputs
     from freeexport.training.tuning import Trainable
     from runtime.bundle.costs import Costs
-    from runtime.bundle.manifest import ExitVocabulary
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,15 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     for path in filter(None, (options.data, options.validation)):
         if not path.exists():  # it may be a pipe, which is not opened twice
             raise OptionError(f"{path} does not exist; name a JSONL file with 'input' and 'target'")
+    import transformers
     from accelerate import PartialState
     from torch import cuda
 
-    _quiet()
+    # They announce what is no news here; errors are raised.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft)\b")
     if not cuda.is_available():
         keep_freed_memory()
     process = PartialState(cpu=not cuda.is_available())
@@ -65,52 +69,70 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     try:
         return _train(model, out, options, directory, process)
     except BaseException:
-        if process.is_main_process:
-            directory.remove_unless_resumable()
+        if process.is_main_process and last_checkpoint(directory.path) is None:
+            directory.remove()  # nothing in it is of use
         raise
 
 
 def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
+    from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.training.batches import described, examples
     from freeexport.training.exit_start import chosen_tokens
-    from freeexport.training.frozen import tune_exit
     from freeexport.training.report import prospect
-    from freeexport.training.trainer import written_outputs
-    from freeexport.training.tuning import tune_model
+    from freeexport.training.trainer import output_metric
+    from freeexport.training.tuning import trainable
     from graphs.step_costs import analytic
 
+    writer = process.is_main_process
     with process.main_process_first():
-        checkpoint = _base(model, options, directory, process.is_main_process)
+        checkpoint = _base(model, options, directory, writer)
     description = described(checkpoint, options)
     training, validation, left_out = examples(checkpoint, description, options)
-    layers = len(description.decoder.layers)
+    layers, lines = len(description.decoder.layers), [f"warning: {line}" for line in left_out]
     tokens, vocabulary, share = None, None, 1.0
     if options.exit_vocab is not None:
         tokens, vocabulary = chosen_tokens(checkpoint, description, options, training)
         share = (len(tokens) + 1) / description.vocab_size
+        covered = f"{vocabulary.covered:.2%} of those in the training targets"
+        lines.append(f"exit vocabulary: {len(tokens)} of {description.vocab_size} tokens, {covered}")
     costs = analytic(description, checkpoint).at(options.exit_layer, layers, options.exit_layers, share)
-    if process.is_main_process:
-        for line in [*(f"warning: {line}" for line in left_out), prospect(costs, options.exit_layer, layers)]:
+    if writer:
+        for line in [*lines, prospect(costs, options.exit_layer, layers)]:
             click.echo(line, err=True)
-        if vocabulary is not None:
-            click.echo(
-                f"exit vocabulary: {vocabulary.size} of {description.vocab_size} tokens, {vocabulary.covered:.2%} of "
-                "those in the training targets",
-                err=True,
-            )
     with process.main_process_first():
-        if options.tune == "exit":
-            cache = directory.path / "states"
-            tuning = tune_exit(checkpoint, description, options, training, validation, tokens, cache)
-        else:
-            tuning = tune_model(model, checkpoint, description, options, training, validation, tokens)
+        cache = directory.path / "states"
+        tuning = trainable(model, checkpoint, description, options, training, validation, tokens, cache)
     with naming(directory.path):
-        written = written_outputs(tuning.module, checkpoint, validation, options)
-        trained = _run(tuning, options, directory, process.is_main_process, written, costs)
-    if process.is_main_process:
-        _write(tuning, checkpoint, options, vocabulary, directory)
+        written = None
+        if options.select_by not in MEASURED:
+            written = output_metric(tuning.module.model, checkpoint, validation, options.select_by)
+        trained = replace(_run(tuning, options, directory, writer, written, costs), left_out=tuple(left_out))
+    if writer:
+        with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
+            tuning.write(partial)
+            # An exit's own parameters belong to the weights beside them.
+            has_parameters = tuning.own is not None or vocabulary is not None
+            beside = open_checkpoint(str(partial)) if has_parameters else checkpoint
+            adapted = tuning.own is not None and not tuning.exit_layers
+            exit_file = ExitFile(
+                exit_layer=options.exit_layer,
+                exit_norm=tuning.own is not None,
+                adapter_rank=options.adapter_rank if adapted else 0,
+                exit_layers=tuning.exit_layers,
+                vocabulary=vocabulary,
+                base_sha256=beside.sha256,
+                loss=options.loss,
+                tune=options.tune,
+            )
+            write_exit_file(partial, exit_file)
+            directory.keep_records(partial)
+            # safetensors creates files that their owner alone may read; a link's mode is its base's.
+            for path in partial.glob("*.safetensors"):
+                if path.stat().st_nlink == 1:
+                    path.chmod((partial / EXIT_FILE).stat().st_mode & 0o777)
+        directory.remove()
     process.wait_for_everyone()
-    return replace(trained, out=str(out), left_out=tuple(left_out))
+    return replace(trained, out=str(out))
 
 
 def leave_group() -> bool:
@@ -120,16 +142,6 @@ def leave_group() -> bool:
     process = PartialState()
     process.destroy_process_group()
     return bool(process.is_main_process)
-
-
-def _quiet() -> None:
-    """Silence transformers and torch, which announce what is no news here; errors are raised."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|accelerate|peft)\b")
 
 
 def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, writer: bool) -> Checkpoint:
@@ -157,72 +169,31 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
 
 
 def _run(
-    tuning: Trainable,
-    options: TrainingOptions,
-    directory: TrainingDirectory,
-    writer: bool,
-    written: WrittenOutputs | None,
-    costs: Costs,
+    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool, written: Any, costs: Costs
 ) -> Trained:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
-    from freeexport.training.report import MemoryLeft, Metrics, Report, StopInTime, verdict
-    from freeexport.training.trainer import ExitTrainer, resumed_clock, training_arguments
+    from freeexport.training.report import MetricLog, Watch, verdict
+    from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
     checkpoint = last_checkpoint(directory.path) if options.resume else None
-    clock = resumed_clock(options, checkpoint)
-    callbacks: list[TrainerCallback] = [StopInTime(clock), MemoryLeft()]
+    elapsed, after = 0.0, None
+    if checkpoint is not None:
+        elapsed = float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
+        after = int(checkpoint.name.rpartition("-")[2])
+    clock = Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
+    log = MetricLog(directory.path / METRICS, directory.path / TENSORBOARD, after) if writer else None
+    watch = Watch(clock, log)
+    callbacks: list[TrainerCallback] = [watch]
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))
     arguments = training_arguments(options, directory.path, tuning.lengths[0], checkpoint is not None)
-    trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
-    report = Report(trainer)
-    if writer:
-        after = None if checkpoint is None else int(checkpoint.name.rpartition("-")[2])
-        trainer.add_callback(Metrics(trainer, directory.path / METRICS, directory.path / TENSORBOARD, after))
-        trainer.add_callback(report)
+    watch.trainer = trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
     try:
         trainer.run(checkpoint)
     finally:
-        report.close()
+        watch.close()
     (best_step, best), before = trainer.best(), trainer.before()
     seconds = round(clock.elapsed, 1)
     sentences = tuple(verdict(before, best, costs))
     return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), sentences)
-
-
-def _write(
-    tuning: Trainable,
-    checkpoint: Checkpoint,
-    options: TrainingOptions,
-    vocabulary: ExitVocabulary | None,
-    directory: TrainingDirectory,
-) -> None:
-    from freeexport.checkpoints.checkpoint import open_checkpoint
-
-    with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
-        tuning.write(partial)
-        # An exit's own parameters belong to the weights beside them.
-        beside = open_checkpoint(str(partial)) if tuning.own is not None or vocabulary is not None else checkpoint
-        exit_file = ExitFile(
-            exit_layer=options.exit_layer,
-            exit_norm=tuning.own is not None,
-            adapter_rank=options.adapter_rank if tuning.own is not None and not tuning.exit_layers else 0,
-            exit_layers=tuning.exit_layers,
-            vocabulary=vocabulary,
-            base_sha256=beside.sha256,
-            loss=options.loss,
-            tune=options.tune,
-        )
-        write_exit_file(partial, exit_file)
-        directory.keep_records(partial)
-        _open_to_readers(partial)
-    directory.remove()
-
-
-def _open_to_readers(directory: Path) -> None:
-    """safetensors creates files that their owner alone may read."""
-    mode = (directory / EXIT_FILE).stat().st_mode & 0o777
-    for path in directory.glob("*.safetensors"):
-        if path.stat().st_nlink == 1:  # a link's mode is its base's
-            path.chmod(mode)

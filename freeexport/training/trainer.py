@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.checkpoints.transformers_model import greedy_ids
 from freeexport.metrics import Reference, metric_of
 from freeexport.training.batches import LengthBatches, loader
-from freeexport.training.options import MEASURED, Schedule, TrainingOptions
+from freeexport.training.options import Schedule, TrainingOptions
 from freeexport.training.run_directory import ELAPSED
 from freeexport.training.shallow_deep import IGNORED, MEASURES
 from freeexport.training.tuning import Trainable
@@ -32,8 +32,7 @@ from freeexport.training.tuning import Trainable
 FALL = 0.3  # share of a run in which the learning rate of schedule "hold" falls
 AGREEING = 0.99  # share of exits that agree, for which evaluations say how many there would be
 ENDLESS = 1_000_000_000  # steps, where only the time ends a run
-SELECT_SAMPLES = 64  # validation examples whose outputs a metric sees
-_SELECT_BATCH = 16  # examples
+SELECT_SAMPLES, _SELECT_BATCH = 64, 16  # validation examples whose outputs a metric sees, at once
 _LONGER = 2  # outputs may be so many times as long as the longest target
 
 
@@ -46,7 +45,11 @@ def training_arguments(
     options: TrainingOptions, directory: Path, lengths: Sequence[int], resumed: bool
 ) -> TrainingArguments:
     """Trainer's arguments; checkpoints go to `directory`. `lengths` are those of the examples, in tokens."""
-    steps = _step_count(options, lengths)
+    processes, on_cpu = PartialState().num_processes, not torch.cuda.is_available()
+    steps = ENDLESS if options.steps is None else options.steps
+    if options.epoch_count is not None:
+        batches = len(LengthBatches(lengths, options.batch_tokens, options.seed, devices=processes))
+        steps = max(1, math.ceil(options.epoch_count * -(-batches // options.accumulate)))
     every = options.evaluate_every or min(500, max(1, steps // 10))
     return TrainingArguments(
         output_dir=str(directory),
@@ -55,8 +58,8 @@ def training_arguments(
         learning_rate=options.rate,
         optim="adamw_torch_fused",
         bf16=options.bf16,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_backend="gloo" if PartialState().num_processes > 1 and not torch.cuda.is_available() else None,
+        use_cpu=on_cpu,
+        ddp_backend="gloo" if processes > 1 and on_cpu else None,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=True,
         seed=options.seed,
@@ -77,16 +80,6 @@ def training_arguments(
         remove_unused_columns=False,
         label_names=["labels"],
     )
-
-
-def _step_count(options: TrainingOptions, lengths: Sequence[int]) -> int:
-    if options.steps is not None:
-        return options.steps
-    if options.epoch_count is None:
-        return ENDLESS
-    processes = PartialState().num_processes
-    batches = len(LengthBatches(lengths, options.batch_tokens, options.seed, devices=processes))
-    return max(1, math.ceil(options.epoch_count * -(-batches // options.accumulate)))
 
 
 def rate_factor(schedule: Schedule, warmup: float, progress: float) -> float:
@@ -123,12 +116,12 @@ class Clock:
 
     The evaluation and checkpoint that end a run, and the step before, must fit in the limit: `share` is how much of
     the time for steps had passed at the last `tick`. It is the same in every process, since they must stop at the same
-    step and agree on the learning rate.
+    step and agree on the learning rate. `evaluation`, `saving` and `step` are seconds of one.
     """
 
     def __init__(self, limit: float | None, elapsed: float = 0.0) -> None:
         self.limit = limit
-        self.evaluation = self.saving = self.step = 0.0  # seconds of one
+        self.evaluation = self.saving = self.step = 0.0
         self._start = time.monotonic() - elapsed
         self.share = self._share()
 
@@ -154,51 +147,34 @@ class Clock:
         return self.elapsed / available if available > 0 else 1.0
 
 
-def resumed_clock(options: TrainingOptions, checkpoint: Path | None) -> Clock:
-    """A clock that goes on where the checkpoint's stood."""
-    elapsed = 0.0 if checkpoint is None else float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
-    return Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
+def output_metric(
+    model: Any, checkpoint: Checkpoint, validation: Sequence[Example], metric: str
+) -> Callable[[], float]:
+    """Return a function that decodes the first validation examples with the present weights and gives the metric of
+    these outputs, in [0, 1]. Raises OptionError for an unknown metric, MetricError for one that does not fit."""
+    examples = sorted(validation[:SELECT_SAMPLES], key=lambda example: len(example.prompt))
+    tokenizer, measure = load_tokenizer(checkpoint), metric_of(metric)
 
+    def texts(outputs: Iterable[Any]) -> list[str]:
+        return [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in outputs]
 
-class WrittenOutputs:
-    """The metric of a model's greedy outputs for the first validation examples, in [0, 1], 1 is best."""
+    targets = texts(example.target for example in examples)
+    references = [Reference((text,)) for text in targets]
+    measure.table(targets, references)  # does it fit?
 
-    def __init__(
-        self, model: Any, checkpoint: Checkpoint, validation: Sequence[Example], options: TrainingOptions
-    ) -> None:
-        """Raises OptionError for an unknown metric, and MetricError for one that does not fit the targets."""
-        self.key = selected(options)
-        self._model, self._checkpoint = model, checkpoint
-        self._examples = sorted(validation[:SELECT_SAMPLES], key=lambda example: len(example.prompt))
-        self._tokenizer = load_tokenizer(checkpoint)
-        self._metric = metric_of(options.select_by)
-        targets = [self._text(example.target) for example in self._examples]
-        self._references = [Reference((text,)) for text in targets]
-        self._metric.table(targets, self._references)  # does it fit?
-
-    def __call__(self) -> float:
-        """Decode with the present weights."""
+    def measured() -> float:
         outputs = list[str]()
-        for start in range(0, len(self._examples), _SELECT_BATCH):
-            batch = self._examples[start : start + _SELECT_BATCH]
+        for start in range(0, len(examples), _SELECT_BATCH):
+            batch = examples[start : start + _SELECT_BATCH]
             most = _LONGER * max(len(example.target) for example in batch)
-            written = greedy_ids(self._model, self._checkpoint, [example.prompt for example in batch], most)
-            outputs += map(self._text, written)
-        return self._metric.of(self._metric.table(outputs, self._references))
+            outputs += texts(greedy_ids(model, checkpoint, [example.prompt for example in batch], most))
+        return measure.of(measure.table(outputs, references))
 
-    def _text(self, ids: Any) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def written_outputs(
-    module: Any, checkpoint: Checkpoint, validation: Sequence[Example], options: TrainingOptions
-) -> WrittenOutputs | None:
-    """Make what `--select-by` needs; None where a measure that every evaluation has is enough."""
-    return None if options.select_by in MEASURED else WrittenOutputs(module.model, checkpoint, validation, options)
+    return measured
 
 
 class ExitTrainer(Trainer):
-    """Trains a module that returns a `loss` summed over rows, and sums of measures in evaluation mode."""
+    """Trains a module that returns a `loss` summed over rows, and `measures` of the rows in evaluation mode."""
 
     def __init__(
         self,
@@ -207,27 +183,23 @@ class ExitTrainer(Trainer):
         options: TrainingOptions,
         clock: Clock,
         callbacks: list[TrainerCallback],
-        written: WrittenOutputs | None = None,
+        written: Callable[[], float] | None = None,
     ) -> None:
-        self.options, self._written = options, written
+        self.options, self.clock, self._written = options, clock, written
         self._seq2seq = bool(tuning.module.seq2seq)
-        self.clock = clock
         self.tokens_seen: torch.Tensor | int = 0
-        training_lengths, self._validation_lengths = tuning.lengths
-        self.batches = self._length_batches(training_lengths, options, arguments)
+        lengths, self._validation_lengths = tuning.lengths
+        share = arguments.process_index, arguments.world_size
+        self.batches = LengthBatches(lengths, options.batch_tokens, options.seed, *share)
         super().__init__(
             model=tuning.module,
             args=arguments,
             data_collator=tuning.collate,
             train_dataset=tuning.training,
             eval_dataset=tuning.validation,
-            callbacks=[*callbacks, _Epochs(self.batches)],
+            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)  # metrics go to a file
-
-    @staticmethod
-    def _length_batches(lengths: Sequence[int], options: TrainingOptions, where: TrainingArguments) -> LengthBatches:
-        return LengthBatches(lengths, options.batch_tokens, options.seed, where.process_index, where.world_size)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         # Each process cuts its own share of the batches, so accelerate has nothing to shard.
@@ -260,42 +232,29 @@ class ExitTrainer(Trainer):
         was_training = model.training
         model.eval()
         batches = LengthBatches(self._validation_lengths, self.options.batch_tokens, seed=0)
-        rows, *zeros = torch.zeros(1 + len(MEASURES), dtype=torch.float64, device=where.device)
         seen = list[tuple[torch.Tensor, torch.Tensor]]()
-        sums = dict(zip(MEASURES, zeros, strict=True))  # of a process without batches too
         for number, batch in enumerate(loader(self.eval_dataset, batches, self.data_collator)):
-            if number % where.world_size != where.process_index:
-                continue
-            batch = self._prepare_inputs(batch)
-            with self.accelerator.autocast():
-                outputs = model(**batch)
-            rows += (batch["labels"] != IGNORED).sum()
-            for name in MEASURES:
-                sums[name] += outputs[name].double()
-            decided = decided_rows(batch["labels"], self._seq2seq).cpu()
-            seen.append((outputs["confidence"].float().cpu()[decided], outputs["agreed"].cpu()[decided]))
-        metrics = self._means(sums, rows, metric_key_prefix)
+            if number % where.world_size == where.process_index:
+                batch = self._prepare_inputs(batch)
+                with self.accelerator.autocast():
+                    outputs = model(**batch)
+                seen.append((outputs["measures"].cpu(), decided_rows(batch["labels"], self._seq2seq).cpu()))
+        gathered = gather_object(seen) if where.world_size > 1 else seen
+        rows, decided = (torch.cat(part) for part in zip(*gathered, strict=True))
+        means = dict(zip(MEASURES[:-1], rows.double().mean(0).tolist(), strict=False))
+        agreed, confidence = (rows[decided, MEASURES.index(name)] for name in ("agreement", "confidence"))
+        means["agreement"] = float(agreed.double().mean()) if len(agreed) else 0.0
+        means["oracle_exits"] = oracle_exits(confidence, agreed > 0)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         if self._written is not None:
             with self.accelerator.autocast():
                 quality = [self._written() if where.process_index == 0 else 0.0]
-            metrics[self._written.key] = broadcast_object_list(quality)[0]
+            metrics[selected(self.options)] = broadcast_object_list(quality)[0]
         model.train(was_training)
-        gathered = gather_object(seen) if where.world_size > 1 else seen
-        confidence, agreed = (torch.cat(part) for part in zip(*gathered, strict=True))
-        metrics[f"{metric_key_prefix}_agreement"] = float(agreed.double().mean()) if len(agreed) else 0.0
-        metrics[f"{metric_key_prefix}_oracle_exits"] = oracle_exits(confidence, agreed)
         self.clock.evaluation = max(self.clock.evaluation, time.monotonic() - began)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _means(self, sums: dict[str, torch.Tensor], rows: torch.Tensor, prefix: str) -> dict[str, float]:
-        names = list(sums)
-        stacked = torch.stack([rows, *(sums[name] for name in names)])
-        if self.args.world_size > 1:
-            stacked = self.accelerator.reduce(stacked, "sum")
-        total, *values = stacked.tolist()
-        return {f"{prefix}_{name}": value / total for name, value in zip(names, values, strict=True)}
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Schedule by steps, or by time where the time limit comes first."""
@@ -324,16 +283,14 @@ class ExitTrainer(Trainer):
     def best(self) -> tuple[int, dict[str, float]]:
         """Step and measures of the best evaluation after a step, of equal ones the first."""
         name, sign = selected(self.options), -1 if self.args.greater_is_better else 1
-        best = min(self._evaluations(name), key=lambda entry: (entry["step"] == 0, sign * entry[name]))
+        evaluations = [entry for entry in self.state.log_history if name in entry]
+        best = min(evaluations, key=lambda entry: (entry["step"] == 0, sign * entry[name]))
         return int(best["step"]), _measures(best)
 
     def before(self) -> dict[str, float]:
         """Measures before the first step; empty where a run of another version is continued."""
-        first = self._evaluations("eval_loss")[0]
+        first = next(entry for entry in self.state.log_history if "eval_loss" in entry)
         return _measures(first) if first["step"] == 0 else {}
-
-    def _evaluations(self, name: str) -> list[dict[str, float]]:
-        return [entry for entry in self.state.log_history if name in entry]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         began = time.monotonic()
@@ -357,13 +314,3 @@ class ExitTrainer(Trainer):
 
 def _measures(entry: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in entry.items() if name.startswith("eval_")}
-
-
-class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Tells the batches which epoch begins."""
-
-    def __init__(self, batches: LengthBatches) -> None:
-        self._batches = batches
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        self._batches.set_epoch(int(state.epoch or 0))

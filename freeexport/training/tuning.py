@@ -1,4 +1,4 @@
-"""`--tune full` and `lora`: the module that is stepped, its batches, and how it is written."""
+"""Ways of tuning: the module that is stepped, its batches, and how it is written."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
-from freeexport.training.batches import Collator
+from freeexport.training.batches import Collator, token_counts
 from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, known_tokens, write_exit
-from freeexport.training.exit_start import begin_other, exit_states, first_exit
+from freeexport.training.exit_start import begin_other, first_exit, observed
+from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ShallowDeep
 from graphs.description import Description
@@ -35,20 +37,14 @@ _TOKENIZER_FILES = (
 )
 
 
-class Dataset(Protocol):
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-
 @dataclass
 class Trainable:
     """`module` is stepped on batches that `collate` makes of `training`; `lengths` in tokens run parallel to the
     two sets. `write` puts the trained weights into an empty directory; `own` is the exit, where it has parameters."""
 
     module: torch.nn.Module
-    training: Dataset
-    validation: Dataset
+    training: Any
+    validation: Any
     lengths: tuple[list[int], list[int]]
     collate: Callable[[Any], dict[str, torch.Tensor]]
     write: Callable[[Path], None]
@@ -60,7 +56,7 @@ class Trainable:
         return len(self.own.layers) if isinstance(self.own, ExitLayers) else 0
 
 
-def tune_model(
+def trainable(
     model_name: str,
     checkpoint: Checkpoint,
     description: Description,
@@ -68,43 +64,63 @@ def tune_model(
     training: Sequence[Example],
     validation: Sequence[Example],
     tokens: np.ndarray | None,
+    cache: Path,
 ) -> Trainable:
-    """Train every weight (16 bytes of memory a parameter, and what the batch needs), or a LoRA adapter, which is
-    written with `model_name` as its base; together with the exit's own layers where there are to be some. `tokens`: the
-    exit's vocabulary, None for all."""
-    lora = options.tune == "lora"
-    if lora and checkpoint.adapter is not None:
-        raise OptionError(f"{model_name} is a LoRA adapter itself; merge it first, or train on its base")
-    model, collate = trainable_model(checkpoint, options), collator(checkpoint)
-    own = first_exit(model, checkpoint, description, options, training, collate) if options.exit_layers else None
-    known, begun = first_known(checkpoint, description, tokens)
-    adapted = _adapted(model, model_name, description, options) if lora else None
+    """Prepare what `options.tune` names. `tokens`: the exit's vocabulary, None for all. Raises OptionError for a LoRA
+    adapter that neither another one nor an exit can be trained on.
+
+    full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
+    lora: an adapter, written with `model_name` as its base, and the exit's own layers.
+    exit: an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d + 210 bytes a
+    position, of all for layers, of the targets for an adapter. Of several processes, the first must be through before
+    the others call this: they find the cache filled.
+    """
+    if checkpoint.adapter is not None and options.tune != "full":
+        raise OptionError(
+            f"{model_name} is a LoRA adapter itself; --tune {options.tune} needs its weights merged into a checkpoint"
+        )
+    model, frozen = trainable_model(checkpoint, options), options.tune == "exit"
+    collate = Collator(checkpoint.generation_config.get("decoder_start_token_id"))
+    if frozen:
+        model.requires_grad_(False)
+    if frozen and torch.cuda.is_available():
+        torch.nn.Module.cuda(model)
+    own = None
+    if frozen or options.exit_layers:
+        own = first_exit(model, checkpoint, description, options, training, collate).to(model.device)
+    trained = known_tokens(checkpoint, description)
+    known = KnownTokens(tokens, description.hidden_size) if trained is None and tokens is not None else trained
+    adapted = _adapted(model, model_name, description, options) if options.tune == "lora" else None
     module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own, known=known)
-    if known is not None and not begun:
-        begin_other(known, module.head, exit_states(module.eval(), training, collate, options.bf16))
-        module.train()
+    if known is not None:
+        known.to(model.device)
+    if known is not None and trained is None:
+        states = observed(module, training, collate, options.bf16)
+        begin_other(known, module.head, (module.exit_normed(hidden) for hidden in states))
 
     def write(directory: Path) -> None:
-        if adapted is None:
-            model.to(getattr(torch, options.dtype)).save_pretrained(directory)
-            copy_tokenizer(checkpoint, directory)
-        else:
-            adapted.save_pretrained(str(directory))
+        if saved is None:
+            _link_base(checkpoint, directory)
+        elif adapted is not None:
+            saved.save_pretrained(str(directory))
             (directory / "README.md").unlink(missing_ok=True)  # peft's empty model card
+        else:
+            saved.to(getattr(torch, options.dtype)).save_pretrained(directory)
+            _copy_tokenizer(checkpoint, directory)
         write_exit(own, known, directory)
 
-    lengths = token_counts(training), token_counts(validation)
-    return Trainable(module, training, validation, lengths, collate, write, own)
-
-
-def first_known(
-    checkpoint: Checkpoint, description: Description, tokens: np.ndarray | None
-) -> tuple[KnownTokens | None, bool]:
-    """The exit vocabulary of `tokens`, and whether the checkpoint has trained it already."""
-    trained = known_tokens(checkpoint, description)
-    if trained is not None or tokens is None:
-        return trained, trained is not None
-    return KnownTokens(tokens, description.hidden_size), False
+    saved: Any = None if frozen else adapted or model
+    if not frozen:
+        lengths = token_counts(training), token_counts(validation)
+        return Trainable(module, training, validation, lengths, collate, write, own)
+    whole = ShallowDeep(model, description, options.exit_layer, "ce")
+    first, second = (
+        cached_teacher(cache / f"{name}.npy", whole, examples, collate, options, known)
+        for name, examples in (("training", training), ("validation", validation))
+    )
+    torch.manual_seed(options.seed)
+    lengths = list(map(len, first)), list(map(len, second))
+    return Trainable(FrozenExit(module).cpu(), first, second, lengths, collate_teacher, write, own)
 
 
 def _adapted(model: PreTrainedModel, model_name: str, description: Description, options: TrainingOptions) -> PeftModel:
@@ -115,7 +131,7 @@ def _adapted(model: PreTrainedModel, model_name: str, description: Description, 
         r=options.lora_rank,
         lora_alpha=2 * options.lora_rank,
         target_modules="all-linear",
-        lora_dropout=options.lora_dropout,
+        lora_dropout=0.1 if options.dropout is None else options.dropout,  # FREE's authors have 0.1
         task_type="SEQ_2_SEQ_LM" if description.encoder is not None else "CAUSAL_LM",
     )
     torch.manual_seed(options.seed)  # of the adapters' random half
@@ -131,7 +147,11 @@ def _adapted(model: PreTrainedModel, model_name: str, description: Description, 
 def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrainedModel:
     """The checkpoint's model in float32 and training mode, with the dropout asked for."""
     model = reference_model(checkpoint).train()
-    _fuse_gelu(model)
+    # T5's gelu is written in six elementwise operations, a fifth of a step of a small model on a CPU.
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "NewGELUActivation":
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
     if not torch.cuda.is_available():
         # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
         model.set_attn_implementation("eager")
@@ -148,23 +168,7 @@ def trainable_model(checkpoint: Checkpoint, options: TrainingOptions) -> PreTrai
     return model
 
 
-def _fuse_gelu(model: torch.nn.Module) -> None:
-    """T5's gelu is written in six elementwise operations, a fifth of a step of a small model on a CPU."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if type(child).__name__ == "NewGELUActivation":
-                setattr(module, name, torch.nn.GELU(approximate="tanh"))
-
-
-def collator(checkpoint: Checkpoint) -> Collator:
-    return Collator(checkpoint.generation_config.get("decoder_start_token_id"))
-
-
-def token_counts(examples: Sequence[Example]) -> list[int]:
-    return [len(example.prompt) + len(example.target) for example in examples]
-
-
-def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
+def _copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     """Copy the tokenizer and generation settings of the base, byte for byte where it has them as files."""
     if checkpoint.path.is_file():
         write_tokenizer(checkpoint, directory)
@@ -172,6 +176,16 @@ def copy_tokenizer(checkpoint: Checkpoint, directory: Path) -> None:
     for pattern in _TOKENIZER_FILES:
         for path in checkpoint.path.glob(pattern):
             shutil.copyfile(path, directory / path.name)
+
+
+def _link_base(checkpoint: Checkpoint, directory: Path) -> None:
+    """Put the base's weights, configuration and tokenizer there, unchanged."""
+    paths = {file.path for file in checkpoint.files if file.path.name != EXIT_WEIGHTS}
+    if not checkpoint.path.is_file():
+        paths |= {checkpoint.path / "config.json", *checkpoint.path.glob("*.index.json")}
+        _copy_tokenizer(checkpoint, directory)
+    for path in paths:
+        link_or_copy(path, directory / path.name)
 
 
 def link_or_copy(source: Path, target: Path) -> None:

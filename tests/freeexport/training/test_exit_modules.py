@@ -11,14 +11,13 @@ import pytest
 import torch
 from checkpoints import CASES, Case, load
 from exit_layer_case import write_exit
-from training_case import LLAMA
+from training_case import LLAMA, frozen_exit
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_FILE
 from freeexport.training import losses
 from freeexport.training.exit_modules import Adapter, ExitLayers
 from freeexport.training.exit_start import begin_linear, low_rank
-from freeexport.training.frozen import FrozenExit
 from freeexport.training.shallow_deep import SharedHead
 from graphs.families import describe
 
@@ -95,9 +94,8 @@ def test_fewer_ranks_keep_what_the_norm_shows() -> None:
 
 
 def test_one_unit_is_too_few_and_adds_nothing() -> None:
-    adapter = Adapter(WIDTH, 1, EPSILON)
+    adapter, hidden = Adapter(WIDTH, 1, EPSILON), torch.randn(4, WIDTH)
     begin_linear(adapter, *np.random.default_rng(2).normal(size=(2, 50, WIDTH)), np.ones(WIDTH))
-    hidden = torch.randn(4, WIDTH)
     assert torch.equal(adapter(hidden), hidden)
 
 
@@ -119,7 +117,7 @@ def test_a_sampled_softmax_is_nearly_that_of_the_whole_vocabulary() -> None:
     generator = torch.Generator().manual_seed(0)
     linear = torch.nn.Linear(16, 30_000, bias=False)
     linear.weight.data = torch.randn(30_000, 16, generator=generator) / 4
-    module = FrozenExit(torch.nn.Identity(), SharedHead(torch.nn.Identity(), linear, 1.0), (1, 2), "ce", 1.0)  # type: ignore[arg-type]
+    module = frozen_exit(torch.nn.Identity(), SharedHead(torch.nn.Identity(), linear, 1.0), 1, 2)
     student, tokens = torch.randn(6, 16, generator=generator), torch.randint(30_000, (6, 33), generator=generator)
     torch.manual_seed(0)
     found, places = module._log_chances(student, tokens)

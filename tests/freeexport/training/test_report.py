@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,74 +23,57 @@ Directory = Callable[[Case], Path]
 COSTS = Costs(2.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
 
 
-class FakeTime:
-    """Stands in for `time.monotonic`: time passes in evaluations, and in steps of a minute."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, evaluation: float) -> None:
-        self.now = 0.0
-        for module in ("trainer", "report"):
-            monkeypatch.setattr(f"freeexport.training.{module}.time", SimpleNamespace(monotonic=lambda: self.now))
-        step = ExitTrainer.training_step
-
-        def slow_step(*arguments: Any, **others: Any) -> Any:
-            self.now += 60.0
-            return step(*arguments, **others)
-
-        def slow_evaluation(*arguments: Any) -> float:
-            self.now += evaluation
-            return 0.5
-
-        monkeypatch.setattr(ExitTrainer, "training_step", slow_step)
-        monkeypatch.setattr("freeexport.training.trainer.oracle_exits", slow_evaluation)
-
-
-def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
-    checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Evaluations of 10 minutes in a limit of 50; and a wall clock that is set back does not matter."""
-    FakeTime(monkeypatch, 600.0)
-    wall = iter(range(10**9, 0, -3600))
+def pass_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let time pass in evaluations of 10 minutes and steps of one; a wall clock that is set back does not matter."""
+    now, wall, step = [0.0], iter(range(10**9, 0, -3600)), ExitTrainer.training_step
+    for module in ("trainer", "report"):
+        monkeypatch.setattr(f"freeexport.training.{module}.time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr("time.time", lambda: float(next(wall)))
-    run = run_options(words, steps=None, time_limit=50.0, evaluate_every=10_000)
+
+    def slow_step(*arguments: Any, **others: Any) -> Any:
+        now[0] += 60.0
+        return step(*arguments, **others)
+
+    def slow_evaluation(*arguments: Any) -> float:
+        now[0] += 600.0
+        return 0.5
+
+    monkeypatch.setattr(ExitTrainer, "training_step", slow_step)
+    monkeypatch.setattr("freeexport.training.trainer.oracle_exits", slow_evaluation)
+
+
+@pytest.mark.parametrize(("limit", "steps"), [(50.0, 29), (5.0, 1)])  # one evaluation uses up the second
+def test_the_time_limit_holds_with_the_evaluation_that_ends_a_run(
+    limit: float, steps: int, checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pass_time(monkeypatch)
+    run = run_options(words, steps=None, time_limit=limit, evaluate_every=10_000)
     result = train(str(checkpoint(LLAMA)), tmp_path / "out", run)
-    assert result.seconds == 600 + 29 * 60 + 600
-    assert result.best_step == result.steps == 29
+    assert result.seconds == 600 + steps * 60 + 600
+    assert result.best_step == result.steps == steps
     assert logged(tmp_path / "out", "learning_rate")[-1] < 1e-5  # the schedule ended with the time
     assert logged(tmp_path / "out", "eval_oracle_exits") == [0.5, 0.5]
-
-
-def test_a_limit_that_an_evaluation_uses_up_still_makes_a_step(
-    checkpoint: Directory, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    FakeTime(monkeypatch, 600.0)
-    run = run_options(words, steps=None, time_limit=5.0)
-    assert train(str(checkpoint(LLAMA)), tmp_path / "out", run).steps == 1
 
 
 def test_the_remaining_time_never_rises() -> None:
     """Through evaluations, when time passes without a step, and through steps that take longer and longer."""
     clock = Clock(None)
-    trainer = SimpleNamespace(clock=clock, tokens_seen=0, batches=range(10))
-    one, state = report.Report(trainer), SimpleNamespace(global_step=0, max_steps=100)  # type: ignore[arg-type]
-    one._timed, found, elapsed = False, [], 0.0
-    assert one.seconds_left(state) is None
+    watch, state = report.Watch(clock, None), SimpleNamespace(global_step=0, max_steps=100)
+    watch._timed, found, elapsed = False, [], 0.0
+    assert watch.seconds_left(state) is None
     for step in range(1, 101):
         elapsed += 1.0 + step / 10 + (30.0 if step % 10 == 0 else 0.0)
         clock._start = time.monotonic() - elapsed
         state.global_step = step
-        found.append(one.seconds_left(state))
+        found.append(watch.seconds_left(state))
         clock._start -= 5.0  # an evaluation
-        found.append(one.seconds_left(state))
-    assert all(math.isfinite(left) for left in found)
-    assert found == sorted(found, reverse=True)
+        found.append(watch.seconds_left(state))
+    assert None not in found
+    assert found == sorted(found, key=lambda left: -(left or 0.0))
     assert found[-1] == 0.0
-
-
-def test_the_remaining_time_of_a_limited_run_is_that_of_its_limit() -> None:
-    clock = Clock(100.0, elapsed=40.0)
-    one = report.Report(SimpleNamespace(clock=clock))  # type: ignore[arg-type]
-    one._timed = True
-    assert one.seconds_left(SimpleNamespace(global_step=0, max_steps=10**9)) == pytest.approx(60.0, abs=0.5)
+    limited = report.Watch(Clock(100.0, elapsed=40.0), None)
+    limited._timed = True
+    assert limited.seconds_left(SimpleNamespace(global_step=0, max_steps=10**9)) == pytest.approx(60.0, abs=0.5)
 
 
 def test_a_plan_counts_what_fits_in_the_time() -> None:
@@ -142,12 +124,9 @@ def test_a_verdict_says_whether_the_exit_pays(
     assert lines[1].startswith(said)
 
 
-def test_a_verdict_names_a_model_that_was_harmed() -> None:
+def test_harm_to_the_model_and_exits_that_cannot_pay_are_warnings() -> None:
     lines = report.verdict(measures(0.3, 0.0, 1.0), measures(0.9, 0.7, 1.3), COSTS)
     assert lines[1].startswith("warning: the whole model's loss rose from 1.000 to 1.300; lower --learning-rate")
-
-
-def test_the_prospect_of_an_exit_that_costs_more_than_it_saves_is_a_warning() -> None:
     assert report.prospect(COSTS, 2, 8).startswith("exit after layer 2 of 8: pays once 35% of the tokens")
     costs = Costs(9.0, 1.0, {1: 3.0, 8: 4.0}, measured=False)
     assert report.prospect(costs, 7, 8).startswith("warning: an exit after layer 7 of 8 cannot pay")
