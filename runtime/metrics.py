@@ -27,7 +27,7 @@ EventKind = Literal["queued", "started", "first_token", "ended"]
 class RequestEvent:
     """An event of a request, numbered within its session, at `time`, seconds since 1970.
 
-    "queued": it was asked for, in the thread that asked. "started": its prompt is read next. "first_token". "ended":
+    "queued": it was asked for, in the context of who asked. "started": its prompt is read next. "first_token". "ended":
     with its `result`, or the `error` that it raised, such as QueueFullError.
     """
 
@@ -110,7 +110,7 @@ class Metrics:
 
 
 class Observer:
-    """Counts the requests of a session, and calls `hook` with each event: "queued" in the thread that asks, the others
+    """Counts the requests of a session, and calls `hook` with each event: "queued" in the context of who asks, the rest
     in the worker. What the hook raises is a warning: it ends no request."""
 
     def __init__(self, hook: Callable[[RequestEvent], None] | None) -> None:

@@ -261,15 +261,16 @@ class Scheduler:
                         left.append(each)
                 self._waiting = left
                 self._rows += begun
-            following = [each.follow() for each in (*begun, *gone) if each.follow is not None]
+            made = [each.follow() for each in (*begun, *gone) if each.follow is not None]
+            following = [each for each in made if each is not None]
             with self._lock:
-                for sequence in filter(None, following):
+                for sequence in following:
                     self._enqueue(sequence)
             for sequence in gone:
                 sequence.finish()
                 sequence.end()
             changed = changed or bool(begun or gone)
-            if not any(following):
+            if not following:
                 return changed
 
     def _run_alone(self, sequence: Sequence) -> None:

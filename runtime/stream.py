@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from collections.abc import Sequence as List
 from contextlib import suppress
+from contextvars import copy_context
 from functools import partial
 from queue import Empty, SimpleQueue
 from time import monotonic
@@ -219,14 +220,18 @@ class PromptList:
     def __init__(
         self, make: Callable[[Prompt], Sequence], prompts: List[Prompt], until: float, ended: Callable[[], None]
     ) -> None:
-        self._make, self.until, self._ended = make, until, ended
+        self._make, self.until, self._ended, self._context = make, until, ended, copy_context()
         self._left = iter(list(enumerate(prompts)))
         self._made: list[Sequence | BaseException | None] = [None] * len(prompts)  # None: the deadline came first
         self.running = 0
         self._abandoned = False
 
     def follow(self) -> Sequence | None:
-        """The request of the next prompt; those of which no request can be made fail individually."""
+        """The request of the next prompt, made in the context of who asked; those of which no request can be made fail
+        individually."""
+        return self._context.run(self._next)
+
+    def _next(self) -> Sequence | None:
         for number, prompt in self._left:
             if monotonic() >= self.until or self._abandoned:
                 return None
@@ -240,6 +245,8 @@ class PromptList:
             sequence.follow, sequence.on_end = self.follow, self._end
             sequence.follows = self.running > 0
             self._made[number] = sequence
+            if sequence.follows:
+                sequence.model.observer.tell("queued", sequence.number)
             self.running += 1
             return sequence
         return None

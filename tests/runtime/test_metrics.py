@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,19 @@ def test_events_of_a_request_come_in_order(chat: Path) -> None:
     assert [event.kind for event in left] == ["queued", "ended"]
     assert left[-1].result is not None
     assert left[-1].result.finish_reason == "cancelled"
+
+
+def test_prompts_of_a_list_are_queued_in_the_context_of_who_asked(chat: Path) -> None:
+    span, told = ContextVar[str]("span", default="none"), list[tuple[str, int, str]]()
+    span.set("parent")
+
+    def hook(event: RequestEvent) -> None:
+        told.append((event.kind, event.request, span.get()))
+
+    with Session(chat, threads=1, slots=1, on_event=hook) as session:
+        session.generate([PROMPT] * 4, max_new_tokens=2)
+    assert [event for event in told if event[0] == "queued"] == [("queued", n, "parent") for n in range(4)]
+    assert sorted(number for kind, number, _ in told if kind == "ended") == [0, 1, 2, 3]
 
 
 def test_a_request_that_raises_is_counted_as_an_error(chat: Path) -> None:

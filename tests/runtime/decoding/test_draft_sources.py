@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from recording_engine import DEEP_TOKEN, LENGTH, alone, decoded, prompt_of
 from test_decode import decoder_of, drafted, full
@@ -158,6 +158,7 @@ def test_of_too_many_tokens_those_are_used_that_fit_a_pass() -> None:
     max_pending=st.integers(1, 8),
     limit=st.integers(1, 40),
 )
+@settings(max_examples=50)
 def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_the_caches(
     plans: list[tuple[int, bool, int]], right: list[bool], agrees: list[bool], max_pending: int, limit: int
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Sessions
 from draft_plans import draft_candidates
 
-from runtime import BatchError, GenerationOptions, OptionError, Session
+from runtime import BatchError, OptionError, Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -193,28 +193,6 @@ def test_a_source_that_waits_for_its_own_session_is_refused(sessions: Sessions) 
 
     with pytest.raises(OptionError):
         session.generate(PROMPTS[0], mode="lossless", draft_source=nested, max_new_tokens=20, ignore_eos=True)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"mode": "free", "drafts": "auto"}, r"drafts is 'auto' in mode free, which drafts nothing; use 'lossless'"),
-        ({"mode": "full", "drafts": "lookup"}, "drafts is 'lookup' in mode full"),
-        ({"mode": "rollback", "predicted_output": "x"}, "predicted_output is 'x' in mode rollback"),
-        ({"mode": "free", "draft_source": list}, "draft_source is <class 'list'> in mode free"),
-        ({"mode": "lossless", "drafts": "some"}, "drafts is 'some'; choose 'auto', 'exit', 'lookup' or 'none'"),
-        ({"mode": "lossless", "drafts": 3}, "drafts is 3; choose"),
-        ({"mode": "lossless", "draft_source": [1]}, r"draft_source is \[1\]; give a callable"),
-        (
-            {"mode": "lossless", "drafts": "none", "predicted_output": "x"},
-            "predicted_output is 'x', but drafts is 'none'",
-        ),
-        ({"mode": "lossless", "drafts": "exit", "draft_source": list}, "but drafts is 'exit'"),
-    ],
-)
-def test_options_that_contradict_are_named(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        GenerationOptions(**options)
 
 
 @pytest.mark.parametrize(

@@ -290,7 +290,7 @@ asks = st.builds(
     ),
     borrow=st.booleans(),
 )
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_requests_give_what_they_give_alone_whatever_comes_and_goes_beside_them(
     beside: bool, slots: int, arrivals: list[tuple[Ask, int, int | None]], borrow: bool
 ) -> None:
@@ -431,7 +431,7 @@ def test_the_worker_decodes_for_many_threads_and_rests_between() -> None:
         assert ended.wait(30)
         outcomes[number] = job.came
 
-    for _ in range(20):
+    for _ in range(6):
         threads = [threading.Thread(target=reader, args=(number,), daemon=True) for number in range(len(asks))]
         for thread in threads:
             thread.start()
