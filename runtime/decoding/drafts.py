@@ -38,14 +38,25 @@ PATIENCE, REST = 32, 4
 GAP = -1
 
 
-class NGrams:
-    """A text that grows, and for each n-gram in it, of SHORTEST to LONGEST tokens, what came after it last. Bounded:
-    n-grams of at most `most` places are kept. `vocab_size` V bounds the tokens."""
+class Repetition:
+    """A lookup: the tokens that followed where the newest ones stood before. `agrees`: how many did, 0 for none.
+
+    For each n-gram of the text, of SHORTEST to LONGEST tokens, the place behind its latest occurrence is kept, for at
+    most `most` places. `vocab_size` V bounds the tokens.
+    """
+
+    name = "lookup"
 
     def __init__(self, vocab_size: int, most: int = MOST_PLACES) -> None:
         self.tokens: list[int] = []
         self._vocab_size, self._most = vocab_size, most
+        self._place = self.agrees = 0
         self._forget()
+
+    def _forget(self) -> None:
+        self._first, self._known = len(self.tokens), 0
+        self._keys = [0] * (LONGEST + 1)
+        self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
 
     def push(self, token: int) -> None:
         """Add the next token; GAP: what comes does not follow what was."""
@@ -78,34 +89,18 @@ class NGrams:
                 return place, size
         return 0, 0
 
-    def _forget(self) -> None:
-        self._first, self._known = len(self.tokens), 0
-        self._keys = [0] * (LONGEST + 1)
-        self._places: list[dict[int, int]] = [{} for _ in range(LONGEST + 1)]
-
-
-class Repetition:
-    """A lookup: the tokens that followed where the newest ones stood before. `agrees`: how many did, 0 for none."""
-
-    name = "lookup"
-
-    def __init__(self, vocab_size: int) -> None:
-        self.text = NGrams(vocab_size)
-        self._place = self.agrees = 0
-
     def read(self, token: int) -> None:
-        text = self.text
-        followed = self.agrees and text.tokens[self._place] == token
-        text.push(token)
+        followed = self.agrees and self.tokens[self._place] == token
+        self.push(token)
         self._place += 1
-        self.agrees = self.agrees + 1 if followed and text.tokens[self._place] != GAP else 0
+        self.agrees = self.agrees + 1 if followed and self.tokens[self._place] != GAP else 0
         if self.agrees < LONGEST:
-            place, size = text.repeated(longer_than=self.agrees)
+            place, size = self.repeated(longer_than=self.agrees)
             if size:
                 self._place, self.agrees = place, size
 
     def candidates(self, most: int) -> list[int]:
-        found = self.text.tokens[self._place : self._place + most] if self.agrees else []
+        found = self.tokens[self._place : self._place + most] if self.agrees else []
         return found[: found.index(GAP)] if GAP in found else found
 
 
@@ -198,7 +193,7 @@ class DraftSources:
             self._texts.insert(0, Expected(predicted))
         for part in filter(len, (predicted or (), text)):
             for token in (*part, GAP):
-                repetition.text.push(token)
+                repetition.push(token)
         for token in prompt:
             repetition.read(token)
         self.context = list(prompt)

@@ -27,7 +27,6 @@ from runtime.decoding.drafts import (
     Drafts,
     DraftSources,
     Expected,
-    NGrams,
     Own,
     Plan,
     Repetition,
@@ -84,7 +83,7 @@ def searched(text: list[int], longest: int = LONGEST) -> tuple[int, int]:
 
 @given(texts)
 def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) -> None:
-    index = NGrams(VOCAB)
+    index = Repetition(VOCAB)
     for count, token in enumerate(text, 1):
         index.push(token)
         assert index.repeated() == searched(text[:count])
@@ -95,7 +94,7 @@ def test_the_index_finds_what_a_search_of_all_the_text_finds(text: list[int]) ->
 
 @given(st.lists(tokens, min_size=30, max_size=300))
 def test_a_bounded_index_knows_the_newest_half_and_holds_no_more_than_it_may(text: list[int]) -> None:
-    index = NGrams(VOCAB, most=20)
+    index = Repetition(VOCAB, most=20)
     for count, token in enumerate(text, 1):
         index.push(token)
         assert sum(map(len, index._places)) <= 20 * (LONGEST - SHORTEST + 1)
@@ -111,7 +110,7 @@ def test_repetition_follows_the_longest_match(text: list[int]) -> None:
     read: list[int] = []
     for token in text:
         if token == GAP:
-            source.text.push(token)
+            source.push(token)
             source.agrees = 0
         else:
             source.read(token)
