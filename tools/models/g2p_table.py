@@ -141,18 +141,19 @@ TABLES: dict[str, Callable[[Path], Sequence[object]]] = {
 }
 
 
+# fmt: off
 @click.command(context_settings={"show_default": True})
 @click.argument("work", type=click.Path(path_type=Path, file_okay=False))
 @click.option("--samples", type=click.IntRange(10), default=200, help="Phrases of each evaluation.")
 @click.option("--rounds", type=click.IntRange(1), default=1, help="Of each evaluation.")
 @click.option("--threads", type=click.IntRange(1), default=1, help="Of each evaluation.")
 @click.option("--begin", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="CHECKPOINT",
-              help="Begin every training with this, in place of the common checkpoint.")  # fmt: skip
+              help="Begin every training with this, in place of the common checkpoint.")
 @click.option("--only", type=click.Choice(list(TABLES)), multiple=True, help="A table to make. May be repeated.")
 @click.option("--train-only", is_flag=True, help="Stop before the evaluations, which want an idle machine.")
-def command(
-    work: Path, samples: int, rounds: int, threads: int, begin: Path | None, only: tuple[str, ...], train_only: bool
-) -> None:
+def command(work: Path, samples: int, rounds: int, threads: int, begin: Path | None, only: tuple[str, ...],
+            train_only: bool) -> None:
+    # fmt: on
     """Train, convert and compare in the directory WORK; tables in WORK/results, or results-THREADS of several."""
     if only and train_only:
         raise click.UsageError("--train-only makes no table; leave --only out")
@@ -167,20 +168,10 @@ def command(
         return
     results = work / ("results" if threads == 1 else f"results-{threads}")
     data = ("--data", part_of(work / "test" / "test.jsonl", "phrases"), "--max-new-tokens", MOST)
-    options = (
-        "--metric",
-        "per",
-        "--metric",
-        "word-acc",
-        "--samples",
-        samples,
-        "--rounds",
-        rounds,
-        "--threads",
-        threads,
-    )
+    options = ("--metric", "per", "--metric", "word-acc", "--samples", samples, "--rounds", rounds)
     for name in only or TABLES:
-        python("freeexport", "evaluate", *TABLES[name](work), *data, *options, "--output", results / name)
+        where = ("--threads", threads, "--output", results / name)
+        python("freeexport", "evaluate", *TABLES[name](work), *data, *options, *where)
 
 
 if __name__ == "__main__":
