@@ -67,7 +67,7 @@ def g2p(directory: Path) -> None:
         f"{MEASURED} phrases of the test split, {ROUNDS} interleaved rounds (the median counts), fp32, "
         f"{THREADS} thread(s); speed of requests, the encoder included"
     )
-    for note in found.notes:
+    for note in found.report["notes"]:
         click.echo(f"note: {note}")
 
 
@@ -125,12 +125,12 @@ def _comparison(found: Evaluation) -> Table:
     """Error rates, speed and exits of each mode; speeds also as multiples of the whole model's."""
     rows = [
         (
-            MODES[row.method] + ("" if row.threshold is None else f", threshold {row.threshold:.2f}"),
-            f"{1 - row.scores['per'].value:.1%}",
-            f"{1 - row.scores['word-acc'].value:.1%}",
-            f"{row.tokens_per_second:.0f}",
-            f"{row.request_speed:.2f}x",
-            f"{row.exit_rate:.0%}",
+            MODES[row["method"]] + ("" if row["threshold"] is None else f", threshold {row['threshold']:.2f}"),
+            f"{1 - row['scores']['per']['value']:.1%}",
+            f"{1 - row['scores']['word-acc']['value']:.1%}",
+            f"{row['tokens_per_second']:.0f}",
+            f"{row['request_speed']:.2f}x",
+            f"{row['exit_rate']:.0%}",
         )
         for row in found.rows
     ]

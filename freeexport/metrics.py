@@ -11,7 +11,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -113,19 +113,15 @@ def metric_of(name: str) -> Metric:
         return _imported(name)
     if name in _ROUGE:
         return _rouge(name)
-    makers: dict[str, Callable[[], Metric]] = {
-        "exact": lambda: Metric(name, _exact, _mean),
-        "bleu": lambda: _sacrebleu(name),
-        "chrf": lambda: _sacrebleu(name),
-        "wer": _word_errors,
-        "per": lambda: _pronunciations(name),
-        "word-acc": lambda: _pronunciations(name),
-        "squad-em": lambda: Metric(name, _best(_squad_exact), _mean),
-        "squad-f1": lambda: Metric(name, _best(_squad_f1), _mean),
-        "case-f1": lambda: _restoration(name),
-        "punct-f1": lambda: _restoration(name),
+    means: dict[str, Statistics] = {
+        "exact": _exact,
+        "squad-em": _best(lambda output, text: _normalized(output) == _normalized(text)),
+        "squad-f1": _best(_squad_f1),
     }
-    return makers[name]()
+    if name in means:
+        return Metric(name, means[name], _mean)
+    makers = {"bleu": _sacrebleu, "chrf": _sacrebleu, "wer": _word_errors, "per": _pronunciations}
+    return {**makers, "word-acc": _pronunciations}.get(name, _restoration)(name)
 
 
 def scores(name: str, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
@@ -141,7 +137,7 @@ def scores(name: str, outputs: Sequence[str], references: Sequence[Reference]) -
             return 0.0
         return bounded(value(np.array(metric.statistics(output, reference), np.float64)))
 
-    found = [score(*pair) for pair in zip(outputs, references, strict=True)]
+    found = list(map(score, outputs, references))
     return np.array(found, np.bool_ if name == "exact" else np.float64)
 
 
@@ -207,7 +203,7 @@ def _rouge(name: str) -> Metric:
 
     kind = _ROUGE[name]
     scorer = RougeScorer([kind], use_stemmer=True)
-    score = _best(lambda output, reference: scorer.score(reference, output)[kind].fmeasure)
+    score = _best(lambda output, text: scorer.score(text, output)[kind].fmeasure)
     return Metric(name, score, _mean, signature=f"rouge-score, {kind}, F1, stemmer")
 
 
@@ -231,7 +227,7 @@ def _sacrebleu(name: str) -> Metric:
     return Metric(name, statistics, value_by(corpus), value_by(alone), signature=str(corpus.get_signature()))
 
 
-def _word_errors() -> Metric:
+def _word_errors(name: str) -> Metric:
     import jiwer
 
     def errors(output: str, text: str) -> tuple[float, float]:
@@ -243,16 +239,12 @@ def _word_errors() -> Metric:
     def statistics(output: str, reference: Reference) -> Sequence[float]:
         return min(errors(output, text) for text in reference.texts)
 
-    return Metric("wer", statistics, _less_errors, needs=(1, "the references have no words"), signature="jiwer")
+    return Metric(name, statistics, _less_errors, needs=(1, "the references have no words"), signature="jiwer")
 
 
 def _normalized(answer: str) -> list[str]:
     """Words as SQuAD compares them (Rajpurkar et al. 2016): lower case, without punctuation and articles."""
     return _ARTICLES.sub(" ", answer.lower().translate(_WITHOUT_PUNCTUATION)).split()
-
-
-def _squad_exact(output: str, reference: str) -> float:
-    return _normalized(output) == _normalized(reference)
 
 
 def _squad_f1(output: str, reference: str) -> float:
@@ -320,43 +312,30 @@ _NEEDS = {"case-f1": "the references have no capital letters", "punct-f1": "the 
 def _restoration(name: str) -> Metric:
     """case-f1: words that are written with capitals, and how; punct-f1: marks, each by its kind and the word before it.
     F1 over all sequences; the counts are of what is right, of the output and of the reference."""
+    from rapidfuzz.distance import Levenshtein
 
-    def wanted(words: Sequence[str], marks: Sequence[tuple[int, str]], place: dict[int, int]) -> Counter[Hashable]:
-        capitals = ((number, word) for number, word in enumerate(words) if word != word.lower())
-        items = capitals if name == "case-f1" else marks
-        return Counter((place.get(number, f"other {number}"), item) for number, item in items)
+    def pieces(text: str) -> tuple[list[str], list[tuple[int, str]]]:
+        """Split a text into words in lower case, and what is scored, with the number of its word (-1: none)."""
+        words: list[str] = []
+        items: list[tuple[int, str]] = []
+        for piece in _PIECE.findall(text):
+            is_word = piece[0].isalnum() or piece[0] == "_"
+            if is_word:
+                words.append(piece.lower())
+            if (is_word and piece != piece.lower()) if name == "case-f1" else not is_word:
+                items.append((len(words) - 1, piece))
+        return words, items
 
     def counts(output: str, text: str) -> tuple[float, float, float]:
-        words, marks = _words_and_marks(output)
-        true_words, true_marks = _words_and_marks(text)
-        ours = wanted(words, marks, _aligned(words, true_words))
-        theirs = wanted(true_words, true_marks, {number: number for number in range(-1, len(true_words))})
+        (words, items), (true_words, true_items) = pieces(output), pieces(text)
+        place = {-1: -1}  # the reference's word for each word that is the same; the start is that of both
+        for block in Levenshtein.opcodes(words, true_words).as_matching_blocks():
+            place.update({block.a + step: block.b + step for step in range(block.size)})
+        ours = Counter((place.get(number, f"other {number}"), item) for number, item in items)
+        theirs: Counter[tuple[int | str, str]] = Counter(true_items)
         return (ours & theirs).total(), ours.total(), theirs.total()
 
     def statistics(output: str, reference: Reference) -> Sequence[float]:
         return max((counts(output, text) for text in reference.texts), key=lambda found: found[0])
 
     return Metric(name, statistics, _f1, needs=(2, _NEEDS[name]))
-
-
-def _words_and_marks(text: str) -> tuple[list[str], list[tuple[int, str]]]:
-    """Split a text into words, and marks with the number of the word before them (-1: none)."""
-    words: list[str] = []
-    marks: list[tuple[int, str]] = []
-    for piece in _PIECE.findall(text):
-        if piece[0].isalnum() or piece[0] == "_":
-            words.append(piece)
-        else:
-            marks.append((len(words) - 1, piece))
-    return words, marks
-
-
-def _aligned(words: Sequence[str], true_words: Sequence[str]) -> dict[int, int]:
-    """The reference's word for each word that is the same but for case; the start is that of both."""
-    from rapidfuzz.distance import Levenshtein
-
-    ours, theirs = ([word.lower() for word in each] for each in (words, true_words))
-    place = {-1: -1}
-    for block in Levenshtein.opcodes(ours, theirs).as_matching_blocks():
-        place.update({block.a + step: block.b + step for step in range(block.size)})
-    return place

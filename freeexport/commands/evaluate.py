@@ -18,7 +18,7 @@ from freeexport.commands.verb_options import (
     SectionedCommand,
     section,
 )
-from freeexport.measure.layers_report import LayersOptions
+from freeexport.measure.layers import LayersOptions
 from freeexport.measure.settings import METHODS, THRESHOLDS, EvaluateOptions, bundle_and_methods, methods_of
 from freeexport.system.page import print_page
 
@@ -93,7 +93,7 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """
     import matplotlib  # noqa: F401
 
-    from freeexport.measure.evaluate import FILES, as_dict, evaluate, facts, narrow, settings_sheet
+    from freeexport.measure.evaluate import FILES, evaluate, facts, narrow, settings_sheet
     from freeexport.measure.page import write
     from freeexport.measure.table import terminal
 
@@ -101,12 +101,12 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     found = evaluate(EvaluateOptions(bundles=chosen, **given))
     write(found)
     if as_json:
-        click.echo(json.dumps(as_dict(found), indent=2))
+        click.echo(json.dumps(found.report, indent=2))
         return
     print_page([terminal(narrow(settings_sheet(found), found.metrics))])
-    for name, text in [*facts(found), *(("note", note) for note in found.notes)]:
+    for name, text in [*facts(found), *(("note", note) for note in found.report["notes"])]:
         click.echo(f"{name}: {text}")
-    for text in found.verdicts:
+    for text in found.report["verdicts"]:
         click.echo(f"\n{text}")
     click.echo(f"\n{found.options.output}: {FILES}")
 
@@ -145,9 +145,8 @@ def judge_outputs(output: Path, endpoint: str, model: str, setting: str, as_json
     from freeexport.system.output import write_whole
 
     bundle, _, name = setting.rpartition(": ")
-    options = JudgeOptions(output, bundle or only_bundle(output), name, endpoint, model, **given)
-    with Endpoint(endpoint, model, os.environ.get("OPENAI_API_KEY") or None) as opened:
-        found = summary(judge(options, opened), options)
+    options = JudgeOptions(output, bundle or only_bundle(output), name, model, **given)
+    found = summary(judge(options, Endpoint(endpoint, model, os.environ.get("OPENAI_API_KEY") or None)), options)
     write_whole(output / "judge.json", json.dumps(found, indent=2) + "\n")
     if as_json:
         click.echo(json.dumps(found, indent=2))
@@ -181,15 +180,17 @@ def compare_layers(model: str, data: Path, as_json: bool, plot: Path | None, **o
     Example:
       freeexport evaluate path/to/checkpoint --layers --data validation.jsonl --plot exits.png
     """
-    from freeexport.measure.layers_report import as_dict, check_plot, draw, evaluate_layers, tables
-    from freeexport.system.page import save_figure
+    from freeexport.measure.layers import check_plot, evaluate_layers, tables
 
     if plot is not None:
         check_plot(plot)
     report = evaluate_layers(model, data, LayersOptions(**options))
     if plot is not None:
-        save_figure(draw(report), plot)
+        from freeexport.measure.plot import layer_curves
+        from freeexport.system.page import save_figure
+
+        save_figure(layer_curves(report), plot)
     if as_json:
-        click.echo(json.dumps(as_dict(report), indent=2))
+        click.echo(json.dumps(report, indent=2))
     else:
         print_page(tables(report))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, median
 from time import perf_counter
@@ -14,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.byte_model import bandwidth_of, token_bytes
-from freeexport.measure.forced import THRESHOLD, ForcedDraftSession, ForcedExitSession, exit_trace
-from freeexport.measure.table import TERMINAL, Sheet, environment, plus_minus, sheet
+from freeexport.measure.costs import bandwidth_of, token_bytes
+from freeexport.measure.forced import THRESHOLD, ReplaySession, exit_trace
+from freeexport.measure.table import Sheet, environment, plus_minus, sheet
 from freeexport.measure.timing import interleave, load_note, other_load, spread
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
@@ -87,20 +88,13 @@ class BenchSetting:
     right: float | None = None
 
     @property
+    def replays(self) -> bool:
+        return self.replay is not None or self.right is not None
+
+    @property
     def real(self) -> bool:
         """Tell modes that a user would choose from replays and the shallow decoder."""
-        return self.mode != "shallow" and self.replay is None and self.right is None
-
-    @property
-    def session(self) -> tuple[int, str]:
-        """The key of the session that decodes it."""
-        return self.bundle, "exits" if self.replay is not None else "drafts" if self.right is not None else ""
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """The options of its requests."""
-        given = {"mode": self.mode, "threshold": self.threshold, "drafts": self.drafts}
-        return {name: value for name, value in given.items() if value is not None}
+        return self.mode != "shallow" and not self.replays
 
 
 @dataclass(frozen=True)
@@ -121,42 +115,6 @@ class Run:
     predicted: int = 1
 
 
-@dataclass(frozen=True)
-class Row:
-    """A setting's result.
-
-    `tokens_per_second`: the median over rounds, over all prompts, from prompt to last token, and `spread`, largest less
-    smallest as a share of it. `ratio`: the median over rounds of its speed as a multiple of the first row's in the same
-    round, `ratio_low` and `ratio_high` its range. `decode_per_second`: without prompts and first tokens. Milliseconds:
-    until the first token (median over prompts), and between tokens (median and 95th percentile). `agreement`: the share
-    of its tokens that equal the reference's at the same place, and `first_difference`, the first place where they do
-    not, the median over prompts (None: all equal); both None without a reference. `passes`: deep passes a token;
-    `exit_rate`, `acceptance` of drafts. `roofline`: the share of the memory bandwidth that its `token_bytes` come to.
-    """
-
-    name: str
-    precision: str
-    tokens_per_second: float
-    spread: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    decode_per_second: float
-    first_token_ms: float
-    token_ms: float
-    token_ms_95: float
-    exit_rate: float = 0.0
-    acceptance: float = 1.0
-    passes: float = 1.0
-    overhead_us: float | None = None
-    agreement: float | None = None
-    first_difference: float | None = None
-    token_bytes: int | None = None
-    roofline: float | None = None
-    peak_bytes: int | None = None
-    versions: dict[str, str] = field(default_factory=dict)
-
-
 def benchmark(options: BenchOptions) -> dict[str, Any]:
     """Measure, and return what JSON keeps. Raises FreeExportError."""
     bundles = [Bundle.open(path) for path in options.bundles]
@@ -168,27 +126,24 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
                 "tokens cannot be compared; measure each alone"
             )
     prompts = bench_prompts(bundles[0], options.data, options.samples)
-    names = labels(bundles)
-    settings = [one for number, name in enumerate(names) for one in settings_of(options, bundles, number, name)]
+    settings = settings_of(options, bundles)
     with progress("memory bandwidth"):
         bandwidth = bandwidth_of(options.count)
     with ExitStack() as stack:
-        sessions = {
-            one.session: stack.enter_context(
-                open_session(options.bundles[one.bundle], one, options.count, options.device)
-            )
-            for one in {one.session: one for one in settings}.values()
-        }
-        drafting = {one.session for one in settings if one.right is not None}
-        whole = {key: full_tokens(sessions[key], prompts, options.tokens) for key in drafting}
+        sessions: dict[tuple[int, bool], Any] = {}
+        for one in settings:
+            if (one.bundle, one.replays) not in sessions:
+                opened = open_session(options.bundles[one.bundle], one, options.count, options.device)
+                sessions[one.bundle, one.replays] = stack.enter_context(opened)
+        drafting = {one.bundle for one in settings if one.right is not None}
+        whole = {number: full_tokens(sessions[number, True], prompts, options.tokens) for number in drafting}
 
         def run(setting: BenchSetting, place: int) -> Run:
-            known = whole[setting.session][place] if setting.right is not None else None
-            return decode(sessions[setting.session], setting, prompts[place], options.tokens, known)
+            known = whole[setting.bundle][place] if setting.right is not None else None
+            return decode(sessions[setting.bundle, setting.replays], setting, prompts[place], options.tokens, known)
 
-        places = range(len(prompts))
         with other_load() as load:
-            turns = list(interleave(settings, places, options.rounds, run, warm_up=len(prompts)))
+            turns = list(interleave(settings, range(len(prompts)), options.rounds, run, warm_up=len(prompts)))
     runs = {setting.name: [list[Run]() for _ in range(options.rounds)] for setting in settings}
     for turn in turns:
         for setting, done in zip(settings, turn.runs, strict=True):
@@ -196,11 +151,8 @@ def benchmark(options: BenchOptions) -> dict[str, Any]:
     precisions = {one.name: bundles[one.bundle].manifest.precision for one in settings}
     rows = rows_of(runs, precisions, [run.tokens for run in runs[settings[0].name][0]])
     if options.device == "cpu":
-        context = round(fmean(map(len, prompts))), options.tokens / 2
-        rows = [
-            with_roofline(row, bundles[one.bundle], one.mode, context, bandwidth)
-            for row, one in zip(rows, settings, strict=True)
-        ]
+        for row, one in zip(rows, settings, strict=True):
+            add_roofline(row, bundles[one.bundle], one.mode, prompts, options.tokens, bandwidth)
     facts = facts_of(bundles[0], options, len(prompts), settings[0].name, load.cores)
     return report(rows, facts, bandwidth, [one.name for one in settings if one.real])
 
@@ -232,40 +184,37 @@ def labels(bundles: Sequence[Bundle]) -> list[str]:
     return next((names for names in kinds if len(set(names)) == len(names)), kinds[-1])
 
 
-def settings_of(options: BenchOptions, bundles: Sequence[Bundle], number: int, label: str) -> list[BenchSetting]:
-    """List a bundle's settings: full, the modes at the thresholds, shallow, drafts, and the replays."""
-    before = f"{label} " if label else ""
-    calibrated = bundles[number].manifest.threshold
+def settings_of(options: BenchOptions, bundles: Sequence[Bundle]) -> list[BenchSetting]:
+    """List each bundle's settings: full, the modes at the thresholds, shallow, drafts, and the replays."""
+    found: list[BenchSetting] = []
+    for number, (bundle, label) in enumerate(zip(bundles, labels(bundles), strict=True)):
+        calibrated = bundle.manifest.threshold
+        thresholds = options.thresholds or ((calibrated,) if calibrated < NEVER_EXIT else ())
 
-    def one(mode: str, text: str = "", **given: Any) -> BenchSetting:
-        return BenchSetting(number, f"{before}{mode}{text}", mode, **given)
+        def add(mode: str, text: str = "", number: int = number, label: str = label, **given: Any) -> None:
+            found.append(BenchSetting(number, f"{label} {mode}{text}".lstrip(), mode, **given))
 
-    thresholds = options.thresholds or ((calibrated,) if calibrated < NEVER_EXIT else ())
-    found = [one("full")]
-    for threshold in thresholds:
-        found += [
-            one(mode, f", threshold {threshold:.4g}", threshold=threshold)
-            for mode in options.modes
-            if mode in ("free", "rollback") or (mode == "lossless" and options.thresholds)
-        ]
-    if "lossless" in options.modes and not options.thresholds and not options.drafts:
-        found.append(one("lossless"))
-    if "shallow" in options.modes:
-        found.append(one("shallow"))
-    found += [one("lossless", f", drafts: {source}", drafts=source) for source in options.drafts]
-    found += [one("free", f", exits replayed: {what}", threshold=THRESHOLD, replay=what) for what in options.replay]
-    found += [
-        one("lossless", f", drafts replayed: {rate:g} right", threshold=THRESHOLD, drafts="exit", right=rate)
-        for rate in options.replay_drafts
-    ]
+        add("full")
+        for threshold in thresholds:
+            for mode in options.modes:
+                if mode in ("free", "rollback") or (mode == "lossless" and options.thresholds):
+                    add(mode, f", threshold {threshold:.4g}", threshold=threshold)
+        if "lossless" in options.modes and not options.thresholds and not options.drafts:
+            add("lossless")
+        if "shallow" in options.modes:
+            add("shallow")
+        for source in options.drafts:
+            add("lossless", f", drafts: {source}", drafts=source)
+        for what in options.replay:
+            add("free", f", exits replayed: {what}", threshold=THRESHOLD, replay=what)
+        for rate in options.replay_drafts:
+            add("lossless", f", drafts replayed: {rate:g} right", threshold=THRESHOLD, drafts="exit", right=rate)
     return found
 
 
 def open_session(path: Path, setting: BenchSetting, threads: int, device: str) -> Session:
     """Open what decodes a setting: replays need sessions of their own."""
-    kinds: dict[str, Any] = {"": Session, "exits": ForcedExitSession, "drafts": ForcedDraftSession}
-    session: Session = kinds[setting.session[1]](path, threads=threads, slots=1, device=device)
-    return session
+    return (ReplaySession if setting.replays else Session)(path, threads=threads, slots=1, device=device)
 
 
 def full_tokens(session: Session, prompts: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
@@ -284,6 +233,8 @@ def decode(
 ) -> Run:
     """Decode a prompt to `count` tokens, each of which `emit` is told of; `whole`: its tokens in mode full, for
     replayed drafts."""
+    asked = {"threshold": setting.threshold, "drafts": setting.drafts}
+    asked = {name: value for name, value in asked.items() if value is not None}
     tokens: list[int] = []
     times: list[float] = []
     with ExitStack() as stack:
@@ -293,21 +244,20 @@ def decode(
         if setting.right is not None:
             stack.enter_context(session.drafting(whole, setting.right))
         began = perf_counter()
-        stream = session.stream(list(prompt), max_new_tokens=count, ignore_eos=True, **setting.request)
+        stream = session.stream(list(prompt), max_new_tokens=count, ignore_eos=True, mode=setting.mode, **asked)
         for token in stream:
             tokens.append(token.id)
             times.append(perf_counter() - began)
             emit(token.id)
         seconds = perf_counter() - began
     stats = stream.result.stats
-    sizes = dict(sorted(stats.sync_sizes.items()))
     return Run(
         tuple(tokens),
         tuple(times),
         seconds,
         stats.exit_rate,
         stats.acceptance,
-        sizes,
+        dict(sorted(stats.sync_sizes.items())),
         stats.overhead_seconds,
         predicted=stats.predicted,
     )
@@ -318,50 +268,55 @@ def rows_of(
     precisions: Mapping[str, str],
     reference: Sequence[Sequence[int]] | None,
     versions: Mapping[str, dict[str, str]] | None = None,
-) -> list[Row]:
-    """Compute a row for each name: `runs[name][round][prompt]`; `reference` has the tokens of each prompt."""
-    rows: list[Row] = []
+) -> list[dict[str, Any]]:
+    """Compute a row for each name: `runs[name][round][prompt]`; `reference` has the tokens of each prompt.
+
+    Speeds are medians over rounds, over all prompts, from prompt to last token: `spread` is the largest less the
+    smallest as a share, `ratio` a multiple of the first row's in the same round. `decode_per_second`: without prompts
+    and first tokens. `agreement`: the share of its tokens that equal the reference's at the same place, and
+    `first_difference`, the first place where they do not, the median over prompts (None: all equal). `passes`: deep
+    passes a token. `roofline`: the share of the memory bandwidth that its `token_bytes` come to.
+    """
+    rows: list[dict[str, Any]] = []
     base: list[float] = []
     for name, rounds in runs.items():
         speeds = [sum(len(run.tokens) for run in turn) / sum(run.seconds for run in turn) for turn in rounds]
+        decoding = [
+            sum(len(run.times) - 1 for run in turn) / sum(run.times[-1] - run.times[0] for run in turn)
+            for turn in rounds
+        ]
         base = base or speeds
         ratios = [speed / first for speed, first in zip(speeds, base, strict=True)]
         done = [run for turn in rounds for run in turn]
         gaps = 1e3 * np.concatenate([np.diff(run.times) for run in done])
         agreement, difference = (None, None) if reference is None else _agreement(rounds[0], reference)
-        known = [run for run in done if run.sync_sizes]
-        peaks = [run.peak_bytes for run in done if run.peak_bytes is not None]
+        outside = [1e6 * run.overhead / len(run.tokens) for run in done if run.sync_sizes]
         rows.append(
-            Row(
-                name,
-                precisions[name],
-                median(speeds),
-                spread(speeds),
-                median(ratios),
-                min(ratios),
-                max(ratios),
-                decode_per_second(rounds),
-                median(1e3 * run.times[0] for run in done),
-                float(np.median(gaps)),
-                float(np.percentile(gaps, 95)),
-                fmean(run.exit_rate for run in done),
-                fmean(run.acceptance for run in done),
-                _passes(done),
-                1e6 * fmean(run.overhead / len(run.tokens) for run in known) if known else None,
-                agreement,
-                difference,
-                peak_bytes=max(peaks, default=None),
-                versions=(versions or {}).get(name, {}),
-            )
+            {
+                "name": name,
+                "precision": precisions[name],
+                "tokens_per_second": median(speeds),
+                "spread": spread(speeds),
+                "ratio": median(ratios),
+                "ratio_low": min(ratios),
+                "ratio_high": max(ratios),
+                "decode_per_second": median(decoding),
+                "first_token_ms": median(1e3 * run.times[0] for run in done),
+                "token_ms": float(np.median(gaps)),
+                "token_ms_95": float(np.percentile(gaps, 95)),
+                "exit_rate": fmean(run.exit_rate for run in done),
+                "acceptance": fmean(run.acceptance for run in done),
+                "passes": _passes(done),
+                "overhead_us": fmean(outside) if outside else None,
+                "agreement": agreement,
+                "first_difference": difference,
+                "token_bytes": None,
+                "roofline": None,
+                "peak_bytes": max((run.peak_bytes for run in done if run.peak_bytes is not None), default=None),
+                "versions": (versions or {}).get(name, {}),
+            }
         )
     return rows
-
-
-def decode_per_second(rounds: Sequence[Sequence[Run]]) -> float:
-    """Count the tokens after the first of each prompt, per second of decoding them: the median over rounds."""
-    return median(
-        sum(len(run.times) - 1 for run in turn) / sum(run.times[-1] - run.times[0] for run in turn) for turn in rounds
-    )
 
 
 def _passes(done: Sequence[Run]) -> float:
@@ -378,20 +333,22 @@ def _agreement(runs: Sequence[Run], reference: Sequence[Sequence[int]]) -> tuple
     return float(np.concatenate(same).mean()), float(median(places)) if places else None
 
 
-def with_roofline(row: Row, bundle: Bundle, mode: str, context: tuple[float, float], bandwidth: float) -> Row:
+def add_roofline(
+    row: dict[str, Any], bundle: Bundle, mode: str, prompts: Sequence[Sequence[int]], tokens: int, bandwidth: float
+) -> None:
     """Add what a token reads, in modes whose deep passes say how often each weight was read."""
-    if mode not in ("full", "free"):
-        return row
-    prompt, written = context
-    valid, encoded = (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
-    read = token_bytes(bundle, valid, encoded, mode == "free", row.passes)
-    return replace(row, token_bytes=read, roofline=read * row.decode_per_second / bandwidth)
+    if mode in ("full", "free"):
+        prompt, written = round(fmean(map(len, prompts))), tokens / 2
+        valid, encoded = (written, prompt) if bundle.manifest.encoder_decoder else (prompt + written, 0.0)
+        row["token_bytes"] = token_bytes(bundle, valid, encoded, mode == "free", row["passes"])
+        row["roofline"] = row["token_bytes"] * row["decode_per_second"] / bandwidth
 
 
 def facts_of(bundle: Bundle, options: BenchOptions, prompts: int, reference: str | None, busy: float) -> dict[str, Any]:
     """Record what the figures depend on. `reference`: whose tokens others were compared with; `busy`: cores that other
     processes used."""
     manifest, made = bundle.manifest, environment()
+    machine = made["machine"]
     return {
         "freeexport": made["versions"]["freeexport"],
         "onnxruntime": made["versions"]["onnxruntime"],
@@ -407,17 +364,17 @@ def facts_of(bundle: Bundle, options: BenchOptions, prompts: int, reference: str
         "rounds": options.rounds,
         "decoding": "greedy, ends of sequence ignored",
         "compared_with": reference,
-        "cpu": made["machine"]["processor"],
-        "cpu_features": made["machine"]["features"],
-        "cores": made["machine"]["cores"],
-        "memory": made["machine"]["memory"],
+        "cpu": machine["processor"],
+        "cpu_features": machine["features"],
+        "cores": machine["cores"],
+        "memory": machine["memory"],
         "busy": busy,
         "idle": not load_note(busy),
     }
 
 
 def report(
-    rows: Sequence[Row],
+    rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     bandwidth: float,
     real: Collection[str],
@@ -428,40 +385,39 @@ def report(
         "schema": SCHEMA,
         "settings": dict(facts),
         "bandwidth": bandwidth,
-        "rows": [asdict(row) for row in rows],
+        "rows": list(rows),
         "failed": dict(failed or {}),
         "verdict": verdict(rows, real),
     }
 
 
-def verdict(rows: Sequence[Row], real: Collection[str]) -> str:
+def verdict(rows: Sequence[Mapping[str, Any]], real: Collection[str]) -> str:
     """Say which of the `real` rows is fastest, if its slowest round is faster than the first row was then."""
-    best = max((row for row in rows[1:] if row.name in real), key=lambda row: row.ratio_low, default=None)
+    best = max((row for row in rows[1:] if row["name"] in real), key=itemgetter("ratio_low"), default=None)
     if best is None:
         return ""
-    if best.ratio_low <= 1:
-        return f"nothing is faster than {rows[0].name} in every round"
-    by = f"{best.ratio:.2f}x ({best.ratio_low:.2f} to {best.ratio_high:.2f} by round)"
-    same = "" if best.agreement is None else f"; {best.agreement:.0%} of its tokens are the same"
-    return f"{best.name} is the fastest: {by} the speed of {rows[0].name}{same}"
+    if best["ratio_low"] <= 1:
+        return f"nothing is faster than {rows[0]['name']} in every round"
+    by = f"{best['ratio']:.2f}x ({best['ratio_low']:.2f} to {best['ratio_high']:.2f} by round)"
+    same = "" if best["agreement"] is None else f"; {best['agreement']:.0%} of its tokens are the same"
+    return f"{best['name']} is the fastest: {by} the speed of {rows[0]['name']}{same}"
 
 
 def bench_sheet(found: Mapping[str, Any]) -> Sheet:
     """The table of a benchmark, as `report` gives it or JSON kept it."""
 
-    def ratio(row: Mapping[str, Any]) -> str:
-        if row["ratio"] is None:
-            return "-"
-        return f"{plus_minus(row['ratio'], row.get('ratio_low'), row.get('ratio_high'), 2)}x"
-
     def differs(row: Mapping[str, Any]) -> str:
         place = row["first_difference"]
         return "" if row["agreement"] is None else "never" if place is None else f"at {place:.0f}"
 
+    def ratio(row: Mapping[str, Any]) -> str:
+        shown = row["ratio"]
+        return "-" if shown is None else f"{plus_minus(shown, row.get('ratio_low'), row.get('ratio_high'), 2)}x"
+
     def share(value: float | None) -> str:
         return "" if value is None else f"{value:.0%}"
 
-    columns: dict[str, Any] = {
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "setting": lambda row: row["name"],
         "precision": lambda row: row["precision"],
         "tokens/s#": lambda row: f"{row['tokens_per_second']:.1f}",
@@ -473,18 +429,19 @@ def bench_sheet(found: Mapping[str, Any]) -> Sheet:
         "memory#": lambda row: "" if row.get("peak_bytes") is None else human_bytes(row["peak_bytes"]),
         "same#": lambda row: share(row["agreement"]),
         "differs#": differs,
-        "exits#": lambda row: share(row["exit_rate"]) if row["exit_rate"] else "",
+        "exits#": lambda row: share(row["exit_rate"] or None),
         "kept#": lambda row: share(row["acceptance"]) if row["exit_rate"] or row["acceptance"] < 1 else "",
         "roofline#": lambda row: share(row["roofline"]),
     }
-    keep = ["setting", "tokens/s", "spread", "ratio", "first ms", "ms", "95 %", "same"]
-    return sheet("", columns, found["rows"]).compact(keep)
+    return sheet(
+        "", columns, found["rows"], ("setting", "tokens/s", "spread", "ratio", "first ms", "ms", "95 %", "same")
+    )
 
 
 def narrow(shown: Sheet) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
-    spare = ["differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread"]
-    return shown.within(TERMINAL, spare)
+    spare = ("differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread")
+    return shown.within(spare)
 
 
 def facts_lines(found: Mapping[str, Any]) -> list[str]:

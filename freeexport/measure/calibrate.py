@@ -7,7 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 
@@ -17,16 +17,17 @@ from freeexport.measure import timing
 from freeexport.measure.exit_verdict import ExitFacts, Verdict, verdict, why_never
 from freeexport.measure.sources import (
     BundleSource,
-    DecodedOutputs,
     Facts,
     Source,
     check_same_model,
     collect,
     is_bundle,
     open_sources,
+    reference_of,
 )
 from freeexport.measure.threshold import (
     Choice,
+    DecodedOutputs,
     Rule,
     caught,
     check_confidences,
@@ -67,9 +68,6 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         Device.parse(self.device)
-        for name, least in (("samples", 1), ("max_new_tokens", 1), ("rounds", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(f"{name} is {getattr(self, name)!r}; choose {least} or more")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ class Calibrated:
                 why_never=why_never(calibration),
                 agreement=traces.share(traces.agrees),
                 exit_rate=traces.share(exits),
-                exit_agreement=traces.share(traces.agrees & exits, exits),
+                exit_agreement=traces.share(traces.agrees, exits),
                 break_even=self.break_even,
                 speedup=self.chosen.speedup(self.costs),
                 measured=None if self.speeds is None else self.speeds[1] / self.speeds[0],
@@ -155,43 +153,39 @@ def calibrate(models: Sequence[str], data: Path, options: CalibrateOptions, outp
         raise OptionError("--rounds times engines, which a checkpoint has not: convert, then calibrate the bundle")
     with open_sources(models, options.exit_layer, options.device, options.threads) as sources:
         several = len(sources) > 1
+        bundles = [one for one in sources if isinstance(one, BundleSource)]
         if several:
-            bundles = cast(list[BundleSource], sources)
             for bundle in bundles:  # lines that fit all
                 requests = [request for request, _ in bundle.prompts(requests)]
             check_same_model(bundles, requests, options.max_new_tokens)
-            options = replace(options, rounds=options.rounds or ROUNDS)
             # Each bundle is a chance to fail: together they have delta.
-            options = replace(options, rule=replace(options.rule, delta=options.rule.delta / len(sources)))
-        results = [_calibrated(source, data, requests, options, output, several) for source in sources]
+            rule = replace(options.rule, delta=options.rule.delta / len(sources))
+            options = replace(options, rounds=options.rounds or ROUNDS, rule=rule)
+        results = []
+        for source in sources:
+            cache = cache_path(source.facts.path, output)
+            traces = collect(source, data, requests, cache, options.max_new_tokens)
+            check_enough(traces, options.rule)
+            costs = source.costs(requests, traces.mean_length)
+            choice = choose(traces, options.rule, _outputs(source, requests, options))
+            most = fastest_rows(traces, choice.threshold, costs, source.facts.max_pending) if several else None
+            results.append(explained(choice, source.facts, traces, costs, options.rule, most, str(data)))
         if options.rounds:
-            results = _timed(cast(list[BundleSource], sources), results, requests, options)
-    speeds = [one.speeds for one in results]
-    full = max((speed[0] for speed in speeds if speed is not None), default=float("nan"))
-    exits = [0.0 if speed is None else speed[1] for speed in speeds]
+            results = _timed(bundles, results, requests, options)
+    full = max((one.speeds[0] for one in results if one.speeds is not None), default=float("nan"))
+    exits = [0.0 if one.speeds is None else one.speeds[1] for one in results]
     best = int(np.argmax(exits)) if max(exits) > full else None
     return Comparison(tuple(results), best if several else 0, full)
 
 
-def _calibrated(
-    source: Source,
-    data: Path,
-    requests: Sequence[Request],
-    options: CalibrateOptions,
-    output: Path | None,
-    several: bool,
-) -> Calibrated:
-    traces = collect(source, data, requests, cache_path(source.facts.path, output), options.max_new_tokens)
-    check_enough(traces, options.rule)
-    costs = source.costs(requests, traces.mean_length)
-    outputs = None
-    if options.rule.needs_outputs:
-        assert isinstance(source, BundleSource)
-        outputs = DecodedOutputs.of(source, requests, options.max_new_tokens)
-    choice = choose(traces, options.rule, outputs)
-    most = fastest_rows(traces, choice.threshold, costs, source.facts.max_pending) if several else None
-    found = explained(choice, source.facts, traces, costs, options.rule, most)
-    return replace(found, data=str(data))
+def _outputs(source: Source, requests: Sequence[Request], options: CalibrateOptions) -> DecodedOutputs | None:
+    """The outputs of rules that compare them; against the data's references where every line has one."""
+    if not (options.rule.needs_outputs and isinstance(source, BundleSource)):
+        return None
+    fitting = source.prompts(requests)
+    found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
+    targets = found if len(found) == len(fitting) else None
+    return DecodedOutputs(source.session, [ids for _, ids in fitting], targets, options.max_new_tokens)
 
 
 def cache_path(model: str, output: Path | None) -> Path:
@@ -228,14 +222,18 @@ def fastest_rows(traces: Traces, threshold: float, costs: Costs, most: int) -> i
 
 
 def explained(
-    choice: Choice, facts: Facts, traces: Traces, costs: Costs, rule: Rule, max_pending: int | None = None
+    choice: Choice,
+    facts: Facts,
+    traces: Traces,
+    costs: Costs,
+    rule: Rule,
+    max_pending: int | None = None,
+    data: str = "FILE",
 ) -> Calibrated:
     """A choice with what it gives; `max_pending` where that was chosen too."""
-    most = max_pending or facts.max_pending
-    threshold, limit = choice.threshold, rollback_limit(traces, choice.threshold)
-    risk = rule.method == "risk"
-    thresholds = sorted({*TABLE, choice.threshold, *choice.quality})
-    rows = [(one, replay(traces, one, most)) for one in thresholds]
+    most, threshold = max_pending or facts.max_pending, choice.threshold
+    limit = rollback_limit(traces, threshold)
+    replays = {one: replay(traces, one, most) for one in sorted({*TABLE, threshold, *choice.quality})}
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
         source_sha256=facts.source_sha256,
@@ -248,13 +246,13 @@ def explained(
         positions=traces.tokens,
         agreement=traces.agreement,
         target=rule.target,
-        risk=rule.risk if risk else None,
+        risk=rule.risk if rule.method == "risk" else None,
         delta=rule.delta if rule.method in ("risk", "quality") else None,
         rollback_threshold=limit,
         mixture=choice.mixture,
         table=tuple(
             TableRow(one, done.exit_rate, done.agreement, choice.quality.get(one), done.speedup(costs))
-            for one, done in rows
+            for one, done in replays.items()
         ),
         costs=recordable(costs),
         created_with={"freeexport": __version__, "python": platform.python_version()},
@@ -266,17 +264,7 @@ def explained(
     )
     notes = (*choice.notes, *([] if costs.trusted else [busy]))
     lost = None if limit is None else caught(traces, threshold, limit)
-    return Calibrated(
-        calibration, facts, traces, costs, replay(traces, threshold, most), most, caught=lost, notes=notes
-    )
-
-
-@dataclass(frozen=True)
-class _Setting:
-    """Mode full, or free at a threshold, of the bundle with that number."""
-
-    bundle: int
-    threshold: float | None = None
+    return Calibrated(calibration, facts, traces, costs, replays[threshold], most, data, lost, notes=notes)
 
 
 def _timed(
@@ -286,19 +274,19 @@ def _timed(
     options: CalibrateOptions,
 ) -> list[Calibrated]:
     """The results with measured speeds, all bundles in turn; for one bundle at a few more thresholds, too."""
-    settings = []
+    # Mode full, None, or free at a threshold, of the bundle with that number.
+    settings: list[tuple[int, float | None]] = []
     for number, one in enumerate(results):
         chosen = one.calibration.threshold
         others = {0.5, 0.9} if len(results) == 1 else set()
         free = sorted({chosen if chosen < NEVER_EXIT else 0.7, *others})
-        settings += [_Setting(number), *(_Setting(number, value) for value in free)]
+        settings += [(number, None), *((number, value) for value in free)]
 
-    def decode(setting: _Setting, prompt: np.ndarray) -> tuple[int, float]:
-        session, most = sources[setting.bundle].session, results[setting.bundle].max_pending
-        mode: Mode = "full" if setting.threshold is None else "free"
-        stats = session.generate(
-            prompt, max_new_tokens=options.max_new_tokens, max_pending=most, mode=mode, threshold=setting.threshold
-        ).stats
+    def decode(setting: tuple[int, float | None], prompt: np.ndarray) -> tuple[int, float]:
+        number, threshold = setting
+        mode: Mode = "full" if threshold is None else "free"
+        given: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "max_pending": results[number].max_pending}
+        stats = sources[number].session.generate(prompt, mode=mode, threshold=threshold, **given).stats
         return stats.candidates, stats.seconds - stats.encode_seconds - stats.prefill_seconds
 
     prompts = [ids for _, ids in sources[0].prompts(requests)][:PROMPTS]
@@ -306,16 +294,13 @@ def _timed(
         speeds = timing.speeds(settings, prompts, options.rounds, decode)
     timed = []
     for number, one in enumerate(results):
-        own = {
-            setting.threshold: np.array([speeds[turn, place] for turn in range(len(speeds))])
-            for place, setting in enumerate(settings)
-            if setting.bundle == number
-        }
+        own = {at: speeds[:, place] for place, (bundle, at) in enumerate(settings) if bundle == number}
         full = own.pop(None)
-        ratio = {value: float(np.median(speed / full)) for value, speed in own.items() if np.isfinite(speed).all()}
+        known = {at: speed for at, speed in own.items() if np.isfinite(speed).all()}
+        ratio = {at: float(np.median(speed / full)) for at, speed in known.items()}
         table = tuple(replace(row, measured_speedup=ratio.get(row.threshold)) for row in one.calibration.table)
         chosen = one.calibration.threshold
-        spreads = [timing.spread(speed.tolist()) for speed in (full, *own.values()) if np.isfinite(speed).all()]
+        spreads = [timing.spread(speed.tolist()) for speed in (full, *known.values()) if np.isfinite(speed).all()]
         spread = f"measured speeds vary by up to {max(spreads, default=0.0):.0%} from round to round"
         timed.append(
             replace(

@@ -141,11 +141,6 @@ class CalmResult:
     seconds: float
     first_seconds: float
 
-    @property
-    def decode_seconds(self) -> float:
-        """Seconds after the first token."""
-        return self.seconds - self.first_seconds
-
 
 class Calm:
     """Decodes one sequence at a time. `directory`: what `write_calm` wrote for the bundle, whose exits begin after
@@ -159,19 +154,14 @@ class Calm:
         def engine(path: Path) -> OnnxEngine:
             return OnnxEngine(path, threads, kernels=manifest.kernels)
 
-        self._first = engine(directory / "shallow.onnx")
-        self._rest = engine(directory / "deep.onnx")
-        self._steps = {layer: engine(directory / f"layer.{layer}.onnx") for layer in self._layers}
-        self._fills = {layer: engine(directory / f"fill.{layer}.onnx") for layer in self._layers}
-        self._encoder = (
-            Encoder(engine(bundle.path / "encoder.onnx"), engine(bundle.path / "prologue.onnx"))
-            if manifest.encoder_decoder
-            else None
-        )
+        names = ["shallow", "deep", *(f"{kind}.{layer}" for layer in self._layers for kind in ("layer", "fill"))]
+        self._engines = {name: engine(directory / f"{name}.onnx") for name in names}
+        encoder = [engine(bundle.path / f"{name}.onnx") for name in ("encoder", "prologue") if manifest.encoder_decoder]
+        self._encoder = Encoder(*encoder) if encoder else None
         self._cache = KVCache(*cache_sizes(manifest, range(manifest.layers), 1, manifest.capacity))
         self._token, self._confidence = np.zeros(1, np.int64), np.zeros(1, np.float32)
         self._input = np.zeros((1, 1), np.int64)
-        self._bound: dict[str, Call] | None = None
+        self._calls: dict[str, Call] = {}
 
     def generate(
         self, prompt: np.ndarray, max_new_tokens: int, threshold: float, decays: bool = False, single: bool = False
@@ -185,10 +175,10 @@ class Calm:
         ids: list[int] = []
         layers: list[int] = []
         if self._encoder is None:
-            self._attend({})
+            self._bind_calls({})
             ids, layers, read = [self._prefill(prompt)], [manifest.layers], len(prompt)
         else:
-            self._attend(self._encoder.run(prompt))
+            self._bind_calls(self._encoder.run(prompt))
             read = 1
         first = perf_counter()
         limit = min(max_new_tokens, manifest.capacity - read + 1)
@@ -202,101 +192,83 @@ class Calm:
         return CalmResult(tuple(ids), tuple(layers), perf_counter() - began, first - began)
 
     def _prefill(self, tokens: np.ndarray) -> int:
-        """All layers over the prompt in two calls, as in the other modes; the head for its last row."""
+        """Run all layers over the prompt in two calls, as in the other modes, and the head for its last row."""
         rows, none = len(tokens), np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
-        shared = self._lengths(rows)
-        first = self._first.bind(
-            {"input_ids": tokens[None], **shared, "head_rows": none, **self._arrays("past", range(self._least))},
+        lengths, shallow = self._lengths(rows), range(self._least)
+        self._engines["shallow"].bind(
+            {"input_ids": tokens[None], **lengths, "head_rows": none, **self._arrays("past", shallow)},
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
-             **self._arrays("present", range(self._least))},
-        )  # fmt: skip
-        last = {**shared, "head_rows": np.array([rows - 1], np.int64), "emitted": np.zeros(1, np.int64)}
-        rest = self._rest.bind(
-            {"hidden": state, **last, **self._arrays("past", self._layers)},
-            {"token": self._token, **self._arrays("present", self._layers)},
-        )
-        for call in (first, rest):
-            call.run()
+             **self._arrays("present", shallow)},
+        ).run()  # fmt: skip
+        self._deep(state, np.array([rows - 1], np.int64), lengths, {}).run()
         self._cache.extend(0, rows)
         return int(self._token[0])
 
     def _step(self, token: int, bar: float, single: bool) -> tuple[int, int]:
-        """The next token, and the layers that it took."""
-        assert self._bound is not None
+        """Compute the next token, and the layers that it took."""
         self._input[0, 0] = token
-        self._bound["first"].run()
+        self._calls["shallow"].run()
         taken = self._least
         if single and not float(self._confidence[0]) > bar:
-            self._bound["rest"].run()
+            self._calls["deep"].run()
             taken = self._manifest.layers
         while taken < self._manifest.layers and not float(self._confidence[0]) > bar:
-            self._bound[f"layer.{taken}"].run()
+            self._calls[f"layer.{taken}"].run()
             taken += 1
         if taken < self._manifest.layers:
-            self._bound[f"fill.{taken}"].run()
+            self._calls[f"fill.{taken}"].run()
         self._cache.extend(0, 1)
         return int(self._token[0]), taken
 
-    def _attend(self, cross: Mapping[str, Any]) -> None:
+    def _bind_calls(self, cross: Mapping[str, Any]) -> None:
         """Bind the calls of one row, once; later requests change only what they read of the prompt."""
-        if self._bound is None:
-            self._bound = self._one_row(cross)
-        elif cross:
-            for name, call in self._bound.items():
-                if not name.startswith("fill"):
-                    parts = {"first": range(self._least), "rest": self._layers}
-                    layers = parts.get(name) or [int(name.partition(".")[2])]
-                    call.rebind(_cross(cross, layers), {})
-
-    def _one_row(self, cross: Mapping[str, Any]) -> dict[str, Call]:
-        shape, most = (1, 1, self._manifest.hidden_size), self._manifest.layers
+        most, calls = self._manifest.layers, self._calls
+        reads = {"shallow": range(self._least), "deep": self._layers}
+        reads |= {f"layer.{layer}": range(layer, layer + 1) for layer in self._layers}
+        if calls:
+            for name, layers in reads.items() if cross else ():
+                calls[name].rebind(_cross(cross, layers), {})
+            return
+        shape, head = (1, 1, self._manifest.hidden_size), np.zeros(1, np.int64)
         states = {layer: np.zeros(shape, np.float32) for layer in range(self._least, most + 1)}
-        inputs, state = {"input_ids": self._input}, states[self._least]
-        made = {"first": self._bind(self._first, range(self._least), inputs, state, cross)}
-        one = {**self._lengths(1), "head_rows": np.zeros(1, np.int64), "emitted": np.zeros(1, np.int64)}
-        made["rest"] = self._rest.bind(
-            {"hidden": state, **one, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
-            {"token": self._token, **self._arrays("present", self._layers)},
-        )
-        for layer in self._layers:
-            before, after, skipped = states[layer], states[layer + 1], range(layer, most)
-            only = range(layer, layer + 1)
-            made[f"layer.{layer}"] = self._bind(self._steps[layer], only, {"state": before}, after, cross)
-            made[f"fill.{layer}"] = self._fills[layer].bind(
-                {"state": before, **self._lengths(1), **self._arrays("past", skipped)}, self._arrays("present", skipped)
+        for name, layers in reads.items():
+            if name == "deep":
+                calls[name] = self._deep(states[self._least], head, self._lengths(1), cross)
+                continue
+            first = {"input_ids": self._input} if name == "shallow" else {"state": states[layers.start]}
+            rows = {**self._lengths(1), "head_rows": head, **_cross(cross, layers)}
+            outputs = {"hidden": states[layers.stop], "token": self._token, "confidence": self._confidence}
+            calls[name] = self._engines[name].bind(
+                {**first, **rows, **self._arrays("past", layers)}, {**outputs, **self._arrays("present", layers)}
             )
-        return made
+        for layer in self._layers:
+            skipped = range(layer, most)
+            calls[f"fill.{layer}"] = self._engines[f"fill.{layer}"].bind(
+                {"state": states[layer], **self._lengths(1), **self._arrays("past", skipped)},
+                self._arrays("present", skipped),
+            )
 
-    def _bind(
-        self, engine: OnnxEngine, layers: range, inputs: Mapping[str, Any], state: np.ndarray, cross: Mapping[str, Any]
+    def _deep(
+        self, state: np.ndarray, head_rows: np.ndarray, lengths: Mapping[str, Any], cross: Mapping[str, Any]
     ) -> Call:
-        """Bind a call over one row, for which the head runs."""
-        rows = {**self._lengths(1), "head_rows": np.zeros(1, np.int64)}
-        outputs = {"hidden": state, "token": self._token, "confidence": self._confidence}
-        return engine.bind(
-            {**inputs, **rows, **self._arrays("past", layers), **_cross(cross, layers)},
-            {**outputs, **self._arrays("present", layers)},
+        given = {"hidden": state, **lengths, "head_rows": head_rows, "emitted": np.zeros(1, np.int64)}
+        return self._engines["deep"].bind(
+            {**given, **self._arrays("past", self._layers), **_cross(cross, self._layers)},
+            {"token": self._token, **self._arrays("present", self._layers)},
         )
 
     def _lengths(self, rows: int) -> dict[str, np.ndarray]:
         return {"past_lengths": self._cache.lengths, "query_lengths": np.array([rows], np.int32)}
 
     def _arrays(self, prefix: str, layers: range) -> dict[str, np.ndarray]:
-        return {
-            f"{prefix}.{layer}.{part}": self._cache.arrays[f"{layer}.{part}"]
-            for layer in layers
-            for part in ("key", "value")
-        }
+        names = [f"{layer}.{part}" for layer in layers for part in ("key", "value")]
+        return {f"{prefix}.{name}": self._cache.arrays[name] for name in names}
 
 
-def _cross(cross: Mapping[str, Any], layers: Any) -> dict[str, Any]:
-    if not cross:
-        return {}
-    return {
-        "cross_lengths": cross["cross_lengths"],
-        **{f"cross.{layer}.{part}": cross[f"cross.{layer}.{part}"] for layer in layers for part in ("key", "value")},
-    }
+def _cross(cross: Mapping[str, Any], layers: range) -> dict[str, Any]:
+    names = [f"cross.{layer}.{part}" for layer in layers for part in ("key", "value")]
+    return {name: cross[name] for name in ("cross_lengths", *names)} if cross else {}
 
 
 def threshold_at(threshold: float, token: int, limit: int) -> float:

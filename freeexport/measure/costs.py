@@ -1,4 +1,5 @@
-"""Costs of decoding on this machine, fitted to decoding: mode full, and mode free with exits as scripts say.
+"""Costs of decoding on this machine: fitted to decoding, in mode full and in mode free with exits as scripts say; and
+by the bytes that it reads, against memory bandwidth.
 
 Calls that are timed one by one, again and again, find their weights in the processor's cache and their buffers bound;
 decoding does not, and pays more. So costs are fitted to whole requests, all kinds of them in turn.
@@ -10,21 +11,28 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from freeexport.measure.forced import THRESHOLD, ForcedExitSession, drawn
+from freeexport.measure.forced import THRESHOLD, ReplaySession, drawn
 from freeexport.measure.timing import interleave, other_load
 from freeexport.system.child import run_child
+from graphs.step_costs import StepCosts
+from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
+from runtime.errors import OptionError
 from runtime.machine.machine import host
 from runtime.result import Stats
+
+if TYPE_CHECKING:
+    from runtime.bundle.manifest import Manifest
 
 # Rows of deep passes whose costs are kept.
 SIZES = (1, 2, 4, 8, 16)
@@ -34,6 +42,11 @@ RATES = (0.0, 0.5, 0.8, 0.95)
 PROMPTS, ROUNDS, SECONDS, FEWEST = 8, 9, 12.0, 2
 # A prompt and its continuation where none are given.
 CONTEXT, TOKENS = 112, 33
+
+
+# Of the memory that bandwidth is measured on: more than any cache holds. The best of several passes counts, as the
+# machine was then disturbed least.
+BUFFER, PASSES = 1 << 30, 8
 
 
 @dataclass(frozen=True)
@@ -59,7 +72,7 @@ class Sample:
 
 
 def measured_costs(
-    session: ForcedExitSession,
+    session: ReplaySession,
     prompts: Sequence[np.ndarray],
     tokens: int,
     rounds: int = ROUNDS,
@@ -98,12 +111,8 @@ def measured_costs(
 
 def measured_in_child(bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT) -> Costs:
     """Measure in a process of its own, so its memory is freed, after prompts of `context` random tokens."""
-    given = {"threads": threads, "tokens": tokens, "context": context}
-    return costs_of(json.loads(run_child("freeexport.measure.costs", str(bundle), json.dumps(given))))
-
-
-def costs_of(found: Any) -> Costs:
-    """Costs from what `asdict` gave, as JSON keeps it."""
+    given = {"bundle": str(bundle), "threads": threads, "tokens": tokens, "context": context}
+    found = json.loads(run_child("freeexport.measure.costs", json.dumps(given)))
     costs: Costs = Reader("measure again").read(Costs, found, "costs")
     return costs
 
@@ -159,16 +168,100 @@ def _typical(again: Sequence[Sample]) -> Sample:
     return replace(first, shallow=shallow, outside=outside, deep=deep)
 
 
+def measured_steps(manifest: Manifest) -> StepCosts:
+    """Milliseconds, from what `convert` timed at the bundle's own exit layer. Raises OptionError where it did not."""
+    costs = manifest.costs
+    if costs is None:
+        raise OptionError("the bundle holds no measured costs; convert it again without --verify none")
+    # A shallow step with its head has the exit's own layers too; one without has neither.
+    own, both = manifest.exit_layers, costs.head
+    layer = (costs.shallow_without_head + costs.deep[1] - both) / (manifest.layers - own)
+    growth = {size: seconds / costs.deep[1] for size, seconds in costs.deep.items()}
+    return StepCosts(1e3 * layer, 1e3 * max(0.0, both - own * layer), growth, measured=True)
+
+
+class EngineBytes(NamedTuple):
+    """Bytes of weights that a call reads: for every token, and by the head, where it runs."""
+
+    layers: int
+    head: int
+
+
+def bandwidth_of(threads: int) -> float:
+    """Bytes a second that `threads` threads read together, measured in a process of its own."""
+    # numpy's matrix library must not add threads of its own.
+    alone = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    return float(run_child("freeexport.measure.costs", json.dumps({"read_by": threads}), variables=alone))
+
+
+def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) -> float:
+    """Bytes a second that `threads` threads read together from `size` bytes; the best of `passes`."""
+    parts = np.array_split(np.ones(size // 8, np.int64), threads)
+    # Either may be faster, by the instructions that numpy has for it here.
+    readers = (np.sum, np.max, lambda part: np.dot(part.view(np.float64), part.view(np.float64)))
+    best = 0.0
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(passes):
+            for reader in readers:
+                began = perf_counter()
+                list(pool.map(reader, parts))
+                best = max(best, sum(part.nbytes for part in parts) / (perf_counter() - began))
+    return best
+
+
+def engine_bytes(path: Path) -> EngineBytes:
+    """Weights of an engine by who reads them. What depends on the input `head_rows`, or on `exit_lengths` where the
+    exit has layers of its own, is the head. Of a table that rows are gathered from, only a row is read: it counts as
+    nothing."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    of_head: set[str | None] = {"head_rows", "exit_lengths"}
+    readers: dict[str, set[bool]] = defaultdict(set)
+    for node in graph:
+        in_head = any(value is not None and value.name in of_head for value in node.inputs)
+        if in_head:
+            of_head.update(value.name for value in node.outputs)
+        for place, value in enumerate(node.inputs):
+            if node.op_type == "PackedRows":
+                one_row = place > 0
+            else:
+                one_row = node.op_type.startswith("Gather") and place != 1
+            if value is not None and value.name and value.name in graph.initializers and not one_row:
+                readers[value.name].add(in_head)
+    # A tensor that layers and head share is read by both.
+    sizes = {
+        name: value.const_value.nbytes for name, value in graph.initializers.items() if value.const_value is not None
+    }
+    return EngineBytes(*(sum(sizes[name] for name, by in readers.items() if head in by) for head in (False, True)))
+
+
+def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float) -> int:
+    """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
+    may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
+    encoder-decoder also those of `encoder_tokens` in cross-attention."""
+    manifest = bundle.manifest
+    shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+    own = manifest.exit_layers
+    position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
+    read = shallow.layers + len(manifest.shallow_layers) * position
+    read += shallow.head + own * position if exits else 0
+    return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Print the costs of the bundle named first as JSON; settings are those of `measured_in_child`."""
-    bundle, given = Path(arguments[0]), json.loads(arguments[1])
-    with ForcedExitSession(bundle, slots=1, threads=given["threads"]) as session:
+    """Print, as JSON, the costs of a bundle with the settings of `measured_in_child`, or for `{"read_by": THREADS}` the
+    bandwidth."""
+    given = json.loads(arguments[0])
+    if "read_by" in given:
+        print(measure_bandwidth(given["read_by"]))
+        return
+    with ReplaySession(Path(given["bundle"]), threads=given["threads"]) as session:
         manifest = session.manifest
         room = manifest.encoder_capacity if manifest.encoder_decoder else session.capacity // 2
         random = np.random.default_rng(0)
         prompts = [random.integers(0, manifest.vocab_size, max(1, min(given["context"], room))) for _ in range(PROMPTS)]
-        costs = measured_costs(session, prompts, given["tokens"])
-    print(json.dumps(asdict(costs)))
+        print(json.dumps(asdict(measured_costs(session, prompts, given["tokens"]))))
 
 
 if __name__ == "__main__":

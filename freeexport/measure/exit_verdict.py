@@ -125,10 +125,6 @@ class ExitFacts:
         fair = self.agreement is not None and self.agreement.value >= FAIR_AGREEMENT
         return self.trained is False and not fair
 
-    @property
-    def where(self) -> str:
-        return f"the exit after layer {self.exit_layer} of {self.layers}"
-
 
 def why_never(calibration: Calibration) -> str:
     """Why a calibration has no threshold below 1."""
@@ -145,89 +141,66 @@ def why_never(calibration: Calibration) -> str:
 
 def verdict(facts: ExitFacts) -> Verdict:
     """The verdict on an exit: "good" pays, "bad" does not, "neutral" cannot be said yet."""
-    if facts.threshold is None:
-        return _uncalibrated(facts)
-    if facts.threshold >= 1.0:
-        why = facts.why_never or "no threshold meets the target"
-        trained = "is untrained" + _agreeing(facts) + " and " if facts.untrained else ""
-        ask_less = () if facts.untrained else ("give more data", "ask for less (--agreement)")
-        return Verdict("bad", f"does not pay: {facts.where} {trained}never exits: {why}", _instead(facts, *ask_less))
-    speedup = facts.speedup if facts.measured is None and facts.basis != "unknown" else facts.measured
-    if speedup is None:
-        again = f"freeexport calibrate {facts.name} --data {facts.data}"
-        return Verdict("neutral", f"{_rates(facts)}; speed not measured", again)
-    return _calibrated(facts, speedup)
-
-
-def _uncalibrated(facts: ExitFacts) -> Verdict:
-    if facts.untrained:
-        poor = f"is untrained{_agreeing(facts)}, so early tokens will be poor"
-        return Verdict("bad", f"does not pay: {facts.where} {poor}", _instead(facts))
+    basis, even = _BASES[facts.basis], facts.break_even
+    where = f"the exit after layer {facts.exit_layer} of {facts.layers}"
     calibrate = f"freeexport calibrate {facts.name} --data {facts.data}"
-    if facts.basis == "unknown":
-        return Verdict("neutral", "not calibrated, so nothing exits yet; speed not measured", calibrate)
-    if facts.break_even is None:
-        return Verdict(
-            "bad", f"does not pay: {facts.where} {_saves_nothing(facts)}", _instead(facts, *_elsewhere(facts))
-        )
-    even = f"exits pay {_BASES[facts.basis]} once {facts.break_even:.1%} of the tokens exit"
-    return Verdict("neutral", f"not calibrated, so nothing exits yet; {even}", calibrate)
+    poor = ""
+    if facts.untrained:
+        seen = facts.agreement
+        known = f" (shallow and deep prediction agree at {seen} of the model's own tokens)" if seen is not None else ""
+        poor = f"is untrained{known}"
+    saves_nothing = f"saves nothing even if every token exited, {basis}"
+    # A comparison of layers has looked at all of them.
+    elsewhere = () if facts.checkpoint else ("compare layers (freeexport evaluate CHECKPOINT --layers)",)
 
+    if facts.threshold is None:
+        if poor:
+            return _bad(facts, f"{where} {poor}, so early tokens will be poor")
+        if facts.basis == "unknown":
+            return Verdict("neutral", "not calibrated, so nothing exits yet; speed not measured", calibrate)
+        if even is None:
+            return _bad(facts, f"{where} {saves_nothing}", *elsewhere)
+        pays = f"exits pay {basis} once {even:.1%} of the tokens exit"
+        return Verdict("neutral", f"not calibrated, so nothing exits yet; {pays}", calibrate)
+    if facts.threshold >= 1.0:
+        never = f"never exits: {facts.why_never or 'no threshold meets the target'}"
+        if poor:
+            return _bad(facts, f"{where} {poor} and {never}")
+        return _bad(facts, f"{where} {never}", "give more data", "ask for less (--agreement)")
 
-def _calibrated(facts: ExitFacts, speedup: float) -> Verdict:
-    rates, gain, even = _rates(facts), _gain(facts), facts.break_even
-    if facts.measured is None and even is None:
-        return Verdict("bad", f"does not pay: {rates}; it {_saves_nothing(facts)}", _instead(facts, *_elsewhere(facts)))
+    exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
+    agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
+    rates = f"{where}: above threshold {facts.threshold:.4g} {exits}{agree}"
+    predicted = None if facts.basis == "unknown" else facts.speedup
+    speedup = predicted if facts.measured is None else facts.measured
+    if speedup is None:
+        return Verdict("neutral", f"{rates}; speed not measured", calibrate)
+    if facts.measured is None:
+        gain = f"{speedup:.2f}x the speed of mode full, predicted {basis}"
+        if even is None:
+            return _bad(facts, f"{rates}; it {saves_nothing}", *elsewhere)
+    else:
+        also = "" if predicted is None else f" ({predicted:.2f}x predicted {basis})"
+        gain = f"{speedup:.2f}x the speed of mode full, measured{also}"
     if speedup <= 1:
         needed = "" if even is None else f"; exits pay once {even:.1%} of the tokens exit"
-        return Verdict("bad", f"does not pay: {gain}; {rates}{needed}", _instead(facts, "ask for less (--agreement)"))
+        return _bad(facts, f"{gain}; {rates}{needed}", "ask for less (--agreement)")
     low = None if facts.exit_rate is None else facts.exit_rate.low
     if facts.measured is None and low is not None and even is not None and low < even:
         few = f"the data are too few to tell this from the {even:.1%} of exits at which exits begin to pay"
         return Verdict("neutral", f"may pay: {gain}; {rates}; {few}", "give more data")
     if facts.measured is None and facts.basis == "busy":
-        again = f"freeexport calibrate {facts.name} --data {facts.data}, on an idle machine"
-        return Verdict("neutral", f"may pay: {gain}; {rates}", again)
+        return Verdict("neutral", f"may pay: {gain}; {rates}", f"{calibrate}, on an idle machine")
+    following = f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}"
     if facts.checkpoint:
-        convert = f"freeexport convert {facts.name} OUT --exit-layer {facts.exit_layer}, then calibrate the bundle"
-        return Verdict("good", f"pays: {gain}; {rates}", convert)
-    return Verdict("good", f"pays: {gain}; {rates}", f"freeexport bench {facts.name} --threshold {facts.threshold:.4g}")
+        following = f"freeexport convert {facts.name} OUT --exit-layer {facts.exit_layer}, then calibrate the bundle"
+    return Verdict("good", f"pays: {gain}; {rates}", following)
 
 
-def _gain(facts: ExitFacts) -> str:
-    predicted = None if facts.speedup is None or facts.basis == "unknown" else f"{facts.speedup:.2f}x"
-    if facts.measured is None:
-        return f"{predicted} the speed of mode full, predicted {_BASES[facts.basis]}"
-    also = "" if predicted is None else f" ({predicted} predicted {_BASES[facts.basis]})"
-    return f"{facts.measured:.2f}x the speed of mode full, measured{also}"
-
-
-def _agreeing(facts: ExitFacts) -> str:
-    if facts.agreement is None:
-        return ""
-    return f" (shallow and deep prediction agree at {facts.agreement} of the model's own tokens)"
-
-
-def _rates(facts: ExitFacts) -> str:
-    above = f"above threshold {facts.threshold:.4g}" if facts.threshold is not None else "at its threshold"
-    exits = "tokens exit" if facts.exit_rate is None else f"{facts.exit_rate} of {facts.exit_rate.count} tokens exit"
-    agree = "" if facts.exit_agreement is None else f", {facts.exit_agreement} of them agree with the full model"
-    return f"{facts.where}: {above} {exits}{agree}"
-
-
-def _saves_nothing(facts: ExitFacts) -> str:
-    return f"saves nothing even if every token exited, {_BASES[facts.basis]}"
-
-
-def _elsewhere(facts: ExitFacts) -> tuple[str, ...]:
-    """Another layer; a comparison of layers has looked at all of them."""
-    return () if facts.checkpoint else ("compare layers (freeexport evaluate CHECKPOINT --layers)",)
-
-
-def _instead(facts: ExitFacts, *first: str) -> str:
-    """Advice on an exit that does not pay."""
+def _bad(facts: ExitFacts, why: str, *first: str) -> Verdict:
+    """An exit that does not pay, and what to do instead."""
     steps = [*first, f"train it for the exit (freeexport train {facts.name if facts.checkpoint else 'CHECKPOINT'} OUT)"]
     if facts.heavy_head:
         steps.append("give the exit a smaller head (freeexport convert --exit-vocab N), which outweighs its layers")
     steps.append("use mode lossless, whose text is the full model's")
-    return ", ".join(steps[:-1]) + ", or " + steps[-1]
+    return Verdict("bad", f"does not pay: {why}", ", ".join(steps[:-1]) + ", or " + steps[-1])

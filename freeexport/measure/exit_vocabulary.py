@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.examples import read_examples
 from freeexport.measure.calibrate import check_enough
-from freeexport.measure.sources import Facts, collect, open_sources
+from freeexport.measure.sources import CheckpointSource, Facts, collect
 from freeexport.measure.threshold import Rule, choose
 from freeexport.measure.traces import Replay, Traces, replay
 from graphs.errors import GraphError
@@ -48,25 +49,17 @@ class Gain:
 
 @dataclass(frozen=True)
 class ExitGains:
-    """`gains` by ascending size, the last that of the whole vocabulary. `ranked`: all token ids, the most useful first,
-    by all sequences."""
+    """`gains` by size, ascending: the last is that of the whole vocabulary. `ranked`: all token ids, the most useful
+    first, by all sequences."""
 
-    threshold: float
-    gains: tuple[Gain, ...]
+    gains: dict[int, Gain]
     ranked: np.ndarray
 
     @property
     def best(self) -> Gain:
         """The largest of those that are as good as the fastest."""
-        fastest = max(gain.speedup for gain in self.gains)
-        return max((gain for gain in self.gains if gain.speedup >= AS_GOOD * fastest), key=lambda gain: gain.size)
-
-    @property
-    def whole(self) -> Gain:
-        return self.gains[-1]
-
-    def at(self, size: int) -> Gain:
-        return next(gain for gain in self.gains if gain.size == size)
+        fastest = max(gain.speedup for gain in self.gains.values())
+        return [gain for gain in self.gains.values() if gain.speedup >= AS_GOOD * fastest][-1]
 
 
 @dataclass(frozen=True)
@@ -75,7 +68,6 @@ class ChosenVocabulary:
 
     tokens: tuple[int, ...]
     facts: ExitVocabulary
-    gains: ExitGains
 
 
 def choose_exit_vocabulary(
@@ -89,30 +81,27 @@ def choose_exit_vocabulary(
     size out of range, CalibrationError and DataError for data that do not do, OptionError where nothing would exit.
     """
     lines = read_examples(data)
-    requests = lines[:SAMPLES]
-    with open_sources([model], exit_layer, "cpu", None) as sources:
-        source, facts = sources[0], sources[0].facts
-        fewest = max(2, len(facts.ends))
-        if size and not fewest <= size <= facts.vocab_size:
-            raise GraphError(
-                f"exit vocabulary {size} is out of range; this model has {facts.vocab_size} tokens and "
-                f"{len(facts.ends)} that end a sequence, choose {fewest} to {facts.vocab_size}"
-            )
-        kept = out.with_name(f"{out.name}.traces.jsonl")
-        traces = collect(source, data, requests, kept, MAX_NEW_TOKENS)
-        check_enough(traces, Rule())
-        above = choose(traces, Rule()).threshold if threshold is None else threshold
-        if above >= NEVER_EXIT:
-            raise OptionError(
-                f"{facts.path}: no token would exit after layer {facts.exit_layer}, so no exit vocabulary pays; train "
-                "the exit first (freeexport train)"
-            )
-        targets = source.token_ids([line.target for line in lines if line.target])
-        costs = source.costs(requests, traces.mean_length)
-        gains = exit_gains(traces, above, costs, facts, targets, (size,) if size else ())
-    chosen = gains.at(size) if size else gains.best
-    tokens = tuple(sorted(map(int, gains.ranked[: chosen.size])))
-    return ChosenVocabulary(tokens, ExitVocabulary(chosen.size, chosen.covers, traces.tokens), gains)
+    source = CheckpointSource(open_checkpoint(model), exit_layer, "cpu")
+    facts, fewest = source.facts, max(2, len(source.facts.ends))
+    if size and not fewest <= size <= facts.vocab_size:
+        raise GraphError(
+            f"exit vocabulary {size} is out of range; this model has {facts.vocab_size} tokens and "
+            f"{len(facts.ends)} that end a sequence, choose {fewest} to {facts.vocab_size}"
+        )
+    traces = collect(source, data, lines[:SAMPLES], out.with_name(f"{out.name}.traces.jsonl"), MAX_NEW_TOKENS)
+    check_enough(traces, Rule())
+    above = choose(traces, Rule()).threshold if threshold is None else threshold
+    if above >= NEVER_EXIT:
+        raise OptionError(
+            f"{facts.path}: no token would exit after layer {facts.exit_layer}, so no exit vocabulary pays; train "
+            "the exit first (freeexport train)"
+        )
+    targets = source.token_ids([line.target for line in lines if line.target])
+    costs = source.costs(lines[:SAMPLES], traces.mean_length)
+    found = exit_gains(traces, above, costs, facts, targets, (size,) if size else ())
+    chosen = found.gains[size] if size else found.best
+    tokens = tuple(sorted(map(int, found.ranked[: chosen.size])))
+    return ChosenVocabulary(tokens, ExitVocabulary(chosen.size, chosen.covers, traces.tokens))
 
 
 def exit_gains(
@@ -126,17 +115,18 @@ def exit_gains(
     """Gains by size: powers of two, and `sizes`. The tokens that end a sequence are always known; `text` is token ids
     of text to expect. The head's part of a step is taken to be in proportion to its tokens, and confidences not to
     change. Raises CalibrationError where nothing exits at the threshold, or there is one sequence only."""
-    vocabulary, ends, count = facts.vocab_size, facts.ends, len(traces.length)
+    vocabulary, count = facts.vocab_size, len(traces.length)
     if count < FOLDS:
         raise CalibrationError(f"{count} sequence cannot be both chosen on and judged by; give more samples")
-    if not replay(traces, threshold, facts.max_pending).exits.any():
+    exits = traces.above(threshold)
+    if not exits.any():
         raise CalibrationError(f"nothing exits at threshold {threshold:g}; give a lower --threshold")
     written = np.bincount([one for ids in text for one in ids if 0 <= one < vocabulary], minlength=vocabulary)
     fold = np.arange(count) % FOLDS
     ranks = [_ranked(traces.part(fold != number), threshold, written, facts) for number in range(FOLDS)]
-    powers = [STEP << power for power in range(vocabulary.bit_length()) if len(ends) <= STEP << power < vocabulary]
-    gains = []
-    for size in sorted({*powers, *sizes, vocabulary}):
+    powers = (STEP << power for power in range(vocabulary.bit_length()))
+    gains = {}
+    for size in sorted({*(one for one in powers if len(facts.ends) <= one < vocabulary), *sizes, vocabulary}):
         known = np.zeros(traces.tokens, np.bool_)
         for number, ranked in enumerate(ranks):
             known |= (fold[traces.sequence] == number) & np.isin(traces.token, ranked[:size])
@@ -144,9 +134,9 @@ def exit_gains(
         left = replace(traces, confidence=np.where(known, traces.confidence, -1.0))
         head = (costs.shallow - costs.shallow_without_head) * size / vocabulary
         smaller = replace(costs, shallow=costs.shallow_without_head + head)
-        lost = 1 - float(known[traces.above(threshold)].mean())
-        gains.append(Gain(size, float(known.mean()), lost, replay(left, threshold, facts.max_pending), smaller))
-    return ExitGains(threshold, tuple(gains), _ranked(traces, threshold, written, facts))
+        lost, done = 1 - float(known[exits].mean()), replay(left, threshold, facts.max_pending)
+        gains[size] = Gain(size, float(known.mean()), lost, done, smaller)
+    return ExitGains(gains, _ranked(traces, threshold, written, facts))
 
 
 def _ranked(traces: Traces, threshold: float, written: np.ndarray, facts: Facts) -> np.ndarray:

@@ -12,17 +12,18 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from itertools import combinations, product
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.quality import CONFIDENCE, RESAMPLES, SEED
-from freeexport.measure.records import OUTPUTS, RUN, read_records
-from freeexport.system.jsonl import Request, whole_lines
+from freeexport.measure.quality import draws, percentiles
+from freeexport.measure.settings import OUTPUTS, RUN, read_records
+from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.page import pairs
 from freeexport.system.progress import progress
 from runtime.bundle.bundle import sha256_of
@@ -41,6 +42,8 @@ TRIES = 3
 TIMEOUT, LONGEST_PAUSE = 120.0, 60.0
 ATTEMPTS = 6
 _TRANSIENT = (408, 409, 425, 429, 500, 502, 503, 504)
+# A line's preference for the other setting, by the verdict on a pair.
+_WORTH = {"other": 1.0, "tie": 0.5, "full": 0.0}
 
 _LIKERT = """Rate a response to a task, from 1 (useless) to 5 (as good as can be). Judge only whether it is correct, \
 complete and well written. Reply with JSON alone: {{"score": NUMBER}}
@@ -70,7 +73,7 @@ class JudgeError(FreeExportError):
 
 
 class Endpoint:
-    """A chat model at `url`, without /chat/completions. Answers are greedy. Threads may share it; to be closed."""
+    """A chat model at `url`, without /chat/completions. Answers are greedy. Threads may share it."""
 
     def __init__(
         self,
@@ -88,14 +91,6 @@ class Endpoint:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         self._client = httpx.Client(timeout=timeout, headers=headers)
 
-    def __enter__(self) -> Endpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._client.close()
-
     def ask(self, prompt: str) -> str:
         """Get the answer's text. Waits and asks again where the endpoint fails, limits rates or takes too long; raises
         JudgeError where that does not help, and at once where it refuses."""
@@ -103,31 +98,29 @@ class Endpoint:
 
         messages = [{"role": "user", "content": prompt}]
         request = {"model": self._model, "messages": messages, "temperature": 0, "max_tokens": 256}
-        reason, wished = "", ""
+        reason = wished = ""
         for attempt in range(ATTEMPTS):
             if attempt:
                 self._sleep(_pause(attempt, wished))
+            wished = ""
             try:
                 answer = self._client.post(self._url, json=request)
             except httpx.HTTPError as error:
-                reason, wished = f"{type(error).__name__}: {error}", ""
+                reason = f"{type(error).__name__}: {error}"
                 continue
-            if answer.status_code in _TRANSIENT:
+            if answer.status_code == 200:
+                with suppress(ValueError, KeyError, IndexError, TypeError):
+                    if isinstance(found := answer.json()["choices"][0]["message"]["content"], str):
+                        return found
+                reason = "an answer that is no chat completion"
+            elif answer.status_code in _TRANSIENT:
                 reason, wished = f"status {answer.status_code}", answer.headers.get("retry-after", "")
-                continue
-            if answer.status_code != 200:
+            else:
                 text = " ".join(answer.text.split())[:120]
                 raise JudgeError(
                     f"{self._url} refused with status {answer.status_code} ({text}); check --endpoint, --judge-model "
                     "and the key"
                 )
-            try:
-                found: Any = answer.json()["choices"][0]["message"]["content"]
-            except (ValueError, KeyError, IndexError, TypeError):
-                found = None
-            if isinstance(found, str):
-                return found
-            reason, wished = "an answer that is no chat completion", ""
         raise JudgeError(
             f"{self._url} did not answer in {ATTEMPTS} attempts ({reason}); run the same command later: nothing is "
             "judged twice"
@@ -152,26 +145,19 @@ class JudgeOptions:
     output: Path
     bundle: str
     setting: str
-    endpoint: str
     model: str
     kinds: tuple[Kind, ...] = KINDS
     data: Path | None = None
     samples: int = 100
     repeats: int = 2
     parallel: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("samples", "repeats", "parallel"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} is {getattr(self, name)!r}; choose 1 or more")
 
 
 @dataclass(frozen=True)
 class Judgement:
     """`of`: "full" or the setting's name for likert, "pair" for pairwise. `verdict`: a grade; or "full", "other" or
     "tie"; None where the model gave none. `swapped`: the other setting's response stood first. `prompt`: a hash of all
-    that was judged. `asked` is False where both texts were the same and nothing had to be asked."""
+    that is judged. `asked` is False where both texts are the same and nothing has to be asked."""
 
     kind: Kind
     line: int
@@ -183,154 +169,112 @@ class Judgement:
     swapped: bool = False
     asked: bool = True
 
-
-@dataclass(frozen=True)
-class Item:
-    """One question to the judge."""
-
-    kind: Kind
-    line: int
-    repeat: int
-    of: str
-    text: str
-    swapped: bool
-    same: bool
-    model: str
-
-    @property
-    def prompt(self) -> str:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
     @property
     def key(self) -> tuple[Any, ...]:
         return self.kind, self.line, self.repeat, self.of, self.prompt, self.model
 
 
-def items_of(options: JudgeOptions) -> list[Item]:
-    """List the questions in the order of the data. Raises OptionError where outputs are missing."""
-    outputs = {
-        (one.bundle, one.setting, one.line): one.text for one in read_records(options.output / OUTPUTS) if not one.round
-    }
-    requests = _requests(options)
-    lines = [line for bundle, setting, line in outputs if (bundle, setting) == (options.bundle, options.setting)]
-    both = [line for line in sorted(lines) if (options.bundle, "full", line) in outputs and line in requests]
+def questions_of(options: JudgeOptions) -> list[tuple[Judgement, str]]:
+    """List the questions in the order of the data, each as a judgement whose verdict is open, and the text to judge.
+    Raises OptionError where outputs are missing."""
+    records = list(read_records(options.output / OUTPUTS))
+    outputs = {(one.bundle, one.setting, one.line): one.text for one in records if not one.round}
+    run, data = read_object(options.output / RUN, "name the --output of an evaluation"), options.data
+    if data is None:
+        data = Path(read_object(options.output / "evaluation.json", "name the data with --data")["data"])
+    if sha256_of(data) != run.get("data"):
+        raise OptionError(f"{data} is not what {options.output} was made of; name the data with --data")
+    bundle, setting = options.bundle, options.setting
+    both = [
+        (request, outputs[bundle, "full", request.line_number], outputs[bundle, setting, request.line_number])
+        for request in read_examples(data)
+        if {(bundle, "full", request.line_number), (bundle, setting, request.line_number)} <= outputs.keys()
+    ]
     if not both:
-        known = sorted({f"{bundle}: {setting}" for bundle, setting, _ in outputs})
+        names = sorted({f"{bundle}: {setting}" for bundle, setting, _ in outputs})
         raise OptionError(
-            f"{options.output} has no outputs of {options.bundle}: {options.setting} beside those of full; it has "
-            f"{'; '.join(known) or 'none'}"
+            f"{options.output} has no outputs of {bundle}: {setting} beside those of full; it has "
+            f"{'; '.join(names) or 'none'}"
         )
-    items: list[Item] = []
-    for line in both[: options.samples]:
-        texts = outputs[options.bundle, "full", line], outputs[options.bundle, options.setting, line]
-        for kind in options.kinds:
-            for repeat in range(options.repeats):
-                items.extend(_items(kind, requests[line], texts, repeat, options))
-    return items
+    found: list[tuple[Judgement, str]] = []
+    for request, full, other in both[: options.samples]:
+        asked = request.input if isinstance(request.input, str) else json.dumps(request.input, ensure_ascii=False)
+        known = {"input": asked, "reference": f"\nReference:\n{request.target}\n" if request.target else ""}
+        same, swaps = full.strip() == other.strip(), random.Random(f"0 {request.line_number}").random() < 0.5
+        for kind, repeat in product(options.kinds, range(options.repeats)):
+            if kind == "likert":
+                texts = {"full": full} if same else {"full": full, setting: other}
+                questions = [(of, _LIKERT.format(first=text, **known), False, True) for of, text in texts.items()]
+            else:
+                swapped = swaps if repeat % 2 == 0 else not swaps
+                first, second = (other, full) if swapped else (full, other)
+                questions = [("pair", _PAIRWISE.format(first=first, second=second, **known), swapped, not same)]
+            for of, text, *rest in questions:
+                prompt = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+                found.append(
+                    (Judgement(kind, request.line_number, repeat, of, None, prompt, options.model, *rest), text)
+                )
+    return found
 
 
 def only_bundle(output: Path) -> str:
     """The bundle of an evaluation. Raises OptionError where there are several."""
     names = list(read_object(output / RUN, "name the --output of an evaluation").get("bundles", {}))
     if len(names) != 1:
-        raise OptionError(f"{output} has outputs of {', '.join(names) or 'no bundle'}; choose one with --bundle-name")
+        raise OptionError(f"{output} has outputs of {', '.join(names) or 'no bundle'}; name one as 'BUNDLE: SETTING'")
     return str(names[0])
-
-
-def _requests(options: JudgeOptions) -> dict[int, Request]:
-    run = read_object(options.output / RUN, "name the --output of an evaluation")
-    data = options.data
-    if data is None:
-        data = Path(read_object(options.output / "evaluation.json", "name the data with --data")["data"])
-    if sha256_of(data) != run.get("data"):
-        raise OptionError(f"{data} is not what {options.output} was made of; name the data with --data")
-    return {request.line_number: request for request in read_examples(data)}
-
-
-def _items(kind: Kind, request: Request, texts: tuple[str, str], repeat: int, options: JudgeOptions) -> Iterator[Item]:
-    asked = request.input if isinstance(request.input, str) else json.dumps(request.input, ensure_ascii=False)
-    known = {"input": asked, "reference": f"\nReference:\n{request.target}\n" if request.target else ""}
-    line, same = request.line_number, texts[0].strip() == texts[1].strip()
-    if kind == "likert":
-        for of, text in zip(("full", options.setting), texts, strict=True):
-            if of == "full" or not same:
-                filled = _LIKERT.format(first=text, **known)
-                yield Item(kind, line, repeat, of, filled, False, False, options.model)
-        return
-    first = random.Random(f"{options.seed} {line}").random() < 0.5
-    swapped = first if repeat % 2 == 0 else not first
-    one, other = reversed(texts) if swapped else texts
-    yield Item(
-        kind, line, repeat, "pair", _PAIRWISE.format(first=one, second=other, **known), swapped, same, options.model
-    )
 
 
 def judge(options: JudgeOptions, endpoint: Endpoint) -> list[Judgement]:
     """Collect what JUDGEMENTS has already and what is asked now, each written as soon as it is known. Raises
     JudgeError, OptionError."""
-    items = items_of(options)
-    path = options.output / JUDGEMENTS
-    known = {_key(one): one for one in _read(path)}
-    left = [item for item in items if item.key not in known]
+    questions, path = questions_of(options), options.output / JUDGEMENTS
+    known = {one.key: one for one in _read(path)}
+    left = [(question, text) for question, text in questions if question.key not in known]
     lock, refused = threading.Lock(), threading.Event()
-    with path.open("a", encoding="utf-8") as file, progress("judging", len(items), len(items) - len(left)) as advance:
+    with progress("judging", len(questions), len(questions) - len(left)) as advance:
 
-        def work(item: Item) -> None:
+        def work(question: Judgement, text: str) -> None:
             if refused.is_set():
                 return
             try:
-                made = _judged(item, endpoint)
+                verdict: int | str | None = None if question.asked else "tie"
+                for _ in range(TRIES if question.asked else 0):
+                    verdict = parsed(question.kind, endpoint.ask(text), question.swapped)
+                    if verdict is not None:
+                        break
+                made = replace(question, verdict=verdict)
+                with lock:
+                    append_lines(path, [asdict(made)])
+                    known[made.key] = made
+                    advance()
             except BaseException:
                 refused.set()
                 raise
-            with lock:
-                file.write(json.dumps(asdict(made)) + "\n")
-                file.flush()
-                known[_key(made)] = made
-                advance()
 
         with ThreadPoolExecutor(options.parallel) as pool:
             try:
-                for done in [pool.submit(work, item) for item in left]:
+                for done in [pool.submit(work, *one) for one in left]:
                     done.result()
             finally:
                 refused.set()
-    return [known[item.key] for item in items]
-
-
-def _judged(item: Item, endpoint: Endpoint) -> Judgement:
-    made = (item.kind, item.line, item.repeat, item.of)
-    if item.same:
-        return Judgement(*made, "tie", item.prompt, item.model, item.swapped, asked=False)
-    verdict: int | str | None = None
-    for _ in range(TRIES):
-        verdict = parsed(item.kind, endpoint.ask(item.text), item.swapped)
-        if verdict is not None:
-            break
-    return Judgement(*made, verdict, item.prompt, item.model, item.swapped)
+    return [known[question.key] for question, _ in questions]
 
 
 def parsed(kind: Kind, answer: str, swapped: bool) -> int | str | None:
     """Read the verdict of an answer, which may stand in other text; None where there is none, or more than one."""
-    if kind == "likert":
-        grades = set(re.findall(r'"score"\s*:\s*"?([1-5])"?\s*[,}]', answer)) or set(
-            re.findall(r"^\s*([1-5])\s*$", answer)
-        )
-        return int(grades.pop()) if len(grades) == 1 else None
-    found = re.findall(r'"winner"\s*:\s*"(A|B|tie)"', answer, re.IGNORECASE) or re.findall(
-        r"^\s*(A|B|tie)\s*\.?\s*$", answer, re.IGNORECASE
-    )
-    winners = {one.lower() for one in found}
-    if len(winners) != 1:
+    patterns = {
+        "likert": (r'"score"\s*:\s*"?([1-5])"?\s*[,}]', r"^\s*([1-5])\s*$"),
+        "pairwise": (r'"winner"\s*:\s*"(A|B|tie)"', r"^\s*(A|B|tie)\s*\.?\s*$"),
+    }
+    whole, alone = (re.findall(pattern, answer, re.IGNORECASE) for pattern in patterns[kind])
+    found = {one.lower() for one in whole or alone}
+    if len(found) != 1:
         return None
-    winner = winners.pop()
-    if winner == "tie":
-        return "tie"
-    return "other" if (winner == "a") == swapped else "full"
-
-
-def _key(one: Judgement) -> tuple[Any, ...]:
-    return one.kind, one.line, one.repeat, one.of, one.prompt, one.model
+    (verdict,) = found
+    if kind == "likert":
+        return int(verdict)
+    return verdict if verdict == "tie" else "other" if (verdict == "a") == swapped else "full"
 
 
 def _read(path: Path) -> Iterator[Judgement]:
@@ -342,13 +286,20 @@ def _read(path: Path) -> Iterator[Judgement]:
 
 
 def summary(judgements: Sequence[Judgement], options: JudgeOptions) -> dict[str, Any]:
-    """Compute for each kind means over lines with 95 % intervals of a bootstrap, and how far repeats agree."""
+    """Compute for each kind means over lines with 95 % intervals of a bootstrap, and how far repeats agree: the share
+    of pairs of repeats with the same verdict, of what was asked; None without repeats."""
     made: dict[str, Any] = {"lines": len({one.line for one in judgements}), "repeats": options.repeats}
     for kind in options.kinds:
         mine = [one for one in judgements if one.kind == kind]
         valid = [one for one in mine if one.verdict is not None]
+        groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
+        for one in valid:
+            if one.asked:
+                groups[one.line, one.of].append(one.verdict)
+        same = [a == b for each in groups.values() for a, b in combinations(each, 2)]
         found = _likert(valid, options.setting) if kind == "likert" else _pairwise(valid)
-        made[kind] = {**found, "agreement": _agreement(valid), "without_verdict": len(mine) - len(valid)}
+        agreement = float(np.mean(same)) if same else None
+        made[kind] = {**found, "agreement": agreement, "without_verdict": len(mine) - len(valid)}
     return made
 
 
@@ -356,21 +307,19 @@ def _likert(valid: Sequence[Judgement], setting: str) -> dict[str, Any]:
     grades: dict[str, dict[int, list[float]]] = {"full": defaultdict(list), setting: defaultdict(list)}
     for one in valid:
         grades[one.of][one.line].append(float(one.verdict or 0))
+    # Of the same text nothing but the full model's grade was asked for.
     other = {line: grades[setting].get(line, full) for line, full in grades["full"].items()}
-    lines = [line for line in other if other[line]]
-    ours, full = (np.array([np.mean(each[line]) for line in lines]) for each in (other, grades["full"]))
+    ours, full = (np.array([np.mean(each[line]) for line in other]) for each in (other, grades["full"]))
     return {"full": _mean(full), "other": _mean(ours), "difference": _mean(ours - full)}
 
 
 def _pairwise(valid: Sequence[Judgement]) -> dict[str, Any]:
-    """A line's preference is the mean over its repeats: 1 for the other setting, 0 for full, a half for a tie."""
-    worth = {"other": 1.0, "tie": 0.5, "full": 0.0}
-    lines: Mapping[int, list[float]] = defaultdict(list)
+    """Preferences for the other setting, by the mean over a line's repeats."""
+    lines: dict[int, list[float]] = defaultdict(list)
     for one in valid:
-        lines[one.line].append(worth[str(one.verdict)])
+        lines[one.line].append(_WORTH[str(one.verdict)])
     values = np.array([np.mean(each) for each in lines.values()])
-    asked = [one for one in valid if one.asked and one.verdict != "tie"]
-    first = [(one.verdict == "other") == one.swapped for one in asked]
+    first = [(one.verdict == "other") == one.swapped for one in valid if one.asked and one.verdict != "tie"]
     return {
         "other_wins": int((values > 0.5).sum()),
         "ties": int((values == 0.5).sum()),
@@ -381,22 +330,11 @@ def _pairwise(valid: Sequence[Judgement]) -> dict[str, Any]:
     }
 
 
-def _mean(values: np.ndarray) -> dict[str, float] | None:
+def _mean(values: np.ndarray) -> dict[str, float | None] | None:
     if not len(values):
         return None
-    drawn = np.random.default_rng(SEED).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[drawn].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def _agreement(valid: Sequence[Judgement]) -> float | None:
-    """The share of pairs of repeats with the same verdict, of what was asked; None without repeats."""
-    groups: dict[tuple[int, str], list[Any]] = defaultdict(list)
-    for one in valid:
-        if one.asked:
-            groups[one.line, one.of].append(one.verdict)
-    pairs = [a == b for each in groups.values() for place, a in enumerate(each) for b in each[place + 1 :]]
-    return float(np.mean(pairs)) if pairs else None
+    low, high = percentiles(draws(len(values)) @ values / len(values))
+    return {"value": float(values.mean()), "low": low, "high": high}
 
 
 def summary_tables(found: Mapping[str, Any], options: JudgeOptions) -> list[Table]:
@@ -407,9 +345,8 @@ def summary_tables(found: Mapping[str, Any], options: JudgeOptions) -> list[Tabl
             return f"{value['value']:.3f} (95 %: {value['low']:.3f} to {value['high']:.3f})"
         return "unknown" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
-    about = (
-        f"{options.setting} beside full, {found['lines']} lines, {found['repeats']} verdict(s) each, {options.model}"
-    )
+    settings = f"{options.setting} beside full, {found['lines']} lines"
+    about = f"{settings}, {found['repeats']} verdict(s) each, {options.model}"
     return [
         pairs(f"{kind}: {about}", [(name.replace("_", " "), shown(value)) for name, value in found[kind].items()])
         for kind in options.kinds

@@ -1,13 +1,17 @@
-"""Settings of an evaluation: bundles, each with its methods of decoding and their thresholds."""
+"""An evaluation's bundles and settings, and records of its outputs: an interrupted run goes on after them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from freeexport.metrics import check_name
+from freeexport.system.jsonl import append_lines, whole_lines
+from freeexport.system.output import write_whole
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
@@ -19,6 +23,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 # layer alone: that differs from free by its copied states only.
 CALM: tuple[Method, ...] = ("calm", "calm-decay", "calm-single")
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+RUN, OUTPUTS = "run.json", "outputs.jsonl"
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,6 @@ class Setting:
     def name(self) -> str:
         at = "" if self.threshold is None else f" {self.threshold:.4g}"
         return f"{self.method}{at}{', calibrated' if self.calibrated else ''}"
-
-    @property
-    def request(self) -> dict[str, Any]:
-        """The options of a request, in a session whose own threshold is adaptive where that method is measured."""
-        if self.method == "adaptive":
-            return {"mode": "free"}
-        return {"mode": "shallow" if self.method == "static" else self.method, "threshold": self.threshold}
 
 
 def settings_of(methods: Sequence[Method], thresholds: Sequence[float], manifest: Manifest) -> list[Setting]:
@@ -66,8 +64,8 @@ def bundle_and_methods(text: str, methods: Sequence[Method]) -> tuple[Path, tupl
 
 def methods_of(text: str) -> tuple[Method, ...]:
     """Read names with commas between. Raises OptionError for one that is no method."""
-    names = [name.strip() for name in text.split(",")]
     known: dict[str, Method] = {name: name for name in METHODS}
+    names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in known:
             raise OptionError(f"--methods {name!r} is no method; choose from {', '.join(METHODS)}")
@@ -101,9 +99,6 @@ class EvaluateOptions:
         for value in self.thresholds:
             if not 0 <= value < NEVER_EXIT:
                 raise OptionError(f"--threshold {value:g} is out of range; choose one from 0 to below 1")
-        for name in ("samples", "rounds", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name} is {getattr(self, name)!r}; choose 1 or more")
         if not 0 < self.quality <= 1:
             raise OptionError(f"target quality is {self.quality!r}; choose a share above 0, up to 1")
         if not self.bundles or "full" not in self.bundles[0][1]:
@@ -139,10 +134,116 @@ class Entry:
 
 def entries_of(options: EvaluateOptions) -> list[Entry]:
     """Open the bundles, named by the last part of their paths, or by all of it where that is not enough."""
-    opened = [(path, Bundle.open(path), methods) for path, methods in options.bundles]
-    short = [path.resolve().name for path, _, _ in opened]
-    names = short if len(set(short)) == len(short) else [str(path) for path, _, _ in opened]
-    return [
-        Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)))
-        for name, (_, bundle, methods) in zip(names, opened, strict=True)
-    ]
+    short = [path.resolve().name for path, _ in options.bundles]
+    names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
+    entries = []
+    for name, (path, methods) in zip(names, options.bundles, strict=True):
+        bundle = Bundle.open(path)
+        entries.append(Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest))))
+    return entries
+
+
+class Key(NamedTuple):
+    """Names a record: its bundle and setting, the line of the data, and the round."""
+
+    bundle: str
+    setting: str
+    line: int
+    round: int
+
+
+@dataclass(frozen=True)
+class Record:
+    """One line decoded. `seconds` from the prompt to the last token, `first_seconds` to the first token, and
+    `decode_seconds` after it; `layers` of all tokens that could exit, where they are not those of one exit; `threshold`
+    that an adaptive session had, and what it had learned then; `joules` where they are known; `busy`: cores that other
+    processes used. Text and tokens are those of round 0."""
+
+    bundle: str
+    setting: str
+    line: int
+    round: int
+    seconds: float
+    decode_seconds: float
+    tokens: int
+    busy: float
+    joules: float | None = None
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    exited: tuple[bool, ...] = ()
+    finish_reason: str = ""
+    threshold: float | None = None
+    layers: int | None = None
+    adaptive_state: Mapping[str, Any] | None = None
+    first_seconds: float = 0.0
+
+    @property
+    def key(self) -> Key:
+        return Key(self.bundle, self.setting, self.line, self.round)
+
+
+class Records:
+    """The records in the directory `output`, whose file RUN describes the run: it must equal `run`. Raises OptionError
+    where it does not, or where something else stands there; `overwrite` begins anew."""
+
+    def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
+        self._path = output / OUTPUTS
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            _check_run(output, run, overwrite)
+        output.mkdir(parents=True, exist_ok=True)
+        if overwrite or not (output / RUN).exists():
+            self._path.unlink(missing_ok=True)
+            write_whole(output / RUN, json.dumps(run, indent=2, sort_keys=True) + "\n")
+        self._found = {record.key: record for record in read_records(self._path)}
+
+    def has(self, keys: Iterable[Key]) -> bool:
+        return all(key in self._found for key in keys)
+
+    def add(self, records: Sequence[Record]) -> None:
+        filled = (
+            {name: value for name, value in asdict(one).items() if value not in (None, "", ())} for one in records
+        )
+        append_lines(self._path, filled)
+        self._found.update({record.key: record for record in records})
+
+    def last_state(self, bundle: str, setting: str) -> Mapping[str, Any] | None:
+        """Find what an adaptive session had learned when its last record was written."""
+        states = [one.adaptive_state for one in self._found.values() if (one.bundle, one.setting) == (bundle, setting)]
+        return states[-1] if states else None
+
+    def by_setting(self) -> dict[tuple[str, str], dict[int, list[Record]]]:
+        """Group records by bundle and setting, then line, the rounds in order."""
+        found: dict[tuple[str, str], dict[int, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
+            found[record.bundle, record.setting][record.line].append(record)
+        return found
+
+
+def _check_run(output: Path, run: Mapping[str, Any], overwrite: bool) -> None:
+    if not (output / RUN).is_file():
+        raise OptionError(f"{output} exists and is not what evaluate writes (no {RUN}); choose another --output")
+    try:
+        before = json.loads((output / RUN).read_text(encoding="utf-8"))
+    except ValueError:
+        before = None
+    before = before if isinstance(before, dict) else {}
+    names = sorted(name for name in {*before, *run} if before.get(name) != json.loads(json.dumps(run.get(name))))
+    if names and not overwrite:
+        raise OptionError(
+            f"{output} holds another run, with other {', '.join(names)}; name another --output, or replace it with "
+            "--overwrite"
+        )
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Read records; a partial last line, of a run that was killed, is cut off."""
+    for number, line in enumerate(whole_lines(path), start=1):
+        try:
+            found = json.loads(line)
+            for name in ("token_ids", "exited"):
+                found[name] = tuple(found.get(name, ()))
+            yield Record(**found)
+        except (ValueError, TypeError, AttributeError):
+            raise OptionError(
+                f"{path} line {number} is not what evaluate writes; remove it, or use --overwrite"
+            ) from None

@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
-
-import onnxruntime
 
 from freeexport import __version__
 from freeexport.system import page
@@ -34,43 +32,46 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
     facts: tuple[tuple[str, str], ...] = ()
 
-    def compact(self, keep: Iterable[str] = ()) -> Sheet:
-        """Drop columns without text, and, of several rows, those with the same text in each: they become facts.
-        Columns named in `keep` (without `#`) stay where they have text."""
-        values = [{row[number] for row in self.rows} for number in range(len(self.columns))]
-        kept, facts = [], list(self.facts)
-        for number, name in enumerate(self.columns):
-            plain = name.rstrip("#")
-            constant = len(self.rows) > 1 and len(values[number]) == 1 and plain not in keep
-            if constant and values[number] != {""}:
-                facts.append((plain, self.rows[0][number]))
-            if not constant and values[number] != {""}:
-                kept.append(number)
-        return replace(self._only(kept), facts=tuple(facts))
-
-    def within(self, width: int, spare: Sequence[str]) -> Sheet:
-        """Drop columns of `spare` (without `#`), in that order, until lines have at most `width` characters."""
-        sheet = self
-        for name in spare:
-            if sheet.width <= width:
-                break
-            columns = range(len(sheet.columns))
-            sheet = sheet._only([number for number in columns if sheet.columns[number].rstrip("#") != name])
-        return sheet
-
     @property
     def width(self) -> int:
         columns = zip(*((name.rstrip("#") for name in self.columns), *self.rows), strict=True)
         return sum(max(map(len, column)) for column in columns) + _BETWEEN * (len(self.columns) - 1)
 
-    def _only(self, kept: Sequence[int]) -> Sheet:
+    def only(self, kept: Sequence[int]) -> Sheet:
+        """The columns of these numbers."""
         rows = tuple(tuple(row[number] for number in kept) for row in self.rows)
         return replace(self, columns=tuple(self.columns[number] for number in kept), rows=rows)
 
+    def within(self, spare: Sequence[str], width: int = TERMINAL) -> Sheet:
+        """Drop columns of `spare` (without `#`), in that order, until lines have at most `width` characters."""
+        shown = self
+        for name in spare:
+            if shown.width > width:
+                shown = shown.only([n for n, column in enumerate(shown.columns) if column.rstrip("#") != name])
+        return shown
 
-def sheet(title: str, columns: Mapping[str, Callable[[RowT], str]], rows: Iterable[RowT]) -> Sheet:
-    """Build a sheet: `columns` maps names to what shows a row."""
-    return Sheet(title, tuple(columns), tuple(tuple(show(row) for show in columns.values()) for row in rows))
+
+def sheet(
+    title: str,
+    columns: Mapping[str, Callable[[RowT], str]],
+    rows: Iterable[RowT],
+    keep: Collection[str] | None = None,
+) -> Sheet:
+    """Build a sheet: `columns` maps names to what shows a row. With `keep`, columns without text are dropped, and, of
+    several rows, those with the same text in each become facts, except those that `keep` names (without `#`)."""
+    made = Sheet(title, tuple(columns), tuple(tuple(show(row) for show in columns.values()) for row in rows))
+    if keep is None:
+        return made
+    kept, facts = [], []
+    for number, name in enumerate(columns):
+        values, plain = {row[number] for row in made.rows}, name.rstrip("#")
+        if values == {""}:
+            continue
+        if len(made.rows) > 1 and len(values) == 1 and plain not in keep:
+            facts.append((plain, made.rows[0][number]))
+        else:
+            kept.append(number)
+    return replace(made.only(kept), facts=tuple(facts))
 
 
 def terminal(shown: Sheet) -> Table:
@@ -104,13 +105,14 @@ def _flat(row: Mapping[str, Any], before: str = "") -> Iterable[tuple[str, Any]]
 
 def plus_minus(value: float, low: float | None, high: float | None, digits: int = 1) -> str:
     """Show a value and half the width of its interval, as 99.5±0.8."""
-    if low is None or high is None:
-        return f"{value:.{digits}f}"
-    return f"{value:.{digits}f}±{(high - low) / 2:.{digits}f}"
+    half = "" if low is None or high is None else f"±{(high - low) / 2:.{digits}f}"
+    return f"{value:.{digits}f}{half}"
 
 
 def environment() -> dict[str, Any]:
     """Describe when and on what a measurement was made, for JSON."""
+    import onnxruntime
+
     machine = detect_machine()
     return {
         "made": datetime.now().astimezone().isoformat(timespec="seconds"),

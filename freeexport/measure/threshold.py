@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from functools import cached_property
+from itertools import compress
+from typing import Any
 
 import numpy as np
 from scipy.stats import binom
 
 from freeexport.measure.traces import Traces
-from freeexport.metrics import check_name
+from freeexport.metrics import Metric, Reference, check_name, metric_of, scores
+from freeexport.system.progress import progress
+from runtime import Session
 from runtime.adaptation.adaptive_threshold import ZETA, Moments, paper_threshold
 from runtime.bundle.beta import NEVER_EXIT, UNIFORM, BetaMixture, LogSums, most_likely, threshold_at
 from runtime.bundle.calibration import Method
@@ -70,7 +74,8 @@ class Rule:
 
 @dataclass(frozen=True)
 class Choice:
-    """`quality` is what thresholds keep of the full model's metric, as decoded."""
+    """`mixture` is None where a class of tokens is missing. `quality` is what thresholds keep of the full model's
+    metric, as decoded; `notes` are sentences that the user should read."""
 
     threshold: float
     mixture: BetaMixture | None
@@ -78,25 +83,68 @@ class Choice:
     notes: tuple[str, ...] = ()
 
 
-class Outputs(Protocol):
-    """Texts that a model writes for S inputs, scored."""
+class DecodedOutputs:
+    """Texts that a bundle writes for S prompts, int64 [n] each, with the whole model and in mode free: exits change
+    what follows, so they are decoded, every threshold once. `targets` are the references of a text's quality, or None
+    for the full model's own outputs."""
 
-    def __len__(self) -> int: ...
+    def __init__(
+        self, session: Session, prompts: Sequence[np.ndarray], targets: Sequence[Reference] | None, max_new_tokens: int
+    ) -> None:
+        self._session, self._prompts, self._targets = session, prompts, targets
+        self._most = max_new_tokens
+        self._free: dict[float, list[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    @cached_property
+    def full(self) -> list[str]:
+        return self._decoded("full", mode="full")
+
+    def free(self, threshold: float) -> list[str]:
+        if threshold not in self._free:
+            self._free[threshold] = self._decoded(f"threshold {threshold:.4g}", mode="free", threshold=threshold)
+        return self._free[threshold]
 
     def against_full(self, metric: str, threshold: float) -> np.ndarray:
         """Scores [S] of outputs in mode free, against those of the full model; bool where they are 0 or 1."""
-        ...
+        return scores(metric, self.free(threshold), [Reference((text,)) for text in self.full])
 
-    def kept(self, metric: str, threshold: float, part: np.ndarray | None = None) -> float:
-        """The metric in mode free as a share of the full model's, over the sequences of `part`, bool [S], or all."""
-        ...
+    def kept(self, metric: str, threshold: float, part: np.ndarray) -> float:
+        """The metric in mode free as a share of the full model's, over the sequences of `part`, bool [S]."""
+        if not part.any():
+            return 0.0
+        measure, free, full, _ = self._tables(metric, threshold, part)
+        whole = measure.of(full)
+        return measure.of(free) / whole if whole else 0.0
 
     def surely_kept(self, metric: str, threshold: float, part: np.ndarray, delta: float) -> float:
         """A lower bound of that share, which holds with probability 1 - `delta`."""
-        ...
+        measure, free, full, references = self._tables(metric, threshold, part)
+        nothing = measure.table([""] * len(references), references).mean(axis=0)
+        return ratio_bound(free, full, nothing, measure.value, delta)
+
+    def _tables(
+        self, metric: str, threshold: float, part: np.ndarray
+    ) -> tuple[Metric, np.ndarray, np.ndarray, list[Reference]]:
+        measure, every = metric_of(metric), self._targets or [Reference((text,)) for text in self.full]
+        references = list(compress(every, part))
+        free, full = (
+            measure.table(list(compress(texts, part)), references) for texts in (self.free(threshold), self.full)
+        )
+        return measure, free, full, references
+
+    def _decoded(self, title: str, **options: Any) -> list[str]:
+        texts = []
+        with progress(f"decoding, {title}", len(self)) as advance:
+            for prompt in self._prompts:
+                texts.append(self._session.generate(prompt, max_new_tokens=self._most, **options).text)
+                advance()
+        return texts
 
 
-def choose(traces: Traces, rule: Rule, outputs: Outputs | None = None) -> Choice:
+def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) -> Choice:
     """A threshold that some token of the traces exceeds, or NEVER_EXIT.
 
     Raises CalibrationError for too few sequences and for confidences that are no shares; OptionError where a metric
@@ -110,7 +158,7 @@ def choose(traces: Traces, rule: Rule, outputs: Outputs | None = None) -> Choice
     return replace(choice, threshold=NEVER_EXIT) if beyond else choice
 
 
-def _chosen(traces: Traces, rule: Rule, outputs: Outputs | None) -> Choice:
+def _chosen(traces: Traces, rule: Rule, outputs: DecodedOutputs | None) -> Choice:
     fitted = fit(traces.confidence, traces.agrees, rule.agreement)
     if rule.method == "quality":
         assert outputs is not None
@@ -119,37 +167,36 @@ def _chosen(traces: Traces, rule: Rule, outputs: Outputs | None) -> Choice:
         return _by_risk(traces, fitted.mixture, rule, outputs)
     if rule.method == "paper":
         agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
-        fitted = Fit(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
-    quality = {}
-    if rule.metric is not None and outputs is not None and fitted.threshold < NEVER_EXIT:
-        quality[fitted.threshold] = outputs.kept(rule.metric, fitted.threshold)
-    return Choice(fitted.threshold, fitted.mixture, quality, (fitted.note,) if fitted.note else ())
+        fitted = Choice(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
+    if rule.metric is None or outputs is None or fitted.threshold >= NEVER_EXIT:
+        return fitted
+    kept = outputs.kept(rule.metric, fitted.threshold, np.ones(len(outputs), np.bool_))
+    return replace(fitted, quality={fitted.threshold: kept})
 
 
-@dataclass(frozen=True)
-class Fit:
-    """`mixture` is None where a class is missing; `note` says in a sentence what the user should know, or is ""."""
-
-    threshold: float
-    mixture: BetaMixture | None
-    note: str = ""
-
-
-def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Fit:
+def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
     """The Beta mixture of greatest likelihood of tokens [n], and the threshold from which P(agree | confidence) is at
     least `target`, in (0, 1). Raises CalibrationError for confidences that are not in [0, 1]."""
     check_confidences(confidence)
-    agreeing, disagreeing = confidence[agrees], confidence[~agrees]
+    agreeing, disagreeing, count = confidence[agrees], confidence[~agrees], len(agrees)
     if not len(agreeing):
-        return Fit(NEVER_EXIT, None, f"none of the {len(agrees)} tokens agrees: the exit cannot be used")
+        note = f"none of the {count} tokens agrees: the exit cannot be used"
+        return Choice(NEVER_EXIT, None, notes=(note,))
     if not len(disagreeing):
-        return _without_disagreeing(confidence, target)
+        if RULE_OF_THREE / count > 1 - target:
+            needed = math.ceil(RULE_OF_THREE / (1 - target))
+            note = f"all {count} tokens agree, which are too few to trust; give {needed} or more"
+            return Choice(NEVER_EXIT, None, notes=(note,))
+        # Below the smallest confidence nothing is known.
+        lowest = max(0.0, math.nextafter(float(np.min(confidence)), 0.0))
+        note = f"all {count} tokens agree, so the threshold is the smallest confidence among them, not a fit"
+        return Choice(lowest, None, notes=(note,))
     agree, disagree = (most_likely(LogSums.of(one), UNIFORM, STEPS) for one in (agreeing, disagreeing))
-    mixture = BetaMixture(agree, disagree, len(agreeing) / len(agrees))
+    mixture = BetaMixture(agree, disagree, len(agreeing) / count)
     few = min(len(agreeing), len(disagreeing))
     which = "agreeing" if len(agreeing) <= len(disagreeing) else "disagreeing"
-    note = f"only {few} {which} tokens: their distribution is rough; give more samples" if few < 30 else ""
-    return Fit(threshold_at(mixture, target), mixture, note)
+    notes = (f"only {few} {which} tokens: their distribution is rough; give more samples",) if few < 30 else ()
+    return Choice(threshold_at(mixture, target), mixture, notes=notes)
 
 
 def check_confidences(confidence: np.ndarray) -> None:
@@ -160,17 +207,6 @@ def check_confidences(confidence: np.ndarray) -> None:
             f"{wrong} of {len(confidence)} confidences are not numbers from 0 to 1: the model computes NaN or "
             "infinity; check it with freeexport verify"
         )
-
-
-def _without_disagreeing(confidence: np.ndarray, target: float) -> Fit:
-    count = len(confidence)
-    if RULE_OF_THREE / count > 1 - target:
-        needed = math.ceil(RULE_OF_THREE / (1 - target))
-        return Fit(NEVER_EXIT, None, f"all {count} tokens agree, which are too few to trust; give {needed} or more")
-    # Below the smallest confidence nothing is known.
-    lowest = max(0.0, math.nextafter(float(np.min(confidence)), 0.0))
-    note = f"all {count} tokens agree, so the threshold is the smallest confidence among them, not a fit"
-    return Fit(lowest, None, note)
 
 
 # A guarantee: Learn then Test with fixed-sequence testing (Angelopoulos et al. 2021; Schuster et al. 2022 for early
@@ -193,7 +229,7 @@ def first_failing(passes: Callable[[float], bool], thresholds: Sequence[float]) 
     return passing
 
 
-def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: Outputs | None) -> Choice:
+def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs | None) -> Choice:
     quality: dict[float, float] = {}
 
     def losses(threshold: float) -> np.ndarray:
@@ -208,7 +244,7 @@ def _by_risk(traces: Traces, mixture: BetaMixture | None, rule: Rule, outputs: O
     return Choice(found, mixture, quality)
 
 
-def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: Outputs) -> Choice:
+def _by_quality(mixture: BetaMixture | None, rule: Rule, outputs: DecodedOutputs) -> Choice:
     """Two thirds of the sequences choose, by a lower bound at each threshold; the others only report."""
     metric, held_out = rule.metric or "exact", held_out_of(len(outputs))
 
@@ -238,11 +274,9 @@ def token_losses(traces: Traces, threshold: float) -> np.ndarray:
 
 def p_value(losses: np.ndarray, risk: float) -> float:
     """The p-value of "the mean loss is above `risk`"; exact where all losses can only be 0 or 1."""
-    return binomial(losses, risk) if losses.dtype == np.bool_ else hoeffding_bentkus(losses, risk)
-
-
-def binomial(losses: np.ndarray, risk: float) -> float:
-    return float(binom.cdf(int(np.sum(losses)), len(losses), risk))
+    if losses.dtype == np.bool_:
+        return float(binom.cdf(int(np.sum(losses)), len(losses), risk))
+    return hoeffding_bentkus(losses, risk)
 
 
 def hoeffding_bentkus(losses: np.ndarray, risk: float) -> float:

@@ -5,11 +5,11 @@ A busy machine is no reason to refuse: measure, print the spread, and mark the f
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Generic, TypeVar
@@ -52,11 +52,9 @@ def interleave(
     Before, every setting decodes `warm_up` prompts untimed, which binds buffers and faults pages. `done(round, prompt)`
     names turns of an interrupted run that are not repeated.
     """
-    turns = [(turn, place) for turn in range(rounds) for place in range(len(prompts))]
+    turns = list(product(range(rounds), range(len(prompts))))
     left = [turn for turn in turns if not done(*turn)]
-    before = len(turns) - len(left)
-    total, passed = (count * len(settings) for count in (len(turns), before))
-    with progress(title, total, passed) as advance:
+    with progress(title, len(turns) * len(settings), (len(turns) - len(left)) * len(settings)) as advance:
         for prompt in prompts[: warm_up if left else 0]:
             for setting in settings:
                 decode(setting, prompt)
@@ -93,16 +91,13 @@ class OtherLoad:
     """The cores that other processes keep busy, from now on; `cores` is final once a measurement ended."""
 
     def __init__(self) -> None:
-        self._began, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        self._began, self._busy = time.monotonic(), _others_seconds()
         self.cores = 0.0
 
     def so_far(self) -> float:
         """Cores that others kept busy until now; 0 where too little time has passed to tell."""
         elapsed = time.monotonic() - self._began
-        if elapsed < _SHORTEST:
-            return 0.0
-        others = _busy_seconds() - self._busy - (_own_seconds() - self._own)
-        return round(max(0.0, others / elapsed), 2)
+        return round(max(0.0, _others_seconds() - self._busy) / elapsed, 2) if elapsed >= _SHORTEST else 0.0
 
 
 def load_note(cores: float) -> str:
@@ -122,31 +117,28 @@ def other_load() -> Iterator[OtherLoad]:
         load.cores = load.so_far()
 
 
+def _others_seconds() -> float:
+    """Seconds for which others than this process and its children, those that have ended included, ran."""
+    process, own = psutil.Process(), 0.0
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):  # ended in between
+            times = one.cpu_times()
+            own += times.user + times.system + times.children_user + times.children_system
+    return _busy_seconds() - own
+
+
 def _busy_seconds() -> float:
-    """Seconds for which processors of this machine were not idle."""
-    # Virtual machines that run here count as `user` already.
+    """Seconds for which processors of this machine were not idle. Virtual machines that run here count as `user`."""
     names = ("user", "nice", "system", "irq", "softirq", "interrupt", "dpc")
     return sum(value for name, value in psutil.cpu_times()._asdict().items() if name in names)
-
-
-def _own_seconds() -> float:
-    """Seconds of this process and its children, those that have ended included."""
-    process, total = psutil.Process(), 0.0
-    for one in (process, *process.children(recursive=True)):
-        try:
-            times = one.cpu_times()
-        except psutil.Error:  # ended in between
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
 
 
 class Energy:
     """Joules of all processor packages since it was made (RAPL, Linux); None where the machine does not tell."""
 
     def __init__(self, root: Path = Path("/sys/class/powercap")) -> None:
-        found = sorted(root.glob("intel-rapl:*")) if root.is_dir() else []
-        self._counters = [place for place in found if re.fullmatch(r"intel-rapl:\d+", place.name)]
+        # Packages only, not their parts.
+        self._counters = [place for place in root.glob("intel-rapl:*") if place.name.count(":") == 1]
         self._total = 0.0
         try:
             self._limits = [int((place / "max_energy_range_uj").read_text()) for place in self._counters]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from freeexport.measure.exit_verdict import Share, share
+from freeexport.system.jsonl import append_lines, whole_lines
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.costs import Costs
-from runtime.errors import FreeExportError, OptionError
+from runtime.errors import OptionError
 from runtime.json_file import parse_json
 
 _KIND = "freeexport traces"
@@ -120,10 +121,10 @@ class Replay:
 def replay(traces: Traces, threshold: float, max_pending: int) -> Replay:
     """Decode the traces in mode `free`, as far as that follows the full model's output."""
     above, place = traces.above(threshold), np.arange(traces.tokens)
-    begins = np.repeat(np.cumsum(traces.length) - traces.length, traces.length)
     # A run of confident tokens begins with its sequence, or after the last token that was not confident.
-    after = np.maximum.accumulate(np.where(above, 0, place + 1)) if traces.tokens else place
-    run = place - np.maximum(begins, np.concatenate([[0], after[:-1]]) if traces.tokens else after)
+    begins = np.repeat(np.cumsum(traces.length) - traces.length, traces.length)
+    after = np.concatenate([[0], np.where(above, 0, place + 1)])[:-1]
+    run = place - np.maximum(begins, np.maximum.accumulate(after))
     # Rows that are stacked with the token: a full stack forces a pass, whatever the confidence.
     rows = run % max_pending + 1
     exits = above & (rows < max_pending)
@@ -156,57 +157,39 @@ def trace_of(session: Session, line: int, prompt: np.ndarray, max_new_tokens: in
     return Traces.one(line, **found)
 
 
-@dataclass(frozen=True)
-class TraceKey:
-    """Everything that traces depend on. `model` and `data` are hashes."""
-
-    model: str
-    data: str
-    exit_layer: int
-    confidence: str
-    max_new_tokens: int
-
-
 class TraceCache:
-    """Traces collected so far, a JSON line each, so that a run that was stopped or killed continues. Traces under
-    another key are dropped at the first `add`, not before.
+    """Traces collected so far, a JSON line each, so that a run that was stopped or killed continues. `key`: all that
+    they depend on. Traces under another key are dropped at the first `add`, not before.
 
     Raises OptionError where `path` is a file of another kind, which is left as it is.
     """
 
-    def __init__(self, path: Path, key: TraceKey) -> None:
-        self._path, self._header = path, {"kind": _KIND, "format": _FORMAT, **asdict(key)}
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self._path, self._header = path, {"kind": _KIND, "format": _FORMAT, **key}
         self._traces: dict[int, Traces] = {}
-        self._appends = self._read()
+        self._appends = path.exists() and self._read(path.read_bytes())
 
     def get(self, line: int) -> Traces | None:
         return self._traces.get(line)
 
     def add(self, trace: Traces) -> None:
         """Raises FreeExportError where the line cannot be written, as on a full disk."""
-        # Nine digits are all of a float32.
-        values = {
-            name: [float(f"{value:.9g}") for value in getattr(trace, name)] if kind is np.float32 else
-            getattr(trace, name).astype(int).tolist()
-            for name, kind in _TYPES.items()
-        }  # fmt: skip
-        line = int(trace.line[0])
-        record = {"line": line, **values}
-        records = [record] if self._appends else [self._header, record]
-        try:
-            with self._path.open("ab" if self._appends else "wb") as file:
-                file.write("".join(json.dumps(one) + "\n" for one in records).encode())
-        except OSError as error:
-            raise FreeExportError(f"{self._path} cannot be written ({error.strerror}); make room, run again") from None
+        record: dict[str, Any] = {"line": int(trace.line[0])}
+        for name, kind in _TYPES.items():
+            values = getattr(trace, name).tolist()
+            # Nine digits are all of a float32.
+            record[name] = [float(f"{one:.9g}") if kind is np.float32 else int(one) for one in values]
+        if not self._appends:
+            self._path.write_bytes(b"")
+        append_lines(self._path, [record] if self._appends else [self._header, record])
         self._appends = True
-        self._traces[line] = trace
+        self._traces[record["line"]] = trace
 
-    def _read(self) -> bool:
+    def _read(self, content: bytes) -> bool:
         """Whether the file is one to append to."""
-        if not self._path.exists():
-            return False
-        content = self._path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
+        if not whole and content[: len(_START)] == _START[: len(content)]:
+            return False  # a run killed in its first line
         try:
             header, *records = [parse_json(line, nan=True) for line in whole.splitlines()]
             if header.get("kind") != _KIND:
@@ -215,14 +198,10 @@ class TraceCache:
                 return False
             self._traces = {record["line"]: _read_trace(record) for record in records}
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
-            if not whole and content[: len(_START)] == _START[: len(content)]:
-                return False  # a run killed in its first line
             raise OptionError(
                 f"{self._path} exists and holds no traces that can be read; move it, or name another --output"
             ) from None
-        if len(whole) < len(content):  # a killed run's last line
-            with self._path.open("r+b") as file:
-                file.truncate(len(whole))
+        whole_lines(self._path)  # cuts off a killed run's last line
         return True
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import click
 
-from runtime.errors import OptionError
+from runtime.errors import FreeExportError, OptionError
 
 # Bytes of a line: a million tokens with room to spare.
 MAX_LINE = 16 << 20
@@ -108,6 +109,22 @@ def whole_lines(path: Path) -> list[bytes]:
 
 def _unreadable(path: Path, error: OSError) -> OptionError:
     return OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file")
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Append records as lines, or none of them where the disk is full: FreeExportError then."""
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    content = text.encode("utf-8", "backslashreplace")
+    with FileIO(path, "ab") as file:
+        end = file.seek(0, 2)
+        try:
+            while content:
+                content = content[file.write(content) :]
+        except OSError as error:
+            file.truncate(end)
+            raise FreeExportError(
+                f"{path} cannot be written ({error.strerror}); make room, and run the same command again"
+            ) from None
 
 
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:

@@ -107,9 +107,6 @@ def test_the_checkpoint_and_its_bundle_give_the_same_traces(bundle: Bundles, che
     requests, traces = [Request(1, "one two three"), Request(2, "four")], []
     for model, layer in ((str(checkpoint(LLAMA)), None), (str(bundle(LLAMA, EXIT_LAYER)), None)):
         with open_sources([model], layer, "cpu", 1) as sources:
-            facts = sources[0].facts.exit_vocabulary
-            assert facts is not None
-            assert (facts.size, facts.trained) == (len(KNOWN), True)
             traces.append(list(sources[0].traces(requests, 12)))
     for ours, theirs in zip(*traces, strict=True):
         np.testing.assert_array_equal(ours.token, theirs.token)

@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import click
@@ -28,17 +27,16 @@ from freeexport.measure.bench import (
     BenchOptions,
     BenchSetting,
     Run,
+    add_roofline,
     bench_prompts,
     bench_sheet,
     facts_lines,
     facts_of,
-    labels,
     report,
     rows_of,
     settings_of,
-    with_roofline,
 )
-from freeexport.measure.byte_model import bandwidth_of
+from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import terminal
 from freeexport.measure.timing import interleave, other_load
 from freeexport.system.child import PACKAGES
@@ -131,9 +129,9 @@ def contenders_of(
             found.append(Contender(peer.name, peer.precision, command, model, given))
         except PeerError as error:
             failed[name] = str(error)
-    for number, (bundle, label) in enumerate(zip(bundles, labels(bundles), strict=True)):
-        for one in settings_of(options, bundles, number, label):
-            found.append(Contender(one.name, bundle.manifest.precision, OURS, str(bundle.path), asdict(one), one))
+    for one in settings_of(options, bundles):
+        bundle = bundles[one.bundle]
+        found.append(Contender(one.name, bundle.manifest.precision, OURS, str(bundle.path), asdict(one), one))
     return found, failed
 
 
@@ -204,11 +202,10 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     tokens = reference_tokens(runs, source, prompts, options)
     rows = rows_of(runs, {one.name: one.precision for one in contenders}, tokens, versions)
     by_name = {one.name: one.setting for one in contenders}
-    context = round(fmean(map(len, prompts))), options.tokens / 2
-    for number, row in enumerate(rows):
-        setting = by_name[row.name]
+    for row in rows:
+        setting = by_name[row["name"]]
         if setting is not None:
-            rows[number] = with_roofline(row, bundles[setting.bundle], setting.mode, context, bandwidth)
+            add_roofline(row, bundles[setting.bundle], setting.mode, prompts, options.tokens, bandwidth)
     facts = facts_of(bundles[0], options, len(prompts), None if tokens is None else TRUTH, load.cores)
     real = [one.name for one in contenders if one.setting is None or one.setting.real]
     return report(rows, facts, bandwidth, real, {**missing, **failed})

@@ -22,7 +22,7 @@ from traces import mixed, trace
 from freeexport.cli import main
 from freeexport.measure import sources, timing
 from freeexport.measure.calibrate import check_enough, fastest_rows
-from freeexport.measure.prompts import check_unknown, unknown_of_bundle
+from freeexport.measure.sources import check_unknown, unknown_of_bundle
 from freeexport.measure.threshold import Rule
 from freeexport.measure.traces import Traces, trace_of
 from runtime import Bundle, Session
@@ -288,7 +288,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def behaves(faster: float) -> None:
         def speeds(settings: Sequence[Any], prompts: Any, rounds: int, decode: Any) -> np.ndarray:
-            row = [100.0 if one.threshold is None else 100.0 * faster / (1 + one.bundle) for one in settings]
+            row = [100.0 if threshold is None else 100.0 * faster / (1 + bundle) for bundle, threshold in settings]
             return np.tile(row, (rounds, 1))
 
         monkeypatch.setattr(timing, "speeds", speeds)

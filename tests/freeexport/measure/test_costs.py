@@ -1,19 +1,39 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import CASES, Bundles
+from checkpoints import CASES, Bundles, Case
 
-from freeexport.measure.costs import Sample, fit, measured_costs, measured_in_child
-from freeexport.measure.forced import ForcedExitSession
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.measure.costs import (
+    Sample,
+    engine_bytes,
+    fit,
+    measure_bandwidth,
+    measured_costs,
+    measured_in_child,
+    measured_steps,
+    token_bytes,
+)
+from freeexport.measure.forced import ReplaySession
+from graphs.families import describe
+from graphs.step_costs import StepCosts, analytic
+from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs, Outside, recordable
+from runtime.errors import OptionError
+from runtime.kernels import missing
 from runtime.machine.machine import host
 from runtime.result import Stats
 
-LLAMA = next(case for case in CASES if case.name == "llama-tied")
+BY_NAME = {case.name: case for case in CASES}
+LLAMA = BY_NAME["llama-tied"]
 TRUE = Costs(
     shallow=2.0,
     shallow_without_head=2.4,  # each follows a pass, and is 0.6 slower for it: the head costs 0.2
@@ -99,7 +119,7 @@ def test_a_sample_of_a_request_counts_its_steps_and_passes() -> None:
 
 
 def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:
-    with ForcedExitSession(bundle(LLAMA, max_pending=4), slots=1, threads=1) as session:
+    with ReplaySession(bundle(LLAMA, max_pending=4), threads=1) as session:
         prompts = [np.array([5, 6, 7]), np.array([8])]
         costs = measured_costs(session, prompts, tokens=12, rounds=2, seconds=0.2)
         # Nothing is replayed any more.
@@ -127,12 +147,113 @@ def test_speedups_are_those_of_the_passes_that_ran() -> None:
     assert replace(TRUE, shallow=9.0).break_even(16) is None
 
 
-def test_costs_of_a_busy_machine_are_not_trusted() -> None:
-    assert TRUE.trusted
-    assert not replace(TRUE, busy=1.3).trusted
-
-
 def test_what_is_not_measured_or_cannot_be_is_not_recorded() -> None:
     assert recordable(TRUE) is TRUE
     for change in ({"measured": False}, {"shallow": 0.0}, {"deep": {2: 1.0}}, {"deep": {1: -1.0}}):
         assert recordable(replace(TRUE, **change)) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "head"),
+    [
+        ("llama-tied", 4 * 64 * 64 + 3 * 64 * 96, 288 * 64),
+        # Cross-attention without keys and values, and a gated MLP.
+        ("t5-gated-tied", 6 * 32 * 32 + 3 * 32 * 64, 288 * 32),
+    ],
+)
+def test_analytic_costs_are_the_bytes_a_step_reads(
+    name: str, layer: int, head: int, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
+    costs = analytic(describe(opened.config, opened), opened)
+    assert (costs.layer, costs.head) == (4 * layer, 4 * head)
+    assert costs.growth[1] == 1
+    assert costs.growth[8] == pytest.approx(1.9)
+    assert not costs.measured
+
+
+def test_costs_at_a_layer_split_the_model() -> None:
+    costs = StepCosts(layer=2, head=3, growth={1: 1, 4: 1.5}, measured=False).at(4, 10)
+    assert (costs.shallow, costs.shallow_without_head) == (11, 8)
+    assert costs.deep == {1: 15, 4: 22.5}
+    assert costs.full == 10 * 2 + 3
+
+
+def test_an_early_exit_that_always_exits_is_faster_than_a_late_one() -> None:
+    costs = StepCosts(layer=2, head=3, growth={1: 1, 16: 2}, measured=False)
+    assert costs.at(2, 10).speedup(0.95, 16) > costs.at(8, 10).speedup(0.95, 16) > 1
+    assert costs.at(2, 10).speedup(0, 16) < 1
+
+
+@pytest.mark.parametrize(
+    ("own", "shallow", "split"),
+    # 12 layers of 1 ms, exit after 4, and a head of 1 ms; an exit's own layers are part of a shallow step.
+    [(0, 0.005, (5, 4, 9)), (2, 0.007, (7, 4, 9))],
+)
+def test_measured_costs_reproduce_the_bundle_at_its_own_layer(
+    own: int, shallow: float, split: tuple[int, int, int]
+) -> None:
+    recorded = Costs(shallow, 0.004, {1: 0.009, 8: 0.018})
+    costs = measured_steps(SimpleNamespace(costs=recorded, layers=12, exit_layers=own))  # type: ignore[arg-type]
+    assert (costs.layer, costs.head) == pytest.approx((1.0, 1.0))
+    assert costs.growth == {1: 1.0, 8: 2.0}
+    at = costs.at(4, 12, own)
+    assert (at.shallow, at.shallow_without_head, at.deep[1]) == pytest.approx(split)
+
+
+def test_a_bundle_without_measurements_is_refused() -> None:
+    with pytest.raises(OptionError, match="--verify none"):
+        measured_steps(SimpleNamespace(costs=None, layers=12))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
+def test_weights_of_engines_are_those_of_their_layers_and_the_head(
+    name: str, bundle: Bundles, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
+    known = analytic(describe(opened.config, opened), opened)
+    made = Bundle.open(bundle(BY_NAME[name]))
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    layers = known.layer * made.manifest.layers
+    # Norms and tables of relative positions are a little more.
+    assert layers <= shallow.layers + deep.layers <= 1.15 * layers
+    for head in (shallow.head, deep.head):
+        assert known.head <= head <= 1.15 * known.head
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 4),
+        pytest.param(
+            {"precision": "int8", "kernels": "freeexport"},
+            1,
+            marks=pytest.mark.skipif(missing() is not None, reason="the kernels are not built"),
+        ),
+    ],
+)
+def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, Any], size: int, bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"], **options))
+    embedding = made.manifest.vocab_size * made.manifest.hidden_size * size
+    stored = sum(file.size for name, file in made.manifest.files.items() if name.endswith(".data"))
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    # Tied: it stands once, as the head of both.
+    assert shallow.head >= embedding
+    assert shallow.layers + deep.layers + deep.head == pytest.approx(stored, rel=0.05)
+
+
+def test_bytes_of_a_token(bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"]))
+    manifest = made.manifest
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    full = token_bytes(made, 0, 0, exits=False, passes=1)
+    assert full == shallow.layers + deep.layers + deep.head
+    assert token_bytes(made, 10, 0, False, 1) == full + 10 * manifest.kv_bytes_per_token
+    # Cross-attention reads keys and values of the same size.
+    assert token_bytes(made, 4, 6, False, 1) == token_bytes(made, 10, 0, False, 1)
+    assert token_bytes(made, 0, 0, True, 0) == shallow.layers + shallow.head
+    assert token_bytes(made, 0, 0, True, 0.25) == round(shallow.layers + shallow.head + (deep.layers + deep.head) / 4)
+
+
+def test_bandwidth_is_of_this_world() -> None:
+    assert 1e8 < measure_bandwidth(1, size=1 << 22, passes=1) < 1e13

@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from traces import trace
 
+from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
 from freeexport.measure import exit_vocabulary
 from freeexport.measure.exit_vocabulary import ExitGains, choose_exit_vocabulary, exit_gains
-from freeexport.measure.sources import Facts, open_sources
+from freeexport.measure.sources import CheckpointSource, Facts
 from freeexport.measure.threshold import Choice
 from freeexport.measure.traces import Traces, replay
 from graphs.errors import GraphError
@@ -58,7 +59,7 @@ def test_ends_come_first_then_exits_then_predictions_then_text_then_low_ids() ->
 def test_losses_are_those_of_sequences_that_were_not_ranked() -> None:
     # Of the first sequence the second knows token 400 only, and the other way round.
     seen = traces([(400, 0.9), (401, 0.9), (402, 0.9), (403, 0.1)], [(400, 0.9)] * 3 + [(410, 0.9)])
-    gain = gains(seen).at(64)
+    gain = gains(seen).gains[64]
     assert gain.lost == pytest.approx(3 / 7)
     assert gain.covers == pytest.approx(4 / 8)
     # What is known runs on: 1 exit, then a pass over 2 rows ends the first run, and so on.
@@ -67,17 +68,17 @@ def test_losses_are_those_of_sequences_that_were_not_ranked() -> None:
 
 def test_a_head_costs_in_proportion_to_its_tokens() -> None:
     found = gains(traces(*[[(token, 0.9) for token in range(10)]] * 4))
-    assert [gain.size for gain in found.gains] == [64, 128, 256, 512]
-    assert [gain.costs.shallow for gain in found.gains] == [1.25, 1.5, 2.0, 3.0]
+    assert list(found.gains) == [64, 128, 256, 512]
+    assert [gain.costs.shallow for gain in found.gains.values()] == [1.25, 1.5, 2.0, 3.0]
     assert (found.best.size, found.best.lost) == (64, 0)
-    assert found.best.speedup > found.whole.speedup
+    assert found.best.speedup > found.gains[512].speedup
 
 
 def test_the_whole_vocabulary_is_best_where_rare_tokens_exit() -> None:
     seen = traces(*[[(100 * line + token, 0.9) for token in range(20)] for line in range(1, 5)])
     found = gains(seen, costs=Costs(shallow=1.1, shallow_without_head=1.0, deep=COSTS.deep))
-    assert found.best is found.whole
-    assert (found.whole.lost, found.at(64).lost) == (0, 1)
+    assert found.best is found.gains[512]
+    assert (found.gains[512].lost, found.gains[64].lost) == (0, 1)
 
 
 @given(
@@ -96,11 +97,11 @@ def test_a_larger_vocabulary_loses_no_more_and_all_of_it_nothing(
     if not whole.exits.any():
         return
     found = gains(seen, vocabulary=64, max_pending=4, sizes=[size])
-    lost = [gain.lost for gain in found.gains]
+    lost = [gain.lost for gain in found.gains.values()]
     assert lost == sorted(lost, reverse=True)
-    assert found.whole.lost == 0
-    assert found.whole.replayed.sync_sizes == whole.sync_sizes
-    assert all(np.isfinite(gain.speedup) for gain in found.gains)
+    assert found.gains[64].lost == 0
+    assert found.gains[64].replayed.sync_sizes == whole.sync_sizes
+    assert all(np.isfinite(gain.speedup) for gain in found.gains.values())
 
 
 def test_a_threshold_that_nothing_passes_and_a_single_sequence_are_refused() -> None:
@@ -153,8 +154,7 @@ def test_targets_rank_what_the_decoded_lines_do_not_have(checkpoint: Directory, 
     plain = choose_exit_vocabulary(model, data, 180, tmp_path / "plain", 1, threshold=0.0)
     data.write_text(data.read_text() + json.dumps({"input": "a", "target": "zebra quiz"}) + "\n")
     ranked = choose_exit_vocabulary(model, data, 180, tmp_path / "ranked", 1, threshold=0.0)
-    with open_sources([model], 1, "cpu", None) as found:
-        (expected,) = found[0].token_ids(["zebra quiz"])
+    (expected,) = CheckpointSource(open_checkpoint(model), 1, "cpu").token_ids(["zebra quiz"])
     assert set(expected) <= set(ranked.tokens)
     assert not set(expected) <= set(plain.tokens)
 

@@ -7,7 +7,7 @@ import pytest
 from checkpoints import CASES, PROMPTS, Bundles
 from draft_plans import draft_exits
 
-from freeexport.measure.forced import THRESHOLD, ForcedDraftSession, ForcedExitSession, exit_trace
+from freeexport.measure.forced import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
 from runtime.errors import OptionError
 
@@ -15,29 +15,21 @@ BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
 
 
-def test_tokens_exit_as_the_trace_says(bundle: Bundles) -> None:
+def test_tokens_exit_as_the_trace_says_and_only_while_it_is_replayed(bundle: Bundles) -> None:
     trace = [True, True, False, True, False, False]
-    with ForcedExitSession(bundle(LLAMA), trace, threads=1, slots=1) as session:
-        for _ in range(2):  # each request begins the trace anew
-            result = session.generate(
-                list(PROMPTS[0]), threshold=THRESHOLD, max_new_tokens=7, mode="free", ignore_eos=True
-            )
-            assert result.exited == (False, *trace)
-            assert dict(result.stats.sync_sizes) == {3: 1, 2: 1, 1: 1}
-
-
-def test_a_session_without_a_trace_is_like_any_other_but_while_it_replays_one(bundle: Bundles) -> None:
     prompt, options = list(PROMPTS[0]), {"threshold": THRESHOLD, "max_new_tokens": 7, "ignore_eos": True}
-    with Session(bundle(LLAMA), threads=1, slots=1) as plain, ForcedExitSession(bundle(LLAMA), threads=1) as session:
+    with Session(bundle(LLAMA), threads=1, slots=1) as plain, ReplaySession(bundle(LLAMA), threads=1) as session:
         expected = plain.generate(prompt, **options).confidence
-        assert session.generate(prompt, **options).confidence == expected
-        with session.replaying([True, False]):
-            assert session.generate(prompt, **options).exited[1:] == (True, False, True, False, True, False)
+        with session.replaying(trace):
+            for _ in range(2):  # each request begins the trace anew
+                result = session.generate(prompt, mode="free", **options)
+                assert result.exited == (False, *trace)
+                assert dict(result.stats.sync_sizes) == {3: 1, 2: 1, 1: 1}
         assert session.generate(prompt, **options).confidence == expected
 
 
 def test_a_full_stack_forces_a_pass_whatever_the_trace_says(bundle: Bundles) -> None:
-    with ForcedExitSession(bundle(LLAMA, max_pending=3), [True], threads=1, slots=1) as session:
+    with ReplaySession(bundle(LLAMA, max_pending=3), threads=1) as session, session.replaying([True]):
         result = session.generate(list(PROMPTS[0]), threshold=THRESHOLD, max_new_tokens=7, ignore_eos=True)
     assert result.exited == (False, True, True, False, True, True, False)
 
@@ -77,7 +69,7 @@ def test_drafts_are_right_at_the_rate_asked_for_and_the_tokens_those_of_full(
     draft_exits(monkeypatch, 2)
     asked = {"max_new_tokens": 40, "ignore_eos": True}
     exits = {**asked, "mode": "lossless", "drafts": "exit"}
-    with ForcedDraftSession(bundle(BY_NAME[name]), threads=1) as session:
+    with ReplaySession(bundle(BY_NAME[name]), threads=1) as session:
         full = session.generate(list(PROMPTS[0]), mode="full", **asked)
         with session.drafting(full.token_ids, rate):
             drafted = session.generate(list(PROMPTS[0]), threshold=0.5, **exits)

@@ -15,8 +15,8 @@ from click.testing import CliRunner, Result
 
 from freeexport.cli import main
 from freeexport.measure import judge as judging
-from freeexport.measure.judge import JUDGEMENTS, Endpoint, JudgeError, JudgeOptions, items_of, parsed
-from freeexport.measure.records import OUTPUTS, RUN, Record
+from freeexport.measure.judge import JUDGEMENTS, Endpoint, JudgeError, JudgeOptions, parsed, questions_of
+from freeexport.measure.settings import OUTPUTS, RUN, Record
 from runtime.bundle.bundle import sha256_of
 
 Answer = Callable[[int, str], tuple[int, str, dict[str, str]]]
@@ -150,8 +150,7 @@ def test_failures_and_limits_are_waited_for(server: Server) -> None:
     answers: dict[int, tuple[int, str, dict[str, str]]] = {1: (500, "", {}), 2: (429, "", {"Retry-After": "7"})}
     server.answer = lambda number, prompt: answers.get(number, (200, "fine", {}))
     slept: list[float] = []
-    with Endpoint(server.url, "m", None, sleep=slept.append) as endpoint:
-        assert endpoint.ask("x") == "fine"
+    assert Endpoint(server.url, "m", None, sleep=slept.append).ask("x") == "fine"
     assert len(slept) == 2
     assert 0.5 <= slept[0] <= 1
     assert slept[1] == 7
@@ -166,10 +165,8 @@ def test_an_endpoint_that_never_answers_is_given_up(server: Server) -> None:
         return 200, "late", {}
 
     server.answer = slow
-    with (
-        Endpoint(server.url, "m", None, timeout=0.05, sleep=lambda seconds: None) as endpoint,
-        pytest.raises(JudgeError, match="did not answer in 6 attempts \\(ReadTimeout: timed out\\)"),
-    ):
+    endpoint = Endpoint(server.url, "m", None, timeout=0.05, sleep=lambda seconds: None)
+    with pytest.raises(JudgeError, match="did not answer in 6 attempts \\(ReadTimeout: timed out\\)"):
         endpoint.ask("x")
     gate.set()
 
@@ -205,8 +202,8 @@ def test_a_verdict_is_read_or_there_is_none(kind: Any, answer: str, swapped: boo
 
 
 def test_orders_are_random_over_lines_and_change_with_each_repeat(output: Path) -> None:
-    options = JudgeOptions(output, "one", SETTING, "http://x", "m", kinds=("pairwise",))
-    orders = [item.swapped for item in items_of(options)]
+    options = JudgeOptions(output, "one", SETTING, "m", kinds=("pairwise",))
+    orders = [question.swapped for question, _ in questions_of(options)]
     assert all(first != second for first, second in zip(orders[::2], orders[1::2], strict=True))
     assert len(set(orders[::2])) == 2
 

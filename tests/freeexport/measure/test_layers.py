@@ -1,10 +1,12 @@
-"""Every layer's predictions against the model cut after that layer."""
+"""Every layer's predictions against the model cut after that layer, and the report and picture of them."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ import pytest
 import reference
 import torch
 from checkpoints import CASES, PROMPTS, Case, load
+from click.testing import CliRunner, Result
+from command_errors import error
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from traces import trace
 
 from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from freeexport.checkpoints.examples import Example, text_format
@@ -25,9 +32,13 @@ from freeexport.checkpoints.exit_file import (
     ExitFile,
     write_exit_file,
 )
-from freeexport.measure.layers import Evaluation, LayerReader
+from freeexport.cli import main
+from freeexport.measure.layers import NO_EXIT, Curve, LayerReader, LayersOptions, layers_report
+from freeexport.measure.plot import layer_curves
+from freeexport.measure.traces import Traces
 from freeexport.verification.reference import reference_ids
 from graphs.families import describe
+from graphs.step_costs import StepCosts
 
 BY_NAME = {case.name: case for case in CASES}
 SOME = [
@@ -53,47 +64,38 @@ def reader(model: Any, opened: Checkpoint) -> LayerReader:
     return LayerReader(model, opened, describe(opened.config, opened), opened.exit.exit_layer if opened.exit else 1)
 
 
-def evaluated(model: Any, opened: Checkpoint, given: list[Example], batch_size: int = 2) -> Evaluation:
-    return reader(model, opened).evaluate(given, batch_size, nothing)
+def evaluated(model: Any, opened: Checkpoint, given: list[Example], batch: int = 2) -> tuple[list[Traces], np.ndarray]:
+    return reader(model, opened).every_layer(given, batch, nothing)
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
 def test_a_layer_predicts_what_the_model_cut_after_it_predicts(case: Case, checkpoint: Directory) -> None:
     opened, model = open_checkpoint(str(checkpoint(case))), load(checkpoint(case))
     given = examples()
-    result = evaluated(model, opened, given)
-    assert len(result.prediction) == case.layers
+    traces, targets = evaluated(model, opened, given)
+    assert len(traces) == case.layers
     predicted = reference.predicted_of(model)
     order = sorted(given, key=lambda one: -len(one.prompt) - len(one.target))
-    assert result.targets.tolist() == [token for one in order for token in one.target[predicted:].tolist()]
-    for layer in range(1, case.layers + 1):
+    assert targets.tolist() == [token for one in order for token in one.target[predicted:].tolist()]
+    for layer, found in enumerate(traces, start=1):
         shallow = []
         for one in order:
             run = reference.Run(model, one.prompt.tolist(), layer)
             shallow.append(run.logits(one.target[:-1].tolist())[0 if layer < case.layers else 1][predicted:])
         logits = torch.cat(shallow)
-        assert result.prediction[layer - 1].tolist() == logits.argmax(-1).tolist()
+        assert found.token.tolist() == logits.argmax(-1).tolist()
+        assert found.agrees.tolist() == (found.token == traces[-1].token).tolist()
+        assert found.length.tolist() == [len(one.target) - predicted for one in order]
         expected = [reference.confidence_of(row) for row in logits]
-        np.testing.assert_allclose(result.confidence[layer - 1], expected, atol=2e-5)
-
-
-def test_agreement_and_accuracy_count_tokens(checkpoint: Directory) -> None:
-    case = BY_NAME["llama-tied"]
-    result = evaluated(load(checkpoint(case)), open_checkpoint(str(checkpoint(case))), examples())
-    last = result.prediction[-1]
-    assert result.tokens == sum(len(target) - 1 for target in TARGETS)
-    assert result.agrees(1).tolist() == (result.prediction[0] == last).tolist()
-    assert result.agrees(case.layers).all()
-    assert result.accuracy(case.layers) == pytest.approx((last == result.targets).mean())
-    assert sorted(np.bincount(result.sequence).tolist()) == sorted(len(target) - 1 for target in TARGETS)
+        np.testing.assert_allclose(found.confidence, expected, atol=2e-5)
 
 
 def test_the_batch_size_changes_nothing(checkpoint: Directory) -> None:
     case = BY_NAME["t5-gated-tied"]
     opened, model = open_checkpoint(str(checkpoint(case))), load(checkpoint(case))
-    one, three = (evaluated(model, opened, examples(), size) for size in (1, 3))
-    np.testing.assert_array_equal(one.prediction, three.prediction)
-    np.testing.assert_allclose(one.confidence, three.confidence, atol=1e-5)
+    for one, three in zip(*(evaluated(model, opened, examples(), size)[0] for size in (1, 3)), strict=True):
+        np.testing.assert_array_equal(one.token, three.token)
+        np.testing.assert_allclose(one.confidence, three.confidence, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
@@ -106,7 +108,8 @@ def test_outputs_are_the_models_own_greedy_ones(case: Case, checkpoint: Director
         ids, _ = reference_ids(model, example.prompt.tolist(), 6, ends if isinstance(ends, list) else [ends])
         assert example.target.tolist() == ids
     assert model.generation_config is before
-    assert evaluated(model, opened, outputs).accuracy(case.layers) == 1
+    traces, targets = evaluated(model, opened, outputs)
+    assert (traces[-1].token == targets).all()
 
 
 def test_sampling_settings_of_the_checkpoint_are_ignored(checkpoint: Directory) -> None:
@@ -134,8 +137,8 @@ def test_an_exit_with_parameters_of_its_own_is_read_through_them(checkpoint: Dir
     plain = open_checkpoint(str(checkpoint(case)))
     write_exit_file(directory, ExitFile(2, True, 4, plain.sha256, "ce", "exit"))
     model, given = load(checkpoint(case)), examples()[:1]
-    without, result = evaluated(model, plain, given), evaluated(model, open_checkpoint(str(directory)), given)
-    assert result.prediction[0].tolist() == without.prediction[0].tolist()
+    without, result = (evaluated(model, one, given)[0] for one in (plain, open_checkpoint(str(directory))))
+    assert result[0].token.tolist() == without[0].token.tolist()
 
     ids = torch.tensor([[*PROMPTS[0], *TARGETS[0][:-1]]])
     with torch.no_grad():
@@ -143,9 +146,9 @@ def test_an_exit_with_parameters_of_its_own_is_read_through_them(checkpoint: Dir
     inner = rms(hidden) * own[ADAPTER_NORM] @ own[ADAPTER_DOWN].T
     hidden = hidden + inner / (1 + np.exp(-inner)) @ own[ADAPTER_UP].T
     logits = rms(hidden) * own[EXIT_NORM] @ model.lm_head.weight.detach().numpy().T
-    assert result.prediction[1].tolist() == logits.argmax(-1).tolist()
+    assert result[1].token.tolist() == logits.argmax(-1).tolist()
     expected = [reference.confidence_of(torch.from_numpy(row)) for row in logits]
-    np.testing.assert_allclose(result.confidence[1], expected, atol=2e-5)
+    np.testing.assert_allclose(result[1].confidence, expected, atol=2e-5)
 
 
 def rms(hidden: np.ndarray) -> np.ndarray:
@@ -169,3 +172,253 @@ def test_the_limit_is_at_most_what_the_model_can_take(checkpoint: Directory) -> 
         text_format(opened, description, 64).eos
         == json.loads((opened.path / "config.json").read_text())["eos_token_id"][0]
     )
+
+
+LINES = [
+    {"input": "one two three", "target": "abcdef"},
+    {"input": "four", "target": "ghij"},
+    {"input": "x", "target": "klm"},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in LINES))
+    return path
+
+
+def run(model: Path | str, data: Path, *arguments: str) -> Result:
+    return CliRunner().invoke(main, ["evaluate", str(model), "--layers", "--data", str(data), *arguments])
+
+
+def as_json(*arguments: Any) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return dict(json.loads(result.stdout))
+
+
+@pytest.mark.parametrize("name", ["t5-deep-decoder", "llama-tied"])
+def test_the_report_has_every_layer_but_the_last(name: str, checkpoint: Directory, data: Path) -> None:
+    report = as_json(checkpoint(BY_NAME[name]), data, "--max-new-tokens", "5")
+    assert [one["exit_layer"] for one in report["exits"]] == list(range(1, BY_NAME[name].layers))
+    # The model's own output is what it predicts: its accuracy would say nothing.
+    assert report["deep_accuracy"] is None
+    assert report["examples"] == 3
+    assert 0 < report["tokens"] <= 3 * 5
+    for one in report["exits"]:
+        assert one["at"]["0.99"]["exit_rate"] <= one["at"]["0.95"]["exit_rate"] <= one["at"]["0.9"]["exit_rate"]
+        assert one["chosen"] == one["at"]["0.99"]
+        assert one["accuracy"] is None
+        assert one["exit_rate"]["value"] == pytest.approx(one["chosen"]["exit_rate"])
+        assert one["exit_rate"]["low"] <= one["exit_rate"]["value"] <= one["exit_rate"]["high"]
+
+
+def test_a_checkpoint_can_run_in_bfloat16(checkpoint: Directory, data: Path) -> None:
+    path = checkpoint(BY_NAME["llama-tied"])
+    exact, rough = (as_json(path, data, "--on", "targets", "--dtype", dtype) for dtype in ("float32", "bfloat16"))
+    assert rough["tokens"] == exact["tokens"]
+    confidences = [[one["chosen"]["threshold"] for one in report["exits"]] for report in (exact, rough)]
+    assert confidences[0] != confidences[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "problem"),
+    [("cuda:999", "device cuda:999 is not there: torch"), ("tpu", "device is 'tpu'; choose 'cpu', or 'cuda:0'")],
+)
+def test_a_device_that_is_not_there_is_named(device: str, problem: str, checkpoint: Directory, data: Path) -> None:
+    assert problem in error(run(checkpoint(BY_NAME["llama-tied"]), data, "--device", device))
+
+
+@pytest.mark.parametrize(("samples", "tokens"), [(3, 6 + 4 + 3), (2, 6 + 4)])
+def test_targets_are_forced_on_request(samples: int, tokens: int, checkpoint: Directory, data: Path) -> None:
+    """One token a byte and one for the end, without the first of each."""
+    report = as_json(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--samples", str(samples))
+    assert (report["examples"], report["tokens"]) == (samples, tokens)
+    assert report["deep_accuracy"] < 1
+
+
+def test_the_page_recommends_or_says_why_not(checkpoint: Directory, data: Path) -> None:
+    result = run(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--agreement", "0")
+    assert result.exit_code == 0, result.output
+    shown = ("pays: ", "the exit after layer 1 of 5: above threshold", "95% interval", "MB of weights, not measured",
+             "accuracy of all layers")  # fmt: skip
+    assert [text for text in shown if text not in result.stdout] == []
+    result = run(checkpoint(BY_NAME["llama-tied"]), data, "--max-new-tokens", "5")
+    assert "accuracy" not in result.stdout  # the model is not compared with itself
+    assert "verdict on the best layer" in result.stdout
+
+
+COSTS = StepCosts(layer=1, head=0, growth={1: 1, 16: 1}, measured=False)
+
+
+def test_an_exit_is_judged_at_the_agreement_asked_for() -> None:
+    agrees = np.array([True] * 6 + [False] * 4)
+    confidence = np.linspace(0.9, 0.1, 10).astype(np.float32)
+    deep = trace(np.ones(10).tolist(), [True] * 10, token=[1] * 10)
+    first = trace(confidence.tolist(), agrees.tolist(), token=np.where(agrees, 1, 2).tolist())
+    report = layers_report("m", [first, deep], np.ones(10), 1, COSTS, LayersOptions(agreement=0.8))
+    (one,) = report["exits"]
+    assert (one["agreement"], one["chosen"]["exit_rate"], one["at"]["0.99"]["exit_rate"]) == (0.6, 0.7, 0.6)
+    assert one["speedup"] == pytest.approx(COSTS.at(1, 2).speedup(0.7, 16))
+    assert one["break_even"] == COSTS.at(1, 2).break_even(16)
+
+
+def test_a_bundles_measurements_replace_the_sizes(checkpoint: Directory, data: Path, bundle: Any) -> None:
+    case = BY_NAME["llama-tied"]
+    other = bundle(BY_NAME["llama-biases"])
+    assert "layers, the checkpoint 5" in error(run(checkpoint(case), data, str(other)))
+    assert "no measured costs" in error(run(checkpoint(case), data, str(bundle(case))))
+
+
+def test_the_plot_is_a_picture(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "exits.png"
+    result = run(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "exits.png"}
+
+
+def test_a_plot_without_matplotlib_says_what_to_install(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert "freeexport[evaluate]" in error(run("missing", data, "--plot", str(tmp_path / "x.png")))
+
+
+@pytest.mark.parametrize(("name", "message"), [("x.pdf", ".png"), ("none/x.png", "make it first")])
+def test_a_plot_that_cannot_be_written_fails_before_the_work(
+    name: str, message: str, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    assert message in error(run("missing", data, "--plot", str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", (), "has no examples"),
+        ('{"input": "a"}\nnonsense\n', (), "line 2: not JSON"),
+        ('{"target": "a"}\n', (), "line 1: 'input' is missing"),
+        ('{"input": "a"}\n', ("--on", "targets"), "line 1: 'target' is missing"),
+        ('{"input": "a", "target": ""}\n', ("--on", "targets"), "no output has a second token"),
+        (f'{{"input": "{"abcdefghijkl " * 50}", "target": "a"}}\n', (), "none of the 1 examples fits"),
+    ],
+)
+def test_bad_data_is_named(
+    text: str, arguments: tuple[str, ...], message: str, checkpoint: Directory, data: Path
+) -> None:
+    data.write_text(text)
+    assert message in error(run(checkpoint(BY_NAME["llama-tied"]), data, *arguments))
+
+
+@pytest.mark.smollm2
+@pytest.mark.slow
+def test_a_gguf_file_is_evaluated(data: Path) -> None:
+    from freeexport.checkpoints.checkpoint import smollm2
+
+    report = as_json(smollm2(), data, "--samples", "1", "--max-new-tokens", "4")
+    assert len(report["exits"]) == 29
+
+
+TOKENS = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]), st.booleans()), min_size=1, max_size=12)
+
+
+def arrays(tokens: list[tuple[float, bool]]) -> tuple[np.ndarray, np.ndarray]:
+    return np.array([one for one, _ in tokens], np.float32), np.array([agrees for _, agrees in tokens])
+
+
+@given(TOKENS)
+def test_points_are_what_their_threshold_does(tokens: list[tuple[float, bool]]) -> None:
+    confidence, agrees = arrays(tokens)
+    curve = Curve.of(confidence, agrees)
+    assert (np.diff(curve.exit_rate) > 0).all()
+    for threshold, rate, agreement in zip(curve.threshold, curve.exit_rate, curve.agreement, strict=True):
+        exits = confidence > threshold
+        assert exits.mean() == pytest.approx(rate)
+        assert agrees[exits].mean() == pytest.approx(agreement)
+
+
+@given(TOKENS, st.sampled_from([0.5, 0.75, 1.0]))
+def test_no_threshold_lets_more_tokens_exit_at_the_agreement(tokens: list[tuple[float, bool]], target: float) -> None:
+    confidence, agrees = arrays(tokens)
+    rates = [0.0]
+    for threshold in (0.0, 0.05, 0.2, 0.4, 0.7, 0.95, 1.0):
+        exits = confidence > threshold
+        if exits.any() and agrees[exits].mean() >= target:
+            rates.append(float(exits.mean()))
+    assert Curve.of(confidence, agrees).at_agreement(target).exit_rate == pytest.approx(max(rates))
+
+
+def test_nothing_exits_where_the_agreement_is_not_reached() -> None:
+    assert Curve.of(np.array([0.9, 0.1]), np.array([False, True])).at_agreement(0.9) == NO_EXIT
+
+
+def test_a_confidence_of_zero_never_exits() -> None:
+    assert Curve.of(np.zeros(3), np.ones(3, bool)).at_agreement(0.9) == NO_EXIT
+    assert list(Curve.of(np.zeros(3), np.ones(3, bool)).sampled(10)) == []
+
+
+def test_sampling_keeps_the_last_point() -> None:
+    curve = Curve.of(np.linspace(0.1, 0.9, 50), np.ones(50, bool))
+    points = list(curve.sampled(7))
+    assert len(points) == 7
+    assert points[-1].exit_rate == 1
+    assert len(list(curve.sampled(1000))) == 50
+
+
+def drawn(*speeds: float) -> tuple[Any, Any]:
+    """Draw exits whose curves rise with depth, with these speeds."""
+    pytest.importorskip("matplotlib")
+    random = np.random.default_rng(0)
+    exits = []
+    for layer, speed in enumerate(speeds, start=1):
+        confidence = random.random(400)
+        curve = Curve.of(confidence, random.random(400) < 0.2 + 0.8 * layer / len(speeds) * confidence)
+        exits.append({"exit_layer": layer, "speedup": speed, "curve": [asdict(point) for point in curve.sampled(100)]})
+    layers = len(speeds) + 1
+    figure = layer_curves({"model": "g2p", "layers": layers, "options": {"agreement": 0.99}, "exits": exits})
+    figure.canvas.draw()
+    curves, bars = figure.axes
+    return curves, bars
+
+
+@pytest.mark.parametrize("layers", [1, 7, 29])
+def test_layers_are_counted_in_whole_numbers(layers: int) -> None:
+    _, speeds = drawn(*np.linspace(0.9, 1.6, layers).tolist())
+    low, high = speeds.get_xlim()
+    ticks = [tick for tick in speeds.get_xticks() if low <= tick <= high]
+    assert ticks
+    assert all(tick == int(tick) and 1 <= tick <= layers for tick in ticks)
+
+
+def test_bars_start_at_the_speed_of_mode_full_and_carry_their_values() -> None:
+    _, speeds = drawn(0.8, 1.0, 1.55)
+    assert [bar.get_y() for bar in speeds.patches] == [1, 1, 1]
+    assert [bar.get_y() + bar.get_height() for bar in speeds.patches] == pytest.approx([0.8, 1.0, 1.55])
+    assert [text.get_text() for text in speeds.texts] == ["0.80x", "1.00x", "1.55x"]
+    low, high = speeds.get_ylim()
+    assert low < 0.8
+    assert high > 1.55
+    assert drawn(0.9, 0.95)[1].get_ylim()[1] > 1  # room for the line of mode full
+
+
+def test_many_layers_have_no_values_over_each_other_and_few_curves() -> None:
+    curves, speeds = drawn(*[1.1] * 29)
+    assert len(speeds.patches) == 29
+    assert not speeds.texts
+    assert len(curves.lines) <= 13
+
+
+def test_curves_differ_by_dashes_too_and_their_legend_is_beside_them() -> None:
+    curves, _ = drawn(1.1, 1.2, 1.3)
+    assert len({line.get_linestyle() for line in curves.lines[:3]}) == 3
+    assert curves.get_legend().get_window_extent().x0 > curves.get_window_extent().x1
+    names = [text.get_text() for text in curves.get_legend().get_texts()]
+    assert names == ["layer 1", "layer 2", "layer 3", "99 % agree"]
+    bottom, top = curves.get_ylim()
+    for line in curves.lines:  # every curve is inside the panel
+        values = np.asarray(line.get_ydata(), float)
+        assert bottom >= values.max()
+        assert values.min() >= top > 0

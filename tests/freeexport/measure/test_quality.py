@@ -11,8 +11,7 @@ import pytest
 from handmade_bundle import write_bundle
 
 from freeexport.measure.quality import FEWEST_LINES, area, curves_of, interval, rows_of, speed_interval, verdicts
-from freeexport.measure.records import Record
-from freeexport.measure.settings import Entry, Setting
+from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
 
@@ -57,30 +56,30 @@ def test_the_first_token_of_an_encoder_decoder_is_decided_like_any_other(tmp_pat
     }
     found = {("one", "full"): full, ("one", FREE.name): lines}
     whole, row = rows_of([entry], found, REFERENCES, [metric_of("exact")])
-    assert (whole.exit_rate, whole.first_speed) == (0, 1)
-    assert (row.exit_rate, row.layers) == (0.5, 20)
-    assert row.first_speed == pytest.approx(2)
+    assert (whole["exit_rate"], whole["first_speed"]) == (0, 1)
+    assert (row["exit_rate"], row["layers"]) == (0.5, 20)
+    assert row["first_speed"] == pytest.approx(2)
 
 
 def test_rows_are_those_worked_out_by_hand(entry: Entry) -> None:
     full, static, free = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
-    assert (full.request_speed, full.token_speed, full.same, full.exit_rate, full.layers) == (1, 1, 1, 0, 30)
-    assert free.request_speed == pytest.approx(1.1 / 0.6)
-    assert free.token_speed == pytest.approx(2)
-    assert free.tokens_per_second == pytest.approx(18)
-    assert free.exit_rate == 0.5
-    assert free.layers == 20
-    assert (static.exit_rate, static.layers, static.same) == (1, 10, 0.5)
-    assert (static.scores["exact"].value, static.scores["exact"].relative) == (0.5, 0.5)
-    assert full.scores["exact"].low is None
-    assert full.joules_per_token is None
+    assert [full[name] for name in ("request_speed", "token_speed", "same", "exit_rate", "layers")] == [1, 1, 1, 0, 30]
+    assert free["request_speed"] == pytest.approx(1.1 / 0.6)
+    assert free["token_speed"] == pytest.approx(2)
+    assert free["tokens_per_second"] == pytest.approx(18)
+    assert free["exit_rate"] == 0.5
+    assert free["layers"] == 20
+    assert (static["exit_rate"], static["layers"], static["same"]) == (1, 10, 0.5)
+    assert static["scores"]["exact"]["value"] == static["scores"]["exact"]["relative"] == 0.5
+    assert full["scores"]["exact"]["low"] is None
+    assert full["joules_per_token"] is None
 
 
 def test_layers_of_the_exits_own_count_wherever_they_run(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "one", layers=30, exit_layer=10, exit_layers=2, packed=True)
     entry = Entry("one", Bundle.open(bundle), (FULL, STATIC, FREE))
-    full, static, free = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
-    assert (full.layers, static.layers, free.layers) == (30, 12, 22)
+    rows = rows_of([entry], records(), REFERENCES, [metric_of("exact")])
+    assert [row["layers"] for row in rows] == [30, 12, 22]
 
 
 def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
@@ -89,9 +88,9 @@ def test_the_median_round_of_each_line_counts(entry: Entry) -> None:
         one = found["one", "full"][line][0]
         found["one", "full"][line] += [replace(one, round=1, seconds=slow), replace(one, round=2, decode_seconds=0.5)]
     full, static, _ = rows_of([entry], found, REFERENCES, [metric_of("exact")])
-    assert full.seconds_per_request == pytest.approx(1.1)
-    assert full.spread == pytest.approx(1)  # 2, 2 and 1 seconds
-    assert static.spread is None
+    assert full["seconds_per_request"] == pytest.approx(1.1)
+    assert full["spread"] == pytest.approx(1)  # 2, 2 and 1 seconds
+    assert static["spread"] is None
 
 
 def test_energy_is_that_of_all_rounds_where_all_are_known(entry: Entry) -> None:
@@ -100,22 +99,22 @@ def test_energy_is_that_of_all_rounds_where_all_are_known(entry: Entry) -> None:
         found["one", "full"][line] = [replace(found["one", "full"][line][0], joules=2.0)]
     found["one", "static"][1] = [replace(found["one", "static"][1][0], joules=2.0)]
     full, static, _ = rows_of([entry], found, REFERENCES, [metric_of("exact")])
-    assert (full.joules_per_token, static.joules_per_token) == (0.2, None)
+    assert (full["joules_per_token"], static["joules_per_token"]) == (0.2, None)
 
 
 def test_what_the_full_model_scores_0_in_is_relative_to_nothing(entry: Entry) -> None:
     wrong = {line: Reference(("other",)) for line in (1, 2)}
     rows = rows_of([entry], records(), wrong, [metric_of("exact")])
-    assert [row.scores["exact"].relative for row in rows] == [None] * 3
-    assert all(curve.fastest is None for curve in curves_of(rows, "exact", 0.99))
+    assert [row["scores"]["exact"]["relative"] for row in rows] == [None] * 3
+    assert all(curve["fastest"] is None for curve in curves_of(rows, "exact", 0.99))
 
 
 def test_a_bundle_without_full_is_compared_with_the_first_one(entry: Entry) -> None:
     other = replace(entry, name="two", settings=(STATIC,))
     found = {**records(), ("two", "static"): records()["one", "static"]}
     row = rows_of([entry, other], found, REFERENCES, [metric_of("exact")])[-1]
-    assert (row.bundle, row.against, row.scores["exact"].relative) == ("two", "one", 0.5)
-    assert row.request_speed == pytest.approx(1.1 / 0.3)
+    assert (row["bundle"], row["against"], row["scores"]["exact"]["relative"]) == ("two", "one", 0.5)
+    assert row["request_speed"] == pytest.approx(1.1 / 0.3)
 
 
 def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[Record]]]:
@@ -147,10 +146,10 @@ def test_a_winner_keeps_the_quality_by_the_lower_bound_of_its_interval(
     metric = metric_of("exact")
     references = {line: Reference(("right",)) for line in range(lines)}
     rows = rows_of([entry], many(wrong, lines), references, [metric])
-    curves = {curve.method: curve for curve in curves_of(rows, "exact", 0.99)}
-    assert curves["free"].fastest == fastest
-    assert curves["static"].fastest is None
-    assert curves["static"].area is None  # a point is no curve
+    curves = {curve["method"]: curve for curve in curves_of(rows, "exact", 0.99)}
+    assert curves["free"]["fastest"] == fastest
+    assert curves["static"]["fastest"] is None
+    assert curves["static"]["area"] is None  # a point is no curve
     (verdict,) = verdicts(rows, metric, 0.99)
     assert said in verdict
 
@@ -175,7 +174,7 @@ def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
     assert low is not None
     assert high is not None
     assert 1.8 < low < 1.95 < high < 2.05
-    assert speed_interval([1.0], [2.0]) == (None, None)
+    assert speed_interval(full[:1], full[:1]) == (None, None)
 
 
 def test_the_area_is_the_mean_of_the_best_quality_at_each_speed() -> None:

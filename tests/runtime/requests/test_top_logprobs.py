@@ -115,7 +115,7 @@ def test_of_an_exit_vocabulary_only_its_tokens_are_named(
     size: int, bundle: Bundles, source_model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = list(range(3, VOCAB_SIZE, VOCAB_SIZE // size))[:size]
-    chosen = ChosenVocabulary(tuple(known), ExitVocabulary(size, 1.0, 1), None)  # type: ignore[arg-type]
+    chosen = ChosenVocabulary(tuple(known), ExitVocabulary(size, 1.0, 1))
     monkeypatch.setattr(exit_vocabulary, "choose_exit_vocabulary", lambda *given: chosen)
     with Session(bundle(LLAMA, 2, exit_vocab=size, data=Path(__file__)), threads=1, slots=1) as session:
         ours = session.generate(
