@@ -15,7 +15,7 @@ from freeexport.conversion.bundle_verdict import bundle_verdict
 from freeexport.conversion.convert import build_and_test, convert
 from freeexport.conversion.options import ConvertOptions, Verify
 from freeexport.system.page import human_bytes
-from freeexport.verification.checks import line_of, prompts_of, quality_line
+from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
 from graphs.tensorrt.build import BuildOptions
@@ -203,11 +203,11 @@ def verify_command(bundle: Path, against: str | None, data: Path | None, quick: 
     if as_json:
         return
     for check in report["checks"]:
-        click.echo(f"ok       {line_of(check)}")
+        click.echo(f"ok       {sentence_of(check)}")
     if "quality" in report:
         click.echo(f"ok       {quality_line(report['quality'])}")
     if "greedy" in report:
-        equal, line = prompts_of(report["greedy"])
+        equal, line = greedy_line(report["greedy"])
         click.echo(f"{'ok     ' if equal else 'warning'}  {line}")
     if report["left_out"]:
         click.echo(f"warning  left out, as the time was up: {', '.join(report['left_out'])}")

@@ -20,16 +20,13 @@ from runtime import FreeExportError, GenerationOptions, GenerationResult, Option
 from runtime.errors import PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Mode
-from runtime.sequence import MOST_SEQUENCES
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
 # Options of a request that this command has itself, or that a command line cannot give; --option takes all others.
 OWN = ("mode", "threshold", "predicted_output", "max_new_tokens", "stop", "temperature")
-OTHERS = sorted(
-    {item.name for item in dataclasses.fields(GenerationOptions)}
-    - {*OWN, "draft_source", "logits_processor", "cache_salt"}
-)
+NOT_HERE = {*OWN, "draft_source", "logits_processor", "cache_salt"}
+OTHERS = sorted({item.name for item in dataclasses.fields(GenerationOptions)} - NOT_HERE | {"num_return_sequences"})
 
 
 def _others(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
@@ -83,14 +80,13 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
               help=f"Lines of --input to decode at once.  [default: {BATCH}]")  # fmt: skip
 @click.option("--no-trust-templates", is_flag=True,
               help="Do not load the tokenizer and chat template: PROMPT is token ids, as in 1,22,333.")  # fmt: skip
-@section("Drafts, sampling, beams", rare=True)
+@section("Drafts, sampling, beams, several results", rare=True)
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that the output is expected to be, but for changes: drafts of mode lossless.")  # fmt: skip
-@click.option("--num-return-sequences", type=click.IntRange(1, MOST_SEQUENCES), default=1,
-              help="Return so many samples or beams, best first.")  # fmt: skip
 @click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
-              help="Any other option of a request, such as seed=1, top_p=0.9, num_beams=4, drafts=exit, deadline=60, "
-              f"or top_logprobs=3 for JSON. May be repeated. Names: {', '.join(OTHERS)}.")  # fmt: skip
+              help="Any other option of a request, such as seed=1, top_p=0.9, num_beams=4, num_return_sequences=4, "
+              "drafts=exit, deadline=60, or top_logprobs=3 for JSON. May be repeated. Names: "
+              f"{', '.join(OTHERS)}.")  # fmt: skip
 @section("Machine", rare=True)
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help=THREADS)
@@ -106,7 +102,6 @@ def command(
     device: str,
     threads: int | None,
     no_trust_templates: bool,
-    num_return_sequences: int,
     predicted_output: Path | None,
     others: dict[str, Any],
     as_json: bool,
@@ -143,6 +138,7 @@ def command(
             raise OptionError(
                 f"--predicted-output {predicted_output} cannot be read ({error}); give a text file in UTF-8"
             ) from None
+    sequences = options.pop("num_return_sequences", 1)
     if options.get("top_logprobs"):
         options["output_logprobs"] = True
     slots = 1 if source is None else batch or BATCH
@@ -163,10 +159,10 @@ def command(
 
         def ask(text: Any, cancel: threading.Event | None = None) -> list[GenerationResult]:
             prompt = prompt_of(text)
-            if num_return_sequences == 1:
+            if sequences == 1:
                 results = [session.generate(prompt, cancel=cancel, **options)]
             else:
-                results = session.generate_best(prompt, num_return_sequences, cancel=cancel, **options)
+                results = session.generate_best(prompt, sequences, cancel=cancel, **options)
             hint(prompt, results)
             return results
 
@@ -177,7 +173,7 @@ def command(
             answer_file(ask, source, target or Path(STANDARD), slots, resume, overwrite)
             return
         text = sys.stdin.read() if prompt in (None, STANDARD) else prompt
-        if num_return_sequences == 1 and not as_json:
+        if sequences == 1 and not as_json:
             asked = prompt_of(text)
             hint(asked, [_stream(session, asked, names_mode, options)])
             return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from freeexport.measure.exit_verdict import Basis, ExitFacts, Share, Verdict, recorded_share, verdict, why_never
 from runtime.bundle.bundle import Bundle
@@ -22,19 +21,22 @@ def bundle_facts(bundle: Bundle) -> ExitFacts:
     """From the manifest, the calibration and the verification. Of sequences nothing is recorded, so shares have no
     interval."""
     manifest, calibration = bundle.manifest, bundle.calibration
+    seen = (bundle.verification or {}).get("exit")
+    agreement = seen.get("agreement") if isinstance(seen, Mapping) else None
     facts = ExitFacts(
         name=str(bundle.path),
         exit_layer=manifest.exit_layer,
         layers=manifest.layers,
         trained=manifest.exit_trained,
-        agreement=_agreement(bundle.verification or {}),
+        # As `freeexport verify` saw it on a few texts.
+        agreement=recorded_share(agreement) if isinstance(agreement, Mapping) else None,
         break_even=None if manifest.costs is None else manifest.costs.break_even(manifest.max_pending),
         basis=_basis(manifest.costs),
     )
-    if calibration is not None:
-        return _calibrated(facts, manifest, calibration)
-    # Of a threshold that came without a calibration nothing is known.
-    return replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None)
+    if calibration is None:
+        # Of a threshold that came without a calibration nothing is known.
+        return replace(facts, threshold=manifest.threshold if manifest.threshold < 1 else None)
+    return _calibrated(facts, manifest, calibration)
 
 
 def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) -> ExitFacts:
@@ -47,10 +49,9 @@ def _calibrated(facts: ExitFacts, manifest: Manifest, calibration: Calibration) 
     row = next((row for row in calibration.table if row.threshold == calibration.threshold), None)
     if row is None:
         return facts
-    exits = round(row.exit_rate * calibration.positions)
-    agreeing = None if row.agreement is None else Share(row.agreement, exits)
-    facts = replace(facts, exit_rate=Share(row.exit_rate, calibration.positions), exit_agreement=agreeing)
-    facts = replace(facts, measured=row.measured_speedup)
+    agreeing = None if row.agreement is None else Share(row.agreement, round(row.exit_rate * calibration.positions))
+    rate = Share(row.exit_rate, calibration.positions)
+    facts = replace(facts, exit_rate=rate, exit_agreement=agreeing, measured=row.measured_speedup)
     costs = calibration.costs or manifest.costs
     if costs is None:
         return facts
@@ -65,10 +66,3 @@ def _basis(costs: Costs | None) -> Basis:
     if costs is None:
         return "unknown"
     return "measured" if costs.trusted else "busy"
-
-
-def _agreement(verification: Mapping[str, Any]) -> Share | None:
-    """As `freeexport verify` saw it on a few texts."""
-    seen = verification.get("exit")
-    found = seen.get("agreement") if isinstance(seen, Mapping) else None
-    return recorded_share(found) if isinstance(found, Mapping) else None

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import platform
+from contextlib import suppress
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
+from freeexport import __version__
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.examples import known_ends
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
-from freeexport.conversion.manifest import Written, decoder_start, head_copies, new_manifest
-from freeexport.conversion.options import ConvertOptions, check_rounding_data, engine_options
-from freeexport.conversion.recalibrate import check_room, with_calibration
+from freeexport.conversion.options import ConvertOptions, engine_options
+from freeexport.conversion.recalibrate import check_fits, with_calibration
 from freeexport.measure.costs import measured_in_child
 from freeexport.system.output import OutputError, check_output, output_directory
 from freeexport.system.progress import progress
@@ -23,24 +24,31 @@ from freeexport.verification.verification import VerificationError, verify_in_ch
 from graphs.description import Description, ForeignEncoder
 from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder, engine_names
+from graphs.errors import GraphError
 from graphs.exit_head import with_exit
 from graphs.families import describe
 from graphs.tensorrt.build import BuildOptions, Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
-from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files
-from runtime.bundle.calibration import Calibration, check_calibration, read_calibration
+from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
+from runtime.bundle.calibration import read_calibration
 from runtime.bundle.costs import recordable
-from runtime.bundle.manifest import MANIFEST, DeclaredCopy, ExitVocabulary, Manifest, Precision
+from runtime.bundle.manifest import (
+    MANIFEST,
+    SCHEMA_VERSION,
+    DeclaredCopy,
+    File,
+    Manifest,
+    Quantization,
+)
 from runtime.errors import BundleError
+from runtime.kernels import VERSION as KERNELS_VERSION
 from runtime.kernels import instructions
 from runtime.machine.machine import write_back
 from runtime.tensorrt.files import DIRECTORY
 
-if TYPE_CHECKING:
-    from freeexport.conversion.rounding_data import RoundedWeights
-
 WEIGHTS = "weights.data"
+VERSIONED = ("onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "numpy")
 
 
 def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
@@ -52,54 +60,68 @@ def convert(model: str, out: Path, options: ConvertOptions) -> Manifest:
     """
     check_output(out, MANIFEST, options.overwrite)
     verified = options.verify != "none"
-    unverified = unverified_place(out) if verified else out
+    unverified = _unverified_place(out) if verified else out
     calibration = None if options.calibration is None else read_calibration(options.calibration)
     if options.kernels == "freeexport" and (verified or options.measure):
         instructions()  # what cannot be run here, cannot be verified
     checkpoint = open_checkpoint(model)
     description = with_exit(describe(checkpoint.config, checkpoint), checkpoint)
-    exit_layer = _exit_layer(checkpoint, len(description.decoder.layers), options.exit_layer)
-    engines = engine_options(description, options, exit_layer)
-    engines.check(description)
-    check_rounding_data(engines, options.rounding_data)
-    decoder_start(checkpoint, description)
+    layers, exit_layer = len(description.decoder.layers), options.exit_layer
+    if exit_layer is None and checkpoint.exit is None and layers > 1:
+        exit_layer = max(1, round(layers / 3))
+        click.echo(
+            f"note: exit after layer {exit_layer} of {layers}, a third of them, as {checkpoint.name} has no exit.json; "
+            "--exit-layer chooses another, freeexport train trains one",
+            err=True,
+        )
+    engines = engine_options(description, options, checkpoint.exit_layer(layers, exit_layer))
+    _decoder_start(checkpoint, description)
     if calibration is not None:
-        _check_calibration(calibration, checkpoint, description, engines)
-    engines, vocabulary = _with_exit_vocabulary(model, checkpoint, out, engines, options)
+        facts = (description.vocab_size, engines.exit_layer, engines.confidence, engines.max_pending)
+        # The hash reads every weight, so all else is compared first.
+        check_fits(calibration, calibration.source_sha256, *facts)
+        check_fits(calibration, checkpoint.sha256, *facts)
+    vocabulary = None if checkpoint.exit is None else checkpoint.exit.vocabulary
+    if options.exit_vocab is not None and options.data is not None:
+        # torch, which decodes the data.
+        from freeexport.measure.exit_vocabulary import choose_exit_vocabulary
+
+        chosen = choose_exit_vocabulary(model, options.data, options.exit_vocab, out, engines.exit_layer)
+        engines, vocabulary = replace(engines, exit_tokens=chosen.tokens), chosen.facts
     with output_directory(out, MANIFEST, options.overwrite) as directory:
+
+        def write_manifest() -> None:
+            (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+
         write_tokenizer(checkpoint, directory)
         written = _write_engines(checkpoint, description, engines, options.rounding_data, directory)
-        manifest = new_manifest(checkpoint, description, engines, options, written, directory)
+        manifest = _new_manifest(checkpoint, description, engines, options, written, directory)
         manifest = replace(manifest, exit_vocabulary=vocabulary)
         if calibration is not None:
             manifest = with_calibration(manifest, calibration, directory)
-        _write_manifest(manifest, directory)
+        write_manifest()
         if manifest.kernels is not None:
             write_back(directory / WEIGHTS)
         if verified:
-            with kept_where_refused(directory, unverified):
-                passed = verify_in_child(directory, model, checkpoint, manifest, options.verify, options.threads)
+            try:
+                passed = verify_in_child(directory, model, checkpoint, manifest, options.verify)
+            except VerificationError as error:
+                if not (directory / VERIFICATION).is_file():
+                    raise  # nothing was judged, and nothing is kept
+                with output_directory(unverified, MANIFEST, overwrite=True) as beside:
+                    for path in directory.iterdir():
+                        path.rename(beside / path.name)
+                kept = f"kept as {unverified}, with the figures in {VERIFICATION}"
+                raise VerificationError(f"{error}; {kept}") from None
             manifest = replace(manifest, verified=passed)
         # What a processor takes says nothing about a GPU.
         if options.measure and options.target == "cpu":
             manifest = replace(manifest, costs=recordable(measured_in_child(directory)))
-        _write_manifest(manifest, directory)
+        write_manifest()
     return manifest
 
 
-def _exit_layer(checkpoint: Checkpoint, layers: int, given: int | None) -> int:
-    """As trained or given, else a third of the layers."""
-    if given is None and checkpoint.exit is None and layers > 1:
-        given = max(1, round(layers / 3))
-        click.echo(
-            f"note: exit after layer {given} of {layers}, a third of them, as {checkpoint.name} has no exit.json; "
-            "--exit-layer chooses another, freeexport train trains one",
-            err=True,
-        )
-    return checkpoint.exit_layer(layers, given)
-
-
-def unverified_place(out: Path) -> Path:
+def _unverified_place(out: Path) -> Path:
     """The place of a refused bundle for `out`. Raises OutputError where something stands there that is none."""
     absolute = Path(os.path.abspath(out))
     place = absolute.with_name(f"{absolute.name}.unverified")
@@ -111,84 +133,128 @@ def unverified_place(out: Path) -> Path:
     return place
 
 
-@contextmanager
-def kept_where_refused(directory: Path, place: Path) -> Iterator[None]:
-    """If the block raises VerificationError, move the contents of `directory` to `place`, instead of an earlier one,
-    and raise the error with the path. Without a report nothing was judged, and nothing is kept."""
-    try:
-        yield
-    except VerificationError as error:
-        if not (directory / VERIFICATION).is_file():
-            raise
-        with output_directory(place, MANIFEST, overwrite=True) as beside:
-            for path in directory.iterdir():
-                path.rename(beside / path.name)
-        raise VerificationError(f"{error}; kept as {place}, with the figures in {VERIFICATION}") from None
-
-
-def _check_calibration(
-    calibration: Calibration, checkpoint: Checkpoint, description: Description, engines: EngineOptions
-) -> None:
-    check_room(calibration, engines.max_pending)
-    facts = (description.vocab_size, engines.exit_layer, engines.confidence)
-    # The hash reads every weight, so all else is compared first.
-    check_calibration(calibration, calibration.source_sha256, *facts)
-    check_calibration(calibration, checkpoint.sha256, *facts)
-
-
-def _with_exit_vocabulary(
-    model: str, checkpoint: Checkpoint, out: Path, engines: EngineOptions, options: ConvertOptions
-) -> tuple[EngineOptions, ExitVocabulary | None]:
-    if options.exit_vocab is None or options.data is None:
-        return engines, None if checkpoint.exit is None else checkpoint.exit.vocabulary
-    # torch, which decodes the data.
-    from freeexport.measure.exit_vocabulary import choose_exit_vocabulary
-
-    chosen = choose_exit_vocabulary(model, options.data, options.exit_vocab, out, engines.exit_layer)
-    return replace(engines, exit_tokens=chosen.tokens), chosen.facts
-
-
 def _write_engines(
     checkpoint: Checkpoint, description: Description, options: EngineOptions, text: Path | None, directory: Path
-) -> Written:
-    copies: list[DeclaredCopy] = []
-    rounded = None if text is None else _rounded(checkpoint, description, options, text)
+) -> tuple[int, list[DeclaredCopy], Quantization | None]:
+    """Write the engines. The bytes of their weights, what stands in memory a second time, and how weights were
+    quantized. torch takes a second to import, and is only where it is needed."""
+    copies, fitted = list[DeclaredCopy](), None
+    if text is not None:
+        from freeexport.conversion.rounding_data import round_for_text
+
+        fitted = round_for_text(checkpoint, description, options, text)
     names = engine_names(description)
     with WeightFile(directory / WEIGHTS) as weights, progress("building engines", len(names)) as advance:
-        given = {} if rounded is None else rounded.weights
+        given = {} if fitted is None else fitted.weights
         builder = EngineBuilder(description, options, checkpoint, weights, directory, given)
         for name in names:
             if name == "encoder" and isinstance(description.encoder, ForeignEncoder):
-                copies += _export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
+                from freeexport.conversion.encoder_export import export_encoder
+
+                reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
+                widened = export_encoder(checkpoint, description.encoder, weights, directory, options.precision)
+                copies += [DeclaredCopy("encoder", widened, reason)] if widened else []
             else:
                 getattr(builder, name)()
             advance()
         quantization = builder.quantization
-        if quantization is not None and rounded is not None:
-            quantization = replace(quantization, rounding_data=rounded.data)
-        return Written(weights.bytes, (*head_copies(description, options, quantization), *copies), quantization)
+        if quantization is not None and fitted is not None:
+            quantization = replace(quantization, rounding_data=fitted.data)
+        return weights.bytes, [*_head_copies(description, options, quantization), *copies], quantization
 
 
-def _rounded(checkpoint: Checkpoint, description: Description, engines: EngineOptions, text: Path) -> RoundedWeights:
-    # torch takes a second to import.
-    from freeexport.conversion.rounding_data import round_for_text
+def _new_manifest(
+    checkpoint: Checkpoint,
+    description: Description,
+    engines: EngineOptions,
+    options: ConvertOptions,
+    written: tuple[int, list[DeclaredCopy], Quantization | None],
+    directory: Path,
+) -> Manifest:
+    """The manifest of the engines that stand in `directory`, not yet verified, measured or calibrated."""
+    weight_bytes, copies, quantization = written
+    versions = {"freeexport": __version__, "python": platform.python_version()}
+    for name in VERSIONED:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    # Every file but the manifest, and the report about these files.
+    files = sorted(path for path in directory.iterdir() if path.name not in (MANIFEST, VERIFICATION))
+    generation, attention = checkpoint.generation_config, description.attention
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        family=description.family,
+        dialect=engines.dialect,
+        packed=engines.packed,
+        precision=engines.precision,
+        layers=len(description.decoder.layers),
+        exit_layer=engines.exit_layer,
+        exit_layers=len(description.decoder.exit_layers),
+        hidden_size=description.hidden_size,
+        vocab_size=description.vocab_size,
+        heads=attention.heads,
+        kv_heads=attention.kv_heads,
+        head_dim=attention.head_dim,
+        capacity=engines.capacity,
+        max_pending=engines.max_pending,
+        encoder_capacity=options.longest_prompt if description.encoder else 0,
+        confidence=engines.confidence,
+        threshold=1.0,
+        # Ids that the model has no row for never come, so they end nothing.
+        eos_token_ids=known_ends(checkpoint, description.vocab_size),
+        bos_token_id=generation.get("bos_token_id"),
+        pad_token_id=generation.get("pad_token_id"),
+        decoder_start_token_id=_decoder_start(checkpoint, description),
+        verified=False,
+        source=checkpoint.name,
+        source_sha256=checkpoint.sha256,
+        weight_bytes=weight_bytes,
+        files={path.name: File(path.stat().st_size, sha256_of(path)) for path in files},
+        versions=versions,
+        copies=tuple(copies),
+        quantization=quantization,
+        target=engines.target,
+        exit_trained=checkpoint.exit is not None,
+        kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
+        compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
+    )
 
-    return round_for_text(checkpoint, description, engines, text)
+
+def _decoder_start(checkpoint: Checkpoint, description: Description) -> int | None:
+    """The token that an encoder-decoder starts from; None for a decoder-only model. Raises GraphError where the
+    checkpoint names none."""
+    if description.encoder is None:
+        return None
+    start: int | None = checkpoint.generation_config.get("decoder_start_token_id")
+    if start is None:
+        raise GraphError(f"{checkpoint.name} names no decoder_start_token_id; add it to its generation_config.json")
+    return start
 
 
-def _export_encoder(
-    checkpoint: Checkpoint, encoder: ForeignEncoder, weights: WeightFile, directory: Path, precision: Precision
+def _head_copies(
+    description: Description, engines: EngineOptions, quantization: Quantization | None
 ) -> list[DeclaredCopy]:
-    # torch takes a second to import, and only these encoders need it here.
-    from freeexport.conversion.encoder_export import export_encoder
-
-    widened = export_encoder(checkpoint, encoder, weights, directory, precision)
-    reason = "encoder weights, widened to fp32 by ONNX Runtime (in memory)"
-    return [DeclaredCopy("encoder", widened, reason)] if widened else []
-
-
-def _write_manifest(manifest: Manifest, directory: Path) -> None:
-    (directory / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    """The head's weights a second time: packed or on a device, and those of an exit vocabulary."""
+    head, copies = description.decoder.head.weight, list[DeclaredCopy]()
+    if quantization is None:
+        bits = 32 if engines.float_type == "fp32" else 16
+    else:
+        bits = 4 if any(engine.head == "int4" for engine in quantization.engines) else 8
+    row = description.hidden_size * bits // 8
+    whole, reason = description.vocab_size * row, ""
+    if engines.kernels == "freeexport":
+        if head == description.decoder.embedding and engines.head == "int4":
+            reason = "head, packed for freeexport's kernels, beside the embedding table"
+    elif engines.target == "cpu" and quantization is None:
+        reason = "head, packed by ONNX Runtime for the deep engine (in memory)"
+    elif not engines.exit_tokens:
+        reason = "head, packed by ONNX Runtime for each of the two engines (in memory)"
+        if engines.target != "cpu":
+            reason = "head, for the deep engine (in the memory of the device)"
+    if reason:
+        copies.append(DeclaredCopy(head, whole, reason))
+    if engines.exit_tokens:
+        copies.append(DeclaredCopy(head, len(engines.exit_tokens) * row, "head rows of the exit vocabulary"))
+    return copies
 
 
 def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:

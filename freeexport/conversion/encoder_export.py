@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +45,9 @@ def export_encoder(
     module = _Encoder(model.get_encoder()).eval()
     del model  # and with it the decoder
     try:
-        with _quiet(), torch.no_grad():
+        # Exporters warn about packages that nobody needs and about their own internals.
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        with warnings.catch_warnings(action="ignore"), torch.no_grad():
             exported = _export(module, encoder.block, directory)
     except OSError:  # a full disk says nothing about the model
         raise
@@ -102,7 +102,18 @@ def _export(module: _Encoder, block: int, directory: Path) -> ir.Model:
         from optimum.exporters.onnx import export
     except ImportError:
         return _export_with_torch(module, block)
-    return _export_with_optimum(export, module, block, directory)
+    from optimum.exporters.tasks import TasksManager
+
+    model: Any = module.encoder
+    constructor = TasksManager.get_exporter_config_constructor(
+        "onnx", model_type=model.config.model_type, task="text2text-generation", library_name="transformers"
+    )
+    config = constructor(model.config).with_behavior("encoder")
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        path = Path(folder) / "encoder.onnx"
+        export(model, config, path, input_shapes={"batch_size": 2, "sequence_length": 3 * block})
+        # The folder goes, so weights must not stay in it.
+        return ir.external_data.load_to_model(ir.load(path))
 
 
 def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
@@ -122,22 +133,6 @@ def _export_with_torch(module: _Encoder, block: int) -> ir.Model:
     return program.model
 
 
-def _export_with_optimum(export: Any, module: _Encoder, block: int, directory: Path) -> ir.Model:
-    from optimum.exporters.tasks import TasksManager
-
-    model: Any = module.encoder
-    constructor = TasksManager.get_exporter_config_constructor(
-        "onnx", model_type=model.config.model_type, task="text2text-generation", library_name="transformers"
-    )
-    config = constructor(model.config).with_behavior("encoder")
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
-        path = Path(folder) / "encoder.onnx"
-        export(model, config, path, input_shapes={"batch_size": 2, "sequence_length": 3 * block})
-        exported = ir.load(path)
-        # The folder goes, so weights must not stay in it.
-        return ir.external_data.load_to_model(exported)
-
-
 def _check_engine(path: Path, module: _Encoder, block: int, precision: Precision, name: str) -> None:
     """Run the engine at prompts shorter and longer than a block: exporters bake in what they take for a constant."""
     engine = OnnxEngine(path, usable_cores())
@@ -150,33 +145,16 @@ def _check_engine(path: Path, module: _Encoder, block: int, precision: Precision
             theirs = encoder(input_ids=ids, attention_mask=mask.to(torch.int64))[0].numpy()
         try:
             (ours,) = engine.run(["hidden"], {"input_ids": ids.numpy(), "lengths": np.array(lengths, np.int32)})
+            difference = np.abs(ours.astype(np.float32) - theirs)[mask.numpy()]
+            error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
+            reason = f"it differs by {error:.1e} of the largest value"
         except Exception as failure:  # ONNX Runtime's own types share no base
-            raise UnsupportedModelError(_wrong(name, lengths, _first_line(failure))) from failure
-        difference = np.abs(ours.astype(np.float32) - theirs)[mask.numpy()]
-        error = float(difference.max() / max(1.0, float(np.abs(theirs).max())))
+            error, reason = np.inf, _first_line(failure)
         if not error <= TOLERANCE.get(precision, TOLERANCE["fp32"]):
-            raise UnsupportedModelError(_wrong(name, lengths, f"it differs by {error:.1e} of the largest value"))
-
-
-def _wrong(name: str, lengths: list[int], reason: str) -> str:
-    return (
-        f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; "
-        "this encoder is not supported"
-    )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Exporters warn about packages that nobody needs and about their own internals."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+            raise UnsupportedModelError(
+                f"the encoder of {name} was exported, but is wrong for prompts of {lengths} tokens: {reason}; this "
+                "encoder is not supported"
+            )
 
 
 def _first_line(error: BaseException) -> str:

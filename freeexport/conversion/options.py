@@ -11,13 +11,20 @@ from graphs.dialects.ort import fits_head_size, has_attention_kernel
 from graphs.engine_options import TARGETS, EngineOptions
 from graphs.errors import GraphError
 from graphs.quantization.plan import ROUNDING
-from runtime.bundle.manifest import ConfidenceMeasure, Dialect, FloatType, HeadPrecision, Kernels, Precision, Target
+from runtime.bundle.manifest import (
+    ConfidenceMeasure,
+    Dialect,
+    FloatType,
+    HeadPrecision,
+    Kernels,
+    Precision,
+    Target,
+)
 from runtime.errors import OptionError
 from runtime.kernels import missing
 
 # Long enough for most uses, short enough that a slot of the KV cache is no surprise.
 DEFAULT_CAPACITY, DEFAULT_ENCODER_CAPACITY = 2048, 2048
-
 
 # Which checks compare a new bundle with its checkpoint.
 Verify = Literal["quick", "full", "none"]
@@ -38,7 +45,6 @@ class ConvertOptions:
     exit_vocab: how many tokens the shallow head knows, 0 for as many as are fastest, chosen on lines of `data`.
     calibration: the file of `freeexport calibrate` for this checkpoint.
     rounding_data: text that weights in 4 bits are rounded for.
-    threads: CPU threads of the verification, None for one per physical core.
     """
 
     exit_layer: int | None = None
@@ -57,7 +63,6 @@ class ConvertOptions:
     calibration: Path | None = None
     rounding_data: Path | None = None
     verify: Verify = "quick"
-    threads: int | None = None
     measure: bool = True
     overwrite: bool = False
 
@@ -66,15 +71,10 @@ class ConvertOptions:
             raise OptionError("the confidences of an exit vocabulary are others; convert, then calibrate the bundle")
         if (self.exit_vocab is None) != (self.data is None):
             raise OptionError("--exit-vocab chooses its tokens on --data FILE: give both, or neither")
-        for option, path in (
-            ("--data", self.data),
-            ("--calibration", self.calibration),
-            ("--data", self.rounding_data),
-        ):
+        files = (("--data", self.data), ("--calibration", self.calibration), ("--data", self.rounding_data))
+        for option, path in files:
             if path is not None and not path.is_file():
                 raise OptionError(f"{option} {path}: there is no such file; name another")
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"threads is {self.threads}; choose 1 or more")
         if self.longest_prompt < 1:
             raise GraphError(f"encoder capacity {self.encoder_capacity} is out of range; choose 1 or more")
 
@@ -84,34 +84,10 @@ class ConvertOptions:
         return DEFAULT_ENCODER_CAPACITY if self.encoder_capacity is None else self.encoder_capacity
 
 
-def check_rounding_data(engines: EngineOptions, data: Path | None) -> None:
-    """OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
-    plan = engines.plan
-    if data is not None and (
-        engines.target != "cpu" or plan is None or "int4" not in (plan.shallow, plan.deep, plan.head)
-    ):
-        raise OptionError(
-            "--data is for --exit-vocab, or weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
-            f"not for precision {engines.precision} of target {engines.target}; leave it out"
-        )
-
-
-def natural_dialect(description: Description, kernels: Kernels) -> Dialect:
-    """The fused operators, where they or our own `kernels` take the model's heads."""
-    attention = description.attention
-    fits = fits_head_size(attention) or (kernels == "freeexport" and has_attention_kernel(attention))
-    return "ort" if fits else "standard"
-
-
-def natural_kernels(options: ConvertOptions, precision: Precision) -> Kernels:
-    """Ours for weights that are quantized for a CPU, where their library can be used here."""
-    quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
-    return "freeexport" if quantized and missing() is None else "onnxruntime"
-
-
 def engine_options(description: Description, options: ConvertOptions, exit_layer: int) -> EngineOptions:
-    """Options of the engines by `options`, with the defaults of the model and the target."""
-    limit = description.decoder.max_positions or DEFAULT_CAPACITY
+    """Options of the engines by `options`, with the defaults of the model and the target. Raises GraphError, and
+    OptionError where there is text to round for, and nothing that gets 4 bits on a CPU."""
+    limit, attention = description.decoder.max_positions or DEFAULT_CAPACITY, description.attention
     dialect, precisions = TARGETS[options.target]
     precision = options.precision or precisions[0]
     head = description.decoder.exit_head
@@ -120,13 +96,17 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
             f"--exit-vocab {options.exit_vocab}: the exit was trained with a vocabulary of {len(head.tokens)} tokens; "
             "leave the option out"
         )
-    kernels = options.kernels or natural_kernels(options, precision)
-    return EngineOptions(
+    # Ours for weights that are quantized for a CPU, where their library can be used here.
+    quantized = options.target == "cpu" and precision in ROUNDING["cpu"].plans
+    kernels = options.kernels or ("freeexport" if quantized and missing() is None else "onnxruntime")
+    # The fused operators, where they or our own kernels take the model's heads.
+    fits = fits_head_size(attention) or (kernels == "freeexport" and has_attention_kernel(attention))
+    engines = EngineOptions(
         exit_layer=exit_layer,
         capacity=min(limit, DEFAULT_CAPACITY) if options.capacity is None else options.capacity,
         max_pending=options.max_pending,
         precision=precision,
-        dialect=options.dialect or dialect or natural_dialect(description, kernels),
+        dialect=options.dialect or dialect or ("ort" if fits else "standard"),
         target=options.target,
         confidence=options.confidence,
         head=options.head,
@@ -134,3 +114,12 @@ def engine_options(description: Description, options: ConvertOptions, exit_layer
         compute=options.compute,
         kernels=kernels,
     )
+    engines.check(description)
+    plan = engines.plan
+    in_4_bits = plan is not None and "int4" in (plan.shallow, plan.deep, plan.head)
+    if options.rounding_data is not None and (engines.target != "cpu" or not in_4_bits):
+        raise OptionError(
+            "--data is for --exit-vocab, or weights in 4 bits on a CPU (--precision int4 or mixed, or --head int4), "
+            f"not for precision {engines.precision} of target {engines.target}; leave it out"
+        )
+    return engines

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import secrets
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from freeexport.system.output import replacing
-from runtime.bundle.bundle import Bundle, sha256_of
+from freeexport.system.output import write_whole
+from runtime.bundle.bundle import Bundle
 from runtime.bundle.calibration import Calibration, calibration_name, check_calibration, is_calibration
 from runtime.bundle.manifest import MANIFEST, File, Manifest
 from runtime.errors import CalibrationError
 
 
-def check_room(calibration: Calibration, max_pending: int) -> None:
-    """Raises CalibrationError where a calibration is of longer sync passes than `max_pending` rows."""
+def check_fits(
+    calibration: Calibration, source_sha256: str, vocab_size: int, exit_layer: int, confidence: str, max_pending: int
+) -> None:
+    """Raise CalibrationError where a calibration is of another model, vocabulary, exit layer or confidence measure, or
+    of longer sync passes than `max_pending` rows."""
+    check_calibration(calibration, source_sha256, vocab_size, exit_layer, confidence)
     if (calibration.max_pending or 1) > max_pending:
         raise CalibrationError(
             f"this calibration is for sync passes over {calibration.max_pending} rows, the bundle has room for "
@@ -24,31 +27,21 @@ def check_room(calibration: Calibration, max_pending: int) -> None:
 
 
 def with_calibration(manifest: Manifest, calibration: Calibration, directory: Path) -> Manifest:
-    """The manifest with the calibration's thresholds, and its file, which is written to `directory` here.
-
-    Raises CalibrationError where the calibration is of another model, vocabulary, exit layer or confidence measure, or
-    of longer sync passes.
-    """
-    check_calibration(
-        calibration, manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence
-    )
-    check_room(calibration, manifest.max_pending)
-    partial = directory / f".calibration.partial-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        _write(partial, calibration.to_json())
-        sha256 = sha256_of(partial)
-        name = calibration_name(sha256)
-        partial.replace(directory / name)
-    finally:
-        partial.unlink(missing_ok=True)
+    """The manifest with the calibration's thresholds, and its file, which is written to `directory` here. Raises
+    CalibrationError as `check_fits` does."""
+    facts = (manifest.source_sha256, manifest.vocab_size, manifest.exit_layer, manifest.confidence)
+    check_fits(calibration, *facts, manifest.max_pending)
+    text = calibration.to_json()
+    sha256 = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    name = calibration_name(sha256)
+    write_whole(directory / name, text)
     files = {kept: file for kept, file in manifest.files.items() if not is_calibration(kept)}
-    files[name] = File((directory / name).stat().st_size, sha256)
     return replace(
         manifest,
         threshold=calibration.threshold,
         rollback_threshold=calibration.rollback_threshold,
         tuned_max_pending=calibration.max_pending,
-        files=files,
+        files={**files, name: File(len(text.encode("utf-8")), sha256)},
     )
 
 
@@ -59,22 +52,9 @@ def update_bundle(path: Path, calibration: Calibration) -> Manifest:
     meanwhile, or after a kill, is whole. Raises BundleError, and as `with_calibration` does.
     """
     manifest = with_calibration(Bundle.open(path).manifest, calibration, path)
-    with replacing(path / MANIFEST) as partial:
-        _write(partial, manifest.to_json())
-    _remove_others(path, manifest)
-    return manifest
-
-
-def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _remove_others(path: Path, manifest: Manifest) -> None:
-    """Earlier calibrations, and what killed runs left."""
-    for file in path.iterdir():
-        abandoned = file.name.startswith((".calibration.partial-", f".{MANIFEST}.partial-"))
+    write_whole(path / MANIFEST, manifest.to_json())
+    for file in path.iterdir():  # earlier calibrations, and what killed runs left
+        abandoned = file.name.startswith((".calibration-", f".{MANIFEST}.")) and ".partial-" in file.name
         if abandoned or (is_calibration(file.name) and file.name not in manifest.files):
             file.unlink(missing_ok=True)
+    return manifest

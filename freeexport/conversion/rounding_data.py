@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +33,9 @@ from runtime.machine.machine import available_memory
 MOST_TOKENS, FEWEST_TOKENS, LONGEST = 8192, 512, 512
 LINES = 4096
 
+# A call of a layer: hidden states [1, n, d], and its other arguments.
+_Call = tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]
+
 
 @dataclass(frozen=True)
 class RoundedWeights:
@@ -53,7 +56,12 @@ def round_for_text(
     tokenizer.
     """
     texts, tokens = _texts(checkpoint, description, engines, data)
-    _check_memory(checkpoint)
+    need, available = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names()), available_memory()
+    if available is not None and need > available:
+        raise OptionError(
+            f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
+            f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
+        )
     model = reference_model(checkpoint)
     stack, field = layer_list(model)
     rounder = _Rounder(model, description, engines)
@@ -65,7 +73,7 @@ def round_for_text(
     layers = list(getattr(stack, field))
     with torch.no_grad(), progress("rounding for text", len(layers) + 1) as advance:
         calls = _calls(model, layers, texts)
-        states = [call.hidden for call in calls[layers[0]]]
+        states = [hidden for hidden, _, _ in calls[layers[0]]]
         advance()
         for layer in layers:
             if rounder.done:
@@ -73,7 +81,7 @@ def round_for_text(
             rounder.round(layer, partial(_run, layer, calls[layer], states))
             states = _run(layer, calls.pop(layer), states)
             advance()
-        rounder.round(model.get_output_embeddings(), partial(_read, model, texts))
+        rounder.round(model.get_output_embeddings(), partial(_forward, model, *texts))
     return RoundedWeights(rounder.weights, RoundingData(len(texts), tokens, sha256_of(data)))
 
 
@@ -84,10 +92,9 @@ class _Rounder:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
         self._scheme, self._type = used.scheme, used.scales or FLOAT32
-        found = _with_4_bits(model, description, engines)
         self._modules = {
             name: module
-            for name, module in found.items()
+            for name, module in _with_4_bits(model, description, engines).items()
             if not self._scheme.keeps(module.weight.detach().numpy(), self._type)
         }
 
@@ -95,19 +102,15 @@ class _Rounder:
     def done(self) -> bool:
         return not self._modules
 
-    def round(self, part: Module, read: Any) -> None:
+    def round(self, part: Module, read: Callable[[], object]) -> None:
         """Round those in `part`; `read()` runs the text through it."""
         inside = set(part.modules())
         modules = {name: self._modules.pop(name) for name, module in list(self._modules.items()) if module in inside}
         if not modules:
             return
-        moments = _Moments()
-        hooks = [module.register_forward_pre_hook(moments.add) for module in modules.values()]
-        read()
-        for hook in hooks:
-            hook.remove()
+        moments = _moments(list(modules.values()), read)
         for name, module in modules.items():
-            weight, seen = module.weight.numpy(), moments.of(module)
+            weight, seen = module.weight.numpy(), moments[module]
             plain, _ = self._scheme.round(weight, "int4", self._type)
             if not plain.error <= self._scheme.limits["int4"] or not np.isfinite(seen).all():
                 continue  # it gets more bits, or is what no text can tell about
@@ -115,37 +118,30 @@ class _Rounder:
             weight[:] = values_of(rounded)[:, : weight.shape[1]]
 
 
-class _Moments:
+def _moments(modules: Sequence[Module], read: Callable[[], object]) -> dict[Module, np.ndarray]:
     """The sums of x x^T that linear layers read. Layers that read one input, one after the other, share them."""
+    sums: dict[Module, np.ndarray] = {}
+    last: tuple[torch.Tensor, Module] | None = None
 
-    def __init__(self) -> None:
-        self._sums: dict[Module, np.ndarray] = {}
-        self._last: tuple[torch.Tensor, Module] | None = None
-
-    def add(self, module: Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    def add(module: Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal last
         (x,) = inputs
-        if self._last is not None and self._last[0] is x:
-            self._sums[module] = self._sums[self._last[1]]
+        if last is not None and last[0] is x:
+            sums[module] = sums[last[1]]
             return
         rows = x.reshape(-1, x.shape[-1])
         new = (rows.T @ rows).numpy()
-        if module in self._sums:
-            self._sums[module] += new
+        if module in sums:
+            sums[module] += new
         else:
-            self._sums[module] = new.astype(np.float64)
-        self._last = x, module
+            sums[module] = new.astype(np.float64)
+        last = x, module
 
-    def of(self, module: Module) -> np.ndarray:
-        return self._sums[module]
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call of a layer: hidden states [1, n, d], and its other arguments."""
-
-    hidden: torch.Tensor
-    rest: tuple[Any, ...]
-    options: dict[str, Any]
+    hooks = [module.register_forward_pre_hook(add) for module in modules]
+    read()
+    for hook in hooks:
+        hook.remove()
+    return sums
 
 
 class _Enough(Exception):
@@ -158,7 +154,7 @@ def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> di
 
     def note(layer: Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         # Of later layers the states are not needed: those that rounded layers give take their place.
-        calls[layer].append(_Call(inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options))
+        calls[layer].append((inputs[0] if layer is layers[0] else inputs[0][:, :0], inputs[1:], options))
         if layer is layers[-1]:
             raise _Enough
 
@@ -173,22 +169,18 @@ def _calls(model: Any, layers: Sequence[Module], texts: Sequence[Example]) -> di
 
 def _run(layer: Any, calls: Sequence[_Call], states: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Run a layer on the states of each text."""
-    found = [layer(hidden, *call.rest, **call.options) for call, hidden in zip(calls, states, strict=True)]
+    found = [layer(hidden, *rest, **options) for (_, rest, options), hidden in zip(calls, states, strict=True)]
     return [out[0] if isinstance(out, tuple) else out for out in found]
 
 
-def _read(model: Any, texts: Sequence[Example]) -> None:
+def _forward(model: Any, *texts: Example) -> None:
     for text in texts:
-        _forward(model, text)
-
-
-def _forward(model: Any, text: Example) -> None:
-    prompt, target = (torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target))
-    if model.config.is_encoder_decoder:
-        start = torch.full((1, 1), model.config.decoder_start_token_id or 0)
-        model(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1), use_cache=False)
-    else:
-        model(input_ids=torch.cat([prompt, target], dim=1), use_cache=False)
+        prompt, target = (torch.from_numpy(ids.astype(np.int64))[None] for ids in (text.prompt, text.target))
+        if model.config.is_encoder_decoder:
+            start = torch.full((1, 1), model.config.decoder_start_token_id or 0)
+            model(input_ids=prompt, decoder_input_ids=torch.cat([start, target[:, :-1]], dim=1), use_cache=False)
+        else:
+            model(input_ids=torch.cat([prompt, target], dim=1), use_cache=False)
 
 
 def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -> dict[str, Linear]:
@@ -206,16 +198,6 @@ def _with_4_bits(model: Any, description: Description, engines: EngineOptions) -
         and engines.wanted(description, engine_of(name, engines.exit_layer), head)(f"{name}.weight") == "int4"
     }
     return found | ({head: model.get_output_embeddings()} if plan.head == "int4" else {})
-
-
-def _check_memory(checkpoint: Checkpoint) -> None:
-    need = 4 * sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
-    available = available_memory()
-    if available is not None and need > available:
-        raise OptionError(
-            f"--data needs {need / 1e9:.1f} GB of memory for {checkpoint.name} in float32, but "
-            f"{available / 1e9:.1f} GB is available; leave it out, or free memory"
-        )
 
 
 def _texts(

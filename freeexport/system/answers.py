@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -21,7 +21,6 @@ from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 
 Line = Request | BrokenLine
-Key = tuple[str, str | int]
 Answer = list[GenerationResult] | Exception
 # A prompt's results, best first; the event ends it.
 Ask = Callable[[Any, threading.Event], list[GenerationResult]]
@@ -34,11 +33,11 @@ def answer_file(ask: Ask, source: Path, target: Path, batch: int, resume: bool, 
     reported, there and on stderr, and the others go on. Raises FreeExportError at the end where any failed."""
     lines: Iterable[Line] = read_requests(source)
     total = None
-    if resume or source.is_file():
+    if source.is_file():
         lines = list(lines)
         total = len(lines)
     with ResultFile(target) as results:
-        lines = results.begin(lines, resume, overwrite)
+        lines = results.resume(list(lines)) if resume else results.begin(lines, overwrite)
         with (
             progress("generating", total, results.count) as advance,
             closing(answers(ask, lines, batch)) as answered,
@@ -150,49 +149,38 @@ class ResultFile:
         if kind is not None and self._new and self._end == 0:
             self._path.unlink(missing_ok=True)
 
-    def begin(self, lines: Iterable[Line], resume: bool = False, overwrite: bool = False) -> Iterable[Line]:
-        """The lines to answer: with `resume` those that have no result yet, else all of them, for an output without
-        content, or with `overwrite`. Raises OptionError for an output of something else, which is left as it is."""
-        if resume:
-            if not self._regular:
-                raise OptionError(f"{self._path} is no file, so there is nothing to resume; leave out --resume")
-            done = self._done()
-            self._file.truncate(self._end)
-            todo = list[Line]()
-            for line in lines:  # of several with one id the first have the results
-                if not done[_key(line)]:
-                    todo.append(line)
-                done[_key(line)] -= done[_key(line)] > 0
-            return todo
+    def begin(self, lines: Iterable[Line], overwrite: bool = False) -> Iterable[Line]:
+        """All lines, for an output without content, or with `overwrite`; else OptionError, and it stays as it is."""
         self._end = self._path.stat().st_size if self._regular else 0
         if self._end and not overwrite:
             raise OptionError(f"{self._path} exists; continue with --resume, replace with --overwrite, or name another")
         self._stale = self._end > 0
         return lines
 
-    def _done(self) -> Counter[Key]:
-        """The lines that have a result, by their names; `_end` is then the end of the last whole line."""
-        done = Counter[Key]()
+    def resume(self, lines: list[Line]) -> list[Line]:
+        """The lines after those that have a result. Raises OptionError where the output holds something else than the
+        results of the first lines, in their order, and leaves it as it is."""
+        if not self._regular:
+            raise OptionError(f"{self._path} is no file, so there is nothing to resume; leave out --resume")
         for number, record in enumerate(self._path.read_bytes().splitlines(keepends=True), start=1):
-            found = _parsed(record)
-            key = _result_key(found)
-            if record.endswith(b"\n") and key is not None:
-                done[key] += 1
-                self.count += 1
-                self.failures += "error" in found
-                self._end += len(record)
-            elif record.endswith(b"\n") or not _is_partial(record, found, key):
-                raise OptionError(f"{self._path} line {number} is not a result of generate; name another output")
-        return done
+            whole = record.endswith(b"\n")
+            start = _encoded(_name(lines[number - 1]))[:-1] + b", " if number <= len(lines) else b"nothing"
+            if record[: len(start)] != start[: len(record)] or (whole and not _is_result(record)):
+                raise OptionError(
+                    f"{self._path} line {number} is not the result of that line of the input; name another output"
+                )
+            if whole:
+                self.count, self._end = number, self._end + len(record)
+                self.failures += "error" in json.loads(record)
+        self._file.truncate(self._end)
+        return lines[self.count :]
 
     def write(self, line: Line, **result: Any) -> None:
         """Append a result, its fields in this order. Raises FreeExportError where the line cannot be written, as on a
         full disk."""
-        name, value = _key(line)
         asked = {"input": line.input} if isinstance(line, Request) else {}
         target = {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
-        record = json.dumps({name: value, **asked, **result, **target}, ensure_ascii=False) + "\n"
-        content = record.encode("utf-8", "backslashreplace")  # a lone surrogate, which JSON can only hold escaped
+        content = _encoded({**_name(line), **asked, **result, **target}) + b"\n"
         try:
             if self._stale:
                 self._file.truncate(0)
@@ -214,25 +202,18 @@ class ResultFile:
         self.failures += "error" in result
 
 
-def _key(line: Line) -> Key:
-    return ("line", line.line_number) if line.id is None else ("id", line.id)
+def _name(line: Line) -> dict[str, Any]:
+    return {"line": line.line_number} if line.id is None else {"id": line.id}
 
 
-def _parsed(record: bytes) -> Any:
+def _encoded(record: dict[str, Any]) -> bytes:
+    # A lone surrogate can only be escaped, in JSON as in Python.
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def _is_result(record: bytes) -> bool:
     try:
-        return json.loads(record)
+        found = json.loads(record)
     except (ValueError, RecursionError):
-        return None
-
-
-def _result_key(record: Any) -> Key | None:
-    if not isinstance(record, dict) or not record or not ("error" in record or "token_ids" in record):
-        return None
-    name, value = next(iter(record.items()))
-    return (name, value) if name in ("id", "line") and isinstance(value, (str, int)) else None
-
-
-def _is_partial(record: bytes, found: Any, key: Key | None) -> bool:
-    """Whether an unfinished line can be the beginning of a result (what parses was not cut short)."""
-    begins = any(record[: len(start)] == start[: len(record)] for start in (b'{"id": ', b'{"line": '))
-    return begins and (found is None or key is not None)
+        return False
+    return isinstance(found, dict) and ("error" in found or "token_ids" in found)

@@ -11,21 +11,13 @@ from typing import Any, Literal
 # rows: share of the rows that moved further than noise.
 Measure = Literal["largest", "rms", "divergence", "nats", "best", "rows"]
 
-_FOUND: dict[str, str] = {
+_SENTENCES: dict[str, str] = {
     "largest": "differs by {} of its largest value",
     "rms": "differs by {} of its root mean square",
     "divergence": "diverges by {} nats a token on average",
     "nats": "moves by {} nats a token on average",
     "best": "has another best token in {} of the rows where noise decides nothing",
     "rows": "has {} of its rows further off than noise",
-}
-_WITHIN: dict[str, str] = {
-    "largest": "within {} of its largest value",
-    "rms": "within {} of its root mean square",
-    "divergence": "diverges by {} nats a token",
-    "nats": "moves by {} nats a token",
-    "best": "another best token in {} of the rows where noise decides nothing",
-    "rows": "{} of the rows further off than noise",
 }
 
 
@@ -49,46 +41,30 @@ class Check:
         return bool(self.error <= self.tolerance)  # NaN fails
 
 
-def failure_of(check: dict[str, Any]) -> str:
-    """Describe a check that did not pass."""
-    limit = _shown(check["measure"], check["tolerance"])
-    found = _FOUND[check["measure"]].format(_shown(check["measure"], check["error"]))
-    return f"{check['name']}: {check['tensor']} {found}, the limit is {limit}{_transformers(check)}"
+def sentence_of(check: dict[str, Any]) -> str:
+    """Describe a check of a report, passed or not."""
 
+    def shown(value: float | None) -> str:
+        if value is None:
+            return "not a number"
+        return f"{value:.1%}" if check["measure"] in ("best", "rows") else f"{value:.2e}"
 
-def line_of(check: dict[str, Any]) -> str:
-    """Describe a check that passed."""
-    limit = _shown(check["measure"], check["tolerance"])
-    found = _WITHIN[check["measure"]].format(_shown(check["measure"], check["error"]))
-    return f"{check['name']}: {check['tensor']} {found} (at most {limit}{_transformers(check)})"
-
-
-def _shown(measure: str, value: float | None) -> str:
-    if value is None:
-        return "not a number"
-    return f"{value:.1%}" if measure in ("best", "rows") else f"{value:.2e}"
+    found = _SENTENCES[check["measure"]].format(shown(check["error"]))
+    itself = "" if check["reference"] is None else f"; transformers itself is {shown(check['reference'])} from float64"
+    return f"{check['name']}: {check['tensor']} {found}, the limit is {shown(check['tolerance'])}{itself}"
 
 
 def entry_of(check: dict[str, Any]) -> tuple[str, str]:
     """A check of a report, older ones too, as a line of a table: what was compared, and the figures."""
     measure = check.get("measure", "largest")
-    what = f"{check['name']}: {check['tensor']}"
-    if measure not in ("largest", "rms"):
-        what = f"{what}, {measure}"
+    what = f"{check['name']}: {check['tensor']}" + ("" if measure in ("largest", "rms") else f", {measure}")
     found = "not a number" if check["error"] is None else f"{check['error']:.1e}"
-    reference = "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
-    failed = "" if check["passed"] else "  FAILED"
     limit = "not a number" if check["tolerance"] is None else f"{check['tolerance']:.0e}"
-    return what, f"{found}, at most {limit}{reference}{failed}"
+    reference = "" if check.get("reference") is None else f" (transformers itself {check['reference']:.1e})"
+    return what, f"{found}, at most {limit}{reference}{'' if check['passed'] else '  FAILED'}"
 
 
-def _transformers(check: dict[str, Any]) -> str:
-    if check["reference"] is None:
-        return ""
-    return f"; transformers itself is {_shown(check['measure'], check['reference'])} from float64"
-
-
-def prompts_of(greedy: dict[str, Any]) -> tuple[bool, str]:
+def greedy_line(greedy: dict[str, Any]) -> tuple[bool, str]:
     """Whether greedy decoding gave the checkpoint's token ids for every prompt, up to ties, and the line that says so:
     where the others first differ, and how far apart the checkpoint's two best logits are there."""
     prompts = greedy["prompts"]
@@ -98,12 +74,11 @@ def prompts_of(greedy: dict[str, Any]) -> tuple[bool, str]:
         return True, line
     if greedy["tie"] is not None:
         return True, f"{line}, the others first differ at a tie"
-    first = ", ".join(
-        f"{prompt['first_difference'] + 1}"
-        + ("" if prompt["gap"] is None else f" (best logits {prompt['gap']:.2g} apart)")
-        for prompt in others
-    )
-    return False, f"{line}; the others first differ at token {first}"
+    places = []
+    for prompt in others:
+        gap = "" if prompt["gap"] is None else f" (best logits {prompt['gap']:.2g} apart)"
+        places.append(f"{prompt['first_difference'] + 1}{gap}")
+    return False, f"{line}; the others first differ at token {', '.join(places)}"
 
 
 def quality_line(quality: dict[str, Any]) -> str:

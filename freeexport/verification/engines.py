@@ -33,9 +33,8 @@ FACTOR = 4.0
 BEST, ROWS = 0.01, 0.02
 # Nats that the float32 of logits does not resolve.
 RESOLUTION = 1e-7
+# Rows whose log probabilities are in memory at once.
 _BLOCK = 64
-
-
 # By how much of themselves the numbers that an engine reads are changed, at most, to see its noise: a last bit of what
 # it computes in. In fp32 it is what attention differs by from kernel to kernel (5e-7). With activations in 8 bits noise
 # is the same from 6e-8 to 4e-3 in a model of 30 layers; in one of few layers less than this tips too few over.
@@ -82,14 +81,9 @@ class Batch:
         return found
 
 
-def sample_texts() -> list[str]:
-    return files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
-
-
 def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
-    """The sample texts as a padded batch; random ids where the bundle has no tokenizer, or another vocabulary's."""
-    manifest = bundle.manifest
-    sequences = sample_ids(bundle)
+    """The sample texts as a padded batch."""
+    manifest, sequences = bundle.manifest, sample_ids(bundle)
     limit = max(1, min(tokens, manifest.capacity - 1))
     if not manifest.encoder_decoder:
         return Batch(*pad([ids[:limit] for ids in sequences]))
@@ -101,9 +95,11 @@ def sample_batch(bundle: Bundle, tokens: int = FULL.tokens) -> Batch:
 
 
 def sample_ids(bundle: Bundle) -> list[list[int]]:
+    """Token ids of the sample texts; random ones where the bundle has no tokenizer, or another vocabulary's."""
     tokenizer, vocabulary = Tokenizer.load(bundle.path, bundle.manifest.files), bundle.manifest.vocab_size
     if tokenizer is not None:
-        sequences = [tokenizer.encode(text) for text in sample_texts()]
+        texts = files("freeexport").joinpath("data/verify.txt").read_text(encoding="utf-8").splitlines()
+        sequences = [tokenizer.encode(text) for text in texts]
         if all(0 <= token < vocabulary for ids in sequences for token in ids):
             return sequences
     generator = np.random.default_rng(0)
@@ -111,10 +107,16 @@ def sample_ids(bundle: Bundle) -> list[list[int]]:
 
 
 def pad(sequences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids int64 [B, n], zeros on the right, and their lengths int32 [B]."""
     tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int64)
     for row, ids in enumerate(sequences):
         tokens[row, : len(ids)] = ids
     return tokens, np.array([len(ids) for ids in sequences], np.int32)
+
+
+def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
+    """1 where a padded batch has a token, else 0: int64 [B, width]."""
+    return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
 
 
 def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
@@ -123,16 +125,11 @@ def rows_of(lengths: np.ndarray | None, width: int) -> np.ndarray:
     return np.flatnonzero(mask_of(lengths, width))
 
 
-def mask_of(lengths: np.ndarray, width: int) -> np.ndarray:
-    return (np.arange(width)[None] < lengths[:, None]).astype(np.int64)
-
-
 def encode(bundle: Bundle, batch: Batch, threads: int | None = None) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """Cross-attention inputs of a padded batch, and the encoder's output; nothing for a decoder-only bundle."""
     if batch.prompts is None or batch.prompt_lengths is None:
         return {}, None
-    kernels = bundle.manifest.kernels
-    threads = threads or usable_cores()
+    kernels, threads = bundle.manifest.kernels, threads or usable_cores()
     engines = [OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("encoder", "prologue")]
     return Encoder(*engines).run_padded(batch.prompts, batch.prompt_lengths)
 
@@ -141,17 +138,14 @@ class EnginePair:
     """Shallow and deep engine over `rows` sequences. Calls extend the caches by each row's query length."""
 
     def __init__(self, bundle: Bundle, rows: int, threads: int, cross: dict[str, np.ndarray] | None = None) -> None:
-        self.manifest = bundle.manifest
-        self.rows = rows
-        self.cross = cross or {}
-        kernels = self.manifest.kernels
-        self._engines = {
-            name: OnnxEngine(bundle.engine(name), threads, kernels=kernels) for name in ("shallow", "deep")
-        }
-        self.caches = {
-            "shallow": self._cache(self.manifest.shallow_caches),
-            "deep": self._cache(self.manifest.deep_layers),
-        }
+        self.manifest = manifest = bundle.manifest
+        self.rows, self.cross = rows, cross or {}
+        self.caches, self._engines = dict[str, KVCache](), dict[str, OnnxEngine]()
+        dtype = np.float16 if manifest.float_type == "fp16" else np.float32
+        length = manifest.capacity + manifest.max_pending
+        for name, layers in (("shallow", manifest.shallow_caches), ("deep", manifest.deep_layers)):
+            self._engines[name] = OnnxEngine(bundle.engine(name), threads, kernels=manifest.kernels)
+            self.caches[name] = KVCache(layers, rows, manifest.kv_heads, length, manifest.head_dim, dtype)
 
     def shallow(self, tokens: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` int64 [B, q], right-padded to `lengths` [B]. `hidden` [B, q, d], and logits, token, confidence of
@@ -169,12 +163,6 @@ class EnginePair:
         for cache in self.caches.values():
             for row in range(self.rows):
                 cache.trim(row, length)
-
-    def _cache(self, layers: Sequence[int | str]) -> KVCache:
-        manifest = self.manifest
-        dtype = np.float16 if manifest.float_type == "fp16" else np.float32
-        length = manifest.capacity + manifest.max_pending
-        return KVCache(layers, self.rows, manifest.kv_heads, length, manifest.head_dim, dtype)
 
     def _run(
         self,
@@ -228,15 +216,52 @@ class Rows:
         hidden = shallow["hidden"].reshape(-1, shallow["hidden"].shape[-1])
         return cls(index, hidden[rows], shallow["logits"][rows], deep[rows])
 
-    @classmethod
-    def joined(cls, parts: Sequence[Rows]) -> Rows:
-        """In the order of the text."""
-        whole = [np.concatenate(arrays) for arrays in zip(*(vars(part).values() for part in parts), strict=True)]
-        order = np.argsort(whole[0])
-        return cls(*(array[order] for array in whole))
-
     def __getitem__(self, chosen: np.ndarray) -> Rows:
-        return Rows(self.index[chosen], self.hidden[chosen], self.shallow[chosen], self.deep[chosen])
+        return Rows(*(array[chosen] for array in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Changes of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
+    two best logits before, how far these moved against each other, whether the best one is another, and the nats of the
+    token before."""
+
+    divergence: np.ndarray
+    nats: np.ndarray
+    gap: np.ndarray
+    gap_moved: np.ndarray
+    other_best: np.ndarray
+    nll: np.ndarray
+
+    @classmethod
+    def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
+        """The change of logits [n, V], and of any n tokens."""
+        none = np.zeros(0)
+        parts = [cls(none, none, none, none, none > 0, none)]
+        for start in range(0, len(before), _BLOCK):
+            old, new, said = (array[start : start + _BLOCK] for array in (before, after, tokens))
+            rows = np.arange(len(old))
+            second, best = np.argpartition(old, -2, -1)[:, -2:].T
+            gap = (old[rows, best] - old[rows, second]).astype(np.float64)
+            gap_moved = np.abs(gap - (new[rows, best] - new[rows, second]))
+            ours, theirs = log_softmax(new), log_softmax(old)
+            # Below 0 it is float64's own rounding, and no divergence.
+            divergence = np.maximum((np.exp(theirs) * (theirs - ours)).sum(-1), 0)
+            nll = -theirs[rows, said]
+            other_best = new.argmax(-1) != old.argmax(-1)
+            parts.append(cls(divergence, -ours[rows, said] - nll, gap, gap_moved, other_best, nll))
+        return cls.joined(parts)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Moved]) -> Moved:
+        return cls(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log probabilities in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
 
 
 @dataclass(frozen=True)
@@ -254,22 +279,24 @@ def self_checks(
     """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once. In fp32 the largest
     difference is judged, else predictions are."""
     noise = measure_noise(pair, text, STEP[arithmetic], extent.draws)
-    exact = arithmetic == "fp32"
-    stepped = in_calls(pair, text, range(text.width + 1))
-    name = "stepping against prefill"
-    if exact:
-        yield _largest(name, "shallow hidden", stepped.hidden, whole.hidden, noise)
-        yield _largest(name, "deep logits", stepped.deep, whole.deep, noise)
+
+    def largest(name: str, tensor: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
+        limit = max(LEAST, FACTOR * noise.largest[tensor])
+        return Check(name, tensor, share_of(ours, theirs), limit, scale=scale_of(theirs))
+
+    stepped, name = in_calls(pair, text, range(text.width + 1)), "stepping against prefill"
+    if arithmetic == "fp32":
+        yield largest(name, "shallow hidden", stepped.hidden, whole.hidden)
+        yield largest(name, "deep logits", stepped.deep, whole.deep)
     else:
         tokens = text.following(whole.index)
-        yield from row_checks(
-            name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), noise.shallow
-        )
+        moved = Moved.between(whole.shallow, stepped.shallow, tokens)
+        yield from row_checks(name, "shallow logits", moved, noise.shallow)
         yield from row_checks(name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), noise.deep)
     for size, together, singles, tokens in _sync_passes(pair, text, hidden, extent.sync_sizes):
         name = f"sync pass of {size}"
-        if exact:
-            yield _largest(name, "deep logits", together, singles, noise)
+        if arithmetic == "fp32":
+            yield largest(name, "deep logits", together, singles)
         else:
             yield from row_checks(name, "deep logits", Moved.between(singles, together, tokens), noise.deep)
 
@@ -283,51 +310,45 @@ def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.
     later = np.flatnonzero(before.index % text.width > 0) if text.width > 1 else np.arange(len(before.index))
     before = before[later]
     tokens, largest = text.following(before.index), {"shallow hidden": 0.0, "deep logits": 0.0}
-    moved: dict[str, list[Moved]] = {"shallow": [], "deep": []}
+    shallow, deep = list[Moved](), list[Moved]()
     for draw in range(draws):
-        after = in_calls(pair, text, bounds, _Change(step, draw))[later]
-        moved["shallow"].append(Moved.between(before.shallow, after.shallow, tokens))
-        moved["deep"].append(Moved.between(before.deep, after.deep, tokens))
-        for tensor, ours, theirs in (
-            ("shallow hidden", after.hidden, before.hidden),
-            ("deep logits", after.deep, before.deep),
-        ):
-            largest[tensor] = float(np.maximum(largest[tensor], _share(ours, theirs)))
-    return Noise(Moved.joined(moved["shallow"]), Moved.joined(moved["deep"]), largest)
+        after = in_calls(pair, text, bounds, step, np.random.default_rng(draw))[later]
+        shallow.append(Moved.between(before.shallow, after.shallow, tokens))
+        deep.append(Moved.between(before.deep, after.deep, tokens))
+        shares = share_of(after.hidden, before.hidden), share_of(after.deep, before.deep)
+        largest = {name: float(np.maximum(largest[name], share)) for name, share in zip(largest, shares, strict=True)}
+    return Noise(Moved.joined(shallow), Moved.joined(deep), largest)
 
 
-class _Change:
-    """Changes numbers by up to `step` of themselves."""
+def in_calls(
+    pair: EnginePair,
+    text: Batch,
+    bounds: Sequence[int],
+    step: float = 0.0,
+    generator: np.random.Generator | None = None,
+) -> Rows:
+    """All valid rows of the text, in calls over the columns between two bounds; with a generator what the engines read
+    is changed by up to `step` of itself."""
 
-    def __init__(self, step: float, seed: int) -> None:
-        self._step, self._generator = step, np.random.default_rng(seed)
+    def changed(array: np.ndarray) -> np.ndarray:
+        if generator is None:
+            return array
+        return (array * (1 + step * generator.uniform(-1, 1, array.shape))).astype(array.dtype)
 
-    def __call__(self, array: np.ndarray) -> np.ndarray:
-        factors = 1 + self._step * self._generator.uniform(-1, 1, array.shape)
-        return (array * factors).astype(array.dtype)
-
-
-def in_calls(pair: EnginePair, text: Batch, bounds: Sequence[int], change: _Change | None = None) -> Rows:
-    """All valid rows of the text, in calls over the columns between two bounds."""
     pair.trim(0)
-    parts, previous = [], 0
+    parts, previous = list[Rows](), 0
     for start, end in pairwise(bounds):
         count = np.clip(text.lengths - start, 0, end - start).astype(np.int32)
-        if change is not None:
-            _change_caches(pair, change, previous, start)
+        for cache in pair.caches.values():
+            for array in cache.arrays.values():
+                array[:, :, previous:start] = changed(array[:, :, previous:start])
         shallow = pair.shallow(text.tokens[:, start:end], count)
-        hidden = shallow["hidden"] if change is None else change(shallow["hidden"])
-        deep = pair.deep(hidden, count)["logits"]
+        deep = pair.deep(changed(shallow["hidden"]), count)["logits"]
         row, column = np.nonzero(np.arange(end - start) < count[:, None])
         parts.append(Rows.of_call(row * text.width + start + column, row * (end - start) + column, shallow, deep))
         previous = start
-    return Rows.joined(parts)
-
-
-def _change_caches(pair: EnginePair, change: _Change, start: int, end: int) -> None:
-    for cache in pair.caches.values():
-        for array in cache.arrays.values():
-            array[:, :, start:end] = change(array[:, :, start:end])
+    joined = Rows(*map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True)))
+    return joined[np.argsort(joined.index)]
 
 
 def _sync_passes(
@@ -337,99 +358,50 @@ def _sync_passes(
     with a past before them; and the tokens [n] that follow."""
     # Each text has a past of its own length: a pass reads rows of different positions, as in a batch.
     past = np.maximum(1, text.lengths // 3).astype(np.int32)
+
+    def after_the_past(widths: Sequence[slice]) -> Iterator[np.ndarray]:
+        pair.trim(0)
+        pair.deep(hidden[:, : int(past.max())], past)
+        for part in widths:
+            yield pair.deep(rows[:, part], np.clip(count - part.start, 0, part.stop - part.start))["logits"]
+
     for size in sizes:
         count = np.clip(text.lengths - past, 0, size).astype(np.int32)
         if size > min(pair.manifest.max_pending, int(count.max(initial=0))):
             break
         columns = np.minimum(past[:, None] + np.arange(size), text.width - 1)
         rows = np.take_along_axis(hidden, columns[..., None], axis=1)
-        _after(pair, hidden, past)
-        together = pair.deep(rows, count)["logits"].reshape(pair.rows, size, -1)
-        _after(pair, hidden, past)
-        singles = [
-            pair.deep(rows[:, place : place + 1], (count > place).astype(np.int32))["logits"] for place in range(size)
-        ]
+        (together,) = after_the_past([slice(0, size)])
+        singles = np.stack(list(after_the_past([slice(place, place + 1) for place in range(size)])), axis=1)
         row, place = np.nonzero(np.arange(size) < count[:, None])
         tokens = text.following(row * text.width + columns[row, place])
-        yield size, together[row, place], np.stack(singles, axis=1)[row, place], tokens
-
-
-def _after(pair: EnginePair, hidden: np.ndarray, past: np.ndarray) -> None:
-    pair.trim(0)
-    pair.deep(hidden[:, : int(past.max())], past)
-
-
-def _largest(name: str, tensor: str, ours: np.ndarray, theirs: np.ndarray, noise: Noise) -> Check:
-    limit = max(LEAST, FACTOR * noise.largest[tensor])
-    return Check(name, tensor, _share(ours, theirs), limit, scale=scale_of(theirs))
-
-
-def _share(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max(initial=0.0) / scale_of(theirs))
-
-
-def scale_of(values: np.ndarray) -> float:
-    """The largest value, at least 1: what differences are shares of."""
-    return max(1.0, float(np.abs(values).max(initial=0.0)))
-
-
-@dataclass(frozen=True)
-class Moved:
-    """Changes of n predictions: the Kullback-Leibler divergence, the nats that a token lost, the distance of the
-    two best logits before, how far these moved against each other, and whether the best one is another."""
-
-    divergence: np.ndarray
-    nats: np.ndarray
-    gap: np.ndarray
-    gap_moved: np.ndarray
-    other_best: np.ndarray
-
-    @classmethod
-    def between(cls, before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
-        """The change of logits [n, V], and of any n tokens."""
-        blocks = [slice(start, start + _BLOCK) for start in range(0, len(before), _BLOCK)]
-        return cls.joined([_moved(before[block], after[block], tokens[block]) for block in blocks])
-
-    @classmethod
-    def joined(cls, parts: Sequence[Moved]) -> Moved:
-        empty = [np.zeros(0)] * 5 if not parts else None
-        return cls(*(empty or map(np.concatenate, zip(*(vars(part).values() for part in parts), strict=True))))
-
-
-def _moved(before: np.ndarray, after: np.ndarray, tokens: np.ndarray) -> Moved:
-    rows = np.arange(len(before))
-    second, best = np.argpartition(before, -2, -1)[:, -2:].T
-    gap = (before[rows, best] - before[rows, second]).astype(np.float64)
-    gap_moved = np.abs(gap - (after[rows, best] - after[rows, second]))
-    ours, theirs = log_softmax(after), log_softmax(before)
-    divergence = (np.exp(theirs) * (theirs - ours)).sum(-1)
-    # What is below float64's own rounding is no divergence.
-    nats = theirs[rows, tokens] - ours[rows, tokens]
-    return Moved(np.maximum(divergence, 0), nats, gap, gap_moved, after.argmax(-1) != before.argmax(-1))
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
+        yield size, together.reshape(pair.rows, size, -1)[row, place], singles[row, place], tokens
 
 
 def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[Check]:
     """Whether rows moved further than noise does."""
-    count = len(moved.divergence)
 
     def check(measure: Measure, error: float, tolerance: float) -> Check:
         return Check(name, tensor, float(error), float(tolerance), measure)
 
-    yield check("divergence", moved.divergence.mean(), _limit(noise.divergence, count))
-    yield check("nats", np.abs(moved.nats.mean()), _limit(noise.nats, count))
+    def limit(values: np.ndarray) -> float:
+        """FACTOR times noise's mean and the standard error of so many rows. Unlike max, this keeps NaN."""
+        mean = np.abs(values.mean()) + values.std() / np.sqrt(len(moved.divergence))
+        return float(np.maximum(RESOLUTION, FACTOR * mean))
+
+    yield check("divergence", moved.divergence.mean(), limit(noise.divergence))
+    yield check("nats", np.abs(moved.nats.mean()), limit(noise.nats))
     clear = moved.gap > FACTOR * noise.gap_moved.max(initial=0.0)
     yield check("best", (moved.other_best & clear).sum() / max(1, clear.sum()), BEST)
     near = moved.divergence <= max(RESOLUTION, FACTOR * noise.divergence.max(initial=0.0))
     yield check("rows", 1 - near.mean(), ROWS)
 
 
-def _limit(noise: np.ndarray, count: int) -> float:
-    """The limit of the mean of `count` rows: FACTOR times noise's mean and the standard error of so many rows."""
-    # Unlike max, this keeps NaN.
-    return float(np.maximum(RESOLUTION, FACTOR * (np.abs(noise.mean()) + noise.std() / np.sqrt(count))))
+def share_of(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest difference as a share of the largest value."""
+    return float(np.abs(ours - theirs).max(initial=0.0) / scale_of(theirs))
+
+
+def scale_of(values: np.ndarray) -> float:
+    """The largest value, at least 1: what differences are shares of."""
+    return max(1.0, float(np.abs(values).max(initial=0.0)))

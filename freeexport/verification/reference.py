@@ -18,7 +18,17 @@ from torch.utils._pytree import tree_map
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
 from freeexport.verification.checks import Check, Measure
-from freeexport.verification.engines import Batch, EnginePair, encode, log_softmax, mask_of, pad, rows_of, scale_of
+from freeexport.verification.engines import (
+    Batch,
+    EnginePair,
+    Moved,
+    encode,
+    mask_of,
+    pad,
+    rows_of,
+    scale_of,
+    share_of,
+)
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import EnginePrecision, Manifest, Precision
@@ -36,15 +46,21 @@ LEAST = {"fp32": 2e-5, "fp16": 3e-2}
 # bf16, and weights in 8 and 4 bits, differ everywhere: there by the root mean square of the difference, as a share of
 # that of the values. A sound model in 8 bits was 2.7 times as far as transformers, 0.05; a fault makes it 1.
 COARSE_LEAST = 1e-2
-
-
 # Bits of a significand.
 BITS = {"fp16": 11, "bf16": 8}
 # The longest block of inputs that shares a scale, where activations have one for each block.
 ACTIVATION_BLOCK = 128
-# What reads no values, so nothing has to be widened for it.
+# Functions that read no values, so nothing has to be widened for them.
 _ATTRIBUTES = frozenset({"__get__", "size", "dim", "stride", "numel", "is_floating_point", "__len__"})
-
+# Where the two best logits are closer than this, rounding decides, and k rows and single steps round differently.
+TIE = 1e-4
+# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
+# always so many. Above, something is wrong, not just coarse.
+QUALITY_TIMES = 2.5
+QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
+QUALITY_COARSE_LEAST = 5e-2
+# Sequences in memory at once, the most tokens of each, and how many lines are read.
+ROWS, LONGEST, LINES = 8, 256, 256
 
 # States [B, n, d] -> logits [B, n, V], and confidences [B, n, 1] where these depend on more than the logits.
 ExitHead = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
@@ -71,10 +87,16 @@ class States:
         deep = valid_rows(out["logits"].numpy(), batch.lengths)
         del out
         confidence = None
-        if exit_head is None:
-            shallow = _cut_logits(model, exit_layer, batch)
-        else:
+        if exit_head is not None:
             shallow, confidence = exit_head(states)
+        else:
+            stack, name = layer_list(model)
+            layers = getattr(stack, name)
+            setattr(stack, name, layers[:exit_layer])
+            try:
+                shallow = forward(model, batch)["logits"]
+            finally:
+                setattr(stack, name, layers)
         return cls(
             deep,
             valid_rows(shallow.numpy(), batch.lengths),
@@ -82,18 +104,6 @@ class States:
             None if encoded is None else valid_rows(encoded.numpy(), batch.prompt_lengths),
             None if confidence is None else valid_rows(confidence.numpy(), batch.lengths),
         )
-
-
-def _cut_logits(model: PreTrainedModel, exit_layer: int, batch: Batch) -> torch.Tensor:
-    """Logits [B, n, V] of the model cut after the exit layer."""
-    stack, name = layer_list(model)
-    layers = getattr(stack, name)
-    setattr(stack, name, layers[:exit_layer])
-    try:
-        logits: torch.Tensor = forward(model, batch)["logits"]
-        return logits
-    finally:
-        setattr(stack, name, layers)
 
 
 def layer_list(model: Any) -> tuple[Any, str]:
@@ -104,7 +114,7 @@ def layer_list(model: Any) -> tuple[Any, str]:
 
 def forward(model: Any, batch: Batch) -> Any:
     """Outputs of transformers for a batch: `logits` [B, n, V], and the hidden states of all layers."""
-    tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(mask_of(batch.lengths, batch.tokens.shape[1]))
+    tokens, mask = torch.from_numpy(batch.tokens), torch.from_numpy(mask_of(batch.lengths, batch.width))
     inputs = {"input_ids": tokens, "attention_mask": mask}
     if batch.prompts is not None and batch.prompt_lengths is not None:
         prompt_mask = torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1]))
@@ -125,6 +135,7 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
     """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
     known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
     measure: Measure = "largest" if precision in LEAST else "rms"
+    distance = share_of if precision in LEAST else _root_mean_square
     for name, tensor, field in (
         ("encoder", "encoder hidden", "encoded"),
         ("prefill", "shallow hidden", "hidden"),
@@ -137,9 +148,13 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
             continue
         if field == "shallow":
             values, wanted, reference = values[:, known], wanted[:, known], reference[:, known]
-        error, itself = (DISTANCES[measure](states, wanted) for states in (values, reference))
+        itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
-        yield Check(name, tensor, error, tolerance, measure, itself, scale_of(wanted))
+        yield Check(name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted))
+
+
+def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / max(1e-6, float(np.linalg.norm(theirs))))
 
 
 def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
@@ -159,17 +174,6 @@ def engine_of(module: str, exit_layer: int) -> str:
         return "prologue"
     layer = re.search(r"\.(?:layers|block)\.(\d+)\.", module)
     return "shallow" if layer and int(layer[1]) < exit_layer else "deep"
-
-
-def _largest(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.abs(ours - theirs).max() / scale_of(theirs))
-
-
-def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
-    return float(np.linalg.norm(ours - theirs) / max(1e-6, float(np.linalg.norm(theirs))))
-
-
-DISTANCES: dict[Measure, Callable[[np.ndarray, np.ndarray], float]] = {"largest": _largest, "rms": _root_mean_square}
 
 
 class Float64(TorchFunctionMode):
@@ -196,10 +200,9 @@ def _wide(item: Any) -> Any:
 
 
 @contextmanager
-def rounding(model: Any, bits: int) -> Iterator[None]:
-    """Round the output of every layer, norm and activation to `bits` of significand; the range stays float32's."""
-    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
-    hooks = [module.register_forward_hook(_rounder(bits)) for module in leaves]
+def _hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Remove the hooks after the block."""
+    hooks = list(hooks)
     try:
         yield
     finally:
@@ -207,61 +210,51 @@ def rounding(model: Any, bits: int) -> Iterator[None]:
             hook.remove()
 
 
-def _rounder(bits: int) -> Callable[[Any, Any, Any], Any]:
-    def rounded(module: Any, inputs: Any, output: Any) -> Any:
-        return tree_map(lambda item: _rounded(item, bits), output)
+def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
+    """Round the output of every layer, norm and activation to `bits` of significand; the range stays float32's."""
 
-    return rounded
+    def rounded(item: Any) -> Any:
+        if not isinstance(item, torch.Tensor) or not item.is_floating_point():
+            return item
+        fraction, exponent = torch.frexp(item)
+        return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
+
+    leaves = [module for module in model.modules() if not any(True for _ in module.children())]
+    return _hooked(leaf.register_forward_hook(lambda _, inputs, output: tree_map(rounded, output)) for leaf in leaves)
 
 
-def _rounded(item: Any, bits: int) -> Any:
-    if not isinstance(item, torch.Tensor) or not item.is_floating_point():
-        return item
-    fraction, exponent = torch.frexp(item)
-    return torch.ldexp(torch.round(fraction * 2**bits) / 2**bits, exponent)
-
-
-@contextmanager
-def coarsening(model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool) -> Iterator[None]:
+def coarsening(
+    model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
+) -> AbstractContextManager[None]:
     """Every linear layer is off as if its weights had the relative error of the engine that it is in, at random; with
     `activations` also as if what it reads had 8 bits. `precision_of` says which engine a module is in, by its name."""
-    generator, hooks = torch.Generator().manual_seed(0), []
-    for name, module in model.named_modules():
-        found = precision_of(name) if isinstance(module, torch.nn.Linear) else None
-        if found is not None:
-            block = (None if found.linears == "int8" else ACTIVATION_BLOCK) if activations else 0
-            hooks.append(module.register_forward_hook(_coarsener(found.largest_error, block, generator)))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    generator = torch.Generator().manual_seed(0)
+
+    def coarsener(found: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
+        def coarse(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+            (read,) = inputs
+            wrong = found.largest_error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
+            if activations:
+                size = read.shape[-1]
+                wrong = torch.hypot(wrong, _rounding_error(read, size if found.linears == "int8" else ACTIVATION_BLOCK))
+            rows = torch.linalg.vector_norm(module.weight, dim=1) / module.weight.shape[1] ** 0.5
+            return output + torch.randn(output.shape, generator=generator) * rows * wrong
+
+        return coarse
+
+    linear = ((name, part) for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+    known = ((part, found) for name, part in linear if (found := precision_of(name)) is not None)
+    return _hooked(part.register_forward_hook(coarsener(found)) for part, found in known)
 
 
-def _coarsener(error: float, block: int | None, generator: torch.Generator) -> Callable[[Any, Any, Any], Any]:
-    def coarse(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        (read,) = inputs
-        wrong = error * torch.linalg.vector_norm(read, dim=-1, keepdim=True)
-        if block != 0:
-            wrong = torch.hypot(wrong, _rounding_error(read, block))
-        rows = torch.linalg.vector_norm(module.weight, dim=1) / module.weight.shape[1] ** 0.5
-        return output + torch.randn(output.shape, generator=generator) * rows * wrong
-
-    return coarse
-
-
-def _rounding_error(read: torch.Tensor, block: int | None) -> torch.Tensor:
-    """[..., n] -> [..., 1]: the norm of what 8 bits with a scale for each block, or for the row, round away."""
+def _rounding_error(read: torch.Tensor, block: int) -> torch.Tensor:
+    """[..., n] -> [..., 1]: the norm of what 8 bits with a scale for each block round away."""
     size = read.shape[-1]
-    length = size if block is None else min(block, size)
+    length = min(block, size)
     padded = functional.pad(read, (0, -size % length))
     steps = padded.unflatten(-1, (-1, length)).abs().amax(-1) / 127
     # Rounding is off by a step over the root of 12.
     return torch.linalg.vector_norm(steps, dim=-1, keepdim=True) * (length / 12) ** 0.5
-
-
-# Where the two best logits are closer than this, rounding decides, and k rows and single steps round differently.
-TIE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -288,13 +281,14 @@ def compare(
 ) -> Iterator[Comparison]:
     """Mode `full` of the session against transformers' `generate`, with the bundle's end-of-sequence ids. `seconds` are
     left for the reference: it may give fewer tokens then, and so many are compared."""
+    ends = session.manifest.eos_token_ids
     room = session.capacity - (0 if session.manifest.encoder_decoder else max(map(len, prompts)))
     count = max(1, min(new_tokens, room))
     for number, prompt in enumerate(prompts):
         ours = session.generate(list(prompt), mode="full", max_new_tokens=count).token_ids
         most = max(1.0, seconds())
-        theirs, gaps = reference_ids(model, list(prompt), count, session.manifest.eos_token_ids, most)
-        if most < math.inf and theirs and theirs[-1] not in session.manifest.eos_token_ids:
+        theirs, gaps = reference_ids(model, list(prompt), count, ends, most)
+        if most < math.inf and theirs and theirs[-1] not in ends:
             ours = ours[: len(theirs)]
         differing = (index for index, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
         first = next(differing, None if len(ours) == len(theirs) else min(len(ours), len(theirs)))
@@ -321,21 +315,8 @@ def reference_ids(
         return_dict_in_generate=True,
     )
     start = 1 if model.config.is_encoder_decoder else len(prompt)
-    gaps = []
-    for logits in out.logits:
-        best = np.sort(logits[0].float().numpy())[-2:]
-        gaps.append(float(best[1] - best[0]))
-    return out.sequences[0, start:].tolist(), gaps
-
-
-# Mean nats that predictions may diverge by: so many times what those of transformers do when it is as coarse, and
-# always so many. Above, something is wrong, not just coarse.
-QUALITY_TIMES = 2.5
-QUALITY_LEAST = {"fp32": 1e-4, "fp16": 2e-2}
-QUALITY_COARSE_LEAST = 5e-2
-# Sequences in memory at once, the most tokens of each, and how many lines are read.
-ROWS, LONGEST, LINES = 8, 256, 256
-_BLOCK = 64  # rows whose log probabilities are in memory at once
+    best = [np.sort(logits[0].float().numpy())[-2:] for logits in out.logits]
+    return out.sequences[0, start:].tolist(), [float(first - second) for second, first in best]
 
 
 @dataclass(frozen=True)
@@ -372,53 +353,39 @@ class Predictions(NamedTuple):
     targets: np.ndarray
 
 
-def measure_quality(bundle: Bundle, model: PreTrainedModel, data: Path) -> Quality:
-    """On the targets of `data` (JSON lines). Raises DataError, OptionError."""
-    return quality_of(predictions_on(bundle, model, data, usable_cores()), bundle.manifest.precision)
-
-
 def quality_of(predictions: Iterable[Predictions], precision: Precision) -> Quality:
     """How far a bundle's predictions are from the checkpoint's. Raises DataError where there are none."""
-    sums, count = np.zeros(5), 0
-    for ours, theirs, coarse, targets in predictions:
-        for start in range(0, len(targets), _BLOCK):
-            block = slice(start, start + _BLOCK)
-            sums += _sums(ours[block], theirs[block], coarse[block], targets[block])
-        count += len(targets)
+    parts = [
+        (Moved.between(one.theirs, one.ours, one.targets), Moved.between(one.theirs, one.coarse, one.targets))
+        for one in predictions
+    ]
+    count = sum(len(ours.nll) for ours, _ in parts)
     if not count:
         raise DataError("no text has two tokens, so nothing is predicted; give longer text")
-    reference_nll, nll, divergence, itself, agreement = (float(value) for value in sums / count)
+    ours, coarse = (Moved.joined(moved) for moved in zip(*parts, strict=True))
+    means = (ours.nll, ours.nll + ours.nats, ours.divergence, ~ours.other_best, coarse.divergence)
+    reference_nll, nll, divergence, agreement, itself = (float(values.mean()) for values in means)
     tolerance = max(QUALITY_LEAST.get(precision, QUALITY_COARSE_LEAST), QUALITY_TIMES * itself)
     return Quality(count, reference_nll, nll, divergence, agreement, tolerance, itself)
 
 
-def _sums(ours: np.ndarray, theirs: np.ndarray, coarse: np.ndarray, targets: np.ndarray) -> list[float]:
-    """Over the rows of logits [n, V]: nats of targets (theirs, ours), divergence (ours, coarse), same best token."""
-    ours, theirs, coarse = map(log_softmax, (ours, theirs, coarse))
-    rows, weights = np.arange(len(targets)), np.exp(theirs)
-    nats = [-each[rows, targets].sum() for each in (theirs, ours)]
-    divergences = [(weights * (theirs - each)).sum() for each in (ours, coarse)]
-    return [*nats, *divergences, (ours.argmax(-1) == theirs.argmax(-1)).sum()]
-
-
-def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path, threads: int) -> Iterator[Predictions]:
+def predictions_on(bundle: Bundle, model: PreTrainedModel, data: Path) -> Iterator[Predictions]:
     """Teacher-forced, on the targets of `data` (JSON lines). Raises DataError, OptionError."""
+    threads = usable_cores()
+
+    def logits(batch: Batch, rows: np.ndarray) -> np.ndarray:
+        found: np.ndarray = forward(model, batch)["logits"].flatten(0, 1).numpy()[rows]
+        return found
+
     for batch in _batches(bundle, data):
-        cross, _ = encode(bundle, batch, threads)
-        pair = EnginePair(bundle, len(batch.tokens), threads, cross)
+        pair = EnginePair(bundle, len(batch.tokens), threads, encode(bundle, batch, threads)[0])
         deep = pair.deep(pair.shallow(batch.tokens, batch.lengths)["hidden"], batch.lengths)
         rows = rows_of(np.maximum(batch.lengths - 1, 0), batch.width)
-        theirs = coarse = _logits(model, batch, rows)
+        theirs = coarse = logits(batch, rows)
         if bundle.manifest.precision != "fp32":
             with in_precision_of(bundle.manifest, model):
-                coarse = _logits(model, batch, rows)
+                coarse = logits(batch, rows)
         yield Predictions(deep["logits"][rows], theirs, coarse, batch.following(rows))
-
-
-def _logits(model: PreTrainedModel, batch: Batch, rows: np.ndarray) -> np.ndarray:
-    logits = forward(model, batch)["logits"].numpy()
-    found: np.ndarray = logits.reshape(-1, logits.shape[-1])[rows]
-    return found
 
 
 def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
@@ -426,19 +393,17 @@ def _batches(bundle: Bundle, data: Path) -> Iterator[Batch]:
     manifest, tokenizer = bundle.manifest, Tokenizer.load(bundle.path, bundle.manifest.files)
     if tokenizer is None:
         raise OptionError("the bundle has no tokenizer, so it takes no text; leave --data out")
-    requests = read_examples(data, LINES, TARGETS_WANTED)
+    pairs = []
+    for request in read_examples(data, LINES, TARGETS_WANTED):
+        text = request.input
+        prompt = tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
+        pairs.append((prompt, tokenizer.encode(request.target or "", special=False)))
     longest = min(LONGEST, manifest.capacity)
-    for start in range(0, len(requests), ROWS):
-        chunk = requests[start : start + ROWS]
-        prompts = [_prompt(tokenizer, request.input) for request in chunk]
-        targets = [tokenizer.encode(request.target or "", special=False) for request in chunk]
+    for start in range(0, len(pairs), ROWS):
+        chunk = pairs[start : start + ROWS]
         if manifest.encoder_decoder:
             begin = [manifest.decoder_start_token_id or 0]
-            read = [prompt[: manifest.encoder_capacity] for prompt in prompts]
-            yield Batch(*pad([(begin + target)[:longest] for target in targets]), *pad(read))
+            targets = [(begin + target)[:longest] for _, target in chunk]
+            yield Batch(*pad(targets), *pad([prompt[: manifest.encoder_capacity] for prompt, _ in chunk]))
         else:
-            yield Batch(*pad([(a + b)[:longest] for a, b in zip(prompts, targets, strict=True)]))
-
-
-def _prompt(tokenizer: Tokenizer, text: str | list[dict[str, str]]) -> list[int]:
-    return tokenizer.encode(text) if isinstance(text, str) else tokenizer.encode_chat(text)
+            yield Batch(*pad([(prompt + target)[:longest] for prompt, target in chunk]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,10 @@ import numpy as np
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.system.child import ChildError, run_child
 from freeexport.system.output import write_whole
-from freeexport.system.progress import Advance, progress
-from freeexport.verification.checks import Check, failure_of
+from freeexport.system.progress import progress
+from freeexport.verification.checks import Check, sentence_of
 from freeexport.verification.engines import (
     FULL,
-    Arithmetic,
     Batch,
     EnginePair,
     Extent,
@@ -40,50 +40,41 @@ from runtime.machine.machine import available_memory, usable_cores
 
 # Bytes for a token of the vocabulary: 4 texts of 48 tokens, their logits in ten ways.
 LOGITS = 4 * 48 * 10 * 4
-# Shares of the time that the parts take, as measured in full on SmolLM2-135M in 8 bits, where nothing else ran.
-LOAD, AGAINST, ITSELF, GREEDY, EXIT = 30, 8, 8, 46, 8
 
 
 class VerificationError(FreeExportError):
     """A bundle does not compute what its checkpoint computes."""
 
 
-def verify(
-    bundle: Bundle,
-    model: str | None,
-    data: Path | None = None,
-    extent: Extent = FULL,
-    threads: int | None = None,
-) -> dict[str, Any]:
+def verify(bundle: Bundle, model: str | None, data: Path | None = None, extent: Extent = FULL) -> dict[str, Any]:
     """Check the engines, against the checkpoint `model` if given. The report; its `passed` tells.
 
     `data` is text (JSON lines) to measure the quality on; None for a few sample texts.
     """
-    total = LOAD + AGAINST + ITSELF + GREEDY + EXIT if model else ITSELF
-    with _runnable(bundle) as copy, progress("verifying", total) as advance:
-        return _Verification(copy, bundle.manifest.float_type, extent, threads, advance).report(model, data)
-
-
-def _runnable(bundle: Bundle) -> AbstractContextManager[Bundle]:
-    """ONNX Runtime's CPU provider has no bf16: there it is fp32, every operator's result rounded."""
-    return fp32_copy(bundle, rounds=True) if bundle.manifest.float_type == "bf16" else nullcontext(bundle)
+    float_type = bundle.manifest.float_type
+    # ONNX Runtime's CPU provider has no bf16: there it is fp32, every operator's result rounded.
+    runnable = fp32_copy(bundle, rounds=True) if float_type == "bf16" else nullcontext(bundle)
+    with runnable as copy, progress("verifying"):
+        return _Verification(copy, float_type, extent).report(model, data)
 
 
 class _Verification:
     """The checks of one bundle, `float_type` as it was written for."""
 
-    def __init__(
-        self, bundle: Bundle, float_type: FloatType, extent: Extent, threads: int | None, advance: Advance
-    ) -> None:
+    def __init__(self, bundle: Bundle, float_type: FloatType, extent: Extent) -> None:
         self.bundle, self.manifest, self.float_type = bundle, bundle.manifest, float_type
-        self.extent, self.threads, self.advance = extent, threads or usable_cores(), advance
-        self.torch_threads = threads  # None is torch's own choice, which OMP_NUM_THREADS sets
+        self.extent, self.threads = extent, usable_cores()
         self.left_out: list[str] = []
         self.began = time.monotonic()
 
     def report(self, model: str | None, data: Path | None) -> dict[str, Any]:
-        checkpoint = None if model is None else _checkpoint_of(self.bundle, model)
-        reference = None if checkpoint is None else self._reference(checkpoint)
+        manifest, checkpoint = self.manifest, None if model is None else _checkpoint_of(self.bundle, model)
+        reference: Any = None
+        if checkpoint is not None:
+            # torch takes a second to import, and a bundle is checked without it too.
+            from freeexport.checkpoints.transformers_model import reference_model
+
+            reference = reference_model(checkpoint)
         self.began = time.monotonic()
         batch = sample_batch(self.bundle, self.extent.tokens)
         cross, encoded = encode(self.bundle, batch, self.threads)
@@ -92,53 +83,39 @@ class _Verification:
         deep = pair.deep(shallow["hidden"], batch.lengths)
         index = rows_of(batch.lengths, batch.width)
         whole = Rows.of_call(index, index, shallow, deep["logits"])
-        checks, quality = list[Check](), None
+        checks, more = list[Check](), dict[str, Any]()
         if checkpoint is not None:
-            sure = shallow["confidence"][index, None]
-            found, quality = self._against(checkpoint, reference, batch, whole, sure, encoded, data)
-            checks += found
+            checks, quality = self._against(
+                checkpoint, reference, batch, whole, shallow["confidence"][index, None], encoded, data
+            )
         if self._in_time("stepping and sync passes"):
-            checks += self_checks(pair, batch, whole, shallow["hidden"], self._arithmetic, self.extent)
-        self.advance(ITSELF)
-        report: dict[str, Any] = {
-            "against": None if checkpoint is None else checkpoint.name,
-            "source_sha256": self.manifest.source_sha256,
-            "emulated": self.float_type if self.float_type != self.manifest.float_type else None,
-            "checks": [{**asdict(check), "passed": check.passed} for check in checks],
-        }
+            # For a GPU weights are quantized, and activations are not.
+            rounds = manifest.quantization is not None and manifest.target == "cpu"
+            arithmetic = "8 bits" if rounds else self.float_type
+            checks += self_checks(pair, batch, whole, shallow["hidden"], arithmetic, self.extent)
         passed = all(check.passed for check in checks)
-        if reference is not None and quality is not None:
-            report |= self._decoded(reference, checks) | {"quality": quality}
-            passed = passed and report["greedy"]["passed"] and quality["passed"]
-        report["left_out"] = self.left_out
-        return {"passed": passed, **report, **({} if passed else {"remedy": remedy(self.manifest)})}
+        if checkpoint is not None:
+            more = self._decoded(reference, checks) | {"quality": quality}
+            passed = passed and more["greedy"]["passed"] and quality["passed"]
+        return {
+            "passed": passed,
+            "against": None if checkpoint is None else checkpoint.name,
+            "source_sha256": manifest.source_sha256,
+            "emulated": self.float_type if self.float_type != manifest.float_type else None,
+            "checks": [{**asdict(check), "passed": check.passed} for check in checks],
+            **more,
+            "left_out": self.left_out,
+            **({} if passed else {"remedy": _remedy(manifest)}),
+        }
 
-    @property
-    def _arithmetic(self) -> Arithmetic:
-        # For a GPU weights are quantized, and activations are not.
-        rounds = self.manifest.quantization is not None and self.manifest.target == "cpu"
-        return "8 bits" if rounds else self.float_type
-
-    @property
     def _seconds_left(self) -> float:
         return self.began + self.extent.seconds - time.monotonic()
 
     def _in_time(self, what: str) -> bool:
-        if self._seconds_left > 0:
+        if self._seconds_left() > 0:
             return True
         self.left_out.append(what)
         return False
-
-    def _reference(self, checkpoint: Checkpoint) -> Any:
-        import torch
-
-        from freeexport.checkpoints.transformers_model import reference_model
-
-        if self.torch_threads is not None:
-            torch.set_num_threads(self.torch_threads)
-        model = reference_model(checkpoint)
-        self.advance(LOAD)
-        return model
 
     def _against(
         self,
@@ -151,32 +128,21 @@ class _Verification:
         data: Path | None,
     ) -> tuple[list[Check], dict[str, Any]]:
         """Engines, and transformers in the bundle's precision, against transformers in float64; and the quality."""
-        # torch takes a second to import, and a bundle is checked without it too.
-        from freeexport.verification.reference import (
-            Float64,
-            Predictions,
-            States,
-            in_precision_of,
-            predictions_on,
-            quality_of,
-            state_checks,
-            valid_rows,
-        )
+        from freeexport.verification import reference
 
         manifest, exit_head = self.manifest, _exit_head(checkpoint, model, self.manifest.confidence)
-        with Float64():
-            truth = States.of(model, manifest.exit_layer, batch, exit_head)
-        with in_precision_of(manifest, model):
-            theirs = States.of(model, manifest.exit_layer, batch, exit_head)
-        prompts = None if encoded is None else valid_rows(encoded, batch.prompt_lengths)
-        ours = States(whole.deep, whole.shallow, whole.hidden, prompts, confidence)
-        checks = list(state_checks(ours, truth, theirs, manifest.precision))
+        with reference.Float64():
+            truth = reference.States.of(model, manifest.exit_layer, batch, exit_head)
+        with reference.in_precision_of(manifest, model):
+            theirs = reference.States.of(model, manifest.exit_layer, batch, exit_head)
+        prompts = None if encoded is None else reference.valid_rows(encoded, batch.prompt_lengths)
+        ours = reference.States(whole.deep, whole.shallow, whole.hidden, prompts, confidence)
+        checks = list(reference.state_checks(ours, truth, theirs, manifest.precision))
         followed = np.isin(whole.index, rows_of(np.maximum(batch.lengths - 1, 0), batch.width))
-        targets = batch.following(whole.index[followed])
-        sample = Predictions(ours.deep[followed], truth.deep[followed], theirs.deep[followed], targets)
-        on = [sample] if data is None else predictions_on(self.bundle, model, data, self.threads)
-        quality = quality_of(on, manifest.precision)
-        self.advance(AGAINST)
+        bundle, exact, coarse = (states.deep[followed] for states in (ours, truth, theirs))
+        sample = reference.Predictions(bundle, exact, coarse, batch.following(whole.index[followed]))
+        on = [sample] if data is None else reference.predictions_on(self.bundle, model, data)
+        quality = reference.quality_of(on, manifest.precision)
         return checks, {**asdict(quality), "perplexity_ratio": quality.perplexity_ratio, "passed": quality.passed}
 
     def _decoded(self, model: Any, checks: list[Check]) -> dict[str, Any]:
@@ -190,60 +156,43 @@ class _Verification:
         tie, count = _tie(self.manifest.precision, checks), self.extent.new_tokens
         greedy, traces = list[dict[str, Any]](), list[Traces]()
         with Session(self.bundle.path, slots=1, threads=self.threads) as session:
-            for comparison in compare(session, model, prompts, count, lambda: self._seconds_left):
+            for comparison in compare(session, model, prompts, count, self._seconds_left):
                 greedy.append({**asdict(comparison), "passed": comparison.passed(tie)})
-                self.advance(GREEDY / len(prompts))
                 if len(greedy) < len(prompts) and not self._in_time(f"{len(prompts) - len(greedy)} prompts"):
                     break
             for line, ids in enumerate(prompts[: len(greedy)], start=1):
                 traces.append(trace_of(session, line, np.array(ids, np.int64), count))
-                self.advance(EXIT / len(prompts))
         joined = Traces.joined(traces)
-        agreement = joined.share(joined.agrees)
+        agreement, passed = joined.share(joined.agrees), all(prompt["passed"] for prompt in greedy)
         return {
-            "greedy": {
-                "tokens": count,
-                "tie": tie,
-                "passed": all(prompt["passed"] for prompt in greedy),
-                "prompts": greedy,
-            },
+            "greedy": {"tokens": count, "tie": tie, "passed": passed, "prompts": greedy},
             "exit": {"agreement": None if agreement is None else asdict(agreement)},
         }
 
 
-def remedy(manifest: Manifest) -> str:
-    """Advice on a bundle that does not pass."""
-    ways = []
-    if manifest.precision != "fp32":
-        ways.append("a higher --precision")
-    elif manifest.dialect == "ort":
-        ways.append("--dialect standard")
-    return f"convert with {' or '.join([*ways, '--verify none'])}"
+def _remedy(manifest: Manifest) -> str:
+    way = "a higher --precision or " if manifest.precision != "fp32" else ""
+    if not way and manifest.dialect == "ort":
+        way = "--dialect standard or "
+    return f"convert with {way}--verify none"
 
 
 def failure(report: dict[str, Any]) -> str:
     """Describe the fault in a line that names the tensor, the figure, its limit and what to do."""
-    found = _found(report)
-    return f"{found}; {report['remedy']}" if "remedy" in report else found
-
-
-def _found(report: dict[str, Any]) -> str:
+    remedy = f"; {report['remedy']}" if "remedy" in report else ""
     for check in report["checks"]:
         if not check["passed"]:
-            return failure_of(check)
+            return sentence_of(check) + remedy
     for prompt in report["greedy"]["prompts"]:
         if not prompt["passed"]:
-            position = prompt["first_difference"]
-            return f"greedy decoding: token ids of prompt {prompt['prompt']} differ from position {position}"
-    quality = report["quality"]
-    return (
-        f"predictions diverge by {quality['divergence']:.3g} nats from the checkpoint's, "
-        f"the tolerance is {quality['tolerance']:g}"
-    )
+            place = f"prompt {prompt['prompt']} differ from position {prompt['first_difference']}"
+            return f"greedy decoding: token ids of {place}{remedy}"
+    divergence, tolerance = report["quality"]["divergence"], report["quality"]["tolerance"]
+    return f"predictions diverge by {divergence:.3g} nats from the checkpoint's, the tolerance is {tolerance:g}{remedy}"
 
 
 def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
-    """Into verification.json of the bundle, and into its manifest whether it is verified."""
+    """Write verification.json of the bundle, and into its manifest whether it is verified."""
     # NaN is no JSON: a check that gave it is recorded with null, and as failed.
     finite = json.loads(json.dumps(report), parse_constant=lambda name: None)
     write_whole(bundle.path / VERIFICATION, json.dumps(finite, indent=2, allow_nan=False) + "\n")
@@ -252,34 +201,27 @@ def write_report(bundle: Bundle, report: dict[str, Any]) -> None:
         write_whole(bundle.path / MANIFEST, marked.to_json())
 
 
-def verify_in_child(
-    directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str, threads: int | None
-) -> bool:
+def verify_in_child(directory: Path, model: str, checkpoint: Checkpoint, manifest: Manifest, extent: str) -> bool:
     """Verify a new bundle in a process of its own, so that its memory goes back to the system.
 
     False, with a warning, where it does not fit in memory. Raises VerificationError where the engines are wrong.
     """
-    need = _memory_needed(checkpoint, manifest)
+    sizes = [math.prod(checkpoint.shape(name)) for name in checkpoint.names()]
+    # The reference in fp32, with its largest weight in float64, the engines with their packed copies twice over, logits
+    # of the text that was run in several ways, and room for libraries and activations.
+    engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
+    need = 4 * sum(sizes) + 8 * max(sizes) + engines + LOGITS * manifest.vocab_size + 10**9
     available = available_memory()
     click.echo(f"verifying against {checkpoint.name}: needs about {need / 1e9:.1f} GB of memory", err=True)
     if available is not None and need > available:
         click.echo(f"warning: only {available / 1e9:.1f} GB is available, so the bundle is not verified", err=True)
         return False
+    quick = ["--quick"] if extent == "quick" else []
     try:
-        how = [*(["--quick"] if extent == "quick" else []), *(["--threads", str(threads)] if threads else [])]
-        run_child("freeexport", "verify", str(directory), "--against", model, "--json", *how)
+        run_child("freeexport", "verify", str(directory), "--against", model, "--json", *quick)
     except ChildError as error:
         raise VerificationError(str(error)) from None
     return True
-
-
-def _memory_needed(checkpoint: Checkpoint, manifest: Manifest) -> int:
-    parameters = sum(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
-    # The reference in fp32, with its largest weight in float64, the engines with their packed copies twice over, logits
-    # of the text that was run in several ways, and room for libraries and activations.
-    reference = 4 * parameters + 8 * max(int(np.prod(checkpoint.shape(name))) for name in checkpoint.names())
-    engines = 4 * manifest.weight_bytes + 4 * manifest.kv_bytes_per_sequence
-    return reference + engines + LOGITS * manifest.vocab_size + 10**9
 
 
 def _checkpoint_of(bundle: Bundle, model: str) -> Checkpoint:
@@ -323,8 +265,8 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
 
 def _tie(precision: Precision, checks: list[Check]) -> float | None:
     """Logits closer than this may change places: twice what they were just measured to be off by. In fp32 transformers,
-    which `generate` runs in, is off too. Quantized weights are another model: how often it says the same is reported,
-    and its quality is judged by its predictions."""
+    which `generate` runs in, is off too. Quantized weights are another model: how often its token is the same is
+    reported, and its quality is judged by its predictions."""
     from freeexport.verification.reference import TIE
 
     logits = [c for c in checks if c.tensor == "deep logits" and c.measure == "largest"]

@@ -23,7 +23,7 @@ from freeexport.cli import main
 from freeexport.conversion import rounding_data
 from freeexport.conversion.options import ConvertOptions, engine_options
 from freeexport.conversion.rounding_data import RoundedWeights, round_for_text
-from freeexport.verification.reference import measure_quality
+from freeexport.verification.reference import predictions_on, quality_of
 from graphs.engine_options import EngineOptions
 from graphs.families import describe
 from graphs.quantization.inputs import round_4_bits_for
@@ -34,7 +34,7 @@ from runtime.bundle.manifest import Kernels
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BY_NAME = {case.name: case for case in CASES}
-LLAMA, T5, QWEN = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"], BY_NAME["qwen2-tied"]
+LLAMA, T5 = BY_NAME["llama-tied"], BY_NAME["t5-relu-tied"]
 EXIT_LAYER = 2
 each = pytest.mark.parametrize("case", [LLAMA, T5], ids=lambda case: case.name)
 Checkpoint = Callable[[Case], Path]
@@ -66,24 +66,13 @@ def rounded_for(case: Case, model: Path, text: Path, **options: Any) -> RoundedW
     return round_for_text(checkpoint, describe(checkpoint.config, checkpoint), chosen, text)
 
 
-def same(one: Rounded, other: Rounded) -> bool:
-    return bool(
-        (one.data == other.data).all()
-        and (one.scales == other.scales).all()
-        and one.zero_points is not None
-        and other.zero_points is not None
-        and (one.zero_points == other.zero_points).all()
-    )
-
-
-@each
-@pytest.mark.parametrize("kernels", ["freeexport", "onnxruntime"])
+@pytest.mark.parametrize(("case", "kernels"), [(LLAMA, "freeexport"), (T5, "onnxruntime")])
 def test_it_loses_less_on_other_text(
     case: Case, kernels: Kernels, text: Path, bundle: Bundles, source_model: Callable[[Case], Any], tmp_path: Path
 ) -> None:
     other = lines(tmp_path / "other.jsonl", 100, 10)
     plain, ours = (
-        measure_quality(Bundle.open(path), source_model(case), other)
+        quality_of(predictions_on(Bundle.open(path), source_model(case), other), "int4")
         for path in (
             bundle(case, EXIT_LAYER, precision="int4", kernels=kernels),
             bundle(case, EXIT_LAYER, precision="int4", kernels=kernels, rounding_data=text),
@@ -155,7 +144,7 @@ def moments_of(model: Any, modules: dict[str, Any], texts: list[Any]) -> dict[st
     return sums
 
 
-@pytest.mark.parametrize("case", [LLAMA, QWEN, T5], ids=lambda case: case.name)
+@each
 def test_decoder_weights_with_4_bits_are_rounded_and_no_others(case: Case, text: Path, checkpoint: Checkpoint) -> None:
     model = load(checkpoint(case))
     inside = "decoder.block." if case is T5 else "model.layers."
@@ -179,12 +168,6 @@ def test_values_that_heads_share_are_not_fitted_where_they_have_8_bits(text: Pat
     layers = range(open_checkpoint(str(model)).config["num_hidden_layers"])
     assert theirs - ours == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in layers}
     assert ours < theirs
-
-
-def test_the_same_text_gives_the_same_weights(text: Path, checkpoint: Checkpoint) -> None:
-    one, other = (rounded_for(LLAMA, checkpoint(LLAMA), text).weights for _ in range(2))
-    assert one.keys() == other.keys()
-    assert all(same(one[name], other[name]) for name in one)
 
 
 def test_what_was_fitted_is_what_a_bundle_has(text: Path, bundle: Bundles, checkpoint: Checkpoint) -> None:
@@ -236,28 +219,23 @@ def convert(model: Path, out: Path, *arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "no such file"),
         ("", "has no examples; give one JSON object with 'input' and 'target' a line"),
         ('{"input": "x"}\n', "line 1: 'target' is missing; give every line an input and a target"),
         ("not JSON\n", "line 1: "),
         ('{"input": "x", "target": "y"}\n', "tokens for the decoder; rounding needs at least 512, give more lines"),
     ],
 )
-def test_bad_data_is_one_line(content: str | None, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_bad_data_is_one_line(content: str, said: str, checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_text(content)
+    path.write_text(content)
     out = tmp_path / "out"
     line = error(convert(checkpoint(LLAMA), out, "--precision", "int4", "--data", str(path)))
-    assert said in line.lower() if content is None else said in line
+    assert said in line
     assert str(path) in line
     assert not out.exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [("--precision", "fp32"), ("--precision", "int8"), ("--precision", "int4", "--target", "cuda"), ()],
-)
+@pytest.mark.parametrize("options", [("--precision", "int8"), ("--precision", "int4", "--target", "cuda"), ()])
 def test_where_nothing_has_4_bits_text_is_refused(
     options: tuple[str, ...], text: Path, checkpoint: Checkpoint, tmp_path: Path
 ) -> None:

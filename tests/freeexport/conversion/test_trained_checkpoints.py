@@ -11,6 +11,7 @@ from checkpoints import CASES, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
+from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime.bundle.bundle import Bundle
 
@@ -32,7 +33,7 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("case", "tune"), [(T5, "full"), (LLAMA, "lora"), (LLAMA, "exit"), (T5, "exit")])
+@pytest.mark.parametrize(("case", "tune"), [(T5, "full"), (LLAMA, "lora"), (T5, "exit")])
 def test_a_trained_exit_converts_at_its_layer_and_verifies(
     case: Case, tune: str, data: Path, tmp_path: Path, checkpoint: Callable[[Case], Path]
 ) -> None:
@@ -42,7 +43,7 @@ def test_a_trained_exit_converts_at_its_layer_and_verifies(
     run("convert", trained, out, "--verify", "none")
     bundle = Bundle.open(out)
     assert bundle.manifest.exit_layer == 2
-    report = verify(bundle, str(trained))
+    report = verify(bundle, str(trained), extent=QUICK)
     assert report["passed"], report
     result = CliRunner().invoke(main, ["convert", str(trained), str(tmp_path / "other"), "--exit-layer", "1"])
     assert result.exit_code == 1

@@ -25,7 +25,7 @@ from freeexport.system.jsonl import BrokenLine, Request
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 from runtime.result import Stats
 
-BY_NAME = {case.name: case for case in CASES}
+CASE = next(case for case in CASES if case.name == "llama-tied")
 LINES = [
     *('{"input": "Hi", "id": "a"}', "not JSON", '{"input": "one two three four"}', '{"id": 7, "input": ""}'),
     *('{"input": "x", "id": "b"}', json.dumps({"input": "y" * 400}), '{"input": [{"role": "user", "content": "Hi"}]}'),
@@ -34,10 +34,10 @@ LINES = [
 Run = Callable[..., Result]
 
 
-@pytest.fixture(params=["llama-tied", "t5-relu-tied"])
-def run(request: pytest.FixtureRequest, bundle: Bundles, tmp_path: Path) -> Run:
-    """`freeexport generate` on LINES, of which the chat line fails too where the bundle has no template."""
-    path, source = str(bundle(BY_NAME[request.param])), tmp_path / "in.jsonl"
+@pytest.fixture
+def run(bundle: Bundles, tmp_path: Path) -> Run:
+    """`freeexport generate` on LINES."""
+    path, source = str(bundle(CASE)), tmp_path / "in.jsonl"
     source.write_text("\n".join(LINES) + "\n")
     common = ("--max-new-tokens", "8", "--threads", "1", "--threshold", "0.2")
 
@@ -46,9 +46,6 @@ def run(request: pytest.FixtureRequest, bundle: Bundles, tmp_path: Path) -> Run:
         return CliRunner().invoke(cli.main, ["generate", path, *given, *common, *arguments], input=text)
 
     return generate
-
-
-decoder_only = pytest.mark.parametrize("run", ["llama-tied"], indirect=True)
 
 
 def without_seconds(text: str) -> str:
@@ -80,7 +77,6 @@ def test_lines_in_flight_together_are_answered_as_one_by_one(run: Run, tmp_path:
     assert f"{len(failed)} of 10 lines of" in result.stderr
 
 
-@decoder_only
 def test_a_line_that_takes_longer_than_its_deadline_failed(run: Run, tmp_path: Path) -> None:
     result = run("--output", str(tmp_path / "out"), "-o", "deadline=1e-9")
     records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
@@ -163,7 +159,7 @@ def test_an_interrupted_file_keeps_what_was_answered_and_ends_what_runs(tmp_path
 def answered(path: Path, lines: Sequence[Line], resume: bool = False, overwrite: bool = False) -> list[Line]:
     """The lines that were answered in `path` with fixed results, broken ones with an error."""
     with ResultFile(path) as results:
-        left = list(results.begin(lines, resume, overwrite))
+        left = list(results.resume(list(lines)) if resume else results.begin(lines, overwrite))
         for line in left:
             result = {"error": line.reason} if isinstance(line, BrokenLine) else fields_of(result_of("é"))
             results.write(line, **result)
@@ -215,7 +211,7 @@ def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
     answered(path, done, resume=True)  # nothing to resume is no error
     others: list[Line] = [Request(5, "x"), Request(6, "x", id=1), Request(7, "x", id="x"), Request(8, "x", id=5)]
     with ResultFile(path) as results:
-        assert results.begin([*done, *others], resume=True) == others
+        assert results.resume([*done, *others]) == others
         assert (results.count, results.failures) == (4, 1)
 
 
@@ -237,11 +233,12 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
     "content",
     [
         '{"input": "a", "id": 1}\n',
-        '{"id": 1, "input": "a"}\n',
+        '{"line": 1, "input": "a"}\n',
+        '{"line": 10, "error": "x"}\n',
         '{"id": 1, "input": "a"}',
         '{"line": 1, "error": "x"}\nnotes\n',
         '{"line": 1, "error": "x"}\nnotes',
-        '{"line": [1], "error": "x"}\n',
+        '{"line": 1, "error": "x"}\n{"line": 2, "error": "x"}\n{"line": 3, "error": "x"}\n',
         "[]\n",
         "\n",
         "\x00\x00\x00",
@@ -250,8 +247,8 @@ def test_a_file_cut_anywhere_is_resumed_to_the_same_results(
 def test_resuming_on_a_file_that_holds_something_else_is_refused_untouched(tmp_path: Path, content: str) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text(content)
-    with pytest.raises(OptionError, match=r"line \d is not a result of generate"):
-        answered(path, [Request(1, "x")], resume=True)
+    with pytest.raises(OptionError, match=r"line \d is not the result of that line of the input"):
+        answered(path, [Request(1, "x"), Request(2, "x")], resume=True)
     assert path.read_text() == content
 
 
@@ -279,7 +276,6 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     assert [record["line"] for record in records(path)] == [0, 1]
 
 
-@decoder_only
 def test_results_go_to_standard_output_and_to_a_pipe_that_somebody_reads(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

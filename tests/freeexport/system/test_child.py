@@ -38,14 +38,6 @@ def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_child_gives_its_output(modules: Path) -> None:
-    assert run_child("echo_module", "a", "--b") == "['a', '--b'] ''\n"
-
-
-def test_a_package_is_run_as_a_module() -> None:
-    assert run_child("freeexport", "--version").startswith("freeexport ")
-
-
 def test_a_failure_is_its_error_line(modules: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for module, reason in (
         ("failing_module", "^no luck$"),
@@ -67,15 +59,15 @@ def test_its_progress_and_warnings_go_to_stderr(modules: Path, capfd: pytest.Cap
     assert last == "warning: hot"
 
 
-def test_a_child_outlives_other_threads_of_its_parent(modules: Path) -> None:
+def test_a_child_gives_its_output_and_outlives_other_threads_of_its_parent(modules: Path) -> None:
     """Its own starter waits for it, but a thread that was there before ends."""
     outputs: list[str] = []
-    waiter = threading.Thread(target=lambda: outputs.append(run_child("echo_module")))
+    waiter = threading.Thread(target=lambda: outputs.append(run_child("echo_module", "a", "--b")))
     starter = threading.Thread(target=waiter.start)
     starter.start()
     starter.join()
     waiter.join()
-    assert outputs == ["[] ''\n"]
+    assert outputs == ["['a', '--b'] ''\n"]
 
 
 def running(process: int) -> bool:

@@ -119,12 +119,7 @@ def with_fault(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., Call]
 
 @pytest.mark.parametrize(
     ("name", "precision", "extent"),
-    [
-        ("llama-tied", "int8", FULL),
-        ("llama-tied", "int4", QUICK),
-        ("t5-relu-tied", "mixed", FULL),
-        ("t5-relu-tied", "int8", QUICK),
-    ],
+    [("llama-tied", "int8", FULL), ("llama-tied", "int4", QUICK), ("t5-relu-tied", "mixed", QUICK)],
 )
 def test_faults_do_not_pass(
     name: str, precision: str, extent: Extent, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
@@ -140,9 +135,7 @@ def test_faults_do_not_pass(
         assert any(line.startswith(where) and line.endswith("divergence") for line in found), (fault.__name__, found)
 
 
-@pytest.mark.parametrize(
-    ("name", "precision", "seed"), [("llama-tied", "int8", 0), ("t5-relu-tied", "int4", 1), ("llama-tied", "mixed", 2)]
-)
+@pytest.mark.parametrize(("name", "precision", "seed"), [("llama-tied", "int8", 0), ("t5-relu-tied", "mixed", 1)])
 def test_the_last_bits_of_another_processor_pass(
     name: str, precision: str, seed: int, bundle: Bundles, with_fault: Callable[[Callable[..., Call]], None]
 ) -> None:
@@ -171,46 +164,34 @@ def test_faults_do_not_pass_in_fp32(
     fault: Callable[..., Call], bundle: Bundles, with_fault: Callable[[Callable[..., Call]], None]
 ) -> None:
     with_fault(fault)
-    assert failed(checks(bundle(BY_NAME["llama-tied"], 2)))
+    assert failed(checks(bundle(BY_NAME["llama-tied"], 2), QUICK))
 
 
 def moved(divergence: np.ndarray, other_best: np.ndarray | None = None, gap: float = 1.0) -> Moved:
     count = len(divergence)
     best = np.zeros(count, bool) if other_best is None else other_best
-    return Moved(divergence, np.zeros(count), np.full(count, gap), np.full(count, 0.1), best)
+    return Moved(divergence, np.zeros(count), np.full(count, gap), np.full(count, 0.1), best, np.zeros(count))
 
 
-def verdicts(found: Moved, noise: Moved) -> dict[str, bool]:
-    return {check.measure: check.passed for check in row_checks("a", "b", found, noise)}
+def failures(found: Moved, noise: Moved) -> set[str]:
+    return {check.measure for check in row_checks("a", "b", found, noise) if not check.passed}
 
 
 def test_the_limits_are_multiples_of_noise() -> None:
-    noise = moved(np.full(100, 1e-3))
-    assert all(verdicts(moved(np.full(100, 0.9 * FACTOR * 1e-3)), noise).values())
-    assert not verdicts(moved(np.full(100, 1.1 * FACTOR * 1e-3)), noise)["divergence"]
-
-
-def test_a_few_rows_far_off_are_found_among_many() -> None:
-    noise = moved(np.full(100, 1e-3))
-    few = np.zeros(100)
-    few[: int(100 * ROWS) + 1] = 5e-2
-    assert verdicts(moved(few), noise) == {"divergence": True, "nats": True, "best": True, "rows": False}
-
-
-def test_another_best_token_counts_where_noise_decides_nothing() -> None:
     noise = moved(np.full(200, 1e-3))
+    assert failures(moved(np.full(200, 0.9 * FACTOR * 1e-3)), noise) == set()
+    assert "divergence" in failures(moved(np.full(200, 1.1 * FACTOR * 1e-3)), noise)
+    few = np.zeros(200)
+    few[: int(200 * ROWS) + 1] = 5e-2
+    assert failures(moved(few), noise) == {"rows"}
     other = np.zeros(200, bool)
     other[: int(200 * BEST) + 1] = True
-    assert not verdicts(moved(np.zeros(200), other), noise)["best"]
+    assert "best" in failures(moved(np.zeros(200), other), noise)
     # The two best are as near as noise moves them.
-    assert verdicts(moved(np.zeros(200), other, gap=0.3), noise)["best"]
-
-
-def test_what_is_not_a_number_passes_nowhere() -> None:
-    noise = moved(np.full(10, 1e-3))
-    assert not verdicts(moved(np.full(10, np.nan)), noise)["divergence"]
-    assert not verdicts(moved(np.full(10, np.nan)), noise)["rows"]
-    assert not verdicts(moved(np.zeros(10)), moved(np.full(10, np.nan)))["divergence"]
+    assert "best" not in failures(moved(np.zeros(200), other, gap=0.3), noise)
+    # What is not a number passes nowhere.
+    assert {"divergence", "rows"} <= failures(moved(np.full(200, np.nan)), noise)
+    assert "divergence" in failures(moved(np.zeros(200)), moved(np.full(200, np.nan)))
 
 
 def test_divergence_and_nats_are_those_of_the_definition() -> None:

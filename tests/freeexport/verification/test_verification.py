@@ -24,7 +24,7 @@ from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.cli import main
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.verification.checks import Check, prompts_of
+from freeexport.verification.checks import Check, greedy_line
 from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.reference import TIE, Comparison
 from freeexport.verification.verification import VerificationError, failure, verify, verify_in_child, write_report
@@ -74,7 +74,6 @@ def run(*arguments: str) -> Result:
         (LLAMA, "deep", "model.layers.4.mlp.down_proj", "prefill: deep logits"),
         (LLAMA, "shallow", "model.norm", "prefill: shallow logits"),
         (T5, "encoder", "encoder.block.1.layer.1.DenseReluDense.wo", "encoder: encoder hidden"),
-        (T5, "prologue", "decoder.block.0.layer.1.EncDecAttention.v", "prefill: shallow hidden"),
         (T5, "prologue", "decoder.block.3.layer.1.EncDecAttention.v", "prefill: deep logits"),
     ],
 )
@@ -86,8 +85,8 @@ def test_a_wrong_weight_fails_at_the_first_tensor_it_reaches(
     report = verify(Bundle.open(path), str(checkpoint(case)), extent=QUICK)
     assert not report["passed"]
     assert failure(report).startswith(f"{where} differs by ")
-    # Without the checkpoint, the engines agree with themselves all the same.
-    assert verify(Bundle.open(path), None)["passed"]
+    if weight == "model.norm":  # without the checkpoint, the engines agree with themselves all the same
+        assert verify(Bundle.open(path), None, extent=QUICK)["passed"]
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +102,16 @@ def peaky(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> P
     return directory
 
 
-def converted(model: Path, out: Path) -> Bundle:
-    convert(str(model), out, ConvertOptions(2, capacity=128, encoder_capacity=128, verify="none", measure=False))
-    return Bundle.open(out)
-
-
-def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes(peaky: Path, tmp_path: Path) -> None:
-    report = verify(converted(peaky, tmp_path / "out"), str(peaky))
+def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes_and_a_wrong_weight_fails(
+    peaky: Path, tmp_path: Path
+) -> None:
+    convert(
+        str(peaky),
+        tmp_path / "out",
+        ConvertOptions(2, capacity=128, encoder_capacity=128, verify="none", measure=False),
+    )
+    bundle = Bundle.open(tmp_path / "out")
+    report = verify(bundle, str(peaky))
     assert report["passed"], failure(report)
     far = [check for check in report["checks"] if check["error"] > 1e-4]
     assert {"deep logits"} <= {check["tensor"] for check in far if check["name"] == "prefill"}
@@ -119,17 +121,15 @@ def test_where_fp32_itself_is_far_from_float64_a_good_bundle_passes(peaky: Path,
     # What greedy decoding takes for a tie is what logits were just seen to be off by.
     deep = next(check for check in far if check["name"] == "prefill" and check["tensor"] == "deep logits")
     assert report["greedy"]["tie"] >= 2 * (deep["error"] + deep["reference"]) * deep["scale"] > TIE
-
-
-def test_where_fp32_itself_is_far_from_float64_a_wrong_weight_fails(peaky: Path, tmp_path: Path) -> None:
-    bundle = converted(peaky, tmp_path / "out")
     scale_weight(bundle.path, "deep", "decoder.block.3.layer.2.DenseReluDense.wo", 1.1)
-    assert failure(verify(Bundle.open(bundle.path), str(peaky))).startswith("prefill: deep logits differs by ")
+    assert failure(verify(Bundle.open(bundle.path), str(peaky), extent=QUICK)).startswith(
+        "prefill: deep logits differs by "
+    )
 
 
 @pytest.mark.parametrize(
     ("precision", "case"),
-    [("int8", T5), ("int4", LLAMA), ("mixed", T5)],
+    [("int8", T5), ("int4", LLAMA)],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_a_damaged_block_of_quantized_weights_fails(
@@ -150,34 +150,15 @@ def test_a_damaged_block_of_quantized_weights_fails(
 def test_a_weight_that_is_not_a_number_fails_even_without_the_checkpoint(copy: Copy) -> None:
     path = copy()
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj", math.nan)
-    report = verify(Bundle.open(path), None)
+    report = verify(Bundle.open(path), None, extent=QUICK)
     assert not report["passed"]
     assert {check["name"] for check in report["checks"] if not check["passed"]} >= {"stepping against prefill"}
 
 
-def test_nan_and_what_is_over_the_tolerance_do_not_pass() -> None:
-    assert Check("a", "b", 1e-4, 1e-4).passed
-    assert not Check("a", "b", 1.1e-4, 1e-4).passed
-    assert not Check("a", "b", math.nan, 1e-4).passed
-
-
-@pytest.mark.parametrize(
-    ("comparison", "passed"),
-    [
-        (Comparison(0, 64), True),
-        (Comparison(0, 64, 3, TIE / 2), True),
-        (Comparison(0, 64, 3, TIE * 2), False),
-        (Comparison(0, 64, 3, None), False),
-    ],
-)
-def test_a_first_difference_is_forgiven_at_a_tie_only(comparison: Comparison, passed: bool) -> None:
-    assert comparison.passed(TIE) == passed
-
-
-def test_a_greedy_difference_is_named_by_prompt_and_position() -> None:
-    prompts = [{"prompt": 0, "passed": True}, {"prompt": 1, "passed": False, "first_difference": 7}]
-    report: dict[str, Any] = {"checks": [], "greedy": {"prompts": prompts}}
-    assert failure(report) == "greedy decoding: token ids of prompt 1 differ from position 7"
+def test_nan_over_the_tolerance_and_differences_but_at_a_tie_do_not_pass() -> None:
+    assert [Check("a", "b", error, 1e-4).passed for error in (1e-4, 1.1e-4, math.nan)] == [True, False, False]
+    compared = [Comparison(0, 64), *(Comparison(0, 64, 3, gap) for gap in (TIE / 2, TIE * 2, None))]
+    assert [comparison.passed(TIE) for comparison in compared] == [True, True, False, False]
 
 
 def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +171,7 @@ def test_greedy_ids_that_differ_fail(copy: Copy, checkpoint: Checkpoint, monkeyp
         return [*ids[:5], ids[5] ^ 1, *ids[6:]], [1.0] * len(gaps)
 
     monkeypatch.setattr(freeexport.verification.reference, "reference_ids", one_id_off)
-    report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)))
+    report = verify(Bundle.open(copy()), str(checkpoint(LLAMA)), extent=QUICK)
     assert all(check["passed"] for check in report["checks"])
     assert not report["passed"]
     assert failure(report).startswith("greedy decoding: token ids of prompt 0 differ from position 5; convert with ")
@@ -203,10 +184,10 @@ def test_a_checkpoint_that_the_bundle_was_not_made_from_is_refused(copy: Copy, c
 
 def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoint: Checkpoint) -> None:
     path = copy()
-    result = run(str(path), "--against", str(checkpoint(LLAMA)))
+    result = run(str(path), "--quick", "--against", str(checkpoint(LLAMA)))
     assert result.exit_code == 0, result.output
     assert re.search(
-        r"prefill: deep logits within \S+ of its largest value .*transformers itself is \S+ from", result.stdout
+        r"prefill: deep logits differs by \S+ of its largest value, .*transformers itself is \S+ from", result.stdout
     )
     assert "greedy decoding" in result.stdout
     opened = Bundle.open(path, verify="full")
@@ -216,7 +197,7 @@ def test_the_command_writes_its_report_and_marks_the_bundle(copy: Copy, checkpoi
     assert opened.verification["against"] == LLAMA.name
     # And takes the mark back where the engines are wrong.
     scale_weight(path, "deep", "model.layers.4.mlp.down_proj", 1.01)
-    result = run(str(path), "--against", str(checkpoint(LLAMA)))
+    result = run(str(path), "--quick", "--against", str(checkpoint(LLAMA)))
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: prefill: deep logits differs by ")
@@ -255,18 +236,10 @@ def test_where_memory_is_short_the_bundle_is_not_verified_and_a_warning_says_so(
     monkeypatch.setattr("freeexport.verification.verification.available_memory", lambda: 10**9)
     monkeypatch.setattr("freeexport.verification.verification.run_child", lambda *_: pytest.fail("started"))
     path, model = copy(), str(checkpoint(LLAMA))
-    assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest, "quick", 1)
+    assert not verify_in_child(path, model, open_checkpoint(model), Bundle.open(path).manifest, "quick")
     errors = capsys.readouterr().err
     assert "needs about 1.0 GB" in errors
     assert "warning: only 1.0 GB is available, so the bundle is not verified" in errors
-
-
-def test_a_failed_child_is_the_reason(copy: Copy, checkpoint: Checkpoint) -> None:
-    path, model = copy(), str(checkpoint(LLAMA))
-    manifest = Bundle.open(path).manifest
-    (path / "deep.onnx").unlink()
-    with pytest.raises(VerificationError, match=r"^deep\.onnx is missing"):
-        verify_in_child(path, model, open_checkpoint(model), manifest, "quick", 1)
 
 
 def test_nan_is_written_as_null(tmp_path: Path) -> None:
@@ -277,13 +250,13 @@ def test_nan_is_written_as_null(tmp_path: Path) -> None:
 
 def test_quick_runs_less_and_stops_when_its_time_is_up(copy: Copy, checkpoint: Checkpoint) -> None:
     bundle, model = Bundle.open(copy()), str(checkpoint(LLAMA))
-    quick, full = (verify(bundle, model, extent=extent, threads=1) for extent in (QUICK, FULL))
+    quick, full = (verify(bundle, model, extent=extent) for extent in (QUICK, FULL))
     assert quick["passed"]
     assert full["passed"]
     assert len(quick["checks"]) < len(full["checks"])
     assert (len(quick["greedy"]["prompts"]), quick["greedy"]["tokens"]) == (2, 16)
     assert quick["left_out"] == full["left_out"] == []
-    late = verify(bundle, model, extent=replace(QUICK, seconds=0), threads=1)
+    late = verify(bundle, model, extent=replace(QUICK, seconds=0))
     assert late["passed"]
     assert late["left_out"] == ["stepping and sync passes", "1 prompts"]
     assert len(late["greedy"]["prompts"]) == 1  # at least one is always decoded
@@ -310,4 +283,4 @@ def test_prompts_that_differ_in_a_quantized_bundle_are_a_warning(
     tie: float | None, prompts: list[tuple[int | None, float | None]], expected: tuple[bool, str]
 ) -> None:
     listed = [{"first_difference": first, "gap": gap} for first, gap in prompts]
-    assert prompts_of({"tie": tie, "prompts": listed}) == (expected[0], f"greedy decoding: {expected[1]}")
+    assert greedy_line({"tie": tie, "prompts": listed}) == (expected[0], f"greedy decoding: {expected[1]}")
