@@ -1,6 +1,6 @@
 """Checks that need a machine with a card, in one command of minutes.
 
-    python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --output gpu-check
+    python -m tools.gpu.check --model CHECKPOINT --exit-layer 6 --output gpu-check.json
 
 Steps: environment; correctness, tokens and exits against the CPU in fp32; lanes, tokens/s with overlap, steps run ahead
 and CUDA graphs on and off; timeline, how many shallow steps lie within a deep pass, by events of the device. A step
@@ -12,11 +12,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from runtime import Session
 from runtime.cuda.driver import Cuda
 from runtime.cuda.runner import CudaRunner
 from runtime.engines.onnx import import_onnxruntime
-from runtime.errors import FreeExportError
+from runtime.errors import DeviceError, FreeExportError
 from runtime.machine.device import Device
 
 DEMO = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
@@ -40,17 +38,13 @@ PACKAGES = ("onnxruntime", "onnxruntime-gpu", "cuda-bindings", "torch", "transfo
 PROMPTS = ("the cat sat on the mat", "a quick brown fox", "it was the best of times", "light travels faster than sound")
 MODES: dict[str, dict[str, Any]] = {"full": {"mode": "full"}, "free": {"threshold": 0.5}, "exits": {"threshold": 0.0}}
 # Session options, each compared with the first: the same tokens, at another speed.
-LANES: dict[str, dict[str, bool]] = {
+LANES: dict[str, dict[str, Any]] = {
     "in turn": {"overlap": False, "cuda_graphs": False},
     "graphs": {"overlap": False, "cuda_graphs": True},
     "overlap": {"overlap": True, "cuda_graphs": False},
     "overlap, graphs": {"overlap": True, "cuda_graphs": True},
     "overlap, graphs, run ahead": {"overlap": True, "cuda_graphs": True, "run_ahead": True},
 }
-
-
-class Unavailable(Exception):
-    """Why a step cannot be done here."""
 
 
 @dataclass
@@ -76,22 +70,21 @@ class Bench:
 
     def card(self) -> str:
         if self.device is None:
-            raise Unavailable(self.no_device)
+            raise DeviceError(self.no_device)
         return self.device
 
 
 def environment(bench: Bench) -> dict[str, Any]:
     """Versions, the driver's own report, and whether a CUDA device can be used through cuda-python."""
-    found: dict[str, Any] = {"python": sys.version.split()[0], "platform": platform.platform(), "packages": {}}
+    packages, query = {}, ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
-            found["packages"][name] = importlib.metadata.version(name)
-    found["providers"] = import_onnxruntime().get_available_providers()
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+            packages[name] = importlib.metadata.version(name)
+    found = {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
+    with suppress(FileNotFoundError):
         found["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
-    found["device"] = bench.device or f"none: {bench.no_device}"
-    return found
+    providers = import_onnxruntime().get_available_providers()
+    return {**found, "providers": providers, "device": bench.device or f"none: {bench.no_device}"}
 
 
 def correctness(bench: Bench) -> dict[str, Any]:
@@ -99,11 +92,9 @@ def correctness(bench: Bench) -> dict[str, Any]:
     want = _decoded(bench.bundle("cpu", "fp32"), "cpu")
     found: dict[str, Any] = {"where": bench.device or "the graphs of target cuda, on the CPU provider"}
     for precision in ("fp32", "fp16") if bench.device else ("fp32",):
-        pairs = list(zip(_decoded(bench.bundle("cuda", precision), bench.device or "cpu"), want, strict=True))
-        found[precision] = {
-            "tokens": sum(a[0] == b[0] for a, b in pairs) / len(pairs),
-            "exits": sum(a[1] == b[1] for a, b in pairs) / len(pairs),
-        }
+        got = _decoded(bench.bundle("cuda", precision), bench.device or "cpu")
+        shares = (sum(a[part] == b[part] for a, b in zip(got, want, strict=True)) / len(want) for part in (0, 1))
+        found[precision] = dict(zip(("tokens", "exits"), shares, strict=True))
     if found["fp32"]["tokens"] < 1.0:
         raise AssertionError(f"tokens in fp32 are not those of the CPU: {found}")
     return found
@@ -114,7 +105,7 @@ def lanes(bench: Bench) -> dict[str, Any]:
     device, path, tokens = bench.card(), bench.bundle("cuda", "fp16"), None
     found: dict[str, Any] = {}
     for name, options in LANES.items():
-        with Session(path, device=device, **options) as session:  # type: ignore[arg-type]
+        with Session(path, device=device, **options) as session:
             found[name], got = _speeds(session, bench.tokens)
         tokens = tokens or got
         if got != tokens:
@@ -137,23 +128,21 @@ def timeline(bench: Bench) -> dict[str, Any]:
         shallow.stream.record(origin)
         steps, passes = shallow.watch(origin), deep.watch(origin)
         session.generate(PROMPTS[0], **options)
-        shallow.watch(None)
-        deep.watch(None)
     calls = sorted([(*step, "shallow") for step in steps] + [(*call, "deep") for call in passes])
     return {
         "shallow steps": len(steps),
         "deep passes": len(passes),
         "steps inside a pass": sum(any(b <= step[0] and step[1] <= e for b, e in passes) for step in steps),
-        "milliseconds": {"step": _middle(steps), "pass": _middle(passes)},
+        "milliseconds": {
+            name: round(1e3 * median([end - begin for begin, end in calls] or [0.0]), 3)
+            for name, calls in (("step", steps), ("pass", passes))
+        },
         "first calls": [[name, round(1e3 * begin, 3), round(1e3 * end, 3)] for begin, end, name in calls[:40]],
     }
 
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    "environment": environment,
-    "correctness": correctness,
-    "lanes": lanes,
-    "timeline": timeline,
+    step.__name__: step for step in (environment, correctness, lanes, timeline)
 }
 
 
@@ -174,21 +163,14 @@ def _speeds(session: Session, tokens: int) -> tuple[dict[str, float], list[Seque
     return found, ids
 
 
-def _middle(calls: Sequence[tuple[float, float]]) -> float:
-    return round(1e3 * median(end - begin for begin, end in calls), 3) if calls else 0.0
-
-
 def usable(device: str) -> tuple[str | None, str]:
     """The device, or None and why sessions cannot run on it here."""
     try:
         wanted = Device.parse(device)
         if wanted.index is None:
             raise click.UsageError("--device cpu is no card; leave it out")
-        cuda = Cuda(wanted.index)
-        try:
-            wanted.providers(import_onnxruntime(), {})
-        finally:
-            cuda.close()
+        Cuda(wanted.index).close()
+        wanted.providers(import_onnxruntime(), {})
     except FreeExportError as error:
         return None, str(error)
     return str(wanted), ""
@@ -196,15 +178,13 @@ def usable(device: str) -> tuple[str | None, str]:
 
 def run(bench: Bench, name: str) -> dict[str, Any]:
     """The result of a step, or why it has none."""
-    began = time.monotonic()
     click.echo(f"{name} ...", err=True)
     try:
-        step: dict[str, Any] = {"state": "done", "found": STEPS[name](bench)}
-    except Unavailable as error:
-        step = {"state": "not done", "why": str(error)}
+        return {"state": "done", "found": STEPS[name](bench)}
     except Exception as error:  # the other steps are worth having whatever this one met
-        step = {"state": "failed", "why": f"{type(error).__name__}: {str(error)[:500]}"}
-    return {**step, "seconds": round(time.monotonic() - began, 1)}
+        if isinstance(error, DeviceError) and bench.device is None:
+            return {"state": "not done", "why": str(error)}
+        return {"state": "failed", "why": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})

@@ -5,8 +5,8 @@
 
 The package onnxruntime-ep-nv-tensorrt-rtx-cu13 brings NVIDIA's TensorRT-RTX library and ONNX parser, which build
 engines ahead of time without a device; tensorrt-cu13-bindings, NVIDIA's Python bindings, load on top of them under the
-names that they were linked to. The engines are for these tests: to run any, build them where the GPU is, with the
-package tensorrt. The libraries are under NVIDIA's licence and stay in DIR. Needs gcc, and half a gigabyte of disk.
+names that they were linked to. The engines are for these tests alone. The libraries are under NVIDIA's licence and
+stay in DIR. Needs gcc, and half a gigabyte of disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 PACKAGES = ("onnxruntime-ep-nv-tensorrt-rtx-cu13==0.5.0", "tensorrt-cu13-bindings==11.4.0.106")
@@ -31,26 +30,19 @@ def set_up(directory: Path) -> None:
     """Fill `directory` with what the bindings need, beside it first: it is complete or not there."""
     partial = directory.with_name(f"{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    (partial / "lib").mkdir(parents=True)
-    wheels = partial / "wheels"
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels), *PACKAGES]
-    subprocess.run(download, check=True, stdout=sys.stderr)
-    for wheel in wheels.glob("*.whl"):
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(partial)
-    shutil.rmtree(wheels)
+    install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(partial), *PACKAGES]
+    subprocess.run(install, check=True, stdout=sys.stderr)
+    libraries = partial / "lib"
+    libraries.mkdir()
     for name, pattern in LIBRARIES.items():
         (library,) = partial.glob(f"onnxruntime_ep_nv_tensorrt_rtx/{pattern}")
-        (partial / "lib" / name).symlink_to(Path("..") / library.relative_to(partial))
-    compile_plugins(partial / "lib" / "libnvinfer_plugin.so.11")
+        (libraries / name).symlink_to(Path("..") / library.relative_to(partial))
+    plugins = libraries / "libnvinfer_plugin.so.11"
+    arguments = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{plugins.name}", "-x", "c", "-", "-o", str(plugins)]
+    subprocess.run(arguments, input=PLUGINS, text=True, check=True)
     (partial / "tensorrt").mkdir()
     (partial / "tensorrt" / "__init__.py").write_text(PACKAGE)
     partial.rename(directory)
-
-
-def compile_plugins(library: Path) -> None:
-    arguments = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-x", "c", "-", "-o", str(library)]
-    subprocess.run(arguments, input=PLUGINS, text=True, check=True)
 
 
 def main() -> None:
