@@ -23,9 +23,9 @@ from runtime.decoding.decoder import Decoder
 from runtime.decoding.drafts import Drafts, DraftSources, LearnedDrafts
 from runtime.decoding.loops import Loop, free, full, lossless, rollback, shallow
 from runtime.decoding.response import Response
-from runtime.engines.encoder import Encoder
 from runtime.engines.memory import check_beams
 from runtime.engines.prefix_store import Prefix, PrefixStore, hashes
+from runtime.engines.runner import Encoder
 from runtime.errors import BundleError, OptionError
 from runtime.json_file import read_object
 from runtime.machine.device import Device
@@ -68,7 +68,7 @@ class Model:
     costs: CallCosts
     observer: Observer
     guard: Guard
-    prefixes: PrefixStore[Any] | None = None
+    prefixes: PrefixStore | None = None
 
     def __post_init__(self) -> None:
         self.manifest, self.learned = self.bundle.manifest, LearnedDrafts(self.costs)

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from kernel_cases import session_of
-from onnx import TensorProto, helper
+from kernel_cases import one_node
+from onnx import TensorProto
 
-from runtime.kernels import DOMAIN, LIBRARY
+from runtime.kernels import LIBRARY
 
 EPSILON = 1e-6
 POSITIONS = 256  # of rotary tables
@@ -157,26 +157,30 @@ def _turned(x: np.ndarray, tables: dict[str, np.ndarray], position: int) -> np.n
     return np.concatenate([low * cosine - high * sine, high * cosine + low * sine], axis=-1)
 
 
-INPUTS = ("rows", "past_key", "past_value", "past_lengths", "query_lengths")
+LENGTHS = {"past_lengths", "query_lengths", "lengths"}
 
 
 def attention_session(layer: Layer, packed: bool, threads: int = 1, **changes: object) -> ort.InferenceSession:
     """ONNX Runtime's, with a graph of one CachedAttention whose tables are inputs, too. `changes` are attributes."""
-    attributes = {
-        "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size, "window": layer.window,
-        "packed": int(packed), "scale": layer.scale, "epsilon": EPSILON, **changes,
-    }  # fmt: skip
-    names = [*INPUTS, *(name if name in layer.tables else "" for name in TABLES)]
-    node = helper.make_node("CachedAttention", names, ["y", "key", "value"], domain=DOMAIN, **attributes)
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT32 if "lengths" in name else TensorProto.FLOAT, None)
-        for name in names
-        if name
-    ]
-    outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("y", "key", "value")]
-    graph = helper.make_graph([node], "one attention", inputs, outputs)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+    attributes = {"window": layer.window, "epsilon": EPSILON, **_attributes(layer, packed), **changes}
+    inputs = "rows", "past_key", "past_value", "past_lengths", "query_lengths"
+    names = [*inputs, *(name if name in layer.tables else "" for name in TABLES)]
+    return one_node("CachedAttention", _types(names), ["y", "key", "value"], {}, names, threads, **attributes)
+
+
+def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
+    """With a graph of one CrossAttention."""
+    given = _types(["rows", "key", "value", "lengths", "query_lengths"])
+    return one_node("CrossAttention", given, ["y"], {}, threads=threads, **_attributes(layer, packed))
+
+
+def _types(names: list[str]) -> dict[str, int]:
+    return {name: TensorProto.INT32 if name in LENGTHS else TensorProto.FLOAT for name in names if name}
+
+
+def _attributes(layer: Layer, packed: bool) -> dict[str, object]:
+    heads = {"num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size}
+    return {**heads, "packed": int(packed), "scale": layer.scale}
 
 
 def feeds(layer: Layer, call: Call, packed: bool) -> dict[str, np.ndarray]:
@@ -185,22 +189,3 @@ def feeds(layer: Layer, call: Call, packed: bool) -> dict[str, np.ndarray]:
         "rows": np.ascontiguousarray(rows), "past_key": call.key, "past_value": call.value,
         "past_lengths": call.past, "query_lengths": call.lengths, **layer.tables,
     }  # fmt: skip
-
-
-CROSS = ("rows", "key", "value", "lengths", "query_lengths")
-
-
-def cross_session(layer: Layer, packed: bool, threads: int = 1) -> ort.InferenceSession:
-    """With a graph of one CrossAttention."""
-    attributes = {
-        "num_heads": layer.heads, "kv_num_heads": layer.kv_heads, "head_size": layer.size, "packed": int(packed),
-        "scale": layer.scale,
-    }  # fmt: skip
-    node = helper.make_node("CrossAttention", CROSS, ["y"], domain=DOMAIN, **attributes)
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.INT32 if "lengths" in name else TensorProto.FLOAT, None)
-        for name in CROSS
-    ]
-    graph = helper.make_graph([node], "one", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)])
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,7 @@ def here(instructions: str, library: Path = LIBRARY) -> bool:
 
 def with_rounded_rows(x: np.ndarray, case: Case) -> np.ndarray:
     """The product in float64, of rows rounded as the operator says it does."""
-    groups = -(-case.inputs // 32)
-    padded = np.zeros((len(x), groups * 32), np.float32)
-    padded[:, : case.inputs] = x
-    grouped = padded.reshape(len(x), groups, 32)
+    grouped = np.pad(x, ((0, 0), (0, -case.inputs % 32))).reshape(len(x), -1, 32)
     peak = np.abs(grouped).max(-1, keepdims=True)
     steps = np.rint(grouped * np.where(peak > 0, np.float32(127) / np.maximum(peak, 1e-30), 0))
     rows = (steps.astype(np.float64) * (peak / np.float32(127))).reshape(len(x), -1)[:, : case.inputs]
@@ -162,35 +160,47 @@ def session(case: Case, threads: int = 1, **changes: object) -> ort.InferenceSes
     tensors = dict.fromkeys(INPUTS) | case.tensors
     for name, value in changes.items():
         (tensors if name in tensors else attributes)[name] = value
-    names = [name if array is not None else "" for name, array in tensors.items()]
-    outputs = ["y", "total"] if tensors["skip"] is not None and "single" not in attributes else ["y"]
-    attributes.pop("single", None)
-    node = helper.make_node("PackedLinear", ["x", *names], outputs, domain=DOMAIN, **attributes)
-    given = ["x", "skip"] if tensors.pop("skip") is not None else ["x"]
-    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (*given, *outputs)}
-    constants = [numpy_helper.from_array(array, name) for name, array in tensors.items() if array is not None]
-    ends = [values[name] for name in given], [values[name] for name in outputs]
-    graph = helper.make_graph([node], "one product", *ends, constants)
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
+    given = {"x": TensorProto.FLOAT} | ({} if tensors["skip"] is None else {"skip": TensorProto.FLOAT})
+    outputs = ["y", "total"] if "skip" in given and not attributes.pop("single", False) else ["y"]
+    names = ["x", *(name if array is not None else "" for name, array in tensors.items())]
+    constants = {name: array for name, array in tensors.items() if array is not None and name != "skip"}
+    return one_node("PackedLinear", given, outputs, constants, names, threads, **attributes)
 
 
 def packed_rows(case: Case, constant: bool = True, **changes: Any) -> ort.InferenceSession:
     """A graph of one PackedRows: indices -> rows."""
     attributes = {"N": case.outputs, "K": case.inputs, "block_size": case.block} | changes
-    node = helper.make_node("PackedRows", ["indices", "data", "scales"], ["rows"], domain=DOMAIN, **attributes)
-    given = [helper.make_tensor_value_info("indices", TensorProto.INT64, None)]
-    tensors = [
-        numpy_helper.from_array(case.packed.data, "data"),
-        numpy_helper.from_array(case.packed.scales, "scales"),
-    ]
-    if not constant:
-        given.append(helper.make_tensor_value_info("data", TensorProto.UINT8, None))
-        del tensors[0]
-    out = helper.make_tensor_value_info("rows", TensorProto.FLOAT, None)
+    given = {"indices": TensorProto.INT64} | ({} if constant else {"data": TensorProto.UINT8})
+    tensors = {"data": case.packed.data, "scales": case.packed.scales}
+    constants = {name: array for name, array in tensors.items() if name not in given}
+    return one_node("PackedRows", given, ["rows"], constants, ["indices", "data", "scales"], **attributes)
+
+
+def best_two(threads: int = 1) -> Any:
+    """logits -> the best two of each row, and log sum exp, by ONNX Runtime."""
+    outputs = {"top": TensorProto.INT64, "log_sum": TensorProto.FLOAT}
+    made = one_node("BestTwo", {"logits": TensorProto.FLOAT}, outputs, {}, threads=threads)
+    return lambda logits: made.run(None, {"logits": logits})
+
+
+def one_node(
+    kind: str,
+    given: dict[str, int],
+    outputs: Sequence[str] | dict[str, int],
+    constants: dict[str, np.ndarray],
+    names: Sequence[str] = (),
+    threads: int = 1,
+    **attributes: object,
+) -> ort.InferenceSession:
+    """ONNX Runtime's, with a graph of one of our operators: types of its inputs and outputs (float if not said), and
+    the names of what the node reads in order, those of `given` if not said."""
+    types = outputs if isinstance(outputs, dict) else dict.fromkeys(outputs, TensorProto.FLOAT)
+    node = helper.make_node(kind, list(names or given), list(types), domain=DOMAIN, **attributes)
+    ends = ([helper.make_tensor_value_info(*value, None) for value in part.items()] for part in (given, types))
+    tensors = [numpy_helper.from_array(array, name) for name, array in constants.items()]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    graph = helper.make_graph([node], "rows", given, [out], tensors)
-    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10))
+    graph = helper.make_graph([node], "one", *ends, tensors)
+    return session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
 
 
 def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.InferenceSession:
@@ -199,16 +209,3 @@ def session_of(model: onnx.ModelProto | Path, threads: int = 1) -> ort.Inference
     options.register_custom_ops_library(str(LIBRARY))
     given = str(model) if isinstance(model, Path) else model.SerializeToString()
     return ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
-
-
-def best_two(threads: int = 1) -> Any:
-    """logits -> the best two of each row, and log sum exp, by ONNX Runtime."""
-    node = helper.make_node("BestTwo", ["logits"], ["top", "log_sum"], domain=DOMAIN)
-    ends = [
-        [helper.make_tensor_value_info(name, kind, None)]
-        for name, kind in (("logits", TensorProto.FLOAT), ("top", TensorProto.INT64), ("log_sum", TensorProto.FLOAT))
-    ]
-    graph = helper.make_graph([node], "one", ends[0], ends[1] + ends[2])
-    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(DOMAIN, 1)]
-    session = session_of(helper.make_model(graph, opset_imports=opsets, ir_version=10), threads)
-    return lambda logits: session.run(None, {"logits": logits})

@@ -33,9 +33,9 @@ from graphs.weights import WeightFile
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.engines.backend import cache_sizes
-from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import Call, OnnxEngine
+from runtime.engines.runner import Encoder
 from runtime.errors import OptionError
 
 WEIGHTS, FACTS = "weights.data", "calm.json"

@@ -20,9 +20,9 @@ import numpy as np
 from freeexport.verification.checks import Check, Measure
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import FloatType
-from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.onnx import OnnxEngine, value
+from runtime.engines.runner import Encoder
 from runtime.machine.machine import usable_cores
 from runtime.text.tokenizer import Tokenizer
 

@@ -46,10 +46,16 @@ class DeviceEngine:
     """Shared by engines on a device: the `name`, the `stream` that calls are put into, in order and always from the
     same thread, and unused stagings. `captures`: calls of one token a row that come again become CUDA graphs."""
 
+    call: type[DeviceCall]
+
     def __init__(self, name: str, stream: Stream, captures: bool) -> None:
         self.name, self.stream, self.captures = name, stream, captures
         self.calls: WeakSet[DeviceCall] = WeakSet()
         self._stagings: list[Staging] = []
+
+    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> DeviceCall:
+        """A call on fixed arrays."""
+        return self.call(self, inputs, outputs)
 
     def take_staging(self, size: int) -> Staging:
         """The smallest unused one of `size` bytes or more. Pinned memory is freed only when the device is closed."""
@@ -63,8 +69,8 @@ class DeviceEngine:
     def give_staging(self, staging: Staging) -> None:
         self._stagings.append(staging)
 
-    def close_calls(self) -> None:
-        """Let go of what calls hold, before the stream is gone. None may run any more."""
+    def close(self) -> None:
+        """Let go of everything, before the stream is gone. No call may run any more."""
         for call in list(self.calls):
             call.close()
 
@@ -78,16 +84,17 @@ class DeviceCall:
     used where they are. In the staging, inputs stand from byte 0 to `_sent`, outputs from there to `_fetched`.
     """
 
-    def __init__(self, engine: DeviceEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._base = engine
+    others: tuple[Stream, ...] = ()
+    _staging: Staging | None = None  # None: arrays have changed
+    _sent = _fetched = _runs = 0
+    _under_way = False
+
+    def __init__(self, engine: Any, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self._engine = engine
         self._inputs: dict[str, Any] = {}
         self._outputs: dict[str, Any] = {}
-        self.others: tuple[Stream, ...] = ()
-        self._staging: Staging | None = None  # None: arrays have changed
         self._views: dict[str, np.ndarray] = {}
         self._offsets: dict[str, int] = {}
-        self._sent = self._fetched = self._runs = 0
-        self._under_way = False
         self.rebind(inputs, outputs)
         engine.calls.add(self)
 
@@ -97,24 +104,27 @@ class DeviceCall:
         for given, kept, is_input in ((inputs, self._inputs, True), (outputs, self._outputs, False)):
             for name, array in given.items():
                 self._check(name, array, is_input)
-                if _moved(kept.get(name), array):
+                old = kept.get(name)
+                # That an array of the host stands elsewhere does not matter: it is copied.
+                places = (getattr(each, "address", None) for each in (old, array))
+                if old is None or old.shape != array.shape or len({*places}) > 1:
                     self.close()
                 kept[name] = array
         arrays = [*self._inputs.values(), *self._outputs.values()]
         streams = {array.memory.stream for array in arrays if isinstance(array, DeviceArray)}
-        self.others = tuple(streams - {self._base.stream})
+        self.others = tuple(streams - {self._engine.stream})
 
     def run(self) -> None:
         for other in self.others:
-            self._base.stream.follow(other)
+            self._engine.stream.follow(other)
         self.enqueue()
         self.finish()
 
     def enqueue(self) -> None:
         """Put the run into the engine's stream. Raises EngineError, DeviceError, CapacityError."""
-        stream = self._base.stream
+        stream = self._engine.stream
         # Memory may be taken, which would disturb another call that is captured.
-        with nullcontext() if self._base.captures else stream.cuda.undisturbed:
+        with nullcontext() if self._engine.captures else stream.cuda.undisturbed:
             stream.cuda.make_current()
             staging = self._staging or self._lay_out()
             if self._under_way:
@@ -142,32 +152,33 @@ class DeviceCall:
         """Let go of memory. What the device may still be copying into is not for other calls."""
         staging, self._staging = self._staging, None
         if staging is not None and not self._under_way:
-            self._base.give_staging(staging)
+            self._engine.give_staging(staging)
 
     def _lay_out(self) -> Staging:
         """Give the arrays of the host places in a staging, and `_prepare` the engine for all arrays."""
-        ins, self._sent = laid_out({name: array.nbytes for name, array in self._inputs.items() if _on_host(array)})
-        hosts = {name: array.nbytes for name, array in self._outputs.items() if _on_host(array)}
-        outs, self._fetched = laid_out(hosts, self._sent)
+        ins, outs = (
+            {name: array.nbytes for name, array in arrays.items() if not isinstance(array, DeviceArray)}
+            for arrays in (self._inputs, self._outputs)
+        )
+        ins, self._sent = laid_out(ins)
+        outs, self._fetched = laid_out(outs, self._sent)
         self._offsets, self._runs = {**ins, **outs}, 0
-        staging = self._base.take_staging(self._fetched)
+        staging = self._engine.take_staging(self._fetched)
         bound = {**self._inputs, **self._outputs}
         self._views = {name: staging.view(offset, bound[name]) for name, offset in self._offsets.items()}
         try:
             self._prepare(staging)
         except BaseException:
-            self._base.give_staging(staging)
+            self._engine.give_staging(staging)
             raise
         self._staging = staging
         return staging
 
     def _prepare(self, staging: Staging) -> None:
         """Make what the engine needs for these arrays."""
-        raise NotImplementedError
 
     def _launch(self, staging: Staging) -> None:
         """Put the copies and the engine's work into the stream."""
-        raise NotImplementedError
 
     def _check(self, name: str, array: Any, is_input: bool) -> None:
         """Raise EngineError for an array that the engine does not take."""
@@ -177,20 +188,10 @@ class DeviceCall:
 
 
 def laid_out(sizes: Mapping[str, int], start: int = 0) -> tuple[dict[str, int], int]:
-    """Offsets at which each of these many bytes begins, one after the other from `start` on, and where all end. What is
-    empty has a place of its own too."""
+    """Offsets at which each of these many bytes begins, one after the other from `start` on, and where all end. Empty
+    ones have a place of their own too."""
     offsets = {}
     for name, size in sizes.items():
         offsets[name] = start
         start += max(1, -(-size // ALIGNMENT)) * ALIGNMENT
     return offsets, start
-
-
-def _on_host(array: Any) -> bool:
-    return not isinstance(array, DeviceArray)
-
-
-def _moved(old: Any, new: Any) -> bool:
-    """Whether a call must be prepared anew for an array in place of an `old` one, None where there was none. That an
-    array of the host stands elsewhere does not matter: it is copied."""
-    return old is None or old.shape != new.shape or getattr(old, "address", None) != getattr(new, "address", None)

@@ -1,13 +1,11 @@
-"""A CUDA device through cuda-python: its memory, streams and events. Nothing here waits but `wait` and `synchronize`.
-
-Not yet run on a GPU; checked against tests/fakes/fake_cuda.py, which has the names and signatures of cuda-python.
-"""
+"""A CUDA device through cuda-python: memory, streams and events. Nothing here waits but `wait` and `synchronize`."""
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -65,16 +63,11 @@ class Cuda:
         """Make it the device of this thread: needed before memory, streams and events are made."""
         self.call("cudaSetDevice", self.index)
 
-    def free_memory(self) -> int:
-        """Bytes that can be allocated."""
+    def require(self, needed: int, what: str) -> None:
+        """CapacityError where fewer than `needed` bytes are free; `what` needs them."""
         self.make_current()
         self._free_put_off()
         free, _ = self.call("cudaMemGetInfo")
-        return int(free)
-
-    def require(self, needed: int, what: str) -> None:
-        """CapacityError where fewer than `needed` bytes are free; `what` needs them."""
-        free = self.free_memory()
         if needed > free:
             raise CapacityError(
                 f"{what} needs {needed} bytes of device {self}, and {free} are free; lower capacity or slots, or free "
@@ -118,8 +111,6 @@ class Cuda:
 
     def pinned(self, size: int) -> np.ndarray:
         """Host memory uint8 [size] that copies to and from the device do not have to wait for. Lives until `close`."""
-        import ctypes
-
         self.make_current()
         address = int(self.call("cudaHostAlloc", max(1, size), self.runtime.cudaHostAllocPortable))
         with self._lock:
@@ -129,11 +120,11 @@ class Cuda:
     def free(self, address: int) -> None:
         """Give device memory back: at once, or where another thread may be capturing, when memory is next wanted.
         After `close`, or where the device is lost, nothing is left to give back."""
+        # Whatever thread collects garbage comes here: it must neither disturb a capture nor wait for its end.
         self._put_off.append(address)
         self._free_put_off()
 
     def _free_put_off(self) -> None:
-        # Whatever thread collects garbage comes here: it must neither disturb a capture nor wait for its end.
         if not self._put_off or not self.undisturbed.acquire(blocking=False):
             return
         try:
@@ -169,8 +160,8 @@ class Cuda:
             runtime.cudaStreamDestroy(stream.handle)
 
     def _error(self, name: str, failed: Any) -> Exception:
-        code = getattr(failed, "name", str(failed))
-        text = f"{name}: {code}, {_text(self.runtime, failed)}"
+        code, (_, said) = getattr(failed, "name", str(failed)), self.runtime.cudaGetErrorString(failed)
+        text = f"{name}: {code}, {said.decode(errors='replace') if isinstance(said, bytes) else said}"
         if code == "cudaErrorMemoryAllocation":
             return CapacityError(f"device {self} has too little memory ({text}); lower capacity or slots")
         if code in LOST:
@@ -194,8 +185,8 @@ class Cuda:
             )
         if int(failed) and name != "cudaErrorNoDevice":
             raise DeviceError(f"device {self}: CUDA does not start ({name}); run freeexport doctor")
-        count = 0 if int(failed) else count
-        if self.index >= count:
+        if int(failed) or self.index >= count:
+            count = 0 if int(failed) else count
             raise DeviceError(f"device {self} does not exist: this machine shows {count} CUDA devices; choose another")
 
 
@@ -226,11 +217,6 @@ class Stream:
         """Put a copy of `size` bytes between addresses, each of the device or pinned, into the queue."""
         kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
         self.cuda.call("cudaMemcpyAsync", target, source, size, kind, self.handle)
-
-    def copy_rows(self, target: int, target_step: int, source: int, source_step: int, width: int, rows: int) -> None:
-        """Put a copy of `rows` pieces of `width` bytes into the queue, each a step of bytes behind the last."""
-        kind = self.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
-        self.cuda.call("cudaMemcpy2DAsync", target, target_step, source, source_step, width, rows, kind, self.handle)
 
     def synchronize(self) -> None:
         """Let the host wait until the queue is empty. Never on the way to a token."""
@@ -302,11 +288,6 @@ def _import_runtime() -> Any:
     return runtime
 
 
-def _text(runtime: Any, failed: Any) -> str:
-    _, text = runtime.cudaGetErrorString(failed)
-    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
-
-
 def dotted(version: int) -> str:
     """A version as CUDA's functions say it, 13000, as people do: 13.0."""
     return f"{version // 1000}.{version % 1000 // 10}"
@@ -326,10 +307,8 @@ class Memory:
 
 class DeviceArray:
     """Like a numpy array as far as the runtime needs one: `shape`, `dtype`, `strides` in bytes, basic slicing, and
-    assignment from arrays of the same shape and type on the same device, which returns before it is done.
-
-    bfloat16, which numpy does not have, is uint16 here. `address` is that of the first element.
-    """
+    assignment from arrays of the same shape and type on the same device, which returns before it is done. bfloat16,
+    which numpy does not have, is uint16 here. `address` is that of the first element."""
 
     __slots__ = ("address", "dtype", "memory", "shape", "strides")
 
@@ -362,10 +341,13 @@ class DeviceArray:
 
     def __getitem__(self, key: Any) -> DeviceArray:
         """Integers, slices of step 1, and None for a dimension of 1. IndexError for anything else or outside."""
-        keys = _padded(key if isinstance(key, tuple) else (key,), len(self.shape))
+        keys = key if isinstance(key, tuple) else (key,)
+        left = len(self.shape) - sum(part is not None for part in keys)
+        if left < 0:
+            raise IndexError(f"{len(keys)} indices for {len(self.shape)} dimensions")
         address, shape, strides = self.address, list[int](), list[int]()
         dimensions = iter(zip(self.shape, self.strides, strict=True))
-        for part in keys:
+        for part in (*keys, *[slice(None)] * left):
             if part is None:
                 shape.append(1)
                 strides.append(0)
@@ -385,13 +367,6 @@ class DeviceArray:
     def __setitem__(self, key: Any, source: DeviceArray) -> None:
         self[key].copy_from(source)
 
-    def copy(self) -> DeviceArray:
-        """A copy, put into the stream of this array's memory."""
-        memory = self.memory
-        target = memory.cuda.empty(self.shape, self.dtype, memory.stream)
-        target.copy_from(self)
-        return target
-
     def copy_from(self, source: DeviceArray) -> None:
         """Put a copy of `source` into the stream of this array's memory, after what the source's stream has now."""
         if source.shape != self.shape or source.dtype != self.dtype:
@@ -400,34 +375,22 @@ class DeviceArray:
             return
         stream = self.memory.stream
         stream.follow(source.memory.stream)
-        for target_at, source_at, steps, width, rows in _pieces(self, source):
-            if rows == 1:
-                stream.copy(target_at, source_at, width)
-            else:
-                stream.copy_rows(target_at, steps[0], source_at, steps[1], width, rows)
-
-
-def _pieces(target: DeviceArray, source: DeviceArray) -> Iterator[tuple[int, int, tuple[int, int], int, int]]:
-    """Copies of rows at even steps that make up one of arrays: addresses, steps, bytes of a row, number of rows."""
-    width, axis = target.dtype.itemsize, len(target.shape)
-    while axis and (target.shape[axis - 1] == 1 or target.strides[axis - 1] == source.strides[axis - 1] == width):
-        width *= target.shape[axis - 1]
-        axis -= 1
-    if not axis:
-        yield target.address, source.address, (width, width), width, 1
-        return
-    steps = target.strides[axis - 1], source.strides[axis - 1]
-    for index in np.ndindex(*target.shape[: axis - 1]):
-        to = target.address + sum(i * stride for i, stride in zip(index, target.strides, strict=False))
-        at = source.address + sum(i * stride for i, stride in zip(index, source.strides, strict=False))
-        yield to, at, steps, width, target.shape[axis - 1]
-
-
-def _padded(keys: tuple[Any, ...], dimensions: int) -> list[Any]:
-    left = dimensions - sum(key is not None for key in keys)
-    if left < 0:
-        raise IndexError(f"{len(keys)} indices for {dimensions} dimensions")
-    return [*keys, *[slice(None)] * left]
+        # The last dimensions that are dense in both are one row of bytes; a call copies rows at even steps.
+        width, axis = self.dtype.itemsize, len(self.shape)
+        while axis and (self.shape[axis - 1] == 1 or self.strides[axis - 1] == source.strides[axis - 1] == width):
+            width *= self.shape[axis - 1]
+            axis -= 1
+        if not axis:
+            stream.copy(self.address, source.address, width)
+            return
+        rows, step, step_there = self.shape[axis - 1], self.strides[axis - 1], source.strides[axis - 1]
+        cuda, kind = stream.cuda, stream.cuda.runtime.cudaMemcpyKind.cudaMemcpyDefault
+        for index in np.ndindex(*self.shape[: axis - 1]):
+            to, at = (
+                array.address + sum(i * stride for i, stride in zip(index, array.strides, strict=False))
+                for array in (self, source)
+            )
+            cuda.call("cudaMemcpy2DAsync", to, step, at, step_there, width, rows, kind, stream.handle)
 
 
 def _dense(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:

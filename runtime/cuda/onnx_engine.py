@@ -1,13 +1,9 @@
-"""An engine on ONNX Runtime's CUDA provider: its calls are put into a stream and work on memory of the device.
-
-Not yet run on a GPU; checked against tests/fakes/fake_onnxruntime.py.
-"""
+"""An engine on ONNX Runtime's CUDA provider: its calls are put into a stream and work on memory of the device."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,51 +33,13 @@ RUNS_BEFORE_CAPTURE = 2
 MOST_GRAPHS = 256
 
 
-class CudaEngine(DeviceEngine):
-    """EngineError where it cannot be loaded, or would run elsewhere."""
-
-    def __init__(self, path: Path, threads: int, stream: Stream, captures: bool = False) -> None:
-        super().__init__(path.stem, stream, captures)
-        options = {
-            "user_compute_stream": str(int(stream.handle)),
-            "enable_cuda_graph": str(int(captures)),
-            # Memory as it is needed, not twice as much each time.
-            "arena_extend_strategy": "kSameAsRequested",
-        }
-        engine = OnnxEngine(path, threads, Device(stream.cuda.index), options)
-        self.session, self.output_shapes = engine.session, engine.output_shapes
-        self.graphs, self.graphs_left = itertools.count(1), MOST_GRAPHS if captures else 0
-        self.types = {value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())}
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> CudaCall:
-        return CudaCall(self, inputs, outputs)
-
-    def close(self) -> None:
-        """Let go of the session, before its stream is gone. No call may run any more."""
-        self.close_calls()
-        self.session = None
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type of an input or output."""
-        return np.dtype(TYPES[self.types[name]])
-
-    def run_options(self, graph: int) -> Any:
-        """For calls of the captured graph of this number; of none if it is 0."""
-        options = import_onnxruntime().RunOptions()
-        # The stream keeps the order; whoever needs a result waits for its event.
-        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-        if self.captures:
-            options.add_run_config_entry("gpu_graph_id", str(graph or -1))
-        return options
-
-
 class CudaCall(DeviceCall):
-    def __init__(self, engine: CudaEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._engine = engine
-        self._binding: Any = None
-        self._options: Any = None
-        self._graph = 0
-        super().__init__(engine, inputs, outputs)
+    """See DeviceCall. `_graph`: the number of the captured one."""
+
+    _engine: CudaEngine
+    _binding: Any = None
+    _options: Any = None
+    _graph = 0
 
     def close(self) -> None:
         super().close()
@@ -101,7 +59,9 @@ class CudaCall(DeviceCall):
     def _launch(self, staging: Staging) -> None:
         engine = self._engine
         staging.send(0, self._sent)
-        captures = self._wants_graph()
+        tokens = self._inputs.get("input_ids")
+        repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and engine.graphs_left > 0
+        captures = engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
         if captures:
             self._graph, engine.graphs_left = next(engine.graphs), engine.graphs_left - 1
             self._options = engine.run_options(self._graph)
@@ -109,22 +69,49 @@ class CudaCall(DeviceCall):
             with engine.stream.cuda.undisturbed if captures else nullcontext():
                 engine.session.run_with_iobinding(self._binding, self._options)
         except Exception as error:
-            self._failed(error, captures, staging)
+            text = next(iter(str(error).splitlines()), type(error).__name__)[:300]
+            engine.stream.record(staging.event)  # raises where the device is lost
+            if not captures:
+                raise EngineError(f"{engine.name} failed on device {engine.stream.cuda}: {text}") from error
+            logger.warning(
+                "steps of %s run one kernel at a time, as no CUDA graph can be captured: %s", engine.name, text
+            )
+            engine.graphs_left, self._graph, self._options = 0, 0, engine.run_options(0)
             engine.session.run_with_iobinding(self._binding, self._options)
         staging.fetch(self._sent, self._fetched)
 
-    def _wants_graph(self) -> bool:
-        tokens = self._inputs.get("input_ids")
-        repeats = self._runs >= RUNS_BEFORE_CAPTURE and self._graph == 0 and self._engine.graphs_left > 0
-        return self._engine.captures and repeats and tokens is not None and tokens.shape[1] == 1
 
-    def _failed(self, error: Exception, captures: bool, staging: Staging) -> None:
-        """Raise why a run failed; return where it was the capture alone, after which it can run without."""
-        engine = self._engine
-        text = next(iter(str(error).splitlines()), type(error).__name__)[:300]
-        engine.stream.record(staging.event)  # raises where the device is lost
-        if not captures:
-            raise EngineError(f"{engine.name} failed on device {engine.stream.cuda}: {text}") from error
-        logger.warning("steps of %s run one kernel at a time, as no CUDA graph can be captured: %s", engine.name, text)
-        engine.graphs_left, self._graph = 0, 0
-        self._options = engine.run_options(0)
+class CudaEngine(DeviceEngine):
+    """EngineError where it cannot be loaded, or would run elsewhere."""
+
+    call = CudaCall
+
+    def __init__(self, path: Path, threads: int, stream: Stream, captures: bool = False) -> None:
+        super().__init__(path.stem, stream, captures)
+        options = {
+            "user_compute_stream": str(int(stream.handle)),
+            "enable_cuda_graph": str(int(captures)),
+            # Memory as it is needed, not twice as much each time.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        engine = OnnxEngine(path, threads, Device(stream.cuda.index), options)
+        self.session, self.output_shapes = engine.session, engine.output_shapes
+        self.graphs, self.graphs_left = itertools.count(1), MOST_GRAPHS if captures else 0
+        self.types = {value.name: value.type for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+
+    def close(self) -> None:
+        super().close()
+        self.session = None
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of an input or output."""
+        return np.dtype(TYPES[self.types[name]])
+
+    def run_options(self, graph: int) -> Any:
+        """For calls of the captured graph of this number; of none if it is 0."""
+        options = import_onnxruntime().RunOptions()
+        # The stream keeps the order; whoever needs a result waits for its event.
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        if self.captures:
+            options.add_run_config_entry("gpu_graph_id", str(graph or -1))
+        return options

@@ -1,8 +1,5 @@
 """A runner on a GPU: an engine, its KV cache, and a stream; and the encoder of a model that has one. Only a wait for an
-event holds the host up.
-
-Not yet run on a GPU; checked against tests/fakes/fake_cuda.py.
-"""
+event holds the host up."""
 
 from __future__ import annotations
 
@@ -14,9 +11,8 @@ import numpy as np
 
 from runtime.cuda import driver as cuda
 from runtime.cuda.driver import DeviceArray
-from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
-from runtime.engines.runner import Event, Runner
+from runtime.engines.runner import Encoder, Event, Runner
 
 # Calls in flight that find their events ready made: creating one could disturb a capture of another runner.
 SPARE_EVENTS = 4
@@ -35,8 +31,7 @@ class CudaKVCache(KVCache):
             return
         length = int(self.lengths.max())
         if self._spare is None:
-            shape = next(iter(self.arrays.values())).shape
-            self._spare = self._zeros(shape, self._dtype)
+            self._spare = self._zeros(next(iter(self.arrays.values())).shape, self._dtype)
         spare = self._spare[:, :, :length]
         for array in self.arrays.values():
             kept = array[:, :, :length]
@@ -101,9 +96,9 @@ class CudaRunner(Runner):
             self._scratch[name] = self.zeros((size,), dtype)
         return self._scratch[name].reshaped(shape)
 
-    def watch(self, origin: cuda.Event | None) -> list[tuple[float, float]]:
+    def watch(self, origin: cuda.Event) -> list[tuple[float, float]]:
         """Begin and end of the calls from now on, in seconds of the device since the timed event `origin`, each as it
-        is waited for; None ends that."""
+        is waited for."""
         self._origin, self._seen = origin, []
         return self._seen
 
@@ -147,11 +142,8 @@ class _Enqueued(Event):
         """Whether `wait` returns, or raises, at once."""
         if self._waited:
             return True
-        if not self._future.done():
-            return False
         try:
-            self._future.result()
-            return self._events.end.done()
+            return self._future.done() and (self._future.exception() is not None or self._events.end.done())
         except Exception:
             return True
 
@@ -159,21 +151,17 @@ class _Enqueued(Event):
         if not self._waited:
             self._waited = True
             try:
-                self._seconds = self._finish()
+                self._future.result()
+                self._events.end.wait()
+                self._call.finish()
+                self._seconds = self._runner.seconds(self._events)
             except BaseException as error:
                 self._error = error
+            finally:
+                self._runner.give_back(self._events)
         if self._error is not None:
             raise self._error
         return self._seconds
-
-    def _finish(self) -> float:
-        try:
-            self._future.result()
-            self._events.end.wait()
-            self._call.finish()
-            return self._runner.seconds(self._events)
-        finally:
-            self._runner.give_back(self._events)
 
 
 class CudaEncoder(Encoder):
@@ -187,35 +175,31 @@ class CudaEncoder(Encoder):
     def run(self, tokens: np.ndarray, reader: object = None) -> dict[str, Any]:
         """Prompt int64 [n] -> DeviceArrays `cross.{layer}.key|value` [1, heads, E, head_dim], E at least n, and
         `cross_lengths` int32 [1] of the host. The same arrays for a `reader` and a width each time."""
-        width = width_of(len(tokens), self._longest)
+        count = len(tokens)
+        width = min(self._longest, max(LEAST_WIDTH, 1 << (count - 1).bit_length()))
         places = self._places.setdefault(reader, {}) if reader is not None else {}
-        place = places.get(width)
-        if place is None:
-            place = places[width] = _Place(self._encoder, self._prologue, self._runner, width, self._hidden_size)
-        place.tokens[0, : len(tokens)], place.tokens[0, len(tokens) :] = tokens, 0
-        place.cross["cross_lengths"][0] = len(tokens)
+        place = places.get(width) or self._place(width)
+        places[width] = place
+        place.tokens[0, :count], place.tokens[0, count:] = tokens, 0
+        place.cross["cross_lengths"][0] = count
         for call in place.calls:
             self._runner.run(call)
         return place.cross
 
+    def _place(self, width: int) -> _Place:
+        encoder, prologue, zeros = self._encoder, self._prologue, self._runner.zeros
+        tokens, lengths = np.zeros((1, width), np.int64), np.zeros(1, np.int32)
+        shapes = {name: (1, heads, width, size) for name, (_, heads, _, size) in prologue.output_shapes.items()}
+        cross = {name: zeros(shape, prologue.dtype(name)) for name, shape in shapes.items()}  # type: ignore[attr-defined]
+        # Kept by this place: a scratch that grows is another one.
+        hidden = zeros((1, width, self._hidden_size), encoder.dtype("hidden"))  # type: ignore[attr-defined]
+        reads = encoder.bind({"input_ids": tokens, "lengths": lengths}, {"hidden": hidden})
+        return _Place(tokens, {**cross, "cross_lengths": lengths}, [reads, prologue.bind({"hidden": hidden}, cross)])
 
-class _Place:
+
+class _Place(NamedTuple):
     """Inputs and outputs of a prompt of one width, and the bound calls between."""
 
-    def __init__(self, encoder: Any, prologue: Any, runner: CudaRunner, width: int, hidden_size: int) -> None:
-        self.tokens = np.zeros((1, width), np.int64)
-        lengths = np.zeros(1, np.int32)
-        shapes = {name: (1, heads, width, size) for name, (_, heads, _, size) in prologue.output_shapes.items()}
-        cross = {name: runner.zeros(shape, prologue.dtype(name)) for name, shape in shapes.items()}
-        # Kept by this place: a scratch that grows is another one.
-        hidden = runner.zeros((1, width, hidden_size), encoder.dtype("hidden"))
-        self.calls = (
-            encoder.bind({"input_ids": self.tokens, "lengths": lengths}, {"hidden": hidden}),
-            prologue.bind({"hidden": hidden}, cross),
-        )
-        self.cross: dict[str, Any] = {**cross, "cross_lengths": lengths}
-
-
-def width_of(length: int, longest: int) -> int:
-    """To how many positions a prompt is padded."""
-    return min(longest, max(LEAST_WIDTH, 1 << (length - 1).bit_length()))
+    tokens: np.ndarray
+    cross: dict[str, Any]
+    calls: list[Any]

@@ -12,11 +12,10 @@ import numpy as np
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.bundle.manifest import Manifest
 from runtime.engines.contract import check_contract
-from runtime.engines.encoder import Encoder
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.memory import check_memory
 from runtime.engines.onnx import OnnxEngine
-from runtime.engines.runner import Runner
+from runtime.engines.runner import Encoder, Runner
 from runtime.machine.machine import read_in_large_pages
 from runtime.options import SessionOptions
 
@@ -24,7 +23,6 @@ from runtime.options import SessionOptions
 Load = Callable[[str], Any]
 # What takes longest begins first.
 ORDER = ("deep", "encoder", "shallow", "prologue")
-Sizes = tuple[Sequence[int | str], int, int, int, int, Any]
 
 
 class Backend:
@@ -32,7 +30,7 @@ class Backend:
 
     def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int) -> None:
         self.bundle, self.options, self.capacity, self.threads = bundle, options, capacity, threads
-        self._check_memory()
+        self.check_memory()
 
     @property
     def manifest(self) -> Manifest:
@@ -76,20 +74,18 @@ class Backend:
         """Give back what the process keeps otherwise: on the CPU nothing. `drain` waits until nothing is used any more.
         Idempotent."""
 
-    def _check_memory(self) -> None:
+    def check_memory(self) -> None:
+        """CapacityError where there is too little for what is opened next."""
         check_memory(self.manifest, self.capacity, self.options.slots, self.options.prefix_cache_bytes)
 
     def _cache(self, layers: Sequence[int | str]) -> KVCache:
         sizes = cache_sizes(self.manifest, layers, self.options.slots, self.capacity)
-        return KVCache(*sizes, fixed=is_fixed(self.manifest))
+        return KVCache(*sizes, fixed=self.manifest.target == "tensorrt")
 
 
-def cache_sizes(manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int) -> Sizes:
-    """Element type of a KVCache. numpy has no bfloat16: its bits are uint16."""
+def cache_sizes(
+    manifest: Manifest, layers: Sequence[int | str], slots: int, capacity: int
+) -> tuple[Sequence[int | str], int, int, int, int, Any]:
+    """The first arguments of a KVCache. numpy has no bfloat16: its bits are uint16."""
     dtype = {"fp16": np.float16, "bf16": np.uint16, "fp32": np.float32}[manifest.float_type]
     return layers, slots, manifest.kv_heads, capacity + manifest.max_pending, manifest.head_dim, dtype
-
-
-def is_fixed(manifest: Manifest) -> bool:
-    """Whether the graphs take a cache of one length only."""
-    return manifest.target == "tensorrt"

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from runtime.bundle.manifest import MANIFEST, Manifest
+from runtime.engines.kv_cache import PARTS
 from runtime.errors import BundleError
 
 INT32, INT64, FLOAT = "tensor(int32)", "tensor(int64)", "tensor(float)"
 _FLOATS = {"fp32": FLOAT, "fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}
-PARTS = ("key", "value")
 
 
 class Tensor(NamedTuple):
@@ -24,57 +24,58 @@ class Tensor(NamedTuple):
         return (text if text.isprintable() else ascii(text))[:200]
 
 
-class Contract(NamedTuple):
-    """The inputs and outputs of an engine by name: those of docs/architecture.md."""
-
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
+Tensors = dict[str, Tensor]
 
 
-def contract(manifest: Manifest, engine: str) -> Contract:
-    """Inputs and outputs of encoder, prologue, shallow or deep."""
-    compute = _FLOATS[manifest.float_type]
-    if engine in ("encoder", "prologue"):
-        hidden = {"hidden": Tensor(compute, ("B", "E", manifest.hidden_size))}
-        if engine == "prologue":
-            return Contract(hidden, _cross(manifest, range(manifest.layers)))
-        return Contract({"input_ids": Tensor(INT64, ("B", "E")), "lengths": Tensor(INT32, ("B",))}, hidden)
+def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
+    """Inputs and outputs of encoder, prologue, shallow or deep by name: those of docs/architecture.md."""
+    compute, width = _FLOATS[manifest.float_type], manifest.hidden_size
+
+    def layers(prefix: str, numbers: Iterable[int | str], rows: int | str) -> Tensors:
+        tensor = Tensor(compute, ("B", manifest.kv_heads, rows, manifest.head_dim))
+        return {f"{prefix}.{layer}.{part}": tensor for layer in numbers for part in PARTS}
+
+    lengths = Tensor(INT32, ("B",))
+    encoded = {"hidden": Tensor(compute, ("B", "E", width))}
+    if engine == "encoder":
+        return {"input_ids": Tensor(INT64, ("B", "E")), "lengths": lengths}, encoded
+    if engine == "prologue":
+        return encoded, layers("cross", range(manifest.layers), "E")
     shallow = engine == "shallow"
-    layers = manifest.shallow_layers if shallow else manifest.deep_layers
-    caches = manifest.shallow_caches if shallow else layers
-    inputs = {
-        "past_lengths": Tensor(INT32, ("B",)),
-        "query_lengths": Tensor(INT32, ("B",)),
-        "head_rows": Tensor(INT64, ("R",)),
-        **_cache(manifest, caches, "past"),
-        **(_cross(manifest, layers) if manifest.encoder_decoder else {}),
-        **({"cross_lengths": Tensor(INT32, ("B",))} if manifest.encoder_decoder else {}),
-    }
+    own = manifest.shallow_layers if shallow else manifest.deep_layers
+    caches = manifest.shallow_caches if shallow else own
+    rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
+    inputs = {"past_lengths": lengths, "query_lengths": lengths, "head_rows": Tensor(INT64, ("R",))}
+    inputs |= layers("past", caches, rows)
+    if manifest.encoder_decoder:
+        inputs |= {**layers("cross", own, "E"), "cross_lengths": lengths}
     outputs = {
         "token": Tensor(INT64, ("R",)),
         "confidence": Tensor(FLOAT, ("R",)),
         "logits": Tensor(FLOAT, ("R", manifest.vocab_size)),
-        **_cache(manifest, caches, "present"),
+        **layers("present", caches, rows),
     }
     if shallow:
         inputs["input_ids"] = Tensor(INT64, ("B", "q"))
-        outputs["hidden"] = Tensor(FLOAT, ("B", "q", manifest.hidden_size))
+        outputs["hidden"] = Tensor(FLOAT, ("B", "q", width))
         if manifest.exit_layers:
-            inputs["exit_lengths"] = Tensor(INT32, ("B",))
+            inputs["exit_lengths"] = lengths
     else:
-        inputs |= {"hidden": Tensor(FLOAT, ("B", "k", manifest.hidden_size)), "emitted": Tensor(INT64, ("R",))}
+        inputs |= {"hidden": Tensor(FLOAT, ("B", "k", width)), "emitted": Tensor(INT64, ("R",))}
         outputs["nll"] = Tensor(FLOAT, ("R",))
-    return Contract(inputs, outputs)
+    return inputs, outputs
 
 
 def check_contract(manifest: Manifest, engine: str, session: Any) -> None:
     """BundleError where a session of ONNX Runtime takes or gives anything else than the manifest says."""
-    wanted = contract(manifest, engine)
-    _compare(engine, "input", _tensors(session.get_inputs()), wanted.inputs)
-    _compare(engine, "output", _tensors(session.get_outputs()), wanted.outputs)
+    inputs, outputs = contract(manifest, engine)
+    _compare(engine, "input", session.get_inputs(), inputs)
+    _compare(engine, "output", session.get_outputs(), outputs)
 
 
-def _compare(engine: str, kind: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+def _compare(engine: str, kind: str, values: list[Any], wanted: Mapping[str, Tensor]) -> None:
+    shapes = {value.name: tuple("?" if size is None else size for size in value.shape) for value in values}
+    found = {value.name: Tensor(value.type, shapes[value.name]) for value in values}
     for name in sorted(wanted.keys() | found.keys()):
         if name in found and name in wanted and _fits(found[name], wanted[name]):
             continue
@@ -91,25 +92,3 @@ def _fits(found: Tensor, wanted: Tensor) -> bool:
         return False
     sizes = zip(found.shape, wanted.shape, strict=True)
     return all(not isinstance(size, int) or size == needed for size, needed in sizes)
-
-
-def _tensors(values: list[Any]) -> dict[str, Tensor]:
-    shapes = {value.name: tuple("?" if size is None else size for size in value.shape) for value in values}
-    return {value.name: Tensor(value.type, shapes[value.name]) for value in values}
-
-
-def _cache(manifest: Manifest, layers: Iterable[int | str], prefix: str) -> dict[str, Tensor]:
-    rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
-    shape = ("B", manifest.kv_heads, rows, manifest.head_dim)
-    return _layers(manifest, layers, prefix, shape)
-
-
-def _cross(manifest: Manifest, layers: range) -> dict[str, Tensor]:
-    return _layers(manifest, layers, "cross", ("B", manifest.kv_heads, "E", manifest.head_dim))
-
-
-def _layers(
-    manifest: Manifest, layers: Iterable[int | str], prefix: str, shape: tuple[int | str, ...]
-) -> dict[str, Tensor]:
-    tensor = Tensor(_FLOATS[manifest.float_type], shape)
-    return {f"{prefix}.{layer}.{part}": tensor for layer in layers for part in PARTS}

@@ -18,10 +18,13 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
     """CapacityError where the caches, full, are more than the memory that is available: self-attention's, of an
     encoder-decoder what cross-attention reads, with prompts as long as the bundle allows, and `prefixes`, the bytes of
     prompts that are kept."""
-    trim_freed()
-    rows, each = capacity + manifest.max_pending, manifest.kv_bytes_per_token
+    # What glibc's heaps, one a thread, keep of closed sessions: 30 MB of 477 once SmolLM2 was opened 16 times.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    rows, each, longest = capacity + manifest.max_pending, manifest.kv_bytes_per_token, manifest.encoder_capacity
     need, what = slots * rows * each, f"{slots} slots x {rows} positions x {each} bytes"
-    read = cross_positions(manifest.encoder_capacity, slots)
+    # Prompts of an encoder: each sequence's own, and a padded copy where several share calls (CrossCache).
+    read = slots * (longest + (-(-longest // STEP) * STEP if slots > 1 else 0))
     if read:
         need += read * each
         what += f", and {read} positions of prompts"
@@ -38,13 +41,6 @@ def check_memory(manifest: Manifest, capacity: int, slots: int, prefixes: int = 
         )
 
 
-def trim_freed() -> None:
-    """Give back what glibc's heaps, one a thread, keep of closed sessions: 30 MB of 477 once SmolLM2 in int4
-    was opened 16 times."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
     """CapacityError where the caches of a beam search, should it come to so many positions, are more than the memory
     that is available."""
@@ -54,10 +50,3 @@ def check_beams(manifest: Manifest, beams: int, positions: int) -> None:
             f"{beams} beams of {positions} positions need {need / 1e9:.1f} GB, {available / 1e9:.1f} GB is available; "
             "lower num_beams or max_new_tokens"
         )
-
-
-def cross_positions(longest: int, slots: int) -> int:
-    """Most positions of prompts that are kept for cross-attention: each sequence's own, and a padded copy where several
-    share calls (CrossRows)."""
-    padded = -(-longest // STEP) * STEP if slots > 1 else 0
-    return slots * (longest + padded)

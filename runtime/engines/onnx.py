@@ -16,10 +16,9 @@ from runtime.machine.device import CPU, Device
 class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
 
-    `provider_options` are those of ONNX Runtime's provider for a GPU.
-    `profile`: ONNX Runtime notes the time of every kernel, and writes it to a file whose name begins so at
-    `session.end_profiling()`. `kernels`: the version of our own operators that it needs, if any. EngineError where it
-    cannot be loaded, or would run elsewhere.
+    `provider_options` are those of ONNX Runtime's provider for a GPU. `profile` begins the name of the file to which
+    `session.end_profiling()` writes the time of every kernel. `kernels`: the version of our own operators that it
+    needs, if any. EngineError where it cannot be loaded, or would run elsewhere.
     """
 
     def __init__(
@@ -33,7 +32,11 @@ class OnnxEngine:
     ) -> None:
         ort = import_onnxruntime()
         providers = device.providers(ort, provider_options or {})
-        options = _options(ort, threads)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 3
+        # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         if kernels is not None:
@@ -100,16 +103,6 @@ class Call:
 def value(item: Any) -> Any:
     """An array as a value of ONNX Runtime, on the same memory; values pass through."""
     return import_onnxruntime().OrtValue.ortvalue_from_numpy(item) if isinstance(item, np.ndarray) else item
-
-
-def _options(ort: Any, threads: int) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    # The engines of a bundle take turns: a pool that spins on after its call would slow the next engine down.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
 
 
 def import_onnxruntime() -> Any:

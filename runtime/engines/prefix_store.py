@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from hashlib import sha256
-from typing import Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
 from runtime.engines.runner import Runner
 
-Entry = TypeVar("Entry")
-
 # Tokens of a block. A smaller one leaves less to read of a prompt, and takes more copies.
 BLOCK = 16
-# Of each engine: [arrays, kv_heads, BLOCK, head_dim].
-Block = list[np.ndarray]
 
 
 def hashes(tokens: np.ndarray, block: int, salt: str | None, exits: bool = False) -> list[bytes]:
@@ -30,29 +26,24 @@ def hashes(tokens: np.ndarray, block: int, salt: str | None, exits: bool = False
     return chain
 
 
-class PrefixStore(Generic[Entry]):
+class PrefixStore:
     """Entries by the keys of chains, of which the beginning is always stored, too. They have at most `limit` bytes;
-    where another finds no room, the least recently used goes, of a chain its end first. For one thread at a time: the
-    one that leads."""
+    where another finds no room, the least recently used goes, of a chain its end first. For one thread at a time."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.used = limit, 0
-        self._entries: OrderedDict[bytes, tuple[Entry, int]] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[bytes, tuple[Any, int]] = OrderedDict()  # the least recently used first
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, chain: Sequence[bytes]) -> list[Entry]:
+    def find(self, chain: Sequence[bytes]) -> list[Any]:
         """The entries of the longest beginning of a chain that is stored."""
-        found = list[Entry]()
-        for key in chain:
-            if key not in self._entries:
-                break
-            found.append(self._entries[key][0])
-        self._use(chain[: len(found)])
-        return found
+        count = next((number for number, key in enumerate(chain) if key not in self._entries), len(chain))
+        self._use(chain[:count])
+        return [self._entries[key][0] for key in chain[:count]]
 
-    def keep(self, chain: Sequence[bytes], make: Callable[[int], Entry], size: int) -> None:
+    def keep(self, chain: Sequence[bytes], make: Callable[[int], Any], size: int) -> None:
         """Store what is missing of a chain: `make` gives the entry of a number, of `size` bytes. The end is left out
         where it finds no room beside the beginning."""
         self._use(chain)
@@ -60,8 +51,11 @@ class PrefixStore(Generic[Entry]):
         for number, key in enumerate(chain):
             if key in self._entries:
                 continue
-            if not self._make_room(size, own):
-                break
+            while self.used + size > self.limit:
+                oldest = next(iter(self._entries), None)
+                if oldest is None or oldest in own:
+                    return self._use(chain)
+                self.used -= self._entries.pop(oldest)[1]
             self._entries[key] = make(number), size
             self.used += size
         self._use(chain)
@@ -72,44 +66,35 @@ class PrefixStore(Generic[Entry]):
             if key in self._entries:
                 self._entries.move_to_end(key)
 
-    def _make_room(self, size: int, own: frozenset[bytes]) -> bool:
-        while self.used + size > self.limit:
-            oldest = next(iter(self._entries), None)
-            if oldest is None or oldest in own:
-                return False
-            self.used -= self._entries.pop(oldest)[1]
-        return True
-
 
 class Prefix:
     """`tokens` int64 [n] is the prompt. `exits`: an exit's own layers are run and reused, too. Requests share only with
     those of an equal `salt` and `exits`."""
 
-    def __init__(self, store: PrefixStore[Block], tokens: np.ndarray, salt: str | None, exits: bool) -> None:
+    def __init__(self, store: PrefixStore, tokens: np.ndarray, salt: str | None, exits: bool) -> None:
         self._store, self._tokens, self._salt, self._exits = store, tokens, salt, exits
         self._chain = hashes(tokens, BLOCK, salt, exits)
 
-    def restore(self, lanes: Sequence[Runner], slot: int, start: int) -> int:
-        """A slot holds the first `start` positions of the prompt: copy there what is stored of those that follow. How
-        many it holds now; the last is left, as only reading it says what comes next."""
+    def restore(self, runners: Sequence[Runner], slot: int, start: int) -> int:
+        """A slot holds the first `start` positions of the prompt: copy there what is stored of those that follow.
+        Returns how many it holds now; the last is left, as only reading it says what comes next."""
         found = self._store.find(self._chain[: (len(self._tokens) - 1) // BLOCK])
         for number in range(start // BLOCK, len(found)):
-            for lane, rows in zip(lanes, found[number], strict=True):
-                lane.cache.write(slot, number * BLOCK, rows)
+            for runner, rows in zip(runners, found[number], strict=True):
+                runner.cache.write(slot, number * BLOCK, rows)
         return max(start, len(found) * BLOCK)
 
-    def keep(self, lanes: Sequence[Runner], slot: int, generated: Sequence[int] = ()) -> None:
+    def keep(self, runners: Sequence[Runner], slot: int, generated: Sequence[int] = ()) -> None:
         """Store what both caches of a slot hold of the prompt and the tokens that were `generated` after it."""
         chain = self._chain
         if len(generated):
-            chain = hashes(
-                np.concatenate([self._tokens, np.array(generated, np.int64)]), BLOCK, self._salt, self._exits
-            )
+            tokens = np.concatenate([self._tokens, np.array(generated, np.int64)])
+            chain = hashes(tokens, BLOCK, self._salt, self._exits)
         # What is still stacked is not in the deep cache; a draft that was not verified stands behind all tokens.
-        complete = min(int(lane.cache.lengths[slot]) for lane in lanes)
+        complete = min(int(runner.cache.lengths[slot]) for runner in runners)
 
-        def copied(number: int) -> Block:
-            return [lane.cache.read(slot, number * BLOCK, BLOCK, self._exits) for lane in lanes]
+        def copied(number: int) -> list[np.ndarray]:
+            return [runner.cache.read(slot, number * BLOCK, BLOCK, self._exits) for runner in runners]
 
-        size = BLOCK * sum(lane.cache.row_bytes(self._exits) for lane in lanes)
+        size = BLOCK * sum(runner.cache.row_bytes(self._exits) for runner in runners)
         self._store.keep(chain[: complete // BLOCK], copied, size)

@@ -1,21 +1,17 @@
-"""A session's engines on TensorRT: those that `convert --build` made for this GPU.
-
-Not yet run on a GPU; checked against tests/fakes/fake_cuda_graphs.py and tests/fakes/fake_tensorrt.py.
-"""
+"""A session's engines on TensorRT: those that `convert --build` made for this GPU."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
 
-from runtime.bundle.bundle import Bundle, engine_files
+from runtime.bundle.bundle import engine_files
 from runtime.cuda.backend import CudaBackend
 from runtime.cuda.call import ALIGNMENT
 from runtime.cuda.driver import Stream
 from runtime.engines.backend import cache_sizes
 from runtime.errors import CapacityError, OptionError
 from runtime.machine.device import Device
-from runtime.options import SessionOptions
 from runtime.tensorrt.engine import TensorRTEngine
 from runtime.tensorrt.files import architecture, find_engine, import_tensorrt, read_record
 
@@ -24,25 +20,24 @@ class TensorRTBackend(CudaBackend):
     """On `device`. EngineError where an engine is not built, or only for other weights, another GPU or TensorRT;
     OptionError where the engines take fewer sequences a call than there are slots."""
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, capacity: int, threads: int, device: Device) -> None:
-        self._files: dict[str, Path] = {}
-        super().__init__(bundle, options, capacity, threads, device)
+    _files: dict[str, Path]
 
-    def _check_installed(self, device: Device) -> None:
+    def check_installed(self, device: Device) -> None:
         import_tensorrt()
 
-    def _check_memory(self) -> None:
-        version, here = str(import_tensorrt().__version__), architecture(self.cuda.index)
-        for name in (Path(file).stem for file in engine_files(self.manifest)):
-            self._files[name] = find_engine(self.bundle, name, version, here, self.options.verify)
-        self._check_slots()
-        super()._check_memory()
+    def engine(self, name: str, stream: Stream, captures: bool) -> TensorRTEngine:
+        return TensorRTEngine(self._files[name], stream, captures)
 
-    def _weight_bytes(self) -> int:
+    def weight_bytes(self) -> int:
         """Every engine has its own."""
         return sum(path.stat().st_size for path in self._files.values())
 
-    def _check_slots(self) -> None:
+    def check_memory(self) -> None:
+        version, here = str(import_tensorrt().__version__), architecture(self.cuda.index)
+        self._files = {
+            name: find_engine(self.bundle, name, version, here, self.options.verify)
+            for name in (Path(file).stem for file in engine_files(self.manifest))
+        }
         slots, manifest = self.options.slots, self.manifest
         records = [read_record(path) for path in self._files.values()]
         most = min(record.plan.profiles[0].ranges["B"][2] for record in records if record is not None)
@@ -58,6 +53,4 @@ class TensorRTBackend(CudaBackend):
                 f"a slot of this bundle's KV cache has {size} bytes a layer, no multiple of {ALIGNMENT} as TensorRT "
                 "wants it for several slots; choose slots=1, or convert with another --capacity"
             )
-
-    def _engine(self, name: str, stream: Stream, captures: bool) -> TensorRTEngine:
-        return TensorRTEngine(self._files[name], stream, captures)
+        super().check_memory()

@@ -1,8 +1,4 @@
-"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its calls.
-
-Not yet run on a GPU; checked against tests/fakes/fake_tensorrt.py, which has the names and signatures of TensorRT's
-package.
-"""
+"""An engine on TensorRT: a file that `convert --build` wrote, loaded for a device, and its calls."""
 
 from __future__ import annotations
 
@@ -33,120 +29,6 @@ class Tensor(NamedTuple):
     dtype: np.dtype
     is_input: bool
     on_host: bool
-
-
-class TensorRTEngine(DeviceEngine):
-    """One engine of a bundle. EngineError where the file does not load; CapacityError, which says how much is needed
-    and free, where the device has too little memory for it."""
-
-    def __init__(self, path: Path, stream: Stream, captures: bool = False) -> None:
-        record = read_record(path)
-        if record is None:
-            raise EngineError(f"{path} has no record of what it was built for; run convert BUNDLE --build again")
-        self.plan = record.plan
-        super().__init__(self.plan.engine, stream, captures)
-        self._trt = import_tensorrt()
-        self.log = logger_of(self._trt)
-        stream.cuda.make_current()
-        stream.cuda.require(record.bytes, f"TensorRT engine {path.name}")
-        # The runtime must outlive its engines.
-        self._runtime, self._engine = self._load(path)
-        self.tensors = self._read_tensors()
-        # TensorRT gives dimensions that are free as -1.
-        self.output_shapes = {
-            name: tuple(self._engine.get_tensor_shape(name))
-            for name, tensor in self.tensors.items()
-            if not tensor.is_input
-        }
-        self._check(path)
-        self._scratch = self._allocate_scratch()
-        self._unread = stream.cuda.empty((ALIGNMENT,), np.uint8, stream)
-        self._contexts: dict[int, Context] = {}
-
-    def dtype(self, name: str) -> np.dtype:
-        """The type of an input or output."""
-        return self.tensors[name].dtype
-
-    def close(self) -> None:
-        """Let go of everything on the device, before its stream is gone. No call may run any more."""
-        self.close_calls()
-        self._contexts.clear()
-        self._engine = self._runtime = None
-
-    def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> TensorRTCall:
-        return TensorRTCall(self, inputs, outputs)
-
-    def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile:
-        """The one for a call whose inputs have these shapes. EngineError where there is none."""
-        return profile_for(self.plan.profiles, sizes_of(self.name, shapes))
-
-    def context(self, profile: Profile) -> Context:
-        """The one that calls of a profile share."""
-        index = self.plan.profiles.index(profile)
-        if index not in self._contexts:
-            self._contexts[index] = self.new_context(profile)
-        return self._contexts[index]
-
-    def new_context(self, profile: Profile) -> Context:
-        """One that nothing else changes, as a captured call needs it."""
-        # Calls follow each other in the stream, so that all contexts can work in the same memory.
-        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        made = self._engine.create_execution_context(strategy)
-        if made is None:
-            raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.log.reason()}")
-        made.set_device_memory(self._scratch.address, self._scratch.size)
-        return Context(made, self, self.plan.profiles.index(profile))
-
-    def unread(self, size: int) -> DeviceArray:
-        """Memory for outputs that nobody reads: that of all calls, which follow each other in the stream."""
-        if self._unread.size < size:
-            self._unread = self.stream.cuda.empty((size,), np.uint8, self.stream)
-        return self._unread
-
-    def _load(self, path: Path) -> tuple[Any, Any]:
-        try:
-            runtime = self._trt.Runtime(self.log)
-        except TypeError:  # its constructor gave nothing
-            raise EngineError(
-                f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; run freeexport doctor"
-            ) from None
-        # A version-compatible engine brings a runtime of its own along.
-        runtime.engine_host_code_allowed = self.plan.version_compatible
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
-        if engine is None:
-            raise EngineError(
-                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.log.reason()}; "
-                "run: freeexport convert BUNDLE --build"
-            )
-        return runtime, engine
-
-    def _read_tensors(self) -> dict[str, Tensor]:
-        engine, trt = self._engine, self._trt
-        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
-        return {
-            name: Tensor(
-                np.dtype(_TYPES[engine.get_tensor_dtype(name).name]),
-                engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
-                engine.get_tensor_location(name) == trt.TensorLocation.HOST,
-            )
-            for name in names
-        }
-
-    def _check(self, path: Path) -> None:
-        engine = self._engine
-        if engine.num_optimization_profiles != len(self.plan.profiles):
-            raise EngineError(f"{path.name} has other profiles than its record says; run convert BUNDLE --build again")
-        for name in self.output_shapes:
-            if name.startswith("present.") and engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
-                raise EngineError(
-                    f"{path.name} does not write {name} in place of the past; run convert BUNDLE --build again"
-                )
-
-    def _allocate_scratch(self) -> DeviceArray:
-        sizes = [self._engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self.plan.profiles))]
-        cuda = self.stream.cuda
-        cuda.require(max(sizes), f"what the TensorRT engine {self.name} works in")
-        return cuda.empty((max(*sizes, ALIGNMENT),), np.uint8, self.stream)
 
 
 class Context:
@@ -191,14 +73,14 @@ class Context:
 
 
 class TensorRTCall(DeviceCall):
-    def __init__(self, engine: TensorRTEngine, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        self._engine = engine
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._addresses: dict[str, int] = {}
-        self._context: Context | None = None
-        self._graph: CudaGraph | None = None
-        self._unread: DeviceArray | None = None  # kept, as a graph holds its address
-        super().__init__(engine, inputs, outputs)
+    """See DeviceCall."""
+
+    _engine: TensorRTEngine
+    _shapes: dict[str, tuple[int, ...]]
+    _addresses: dict[str, int]
+    _context: Context | None = None
+    _graph: CudaGraph | None = None
+    _unread: DeviceArray | None = None  # kept, as a graph holds its address
 
     def close(self) -> None:
         """Let go of memory, graph and context."""
@@ -234,44 +116,32 @@ class TensorRTCall(DeviceCall):
         if self._graph is not None:
             self._graph.launch()
             return
-        context = self._engine.new_context(self._profile) if self._wants_graph() else self._context
+        engine, stream, context = self._engine, self._engine.stream, self._context
+        captures = engine.captures and self._runs >= RUNS_BEFORE_CAPTURE
+        # What TensorRT reads from the host's memory would stay what it was when it was captured.
+        captures = captures and not any(tensor.on_host for tensor in engine.tensors.values())
+        captures = captures and engine.profile(self._shapes).name == CAPTURED_PROFILE
+        if captures:  # of a context that no other call changes
+            context = engine.new_context(engine.profile(self._shapes))
         context.set_shapes(self._shapes)
         context.set_addresses(self._addresses)
-        self._put_each(context, staging)
-        # TensorRT wants to have run once with these shapes before it is captured.
-        if context is not self._context:
-            self._capture(context, staging)
 
-    @property
-    def _profile(self) -> Profile:
-        return self._engine.profile(self._shapes)
+        def put() -> None:
+            staging.send(0, self._sent)
+            context.enqueue()
+            staging.fetch(self._sent, self._fetched)
 
-    def _wants_graph(self) -> bool:
-        engine = self._engine
-        if not engine.captures or self._runs < RUNS_BEFORE_CAPTURE:
-            return False
-        # What TensorRT reads from the host's memory would stay what it was when it was captured.
-        fixed = any(tensor.on_host for tensor in engine.tensors.values())
-        return not fixed and self._profile.name == CAPTURED_PROFILE
-
-    def _capture(self, context: Context, staging: Staging) -> None:
-        """Make a graph for the next time, of a context that no other call changes."""
-        stream = self._engine.stream
+        put()  # TensorRT wants to have run once with these shapes before it is captured
+        if not captures:
+            return
         try:
             with stream.cuda.undisturbed:
-                self._graph = CudaGraph(stream, lambda: self._put_each(context, staging))
+                self._graph, self._context = CudaGraph(stream, put), context
         except EngineError as error:
             if stream.cuda.lost:
                 raise
-            self._engine.captures = False
-            logger.warning("calls of the TensorRT engine %s run one kernel at a time: %s", self._engine.name, error)
-            return
-        self._context = context
-
-    def _put_each(self, context: Context, staging: Staging) -> None:
-        staging.send(0, self._sent)
-        context.enqueue()
-        staging.fetch(self._sent, self._fetched)
+            engine.captures = False
+            logger.warning("calls of the TensorRT engine %s run one kernel at a time: %s", engine.name, error)
 
     def _check(self, name: str, array: Any, is_input: bool) -> None:
         engine, tensor = self._engine, self._engine.tensors.get(name)
@@ -288,3 +158,101 @@ class TensorRTCall(DeviceCall):
                 f"{name} stands at address {array.address}, and TensorRT wants multiples of {ALIGNMENT}; "
                 "open the session with slots=1, or convert with another capacity"
             )
+
+
+class TensorRTEngine(DeviceEngine):
+    """One engine of a bundle. EngineError where the file does not load; CapacityError, which says how much is needed
+    and free, where the device has too little memory for it."""
+
+    call = TensorRTCall
+
+    def __init__(self, path: Path, stream: Stream, captures: bool = False) -> None:
+        record = read_record(path)
+        if record is None:
+            raise EngineError(f"{path} has no record of what it was built for; run convert BUNDLE --build again")
+        self.plan = record.plan
+        super().__init__(self.plan.engine, stream, captures)
+        self._trt = import_tensorrt()
+        self.log = logger_of(self._trt)
+        stream.cuda.make_current()
+        stream.cuda.require(record.bytes, f"TensorRT engine {path.name}")
+        # The runtime must outlive its engines.
+        self._runtime, self._engine = self._load(path)
+        engine, trt = self._engine, self._trt
+        names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
+        self.tensors = {
+            name: Tensor(
+                np.dtype(_TYPES[engine.get_tensor_dtype(name).name]),
+                engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT,
+                engine.get_tensor_location(name) == trt.TensorLocation.HOST,
+            )
+            for name in names
+        }
+        # TensorRT gives dimensions that are free as -1.
+        outputs = [name for name, tensor in self.tensors.items() if not tensor.is_input]
+        self.output_shapes = {name: tuple(engine.get_tensor_shape(name)) for name in outputs}
+        if engine.num_optimization_profiles != len(self.plan.profiles):
+            raise EngineError(f"{path.name} has other profiles than its record says; run convert BUNDLE --build again")
+        for name in outputs:
+            if name.startswith("present.") and engine.get_aliased_input_tensor(name) != f"past.{name[8:]}":
+                raise EngineError(
+                    f"{path.name} does not write {name} in place of the past; run convert BUNDLE --build again"
+                )
+        needed = max(engine.get_device_memory_size_for_profile_v2(index) for index in range(len(self.plan.profiles)))
+        stream.cuda.require(needed, f"what the TensorRT engine {self.name} works in")
+        self._scratch = stream.cuda.empty((max(needed, ALIGNMENT),), np.uint8, stream)
+        self._unread = stream.cuda.empty((ALIGNMENT,), np.uint8, stream)
+        self._contexts: dict[int, Context] = {}
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of an input or output."""
+        return self.tensors[name].dtype
+
+    def close(self) -> None:
+        super().close()
+        self._contexts.clear()
+        self._engine = self._runtime = None
+
+    def profile(self, shapes: Mapping[str, tuple[int, ...]]) -> Profile:
+        """The one for a call whose inputs have these shapes. EngineError where there is none."""
+        return profile_for(self.plan.profiles, sizes_of(self.name, shapes))
+
+    def context(self, profile: Profile) -> Context:
+        """The one that calls of a profile share."""
+        index = self.plan.profiles.index(profile)
+        if index not in self._contexts:
+            self._contexts[index] = self.new_context(profile)
+        return self._contexts[index]
+
+    def new_context(self, profile: Profile) -> Context:
+        """One that nothing else changes, as a captured call needs it."""
+        # Calls follow each other in the stream, so that all contexts can work in the same memory.
+        strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        made = self._engine.create_execution_context(strategy)
+        if made is None:
+            raise EngineError(f"TensorRT makes no execution context for {self.name}: {self.log.reason()}")
+        made.set_device_memory(self._scratch.address, self._scratch.size)
+        return Context(made, self, self.plan.profiles.index(profile))
+
+    def unread(self, size: int) -> DeviceArray:
+        """Memory for outputs that nobody reads: that of all calls, which follow each other in the stream."""
+        if self._unread.size < size:
+            self._unread = self.stream.cuda.empty((size,), np.uint8, self.stream)
+        return self._unread
+
+    def _load(self, path: Path) -> tuple[Any, Any]:
+        try:
+            runtime = self._trt.Runtime(self.log)
+        except TypeError:  # its constructor gave nothing
+            raise EngineError(
+                f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; run freeexport doctor"
+            ) from None
+        # A version-compatible engine brings a runtime of its own along.
+        runtime.engine_host_code_allowed = self.plan.version_compatible
+        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise EngineError(
+                f"TensorRT {self._trt.__version__} does not load {path.name}: {self.log.reason()}; "
+                "run: freeexport convert BUNDLE --build"
+            )
+        return runtime, engine

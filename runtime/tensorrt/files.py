@@ -41,16 +41,13 @@ def import_tensorrt() -> Any:
     try:
         import tensorrt
     except ImportError as error:
-        raise EngineError(f"TensorRT cannot be imported ({_first_line(error)}); run: {INSTALL}") from error
-    check_version(str(tensorrt.__version__))
-    return tensorrt
-
-
-def check_version(version: str) -> None:
-    """EngineError for a version before LEAST."""
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise EngineError(f"TensorRT cannot be imported ({first}); run: {INSTALL}") from error
+    version = str(tensorrt.__version__)
     if version_numbers(version)[:2] < LEAST:
         least = ".".join(map(str, LEAST))
         raise EngineError(f"TensorRT {version} has no KV-cache updates; {least} or newer is needed, run: {INSTALL}")
+    return tensorrt
 
 
 def version_numbers(version: str) -> tuple[int, ...]:
@@ -115,7 +112,8 @@ class Plan:
     @property
     def file(self) -> str:
         """The name of the engine file, different wherever the file would be another."""
-        shapes = _digest([dataclasses.asdict(profile) for profile in self.profiles])
+        content = json.dumps([dataclasses.asdict(profile) for profile in self.profiles], sort_keys=True)
+        shapes = hashlib.sha256(content.encode()).hexdigest()
         version = f"trt{self.tensorrt}{'-compatible' if self.version_compatible else ''}"
         return f"{self.engine}-{self.sources_sha256[:8]}-{version}-{self.architecture}-{shapes[:8]}.engine"
 
@@ -131,7 +129,10 @@ def profile_for(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> Profil
         if profile.admits(sizes):
             return profile
     given = ", ".join(f"{name}={size}" for name, size in sizes.items())
-    known = "; ".join(f"{profile.name}: {_text(profile, sizes)}" for profile in profiles)
+    known = "; ".join(
+        f"{profile.name}: {', '.join('{} {} to {}'.format(name, *profile.ranges[name][::2]) for name in sizes)}"
+        for profile in profiles
+    )
     raise EngineError(
         f"a call with {given} fits no profile of this TensorRT engine ({known}); "
         "shorten it, or convert with a larger capacity and --build a larger batch"
@@ -146,14 +147,6 @@ def sizes_of(engine: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]
         sizes["R"] = shapes["head_rows"][0]
     read = next((shape for name, shape in shapes.items() if name.startswith("cross.")), None)
     return sizes if read is None else {**sizes, "E": read[2]}
-
-
-def _text(profile: Profile, sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name} {profile.ranges[name][0]} to {profile.ranges[name][2]}" for name in sizes)
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -214,7 +207,8 @@ def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, ve
         raise EngineError(f"the TensorRT engine {engine} was built from other weights than the bundle's; {command}")
     here = {path: file for path, file in files.items() if file.plan.architecture == architecture}
     if not here:
-        known = ", ".join(sorted({_gpu(file.plan.architecture) for file in files.values()}))
+        gpus = {file.plan.architecture for file in files.values()}
+        known = ", ".join(sorted("without a GPU" if gpu == NO_GPU else f"for {gpu}" for gpu in gpus))
         raise EngineError(f"the TensorRT engine {engine} was built {known}, this GPU is {architecture}; {command}")
     loaded = {path: file for path, file in here.items() if file.plan.runs_with(version)}
     if not loaded:
@@ -224,11 +218,3 @@ def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, ve
     if not is_whole(path, file, verify):
         raise EngineError(f"{DIRECTORY}/{path.name} is not the file that was built, the copy is damaged; {command}")
     return path
-
-
-def _gpu(architecture: str) -> str:
-    return "without a GPU" if architecture == NO_GPU else f"for {architecture}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

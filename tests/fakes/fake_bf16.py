@@ -13,8 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
-
-from graphs.rewrites.widen import Widen
+from graphs.widen import widen
 
 BF16 = ir.DataType.BFLOAT16
 
@@ -26,7 +25,7 @@ class Graph:
         model = ir.load(path)
         self._halves = {str(value.name) for value in (*model.graph.inputs, *model.graph.outputs) if value.dtype == BF16}
         if self._halves:
-            Widen(BF16, rounds=True)(model)
+            widen(model.graph, BF16, rounds=True)
             # Beside its weights, in a bundle that other tests use too: only while it is read.
             widened = Path(path).with_name(f".{Path(path).stem}.widened.onnx")
             ir.save(model, widened)

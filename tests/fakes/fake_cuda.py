@@ -1,6 +1,7 @@
 """A stand-in for cuda.bindings.runtime: streams that lag behind the host by chance, and memory that is watched.
 
-What is put into a stream is done later, in an order that streams and events allow and the seed chooses. It raises
+What is put into a stream is done later, in an order that streams and events allow and the seed chooses; what is put
+there while it is captured is kept, and done when the graph is launched. It raises
 
 - `Race` where two accesses to the same bytes, one of them writing, are not ordered by a stream, an event or the host;
 - `Misuse` on memory that was freed, never allocated or is too small, on a dead stream or event, on pageable memory.
@@ -12,6 +13,7 @@ Fresh memory is full of NaN. `lose(after)` makes the device fail, `refuse(name, 
 from __future__ import annotations
 
 import ctypes
+import functools
 import random
 import threading
 import time
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -49,7 +52,11 @@ cudaMemcpyKind = IntEnum(
         "cudaMemcpyDefault": 4,
     },
 )
-OK = cudaError_t(0)
+cudaStreamCaptureMode = IntEnum(
+    "cudaStreamCaptureMode",
+    {"cudaStreamCaptureModeGlobal": 0, "cudaStreamCaptureModeThreadLocal": 1, "cudaStreamCaptureModeRelaxed": 2},
+)
+OK, INVALIDATED = cudaError_t(0), cudaError_t["cudaErrorStreamCaptureInvalidated"]
 # What may wait for the device, and so not be done while another thread captures in global mode.
 UNSAFE = frozenset(
     f"cuda{name}"
@@ -94,7 +101,6 @@ class _Stream:
     # Of each stream, how many of its entries are known to be done before what is put in next.
     clock: dict[int, int] = field(default_factory=dict)
     count: int = 0
-    priority: int = 0
 
 
 @dataclass(eq=False)
@@ -105,17 +111,44 @@ class _Event:
     timed: bool = True
 
 
-class FakeCuda:
-    """See the module. `log` has what was put into streams, as (stream, what); `free_bytes` is what cudaMemGetInfo says;
-    `waits` counts how often the host waited, by function."""
+# What a captured stream holds: what, its accesses, and what is done.
+_Graph = list[tuple[str, list[Access], Callable[[], None]]]
 
-    cudaError_t, cudaMemcpyKind = cudaError_t, cudaMemcpyKind
+
+def _may_fail(function: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    """A function that gives its results, if any, behind an error code; or an error alone, which tests can ask for."""
+
+    @functools.wraps(function)
+    def wrapped(fake: FakeCuda, *arguments: Any) -> tuple[Any, ...]:
+        with fake._lock:
+            found = fake._failure(function.__name__) or function(fake, *arguments)
+        if isinstance(found, cudaError_t):
+            return found, None
+        return (OK,) if found is None else (OK, *(found if isinstance(found, tuple) else (found,)))
+
+    return wrapped
+
+
+class FakeCuda:
+    """See the module. `free_bytes` is what cudaMemGetInfo says; `waits` counts how often the host waited, by function;
+    `captures` and `launches` of graphs count. `architecture`: what the device says it is."""
+
+    cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode = cudaError_t, cudaMemcpyKind, cudaStreamCaptureMode
     cudaStreamNonBlocking, cudaEventDefault, cudaEventDisableTiming, cudaHostAllocPortable = 1, 0, 2, 1
 
-    def __init__(self, seed: int = 0, devices: int = 1, free_bytes: int = 1 << 34, driver: int = 13000) -> None:
-        self.devices, self.free_bytes, self.driver = devices, free_bytes, driver
-        self.log: list[tuple[int, str]] = []
+    def __init__(
+        self,
+        seed: int = 0,
+        devices: int = 1,
+        free_bytes: int = 1 << 34,
+        driver: int = 13000,
+        architecture: tuple[int, int] = (9, 0),
+    ) -> None:
+        self.devices, self.free_bytes, self.driver, self.architecture = devices, free_bytes, driver, architecture
         self.waits: dict[str, int] = {}
+        self.captures = self.launches = 0
+        self._captured: dict[int, _Graph] = {}
+        self._graphs: dict[int, _Graph] = {}
         self._chance = random.Random(seed)
         self._lock = threading.RLock()
         self._blocks: dict[int, _Block] = {}
@@ -142,10 +175,21 @@ class FakeCuda:
     def enqueue(self, stream: int, what: str, accesses: Iterable[Access], action: Callable[[], None]) -> None:
         """Put something of the CPU's into a stream; `action` runs when its turn comes."""
         with self._lock:
+            if stream in self._captured:
+                self._captured[stream].append((what, list(accesses), action))
+                return
             entry = self._stream(stream)
             self._order(stream, entry, what, list(accesses))
             entry.queue.append(("do", action))
             self._progress()
+
+    def capturing(self, stream: int) -> bool:
+        return stream in self._captured
+
+    @property
+    def graphs(self) -> int:
+        """Those that are not destroyed."""
+        return len(self._graphs)
 
     @contextmanager
     def captured(self) -> Iterator[None]:
@@ -163,10 +207,6 @@ class FakeCuda:
         """Misuse where another thread captures."""
         if self._capturing not in (None, threading.get_ident()):
             raise Misuse(f"{what} while another thread captures")
-
-    def host_knows(self, stream: int) -> bool:
-        """Whether the host has waited for all that is in a stream."""
-        return self._host.get(stream, 0) >= self._streams[stream].count
 
     @property
     def allocated(self) -> int:
@@ -186,32 +226,37 @@ class FakeCuda:
     def cudaRuntimeGetVersion(self) -> tuple[Any, ...]:
         return OK, 13050
 
-    def cudaGetDeviceCount(self) -> tuple[Any, ...]:
-        failed = self._failure("cudaGetDeviceCount")
-        return (failed, None) if failed else (OK, self.devices)
+    @_may_fail
+    def cudaGetDeviceCount(self) -> Any:
+        return self.devices
 
     def cudaGetErrorString(self, error: Any) -> tuple[Any, ...]:
         return OK, error.name.encode()
 
-    def cudaSetDevice(self, device: int) -> tuple[Any, ...]:
-        return (self._failure("cudaSetDevice") or (OK if device < self.devices else cudaError_t(101)),)
+    @_may_fail
+    def cudaSetDevice(self, device: int) -> Any:
+        return None if device < self.devices else cudaError_t(101)
 
-    def cudaMemGetInfo(self) -> tuple[Any, ...]:
-        failed = self._failure("cudaMemGetInfo")
-        return (failed, None, None) if failed else (OK, self.free_bytes - self.allocated, self.free_bytes)
+    @_may_fail
+    def cudaMemGetInfo(self) -> Any:
+        return self.free_bytes - self.allocated, self.free_bytes
 
     def cudaDeviceGetStreamPriorityRange(self) -> tuple[Any, ...]:
         return OK, 0, -5
 
-    def cudaMalloc(self, size: int) -> tuple[Any, ...]:
-        failed = self._failure("cudaMalloc")
-        if failed or size > self.free_bytes - self.allocated:
-            return failed or cudaError_t(2), None
-        return OK, self._allocate(size, pinned=False)
+    @_may_fail
+    def cudaGetDeviceProperties(self, device: int) -> Any:
+        return SimpleNamespace(major=self.architecture[0], minor=self.architecture[1])
 
-    def cudaHostAlloc(self, size: int, flags: int) -> tuple[Any, ...]:
-        failed = self._failure("cudaHostAlloc")
-        return (failed, None) if failed else (OK, self._allocate(size, pinned=True))
+    @_may_fail
+    def cudaMalloc(self, size: int) -> Any:
+        if self._captured:
+            return INVALIDATED
+        return cudaError_t(2) if size > self.free_bytes - self.allocated else self._allocate(size, pinned=False)
+
+    @_may_fail
+    def cudaHostAlloc(self, size: int, flags: int) -> Any:
+        return self._allocate(size, pinned=True)
 
     def cudaFree(self, devPtr: int) -> tuple[Any, ...]:
         return self._release(devPtr, pinned=False)
@@ -219,20 +264,22 @@ class FakeCuda:
     def cudaFreeHost(self, ptr: int) -> tuple[Any, ...]:
         return self._release(ptr, pinned=True)
 
-    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> tuple[Any, ...]:
-        return self._act(
-            "cudaMemsetAsync", stream, [Access(devPtr, count, True)], lambda: ctypes.memset(devPtr, value, count)
-        )
+    @_may_fail
+    def cudaMemsetAsync(self, devPtr: int, value: int, count: int, stream: Any) -> Any:
+        accesses = [Access(devPtr, count, True)]
+        self.enqueue(int(stream), "cudaMemsetAsync", accesses, lambda: ctypes.memset(devPtr, value, count))
 
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> tuple[Any, ...]:
+    @_may_fail
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> Any:
         accesses = [Access(src, count, False), Access(dst, count, True)]
-        return self._act("cudaMemcpyAsync", stream, accesses, lambda: ctypes.memmove(dst, src, count))
+        self.enqueue(int(stream), "cudaMemcpyAsync", accesses, lambda: ctypes.memmove(dst, src, count))
 
+    @_may_fail
     def cudaMemcpy2DAsync(
         self, dst: int, dpitch: int, src: int, spitch: int, width: int, height: int, kind: Any, stream: Any
-    ) -> tuple[Any, ...]:
+    ) -> Any:
         if width > min(dpitch, spitch):
-            return (cudaError_t(1),)
+            return cudaError_t(1)
         rows = range(height)
         accesses = [Access(src + row * spitch, width, False) for row in rows]
         accesses += [Access(dst + row * dpitch, width, True) for row in rows]
@@ -241,14 +288,12 @@ class FakeCuda:
             for row in rows:
                 ctypes.memmove(dst + row * dpitch, src + row * spitch, width)
 
-        return self._act("cudaMemcpy2DAsync", stream, accesses, action)
+        self.enqueue(int(stream), "cudaMemcpy2DAsync", accesses, action)
+        return None
 
-    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> tuple[Any, ...]:
-        failed = self._failure("cudaStreamCreateWithPriority")
-        with self._lock:
-            self._handles += 1
-            self._streams[self._handles] = _Stream(priority=priority)
-            return (failed, None) if failed else (OK, self._handles)
+    @_may_fail
+    def cudaStreamCreateWithPriority(self, flags: int, priority: int) -> Any:
+        return self._keep(self._streams, _Stream())
 
     def cudaStreamDestroy(self, stream: Any) -> tuple[Any, ...]:
         if self._stream(int(stream)).queue:
@@ -256,56 +301,44 @@ class FakeCuda:
         del self._streams[int(stream)]
         return (OK,)
 
-    def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> tuple[Any, ...]:
-        with self._lock:
-            if failed := self._failure("cudaStreamWaitEvent"):
-                return (failed,)
-            entry, awaited = self._stream(int(stream)), self._event(event)
-            entry.queue.append(("wait", (awaited, awaited.recorded)))
-            _merge(entry.clock, awaited.clock)
-            self._progress()
-            return (OK,)
+    @_may_fail
+    def cudaStreamWaitEvent(self, stream: Any, event: Any, flags: int) -> Any:
+        entry, awaited = self._uncaptured(stream), self._event(event)
+        entry.queue.append(("wait", (awaited, awaited.recorded)))
+        _merge(entry.clock, awaited.clock)
+        self._progress()
 
     def cudaStreamSynchronize(self, stream: Any) -> tuple[Any, ...]:
         with self._lock:
-            entry = self._stream(int(stream))
-            return self._host_waits(
-                "cudaStreamSynchronize", lambda: not entry.queue, {**entry.clock, int(stream): entry.count}
-            )
+            entry = self._uncaptured(stream)
+            clock = {**entry.clock, int(stream): entry.count}
+            return self._host_waits("cudaStreamSynchronize", lambda: not entry.queue, clock)
 
-    def cudaEventCreateWithFlags(self, flags: int) -> tuple[Any, ...]:
-        failed = self._failure("cudaEventCreateWithFlags")
-        with self._lock:
-            self._handles += 1
-            self._events[self._handles] = _Event(timed=flags == 0)
-            return (failed, None) if failed else (OK, self._handles)
+    @_may_fail
+    def cudaEventCreateWithFlags(self, flags: int) -> Any:
+        return self._keep(self._events, _Event(timed=flags == 0))
 
     def cudaEventDestroy(self, event: Any) -> tuple[Any, ...]:
         self._event(event)
         del self._events[int(event)]
         return (OK,)
 
-    def cudaEventRecord(self, event: Any, stream: Any) -> tuple[Any, ...]:
-        with self._lock:
-            if failed := self._failure("cudaEventRecord"):
-                return (failed,)
-            entry, recorded = self._stream(int(stream)), self._event(event)
-            recorded.recorded += 1
-            recorded.clock = {**entry.clock, int(stream): entry.count}
-            entry.queue.append(("record", (recorded, recorded.recorded)))
-            self._progress()
-            return (OK,)
+    @_may_fail
+    def cudaEventRecord(self, event: Any, stream: Any) -> Any:
+        entry, recorded = self._uncaptured(stream), self._event(event)
+        recorded.recorded += 1
+        recorded.clock = {**entry.clock, int(stream): entry.count}
+        entry.queue.append(("record", (recorded, recorded.recorded)))
+        self._progress()
 
-    def cudaEventQuery(self, event: Any) -> tuple[Any, ...]:
-        with self._lock:
-            if failed := self._failure("cudaEventQuery"):
-                return (failed,)
-            self._progress()
-            asked = self._event(event)
-            if asked.happened < asked.recorded:
-                return (cudaError_t(600),)
-            _merge(self._host, asked.clock)
-            return (OK,)
+    @_may_fail
+    def cudaEventQuery(self, event: Any) -> Any:
+        self._progress()
+        asked = self._event(event)
+        if asked.happened < asked.recorded:
+            return cudaError_t(600)
+        _merge(self._host, asked.clock)
+        return None
 
     def cudaEventSynchronize(self, event: Any) -> tuple[Any, ...]:
         with self._lock:
@@ -319,7 +352,47 @@ class FakeCuda:
         ready = first.happened == first.recorded and second.happened == second.recorded
         return (OK, 0.5) if ready else (cudaError_t(600), None)
 
+    @_may_fail
+    def cudaStreamBeginCapture(self, stream: Any, mode: Any) -> Any:
+        self._stream(int(stream))
+        self._captured[int(stream)] = []
+
+    def cudaStreamEndCapture(self, stream: Any) -> tuple[Any, ...]:
+        graph = self._captured.pop(int(stream))
+        if failed := self._failure("cudaStreamEndCapture"):
+            return failed, None
+        self.captures += 1
+        return OK, self._keep(self._graphs, graph)
+
+    @_may_fail
+    def cudaGraphInstantiate(self, graph: Any, flags: int) -> Any:
+        return self._keep(self._graphs, self._graphs[int(graph)])
+
+    @_may_fail
+    def cudaGraphLaunch(self, graphExec: Any, stream: Any) -> Any:
+        self.launches += 1
+        for what, accesses, action in self._graphs[int(graphExec)]:
+            self.enqueue(int(stream), what, accesses, action)
+
+    def cudaGraphDestroy(self, graph: Any) -> tuple[Any, ...]:
+        del self._graphs[int(graph)]
+        return (OK,)
+
+    def cudaGraphExecDestroy(self, graphExec: Any) -> tuple[Any, ...]:
+        del self._graphs[int(graphExec)]
+        return (OK,)
+
     # What they are made of
+
+    def _uncaptured(self, stream: Any) -> _Stream:
+        if int(stream) in self._captured:
+            raise Misuse("events and waits are not part of what is captured here")
+        return self._stream(int(stream))
+
+    def _keep(self, kept: dict[int, Any], made: Any) -> int:
+        self._handles += 1
+        kept[self._handles] = made
+        return self._handles
 
     def _failure(self, name: str) -> cudaError_t | None:
         if name in UNSAFE:
@@ -339,7 +412,8 @@ class FakeCuda:
         return self._events[int(handle)]
 
     def _allocate(self, size: int, pinned: bool) -> int:
-        data = np.full(size, 0xFF, np.uint8)
+        room = np.full(size + 256, 0xFF, np.uint8)
+        data = room[(start := -room.ctypes.data % 256) : start + size]  # at a multiple of 256, as cudaMalloc
         with self._lock:
             self._blocks[data.ctypes.data] = _Block(data, pinned)
         return int(data.ctypes.data)
@@ -361,18 +435,11 @@ class FakeCuda:
             block.data[:] = 0xFF
             return (OK,)
 
-    def _act(self, what: str, stream: Any, accesses: list[Access], action: Callable[[], Any]) -> tuple[Any, ...]:
-        if failed := self._failure(what):
-            return (failed,)
-        self.enqueue(int(stream), what, accesses, action)
-        return (OK,)
-
     def _order(self, handle: int, entry: _Stream, what: str, accesses: list[Access]) -> None:
         """Check what something new in a stream reads and writes against all that is not known to be before it."""
         _merge(entry.clock, self._host)
         entry.count += 1
         entry.clock[handle] = entry.count
-        self.log.append((handle, what))
         for access in accesses:
             if access.size:
                 block = self._block(access, what)

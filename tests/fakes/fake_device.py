@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from fake_cuda import FakeCuda
-from fake_cuda_graphs import GraphCuda
 from fake_onnxruntime import FakeOnnxRuntime
 from fake_tensorrt import fake_tensorrt
 
@@ -25,10 +24,10 @@ class Machine:
             monkeypatch.setattr(f"{module}.import_onnxruntime", lambda: self.onnxruntime)
 
 
-def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, version: str = "11.4.0.106", **options: Any) -> GraphCuda:
+def install(monkeypatch: pytest.MonkeyPatch, seed: int = 0, version: str = "11.4.0.106", **options: Any) -> FakeCuda:
     """The device: `tensorrt` and `cuda.bindings.runtime` are the fakes from here on, also in sys.modules. Keyword
-    arguments are those of GraphCuda."""
-    fake = GraphCuda(seed, **options)
+    arguments are those of FakeCuda."""
+    fake = FakeCuda(seed, **options)
     monkeypatch.setitem(sys.modules, "tensorrt", fake_tensorrt(fake, version))
     bindings = ModuleType("cuda.bindings")
     bindings.runtime = fake  # type: ignore[attr-defined]

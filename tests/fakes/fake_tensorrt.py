@@ -1,7 +1,7 @@
 """A stand-in for the package `tensorrt` on the fake of CUDA: ONNX Runtime computes what the engines would.
 
 It has the names and signatures of NVIDIA's bindings (tests/fakes/test_fake_tensorrt.py) as far as they are used. An
-"engine" is a few lines (fake_tensorrt_builder). What TensorRT refuses is refused in its way, `False` or
+"engine" names the graph that it was built from. What TensorRT refuses is refused in its way, `False` or
 `None` and a line in the log; what it leaves undefined raises `Misuse`: an address that was never set, is no multiple of
 256 or overlaps another; an output that is not where its input is; too little memory to work in; a graph captured before
 the context had run with its shapes, or launched after the context was changed. Races and freed memory: see fake_cuda.
@@ -21,9 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 from fake_bf16 import Graph
-from fake_cuda import Access, Misuse
-from fake_cuda_graphs import GraphCuda
-from fake_tensorrt_builder import ILogger, IProgressMonitor, _Builder, _Parser
+from fake_cuda import Access, FakeCuda, Misuse
 
 DataType = Enum("DataType", ["FLOAT", "HALF", "BF16", "INT32", "INT64"])
 TensorIOMode = Enum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
@@ -44,7 +42,7 @@ def OUTPUT(engine: str, array: np.ndarray) -> None:
     """Done to every floating output of an engine: tests put a fault here."""
 
 
-def fake_tensorrt(cuda: GraphCuda, version: str = "11.4.0.106") -> ModuleType:
+def fake_tensorrt(cuda: FakeCuda, version: str = "11.4.0.106") -> ModuleType:
     """The package, for the device of `cuda`. It records what is run, as `runs`: (engine, profile, stream)."""
     trt = ModuleType("tensorrt")
 
@@ -74,7 +72,7 @@ def fake_tensorrt(cuda: GraphCuda, version: str = "11.4.0.106") -> ModuleType:
 
 
 class _Runtime:
-    _cuda: GraphCuda
+    _cuda: FakeCuda
     _version: str
     _runs: list[tuple[str, int, int]]
     engine_host_code_allowed = False
@@ -269,3 +267,94 @@ def _array(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     if not size:
         return np.empty(shape, dtype)
     return np.frombuffer((ctypes.c_uint8 * size).from_address(address), np.uint8).view(dtype).reshape(shape)
+
+
+class ILogger:
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    def __init__(self) -> None:
+        pass
+
+
+class IProgressMonitor:
+    def __init__(self) -> None:
+        pass
+
+
+class _Network:
+    path = ""
+
+
+class _Parser:
+    num_errors = 0
+
+    def __init__(self, network: _Network, logger: ILogger) -> None:
+        self._network = network
+
+    def parse_from_file(self, model: str) -> bool:
+        self._network.path = model
+        return True
+
+
+class _OptimizationProfile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, list[list[int]]] = {}
+
+    def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
+        self.shapes[input] = [list(min), list(opt), list(max)]
+
+
+class _Config:
+    progress_monitor: Any = None
+
+    def __init__(self) -> None:
+        self.profiles: list[_OptimizationProfile] = []
+        self.flags: set[Any] = set()
+
+    def add_optimization_profile(self, profile: _OptimizationProfile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1
+
+    def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
+        class Cache:
+            def serialize(self) -> bytes:
+                return b"timings"
+
+        return Cache()
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
+        return True
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.add(flag)
+
+
+class _Builder:
+    _cuda: FakeCuda
+    _version: str
+
+    def __init__(self, logger: ILogger) -> None:
+        pass
+
+    def create_network(self, flags: int) -> _Network:
+        return _Network()
+
+    def create_builder_config(self) -> _Config:
+        return _Config()
+
+    def create_optimization_profile(self) -> _OptimizationProfile:
+        return _OptimizationProfile()
+
+    def build_serialized_network(self, network: _Network, config: _Config) -> bytes:
+        monitor = config.progress_monitor
+        monitor.phase_start("build", None, 2)
+        for step in range(2):
+            monitor.step_complete("build", step)
+        monitor.phase_finish("build")
+        content = {
+            "graph": network.path,
+            "profiles": [profile.shapes for profile in config.profiles],
+            "version": self._version,
+            "architecture": self._cuda.architecture,
+        }
+        return json.dumps(content).encode()

@@ -7,9 +7,8 @@ import re
 from typing import Any
 
 import fake_tensorrt
-import fake_tensorrt_builder
 import pytest
-from fake_cuda_graphs import GraphCuda
+from fake_cuda import FakeCuda
 
 trt = pytest.importorskip("tensorrt", reason="TensorRT is not installed (tools/gpu/tensorrt_environment.py)")
 pytestmark = pytest.mark.tensorrt
@@ -18,10 +17,10 @@ CLASSES = {
     "Runtime": fake_tensorrt._Runtime,
     "ICudaEngine": fake_tensorrt._Engine,
     "IExecutionContext": fake_tensorrt._Context,
-    "Builder": fake_tensorrt_builder._Builder,
-    "IBuilderConfig": fake_tensorrt_builder._Config,
-    "IOptimizationProfile": fake_tensorrt_builder._OptimizationProfile,
-    "OnnxParser": fake_tensorrt_builder._Parser,
+    "Builder": fake_tensorrt._Builder,
+    "IBuilderConfig": fake_tensorrt._Config,
+    "IOptimizationProfile": fake_tensorrt._OptimizationProfile,
+    "OnnxParser": fake_tensorrt._Parser,
 }
 METHODS = [
     (name, method)
@@ -70,7 +69,7 @@ def test_an_attribute_is_real(name: str, attribute: str) -> None:
 
 
 def test_everything_of_the_package_is_real() -> None:
-    package = vars(fake_tensorrt.fake_tensorrt(GraphCuda()))
+    package = vars(fake_tensorrt.fake_tensorrt(FakeCuda()))
     names = {name for name in package if not name.startswith("_")} - {"runs"}
     assert len(names) > 10
     assert all(hasattr(trt, name) for name in names)

@@ -1,12 +1,20 @@
+"""What decoders and cross-attention keep of sequences that come and go, and memory that closed sessions left."""
+
 from __future__ import annotations
+
+import ctypes
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from manifest_case import MANIFEST
 
+from runtime.engines.cross_cache import STEP, CrossCache
 from runtime.engines.kv_cache import KVCache
+from runtime.engines.memory import check_memory
 from runtime.errors import CapacityError
 
 LAYERS, KV_HEADS, HEAD_DIM = range(2, 4), 2, 3
@@ -75,22 +83,6 @@ Ledger.TestCase.settings = settings(max_examples=50, stateful_step_count=20, dea
 TestLedger = Ledger.TestCase
 
 
-def test_arrays_are_named_by_layer_and_part_and_have_a_row_for_each_slot() -> None:
-    cache = cache_of(rows=8, slots=3)
-    assert set(cache.arrays) == {"2.key", "2.value", "3.key", "3.value"}
-    assert {array.shape for array in cache.arrays.values()} == {(3, KV_HEADS, 8, HEAD_DIM)}
-    assert {array.dtype for array in cache.arrays.values()} == {np.dtype(np.float32)}
-
-
-def test_a_slot_is_a_view_of_the_cache() -> None:
-    cache = cache_of()
-    for name, view in cache.slot(1):
-        assert view.base is cache.arrays[name]
-        assert view.shape == (1, KV_HEADS, 8, HEAD_DIM)
-        view[:] = 7
-    assert all((array[1] == 7).all() and not array[[0, 2]].any() for array in cache.arrays.values())
-
-
 def test_rows_that_were_read_are_a_copy_and_leave_out_the_layers_of_an_exit() -> None:
     cache = KVCache((0, "exit.0"), 1, KV_HEADS, 8, HEAD_DIM, np.float32)
     for number, array in enumerate(cache.arrays.values()):
@@ -118,9 +110,37 @@ def test_lengths_are_int32_and_stay_in_place() -> None:
     assert counter.tolist() == [2]
 
 
-def test_a_refused_extension_changes_nothing() -> None:
-    cache = cache_of(rows=4)
-    cache.extend(0, 3)
-    with pytest.raises(CapacityError):
-        cache.extend(0, 2)
-    assert cache.lengths.tolist() == [3, 0, 0]
+def prompt_of(length: int) -> dict[str, np.ndarray]:
+    shape = (1, 2, length, 4)
+    return {"cross.0.key": np.ones(shape, np.float32), "cross_lengths": np.array([length], np.int32)}
+
+
+def test_no_length_is_beyond_the_arrays_once_a_long_prompt_has_left() -> None:
+    cache = CrossCache(3)
+    cache.place(0, prompt_of(3))
+    cache.place(1, prompt_of(3 * STEP))
+    assert cache.rows({"0"}, 0, 3)["cross.0.key"].shape[2] == 3 * STEP
+    cache.forget(1)
+    cache.place(2, prompt_of(5))
+    rows = cache.rows({"0"}, 0, 3)
+    assert rows["cross.0.key"].shape[2] == STEP
+    np.testing.assert_array_equal(rows["cross_lengths"], [3, 1, 5])
+
+
+STATM = Path("/proc/self/statm")
+
+
+def resident() -> int:
+    """Megabytes."""
+    return int(STATM.read_text().split()[1]) * 4096 // 1_000_000
+
+
+@pytest.mark.skipif(not STATM.exists() or not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_freed_memory_below_what_is_in_use_is_given_back() -> None:
+    freed = [bytes(5000) for _ in range(20_000)]
+    kept = [bytes(5000) for _ in range(100)]  # above it in the heap, which therefore cannot shrink by itself
+    freed.clear()
+    before = resident()
+    check_memory(MANIFEST, capacity=64, slots=1)
+    assert resident() < before - 50
+    assert len(kept) == 100

@@ -1,21 +1,25 @@
-"""Refusals of a bundle that needs our own operators where they cannot run, in one line."""
+"""Our own operators where they cannot be had: the line that a session ends with; and who chooses instructions."""
 
 import ctypes
 import logging
+import platform
 import shutil
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import onnxruntime as ort
 import pytest
 from checkpoints import CASES
+from kernel_cases import INSTRUCTIONS, here
 
 import runtime.kernels
 from runtime import Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import MANIFEST, File, Manifest
 from runtime.errors import EngineError, FreeExportError
-from runtime.kernels import missing, register
+from runtime.kernels import LIBRARY, VERSION, instructions, missing, register
 
 if problem := missing():
     pytest.skip(problem, allow_module_level=True)
@@ -46,15 +50,11 @@ def refusal(path):
     return str(raised.value)
 
 
-def test_weights_that_end_early(copied):
-    weights = copied / "weights.data"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    assert "weights.data" in refusal(copied)
-
-
-def test_weights_that_end_early_and_are_listed_so(copied):
+def test_weights_that_end_early_listed_so_or_not(copied):
     weights = copied / "weights.data"
     content = weights.read_bytes()
+    weights.write_bytes(content[:-1000])
+    assert "weights.data" in refusal(copied)
     for left in (len(content) - 4096, 100, 0):
         weights.write_bytes(content[:left])
         list_as_right(copied, "weights.data")
@@ -73,14 +73,37 @@ def test_an_operator_that_the_library_lacks(copied):
     assert message.endswith("; upgrade freeexport")
 
 
-def test_a_later_version_of_the_operators(copied):
+def test_a_later_version_of_the_operators_and_a_library_that_is_missing(copied, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
+    assert "are not built here" in refusal(copied)
+    monkeypatch.undo()
     list_as_right(copied, kernels=99)
     assert "version 99 of freeexport's kernels is needed" in refusal(copied)
 
 
-def test_a_library_that_is_missing(copied, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "missing.so")
-    assert "are not built here" in refusal(copied)
+def test_a_library_of_another_architecture_or_version_is_named(tmp_path, monkeypatch):
+    other = bytearray(LIBRARY.read_bytes())
+    other[18:20] = (0xF3 if platform.machine() != "riscv64" else 0x3E).to_bytes(2, "little")  # the ELF header's machine
+    (tmp_path / "other.so").write_bytes(other)
+    monkeypatch.setattr(runtime.kernels, "LIBRARY", tmp_path / "other.so")
+    assert "cannot be loaded" in missing()
+    assert (Path(runtime.kernels.__file__).parent / "source" / "version.h").read_text().split()[-1] == str(VERSION)
+    if shutil.which("g++"):
+        text = 'extern "C" int freeexport_kernels_version() { return 99; } extern "C" void freeexport_instructions() {}'
+        path = tmp_path / "later.so"
+        subprocess.run(["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", path], input=text, text=True, check=True)
+        monkeypatch.setattr(runtime.kernels, "LIBRARY", path)
+        assert f"has version 99 of the kernels, not {VERSION}" in missing()
+
+
+@pytest.mark.parametrize("name", ["scalar", *INSTRUCTIONS, "mmx"])
+def test_the_environment_chooses_instructions(name, monkeypatch):
+    monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
+    if name != "mmx" and here(name):
+        assert instructions() == name
+    else:
+        with pytest.raises(EngineError, match="choose scalar, avx2" if name == "mmx" else "this processor lacks"):
+            instructions()
 
 
 def test_without_vector_instructions_a_warning_says_why(copied, monkeypatch, caplog):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,46 +36,20 @@ def download(cuda: Cuda, array: DeviceArray) -> np.ndarray:
     return pinned.view(array.dtype).reshape(array.shape).copy()
 
 
-KEYS = [
-    np.s_[1],
-    np.s_[-1],
-    np.s_[1:3],
-    np.s_[1, :, :2],
-    np.s_[:, 1],
-    np.s_[:, :, 2:4],
-    np.s_[2:2],
-    np.s_[0, 2, 3],
-    np.s_[:, 1:2, :4],
-    np.s_[None, :2],
-    np.s_[1:, None, 2],
-]
-
-
-@pytest.mark.parametrize("key", KEYS, ids=str)
-def test_views_and_copies_are_those_of_numpy(key: Any) -> None:
-    cuda = Cuda(0, FakeCuda(3))
-    stream = cuda.stream(urgent=True)
-    values = np.arange(60, dtype=np.float32).reshape(3, 4, 5)
-    array = upload(cuda, values, stream)
-    assert array[key].shape == values[key].shape
-    np.testing.assert_array_equal(download(cuda, array[key]), values[key])
-    other = upload(cuda, -values, stream)
-    array[key] = other[key]
-    values[key] = -values[key]
-    np.testing.assert_array_equal(download(cuda, array), values)
-
-
 @given(seed=st.integers(0, 10_000), data=st.data())
 def test_any_slices_of_any_shape_copy_as_in_numpy(seed: int, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4)))
-    key = tuple(
+    parts = [
         data.draw(st.one_of(st.integers(-size, size - 1), st.builds(slice, st.integers(0, size), st.integers(0, size))))
-        for size in shape
-    )
+        for size in shape[: data.draw(st.integers(0, len(shape)))]
+    ]
+    key = tuple(parts + [None] * data.draw(st.integers(0, 1)))
     cuda = Cuda(0, FakeCuda(seed))
     stream = cuda.stream(urgent=False)
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
     array, other = upload(cuda, values, stream), upload(cuda, values + 1, stream)
+    assert array[key].shape == values[key].shape
+    np.testing.assert_array_equal(download(cuda, array[key]), values[key])
     array[key] = other[key]
     values[key] = (values + 1)[key]
     np.testing.assert_array_equal(download(cuda, array), values)
@@ -99,13 +71,6 @@ def test_arrays_that_do_not_fit_are_not_copied() -> None:
             array.copy_from(other)
     with pytest.raises(ValueError, match="cannot be read as"):
         array[:, :2].reshaped((6,))
-
-
-def test_zeroed_memory_is_zero_and_other_memory_is_not() -> None:
-    cuda = Cuda(0, FakeCuda())
-    stream = cuda.stream(urgent=True)
-    assert not download(cuda, cuda.zeros((4, 3), np.float32, stream)).any()
-    assert np.isnan(download(cuda, cuda.empty((4, 3), np.float32, stream))).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -143,21 +108,15 @@ def test_the_stand_in_finds_memory_that_is_gone_or_too_small() -> None:
         stream.copy(array.address, array.address, 9)
     with pytest.raises(Misuse, match="neither device nor pinned"):
         stream.copy(array.address, np.zeros(8, np.uint8).ctypes.data, 8)
-    address = array.address
+    address, view = array.address, array[2:]
     del array
     gc.collect()
-    with pytest.raises(Misuse, match="freed"):
-        stream.copy(address, address, 8)
-
-
-def test_memory_is_freed_with_its_last_view() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    view = cuda.empty((8, 8), np.uint8, cuda.stream(urgent=True))[2]
-    assert fake.allocated == 64
+    assert fake.allocated == 8
     del view
     gc.collect()
     assert fake.allocated == 0
+    with pytest.raises(Misuse, match="freed"):
+        stream.copy(address, address, 8)
 
 
 def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -> None:
@@ -207,7 +166,7 @@ def test_garbage_that_is_collected_within_a_call_of_the_device_does_not_wait_for
     garbage = [cuda.empty((64,), np.uint8, cuda.stream(urgent=True))]
     with cuda._lock, cuda.undisturbed:
         garbage.clear()
-    assert cuda.free_memory() == cuda.runtime.free_bytes
+    cuda.require(cuda.runtime.free_bytes, "all that was collected")
 
 
 def test_closing_frees_everything_once() -> None:
@@ -224,18 +183,6 @@ def test_closing_frees_everything_once() -> None:
     del array
 
 
-def test_an_event_says_how_long_the_device_took() -> None:
-    cuda = Cuda(0, FakeCuda(1))
-    stream = cuda.stream(urgent=True)
-    begin, end = cuda.event(timed=True), cuda.event(timed=True)
-    stream.record(begin)
-    cuda.zeros((8,), np.float32, stream)
-    stream.record(end)
-    end.wait()
-    assert end.done()
-    assert end.seconds_since(begin) == 0.0005
-
-
 def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_allocated() -> None:
     cuda = Cuda(0, FakeCuda(free_bytes=1000))
     with pytest.raises(CapacityError, match="the KV cache needs 1001 bytes of device cuda:0, and 1000 are free"):
@@ -245,32 +192,19 @@ def test_too_little_memory_names_needed_and_free_bytes_before_anything_is_alloca
         cuda.empty((1001,), np.uint8, cuda.stream(urgent=True))
 
 
-def missing_devices(fake: FakeCuda) -> None:
-    fake.refuse("cudaGetDeviceCount", "cudaErrorNoDevice")
-
-
-def old_driver(fake: FakeCuda) -> None:
-    fake.driver = 12040
-    fake.refuse("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
-
-
-def no_driver(fake: FakeCuda) -> None:
-    fake.driver = 0
-    fake.refuse("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
-
-
 @pytest.mark.parametrize(
-    ("index", "broken", "message"),
+    ("index", "driver", "refused", "message"),
     [
-        (0, no_driver, "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
-        (0, old_driver, r"the driver is for CUDA 12.4 and cuda-python for 13.5; .*'cuda-python==12\.\*'"),
-        (0, missing_devices, "device cuda:0 does not exist: this machine shows 0"),
-        (1, lambda fake: None, "device cuda:1 does not exist: this machine shows 1"),
+        (0, 0, "InsufficientDriver", "no NVIDIA driver is loaded here; install one, or choose device='cpu'"),
+        (0, 12040, "InsufficientDriver", r"driver is for CUDA 12.4 and cuda-python for 13.5; .*'cuda-python==12\.\*'"),
+        (0, 13000, "NoDevice", "device cuda:0 does not exist: this machine shows 0"),
+        (1, 13000, "", "device cuda:1 does not exist: this machine shows 1"),
     ],
 )
-def test_a_device_that_cannot_be_used_says_why(index: int, broken: Callable[[FakeCuda], None], message: str) -> None:
-    fake = FakeCuda()
-    broken(fake)
+def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused: str, message: str) -> None:
+    fake = FakeCuda(driver=driver)
+    if refused:
+        fake.refuse("cudaGetDeviceCount", f"cudaError{refused}")
     with pytest.raises(DeviceError, match=message):
         Cuda(index, fake)
 
@@ -280,6 +214,11 @@ def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
     cuda = Cuda(0, fake)
     stream, event = cuda.stream(urgent=True), cuda.event()
     array = cuda.zeros((8,), np.float32, stream)
+    fake.refuse("cudaEventRecord", "cudaErrorInvalidValue")
+    with pytest.raises(DeviceError, match="refused a call"):
+        stream.record(event)
+    assert event.done()
+    fake.refuse("cudaEventRecord", "cudaSuccess")
     fake.lose(0)
     with pytest.raises(DeviceError, match=r"cuda:0 was lost .*cudaErrorIllegalAddress"):
         stream.record(event)
@@ -289,30 +228,7 @@ def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
     del array
 
 
-def test_a_refused_call_is_no_lost_device() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    event = cuda.event()
-    fake.refuse("cudaEventRecord", "cudaErrorInvalidValue")
-    with pytest.raises(DeviceError, match="refused a call"):
-        cuda.stream(urgent=True).record(event)
-    assert event.done()
-
-
 def test_without_cuda_python_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(DeviceError, match=r"needs cuda-python.*freeexport\[gpu\]"):
         Cuda(0)
-
-
-def test_the_stand_in_has_the_names_and_signatures_of_cuda_python() -> None:
-    real = pytest.importorskip("cuda.bindings.runtime")
-    functions = [name for name in vars(FakeCuda) if name.startswith("cuda") and callable(getattr(FakeCuda, name))]
-    for name in set(functions) - {"cudaError_t", "cudaMemcpyKind"}:
-        parameters = list(inspect.signature(getattr(FakeCuda, name)).parameters)[1:]
-        assert parameters == list(inspect.signature(getattr(real, name)).parameters), name
-    for enumeration in ("cudaError_t", "cudaMemcpyKind"):
-        for member in getattr(FakeCuda, enumeration):
-            assert int(getattr(getattr(real, enumeration), member.name)) == int(member)
-    for constant in ("cudaStreamNonBlocking", "cudaEventDefault", "cudaEventDisableTiming", "cudaHostAllocPortable"):
-        assert int(getattr(real, constant)) == getattr(FakeCuda, constant)

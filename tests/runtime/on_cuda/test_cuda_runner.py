@@ -90,14 +90,3 @@ def test_a_call_that_fails_is_done_raises_when_waited_for_and_gives_its_events_b
         assert event.done()
     assert streams.fake.alive[1] == events
     assert streams.runner.run(FakeCall(lambda: None)) > 0
-
-
-def test_a_call_that_fails_is_done_before_anybody_waits_for_it(streams: Streams) -> None:
-    def fail() -> None:
-        raise ValueError("not an EngineError")
-
-    event = streams.runner.submit(FakeCall(fail))
-    streams.runner._thread.submit(lambda: None).result()
-    assert event.done()
-    with pytest.raises(ValueError, match="not an EngineError"):
-        event.wait()

@@ -12,13 +12,13 @@ from checkpoints import PROMPTS, Bundles
 from device_cases import LLAMA, MODES, T5, both
 from fake_device import Machine
 from fake_onnxruntime import CPU
+from graphs.widen import fp32_copy
 
-from graphs.rewrites.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.runner import CallEvents, CudaRunner
 from runtime.decoding.overlapping import OverlappingDecoder
-from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
+from runtime.errors import BatchError, CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
 
@@ -79,7 +79,7 @@ def test_bf16_says_what_the_same_graphs_say_rounded_to_it(
 
 
 @both
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [list(prompt) for prompt in PROMPTS * 2]
     options = {"max_new_tokens": 16, "threshold": 0.5}
@@ -88,13 +88,6 @@ def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeyp
     Machine(monkeypatch, seed)
     with Session(target(case), device="cuda:0", overlap=bool(seed % 2), threads=1, slots=3) as session:
         assert [result.token_ids for result in session.generate(prompts, **options)] == want
-
-
-def test_passes_run_beside_steps_unless_told_otherwise(target: Any, machine: Machine) -> None:
-    for chosen, beside in ((None, True), (True, True), (False, False)):
-        with Session(target(LLAMA), device="cuda:0", overlap=chosen, threads=1) as session:
-            assert session.overlap is beside
-    assert not Session(target(LLAMA), threads=1).overlap
 
 
 def test_steps_run_ahead_take_no_memory_of_the_device_and_free_none(
@@ -137,39 +130,6 @@ def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monk
     monkeypatch.undo()
     with Session(target(T5), threads=1) as session:
         assert got == [session.generate(list(prompt), **options).token_ids for prompt in PROMPTS]
-
-
-@both
-def test_a_step_waits_for_its_token_and_for_nothing_else(case: Any, target: Any, machine: Machine) -> None:
-    with Session(target(case), device="cuda:0", threads=1) as session, session.decoder() as decoder:
-        decoder.prefill(np.arange(5, 9), head=True)
-        decoder.step(7, head=True)
-        before = dict(machine.cuda.waits)
-        for token in range(10):
-            decoder.step(token + 5, head=True)
-        waited = {name: count - before.get(name, 0) for name, count in machine.cuda.waits.items()}
-    assert set(waited) <= {"cudaEventSynchronize", "cudaStreamSynchronize"}
-    assert waited["cudaEventSynchronize"] <= 10
-    assert waited.get("cudaStreamSynchronize", 0) == 0
-
-
-@both
-def test_a_few_bytes_a_step_go_to_the_device_and_back(case: Any, target: Any, machine: Machine) -> None:
-    copied: list[int] = []
-    real = machine.cuda.cudaMemcpyAsync
-
-    def spy(dst: int, src: int, count: int, kind: Any, stream: Any) -> Any:
-        copied.append(count)
-        return real(dst, src, count, kind, stream)
-
-    machine.cuda.cudaMemcpyAsync = spy  # type: ignore[method-assign]
-    with Session(target(case), device="cuda:0", threads=1) as session, session.decoder() as decoder:
-        decoder.prefill(np.arange(5, 9), head=True)
-        decoder.step(7, head=True)
-        copied.clear()
-        decoder.step(8, head=True)
-    assert 1 <= len(copied) <= 3  # inputs, outputs, and a hidden state onto the stack
-    assert max(copied) <= 2048
 
 
 def test_shallow_steps_are_launched_as_one_graph_once_they_come_again(target: Any, machine: Machine) -> None:
@@ -218,53 +178,50 @@ def test_closing_gives_everything_back(case: Any, target: Any, machine: Machine)
 
 
 @both
-@pytest.mark.parametrize("after", [5, 60, 200])
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(("after", "overlap"), [(5, False), (60, True), (200, False)])
 def test_a_lost_device_is_an_error_for_requests_in_flight_and_the_session_can_be_closed(
     case: Any, after: int, overlap: bool, target: Any, machine: Machine
 ) -> None:
-    session = Session(target(case), device="cuda:0", overlap=overlap, threads=1)
+    session = Session(target(case), device="cuda:0", overlap=overlap, threads=1, slots=3)
     machine.cuda.lose(after)
-    with pytest.raises(EngineError, match="cuda:0 was lost"):
-        session.generate(list(PROMPTS[0]), max_new_tokens=100, ignore_eos=True, threshold=0.5)
+    with pytest.raises(BatchError) as caught:
+        session.generate([list(prompt) for prompt in PROMPTS * 2], max_new_tokens=100, ignore_eos=True, threshold=0.5)
+    assert all(isinstance(result, DeviceError) for result in caught.value.results)
     with pytest.raises(DeviceError, match="was lost"):
         session.generate(list(PROMPTS[1]), max_new_tokens=5)
     session.close()
 
 
-def test_a_device_lost_under_several_requests_ends_all_of_them(target: Any, machine: Machine) -> None:
-    from runtime.errors import BatchError
-
-    session = Session(target(LLAMA), device="cuda:0", threads=1, slots=3)
-    machine.cuda.lose(80)
-    with pytest.raises(BatchError) as caught:
-        session.generate([list(prompt) for prompt in PROMPTS * 2], max_new_tokens=100, ignore_eos=True)
-    assert all(isinstance(result, DeviceError) for result in caught.value.results)
-    session.close()
-
-
-def test_a_run_that_fails_alone_is_an_error_that_names_the_engine(target: Any, machine: Machine) -> None:
-    with Session(target(LLAMA), device="cuda:0", threads=1) as session:
-        machine.onnxruntime.fails = True
-        with pytest.raises(EngineError, match=r"shallow failed on device cuda:0: .*CUDA failure 700$"):
-            session.generate(list(PROMPTS[0]))
-        machine.onnxruntime.fails = False
-        assert session.generate(list(PROMPTS[0]), max_new_tokens=3).token_ids
-
-
-def test_what_the_device_may_still_read_is_not_overwritten_after_a_run_that_failed(
+def test_a_step_waits_for_its_token_alone_copies_little_and_names_the_engine_where_it_fails(
     target: Any, machine: Machine
 ) -> None:
-    with Session(target(LLAMA), device="cuda:0", threads=1) as session, session.decoder() as decoder:
-        decoder.prefill(np.arange(5, 9), head=True)
-        decoder.step(7, head=True)
-        machine.onnxruntime.fails = True
-        with pytest.raises(EngineError, match="failed on device"):
+    copied: list[int] = []
+    real = machine.cuda.cudaMemcpyAsync
+
+    def spy(dst: int, src: int, count: int, kind: Any, stream: Any) -> Any:
+        copied.append(count)
+        return real(dst, src, count, kind, stream)
+
+    machine.cuda.cudaMemcpyAsync = spy  # type: ignore[method-assign]
+    with Session(target(LLAMA), device="cuda:0", threads=1) as session:
+        with session.decoder() as decoder:
+            decoder.prefill(np.arange(5, 9), head=True)
+            decoder.step(7, head=True)
+            copied.clear()
+            before = dict(machine.cuda.waits)
             decoder.step(8, head=True)
-        machine.onnxruntime.fails = False
-        before = machine.cuda.waits.get("cudaStreamSynchronize", 0)
-        decoder.step(8, head=True)
-        assert machine.cuda.waits["cudaStreamSynchronize"] == before + 1
+            waited = {name: count - before.get(name, 0) for name, count in machine.cuda.waits.items()}
+            assert waited["cudaEventSynchronize"] <= 1
+            assert waited.get("cudaStreamSynchronize", 0) == 0
+            assert 1 <= len(copied) <= 3  # inputs, outputs, and a hidden state onto the stack
+            assert max(copied) <= 2048
+            machine.onnxruntime.fails = True
+            with pytest.raises(EngineError, match=r"shallow failed on device cuda:0: .*CUDA failure 700$"):
+                decoder.step(8, head=True)
+            machine.onnxruntime.fails = False
+            decoder.step(8, head=True)  # waits, as the device may still read what the failed run was given
+            assert machine.cuda.waits["cudaStreamSynchronize"] == before.get("cudaStreamSynchronize", 0) + 1
+        assert session.generate(list(PROMPTS[0]), max_new_tokens=3).token_ids
 
 
 def test_times_are_read_before_their_events_serve_again(
@@ -292,13 +249,10 @@ def test_too_little_memory_says_what_is_needed_and_free_before_anything_is_alloc
     assert machine.cuda.allocated == 0
 
 
-def test_no_device_is_no_reason_to_decode_elsewhere(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_a_reason_to_decode_elsewhere(target: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch).onnxruntime.active = [CPU]
+    with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
+        Session(target(LLAMA), device="cuda:0")
     Machine(monkeypatch, devices=0)
     with pytest.raises(DeviceError, match="cuda:0 does not exist: this machine shows 0 CUDA devices"):
-        Session(target(LLAMA), device="cuda:0")
-
-
-def test_a_provider_that_does_not_load_is_no_reason_to_decode_elsewhere(target: Any, machine: Machine) -> None:
-    machine.onnxruntime.active = [CPU]
-    with pytest.raises(EngineError, match=r"would run shallow.onnx on CPUExecutionProvider"):
         Session(target(LLAMA), device="cuda:0")

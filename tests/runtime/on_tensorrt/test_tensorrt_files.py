@@ -56,20 +56,16 @@ def put(opened: Bundle) -> Put:
 def test_an_engine_for_this_gpu_and_version_is_found_and_its_record_is_what_was_written(
     put: Put, opened: Bundle
 ) -> None:
+    path = put(tensorrt="11.1.0", version_compatible=True)
+    assert find_engine(opened, "deep", "11.4.0", "sm90") == path
     put(architecture="sm89")
     put(tensorrt="11.3.0")
-    path = put()
+    put(batch=3, age=-9)
+    path = put(age=-20)  # the newest
     assert find_engine(opened, "deep", "11.4.0", "sm90") == path
     found = read_record(path)
     assert found is not None
     assert (found.bytes, found.plan.file, found.plan.profiles[0].ranges) == (6, path.name, {"B": (1, 1, 8)})
-
-
-def test_of_several_the_newest_is_taken(put: Put, opened: Bundle) -> None:
-    put(batch=2, age=5)
-    newest = put(batch=4)
-    put(batch=3, age=9)
-    assert find_engine(opened, "deep", "11.4.0", "sm90") == newest
 
 
 @pytest.mark.parametrize(
@@ -90,11 +86,6 @@ def test_why_no_engine_is_taken_is_said_with_the_command_that_builds_one(
     put(**changes)
     with pytest.raises(EngineError, match=rf"{problem}; run: freeexport convert {opened.path} --build"):
         find_engine(opened, "deep", "11.4.0", "sm90")
-
-
-def test_a_version_compatible_engine_is_taken_by_a_later_version(put: Put, opened: Bundle) -> None:
-    path = put(tensorrt="11.1.0", version_compatible=True)
-    assert find_engine(opened, "deep", "11.4.0", "sm90") == path
 
 
 def test_a_damaged_engine_is_refused(put: Put, opened: Bundle) -> None:

@@ -14,8 +14,8 @@ from exit_layer_case import EXIT_CASES, EXIT_LAYER
 
 from runtime import CapacityError, GenerationResult, OptionError, RequestEvent, Session, SessionOptions
 from runtime.decoding import decoder
-from runtime.engines.encoder import Encoder
 from runtime.engines.prefix_store import BLOCK
+from runtime.engines.runner import Encoder
 
 BY_NAME = {case.name: case for case in [*CASES, LONG, *EXIT_CASES]}
 LLAMA, T5, EXIT_LAYERS = "llama-tied", "t5-relu-tied", "llama-tied-exit-layers"
