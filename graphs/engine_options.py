@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from graphs.description import Description, ForeignEncoder
-from graphs.dialects.ort import check_head_size, fits_head_size, has_attention_kernel, misfit
+from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
 from graphs.exit_head import check_tokens
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
@@ -69,7 +69,12 @@ class EngineOptions:
         if self.head is not None and self.plan is None:
             rounding = ", ".join(ROUNDING[self.target].plans)
             raise GraphError(f"precision {self.precision} rounds nothing; --head {self.head} goes with {rounding}")
-        self._check_dialect(description)
+        if self.dialect != "ort" and self.target == "cpu" and self.plan is not None:
+            needs = f"precision {self.precision} needs operators of ONNX Runtime"
+            if fits_head_size(description.attention):
+                raise GraphError(f"{needs}; choose --dialect ort, or fp32 or fp16")
+            instead = "--kernels freeexport or " if has_attention_kernel(description.attention) else ""
+            raise GraphError(f"{needs}, but {misfit(description.attention)}; choose {instead}--precision fp32")
         if self.kernels == "freeexport" and (self.plan is None or self.target != "cpu"):
             raise GraphError(
                 f"--kernels freeexport is for weights that are quantized for a CPU, not for precision {self.precision} "
@@ -86,17 +91,8 @@ class EngineOptions:
                 "train one without --exit-layers, or convert it for a CPU"
             )
         self._check_target(description)
-        if self.dialect == "ort" and not self.own_attention(description):
-            check_head_size(description.attention)
-
-    def _check_dialect(self, description: Description) -> None:
-        if self.dialect == "ort" or self.target != "cpu" or self.plan is None:
-            return
-        needs = f"precision {self.precision} needs operators of ONNX Runtime"
-        if fits_head_size(description.attention):
-            raise GraphError(f"{needs}; choose --dialect ort, or fp32 or fp16")
-        instead = "--kernels freeexport or " if has_attention_kernel(description.attention) else ""
-        raise GraphError(f"{needs}, but {misfit(description.attention)}; choose {instead}--precision fp32")
+        if self.dialect == "ort" and not self.own_attention(description) and not fits_head_size(description.attention):
+            raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")
 
     def _check_target(self, description: Description) -> None:
         dialect, precisions = TARGETS[self.target]
@@ -111,9 +107,6 @@ class EngineOptions:
             raise GraphError(
                 f"target {self.target} has no precision {self.precision}; choose --precision {' or '.join(precisions)}"
             )
-        self._check_compute()
-
-    def _check_compute(self) -> None:
         types = [name for name in TARGETS[self.target][1] if name in FLOAT_TYPES]
         if self.compute is not None and (self.plan is None or self.target == "cpu"):
             raise GraphError(
@@ -140,14 +133,12 @@ class EngineOptions:
     def wanted(self, description: Description, engine: str, head: str) -> Callable[[str], TensorFormat]:
         """The format of a quantized weight by its name; see Plan.wanted."""
         assert self.plan is not None
-        beside = rounding(self.target, self.kernels).products.beside
-        return self.plan.wanted(engine, head, shared_values(description) if beside else ())
+        own = rounding(self.target, self.kernels).products.own
+        return self.plan.wanted(engine, head, shared_values(description) if own else ())
 
     @property
     def float_type(self) -> FloatType:
         """The type of activations, and of weights that are not quantized."""
         if self.precision in ("fp32", "fp16", "bf16"):
             return self.precision
-        if self.target == "cpu":
-            return "fp32"
-        return self.compute or "fp16"
+        return "fp32" if self.target == "cpu" else self.compute or "fp16"

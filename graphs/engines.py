@@ -14,14 +14,13 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Description, Encoder, Layer
-from graphs.dialects.base import Call, Dialect, Packing, in_heads, linear, packing
+from graphs.dialects.base import Call, Dialect, Packing, in_heads, key_value_outputs, linear, packing
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
 from graphs.engine_options import FLOAT_TYPES, EngineOptions
-from graphs.graph import Dimension, Graph
-from graphs.head import exit_rows, head_outputs
-from graphs.layers import decoder_layers, encoder_layers
-from graphs.quantization.passes import QuantizeEmbedding, QuantizeLinears
+from graphs.graph import Graph
+from graphs.layers import decoder_layers, encoder_layers, exit_rows, head_outputs
+from graphs.quantization.passes import FuseProducts, QuantizeEmbedding, QuantizeLinears
 from graphs.quantization.plan import rounding
 from graphs.quantization.quantizer import Quantizer
 from graphs.quantization.rounding import Rounded
@@ -49,14 +48,14 @@ class EngineBuilder:
         check_weights(description, source)
         self.description, self.options = description, options
         self._source, self._weights, self._directory = source, weights, directory
-        self._plan, self._rounding = options.plan, rounding(options.target, options.kernels)
-        used = self._rounding
-        self._quantizer = Quantizer(weights, used.scheme, used.layout, used.scales, rounded)
+        self._rounding = rounding(options.target, options.kernels)
+        self._quantizer = Quantizer(weights, self._rounding.scheme, self._rounding.products.own, rounded)
 
     @property
     def quantization(self) -> Quantization | None:
         """How the weights of the engines built so far were quantized; None where they were not."""
-        return self._quantizer.report if self._plan else None
+        found = self._quantizer
+        return Quantization(tuple(found.engines), tuple(found.higher)) if self.options.plan else None
 
     def shallow(self) -> None:
         """shallow.onnx: embedding, layers 1..S, the exit's own layers and the head."""
@@ -124,35 +123,34 @@ class EngineBuilder:
         call = Call(_size(graph, hidden), hidden)
         x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
         for number, layer in enumerate(self.description.decoder.layers):
-            assert layer.cross is not None
-            heads, head_dim = layer.cross.kv_heads, layer.cross.head_dim
-            shape: list[Dimension] = ["B", heads, "E", head_dim]
-            for part, projection in (("key", layer.cross.key), ("value", layer.cross.value)):
-                rows = linear(graph, x, projection)
-                graph.output(
-                    f"cross.{number}.{part}", in_heads(graph, rows, call, heads, head_dim), graph.compute, shape
-                )
+            cross = layer.cross
+            assert cross is not None
+            parts = (linear(graph, x, projection) for projection in (cross.key, cross.value))
+            values = [in_heads(graph, part, call, cross.kv_heads, cross.head_dim) for part in parts]
+            key_value_outputs(graph, "cross", number, cross, "E", values)
         self._save(graph)
 
     def _save(self, graph: Graph) -> None:
         graph.save(self._directory / f"{graph.name}.onnx", self._passes(graph.name))
 
     def _passes(self, engine: str) -> list[ir.passes.InPlacePass]:
-        plan, decoder, encoder = self._plan, self.description.decoder, self.description.encoder
+        plan, decoder, encoder = self.options.plan, self.description.decoder, self.description.encoder
         if plan is None:
             return []
-
         head = exit_rows(decoder.head) if engine == "shallow" and self.options.exit_tokens else decoder.head.weight
         wanted = self.options.wanted(self.description, engine, head)
         products = self._rounding.products
-        linears = QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
-        passes = [linears, *(fusion() for fusion in self._rounding.fusions)]
-        if not self._rounding.embedding:
-            return passes
+        passes: list[ir.passes.InPlacePass] = [
+            QuantizeLinears(self._quantizer, products, engine, plan.linears(engine), wanted, head)
+        ]
+        if products.own:
+            passes.append(FuseProducts())
         table = {"shallow": decoder.embedding, "encoder": getattr(encoder, "embedding", "")}.get(engine)
-        # A head in 4 bits would be a coarse table.
-        tied = products.beside and table == decoder.head.weight and plan.head == "int8-block"
-        return [*passes, QuantizeEmbedding(self._quantizer, table, tied)] if table else passes
+        if self._rounding.embedding and table:
+            # A head in 4 bits would be a coarse table.
+            tied = products.own and table == decoder.head.weight and plan.head == "int8-block"
+            passes.append(QuantizeEmbedding(self._quantizer, table, tied))
+        return passes
 
     def _graph(self, name: str) -> Graph:
         return Graph(name, self._source, self._weights, FLOAT_TYPES[self.options.float_type])
@@ -177,8 +175,7 @@ class EngineBuilder:
         return graph.to_float(graph.op("Gather", [table, flat], axis=0))
 
     def _layers(self, graph: Graph, dialect: Dialect, x: ir.Value, layers: tuple[Layer, ...], first: int) -> ir.Value:
-        names = range(first, first + len(layers))
-        return decoder_layers(graph, dialect, x, layers, names)
+        return decoder_layers(graph, dialect, x, layers, range(first, first + len(layers)))
 
     def _head(
         self,
@@ -190,23 +187,12 @@ class EngineBuilder:
     ) -> None:
         # A shallow step reads one row at a time: one packed copy, the deep engine's, is enough.
         packed = emitted is not None or self.options.dialect != "ort"
-        decoder = self.description.decoder
-        head, tokens = decoder.head, None
-        if emitted is None:
-            head = decoder.exit_head or decoder.head
-            tokens = np.array(self.options.exit_tokens, np.int64) if self.options.exit_tokens else None
-        head_outputs(
-            graph,
-            dialect,
-            hidden,
-            head,
-            self.description.vocab_size,
-            self.options.confidence,
-            emitted,
-            packed,
-            tokens,
-            rows,
-        )
+        decoder, known = self.description.decoder, self.options.exit_tokens
+        shallow = emitted is None
+        head = (decoder.exit_head or decoder.head) if shallow else decoder.head
+        tokens = np.array(known, np.int64) if shallow and known else None
+        size, confidence = self.description.vocab_size, self.options.confidence
+        head_outputs(graph, dialect, hidden, head, size, confidence, emitted, packed, tokens, rows)
 
     def _output_hidden(self, graph: Graph, hidden: ir.Value, call: Call, dtype: ir.DataType, rows: str) -> ir.Value:
         """[M, d] -> [B, rows, d]."""

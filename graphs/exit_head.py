@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -41,7 +40,10 @@ def with_exit(description: Description, weights: Weights) -> Description:
     if head is not decoder.head:
         decoder = replace(decoder, exit_head=head)
     if EXIT_MAP in weights:
-        decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=own_layers(description, _count(weights)))
+        count = 0
+        while f"{EXIT_LAYERS}.{count}.attention_norm.weight" in weights:
+            count += 1
+        decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=own_layers(description, count))
     return description if decoder is description.decoder else replace(description, decoder=decoder)
 
 
@@ -57,26 +59,6 @@ def own_layers(description: Description, count: int) -> tuple[Layer, ...]:
     return tuple(_renamed(layer, f"{EXIT_LAYERS}.{number}") for number, layer in enumerate(layers))
 
 
-def own_shapes(description: Description, weights: Weights, count: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of an exit with `count` layers of its own, its norm apart: shapes are those of the layers they are
-    like, found in `weights`."""
-    if not count:
-        return {}
-    like = description.decoder.layers[-count:]
-    names = zip(own_layers(description, count), like, strict=True)
-    shapes = {
-        mine: weights.shape(its) for own, layer in names for mine, its in zip(_names(own), _names(layer), strict=True)
-    }
-    return {EXIT_MAP: (description.hidden_size, description.hidden_size), **shapes}
-
-
-def _count(weights: Weights) -> int:
-    count = 0
-    while f"{EXIT_LAYERS}.{count}.attention_norm.weight" in weights:
-        count += 1
-    return count
-
-
 def _renamed(part: Part, name: str) -> Part:
     changed: dict[str, object] = {}
     for field in fields(part):
@@ -89,14 +71,3 @@ def _renamed(part: Part, name: str) -> Part:
         elif type(value) in (Attention, MLP):
             changed[field.name] = _renamed(value, place)
     return replace(part, **changed)  # type: ignore[arg-type]
-
-
-def _names(part: Layer | Attention | MLP) -> Iterator[str]:
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, (Linear, Norm)):
-            yield value.weight
-            if isinstance(value, Linear) and value.bias:
-                yield value.bias
-        elif isinstance(value, (Attention, MLP)):
-            yield from _names(value)

@@ -132,7 +132,11 @@ class Graph:
         model = ir.Model(graph, ir_version=IR_VERSION, producer_name="freeexport")
         for change in passes:
             change(model)
-        self._write_weights(graph)
+        for value in graph.initializers.values():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor):
+                assert tensor.name is not None
+                value.const_value = self._weights.add(tensor.name, tensor.dtype, tensor.numpy)
         ir.save(model, path)
 
     def _unread(
@@ -143,42 +147,29 @@ class Graph:
         tensor = ir.LazyTensor(lambda: ir.tensor(produce()), kind, ir.Shape(shape), name=name)
         return self._initializer(f"{name}.{kind.name.lower()}", tensor)
 
-    def _write_weights(self, graph: ir.Graph) -> None:
-        for value in graph.initializers.values():
-            tensor = value.const_value
-            if isinstance(tensor, ir.LazyTensor):
-                assert tensor.name is not None
-                value.const_value = self._weights.add(tensor.name, tensor.dtype, tensor.numpy)
-
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         if name not in self._initializers:
-            self._initializers[name] = ir.Value(
-                name=name,
-                type=ir.TensorType(tensor.dtype),
-                shape=ir.Shape(list(tensor.shape)),  # type: ignore[arg-type]
-                const_value=tensor,
-            )
+            self._initializers[name] = _value_of(name, tensor)
         return self._initializers[name]
+
+
+def _value_of(name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    shape = ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
 
 
 def external(graph: ir.Graph, tensor: ir.ExternalTensor) -> ir.Value:
     """A tensor of the weight file, once a graph."""
     assert tensor.name is not None
     if tensor.name not in graph.initializers:
-        shape = ir.Shape(list(tensor.shape))  # type: ignore[arg-type]
-        graph.register_initializer(
-            ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
-        )
+        graph.register_initializer(_value_of(tensor.name, tensor))
     return graph.initializers[tensor.name]
 
 
-def constant(graph: ir.Graph, name: str, array: np.ndarray | np.generic) -> ir.Value:
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
     """A small constant under a name of its own, once a graph."""
     if name not in graph.initializers:
-        tensor = ir.tensor(np.asarray(array), name=name)
-        graph.register_initializer(
-            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
-        )
+        graph.register_initializer(_value_of(name, ir.tensor(array, name=name)))
     return graph.initializers[name]
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from graphs.description import Attention, Description, Encoder, Linear
+from graphs.description import Description, Encoder, Linear, Norm
 from graphs.errors import UnsupportedModelError
+from graphs.exit_head import EXIT_LAYERS, EXIT_MAP, own_layers
 from graphs.weights import Weights
 
 Shape = tuple[int, ...]
@@ -156,54 +158,49 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
     check_weights(description, weights, config.get("intermediate_size") or config.get("d_ff"))
 
 
+def own_shapes(description: Description, weights: Weights, count: int) -> dict[str, Shape]:
+    """The tensors of an exit with `count` layers of its own, its norm apart: shapes are those of the last layers."""
+    layers = own_layers(description, count)
+    if not layers:
+        return {}
+    width, decoder = description.hidden_size, replace(description.decoder, exit_layers=layers)
+    inner = weights.shape(description.decoder.layers[-1].mlp.down.weight)[-1]
+    found = dict(_shapes(replace(description, decoder=decoder), weights, inner))
+    own = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
+    return {EXIT_MAP: (width, width), **own}
+
+
 def _shapes(description: Description, weights: Weights, inner: int | None) -> Iterator[tuple[str, Shape]]:
     width, decoder = description.hidden_size, description.decoder
-    yield decoder.head.weight, (description.vocab_size, width)
-    yield decoder.head.norm.weight, (width,)
     yield decoder.embedding, (description.vocab_size, width)
+    yield decoder.head.weight, (description.vocab_size, width)
+    norms: list[tuple[Norm | None, int]] = [(decoder.head.norm, width)]
+    linears: list[tuple[Linear | None, int, int]] = [(decoder.exit_map, width, width)]
     layers = decoder.layers + decoder.exit_layers
-    if decoder.exit_map is not None:
-        yield from _linear(decoder.exit_map, width, width)
     if decoder.exit_head is not None:
-        yield decoder.exit_head.norm.weight, (width,)
-        if decoder.exit_head.other is not None:
-            yield from _linear(decoder.exit_head.other, 1, width)
+        norms.append((decoder.exit_head.norm, width))
+        linears.append((decoder.exit_head.other, 1, width))
         if (adapter := decoder.exit_head.adapter) is not None:
             rank = weights.shape(adapter.down.weight)[0]
-            yield adapter.norm.weight, (width,)
-            yield from _linear(adapter.down, rank, width)
-            yield from _linear(adapter.up, width, rank)
+            norms.append((adapter.norm, width))
+            linears += [(adapter.down, rank, width), (adapter.up, width, rank)]
     if isinstance(description.encoder, Encoder):
-        yield description.encoder.norm.weight, (width,)
+        norms.append((description.encoder.norm, width))
         layers += description.encoder.layers
     for layer in layers:
-        for norm in (layer.attention_norm, layer.cross_norm, layer.mlp_norm):
-            if norm is not None:
-                yield norm.weight, (width,)
-        for attention in (layer.attention, layer.cross):
-            if attention is not None:
-                yield from _attention(attention, width)
+        norms += [(norm, width) for norm in (layer.attention_norm, layer.cross_norm, layer.mlp_norm)]
+        for attention in filter(None, (layer.attention, layer.cross)):
+            queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+            linears += [(attention.query, queries, width), (attention.output, width, queries)]
+            linears += [(linear, keys, width) for linear in (attention.key, attention.value)]
+            norms += [(norm, attention.head_dim) for norm in (attention.query_norm, attention.key_norm)]
+            if (bias := attention.relative_bias) is not None:
+                yield bias.table, (bias.buckets, attention.heads)
         wide = inner or weights.shape(layer.mlp.down.weight)[-1]
-        yield from _linear(layer.mlp.down, width, wide)
-        for linear in (layer.mlp.up, layer.mlp.gate):
-            if linear is not None:
-                yield from _linear(linear, wide, width)
-
-
-def _attention(attention: Attention, width: int) -> Iterator[tuple[str, Shape]]:
-    queries, keys = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    yield from _linear(attention.query, queries, width)
-    yield from _linear(attention.key, keys, width)
-    yield from _linear(attention.value, keys, width)
-    yield from _linear(attention.output, width, queries)
-    for norm in (attention.query_norm, attention.key_norm):
-        if norm is not None:
-            yield norm.weight, (attention.head_dim,)
-    if attention.relative_bias is not None:
-        yield attention.relative_bias.table, (attention.relative_bias.buckets, attention.heads)
-
-
-def _linear(linear: Linear, outputs: int, inputs: int) -> Iterator[tuple[str, Shape]]:
-    yield linear.weight, (outputs, inputs)
-    if linear.bias is not None:
-        yield linear.bias, (outputs,)
+        linears += [(layer.mlp.down, width, wide), (layer.mlp.up, wide, width), (layer.mlp.gate, wide, width)]
+    yield from ((norm.weight, (size,)) for norm, size in norms if norm is not None)
+    for linear, outputs, inputs in linears:
+        if linear is not None:
+            yield linear.weight, (outputs, inputs)
+            if linear.bias is not None:
+                yield linear.bias, (outputs,)

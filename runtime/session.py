@@ -101,7 +101,7 @@ class Session:
             calls,
             self._observer,
             scheduler.guarded,
-            PrefixStore[Any](limit) if limit else None,
+            PrefixStore(limit) if limit else None,
         )
         self._closed = False
 

@@ -12,8 +12,9 @@ from safetensors.numpy import save_file
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
 from freeexport.training.exit_modules import own_exit
-from graphs.exit_head import EXIT_MAP, EXIT_NORM, own_shapes
+from graphs.exit_head import EXIT_MAP, EXIT_NORM
 from graphs.families import describe
+from graphs.shapes import own_shapes
 
 EXIT_LAYER, OWN_LAYERS = 1, 2
 

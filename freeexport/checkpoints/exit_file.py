@@ -16,9 +16,9 @@ from graphs.exit_head import (
     OTHER,
     OTHER_BIAS,
     VOCABULARY,
-    own_shapes,
 )
 from graphs.families import describe
+from graphs.shapes import own_shapes
 from graphs.weights import Weights
 from runtime.bundle.manifest import ExitVocabulary
 from runtime.bundle.schema import Reader

@@ -17,7 +17,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from graphs.description import ForeignEncoder
 from graphs.errors import UnsupportedModelError
-from graphs.rewrites.foreign_encoder import adapt_encoder
+from graphs.foreign_encoder import adapt_encoder
 from graphs.weights import WeightFile
 from runtime.bundle.manifest import Precision
 from runtime.engines.onnx import OnnxEngine

@@ -91,7 +91,7 @@ class _Rounder:
     def __init__(self, model: Any, description: Description, engines: EngineOptions) -> None:
         self.weights: dict[str, Rounded] = {}
         used = rounding(engines.target, engines.kernels)
-        self._scheme, self._type = used.scheme, used.scales or FLOAT32
+        self._scheme, self._type = used.scheme, np.dtype(np.float16) if used.products.own else FLOAT32
         self._modules = {
             name: module
             for name, module in _with_4_bits(model, description, engines).items()

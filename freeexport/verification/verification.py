@@ -31,7 +31,7 @@ from freeexport.verification.engines import (
     self_checks,
 )
 from graphs.families import describe
-from graphs.rewrites.widen import fp32_copy
+from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import VERIFICATION, Bundle
 from runtime.bundle.manifest import MANIFEST, ConfidenceMeasure, FloatType, Manifest, Precision

@@ -1,6 +1,6 @@
 """Shared by the two ways to write a decoder in ONNX: norms, attention and the KV cache as an interface, projections,
-rotary tables, relative bias (Raffel et al., JMLR 2020, section 2.1), rows without padding. `ort` uses ONNX Runtime's
-fused operators, `standard` ONNX opset 24. Activations are flat: [M, d] with M = batch * rows."""
+rotary tables, relative bias (Raffel et al., JMLR 2020, section 2.1), rows without padding. Activations are flat: [M, d]
+with M = batch * rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.description import Attention, Linear, Norm, RelativeBias, Rotary
-from graphs.graph import Graph
+from graphs.graph import Dimension, Graph
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,23 @@ def query_key_value(graph: Graph, x: ir.Value, attention: Attention) -> ir.Value
     return stacked_linear(graph, x, [attention.query, attention.key, attention.value])
 
 
+def key_value_inputs(
+    graph: Graph, prefix: str, layer: int | str, attention: Attention, rows: Dimension
+) -> list[ir.Value]:
+    """Inputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
+    shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
+    return [graph.input(f"{prefix}.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+
+
+def key_value_outputs(
+    graph: Graph, prefix: str, layer: int | str, attention: Attention, rows: Dimension, values: Sequence[ir.Value]
+) -> None:
+    """Outputs `{prefix}.{layer}.key|value` [B, kv_heads, rows, head_dim]."""
+    shape: list[Dimension] = ["B", attention.kv_heads, rows, attention.head_dim]
+    for part, value in zip(("key", "value"), values, strict=True):
+        graph.output(f"{prefix}.{layer}.{part}", value, graph.compute, shape)
+
+
 def in_heads(graph: Graph, x: ir.Value, call: Call, heads: int, head_dim: int) -> ir.Value:
     """[M, heads * head_dim] -> [B, heads, rows, head_dim]."""
     shape = graph.op("Concat", [call.size, graph.constant([heads, head_dim])], axis=0)
@@ -102,16 +119,13 @@ def rotary_tables(graph: Graph, rotary: Rotary, positions: int) -> tuple[ir.Valu
     # Angles in float32, as the models were trained and as Hugging Face computes them.
     frequencies = np.asarray(rotary.inverse_frequencies, np.float32)
     angles = np.arange(positions, dtype=np.float32)[:, None] * frequencies[None]
-    key = f"rotary.{positions}.{hash_of(frequencies, rotary.scale)}"
-    return (
-        graph.table(f"{key}.cos", (np.cos(angles) * np.float32(rotary.scale)).astype(np.float32)),
-        graph.table(f"{key}.sin", (np.sin(angles) * np.float32(rotary.scale)).astype(np.float32)),
+    # Equal tables share a name.
+    digest = hashlib.sha256(frequencies.tobytes() + repr(rotary.scale).encode()).hexdigest()[:8]
+    cos, sin = (
+        graph.table(f"rotary.{positions}.{digest}.{name}", (of(angles) * np.float32(rotary.scale)).astype(np.float32))
+        for name, of in (("cos", np.cos), ("sin", np.sin))
     )
-
-
-def hash_of(array: np.ndarray, scale: float) -> str:
-    """A short name for a table: equal tables share it."""
-    return hashlib.sha256(array.tobytes() + repr(scale).encode()).hexdigest()[:8]
+    return cos, sin
 
 
 def query_positions(graph: Graph, call: Call) -> ir.Value:
@@ -126,11 +140,7 @@ def query_positions(graph: Graph, call: Call) -> ir.Value:
 
 def bias_of_distances(graph: Graph, bias: RelativeBias, queries: ir.Value, keys: ir.Value) -> ir.Value:
     """Relative bias [B, heads, rows, T] for query positions int64 [B, rows] and key positions int64 [T]."""
-    reach = bias.max_distance
-    name = f"{bias.table}.by_distance"
-    # The table is tiny and read at once: its expansion replaces it in the bundle.
-    expanded = by_distance(graph.read(bias.table), bias)
-    table = graph.table(name, expanded)
+    reach, table = bias.max_distance, distance_table(graph, bias)
     distance = graph.op("Sub", [graph.op("Unsqueeze", [queries, graph.constant([2])]), keys])  # [B, rows, T]
     if bias.bidirectional:
         low, high = np.int64(-reach), np.int64(reach)
@@ -166,13 +176,15 @@ def by_distance(table: np.ndarray, bias: RelativeBias) -> np.ndarray:
     return np.ascontiguousarray(table[buckets(distance, bias)])
 
 
+def distance_table(graph: Graph, bias: RelativeBias) -> ir.Value:
+    """`by_distance` of a checkpoint's table, which is tiny and read at once: this replaces it in the bundle."""
+    return graph.table(f"{bias.table}.by_distance", by_distance(graph.read(bias.table), bias))
+
+
 @dataclass(frozen=True)
 class Packing:
     """`valid` int64 [N, 2]: sequence and row of each row that counts. `rows` int64 [B * rows]: which of them each row
-    of the call is; of padding, any. `attended`: the same, [B, rows].
-
-    `idle`: there are calls in which no row counts.
-    """
+    of the call is; of padding, any. `attended`: the same, [B, rows]. `idle`: in some calls no row counts."""
 
     valid: ir.Value
     rows: ir.Value

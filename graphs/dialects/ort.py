@@ -9,34 +9,29 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Attention, Norm, RelativeBias
+from graphs.description import Attention, Norm
 from graphs.dialects.base import (
     Call,
     Packing,
     bias_of_distances,
-    by_distance,
+    distance_table,
     flat,
     head_norm,
     in_rows,
+    key_value_inputs,
+    key_value_outputs,
     linear,
     query_key_value,
     query_positions,
     rotary_tables,
 )
-from graphs.errors import GraphError
-from graphs.graph import MICROSOFT, Dimension, Graph
+from graphs.graph import MICROSOFT, Graph
 from runtime.kernels import DOMAIN
 
 
 def fits_head_size(attention: Attention) -> bool:
     """Whether GroupQueryAttention has a kernel for heads of this size."""
     return attention.head_dim % _head_step(attention) == 0
-
-
-def check_head_size(attention: Attention) -> None:
-    """GraphError where GroupQueryAttention has no kernel for heads of this size."""
-    if not fits_head_size(attention):
-        raise GraphError(f"{misfit(attention)}; choose --dialect standard")
 
 
 def misfit(attention: Attention) -> str:
@@ -57,13 +52,7 @@ class OrtDialect:
     `packing`: between attentions there are the rows that count only.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        call: Call,
-        cache_rows: int = 0,
-        packing: Packing | None = None,
-    ) -> None:
+    def __init__(self, graph: Graph, call: Call, cache_rows: int = 0, packing: Packing | None = None) -> None:
         self.graph, self.call, self.cache_rows = graph, call, cache_rows
         # [M, d] -> query, key and value in one, [M, (heads + 2 kv_heads) * head_dim]
         self.project: Callable[[Graph, ir.Value, Attention], ir.Value] = query_key_value
@@ -104,12 +93,10 @@ class OrtDialect:
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph = self.graph
-        heads, kv_heads, size = attention.heads, attention.kv_heads, attention.head_dim
         packed = self.project(graph, x, attention)
         query, key, value = self._split(packed, attention)
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
-        shape: list[Dimension] = ["B", kv_heads, "cache", size]
-        past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        past = key_value_inputs(graph, "past", layer, attention, "cache")
         inputs = [query, key, value, *past, self._last, self._longest, cos, sin, None, self._bias(attention)]
         inputs += [None] * 5 + [self.call.query_lengths]
         out, *present = graph.ops(
@@ -117,33 +104,24 @@ class OrtDialect:
             inputs,
             3,
             MICROSOFT,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
             scale=attention.scale,
             do_rotary=int(attention.rotary is not None),
             local_window_size=attention.window or -1,
         )
-        for part, written in zip(("key", "value"), present, strict=True):
-            graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
-        return self._flat(out, heads * size)
+        key_value_outputs(graph, "present", layer, attention, "cache", present)
+        return self._flat(out, attention)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        graph, call = self.graph, self.call
-        width = attention.heads * attention.head_dim
-        query = self._in_rows(linear(graph, x, attention.query))
-        shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
-        key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
-        out = self._attend(query, key, value, attention, call.cross_lengths, None)
-        return self._flat(out, width)
+        query = self._in_rows(linear(self.graph, x, attention.query))
+        prompt = key_value_inputs(self.graph, "cross", layer, attention, "E")
+        return self._attend([query, *prompt, None, self.call.cross_lengths, None], attention)
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
-        graph, call = self.graph, self.call
-        width = attention.heads * attention.head_dim
-        packed = query_key_value(graph, x, attention)
-        parts = graph.ops("Split", [packed], 3, axis=-1, num_outputs=3)
-        query, key, value = map(self._in_rows, parts)
-        out = self._attend(query, key, value, attention, call.query_lengths, self._bias(attention))
-        return self._flat(out, width)
+        packed = query_key_value(self.graph, x, attention)
+        parts = map(self._in_rows, self.graph.ops("Split", [packed], 3, axis=-1, num_outputs=3))
+        return self._attend([*parts, None, self.call.query_lengths, self._bias(attention)], attention)
 
     def _split(self, packed: ir.Value, attention: Attention) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """GroupQueryAttention takes query, key and value packed, unless a norm stands in between."""
@@ -162,45 +140,30 @@ class OrtDialect:
             return self._packing.in_rows(self.graph, x)
         return in_rows(self.graph, x, self.call)
 
-    def _flat(self, x: ir.Value, width: int) -> ir.Value:
-        """[B, rows, width] -> [M, width]."""
-        return self._packing.packed(self.graph, x) if self._packing is not None else flat(self.graph, x, width)
+    def _flat(self, x: ir.Value, attention: Attention) -> ir.Value:
+        """[B, rows, heads * head_dim] -> [M, heads * head_dim]."""
+        if self._packing is not None:
+            return self._packing.packed(self.graph, x)
+        return flat(self.graph, x, attention.heads * attention.head_dim)
 
-    def _attend(
-        self,
-        query: ir.Value,
-        key: ir.Value,
-        value: ir.Value,
-        attention: Attention,
-        lengths: ir.Value | None,
-        bias: ir.Value | None,
-    ) -> ir.Value:
-        return self.graph.op(
-            "MultiHeadAttention",
-            [query, key, value, None, lengths, bias],
-            MICROSOFT,
-            num_heads=attention.heads,
-            scale=attention.scale,
-        )
+    def _attend(self, inputs: list[ir.Value | None], attention: Attention) -> ir.Value:
+        attributes = {"num_heads": attention.heads, "scale": attention.scale}
+        return self._flat(self.graph.op("MultiHeadAttention", inputs, MICROSOFT, **attributes), attention)
 
     def _bias(self, attention: Attention) -> ir.Value | None:
         """Relative bias over all keys of the call; layers that share a table share the result."""
-        bias = attention.relative_bias
+        graph, bias = self.graph, attention.relative_bias
         if bias is None:
             return None
         if bias.table not in self._biases:
-            self._biases[bias.table] = self._expand(bias)
+            queries = query_positions(graph, self.call)
+            if self.call.past_lengths is None:
+                keys = graph.op("Squeeze", [queries, graph.constant([0])])
+            else:
+                last = graph.cast(self._longest, ir.DataType.INT64)
+                keys = graph.op("Range", [graph.constant(np.int64(0)), last, graph.constant(np.int64(1))])
+            self._biases[bias.table] = bias_of_distances(graph, bias, queries, keys)
         return self._biases[bias.table]
-
-    def _expand(self, bias: RelativeBias) -> ir.Value:
-        graph = self.graph
-        queries = query_positions(graph, self.call)
-        if self.call.past_lengths is None:
-            keys = graph.op("Squeeze", [queries, graph.constant([0])])
-        else:
-            last = graph.cast(self._longest, ir.DataType.INT64)
-            keys = graph.op("Range", [graph.constant(np.int64(0)), last, graph.constant(np.int64(1))])
-        return bias_of_distances(graph, bias, queries, keys)
 
 
 def has_attention_kernel(attention: Attention) -> bool:
@@ -212,53 +175,49 @@ class KernelDialect(OrtDialect):
     """See graphs.dialects.base.Dialect. Attention gives a row the same bits in every call, and takes rows as they stand
     between attentions, with padding or, with `packing`, without."""
 
-    def __init__(self, graph: Graph, call: Call, cache_rows: int, packing: Packing | None) -> None:
-        super().__init__(graph, call, cache_rows, packing)
-        self._tables: dict[str, ir.Value] = {}
-
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
+        graph, call, bias = self.graph, self.call, attention.relative_bias
         rows = self.project(graph, x, attention)
-        shape: list[Dimension] = ["B", kv_heads, "cache", attention.head_dim]
-        past = [graph.input(f"past.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
+        past = key_value_inputs(graph, "past", layer, attention, "cache")
         cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows) if attention.rotary else (None, None)
         norms = (attention.query_norm, attention.key_norm)
         weights = [None if norm is None else graph.weight(norm.weight, dtype=ir.DataType.FLOAT) for norm in norms]
+        table = None if bias is None else distance_table(graph, bias)
         out, *present = graph.ops(
             "CachedAttention",
-            [rows, *past, call.past_lengths, call.query_lengths, cos, sin, self._by_distance(attention), *weights],
+            [rows, *past, call.past_lengths, call.query_lengths, cos, sin, table, *weights],
             3,
             DOMAIN,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
             head_size=attention.head_dim,
             scale=attention.scale,
             window=attention.window or 0,
             packed=int(self._packing is not None),
             epsilon=next((norm.epsilon for norm in norms if norm), 0.0),
         )
-        for part, written in zip(("key", "value"), present, strict=True):
-            graph.output(f"present.{layer}.{part}", written, graph.compute, shape)
-        out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, heads * attention.head_dim])
-        return out
+        key_value_outputs(graph, "present", layer, attention, "cache", present)
+        return self._typed(out, attention)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
-        graph, call, heads, kv_heads = self.graph, self.call, attention.heads, attention.kv_heads
-        width = heads * attention.head_dim
+        graph, call = self.graph, self.call
         rows = linear(graph, x, attention.query)
-        shape: list[Dimension] = ["B", kv_heads, "E", attention.head_dim]
-        prompt = [graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value")]
         out = graph.op(
             "CrossAttention",
-            [rows, *prompt, call.cross_lengths, call.query_lengths],
+            [rows, *key_value_inputs(graph, "cross", layer, attention, "E"), call.cross_lengths, call.query_lengths],
             DOMAIN,
-            num_heads=heads,
-            kv_num_heads=kv_heads,
+            num_heads=attention.heads,
+            kv_num_heads=attention.kv_heads,
             head_size=attention.head_dim,
             scale=attention.scale,
             packed=int(self._packing is not None),
         )
-        out.type, out.shape = ir.TensorType(graph.compute), ir.Shape([None, width])
+        return self._typed(out, attention)
+
+    def _typed(self, out: ir.Value, attention: Attention) -> ir.Value:
+        """ONNX Runtime cannot work it out from an operator that it does not know."""
+        out.type = ir.TensorType(self.graph.compute)
+        out.shape = ir.Shape([None, attention.heads * attention.head_dim])
         return out
 
     def best_two(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
@@ -267,16 +226,3 @@ class KernelDialect(OrtDialect):
         top.type, top.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([None, 2])
         log_sum.type, log_sum.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None])
         return top, log_sum
-
-    def _by_distance(self, attention: Attention) -> ir.Value | None:
-        """The bias of each distance [reach + 1, heads]; layers share a table."""
-        bias = attention.relative_bias
-        if bias is None:
-            return None
-        if bias.table not in self._tables:
-            self._tables[bias.table] = self._table(bias)
-        return self._tables[bias.table]
-
-    def _table(self, bias: RelativeBias) -> ir.Value:
-        table = by_distance(self.graph.read(bias.table), bias)
-        return self.graph.table(f"{bias.table}.by_distance", table)

@@ -12,6 +12,7 @@ from graphs.dialects.base import (
     flat,
     head_norm,
     in_heads,
+    key_value_inputs,
     linear,
     query_key_value,
     query_positions,
@@ -57,16 +58,14 @@ class StandardDialect:
         if attention.rotary:
             cos, sin = rotary_tables(graph, attention.rotary, self.cache_rows)
             query, key = (graph.op("RotaryEmbedding", [part, cos, sin, self._positions]) for part in (query, key))
-        present = [self._extend(layer, "key", key, attention), self._extend(layer, "value", value, attention)]
+        present = [self._extend(f"{layer}.{part}", new, attention) for part, new in (("key", key), ("value", value))]
         mask = self._mask(attention, present[0])
         return self._attend(query, present[0], present[1], mask, attention)
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         graph, call = self.graph, self.call
-        projected = linear(graph, x, attention.query)
-        query = in_heads(graph, projected, call, attention.heads, attention.head_dim)
-        shape: list[Dimension] = ["B", attention.kv_heads, "E", attention.head_dim]
-        key, value = (graph.input(f"cross.{layer}.{part}", graph.compute, shape) for part in ("key", "value"))
+        query = in_heads(graph, linear(graph, x, attention.query), call, attention.heads, attention.head_dim)
+        key, value = key_value_inputs(graph, "cross", layer, attention, "E")
         if self._cross_mask is None:
             assert call.cross_lengths is not None
             self._cross_mask = self._padding_mask(self._key_positions(key), call.cross_lengths)
@@ -86,13 +85,13 @@ class StandardDialect:
             self._masks[name] = mask
         return self._attend(query, key, value, self._masks[name], attention)
 
-    def _extend(self, layer: int | str, part: str, new: ir.Value, attention: Attention) -> ir.Value:
-        """The cache of a layer with the new rows written behind the valid ones."""
+    def _extend(self, name: str, new: ir.Value, attention: Attention) -> ir.Value:
+        """A cache with the new rows written behind the valid ones."""
         graph = self.graph
         shape: list[Dimension] = ["B", attention.kv_heads, self._rows, attention.head_dim]
-        past = graph.input(f"past.{layer}.{part}", graph.compute, shape)
+        past = graph.input(f"past.{name}", graph.compute, shape)
         present = graph.op("TensorScatter", [past, new, self._past], axis=2, mode="linear")
-        graph.output(f"present.{layer}.{part}", present, graph.compute, shape)
+        graph.output(f"present.{name}", present, graph.compute, shape)
         return present
 
     def _mask(self, attention: Attention, keys: ir.Value) -> ir.Value:

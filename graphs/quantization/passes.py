@@ -3,11 +3,11 @@ stands before and behind a product on our own operators becomes part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.tape import Tape
@@ -42,24 +42,25 @@ class Part:
         return {"N": self.outputs, "K": self.inputs, "bits": bits, "block_size": self.stored.block}
 
 
-class Products(Protocol):
-    """`domain`: of its operators. `beside`: one may read two weights of two formats."""
+class Products:
+    """Operators that multiply with quantized weights. `domain` is theirs. `own`: they are ours (docs/precision.md),
+    which read weights in panels, and may read two weights of two formats."""
 
-    domain: str
-    beside: bool
+    domain = ""
+    own = False
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         """Replace Gemm(x, W, bias) `node` by operators on `tape` that read the quantized weight. `parts`: its
-        outputs; one, or two where `beside`."""
-        ...
+        outputs; one, or two where they are our `own`."""
+        raise NotImplementedError
 
 
-class OrtProducts:
+class OrtProducts(Products):
     """ONNX Runtime's MatMulNBits. It rounds activations by row and block, so that k rows at once are k single rows
     (DynamicQuantizeMatMul has one scale for all), and does not saturate on processors without VNNI (docs/precision.md).
     `rounds_activations`, as a CPU wants it; a GPU has no use for that."""
 
-    domain, beside = MICROSOFT, False
+    domain = MICROSOFT
 
     def __init__(self, rounds_activations: bool = True) -> None:
         self._attributes = {"accuracy_level": INT8_ACTIVATIONS} if rounds_activations else {}
@@ -72,22 +73,20 @@ class OrtProducts:
         return tape.op("Add", [made, bias[0]]) if bias and bias[0] is not None else made
 
 
-class PackedProducts:
-    """Our own operators, which read weights packed (docs/precision.md)."""
+class PackedProducts(Products):
+    """PackedLinear."""
 
-    domain, beside = DOMAIN, True
+    domain, own = DOMAIN, True
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *bias = node.inputs
-        first, *rest = parts
         given: list[ir.Value | None] = [None] * INPUTS
         given[X], given[BIAS] = x, bias[0] if bias else None
-        attributes = first.attributes
-        for place, operand in zip(WEIGHT, OPERANDS, strict=True):
-            given[place] = first.operands.get(operand)
-        for second in rest:
-            for place, operand in zip(UP, OPERANDS, strict=True):
-                given[place] = second.operands.get(operand)
+        attributes = parts[0].attributes
+        for part, places in zip(parts, (WEIGHT, UP), strict=False):
+            for place, operand in zip(places, OPERANDS, strict=True):
+                given[place] = part.operands.get(operand)
+        for second in parts[1:]:
             attributes |= {f"up_{name}": value for name, value in second.attributes.items() if name != "K"}
         made = tape.op("PackedLinear", given, attributes, domain=DOMAIN)
         # ONNX Runtime cannot work it out from an operator that it does not know.
@@ -96,10 +95,8 @@ class PackedProducts:
         return made
 
 
-class WidenedProducts:
+class WidenedProducts(Products):
     """Weights that are widened before: TensorRT reads them rounded and widens them as it computes."""
-
-    domain, beside = "", False
 
     def product(self, tape: Tape, node: ir.Node, parts: Sequence[Part]) -> ir.Value:
         x, _, *rest = node.inputs
@@ -160,73 +157,58 @@ class QuantizeLinears(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name} still reads a weight that was rounded as it was")
 
     def _parts(self, tensor: ir.LazyTensor) -> list[ir.LazyTensor]:
-        """A weight as it is, or, where what it is stacked of is to have two formats, that of each."""
+        """A weight as it is, or, where the tensors that it is stacked of are to have two formats, those of each."""
         names = str(tensor.name).split(STACK)
-        if not self._products.beside or len({self._wanted(name) for name in names}) == 1:
+        rows = tensor.meta.get(STACK, [tensor.shape.numpy()[0]])
+        runs = [list(run) for _, run in groupby(zip(names, rows, strict=True), key=lambda part: self._wanted(part[0]))]
+        if not self._products.own or len(runs) != 2:
             return [tensor]
         if self._wanted(names[0]) == "int4" and self._quantizer.keeps(tensor):
             return [tensor]
-        return _by_format(tensor, self._wanted)
+        parts, start = [], 0
+        for run in runs:
+            end = start + sum(count for _, count in run)
+            name, shape = STACK.join(name for name, _ in run), ir.Shape((end - start, *tensor.shape.numpy()[1:]))
+            parts.append(ir.LazyTensor(partial(_rows_of, tensor, start, end), tensor.dtype, shape, name=name))
+            parts[-1].meta[STACK] = [count for _, count in run]
+            start = end
+        return parts
 
     def _store(self, tensor: ir.LazyTensor) -> Stored:
-        first = _first(str(tensor.name))
+        first = str(tensor.name).split(STACK)[0]
         of_checkpoint = first != self._head and not first.startswith(EXIT)
         return self._quantizer.store(tensor, self._wanted(first), of_checkpoint)
 
     def _replace(self, graph: ir.Graph, node: ir.Node, tensors: list[ir.LazyTensor], stored: list[Stored]) -> None:
-        tape = Tape()
-        parts = []
+        tape, parts = Tape(), []
         for tensor, each in zip(tensors, stored, strict=True):
             operands = {name: external(graph, operand) for name, operand in each.operands.items()}
             parts.append(Part(each, operands, *tensor.shape.numpy()))
         made = self._products.product(tape, node, parts)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [made])
 
-    def _higher(self) -> Iterator[HigherTensor]:
-        for name, stored in self._stored.items():
-            wanted = self._wanted(_first(name))
-            if stored.format != wanted:
-                yield HigherTensor(self._engine, name, wanted, stored.format, stored.lost)
-            elif wanted != self._linears and name != self._head:
-                yield HigherTensor(self._engine, name, self._linears, wanted, None)
-
     def _record(self) -> None:
-        precision = EnginePrecision(
-            engine=self._engine,
-            linears=self._linears,
-            head=self._stored[self._head].format if self._head in self._stored else None,
-            bytes=sum(stored.bytes for stored in self._stored.values()),
-            largest_error=max((stored.error for stored in self._stored.values()), default=0.0),
-            kept=sum(len(name.split(STACK)) for name, stored in self._stored.items() if stored.kept),
+        stored, head = list(self._stored.values()), self._stored.get(self._head)
+        self._quantizer.engines.append(
+            EnginePrecision(
+                engine=self._engine,
+                linears=self._linears,
+                head=None if head is None else head.format,
+                bytes=sum(each.bytes for each in stored),
+                largest_error=max((each.error for each in stored), default=0.0),
+                kept=sum(len(name.split(STACK)) for name, each in self._stored.items() if each.kept),
+            )
         )
-        self._quantizer.record(precision, list(self._higher()))
+        for name, each in self._stored.items():
+            wanted = self._wanted(name.split(STACK)[0])
+            if each.format != wanted:
+                self._quantizer.higher.append(HigherTensor(self._engine, name, wanted, each.format, each.lost))
+            elif wanted != self._linears and name != self._head:
+                self._quantizer.higher.append(HigherTensor(self._engine, name, self._linears, wanted, None))
 
 
 def _gemms(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "Gemm"]
-
-
-def _first(name: str) -> str:
-    """Names of the tensors that a weight is stacked of."""
-    return name.split(STACK)[0]
-
-
-def _by_format(tensor: ir.LazyTensor, wanted: Callable[[str], TensorFormat]) -> list[ir.LazyTensor]:
-    """A weight as it is, or, where the tensors that it is stacked of are to have two formats, those of each."""
-    names = str(tensor.name).split(STACK)
-    rows = tensor.meta.get(STACK, [tensor.shape.numpy()[0]])
-    runs = [list(run) for _, run in groupby(zip(names, rows, strict=True), key=lambda part: wanted(part[0]))]
-    if len(runs) != 2:
-        return [tensor]
-    parts, start = [], 0
-    for run in runs:
-        end = start + sum(count for _, count in run)
-        name, shape = STACK.join(name for name, _ in run), ir.Shape((end - start, *tensor.shape.numpy()[1:]))
-        part = partial(_rows_of, tensor, start, end)
-        parts.append(ir.LazyTensor(part, tensor.dtype, shape, name=name))
-        parts[-1].meta[STACK] = [count for _, count in run]
-        start = end
-    return parts
 
 
 def _rows_of(tensor: ir.LazyTensor, start: int, end: int) -> ir.TensorProtocol:
@@ -246,16 +228,21 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"{self._table} is not read by one Gather")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
+        graph, tape = model.graph, Tape()
         (node,) = self._lookups(graph)
-        tensor = unread(node.inputs[0])
+        tensor, index = unread(node.inputs[0]), node.inputs[1]
         assert tensor is not None
-        tape = Tape()
         head = self._quantizer.store(tensor, "int8-block") if self._tied else None
-        if head is not None and head.rounded:
-            rows = _packed_rows(tape, graph, node, head)
+        stored = head if head is not None and head.rounded else self._quantizer.store_table(tensor)
+        data, scales = (external(graph, part) for part in stored.operands.values())
+        if stored is head:
+            outputs, inputs = tensor.shape.numpy()
+            attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
+            rows = tape.op("PackedRows", [index, data, scales], attributes, domain=DOMAIN)
+            rows.type, rows.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, inputs])
         else:
-            rows = _table_rows(tape, graph, node, self._quantizer.store_table(tensor))
+            attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}
+            rows = tape.op("GatherBlockQuantized", [data, index, scales], attributes, domain=MICROSOFT)
         ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, node.outputs, [rows])
         graph.opset_imports.update({made.domain: 1 for made in tape.nodes})
         drop_unused(graph)
@@ -270,64 +257,33 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         return [node for node, tensor in found if tensor is not None and tensor.name == self._table]
 
 
-def _table_rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> ir.Value:
-    data, scales = (external(graph, part) for part in stored.operands.values())
-    attributes = {"bits": 8, "block_size": stored.block, "gather_axis": 0, "quantize_axis": 1}
-    return tape.op("GatherBlockQuantized", [data, node.inputs[1], scales], attributes, domain=MICROSOFT)
-
-
-def _packed_rows(tape: Tape, graph: ir.Graph, node: ir.Node, stored: Stored) -> ir.Value:
-    table = node.inputs[0]
-    assert table is not None
-    assert table.shape is not None
-    outputs, inputs = table.shape.numpy()
-    data, scales = (external(graph, part) for part in stored.operands.values())
-    attributes = {"N": outputs, "K": inputs, "block_size": stored.block}
-    made = tape.op("PackedRows", [node.inputs[1], data, scales], attributes, domain=DOMAIN)
-    made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([None, inputs])
-    return made
-
-
 class FuseProducts(ir.passes.InPlacePass):
     """Before: PackedLinear of x alone, with norms, activations and gates as operators of their own.
     After: an activation and a gate that nothing else reads, and a norm that one product reads, are part of it."""
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        for node in _products(graph):
-            _with_activation(graph, node)
-        for node in _products(graph):
-            _with_gate(graph, node)
-        for node in _products(graph):
-            _with_norm(graph, node)
+        for fuse in (_with_activation, _with_gate, _with_norm):
+            for node in [node for node in model.graph if _is_product(node)]:
+                fuse(model.graph, node)
         return ir.passes.PassResult(model, modified=True)
 
 
 def _with_activation(graph: ir.Graph, node: ir.Node) -> None:
-    """PackedLinear -> activation."""
-    found = _activation_of(node.outputs[0])
-    if found is None:
-        return
-    name, nodes = found
-    node.attributes["activation"] = ir.AttrString("activation", name)
-    _take_over(graph, node.outputs[0], nodes[-1].outputs[0], nodes)
-
-
-def _activation_of(product: ir.Value) -> tuple[str, list[ir.Node]] | None:
-    """The activation of a product that nothing else reads: its name, and its nodes in order."""
-    readers = _readers(product)
-    if len(readers) == 1:
-        (reader,) = readers
-        if reader.op_type == "Relu":
-            return "relu", [reader]
-        if reader.op_type == "Gelu" and reader.attributes.get_string("approximate", "none") == "tanh":
-            return "gelu-tanh", [reader]
-    if len(readers) == 2:
-        by_type = {reader.op_type: reader for reader in readers}
-        sigmoid, times = by_type.get("Sigmoid"), by_type.get("Mul")
-        if sigmoid and times and _readers(sigmoid.outputs[0]) == [times]:
-            return "silu", [sigmoid, times]
-    return None
+    """PackedLinear -> activation that nothing else reads."""
+    readers = _readers(node.outputs[0])
+    by_type = {reader.op_type: reader for reader in readers}
+    name, nodes = "", list[ir.Node]()
+    if len(readers) == 1 and "Relu" in by_type:
+        name, nodes = "relu", readers
+    elif len(readers) == 1 and "Gelu" in by_type:
+        name = "gelu-tanh" if readers[0].attributes.get_string("approximate", "none") == "tanh" else ""
+        nodes = readers
+    elif len(readers) == 2 and by_type.keys() == {"Sigmoid", "Mul"}:
+        nodes = [by_type["Sigmoid"], by_type["Mul"]]
+        name = "silu" if _readers(nodes[0].outputs[0]) == nodes[1:] else ""
+    if name:
+        node.attributes["activation"] = ir.AttrString("activation", name)
+        _take_over(graph, node.outputs[0], nodes[-1].outputs[0], nodes)
 
 
 def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
@@ -338,7 +294,10 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
     (times,) = readers
     (other,) = (value for value in times.inputs if value is not node.outputs[0])
     up = other.producer() if other is not None else None
-    if up is None or not _may_be_up(up, node) or _readers(up.outputs[0]) != [times]:
+    if up is None or not _is_product(up) or "activation" in up.attributes or _readers(up.outputs[0]) != [times]:
+        return
+    same = up.inputs[X] is node.inputs[X] and up.attributes.get_int("N") == node.attributes.get_int("N")
+    if not same or len(up.inputs) > INPUTS or (len(up.inputs) > BIAS and up.inputs[BIAS] is not None):
         return
     node.resize_inputs(INPUTS)
     for place, part in zip(UP, WEIGHT, strict=True):
@@ -346,12 +305,6 @@ def _with_gate(graph: ir.Graph, node: ir.Node) -> None:
     for name in ("bits", "block_size"):
         node.attributes[f"up_{name}"] = ir.AttrInt64(f"up_{name}", up.attributes.get_int(name, 0))
     _take_over(graph, node.outputs[0], times.outputs[0], [up, times])
-
-
-def _may_be_up(up: ir.Node, gate: ir.Node) -> bool:
-    plain = "activation" not in up.attributes and len(up.inputs) <= INPUTS and _input(up, BIAS) is None
-    same = up.inputs[X] is gate.inputs[X] and up.attributes.get_int("N") == gate.attributes.get_int("N")
-    return _is_product(up) and plain and same
 
 
 def _with_norm(graph: ir.Graph, node: ir.Node) -> None:
@@ -380,10 +333,6 @@ def _with_norm(graph: ir.Graph, node: ir.Node) -> None:
         graph.remove(norm, safe=True)
 
 
-def _products(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if _is_product(node)]
-
-
 def _is_product(node: ir.Node) -> bool:
     return node.op_type == "PackedLinear" and node.domain == DOMAIN
 
@@ -391,10 +340,6 @@ def _is_product(node: ir.Node) -> bool:
 def _readers(value: ir.Value) -> list[ir.Node]:
     """Each node once, though it may read the value twice."""
     return list(dict.fromkeys(use.node for use in value.uses()))
-
-
-def _input(node: ir.Node, place: int) -> ir.Value | None:
-    return node.inputs[place] if place < len(node.inputs) else None
 
 
 def _take_over(graph: ir.Graph, value: ir.Value, old: ir.Value, nodes: Sequence[ir.Node]) -> None:

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
-import numpy as np
-import onnx_ir as ir
-
 from graphs.description import Description
 from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
-from graphs.quantization.passes import FuseProducts, OrtProducts, PackedProducts, Products, WidenedProducts
-from graphs.quantization.quantizer import Layout, as_rounded
-from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme, packed
+from graphs.quantization.passes import OrtProducts, PackedProducts, Products, WidenedProducts
+from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme
 from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, TensorFormat
 
 
@@ -47,17 +43,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How a target has weights rounded: plans by precision; the scheme; the products that read
-    them, and the layout and scales that these want. `embedding`: the table that tokens are looked up in is rounded
-    too. `fusions`: passes over the graphs with these products."""
+    """How a target has weights rounded: plans by precision, the scheme, and the products that read them. `embedding`:
+    the table that tokens are looked up in is rounded too."""
 
     plans: dict[Precision, Plan]
     scheme: Scheme
     products: Products
     embedding: bool = False
-    layout: Layout = as_rounded
-    scales: np.dtype | None = None
-    fusions: tuple[type[ir.passes.InPlacePass], ...] = ()
 
     def plan(self, precision: Precision, head: HeadPrecision | None) -> Plan | None:
         """None for a precision that rounds nothing."""
@@ -74,19 +66,9 @@ _BLOCKS: dict[Precision, Plan] = {
     "int4": Plan("int8-block", "int4", "int4", "int8-block"),
 }
 _CPU = Rounding(
-    {**_BLOCKS, "mixed": Plan("int8-block", "int4", "int8-block", "int8-block")},
-    IntegerScheme(),
-    OrtProducts(),
-    embedding=True,
+    {**_BLOCKS, "mixed": Plan("int8-block", "int4", "int8-block", "int8-block")}, IntegerScheme(), OrtProducts(), True
 )
-_CPU_OWN = replace(
-    _CPU,
-    scheme=IntegerScheme(offsets=True),
-    products=PackedProducts(),
-    layout=packed,
-    scales=np.dtype(np.float16),
-    fusions=(FuseProducts,),
-)
+_CPU_OWN = replace(_CPU, scheme=IntegerScheme(offsets=True), products=PackedProducts())
 # Of quantized weights MatMulNBits alone has a kernel there that reads them as they are.
 _CUDA = Rounding(_BLOCKS, IntegerScheme(blocks=()), OrtProducts(rounds_activations=False))
 _TENSORRT = Rounding(

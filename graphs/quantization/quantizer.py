@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
@@ -11,20 +11,18 @@ import numpy as np
 import onnx_ir as ir
 
 from graphs.graph import STACK
-from graphs.quantization.rounding import BLOCK, Rounded, Scheme, round_4_bits, side_by_side
+from graphs.quantization.rounding import BITS, BLOCK, Rounded, Scheme, in_panels, round_4_bits, side_by_side
 from graphs.weights import WeightFile
-from runtime.bundle.manifest import EnginePrecision, HigherTensor, Quantization, TensorFormat
+from runtime.bundle.manifest import EnginePrecision, HigherTensor, TensorFormat
 
 FLOATS: dict[ir.DataType, TensorFormat] = {
     ir.DataType.FLOAT: "fp32",
     ir.DataType.FLOAT16: "fp16",
     ir.DataType.BFLOAT16: "bf16",
 }
-
-
 # Errors of weights that had 4 bits already, and were not rounded; a bell loses 0.078.
 KEPT = 0.01
-# Of an operator that multiplies with a quantized weight, in this order.
+# Operands of an operator that multiplies with a quantized weight, in this order.
 OPERANDS = ("data", "scales", "zero_points", "offsets")
 
 
@@ -51,34 +49,24 @@ class Stored:
         return self.format == "int4" and self.error <= KEPT
 
 
-# Of a quantized weight, its inputs and its format: the same weight as it is written.
-Layout = Callable[[Rounded, int, TensorFormat], Rounded]
-
-
-def as_rounded(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
-    """The layout of ONNX Runtime's and TensorRT's operators."""
-    return rounded
-
-
 class Quantizer:
-    """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `layout`
-    is that of the weights of linear layers, and `scales` the type of their scales, None for the weight's own. `given`:
-    weights that are in 4 bits already, by the names of their tensors."""
+    """Rounds tensors one at a time into a weight file, each once a format, and remembers what became of them. `own`:
+    linear layers in the layout of our own operators, with scales in fp16; else scales are of the weight's type.
+    `given`: weights that are in 4 bits already, by the names of their tensors."""
 
     def __init__(
         self,
         weights: WeightFile,
         scheme: Scheme,
-        layout: Layout = as_rounded,
-        scales: np.dtype | None = None,
+        own: bool = False,
         given: Mapping[str, Rounded] = MappingProxyType({}),
     ) -> None:
-        self._given = given
-        self._weights, self._scheme, self._layout, self._scales = weights, scheme, layout, scales
+        self._weights, self._scheme, self._own, self._given = weights, scheme, own, given
         self._stored: dict[tuple[str, TensorFormat], Stored] = {}
         self._kept = False
-        self._engines: list[EnginePrecision] = []
-        self._higher: list[HigherTensor] = []
+        # What engines came to, for the manifest.
+        self.engines: list[EnginePrecision] = []
+        self.higher: list[HigherTensor] = []
 
     def store(self, tensor: ir.LazyTensor, wanted: TensorFormat, of_checkpoint: bool = False) -> Stored:
         """A tensor [outputs, inputs] as `wanted`, or as the next format that keeps it within its limit. One
@@ -93,7 +81,10 @@ class Quantizer:
 
     def keeps(self, tensor: ir.LazyTensor) -> bool:
         """Whether a tensor has 4 bits already, which stay as they are."""
-        return self._scheme.keeps(tensor.numpy(), self._scales or tensor.dtype.numpy())
+        return self._scheme.keeps(tensor.numpy(), self._scales(tensor))
+
+    def _scales(self, tensor: ir.LazyTensor) -> np.dtype:
+        return np.dtype(np.float16) if self._own else tensor.dtype.numpy()
 
     def store_table(self, tensor: ir.LazyTensor) -> Stored:
         """A table [rows, d] whose rows are looked up: uint8 [rows, d] in blocks, and their scales."""
@@ -107,24 +98,14 @@ class Quantizer:
             self._stored[key] = self._write(key[0], "int8-block", table, block, rounded.error)
         return self._stored[key]
 
-    def record(self, precision: EnginePrecision, higher: list[HigherTensor]) -> None:
-        """Note what an engine came to, for the manifest."""
-        self._engines.append(precision)
-        self._higher.extend(higher)
-
-    @property
-    def report(self) -> Quantization:
-        return Quantization(tuple(self._engines), tuple(self._higher))
-
     def _choose(self, name: str, tensor: ir.LazyTensor, wanted: TensorFormat, kept_alone: bool) -> Stored:
         format_: TensorFormat | None = wanted
-        scheme = self._scheme
-        lost: float | None = None
+        scheme, lost = self._scheme, None
         # What a graph reads is float32, whatever type it is written in.
         array = tensor.numpy()
         fitted = any(part in self._given for part in name.split(STACK))
         while format_ is not None and format_ in scheme.limits:
-            rounded, block = scheme.round(array, format_, self._scales or tensor.dtype.numpy())
+            rounded, block = scheme.round(array, format_, self._scales(tensor))
             lost = rounded.error if lost is None else lost
             limit = KEPT if format_ == "int4" and kept_alone and not fitted else scheme.limits[format_]
             if rounded.error <= limit:
@@ -133,8 +114,9 @@ class Quantizer:
                     # What verification may find is what the format loses; a fitted weight is further off, its outputs
                     # less.
                     rounded, block = replace(self._fitted(tensor, array), error=rounded.error), BLOCK
-                written = self._layout(rounded, array.shape[1], format_)
-                return self._write(name, format_, written, block, lost)
+                if self._own:
+                    rounded = in_panels(rounded, array.shape[1], BITS[format_])
+                return self._write(name, format_, rounded, block, lost)
             format_ = scheme.higher.get(format_)
         return Stored(FLOATS[tensor.dtype], {}, 0, tensor.nbytes, lost or 0.0, 0.0)
 
@@ -142,20 +124,17 @@ class Quantizer:
         """The tensors that a weight is stacked of as they were given; those that were not, as without text."""
         parts, start = [], 0
         for name, rows in zip(str(tensor.name).split(STACK), tensor.meta.get(STACK, [len(array)]), strict=True):
-            plain = array[start : start + rows]
             given = self._given.get(name)
-            parts.append(given or round_4_bits(plain, BLOCK, self._scales or tensor.dtype.numpy()))
+            parts.append(given or round_4_bits(array[start : start + rows], BLOCK, self._scales(tensor)))
             start += rows
         return side_by_side(parts)
 
     def _write(self, name: str, format_: TensorFormat, rounded: Rounded, block: int, lost: float) -> Stored:
         parts = {part: getattr(rounded, part) for part in OPERANDS}
+        add, given = self._weights.add, {part: array for part, array in parts.items() if array is not None}
         operands = {
-            part: self._weights.add(
-                f"{name}.{format_}.{part}", ir.DataType.from_numpy(array.dtype), partial(np.asarray, array)
-            )
-            for part, array in parts.items()
-            if array is not None
+            part: add(f"{name}.{format_}.{part}", ir.DataType.from_numpy(array.dtype), partial(np.asarray, array))
+            for part, array in given.items()
         }
         size = sum(tensor.nbytes for tensor in operands.values())
         return Stored(format_, operands, block, size, lost, rounded.error)

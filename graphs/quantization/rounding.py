@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -58,7 +58,7 @@ def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
 
     A value v stands for (v - 128) * scale. The last block is filled up with zeros.
     """
-    data = np.empty(_blocked(weight, block), np.uint8)
+    data = np.empty((len(weight), -(-weight.shape[1] // block), block), np.uint8)
     scales = np.empty(data.shape[:2], type_)
     lost = 0.0
     for rows in pieces(weight):
@@ -77,10 +77,8 @@ def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
 
     A value v stands for (v - zero point) * scale. Of two values in a byte, the first is in the low half.
     """
-    outputs, blocks, _ = _blocked(weight, block)
-    values = np.empty((outputs, blocks, block), np.uint8)
-    scales = np.empty((outputs, blocks), type_)
-    zeros = np.empty((outputs, blocks), np.uint8)
+    values = np.empty((len(weight), -(-weight.shape[1] // block), block), np.uint8)
+    scales, zeros = np.empty(values.shape[:2], type_), np.empty(values.shape[:2], np.uint8)
     lost = 0.0
     for rows in pieces(weight):
         values[rows], scales[rows], zeros[rows], errors = best_range(in_blocks(weight[rows], block), type_)
@@ -113,11 +111,15 @@ def best_range(
     low, high = np.minimum(piece.min(-1), 0), np.maximum(piece.max(-1), 0)
     best = _round_between(piece, low, high, type_, importance)
     for clip in CLIPS[1:]:
-        found = _round_between(piece, low * np.float32(clip), high * np.float32(clip), type_, importance)
-        better = found[-1] < best[-1]
-        for chosen, candidate in zip(best, found, strict=True):
-            chosen[better] = candidate[better]
+        _keep_better(best, _round_between(piece, low * np.float32(clip), high * np.float32(clip), type_, importance))
     return best
+
+
+def _keep_better(best: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> None:
+    """Take over the blocks whose errors, the last array, are smaller."""
+    better = found[-1] < best[-1]
+    for chosen, candidate in zip(best, found, strict=True):
+        chosen[better] = candidate[better]
 
 
 def _round_between(
@@ -155,17 +157,10 @@ def _pack(values: np.ndarray) -> np.ndarray:
     return packed
 
 
-def _blocked(weight: np.ndarray, block: int) -> tuple[int, int, int]:
-    outputs, inputs = weight.shape
-    return outputs, -(-inputs // block), block
-
-
 def in_blocks(rows: np.ndarray, block: int) -> np.ndarray:
     """[n, inputs] -> [n, blocks, block], the last block filled up with zeros."""
-    count, blocks, _ = _blocked(rows, block)
-    padded = np.zeros((count, blocks * block), np.float32)
-    padded[:, : rows.shape[1]] = rows
-    return padded.reshape(count, blocks, block)
+    padded = np.pad(np.asarray(rows, np.float32), ((0, 0), (0, -rows.shape[1] % block)))
+    return padded.reshape(len(rows), -1, block)
 
 
 def at_least(exact: np.ndarray, type_: np.dtype) -> np.ndarray:
@@ -282,10 +277,7 @@ def _best_clip(piece: np.ndarray, type_: np.dtype) -> tuple[np.ndarray, np.ndarr
     # -8 has no counterpart: of the two ends, the larger one may reach it.
     best = _round(piece, peak / 7, type_)
     for end in (7.5, *(7 / clip for clip in CLIPS[1:])):
-        found = _round(piece, peak / np.float32(end), type_)
-        better = found[-1] < best[-1]
-        for chosen, candidate in zip(best, found, strict=True):
-            chosen[better] = candidate[better]
+        _keep_better(best, _round(piece, peak / np.float32(end), type_))
     return best
 
 
@@ -304,11 +296,6 @@ BITS: dict[TensorFormat, int] = {"int4": 4, "int8-block": 8}
 PANEL, GROUP = 16, 32
 
 
-def packed(rounded: Rounded, inputs: int, format_: TensorFormat) -> Rounded:
-    """See graphs.quantization.quantizer.Layout."""
-    return in_panels(rounded, inputs, BITS[format_])
-
-
 def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
     """A weight [outputs, inputs] of `round_4_bits` or `round_8_bits`: `data` uint8 [panels, groups, bytes], `scales`,
     `offsets` and uint8 `zero_points` [panels, blocks, 16]. The last panel is filled up with outputs of scale 0."""
@@ -316,23 +303,18 @@ def in_panels(rounded: Rounded, inputs: int, bits: int) -> Rounded:
     panels, groups = -(-outputs // PANEL), -(-inputs // GROUP)
     data = np.zeros((panels * PANEL, groups, GROUP * bits // 8), np.uint8)
     for rows in pieces(rounded.data.reshape(outputs, -1)):
-        data[rows] = _halves(rounded.data[rows], groups, bits)
+        piece = rounded.data[rows]
+        values = (piece if bits == 8 else unpacked(piece)).reshape(len(piece), -1)[:, : groups * GROUP]
+        if bits == 4:  # the even quads of inputs low, the odd ones high
+            quads = values.reshape(len(piece), groups, GROUP // 8, 2, 4)
+            values = quads[..., 0, :] | quads[..., 1, :] << 4
+        data[rows] = values.reshape(len(piece), groups, -1)
     # [panel, output, group, quad, byte] -> [panel, group, quad, output, byte]
     ordered = data.reshape(panels, PANEL, groups, bits, 4).transpose(0, 2, 3, 1, 4)
     zeros = None if rounded.zero_points is None else _by_panel(unpacked(rounded.zero_points)[:, :blocks], panels)
     packed = np.ascontiguousarray(ordered).reshape(panels, groups, -1)
     offsets = None if rounded.offsets is None else _by_panel(rounded.offsets, panels)
     return Rounded(packed, _by_panel(rounded.scales, panels), zeros, rounded.error, offsets)
-
-
-def _halves(data: np.ndarray, groups: int, bits: int) -> np.ndarray:
-    """[n, blocks, bytes] -> uint8 [n, groups, bytes]: of 4 bits the even quads of inputs low, the odd ones high."""
-    values = (data if bits == 8 else unpacked(data)).reshape(len(data), -1)[:, : groups * GROUP]
-    if bits == 8:
-        return values.reshape(len(data), groups, GROUP)
-    quads = values.reshape(len(data), groups, GROUP // 8, 2, 4)
-    halves: np.ndarray = (quads[..., 0, :] | quads[..., 1, :] << 4).reshape(len(data), groups, -1)
-    return halves
 
 
 def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:
@@ -342,52 +324,26 @@ def _by_panel(values: np.ndarray, panels: int) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(panels, PANEL, -1).transpose(0, 2, 1))
 
 
-class Scheme(Protocol):
-    """`limits`: relative errors of a weight above which it gets the `higher` format, or stays as it is where there is
-    none."""
-
-    @property
-    def limits(self) -> Mapping[TensorFormat, float]: ...
-
-    @property
-    def higher(self) -> Mapping[TensorFormat, TensorFormat]: ...
-
-    def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
-        """[outputs, inputs] float32 in a format, with scales of that type; and how many inputs share one, 0 for all."""
-        ...
-
-    def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
-        """Whether a weight has 4 bits already, which `round` leaves as they are."""
-        ...
-
-
-# Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
-LIMITS: dict[TensorFormat, float] = {"int4": 0.12, "int8-block": 0.03}
-HIGHER: dict[TensorFormat, TensorFormat] = {"int4": "int8-block"}
 # 4 bits come in blocks of 32, or larger ones where a weight bears it: 16 would take half as long again.
 BLOCK, LARGER_BLOCKS, EASY = 32, (64, 128), 0.06
-# 8 bits come in the largest of these that divides the inputs, else in blocks of 32: fewer scales are faster, and lose
-# hardly more (docs/precision.md).
-BLOCKS_OF_8_BITS = (128, 64)
 
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """For operators that read weights in blocks. `blocks`: of 8 bits, besides 32. `offsets`: of 4 bits they read those
-    too."""
+    """For operators that read weights in blocks. `blocks`: of 8 bits the largest that divides the inputs, else 32;
+    fewer scales are faster, and lose hardly more (docs/precision.md). `offsets`: of 4 bits they read those too.
 
-    blocks: tuple[int, ...] = BLOCKS_OF_8_BITS
+    `limits`: relative errors of a weight above which it gets the `higher` format, or stays as it is where there is
+    none. Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
+    """
+
+    blocks: tuple[int, ...] = (128, 64)
     offsets: bool = False
-
-    @property
-    def limits(self) -> Mapping[TensorFormat, float]:
-        return LIMITS
-
-    @property
-    def higher(self) -> Mapping[TensorFormat, TensorFormat]:
-        return HIGHER
+    limits: ClassVar[Mapping[TensorFormat, float]] = {"int4": 0.12, "int8-block": 0.03}
+    higher: ClassVar[Mapping[TensorFormat, TensorFormat]] = {"int4": "int8-block"}
 
     def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
+        """[outputs, inputs] float32 in a format, with scales of that type; and how many inputs share one, 0 for all."""
         if format_ == "int8-block":
             block = next((size for size in self.blocks if weight.shape[1] % size == 0), BLOCK)
             return round_8_bits(weight, block, scales), block
@@ -403,32 +359,24 @@ class IntegerScheme:
         return rounded, block
 
     def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
+        """Whether a weight has 4 bits already, which `round` leaves as they are."""
         return on_grid(weight, BLOCK, scales, self.offsets) is not None
 
 
-# What a bell loses here: 0.10 in 4 bits, 0.026 in fp8, 0.008 in 8 bits.
-SYMMETRIC_LIMITS: dict[TensorFormat, float] = {"int4": 0.15, "fp8": 0.05, "int8": 0.03}
-# The largest block that divides the inputs: TensorRT takes no part of one.
-SYMMETRIC_BLOCKS = (64, 32)
-
-
-@dataclass(frozen=True)
 class SymmetricScheme:
     """For weights that a graph widens before a product: DequantizeLinear, without zero points, which TensorRT does not
-    take."""
+    take. A bell loses 0.10 in 4 bits, 0.026 in fp8, 0.008 in 8 bits."""
 
-    @property
-    def limits(self) -> Mapping[TensorFormat, float]:
-        return SYMMETRIC_LIMITS
-
-    @property
-    def higher(self) -> Mapping[TensorFormat, TensorFormat]:
-        return {"int4": "int8"}
+    limits: ClassVar[Mapping[TensorFormat, float]] = {"int4": 0.15, "fp8": 0.05, "int8": 0.03}
+    higher: ClassVar[Mapping[TensorFormat, TensorFormat]] = {"int4": "int8"}
+    # The largest block that divides the inputs: TensorRT takes no part of one.
+    blocks = (64, 32)
 
     def round(self, weight: np.ndarray, format_: TensorFormat, scales: np.dtype) -> tuple[Rounded, int]:
+        """See IntegerScheme."""
         if format_ != "int4":
             return round_rows(weight, format_, scales), 0
-        block = next((size for size in SYMMETRIC_BLOCKS if weight.shape[1] % size == 0), 0)
+        block = next((size for size in self.blocks if weight.shape[1] % size == 0), 0)
         if not block:
             nothing = np.empty(0, np.int8)
             return Rounded(nothing, nothing, None, error=1.0), 0
@@ -436,3 +384,6 @@ class SymmetricScheme:
 
     def keeps(self, weight: np.ndarray, scales: np.dtype) -> bool:
         return False
+
+
+Scheme = IntegerScheme | SymmetricScheme

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -73,7 +72,12 @@ def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
     network = builder.create_network(flags)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(graph)):
-        refused = [_parser_error(parser.get_error(index)) for index in range(parser.num_errors)]
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        refused = [
+            f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'}): "
+            f"{' '.join(error.desc().split())[:300]}"
+            for error in errors
+        ]
         raise BuildError(
             f"TensorRT {trt.__version__} cannot parse {graph.name}: {'; '.join(refused) or 'no reason given'}; "
             "convert with --target tensorrt, or use a newer TensorRT"
@@ -82,19 +86,12 @@ def parse(trt: Any, builder: Any, log: Any, graph: Path) -> tuple[Any, Any]:
     return network, parser
 
 
-def _parser_error(error: Any) -> str:
-    where = f"node {error.node_name() or error.node()} ({error.node_operator() or 'no operator'})"
-    return f"{where}: {' '.join(error.desc().split())[:300]}"
-
-
 def dimensions(graph: Path) -> dict[str, list[int | str]]:
     """The shape of each input of an ONNX file, dimensions by name where they are free."""
-    inputs = ir.load(graph).graph.inputs
-    return {str(value.name): [_dimension(size) for size in value.shape or ()] for value in inputs}
-
-
-def _dimension(size: int | ir.SymbolicDim) -> int | str:
-    return size if isinstance(size, int) else str(size.value)
+    return {
+        str(value.name): [size if isinstance(size, int) else str(size.value) for size in value.shape or ()]
+        for value in ir.load(graph).graph.inputs
+    }
 
 
 def add_profiles(builder: Any, config: Any, shapes: dict[str, list[int | str]], profiles: Sequence[Profile]) -> None:
@@ -107,47 +104,36 @@ def add_profiles(builder: Any, config: Any, shapes: dict[str, list[int | str]], 
         config.add_optimization_profile(added)
 
 
-@dataclass
-class Phase:
-    """A phase under way: its parent's name, how many steps it has, and how many are done."""
-
-    parent: str | None
-    steps: int
-    done: int = 0
-
-
 class Phases:
-    """The fraction of a build that is done, from its phases: never less than before."""
+    """The fraction of a build that is done, from its nested phases: never less than before."""
 
     def __init__(self) -> None:
-        self._phases: dict[str, Phase] = {}
+        self._parents: dict[str, str | None] = {}
+        self._steps: dict[str, tuple[int, int]] = {}  # done, of how many
         self._reached = 0.0
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
-        self._phases[name] = Phase(parent, max(1, steps))
+        self._parents[name], self._steps[name] = parent, (0, max(1, steps))
 
     def step(self, name: str, step: int) -> float:
-        phase = self._phases.get(name)
-        if phase is not None:
-            phase.done = max(phase.done, min(phase.steps, step + 1))
-        self._reached = max(self._reached, self._fraction())
+        if name in self._steps:
+            done, steps = self._steps[name]
+            self._steps[name] = max(done, min(steps, step + 1)), steps
+        roots = [self._done(name) for name, parent in self._parents.items() if parent not in self._parents]
+        self._reached = max([self._reached, *roots])
         return self._reached
 
     def finish(self, name: str) -> float:
-        self._phases.pop(name, None)
-        if not self._phases:
+        self._parents.pop(name, None)
+        if not self._parents:
             self._reached = 1.0
         return self._reached
 
-    def _fraction(self) -> float:
-        """Each phase adds a share of the step of its parent that is under way."""
-        roots = [name for name, phase in self._phases.items() if phase.parent not in self._phases]
-        return max((self._of(name) for name in roots), default=0.0)
-
-    def _of(self, name: str) -> float:
-        phase = self._phases[name]
-        inner = [self._of(child) for child, other in self._phases.items() if other.parent == name]
-        return min(1.0, (phase.done + max(inner, default=0.0)) / phase.steps)
+    def _done(self, name: str) -> float:
+        """The share of a phase: its children add a share of the step that is under way."""
+        inner = [self._done(child) for child, parent in self._parents.items() if parent == name]
+        done, steps = self._steps[name]
+        return min(1.0, (done + max(inner, default=0.0)) / steps)
 
 
 def monitor_of(trt: Any, report: Callable[[float], None]) -> Any:
@@ -209,27 +195,38 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
     EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
     graph is refused.
     """
-    check_target(bundle.manifest)
+    if bundle.manifest.target != "tensorrt":
+        raise BuildError(
+            f"this bundle was converted for {bundle.manifest.target}; convert again with --target tensorrt"
+        )
     trt = import_tensorrt()
+    log = logger_of(trt)
+    try:
+        builder = trt.Builder(log)
+    except TypeError:  # its constructor gave nothing
+        raise BuildError(
+            f"TensorRT {trt.__version__} cannot start: {log.reason()}; building needs an NVIDIA GPU and a driver that "
+            "fits (see nvidia-smi)"
+        ) from None
     directory = bundle.path / DIRECTORY
     directory.mkdir(exist_ok=True)
-    workshop = Workshop(trt, options.timing_cache or directory / f"timing-{architecture()}-trt{trt.__version__}.cache")
+    timings = options.timing_cache or directory / f"timing-{architecture()}-trt{trt.__version__}.cache"
     built = []
-    for file in engine_files(bundle.manifest):
-        plan = plan_of(bundle, Path(file).stem, str(trt.__version__), options)
-        found = _reusable(directory, plan)
-        if found is None:
-            found = workshop.build(bundle, plan, directory, report)
-            remove_stale(directory, plan)
-        report(plan.engine, 1.0)
-        built.append(found)
+    for engine in (Path(file).stem for file in engine_files(bundle.manifest)):
+        plan = plan_of(bundle, engine, str(trt.__version__), options)
+        path = directory / plan.file
+        found = read_record(path)
+        if found is not None and found.plan == plan and is_whole(path, found, "full"):
+            built.append(Built(**vars(found), reused=True))
+        else:
+            built.append(_build(trt, builder, log, bundle.engine(engine), path, plan, timings, report))
+            # Others of the same name and GPU: of other weights, shapes, or another TensorRT.
+            for other in directory.glob(f"{engine}-*-{plan.architecture}-*.engine"):
+                if other != path:
+                    other.unlink()
+                    record_of(other).unlink(missing_ok=True)
+        report(engine, 1.0)
     return built
-
-
-def check_target(manifest: Manifest) -> None:
-    """BuildError for a bundle whose graphs TensorRT does not take."""
-    if manifest.target != "tensorrt":
-        raise BuildError(f"this bundle was converted for {manifest.target}; convert again with --target tensorrt")
 
 
 def plan_of(bundle: Bundle, engine: str, version: str, options: BuildOptions) -> Plan:
@@ -239,71 +236,36 @@ def plan_of(bundle: Bundle, engine: str, version: str, options: BuildOptions) ->
     return Plan(engine, digest, version, architecture(), profiles, options.version_compatible)
 
 
-class Workshop:
-    """A TensorRT builder with its log and the timing cache that its builds share."""
-
-    def __init__(self, trt: Any, timing_cache: Path) -> None:
-        self._trt, self._timing_cache = trt, timing_cache
-        self._log = logger_of(trt)
-        try:
-            self._builder = trt.Builder(self._log)
-        except TypeError:  # its constructor gave nothing
-            raise BuildError(
-                f"TensorRT {trt.__version__} cannot start: {self._log.reason()}; building needs an NVIDIA GPU and a "
-                "driver that fits (see nvidia-smi)"
-            ) from None
-
-    def build(self, bundle: Bundle, plan: Plan, directory: Path, report: Report) -> Built:
-        """One engine, written to `directory` with its plan when it is whole."""
-        began = perf_counter()
-        self._log.errors.clear()
-        graph = bundle.engine(plan.engine)
-        network, parser = parse(self._trt, self._builder, self._log, graph)
-        config = self._builder.create_builder_config()
-        add_profiles(self._builder, config, dimensions(graph), plan.profiles)
-        monitor = monitor_of(self._trt, lambda done: report(plan.engine, done))
-        config.progress_monitor = monitor
-        if plan.version_compatible:
-            config.set_flag(self._trt.BuilderFlag.VERSION_COMPATIBLE)
-        with self._timings(config):
-            serialized = self._builder.build_serialized_network(network, config)
-        if monitor.error is not None:
-            raise monitor.error
-        if serialized is None:
-            raise BuildError(f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {self._log.reason()}")
-        del parser, network
-        data = memoryview(serialized)
-        built = EngineFile(plan, data.nbytes, hashlib.sha256(data).hexdigest(), perf_counter() - began)
-        _write(directory / plan.file, data)
-        _write(record_of(directory / plan.file), built.to_json().encode())
-        return Built(**vars(built))
-
-    @contextmanager
-    def _timings(self, config: Any) -> Iterator[None]:
-        """Measurements of kernels that earlier builds made here, and those of this one for the next."""
-        known = self._timing_cache.read_bytes() if self._timing_cache.is_file() else b""
-        cache = config.create_timing_cache(known)
-        if cache is None or not config.set_timing_cache(cache, False):
-            # Another device's, or damaged.
-            cache = config.create_timing_cache(b"")
-            config.set_timing_cache(cache, False)
-        yield
-        _write(self._timing_cache, memoryview(cache.serialize()))
-
-
-def remove_stale(directory: Path, plan: Plan) -> None:
-    """Remove other engines of the same name and GPU: of other weights, shapes, or another TensorRT."""
-    for path in directory.glob(f"{plan.engine}-*-{plan.architecture}-*.engine"):
-        if path.name != plan.file:
-            path.unlink()
-            record_of(path).unlink(missing_ok=True)
-
-
-def _reusable(directory: Path, plan: Plan) -> Built | None:
-    path = directory / plan.file
-    found = read_record(path)
-    whole = found is not None and found.plan == plan and is_whole(path, found, "full")
-    return Built(**vars(found), reused=True) if found is not None and whole else None
+def _build(
+    trt: Any, builder: Any, log: Any, graph: Path, path: Path, plan: Plan, timings: Path, report: Report
+) -> Built:
+    """Write one engine to `path`, with its record when it is whole."""
+    began = perf_counter()
+    log.errors.clear()
+    network, parser = parse(trt, builder, log, graph)
+    config = builder.create_builder_config()
+    add_profiles(builder, config, dimensions(graph), plan.profiles)
+    monitor = monitor_of(trt, lambda done: report(plan.engine, done))
+    config.progress_monitor = monitor
+    if plan.version_compatible:
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    # Measurements of kernels that earlier builds made here, and those of this one for the next.
+    cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
+    if cache is None or not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(b"")  # another device's, or damaged
+        config.set_timing_cache(cache, False)
+    serialized = builder.build_serialized_network(network, config)
+    _write(timings, memoryview(cache.serialize()))
+    if monitor.error is not None:
+        raise monitor.error
+    if serialized is None:
+        raise BuildError(f"TensorRT {plan.tensorrt} cannot build {plan.engine}.onnx: {log.reason()}")
+    del parser, network
+    data = memoryview(serialized)
+    built = EngineFile(plan, data.nbytes, hashlib.sha256(data).hexdigest(), perf_counter() - began)
+    _write(path, data)
+    _write(record_of(path), built.to_json().encode())
+    return Built(**vars(built))
 
 
 def _write(path: Path, data: memoryview | bytes) -> None:

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+
 from graphs.widen import widen
 
 BF16 = ir.DataType.BFLOAT16

@@ -79,22 +79,16 @@ def test_token_and_confidence_are_those_of_the_logits(name: str, measure: str, d
     pair = pair_of(bundle(BY_NAME[name], 1, dialect=dialect, confidence=measure), rows=1)
     ids, lengths = tokens(40)
     shallow = pair.shallow(ids, lengths)
-    for outputs in (shallow, pair.deep(shallow["hidden"], lengths)):
+    deep = pair.deep(shallow["hidden"], lengths)
+    # The pair asks for the nats of token 0.
+    np.testing.assert_allclose(deep["nll"], -log_softmax(deep["logits"])[:, 0], atol=1e-4, rtol=0)
+    for outputs in (shallow, deep):
         expected = CONFIDENCES[measure](np.exp(log_softmax(outputs["logits"])))
         assert np.ptp(expected) > 0.1
         np.testing.assert_allclose(outputs["confidence"], expected, atol=1e-5, rtol=0)
         np.testing.assert_array_equal(outputs["token"], outputs["logits"].argmax(-1))
         assert (outputs["confidence"] >= 0).all()
         assert (outputs["confidence"] <= 1).all()
-
-
-@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-untied-many-eos"])
-def test_nll_is_that_of_the_emitted_token(name: str, bundle: Bundles) -> None:
-    pair = pair_of(bundle(BY_NAME[name]), rows=1)
-    ids, lengths = tokens(12)
-    outputs = pair.deep(pair.shallow(ids, lengths)["hidden"], lengths)
-    # The pair asks for token 0.
-    np.testing.assert_allclose(outputs["nll"], -log_softmax(outputs["logits"])[:, 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["t5-relu-tied", "qwen3"])
@@ -121,15 +115,10 @@ def llama(checkpoint: Callable[[Case], Path]) -> Description:
     return describe(source.config, source)
 
 
-@pytest.mark.parametrize("exit_layer", [-1, 0, 5, 99])
-def test_an_exit_layer_outside_the_model_is_refused_with_the_range(exit_layer: int, llama: Description) -> None:
-    with pytest.raises(GraphError, match=f"exit layer {exit_layer} .*5 decoder layers.*choose 1 to 4"):
-        EngineOptions(exit_layer, capacity=64).check(llama)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        *(({"exit_layer": n, "capacity": 64}, f"exit layer {n} .*5 decoder layers.*choose 1 to 4") for n in (0, 5)),
         ({"capacity": 0}, "capacity 0 .*1 to 512"),
         ({"capacity": 513}, "capacity 513 .*1 to 512"),
         ({"capacity": 64, "max_pending": 0}, "max_pending 0 .*1 to 256"),
@@ -140,7 +129,7 @@ def test_options_out_of_range_are_refused_with_the_range(
     options: dict[str, Any], message: str, llama: Description
 ) -> None:
     with pytest.raises(GraphError, match=message):
-        EngineOptions(1, **options).check(llama)
+        EngineOptions(**{"exit_layer": 1, **options}).check(llama)
 
 
 @pytest.mark.parametrize("head_dim", [12, 24, 100])

@@ -56,7 +56,9 @@ def test_the_shallow_head_has_the_exits_norm_and_adapter(
     plain = open_checkpoint(str(checkpoint(LLAMA)))
     width = int(plain.config["hidden_size"])
     source = WithExit(plain, width)
-    description = with_exit(describe(plain.config, plain), source)
+    own = describe(plain.config, plain)
+    assert with_exit(own, plain) is own
+    description = with_exit(own, source)
     with WeightFile(tmp_path / "weights.data") as weights:
         builder = EngineBuilder(description, EngineOptions(1, 32, 4, dialect=dialect), source, weights, tmp_path)
         builder.shallow()
@@ -76,9 +78,3 @@ def test_the_shallow_head_has_the_exits_norm_and_adapter(
     adapted = hidden + (inner / (1 + np.exp(-inner))) @ source.exit[ADAPTER_UP].T
     expected = rms(adapted, source.exit[EXIT_NORM], head.norm.epsilon) @ plain.read(head.weight).T
     np.testing.assert_allclose(out["logits"], expected, rtol=1e-4, atol=1e-4)
-
-
-def test_without_exit_parameters_the_description_is_unchanged(checkpoint: Callable[[Case], Path]) -> None:
-    plain = open_checkpoint(str(checkpoint(LLAMA)))
-    description = describe(plain.config, plain)
-    assert with_exit(description, plain) is description

@@ -18,10 +18,10 @@ from graphs.engine_options import EngineOptions
 from graphs.engines import EngineBuilder
 from graphs.errors import GraphError
 from graphs.families import describe
-from graphs.head import UNKNOWN
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import ConfidenceMeasure, File, Manifest, Precision
+from runtime.text.sampler import UNKNOWN
 
 BY_NAME = {case.name: case for case in CASES}
 KNOWN = tuple(range(1, VOCAB_SIZE, 7))

@@ -85,8 +85,3 @@ def test_predictions_are_those_of_the_logits(measure: str, bundle: Bundles) -> N
         np.testing.assert_allclose(found["confidence"], expected[measure], atol=1e-5)
     # The pair asks for the nats of token 0.
     np.testing.assert_allclose(deep["nll"], -np.log(probabilities[:, 0]), atol=1e-4)
-
-
-def test_heads_without_a_kernel_keep_onnx_runtimes_attention(bundle: Bundles) -> None:
-    path = bundle(BY_NAME["t5-relu-tied"], 1, **OWN)  # whose heads have 8 values
-    assert {"GroupQueryAttention", "MultiHeadAttention", "PackedLinear"} <= kinds(path, "deep")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -12,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from checkpoints import CASES, LARGER, Bundles
-from engine_cases import every, pair_of, tokens
+from engine_cases import pair_of, tokens
 from linear_case import BIAS, FLOAT, WEIGHT, normal
 from onnx_ir.tape import Tape
 from tensor_source import Source
@@ -55,17 +54,6 @@ def product(
     return lambda rows: session.run(["y"], {"x": rows})[0]
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("format_", "tolerance"), [("int8-block", 0.015), ("int4", 0.12)])
-def test_products_are_near_the_exact_ones(
-    format_: TensorFormat, tolerance: float, bias: bool, weights: WeightFile
-) -> None:
-    x = normal(9, 40, seed=2)
-    ours, exact = product(weights, format_, bias)(x), x @ WEIGHT.T + (BIAS if bias else 0)
-    error = np.linalg.norm(ours - exact) / np.linalg.norm(exact)
-    assert 1e-4 < error < tolerance
-
-
 def test_sums_of_8_bits_do_not_saturate_on_any_processor(weights: WeightFile) -> None:
     """As they do by row without VNNI, where weights and activations are as large as they may be."""
     run = product(weights, "int8-block", weight=np.ones((24, 40), np.float32))
@@ -74,17 +62,13 @@ def test_sums_of_8_bits_do_not_saturate_on_any_processor(weights: WeightFile) ->
 
 
 @pytest.mark.parametrize("format_", ["int8-block", "int4"])
-def test_a_row_is_what_it_is_alone(format_: TensorFormat, weights: WeightFile) -> None:
-    run, x = product(weights, format_), normal(16, 40, seed=2)
-    x[3] *= 1000  # one scale for all rows would round the others away
-    together = run(x)
-    for row in range(len(x)):
-        # On AVX2 alone, MatMulNBits adds the blocks of one row in another order than those of several.
-        np.testing.assert_allclose(together[row], run(x[row : row + 1])[0], rtol=0, atol=1e-5 * np.abs(x[row]).max())
-
-
-@pytest.mark.parametrize("format_", ["int8-block", "int4"])
-def test_no_rows_and_rows_of_zeros(format_: TensorFormat, weights: WeightFile) -> None:
+def test_products_are_near_the_exact_ones_also_of_no_rows_and_of_zeros(
+    format_: TensorFormat, weights: WeightFile
+) -> None:
+    run = product(weights, format_, bias=True)
+    x, tolerance = normal(9, 40, seed=2), {"int8-block": 0.015, "int4": 0.12}[format_]
+    exact = x @ WEIGHT.T + BIAS
+    assert 1e-4 < np.linalg.norm(run(x) - exact) / np.linalg.norm(exact) < tolerance
     run = product(weights, format_)
     assert run(np.zeros((0, 40), np.float32)).shape == (0, 24)
     for value in (0.0, 1e-42):  # and rows whose scale vanishes
@@ -104,23 +88,19 @@ def model_of(weights: WeightFile, **attributes: int) -> ir.Model:
     return ir.Model(graph, ir_version=IR_VERSION)
 
 
-def test_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
-    quantizer = Quantizer(weights, IntegerScheme())
-    linears = QuantizeLinears(quantizer, OrtProducts(), "deep", "int4", lambda name: "int4", "head")
+def test_what_is_wanted_in_fp32_stays_and_a_product_of_another_kind_is_refused(weights: WeightFile) -> None:
+    linears = QuantizeLinears(Quantizer(weights, IntegerScheme()), OrtProducts(), "deep", "int4", lambda _: "int4", "")
     with pytest.raises(ir.passes.PreconditionError):
         linears(model_of(weights))
     with pytest.raises(ir.passes.PreconditionError):
         QuantizeEmbedding(Quantizer(weights, IntegerScheme()), "w")(model_of(weights, transB=1))
-
-
-def test_what_is_wanted_in_fp32_stays(weights: WeightFile) -> None:
     model = model_of(weights, transB=1)
     quantizer = Quantizer(weights, IntegerScheme())
     QuantizeLinears(quantizer, OrtProducts(), "deep", "int4", lambda name: "fp32", "head")(model)
     assert [node.op_type for node in model.graph] == ["Gemm"]
-    (engine,) = quantizer.report.engines
+    (engine,) = quantizer.engines
     assert (engine.bytes, engine.largest_error, engine.head) == (24 * 40 * 4, 0.0, None)
-    assert quantizer.report.higher == (HigherTensor("deep", "w", "int4", "fp32", None),)
+    assert quantizer.higher == [HigherTensor("deep", "w", "int4", "fp32", None)]
 
 
 @pytest.mark.parametrize(("width", "block"), [(40, 32), (192, 64), (128, 128)])
@@ -145,44 +125,6 @@ def test_the_embedding_is_read_as_it_was_rounded(width: int, block: int, weights
 
 
 @each_precision
-@pytest.mark.parametrize("name", SELECTION)
-def test_a_sync_pass_of_any_size_equals_single_deep_steps(name: str, precision: str, bundle: Bundles) -> None:
-    pair = pair_of(bundle(BY_NAME[name], 1, precision=precision, **ORT), rows=1)
-    past, longest = 21, 16
-    hidden = pair.shallow(*tokens(past + longest))["hidden"]
-    pair.deep(hidden[:, :past], every(1, past))
-    singles = [pair.deep(hidden[:, row : row + 1], every(1, 1))["logits"][0] for row in range(past, past + longest)]
-    for size in (1, 2, 3, 5, 8, 16):
-        pair.trim(past)
-        together = pair.deep(hidden[:, past : past + size], every(1, size))["logits"]
-        assert_equal_but_for_steps(together, np.stack(singles[:size]))
-
-
-@each_precision
-@pytest.mark.parametrize("name", ["t5-relu-tied", "llama-biases"])
-def test_rows_of_a_ragged_batch_are_what_they_are_alone(name: str, precision: str, bundle: Bundles) -> None:
-    path = bundle(BY_NAME[name], 1, precision=precision, **ORT)
-    ids, lengths = tokens(9, 4, 17)
-    pair = pair_of(path, rows=3)
-    hidden = pair.shallow(ids, lengths)["hidden"]
-    deep = pair.deep(hidden, lengths)["logits"].reshape(3, 17, -1)
-    for row, length in enumerate(lengths):
-        alone = pair_of(path, rows=1)
-        first = alone.shallow(ids[row : row + 1, :length], lengths[row : row + 1])["hidden"]
-        assert_equal_but_for_steps(hidden[row, :length], first[0])
-        assert_equal_but_for_steps(deep[row, :length], alone.deep(first, lengths[row : row + 1])["logits"])
-
-
-def assert_equal_but_for_steps(ours: np.ndarray, theirs: np.ndarray) -> None:
-    """Attention's last bit may tip an activation over to the next of 255 steps, which moves that row a little and,
-    through the cache, those after it. One scale for all rows would move every row."""
-    largest = float(np.abs(theirs).max())
-    np.testing.assert_allclose(ours, theirs, atol=0.03 * largest, rtol=0)
-    rows = np.abs(ours - theirs).reshape(-1, theirs.shape[-1]).max(-1)
-    assert (rows < 1e-4 * largest).mean() >= 0.25
-
-
-@each_precision
 @pytest.mark.parametrize("name", ["t5-gated-untied", "llama-tied"])
 def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, bundle: Bundles) -> None:
     path = bundle(BY_NAME[name], 1, precision=precision, **ORT)
@@ -202,14 +144,6 @@ def test_every_linear_layer_is_rounded_and_reported(name: str, precision: str, b
         assert (engines[engine].head is not None) == (engine in ("shallow", "deep"))
 
 
-def test_the_precisions_take_the_room_they_promise(bundle: Bundles) -> None:
-    case = LARGER[1]
-    formats: dict[str, dict[str, Any]] = {"fp32": {}, **{name: {"precision": name, **ORT} for name in PRECISIONS}}
-    sizes = {name: (bundle(case, 1, **given) / "weights.data").stat().st_size for name, given in formats.items()}
-    assert sizes["int8"] < 0.3 * sizes["fp32"]
-    assert sizes["int4"] < sizes["mixed"] < sizes["int8"]
-
-
 def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> None:
     case = LARGER[1]
     eight, four = (bundle(case, 1, precision="int8", **ORT, **head) for head in ({}, {"head": "int4"}))
@@ -222,6 +156,8 @@ def test_a_head_can_have_4_bits_where_the_rest_is_rounded(bundle: Bundles) -> No
     copies = [sum(copy.bytes for copy in Bundle.open(path).manifest.copies) for path in (eight, four)]
     assert copies[1] == copies[0] / 2
     ids, lengths = tokens(40)
+    sizes = {path: (path / "weights.data").stat().st_size for path in (bundle(case, 1), eight, four)}
+    assert sizes[four] < sizes[eight] < 0.3 * sizes[bundle(case, 1)]
     for path in (eight, four):
         logits = pair_of(path, rows=1).shallow(ids, lengths)["logits"]
         expected = pair_of(bundle(case, 1), rows=1).shallow(ids, lengths)["logits"]

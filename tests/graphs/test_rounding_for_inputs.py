@@ -119,12 +119,6 @@ def test_no_output_is_worse_than_with_plain_rounding(
     )
 
 
-def test_a_weight_that_was_never_read_is_rounded_plainly() -> None:
-    weight, moments = layer(8, 64, 4)
-    found = values_of(round_4_bits_for(weight, np.zeros_like(moments), 32))
-    assert np.linalg.norm(found - weight) <= 1.001 * np.linalg.norm(values_of(round_4_bits(weight, 32)) - weight)
-
-
 def test_rows_do_not_depend_on_the_pieces_they_are_rounded_in(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moments = layer(50, 96, 40)
     whole = round_4_bits_for(weight, moments, 32)

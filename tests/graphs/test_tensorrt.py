@@ -170,21 +170,6 @@ def test_what_the_parser_refuses_is_named_with_its_node(bundle: Bundles) -> None
         pass
 
 
-def test_attention_without_a_kernel_is_an_error_that_says_so(copy_of: Any) -> None:
-    with pytest.raises(BuildError, match=r"cannot build \w+\.onnx: .*Attention"):
-        build(copy_of(BY_NAME["t5-relu-tied"]), BuildOptions(max_batch=1))
-
-
-def test_a_version_compatible_engine_without_the_lean_runtime_is_an_error_that_names_it(copy_of: Any) -> None:
-    """NVIDIA's package brings that library, the TensorRT of these tests does not."""
-    try:
-        (built, *_) = build(copy_of(LLAMA), BuildOptions(max_batch=1, version_compatible=True))
-    except BuildError as error:
-        assert "libnvinfer_lean" in str(error)  # noqa: PT017
-    else:
-        assert built.plan.version_compatible
-
-
 class network_of:
     """The layers of a parsed graph, while the parser that holds their weights lives."""
 

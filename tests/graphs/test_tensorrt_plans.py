@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from checkpoints import CASES, Bundles
@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions, Phases, build, dimensions, plan_of, profiles_of
+from graphs.tensorrt.build import BuildOptions, Phases, build, dimensions, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
-from runtime.tensorrt.files import Plan, Profile, check_version, import_tensorrt, profile_for
+from runtime.tensorrt.files import Plan, Profile, import_tensorrt, profile_for
 
 BY_NAME = {case.name: case for case in CASES}
 T5, LLAMA = BY_NAME["t5-relu-tied"], BY_NAME["llama-tied"]
@@ -33,15 +33,9 @@ def test_every_free_dimension_of_every_engine_has_a_range_in_every_profile(t5: B
         free = {size for shape in shapes.values() for size in shape if isinstance(size, str)}
         for profile in profiles_of(Path(file).stem, t5.manifest, 4):
             assert profile.ranges.keys() == free
+            caches = [shape for name, shape in shapes.items() if name.startswith("past.")]
+            assert all(shape[2] == t5.manifest.capacity + t5.manifest.max_pending for shape in caches)
             assert all(least <= usual <= most for least, usual, most in profile.ranges.values())
-
-
-def test_the_cache_of_a_graph_for_tensorrt_has_one_length(t5: Bundle) -> None:
-    rows = t5.manifest.capacity + t5.manifest.max_pending
-    for engine in ("shallow", "deep"):
-        caches = [shape for name, shape in dimensions(t5.engine(engine)).items() if name.startswith("past.")]
-        assert caches
-        assert all(shape[2] == rows for shape in caches)
 
 
 def test_calls_of_a_session_fit_a_profile(t5: Bundle) -> None:
@@ -83,22 +77,10 @@ def test_an_engine_file_is_named_by_all_that_makes_it(change: dict[str, object])
     assert replace(PLAN, **change).file != PLAN.file == replace(PLAN).file
 
 
-def test_other_weights_are_another_engine(bundle: Bundles) -> None:
-    one, two = (Bundle.open(bundle(LLAMA, layer, target="tensorrt")) for layer in (1, 2))
-    plans = [plan_of(opened, "deep", "11.4.0", BuildOptions()) for opened in (one, two)]
-    assert plans[0].sources_sha256 != plans[1].sources_sha256
-    assert plan_of(one, "deep", "11.4.0", BuildOptions()) == plans[0]
-
-
 @pytest.mark.parametrize("version", ["10.14.1", "9.9", "8.6.1.6"])
-def test_a_tensorrt_without_cache_updates_is_refused(version: str) -> None:
+def test_a_tensorrt_without_cache_updates_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
     with pytest.raises(EngineError, match=rf"TensorRT {version} .*10.15 or newer.*pip install"):
-        check_version(version)
-
-
-def test_a_missing_tensorrt_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorrt", None)
-    with pytest.raises(EngineError, match=r"cannot be imported .*pip install 'freeexport\[tensorrt\]'"):
         import_tensorrt()
 
 
@@ -153,13 +135,7 @@ def test_progress_never_goes_back_and_ends_at_one(events: list[tuple[str, str, s
             reached.append(phases.step(name, number) if kind == "step" else phases.finish(name))
     assert reached == sorted(reached)
     assert reached[-1] == 1.0
-
-
-def test_a_step_counts_as_much_as_its_phase_has_steps() -> None:
-    phases = Phases()
+    phases = Phases()  # a step counts as much as its phase has steps
     phases.start("build", None, 2)
     phases.start("optimize", "build", 4)
-    assert phases.step("optimize", 0) == pytest.approx(1 / 8)
     assert phases.step("optimize", 2) == pytest.approx(3 / 8)
-    phases.finish("optimize")
-    assert phases.step("build", 0) == pytest.approx(1 / 2)

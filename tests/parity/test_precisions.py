@@ -12,6 +12,7 @@ from checkpoints import BY_NAME, PROMPTS, Bundles, Case
 from click.testing import CliRunner
 
 from freeexport.cli import main
+from graphs.quantization.rounding import IntegerScheme
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
@@ -61,9 +62,7 @@ def test_the_standard_dialect_has_no_operators_for_it(
 def test_a_kept_tensor_is_recorded_and_shown(
     checkpoint: Callable[[Case], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from graphs.quantization import rounding
-
-    monkeypatch.setitem(rounding.LIMITS, "int4", 0.0785)
+    monkeypatch.setattr(IntegerScheme, "limits", {**IntegerScheme.limits, "int4": 0.0785})
     arguments = ["convert", str(checkpoint(BY_NAME["llama-tied"])), str(tmp_path / "out"), "--exit-layer", "2"]
     result = CliRunner().invoke(main, [*arguments, "--precision", "int4", "--verify", "none"])
     assert result.exit_code == 0, result.output

@@ -12,8 +12,8 @@ from checkpoints import PROMPTS, Bundles
 from device_cases import LLAMA, MODES, T5, both
 from fake_device import Machine
 from fake_onnxruntime import CPU
-from graphs.widen import fp32_copy
 
+from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.runner import CallEvents, CudaRunner

@@ -35,22 +35,19 @@ def adapt_encoder(model: ir.Model, block: int, weights: WeightFile, compute: ir.
     # Exporters leave stack traces of the machine they ran on.
     ClearMetadataAndDocStringPass()(model)
     graph.name = "encoder"
-    width = _pad_inputs(graph, block)
-    _cut_output(graph, width, compute)
+    _pad(graph, block, compute)
     return _move_weights(graph, weights, compute)
 
 
-def _pad_inputs(graph: ir.Graph, block: int) -> ir.Value:
-    """Compute the padded ids and their mask from the new inputs. Returns E, int64 [1]."""
+def _pad(graph: ir.Graph, block: int, compute: ir.DataType) -> None:
+    """Compute the padded ids and their mask from the new inputs, and give the first E rows in the compute type."""
     old = {value.name: value for value in graph.inputs}
-    tokens = _input("input_ids", ir.DataType.INT64, ["B", "E"])
-    lengths = _input("lengths", ir.DataType.INT32, ["B"])
     old["input_ids"].name, old["attention_mask"].name = "padded_ids", "mask"
+    tokens = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["B", "E"]))
+    lengths = ir.Value(name="lengths", type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape(["B"]))
     tape = Tape()
-    zero, one, size = (
-        constant(graph, f"block.{name}", np.array([number], np.int64))
-        for name, number in (("zero", 0), ("one", 1), ("size", block))
-    )
+    numbers = {"zero": 0, "one": 1, "size": block}
+    zero, one, size = (constant(graph, f"block.{name}", np.array([n], np.int64)) for name, n in numbers.items())
     width = tape.op("Shape", [tokens], {"start": 1, "end": 2})
     # ceil(E / block) * block - E, without a ceiling
     missing = tape.op("Mod", [tape.op("Neg", [width]), size])
@@ -65,19 +62,13 @@ def _pad_inputs(graph: ir.Graph, block: int) -> ir.Value:
     for name, value in (("input_ids", padded), ("attention_mask", mask)):
         ir.convenience.replace_all_uses_with(old[name], value)
     graph.inputs[:] = [tokens, lengths]
-    return width
 
-
-def _cut_output(graph: ir.Graph, width: ir.Value, compute: ir.DataType) -> None:
-    """The first E rows, in the compute type."""
-    padded = graph.outputs[0]
-    assert padded.shape is not None
-    zero, one = graph.initializers["block.zero"], graph.initializers["block.one"]
-    tape = Tape()
-    hidden = tape.op("Slice", [padded, zero, width, one])
+    whole, tape = graph.outputs[0], Tape()
+    assert whole.shape is not None
+    hidden = tape.op("Slice", [whole, zero, width, one])
     hidden = hidden if compute == ir.DataType.FLOAT else tape.op("Cast", [hidden], {"to": int(compute)})
-    padded.name, hidden.name = "padded_hidden", "hidden"
-    hidden.type, hidden.shape = ir.TensorType(compute), ir.Shape(["B", "E", padded.shape[2]])
+    whole.name, hidden.name = "padded_hidden", "hidden"
+    hidden.type, hidden.shape = ir.TensorType(compute), ir.Shape(["B", "E", whole.shape[2]])
     graph.extend(tape.nodes)
     graph.outputs[:] = [hidden]
 
@@ -101,7 +92,3 @@ def _move_weights(graph: ir.Graph, weights: WeightFile, compute: ir.DataType) ->
         ir.convenience.replace_all_uses_with(value, replacement)
         del graph.initializers[str(value.name)]
     return widened
-
-
-def _input(name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

@@ -1,17 +1,44 @@
+"""Relative bias by distance, and rows without padding."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
+import torch
 from onnxruntime import InferenceSession
 from tensor_source import Source
+from transformers.models.t5.modeling_t5 import T5Attention
 
-from graphs.dialects.base import Call, packing
+from graphs.description import RelativeBias
+from graphs.dialects.base import Call, buckets, by_distance, packing
 from graphs.graph import Graph
 from graphs.weights import WeightFile
 
 FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+
+# (buckets, max_distance): T5 and its kin, the test checkpoints, and ones whose logarithms fall on bucket edges.
+SIZES = [(32, 128), (16, 40), (32, 64), (8, 16), (64, 256)]
+REACH = 400
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_buckets_are_those_of_transformers(sizes: tuple[int, int], bidirectional: bool) -> None:
+    distance = np.arange(-REACH, REACH + 1)
+    theirs = T5Attention._relative_position_bucket(torch.from_numpy(distance), bidirectional, *sizes)
+    bias, longest = RelativeBias("table", *sizes, bidirectional=bidirectional), sizes[1]
+    ours = buckets(distance, bias)
+    np.testing.assert_array_equal(ours, theirs.numpy())
+    # Those beyond the longest distance are that one's, so that a table by distance has all of them.
+    assert len(set(ours[: REACH - longest])) == len(set(ours[REACH + longest :])) == 1
+    table = np.random.default_rng(0).standard_normal((sizes[0], 3)).astype(np.float32)
+    expanded = by_distance(table, bias)
+    rows = range(-longest, longest + 1) if bidirectional else range(0, -longest - 1, -1)
+    assert len(expanded) == len(rows)
+    np.testing.assert_array_equal(expanded, table[[ours[REACH + distance] for distance in rows]])
 
 
 def test_rows_that_count_stand_side_by_side_and_find_their_places(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from onnx_ir.tape import Tape
 
 from graphs.errors import GraphError
-from graphs.rewrites.foreign_encoder import adapt_encoder
+from graphs.foreign_encoder import adapt_encoder
 from graphs.weights import WeightFile
 
 BLOCK, VOCAB, WIDTH = 4, 40, 16
@@ -86,21 +86,13 @@ def test_prompts_of_any_length_are_padded_to_whole_blocks(
 
 @pytest.mark.parametrize(("compute", "widened"), [(FLOAT, 0), (FLOAT16, TABLE.nbytes)])
 def test_a_weight_that_the_decoder_has_too_stands_once(compute: ir.DataType, widened: int, tmp_path: Path) -> None:
-    _, bytes_widened, stored = adapted(tmp_path, compute)
+    path, bytes_widened, stored = adapted(tmp_path, compute)
     assert stored == TABLE.size * compute.itemsize
     assert bytes_widened == widened
-
-
-def test_a_table_out_of_range_of_fp16_stays_in_fp32(tmp_path: Path) -> None:
-    model = exported(table=TABLE * 1e6)
-    with WeightFile(tmp_path / "weights.data") as weights:
-        assert adapt_encoder(model, BLOCK, weights, FLOAT16) == 0
+    assert b"somebody" not in path.read_bytes()  # who exported it
+    with WeightFile(tmp_path / "weights.data") as weights:  # out of range of fp16
+        assert adapt_encoder(exported(table=TABLE * 1e6), BLOCK, weights, compute) == 0
         assert weights.bytes == TABLE.nbytes
-
-
-def test_nothing_of_the_exporting_machine_stays_in_the_graph(tmp_path: Path) -> None:
-    path, _, _ = adapted(tmp_path, FLOAT)
-    assert b"somebody" not in path.read_bytes()
 
 
 def test_an_encoder_with_other_inputs_is_refused(tmp_path: Path) -> None:

@@ -1,1 +1,0 @@
-"""(optional step) edits of finished graphs."""
