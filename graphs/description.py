@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["relu", "gelu", "gelu-tanh", "silu"]
+# By their names in config.json.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu-tanh",
+    "gelu_pytorch_tanh": "gelu-tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
 
 
 @dataclass(frozen=True)

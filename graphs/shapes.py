@@ -72,52 +72,36 @@ def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> N
     for name in required:
         if config.get(name) is None:
             raise UnsupportedModelError(f"{name} is missing in the configuration; add it to config.json")
-    _check_values(config)
     for name in ROPE:
-        rope = config.get(name)
-        if rope is not None and not isinstance(rope, Mapping):
-            raise UnsupportedModelError(f"{name} is {_shown(rope)} in the configuration; it must be an object")
-        _check_values(rope or {})
-    _check_heads(config)
-    layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
-    if kinds is not None and (not isinstance(kinds, list) or (layers is not None and len(kinds) != layers)):
-        raise UnsupportedModelError(
-            f"layer_types is {_shown(kinds)} in the configuration; it must name {layers} layers, as num_hidden_layers"
-        )
-
-
-def _check_values(config: Mapping[str, Any]) -> None:
-    for name, most in SIZES.items():
-        value = config.get(name)
-        if value is not None and not (type(value) is int and 1 <= value <= most):
-            raise UnsupportedModelError(
-                f"{name} is {_shown(value)} in the configuration; it must be a whole number from 1 to {most}"
-            )
-    for name, (low, high) in RANGES.items():
-        value = config.get(name)
-        # NaN is in no range.
-        if value is not None and not (type(value) in (int, float) and low < value <= high):
-            raise UnsupportedModelError(
-                f"{name} is {_shown(value)} in the configuration; it must be a number above {low:g}, at most {high:g}"
-            )
-
-
-def _check_heads(config: Mapping[str, Any]) -> None:
+        if config.get(name) is not None and not isinstance(config[name], Mapping):
+            raise _refused(config, name, "it must be an object")
+    for part in (config, *(config.get(name) or {} for name in ROPE)):
+        for name, most in SIZES.items():
+            if part.get(name) is not None and not (type(part[name]) is int and 1 <= part[name] <= most):
+                raise _refused(part, name, f"it must be a whole number from 1 to {most}")
+        for name, (low, high) in RANGES.items():
+            # NaN is in no range.
+            if part.get(name) is not None and not (type(part[name]) in (int, float) and low < part[name] <= high):
+                raise _refused(part, name, f"it must be a number above {low:g}, at most {high:g}")
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    width, size = config.get("hidden_size"), config.get("head_dim")
+    width = config.get("hidden_size")
     if heads and kv_heads and heads % kv_heads:
         raise UnsupportedModelError(
             f"num_attention_heads is {heads} in the configuration, not a multiple of num_key_value_heads, {kv_heads}"
         )
-    if heads and width and not size and width % heads:
+    if heads and width and not config.get("head_dim") and width % heads:
         raise UnsupportedModelError(
             f"hidden_size is {width} in the configuration, not a multiple of num_attention_heads, {heads}; add head_dim"
         )
+    layers, kinds = config.get("num_hidden_layers"), config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or (layers is not None and len(kinds) != layers)):
+        raise _refused(config, "layer_types", f"it must name {layers} layers, as num_hidden_layers")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+def _refused(config: Mapping[str, Any], name: str, wanted: str) -> UnsupportedModelError:
+    text = repr(config[name])
+    shown = text if len(text) <= 40 else text[:37] + "..."
+    return UnsupportedModelError(f"{name} is {shown} in the configuration; {wanted}")
 
 
 def vocabulary_size(weights: Weights, embedding: str, width: int) -> int:

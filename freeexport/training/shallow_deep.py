@@ -187,7 +187,7 @@ class ShallowDeep(nn.Module):
 def exits_of(
     logits: torch.Tensor, known: torch.Tensor | None = None, measure: ConfidenceMeasure = "softmax"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the best token [N] of logits [N, V], and the confidence in it [N], as the engines do (graphs/head.py). Of
+    """Return the best token [N] of logits [N, V], and the confidence in it [N], as engines do (graphs/layers.py). Of
     logits [N, n + 1] of the classes of `known` tokens [n] it is the best known one, of confidence 0 where the class of
     all others is better."""
     chances = logits.float().log_softmax(-1)

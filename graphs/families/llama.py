@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from graphs.description import MLP, Activation, Attention, Decoder, Description, Head, Layer, Linear, Norm, Rotary
+from graphs.description import ACTIVATIONS, MLP, Attention, Decoder, Description, Head, Layer, Linear, Norm, Rotary
 from graphs.errors import UnsupportedModelError
 from graphs.shapes import positive, vocabulary_size
 from graphs.weights import Weights
@@ -18,14 +18,6 @@ from graphs.weights import Weights
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 REQUIRED = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings", "rms_norm_eps")
 EMBEDDING = "model.embed_tokens.weight"
-ACTIVATIONS: dict[str, Activation] = {
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu-tanh",
-    "gelu_pytorch_tanh": "gelu-tanh",
-}
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from graphs.description import (
+    ACTIVATIONS,
     MLP,
-    Activation,
     Attention,
     Decoder,
     Description,
@@ -28,13 +28,6 @@ MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
 REQUIRED = ("d_model", "d_kv", "num_heads", "num_layers", "relative_attention_num_buckets", "layer_norm_epsilon")
 # One matrix, under whichever of its names the checkpoint kept.
 EMBEDDINGS = ("shared.weight", "decoder.embed_tokens.weight", "encoder.embed_tokens.weight")
-ACTIVATIONS: dict[str, Activation] = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu-tanh",
-    "gelu_pytorch_tanh": "gelu-tanh",
-    "silu": "silu",
-}
 
 
 def describe(config: Mapping[str, Any], weights: Weights) -> Description:

@@ -77,7 +77,7 @@ class CudaCall(DeviceCall):
                 "steps of %s run one kernel at a time, as no CUDA graph can be captured: %s", engine.name, text
             )
             engine.graphs_left, self._graph, self._options = 0, 0, engine.run_options(0)
-            engine.session.run_with_iobinding(self._binding, self._options)
+            return self._launch(staging)
         staging.fetch(self._sent, self._fetched)
 
 

@@ -9,14 +9,10 @@ that fails or cannot be done says why, and the others go on. Without a card the 
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -24,6 +20,7 @@ from typing import Any
 
 import click
 
+from freeexport.commands.doctor import examine
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from runtime import Session
@@ -34,7 +31,6 @@ from runtime.errors import DeviceError, FreeExportError
 from runtime.machine.device import Device
 
 DEMO = Path(__file__).parents[2] / "freeexport" / "data" / "g2p"
-PACKAGES = ("onnxruntime", "onnxruntime-gpu", "cuda-bindings", "torch", "transformers", "tensorrt")
 PROMPTS = ("the cat sat on the mat", "a quick brown fox", "it was the best of times", "light travels faster than sound")
 MODES: dict[str, dict[str, Any]] = {"full": {"mode": "full"}, "free": {"threshold": 0.5}, "exits": {"threshold": 0.0}}
 # Session options, each compared with the first: the same tokens, at another speed.
@@ -75,16 +71,8 @@ class Bench:
 
 
 def environment(bench: Bench) -> dict[str, Any]:
-    """Versions, the driver's own report, and whether a CUDA device can be used through cuda-python."""
-    packages, query = {}, ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    for name in PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            packages[name] = importlib.metadata.version(name)
-    found = {"python": platform.python_version(), "platform": platform.platform(), "packages": packages}
-    with suppress(FileNotFoundError):
-        found["nvidia-smi"] = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.strip()
-    providers = import_onnxruntime().get_available_providers()
-    return {**found, "providers": providers, "device": bench.device or f"none: {bench.no_device}"}
+    """The report of `freeexport doctor`, and whether a CUDA device can be used through cuda-python."""
+    return {**examine(), "device": bench.device or f"none: {bench.no_device}"}
 
 
 def correctness(bench: Bench) -> dict[str, Any]:

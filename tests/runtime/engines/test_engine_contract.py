@@ -16,7 +16,6 @@ from checkpoints import CASES, Bundles
 from runtime import Bundle, BundleError, EngineError, Session
 from runtime.bundle.bundle import sha256_of
 from runtime.bundle.manifest import HASH, MANIFEST, _hash
-from runtime.engines.contract import check_contract
 from runtime.engines.onnx import OnnxEngine
 
 BY_NAME = {case.name: case for case in CASES}
@@ -46,25 +45,6 @@ def refusal(path: Path) -> str:
     assert "\n" not in message
     assert MANIFEST in message
     return message
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"precision": "fp32"},
-        {"precision": "int8"},
-        {"precision": "int4"},
-        {"precision": "mixed"},
-        {"precision": "fp16"},
-        {"dialect": "standard"},
-    ],
-    ids=lambda options: next(iter(options.values())),
-)
-@pytest.mark.parametrize("name", ["llama-tied", "t5-relu-tied", "umt5"])
-def test_so_are_those_of_every_precision(name: str, options: dict[str, Any], bundle: Bundles) -> None:
-    opened = Bundle.open(bundle(BY_NAME[name], **options))
-    for graph in opened.path.glob("*.onnx"):
-        check_contract(opened.manifest, graph.stem, OnnxEngine(graph, 1, kernels=opened.manifest.kernels).session)
 
 
 @pytest.mark.parametrize(

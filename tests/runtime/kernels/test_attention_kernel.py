@@ -155,7 +155,7 @@ def crossed(session, rows, key, value, lengths, counts):
 
 
 @pytest.mark.parametrize("size", [40, 48])
-@pytest.mark.parametrize("name", filter(here, ["scalar", *INSTRUCTIONS]))
+@pytest.mark.parametrize("name", list(filter(here, ["scalar", *INSTRUCTIONS])))
 def test_cross_attention_is_that_of_float64_and_a_row_is_what_it_is_alone(name, size, monkeypatch):
     monkeypatch.setenv("FREEEXPORT_INSTRUCTIONS", name)
     rng = np.random.default_rng(6)

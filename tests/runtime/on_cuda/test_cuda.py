@@ -12,8 +12,14 @@ from fake_cuda import Access, FakeCuda, Misuse, Race
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.cuda.driver import Cuda, DeviceArray
+from runtime.cuda.driver import Cuda, DeviceArray, Stream
 from runtime.errors import CapacityError, DeviceError
+
+
+def device(seed: int = 0, **options: Any) -> tuple[FakeCuda, Cuda, Stream]:
+    fake = FakeCuda(seed, **options)
+    cuda = Cuda(0, fake)
+    return fake, cuda, cuda.stream(urgent=True)
 
 
 def upload(cuda: Cuda, array: np.ndarray, stream: Any) -> DeviceArray:
@@ -44,8 +50,7 @@ def test_any_slices_of_any_shape_copy_as_in_numpy(seed: int, data: st.DataObject
         for size in shape[: data.draw(st.integers(0, len(shape)))]
     ]
     key = tuple(parts + [None] * data.draw(st.integers(0, 1)))
-    cuda = Cuda(0, FakeCuda(seed))
-    stream = cuda.stream(urgent=False)
+    _, cuda, stream = device(seed)
     values = np.random.default_rng(seed).standard_normal(shape).astype(np.float16)
     array, other = upload(cuda, values, stream), upload(cuda, values + 1, stream)
     assert array[key].shape == values[key].shape
@@ -63,8 +68,7 @@ def test_what_device_memory_has_no_view_of_is_an_error(key: Any) -> None:
 
 
 def test_arrays_that_do_not_fit_are_not_copied() -> None:
-    cuda = Cuda(0, FakeCuda())
-    stream = cuda.stream(urgent=True)
+    _, cuda, stream = device()
     array = cuda.empty((3, 4), np.float32, stream)
     for other in (cuda.empty((4, 3), np.float32, stream), cuda.empty((3, 4), np.int32, stream)):
         with pytest.raises(ValueError, match="does not fit"):
@@ -84,9 +88,8 @@ def test_a_copy_between_streams_comes_after_what_wrote_its_source(seed: int) -> 
 
 
 def test_the_stand_in_finds_a_race() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    one, two = cuda.stream(urgent=True), cuda.stream(urgent=False)
+    fake, cuda, one = device()
+    two = cuda.stream(urgent=False)
     array = cuda.zeros((8,), np.float32, one)
     read = [Access(array.address, 32, False)]
     with pytest.raises(Race):
@@ -100,9 +103,7 @@ def test_the_stand_in_finds_a_race() -> None:
 
 
 def test_the_stand_in_finds_memory_that_is_gone_or_too_small() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    stream = cuda.stream(urgent=True)
+    fake, cuda, stream = device()
     array = cuda.empty((8,), np.uint8, stream)
     with pytest.raises(Misuse, match="behind the end"):
         stream.copy(array.address, array.address, 9)
@@ -121,9 +122,7 @@ def test_the_stand_in_finds_memory_that_is_gone_or_too_small() -> None:
 
 def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -> None:
     """Or what comes after in the stream would be done in the middle of what is being done."""
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    stream = cuda.stream(urgent=True)
+    fake, cuda, stream = device()
     garbage, done = [cuda.empty((4,), np.uint8, stream)], list[str]()
 
     def work() -> None:
@@ -138,9 +137,7 @@ def test_memory_that_is_collected_while_the_device_works_is_freed_after_that() -
 
 
 def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_next_wanted() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    stream = cuda.stream(urgent=True)
+    fake, cuda, stream = device()
     garbage = [cuda.empty((64,), np.uint8, stream)]
     captures, go_on = threading.Event(), threading.Event()
 
@@ -160,19 +157,8 @@ def test_memory_is_not_freed_while_another_thread_captures_but_when_memory_is_ne
     assert fake.allocated == kept.size
 
 
-def test_garbage_that_is_collected_within_a_call_of_the_device_does_not_wait_for_itself() -> None:
-    """As of Python 3.12 it may be, between any two steps."""
-    cuda = Cuda(0, FakeCuda())
-    garbage = [cuda.empty((64,), np.uint8, cuda.stream(urgent=True))]
-    with cuda._lock, cuda.undisturbed:
-        garbage.clear()
-    cuda.require(cuda.runtime.free_bytes, "all that was collected")
-
-
 def test_closing_frees_everything_once() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    stream = cuda.stream(urgent=True)
+    fake, cuda, stream = device()
     array, pinned = cuda.zeros((8,), np.float32, stream), cuda.pinned(8)
     stream.copy(pinned.ctypes.data, array.address, 8)
     stream.record(cuda.event())
@@ -210,9 +196,8 @@ def test_a_device_that_cannot_be_used_says_why(index: int, driver: int, refused:
 
 
 def test_a_lost_device_says_so_at_every_use_and_can_be_closed() -> None:
-    fake = FakeCuda()
-    cuda = Cuda(0, fake)
-    stream, event = cuda.stream(urgent=True), cuda.event()
+    fake, cuda, stream = device()
+    event = cuda.event()
     array = cuda.zeros((8,), np.float32, stream)
     fake.refuse("cudaEventRecord", "cudaErrorInvalidValue")
     with pytest.raises(DeviceError, match="refused a call"):

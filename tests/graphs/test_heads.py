@@ -1,0 +1,125 @@
+"""Heads of an exit: one that knows some tokens only, and one with a norm and an adapter of its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkpoints import CASES, VOCAB_SIZE, Bundles, Case
+from engine_cases import CONFIDENCES, log_softmax, pair_of, tokens
+
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.verification.engines import EnginePair, encode, sample_batch
+from graphs.description import Description
+from graphs.engine_options import EngineOptions
+from graphs.engines import EngineBuilder
+from graphs.errors import GraphError
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM, with_exit
+from graphs.families import describe
+from graphs.weights import WeightFile
+from runtime.bundle.bundle import Bundle
+from runtime.bundle.manifest import ConfidenceMeasure, Dialect, Precision
+from runtime.text.sampler import UNKNOWN
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA = BY_NAME["llama-tied"]
+KNOWN = tuple(range(1, VOCAB_SIZE, 7))
+Pair = Callable[..., EnginePair]
+
+
+@pytest.fixture
+def pair(bundle: Bundles, tmp_path: Path) -> Pair:
+    """A bundle's engines with another shallow engine."""
+
+    def build(case: Case, description: Description, source: Any, **options: Any) -> EnginePair:
+        known = options.pop("exit_tokens", ())
+        opened = Bundle.open(bundle(case, 1, **options))
+        path = Path(shutil.copytree(opened.path, tmp_path / "copy"))
+        with WeightFile(path / "shallow.data") as weights:
+            engines = EngineOptions(1, 128, exit_tokens=known, **options)
+            EngineBuilder(description, engines, source, weights, path).shallow()
+        changed = Bundle(path, opened.manifest, "")
+        return EnginePair(changed, 1, 1, encode(changed, sample_batch(changed))[0])
+
+    return build
+
+
+def described(case: Case, checkpoint: Callable[[Case], Path]) -> tuple[Description, Checkpoint]:
+    source = open_checkpoint(str(checkpoint(case)))
+    return describe(source.config, source), source
+
+
+@pytest.mark.parametrize("measure", list(CONFIDENCES))
+def test_token_and_confidence_are_those_of_the_known_logits(
+    measure: ConfidenceMeasure, pair: Pair, bundle: Bundles, checkpoint: Callable[[Case], Path]
+) -> None:
+    case, (ids, lengths) = BY_NAME["llama-untied-many-eos"], tokens(40)
+    whole = pair_of(bundle(case, 1, confidence=measure), rows=1).shallow(ids, lengths)
+    found = pair(case, *described(case, checkpoint), confidence=measure, exit_tokens=KNOWN)
+    some, known = found.shallow(ids, lengths), np.array(KNOWN)
+    np.testing.assert_allclose(some["logits"][:, known], whole["logits"][:, known], atol=1e-4)
+    assert (some["logits"][:, np.setdiff1d(np.arange(VOCAB_SIZE), known)] == UNKNOWN).all()
+    np.testing.assert_array_equal(some["token"], known[whole["logits"][:, known].argmax(-1)])
+    expected = CONFIDENCES[measure](np.exp(log_softmax(whole["logits"][:, known])))
+    np.testing.assert_allclose(some["confidence"], expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(some["hidden"], whole["hidden"], atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rounded_heads_know_them_too(precision: Precision, pair: Pair, checkpoint: Callable[[Case], Path]) -> None:
+    found = pair(LLAMA, *described(LLAMA, checkpoint), precision=precision, exit_tokens=KNOWN)
+    outputs = found.shallow(*tokens(40))
+    assert set(outputs["token"]) <= set(KNOWN)
+    np.testing.assert_array_equal(outputs["token"], outputs["logits"].argmax(-1))
+
+
+@pytest.mark.parametrize("known", [(1,), (2, 1), (1, 1), (-1, 2), (1, VOCAB_SIZE)])
+def test_what_is_no_set_of_tokens_is_refused(known: tuple[int, ...], checkpoint: Callable[[Case], Path]) -> None:
+    with pytest.raises(GraphError, match=f"2 to {VOCAB_SIZE} different tokens"):
+        EngineOptions(1, 64, exit_tokens=known).check(described(LLAMA, checkpoint)[0])
+
+
+class WithExit:
+    """A checkpoint with exit parameters of rank 4 beside it."""
+
+    def __init__(self, checkpoint: Checkpoint, width: int) -> None:
+        generator = np.random.default_rng(3)
+        self.checkpoint = checkpoint
+        self.exit = {
+            EXIT_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
+            ADAPTER_NORM: generator.uniform(0.5, 1.5, width).astype(np.float32),
+            ADAPTER_DOWN: generator.standard_normal((4, width)).astype(np.float32),
+            ADAPTER_UP: generator.standard_normal((width, 4)).astype(np.float32),
+        }
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.exit or name in self.checkpoint
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.exit[name].shape if name in self.exit else self.checkpoint.shape(name)
+
+    def read(self, name: str) -> np.ndarray:
+        return self.exit[name] if name in self.exit else self.checkpoint.read(name)
+
+
+def rms(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * weight
+
+
+@pytest.mark.parametrize("dialect", ["ort", "standard"])
+def test_the_shallow_head_has_the_exits_norm_and_adapter(
+    dialect: Dialect, pair: Pair, checkpoint: Callable[[Case], Path]
+) -> None:
+    own, plain = described(LLAMA, checkpoint)
+    assert with_exit(own, plain) is own
+    source, head = WithExit(plain, own.hidden_size), own.decoder.head
+    found = pair(LLAMA, with_exit(own, source), source, dialect=dialect)
+    out = found.shallow(np.array([[5, 9, 7]]), np.array([3]))
+    inner = rms(out["hidden"][0], source.exit[ADAPTER_NORM], head.norm.epsilon) @ source.exit[ADAPTER_DOWN].T
+    adapted = out["hidden"][0] + (inner / (1 + np.exp(-inner))) @ source.exit[ADAPTER_UP].T
+    expected = rms(adapted, source.exit[EXIT_NORM], head.norm.epsilon) @ plain.read(head.weight).T
+    np.testing.assert_allclose(out["logits"], expected, rtol=1e-4, atol=1e-4)
