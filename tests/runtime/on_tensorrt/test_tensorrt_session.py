@@ -11,7 +11,7 @@ from typing import Any
 import fake_device
 import pytest
 from checkpoints import PROMPTS, Bundles
-from device_cases import BY_NAME, LLAMA, MODES, both
+from device_cases import BY_NAME, LLAMA, MODES, T5, both
 
 from graphs.tensorrt.build import BuildOptions, build
 from runtime import Session
