@@ -370,18 +370,6 @@ def test_an_audit_changes_no_token_and_leaves_the_slot_sound(
     assert sum(row[0] for row in session.adaptive_state()["unlabelled"]) == 0
 
 
-def test_a_stream_that_is_closed_early_teaches_what_it_showed(open_session: Open) -> None:
-    session = open_session()
-    with session.stream(PROMPTS[0], **OPTIONS) as stream:
-        assert len(list(islice(stream, 11))) == 11
-    exited = stream.result.exited  # it may have been decoded further than it was read
-    state = session.adaptive_state()
-    assert state["requests"] == 1
-    left = sum(row[0] for row in state["unlabelled"])
-    trailing = next((n for n, exit in enumerate(reversed(exited)) if not exit), 0)
-    assert left == trailing
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
     overlap: bool, open_session: Open, monkeypatch: pytest.MonkeyPatch

@@ -196,17 +196,6 @@ def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeyp
     same(again, open_session(prefix_cache_mb=0).generate(prompt, max_new_tokens=8, mode="full"))
 
 
-def test_samples_of_one_prompt_are_those_without_reuse(open_session: Open) -> None:
-    session, plain = open_session(), open_session(prefix_cache_mb=0)
-    options: dict[str, Any] = {"temperature": 1.0, "seed": 4, "max_new_tokens": 20, "ignore_eos": True}
-    for _ in range(2):
-        ours, theirs = (each.generate_best(SYSTEM, 4, threshold=0.2, **options) for each in (session, plain))
-        for mine, alone in zip(ours, theirs, strict=True):
-            same(mine, alone)
-    for mine in ours:  # each left what it generated
-        assert session.generate([*SYSTEM, *mine.token_ids], threshold=0.2, **options).stats.cached_tokens >= 48
-
-
 @pytest.mark.parametrize("name", [LLAMA, T5])
 def test_salts_share_nothing_with_others(name: str, open_session: Open) -> None:
     session = open_session(name)

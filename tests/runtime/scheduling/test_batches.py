@@ -169,21 +169,6 @@ def test_a_prompt_that_does_not_fit_fails_and_the_others_finish(open_session: Op
     assert "\n" not in str(failed.value)
 
 
-def test_a_callback_that_raises_fails_its_prompt_only(open_session: Open) -> None:
-    session = open_session()
-
-    def picky(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        if ids[0, 0] == LISTED[3][0] and ids.shape[1] > 5:
-            raise ValueError("not this one")
-        return scores
-
-    alone = session.generate(LISTED[0], max_new_tokens=8, ignore_eos=True)
-    with pytest.raises(BatchError, match=r"1 of 4 .* prompt 3: ValueError: not this one") as failed:
-        session.generate(LISTED[:4], max_new_tokens=8, ignore_eos=True, logits_processor=picky)
-    assert failed.value.results[0].token_ids == alone.token_ids
-    assert session.generate(LISTED[:4], max_new_tokens=2)
-
-
 # Waiting, leaving, closing
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from recording_engine import alone
 from thread_runner import ThreadRunner
 
-from runtime import EngineError, OptionError, QueueFullError
+from runtime import EngineError, OptionError
 from runtime.adaptation.call_costs import CallCosts
 from runtime.batching import LEARNED, BatchedCall, BatchPolicy, grouped, rules_of
 from runtime.bundle.costs import NEUTRAL, Costs
@@ -376,16 +376,6 @@ def test_a_sequence_knows_how_many_share_its_calls() -> None:
     assert min(decoder.batch_size for decoder in machine.decoders) == 1
 
 
-def test_an_engine_that_fails_for_one_request_fails_no_other() -> None:
-    machine = Machine(3)
-    good, bad = Ask((1, 2), tokens=10), Ask((3,), tokens=10, poisons=2)
-    jobs = [machine.ask(ask) for ask in (good, bad, good)]
-    machine.scheduler.drain()
-    machine.check_empty()
-    assert [type(job.error) for job in jobs] == [type(None), AssertionError, type(None)]
-    assert jobs[0].came == jobs[2].came == good.alone()[0]
-
-
 def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
@@ -404,17 +394,6 @@ def test_a_deep_pass_is_not_kept_waiting_by_requests_that_exit_for_ever() -> Non
         machine.take_turns(1)
         turns += 1
     assert turns < 10 * 8
-
-
-def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    machine, ask = Machine(1, queue=2), Ask((1,), tokens=2)
-    jobs = [machine.ask(ask) for _ in range(3)]
-    with pytest.raises(QueueFullError, match="2 requests wait for a slot already; ask again later"):
-        machine.ask(ask)
-    machine.take_turns(2)
-    jobs.append(machine.ask(ask))
-    machine.scheduler.drain()
-    assert all(len(job.came) == 2 for job in jobs)
 
 
 # With the worker
