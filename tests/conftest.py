@@ -119,9 +119,10 @@ def open_session(bundle: Bundles) -> Iterator[Open]:
     with ExitStack() as opened:
 
         def open_(
-            name: str = "llama-tied", exit_layer: int = 1, convert: dict[str, Any] | None = None, **options: Any
+            name: str | Case = "llama-tied", exit_layer: int = 1, convert: dict[str, Any] | None = None, **options: Any
         ) -> Session:
-            path = bundle(BY_NAME[name], exit_layer, **(convert or {}))
+            case = BY_NAME[name] if isinstance(name, str) else name
+            path = bundle(case, exit_layer, **(convert or {}))
             return opened.enter_context(Session(path, **{"threads": 1, "slots": 1, **options}))
 
         yield open_

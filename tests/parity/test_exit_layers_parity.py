@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -66,28 +65,6 @@ def test_lossless_is_full_and_drafts_as_the_reference(
             for place, (mine, its) in enumerate(zip(ours.confidence, shallow.confidence, strict=True)):
                 assert not place or mine is None or mine == pytest.approx(its, abs=1e-3)
     assert drafted
-
-
-def test_sequences_in_one_batch_say_what_each_says_alone(bundle: Bundles) -> None:
-    """Sequences that never exit, whose rows the exit's layers pass over, beside those that do."""
-    path = bundle(TIED, EXIT_LAYER)
-    requests: list[dict[str, Any]] = [
-        {"mode": mode, "threshold": 0.3, "max_new_tokens": TOKENS, "ignore_eos": True}
-        for mode in ("free", "full", "free", "shallow")
-    ]
-    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[2], PROMPTS[1]]
-    for options in requests:
-        if options["mode"] in ("full", "shallow"):
-            del options["threshold"]
-    with Session(path, slots=1, threads=1) as session:
-        alone = [session.generate(prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
-    with Session(path, slots=4, threads=1) as session, ThreadPoolExecutor(4) as pool:
-        pending = [pool.submit(session.generate, prompt, **one) for prompt, one in zip(prompts, requests, strict=True)]
-        together = [one.result() for one in pending]
-    for mine, its in zip(together, alone, strict=True):
-        assert mine.token_ids == its.token_ids
-        assert mine.exited == its.exited
-    assert any(any(one.exited) for one in alone[::2])
 
 
 @pytest.mark.parametrize(

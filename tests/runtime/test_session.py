@@ -9,7 +9,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -93,31 +92,6 @@ def gathered(session: Session, prompt: Any, **options: Any) -> tuple[list[Token]
 
 
 # Many at once
-
-
-@both
-def test_requests_of_many_threads_give_what_they_give_alone(name: str, open_session: Open) -> None:
-    requests: list[tuple[Any, dict[str, Any]]] = [
-        (prompt, {"max_new_tokens": 12 + 5 * index, "ignore_eos": True, **options})
-        for index, prompt in enumerate(PROMPTS)
-        for options in ({"threshold": 1.0}, {"threshold": 0.3}, {"threshold": 0.05, "max_pending": 3}, {"mode": "full"})
-    ]
-    # Alone in every sense: a session of its own, so that no earlier request can have left anything.
-    alone = [outcome(open_session(name).generate(prompt, **options)) for prompt, options in requests]
-    session = open_session(name, slots=2)
-    assert any(result[2].count(True) for result in alone)
-
-    def worker(number: int) -> list[tuple[Any, ...]]:
-        order = requests[number:] + requests[:number]
-        ask = session.generate if number % 2 else lambda prompt, **options: gathered(session, prompt, **options)[1]
-        return [outcome(ask(prompt, **options)) for prompt, options in order]
-
-    with ThreadPoolExecutor(8) as pool:
-        for number, results in enumerate(pool.map(worker, range(8))):
-            for ours, theirs in zip(results, alone[number:] + alone[:number], strict=True):
-                # Beside others the engines round otherwise.
-                assert ours[3] == (theirs[3] if None in theirs[3] else pytest.approx(theirs[3], abs=1e-5))
-                assert (*ours[:3], *ours[4:]) == (*theirs[:3], *theirs[4:])
 
 
 # Streams

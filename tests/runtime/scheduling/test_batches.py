@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import PROMPTS, VOCAB_SIZE, Open
 from draft_plans import draft_exits
+from exit_layer_case import EXIT_CASES
 from thread_runner import runners_beside
 
 from runtime import BatchError, GenerationResult, OptionError, PromptError, QueueFullError
@@ -20,7 +22,6 @@ from runtime.decoding.calls import SlotCall
 from runtime.engines.backend import Backend
 
 LLAMA, T5 = "llama-tied", "t5-relu-tied"
-both = pytest.mark.parametrize("name", [LLAMA, T5])
 LISTED = [list(prompt) for prompt in (*PROMPTS, (40, 41), (90,) * 7, tuple(range(50, 75)), PROMPTS[0][:4], (200, 9))]
 
 
@@ -47,7 +48,7 @@ def same(ours: GenerationResult, alone: GenerationResult) -> None:
     assert (ours.token_ids, ours.exited, ours.text) == (alone.token_ids, alone.exited, alone.text)
     assert ours.finish_reason == alone.finish_reason
     for mine, theirs in zip(ours.confidence, alone.confidence, strict=True):
-        assert mine == (None if theirs is None else pytest.approx(theirs, abs=1e-5))
+        assert mine == (None if theirs is None else pytest.approx(theirs, abs=1e-4))
     if alone.logprobs is not None:
         assert ours.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
     counts = [
@@ -56,78 +57,57 @@ def same(ours: GenerationResult, alone: GenerationResult) -> None:
     assert counts[0] == counts[1]
 
 
-@pytest.mark.parametrize(
-    ("mode", "options"),
-    [
-        ("full", {}),
-        ("free", {"threshold": 0.3}),
-        ("free", {"threshold": 0.1, "max_pending": 3}),
-        ("free", {"threshold": 0.0}),
-        ("free", {"threshold": 0.2, "temperature": 0.8, "seed": 3, "output_logprobs": True}),
-        ("rollback", {"threshold": 0.1, "rollback_threshold": 3.0}),
-        ("lossless", {"threshold": 0.1, "drafts": "exit"}),
-        ("shallow", {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("name", [LLAMA, T5])
-def test_a_list_gives_what_each_of_its_prompts_gives_alone(
-    name: str,
-    mode: Any,
-    options: dict[str, Any],
-    open_session: Open,
-    shared: list[int],
-    monkeypatch: pytest.MonkeyPatch,
+MODES: list[dict[str, Any]] = [
+    {"mode": "full"},
+    {"threshold": 0.3},
+    {"threshold": 0.1, "max_pending": 3},
+    {"threshold": 0.0},
+    {"threshold": 0.2, "temperature": 0.8, "seed": 3, "output_logprobs": True},
+    {"mode": "rollback", "threshold": 0.1, "rollback_threshold": 3.0},
+    {"mode": "lossless", "threshold": 0.1, "drafts": "exit"},
+    {"mode": "shallow"},
+]
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    *((name, {}) for name in (LLAMA, T5, "qwen3", "umt5", "mistral-window", EXIT_CASES[0])),
+    *((name, {"dialect": "standard"}) for name in (LLAMA, T5)),
+]
+
+
+@pytest.mark.parametrize(("name", "convert"), KINDS, ids=lambda value: getattr(value, "name", str(value)))
+def test_requests_beside_each_other_give_what_each_gives_alone(
+    name: Any, convert: dict[str, Any], open_session: Open, shared: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In lists of one mode, and of all modes in threads, half of which stream, and in coroutines."""
     # How long lossless drafts are, and whose, is otherwise a matter of timing.
     draft_exits(monkeypatch)
-    session = open_session(name)
-    options = {"mode": mode, "max_new_tokens": 16, **options}
-    alone = [session.generate(prompt, **options) for prompt in LISTED]
+    each = len(LISTED)
+    requests = [(prompt, {"max_new_tokens": 14, **options}) for options in MODES for prompt in LISTED]
+    single, session = open_session(name, convert=convert, slots=1), open_session(name, convert=convert)
+    alone = [single.generate(prompt, **options) for prompt, options in requests]
     assert not shared
-    together = session.generate(LISTED, **options)
-    for ours, theirs in zip(together, alone, strict=True):
-        same(ours, theirs)
-    assert max(shared) > 1
-    if mode == "free":
-        assert any(True in result.exited for result in alone) == (options["threshold"] < 1)
+    assert any(any(result.exited) for result in alone)
+    lists = [session.generate(LISTED, **requests[mode * each][1]) for mode in range(len(MODES))]
 
+    def ask(number: int) -> GenerationResult:
+        prompt, options = requests[number]
+        if number % 2:
+            return session.generate(prompt, **options)
+        with session.stream(prompt, **options) as stream:
+            assert tuple(token.id for token in stream) == stream.result.token_ids
+        return stream.result
 
-@pytest.mark.parametrize("name", ["qwen3", "umt5", "mistral-window"])
-def test_other_architectures_batch_too(name: str, open_session: Open) -> None:
-    session = open_session(name)
-    for options in ({"mode": "full"}, {"threshold": 0.1, "max_pending": 3}):
-        alone = [session.generate(prompt, max_new_tokens=16, **options) for prompt in LISTED]
-        for ours, theirs in zip(session.generate(LISTED, max_new_tokens=16, **options), alone, strict=True):
+    async def together() -> list[GenerationResult]:
+        return await asyncio.gather(*(session.agenerate(prompt, **options) for prompt, options in requests[::3]))
+
+    with ThreadPoolExecutor(8) as pool:
+        threads = list(pool.map(ask, range(len(requests))))
+    for ways, wanted in (
+        ([one for results in lists for one in results], alone),
+        (threads, alone),
+        (asyncio.run(asyncio.wait_for(together(), 60)), alone[::3]),
+    ):
+        for ours, theirs in zip(ways, wanted, strict=True):
             same(ours, theirs)
-
-
-@both
-def test_requests_with_different_options_share_calls(name: str, open_session: Open, shared: list[int]) -> None:
-    session = open_session(name, slots=6)
-    requests: list[tuple[Any, dict[str, Any]]] = [
-        (LISTED[0], {"mode": "full"}),
-        (LISTED[1], {"threshold": 0.1}),
-        (LISTED[2], {"mode": "rollback", "threshold": 0.2, "rollback_threshold": 2.0}),
-        (LISTED[3], {"mode": "full", "temperature": 1.0, "seed": 5}),
-        (LISTED[4], {"mode": "shallow"}),
-        (LISTED[5], {"threshold": 0.3, "output_logprobs": True}),
-    ]
-    alone = [session.generate(prompt, max_new_tokens=14, **options) for prompt, options in requests]
-    streams = [session.stream(prompt, max_new_tokens=14, **options) for prompt, options in requests]
-    # One thread that reads all of them in turn.
-    tokens: list[list[int]] = [[] for _ in streams]
-    going = set(range(len(streams)))
-    while going:
-        for number in sorted(going):
-            token = next(streams[number], None)
-            if token is None:
-                going.remove(number)
-            else:
-                tokens[number].append(token.id)
-    for stream, ids, theirs in zip(streams, tokens, alone, strict=True):
-        assert tuple(ids) == theirs.token_ids
-        same(stream.result, theirs)
     assert max(shared) > 1
 
 
@@ -240,26 +220,6 @@ def test_sessions_that_overlap_batch_their_shallow_steps(
 
 
 # asyncio
-
-
-def test_coroutines_share_calls_and_give_what_they_give_alone(open_session: Open, shared: list[int]) -> None:
-    session, options = open_session(), {"max_new_tokens": 10, "threshold": 0.2}
-    alone = [session.generate(prompt, **options) for prompt in LISTED]
-
-    async def read(prompt: list[int]) -> list[int]:
-        return [token.id async for token in session.astream(prompt, **options)]
-
-    async def main() -> None:
-        singles = asyncio.gather(*(session.agenerate(prompt, **options) for prompt in LISTED))
-        streams = asyncio.gather(*(read(prompt) for prompt in LISTED))
-        listed = session.agenerate(LISTED, **options)
-        results = [*await singles, *await listed]
-        for ours, theirs in zip(results, alone * 2, strict=True):
-            same(ours, theirs)
-        assert [tuple(ids) for ids in await streams] == [result.token_ids for result in alone]
-
-    asyncio.run(asyncio.wait_for(main(), 60))
-    assert max(shared) > 1
 
 
 def test_a_coroutine_that_is_cancelled_gives_its_slot_back_and_errors_come_through(open_session: Open) -> None:
