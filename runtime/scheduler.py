@@ -252,10 +252,10 @@ class Scheduler:
             begun, gone, left = list[Sequence](), list[Sequence](), deque[Sequence]()
             with self._lock:
                 for each in self._waiting:
-                    if self._free and not each.abandoned:
+                    if self._free and not (each.abandoned or self._closing):
                         each.enter(self._free.pop(0))
                         begun.append(each)
-                    elif each.abandoned or ((each.cancelled or each.may_leave) and each.leaves()):
+                    elif each.abandoned or self._closing or (each.may_leave and each.leaves()):
                         gone.append(each)
                     else:
                         left.append(each)
