@@ -1,4 +1,4 @@
-"""What a lossless request drafts next, and how many tokens. A candidate is a token that may come next: text that may be
+"""Chooses what a lossless request drafts next, and how many tokens. A candidate is a token that may come next: text that may be
 repeated, and whatever the caller's own code expects.
 
 - A lookup whose newest three tokens stood before is always tried, and so are `predicted_output` and `draft_source`; a
