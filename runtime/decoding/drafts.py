@@ -1,5 +1,5 @@
-"""Chooses what a lossless request drafts next, and how many tokens. A candidate is a token that may come next: text that may be
-repeated, and whatever the caller's own code expects.
+"""Chooses what a lossless request drafts next, and how many tokens. A candidate is a token that may come next: of text
+that may be repeated, or as the caller's own code expects.
 
 - A lookup whose newest three tokens stood before is always tried, and so are `predicted_output` and `draft_source`; a
   lookup of two, and the exit, where they pay by what their tokens were worth in earlier requests.
