@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -23,7 +22,7 @@ from freeexport.system.child import tell_parent
 from freeexport.system.extras import how_to_install
 from runtime.errors import FreeExportError
 
-# In the order of use, as the help groups them. A verb whose module this installation lacks is not listed.
+# In the order of use, as the help groups them.
 GROUPS: dict[str, dict[str, str]] = {
     "Make a bundle": {
         "train": "Fine-tune a checkpoint for an early exit.",
@@ -54,13 +53,13 @@ class Verbs(click.Group):
     """A group that imports a command only to run it: `--help` is fast and needs no extra."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return [verb for group in GROUPS.values() for verb in group if importlib.util.find_spec(_module(verb))]
+        return [verb for group in GROUPS.values() for verb in group]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):
             return None
-        name = f"{cmd_name}_command" if cmd_name in SHARED else "command"
-        command: click.Command = getattr(importlib.import_module(_module(cmd_name)), name)
+        module = importlib.import_module(f"freeexport.commands.{SHARED.get(cmd_name, cmd_name)}")
+        command: click.Command = getattr(module, f"{cmd_name}_command" if cmd_name in SHARED else "command")
         return command
 
     def resolve_command(
@@ -74,10 +73,9 @@ class Verbs(click.Group):
             ctx.fail(f"No such command {args[0]!r}{hint}")
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        listed = self.list_commands(ctx)
         for title, verbs in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(verb, text) for verb, text in verbs.items() if verb in listed])
+                formatter.write_dl(list(verbs.items()))
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         try:
@@ -98,10 +96,6 @@ class Verbs(click.Group):
             if not tell_parent(reason):
                 click.echo(f"error: {reason}", err=True)
             ctx.exit(INTERRUPTED if isinstance(error, (KeyboardInterrupt, click.Abort)) else 1)
-
-
-def _module(verb: str) -> str:
-    return f"freeexport.commands.{SHARED.get(verb, verb)}"
 
 
 def describe(error: BaseException, verb: str | None = None) -> str:

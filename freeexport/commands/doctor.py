@@ -140,24 +140,17 @@ def provider_problem(ort: Any, name: str) -> str:
     return "" if result[0] == 2.0 else f"computed 1 + 1 = {result[0]}"
 
 
-def check_cuda(
-    version_of: VersionOf,
-    wanted: str | None = None,
-    requires: list[str] | None = None,
-    driver: Callable[[], int] | None = None,
-) -> dict[str, Any]:
+def check_cuda(version_of: VersionOf) -> dict[str, Any]:
     """The CUDA (`wanted`) and the major version of cuDNN that onnxruntime-gpu was built for, the newest CUDA that the
-    driver runs, and what does not fit, with what to do. The other arguments are, by default, what is here."""
+    driver runs, and what does not fit, with what to do."""
     if version_of(GPU_WHEEL) is None:
         return {"wanted": None, "cudnn": None, "driver": None, "bindings": None, "problems": []}
-    wanted = wanted or _built_for()
-    if requires is None:
-        requires = []
-        with suppress(metadata.PackageNotFoundError):
-            requires = metadata.requires(GPU_WHEEL) or []
+    wanted, requires = _built_for(), list[str]()
+    with suppress(metadata.PackageNotFoundError):
+        requires = metadata.requires(GPU_WHEEL) or []
     cudnn = next((found[1] for line in requires if (found := re.match(r"nvidia-cudnn-cu\d+~=(\d+)", line))), None)
     bindings = version_of("cuda-bindings")
-    number = (driver or _driver_version)()
+    number = _driver_version()
     known = dotted(number) if number else None
     problems = []
     if wanted and number and number // 1000 < int(wanted.split(".")[0]):

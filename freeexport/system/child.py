@@ -1,7 +1,7 @@
 """Run a module of this package in a process of its own, so that its memory goes back to the system.
 
-The child ends when its parent does, even by SIGKILL: it watches a pipe that the parent alone holds open. Linux could
-send a signal instead (PR_SET_PDEATHSIG), but when the thread that started the child ends, not the process.
+The child ends when its parent does, even by SIGKILL: its standard input is a pipe that the parent alone holds open.
+Linux could send a signal instead (PR_SET_PDEATHSIG), but when the thread that started the child ends, not the process.
 """
 
 from __future__ import annotations
@@ -33,18 +33,16 @@ def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None 
     """The standard output of `python -m module arguments`, with `variables` in its environment besides this process's,
     and nothing to read. It shows its progress itself. Raises ChildError with its error line."""
     path = os.pathsep.join(filter(None, [PACKAGES, os.environ.get("PYTHONPATH")]))
-    watched, held = os.pipe()
     errors, told = os.pipe()
-    try:
-        with subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments],
-            stdin=watched,
-            stdout=subprocess.PIPE,
-            text=True,
-            pass_fds=(told,),
-            env={**os.environ, **_QUIET, "PYTHONPATH": path, ERRORS_TO: str(told), **(variables or {})},
-        ) as process:
+    environment = {**os.environ, **_QUIET, "PYTHONPATH": path, ERRORS_TO: str(told), **(variables or {})}
+    command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", module, *arguments]
+    pipe = subprocess.PIPE
+    with open(errors, encoding="utf-8") as lines:
+        try:
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, pass_fds=(told,), env=environment)
+        finally:
             os.close(told)
+        with process:
             assert process.stdout is not None
             try:
                 output = process.stdout.read()
@@ -53,13 +51,8 @@ def run_child(module: str, *arguments: str, variables: Mapping[str, str] | None 
                 process.kill()
                 raise
         if code != 0:
-            with open(errors, closefd=False, encoding="utf-8") as lines:
-                reason = lines.read().strip()
-            raise ChildError(reason or f"{module} ended with exit code {code}")
+            raise ChildError(lines.read().strip() or f"{module} ended with exit code {code}")
         return output
-    finally:
-        for descriptor in (watched, held, errors):
-            os.close(descriptor)
 
 
 def tell_parent(reason: str) -> bool:

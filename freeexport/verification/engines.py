@@ -40,9 +40,6 @@ _BLOCK = 64
 # is the same from 6e-8 to 4e-3 in a model of 30 layers; in one of few layers less than this tips too few over.
 Arithmetic = FloatType | Literal["8 bits"]
 STEP: dict[Arithmetic, float] = {"fp32": 2**-21, "fp16": 2**-10, "bf16": 2**-8, "8 bits": 2**-12}
-# In fp32 nothing tips over: there the largest difference is judged, of which this share of the largest value may always
-# be.
-LEAST = 1e-4
 
 
 @dataclass(frozen=True)
@@ -264,60 +261,34 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return result
 
 
-@dataclass(frozen=True)
-class Noise:
-    """How predictions move, and by which share of the largest value of each tensor."""
-
-    shallow: Moved
-    deep: Moved
-    largest: dict[str, float]
-
-
 def self_checks(
     pair: EnginePair, text: Batch, whole: Rows, hidden: np.ndarray, arithmetic: Arithmetic, extent: Extent = FULL
 ) -> Iterator[Check]:
-    """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once. In fp32 the largest
-    difference is judged, else predictions are."""
-    noise = measure_noise(pair, text, STEP[arithmetic], extent.draws)
-
-    def largest(name: str, tensor: str, ours: np.ndarray, theirs: np.ndarray) -> Check:
-        limit = max(LEAST, FACTOR * noise.largest[tensor])
-        return Check(name, tensor, share_of(ours, theirs), limit, scale=scale_of(theirs))
-
-    stepped, name = in_calls(pair, text, range(text.width + 1)), "stepping against prefill"
-    if arithmetic == "fp32":
-        yield largest(name, "shallow hidden", stepped.hidden, whole.hidden)
-        yield largest(name, "deep logits", stepped.deep, whole.deep)
-    else:
-        tokens = text.following(whole.index)
-        moved = Moved.between(whole.shallow, stepped.shallow, tokens)
-        yield from row_checks(name, "shallow logits", moved, noise.shallow)
-        yield from row_checks(name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), noise.deep)
+    """Compare other ways to call the engines with `whole` and `hidden` [B, W, d], all rows at once."""
+    shallow, deep = measure_noise(pair, text, STEP[arithmetic], extent.draws)
+    stepped, tokens = in_calls(pair, text, range(text.width + 1)), text.following(whole.index)
+    name = "stepping against prefill"
+    yield from row_checks(name, "shallow logits", Moved.between(whole.shallow, stepped.shallow, tokens), shallow)
+    yield from row_checks(name, "deep logits", Moved.between(whole.deep, stepped.deep, tokens), deep)
     for size, together, singles, tokens in _sync_passes(pair, text, hidden, extent.sync_sizes):
-        name = f"sync pass of {size}"
-        if arithmetic == "fp32":
-            yield largest(name, "deep logits", together, singles)
-        else:
-            yield from row_checks(name, "deep logits", Moved.between(singles, together, tokens), noise.deep)
+        moved = Moved.between(singles, together, tokens)
+        yield from row_checks(f"sync pass of {size}", "deep logits", moved, deep)
 
 
-def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws) -> Noise:
-    """Outputs of the engines for the text in growing pieces, against the same with what they read changed by up to
-    `step` of itself: hidden states, and the caches of every layer."""
+def measure_noise(pair: EnginePair, text: Batch, step: float, draws: int = FULL.draws) -> tuple[Moved, Moved]:
+    """How shallow and deep predictions move: the text in growing pieces, against the same with what the engines read
+    changed by up to `step` of itself: hidden states, and the caches of every layer."""
     bounds = [0, *(1 << power for power in range(text.width.bit_length()) if 1 << power < text.width), text.width]
     before = in_calls(pair, text, bounds)
     # The first row reads no cache, so nothing changes in its shallow prediction.
     later = np.flatnonzero(before.index % text.width > 0) if text.width > 1 else np.arange(len(before.index))
     before = before[later]
-    tokens, largest = text.following(before.index), {"shallow hidden": 0.0, "deep logits": 0.0}
-    shallow, deep = list[Moved](), list[Moved]()
+    tokens, shallow, deep = text.following(before.index), list[Moved](), list[Moved]()
     for draw in range(draws):
         after = in_calls(pair, text, bounds, step, np.random.default_rng(draw))[later]
         shallow.append(Moved.between(before.shallow, after.shallow, tokens))
         deep.append(Moved.between(before.deep, after.deep, tokens))
-        shares = share_of(after.hidden, before.hidden), share_of(after.deep, before.deep)
-        largest = {name: float(np.maximum(largest[name], share)) for name, share in zip(largest, shares, strict=True)}
-    return Noise(Moved.joined(shallow), Moved.joined(deep), largest)
+    return Moved.joined(shallow), Moved.joined(deep)
 
 
 def in_calls(
@@ -395,13 +366,3 @@ def row_checks(name: str, tensor: str, moved: Moved, noise: Moved) -> Iterator[C
     yield check("best", (moved.other_best & clear).sum() / max(1, clear.sum()), BEST)
     near = moved.divergence <= max(RESOLUTION, FACTOR * noise.divergence.max(initial=0.0))
     yield check("rows", 1 - near.mean(), ROWS)
-
-
-def share_of(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference as a share of the largest value."""
-    return float(np.abs(ours - theirs).max(initial=0.0) / scale_of(theirs))
-
-
-def scale_of(values: np.ndarray) -> float:
-    """The largest value, at least 1: what differences are shares of."""
-    return max(1.0, float(np.abs(values).max(initial=0.0)))

@@ -26,8 +26,6 @@ from freeexport.verification.engines import (
     mask_of,
     pad,
     rows_of,
-    scale_of,
-    share_of,
 )
 from runtime import Session
 from runtime.bundle.bundle import Bundle
@@ -135,7 +133,7 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
     """How far ours and transformers' states in this precision are from float64's, and how far ours may be."""
     known = np.flatnonzero(ours.shallow[0] > np.finfo(np.float32).min)
     measure: Measure = "largest" if precision in LEAST else "rms"
-    distance = share_of if precision in LEAST else _root_mean_square
+    distance = _largest if precision in LEAST else _root_mean_square
     for name, tensor, field in (
         ("encoder", "encoder hidden", "encoded"),
         ("prefill", "shallow hidden", "hidden"),
@@ -151,6 +149,15 @@ def state_checks(ours: States, truth: States, theirs: States, precision: Precisi
         itself = distance(reference, wanted)
         tolerance = max(LEAST.get(precision, COARSE_LEAST), TIMES * itself)
         yield Check(name, tensor, distance(values, wanted), tolerance, measure, itself, scale_of(wanted))
+
+
+def scale_of(values: np.ndarray) -> float:
+    """The largest value, at least 1: what differences are shares of."""
+    return max(1.0, float(np.abs(values).max(initial=0.0)))
+
+
+def _largest(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max(initial=0.0)) / scale_of(theirs)
 
 
 def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:

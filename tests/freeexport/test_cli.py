@@ -92,14 +92,6 @@ def test_every_listed_verb_has_a_command_with_help_and_an_example() -> None:
         assert "Example" in result.output, verb
 
 
-def test_verb_without_a_module_is_not_listed_and_is_a_usage_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(cli.GROUPS, "None", {"absent": "Not there."})
-    assert "absent" not in CliRunner().invoke(cli.main, ["--help"]).stdout
-    result = CliRunner().invoke(cli.main, ["absent"])
-    assert result.exit_code == 2
-    assert "No such command 'absent'" in result.stderr
-
-
 def test_a_verb_runs_and_its_own_exit_code_is_kept(run_verb: Run) -> None:
     for body, found in (
         ("click.echo('ran')", (0, "ran\n", "")),

@@ -141,9 +141,13 @@ WHOLE = {"onnxruntime-gpu": "1.31.1", "cuda-bindings": "13.5.0", "nvidia-cudnn-c
         ("nvidia-cudnn-cu13", 13000, "cuDNN 9 is not among the packages"),
     ],
 )
-def test_cuda_that_does_not_fit_comes_with_what_to_do(missing: str | None, driver: int, problem: str | None) -> None:
-    installed = {name: version for name, version in WHOLE.items() if name != missing}
-    found = check_cuda(installed.get, "13.0", REQUIRES, lambda: driver)
+def test_cuda_that_does_not_fit_comes_with_what_to_do(
+    missing: str | None, driver: int, problem: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "_built_for", lambda: "13.0")
+    monkeypatch.setattr(doctor, "_driver_version", lambda: driver)
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: REQUIRES)
+    found = check_cuda({name: version for name, version in WHOLE.items() if name != missing}.get)
     rows = doctor._cuda_rows(found)
     assert ("onnxruntime-gpu", "built for CUDA 13.0, cuDNN 9") in rows
     if problem is None:
