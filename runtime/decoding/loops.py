@@ -2,7 +2,7 @@
 
 They begin where `response.newest` is the next token to read: after the prompt's own prediction of a decoder-only
 model, and at the start token of an encoder-decoder, whose first token is so decided like any other. Each makes tokens
-final in `response` until that is finished. They are coroutines (runtime/decoding/decoder.py): between steps they
+final in `response` until that is finished. They are coroutines (runtime/decoding/calls.py): between steps they
 yield the engine calls that they wait for.
 """
 

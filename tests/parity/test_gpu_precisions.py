@@ -146,19 +146,3 @@ def test_every_product_of_every_engine_reads_rounded_weights(case: Case, target:
         plain = [node for node in graph.node if node.op_type == "Gemm" and node.input[1] not in rounded]
         assert not plain
         assert rounded if target == "tensorrt" else any(node.op_type == "MatMulNBits" for node in graph.node)
-
-
-def test_the_manifest_says_what_was_rounded_and_what_is_computed_in(bundle: Bundles) -> None:
-    manifest = Bundle.open(bundle(LLAMA, target="tensorrt", precision="int4", head="int4", compute="bf16")).manifest
-    assert (manifest.precision, manifest.compute, manifest.float_type) == ("int4", "bf16", "bf16")
-    assert manifest.quantization is not None
-    assert [(e.engine, e.linears, e.head) for e in manifest.quantization.engines] == [
-        ("shallow", "int4", "int4"),
-        ("deep", "int4", "int4"),
-    ]
-    half = Bundle.open(bundle(LLAMA, target="tensorrt", precision="int8")).manifest
-    (copy,) = half.copies
-    assert copy.bytes == half.vocab_size * half.hidden_size
-    assert "memory of the device" in copy.reason
-    assert (half.compute, half.float_type) == ("fp16", "fp16")
-    assert half.kv_bytes_per_token == manifest.kv_bytes_per_token

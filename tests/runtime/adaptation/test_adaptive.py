@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -332,24 +331,6 @@ def test_sessions_that_do_the_same_learn_the_same_with_and_without_overlap(
     assert first == second
     assert overlapped["agree"] == pytest.approx(first["agree"], rel=1e-4)
     assert sessions[2].threshold == pytest.approx(sessions[0].threshold, abs=1e-4)
-
-
-def test_many_threads_lose_no_request(open_session: Open) -> None:
-    session = open_session(slots=4)
-
-    def work(first: int) -> None:
-        decoded(session, 6, first)
-
-    threads = [threading.Thread(target=work, args=(6 * number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    state = session.adaptive_state()
-    assert state["requests"] == 48
-    weight = state["agree"][0] + state["disagree"][0] + sum(row[0] for row in state["unlabelled"])
-    # 29 tokens of each request, fading over 500.
-    assert weight == pytest.approx(29 / (1 - np.exp(-29 / 500)), rel=0.1)
 
 
 def test_an_audit_changes_no_token_and_leaves_the_slot_sound(

@@ -70,14 +70,6 @@ def test_beams_are_different_sequences_best_first(seed: int, beams: int, early: 
         assert hypothesis.tokens[-1] == EOS or len(hypothesis.tokens) == 6
 
 
-def test_one_beam_is_greedy() -> None:
-    language, greedy = Language(5, 3), list[int]()
-    while len(greedy) < 6 and (not greedy or greedy[-1] != EOS):
-        greedy.append(int(language.after(tuple(greedy)).argmax()))
-    (found,) = finish(BeamSearch(1, 6, frozenset({EOS}), early_stopping=True).search(language.score))
-    assert list(found.tokens) == greedy
-
-
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"num_beams": 4},
     {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},

@@ -32,7 +32,6 @@ from runtime.decoding.drafts import PLAIN, Acceptance, Drafts, Plan
 from runtime.decoding.response import Response
 from runtime.engines.kv_cache import KVCache
 from runtime.engines.runner import Runner
-from runtime.errors import CapacityError
 from runtime.result import Token
 
 
@@ -257,21 +256,6 @@ def test_lossless_gives_the_tokens_of_full_whatever_is_drafted(
     assert max(deep.calls[not starts :], default=1) <= max_pending
 
 
-def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
-    decoder, shallow, _ = decoder_of([1.0] * 20, agrees=[True] * 20)
-    list(islice(alone(decoded(decode.rollback, decoder, prompt_of(3), 5, 0.5, 16, 1.0)), 5))
-    # The prompt, then one step for each of four drafts.
-    assert shallow.calls == [3, 1, 1, 1, 1]
-
-
-def test_labels_of_a_sync_pass_are_those_of_all_its_rows() -> None:
-    decoder, _, deep = decoder_of([0, 0, 0.9, 0.8, 0.1, 0.9, 0.2], agrees=[False, False, True, False, True, True])
-    labels = RequestLabels(0.5, learns=True, audits=False)
-    list(islice(alone(decoded(decode.free, decoder, prompt_of(2), 400, 0.5, 16, labels=labels)), 5))
-    assert labels.labelled == [(np.float32(0.9), True), (np.float32(0.8), False), (np.float32(0.1), True)]
-    assert deep.heads == [1, 3]
-
-
 @pytest.mark.parametrize("audit", [True, False])
 def test_what_is_left_on_the_stack_is_reported_and_looked_at_if_asked_for(audit: bool) -> None:
     trace = [0, 0, 0.9, 0.2, 0.8, 0.7, 0.9]
@@ -313,9 +297,3 @@ def test_reset_forgets_the_sequence_the_stack_and_the_counts() -> None:
     deep.calls.clear()
     assert list(islice(free(decoder, prompt_of(2), 0.5, 16), 6)) == first
     assert deep.calls == [2]
-
-
-def test_a_sequence_that_outgrows_the_cache_is_stopped() -> None:
-    decoder, _, _ = decoder_of([0.0] * 20, rows=8)
-    with pytest.raises(CapacityError, match=r"9 positions .* 8 rows"):
-        list(islice(free(decoder, prompt_of(4), 0.5, 16), 10))

@@ -47,15 +47,14 @@ RIGHT, WRONG = 1, 0
 
 class Text:
     """A lookup as DraftSources has it: at a token it begins to match with the chance `found`, behind `agrees` tokens
-    that did, and each further token is right with the chance `right`. `call`: seconds of the caller's own source."""
+    that did, and each further token is right with the chance `right`."""
 
-    def __init__(self, found: float, right: float, seed: int = 0, agrees: int = 3, call: float | None = None) -> None:
+    def __init__(self, found: float, right: float, seed: int = 0, agrees: int = 3) -> None:
         self.chance, self.found_share, self.right, self.begins = random.Random(seed), found, right, agrees
         self.run: int | None = None  # right tokens that a match still has
         self.agrees = self.unexpected = self.tokens_to_look = 0
         self.context: list[int] = []
-        self.own = None if call is None else self
-        self.name, self.call, self.calls = "own", call, 0
+        self.own = None
 
     def due(self) -> bool:
         return True
@@ -69,19 +68,12 @@ class Text:
         return final
 
     def found(self, most: int) -> list[Candidates]:
-        tokens = [] if self.own is not None else self.tokens(most)
-        return [Candidates("lookup", self.agrees, tokens)]
-
-    def candidates(self, context: list[int], most: int) -> list[int]:
-        self.calls += 1
-        return self.tokens(most)
-
-    def tokens(self, most: int) -> list[int]:
         if self.run is None and self.chance.random() < self.found_share:
             self.run, self.agrees = 0, self.begins
             while self.chance.random() < self.right and self.run < 1000:
                 self.run += 1
-        return [] if self.run is None else ([RIGHT] * self.run + [WRONG])[:most]
+        tokens = [] if self.run is None else ([RIGHT] * self.run + [WRONG])[:most]
+        return [Candidates("lookup", self.agrees, tokens)]
 
 
 class Output:
@@ -119,8 +111,6 @@ class Request:
             made, seconds = self.one_pass(output)
             output.tokens += [RIGHT] * made
             spent += seconds + machine.outside
-        if text is not None and text.call is not None:
-            spent += text.calls * text.call
         full = machine.step + machine.deep + machine.outside
         self.speed = tokens * (full + noise / 2 * (machine.step + machine.deep)) / spent
 
@@ -297,14 +287,3 @@ def test_an_exit_that_is_right_pays(name: str, kept: float, least: float) -> Non
     for seed in range(3):
         Request(MACHINES[name], learned, 64, exits=(1.0, kept), seed=seed)
     assert Request(MACHINES[name], learned, 400, exits=(0.95, kept), noise=0.1).speed > least
-
-
-def test_a_source_that_takes_long_is_called_once_and_a_fast_one_for_every_draft() -> None:
-    """The call's seconds are those of the clock: here next to none."""
-    fast = Text(1.0, 0.95, call=0.0)
-    assert Request(MACHINES["smollm2-fp32"], learned_by(), 200, fast).speed > 2.5
-    learned = learned_by(Costs(2e-6, 1e-6, {1: 1e-6, 2: 1.1e-6}))  # a call takes many tokens' time
-    slow = Text(1.0, 1.0, call=0.0)
-    request = Request(Machine(1e-6, 1e-6, 1e-6, 1e-7), learned, 3, slow)
-    assert slow.calls <= 2
-    assert request.drafts._lost >= 0 or slow.calls == 1

@@ -144,12 +144,6 @@ def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> N
         Own(lambda ids: given, VOCAB).candidates([1], 15)
 
 
-def test_of_too_many_tokens_those_are_used_that_fit_a_pass() -> None:
-    assert Own(lambda ids: [1] * 10_000_000, VOCAB).candidates([1], 15) == [1] * 15
-    assert Own(lambda ids: np.array([2, 3], np.int32), VOCAB).candidates([1], 15) == [2, 3]
-    assert Own(lambda ids: (), VOCAB).candidates([1], 15) == []
-
-
 @given(
     plans=st.lists(st.tuples(st.integers(0, 5), st.booleans(), st.integers(0, 7)), min_size=1, max_size=20),
     right=st.lists(st.booleans(), min_size=1, max_size=LENGTH),
@@ -181,19 +175,6 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     assert sum(counts.proposed - counts.accepted for counts in counted.values()) == decoder.stats.rejected
     if limit > 2 and max_pending > 1 and all(right) and all(plan[2] for plan in plans):
         assert counted["own"].accepted == counted["own"].proposed > 0
-
-
-def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
-    decoder, shallow, deep = decoder_of([1.0] * LENGTH)
-    prompt = prompt_of(3)
-    wanted = [DEEP_TOKEN + place for place in range(2, 2 + 17)]
-    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
-    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, False, 7)])))
-    assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
-    assert shallow.calls == deep.calls == [3, 8, 8]
-    assert shallow.heads[1:] == [0, 0]
-    assert deep.heads[1:] == [8, 8]
-    assert (decoder.stats.drafts["predicted"].mean_accepted, decoder.stats.exits) == (7.0, 0)
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:

@@ -45,12 +45,6 @@ def test_cpu_quota_and_memory_limit_of_version_1(tmp_path: Path) -> None:
     assert (cpu_quota(root), memory_limit(root)) == (3.0, 1 << 30)
 
 
-def test_memory_limit(tmp_path: Path) -> None:
-    files = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "max\n"}
-    assert memory_limit(write(tmp_path, files)) is None
-    assert memory_limit(write(tmp_path, {"sys/fs/cgroup/memory.max": "2000000\n"})) == 2_000_000
-
-
 def test_memory_left_is_that_of_the_tightest_group(tmp_path: Path) -> None:
     files = {
         "proc/self/cgroup": "0::/a/b\n",

@@ -57,24 +57,6 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
 
 
 @pytest.mark.usefixtures("eager")
-def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
-    """Its output becomes its prompt: the output is found there only where the output follows the prompt."""
-    session = sessions(T5)
-    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
-    proposed = 0
-    for prompt in PROMPTS:
-        source = list(prompt)
-        for _ in range(3):
-            full = session.generate(source, mode="full", **options)
-            ours = session.generate(source, mode="lossless", drafts="lookup", **options)
-            assert ours.token_ids == full.token_ids
-            # What was generated becomes a prompt: its n-grams stand in the source.
-            source = [*full.token_ids, *source][:100]
-            proposed += ours.stats.drafts["lookup"].proposed if "lookup" in ours.stats.drafts else 0
-    assert proposed
-
-
-@pytest.mark.usefixtures("eager")
 @both
 def test_drafts_of_several_lengths_share_one_engine_call(
     name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
@@ -220,10 +202,3 @@ def test_a_predicted_output_may_be_empty_or_longer_than_what_fits(sessions: Sess
     for given in ("", [], full.text, list(full.token_ids) * 100, np.array(full.token_ids)):
         ours = session.generate(PROMPTS[0], mode="lossless", predicted_output=given, max_new_tokens=20, ignore_eos=True)
         assert ours.token_ids == full.token_ids
-
-
-def test_without_a_tokenizer_a_predicted_output_is_token_ids(bundle: Bundles) -> None:
-    with Session(bundle(BY_NAME[LLAMA], 2), threads=1, slots=1, trust_templates=False) as session:
-        with pytest.raises(OptionError, match="predicted_output is text, and there is no tokenizer"):
-            session.generate(PROMPTS[0], mode="lossless", predicted_output="text")
-        assert session.generate(PROMPTS[0], mode="lossless", predicted_output=[5, 6], max_new_tokens=3).token_ids

@@ -168,17 +168,6 @@ def test_batches_that_share_a_beginning_give_what_each_gives_alone(precision: st
     assert session.metrics().prefix_cache_hits > 0
 
 
-def test_requests_side_by_side_reuse_each_others_pieces(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "SHARED_PREFILL_ROWS", BLOCK)
-    monkeypatch.setattr(decoder, "PREFILL_ROWS", BLOCK)
-    session, plain = open_session(slots=2), open_session(prefix_cache_mb=0)
-    prompts = [[*([9] * 60), 5], [*([9] * 60), 6]]
-    results = session.generate(prompts, max_new_tokens=4, mode="full")
-    assert sum(result.stats.cached_tokens for result in results) == 48
-    for result, prompt in zip(results, prompts, strict=True):
-        same(result, plain.generate(prompt, max_new_tokens=4, mode="full"))
-
-
 def test_what_a_cancelled_request_had_read_is_reused(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoder, "PREFILL_ROWS", 2 * BLOCK)
     cancel = threading.Event()

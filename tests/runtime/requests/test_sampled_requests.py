@@ -188,18 +188,6 @@ def test_a_processor_forces_full_logits_in_every_mode(mode: str, sessions: Sessi
         assert all(token % 2 == 0 for token in result.token_ids)
 
 
-def test_no_end_of_sequence_before_min_new_tokens(bundle: Bundles) -> None:
-    case = BY_NAME["llama-untied-many-eos"]
-    with Session(bundle(case, 1), threads=1, slots=1) as session:
-        for mode in ("free", "lossless", "full"):
-            for prompt in PROMPTS:
-                plain = session.generate(prompt, mode=mode, threshold=0.1, max_new_tokens=30)
-                longer = session.generate(prompt, mode=mode, threshold=0.1, max_new_tokens=30, min_new_tokens=25)
-                assert len(longer.token_ids) >= 25
-                count = len(plain.token_ids) - 1
-                assert longer.token_ids[:count] == plain.token_ids[:count] or count >= 25
-
-
 def test_a_bias_beyond_the_vocabulary_is_refused(sessions: Sessions) -> None:
     with pytest.raises(OptionError, match=f"sequence_bias names token {VOCAB_SIZE}"):
         sessions(LLAMA).generate(PROMPTS[0], sequence_bias={(1, VOCAB_SIZE): 1.0})

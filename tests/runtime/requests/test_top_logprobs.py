@@ -81,25 +81,6 @@ def test_they_are_those_of_the_decoder_that_decided(
     assert (exits > 0) == (name != "full")
 
 
-@pytest.mark.parametrize("mode", ["free", "lossless", "full"])
-def test_sampling_and_biases_do_not_change_them(mode: str, bundle: Bundles, source_model: Model) -> None:
-    with Session(bundle(LLAMA, 2), threads=1, slots=1) as session:
-        ours = session.generate(
-            PROMPTS[0],
-            mode=mode,
-            threshold=0.3,
-            temperature=1.5,
-            seed=3,
-            sequence_bias={77: 3.0},
-            repetition_penalty=1.3,
-            max_new_tokens=TOKENS,
-            ignore_eos=True,
-            top_logprobs=COUNT,
-        )
-    same_as_transformers(ours, Run(source_model(LLAMA), PROMPTS[0], 2), mode == "lossless")
-    assert any(token != best[0][0] for token, best in zip(ours.token_ids, ours.top_logprobs or (), strict=True))
-
-
 def test_an_exit_of_layers_has_its_own(bundle: Bundles, source_model: Model) -> None:
     case = EXIT_CASES[0]
     with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:

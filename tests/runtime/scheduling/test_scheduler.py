@@ -357,25 +357,6 @@ def test_a_request_with_a_call_of_its_own_keeps_what_that_wrote_where_it_is_idle
     assert [job.came for job in jobs] == [ask.alone()[0] for ask in asks]
 
 
-def test_a_request_alone_makes_the_calls_that_it_makes_without_a_scheduler() -> None:
-    machine, bare, ask = Machine(4), Machine(4), Ask((1, 2, 3), tokens=14)
-    machine.ask(ask)
-    machine.scheduler.drain()
-    list(alone(ask.run(bare.decoders[0])))
-    assert machine.calls == bare.calls
-
-
-def test_a_sequence_knows_how_many_share_its_calls() -> None:
-    machine = Machine(3)
-    for number in range(3):
-        machine.ask(Ask((number,), tokens=8 + 6 * (number == 2), mode="full"))
-    machine.take_turns(12)
-    assert [decoder.batch_size for decoder in machine.decoders] == [3, 3, 3]
-    machine.scheduler.drain()
-    # The longest had the engines to itself in the end.
-    assert min(decoder.batch_size for decoder in machine.decoders) == 1
-
-
 def test_no_request_waits_for_long_beside_others_without_end() -> None:
     """Twenty requests, two slots: they end in the order in which they came, but for those in the slots together."""
     machine, ended = Machine(2), list[int]()
