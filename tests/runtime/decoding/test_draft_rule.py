@@ -287,3 +287,11 @@ def test_an_exit_that_is_right_pays(name: str, kept: float, least: float) -> Non
     for seed in range(3):
         Request(MACHINES[name], learned, 64, exits=(1.0, kept), seed=seed)
     assert Request(MACHINES[name], learned, 400, exits=(0.95, kept), noise=0.1).speed > least
+
+
+def test_an_exit_that_begins_to_be_right_is_drafted_again() -> None:
+    learned = learned_by()
+    machine = MACHINES["smollm2-int8"]
+    for seed in range(5):
+        Request(machine, learned, 100, exits=(0.9, 0.0), seed=seed)
+    assert Request(machine, learned, 400, exits=(0.95, 0.95)).speed > 1.15
