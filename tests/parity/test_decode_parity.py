@@ -123,6 +123,8 @@ def test_end_of_sequence_among_exits_ends_where_the_reference_ends(
                 if assert_same_tokens(ours, reference) is None:
                     assert ours.finish_reason == reference.finish_reason
                     endings.add((ours.finish_reason, ours.exited[-1]))
+                if ours.finish_reason == "eos":
+                    assert ours.text == session.tokenizer.decode(ours.token_ids[:-1])
     assert ("eos", True) in endings
 
 

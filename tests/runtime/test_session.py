@@ -21,6 +21,7 @@ from checkpoints import BY_NAME, PROMPTS, VOCAB_SIZE, Bundles, Open
 
 from runtime import (
     CapacityError,
+    EngineError,
     GenerationResult,
     OptionError,
     PromptError,
@@ -512,3 +513,10 @@ def test_confidences_can_be_had_where_nothing_can_exit(name: str, open_session: 
     assert (full.stats.mode, free.stats.mode) == ("full", "free")
     with pytest.raises(OptionError, match="output_confidence is True with mode lossless"):
         session.generate(PROMPT, mode="lossless", **options)
+
+
+def test_a_damaged_onnx_runtime_is_named(open_session: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is left where the two wheels overwrote each other and one was removed: a package without content.
+    monkeypatch.setitem(sys.modules, "onnxruntime", type(sys)("onnxruntime"))
+    with pytest.raises(EngineError, match="freeexport doctor"):
+        open_session()

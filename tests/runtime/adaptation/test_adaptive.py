@@ -137,6 +137,13 @@ def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeyp
     assert stuck.threshold < 0.5
 
 
+def test_a_request_keeps_the_threshold_of_its_start() -> None:
+    threshold = adapting(SURE)
+    seen = threshold.begin()
+    Requests(seed=6).run(threshold, HARD, 3000)
+    assert seen.threshold == threshold_at(SURE, 0.9) != threshold.threshold
+
+
 def test_a_restored_state_goes_on_as_if_nothing_had_happened() -> None:
     whole = adapting(SURE)
     requests = Requests(seed=7)

@@ -100,3 +100,11 @@ def test_a_confidence_that_is_not_a_number_says_nothing() -> None:
     assert evidence.agree.weight == 1
     assert evidence.unlabelled[:, 0].sum() == 1
     assert math.isfinite(evidence.refit(MIXTURE, MIXTURE).weight_agree)
+
+
+def test_a_class_that_is_never_seen_keeps_its_prior() -> None:
+    evidence = nothing()
+    evidence.add([(c, True) for c in drawn(500)[0]], [], FOREVER)
+    mixture = evidence.refit(MIXTURE, MIXTURE)
+    assert mixture.disagree.mean == pytest.approx(MIXTURE.disagree.mean, abs=1e-6)
+    assert 0.98 < mixture.weight_agree < 1

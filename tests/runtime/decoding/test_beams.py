@@ -180,3 +180,11 @@ def test_beams_whose_caches_do_not_fit_are_refused(bundle: Bundles, monkeypatch:
         assert session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=20).token_ids
         with pytest.raises(CapacityError, match=r"256 beams of 22 positions need .* lower num_beams or max_new_tokens"):
             session.generate(PROMPTS[0], mode="full", num_beams=256, max_new_tokens=21)
+
+
+def test_beams_of_a_decoder_only_bundle_are_refused(bundle: Bundles) -> None:
+    with (
+        Session(bundle(BY_NAME["llama-tied"], 1), threads=1, slots=1) as session,
+        pytest.raises(OptionError, match="beam search is for encoder-decoders"),
+    ):
+        session.generate(PROMPTS[0], mode="full", num_beams=2)

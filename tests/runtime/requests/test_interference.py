@@ -253,6 +253,17 @@ class Slowly:
         return scores
 
 
+def test_the_deadline_of_a_request_holds_while_its_own_callback_blocks(open_session: Open, blocking: Blocking) -> None:
+    session = open_session()
+    whole = session.generate([7], max_new_tokens=5, ignore_eos=True)
+    result = Aside(
+        lambda: session.generate([7], max_new_tokens=5, ignore_eos=True, logits_processor=blocking, deadline=0.5)
+    ).result(20)
+    assert (result.finish_reason, result.token_ids) == ("deadline", whole.token_ids[:2])
+    blocking.free.set()
+    assert Aside(lambda: session.generate([7], max_new_tokens=5)).result().stats.tokens == 5
+
+
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
 def test_what_a_callback_raises_reaches_its_own_caller_alone(
     interruption: type[BaseException], open_session: Open

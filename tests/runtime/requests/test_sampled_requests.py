@@ -138,7 +138,7 @@ def test_several_samples_are_those_of_one_prompt_best_first(name: str, mode: str
 
 def test_several_samples_need_sampling_and_leave_the_slot(sessions: Sessions) -> None:
     session = sessions(LLAMA)
-    for count, options in ((2, {}), (0, {"do_sample": True}), (2, {"temperature": 0})):
+    for count, options in ((2, {}), (0, {"do_sample": True}), (1025, DRAW), (True, DRAW), (2, {"temperature": 0})):
         with pytest.raises(OptionError, match=f"num_return_sequences is {count}"):
             session.generate_best(PROMPTS[0], count, **options)
 
