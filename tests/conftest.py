@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, redirect_stdout
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,33 @@ settings.load_profile("no deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def verification_in_this_process() -> Iterator[None]:
-    """Verify new bundles in the test's process: a child would import torch and transformers once more for each.
+def conversion_in_this_process() -> Iterator[None]:
+    """Verify and time new bundles in the test's process, and time them for a moment instead of 12 seconds.
 
-    tests/freeexport/conversion/test_convert.py has one with the child.
+    Children would import torch and transformers once more for each; test_convert.py has one with a child.
     """
     from freeexport.commands.convert import verify_command
+    from freeexport.measure import costs, sources
     from freeexport.verification import verification
 
-    def verify_here(module: str, verb: str, *arguments: str) -> str:
-        assert (module, verb) == ("freeexport", "verify")
+    def run_here(module: str, *arguments: str, variables: Any = None) -> str:
         output = io.StringIO()
         try:
             with redirect_stdout(output):
-                verify_command.main(list(arguments), standalone_mode=False)
+                if module == costs.__name__:
+                    costs.main(list(arguments))
+                else:
+                    assert (module, arguments[0]) == ("freeexport", "verify")
+                    verify_command.main(list(arguments[1:]), standalone_mode=False)
         except FreeExportError as error:
             raise ChildError(str(error)) from None
         return output.getvalue()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verification, "run_child", verify_here)
+        for module in (costs, verification):
+            patch.setattr(module, "run_child", run_here)
+        for module in (costs, sources):
+            patch.setattr(module, "measured_costs", partial(costs.measured_costs, rounds=1, seconds=0.3))
         yield
 
 

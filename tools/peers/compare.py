@@ -6,7 +6,8 @@
 Each decoder loads in a process of its own, because thread pools of two libraries slow each other down within one; peers
 have environments of their own, which are built in the user's cache. All decode the same prompts greedily to the same
 number of tokens, on the same processors. --against names peers (tools/peers/catalog.py) or the checkpoint, which
-transformers then runs in this environment. Run from the root on an idle machine.
+transformers then runs in this environment: tokens are compared with its, or those of `hf`. Run from the root on an
+idle machine.
 """
 
 from __future__ import annotations
@@ -96,11 +97,6 @@ def decode(worker: Worker, prompt: Sequence[int], count: int) -> Run:
     return Run(tokens, times, answer["seconds"], sync_sizes=sizes, peak_bytes=answer["peak_bytes"], **known)
 
 
-def checkpoint(model: str) -> Contender:
-    """transformers' generate in this environment, with the checkpoint that a bundle was made from."""
-    return Contender(TRUTH, "fp32", OURS, model, {"checkpoint": True})
-
-
 def contenders_of(
     against: Sequence[str], source: Source | None, bundles: Sequence[Bundle], options: BenchOptions
 ) -> tuple[list[Contender], dict[str, str]]:
@@ -113,7 +109,7 @@ def contenders_of(
     for name in against:
         peer = find_peer(name)
         if peer is None:
-            found.append(checkpoint(name))
+            found.append(Contender(TRUTH, "fp32", OURS, name, {"checkpoint": True}))
             continue
         if source is None:
             raise OptionError(
@@ -171,24 +167,6 @@ def measure(
     return {name: [turn.runs[number] for turn in turns] for number, name in names.items()}, versions, failed
 
 
-def reference_tokens(
-    runs: dict[str, list[list[Run]]], source: Source | None, prompts: Sequence[Sequence[int]], options: BenchOptions
-) -> list[tuple[int, ...]] | None:
-    """Tokens of transformers in float32, which others are compared with; None where it cannot run here."""
-    if TRUTH in runs:
-        return [run.tokens for run in runs[TRUTH][0]]
-    if source is None:
-        return None
-    try:
-        worker, _ = checkpoint(source.model).load(options.count)
-    except PeerError:
-        return None
-    try:
-        return [decode(worker, prompt, options.tokens).tokens for prompt in prompts]
-    finally:
-        worker.close()
-
-
 def compare(options: BenchOptions, against: Sequence[str], model: str | None) -> dict[str, Any]:
     """Measure, and return what JSON keeps, as `freeexport bench` does."""
     bundles = [Bundle.open(path) for path in options.bundles]
@@ -199,14 +177,16 @@ def compare(options: BenchOptions, against: Sequence[str], model: str | None) ->
     bandwidth = bandwidth_of(options.count)
     with other_load() as load:
         runs, versions, failed = measure(contenders, prompts, options)
-    tokens = reference_tokens(runs, source, prompts, options)
+    # Tokens of transformers in fp32, which others are compared with.
+    truth = next((name for name in (TRUTH, "hf") if name in runs), None)
+    tokens = None if truth is None else [run.tokens for run in runs[truth][0]]
     rows = rows_of(runs, {one.name: one.precision for one in contenders}, tokens, versions)
     by_name = {one.name: one.setting for one in contenders}
     for row in rows:
         setting = by_name[row["name"]]
         if setting is not None:
             add_roofline(row, bundles[setting.bundle], setting.mode, prompts, options.tokens, bandwidth)
-    facts = facts_of(bundles[0], options, len(prompts), None if tokens is None else TRUTH, load.cores)
+    facts = facts_of(bundles[0], options, len(prompts), truth, load.cores)
     real = [one.name for one in contenders if one.setting is None or one.setting.real]
     return report(rows, facts, bandwidth, real, {**missing, **failed})
 

@@ -284,6 +284,13 @@ def load_llama_cpp(path: str, threads: int, options: dict[str, Any]) -> Loaded:
     return generate, _versions("llama-cpp-python")
 
 
+DECODERS: dict[str, tuple[Load, Convert | None]] = {
+    "ours": (load_ours, convert_ours),
+    "transformers": (load_transformers, None),
+    "genai": (load_genai, convert_genai),
+    "ctranslate2": (load_ctranslate2, convert_ctranslate2),
+    "llama_cpp": (load_llama_cpp, convert_llama_cpp),
+}
+
 if __name__ == "__main__":
-    name = sys.argv[1]
-    serve(globals()[f"load_{name}"], globals().get(f"convert_{name}"))
+    serve(*DECODERS[sys.argv[1]])
