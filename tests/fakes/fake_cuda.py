@@ -188,7 +188,7 @@ class FakeCuda:
 
     @property
     def graphs(self) -> int:
-        """Those that are not destroyed."""
+        """Graphs that are not destroyed."""
         return len(self._graphs)
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What decoders and cross-attention keep of sequences that come and go, and memory that closed sessions left."""
+"""Caches of decoders and cross-attention while sequences come and go, and memory that closed sessions left."""
 
 from __future__ import annotations
 
