@@ -115,12 +115,9 @@ class Observer:
 
     def __init__(self, hook: Callable[[RequestEvent], None] | None) -> None:
         self._hook = hook
-        self._numbers = itertools.count()
+        self.next_number = itertools.count().__next__
         self._lock = threading.Lock()
         self._metrics = Metrics()
-
-    def next_number(self) -> int:
-        return next(self._numbers)
 
     def tell(
         self, kind: EventKind, number: int, result: GenerationResult | None = None, error: BaseException | None = None

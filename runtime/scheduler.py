@@ -240,9 +240,14 @@ class Scheduler:
             return
         self._turns += 1
         moved = self._resume() or moved
-        moved = self._run_calls() or moved
-        if not moved:
-            self._wait()
+        if self._run_calls() or moved:
+            return
+        events = [each.waits for each in self._rows if isinstance(each.waits, Event)]
+        if events:
+            with suppress(Exception):  # it reaches the sequence that waits for it
+                events[0].wait()
+        else:
+            time.sleep(WAIT)
 
     def _admit(self) -> bool:
         """Give free slots to sequences that wait, and end those that are to wait no longer. Where they are of a list,
@@ -364,14 +369,6 @@ class Scheduler:
             self._cross.forget(last.slot)
             last.move(self._free[0])
             self._free.sort(key=lambda free: free.slot)
-
-    def _wait(self) -> None:
-        events = [each.waits for each in self._rows if isinstance(each.waits, Event)]
-        if events:
-            with suppress(Exception):  # it reaches the sequence that waits for it
-                events[0].wait()
-        else:
-            time.sleep(WAIT)
 
 
 class _Callback:

@@ -172,7 +172,11 @@ class Sequence(Response):
         super().__init__(prompt, limit, eos, sampler, logprobs, text, best, cancel, asked, until)
         assert options.mode is not None
         self._threshold, self._labels = model.thresholds.decide(options.threshold, options.mode)
-        self.mode = self._mode(options.mode)
+        # Full where nothing can exit, unless the request returns or learns from confidences.
+        learns = self._labels is not None and self._labels.learns
+        never = self._threshold >= NEVER_EXIT and options.mode in ("free", "rollback")
+        never = never and not (options.output_confidence or learns)
+        self.mode: Mode = "full" if never or options.drafts == "none" else options.mode
         self._rollback_threshold = _rollback_threshold(options, manifest)
         tuned = manifest.tuned_max_pending if options.mode == "free" else None
         self._max_pending = options.max_pending or tuned or manifest.max_pending
@@ -187,13 +191,6 @@ class Sequence(Response):
         if options.num_beams > 1 and Device.parse(model.options.device).index is None:
             check_beams(manifest, options.num_beams, len(prompt) + limit)
         self.number = model.observer.next_number()
-
-    def _mode(self, wanted: Mode) -> Mode:
-        """Full where nothing can exit, unless the request returns or learns from confidences."""
-        learns = self._labels is not None and self._labels.learns
-        never = self._threshold >= NEVER_EXIT and wanted in ("free", "rollback")
-        never = never and not (self.options.output_confidence or learns)
-        return "full" if never or self.options.drafts == "none" else wanted
 
     # In the scheduler
 
@@ -325,17 +322,15 @@ class Sequence(Response):
             return full(decoder, self)
         learned = self.model.learned
         acceptance = learned.acceptance(threshold, self.options.samples)
-        drafts = Drafts(learned.costs, acceptance, self._draft_sources(), self.options.drafts != "lookup")
+        sources: DraftSources | None = None
+        if self.options.drafts != "exit":
+            predicted, own = self.options.predicted_output, self.options.draft_source
+            assert not isinstance(predicted, str)
+            text = () if self.model.encoder is None else self.ids.tolist()
+            vocabulary = self.model.manifest.vocab_size
+            sources = DraftSources(vocabulary, self.prompt.tolist(), text, predicted, own)
+        drafts = Drafts(learned.costs, acceptance, sources, self.options.drafts != "lookup")
         return lossless(decoder, self, threshold, room, drafts)
-
-    def _draft_sources(self) -> DraftSources | None:
-        options, predicted = self.options, self.options.predicted_output
-        if options.drafts == "exit":
-            return None
-        source = () if self.model.encoder is None else self.ids.tolist()
-        assert not isinstance(predicted, str)
-        vocabulary = self.model.manifest.vocab_size
-        return DraftSources(vocabulary, self.prompt.tolist(), source, predicted, options.draft_source)
 
     def _beam(self, decoder: Decoder, number: int) -> Loop:
         """The best beams of one search, best first."""

@@ -284,7 +284,12 @@ class LabelStatistics:
         means = rows[:, 1:] / rows[:, :1]
         of_prior = 2 * PRIOR_TOKENS
         for _ in range(ROUNDS):
-            agreeing = 1 / (1 + np.exp(-_log_odds(mixture, means)))
+            # As BetaMixture.log_odds, within what exp can take.
+            first, second = mixture.agree, mixture.disagree
+            odds = math.log(mixture.weight_agree) - math.log1p(-mixture.weight_agree)
+            odds += second.log_normalizer - first.log_normalizer
+            odds = np.clip(odds + means @ np.array([first.a - second.a, first.b - second.b]), -500, 500)
+            agreeing = 1 / (1 + np.exp(-odds))
             agree = self.agree + LogSums(*(agreeing @ rows).tolist())
             disagree = self.disagree + LogSums(*((1 - agreeing) @ rows).tolist())
             share = (agree.weight + of_prior * prior.weight_agree) / (agree.weight + disagree.weight + of_prior)
@@ -294,15 +299,6 @@ class LabelStatistics:
                 min(max(share, EPSILON), 1 - EPSILON),
             )
         return mixture
-
-
-def _log_odds(mixture: BetaMixture, logs: np.ndarray) -> np.ndarray:
-    """As BetaMixture.log_odds, of ln c and ln (1 - c) [n, 2]; within what exp can take."""
-    agree, disagree = mixture.agree, mixture.disagree
-    constant = math.log(mixture.weight_agree) - math.log1p(-mixture.weight_agree)
-    constant += disagree.log_normalizer - agree.log_normalizer
-    odds = constant + logs @ np.array([agree.a - disagree.a, agree.b - disagree.b])
-    return np.clip(odds, -500, 500)
 
 
 def _sums(confidences: Iterable[float]) -> LogSums:

@@ -134,7 +134,9 @@ class BeamRows:
     def stepping(self, tokens: np.ndarray, sources: np.ndarray) -> Waits[np.ndarray]:
         """Row i goes on from former row `sources[i]` with `tokens[i]`: logits float32 [B, V], valid until the next."""
         if self._caches[0].lengths[0] >= self._caches[0].rows:
-            self._grow()
+            rows = min(self._rows, 2 * self._caches[0].rows)
+            self._caches = [cache.grown(rows) for cache in self._caches]
+            self._bind()
         for cache in self._caches:
             cache.gather(sources)
         self._tokens[:, 0] = tokens
@@ -145,11 +147,6 @@ class BeamRows:
             for row in range(len(tokens)):
                 cache.extend(row, 1)
         return self._logits
-
-    def _grow(self) -> None:
-        rows = min(self._rows, 2 * self._caches[0].rows)
-        self._caches = [cache.grown(rows) for cache in self._caches]
-        self._bind()
 
     def _bind(self) -> None:
         shallow, deep = self._runners
