@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 from time import monotonic
 from typing import Any
@@ -60,7 +59,6 @@ def test_streams_that_are_given_up_unread_make_room_in_the_queue(way: str, open_
         elif way == "aclose":
             run(stream.aclose())
         del stream
-        gc.collect()
     assert session.generate(PROMPT, max_new_tokens=3).token_ids == alone.token_ids
 
 
