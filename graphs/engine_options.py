@@ -10,7 +10,7 @@ import onnx_ir as ir
 from graphs.description import Description, ForeignEncoder
 from graphs.dialects.ort import fits_head_size, has_attention_kernel, misfit
 from graphs.errors import GraphError
-from graphs.exit_head import check_tokens
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP, check_tokens
 from graphs.quantization.plan import ROUNDING, Plan, rounding, shared_values
 from runtime.bundle.manifest import (
     ConfidenceMeasure,
@@ -131,10 +131,20 @@ class EngineOptions:
         return rounding(self.target, self.kernels).plan(self.precision, self.head)
 
     def wanted(self, description: Description, engine: str, head: str) -> Callable[[str], TensorFormat]:
-        """The format of a quantized weight by its name; see Plan.wanted."""
-        assert self.plan is not None
-        own = rounding(self.target, self.kernels).products.own
-        return self.plan.wanted(engine, head, shared_values(description) if own else ())
+        """The format of a quantized weight by its name, for one engine; `head` is the name of its head's weight."""
+        plan, own = self.plan, rounding(self.target, self.kernels).products.own
+        assert plan is not None
+        # The whole residual stream goes through the one, and errors of the others are those of several heads.
+        higher = {EXIT_MAP, *(shared_values(description) if own else ())}
+
+        def format_of(weight: str) -> TensorFormat:
+            if weight in (ADAPTER_DOWN, ADAPTER_UP):
+                return "fp32"
+            if weight in higher:
+                return plan.prompt
+            return plan.head if weight == head else plan.linears(engine)
+
+        return format_of
 
     @property
     def float_type(self) -> FloatType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from graphs.description import Description, Layer, Linear
+from graphs.description import Description, Linear
 from graphs.weights import Weights
 from runtime.bundle.costs import Costs
 
@@ -35,19 +35,14 @@ class StepCosts:
 
 def analytic(description: Description, weights: Weights) -> StepCosts:
     """Bytes of float32 weights that a token reads: decoding on a CPU waits for little else."""
+    read = list[Linear | None]()
     layers = description.decoder.layers
-    sizes = [sum(_bytes(linear, weights) for linear in _read_each_step(layer)) for layer in layers]
+    for layer in layers:
+        own, cross, mlp = layer.attention, layer.cross, layer.mlp
+        read += [own.query, own.key, own.value, own.output, mlp.up, mlp.down, mlp.gate]
+        # Keys and values of cross-attention are computed once a request.
+        read += [cross.query, cross.output] if cross else []
+    total = sum(_FLOAT * math.prod(weights.shape(linear.weight)) for linear in read if linear is not None)
     head = _FLOAT * math.prod(weights.shape(description.decoder.head.weight))
     growth = {size: 1 + _ROW_GROWTH * (size - 1) for size in _SIZES}
-    return StepCosts(sum(sizes) / len(layers), head, growth, measured=False)
-
-
-def _read_each_step(layer: Layer) -> list[Linear]:
-    own, cross, mlp = layer.attention, layer.cross, layer.mlp
-    linears = [own.query, own.key, own.value, own.output, mlp.up, mlp.down]
-    # Keys and values of cross-attention are computed once a request.
-    return linears + ([cross.query, cross.output] if cross else []) + ([mlp.gate] if mlp.gate else [])
-
-
-def _bytes(linear: Linear, weights: Weights) -> int:
-    return _FLOAT * math.prod(weights.shape(linear.weight))
+    return StepCosts(total / len(layers), head, growth, measured=False)

@@ -63,17 +63,13 @@ class WeightFile:
         raw = _raw(array, dtype)
         content = (hashlib.sha256(raw.data).digest(), raw.nbytes)
         if content not in self._places:
-            self._places[content] = self._append(raw)
+            align = PAGE if raw.nbytes >= BIG else CACHE_LINE
+            self._file.write(b"\0" * (-self._file.tell() % align))
+            self._places[content] = self._file.tell()
+            self._file.write(raw.data)
+            self.bytes += raw.nbytes
         shape = ir.Shape(array.shape)
         return ir.ExternalTensor(self.path.name, self._places[content], raw.nbytes, dtype, shape=shape, name=name)
-
-    def _append(self, array: np.ndarray) -> int:
-        align = PAGE if array.nbytes >= BIG else CACHE_LINE
-        self._file.write(b"\0" * (-self._file.tell() % align))
-        offset = self._file.tell()
-        self._file.write(array.data)
-        self.bytes += array.nbytes
-        return offset
 
 
 def _raw(array: np.ndarray, dtype: ir.DataType) -> np.ndarray:

@@ -5,7 +5,7 @@ frequency bands of the Llama 3.1 model card)."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -113,14 +113,6 @@ def rotary(config: Mapping[str, Any], head_dim: int) -> Rotary:
     return Rotary(positive(tuple(map(float, scaled)), what), scale)
 
 
-def _default(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    return frequencies, 1.0
-
-
-def _stretched(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
-    return frequencies / np.float32(rope["factor"]), 1.0
-
-
 def _llama3(frequencies: np.ndarray, rope: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[np.ndarray, float]:
     """Long wavelengths are stretched by `factor`, short ones kept, those between blended."""
     factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -157,4 +149,9 @@ def _yarn_scale(factor: float, rope: Mapping[str, Any]) -> float:
     return grown(1.0)
 
 
-RULES = {"default": _default, "linear": _stretched, "llama3": _llama3, "yarn": _yarn}
+RULES: dict[str, Callable[[np.ndarray, Mapping[str, Any], Mapping[str, Any]], tuple[np.ndarray, float]]] = {
+    "default": lambda frequencies, rope, config: (frequencies, 1.0),
+    "linear": lambda frequencies, rope, config: (frequencies / np.float32(rope["factor"]), 1.0),
+    "llama3": _llama3,
+    "yarn": _yarn,
+}

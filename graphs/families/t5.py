@@ -46,21 +46,18 @@ def describe(config: Mapping[str, Any], weights: Weights) -> Description:
         vocab_size=vocabulary_size(weights, embedding, width),
         hidden_size=width,
         decoder=Decoder(embedding, tuple(_layer(config, "decoder", n) for n in range(decoder_layers)), head),
-        encoder=_foreign_encoder(config) if config["model_type"] == "longt5" else _encoder(config, embedding),
+        encoder=_encoder(config, embedding),
     )
 
 
-def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder:
+def _encoder(config: Mapping[str, Any], embedding: str) -> Encoder | ForeignEncoder:
+    if config["model_type"] == "longt5":
+        # It attends within blocks of local_radius + 1 tokens, and globally to sums over blocks of another length.
+        block = int(config["local_radius"]) + 1
+        globally = config["encoder_attention_type"] == "transient-global"
+        return ForeignEncoder(math.lcm(block, int(config["global_block_size"])) if globally else block)
     layers = tuple(_layer(config, "encoder", n) for n in range(config["num_layers"]))
     return Encoder(embedding, layers, _norm(config, "encoder.final_layer_norm"))
-
-
-def _foreign_encoder(config: Mapping[str, Any]) -> ForeignEncoder:
-    """LongT5 attends within blocks of local_radius + 1 tokens, and globally to sums over blocks of another length."""
-    block = int(config["local_radius"]) + 1
-    if config["encoder_attention_type"] == "transient-global":
-        block = math.lcm(block, int(config["global_block_size"]))
-    return ForeignEncoder(block)
 
 
 def _scaled(config: Mapping[str, Any]) -> bool:

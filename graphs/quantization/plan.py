@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 
 from graphs.description import Description
-from graphs.exit_head import ADAPTER_DOWN, ADAPTER_UP, EXIT_MAP
 from graphs.quantization.passes import OrtProducts, PackedProducts, Products, WidenedProducts
 from graphs.quantization.rounding import IntegerScheme, Scheme, SymmetricScheme
 from runtime.bundle.manifest import HeadPrecision, Kernels, Precision, Target, TensorFormat
@@ -25,20 +23,6 @@ class Plan:
     def linears(self, engine: str) -> TensorFormat:
         formats = {"shallow": self.shallow, "deep": self.deep}
         return formats.get(engine, self.prompt)
-
-    def wanted(self, engine: str, head: str, values: Container[str] = ()) -> Callable[[str], TensorFormat]:
-        """The format of a weight by its name, for one engine; `head` is the name of the weight of its head, and
-        `values` are those of `shared_values`."""
-
-        def format_of(weight: str) -> TensorFormat:
-            if weight in (ADAPTER_DOWN, ADAPTER_UP):
-                return "fp32"
-            # The whole residual stream goes through the one, and errors of the others are those of several heads.
-            if weight == EXIT_MAP or weight in values:
-                return self.prompt
-            return self.head if weight == head else self.linears(engine)
-
-        return format_of
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -92,16 +92,6 @@ def dimensions(graph: Path) -> dict[str, list[int | str]]:
         str(value.name): [size if isinstance(size, int) else str(size.value) for size in value.shape or ()]
         for value in ir.load(graph).graph.inputs
     }
-
-
-def add_profiles(builder: Any, config: Any, shapes: dict[str, list[int | str]], profiles: Sequence[Profile]) -> None:
-    """Tell TensorRT the least, usual and greatest shape of every input in each profile, in order."""
-    for profile in profiles:
-        added = builder.create_optimization_profile()
-        for name, shape in shapes.items():
-            sizes = [profile.ranges[size] if isinstance(size, str) else (size,) * 3 for size in shape]
-            added.set_shape(name, *([size[which] for size in sizes] for which in range(3)))
-        config.add_optimization_profile(added)
 
 
 class Phases:
@@ -195,10 +185,9 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
     EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
     graph is refused.
     """
-    if bundle.manifest.target != "tensorrt":
-        raise BuildError(
-            f"this bundle was converted for {bundle.manifest.target}; convert again with --target tensorrt"
-        )
+    manifest = bundle.manifest
+    if manifest.target != "tensorrt":
+        raise BuildError(f"this bundle was converted for {manifest.target}; convert again with --target tensorrt")
     trt = import_tensorrt()
     log = logger_of(trt)
     try:
@@ -212,8 +201,9 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
     directory.mkdir(exist_ok=True)
     timings = options.timing_cache or directory / f"timing-{architecture()}-trt{trt.__version__}.cache"
     built = []
-    for engine in (Path(file).stem for file in engine_files(bundle.manifest)):
-        plan = plan_of(bundle, engine, str(trt.__version__), options)
+    for engine in (Path(file).stem for file in engine_files(manifest)):
+        sources, profiles = sources_sha256(manifest, engine), profiles_of(engine, manifest, options.max_batch)
+        plan = Plan(engine, sources, str(trt.__version__), architecture(), profiles, options.version_compatible)
         path = directory / plan.file
         found = read_record(path)
         if found is not None and found.plan == plan and is_whole(path, found, "full"):
@@ -229,13 +219,6 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
     return built
 
 
-def plan_of(bundle: Bundle, engine: str, version: str, options: BuildOptions) -> Plan:
-    """The record of the engine file that would be built here."""
-    digest = sources_sha256(bundle.manifest, engine)
-    profiles = profiles_of(engine, bundle.manifest, options.max_batch)
-    return Plan(engine, digest, version, architecture(), profiles, options.version_compatible)
-
-
 def _build(
     trt: Any, builder: Any, log: Any, graph: Path, path: Path, plan: Plan, timings: Path, report: Report
 ) -> Built:
@@ -244,7 +227,12 @@ def _build(
     log.errors.clear()
     network, parser = parse(trt, builder, log, graph)
     config = builder.create_builder_config()
-    add_profiles(builder, config, dimensions(graph), plan.profiles)
+    for profile in plan.profiles:  # the least, usual and greatest shape of every input
+        added = builder.create_optimization_profile()
+        for name, shape in dimensions(graph).items():
+            sizes = [profile.ranges[size] if isinstance(size, str) else (size,) * 3 for size in shape]
+            added.set_shape(name, *([size[which] for size in sizes] for which in range(3)))
+        config.add_optimization_profile(added)
     monitor = monitor_of(trt, lambda done: report(plan.engine, done))
     config.progress_monitor = monitor
     if plan.version_compatible:

@@ -6,6 +6,7 @@ import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -41,10 +42,9 @@ class Cuda:
         # Python may collect garbage, and so come to `free`, while this thread holds it.
         self._lock = threading.RLock()
         self._put_off: deque[int] = deque()
-        self._memory: dict[int, int] = {}
-        self._pinned: dict[int, int] = {}
+        self._memory: set[int] = set()
         self._streams: list[Stream] = []
-        self._events: list[Event] = []
+        self._ends = ExitStack()  # of streams, events and pinned memory
         self._check_driver()
 
     def __str__(self) -> str:
@@ -79,17 +79,18 @@ class Cuda:
         self.make_current()
         least, greatest = self.call("cudaDeviceGetStreamPriorityRange")
         flags, priority = self.runtime.cudaStreamNonBlocking, greatest if urgent else least
-        stream = Stream(self, self.call("cudaStreamCreateWithPriority", flags, priority))
-        self._streams.append(stream)
-        return stream
+        handle = self.call("cudaStreamCreateWithPriority", flags, priority)
+        self._ends.callback(self.runtime.cudaStreamDestroy, handle)
+        self._streams.append(Stream(self, handle))
+        return self._streams[-1]
 
     def event(self, timed: bool = False) -> Event:
         """A new event, of the past until it is recorded."""
         self.make_current()
         flags = self.runtime.cudaEventDefault if timed else self.runtime.cudaEventDisableTiming
-        event = Event(self, self.call("cudaEventCreateWithFlags", flags))
-        self._events.append(event)
-        return event
+        handle = self.call("cudaEventCreateWithFlags", flags)
+        self._ends.callback(self.runtime.cudaEventDestroy, handle)
+        return Event(self, handle)
 
     def empty(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
         """Device memory whose copies are put into `stream`; freed with its last view. CapacityError where it is too
@@ -100,7 +101,7 @@ class Cuda:
         self._free_put_off()
         address = int(self.call("cudaMalloc", size))
         with self._lock:
-            self._memory[address] = size
+            self._memory.add(address)
         return DeviceArray(Memory(self, address, size, stream), address, shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any, stream: Stream) -> DeviceArray:
@@ -113,8 +114,7 @@ class Cuda:
         """Host memory uint8 [size] that copies to and from the device do not have to wait for. Lives until `close`."""
         self.make_current()
         address = int(self.call("cudaHostAlloc", max(1, size), self.runtime.cudaHostAllocPortable))
-        with self._lock:
-            self._pinned[address] = size
+        self._ends.callback(self.runtime.cudaFreeHost, address)
         return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
 
     def free(self, address: int) -> None:
@@ -131,8 +131,9 @@ class Cuda:
             while self._put_off:
                 address = self._put_off.popleft()
                 with self._lock:
-                    known = self._memory.pop(address, None)
-                if known is not None and not self.lost:
+                    known = address in self._memory
+                    self._memory.discard(address)
+                if known and not self.lost:
                     self.runtime.cudaFree(address)
         finally:
             self.undisturbed.release()
@@ -141,23 +142,16 @@ class Cuda:
         """Wait for all streams and free everything. Idempotent, and silent where the device is lost: then the driver
         has freed it."""
         with self._lock:
-            memory, self._memory = self._memory, {}
-            pinned, self._pinned = self._pinned, {}
+            memory, self._memory = self._memory, set()
             streams, self._streams = self._streams, []
-            events, self._events = self._events, []
+            ends = self._ends.pop_all()
         if self.lost:
             return
-        runtime = self.runtime
         for stream in streams:
-            runtime.cudaStreamSynchronize(stream.handle)
+            self.runtime.cudaStreamSynchronize(stream.handle)
         for address in memory:
-            runtime.cudaFree(address)
-        for address in pinned:
-            runtime.cudaFreeHost(address)
-        for event in events:
-            runtime.cudaEventDestroy(event.handle)
-        for stream in streams:
-            runtime.cudaStreamDestroy(stream.handle)
+            self.runtime.cudaFree(address)
+        ends.close()
 
     def _error(self, name: str, failed: Any) -> Exception:
         code, (_, said) = getattr(failed, "name", str(failed)), self.runtime.cudaGetErrorString(failed)

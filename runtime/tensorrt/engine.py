@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,8 +61,7 @@ class Context:
 
     def bytes_of(self, name: str) -> int:
         """Bytes of an output, once the shapes of the inputs are set."""
-        shape = self._context.get_tensor_shape(name)
-        return int(np.prod(shape, dtype=np.int64)) * self._engine.dtype(name).itemsize
+        return math.prod(self._context.get_tensor_shape(name)) * self._engine.dtype(name).itemsize
 
     def enqueue(self) -> None:
         """Put a run into the engine's stream."""

@@ -17,7 +17,6 @@ from graphs.widen import fp32_copy
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.runner import CallEvents, CudaRunner
-from runtime.decoding.overlapping import OverlappingDecoder
 from runtime.errors import BatchError, CapacityError, DeviceError, EngineError, OptionError
 
 Answer = tuple[tuple[int, ...], tuple[bool, ...], tuple[float | None, ...]]
@@ -88,39 +87,6 @@ def test_several_requests_share_calls(case: Any, seed: int, target: Any, monkeyp
     Machine(monkeypatch, seed)
     with Session(target(case), device="cuda:0", overlap=bool(seed % 2), threads=1, slots=3) as session:
         assert [result.token_ids for result in session.generate(prompts, **options)] == want
-
-
-def test_steps_run_ahead_take_no_memory_of_the_device_and_free_none(
-    target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    used: list[tuple[str, int]] = []
-    for name in ("cudaMalloc", "cudaFree"):
-        real = getattr(machine.cuda, name)
-
-        def spy(size: int, name: str = name, real: Any = real) -> Any:
-            used.append((name, threading.get_ident()))
-            return real(size)
-
-        monkeypatch.setattr(machine.cuda, name, spy)
-    taken: list[int] = []
-    run_ahead = OverlappingDecoder._run_ahead
-
-    def watched(decoder: OverlappingDecoder, *given: Any) -> None:
-        before = len(used)
-        run_ahead(decoder, *given)
-        taken.append(len(decoder._ahead))
-        # Threads of runners put calls into streams meanwhile, and take memory for those that are new.
-        assert threading.get_ident() not in [thread for _, thread in used[before:]]
-
-    monkeypatch.setattr(OverlappingDecoder, "_run_ahead", watched)
-    options: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "threshold": 0.05}
-    with Session(target(LLAMA), device="cuda:0", run_ahead=True, threads=1, slots=1) as session:
-        want = session.generate(list(PROMPTS[0]), **options).token_ids
-        assert sum(taken) > 0
-    with Session(target(LLAMA), device="cuda:0", threads=1, slots=1) as session:
-        taken.clear()
-        assert session.generate(list(PROMPTS[0]), **options).token_ids == want
-        assert taken == []
 
 
 def test_beams_on_a_gpu_are_those_of_the_cpu(target: Any, machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
