@@ -23,11 +23,9 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""
-        ...
 
     def read(self, name: str) -> np.ndarray:
         """One tensor as float32. Raises where it is missing or holds NaN."""
-        ...
 
 
 class WeightFile:

@@ -32,23 +32,18 @@ class Call:
 class Dialect(Protocol):
     def norm(self, x: ir.Value, norm: Norm) -> ir.Value:
         """RMS norm over the last axis, computed in fp32. `x` and the result are float32 [M, d]."""
-        ...
 
     def add_norm(self, x: ir.Value, delta: ir.Value, norm: Norm) -> tuple[ir.Value, ir.Value]:
         """x + delta, and its norm; all float32 [M, d]."""
-        ...
 
     def self_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Causal attention over the KV cache of a layer, which it extends in place. [M, d] -> [M, heads * head_dim]."""
-        ...
 
     def cross_attention(self, x: ir.Value, attention: Attention, layer: int | str) -> ir.Value:
         """Attention over the prompt's keys and values of a layer. [M, d] -> [M, heads * head_dim]."""
-        ...
 
     def encoder_attention(self, x: ir.Value, attention: Attention) -> ir.Value:
         """Attention of all prompt positions to each other. [M, d] -> [M, heads * head_dim]."""
-        ...
 
 
 def linear(graph: Graph, x: ir.Value, layer: Linear) -> ir.Value:

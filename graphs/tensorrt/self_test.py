@@ -115,7 +115,7 @@ def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], b
             shape = [size if isinstance(size, int) else sizes[size] for size in shapes[name]]
             numbers = random.standard_normal(shape, np.float32)
             inputs[name] = _as_float(_as(numbers, engine.dtype(name)))
-        exact, rounded = (_run(graph, inputs, host) for graph, host in zip(graphs, hosts, strict=True))
+        exact, rounded = (_run(graph, inputs, host, sizes) for graph, host in zip(graphs, hosts, strict=True))
         given = {name: _as(array, engine.dtype(name)) for name, array in inputs.items()}
         ours = {name: np.zeros(array.shape, engine.dtype(name)) for name, array in exact.items()}
         engine.bind({**given, **past}, {**ours, **present}).run()
@@ -124,14 +124,17 @@ def _compare(bundle: Bundle, engine: TensorRTEngine, graphs: list[OnnxEngine], b
     return differences.farthest()
 
 
-def _run(graph: OnnxEngine, inputs: Arrays, cache: Arrays) -> Arrays:
+def _run(graph: OnnxEngine, inputs: Arrays, cache: Arrays, sizes: Mapping[str, int]) -> Arrays:
     """A call of a graph, which extends the cache. Tokens are left out: where two are nearly equal, either may be
     chosen. Their logits are not."""
-    names = [name for name in graph.output_shapes if name != "token"]
-    found = dict(zip(names, graph.run(names, {**inputs, **cache}), strict=True))
-    for name in cache:
-        cache[name] = found.pop(name.replace("past", "present"))
-    return found
+    outputs = {
+        name: np.zeros([sizes.get(size, size) for size in shape], np.float32)
+        for name, shape in graph.output_shapes.items()
+        if name != "token" and not name.startswith("present.")
+    }
+    present = {name.replace("past", "present"): array for name, array in cache.items()}
+    graph.bind({**inputs, **cache}, {**outputs, **present}).run()
+    return outputs
 
 
 class _Differences:

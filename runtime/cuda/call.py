@@ -51,7 +51,7 @@ class DeviceEngine:
     def __init__(self, name: str, stream: Stream, captures: bool) -> None:
         self.name, self.stream, self.captures = name, stream, captures
         self.calls: WeakSet[DeviceCall] = WeakSet()
-        self._stagings: list[Staging] = []
+        self.stagings: list[Staging] = []
 
     def bind(self, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> DeviceCall:
         """A call on fixed arrays."""
@@ -59,15 +59,12 @@ class DeviceEngine:
 
     def take_staging(self, size: int) -> Staging:
         """The smallest unused one of `size` bytes or more. Pinned memory is freed only when the device is closed."""
-        fitting = [staging for staging in self._stagings if staging.size >= size]
+        fitting = [staging for staging in self.stagings if staging.size >= size]
         if not fitting:
             return Staging(self.stream, max(LEAST_STAGING, 1 << (size - 1).bit_length()))
         chosen = min(fitting, key=lambda staging: staging.size)
-        self._stagings.remove(chosen)
+        self.stagings.remove(chosen)
         return chosen
-
-    def give_staging(self, staging: Staging) -> None:
-        self._stagings.append(staging)
 
     def close(self) -> None:
         """Let go of everything, before the stream is gone. No call may run any more."""
@@ -152,7 +149,7 @@ class DeviceCall:
         """Let go of memory. What the device may still be copying into is not for other calls."""
         staging, self._staging = self._staging, None
         if staging is not None and not self._under_way:
-            self._engine.give_staging(staging)
+            self._engine.stagings.append(staging)
 
     def _lay_out(self) -> Staging:
         """Give the arrays of the host places in a staging, and `_prepare` the engine for all arrays."""
@@ -169,7 +166,7 @@ class DeviceCall:
         try:
             self._prepare(staging)
         except BaseException:
-            self._engine.give_staging(staging)
+            self._engine.stagings.append(staging)
             raise
         self._staging = staging
         return staging

@@ -54,7 +54,8 @@ class PrefixStore:
             while self.used + size > self.limit:
                 oldest = next(iter(self._entries), None)
                 if oldest is None or oldest in own:
-                    return self._use(chain)
+                    self._use(chain)
+                    return
                 self.used -= self._entries.pop(oldest)[1]
             self._entries[key] = make(number), size
             self.used += size

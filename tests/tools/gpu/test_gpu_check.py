@@ -58,6 +58,8 @@ def test_steps_for_a_card_run_on_a_stand_in(checkpoint: Any, tmp_path: Path, mon
     found = check.correctness(bench)
     assert found["where"] == "cuda:0"
     assert found["fp32"] == {"tokens": 1.0, "exits": 1.0}
+    first, *_, last = check.LANES.items()
+    monkeypatch.setattr(check, "LANES", dict((first, last)))
     rates = check.lanes(bench)
     assert list(rates) == [*check.LANES, "cpu, fp32"]
     assert all(rate > 0 for each in rates.values() for rate in each.values())
