@@ -75,7 +75,7 @@ def test_exits_are_those_of_the_reference_and_never_of_the_class_of_others(
 @pytest.mark.parametrize(
     ("case", "options"),
     [
-        *EXACT[2:],
+        (T5, {"dialect": "standard"}),
         (LLAMA, OWN_KERNELS),
         (LLAMA, {"precision": "int4", "kernels": "onnxruntime", "confidence": "max-prob"}),
         (T5, {"precision": "fp16", "confidence": "entropy"}),

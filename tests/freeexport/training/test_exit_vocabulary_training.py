@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Case
+from engine_cases import log_softmax
 from training_case import LLAMA, T5, Runs, evaluated, frozen_exit, logged, run_options
 
 from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
-from freeexport.training.batches import described, examples
+from freeexport.training.batches import Collator, described, examples
 from freeexport.training.exit_modules import KnownTokens
-from freeexport.training.exit_start import begin_other, chosen_tokens
+from freeexport.training.exit_start import begin_other, chosen_tokens, observed
 from freeexport.training.shallow_deep import ShallowDeep, SharedHead, exits_of
 from freeexport.training.train import train
 from freeexport.verification.engines import QUICK
@@ -31,12 +32,6 @@ from runtime.errors import OptionError
 Directory = Callable[[Case], Path]
 RANDOM = np.random.default_rng(11)
 TOKENS = (1, 4, 5, 9)
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    shifted = x - x.max(-1, keepdims=True)
-    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
 
 
 def folded(logits: np.ndarray, known: tuple[int, ...] = TOKENS) -> np.ndarray:
@@ -115,6 +110,23 @@ def test_the_class_of_others_begins_as_what_their_logits_add_up_to() -> None:
         wanted = known.folded(head.read(states))[:, -1]
         found = known.logits(states * 0.5, head.weight[known.vocabulary])[:, -1]
     assert float((found - wanted).square().mean()) < 0.1 * float(wanted.var())
+
+
+def test_gradients_are_on_after_a_part_of_the_examples_was_observed(
+    checkpoint: Directory, words: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.training.exit_start._TAIL_POSITIONS", 1)
+    opened = open_checkpoint(str(checkpoint(T5)))
+    options = run_options(words)
+    description = described(opened, options)
+    training, _, _ = examples(opened, description, options)
+    known = KnownTokens(range(40), description.hidden_size)
+    whole = ShallowDeep(reference_model(opened), description, 2, known=known)
+    states = observed(whole, training, Collator(0), bf16=True)
+    begin_other(known, whole.head, (whole.exit_normed(hidden) for hidden in states))
+    assert len(list(states)) == 2  # it was left before its end
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Directory, words: Path) -> None:

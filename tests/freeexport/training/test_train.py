@@ -36,6 +36,7 @@ from runtime.errors import OptionError
 
 ROOT = Path(__file__).parents[3]
 Directory = Callable[[Case], Path]
+ONE_BATCH: dict[str, Any] = {"loss": "ce", "dropout": 0.0, "steps": 2, "evaluate_every": 2, "batch_tokens": 10_000}
 EXIT_OF_LAYERS: dict[str, Any] = {"exit_layers": 2, "steps": 12, "evaluate_every": 6, "learning_rate": 3e-3}
 
 
@@ -116,16 +117,15 @@ def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     for name, value in evaluated(out, run_options(words, **options)).items():
         assert trained.metrics[f"eval_{name}"] == pytest.approx(value, rel=0.02, abs=0.02), name
     if options.get("adapter_rank") == 0:  # it begins as the final norm
-        whole = run(T5, loss="ce", dropout=0.0, steps=1, evaluate_every=1, batch_tokens=10_000).trained.before
+        whole = run(T5, **ONE_BATCH).trained.before
         for name in ("eval_shallow_loss", "eval_deep_loss"):
             assert trained.before[name] == pytest.approx(whole[name], rel=1e-3)
 
 
 @pytest.mark.parametrize("tune", ["full", "exit"])
 def test_gradient_accumulation_equals_one_large_batch(tune: Any, run: Runs) -> None:
-    alike: dict[str, Any] = {"loss": "ce", "steps": 1, "dropout": 0.0, "evaluate_every": 1}
-    alike |= {} if tune == "full" else {"tune": tune}
-    outs = [run(T5, **alike, batch_tokens=10_000).out, run(T5, **alike, batch_tokens=130, accumulate=20).out]
+    alike = ONE_BATCH if tune == "full" else {**ONE_BATCH, "tune": tune}
+    outs = [run(T5, **alike).out, run(T5, **{**alike, "batch_tokens": 130, "accumulate": 20}).out]
     results = [(logged(out)[0], logged(out, "grad_norm")[0]) for out in outs]
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
@@ -341,7 +341,7 @@ def test_the_command_prints_what_was_reached(
 
 
 def test_two_processes_train_as_one(checkpoint: Directory, words: Path, run: Runs, tmp_path: Path) -> None:
-    one, _ = run(T5, loss="ce", dropout=0.0, steps=2, evaluate_every=2, batch_tokens=10_000)
+    one, _ = run(T5, **ONE_BATCH)
     arguments = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("-m", "freeexport", "train", str(checkpoint(T5)), str(tmp_path / "two")),
