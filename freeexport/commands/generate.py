@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,40 +15,29 @@ import click
 from freeexport.commands.verb_options import DEVICE, THREADS, SectionedCommand, section
 from freeexport.system.answers import answer_file, fields_of
 from freeexport.system.jsonl import STANDARD
-from runtime import FreeExportError, GenerationOptions, GenerationResult, OptionError, Session
+from runtime import FreeExportError, GenerationResult, OptionError, Session
 from runtime.errors import PromptLengthError
 from runtime.json_file import UnreadableError, read_text
 from runtime.options import Mode
 
 # Lines of a file that are decoded at once: each holds a slot of the KV cache.
 BATCH = 4
-# Options of a request that this command has itself, or that a command line cannot give; --option takes all others.
-OWN = ("mode", "threshold", "predicted_output", "max_new_tokens", "stop", "temperature")
-NOT_HERE = {*OWN, "draft_source", "logits_processor", "cache_salt"}
-OTHERS = sorted({item.name for item in dataclasses.fields(GenerationOptions)} - NOT_HERE | {"num_return_sequences"})
 
 
 def _others(context: click.Context, parameter: click.Parameter, given: tuple[str, ...]) -> dict[str, Any]:
-    """NAME=VALUE as options of a request, the value as JSON where it is any."""
+    """NAME=VALUE as options of a request, the value as JSON where it is any; the session checks them."""
     options: dict[str, Any] = {}
     for text in given:
         name, found, value = text.partition("=")
-        if not found or name not in OTHERS:
-            near = difflib.get_close_matches(name, OTHERS, 1)
-            hint = f"did you mean {near[0]}" if near else f"names are {', '.join(OTHERS)}"
-            if name in OWN:
-                hint = f"give --{name.replace('_', '-')}"
-            raise click.BadParameter(f"{text!r} is no NAME=VALUE of a request; {hint}", context, parameter)
+        if not found:
+            raise click.BadParameter(f"{text!r} is no NAME=VALUE", context, parameter)
         try:
             options[name] = json.loads(value)
         except (ValueError, RecursionError):
             options[name] = value
-    if (biases := options.get("sequence_bias")) is not None:
-        try:
-            options["sequence_bias"] = {tuple(map(int, ids.split(","))): float(bias) for ids, bias in biases.items()}
-        except (AttributeError, TypeError, ValueError):
-            example = 'sequence_bias={"42": -5, "7,42": 2.5}'
-            raise click.BadParameter(f"sequence_bias is {biases!r}, not like {example}", context, parameter) from None
+    with suppress(AttributeError, KeyError, ValueError):  # JSON has no keys of several token ids
+        biases = options["sequence_bias"].items()
+        options["sequence_bias"] = {tuple(map(int, ids.split(","))): bias for ids, bias in biases}
     return options
 
 
@@ -84,9 +72,9 @@ def _others(context: click.Context, parameter: click.Parameter, given: tuple[str
 @click.option("--predicted-output", type=click.Path(path_type=Path), metavar="FILE",
               help="Text that the output is expected to be, but for changes: drafts of mode lossless.")  # fmt: skip
 @click.option("-o", "--option", "others", multiple=True, metavar="NAME=VALUE", callback=_others,
-              help="Any other option of a request, such as seed=1, top_p=0.9, num_beams=4, num_return_sequences=4, "
-              "drafts=exit, deadline=60, or top_logprobs=3 for JSON. May be repeated. Names: "
-              f"{', '.join(OTHERS)}.")  # fmt: skip
+              help="Any other option of a request (docs/options.md), such as seed=1, top_p=0.9, num_beams=4, "
+              "num_return_sequences=4, drafts=exit, deadline=60, top_logprobs=3 for JSON, or "
+              'sequence_bias={"42": -5, "7,42": 2.5}. May be repeated.')  # fmt: skip
 @section("Machine", rare=True)
 @click.option("--device", default="cpu", help=DEVICE)
 @click.option("--threads", type=int, help=THREADS)

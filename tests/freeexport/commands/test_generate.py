@@ -117,23 +117,6 @@ def test_an_empty_answer_to_a_raw_prompt_hints_at_the_chat_template_once(
     assert "--chat" not in silent("Hi").stderr
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        ("top_kk=3", "did you mean top_k"),
-        ("top_k", "is no NAME=VALUE"),
-        ("temperature=1", "give --temperature"),
-        ("draft_source=x", "is no NAME=VALUE"),
-        ("zzz=1", "names are deadline, "),
-        *((f"sequence_bias={given}", "not like") for given in ("42", '{"a": 3}', '{"42": "much"}', '{"1,": 2}', "[1]")),
-    ],
-)
-def test_an_option_that_cannot_be_read_is_a_usage_error(option: str, message: str, generate: Run) -> None:
-    result = generate("Hi", "-o", option)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.split())
-
-
 def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, session: Session, tmp_path: Path) -> None:
     read = len(session.encode("Hi there"))
     room = session.capacity - read + 1
@@ -151,6 +134,12 @@ def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, se
     [
         (("--mode", "rollback"), "rollback_threshold is None"),
         (("-o", "top_p=0.5"), "nothing is sampled"),
+        (("-o", "top_kk=3"), "unknown option top_kk; known are mode, "),
+        (("-o", "draft_source=x"), "draft_source is 'x'; give a callable"),
+        *(
+            (("-o", f"sequence_bias={given}"), "give {token: bias} or {(token, token): bias}")
+            for given in ("42", '{"a": 3}', '{"42": "much"}', '{"1,": 2}', "[1]")
+        ),
         (("-o", "num_return_sequences=2"), "num_return_sequences is 2"),
         (("-o", "min_new_tokens=x"), "min_new_tokens is 'x'"),
         (("-o", "num_beams=2", "--mode", "full"), "beam search is for encoder-decoders"),
@@ -165,6 +154,7 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("Hi", "-o", "top_k"), "'top_k' is no NAME=VALUE"),
         (("Hi", "--batch-size", "2"), "go with --input"),
         (("Hi", "--input", "in"), "--input goes without PROMPT"),
         (("--input", "in", "--resume", "--overwrite"), "contradict each other"),
@@ -172,7 +162,7 @@ def test_options_that_do_not_fit_are_one_line(arguments: tuple[str, ...], messag
         (("--input", "in", "--output", "out", "--batch-size", "0"), "0 is not in the range"),
     ],
 )
-def test_options_of_files_that_contradict_each_other_are_usage_errors(
+def test_options_that_contradict_each_other_are_usage_errors(
     arguments: tuple[str, ...], message: str, generate: Run
 ) -> None:
     result = generate(*arguments)

@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from handmade_bundle import write_bundle
+from killed_process import killed_before
 
 from freeexport.conversion.recalibrate import update_bundle
 from runtime.bundle.bundle import Bundle
@@ -30,32 +29,7 @@ CALIBRATION = Calibration(
     rollback_threshold=2.5,
 )
 NEWER = replace(CALIBRATION, threshold=0.5, rollback_threshold=1.5)
-
-
-def killed_before(change: int, path: Path) -> bool:
-    """Update the bundle in a process that ends, as a kill would, before a change of the file system."""
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 9
-    try:
-        left = change
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal left
-                if left == 0:
-                    os._exit(9)
-                left -= 1
-                return function(*arguments, **named)
-
-            return call
-
-        for place, name in ((Path, "replace"), (Path, "unlink"), (os, "fsync")):
-            setattr(place, name, counted(getattr(place, name)))
-        update_bundle(path, NEWER)
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
+CHANGES = {Path: ("replace", "unlink"), os: ("fsync",)}
 
 
 def test_the_bundle_has_the_latest_calibration_and_its_thresholds(tmp_path: Path) -> None:
@@ -80,7 +54,7 @@ def test_wherever_the_update_is_killed_the_bundle_is_the_old_or_the_new_one(tmp_
     found, done = [], False
     for change in range(20):
         update_bundle(path, CALIBRATION)
-        done = not killed_before(change, path)
+        done = not killed_before(change, CHANGES, lambda: update_bundle(path, NEWER))
         bundle = Bundle.open(path, verify="full")
         assert bundle.calibration in (CALIBRATION, NEWER)
         assert bundle.calibration is not None

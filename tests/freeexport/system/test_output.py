@@ -9,16 +9,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from killed_process import killed_before
 from safetensors import SafetensorError
 
 from freeexport import cli
 from freeexport.system.output import OutputError, naming, output_directory, replacing
 
 MARKER = "marker.json"
-KILLED = 9
+STEPS = {Path: ("rename", "mkdir", "unlink"), os: ("open", "write", "fsync", "unlink", "rmdir")}
 Writer = Callable[[str], subprocess.Popen[str]]
 
 
@@ -61,36 +61,6 @@ def writer(tmp_path: Path) -> Iterator[Writer]:
     for process in processes:
         process.kill()
         process.communicate()
-
-
-def end_before(step: int, out: Path) -> bool:
-    """Replace `out` in a process that ends, as by a kill, before a change of the file system; whether it was ended."""
-    process = os.fork()
-    if process:
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == KILLED
-    try:
-        left = step
-
-        def counted(function: Callable[..., Any]) -> Callable[..., Any]:
-            def call(*arguments: Any, **named: Any) -> Any:
-                nonlocal left
-                if left == 0:
-                    os._exit(KILLED)
-                left -= 1
-                return function(*arguments, **named)
-
-            return call
-
-        for place, names in (
-            (Path, ("rename", "mkdir", "unlink")),
-            (os, ("open", "write", "fsync", "unlink", "rmdir")),
-        ):
-            for name in names:
-                setattr(place, name, counted(getattr(place, name)))
-        write(out, "new", overwrite=True)
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
 
 
 def test_the_directory_appears_when_the_block_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +158,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_which_the_next_run_finds(t
     seen, killed, step = set(), True, 0
     while killed:
         write(tmp_path / "out", "old", overwrite=True)
-        killed = end_before(step, tmp_path / "out")
+        killed = killed_before(step, STEPS, lambda: write(tmp_path / "out", "new", overwrite=True))
         with pytest.raises(OutputError, match="--overwrite"):
             write(tmp_path / "out", "next")
         seen.add((tmp_path / "out" / MARKER).read_text())
