@@ -9,14 +9,24 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from freeexport.system.jsonl import STANDARD, BrokenLine, Request, open_pipe, read_requests
+from freeexport.system.jsonl import (
+    STANDARD,
+    BrokenLine,
+    Request,
+    append_lines,
+    encoded,
+    open_pipe,
+    read_requests,
+    whole_lines,
+)
+from freeexport.system.output import check_writable
 from freeexport.system.progress import progress
 from runtime import FreeExportError, GenerationResult, OptionError, PromptError
 
@@ -113,7 +123,7 @@ def fields_of(result: GenerationResult, *others: GenerationResult) -> dict[str, 
 
 
 class ResultFile:
-    """A line for each request, written whole and at once to a file, to standard output (`-`) or to a pipe.
+    """A line for each request, written whole and at once to a file, to standard output (`-`), a pipe or a device.
 
     A line begins with the request's `id`, or with `line`, its number, where it has none; then `input`, the fields of
     its result or its `error`, and the request's `target` where it has one. However a run ends, a file holds whole lines
@@ -125,54 +135,53 @@ class ResultFile:
 
     def __init__(self, path: Path) -> None:
         self.count = self.failures = 0
-        self._path, self._end, self._stale = path, 0, False
-        self._standard = str(path) == STANDARD
-        self._new = not self._standard and not path.exists()
-        self._regular = self._new or (not self._standard and path.is_file())
+        self._path, self._stale = path, False
+        self._stream: Any = None
         try:
-            if self._standard:
-                self._file: Any = sys.stdout.buffer
+            if str(path) == STANDARD:
+                self._stream = sys.stdout.buffer
             elif path.is_fifo():
-                self._file = open_pipe(path, "wb")
+                self._stream = open_pipe(path, "wb")
+            elif not path.exists():
+                check_writable(path, "--output")
+            elif path.is_file():
+                path.open("ab").close()
             else:
-                # Unbuffered: a line is there as soon as it is written. Devices cannot append.
-                self._file = open(path, "ab" if self._regular else "wb", buffering=0)  # noqa: SIM115
+                self._stream = path.open("wb", buffering=0)
         except OSError as error:
             raise OptionError(f"{path} cannot be written ({error.strerror}); name another output") from None
 
     def __enter__(self) -> ResultFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._standard:
-            self._file.close()
-        if kind is not None and self._new and self._end == 0:
-            self._path.unlink(missing_ok=True)
+    def __exit__(self, *_: object) -> None:
+        if self._stream not in (None, sys.stdout.buffer):
+            self._stream.close()
 
     def begin(self, lines: Iterable[Line], overwrite: bool = False) -> Iterable[Line]:
         """All lines, for an output without content, or with `overwrite`; else OptionError, and it stays as it is."""
-        self._end = self._path.stat().st_size if self._regular else 0
-        if self._end and not overwrite:
+        self._stale = self._stream is None and self._path.exists() and self._path.stat().st_size > 0
+        if self._stale and not overwrite:
             raise OptionError(f"{self._path} exists; continue with --resume, replace with --overwrite, or name another")
-        self._stale = self._end > 0
         return lines
 
     def resume(self, lines: list[Line]) -> list[Line]:
         """The lines after those that have a result. Raises OptionError where the output holds something else than the
         results of the first lines, in their order, and leaves it as it is."""
-        if not self._regular:
+        if self._stream is not None:
             raise OptionError(f"{self._path} is no file, so there is nothing to resume; leave out --resume")
-        for number, record in enumerate(self._path.read_bytes().splitlines(keepends=True), start=1):
+        content = self._path.read_bytes() if self._path.exists() else b""
+        for number, record in enumerate(content.splitlines(keepends=True), start=1):
             whole = record.endswith(b"\n")
-            start = _encoded(_name(lines[number - 1]))[:-1] + b", " if number <= len(lines) else b"nothing"
+            start = encoded(_name(lines[number - 1]))[:-1] + b", " if number <= len(lines) else b"nothing"
             if record[: len(start)] != start[: len(record)] or (whole and not _is_result(record)):
                 raise OptionError(
                     f"{self._path} line {number} is not the result of that line of the input; name another output"
                 )
             if whole:
-                self.count, self._end = number, self._end + len(record)
+                self.count = number
                 self.failures += "error" in json.loads(record)
-        self._file.truncate(self._end)
+        whole_lines(self._path)  # cuts off a partial last one
         return lines[self.count :]
 
     def write(self, line: Line, **result: Any) -> None:
@@ -180,35 +189,21 @@ class ResultFile:
         full disk."""
         asked = {"input": line.input} if isinstance(line, Request) else {}
         target = {"target": line.target} if isinstance(line, Request) and line.target is not None else {}
-        content = _encoded({**_name(line), **asked, **result, **target}) + b"\n"
-        try:
+        record = {**_name(line), **asked, **result, **target}
+        if self._stream is not None:
+            self._stream.write(encoded(record) + b"\n")
+            self._stream.flush()
+        else:
             if self._stale:
-                self._file.truncate(0)
-                self._stale, self._end = False, 0
-            written = 0
-            while written < len(content):
-                written += self._file.write(content[written:]) or 0
-            self._file.flush()
-        except OSError as error:
-            if self._standard:
-                raise
-            with suppress(OSError):  # a pipe, or a device that is gone: resuming drops the partial line
-                self._file.truncate(self._end)
-            raise FreeExportError(
-                f"{self._path} cannot be written ({error.strerror}); make room, then continue with --resume"
-            ) from None
-        self._end += len(content)
+                self._path.write_bytes(b"")
+                self._stale = False
+            append_lines(self._path, [record], "continue with --resume")
         self.count += 1
         self.failures += "error" in result
 
 
 def _name(line: Line) -> dict[str, Any]:
     return {"line": line.line_number} if line.id is None else {"id": line.id}
-
-
-def _encoded(record: dict[str, Any]) -> bytes:
-    # A lone surrogate can only be escaped, in JSON as in Python.
-    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def _is_result(record: bytes) -> bool:

@@ -111,10 +111,14 @@ def _unreadable(path: Path, error: OSError) -> OptionError:
     return OptionError(f"{path} cannot be read ({error.strerror}); name a JSONL file")
 
 
-def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
+def encoded(record: Mapping[str, Any]) -> bytes:
+    """JSON in UTF-8. A lone surrogate can only be escaped, in JSON as in Python."""
+    return json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
+
+
+def append_lines(path: Path, records: Iterable[Mapping[str, Any]], advice: str = "run the same command again") -> None:
     """Append records as lines, or none of them where the disk is full: FreeExportError then."""
-    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    content = text.encode("utf-8", "backslashreplace")
+    content = b"".join(encoded(record) + b"\n" for record in records)
     with FileIO(path, "ab") as file:
         end = file.seek(0, 2)
         try:
@@ -122,9 +126,7 @@ def append_lines(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
                 content = content[file.write(content) :]
         except OSError as error:
             file.truncate(end)
-            raise FreeExportError(
-                f"{path} cannot be written ({error.strerror}); make room, and run the same command again"
-            ) from None
+            raise FreeExportError(f"{path} cannot be written ({error.strerror}); make room, and {advice}") from None
 
 
 def _read_line(file: BinaryIO, path: Path, number: int) -> bytes | None:

@@ -200,9 +200,10 @@ def test_a_run_that_fails_before_its_first_result_leaves_no_file(tmp_path: Path)
         with pytest.raises(KeyboardInterrupt), ResultFile(output):
             raise KeyboardInterrupt
     assert (path.exists(), kept.exists()) == (False, True)
-    for output in (tmp_path, tmp_path / "absent" / "out.jsonl"):
-        with pytest.raises(OptionError, match="cannot be written"):
-            ResultFile(output)
+    with pytest.raises(OptionError, match="cannot be written"):
+        ResultFile(tmp_path)
+    with pytest.raises(OptionError, match=r"there is no directory .*absent; make it first"):
+        ResultFile(tmp_path / "absent" / "out.jsonl")
 
 
 def test_resuming_goes_on_after_what_is_done(tmp_path: Path) -> None:
