@@ -29,7 +29,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _open_standard_streams() -> None:
-    """/dev/null for those that are closed: the next file opened would get their number, and what is printed."""
+    """Open /dev/null for closed streams: else the next file opened gets their number, and what is printed."""
     closed = [(number, name) for number, name in enumerate(("stdin", "stdout", "stderr")) if getattr(sys, name) is None]
     for number, _ in closed:
         try:

@@ -177,7 +177,7 @@ def command(
 
 
 def _ids(text: Any) -> Any:
-    """Token ids as text names them; what names none stays, and the session refuses it with the reason."""
+    """Parse token ids such as 1,22,333; other text stays, and the session refuses it with the reason."""
     words = text.replace(",", " ").split() if isinstance(text, str) else []
     listed = words and all(word.isdecimal() and len(word) < 20 for word in words)
     return list(map(int, words)) if listed else text

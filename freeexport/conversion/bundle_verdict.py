@@ -18,8 +18,8 @@ def bundle_verdict(bundle: Bundle) -> Verdict:
 
 
 def bundle_facts(bundle: Bundle) -> ExitFacts:
-    """From the manifest, the calibration and the verification. Of sequences nothing is recorded, so shares have no
-    interval."""
+    """Facts of the exit from the manifest, the calibration and the verification. Shares have no interval, as nothing is
+    recorded of sequences."""
     manifest, calibration = bundle.manifest, bundle.calibration
     seen = (bundle.verification or {}).get("exit")
     agreement = seen.get("agreement") if isinstance(seen, Mapping) else None

@@ -88,8 +88,8 @@ class _OneHotByComparison(TorchFunctionMode):
 
 
 def _check_weights(checkpoint: Checkpoint, model: PreTrainedModel) -> None:
-    """transformers draws missing weights at random, or takes others for them; here they are errors, as is NaN. The
-    embedding is the decoder's, and is read with it."""
+    """Refuse missing weights, which transformers would draw at random, and NaN. The embedding is the decoder's, and is
+    read with it."""
     encoder = model.get_encoder()
     prefix = next(name for name, module in model.named_modules() if module is encoder)
     for name in encoder.state_dict():

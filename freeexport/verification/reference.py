@@ -165,7 +165,7 @@ def _root_mean_square(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def in_precision_of(manifest: Manifest, model: PreTrainedModel) -> AbstractContextManager[None]:
-    """The reference is as coarse in there as a bundle of this precision may be."""
+    """Make the reference as coarse, inside the block, as a bundle of this precision may be."""
     if manifest.quantization is not None:
         engines = {engine.engine: engine for engine in manifest.quantization.engines}
         exit_layer = manifest.exit_layer
@@ -184,7 +184,7 @@ def engine_of(module: str, exit_layer: int) -> str:
 
 
 class Float64(TorchFunctionMode):
-    """Every operator in float64, also where code names float32, as norms, softmax and rotary positions do.
+    """Runs every operator in float64, also where code names float32, as norms, softmax and rotary positions do.
 
     A float32 parameter is widened for the operator that reads it, so a model needs the memory of its largest weight in
     float64 and no more.
@@ -233,8 +233,8 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
 def coarsening(
     model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
 ) -> AbstractContextManager[None]:
-    """Every linear layer is off as if its weights had the relative error of the engine that it is in, at random; with
-    `activations` also as if what it reads had 8 bits. `precision_of` says which engine a module is in, by its name."""
+    """Add random errors to every linear layer, as if its weights had the relative error of its engine; with `activations`
+    also as if its input had 8 bits. `precision_of` gives the engine of a module, by its name."""
     generator = torch.Generator().manual_seed(0)
 
     def coarsener(found: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
