@@ -233,8 +233,8 @@ def rounding(model: Any, bits: int) -> AbstractContextManager[None]:
 def coarsening(
     model: Any, precision_of: Callable[[str], EnginePrecision | None], activations: bool
 ) -> AbstractContextManager[None]:
-    """Add random errors to every linear layer, as if its weights had the relative error of its engine; with `activations`
-    also as if its input had 8 bits. `precision_of` gives the engine of a module, by its name."""
+    """Add random errors to every linear layer, as if its weights had the relative error of its engine; with
+    `activations` also as if its input had 8 bits. `precision_of` gives the engine of a module, by its name."""
     generator = torch.Generator().manual_seed(0)
 
     def coarsener(found: EnginePrecision) -> Callable[[Any, Any, torch.Tensor], torch.Tensor]:
