@@ -191,6 +191,7 @@ class Scheduler:
             with self._lock:
                 self._borrowed -= 1
                 self._give_back(decoder)
+                self._unbind()
 
     def guarded(self, callback: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a callback: while it runs, this session refuses to be asked by it."""

@@ -91,18 +91,8 @@ class Session:
         self._scheduler = scheduler = Scheduler(decoders, batches, cross, options.queue, calls, manifest.packed)
         self._observer = Observer(None if on_event is None else scheduler.guarded(on_event))
         limit = options.prefix_cache_bytes
-        self._model = Model(
-            self.bundle,
-            options,
-            self.capacity,
-            encoder,
-            self._tokenizer,
-            thresholds,
-            calls,
-            self._observer,
-            scheduler.guarded,
-            PrefixStore(limit) if limit else None,
-        )
+        loaded = self.capacity, encoder, self._tokenizer, thresholds, calls, self._observer, scheduler.guarded
+        self._model = Model(self.bundle, options, *loaded, PrefixStore(limit) if limit else None)
         self._closed = False
 
     @property
