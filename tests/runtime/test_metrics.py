@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,25 @@ def test_passes_over_one_token_and_over_several_are_counted_by_their_rows() -> N
 
 
 def test_requests_are_counted_as_they_end(chat: Path) -> None:
+    gate = threading.Event()
+
+    def hold(ids: Any, scores: Any) -> Any:
+        assert ids.shape[1] == len(PROMPT) or gate.wait(30)  # from the second token on
+        return scores
+
     with Session(chat, threads=1, slots=1) as session:
         results = session.generate([PROMPT, PROMPT], max_new_tokens=9, threshold=0.3)
-        stream = session.stream(PROMPT, max_new_tokens=9)
+        stream = session.stream(PROMPT, max_new_tokens=9, logits_processor=hold)
         next(stream)
         during = session.metrics()
+        threading.Timer(0.2, gate.set).start()
         stream.close()
         after = session.metrics()
     assert (during.running, during.waiting) == (1, 0)
     assert 3 / 4096 <= during.kv_cache_usage <= 5 / 4096
     assert (after.running, after.kv_cache_usage) == (0, 0)
     assert after.finished == {"length": 2, "cancelled": 1}
-    assert after.generated_tokens == during.generated_tokens + 1 == 19
+    assert after.generated_tokens == during.generated_tokens + len(stream.result.token_ids) < 18 + 9
     assert after.prompt_tokens == 9
     assert after.exited_tokens == sum(result.stats.exits for result in results)
     assert sum(after.time_to_first_token.counts) == sum(after.queue_time.counts) == 3
@@ -72,7 +80,7 @@ def test_events_of_a_request_come_in_order(chat: Path) -> None:
     told: list[RequestEvent] = []
     with Session(chat, threads=1, slots=1, queue=0, on_event=told.append) as session:
         result = session.generate(PROMPT, max_new_tokens=3)
-        with session.stream(PROMPT), pytest.raises(QueueFullError):
+        with session.stream(PROMPT, max_new_tokens=4000, ignore_eos=True), pytest.raises(QueueFullError):
             session.generate(PROMPT)
     of = {number: list(events) for number, events in itertools.groupby(told[:4], lambda event: event.request)}
     assert [event.kind for event in of[0]] == ["queued", "started", "first_token", "ended"]
@@ -82,7 +90,7 @@ def test_events_of_a_request_come_in_order(chat: Path) -> None:
     assert [event.kind for event in refused] == ["queued", "ended"]
     assert isinstance(refused[-1].error, QueueFullError)
     left = [event for event in told if event.request == 1]
-    assert [event.kind for event in left] == ["queued", "ended"]
+    assert (left[0].kind, left[-1].kind) == ("queued", "ended")  # it may have started
     assert left[-1].result is not None
     assert left[-1].result.finish_reason == "cancelled"
 
