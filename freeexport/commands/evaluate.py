@@ -93,8 +93,7 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """
     import matplotlib  # noqa: F401
 
-    from freeexport.measure.evaluate import FILES, evaluate, facts, narrow, settings_sheet
-    from freeexport.measure.page import write
+    from freeexport.measure.evaluate import FILES, evaluate, facts, narrow, settings_sheet, write
     from freeexport.measure.table import terminal
 
     chosen = tuple(bundle_and_methods(text, methods_of(methods)) for text in bundles)

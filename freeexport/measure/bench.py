@@ -16,9 +16,9 @@ import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
 from freeexport.measure.costs import bandwidth_of, token_bytes
-from freeexport.measure.forced import THRESHOLD, ReplaySession, exit_trace
 from freeexport.measure.table import Sheet, environment, plus_minus, sheet
 from freeexport.measure.timing import interleave, load_note, other_load, spread
+from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace
 from freeexport.system.page import human_bytes
 from freeexport.system.progress import progress
 from runtime import Session
@@ -61,12 +61,10 @@ class BenchOptions:
                 raise OptionError(f"{max(values, key=values.count)} is named twice among {what}; name it once")
         for what in self.replay:
             exit_trace(what)
-        for rate in self.replay_drafts:
-            if not 0 <= rate <= 1:
-                raise OptionError(f"--replay-drafts {rate:g} is no share of right drafts; choose one from 0 to 1")
-        for threshold in self.thresholds:
-            if not 0 <= threshold <= 1:
-                raise OptionError(f"--threshold {threshold:g} is out of range; choose one from 0 to 1")
+        for option, shares in (("--replay-drafts", self.replay_drafts), ("--threshold", self.thresholds)):
+            for share in shares:
+                if not 0 <= share <= 1:
+                    raise OptionError(f"{option} {share:g} is out of range; choose one from 0 to 1")
 
     @property
     def count(self) -> int:
@@ -440,8 +438,9 @@ def bench_sheet(found: Mapping[str, Any]) -> Sheet:
 
 def narrow(shown: Sheet) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
-    spare = ("differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread")
-    return shown.within(spare)
+    return shown.within(
+        ("differs", "memory", "95 %", "first ms", "roofline", "precision", "ms", "kept", "exits", "same", "spread")
+    )
 
 
 def facts_lines(found: Mapping[str, Any]) -> list[str]:

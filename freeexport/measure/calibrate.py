@@ -29,7 +29,6 @@ from freeexport.measure.threshold import (
     Choice,
     DecodedOutputs,
     Rule,
-    caught,
     check_confidences,
     choose,
     rollback_limit,
@@ -163,7 +162,11 @@ def calibrate(models: Sequence[str], data: Path, options: CalibrateOptions, outp
             options = replace(options, rounds=options.rounds or ROUNDS, rule=rule)
         results = []
         for source in sources:
-            cache = cache_path(source.facts.path, output)
+            # Beside the file that is written, or beside the bundle.
+            beside = Path(os.path.abspath(source.facts.path))
+            if output is not None and not is_bundle(source.facts.path):
+                beside = output
+            cache = beside.with_name(f"{beside.name}.traces.jsonl")
             traces = collect(source, data, requests, cache, options.max_new_tokens)
             check_enough(traces, options.rule)
             costs = source.costs(requests, traces.mean_length)
@@ -186,14 +189,6 @@ def _outputs(source: Source, requests: Sequence[Request], options: CalibrateOpti
     found = [reference for request, _ in fitting if (reference := reference_of(request)) is not None]
     targets = found if len(found) == len(fitting) else None
     return DecodedOutputs(source.session, [ids for _, ids in fitting], targets, options.max_new_tokens)
-
-
-def cache_path(model: str, output: Path | None) -> Path:
-    """The file of traces: beside the file that is written, or beside the bundle."""
-    if output is not None and not is_bundle(model):
-        return output.with_name(f"{output.name}.traces.jsonl")
-    bundle = Path(os.path.abspath(model))
-    return bundle.with_name(f"{bundle.name}.traces.jsonl")
 
 
 def check_enough(traces: Traces, rule: Rule) -> None:
@@ -232,7 +227,7 @@ def explained(
 ) -> Calibrated:
     """A choice with what it gives; `max_pending` where that was chosen too."""
     most, threshold = max_pending or facts.max_pending, choice.threshold
-    limit = rollback_limit(traces, threshold)
+    limit, caught = rollback_limit(traces, threshold)
     replays = {one: replay(traces, one, most) for one in sorted({*TABLE, threshold, *choice.quality})}
     calibration = Calibration(
         schema_version=CALIBRATION_VERSION,
@@ -263,8 +258,7 @@ def explained(
         "the threshold does not depend on them"
     )
     notes = (*choice.notes, *([] if costs.trusted else [busy]))
-    lost = None if limit is None else caught(traces, threshold, limit)
-    return Calibrated(calibration, facts, traces, costs, replays[threshold], most, data, lost, notes=notes)
+    return Calibrated(calibration, facts, traces, costs, replays[threshold], most, data, caught, notes=notes)
 
 
 def _timed(

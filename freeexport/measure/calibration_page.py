@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from freeexport.measure.table import Sheet, terminal
+from freeexport.measure.table import Sheet, render, terminal
 from freeexport.system.machine import Machine, detect_machine
 from freeexport.system.output import check_output, output_directory
 from freeexport.system.page import filled, pairs, table
@@ -148,8 +148,6 @@ def write(result: Calibrated, directory: Path) -> None:
 def page(result: Calibrated, machine: Machine, made: datetime) -> str:
     """The page as HTML; `machine` is where it was made, and when."""
     from markupsafe import Markup
-
-    from freeexport.measure.page import render
 
     counts = ((machine.cores, "cores"), (machine.threads, "threads"))
     named = ", ".join([machine.cpu, *(f"{count} {name}" for count, name in counts if count is not None)])

@@ -148,7 +148,7 @@ class Calm:
 
     def __init__(self, bundle: Bundle, directory: Path, least: int, threads: int) -> None:
         manifest = bundle.manifest
-        self._manifest, self._least = manifest, least
+        self._manifest, self.least = manifest, least
         self._layers = range(least, manifest.layers)
 
         def engine(path: Path) -> OnnxEngine:
@@ -195,7 +195,7 @@ class Calm:
         """Run all layers over the prompt in two calls, as in the other modes, and the head for its last row."""
         rows, none = len(tokens), np.zeros(0, np.int64)
         state = np.zeros((1, rows, self._manifest.hidden_size), np.float32)
-        lengths, shallow = self._lengths(rows), range(self._least)
+        lengths, shallow = self._lengths(rows), range(self.least)
         self._engines["shallow"].bind(
             {"input_ids": tokens[None], **lengths, "head_rows": none, **self._arrays("past", shallow)},
             {"hidden": state, "token": self._token[:0], "confidence": self._confidence[:0],
@@ -209,7 +209,7 @@ class Calm:
         """Compute the next token, and the layers that it took."""
         self._input[0, 0] = token
         self._calls["shallow"].run()
-        taken = self._least
+        taken = self.least
         if single and not float(self._confidence[0]) > bar:
             self._calls["deep"].run()
             taken = self._manifest.layers
@@ -224,17 +224,17 @@ class Calm:
     def _bind_calls(self, cross: Mapping[str, Any]) -> None:
         """Bind the calls of one row, once; later requests change only what they read of the prompt."""
         most, calls = self._manifest.layers, self._calls
-        reads = {"shallow": range(self._least), "deep": self._layers}
+        reads = {"shallow": range(self.least), "deep": self._layers}
         reads |= {f"layer.{layer}": range(layer, layer + 1) for layer in self._layers}
         if calls:
             for name, layers in reads.items() if cross else ():
                 calls[name].rebind(_cross(cross, layers), {})
             return
         shape, head = (1, 1, self._manifest.hidden_size), np.zeros(1, np.int64)
-        states = {layer: np.zeros(shape, np.float32) for layer in range(self._least, most + 1)}
+        states = {layer: np.zeros(shape, np.float32) for layer in range(self.least, most + 1)}
         for name, layers in reads.items():
             if name == "deep":
-                calls[name] = self._deep(states[self._least], head, self._lengths(1), cross)
+                calls[name] = self._deep(states[self.least], head, self._lengths(1), cross)
                 continue
             first = {"input_ids": self._input} if name == "shallow" else {"state": states[layers.start]}
             rows = {**self._lengths(1), "head_rows": head, **_cross(cross, layers)}

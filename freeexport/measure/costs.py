@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from freeexport.measure.forced import THRESHOLD, ReplaySession, drawn
 from freeexport.measure.timing import interleave, other_load
+from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
 from freeexport.system.child import run_child
 from graphs.step_costs import StepCosts
 from runtime.bundle.bundle import Bundle
@@ -72,11 +72,7 @@ class Sample:
 
 
 def measured_costs(
-    session: ReplaySession,
-    prompts: Sequence[np.ndarray],
-    tokens: int,
-    rounds: int = ROUNDS,
-    seconds: float = SECONDS,
+    session: ReplaySession, prompts: Sequence[np.ndarray], tokens: int, rounds: int = ROUNDS, seconds: float = SECONDS
 ) -> Costs:
     """Time a session that nothing else uses: `tokens` tokens after prompts like these, int64 [n] each; with the cores
     that other processes kept busy meanwhile."""
@@ -106,7 +102,12 @@ def measured_costs(
         for turn in interleave(settings, few, rounds, decode, warm_up=0, title="timing the engines"):
             for number, sample in enumerate(turn.runs):
                 again[turn.prompt, number].append(sample)
-    return replace(fit(list(map(_typical, again.values()))), busy=load.cores, host=host(session.threads))
+    typical = []
+    for samples in again.values():  # the medians of several runs of one request
+        deep = {rows: median(sample.deep[rows] for sample in samples) for rows in samples[0].deep}
+        shallow, outside = (median(getattr(sample, name) for sample in samples) for name in ("shallow", "outside"))
+        typical.append(replace(samples[0], shallow=shallow, outside=outside, deep=deep))
+    return replace(fit(typical), busy=load.cores, host=host(session.threads))
 
 
 def measured_in_child(bundle: Path, threads: int | None = None, tokens: int = TOKENS, context: int = CONTEXT) -> Costs:
@@ -158,14 +159,6 @@ def _deep(samples: Sequence[Sample]) -> dict[int, float]:
     means = np.array([total[rows] / count[rows] for rows in seen])
     fitted, *_ = np.linalg.lstsq(shares * weights[:, None], means * weights, rcond=None)
     return dict(zip(knots, np.maximum.accumulate(fitted).tolist(), strict=True))
-
-
-def _typical(again: Sequence[Sample]) -> Sample:
-    """The medians of several runs of one request."""
-    first = again[0]
-    deep = {rows: median(sample.deep[rows] for sample in again) for rows in first.deep}
-    shallow, outside = (median(getattr(sample, name) for sample in again) for name in ("shallow", "outside"))
-    return replace(first, shallow=shallow, outside=outside, deep=deep)
 
 
 def measured_steps(manifest: Manifest) -> StepCosts:

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
+from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
-from freeexport.measure.settings import CALM, Entry, EvaluateOptions, Key, Record, Records, Setting, entries_of
+from freeexport.measure.settings import CALM, Entry, EvaluateOptions, Key, Method, Record, Records, Setting, entries_of
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
-from freeexport.measure.table import Sheet, about, environment, markdown, plus_minus, sheet
+from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
 from freeexport.measure.timing import Energy, OtherLoad, interleave, load_note
 from freeexport.metrics import Metric, Reference, metric_of
 from freeexport.system.jsonl import Request
+from freeexport.system.output import write_whole
+from freeexport.system.page import save_figure
 from runtime import Session
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import sha256_of
 from runtime.machine.machine import usable_cores
+from runtime.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from freeexport.measure.calm import Calm
@@ -31,6 +36,8 @@ if TYPE_CHECKING:
 WARM_UP = 16  # tokens
 # So many of the outputs may be cut by the limit of tokens before a note says so.
 MOST_CUT = 0.1
+# Lines whose outputs the page shows.
+SHOWN = 12
 # Kept of the first round only.
 _OUTPUTS = {"text", "token_ids", "exited", "finish_reason"}
 FILES = "report.html, results.md, evaluation.json and .csv, curve.png and .svg"
@@ -60,13 +67,19 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     metrics = [metric_of(name) for name in options.metrics]
     entries = entries_of(options)
     requests = read_examples(options.data, options.samples)
-    references = _references(requests, options.data)
+    references = {}
+    for request in requests:
+        if (reference := reference_of(request)) is None:
+            raise DataError(
+                f"{options.data}, line {request.line_number} has no 'target' and no 'references' to compare with; give "
+                "every line one"
+            )
+        references[request.line_number] = reference
     for metric in metrics:  # before long work: does it fit?
         metric.table([reference.texts[0] for reference in references.values()], list(references.values()))
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
-    loss = _write_calm(options, entries)
-    _measure(entries, requests, options, threads, records)
+    loss = _measure(entries, requests, options, threads, records)
     found = records.by_setting()
     rows = rows_of(entries, found, references, metrics)
     told = ("source", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
@@ -89,19 +102,6 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
     return Evaluation(options, entries, metrics, lines, references, found, report)
 
 
-def _references(requests: Sequence[Request], data: Path) -> dict[int, Reference]:
-    found = {}
-    for request in requests:
-        reference = reference_of(request)
-        if reference is None:
-            raise DataError(
-                f"{data}, line {request.line_number} has no 'target' and no 'references' to compare with; give every "
-                "line one"
-            )
-        found[request.line_number] = reference
-    return found
-
-
 def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> dict[str, Any]:
     """Describe what outputs depend on. Metrics and rounds may change: nothing is decoded again for them."""
     manifests = {entry.name: entry.bundle.manifest for entry in entries}
@@ -117,38 +117,16 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
     }
 
 
-def _write_calm(options: EvaluateOptions, entries: Sequence[Entry]) -> str | None:
-    """Write the engines of CALM where they are needed; returns the loss that the model was trained with."""
-    if options.calm_model is None:
-        return None
-    # The builder, which nothing else here needs.
-    from freeexport.measure.calm import write_calm
-
-    loss = ""
-    entry = next(one for one in entries if set(CALM) & set(one.methods))
-    for least, directory in _calm_engines(entry, options).items():
-        loss = write_calm(options.calm_model, entry.bundle.manifest, least, directory)
-    return loss
-
-
-def _calm_engines(entry: Entry, options: EvaluateOptions) -> dict[int, Path]:
-    """The first layers after which the entry's methods of CALM may exit, and the directories of their engines."""
-    first = {
-        "calm": options.calm_from,
-        "calm-decay": options.calm_from,
-        "calm-single": entry.bundle.manifest.exit_layer,
-    }
-    layers = sorted({first[method] for method in entry.methods if method in CALM})
-    return {layer: options.output / f"calm-{layer}" for layer in layers}
-
-
 def _measure(
     entries: Sequence[Entry], requests: Sequence[Request], options: EvaluateOptions, threads: int, records: Records
-) -> None:
-    """Decode what `records` does not have yet: each line in every setting of every bundle, in turn."""
+) -> str | None:
+    """Decode what `records` does not have yet: each line in every setting of every bundle, in turn. Returns the loss
+    that the model of CALM was trained with, None where that is not measured."""
     energy, load = Energy(), OtherLoad()
     with ExitStack() as stack:
-        decoders = [stack.enter_context(_decoder(entry, options, threads, records)) for entry in entries]
+        decoders = [Decoder(entry, options, threads, records) for entry in entries]
+        for decoder in decoders:
+            stack.enter_context(decoder.session)
         prompts = [
             {request.line_number: ids for request, ids in fitting_prompts(decoder.session, requests)}
             for decoder in decoders
@@ -157,7 +135,7 @@ def _measure(
         settings = [(number, setting) for number, entry in enumerate(entries) for setting in entry.settings]
 
         def keys(turn: int, place: int) -> list[Key]:
-            return [Key(entries[number].name, setting.name, lines[place], turn) for number, setting in settings]
+            return [(entries[number].name, setting.name, lines[place], turn) for number, setting in settings]
 
         def done(turn: int, place: int) -> bool:
             return records.has(keys(turn, place))
@@ -176,14 +154,30 @@ def _measure(
         for turn in interleave(settings, lines, options.rounds, decode, 0, done, "evaluating"):
             kept = [{name: run[name] for name in run.keys() - (_OUTPUTS if turn.round else ())} for run in turn.runs]
             busy, named = load.so_far(), keys(turn.round, turn.prompt)
-            records.add([Record(**key._asdict(), **run, busy=busy) for key, run in zip(named, kept, strict=True)])
+            records.add([Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)])
+        return next((decoder.loss for decoder in decoders if decoder.loss is not None), None)
 
 
 class Decoder:
-    """Decodes a bundle's settings; `calm` by the first layer that may exit, where that is measured."""
+    """Decodes a bundle's settings, in its `session` or by CALM's engines."""
 
-    def __init__(self, session: Session, calm: Mapping[int, Calm], calm_from: int) -> None:
-        self.session, self._calm, self._calm_from = session, calm, calm_from
+    def __init__(self, entry: Entry, options: EvaluateOptions, threads: int, records: Records) -> None:
+        self._calm: dict[Method, Calm] = {}
+        self.loss: str | None = None
+        for method in (method for method in entry.methods if method in CALM):
+            # The builder, which nothing else here needs.
+            from freeexport.measure.calm import Calm, write_calm
+
+            manifest = entry.bundle.manifest
+            least = manifest.exit_layer if method == "calm-single" else options.calm_from
+            directory = options.output / f"calm-{least}"
+            self.loss = write_calm(str(options.calm_model), manifest, least, directory)
+            same = [calm for calm in self._calm.values() if calm.least == least]
+            self._calm[method] = same[0] if same else Calm(entry.bundle, directory, least, threads)
+        adaptive: dict[str, Any] = {}
+        if "adaptive" in entry.methods:
+            adaptive = {"threshold": "adaptive", "adaptive_state": records.last_state(entry.name, "adaptive")}
+        self.session = Session(entry.bundle.path, threads=threads, slots=1, **adaptive)
 
     def decode(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
         """Decode, and return the fields of a record that this gives."""
@@ -216,8 +210,8 @@ class Decoder:
         assert setting.threshold is not None
         manifest, tokenizer = self.session.manifest, self.session.tokenizer
         single = setting.method == "calm-single"
-        calm = self._calm[manifest.exit_layer if single else self._calm_from]
-        result = calm.generate(prompt, most, setting.threshold, setting.method == "calm-decay", single)
+        decays = setting.method == "calm-decay"
+        result = self._calm[setting.method].generate(prompt, most, setting.threshold, decays, single)
         ended = result.token_ids[-1] in manifest.eos_token_ids
         written = result.token_ids[:-1] if ended else result.token_ids
         return {
@@ -231,20 +225,6 @@ class Decoder:
             "finish_reason": "eos" if ended else "length",
             "layers": sum(result.layers[0 if manifest.encoder_decoder else 1 :]),
         }
-
-
-@contextmanager
-def _decoder(entry: Entry, options: EvaluateOptions, threads: int, records: Records) -> Iterator[Decoder]:
-    calm = {}
-    if engines := _calm_engines(entry, options):
-        from freeexport.measure.calm import Calm
-
-        calm = {least: Calm(entry.bundle, directory, least, threads) for least, directory in engines.items()}
-    adaptive: dict[str, Any] = {}
-    if "adaptive" in entry.methods:
-        adaptive = {"threshold": "adaptive", "adaptive_state": records.last_state(entry.name, "adaptive")}
-    with Session(entry.bundle.path, threads=threads, slots=1, **adaptive) as session:
-        yield Decoder(session, calm, options.calm_from)
 
 
 def _notes(
@@ -366,3 +346,79 @@ def as_markdown(found: Evaluation) -> str:
             "",
         ]
     )
+
+
+def page(found: Evaluation) -> str:
+    """Render an evaluation: its picture, its tables, and outputs whose exited tokens are marked."""
+    from markupsafe import Markup
+
+    picture = io.StringIO()
+    quality_speed(found).savefig(picture, format="svg")
+    svg, processor = picture.getvalue(), found.report["machine"]["processor"]
+    caption = (
+        "Quality by speed; bars are 95 % intervals of a paired bootstrap over lines, numbers are thresholds. Arrows "
+        "stand for points below the picture."
+    )
+    return render(
+        f"Evaluation on {found.options.data.name}",
+        f"{found.report['lines']} lines, {found.report['threads']} thread(s), {processor}",
+        verdicts=[{"text": text} for text in found.report["verdicts"]],
+        notes=found.report["notes"],
+        # Drawn by matplotlib, which escapes its texts.
+        figures=[(Markup(svg[svg.index("<svg") :]), caption)],
+        sheets=[settings_sheet(found), curves_sheet(found)],
+        examples=examples(found),
+        facts=facts(found),
+    )
+
+
+def examples(found: Evaluation) -> list[dict[str, Any]]:
+    """Choose lines spread over the data, with the outputs of full and of one setting of each method."""
+    # The fastest setting that keeps the quality, else the calibrated one, else the last.
+    best = {(curve["bundle"], curve["fastest"]) for curve in found.report["curves"]}
+    rows = sorted(found.rows, key=lambda row: ((row["bundle"], row["setting"]) in best, row["calibrated"]))
+    chosen = {(row["bundle"], row["method"]): row for row in rows}
+    shown = [row for row in found.rows if row is chosen[row["bundle"], row["method"]]]
+    bundles = {entry.name: entry.bundle for entry in found.entries}
+    tokenizers = {name: Tokenizer.load(bundle.path, bundle.manifest.files) for name, bundle in bundles.items()}
+    lines = list(found.records[shown[0]["bundle"], shown[0]["setting"]])
+    made = []
+    for line in lines[:: max(1, len(lines) // SHOWN)][:SHOWN]:
+        outputs = []
+        for row in shown:
+            bundle, setting = row["bundle"], row["setting"]
+            record = found.records[bundle, setting][line][0]
+            texts = pieces(tokenizers[bundle], record.token_ids, set(bundles[bundle].manifest.eos_token_ids))
+            name = f"{setting}, {bundle}" if len(bundles) > 1 else setting
+            outputs.append((name, list(zip(texts, record.exited, strict=True))))
+        given = found.requests[line].input
+        asked = given if isinstance(given, str) else given[-1]["content"]
+        reference = found.references[line].texts[0]
+        made.append({"line": line, "input": asked, "reference": reference, "outputs": outputs})
+    return made
+
+
+def pieces(tokenizer: Tokenizer | None, token_ids: Sequence[int], ends: set[int]) -> list[str]:
+    """Split a text into what each token adds to it; the token's number where there is no tokenizer."""
+    if tokenizer is None:
+        return [f"{token} " for token in token_ids]
+    texts, before = [], ""
+    for count in range(1, len(token_ids) + 1):
+        text = tokenizer.decode([token for token in token_ids[:count] if token not in ends])
+        # A character of several tokens appears with its last one.
+        shown = text.rstrip("�")
+        texts.append(shown[len(before) :])
+        before = shown if shown.startswith(before) else before
+    return texts
+
+
+def write(found: Evaluation) -> None:
+    """Write figures, pictures and the page beside the outputs. Needs matplotlib."""
+    out = found.options.output
+    write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
+    write_whole(out / "evaluation.csv", as_csv(found.rows))
+    write_whole(out / "results.md", as_markdown(found))
+    figure = quality_speed(found)
+    for name in ("curve.png", "curve.svg"):
+        save_figure(figure, out / name)
+    write_whole(out / "report.html", page(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,21 +48,6 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class ExitGains:
-    """`gains` by size, ascending: the last is that of the whole vocabulary. `ranked`: all token ids, the most useful
-    first, by all sequences."""
-
-    gains: dict[int, Gain]
-    ranked: np.ndarray
-
-    @property
-    def best(self) -> Gain:
-        """The largest of those that are as good as the fastest."""
-        fastest = max(gain.speedup for gain in self.gains.values())
-        return [gain for gain in self.gains.values() if gain.speedup >= AS_GOOD * fastest][-1]
-
-
-@dataclass(frozen=True)
 class ChosenVocabulary:
     """The `tokens` of a shallow head, ascending, and what a bundle records of them."""
 
@@ -98,9 +83,9 @@ def choose_exit_vocabulary(
         )
     targets = source.token_ids([line.target for line in lines if line.target])
     costs = source.costs(lines[:SAMPLES], traces.mean_length)
-    found = exit_gains(traces, above, costs, facts, targets, (size,) if size else ())
-    chosen = found.gains[size] if size else found.best
-    tokens = tuple(sorted(map(int, found.ranked[: chosen.size])))
+    gains, ranked = exit_gains(traces, above, costs, facts, targets, (size,) if size else ())
+    chosen = gains[size] if size else best(gains)
+    tokens = tuple(sorted(map(int, ranked[: chosen.size])))
     return ChosenVocabulary(tokens, ExitVocabulary(chosen.size, chosen.covers, traces.tokens))
 
 
@@ -111,8 +96,9 @@ def exit_gains(
     facts: Facts,
     text: Iterable[Sequence[int]] = (),
     sizes: Sequence[int] = (),
-) -> ExitGains:
-    """Gains by size: powers of two, and `sizes`. The tokens that end a sequence are always known; `text` is token ids
+) -> tuple[dict[int, Gain], np.ndarray]:
+    """Gains by size, ascending: powers of two, `sizes`, and the whole vocabulary; and all token ids, the most useful
+    first, by all sequences. The tokens that end a sequence are always known; `text` is token ids
     of text to expect. The head's part of a step is taken to be in proportion to its tokens, and confidences not to
     change. Raises CalibrationError where nothing exits at the threshold, or there is one sequence only."""
     vocabulary, count = facts.vocab_size, len(traces.length)
@@ -136,7 +122,13 @@ def exit_gains(
         smaller = replace(costs, shallow=costs.shallow_without_head + head)
         lost, done = 1 - float(known[exits].mean()), replay(left, threshold, facts.max_pending)
         gains[size] = Gain(size, float(known.mean()), lost, done, smaller)
-    return ExitGains(gains, _ranked(traces, threshold, written, facts))
+    return gains, _ranked(traces, threshold, written, facts)
+
+
+def best(gains: Mapping[int, Gain]) -> Gain:
+    """The largest of those that are as good as the fastest."""
+    fastest = max(gain.speedup for gain in gains.values())
+    return [gain for gain in gains.values() if gain.speedup >= AS_GOOD * fastest][-1]
 
 
 def _ranked(traces: Traces, threshold: float, written: np.ndarray, facts: Facts) -> np.ndarray:

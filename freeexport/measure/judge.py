@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -75,21 +75,14 @@ class JudgeError(FreeExportError):
 class Endpoint:
     """A chat model at `url`, without /chat/completions. Answers are greedy. Threads may share it."""
 
-    def __init__(
-        self,
-        url: str,
-        model: str,
-        key: str | None,
-        timeout: float = TIMEOUT,
-        sleep: Callable[[float], None] = time.sleep,
-    ) -> None:
+    def __init__(self, url: str, model: str, key: str | None) -> None:
         import httpx
 
         if not url.startswith(("http://", "https://")):
             raise OptionError(f"--endpoint {url!r} is no address; give one such as https://host/v1")
-        self._url, self._model, self._sleep = url.rstrip("/") + "/chat/completions", model, sleep
+        self._url, self._model = url.rstrip("/") + "/chat/completions", model
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        self._client = httpx.Client(timeout=timeout, headers=headers)
+        self._client = httpx.Client(timeout=TIMEOUT, headers=headers)
 
     def ask(self, prompt: str) -> str:
         """Get the answer's text. Waits and asks again where the endpoint fails, limits rates or takes too long; raises
@@ -101,7 +94,7 @@ class Endpoint:
         reason = wished = ""
         for attempt in range(ATTEMPTS):
             if attempt:
-                self._sleep(_pause(attempt, wished))
+                time.sleep(_pause(attempt, wished))
             wished = ""
             try:
                 answer = self._client.post(self._url, json=request)

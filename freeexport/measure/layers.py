@@ -123,14 +123,12 @@ def _batches(examples: Sequence[Example], size: int) -> Iterator[Sequence[Exampl
         yield examples[start : start + size]
 
 
-def prompts_only(requests: Sequence[Request], form: TextFormat, new_tokens: int, data: Path) -> list[Example]:
-    """Encode the inputs that leave room for `new_tokens`, with a warning for the others."""
-    if not form.seq2seq:  # what is decoded shares the limit with the prompt
-        form = replace(form, limit=max(1, form.limit - new_tokens))
-    return encoded([replace(request, target="") for request in requests], form, data)
-
-
-def encoded(requests: Sequence[Request], form: TextFormat, data: Path) -> list[Example]:
+def encoded(requests: Sequence[Request], form: TextFormat, data: Path, new_tokens: int | None = None) -> list[Example]:
+    """Encode what fits, with a warning for the rest; or for `new_tokens`, only the inputs that leave room for them."""
+    if new_tokens is not None:
+        requests = [replace(request, target="") for request in requests]
+        if not form.seq2seq:  # what is decoded shares the limit with the prompt
+            form = replace(form, limit=max(1, form.limit - new_tokens))
     examples, left_out = encode(requests, form, data)
     if left_out is not None:
         click.echo(f"warning: {left_out}", err=True)
@@ -208,16 +206,27 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> dict[str,
     Raises DataError for data that cannot be used, CheckpointError, and OptionError for a bundle of another depth.
     """
     from freeexport.checkpoints.checkpoint import open_checkpoint
+    from freeexport.measure.costs import measured_steps
     from graphs.families import describe
+    from graphs.step_costs import analytic
 
     checkpoint = open_checkpoint(model)
     description, found = describe(checkpoint.config, checkpoint), checkpoint.exit
-    if len(description.decoder.layers) < 2:
+    layers = len(description.decoder.layers)
+    if layers < 2:
         raise OptionError(f"{checkpoint.name} has one decoder layer, and an exit needs at least two")
-    costs = _costs(checkpoint, description, options.bundle)
+    if options.bundle is None:
+        costs = analytic(description, checkpoint)
+    else:
+        manifest = Bundle.open(options.bundle).manifest
+        if manifest.layers != layers:
+            raise OptionError(
+                f"{options.bundle} has {manifest.layers} layers, the checkpoint {layers}; name a bundle made from it"
+            )
+        costs = measured_steps(manifest)
     form, forced = text_format(checkpoint, description, options.max_tokens), options.forcing == "targets"
     requests = read_examples(data, options.samples, "add it, or use --on output" if forced else "")
-    examples = encoded(requests, form, data) if forced else prompts_only(requests, form, options.max_new_tokens, data)
+    examples = encoded(requests, form, data, None if forced else options.max_new_tokens)
     trained, own, head = None, 0, 1.0
     if found is not None:
         trained, own = found.exit_layer, found.exit_layers
@@ -232,18 +241,6 @@ def evaluate_layers(model: str, data: Path, options: LayersOptions) -> dict[str,
     if not len(targets):
         raise DataError(f"{data}: no output has a second token, and the first never exits; give longer texts")
     return layers_report(checkpoint.name, traces, targets, len(examples), costs, options, trained, own, head)
-
-
-def _costs(checkpoint: Checkpoint, description: Description, bundle: Path | None) -> StepCosts:
-    from freeexport.measure.costs import measured_steps
-    from graphs.step_costs import analytic
-
-    if bundle is None:
-        return analytic(description, checkpoint)
-    manifest, layers = Bundle.open(bundle).manifest, len(description.decoder.layers)
-    if manifest.layers != layers:
-        raise OptionError(f"{bundle} has {manifest.layers} layers, the checkpoint {layers}; name a bundle made from it")
-    return measured_steps(manifest)
 
 
 def layers_report(

@@ -106,6 +106,8 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     seconds, decoding, first_token = ours.sum(axis=0).tolist()
     full_seconds, full_decoding, full_first = theirs.sum(axis=0).tolist()
     later, full_later = (sum(max(0, one.tokens - 1) for one in each) for each in (first, others))
+    rounds = [sum(one.decode_seconds for one in turns) for turns in zip(*lines.values(), strict=False)]
+    speeds = [1 / seconds for seconds in rounds] if all(rounds) else []
     every = [one for turns in lines.values() for one in turns]
     joules = [one.joules for one in every if one.joules is not None]
     known = len(joules) == len(every)
@@ -129,7 +131,7 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         "request_low": low,
         "request_high": high,
         "tokens_per_second": _ratio(later, decoding),
-        "spread": _spread(lines),
+        "spread": spread(speeds) if len(speeds) > 1 else None,
         "seconds_per_request": seconds / len(first),
         # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
         "same": float(np.mean([one.token_ids == other.token_ids for one, other in zip(first, others, strict=True)])),
@@ -142,13 +144,6 @@ def _medians(lines: Lines) -> np.ndarray:
     """Seconds of each line's request, of its decoding, and to its first token: medians over rounds, float64 [n, 3]."""
     seconds = [[(one.seconds, one.decode_seconds, one.first_seconds) for one in turns] for turns in lines.values()]
     return np.array([np.median(turns, axis=0) for turns in seconds])
-
-
-def _spread(lines: Lines) -> float | None:
-    """The spread over rounds of the speed of decoding; None for one round."""
-    rounds = min(map(len, lines.values()))
-    seconds = [sum(turns[place].decode_seconds for turns in lines.values()) for place in range(rounds)]
-    return spread([1 / each for each in seconds]) if rounds > 1 and all(seconds) else None
 
 
 def _ratio(above: float, below: float) -> float:

@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
-from freeexport.metrics import check_name
 from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.output import write_whole
 from runtime.bundle.beta import NEVER_EXIT
@@ -94,8 +93,6 @@ class EvaluateOptions:
     calm_from: int = 1
 
     def __post_init__(self) -> None:
-        for name in self.metrics:
-            check_name(name)
         for value in self.thresholds:
             if not 0 <= value < NEVER_EXIT:
                 raise OptionError(f"--threshold {value:g} is out of range; choose one from 0 to below 1")
@@ -143,13 +140,8 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
     return entries
 
 
-class Key(NamedTuple):
-    """Names a record: its bundle and setting, the line of the data, and the round."""
-
-    bundle: str
-    setting: str
-    line: int
-    round: int
+# Names a record: its bundle and setting, the line of the data, and the round.
+Key = tuple[str, str, int, int]
 
 
 @dataclass(frozen=True)
@@ -179,7 +171,7 @@ class Record:
 
     @property
     def key(self) -> Key:
-        return Key(self.bundle, self.setting, self.line, self.round)
+        return self.bundle, self.setting, self.line, self.round
 
 
 class Records:
@@ -189,7 +181,22 @@ class Records:
     def __init__(self, output: Path, run: Mapping[str, Any], overwrite: bool = False) -> None:
         self._path = output / OUTPUTS
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
-            _check_run(output, run, overwrite)
+            if not (output / RUN).is_file():
+                raise OptionError(
+                    f"{output} exists and is not what evaluate writes (no {RUN}); choose another --output"
+                )
+            try:
+                before = json.loads((output / RUN).read_text(encoding="utf-8"))
+            except ValueError:
+                before = None
+            before = before if isinstance(before, dict) else {}
+            same = json.loads(json.dumps(run))
+            names = sorted(name for name in {*before, *run} if before.get(name) != same.get(name))
+            if names and not overwrite:
+                raise OptionError(
+                    f"{output} holds another run, with other {', '.join(names)}; name another --output, or replace it "
+                    "with --overwrite"
+                )
         output.mkdir(parents=True, exist_ok=True)
         if overwrite or not (output / RUN).exists():
             self._path.unlink(missing_ok=True)
@@ -217,22 +224,6 @@ class Records:
         for record in sorted(self._found.values(), key=lambda one: (one.line, one.round)):
             found[record.bundle, record.setting][record.line].append(record)
         return found
-
-
-def _check_run(output: Path, run: Mapping[str, Any], overwrite: bool) -> None:
-    if not (output / RUN).is_file():
-        raise OptionError(f"{output} exists and is not what evaluate writes (no {RUN}); choose another --output")
-    try:
-        before = json.loads((output / RUN).read_text(encoding="utf-8"))
-    except ValueError:
-        before = None
-    before = before if isinstance(before, dict) else {}
-    names = sorted(name for name in {*before, *run} if before.get(name) != json.loads(json.dumps(run.get(name))))
-    if names and not overwrite:
-        raise OptionError(
-            f"{output} holds another run, with other {', '.join(names)}; name another --output, or replace it with "
-            "--overwrite"
-        )
 
 
 def read_records(path: Path) -> Iterator[Record]:

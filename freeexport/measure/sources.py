@@ -17,8 +17,7 @@ import numpy as np
 
 from freeexport.checkpoints.examples import DataError, TextFormat, known_ends, text_format
 from freeexport.measure.costs import measured_costs
-from freeexport.measure.forced import ReplaySession
-from freeexport.measure.traces import TraceCache, Traces, trace_of
+from freeexport.measure.traces import ReplaySession, TraceCache, Traces, trace_of
 from freeexport.metrics import Reference
 from freeexport.system.jsonl import Request
 from freeexport.system.progress import progress
@@ -131,9 +130,9 @@ class CheckpointSource:
 
     def traces(self, requests: Sequence[Request], max_new_tokens: int) -> Iterator[Traces]:
         """The traces of the requests that fit, one each, in order."""
-        from freeexport.measure.layers import prompts_only
+        from freeexport.measure.layers import encoded
 
-        examples = prompts_only(requests, self._form, max_new_tokens, Path("the data"))
+        examples = encoded(requests, self._form, Path("the data"), max_new_tokens)
         check_unknown([example.prompt for example in examples], self._form.tokenizer.unk_token_id)
         for start in range(0, len(examples), BATCH):
             batch = examples[start : start + BATCH]

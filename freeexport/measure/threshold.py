@@ -152,26 +152,22 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
     """
     if rule.needs_outputs and outputs is None:
         raise OptionError("a metric compares what mode free writes, which needs a bundle; convert, calibrate that")
-    choice = _chosen(traces, rule, outputs)
+    fitted = fit(traces.confidence, traces.agrees, rule.agreement)
+    if rule.method == "quality" and outputs is not None:
+        choice = _by_quality(fitted.mixture, rule, outputs)
+    elif rule.method == "risk":
+        choice = _by_risk(traces, fitted.mixture, rule, outputs)
+    else:
+        choice = fitted
+        if rule.method == "paper":
+            agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
+            choice = Choice(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
+        if rule.metric is not None and outputs is not None and choice.threshold < NEVER_EXIT:
+            kept = outputs.kept(rule.metric, choice.threshold, np.ones(len(outputs), np.bool_))
+            choice = replace(choice, quality={choice.threshold: kept})
     # Above the surest token nothing was seen: what a fit or a bound says there is said of no data.
     beyond = choice.threshold >= float(np.max(traces.confidence, initial=0.0))
     return replace(choice, threshold=NEVER_EXIT) if beyond else choice
-
-
-def _chosen(traces: Traces, rule: Rule, outputs: DecodedOutputs | None) -> Choice:
-    fitted = fit(traces.confidence, traces.agrees, rule.agreement)
-    if rule.method == "quality":
-        assert outputs is not None
-        return _by_quality(fitted.mixture, rule, outputs)
-    if rule.method == "risk":
-        return _by_risk(traces, fitted.mixture, rule, outputs)
-    if rule.method == "paper":
-        agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
-        fitted = Choice(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
-    if rule.metric is None or outputs is None or fitted.threshold >= NEVER_EXIT:
-        return fitted
-    kept = outputs.kept(rule.metric, fitted.threshold, np.ones(len(outputs), np.bool_))
-    return replace(fitted, quality={fitted.threshold: kept})
 
 
 def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
@@ -312,13 +308,12 @@ def ratio_bound(
     return float(np.quantile(ratios, delta))
 
 
-def rollback_limit(traces: Traces, threshold: float) -> float | None:
-    """Nats: the 99 % quantile among exited tokens that agree; None where there is none."""
-    agreeing = traces.nll[traces.above(threshold) & traces.agrees]
-    return float(np.quantile(agreeing, KEPT)) if len(agreeing) else None
-
-
-def caught(traces: Traces, threshold: float, limit: float) -> float | None:
-    """The share of exited tokens that disagree which `limit` takes back; None where none disagrees."""
-    wrong = traces.nll[traces.above(threshold) & ~traces.agrees]
-    return float(np.mean(wrong > limit)) if len(wrong) else None
+def rollback_limit(traces: Traces, threshold: float) -> tuple[float | None, float | None]:
+    """Nats, the 99 % quantile among exited tokens that agree, and the share of those that disagree which it takes back;
+    each None where there are no such tokens."""
+    exits = traces.above(threshold)
+    agreeing, wrong = traces.nll[exits & traces.agrees], traces.nll[exits & ~traces.agrees]
+    if not len(agreeing):
+        return None, None
+    limit = float(np.quantile(agreeing, KEPT))
+    return limit, float(np.mean(wrong > limit)) if len(wrong) else None

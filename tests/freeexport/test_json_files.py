@@ -11,8 +11,8 @@ import pytest
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import read_exit_file
-from freeexport.measure.forced import exit_trace
 from freeexport.measure.sources import unknown_of_bundle
+from freeexport.measure.traces import exit_trace
 from runtime.bundle.calibration import read_calibration
 from runtime.errors import FreeExportError
 

@@ -22,6 +22,7 @@ from freeexport.measure.calibration_page import (
     check,
     comparison_tables,
     page,
+    promise,
     tables,
     write,
 )
@@ -76,16 +77,6 @@ def labels(axes: Any) -> list[str]:
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("draw", [mixture_figure, trade_figure])
-@pytest.mark.parametrize("result", [GOOD, LITTLE], ids=["good", "little"])
-def test_legends_stand_beside_the_data(draw: Any, result: Calibrated) -> None:
-    figure = draw(result)
-    figure.canvas.draw()
-    panels = [axes.get_window_extent() for axes in figure.axes]
-    boxes = [axes.get_legend().get_window_extent() for axes in figure.axes]
-    assert all(box.x0 >= panel.x1 for box, panel in zip(boxes, panels, strict=True))
-
-
 def test_the_first_picture_shows_what_is_kept_against_speed() -> None:
     result = measured(GOOD, {0.5: 1.3, 0.9: 1.1})
     table = tuple(replace(row, quality=0.98) if row.threshold == 0.5 else row for row in result.calibration.table)
@@ -103,12 +94,6 @@ def test_the_first_picture_shows_what_is_kept_against_speed() -> None:
     assert low < 1 < high
 
 
-def test_a_threshold_that_never_exits_is_called_never() -> None:
-    assert "chosen: never" in labels(trade_figure(LITTLE).axes[0])
-    assert "threshold" not in labels(mixture_figure(LITTLE).axes[0])
-    assert re.search(r'<tr class="chosen"><td class="number">never</td>', html(LITTLE))
-
-
 def test_agreeing_and_disagreeing_tokens_differ_by_more_than_colour() -> None:
     tokens, chance = mixture_figure(GOOD).axes
     agree, disagree = [patch for patch in tokens.patches if patch.get_label().startswith("tokens that")]
@@ -116,20 +101,21 @@ def test_agreeing_and_disagreeing_tokens_differ_by_more_than_colour() -> None:
     assert [line.get_linestyle() for line in tokens.lines[:2]] == ["-", "--"]
     assert tokens.get_yscale() == "log"
     assert "P(agree | confidence)" in labels(chance)
+    assert "threshold" not in labels(mixture_figure(LITTLE).axes[0])
+    for agrees in (0.0, 1.0):  # tokens of one kind alone
+        mixture_figure(calibrated(agrees)).canvas.draw()
 
 
-@pytest.mark.parametrize("agree", [0.0, 1.0])
-def test_tokens_of_one_kind_alone_can_be_drawn(agree: float) -> None:
-    for draw in (mixture_figure, trade_figure):
-        draw(calibrated(agree)).canvas.draw()
-
-
-def test_the_title_names_model_date_and_machine() -> None:
+def test_a_page_names_model_date_and_machine_and_what_was_chosen() -> None:
     text = html(GOOD)
     about = "exit after layer 2 of 8, 2026-11-26, AMD EPYC 9, 4 cores, 8 threads"
     assert f"<title>Calibration of out/my &lt;bundle&gt;: {about}</title>" in text
-    assert "<h1>Calibration of out/my &lt;bundle&gt;</h1>" in text
     assert "AMD EPYC 9, 8 threads<" in page(GOOD, replace(MACHINE, cores=None), MADE)
+    table = text.split('<table class="numbers">')[1].split("</table>")[0]
+    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("</tr>")[:-1]]
+    assert lines[0] == ["threshold", "exits", "agree", "predicted", ""]
+    assert [line[-1] for line in lines[1:]].count("chosen") == 1
+    assert '<tr class="chosen"><td class="number">never</td>' in html(LITTLE)
 
 
 @pytest.mark.parametrize(
@@ -151,12 +137,17 @@ def test_the_verdict_stands_above_the_pictures_coloured_and_in_words(result: Cal
     assert box.start() < found.index("<img")
 
 
-def test_the_table_has_no_empty_column_and_names_what_was_chosen() -> None:
-    table = html(GOOD).split('<table class="numbers">')[1].split("</table>")[0]
-    lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("</tr>")[:-1]]
-    assert lines[0] == ["threshold", "exits", "agree", "predicted", ""]
-    assert all(any(column) for column in zip(*lines[1:], strict=True))
-    assert [line[-1] for line in lines[1:]].count("chosen") == 1
+@pytest.mark.parametrize(
+    ("rule", "text"),
+    [
+        (Rule("risk", risk=0.4, delta=0.1), "loss of a sequence at most 0.4 on average, with probability 0.9"),
+        (Rule("paper"), "the likelihood ratio of agreeing tokens is above 0.4"),
+        (Rule(agreement=0.3), "P(agree | confidence) is at least 0.3 from the threshold on"),
+    ],
+)
+def test_a_rule_says_what_it_promises(rule: Rule, text: str) -> None:
+    traces = mixed(20, 10)
+    assert text in promise(explained(choose(traces, rule), FACTS, traces, COSTS, rule).calibration)
 
 
 def test_a_terminal_shows_what_the_threshold_rests_on(capsys: pytest.CaptureFixture[str]) -> None:

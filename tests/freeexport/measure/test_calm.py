@@ -93,17 +93,15 @@ def test_a_single_exit_is_that_of_the_shallow_decoder_with_states_copied(
     made, path = calm(T5)
     with Session(path, threads=1, slots=1) as session:
         assert session.tokenizer is not None
-        for text in PROMPTS:
-            prompt = np.array(session.tokenizer.encode(text), np.int64)
-            full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
-            assert made.generate(prompt, 16, 1.0, single=True).token_ids == full.token_ids
-            assert made.generate(prompt, 16, 0.0, single=True).token_ids == shallow.token_ids
-            some = made.generate(prompt, 16, 0.4, single=True)
-            assert set(some.layers) <= {1, T5.layers}
-            # Up to the first token that takes more than one layer, and not all, both do the same.
-            others = made.generate(prompt, 16, 0.4)
-            same = next((n for n, taken in enumerate(others.layers) if taken not in (1, T5.layers)), len(others.layers))
-            assert some.token_ids[:same] == others.token_ids[:same]
+        prompt = np.array(session.tokenizer.encode(PROMPTS[0]), np.int64)
+        full, shallow = (session.generate(prompt, mode=mode, max_new_tokens=16) for mode in ("full", "shallow"))
+    never, always, some = (made.generate(prompt, 16, threshold, single=True) for threshold in (1.0, 0.0, 0.4))
+    assert (never.token_ids, always.token_ids) == (full.token_ids, shallow.token_ids)
+    assert set(some.layers) <= {1, T5.layers}
+    # Up to the first token that takes more than one layer, and not all, both do the same.
+    others = made.generate(prompt, 16, 0.4)
+    same = next((n for n, taken in enumerate(others.layers) if taken not in (1, T5.layers)), len(others.layers))
+    assert some.token_ids[:same] == others.token_ids[:same]
 
 
 def test_the_decaying_threshold_is_that_of_the_paper() -> None:

@@ -10,11 +10,7 @@ from freeexport.measure.exit_verdict import ExitFacts, Share, share, verdict
 UNKNOWN = ExitFacts("out", 10, 30)
 TIMED = replace(UNKNOWN, basis="measured", break_even=0.3)
 EXITS = replace(
-    TIMED,
-    threshold=0.9,
-    exit_rate=Share(0.6, 229, 0.52, 0.67),
-    exit_agreement=Share(0.99, 137, 0.95, 1.0),
-    speedup=1.4,
+    TIMED, threshold=0.9, exit_rate=Share(0.6, 229, 0.52, 0.67), exit_agreement=Share(0.99, 137, 0.95, 1.0), speedup=1.4
 )
 
 
@@ -26,6 +22,7 @@ EXITS = replace(
 def test_independent_tokens_have_wilsons_interval(hits: int, count: int, low: float, high: float) -> None:
     found = share([hits], [count])
     assert found is not None
+    assert share([0, 0], [0, 0]) is None
     assert (found.value, found.count) == (pytest.approx(hits / count), count)
     assert (found.low, found.high) == (pytest.approx(low, abs=1e-4), pytest.approx(high, abs=1e-4))
 
@@ -52,103 +49,65 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert 0.92 < held / 400 < 0.98
 
 
-def test_no_tokens_have_no_share() -> None:
-    assert share([], []) is None
-    assert share([0, 0], [0, 0]) is None
-
-
-def test_an_exit_that_pays_says_how_much_with_how_sure() -> None:
-    found = verdict(EXITS)
-    assert found.level == "good"
-    assert found.text.startswith("pays: 1.40x the speed of mode full, predicted by the engines' measured times; ")
-    assert "60.0% (95% interval 52.0% to 67.0%) of 229 tokens exit" in found.text
-    assert "99.0% (95% interval 95.0% to 100.0%) of them agree" in found.text
-    assert str(found) == f"{found.text}. Next: freeexport bench out --threshold 0.9"
-
-
-def test_an_untrained_exit_is_to_be_trained_whatever_its_speed_would_be() -> None:
-    found = verdict(replace(TIMED, trained=False, agreement=Share(0.04, 252, 0.02, 0.08)))
-    assert found.level == "bad"
-    assert "untrained" in found.text
-    assert "4.0% (95% interval 2.0% to 8.0%) of the model's own tokens" in found.text
-    assert "freeexport train" in found.next_step
-    assert "lossless" in found.next_step
-    assert "untrained" not in verdict(replace(TIMED, trained=False, agreement=Share(0.93, 252))).text
-
-
-def test_an_exit_that_is_not_calibrated_is_to_be_calibrated() -> None:
-    found = verdict(replace(TIMED, trained=True, data="lines.jsonl"))
-    assert found.level == "neutral"
-    assert "once 30.0% of the tokens exit" in found.text
-    assert found.next_step == "freeexport calibrate out --data lines.jsonl"
-    assert "not measured" in verdict(UNKNOWN).text
-
-
-def test_times_of_a_busy_machine_are_given_and_marked() -> None:
-    found = verdict(replace(EXITS, basis="busy"))
-    assert found.level == "neutral"
-    assert found.text.startswith("may pay: 1.40x the speed of mode full, predicted by times taken on a busy machine")
-    assert found.next_step.endswith("on an idle machine")
-    assert "30.0%" in verdict(replace(TIMED, basis="busy")).text
-    # It is slower whatever the machine does.
-    assert verdict(replace(EXITS, basis="busy", speedup=0.7)).level == "bad"
-
-
-def test_an_exit_that_never_pays_says_so_before_any_calibration() -> None:
-    found = verdict(replace(TIMED, break_even=None))
-    assert found.level == "bad"
-    assert "saves nothing even if every token exited" in found.text
-    assert "evaluate CHECKPOINT --layers" in found.next_step
-
-
-def test_too_few_exits_say_how_many_would_pay() -> None:
-    found = verdict(replace(EXITS, speedup=0.9, break_even=0.7))
-    assert found.level == "bad"
-    assert found.text.startswith("does not pay: 0.90x")
-    assert "exits pay once 70.0% of the tokens exit" in found.text
-
-
-def test_data_that_leave_it_open_are_too_few() -> None:
-    found = verdict(replace(EXITS, break_even=0.55))
-    assert (found.level, found.next_step) == ("neutral", "give more data")
-    assert found.text.startswith("may pay: 1.40x")
-
-
-def test_what_was_measured_counts_more_than_what_was_predicted() -> None:
-    assert verdict(replace(EXITS, measured=0.95)).level == "bad"
-    found = verdict(replace(EXITS, measured=1.2, break_even=0.55))
-    assert found.level == "good"
-    assert found.text.startswith("pays: 1.20x the speed of mode full, measured (1.40x predicted")
-    assert verdict(replace(EXITS, measured=1.2, basis="unknown")).level == "good"
-
-
-def test_never_says_why() -> None:
-    found = verdict(replace(EXITS, threshold=1.0, why_never="no token agrees"))
-    assert found.level == "bad"
-    assert "never exits: no token agrees" in found.text
-    untrained = verdict(replace(EXITS, threshold=1.0, why_never="no token agrees", trained=False))
-    assert "untrained" in untrained.text
-    assert "lossless" in untrained.next_step
+POOR = Share(0.04, 252, 0.02, 0.08)
+NEVER = replace(EXITS, threshold=1.0, why_never="no token agrees")
+SIZES = replace(EXITS, basis="sizes", checkpoint=True)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"threshold": 1.0, "speedup": 1.0}, {"speedup": 0.7}, {"break_even": None}, {"threshold": None}],
+    ("facts", "level", "text", "next_step"),
+    [
+        (EXITS, "good", "pays: 1.40x the speed of mode full, predicted by the engines' measured times; ",
+         "freeexport bench out --threshold 0.9"),
+        (EXITS, "good", "60.0% (95% interval 52.0% to 67.0%) of 229 tokens exit, 99.0% (95% interval 95.0% to 100.0%) "
+         "of them agree", ""),
+        # Whatever the speed would be, an untrained exit is to be trained.
+        (replace(TIMED, trained=False, agreement=POOR), "bad", "is untrained (shallow and deep prediction agree at "
+         "4.0% (95% interval 2.0% to 8.0%) of the model's own tokens)", "freeexport train"),
+        (replace(TIMED, trained=False, agreement=Share(0.93, 252)), "neutral", "not calibrated", ""),
+        (replace(TIMED, trained=True, data="lines.jsonl"), "neutral", "once 30.0% of the tokens exit",
+         "freeexport calibrate out --data lines.jsonl"),
+        (UNKNOWN, "neutral", "speed not measured", ""),
+        (replace(EXITS, basis="busy"), "neutral", "may pay: 1.40x the speed of mode full, predicted by times taken on "
+         "a busy machine", "on an idle machine"),
+        (replace(TIMED, basis="busy"), "neutral", "30.0%", ""),
+        # It is slower whatever the machine does.
+        (replace(EXITS, basis="busy", speedup=0.7), "bad", "does not pay: 0.70x", ""),
+        (replace(TIMED, break_even=None), "bad", "saves nothing even if every token exited",
+         "evaluate CHECKPOINT --layers"),
+        (replace(EXITS, speedup=0.9, break_even=0.7), "bad", "exits pay once 70.0% of the tokens exit", ""),
+        (replace(EXITS, break_even=0.55), "neutral", "may pay: 1.40x", "give more data"),
+        # What was measured counts more than what was predicted.
+        (replace(EXITS, measured=0.95), "bad", "0.95x the speed of mode full, measured", ""),
+        (replace(EXITS, measured=1.2, break_even=0.55), "good", "pays: 1.20x the speed of mode full, measured (1.40x "
+         "predicted", ""),
+        (replace(EXITS, measured=1.2, basis="unknown"), "good", "pays: 1.20x", ""),
+        (NEVER, "bad", "never exits: no token agrees", ""),
+        (replace(NEVER, trained=False), "bad", "is untrained and never exits", "lossless"),
+        (SIZES, "good", "by the sizes of layers and head",
+         "freeexport convert out OUT --exit-layer 10, then calibrate the bundle"),
+    ],
+)  # fmt: skip
+def test_a_verdict_says_whether_an_exit_pays_and_what_to_do(
+    facts: ExitFacts, level: str, text: str, next_step: str
+) -> None:
+    found = verdict(facts)
+    assert found.level == level
+    assert text in found.text
+    assert next_step in found.next_step
+    assert str(found) == f"{found.text}. Next: {found.next_step}"
+
+
+@pytest.mark.parametrize(
+    "change", [{"threshold": 1.0, "speedup": 1.0}, {"speedup": 0.7}, {"break_even": None}, {"threshold": None}]
 )
 def test_a_comparison_of_layers_never_names_the_command_just_run(change: dict[str, float | None]) -> None:
-    facts = replace(EXITS, basis="sizes", checkpoint=True, trained=False, **change)  # type: ignore[arg-type]
+    facts = replace(SIZES, trained=False, **change)  # type: ignore[arg-type]
     found = verdict(facts)
     assert found.level == "bad"
     assert "--layers" not in found.next_step
-    assert "evaluate-exits" not in found.next_step
     assert "freeexport train out OUT" in found.next_step
     assert "lossless" in found.next_step
     assert "--exit-vocab" not in found.next_step
     # As of Flan-T5: the head is 65.8 MB, a layer 11.
     assert "--exit-vocab N" in verdict(replace(facts, heavy_head=True)).next_step
-
-
-def test_a_checkpoint_is_to_be_converted_next() -> None:
-    found = verdict(replace(EXITS, basis="sizes", checkpoint=True))
-    assert "by the sizes of layers and head" in found.text
-    assert found.next_step == "freeexport convert out OUT --exit-layer 10, then calibrate the bundle"

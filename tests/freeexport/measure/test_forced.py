@@ -7,7 +7,7 @@ import pytest
 from checkpoints import CASES, PROMPTS, Bundles
 from draft_plans import draft_exits
 
-from freeexport.measure.forced import THRESHOLD, ReplaySession, exit_trace
+from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace
 from runtime import Session
 from runtime.errors import OptionError
 

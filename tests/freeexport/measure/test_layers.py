@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,19 +18,10 @@ from click.testing import CliRunner, Result
 from command_errors import error
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 from traces import trace
 
-from freeexport.checkpoints.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from freeexport.checkpoints.examples import Example, text_format
-from freeexport.checkpoints.exit_file import (
-    ADAPTER_DOWN,
-    ADAPTER_NORM,
-    ADAPTER_UP,
-    EXIT_NORM,
-    ExitFile,
-    write_exit_file,
-)
+from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from freeexport.checkpoints.examples import Example
 from freeexport.cli import main
 from freeexport.measure.layers import NO_EXIT, Curve, LayerReader, LayersOptions, layers_report
 from freeexport.measure.plot import layer_curves
@@ -98,7 +88,7 @@ def test_the_batch_size_changes_nothing(checkpoint: Directory) -> None:
         np.testing.assert_allclose(one.confidence, three.confidence, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", SOME, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME[::3], ids=lambda case: case.name)
 def test_outputs_are_the_models_own_greedy_ones(case: Case, checkpoint: Directory) -> None:
     opened, model = open_checkpoint(str(checkpoint(case))), load(checkpoint(case))
     before = model.generation_config
@@ -110,68 +100,10 @@ def test_outputs_are_the_models_own_greedy_ones(case: Case, checkpoint: Director
     assert model.generation_config is before
     traces, targets = evaluated(model, opened, outputs)
     assert (traces[-1].token == targets).all()
-
-
-def test_sampling_settings_of_the_checkpoint_are_ignored(checkpoint: Directory) -> None:
-    case = BY_NAME["llama-tied"]
-    opened, model = open_checkpoint(str(checkpoint(case))), load(checkpoint(case))
-    plain = reader(model, opened).greedy_outputs(examples(), 6, 3, nothing)
+    # Settings of sampling are ignored.
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=9.0, top_k=3)
     again = reader(model, opened).greedy_outputs(examples(), 6, 3, nothing)
-    assert [one.target.tolist() for one in again] == [one.target.tolist() for one in plain]
-
-
-def test_an_exit_with_parameters_of_its_own_is_read_through_them(checkpoint: Directory, tmp_path: Path) -> None:
-    case = BY_NAME["llama-tied"]
-    directory = tmp_path / "own"
-    shutil.copytree(checkpoint(case), directory)
-    random = np.random.default_rng(0)
-    own = {
-        EXIT_NORM: random.standard_normal(64),
-        ADAPTER_NORM: random.standard_normal(64),
-        ADAPTER_DOWN: random.standard_normal((4, 64)),
-        ADAPTER_UP: random.standard_normal((64, 4)),
-    }
-    own = {name: value.astype(np.float32) for name, value in own.items()}
-    save_file(own, directory / "exit.safetensors")
-    plain = open_checkpoint(str(checkpoint(case)))
-    write_exit_file(directory, ExitFile(2, True, 4, plain.sha256, "ce", "exit"))
-    model, given = load(checkpoint(case)), examples()[:1]
-    without, result = (evaluated(model, one, given)[0] for one in (plain, open_checkpoint(str(directory))))
-    assert result[0].token.tolist() == without[0].token.tolist()
-
-    ids = torch.tensor([[*PROMPTS[0], *TARGETS[0][:-1]]])
-    with torch.no_grad():
-        hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states[2][0, len(PROMPTS[0]) :].numpy()
-    inner = rms(hidden) * own[ADAPTER_NORM] @ own[ADAPTER_DOWN].T
-    hidden = hidden + inner / (1 + np.exp(-inner)) @ own[ADAPTER_UP].T
-    logits = rms(hidden) * own[EXIT_NORM] @ model.lm_head.weight.detach().numpy().T
-    assert result[1].token.tolist() == logits.argmax(-1).tolist()
-    expected = [reference.confidence_of(torch.from_numpy(row)) for row in logits]
-    np.testing.assert_allclose(result[1].confidence, expected, atol=2e-5)
-
-
-def rms(hidden: np.ndarray) -> np.ndarray:
-    return hidden / np.sqrt(np.square(hidden).mean(-1, keepdims=True) + 1e-5)
-
-
-def test_text_needs_a_tokenizer(checkpoint: Directory, tmp_path: Path) -> None:
-    directory = tmp_path / "model"
-    shutil.copytree(checkpoint(BY_NAME["llama-tied"]), directory, ignore=shutil.ignore_patterns("*token*"))
-    opened = open_checkpoint(str(directory))
-    with pytest.raises(CheckpointError, match="no tokenizer"):
-        text_format(opened, describe(opened.config, opened), 64)
-
-
-def test_the_limit_is_at_most_what_the_model_can_take(checkpoint: Directory) -> None:
-    opened = open_checkpoint(str(checkpoint(BY_NAME["llama-untied-many-eos"])))
-    description = describe(opened.config, opened)
-    assert text_format(opened, description, 64).limit == 64
-    assert text_format(opened, description, 10_000).limit == 512
-    assert (
-        text_format(opened, description, 64).eos
-        == json.loads((opened.path / "config.json").read_text())["eos_token_id"][0]
-    )
+    assert [one.target.tolist() for one in again] == [one.target.tolist() for one in outputs]
 
 
 LINES = [
@@ -222,14 +154,6 @@ def test_a_checkpoint_can_run_in_bfloat16(checkpoint: Directory, data: Path) -> 
     assert confidences[0] != confidences[1]
 
 
-@pytest.mark.parametrize(
-    ("device", "problem"),
-    [("cuda:999", "device cuda:999 is not there: torch"), ("tpu", "device is 'tpu'; choose 'cpu', or 'cuda:0'")],
-)
-def test_a_device_that_is_not_there_is_named(device: str, problem: str, checkpoint: Directory, data: Path) -> None:
-    assert problem in error(run(checkpoint(BY_NAME["llama-tied"]), data, "--device", device))
-
-
 @pytest.mark.parametrize(("samples", "tokens"), [(3, 6 + 4 + 3), (2, 6 + 4)])
 def test_targets_are_forced_on_request(samples: int, tokens: int, checkpoint: Directory, data: Path) -> None:
     """One token a byte and one for the end, without the first of each."""
@@ -271,28 +195,18 @@ def test_a_bundles_measurements_replace_the_sizes(checkpoint: Directory, data: P
     assert "no measured costs" in error(run(checkpoint(case), data, str(bundle(case))))
 
 
-def test_the_plot_is_a_picture(checkpoint: Directory, data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
+def test_the_plot_is_a_picture_or_refused_before_the_work(
+    checkpoint: Directory, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     picture = tmp_path / "exits.png"
     result = run(checkpoint(BY_NAME["llama-tied"]), data, "--on", "targets", "--plot", str(picture))
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"data.jsonl", "exits.png"}
-
-
-def test_a_plot_without_matplotlib_says_what_to_install(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    for name, message in (("x.pdf", ".png"), ("none/x.png", "make it first")):
+        assert message in error(run("missing", data, "--plot", str(tmp_path / name)))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "freeexport[evaluate]" in error(run("missing", data, "--plot", str(tmp_path / "x.png")))
-
-
-@pytest.mark.parametrize(("name", "message"), [("x.pdf", ".png"), ("none/x.png", "make it first")])
-def test_a_plot_that_cannot_be_written_fails_before_the_work(
-    name: str, message: str, data: Path, tmp_path: Path
-) -> None:
-    pytest.importorskip("matplotlib")
-    assert message in error(run("missing", data, "--plot", str(tmp_path / name)))
+    assert "freeexport[evaluate]" in error(run("missing", data, "--plot", str(picture)))
 
 
 @pytest.mark.parametrize(
@@ -300,7 +214,6 @@ def test_a_plot_that_cannot_be_written_fails_before_the_work(
     [
         ("", (), "has no examples"),
         ('{"input": "a"}\nnonsense\n', (), "line 2: not JSON"),
-        ('{"target": "a"}\n', (), "line 1: 'input' is missing"),
         ('{"input": "a"}\n', ("--on", "targets"), "line 1: 'target' is missing"),
         ('{"input": "a", "target": ""}\n', ("--on", "targets"), "no output has a second token"),
         (f'{{"input": "{"abcdefghijkl " * 50}", "target": "a"}}\n', (), "none of the 1 examples fits"),
@@ -351,11 +264,8 @@ def test_no_threshold_lets_more_tokens_exit_at_the_agreement(tokens: list[tuple[
     assert Curve.of(confidence, agrees).at_agreement(target).exit_rate == pytest.approx(max(rates))
 
 
-def test_nothing_exits_where_the_agreement_is_not_reached() -> None:
+def test_nothing_exits_at_confidence_0_and_where_the_agreement_is_not_reached() -> None:
     assert Curve.of(np.array([0.9, 0.1]), np.array([False, True])).at_agreement(0.9) == NO_EXIT
-
-
-def test_a_confidence_of_zero_never_exits() -> None:
     assert Curve.of(np.zeros(3), np.ones(3, bool)).at_agreement(0.9) == NO_EXIT
     assert list(Curve.of(np.zeros(3), np.ones(3, bool)).sampled(10)) == []
 
@@ -384,13 +294,16 @@ def drawn(*speeds: float) -> tuple[Any, Any]:
     return curves, bars
 
 
-@pytest.mark.parametrize("layers", [1, 7, 29])
-def test_layers_are_counted_in_whole_numbers(layers: int) -> None:
-    _, speeds = drawn(*np.linspace(0.9, 1.6, layers).tolist())
+@pytest.mark.parametrize("layers", [1, 29])
+def test_layers_are_counted_in_whole_numbers_and_many_have_no_values_over_each_other(layers: int) -> None:
+    curves, speeds = drawn(*np.linspace(0.9, 1.6, layers).tolist())
     low, high = speeds.get_xlim()
     ticks = [tick for tick in speeds.get_xticks() if low <= tick <= high]
     assert ticks
     assert all(tick == int(tick) and 1 <= tick <= layers for tick in ticks)
+    assert len(speeds.patches) == layers
+    assert bool(speeds.texts) == (layers == 1)
+    assert len(curves.lines) <= 13
 
 
 def test_bars_start_at_the_speed_of_mode_full_and_carry_their_values() -> None:
@@ -402,13 +315,6 @@ def test_bars_start_at_the_speed_of_mode_full_and_carry_their_values() -> None:
     assert low < 0.8
     assert high > 1.55
     assert drawn(0.9, 0.95)[1].get_ylim()[1] > 1  # room for the line of mode full
-
-
-def test_many_layers_have_no_values_over_each_other_and_few_curves() -> None:
-    curves, speeds = drawn(*[1.1] * 29)
-    assert len(speeds.patches) == 29
-    assert not speeds.texts
-    assert len(curves.lines) <= 13
 
 
 def test_curves_differ_by_dashes_too_and_their_legend_is_beside_them() -> None:

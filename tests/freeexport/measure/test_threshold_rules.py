@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from traces import correlated, mixed, trace
 
 from freeexport.measure.threshold import (
     COARSE_THRESHOLDS,
-    THRESHOLDS,
     Choice,
     DecodedOutputs,
     Rule,
@@ -27,8 +25,8 @@ from freeexport.measure.threshold import (
     token_losses,
 )
 from freeexport.measure.traces import Traces
-from runtime.adaptation.adaptive_threshold import GRID, Moments, paper_threshold
-from runtime.bundle.beta import Beta, BetaMixture, threshold_at
+from runtime.adaptation.adaptive_threshold import Moments, paper_threshold
+from runtime.bundle.beta import Beta, BetaMixture
 from runtime.errors import CalibrationError, OptionError
 
 AGREE = [(8.0, 1.0), (20.0, 2.0), (2.0, 0.5), (5.0, 0.3)]
@@ -80,23 +78,6 @@ def test_the_fit_is_the_most_likely_one(shapes: tuple[float, float]) -> None:
         assert likelihood(best) >= likelihood(Beta(best.a * a, best.b * b)) - 1e-6
 
 
-@pytest.mark.parametrize("agree", [*AGREE, (1.0, 1.0), (3.0, 4.0)])
-@pytest.mark.parametrize("disagree", [*DISAGREE, (9.0, 3.0), (0.5, 0.2)])
-@pytest.mark.parametrize("target", [0.5, 0.95, 0.999])
-def test_the_threshold_is_the_smallest_from_which_the_target_holds(
-    agree: tuple[float, float], disagree: tuple[float, float], target: float
-) -> None:
-    mixture = BetaMixture(Beta(*agree), Beta(*disagree), 0.8)
-    threshold = threshold_at(mixture, target)
-    above = np.linspace(max(threshold, 1e-6) + 1e-9, 1 - 1e-6, 2001)
-    if threshold >= 1:
-        assert float(mixture.posterior(1 - 1e-6)) < target
-        return
-    assert (mixture.posterior(above) >= target - 1e-9).all()
-    if threshold > 0:
-        assert float(mixture.posterior(threshold - 1e-6)) < target
-
-
 def test_confidences_of_exactly_0_and_1_and_equal_ones_give_finite_fits() -> None:
     agrees = np.array([True] * 20 + [False] * 20)
     found = fit(np.where(agrees, 1.0, 0.0), agrees, 0.95)
@@ -107,48 +88,35 @@ def test_confidences_of_exactly_0_and_1_and_equal_ones_give_finite_fits() -> Non
     assert equal.threshold == 1  # they say nothing
 
 
-def test_few_tokens_of_a_class_are_said() -> None:
-    confidence, agrees = np.linspace(0.1, 0.9, 60), np.arange(60) >= 4
-    (note,) = fit(confidence, agrees, 0.95).notes
-    assert "only 4 disagreeing tokens" in note
+ASCENDING = np.linspace(0.2, 1, 100)
 
 
-def test_no_agreeing_token_never_exits_and_says_so() -> None:
-    found = fit(np.linspace(0, 1, 80), np.zeros(80, np.bool_), 0.95)
-    assert (found.threshold, found.mixture) == (1.0, None)
-    assert "none of the 80 tokens agrees" in found.notes[0]
+@pytest.mark.parametrize(
+    ("confidence", "agrees", "threshold", "said"),
+    [
+        (ASCENDING, ASCENDING > 0.23, None, "only 4 disagreeing tokens"),
+        (ASCENDING, ASCENDING < 0, 1.0, "none of the 100 tokens agrees"),
+        (ASCENDING, ASCENDING > 0, np.nextafter(0.2, 0), "all 100 tokens agree, so the threshold is the smallest"),
+        (ASCENDING[:59], ASCENDING[:59] > 0, 1.0, "all 59 tokens agree, which are too few to trust; give 60 or more"),
+    ],
+)
+def test_classes_that_are_missing_or_small_are_said(
+    confidence: np.ndarray, agrees: np.ndarray, threshold: float | None, said: str
+) -> None:
+    found = fit(confidence, agrees, 0.95)
+    assert said in found.notes[0]
+    if threshold is not None:
+        assert (found.threshold, found.mixture) == (threshold, None)
 
 
-def test_no_disagreeing_token_exits_above_the_smallest_confidence_and_says_so() -> None:
-    confidence = np.linspace(0.25, 1, 100)
-    found = fit(confidence, np.ones(100, np.bool_), 0.95)
-    assert found.threshold < 0.25 < math.nextafter(found.threshold, 1) + 1e-12
-    assert (confidence > found.threshold).all()
-    assert "all 100 tokens agree" in found.notes[0]
-    assert "not a fit" in found.notes[0]
-
-
-def test_too_few_tokens_without_disagreeing_ones_are_not_trusted() -> None:
-    found = fit(np.linspace(0.2, 1, 59), np.ones(59, np.bool_), 0.95)
-    assert found.threshold == 1
-    assert "give 60 or more" in found.notes[0]
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.5])
+@pytest.mark.parametrize("bad", [math.nan, -0.1, 1.5])
 def test_confidences_that_are_no_share_are_refused(bad: float) -> None:
     with pytest.raises(CalibrationError, match="1 of 3 confidences are not numbers from 0 to 1"):
         fit(np.array([0.5, bad, 0.7]), np.array([True, False, True]), 0.95)
 
 
-RISK, DELTA, SETS, SEQUENCES = 0.05, 0.1, 600, 150
+RISK, DELTA, SETS, SEQUENCES = 0.05, 0.1, 400, 150
 STEPS = (1.0, *np.linspace(0.995, 0.0, 80).tolist())
-
-
-def test_thresholds_descend_from_never_to_always() -> None:
-    for thresholds in (THRESHOLDS, COARSE_THRESHOLDS):
-        assert thresholds[0] == 1.0
-        assert thresholds[-1] == 0.0
-        assert all(a > b for a, b in pairwise(thresholds))
 
 
 def test_the_exact_binomial_is_for_losses_of_0_and_1_alone() -> None:
@@ -156,43 +124,26 @@ def test_the_exact_binomial_is_for_losses_of_0_and_1_alone() -> None:
     exact = sum(math.comb(100, k) * 0.05**k * 0.95 ** (100 - k) for k in range(3))
     assert p_value(losses, 0.05) == pytest.approx(exact)
     assert p_value(losses.astype(float), 0.05) == hoeffding_bentkus(losses.astype(float), 0.05) > exact
+    assert hoeffding_bentkus(np.full(50, 0.2), 0.1) == 1  # the mean loss is above the risk
 
 
-def test_a_p_value_is_1_where_the_mean_loss_is_above_the_risk() -> None:
-    assert hoeffding_bentkus(np.full(50, 0.2), 0.1) == 1
-
-
-@pytest.mark.parametrize(("risk", "delta"), [(0.05, 0.05), (0.01, 0.1), (0.3, 0.01)])
+@pytest.mark.parametrize(("risk", "delta"), [(0.05, 0.05), (0.3, 0.01)])
 def test_as_many_sequences_are_needed_as_can_pass_without_a_loss(risk: float, delta: float) -> None:
     needed = sequences_needed(risk, delta)
     assert hoeffding_bentkus(np.zeros(needed), risk) <= delta
     assert hoeffding_bentkus(np.zeros(needed - 1), risk) > delta
 
 
-def test_testing_stops_at_the_first_that_fails() -> None:
-    asked = []
-
-    def passes(threshold: float) -> bool:
-        asked.append(threshold)
-        return threshold != 0.5
-
-    assert first_failing(passes, (1.0, 0.9, 0.7, 0.5, 0.3)) == 0.7
-    assert asked == [0.9, 0.7, 0.5]
-
-
 def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
     """A large set is the population: its mean losses are the true risks, and calibration sets are drawn from it."""
     population = correlated(6000, seed=5)
-    assert _correlation(population) >= 0.3
     losses = np.stack([token_losses(population, threshold) for threshold in STEPS], axis=1)
     true = losses.mean(axis=0)
     assert true[-1] > 2 * RISK > true[1]  # there is something to get wrong
-    tokens = population.length
     random = np.random.default_rng(11)
-    broken = naive = of_tokens = exits = 0
+    broken = naive = exits = 0
     for _ in range(SETS):
-        drawn = random.integers(0, len(losses), SEQUENCES)
-        sample, count = losses[drawn], tokens[drawn]
+        sample = losses[random.integers(0, len(losses), SEQUENCES)]
 
         def passes(threshold: float, sample: np.ndarray = sample) -> bool:
             return p_value(sample[:, STEPS.index(threshold)], RISK) <= DELTA
@@ -201,34 +152,9 @@ def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
         broken += true[chosen] > RISK
         exits += chosen > 0
         naive += true[np.flatnonzero(sample.mean(axis=0) <= RISK)[-1]] > RISK
-        of_tokens += true[_as_if_independent(sample, count)] > RISK
     assert broken <= DELTA * SETS
     assert exits > 0.9 * SETS  # it is not kept by never exiting
-    # What the promise is worth: the observed risk alone, and tokens counted as independent, break it.
-    assert naive > 2 * DELTA * SETS
-    assert of_tokens > DELTA * SETS
-
-
-def _as_if_independent(sample: np.ndarray, count: np.ndarray) -> int:
-    """Test tokens instead of sequences: the last of STEPS that passes."""
-    wrong = np.rint(sample * count[:, None]).sum(axis=0).astype(int)
-    total, passing = int(count.sum()), 0
-    for index in range(1, len(STEPS)):
-        if p_value(np.arange(total) < wrong[index], RISK) > DELTA:
-            break
-        passing = index
-    return passing
-
-
-def _correlation(traces: Traces) -> float:
-    """Intra-class correlation of disagreement, by one-way analysis of variance."""
-    groups = np.split(1.0 - traces.agrees, np.cumsum(traces.length)[:-1])
-    sizes = np.array([len(group) for group in groups])
-    overall = np.concatenate(groups).mean()
-    between = sum(len(group) * (group.mean() - overall) ** 2 for group in groups) / (len(groups) - 1)
-    within = sum(((group - group.mean()) ** 2).sum() for group in groups) / (sizes.sum() - len(groups))
-    size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(groups) - 1)
-    return float((between - within) / (between + (size - 1) * within))
+    assert naive > 2 * DELTA * SETS  # the observed risk alone breaks it
 
 
 COUNT = 300
@@ -268,6 +194,7 @@ def test_a_threshold_that_no_token_exceeds_is_never() -> None:
     fitted = fit(few.confidence, few.agrees, 0.99)
     assert confidence.max() < 0.92 < 0.9999 < fitted.threshold < 1
     assert choose(few, Rule(agreement=0.99)).threshold == 1.0
+    assert 0 < choose(TRACES, Rule()).threshold < float(TRACES.confidence.max())
 
 
 def test_a_bound_beyond_all_tokens_is_never() -> None:
@@ -276,12 +203,7 @@ def test_a_bound_beyond_all_tokens_is_never() -> None:
     assert choose(wrong, Rule(method="risk")).threshold == 1.0
 
 
-def test_a_threshold_within_the_data_stays() -> None:
-    choice = choose(TRACES, Rule())
-    assert 0 < choice.threshold < float(TRACES.confidence.max())
-
-
-def quality(outputs: DecodedOutputs | None, delta: float = 0.05) -> Choice:
+def quality(outputs: DecodedOutputs, delta: float = 0.05) -> Choice:
     return choose(TRACES, Rule("quality", quality=0.95, delta=delta), outputs)
 
 
@@ -353,19 +275,10 @@ def test_the_risk_of_a_metric_is_that_of_the_outputs() -> None:
     assert choice.quality[0.4] == pytest.approx(0.91)  # tried: 9 % of 300 do not show that fewer than 10 % are wrong
 
 
-def test_a_metric_without_engines_is_refused() -> None:
-    with pytest.raises(OptionError, match="needs a bundle"):
-        quality(None)
-
-
 @pytest.mark.parametrize("wrong", [{"quality": 0.0}, {"agreement": 1.0}, {"delta": math.nan}, {"zeta": -0.4}])
 def test_shares_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(OptionError, match="choose a number between 0 and 1"):
         Rule(**wrong)  # type: ignore[arg-type]
-
-
-def test_every_third_sequence_is_held_out() -> None:
-    assert held_out_of(7).tolist() == [False, False, True, False, False, True, False]
 
 
 def authors(confidence: np.ndarray, agrees: np.ndarray, zeta: float) -> float:
@@ -385,8 +298,8 @@ def authors(confidence: np.ndarray, agrees: np.ndarray, zeta: float) -> float:
     return float(grid[min(max(0, 10 - passing), 9)])
 
 
-@pytest.mark.parametrize("zeta", [0.1, 0.4, 0.6, 0.9])
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("zeta", [0.1, 0.4, 0.9])
+@pytest.mark.parametrize("seed", range(0, 6, 2))
 def test_the_papers_rule_is_that_of_its_authors(zeta: float, seed: int) -> None:
     traces = mixed(20, 20, seed, agree=0.3 + 0.1 * seed)
     agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
@@ -395,12 +308,3 @@ def test_the_papers_rule_is_that_of_its_authors(zeta: float, seed: int) -> None:
     choice = choose(traces, Rule("paper", zeta=zeta))
     assert choice.threshold == pytest.approx(expected)
     assert choice.mixture is not None  # for an adaptive threshold to begin with
-
-
-def test_the_papers_rule_has_a_threshold_for_whatever_it_is_given() -> None:
-    nothing, same = Moments(), Moments.of(np.full(50, 0.7))
-    some = Moments.of(np.linspace(0.1, 0.9, 30))
-    assert paper_threshold(nothing, nothing) == paper_threshold(same, nothing) == GRID[-1]
-    # Without tokens of a class, both fits are the same.
-    assert paper_threshold(some, nothing) == paper_threshold(nothing, some) == GRID[0]
-    assert paper_threshold(Moments.of(np.array([0.0, 1.0])), some) in GRID

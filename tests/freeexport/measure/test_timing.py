@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from freeexport.measure.timing import Energy, interleave, load_note, other_load, speeds, spread
+from freeexport.measure.timing import Energy, interleave, load_note, other_load, speeds
 
 
 def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
@@ -61,14 +61,6 @@ def test_turns_that_are_done_are_not_repeated() -> None:
     assert not calls  # nothing to measure, nothing to warm up
 
 
-def test_a_setting_without_tokens_has_no_speed() -> None:
-    assert np.isnan(speeds([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])
-
-
-def test_the_spread_is_a_share_of_the_median() -> None:
-    assert spread([90, 100, 130]) == pytest.approx(0.4)
-
-
 @pytest.mark.parametrize(("cores", "noted"), [(0.0, False), (0.1, False), (1.2, True)])
 def test_a_busy_machine_is_noted(cores: float, noted: bool) -> None:
     assert ("kept 1.2 cores busy" in load_note(cores)) == noted
@@ -90,12 +82,6 @@ def test_own_work_and_that_of_children_is_not_others(monkeypatch: pytest.MonkeyP
         elapsed = time.monotonic() - began
     # Of 1.5 busy seconds, at least 0.5 were this process's and its child's.
     assert 0 < load.cores <= 1.02 / elapsed
-
-
-def test_a_measurement_too_short_to_tell_is_not_marked() -> None:
-    with other_load() as load:
-        pass
-    assert load.cores == 0
 
 
 def counter(root: Path, name: str, value: int) -> Path:
