@@ -26,7 +26,7 @@ from runtime.errors import FreeExportError, OptionError
 _GENERATION_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Checkpoint:
     """A model's configuration and weights; tensor names are the keys of the Hugging Face state dict.
 
