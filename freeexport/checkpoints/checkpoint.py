@@ -53,7 +53,7 @@ class Checkpoint:
 
     @property
     def source(self) -> tuple[Path, dict[str, str]]:
-        """What `from_pretrained` of transformers reads it from: a directory, and its option for a GGUF file."""
+        """The directory that `from_pretrained` of transformers reads, and its option for a GGUF file."""
         if self.path.is_file():
             return self.path.parent, {"gguf_file": self.path.name}
         return self.path, {}
