@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import click
@@ -62,12 +63,18 @@ def wrong(text: str, words: Mapping[str, str] = WORDS) -> list[str]:
     ]
 
 
-def docstrings(*folders: str) -> Iterator[tuple[str, str]]:
+def docstrings(*folders: str) -> dict[str, str]:
     """Every docstring in these folders, by place."""
-    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 1)}", ast.get_docstring(node) or ""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return {place: text for path in paths for place, text in docstrings_of(path).items()}
+
+
+@cache
+def docstrings_of(path: Path) -> dict[str, str]:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, kinds)]
+    name = path.relative_to(ROOT)
+    return {f"{name}:{getattr(node, 'lineno', 1)}": ast.get_docstring(node) or "" for node in nodes}
 
 
 def helps() -> Iterator[tuple[str, str]]:
@@ -108,7 +115,7 @@ def test_the_help_of_every_verb_uses_the_words_of_the_field() -> None:
 
 
 def test_docstrings_of_the_product_use_the_words_of_the_field() -> None:
-    found = dict(docstrings(*PRODUCT))
+    found = docstrings(*PRODUCT)
     assert len(found) > 1000
     words = {**WORDS, **IN_CODE}
     assert {place: said for place, text in found.items() if (said := wrong(text, words))} == {}
@@ -116,7 +123,7 @@ def test_docstrings_of_the_product_use_the_words_of_the_field() -> None:
 
 def test_docstrings_begin_with_a_verb_or_the_noun_that_they_describe() -> None:
     vague = re.compile(r"(Of|What|Whose|As many|The same|Told|Those|That|Which|Where|When)\b")
-    assert [place for place, text in docstrings(*PRODUCT, "tests") if vague.match(text)] == []
+    assert [place for place, text in docstrings(*PRODUCT, "tests").items() if vague.match(text)] == []
 
 
 @pytest.mark.parametrize(
