@@ -18,7 +18,6 @@ from freeexport.system.page import human_bytes
 from freeexport.verification.checks import greedy_line, quality_line, sentence_of
 from freeexport.verification.engines import FULL, QUICK
 from freeexport.verification.verification import VerificationError, failure, verify, write_report
-from graphs.tensorrt.build import BuildOptions
 from runtime.bundle.beta import NEVER_EXIT
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import (
@@ -162,7 +161,7 @@ def _lines(manifest: Manifest, model: Path, out: Path, options: dict[str, Any]) 
 def _build(bundle: Path, max_batch: int, as_json: bool) -> None:
     """Build the TensorRT engines of a bundle. Those that are up to date are kept; an interrupted build keeps the
     finished ones."""
-    built, tested = build_and_test(bundle, BuildOptions(max_batch))
+    built, tested = build_and_test(bundle, max_batch)
     if as_json:
         engines = [asdict(engine) | {"file": engine.plan.file} for engine in built]
         click.echo(json.dumps({"engines": engines, "self_test": asdict(tested)}, indent=2))

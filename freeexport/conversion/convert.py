@@ -27,7 +27,7 @@ from graphs.engines import EngineBuilder, engine_names
 from graphs.errors import GraphError
 from graphs.exit_head import with_exit
 from graphs.families import describe
-from graphs.tensorrt.build import BuildOptions, Built, build
+from graphs.tensorrt.build import Built, build
 from graphs.tensorrt.self_test import SelfTest, self_test
 from graphs.weights import WeightFile
 from runtime.bundle.bundle import VERIFICATION, Bundle, engine_files, sha256_of
@@ -257,7 +257,7 @@ def _head_copies(
     return copies
 
 
-def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], SelfTest]:
+def build_and_test(path: Path, max_batch: int) -> tuple[list[Built], SelfTest]:
     """Build the TensorRT engines of the bundle at `path`, and run them where there is a GPU. Raises BundleError and
     BuildError."""
     bundle = Bundle.open(path)
@@ -268,6 +268,6 @@ def build_and_test(path: Path, options: BuildOptions) -> tuple[list[Built], Self
             advance(fraction - done.get(engine, 0.0))
             done[engine] = fraction
 
-        built = build(bundle, options, report)
+        built = build(bundle, max_batch, report)
     files = {engine.plan.engine: path / DIRECTORY / engine.plan.file for engine in built}
-    return built, self_test(Bundle.open(path), files, options.max_batch)
+    return built, self_test(Bundle.open(path), files, max_batch)

@@ -159,17 +159,7 @@ def monitor_of(trt: Any, report: Callable[[float], None]) -> Any:
 
 
 # Called with an engine's name, and how much of its build is done: 0 to 1.
-Report = Callable[[str, float], None]
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """`max_batch` is the most sequences of a call. `timing_cache` None is a file in the bundle. `version_compatible`:
-    engines that later TensorRTs of the same major version run too."""
-
-    max_batch: int = 8
-    timing_cache: Path | None = None
-    version_compatible: bool = False
+OnProgress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -179,8 +169,8 @@ class Built(EngineFile):
     reused: bool = False
 
 
-def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine, done: None) -> list[Built]:
-    """Build the engines of a bundle that are missing or stale, into its folder `tensorrt`.
+def build(bundle: Bundle, max_batch: int, report: OnProgress = lambda engine, done: None) -> list[Built]:
+    """Build the engines of a bundle that are missing or stale, for up to `max_batch` sequences, into its `tensorrt`.
 
     EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
     graph is refused.
@@ -199,11 +189,11 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
         ) from None
     directory = bundle.path / DIRECTORY
     directory.mkdir(exist_ok=True)
-    timings = options.timing_cache or directory / f"timing-{architecture()}-trt{trt.__version__}.cache"
+    timings = directory / f"timing-{architecture()}-trt{trt.__version__}.cache"
     built = []
     for engine in (Path(file).stem for file in engine_files(manifest)):
-        sources, profiles = sources_sha256(manifest, engine), profiles_of(engine, manifest, options.max_batch)
-        plan = Plan(engine, sources, str(trt.__version__), architecture(), profiles, options.version_compatible)
+        sources, profiles = sources_sha256(manifest, engine), profiles_of(engine, manifest, max_batch)
+        plan = Plan(engine, sources, str(trt.__version__), architecture(), profiles)
         path = directory / plan.file
         found = read_record(path)
         if found is not None and found.plan == plan and is_whole(path, found, "full"):
@@ -220,7 +210,7 @@ def build(bundle: Bundle, options: BuildOptions, report: Report = lambda engine,
 
 
 def _build(
-    trt: Any, builder: Any, log: Any, graph: Path, path: Path, plan: Plan, timings: Path, report: Report
+    trt: Any, builder: Any, log: Any, graph: Path, path: Path, plan: Plan, timings: Path, report: OnProgress
 ) -> Built:
     """Write one engine to `path`, with its record when it is whole."""
     began = perf_counter()
@@ -235,8 +225,6 @@ def _build(
         config.add_optimization_profile(added)
     monitor = monitor_of(trt, lambda done: report(plan.engine, done))
     config.progress_monitor = monitor
-    if plan.version_compatible:
-        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
     # Measurements of kernels that earlier builds made here, and those of this one for the next.
     cache = config.create_timing_cache(timings.read_bytes() if timings.is_file() else b"")
     if cache is None or not config.set_timing_cache(cache, False):

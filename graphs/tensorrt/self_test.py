@@ -51,14 +51,14 @@ class SelfTest:
         return not self.why
 
 
-def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int, cuda: Cuda | None = None) -> SelfTest:
+def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> SelfTest:
     """Run each engine's file with calls of one sequence and of `max_batch`, in all profiles, and compare. Not run where
     there is no CUDA device.
 
     BuildError where an output differs by more than TOLERANCE; then the file is removed.
     """
     try:
-        cuda = cuda or Cuda(0)
+        cuda = Cuda(0)
     except DeviceError as error:
         return SelfTest({}, f"there is no GPU to run on ({error})")
     largest: dict[str, float] = {}

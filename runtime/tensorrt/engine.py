@@ -247,8 +247,6 @@ class TensorRTEngine(DeviceEngine):
             raise EngineError(
                 f"TensorRT {self._trt.__version__} cannot start: {self.log.reason()}; run freeexport doctor"
             ) from None
-        # A version-compatible engine brings a runtime of its own along.
-        runtime.engine_host_code_allowed = self.plan.version_compatible
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
             raise EngineError(

@@ -44,15 +44,10 @@ def import_tensorrt() -> Any:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise EngineError(f"TensorRT cannot be imported ({first}); run: {INSTALL}") from error
     version = str(tensorrt.__version__)
-    if version_numbers(version)[:2] < LEAST:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < LEAST:
         least = ".".join(map(str, LEAST))
         raise EngineError(f"TensorRT {version} has no KV-cache updates; {least} or newer is needed, run: {INSTALL}")
     return tensorrt
-
-
-def version_numbers(version: str) -> tuple[int, ...]:
-    """11.4.0 -> (11, 4, 0)."""
-    return tuple(int(number) for number in re.findall(r"\d+", version))
 
 
 def architecture(index: int = 0) -> str:
@@ -100,27 +95,20 @@ class Profile:
 @dataclass(frozen=True)
 class Plan:
     """An engine file's identity. `sources_sha256` is the hash of the graph's and the weight file's; `architecture` is
-    sm90 and the like, or `nogpu`. `version_compatible`: later TensorRTs of the same major version run it too."""
+    sm90 and the like, or `nogpu`."""
 
     engine: str
     sources_sha256: str
     tensorrt: str
     architecture: str
     profiles: tuple[Profile, ...]
-    version_compatible: bool = False
 
     @property
     def file(self) -> str:
         """The name of the engine file, different wherever the file would be another."""
         content = json.dumps([dataclasses.asdict(profile) for profile in self.profiles], sort_keys=True)
         shapes = hashlib.sha256(content.encode()).hexdigest()
-        version = f"trt{self.tensorrt}{'-compatible' if self.version_compatible else ''}"
-        return f"{self.engine}-{self.sources_sha256[:8]}-{version}-{self.architecture}-{shapes[:8]}.engine"
-
-    def runs_with(self, version: str) -> bool:
-        """Whether a TensorRT of this version loads it."""
-        here, built = version_numbers(version), version_numbers(self.tensorrt)
-        return here == built or (self.version_compatible and here[:1] == built[:1] and here > built)
+        return f"{self.engine}-{self.sources_sha256[:8]}-trt{self.tensorrt}-{self.architecture}-{shapes[:8]}.engine"
 
 
 def profile_for(profiles: Sequence[Profile], sizes: Mapping[str, int]) -> Profile:
@@ -171,7 +159,8 @@ def read_record(path: Path) -> EngineFile | None:
     """The record of an engine file; None where there is none that can be read."""
     try:
         content = read_json(record_of(path), "build it again", limit=LARGEST_RECORD)
-        found: EngineFile = Reader("build it again").read(EngineFile, content, path.name)
+        # Older records have a field more.
+        found: EngineFile = Reader("build it again", skips=True).read(EngineFile, content, path.name)
     except BundleError:
         return None
     return found
@@ -210,7 +199,7 @@ def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, ve
         gpus = {file.plan.architecture for file in files.values()}
         known = ", ".join(sorted("without a GPU" if gpu == NO_GPU else f"for {gpu}" for gpu in gpus))
         raise EngineError(f"the TensorRT engine {engine} was built {known}, this GPU is {architecture}; {command}")
-    loaded = {path: file for path, file in here.items() if file.plan.runs_with(version)}
+    loaded = {path: file for path, file in here.items() if file.plan.tensorrt == version}
     if not loaded:
         known = ", ".join(sorted({file.plan.tensorrt for file in here.values()}))
         raise EngineError(f"the TensorRT engine {engine} was built by version {known}, here is {version}; {command}")

@@ -65,7 +65,6 @@ def fake_tensorrt(cuda: FakeCuda, version: str = "11.4.0.106") -> ModuleType:
         TensorLocation=TensorLocation,
         ExecutionContextAllocationStrategy=Strategy,
         NetworkDefinitionCreationFlag=Enum("NetworkDefinitionCreationFlag", {"STRONGLY_TYPED": 1}, type=int),
-        BuilderFlag=Enum("BuilderFlag", ["VERSION_COMPATIBLE"]),
         runs=Runtime._runs,
     )
     return trt
@@ -75,7 +74,6 @@ class _Runtime:
     _cuda: FakeCuda
     _version: str
     _runs: list[tuple[str, int, int]]
-    engine_host_code_allowed = False
 
     def __init__(self, logger: Any) -> None:
         self._logger = logger
@@ -309,7 +307,6 @@ class _Config:
 
     def __init__(self) -> None:
         self.profiles: list[_OptimizationProfile] = []
-        self.flags: set[Any] = set()
 
     def add_optimization_profile(self, profile: _OptimizationProfile) -> int:
         self.profiles.append(profile)
@@ -324,9 +321,6 @@ class _Config:
 
     def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
         return True
-
-    def set_flag(self, flag: Any) -> None:
-        self.flags.add(flag)
 
 
 class _Builder:

@@ -16,7 +16,7 @@ from checkpoints import CASES, LARGER, WIDE, Bundles
 from onnx import TensorProto
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions, build, parse, profiles_of
+from graphs.tensorrt.build import build, parse, profiles_of
 from runtime.bundle.bundle import Bundle
 from runtime.tensorrt.files import DIRECTORY, logger_of
 
@@ -49,7 +49,7 @@ def copy_of(bundle: Bundles, tmp_path: Path) -> Any:
 def test_every_engine_is_built_with_all_profiles(case: Any, precision: str, copy_of: Any) -> None:
     opened = copy_of(case, precision=precision)
     reported: dict[str, list[float]] = {}
-    built = build(opened, BuildOptions(max_batch=4), lambda name, done: reported.setdefault(name, []).append(done))
+    built = build(opened, 4, lambda name, done: reported.setdefault(name, []).append(done))
     assert [engine.plan.engine for engine in built] == ENGINES[case]
     for engine in built:
         file = opened.path / DIRECTORY / engine.plan.file
@@ -93,7 +93,7 @@ def test_rounded_weights_stay_rounded_in_every_engine(case: Any, bundle: Bundles
     for precision in ("fp16", *ROUNDED):
         head = {"head": "int4"} if precision == "int4" else {}
         path = shutil.copytree(bundle(case, target="tensorrt", precision=precision, **head), tmp_path / precision)
-        built = build(Bundle.open(path), BuildOptions(max_batch=2))
+        built = build(Bundle.open(path), 2)
         beside[precision] = {
             one.plan.engine: one.bytes - weight_bytes(path / f"{one.plan.engine}.onnx") for one in built
         }
@@ -126,7 +126,7 @@ def test_engines_with_rounded_weights_are_built(case: Any, precision: str, compu
             assert ROUNDED[precision] in {layer.get_input(0).dtype for layer in widened} or name in EIGHT_BITS
             if name in ("shallow", "deep"):
                 assert float_casts(layers) == float_casts_of_graph(opened.engine(name))
-    assert len(build(opened, BuildOptions(max_batch=2))) == len(ENGINES[case])
+    assert len(build(opened, 2)) == len(ENGINES[case])
 
 
 # What an int4 bundle has in 8 bits.
@@ -135,14 +135,14 @@ EIGHT_BITS = ("encoder", "prologue")
 
 def test_an_engine_that_is_there_is_kept_and_a_stale_one_is_replaced(copy_of: Any) -> None:
     opened = copy_of(LLAMA)
-    first = build(opened, BuildOptions(max_batch=1))
-    again = build(opened, BuildOptions(max_batch=1))
+    first = build(opened, 1)
+    again = build(opened, 1)
     assert [(one.reused, two.reused) for one, two in zip(first, again, strict=True)] == [(False, True)] * 2
     folder = opened.path / DIRECTORY
     damaged = folder / first[1].plan.file
     damaged.write_bytes(damaged.read_bytes()[:-1])
-    assert [engine.reused for engine in build(opened, BuildOptions(max_batch=1))] == [True, False]
-    other = build(opened, BuildOptions(max_batch=2))
+    assert [engine.reused for engine in build(opened, 1)] == [True, False]
+    other = build(opened, 2)
     assert {path.name for path in folder.glob("*.engine")} == {engine.plan.file for engine in other}
     assert {path.name for path in folder.glob("*.engine.json")} == {f"{engine.plan.file}.json" for engine in other}
 
@@ -155,7 +155,7 @@ def test_an_interrupt_stops_the_build_and_leaves_no_part_of_an_engine(copy_of: A
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(opened, BuildOptions(max_batch=1), interrupt)
+        build(opened, 1, interrupt)
     left = [path.name for path in (opened.path / DIRECTORY).iterdir() if not path.name.endswith((".json", ".cache"))]
     assert [name.partition("-")[0] for name in left] == ["shallow"]
 

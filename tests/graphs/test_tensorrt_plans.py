@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions, Phases, build, dimensions, profiles_of
+from graphs.tensorrt.build import Phases, build, dimensions, profiles_of
 from runtime.bundle.bundle import Bundle, engine_files
 from runtime.errors import EngineError
 from runtime.tensorrt.files import Plan, Profile, import_tensorrt, profile_for
@@ -98,13 +98,13 @@ def test_a_tensorrt_that_cannot_start_names_the_gpu(monkeypatch: pytest.MonkeyPa
     fake.__dict__.update(__version__="11.4.0", Builder=Builder, ILogger=ILogger)
     monkeypatch.setitem(sys.modules, "tensorrt", fake)
     with pytest.raises(BuildError, match=r"TensorRT 11\.4\.0 cannot start.*NVIDIA GPU"):
-        build(t5, BuildOptions())
+        build(t5, 8)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
 def test_a_bundle_for_another_target_is_not_built(target: str, bundle: Bundles) -> None:
     with pytest.raises(BuildError, match=f"converted for {target}; convert again with --target tensorrt"):
-        build(Bundle.open(bundle(LLAMA, target=target)), BuildOptions())
+        build(Bundle.open(bundle(LLAMA, target=target)), 8)
 
 
 @st.composite

@@ -19,7 +19,6 @@ from command_errors import error
 from freeexport import cli
 from freeexport.conversion.convert import build_and_test
 from graphs.errors import BuildError
-from graphs.tensorrt.build import BuildOptions
 from graphs.tensorrt.self_test import TOLERANCE
 from runtime.tensorrt.files import DIRECTORY
 
@@ -48,7 +47,7 @@ def test_engines_that_do_what_the_graphs_say_pass_in_every_profile(
 ) -> None:
     path = copy_of(case, **options)
     fake = fake_device.install(monkeypatch)
-    built, tested = build_and_test(path, BuildOptions(max_batch=3))
+    built, tested = build_and_test(path, 3)
     assert tested.ran
     # Other kernels round otherwise, and about as much; those of bf16 are here what they are compared with.
     assert {engine.plan.engine for engine in built} == tested.largest.keys()
@@ -98,10 +97,10 @@ def test_a_wrong_engine_is_an_error_and_does_not_stay(copy_of: Any, monkeypatch:
         with pytest.raises(
             BuildError, match=r"self-test: the TensorRT engine deep differs from deep.onnx by .*removed"
         ):
-            build_and_test(path, BuildOptions(max_batch=2))
+            build_and_test(path, 2)
     left = {file.name.partition("-")[0] for file in (path / DIRECTORY).glob("*.engine*")}
     assert left == {"encoder", "prologue", "shallow"}
-    built, tested = build_and_test(path, BuildOptions(max_batch=2))
+    built, tested = build_and_test(path, 2)
     assert tested.ran
     assert [engine.plan.engine for engine in built if not engine.reused] == ["deep"]
 

@@ -15,7 +15,7 @@ from checkpoints import CASES, Bundles
 from fake_cuda import FakeCuda
 from fake_tensorrt import _Context, fake_tensorrt
 
-from graphs.tensorrt.build import BuildOptions, build
+from graphs.tensorrt.build import build
 from runtime.bundle.bundle import Bundle
 from runtime.cuda.driver import Cuda, DeviceArray, Stream
 from runtime.engines.onnx import OnnxEngine
@@ -48,7 +48,7 @@ def gpu(
     trt = fake_tensorrt(fake)
     monkeypatch.setitem(__import__("sys").modules, "tensorrt", trt)
     opened = Bundle.open(shutil.copytree(bundle(LLAMA, target="tensorrt"), tmp_path / "bundle"))
-    build(opened, BuildOptions(max_batch=2))
+    build(opened, 2)
     cuda = Cuda(0, fake)
     yield Gpu(fake, cuda, cuda.stream(urgent=True), trt, opened)
     cuda.close()

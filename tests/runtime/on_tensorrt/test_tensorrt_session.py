@@ -13,7 +13,7 @@ import pytest
 from checkpoints import PROMPTS, Bundles
 from device_cases import BY_NAME, LLAMA, MODES, T5, both
 
-from graphs.tensorrt.build import BuildOptions, build
+from graphs.tensorrt.build import build
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 from runtime.errors import CapacityError, DeviceError, EngineError, OptionError
@@ -30,7 +30,7 @@ def built(bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> B
         copy = shutil.copytree(path, tmp_path / "bundle")
         with monkeypatch.context() as patched:
             fake_device.install(patched)
-            build(Bundle.open(copy), BuildOptions(max_batch=max_batch))
+            build(Bundle.open(copy), max_batch)
         return copy
 
     return make
