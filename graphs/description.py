@@ -58,10 +58,8 @@ class RelativeBias:
 
 @dataclass(frozen=True)
 class Attention:
-    """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d].
-
-    `window` is the number of newest positions a query sees, itself included; None is all.
-    """
+    """Scaled dot-product attention: query [heads * head_dim, d], key and value [kv_heads * head_dim, d]. `window` is
+    the number of newest positions a query sees, itself included; None is all."""
 
     heads: int
     kv_heads: int
@@ -80,10 +78,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class MLP:
-    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate.
-
-    `fp32` keeps `down` in float32 at every precision (T5's overflows in fp16).
-    """
+    """down(activation(up(x))), or down(activation(gate(x)) * up(x)) where there is a gate. `fp32` keeps `down` in
+    float32 at every precision (T5's overflows in fp16)."""
 
     activation: Activation
     up: Linear
@@ -116,10 +112,8 @@ class Adapter:
 @dataclass(frozen=True)
 class Head:
     """logits = scale * norm(adapter(hidden)) W^T. `weight` [vocab, d]; a tied head names the embedding's tensor.
-
     Trained with an exit vocabulary, the head has the rows of `tokens`, ascending, and as one class more that of `other`
-    [1, d], which stands for all remaining tokens and never exits.
-    """
+    [1, d], which stands for all remaining tokens and never exits."""
 
     norm: Norm
     weight: str
@@ -140,10 +134,8 @@ class Encoder:
 
 @dataclass(frozen=True)
 class ForeignEncoder:
-    """An encoder that no builder knows: its graph is exported from the model's own code.
-
-    That code wants prompts padded to a multiple of `block` tokens.
-    """
+    """An encoder that no builder knows: its graph is exported from the model's own code. That code wants prompts padded
+    to a multiple of `block` tokens."""
 
     block: int = 1
 
@@ -151,10 +143,8 @@ class ForeignEncoder:
 @dataclass(frozen=True)
 class Decoder:
     """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
-
     `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it
-    stand `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states.
-    """
+    stand `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states."""
 
     embedding: str
     layers: tuple[Layer, ...]

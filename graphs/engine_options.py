@@ -35,12 +35,9 @@ FLOAT_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": i
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Options of engines. GraphError where a value is out of range.
-
-    `exit_tokens`, ascending, are those that the shallow head knows; empty for all. `compute` is the type of activations
-    where weights are quantized for a GPU, None for its first. `kernels`: whose operators multiply with quantized
-    weights on a CPU.
-    """
+    """Options of engines. GraphError where a value is out of range. `exit_tokens`, ascending, are those that the
+    shallow head knows; empty for all. `compute` is the type of activations where weights are quantized for a GPU, None
+    for its first. `kernels`: whose operators multiply with quantized weights on a CPU."""
 
     exit_layer: int
     capacity: int

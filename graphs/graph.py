@@ -71,10 +71,8 @@ class Graph:
         return self.stacked_weight([name], dtype)
 
     def unpacked_weight(self, name: str) -> ir.Value:
-        """A checkpoint tensor that ONNX Runtime must use where it stands in the file, without a packed copy.
-
-        An initializer that is also an input may be overridden, so it is no constant, and only constants are packed.
-        """
+        """A checkpoint tensor that ONNX Runtime must use where it stands in the file, without a packed copy. An
+        initializer that is also an input may be overridden, so it is no constant, and only constants are packed."""
         value = self.weight(name)
         if value not in self._inputs:
             self._inputs.append(value)

@@ -65,10 +65,8 @@ ROPE = ("rope_parameters", "rope_scaling")
 
 
 def check_config(config: Mapping[str, Any], required: tuple[str, ...] = ()) -> None:
-    """UnsupportedModelError where a value of config.json is out of range, or sizes do not go together.
-
-    A value that is not there, or null, is left to the defaults, unless its name is in `required`.
-    """
+    """UnsupportedModelError where a value of config.json is out of range, or sizes do not go together. A value that is
+    not there, or null, is left to the defaults, unless its name is in `required`."""
     for name in required:
         if config.get(name) is None:
             raise UnsupportedModelError(f"{name} is missing in the configuration; add it to config.json")

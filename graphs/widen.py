@@ -72,9 +72,7 @@ def _results(graph: ir.Graph, half: ir.DataType) -> Iterator[ir.Value]:
 @contextmanager
 def fp32_copy(bundle: Bundle, rounds: bool) -> Iterator[Bundle]:
     """The graphs of a bundle, widened from half precision to fp32, and the weights that it has; gone at the end.
-
-    `rounds`: see `widen`. A bundle that computes in fp32 is its own copy.
-    """
+    `rounds`: see `widen`. A bundle that computes in fp32 is its own copy."""
     manifest = bundle.manifest
     if manifest.float_type == "fp32":
         yield bundle

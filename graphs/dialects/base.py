@@ -18,10 +18,8 @@ from graphs.graph import Dimension, Graph
 
 @dataclass(frozen=True)
 class Call:
-    """The inputs of an engine call that attention needs. Lengths are int32 [B]; `size` is int64 [2]: B and rows.
-
-    In an encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts.
-    """
+    """The inputs of an engine call that attention needs. Lengths are int32 [B]; `size` is int64 [2]: B and rows. In an
+    encoder `past_lengths` is None and `query_lengths` are the lengths of the prompts."""
 
     size: ir.Value
     query_lengths: ir.Value

@@ -47,10 +47,8 @@ def _head_step(attention: Attention) -> int:
 
 
 class OrtDialect:
-    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has.
-
-    `packing`: between attentions there are the rows that count only.
-    """
+    """See graphs.dialects.base.Dialect. `cache_rows` is the most rows a KV cache of the bundle has. `packing`: between
+    attentions there are the rows that count only."""
 
     def __init__(self, graph: Graph, call: Call, cache_rows: int = 0, packing: Packing | None = None) -> None:
         self.graph, self.call, self.cache_rows = graph, call, cache_rows

@@ -54,10 +54,8 @@ class Rounded:
 
 
 def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
-    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block], and scales [outputs, blocks] of a type.
-
-    A value v stands for (v - 128) * scale. The last block is filled up with zeros.
-    """
+    """[outputs, inputs] float32 -> uint8 [outputs, blocks, block], and scales [outputs, blocks] of a type. A value v
+    stands for (v - 128) * scale. The last block is filled up with zeros."""
     data = np.empty((len(weight), -(-weight.shape[1] // block), block), np.uint8)
     scales = np.empty(data.shape[:2], type_)
     lost = 0.0
@@ -73,10 +71,8 @@ def round_8_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> R
 
 def round_4_bits(weight: np.ndarray, block: int, type_: np.dtype = FLOAT32) -> Rounded:
     """[outputs, inputs] float32 -> uint8 [outputs, blocks, block / 2], scales [outputs, blocks] of a type, and packed
-    zero points uint8 [outputs, (blocks + 1) // 2].
-
-    A value v stands for (v - zero point) * scale. Of two values in a byte, the first is in the low half.
-    """
+    zero points uint8 [outputs, (blocks + 1) // 2]. A value v stands for (v - zero point) * scale. Of two values in a
+    byte, the first is in the low half."""
     values = np.empty((len(weight), -(-weight.shape[1] // block), block), np.uint8)
     scales, zeros = np.empty(values.shape[:2], type_), np.empty(values.shape[:2], np.uint8)
     lost = 0.0
@@ -332,10 +328,8 @@ BLOCK, LARGER_BLOCKS, EASY = 32, (64, 128), 0.06
 class IntegerScheme:
     """For operators that read weights in blocks. `blocks`: of 8 bits the largest that divides the inputs, else 32;
     fewer scales are faster, and lose hardly more (docs/precision.md). `offsets`: of 4 bits they read those too.
-
     `limits`: relative errors of a weight above which it gets the `higher` format, or stays as it is where there is
-    none. Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more.
-    """
+    none. Weights that are spread like a bell lose 0.078 in 4 bits and 0.008 in 8; outliers cost more."""
 
     blocks: tuple[int, ...] = (128, 64)
     offsets: bool = False

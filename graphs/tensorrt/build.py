@@ -39,10 +39,8 @@ USUAL_PROMPT = 128
 
 def profiles_of(engine: str, manifest: Manifest, max_batch: int) -> tuple[Profile, ...]:
     """The profiles of an engine for up to `max_batch` sequences, the most frequent first. BuildError where `max_batch`
-    is out of range.
-
-    Dimensions are those of the engine contract: B sequences, q or k rows each, E prompt tokens, R head rows.
-    """
+    is out of range. Dimensions are those of the engine contract: B sequences, q or k rows each, E prompt tokens, R head
+    rows."""
     if not 1 <= max_batch <= MAX_BATCH:
         raise BuildError(f"max batch {max_batch} is out of range; choose 1 to {MAX_BATCH}")
     batch = {"B": (1, 1, max_batch)}
@@ -171,10 +169,8 @@ class Built(EngineFile):
 
 def build(bundle: Bundle, max_batch: int, report: OnProgress = lambda engine, done: None) -> list[Built]:
     """Build the engines of a bundle that are missing or stale, for up to `max_batch` sequences, into its `tensorrt`.
-
     EngineError where TensorRT is missing or too old; BuildError where it does not start, the bundle is not for it, or a
-    graph is refused.
-    """
+    graph is refused."""
     manifest = bundle.manifest
     if manifest.target != "tensorrt":
         raise BuildError(f"this bundle was converted for {manifest.target}; convert again with --target tensorrt")

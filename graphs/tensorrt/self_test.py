@@ -53,10 +53,7 @@ class SelfTest:
 
 def self_test(bundle: Bundle, files: Mapping[str, Path], max_batch: int) -> SelfTest:
     """Run each engine's file with calls of one sequence and of `max_batch`, in all profiles, and compare. Not run where
-    there is no CUDA device.
-
-    BuildError where an output differs by more than TOLERANCE; then the file is removed.
-    """
+    there is no CUDA device. BuildError where an output differs by more than TOLERANCE; then the file is removed."""
     try:
         cuda = Cuda(0)
     except DeviceError as error:

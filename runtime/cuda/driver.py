@@ -26,10 +26,8 @@ LOST = frozenset(
 
 
 class Cuda:
-    """Device number `index`, for all threads. What it hands out is freed by `close`.
-
-    After an error that loses the device every use raises DeviceError, but `close`, which then frees nothing.
-    """
+    """Device number `index`, for all threads. What it hands out is freed by `close`. After an error that loses the
+    device every use raises DeviceError, but `close`, which then frees nothing."""
 
     def __init__(self, index: int, runtime: Any = None) -> None:
         """`runtime`: the module cuda.bindings.runtime, imported where it is None. DeviceError where there is no

@@ -15,11 +15,9 @@ from runtime.machine.device import CPU, Device
 
 class OnnxEngine:
     """One graph of a bundle, loaded for `device` with `threads` CPU threads. Safe to call from many threads.
-
     `provider_options` are those of ONNX Runtime's provider for a GPU. `profile` begins the name of the file to which
     `session.end_profiling()` writes the time of every kernel. `kernels`: the version of our own operators that it
-    needs, if any. EngineError where it cannot be loaded, or would run elsewhere.
-    """
+    needs, if any. EngineError where it cannot be loaded, or would run elsewhere."""
 
     def __init__(
         self,

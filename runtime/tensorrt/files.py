@@ -182,9 +182,7 @@ def sources_sha256(manifest: Manifest, engine: str) -> str:
 
 def find_engine(bundle: Bundle, engine: str, version: str, architecture: str, verify: Verify = "sizes") -> Path:
     """The file of an engine that a TensorRT of this version runs on a GPU of this architecture, the newest of several.
-
-    EngineError where there is none, or only for other weights, another GPU or another version, or it is damaged.
-    """
+    EngineError where there is none, or only for other weights, another GPU or another version, or it is damaged."""
     command = f"run: freeexport convert {bundle.path} --build"
     paths = sorted((bundle.path / DIRECTORY).glob(f"{engine}-*.engine"), key=lambda path: path.stat().st_mtime)
     files = {path: file for path in paths if (file := read_record(path)) is not None and file.plan.engine == engine}
