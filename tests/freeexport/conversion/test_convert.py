@@ -271,24 +271,16 @@ def no_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arguments", "message"),
     [
         (("--exit-layer", "0"), "exit layer 0 is out of range"),
-        (
-            ("--exit-layer", "5"),
-            "choose --exit-layer, from 1 to 4",
-        ),
+        (("--exit-layer", "5"), "choose --exit-layer, from 1 to 4"),
         (("--capacity", "0"), "capacity 0 is out of range; choose 1 to 512"),
         (("--capacity", "513"), "capacity 513 is out of range; choose 1 to 512"),
         (("--encoder-capacity", "0"), "encoder capacity 0 is out of range"),
         (("--head", "int4"), "precision fp32 rounds nothing; --head int4 goes with int8, int4, mixed"),
         (("--precision", "int8", "--dialect", "standard"), "choose --dialect ort"),
         (("--target", "cuda", "--precision", "mixed"), "target cuda has no precision mixed"),
-        *(
-            ((name, "nowhere.json", *more), f"{name} nowhere.json: there is no such file; name another")
-            for name, more in (
-                ("--calibration", ()),
-                ("--data", ("--precision", "int4")),
-                ("--data", ("--exit-vocab", "9")),
-            )
-        ),
+        (("--calibration", "nowhere"), "--calibration nowhere: there is no such file; name another"),
+        (("--data", "nowhere", "--precision", "int4"), "--data nowhere: there is no such file; name another"),
+        (("--data", "nowhere", "--exit-vocab", "9"), "--data nowhere: there is no such file; name another"),
     ],
 )
 def test_a_bad_option_is_refused_before_any_work(
@@ -420,8 +412,6 @@ def slow(file, array):
     time.sleep(0.2)
     return append(file, array)
 WeightFile._append = slow
-from freeexport.checkpoints.checkpoint import open_checkpoint
-from freeexport.checkpoints.examples import known_ends
 from freeexport.cli import main
 main(sys.argv[1:])
 """
