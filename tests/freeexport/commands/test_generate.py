@@ -134,7 +134,7 @@ def test_more_tokens_than_the_context_has_room_for_are_refused(generate: Run, se
     [
         (("--mode", "rollback"), "rollback_threshold is None"),
         (("-o", "top_p=0.5"), "nothing is sampled"),
-        (("-o", "top_kk=3"), "unknown option top_kk; known are mode, "),
+        (("-o", "top_kk=3"), "unknown option top_kk; known are "),
         (("-o", "draft_source=x"), "draft_source is 'x'; give a callable"),
         *(
             (("-o", f"sequence_bias={given}"), "give {token: bias} or {(token, token): bias}")

@@ -315,16 +315,16 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
 ) -> None:
     out = Path(shutil.copytree(bundle(LLAMA), place / "out"))
     before = digest(place)
-    append, written = WeightFile._append, 0
+    write, written = WeightFile._write, 0
 
-    def full(file: WeightFile, array: np.ndarray) -> int:
+    def full(*arguments: Any) -> Any:
         nonlocal written
         written += 1
         if written > 7:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return append(file, array)
+        return write(*arguments)
 
-    monkeypatch.setattr(WeightFile, "_append", full)
+    monkeypatch.setattr(WeightFile, "_write", full)
     assert "disk full" in failed(convert(checkpoint(LLAMA), out, *FAST, "--overwrite"))
     assert digest(place) == before
     assert os.listdir(place) == ["out"]
@@ -407,11 +407,11 @@ import signal, sys, time
 # A shell that starts this in the background may have it ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from graphs.weights import WeightFile
-append = WeightFile._append
-def slow(file, array):
+write = WeightFile._write
+def slow(*arguments):
     time.sleep(0.2)
-    return append(file, array)
-WeightFile._append = slow
+    return write(*arguments)
+WeightFile._write = slow
 from freeexport.cli import main
 main(sys.argv[1:])
 """
