@@ -8,8 +8,12 @@
 namespace freeexport {
 namespace {
 
-// Rows whose pieces one task attends with, one after the other, as they may share keys.
-constexpr int64_t kTaskPlaces = 8;
+// Rows whose pieces one task attends with, as they may share keys: of few rows, and of many.
+constexpr int64_t kFewPlaces = 8, kManyPlaces = 32;
+// Queries that share keys from which on a piece of these is turned.
+constexpr int64_t kTurnedFor = 12;
+// Floats of the rooms of a task, at most, where it has many rows.
+constexpr int64_t kManyRooms = 4 << 20;
 // With fewer tasks than these each piece is a task of its own.
 constexpr int64_t kFewTasks = 16;
 // Values of keys that are seen, below which one thread does all.
@@ -27,7 +31,8 @@ struct Call {
   int64_t count;          // of places
   int64_t stored_places;  // that one task stores
   int64_t pieces;         // of the row that has most
-  int64_t blocks;         // of kTaskPlaces places
+  int64_t task_places;    // that share a task
+  int64_t blocks;         // of so many places
   int64_t seen;           // positions, of all places
   int64_t room;           // of the pieces of a row and group of heads
   float* rooms;           // [kv_heads, places] of these, or null, where one task does all pieces
@@ -51,13 +56,25 @@ Ahead keys_of(const Attention& a, const Place& place, int64_t kv_head, int64_t p
   return {a.key + keys_at(a, place, kv_head, position), least(place.position + 1 - position, kPieceRows)};
 }
 
+// Whether the first keys that two rows see are the same. Of a sequence, later rows stand further behind.
+bool begin_alike(const Attention& a, const Place& one, const Place& other) {
+  return one.sequence == other.sequence && first_position(a, one) == first_position(a, other);
+}
+
 // A piece of all places of a block; of room i that of the block's place i.
 void attend_block(const Call& call, int64_t block, int64_t kv_head, int64_t piece, float* rooms) {
-  const int64_t first = block * kTaskPlaces, last = least(first + kTaskPlaces, call.count);
+  const int64_t first = block * call.task_places, last = least(first + call.task_places, call.count);
   const Attention& a = call.attention;
-  for (int64_t i = first; i < last; i++) {
+  const bool turns = call.kernels.attend_rows != nullptr && a.size <= kTurnedSize;
+  for (int64_t i = first, end = first; i < last; i++) {
     const Place& place = call.places[i];
     if (piece >= pieces_of(a, place)) continue;
+    for (end = i + 1; turns && end < last && begin_alike(a, place, call.places[end]);) end++;
+    if ((end - i) * a.heads >= kTurnedFor * a.kv_heads) {
+      call.kernels.attend_rows(a, &place, end - i, kv_head, piece, rooms + (i - first) * call.room, call.room);
+      i = end - 1;
+      continue;
+    }
     Ahead ahead = {a.key, 0};
     if (i + 1 == last)
       ahead = keys_of(a, call.places[first], kv_head, piece + 1);
@@ -68,7 +85,7 @@ void attend_block(const Call& call, int64_t block, int64_t kv_head, int64_t piec
 }
 
 void join_block(const Call& call, int64_t block, int64_t kv_head, float* rooms) {
-  const int64_t first = block * kTaskPlaces, last = least(first + kTaskPlaces, call.count);
+  const int64_t first = block * call.task_places, last = least(first + call.task_places, call.count);
   for (int64_t i = first; i < last; i++)
     call.kernels.join(call.attention, call.places[i], kv_head, rooms + (i - first) * call.room);
 }
@@ -78,7 +95,7 @@ void piece_task(void* data, size_t index) {
   const Call& call = *static_cast<Call*>(data);
   const int64_t piece = static_cast<int64_t>(index) % call.pieces, at = static_cast<int64_t>(index) / call.pieces;
   const int64_t block = at / call.attention.kv_heads, kv_head = at % call.attention.kv_heads;
-  attend_block(call, block, kv_head, piece, call.rooms + (kv_head * call.count + block * kTaskPlaces) * call.room);
+  attend_block(call, block, kv_head, piece, call.rooms + (kv_head * call.count + block * call.task_places) * call.room);
 }
 
 // All pieces of a block.
@@ -86,7 +103,7 @@ void block_task(void* data, size_t index) {
   Call& call = *static_cast<Call*>(data);
   const int64_t block = static_cast<int64_t>(index) / call.attention.kv_heads;
   const int64_t kv_head = static_cast<int64_t>(index) % call.attention.kv_heads;
-  auto* rooms = static_cast<float*>(std::malloc(static_cast<size_t>(kTaskPlaces * call.room) * sizeof(float)));
+  auto* rooms = static_cast<float*>(std::malloc(static_cast<size_t>(call.task_places * call.room) * sizeof(float)));
   if (rooms == nullptr) {
     __atomic_store_n(&call.failed, true, __ATOMIC_RELAXED);
     return;
@@ -172,9 +189,10 @@ const char* attention(const Kernels& kernels, const Attention& a, Parallel paral
     pieces = most(pieces, pieces_of(a, places[i]));
     seen += places[i].position + 1 - first_position(a, places[i]);
   }
-  const int64_t values = a.kv_heads * a.size * 2, blocks = (count + kTaskPlaces - 1) / kTaskPlaces;
-  const int64_t room = attention_room(a, pieces);
-  Call call = {kernels, a, places, count, kStoredValues / values + 1, pieces, blocks, seen, room, nullptr, false};
+  const int64_t values = a.kv_heads * a.size * 2, room = attention_room(a, pieces);
+  const bool many = count >= 2 * kManyPlaces && kManyPlaces * room <= kManyRooms;
+  const int64_t task_places = many ? kManyPlaces : kFewPlaces, blocks = (count + task_places - 1) / task_places;
+  Call call = {kernels, a, places, count, kStoredValues / values + 1, pieces, task_places, blocks, seen, room, nullptr, false};
   if (!a.cross_lengths)
     run(parallel, context, store_task, (count + call.stored_places - 1) / call.stored_places, call);
   if (blocks * a.kv_heads < kFewTasks && pieces > 0)

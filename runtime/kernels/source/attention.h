@@ -45,6 +45,8 @@ struct Place {
 constexpr int kSharing = 4;
 // Positions that are weighed together, from the first on that a row sees. The pieces of a row are joined in order.
 constexpr int64_t kPieceRows = 64;
+// Size of heads, at most, whose keys are turned for many rows.
+constexpr int64_t kTurnedSize = 256;
 
 #define FREEEXPORT_ATTENTION __attribute__((always_inline)) inline
 

@@ -21,13 +21,13 @@ struct Vec : Vec256 {
 
 #include "tiles.h"
 
-#include "attention_tiles.h"
+#include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx2 = {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, prepare,
                        panels,
-                       store_row, attend, join, piece};
+                       store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

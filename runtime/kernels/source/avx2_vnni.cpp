@@ -32,12 +32,12 @@ bool supported() {
 
 #include "tiles.h"
 
-#include "attention_tiles.h"
+#include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kAvx2Vnni = {"avx2-vnni", supported, prepare, panels,
-                       store_row, attend, join, piece};
+                       store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

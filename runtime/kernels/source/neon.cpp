@@ -27,12 +27,12 @@ struct Vec : VecNeon {
 
 #include "tiles.h"
 
-#include "attention_tiles.h"
+#include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kNeon = {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, prepare, panels,
-                       store_row, attend, join, piece};
+                       store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

@@ -21,12 +21,12 @@ struct Vec : VecNeon {
 
 #include "tiles.h"
 
-#include "attention_tiles.h"
+#include "attention_rows.h"
 #include "best_two_tiles.h"
 
 namespace freeexport {
 
 const Kernels kNeonI8mm = {"neon-i8mm", [] { return (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0; }, prepare, panels,
-                           store_row, attend, join, piece};
+                           store_row, attend, attend_rows, join, piece};
 
 }  // namespace freeexport

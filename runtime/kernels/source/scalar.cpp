@@ -75,6 +75,6 @@ struct Vec {
 namespace freeexport {
 
 const Kernels kScalar = {"scalar", [] { return true; }, prepare, panels,
-                       store_row, attend, join, piece};
+                       store_row, attend, nullptr, join, piece};
 
 }  // namespace freeexport

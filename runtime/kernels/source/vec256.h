@@ -38,6 +38,22 @@ struct Vec256 {
     const __m128 ab = _mm256_castps256_ps128(two), cd = _mm256_extractf128_ps(two, 1);
     _mm_storeu_ps(to, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x88), _mm_shuffle_ps(ab, cd, 0xdd)));
   }
+  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+    __m256d pairs[4];
+    __m256 rows[4];
+    for (int i = 0; i < 4; i++)
+      rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(from + i * size)),
+                                     _mm_loadu_ps(from + (4 + i) * size), 1);
+    for (int i = 0; i < 2; i++) {
+      pairs[i] = _mm256_castps_pd(_mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]));
+      pairs[2 + i] = _mm256_castps_pd(_mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    for (int i = 0; i < 2; i++) {
+      store(to + 2 * i * apart, _mm256_castpd_ps(_mm256_unpacklo_pd(pairs[2 * i], pairs[2 * i + 1])));
+      store(to + (2 * i + 1) * apart, _mm256_castpd_ps(_mm256_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
+    }
+  }
   static Float zero() { return _mm256_setzero_ps(); }
   static Int all(int32_t value) { return _mm256_set1_epi32(value); }
   static Float floats(const float* from) { return _mm256_loadu_ps(from); }
@@ -64,6 +80,7 @@ struct Vec256 {
   static Float scaled(Int sum, const Scale& scale) {
     return _mm256_fnmadd_ps(_mm256_castsi256_ps(sum), scale.by, scale.counted);
   }
+  static Float added(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float add_product(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm256_storeu_ps(to, value); }
 

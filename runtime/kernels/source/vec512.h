@@ -39,6 +39,25 @@ struct Vec512 {
     const __m512i firsts = _mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12));
     _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_permutexvar_ps(firsts, one)));
   }
+  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+    __m512d pairs[4];
+    __m512 rows[4];
+    for (int i = 0; i < 4; i++) {
+      __m512 row = _mm512_castps128_ps512(_mm_loadu_ps(from + i * size));
+      row = _mm512_insertf32x4(row, _mm_loadu_ps(from + (4 + i) * size), 1);
+      row = _mm512_insertf32x4(row, _mm_loadu_ps(from + (8 + i) * size), 2);
+      rows[i] = _mm512_insertf32x4(row, _mm_loadu_ps(from + (12 + i) * size), 3);
+    }
+    for (int i = 0; i < 2; i++) {
+      pairs[i] = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]));
+      pairs[2 + i] = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]));
+    }
+    for (int i = 0; i < 2; i++) {
+      store(to + 2 * i * apart, _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[2 * i], pairs[2 * i + 1])));
+      store(to + (2 * i + 1) * apart, _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[2 * i], pairs[2 * i + 1])));
+    }
+  }
   static Float zero() { return _mm512_setzero_ps(); }
   static Int all(int32_t value) { return _mm512_set1_epi32(value); }
   static Float floats(const float* from) { return _mm512_loadu_ps(from); }
@@ -67,6 +86,7 @@ struct Vec512 {
   static Float scaled(Int sum, const Scale& scale) {
     return _mm512_fnmadd_ps(_mm512_castsi512_ps(sum), scale.by, scale.counted);
   }
+  static Float added(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float add_product(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
   static void store(float* to, Float value) { _mm512_storeu_ps(to, value); }
   static void store_eight(float* to, Float value) { _mm256_storeu_ps(to, _mm512_castps512_ps256(value)); }

@@ -41,6 +41,22 @@ struct VecNeon {
     };
     vst1q_f32(to, vpaddq_f32(two(0, 1), two(2, 3)));
   }
+  // Four values of kLanes rows, which stand `size` apart: to four rows of `to`, `apart` from each other.
+  static void turn_four(const float* from, int64_t size, float* to, int64_t apart) {
+    for (int half = 0; half < 2; half++, from += 4 * size, to += 4) {
+      float64x2_t pairs[4];
+      for (int i = 0; i < 2; i++) {
+        const float32x4_t first = vld1q_f32(from + 2 * i * size), second = vld1q_f32(from + (2 * i + 1) * size);
+        pairs[i] = vreinterpretq_f64_f32(vzip1q_f32(first, second));
+        pairs[2 + i] = vreinterpretq_f64_f32(vzip2q_f32(first, second));
+      }
+      for (int i = 0; i < 2; i++) {
+        vst1q_f32(to + 2 * i * apart, vreinterpretq_f32_f64(vzip1q_f64(pairs[2 * i], pairs[2 * i + 1])));
+        vst1q_f32(to + (2 * i + 1) * apart, vreinterpretq_f32_f64(vzip2q_f64(pairs[2 * i], pairs[2 * i + 1])));
+      }
+    }
+  }
+  static Float added(Float a, Float b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
   static Float zero() { return set(0.0f); }
   static Int all(int32_t value) { return {vdupq_n_s32(value), vdupq_n_s32(value)}; }
   static Float floats(const float* from) { return {vld1q_f32(from), vld1q_f32(from + 4)}; }

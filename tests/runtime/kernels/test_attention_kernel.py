@@ -56,6 +56,19 @@ def test_attention_is_that_of_float64_and_has_the_same_bits_everywhere(layer, se
         np.testing.assert_array_equal(again.key, ours.key, name)
 
 
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4)])
+@pytest.mark.parametrize(("size", "window"), [(64, 0), (40, 100), (264, 0)])
+def test_prompts_of_many_rows_have_the_same_bits_everywhere(heads, size, window):
+    rng = np.random.default_rng(size)
+    layer = random_layer(rng, *heads, size, window, "rb")
+    call = random_call(rng, layer, [0, 70, 5], [90, 1, 40], capacity=120)
+    expected, ours = call.fresh(), call.fresh()
+    y = attend("scalar", layer, ours, packed=True)
+    np.testing.assert_allclose(y, exact(layer, expected), atol=2e-5)
+    for name in filter(here, INSTRUCTIONS):
+        np.testing.assert_array_equal(attend(name, layer, call.fresh(), packed=True), y, name)
+
+
 @given(layers, sequences)
 @settings(max_examples=20, deadline=None)
 def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
@@ -69,8 +82,9 @@ def test_a_row_has_the_bits_that_it_has_alone(layer, sequence):
             np.testing.assert_array_equal(attend("scalar", layer, one, packed=False)[0, 0], together[b, row])
 
 
-# Many rows, whose pieces one task attends with each, and few, whose pieces are shared among threads.
-@pytest.mark.parametrize("lengths", [[20, 7, 16], [3, 0, 1]])
+# So many rows that a task has 32 of them, many, whose pieces one task attends with each, and few, whose pieces are
+# shared among threads.
+@pytest.mark.parametrize("lengths", [[80, 7, 16], [20, 7, 16], [3, 0, 1]])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("packed", [False, True])
 def test_onnx_runtime_runs_it_on_its_threads_and_gives_the_whole_cache(packed, threads, lengths):
