@@ -17,7 +17,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +29,16 @@ import click
 import numpy as np
 import psutil
 
-from runtime import BatchError, GenerationOptions, GenerationResult, QueueFullError, Session
+from runtime import BatchError, GenerationResult, QueueFullError, Session
 from runtime.batching import BatchedCall
-from runtime.decoding.decoder import Decoder, SlotCall, Waiting
+from runtime.decoding.decoder import SlotCall
 from runtime.options import MODES
-from runtime.result import Token
-from runtime.stream import Stream
 
 MOST_TOKENS = 40
 # Seconds before a refused client asks again, and after which a request that has not ended counts as lost.
 PAUSE, LOST = 0.05, 60.0
-# Share of the calls of several rows that fail; each row then runs alone.
-FAILING_CALLS = 0.01
+# Share of engine calls that fail.
+FAILING_CALLS = 0.002
 # Growth from half time to the end that is not a leak, a share and bytes, and seconds below which memory still grows
 # because slots, threads and calls are used for the first time.
 SHARE, ALLOWED, SETTLED = 0.03, 16e6, 60.0
@@ -107,55 +105,44 @@ def draw_options(session: Session, source: Random) -> dict[str, Any]:
     return options | ({"num_beams": 3} if beams and chance() < 0.2 else {})
 
 
-class Faults:
-    """Failures of engines. `left`: of slots whose requests are to fail, the shallow steps until then. Now and then a
-    call of several rows fails too, before or after it has written."""
+@contextmanager
+def failing_calls(seed: int) -> Iterator[Counter[str]]:
+    """Let a share of engine calls fail, before or after they have written. Counts those of one row: the rows of a call
+    of several then run alone."""
+    source, failed = Random(seed), Counter[str]()
 
-    def __init__(self, seed: int) -> None:
-        self.left: dict[Decoder, int] = {}
-        self._source = Random(seed)
-
-    @contextmanager
-    def injected(self) -> Iterator[None]:
-        run_one, run_several = SlotCall.run, BatchedCall.run
-
-        def one(call: SlotCall) -> None:
-            self._run([call], lambda: run_one(call))
-
-        def several(batch: BatchedCall, calls: Sequence[SlotCall]) -> None:
-            chance = self._source.random()
+    def failing(run: Callable[..., None], rows: str) -> Callable[..., None]:
+        def wrapped(*given: Any) -> None:
+            chance = source.random()
+            late = chance > 1 - FAILING_CALLS / 2
+            failed[rows] += late or chance < FAILING_CALLS / 2
             if chance < FAILING_CALLS / 2:
                 raise InjectedError("a call that fails")
-            self._run(calls, lambda: run_several(batch, calls), fails=chance > 1 - FAILING_CALLS / 2)
+            run(*given)
+            if late:
+                raise InjectedError("a call that fails at its end")
 
-        with mock.patch.object(SlotCall, "run", one), mock.patch.object(BatchedCall, "run", several):
-            yield
+        return wrapped
 
-    def _run(self, calls: Sequence[SlotCall], run: Callable[[], None], fails: bool = False) -> None:
-        steps = [call.owner for call in calls if "input_ids" in call.inputs]
-        if any(self.left.get(owner) == 0 for owner in steps):
-            raise InjectedError("an engine that fails")
-        run()
-        if fails:
-            raise InjectedError("a call that fails at its end")
-        for owner in steps:
-            if owner in self.left:
-                self.left[owner] -= 1
+    with (
+        mock.patch.object(SlotCall, "run", failing(SlotCall.run, "one")),
+        mock.patch.object(BatchedCall, "run", failing(BatchedCall.run, "several")),
+    ):
+        yield failed
 
 
 class Clients:
-    """Clients of one `session`, whose calls have `faults`. Each runs one of `asks` after the other, in some way.
+    """Clients of one `session`. Each runs one of `asks` after the other, in some way.
 
-    `violations`: what went wrong. `done` counts requests by their way, `refused` those that found the queue full.
-    `memory`: resident bytes at half time and at the end.
+    `violations`: what went wrong. `done` counts requests by their way, or as "refused" where the queue was full and
+    "failed" where an engine failed. `memory`: resident bytes at half time and at the end.
     """
 
-    def __init__(self, session: Session, asks: Sequence[Ask], faults: Faults) -> None:
+    def __init__(self, session: Session, asks: Sequence[Ask]) -> None:
         self.violations: list[str] = []
         self.done: Counter[str] = Counter()
-        self.busy_since: dict[int, float] = {}
-        self.refused, self.memory = 0, list[int]()
-        self._session, self._asks, self._faults, self._lock = session, asks, faults, threading.Lock()
+        self.memory: list[int] = []
+        self._session, self._asks, self._lock = session, asks, threading.Lock()
         self._ways: dict[str, Callable[[Ask, Random], None]] = {
             "whole": lambda ask, _: ask.check(session.generate(ask.prompt, **ask.options)),
             "coroutine": lambda ask, _: ask.check(asyncio.run(session.agenerate(ask.prompt, **ask.options))),
@@ -165,7 +152,6 @@ class Clients:
             "deadline": self._deadline,
             "task cancelled": self._task_cancelled,
             "callback raises": self._callback_raises,
-            "engine fails": self._engine_fails,
         }
 
     def run(self, number: int, stop: threading.Event, seed: int) -> None:
@@ -173,22 +159,22 @@ class Clients:
         source = Random(seed * 1000 + number)
         while not stop.is_set():
             way, ask = source.choice(list(self._ways)), source.choice(self._asks)
-            self.busy_since[number] = time.monotonic()
-            wrong = ""
+            outcome = way
             try:
                 self._ways[way](ask, source)
             except QueueFullError:
-                with self._lock:
-                    self.refused += 1
+                outcome = "refused"
                 time.sleep(PAUSE)
-                continue
+            except InjectedError:
+                outcome = "failed"
             except Exception as error:
-                wrong = f"{way}: {type(error).__name__}: {error}: {len(ask.prompt)} ids with {ask.options}"
-            finally:
-                self.busy_since.pop(number, None)
-            with self._lock:
-                self.done[way] += 1
-                self.violations += [wrong] if wrong else []
+                asked = f"{len(ask.prompt)} ids with {ask.options}"
+                self.violations.append(f"{way}: {type(error).__name__}: {error}: {asked}")
+            self._count(outcome)
+
+    def _count(self, outcome: str, requests: int = 1) -> None:
+        with self._lock:
+            self.done[outcome] += requests
 
     def _list(self, ask: Ask, source: Random) -> None:
         """Ask several prompts at once, one of which may not fit."""
@@ -200,9 +186,11 @@ class Clients:
             results: list[Any] = self._session.generate(prompts, **ask.options)
         except BatchError as error:
             results = error.results
+        injected = sum(isinstance(result, InjectedError) for result in results)
         good = [result for result in results if isinstance(result, GenerationResult)]
-        if len(good) != len(prompts) - bad:
+        if len(good) != len(prompts) - bad - injected:
             raise WrongError(f"{results} of {len(prompts)} prompts")
+        self._count("failed", injected)
         for result in good:
             ask.check(result)
 
@@ -247,44 +235,22 @@ class Clients:
     def _callback_raises(self, ask: Ask, source: Random) -> None:
         number = source.randint(0, 12)
         start = 1 if self._session.manifest.encoder_decoder else len(ask.prompt)  # ids before the first generated one
+        must = len(ask.alone.token_ids) > number
 
         def raising(ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
             if ids.shape[-1] == start + number:
                 raise ArithmeticError("a callback that raises")
             return scores
 
-        def run() -> GenerationResult:
-            return self._session.generate(ask.prompt, logits_processor=raising, **ask.options)
-
-        self._check_failing(ask, run, ArithmeticError, len(ask.alone.token_ids) > number)
-
-    def _engine_fails(self, ask: Ask, source: Random) -> None:
-        """Let a shallow step fail. Beams have engine calls of their own."""
-        number = source.randint(0, 12)
-        request = self._session._sequence(ask.prompt, GenerationOptions(**ask.options), {})
-        run = request.run
-
-        def doomed(decoder: Decoder) -> Generator[Token | Waiting, None, None]:
-            self._faults.left[decoder] = number
-            try:
-                yield from run(decoder)
-            finally:
-                del self._faults.left[decoder]
-
-        request.run = doomed  # type: ignore[method-assign]
-        steps = 0 if ask.options.get("num_beams", 1) > 1 else ask.alone.stats.candidates
-        self._check_failing(ask, Stream(self._session._scheduler, request).drain, InjectedError, steps > number)
-
-    def _check_failing(self, ask: Ask, run: Callable[[], GenerationResult], kind: type[Exception], must: bool) -> None:
-        """Check that it fails so where it `must`, and else only on what was drafted or run ahead in vain."""
         try:
-            result = run()
-        except kind:
+            result = self._session.generate(ask.prompt, logits_processor=raising, **ask.options)
+        except ArithmeticError:
+            # Or on what was drafted or run ahead in vain.
             if must or self._session.overlap or ask.options["mode"] in ("lossless", "rollback"):
                 return
             raise
         if must:
-            raise WrongError(f"no {kind.__name__}")
+            raise WrongError("no ArithmeticError")
         ask.check(result)
 
 
@@ -319,42 +285,32 @@ def soak(
     with Session(bundle, slots=1, **{**options, "overlap": False, "prefix_cache_mb": 0}) as session:
         drawn = draw_asks(session, asks, Random(seed))
     with Session(bundle, slots=slots, queue=queue, **options) as session:
-        faults, stop = Faults(seed), threading.Event()
-        clients = Clients(session, drawn, faults)
+        clients, stop = Clients(session, drawn), threading.Event()
         threads = [threading.Thread(target=clients.run, args=(n, stop, seed), daemon=True) for n in range(concurrent)]
-        with faults.injected():
+        with failing_calls(seed) as failed:
             for thread in threads:
                 thread.start()
-            _watch(clients, seconds)
+            began = time.monotonic()
+            while (passed := time.monotonic() - began) < seconds and not clients.violations:
+                if not clients.memory and passed >= seconds / 2:
+                    clients.memory.append(resident())
+                time.sleep(seconds / 200)
+            clients.memory.append(resident())
             stop.set()
             ended = time.monotonic()
             for thread in threads:
                 thread.join(max(0.0, ended + LOST - time.monotonic()))
-        alive = sum(thread.is_alive() for thread in threads)
-        clients.violations += [f"{alive} clients wait for ever"] if alive else left_over(session)
+        if clients.done["failed"] > failed["one"]:
+            clients.violations.append(f"{clients.done['failed']} requests failed, and {failed['one']} calls of one row")
+        if alive := sum(thread.is_alive() for thread in threads):
+            clients.violations.append(f"{alive} clients still wait after {LOST:.0f} s")
+            faulthandler.dump_traceback()
+        else:
+            clients.violations += left_over(session)
     leaked = clients.memory[-1] - clients.memory[0]
     if seconds >= SETTLED and leaked > SHARE * clients.memory[-1] + ALLOWED:
         clients.violations.append(f"memory grew by {leaked / 1e6:.0f} MB")
     return clients
-
-
-def _watch(clients: Clients, seconds: float) -> None:
-    """Watch until the end, early where something is wrong."""
-    watched, waited = 0.0, dict[tuple[int, float], float]()
-    while watched < seconds and not clients.violations:
-        began = time.monotonic()
-        time.sleep(seconds / 200)
-        if not clients.memory and watched >= seconds / 2:
-            clients.memory.append(resident())
-        # Time in which this machine kept the process from running does not count.
-        step = min(time.monotonic() - began, 2 * seconds / 200 + 1)
-        watched += step
-        waited = {asked: waited.get(asked, 0.0) + step for asked in list(clients.busy_since.items())}
-        lost = sum(already > LOST for already in waited.values())
-        if lost:
-            clients.violations.append(f"requests of {lost} clients have not ended after {LOST:.0f} s")
-            faulthandler.dump_traceback()
-    clients.memory.append(resident())
 
 
 @click.command(help=__doc__, context_settings={"show_default": True})
@@ -371,7 +327,7 @@ def main(bundle: Path, seconds: float, **given: Any) -> None:
     found = soak(bundle, seconds, **given)
     before, after = found.memory[0] / 1e6, found.memory[-1] / 1e6
     ways = ", ".join(f"{way} {count}" for way, count in sorted(found.done.items()))
-    click.echo(f"{found.done.total()} requests in {seconds:.0f} s ({ways}), {found.refused} refused")
+    click.echo(f"{found.done.total()} requests in {seconds:.0f} s: {ways}")
     click.echo(f"memory {before:.0f} MB at half time, {after:.0f} MB at the end: {after - before:+.1f} MB")
     for problem in found.violations[:20]:
         click.echo(f"VIOLATION {problem}")

@@ -7,7 +7,7 @@ from itertools import accumulate
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import Collector
 
 from freeexport.serving.service import Service
 from runtime import Histogram
@@ -84,10 +84,3 @@ class SessionCollector(Collector):
         for (path, status), count in self._service.responses.items():
             responses.add_metric([path, str(status)], count)
         yield from (finished, exits, responses)
-
-
-def registry(service: Service) -> CollectorRegistry:
-    """A registry for this service alone: several may be in one process."""
-    own = CollectorRegistry()
-    own.register(SessionCollector(service))
-    return own

@@ -10,8 +10,9 @@ import msgspec
 from runtime import FreeExportError, GenerationOptions, OptionError, PromptError, PromptLengthError, QueueFullError
 from runtime.options import MOST_TOP_LOGPROBS, Mode
 
-# Options of a session whose field in a request has another name, and those of the same name.
-FIELDS = {
+# The fields of a request by the session's options.
+SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
+FIELDS = dict(zip(SAME, SAME, strict=True)) | {
     "max_new_tokens": "max_tokens",
     "mode": "free.mode",
     "threshold": "free.threshold",
@@ -20,7 +21,6 @@ FIELDS = {
     "sequence_bias": "logit_bias",
     "predicted_output": "prediction",
 }
-SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "stop", "cache_salt")
 # Fields that say nothing with these values, as clients send them unasked. Other values are refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -100,7 +100,7 @@ def api_error(error: BaseException) -> ApiError:
         case OptionError():
             # The message begins with the option's name: the client knows the field's.
             name, rest = re.match(r"(\w*)(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
-            param = FIELDS.get(name, name if name in SAME else None)
+            param = FIELDS.get(name)
             return ApiError(400, message if param is None else param + rest, "invalid_value", param)
         case FreeExportError():
             return ApiError(500, message, "engine_error")

@@ -7,6 +7,7 @@ import hmac
 from typing import Any
 
 import msgspec
+from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,10 +20,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from freeexport.serving import protocol
 from freeexport.serving.generation import ClientGone, EventStream, begin, while_there
-from freeexport.serving.metrics import registry
+from freeexport.serving.metrics import SessionCollector
 from freeexport.serving.protocol import ApiError, api_error, invalid
 from freeexport.serving.replies import Reply
-from freeexport.serving.service import Service
+from freeexport.serving.service import Record, Service
 from runtime import FreeExportError, PromptError, Session
 from runtime.text.prompt import check_text
 from runtime.text.tokenizer import Tokenizer
@@ -82,7 +83,8 @@ class Endpoints:
     """A method for each route of a service."""
 
     def __init__(self, service: Service) -> None:
-        self._service, self._registry = service, registry(service)
+        self._service, self._registry = service, CollectorRegistry()  # several services may be in one process
+        self._registry.register(SessionCollector(service))
 
     async def chat(self, request: Request) -> Any:
         return await self._generate(request, protocol.ChatRequest)
@@ -93,7 +95,7 @@ class Endpoints:
     async def _generate(
         self, request: Request, kind: type[protocol.ChatRequest] | type[protocol.CompletionRequest]
     ) -> Any:
-        record, options = self._service.begin(request.scope["path"]), self._service.options
+        record, options = Record(self._service, request.scope["path"]), self._service.options
         try:
             asked = await self._parsed(request, kind)
             if options.log_prompts:

@@ -11,8 +11,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from queue import SimpleQueue
 from types import FrameType
 from typing import Any, TextIO
@@ -85,14 +85,6 @@ class _Protocol(H11Protocol):
             self.transport.close()
 
 
-class _Server(uvicorn.Server):
-    """Leaves signals to whoever runs it."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class LogWriter:
     """Writes lines to the file descriptor of `stream` in a thread of its own, so an output that nobody reads holds
     nobody up; nothing where `stream` is None."""
@@ -137,20 +129,14 @@ class LogWriter:
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens; port 0 is a free one. Raises OptionError."""
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = _Listening(family, kind, protocol)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
     except OSError as error:
         raise OptionError(f"host {host!r} cannot be listened on: {error.strerror}; choose another --host") from None
     try:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(BACKLOG)
+        return _Listening(fileno=socket.create_server((host, port), family=family, backlog=BACKLOG).detach())
     except OSError as error:
-        listening.close()
-        raise OptionError(f"port {port} of {host}: {error.strerror}; choose another --port") from None
-    return listening
+        problem = os.strerror(error.errno or 0)
+        raise OptionError(f"port {port} of {host}: {problem}; choose another --port") from None
 
 
 async def serve(
@@ -171,7 +157,8 @@ async def serve(
         timeout_graceful_shutdown=LAST_WORDS,
         h11_max_incomplete_event_size=LARGEST_HEADERS,
     )
-    server = _Server(config)
+    server = uvicorn.Server(config)
+    server.capture_signals = nullcontext  # type: ignore  # they are left to whoever runs this
     listener = asyncio.ensure_future(server.serve(sockets=[listening]))
     try:
         await asyncio.to_thread(service.open)

@@ -7,7 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -52,12 +52,15 @@ class ServerOptions:
 
 
 class Record:
-    """The log line of one request. `results`: those of its choices, as far as they came."""
+    """The log line of one request, which a shutdown waits for until its `end`. `results`: those of its choices, as far
+    as they came."""
 
-    def __init__(self, path: str, ended: Callable[[Record, int], None]) -> None:
+    def __init__(self, service: Service, path: str) -> None:
         self.line: dict[str, Any] = {"time": round(time.time(), 3), "path": path}
         self.results: list[GenerationResult] = []
-        self._began, self._ended = time.monotonic(), ended
+        self._service, self._began = service, time.monotonic()
+        service.running.add(self)
+        service.idle.clear()
 
     def end(self, status: int, error: BaseException | None = None) -> None:
         """Write the line, with this status: 499 where the client left before."""
@@ -75,45 +78,48 @@ class Record:
         self.line |= {"status": status, "seconds": round(time.monotonic() - self._began, 4)}
         if error is not None:
             self.line["error"] = str(error)[:300]
-        self._ended(self, status)
+        service = self._service
+        service.running.discard(self)
+        if not service.running:
+            service.idle.set()
+        service.responses[self.line["path"], status] += 1
+        # ASCII: U+2028, U+0085 and control characters of a prompt would be more lines, or more, to who reads them.
+        service.log(json.dumps(self.line))
 
 
 class Service:
     """The sessions of one process. They share its cores: `open` them once, before requests are taken."""
 
     def __init__(self, options: ServerOptions, log: Callable[[str], None]) -> None:
-        self.options, self._log = options, log
+        self.options, self.log = options, log
         self.sessions: dict[str, Session] = {}
         self.state: State = "loading"
         self.created = int(time.time())
         self.responses: Counter[tuple[str, int]] = Counter()
-        self._running, self._idle = 0, asyncio.Event()
-        self._idle.set()
+        self.running: set[Record] = set()
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._open = ExitStack()
 
     def open(self) -> None:
         """Load every bundle; none stays open where one cannot be. Raises BundleError and others."""
-        opened: dict[str, Session] = {}
-        try:
-            for name, path in zip(self.options.names, self.options.bundles, strict=True):
-                opened[name] = Session(path, self.options.session)
-        except BaseException:
-            for session in opened.values():
-                session.close()
-            raise
+        with ExitStack() as stack:
+            named = zip(self.options.names, self.options.bundles, strict=True)
+            opened = {name: stack.enter_context(Session(path, self.options.session)) for name, path in named}
+            self._open = stack.pop_all()
         self.sessions = opened
         if self.state == "loading":
             self.state = "ready"
 
     def close(self) -> None:
         """End the requests that still run: they are told so."""
-        for session in self.sessions.values():
-            session.close()
+        self._open.close()
 
     async def drain(self) -> None:
         """Refuse new requests, wait for the running ones as long as they have, then end them."""
         self.state = "draining"
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), self.options.shutdown_timeout)
+            await asyncio.wait_for(self.idle.wait(), self.options.shutdown_timeout)
         await asyncio.to_thread(self.close)
 
     def session(self, name: str | None) -> tuple[str, Session]:
@@ -122,27 +128,10 @@ class Service:
             raise ApiError(503, "the model is being loaded; ask again later", "loading", retry_after=1)
         if self.state == "draining":
             raise draining()
+        choices = " or ".join(map(repr, self.sessions))
         if name is None and len(self.sessions) > 1:
-            raise ApiError(400, f"model is missing; choose {self._choices}", "missing_model", "model")
+            raise ApiError(400, f"model is missing; choose {choices}", "missing_model", "model")
         name = next(iter(self.sessions)) if name is None else name
         if name not in self.sessions:
-            raise ApiError(404, f"there is no model {name[:80]!r}; choose {self._choices}", "model_not_found", "model")
+            raise ApiError(404, f"there is no model {name[:80]!r}; choose {choices}", "model_not_found", "model")
         return name, self.sessions[name]
-
-    def begin(self, path: str) -> Record:
-        """Begin a request that a shutdown waits for, until its record ends."""
-        self._running += 1
-        self._idle.clear()
-        return Record(path, self._ended)
-
-    def _ended(self, record: Record, status: int) -> None:
-        self._running -= 1
-        if self._running == 0:
-            self._idle.set()
-        self.responses[record.line["path"], status] += 1
-        # ASCII: U+2028, U+0085 and control characters of a prompt would be more lines, or more, to who reads them.
-        self._log(json.dumps(record.line))
-
-    @property
-    def _choices(self) -> str:
-        return " or ".join(map(repr, self.sessions))

@@ -57,10 +57,6 @@ class Beta:
                 raise CalibrationError(f"{name} = {shape!r} is no shape of a Beta distribution; give a number above 0")
 
     @property
-    def mean(self) -> float:
-        return self.a / (self.a + self.b)
-
-    @property
     def log_normalizer(self) -> float:
         """ln B(a, b)."""
         return math.lgamma(self.a) + math.lgamma(self.b) - math.lgamma(self.a + self.b)

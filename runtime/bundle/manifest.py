@@ -243,7 +243,6 @@ class Manifest:
             (start is not None or not self.encoder_decoder, "decoder_start_token_id", start),
             (0 <= (start or 0) < self.vocab_size, "decoder_start_token_id", start),
             (all(0 <= token < self.vocab_size for token in self.eos_token_ids), "eos_token_ids", self.eos_token_ids),
-            *((bool(_SHA256.fullmatch(file.sha256)), f"{n!r}: sha256", file.sha256) for n, file in self.files.items()),
         ]
         for holds, name, value in rules:
             if not holds:
@@ -251,15 +250,14 @@ class Manifest:
         if (self.quantization is None) != (self.precision in ("fp32", "fp16", "bf16")):
             stated = "no" if self.quantization is None else "a"
             raise BundleError(f"{where} has {stated} quantization with precision {self.precision!r}; {REMEDY}")
-        for name in self.files:
+        for name, file in self.files.items():
             path = Path(name)
             leaves = not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name
             if leaves or path.as_posix() != name or not name.isprintable():
                 problem = "leaves the bundle" if leaves else "is no plain file name"
                 raise BundleError(f"{where} names {name[:200]!r}, which {problem}; do not use this bundle")
-
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+            if re.fullmatch("[0-9a-f]{64}", file.sha256) is None:
+                raise BundleError(f"{where}: files.{name[:80]}: sha256 = {file.sha256[:80]!r} is no hash; {REMEDY}")
 
 
 def _hash(content: dict[str, Any]) -> str:

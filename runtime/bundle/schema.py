@@ -42,7 +42,8 @@ class Reader:
         if origin is tuple and isinstance(value, list):
             return tuple(self.read(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
         if origin is dict and isinstance(value, dict):
-            items = {key: self.read(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+            shown = {key: key[:80] if key.isprintable() else repr(key)[:80] for key in value}
+            items = {key: self.read(arguments[1], item, f"{where}.{shown[key]}") for key, item in value.items()}
             if arguments[0] is not int:
                 return items
             wrong = next((key for key in value if not (key.isascii() and key.isdecimal() and len(key) < 10)), None)

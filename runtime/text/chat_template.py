@@ -19,6 +19,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import BundleError, PromptError
+from runtime.text.tokenizer import one_line
 
 FILE = "chat_template.jinja"
 # Bytes; the longest published templates have about 30,000.
@@ -46,7 +47,7 @@ class ChatTemplate:
         except Exception as error:  # also what Python cannot compile: nested too deep, a number of too many digits
             line = f" line {error.lineno}" if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise BundleError(
-                f"{FILE}{line} is not a valid template ({_one_line(error)}); convert the checkpoint again"
+                f"{FILE}{line} is not a valid template ({one_line(error)}); convert the checkpoint again"
             ) from None
 
     def render(self, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
@@ -69,11 +70,11 @@ class ChatTemplate:
                     raise TemplateLimitError(f"writes more than {MOST_OUTPUT + MOST_GROWTH * given} characters")
             return "".join(text)
         except TemplateLimitError as error:
-            problem, remedy = _one_line(error), "shorten the messages, or pass the prompt as token ids"
+            problem, remedy = one_line(error), "shorten the messages, or pass the prompt as token ids"
         except jinja2.TemplateError as error:
-            problem, remedy = f"refuses the messages ({_one_line(error)})", "change them"
+            problem, remedy = f"refuses the messages ({one_line(error)})", "change them"
         except Exception as error:  # whatever the template's own expressions raise on messages it does not expect
-            problem, remedy = f"fails on the messages ({type(error).__name__}: {_one_line(error)})", "change them"
+            problem, remedy = f"fails on the messages ({type(error).__name__}: {one_line(error)})", "change them"
         raise PromptError(f"the chat template {problem}; {remedy}")
 
 
@@ -136,7 +137,3 @@ def _to_json(
 ) -> str:
     # Jinja's own filter escapes HTML characters, which models were not trained on.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

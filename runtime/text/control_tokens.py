@@ -34,6 +34,7 @@ class ControlTokens:
         added = {index: token for index, token in backend.get_added_tokens_decoder().items() if token.content}
         self._added = [token.content for token in added.values()]
         self._special = {token.content: index for index, token in added.items() if token.special}
+        self._pattern = _any_of(self._special)
         # A model gives its unknown token for any text that it has no tokens for.
         unknown = getattr(backend.model, "unk_token", None)
         self._ids = frozenset(index for content, index in self._special.items() if content != unknown)
@@ -69,8 +70,7 @@ class ControlTokens:
             return text
 
         _mapped(messages, note)
-        pattern = _any_of(self._special)
-        found = {match[0] for text in texts for match in pattern.finditer(text)} if self._special else set()
+        found = {match[0] for text in texts for match in self._pattern.finditer(text)} if self._special else set()
         if not found and not (self._normalized and any(map(self._has_special, texts))):
             return self._encode(self._backend, render(messages), False).ids
         used = set().union(template, *texts)
@@ -78,7 +78,7 @@ class ControlTokens:
         characters = dict(zip(sorted(found), unused, strict=False))
         if len(characters) < len(found):
             raise PromptError("the messages use all private characters of Unicode beside control tokens; remove some")
-        escaped = _mapped(messages, lambda text: pattern.sub(lambda match: characters[match[0]], text))
+        escaped = _mapped(messages, lambda text: self._pattern.sub(lambda match: characters[match[0]], text))
         return self.encode_escaped(render(escaped), {character: content for content, character in characters.items()})
 
     def encode_escaped(self, text: str, characters: Mapping[str, str]) -> list[int]:

@@ -13,18 +13,13 @@ REPLACEMENT = "\ufffd"
 class Detokenizer:
     """Final text of a token sequence, token by token.
 
-    The results of `push` and `finish`, joined, are `tokenizer.decode` of all ids, cut before the first stop string.
-    First is the one completed earliest in the text (of two completed by one character, the longer), so the result does
-    not depend on how the text falls into tokens. `stopped` is set by the token that completes it; later tokens are
-    ignored.
+    The results of `push` and `finish`, joined, are `tokenizer.decode` of all ids, cut before the stop string that is
+    completed first (of two completed by one character, the longer), however the text falls into tokens. `stopped` is
+    set by the token that completes it. Without a tokenizer the text is always "".
 
-    Withheld until it is certain: an incomplete UTF-8 character, a run of byte tokens (of a ByteFallback decoder: one
-    invalid byte turns the whole run into U+FFFD), a suffix that may begin a stop string, and all text of a decoder that
-    is neither byte-level nor token by token (CTC, BPEDecoder). `tokenizers.decoders.DecodeStream` hands out such runs
-    too early and keeps the last ones: its text is not always that of `decode`.
-
-    Without a tokenizer the text is always "". Raises OptionError for stop strings that are empty or not strings, or
-    without a tokenizer.
+    Withheld until it is certain: an incomplete UTF-8 character, a run of byte tokens (one invalid byte turns all of it
+    into U+FFFD), a suffix that may begin a stop string, and all text of a decoder that is neither byte-level nor token
+    by token (CTC, BPEDecoder). `tokenizers.decoders.DecodeStream` hands out runs of byte tokens too early.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:

@@ -34,10 +34,8 @@ def encode_prompt(
     """Token ids [n] of `prompt`, 1 <= n <= limit, each in 0..vocab_size-1.
 
     Text gets the tokenizer's special tokens, a list of ids (or an integer array [n]) is taken as it is, and a list of
-    messages goes through the chat template. `limit` is the most tokens allowed. Control tokens spelled in the prompt
-    become their ids where `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer.
-    Raises PromptError for a prompt that is empty, too long, not valid text, out of range, or of a form that the bundle
-    cannot take.
+    messages goes through the chat template. Control tokens spelled in the prompt become their ids where
+    `parse_special`; None is in text, not in messages. `missing` says why there is no tokenizer. Raises PromptError.
     """
     ids: Any = prompt
     text = isinstance(prompt, str)

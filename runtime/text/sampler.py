@@ -1,4 +1,4 @@
-"""How a token is chosen from logits, in the order of transformers' `generate`: processors, then warpers, then a draw.
+"""How a token is chosen from logits, as by transformers' `generate`: processors, then warpers, then a draw.
 
 The draw is an exponential race: token v wins where E_v / p_v is least, with E_v exponential, which happens with
 probability p_v. The E of a position depend on the seed and the position alone: both decoders draw with the same ones.
@@ -11,7 +11,7 @@ least (1 - d) / (1 + d), where d is the total variation between the decoders; th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,9 +25,7 @@ LogitsProcessor = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 # The logit of a token that a head does not know: its probability is 0.
 UNKNOWN = np.finfo(np.float32).min
-NEVER = np.float32(-np.inf)
-
-Scores = np.ndarray  # float32 [V]; minus infinity: the token cannot be chosen
+NEVER = np.float32(-np.inf)  # the score of a token that cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -42,11 +40,20 @@ class Warping:
     def __call__(self, scores: np.ndarray) -> np.ndarray:
         if self.temperature != 1.0:
             scores = scores / np.float32(self.temperature)
-        if self.top_k:
-            scores = keep_top_k(scores, self.top_k)
-        if self.top_p < 1.0:
-            scores = keep_top_p(scores, self.top_p)
-        return keep_min_p(scores, self.min_p) if self.min_p else scores
+        if self.top_k:  # the best, and what ties with the last of them
+            count = min(self.top_k, len(scores))
+            scores = np.where(scores >= np.partition(scores, -count)[-count], scores, NEVER)
+        if self.top_p < 1.0:  # the fewest best whose probabilities reach it
+            order = np.argsort(scores, kind="stable")
+            kept = np.empty(len(scores), bool)
+            kept[order] = np.cumsum(softmax(scores[order])) > 1 - self.top_p
+            kept[order[-1]] = True
+            scores = np.where(kept, scores, NEVER)
+        if self.min_p:  # those with this share of the best one's probability
+            probabilities = softmax(scores)
+            best = probabilities.max()
+            scores = np.where((probabilities >= self.min_p * best) | (probabilities == best), scores, NEVER)
+        return scores
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,8 @@ class Sampler:
     seed: tuple[int, int] = (0, 0)
 
     def __call__(self, logits: np.ndarray, context: np.ndarray) -> int:
-        """The token after `context`, int64 [n], from logits float32 [V], which stay as they are.
-
-        Raises OptionError for what a processor of the caller returned, if it cannot be used.
-        """
+        """The token after `context`, int64 [n], from logits float32 [V], which stay as they are. Raises OptionError
+        where a processor of the caller returned what cannot be used."""
         scores = self.process(logits, context)
         if self.warping is None:
             return int(scores.argmax())
@@ -84,22 +89,29 @@ class Sampler:
         return np.array(list(single), np.int64), np.array(list(single.values()), np.float32), longer
 
     def process(self, logits: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """Change logits as the processors of transformers do, the caller's after the others."""
+        early = bool(self.eos) and len(context) - self.prompt_length < self.min_new_tokens
         scores = logits
+        if self.sequence_bias or self.repetition_penalty != 1.0 or early:
+            scores = logits.copy()
         if self.sequence_bias:
             tokens, biases, sequences = self._biases
-            scores = bias_sequences(scores, context, sequences)
+            for (*before, last), bias in sequences.items():
+                if context[-len(before) :].tolist() == before:
+                    scores[last] += np.float32(bias)
             scores[tokens] += biases
         if self.repetition_penalty != 1.0:
-            scores = penalise_repetition(scores, context, self.repetition_penalty)
-        if self.eos and len(context) - self.prompt_length < self.min_new_tokens:
-            scores = forbid(scores, self.eos)
+            seen, penalty = np.unique(context), np.float32(self.repetition_penalty)
+            scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+        if early:
+            scores[list(self.eos)] = NEVER
         for processor in self.processors:
             scores = _processed(processor, scores, context)
         return scores
 
 
 def race(probabilities: np.ndarray, seed: tuple[int, int], position: int) -> int:
-    """A draw from `probabilities` float64 [V]: the same for the same seed and position."""
+    """Draw from `probabilities` float64 [V]: the same for the same seed and position."""
     bits = np.random.Philox(key=np.array(seed, np.uint64), counter=np.array([0, 0, 0, position], np.uint64))
     times = np.random.Generator(bits).standard_exponential(len(probabilities))
     arrivals = np.full(len(probabilities), np.inf)
@@ -128,56 +140,6 @@ def _processed(processor: LogitsProcessor, scores: np.ndarray, context: np.ndarr
     if np.isnan(row).any() or not np.isfinite(row.max()):
         raise OptionError(f"logits_processor {name} left no token to choose (NaN, or all minus infinity); fix it")
     return row
-
-
-# Processors and warpers: pure functions of logits, as transformers' of the same names (version 5).
-
-
-def bias_sequences(scores: Scores, context: np.ndarray, biases: Mapping[tuple[int, ...], float]) -> Scores:
-    """Add a bias to the last token of each sequence whose other tokens the context ends with."""
-    changed = scores.copy()
-    for (*before, last), bias in biases.items():
-        if not before or context[-len(before) :].tolist() == before:
-            changed[last] += np.float32(bias)
-    return changed
-
-
-def penalise_repetition(scores: Scores, context: np.ndarray, penalty: float) -> Scores:
-    """Make every token of the context less likely: positive scores are divided by `penalty`, others multiplied."""
-    changed, seen = scores.copy(), np.unique(context)
-    old = scores[seen]
-    changed[seen] = np.where(old < 0, old * np.float32(penalty), old / np.float32(penalty))
-    return changed
-
-
-def forbid(scores: Scores, tokens: Collection[int]) -> Scores:
-    changed = scores.copy()
-    changed[list(tokens)] = NEVER
-    return changed
-
-
-def keep_top_k(scores: Scores, count: int) -> Scores:
-    """Keep the `count` best, and what ties with the last of them."""
-    count = min(count, len(scores))
-    least = np.partition(scores, -count)[-count]
-    return np.where(scores >= least, scores, NEVER)
-
-
-def keep_top_p(scores: Scores, mass: float) -> Scores:
-    """Keep the fewest best whose probabilities reach `mass`."""
-    order = np.argsort(scores, kind="stable")
-    below = np.cumsum(softmax(scores[order]))
-    kept = np.empty(len(scores), bool)
-    kept[order] = below > 1 - mass
-    kept[order[-1]] = True
-    return np.where(kept, scores, NEVER)
-
-
-def keep_min_p(scores: Scores, share: float) -> Scores:
-    """Keep what has at least `share` of the best one's probability."""
-    probabilities = softmax(scores)
-    best = probabilities.max()
-    return np.where((probabilities >= share * best) | (probabilities == best), scores, NEVER)
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:

@@ -38,8 +38,7 @@ class Tokenizer:
     """The tokenizer of a bundle. Safe to use from many threads at once.
 
     `special_ids` are the ids that `decode` leaves out, `special_tokens` the strings a chat template may name
-    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts`: what streams have found single
-    tokens in mid-text to be, where that depends on nothing else.
+    (bos_token, eos_token ...), `chat_template` its source, or None. `known_texts`: texts of single tokens in mid-text.
     """
 
     def __init__(
@@ -59,11 +58,8 @@ class Tokenizer:
 
     @classmethod
     def load(cls, bundle_dir: Path, listed: Container[str] = FILES) -> Tokenizer | None:
-        """Read tokenizer.json and, where they are there, chat_template.jinja and tokenizer_config.json.
-
-        Only what is `listed` is read: the files of a bundle's manifest. None where that has no tokenizer.json. Raises
-        BundleError when a file cannot be read or parsed.
-        """
+        """Read tokenizer.json and, where they exist, chat_template.jinja and tokenizer_config.json: only those `listed`
+        in a bundle's manifest. None without tokenizer.json. Raises BundleError for a file that cannot be read."""
         path = bundle_dir / TOKENIZER
         source = _read(path, listed, LARGEST_FILE)
         if source is None:
@@ -86,11 +82,9 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False.
-
-        Control tokens that `text` spells become their ids unless `parse_special` is False: then they are text. Raises
-        PromptError for text that the tokenizer has no tokens for, not even an unknown one.
-        """
+        """Token ids of `text`, with the special tokens the tokenizer adds (bos, eos) unless `special` is False, and
+        control tokens that it spells as their ids unless `parse_special` is False. Raises PromptError for text without
+        tokens, not even an unknown one."""
         if parse_special:
             return self._encoding(self._backend, text, special).ids
         return self._controls.encode_plain(text, special)
@@ -102,11 +96,8 @@ class Tokenizer:
         parse_special: bool = False,
         check: Callable[[str], None] | None = None,
     ) -> list[int]:
-        """Token ids of a conversation, ready for the model's answer; raises as `render_chat` does.
-
-        Control tokens in the messages are text, unless `parse_special`; those that the template writes are themselves.
-        `check` sees the text before it is encoded.
-        """
+        """Token ids of a conversation, ready for the model's answer. Control tokens in the messages are text, unless
+        `parse_special`. `check` sees the text before it is encoded. Raises as `render_chat` does."""
 
         def render(given: Sequence[Mapping[str, Any]]) -> str:
             text = self.render_chat(given)
@@ -126,14 +117,11 @@ class Tokenizer:
         except BaseException as error:  # bare Exception for a missing unknown token, TypeError for a lone surrogate
             if not _by_the_library(error):
                 raise
-            raise PromptError(f"the tokenizer cannot encode the text ({_one_line(error)}); change it") from None
+            raise PromptError(f"the tokenizer cannot encode the text ({one_line(error)}); change it") from None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]]) -> str:
-        """The text of a conversation by the chat template, which writes its special tokens itself.
-
-        Raises PromptError when there is no template, or it refuses the messages or takes more steps or characters
-        than a template needs, BundleError when it is not valid.
-        """
+        """The text of a conversation by the chat template, which writes its special tokens itself. Raises PromptError
+        without a template, or as it does for the messages, and BundleError where it is not valid."""
         if self.chat_template is None:
             raise PromptError("the bundle has no chat template; pass the prompt as text or token ids")
         return self._template.render(messages, self.special_tokens)
@@ -146,7 +134,7 @@ class Tokenizer:
             if not _by_the_library(error):
                 raise
             raise PromptError(
-                f"the tokenizer cannot decode the {len(ids)} tokens ({_one_line(error)}); change the prompt, "
+                f"the tokenizer cannot decode the {len(ids)} tokens ({one_line(error)}); change the prompt, "
                 "or fix the decoder in tokenizer.json"
             ) from None
 
@@ -211,13 +199,13 @@ def _special_tokens(path: Path, listed: Container[str]) -> dict[str, str]:
 
 
 def _steps(part: Any) -> list[dict[str, Any]]:
-    """The steps of a normalizer, decoder or post-processor as in tokenizer.json; a sequence is flat."""
-    return _flat(json.loads(part.__getstate__())) if part is not None else []
+    """Return the steps of a normalizer, decoder or post-processor as in tokenizer.json; a sequence is flat."""
 
+    def flat(state: dict[str, Any]) -> list[dict[str, Any]]:
+        inner = next((state[name] for name in ("normalizers", "decoders", "processors") if name in state), None)
+        return [state] if inner is None else [step for each in inner for step in flat(each)]
 
-def _flat(state: dict[str, Any]) -> list[dict[str, Any]]:
-    inner = next((state[name] for name in ("normalizers", "decoders", "processors") if name in state), None)
-    return [state] if inner is None else [step for each in inner for step in _flat(each)]
+    return flat(json.loads(part.__getstate__())) if part is not None else []
 
 
 def _growth_problem(backend: tokenizers.Tokenizer) -> str | None:
@@ -252,8 +240,9 @@ def _by_the_library(error: BaseException) -> bool:
 
 
 def _broken(path: Path, error: BaseException) -> BundleError:
-    return BundleError(f"{path} cannot be read ({_one_line(error)}); convert the checkpoint again")
+    return BundleError(f"{path} cannot be read ({one_line(error)}); convert the checkpoint again")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
