@@ -1,7 +1,9 @@
-"""A manifest for tests of what is written in one."""
+"""A manifest and a calibration for tests of what is written in one."""
 
 from __future__ import annotations
 
+from runtime.bundle.beta import Beta, BetaMixture
+from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration, TableRow
 from runtime.bundle.costs import Costs, Host, Outside
 from runtime.bundle.manifest import SCHEMA_VERSION, DeclaredCopy, File, Manifest
 
@@ -36,4 +38,22 @@ MANIFEST = Manifest(
     costs=Costs(
         0.002, 0.001, {1: 0.008, 2: 0.009, 16: 0.02}, Outside(1e-4, 2e-4, 3e-4), host=Host("a CPU", 4, 2, "1.32")
     ),
+)
+CALIBRATED = Calibration(
+    schema_version=CALIBRATION_VERSION,
+    source_sha256="ab" * 32,
+    vocab_size=288,
+    exit_layer=2,
+    confidence="softmax",
+    method="bmm",
+    threshold=0.83,
+    sequences=300,
+    positions=9000,
+    agreement=0.91,
+    target=0.99,
+    rollback_threshold=3.0,
+    mixture=BetaMixture(Beta(8.0, 0.5), Beta(1.5, 2.5), 0.9),
+    table=(TableRow(0.5, 0.8, 0.95, 0.99, 1.8, 1.7), TableRow(1.0, 0.0)),
+    costs=Costs(0.002, 0.001, {1: 0.01, 8: 0.02}),
+    created_with={"freeexport": "0.1.0"},
 )

@@ -1,22 +1,31 @@
-"""Files for containers and clusters name what there is. Docker and Kubernetes themselves are not run."""
+"""Files for containers and clusters name what there is, and the steps of the Dockerfile work in a plain environment."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from running_server import eventually
 from starlette.routing import Route
 
 from freeexport.commands.serve import command
+from freeexport.serving.metrics import GAUGES, PREFIX
 from freeexport.serving.routes import application
+from freeexport.serving.server import listen
 from freeexport.serving.service import ServerOptions, Service
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text(encoding="utf-8")
+DOCKERFILE = (ROOT / "deploy" / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 
 
@@ -51,20 +60,13 @@ def test_the_image_installs_extras_that_exist_and_copies_what_the_build_needs() 
     assert healthy in paths()
 
 
-@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
-def test_every_document_has_a_kind_and_a_name(path: Path) -> None:
-    for document in yaml.safe_load_all(path.read_text(encoding="utf-8")):
+def test_documents_name_paths_options_and_metrics_that_exist() -> None:
+    for document in documents():
         assert {"apiVersion", "kind", "metadata"} <= set(document)
         assert document["metadata"]["name"] == "freeexport"
-
-
-def test_probes_ask_paths_that_there_are() -> None:
     probes = [probe["path"] for probe in within(documents(), "httpGet")]
     assert len(probes) == 5
     assert set(probes) <= paths()
-
-
-def test_options_of_the_servers_exist_and_the_shutdown_fits_the_grace_period() -> None:
     known = {name for option in command.params for name in option.opts}
     arguments = within(documents(), "args")
     assert len(arguments) == 2
@@ -72,10 +74,48 @@ def test_options_of_the_servers_exist_and_the_shutdown_fits_the_grace_period() -
     (grace,) = within(documents(), "terminationGracePeriodSeconds")
     first = next(given for given in arguments if "--shutdown-timeout" in given)
     assert grace > float(first[first.index("--shutdown-timeout") + 1]) + 5
-
-
-def test_replicas_follow_a_metric_that_there_is() -> None:
-    from freeexport.serving.metrics import GAUGES, PREFIX
-
     (metric,) = within(documents(), "metric")
     assert metric["name"].removeprefix(PREFIX) in GAUGES
+
+
+def step(pattern: str) -> str:
+    (found,) = re.findall(pattern, DOCKERFILE, re.MULTILINE)
+    return str(found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_steps_of_the_dockerfile_make_a_server_that_is_healthy_and_writes_nothing(
+    chat: Path, tmp_path: Path
+) -> None:
+    source, venv = tmp_path / "source", tmp_path / "venv"
+    source.mkdir()
+    for names, target in re.findall(r"^COPY (?!--from)(.+) (\S+)$", DOCKERFILE, re.MULTILINE):
+        for name in names.split():
+            if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("*.so", "__pycache__", "build")
+                shutil.copytree(ROOT / name, source / target, ignore=ignored)
+            else:
+                shutil.copy2(ROOT / name, source / target)
+    plain = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    install = step(r"^RUN (python -m venv .*)$").replace("/venv", str(venv))
+    install = install.replace("python -m", f"{sys.executable} -m", 1)
+    subprocess.run(["bash", "-euc", install], cwd=source, env=plain, check=True, timeout=1500)
+    shutil.rmtree(source)
+
+    with listen("127.0.0.1", 0) as free:
+        port = str(free.getsockname()[1])
+    settings = dict(part.split("=", 1) for part in step(r"^ENV (.*)$").split())
+    plain |= {**settings, "PATH": f"{venv}/bin:{os.environ['PATH']}", "HOME": str(tmp_path / "home")}
+    command = json.loads(step(r"^ENTRYPOINT (.*)$")) + json.loads(step(r"^CMD (.*)$"))
+    command = [{"/bundle": str(chat), "8000": port}.get(part, part) for part in command]
+    healthy = [part.replace("8000", port) for part in json.loads(step(r"^HEALTHCHECK .* CMD (.*)$"))]
+    before = {path: path.stat().st_mtime_ns for path in venv.rglob("*")}
+    with subprocess.Popen(command, cwd=tmp_path, env=plain, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as server:
+        try:
+            assert eventually(lambda: subprocess.run(healthy, env=plain, capture_output=True).returncode == 0, 120)
+        finally:
+            server.send_signal(signal.SIGTERM if step(r"^STOPSIGNAL (\w+)$") == "SIGTERM" else signal.SIGKILL)
+        assert server.wait(60) == 0
+    assert {path: path.stat().st_mtime_ns for path in venv.rglob("*")} == before
+    assert not (tmp_path / "home").exists()

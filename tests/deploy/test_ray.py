@@ -7,8 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -159,53 +157,6 @@ def test_a_new_version_lets_running_requests_end(served: SimpleNamespace, expect
         served.serve.run(served.build(served.arguments.model_copy(update={"slots": 2})))
         assert [line for line in lines if line][-1] == "data: [DONE]"
     assert ask(served.url, 0) == ("answered", expected[0])
-
-
-def test_replicas_follow_the_load_and_no_request_is_lost(served: SimpleNamespace, expected: list[str]) -> None:
-    """One client asks all the time, eleven more for a while."""
-
-    def states() -> Counter[str]:
-        time.sleep(0.3)
-        return Counter(served.serve.status().applications["default"].deployments["freeexport"].replica_states)
-
-    def ready() -> int:
-        return states()["RUNNING"]
-
-    few = {"slots": 4, "min_replicas": 1, "max_replicas": 2, "upscale_delay": 1, "downscale_delay": 5}
-    served.serve.run(served.build(served.arguments.model_copy(update=few)))
-    assert eventually(lambda: ready() == len(replicas()) == 1, 200)
-    loaded, quiet, ends = threading.Event(), threading.Event(), list[tuple[int, tuple[str, str]]]()
-
-    def client(number: int) -> None:
-        while not (loaded if number else quiet).is_set():
-            ends.append((number, ask(served.url, number)))
-
-    with ThreadPoolExecutor(12) as pool:
-        began = time.monotonic()
-        clients = [pool.submit(client, number) for number in range(12)]
-        try:
-            assert eventually(lambda: (found := states())["STARTING"] + found["RUNNING"] == 2, 200)
-            asked = time.monotonic() - began
-            assert eventually(lambda: ready() == 2, 300)
-            more, spent = time.monotonic() - began, [sum(each.cpu_times()[:2]) for each in replicas()]
-            # Both get requests.
-            assert eventually(
-                lambda: all(sum(p.cpu_times()[:2]) > s + 0.5 for p, s in zip(replicas(), spent, strict=True)), 60
-            )
-            loaded.set()
-            began = time.monotonic()
-            assert eventually(lambda: ready() == len(replicas()) == 1, 300)
-            fewer = time.monotonic() - began
-        finally:
-            loaded.set()
-            quiet.set()
-        for each in clients:
-            each.result()
-    print(
-        f"a second replica was started {asked:.0f} s after the load began and was ready after {more:.0f} s; "
-        f"one was left {fewer:.0f} s after the load; {len(ends)} requests"
-    )
-    assert [end for number, end in ends if end != ("answered", expected[number])] == []
 
 
 def start(cluster: Any, *arguments: Any, stderr: int = subprocess.DEVNULL) -> subprocess.Popen[str]:

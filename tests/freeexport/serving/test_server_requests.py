@@ -10,13 +10,20 @@ import pytest
 from freeexport.serving.protocol import ApiError, ChatRequest, CompletionRequest, api_error, parse
 from runtime import EngineError, OptionError, PromptError, QueueFullError
 
-CHAT = {"messages": [{"role": "user", "content": "x"}]}
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
+TEXT: dict[str, Any] = {"prompt": "x"}
 
 
-def refused(body: bytes, kind: type[Any] = ChatRequest) -> ApiError:
+def read(base: dict[str, Any], **fields: Any) -> Any:
+    kind: Any = ChatRequest if base is CHAT else CompletionRequest
+    return parse(msgspec.json.encode({**base, **fields}), kind)
+
+
+def refused(base: dict[str, Any], **fields: Any) -> ApiError:
     with pytest.raises(ApiError) as raised:
-        parse(body, kind)
+        read(base, **fields)
     assert raised.value.status == 400
+    assert len(raised.value.message) < 400
     return raised.value
 
 
@@ -36,23 +43,14 @@ def refused(body: bytes, kind: type[Any] = ChatRequest) -> ApiError:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> None:
-    error = refused(msgspec.json.encode({**CHAT, field: value}))
+    error = refused(CHAT, **{field: value})
     assert (error.code, error.param) == ("unsupported", field)
     assert error.message.startswith(f"{field} is not supported; ")
 
 
 def test_fields_that_say_nothing_are_taken() -> None:
-    nothing = {
-        "frequency_penalty": 0,
-        "tools": [],
-        "tool_choice": "auto",
-        "response_format": {"type": "text"},
-        "top_logprobs": 0,
-        "max_tokens": None,
-        "store": False,
-        "user": "somebody",
-    }
-    assert parse(msgspec.json.encode({**CHAT, **nothing}), ChatRequest).limit is None
+    nothing = {"frequency_penalty": 0, "tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
+    assert read(CHAT, top_logprobs=0, max_tokens=None, store=False, user="somebody", **nothing).limit is None
 
 
 @pytest.mark.parametrize(
@@ -72,170 +70,127 @@ def test_fields_that_say_nothing_are_taken() -> None:
         (b'{"messages": []}', "messages: Expected `array` of length >= 1"),
         (b"{}", "the body: Object missing required field `messages`"),
         (b'{"messages": [{"role": "user"}]}', "messages[0]: Object missing required field `content`"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 0}', "max_tokens: Expected `int` >= 1"),
         (b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 1e400}', "max_tokens: Number out of range"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "n": 129}', "n: Expected `int` <= 128"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "free": {"speed": 1}}',
-         "free: Object contains unknown field `speed`"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "stream_options": {}}', "stream_options is given without"),
-        (b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"a": 1}}', "logit_bias: Expected `int`"),
     ],
-)  # fmt: skip
+)
 def test_a_malformed_body_is_one_line(body: bytes, message: str) -> None:
     with pytest.raises(ApiError) as raised:
-        parse(body, ChatRequest).options("free", None)
+        parse(body, ChatRequest)
     assert raised.value.status == 400
     assert message in raised.value.message
     assert "\n" not in raised.value.message
 
 
+PREDICTION = {"type": "content", "content": "a"}
+PARTS = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+
+
 @pytest.mark.parametrize(
-    ("fields", "kind", "param", "message"),
+    ("base", "fields", "param", "message"),
     [
-        ({"top_logprobs": 21, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int` <= 20"),
-        ({"top_logprobs": -1, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int` >= 0"),
-        ({"top_logprobs": 2.5, "logprobs": True}, ChatRequest, "top_logprobs", "top_logprobs: Expected `int`"),
-        ({"top_logprobs": 2}, ChatRequest, "top_logprobs", "top_logprobs is 2 without logprobs; add logprobs: true"),
-        ({"top_logprobs": 2, "logprobs": False}, ChatRequest, "top_logprobs", "top_logprobs is 2 without logprobs"),
-        ({"logprobs": 6}, CompletionRequest, "logprobs", "logprobs: Expected `int` <= 5"),
-        ({"logprobs": -1}, CompletionRequest, "logprobs", "logprobs: Expected `int` >= 0"),
-        ({"logprobs": True}, CompletionRequest, "logprobs", "logprobs: Expected `int | null`, got `bool`"),
-        ({"top_logprobs": 2}, CompletionRequest, "top_logprobs", "in completions, logprobs is how many"),
+        (CHAT, {"max_tokens": 0}, "max_tokens", "max_tokens: Expected `int` >= 1"),
+        (CHAT, {"n": 129}, "n", "n: Expected `int` <= 128"),
+        (CHAT, {"free": {"speed": 1}}, "free", "free: Object contains unknown field `speed`"),
+        (CHAT, {"stream_options": {}}, "stream_options", "stream_options is given without"),
+        (CHAT, {"logit_bias": {"a": 1}}, "logit_bias", "logit_bias: Expected `int`"),
+        (CHAT, {"logit_bias": dict.fromkeys(map(str, range(1025)), 1)}, "logit_bias", "of length <= 1024"),
+        (CHAT, {"stop": ["x"] * 10_000}, "stop", "stop: Expected `array` of length <= 16"),
+        (CHAT, {"stop": "x" * 2000}, "stop", "stop"),
+        (CHAT, {"top_logprobs": 21, "logprobs": True}, "top_logprobs", "top_logprobs: Expected `int` <= 20"),
+        (CHAT, {"top_logprobs": -1, "logprobs": True}, "top_logprobs", "top_logprobs: Expected `int` >= 0"),
+        (CHAT, {"top_logprobs": 2.5, "logprobs": True}, "top_logprobs", "top_logprobs: Expected `int`"),
+        (CHAT, {"top_logprobs": 2}, "top_logprobs", "top_logprobs is 2 without logprobs; add logprobs: true"),
+        (CHAT, {"top_logprobs": 2, "logprobs": False}, "top_logprobs", "top_logprobs is 2 without logprobs"),
+        (TEXT, {"logprobs": 6}, "logprobs", "logprobs: Expected `int` <= 5"),
+        (TEXT, {"logprobs": -1}, "logprobs", "logprobs: Expected `int` >= 0"),
+        (TEXT, {"logprobs": True}, "logprobs", "logprobs: Expected `int | null`, got `bool`"),
+        (TEXT, {"top_logprobs": 2}, "top_logprobs", "in completions, logprobs is how many"),
+        (CHAT, {"prediction": "ab"}, "prediction", "prediction"),
+        (CHAT, {"prediction": {"type": "answer", "content": "ab"}}, "prediction.type", "prediction.type"),
+        (CHAT, {"prediction": {"type": "content"}}, "prediction", "prediction"),
+        (CHAT, {"prediction": {**PREDICTION, "more": 1}}, "prediction", "prediction"),
+        (CHAT, {"prediction": PREDICTION, "free": {"mode": "full"}}, "prediction", "which drafts nothing"),
+        (TEXT, {"prompt": []}, "prompt", "is an empty list"),
+        (TEXT, {"prompt": [1, "a"]}, "prompt", "mixes texts and token ids"),
+        (TEXT, {"prompt": ["a", [1]]}, "prompt", "mixes texts and token ids"),
     ],
 )
-def test_a_number_of_alternatives_that_cannot_be_is_refused_by_name(
-    fields: dict[str, Any], kind: type[Any], param: str, message: str
+def test_a_value_that_cannot_be_is_refused_by_name(
+    base: dict[str, Any], fields: dict[str, Any], param: str, message: str
 ) -> None:
-    error = refused(msgspec.json.encode({**(CHAT if kind is ChatRequest else {"prompt": "x"}), **fields}), kind)
+    error = refused(base, **fields)
     assert error.param == param
     assert message in error.message
 
 
-@pytest.mark.parametrize(
-    ("fields", "kind", "expected"),
-    [
-        ({"logprobs": True, "top_logprobs": 20}, ChatRequest, (True, 20)),
-        ({"logprobs": True}, ChatRequest, (True, 0)),
-        ({"top_logprobs": 0}, ChatRequest, (False, 0)),
-        ({"logprobs": 0, "top_logprobs": 0}, CompletionRequest, (True, 0)),
-        ({"logprobs": 5}, CompletionRequest, (True, 5)),
-        ({"logprobs": None}, CompletionRequest, (False, 0)),
-    ],
-)
-def test_log_probabilities_are_asked_for_as_openai_does(
-    fields: dict[str, Any], kind: type[Any], expected: tuple[bool, int]
-) -> None:
-    body = msgspec.json.encode({**(CHAT if kind is ChatRequest else {"prompt": "x"}), **fields})
-    options = parse(body, kind).options("free", None)
-    assert (options.output_logprobs, options.top_logprobs) == expected
-
-
 @pytest.mark.parametrize("digits", [30, 5000])
 def test_a_whole_number_of_many_digits_is_refused(digits: int) -> None:
-    error = refused(b'{"prompt": "x", "max_tokens": -1' + b"0" * digits + b"}", CompletionRequest)
-    assert len(error.message) < 400
+    with pytest.raises(ApiError) as raised:
+        parse(b'{"prompt": "x", "max_tokens": -1' + b"0" * digits + b"}", CompletionRequest)
+    assert len(raised.value.message) < 400
 
 
-def test_a_stop_list_of_ten_thousand_strings_is_refused() -> None:
-    error = refused(msgspec.json.encode({**CHAT, "stop": ["x"] * 10_000}))
-    assert error.message == "stop: Expected `array` of length <= 16"
-    assert refused(msgspec.json.encode({**CHAT, "stop": "x" * 2000})).param == "stop"
-    assert refused(msgspec.json.encode({**CHAT, "logit_bias": {str(token): 1 for token in range(1025)}})).message == (
-        "logit_bias: Expected `object` of length <= 1024"
-    )
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
     ("message", "named"),
     [
-        (
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
-            "messages[0].content[0].type",
-        ),
+        ({"role": "user", "content": [IMAGE]}, "messages[0].content[0].type"),
         ({"role": "assistant", "content": "x", "tool_calls": [{}]}, "messages[0].tool_calls"),
         ({"role": "user", "content": "x", "name": "Ann"}, "messages[0].name"),
     ],
 )
 def test_parts_of_messages_that_are_no_text_are_refused(message: dict[str, Any], named: str) -> None:
-    request = parse(msgspec.json.encode({"messages": [message]}), ChatRequest)
     with pytest.raises(ApiError, match="not supported") as raised:
-        _ = request.prompts
+        _ = read(CHAT, messages=[message]).prompts
     assert raised.value.param == named
 
 
-def test_a_prediction_is_text_and_chooses_the_mode_that_drafts() -> None:
-    for content in ("ab", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]):
-        body = msgspec.json.encode({**CHAT, "prediction": {"type": "content", "content": content}})
-        options = parse(body, ChatRequest).options("free", None)
-        assert (options.mode, options.predicted_output) == ("lossless", "ab")
-    empty = msgspec.json.encode({**CHAT, "prediction": {"type": "content", "content": ""}})
-    assert parse(empty, ChatRequest).options("free", None).mode == "free"
-
-
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    ("base", "fields", "expected"),
     [
-        ({"prediction": "ab"}, "prediction"),
-        ({"prediction": {"type": "answer", "content": "ab"}}, "prediction.type"),
-        ({"prediction": {"type": "content"}}, "prediction"),
-        ({"prediction": {"type": "content", "content": "a", "more": 1}}, "prediction"),
-        ({"prediction": {"type": "content", "content": "a"}, "free": {"mode": "full"}}, "prediction"),
+        (CHAT, {"logprobs": True, "top_logprobs": 20}, {"output_logprobs": True, "top_logprobs": 20}),
+        (CHAT, {"logprobs": True}, {"output_logprobs": True, "top_logprobs": 0}),
+        (CHAT, {"top_logprobs": 0}, {"output_logprobs": False, "top_logprobs": 0}),
+        (TEXT, {"logprobs": 0, "top_logprobs": 0}, {"output_logprobs": True, "top_logprobs": 0}),
+        (TEXT, {"logprobs": 5}, {"output_logprobs": True, "top_logprobs": 5}),
+        (TEXT, {"logprobs": None}, {"output_logprobs": False, "top_logprobs": 0}),
+        (CHAT, {}, {"temperature": None, "top_p": None, "top_k": None, "mode": "free"}),
+        (CHAT, {"temperature": 0, "top_p": 0.5}, {"temperature": 0, "top_p": None, "top_k": None}),
+        (CHAT, {"top_p": 1}, {"temperature": None, "top_p": None, "top_k": None}),
+        (CHAT, {"top_p": 0.5}, {"temperature": 1.0, "top_p": 0.5, "top_k": None}),
+        (CHAT, {"top_k": 5}, {"temperature": 1.0, "top_p": None, "top_k": 5}),
+        (CHAT, {"free": {"deadline": 5}}, {"deadline": 2}),
+        (CHAT, {"free": {"deadline": 1}}, {"deadline": 1}),
+        (CHAT, {"prediction": PREDICTION}, {"mode": "lossless", "predicted_output": "a"}),
+        (CHAT, {"prediction": {**PREDICTION, "content": PARTS}},
+         {"mode": "lossless", "predicted_output": "ab"}),
+        (CHAT, {"prediction": {**PREDICTION, "content": ""}}, {"mode": "free", "predicted_output": None}),
     ],
-)
-def test_a_prediction_that_cannot_be_is_refused_by_name(fields: dict[str, Any], param: str) -> None:
-    assert refused(msgspec.json.encode({**CHAT, **fields})).param == param
+)  # fmt: skip
+def test_options_are_asked_for_as_clients_do(
+    base: dict[str, Any], fields: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    options = read(base, **fields).options("free", 2)
+    assert {name: getattr(options, name) for name in expected} == expected
 
 
-def test_text_parts_are_one_text_and_a_developer_is_the_system() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    body = {"messages": [{"role": "developer", "content": parts}]}
-    assert parse(msgspec.json.encode(body), ChatRequest).prompts == [[{"role": "system", "content": "ab"}]]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "prompts"),
-    [("x", ["x"]), ([1, 2], [[1, 2]]), (["a", "b"], ["a", "b"]), ([[1], [2]], [[1], [2]])],
-)
-def test_prompts_of_a_completion(prompt: Any, prompts: list[Any]) -> None:
-    assert parse(msgspec.json.encode({"prompt": prompt}), CompletionRequest).prompts == prompts
-
-
-@pytest.mark.parametrize("prompt", [[], [1, "a"], ["a", [1]]])
-def test_a_list_of_prompts_is_of_one_kind(prompt: list[Any]) -> None:
-    assert refused(msgspec.json.encode({"prompt": prompt}), CompletionRequest).param == "prompt"
-
-
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({}, (None, None, None)),
-        ({"temperature": 0, "top_p": 0.5}, (0, None, None)),
-        ({"top_p": 1}, (None, None, None)),
-        ({"top_p": 0.5}, (1.0, 0.5, None)),
-        ({"top_k": 5}, (1.0, None, 5)),
-    ],
-)
-def test_sampling_is_asked_for_as_clients_do(fields: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    options = parse(msgspec.json.encode({**CHAT, **fields}), ChatRequest).options("free", None)
-    assert (options.temperature, options.top_p, options.top_k) == expected
-
-
-def test_the_shorter_deadline_counts() -> None:
-    body = msgspec.json.encode({**CHAT, "free": {"deadline": 5}})
-    assert [parse(body, ChatRequest).options("free", limit).deadline for limit in (None, 2, 9)] == [5, 2, 5]
+def test_prompts_are_texts_ids_or_messages() -> None:
+    for prompt, prompts in (("x", ["x"]), ([1, 2], [[1, 2]]), (["a", "b"], ["a", "b"]), ([[1], [2]], [[1], [2]])):
+        assert read(TEXT, prompt=prompt).prompts == prompts
+    chat = read(CHAT, messages=[{"role": "developer", "content": PARTS}])
+    assert chat.prompts == [[{"role": "system", "content": "ab"}]]
 
 
 def test_every_error_has_a_status_and_a_code() -> None:
-    found = {
-        type(error).__name__: (api_error(error).status, api_error(error).code)
-        for error in (QueueFullError("x"), PromptError("x"), OptionError("mode is 'x'"), EngineError("x"), OSError("x"))
-    }
-    assert found == {
-        "QueueFullError": (429, "queue_full"),
-        "PromptError": (400, "invalid_prompt"),
-        "OptionError": (400, "invalid_value"),
-        "EngineError": (500, "engine_error"),
-        "OSError": (500, "internal_error"),
-    }
+    for error, status, code in (
+        (QueueFullError("x"), 429, "queue_full"),
+        (PromptError("x"), 400, "invalid_prompt"),
+        (OptionError("mode is 'x'"), 400, "invalid_value"),
+        (EngineError("x"), 500, "engine_error"),
+        (OSError("x"), 500, "internal_error"),
+    ):
+        assert (api_error(error).status, api_error(error).code) == (status, code)
     assert api_error(OptionError("max_new_tokens is 0; choose")).message == "max_tokens is 0; choose"
     assert api_error(OptionError("the session is closed; open a new one")).status == 503

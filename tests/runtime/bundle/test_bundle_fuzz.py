@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fuzz import fuzz, mutated_bytes, mutated_json
-from manifest_case import MANIFEST
-from test_calibration import CALIBRATED
+from manifest_case import CALIBRATED, MANIFEST
 
 from runtime.bundle.bundle import Bundle, sha256_of
 from runtime.bundle.calibration import Calibration

@@ -1,57 +1,68 @@
+"""Manifests and calibrations: what is written is read back, and everything else is refused by the name of its field."""
+
 from __future__ import annotations
 
 import json
+import math
 from contextlib import suppress
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from manifest_case import MANIFEST
+from manifest_case import CALIBRATED, MANIFEST
 
+from runtime.bundle.calibration import (
+    CALIBRATION_MINOR,
+    CALIBRATION_VERSION,
+    Calibration,
+    check_calibration,
+    read_calibration,
+)
 from runtime.bundle.manifest import HASH, SCHEMA_MINOR, SCHEMA_VERSION, Manifest, _hash
-from runtime.errors import BundleError
-
-
-def signed(**changes: Any) -> str:
-    """The manifest as JSON with fields changed (REMOVED: left out), and its hash made to fit."""
-    content = json.loads(MANIFEST.to_json())
-    content.pop(HASH)
-    content.update(changes)
-    content = {name: value for name, value in content.items() if value is not REMOVED}
-    return json.dumps({**content, HASH: _hash(content)})
-
+from runtime.errors import BundleError, CalibrationError
 
 REMOVED = object()
+both = pytest.mark.parametrize("valid", [MANIFEST, CALIBRATED], ids=["manifest", "calibration"])
+COSTS = {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"1": 1.0}}
+FILE = {"size": 1, "sha256": "00" * 32}
 
 
-def refusal(text: str) -> str:
-    with pytest.raises(BundleError) as refused:
-        Manifest.from_json(text, "freeexport.json")
-    message = str(refused.value)
-    assert message.startswith("freeexport.json")
+def changed(valid: Manifest | Calibration, **changes: Any) -> str:
+    """As JSON with fields changed (REMOVED: left out), and a manifest's hash made to fit."""
+    content = {**json.loads(valid.to_json()), **changes}
+    content = {name: value for name, value in content.items() if value is not REMOVED and name != HASH}
+    return json.dumps({**content, HASH: _hash(content)} if isinstance(valid, Manifest) else content)
+
+
+def refused(valid: Manifest | Calibration, text: str) -> str:
+    with pytest.raises(BundleError) as caught:
+        type(valid).from_json(text)
+    message = str(caught.value)
+    assert message.startswith("freeexport.json" if isinstance(valid, Manifest) else "calibration.json")
     assert "\n" not in message
     return message
 
 
-def test_what_is_written_is_read_back() -> None:
-    assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
-    assert Manifest.from_json(signed()) == MANIFEST
+def refusal(valid: Manifest | Calibration = MANIFEST, **changes: Any) -> str:
+    return refused(valid, changed(valid, **changes))
+
+
+@both
+def test_what_is_written_is_read_back(valid: Manifest | Calibration) -> None:
+    assert type(valid).from_json(valid.to_json()) == type(valid).from_json(changed(valid)) == valid
 
 
 def test_fields_with_defaults_may_be_left_out() -> None:
-    read = Manifest.from_json(signed(versions=REMOVED, copies=REMOVED, costs=REMOVED))
-    assert read == replace(MANIFEST, versions={}, copies=(), costs=None)
-
-
-def test_a_manifest_without_a_threshold_of_rollback_is_read() -> None:
-    assert Manifest.from_json(signed(rollback_threshold=REMOVED)).rollback_threshold is None
-    assert Manifest.from_json(signed(rollback_threshold=3)).rollback_threshold == 3.0
-
-
-def test_a_whole_number_is_a_threshold() -> None:
-    assert Manifest.from_json(signed(threshold=1)).threshold == 1.0
+    read = Manifest.from_json(changed(MANIFEST, versions=REMOVED, copies=REMOVED, costs=REMOVED, threshold=1))
+    assert read == replace(MANIFEST, versions={}, copies=(), costs=None, threshold=1.0)
+    optional = ("target", "risk", "delta", "rollback_threshold", "mixture", "table", "costs", "created_with")
+    calibration = Calibration.from_json(changed(CALIBRATED, **dict.fromkeys(optional, REMOVED)))
+    assert (calibration.mixture, calibration.table, calibration.costs) == (None, (), None)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        replace(CALIBRATED, threshold=math.nan).to_json()
 
 
 @given(data=st.data())
@@ -62,122 +73,133 @@ def test_one_flipped_bit_is_noticed_or_changes_nothing(data: st.DataObject) -> N
         assert Manifest.from_json(content.decode()) == MANIFEST
 
 
-@pytest.mark.parametrize("text", ["", "{", "nonsense", '{"layers": 3', "\0", "[" * 100_000])
-def test_text_that_is_not_json_is_refused(text: str) -> None:
-    assert "not JSON" in refusal(text)
-
-
-@pytest.mark.parametrize(("text", "name"), [("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"a"', "str")])
-def test_json_that_is_not_an_object_is_refused(text: str, name: str) -> None:
-    assert f"holds {name}" in refusal(text)
+@both
+def test_what_is_no_json_object_is_refused(valid: Manifest | Calibration) -> None:
+    for text in ("", "{", "nonsense", '{"layers": 3', "\0", "[" * 100_000):
+        assert "not JSON" in refused(valid, text)
+    for text, name in (("[]", "list"), ("3", "int"), ("null", "NoneType"), ('"a"', "str")):
+        assert f"holds {name}" in refused(valid, text)
 
 
 def test_a_change_without_the_hash_is_refused() -> None:
-    assert "altered" in refusal(MANIFEST.to_json().replace('"threshold": 0.75', '"threshold": 0.7'))
-    assert "altered" in refusal(json.dumps({"schema_version": SCHEMA_VERSION}))
-
-
-def test_a_newer_schema_asks_for_an_upgrade_whatever_else_it_holds() -> None:
-    for text in (signed(schema_version=SCHEMA_VERSION + 1, novelty=1), '{"schema_version": 99}'):
-        message = refusal(text)
-        assert "upgrade" in message
-        assert f"up to {SCHEMA_VERSION}" in message
-
-
-@pytest.mark.parametrize("name", [field.name for field in fields(Manifest)])
-def test_a_field_of_the_wrong_type_is_refused_by_name(name: str) -> None:
-    value = getattr(MANIFEST, name)
-    wrong: list[Any] = [[["x"]], {"x": {"y": 1}}]
-    wrong += [5, True] if isinstance(value, (str, dict, tuple)) else ["5"]
-    wrong += [None] if value is not None and name not in ("bos_token_id", "costs") else []
-    wrong += [1] if isinstance(value, bool) else []
-    wrong += [2.5, True] if type(value) is int else []
-    for item in wrong:
-        assert name in refusal(signed(**{name: item}))
-
-
-@pytest.mark.parametrize("name", ["layers", "files", "threshold", "pad_token_id"])
-def test_a_missing_field_is_refused_by_name(name: str) -> None:
-    assert f"lacks {name}" in refusal(signed(**{name: REMOVED}))
-
-
-def test_an_unknown_field_is_refused_by_name() -> None:
-    assert "unknown fields surprise" in refusal(signed(surprise=1))
-    assert "unknown fields mode" in refusal(signed(files={"a": {"size": 1, "sha256": "", "mode": 2}}))
+    assert "altered" in refused(MANIFEST, MANIFEST.to_json().replace('"threshold": 0.75', '"threshold": 0.7'))
+    assert "altered" in refused(MANIFEST, json.dumps({"schema_version": SCHEMA_VERSION}))
 
 
 @pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("schema_version", 0),
-        ("schema_minor", -1),
-        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {}}),
-        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"2": 1.0}}),
-        ("costs", {"shallow": 1.0, "shallow_without_head": 0.0, "deep": {"1": 1.0}}),
-        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"one": 1.0}}),
-        ("costs", {"shallow": 1.0, "shallow_without_head": 1.0, "deep": {"1": 1.0}, "busy": -1.0}),
-        ("layers", 1),
-        ("layers", 10**6),
-        ("hidden_size", 10**9),
-        ("vocab_size", 10**9),
-        ("heads", 10**9),
-        ("kv_heads", 10**9),
-        ("head_dim", 10**9),
-        ("capacity", 10**12),
-        ("max_pending", 10**12),
-        ("encoder_capacity", 10**12),
-        ("weight_bytes", 10**18),
-        ("weight_bytes", -1),
-        ("decoder_start_token_id", 288),
-        ("decoder_start_token_id", -1),
-        ("exit_layer", 0),
-        ("exit_layer", 5),
-        ("capacity", 0),
-        ("max_pending", 0),
-        ("encoder_capacity", -1),
-        ("threshold", 1.5),
-        ("threshold", -0.5),
-        ("threshold", float("nan")),
-        ("rollback_threshold", -0.5),
-        ("rollback_threshold", float("inf")),
-        ("rollback_threshold", float("nan")),
-        ("eos_token_ids", [288]),
-        ("eos_token_ids", [-1]),
-    ],
+    ("valid", "version", "minor"),
+    [(MANIFEST, SCHEMA_VERSION, SCHEMA_MINOR), (CALIBRATED, CALIBRATION_VERSION, CALIBRATION_MINOR)],
 )
-def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
-    assert name in refusal(signed(**{name: value}))
+def test_a_newer_minor_version_is_read_and_another_major_one_refused(
+    valid: Manifest | Calibration, version: int, minor: int
+) -> None:
+    message = refusal(valid, schema_version=version + 1, novelty=1)
+    assert f"up to {version}; upgrade" in message
+    refusal(valid, schema_version=version - 1)
+    assert type(valid).from_json(changed(valid, schema_minor=minor + 1, novelty={"a": [1]})) == valid
+    assert "lacks threshold" in refusal(valid, schema_minor=minor + 1, threshold=REMOVED)
 
 
-def test_what_is_too_much_is_refused_before_it_is_looked_at() -> None:
-    many = {str(index): {"size": 1, "sha256": "00" * 32} for index in range(10_001)}
-    assert "files has 10001 entries, at most 10000" in refusal(signed(files=many))
-    assert "eos_token_ids has 10001 entries" in refusal(signed(eos_token_ids=[2] * 10_001))
+def test_a_newer_manifest_may_say_more_in_every_part() -> None:
+    assert "upgrade" in refused(MANIFEST, '{"schema_version": 99}')
+    files = {name: {"size": file.size, "sha256": file.sha256, "mode": 2} for name, file in MANIFEST.files.items()}
+    assert Manifest.from_json(changed(MANIFEST, schema_minor=SCHEMA_MINOR + 1, files=files)) == MANIFEST
+    assert "upgrade freeexport" in refusal(schema_minor=SCHEMA_MINOR + 1, dialect="new")
 
 
-@pytest.mark.parametrize("file", [{"size": -1, "sha256": "00" * 32}, {"size": 10**18, "sha256": "00" * 32},
-                                  {"size": 1, "sha256": "00"}, {"size": 1, "sha256": "GG" * 32}])  # fmt: skip
-def test_a_file_of_no_possible_size_or_hash_is_refused(file: dict[str, Any]) -> None:
-    message = refusal(signed(files={"deep.onnx": file}))
-    assert "deep.onnx" in message
-    assert "out of range" in message
+@pytest.mark.parametrize(
+    ("valid", "name"), [(valid, field.name) for valid in (MANIFEST, CALIBRATED) for field in fields(valid)]
+)
+def test_a_field_of_the_wrong_type_is_refused_by_name(valid: Manifest | Calibration, name: str) -> None:
+    value = getattr(valid, name)
+    wrong: list[Any] = [[["x"]]]
+    if valid is MANIFEST:
+        wrong += [{"x": {"y": 1}}]
+        wrong += [5, True] if isinstance(value, (str, dict, tuple)) else ["5"]
+        wrong += [None] if value is not None and name not in ("bos_token_id", "costs") else []
+        wrong += [1] if isinstance(value, bool) else []
+        wrong += [2.5, True] if type(value) is int else []
+    for item in wrong:
+        assert name in refusal(valid, **{name: item})
 
 
-@pytest.mark.parametrize("name", ["./x", "a//b", "a/./b", "a/", "a\nb", "\u202ea"])
-def test_a_file_has_one_plain_name(name: str) -> None:
-    assert "no plain file name" in refusal(signed(files={name: {"size": 1, "sha256": "00" * 32}}))
+def test_missing_and_unknown_fields_are_refused_by_name() -> None:
+    for name in ("layers", "files", "threshold", "pad_token_id"):
+        assert f"lacks {name}" in refusal(**{name: REMOVED})
+    assert "unknown fields surprise" in refusal(surprise=1)
+    assert "unknown fields mode" in refusal(files={"a": {**FILE, "mode": 2}})
+    row = {"threshold": 0.5, "exit_rate": 0.5, "speed": 2}
+    assert "table[0] has unknown fields speed" in refusal(CALIBRATED, table=[row])
 
 
-def test_precision_and_quantization_go_together() -> None:
-    assert "no quantization with precision 'int8'" in refusal(signed(precision="int8"))
-    assert "a quantization with precision 'fp32'" in refusal(signed(quantization={}))
+OUT_OF_RANGE: dict[str, tuple[Any, ...]] = {
+    "schema_version": (0,),
+    "schema_minor": (-1,),
+    "costs": (
+        {**COSTS, "deep": {}},
+        {**COSTS, "deep": {"2": 1.0}},
+        {**COSTS, "shallow_without_head": 0.0},
+        {**COSTS, "deep": {"one": 1.0}},
+        {**COSTS, "busy": -1.0},
+    ),
+    "layers": (1, 10**6),
+    "exit_layer": (0, 5),
+    "exit_layers": (-1, 1),
+    "hidden_size": (0, 10**9),
+    "vocab_size": (0, 10**9),
+    "heads": (0, 10**9),
+    "kv_heads": (0, 10**9),
+    "head_dim": (0, 10**9),
+    "capacity": (0, 10**12),
+    "max_pending": (0, 10**12),
+    "tuned_max_pending": (-1, 9),
+    "encoder_capacity": (-1, 10**12),
+    "weight_bytes": (-1, 10**18),
+    "decoder_start_token_id": (-1, 288),
+    "threshold": (1.5, -0.5, math.nan),
+    "rollback_threshold": (-0.5, math.inf, math.nan),
+    "eos_token_ids": ([288], [-1]),
+    "files": tuple({"deep.onnx": FILE | wrong} for wrong in ({"size": -1}, {"size": 10**18}, {"sha256": "00"},
+                                                             {"sha256": "GG" * 32})),
+}  # fmt: skip
+MIXTURE = {"agree": {"a": 1.0, "b": 1.0}, "disagree": {"a": 1.0, "b": 1.0}, "weight_agree": 0.5}
+OUT_OF_RANGE_CALIBRATION: dict[str, tuple[Any, ...]] = {
+    "schema_version": (0,),
+    "schema_minor": (-1,),
+    "vocab_size": (0, 1 << 60),
+    "exit_layer": (0,),
+    "threshold": (1.5, math.nan),
+    "sequences": (0, 10**90),
+    "positions": (0, 10**90),
+    "agreement": (-0.1,),
+    "target": (2.0, math.inf),
+    "risk": (-0.5,),
+    "delta": (math.nan,),
+    "rollback_threshold": (-1.0, math.inf, 1e300),
+    "costs": ({**COSTS, "shallow": math.nan}, {**COSTS, "shallow": 1e300}),
+    "max_pending": (10**9,),
+    "mixture": (
+        {**MIXTURE, "agree": {"a": 0.0, "b": 1.0}},
+        {**MIXTURE, "agree": {"a": 1e308, "b": 1.0}},
+        {**MIXTURE, "weight_agree": 1.0},
+    ),
+    "table": tuple([{"threshold": 0.5, "exit_rate": 0.5} | wrong] for wrong in
+                   ({"exit_rate": 1.5}, {"measured_speedup": -1.0}, {"quality": math.nan})),
+    "method": ("guess",),
+    "confidence": ("feeling",),
+}  # fmt: skip
 
 
-def test_what_older_manifests_say_of_quantization_is_read_or_passed_over() -> None:
-    older = signed(precision="int8", quantization={"int8_range": "reduced", "exact_rows": True})
-    quantization = Manifest.from_json(older).quantization
-    assert quantization is not None
-    assert quantization.int8_range == "reduced"
+@pytest.mark.parametrize(
+    ("valid", "name", "values"),
+    [(MANIFEST, *case) for case in OUT_OF_RANGE.items()]
+    + [(CALIBRATED, *case) for case in OUT_OF_RANGE_CALIBRATION.items()],
+)
+def test_a_value_out_of_range_is_refused_by_name(
+    valid: Manifest | Calibration, name: str, values: tuple[Any, ...]
+) -> None:
+    for value in values:
+        assert name in refusal(valid, **{name: value})
 
 
 @pytest.mark.parametrize(
@@ -185,46 +207,72 @@ def test_what_older_manifests_say_of_quantization_is_read_or_passed_over() -> No
     [(10**99, "threshold = 1e+99 is out of range"), (10**400, "an integer of 401 digits"), (1e999, "threshold is inf")],
 )
 def test_a_number_that_is_too_large_is_refused(value: float, reason: str) -> None:
-    assert reason in refusal(signed(threshold=value))
+    assert reason in refusal(threshold=value)
 
 
-@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "heads", "kv_heads", "head_dim"])
-def test_sizes_are_positive(name: str) -> None:
-    assert "out of range" in refusal(signed(**{name: 0}))
+def test_too_many_entries_are_refused_before_they_are_looked_at() -> None:
+    many = {str(index): FILE for index in range(10_001)}
+    assert "files has 10001 entries, at most 10000" in refusal(files=many)
+    assert "eos_token_ids has 10001 entries" in refusal(eos_token_ids=[2] * 10_001)
 
 
-def test_an_encoder_decoder_needs_a_start_token() -> None:
-    assert "decoder_start_token_id" in refusal(signed(encoder_capacity=64))
-    assert Manifest.from_json(signed(encoder_capacity=64, decoder_start_token_id=0)).encoder_decoder
+@pytest.mark.parametrize("name", ["./x", "a//b", "a/./b", "a/", "a\nb", "\u202ea"])
+def test_a_file_has_one_plain_name(name: str) -> None:
+    assert "no plain file name" in refusal(files={name: FILE})
 
 
 @pytest.mark.parametrize("path", ["../x", "/etc/hostname", "a/../../x", "..", "", "a\\..\\x", "a\0b"])
 def test_a_path_that_leaves_the_bundle_is_refused(path: str) -> None:
-    assert f"names {path!r}" in refusal(signed(files={path: {"size": 1, "sha256": "00" * 32}}))
+    assert f"names {path!r}" in refusal(files={path: FILE})
+    inside = Manifest.from_json(changed(MANIFEST, files={"tensorrt/deep.plan": FILE}))
+    assert set(inside.files) == {"tensorrt/deep.plan"}
 
 
-def test_a_file_in_a_folder_of_the_bundle_is_in_it() -> None:
-    read = Manifest.from_json(signed(files={"tensorrt/deep.plan": {"size": 1, "sha256": "00" * 32}}))
-    assert set(read.files) == {"tensorrt/deep.plan"}
+def test_precision_and_quantization_go_together() -> None:
+    assert "no quantization with precision 'int8'" in refusal(precision="int8")
+    assert "a quantization with precision 'fp32'" in refusal(quantization={})
+    older = changed(MANIFEST, precision="int8", quantization={"int8_range": "reduced", "exact_rows": True})
+    quantization = Manifest.from_json(older).quantization
+    assert quantization is not None
+    assert quantization.int8_range == "reduced"
 
 
-def test_layers_are_split_at_the_exit() -> None:
-    assert list(MANIFEST.shallow_layers) == [0, 1]
-    assert list(MANIFEST.deep_layers) == [2, 3, 4]
+def test_an_encoder_decoder_needs_a_start_token() -> None:
+    assert "decoder_start_token_id" in refusal(encoder_capacity=64)
+    assert Manifest.from_json(changed(MANIFEST, encoder_capacity=64, decoder_start_token_id=0)).encoder_decoder
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
-def test_bytes_of_the_kv_cache(precision: Any, size: int) -> None:
+def test_layers_are_split_at_the_exit_and_have_a_cache(precision: Any, size: int) -> None:
     manifest = replace(MANIFEST, precision=precision)
+    assert (list(manifest.shallow_layers), list(manifest.deep_layers)) == ([0, 1], [2, 3, 4])
     assert manifest.kv_bytes_per_token == 2 * 5 * 2 * 16 * size
     assert manifest.kv_bytes_per_sequence == manifest.kv_bytes_per_token * 108
-    with_encoder = replace(manifest, encoder_capacity=50)
-    assert with_encoder.kv_bytes_per_sequence == manifest.kv_bytes_per_token * 158
+    assert replace(manifest, encoder_capacity=50).kv_bytes_per_sequence == manifest.kv_bytes_per_token * 158
 
 
-def test_fields_of_a_newer_minor_version_are_skipped() -> None:
-    files = {name: {"size": file.size, "sha256": file.sha256, "mode": 2} for name, file in MANIFEST.files.items()}
-    assert Manifest.from_json(signed(schema_minor=SCHEMA_MINOR + 1, surprise={"a": [1]}, files=files)) == MANIFEST
-    # What is known must fit all the same.
-    assert "lacks layers" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, layers=REMOVED))
-    assert "upgrade freeexport" in refusal(signed(schema_minor=SCHEMA_MINOR + 1, dialect="new"))
+def test_a_calibration_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"calibration\.json cannot be read \(No such file"):
+        read_calibration(tmp_path / "calibration.json")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(CalibrationError, match="not text"):
+        read_calibration(tmp_path / "binary")
+    (tmp_path / "calibration.json").write_text(CALIBRATED.to_json())
+    assert read_calibration(tmp_path / "calibration.json") == CALIBRATED
+
+
+@pytest.mark.parametrize(
+    ("position", "other", "reason"),
+    [
+        (0, "ab" * 31 + "cd", "model"),
+        (1, 300, "vocabulary 288, not 300"),
+        (2, 3, "exit layer 2, not 3"),
+        (3, "entropy", "confidence measure 'softmax', not 'entropy'"),
+    ],
+)
+def test_a_calibration_fits_the_model_it_was_measured_on_alone(position: int, other: Any, reason: str) -> None:
+    model: list[Any] = ["ab" * 32, 288, 2, "softmax"]
+    check_calibration(CALIBRATED, *model)
+    model[position] = other
+    with pytest.raises(CalibrationError, match=reason):
+        check_calibration(CALIBRATED, *model)

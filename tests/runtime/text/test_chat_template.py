@@ -1,5 +1,8 @@
+"""Templates render as in transformers, and those without end are refused soon."""
+
 from __future__ import annotations
 
+import datetime
 import time
 from typing import Any
 
@@ -54,8 +57,9 @@ def test_a_template_without_end_is_refused_soon(name: str) -> None:
         "{{ " + "9" * 5000 + " }}",
         "x" * (MOST_SOURCE + 1),
         "{{ messages | nothing }}",
+        "x\n{% for %}",
     ],
-    ids=["loops", "parentheses", "digits", "length", "filter"],
+    ids=["loops", "parentheses", "digits", "length", "filter", "syntax"],
 )
 def test_a_template_that_cannot_be_compiled_is_a_bundle_error(source: str) -> None:
     with pytest.raises(BundleError, match=r"^chat_template\.jinja") as caught:
@@ -65,6 +69,12 @@ def test_a_template_that_cannot_be_compiled_is_a_bundle_error(source: str) -> No
 
 # In the manner of published ones: for Llama 3, Qwen 3, Mistral, Gemma and Phi.
 PUBLISHED = {
+    "tojson": "{{ messages | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}",
+    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
+    "generation block": "{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "tools": "{% if tools is not none %}T{% endif %}{% if documents %}D{% endif %}{{ bos_token }}{{ unknown }}",
+    "methods": "{{ messages[0].content.split('l')[0].strip() | upper }}{{ messages[-1].get('name', '-') }}",
     "headers": """{{- bos_token }}
 {%- if not date_string is defined %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
 {%- if messages[0]['role'] == 'system' %}
@@ -146,10 +156,9 @@ endfor %}{{ messages | map(attribute='role') | unique | sort | join(',') }}{{ me
 }
 
 
-@pytest.mark.parametrize("turns", [0, 5, 400])
-@pytest.mark.parametrize("system", [False, True])
+@pytest.mark.parametrize(("turns", "system"), [(0, False), (5, True), (5, False), (200, True)])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_templates_render_as_in_transformers(name: str, system: bool, turns: int) -> None:
+def test_templates_render_as_in_transformers(name: str, turns: int, system: bool) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     messages: list[dict[str, Any]] = [{"role": "system", "content": " Be <b>brief</b>.\n"}] if system else []
@@ -161,14 +170,37 @@ def test_published_templates_render_as_in_transformers(name: str, system: bool, 
     assert ChatTemplate(PUBLISHED[name]).render(messages, SPECIAL) == theirs[0]
 
 
-def test_limits_grow_with_the_messages() -> None:
+def test_templates_know_the_date() -> None:
+    years = {str(datetime.date.today().year + days) for days in (0, 1)}
+    assert ChatTemplate("{{ strftime_now('%Y') }}").render(CHAT, {}) in years
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must\nalternate') }}", "refuses the messages .roles must alternate"),
+        ("{{ messages[0].absent.deeper }}", "absent"),
+        ("{{ messages[0].content + 1 }}", "TypeError"),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        # It cannot leave its sandbox.
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
+        ("{{ raise_exception.__globals__['json'] }}", "unsafe"),
+        ("{{ '{0.__class__.__mro__}'.format('') }}", "unsafe"),
+        ("{{ messages.append(1) }}", "unsafe"),
+        ("{{ messages[0].update({'content': 'x'}) }}", "unsafe"),
+    ],
+)
+def test_a_template_that_fails_is_a_prompt_error(template: str, reason: str) -> None:
+    with pytest.raises(PromptError, match=reason) as caught:
+        ChatTemplate(template).render(CHAT, SPECIAL)
+    assert "\n" not in str(caught.value)
+
+
+def test_limits_grow_with_the_messages_and_are_those_of_one_rendering() -> None:
     messages = [{"role": "user", "content": "x" * 3_000_000}]
-    assert ChatTemplate("{{ messages[0].content }}").render(messages, {}) == messages[0]["content"]
-
-
-def test_what_one_rendering_spends_is_no_matter_of_the_next() -> None:
     template = ChatTemplate("{% for i in range(90000) %}{% endfor %}{{ messages[0].content }}")
-    assert {template.render(CHAT, {}) for _ in range(20)} == {"hello"}
+    assert template.render(messages, {}) == messages[0]["content"]
+    assert {template.render(CHAT, {}) for _ in range(3)} == {"hello"}
 
 
 PIECES = [

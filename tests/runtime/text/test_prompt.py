@@ -1,3 +1,5 @@
+"""Prompts of every form are encoded, or refused by what is wrong with them."""
+
 from __future__ import annotations
 
 import re
@@ -20,14 +22,13 @@ LIMIT = 8
 TEMPLATE = "{{ '<s>' }}{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
-def byte_level(template: str | None = TEMPLATE, *, special: bool = True) -> Tokenizer:
+def byte_level(template: str | None = TEMPLATE) -> Tokenizer:
     symbols = ["<s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = tokenizers.Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(symbols)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<s>"])
-    if special:
-        backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return Tokenizer(backend, template)
 
 
@@ -47,11 +48,8 @@ def refused(prompt: Any, message: str, tokenizer: Tokenizer | None = TOKENIZER, 
     assert "\n" not in str(caught.value)
 
 
-def test_text_gets_special_tokens() -> None:
+def test_text_gets_special_tokens_and_messages_those_of_the_template() -> None:
     assert encoded("hi") == [0, *TOKENIZER.encode("hi", special=False)]
-
-
-def test_messages_go_through_the_template_and_get_none_besides() -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "user", "content": "o"}]
     assert encoded(messages) == encoded(tuple(messages)) == [0, *TOKENIZER.encode("hio", special=False)]
 
@@ -71,12 +69,9 @@ def test_token_ids_are_taken_as_they_are(ids: Any) -> None:
     assert encoded(ids) == encoded(ids, None) == [5, 0, 299]
 
 
-@pytest.mark.parametrize("prompt", ["", [], (), np.array([], np.int64), np.array([])])
-def test_an_empty_prompt_is_refused(prompt: Any) -> None:
-    refused(prompt, "the prompt is empty")
-
-
-def test_a_prompt_that_encodes_to_nothing_is_refused() -> None:
+def test_an_empty_prompt_is_refused() -> None:
+    for prompt in ("", [], (), np.array([], np.int64), np.array([])):
+        refused(prompt, "the prompt is empty")
     refused([{"role": "user", "content": ""}], "the prompt is empty", byte_level("{{ messages[0].content }}"))
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -142,14 +137,10 @@ def test_text_needs_a_tokenizer_and_chat_a_template(prompt: Any) -> None:
 
 
 def test_the_limit_counts_tokens_with_special_ones() -> None:
-    assert len(encoded("a" * (LIMIT - 1))) == LIMIT
-    assert len(encoded([1] * LIMIT)) == LIMIT
+    assert len(encoded("a" * (LIMIT - 1))) == len(encoded([1] * LIMIT)) == LIMIT
     for prompt in ("a" * LIMIT, [1] * (LIMIT + 1), np.ones(LIMIT + 1, np.int64)):
         refused(prompt, f"has {LIMIT + 1} tokens, at most {LIMIT} fit; shorten it")
-
-
-def test_ids_beyond_the_embedding_from_the_tokenizer_are_refused() -> None:
-    with pytest.raises(PromptError, match="the ids of this bundle are 0 to 9"):
+    with pytest.raises(PromptError, match="the ids of this bundle are 0 to 9"):  # the tokenizer has more
         encode_prompt("hello", TOKENIZER, 10, LIMIT)
 
 

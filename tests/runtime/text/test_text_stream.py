@@ -1,10 +1,12 @@
+"""Text comes as soon as it is final, is what the tokenizer decodes, and ends before the first stop string."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -132,32 +134,10 @@ def test_text_is_what_decodes_up_to_the_first_stop_string(case: tuple[str, list[
     assert name in ODD or all(final[0].startswith("".join(pieces[:number])) for number in range(len(pieces)))
 
 
-@given(st.binary(max_size=30))
-@example(b"\xe2\x82\xff\xf0\x9f\x98\x80\xed\xa0\x80")
-@example(b"\xf4\x90\x80\x80\xc0\x80\xe0\x80\x80")
-def test_any_bytes_stream_as_they_decode(content: bytes) -> None:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    spelt = {"byte-level": [letters.index(letter) for letter in _letters(content)], "llama-2": list(content)}
-    for name, offsets in spelt.items():
-        ids = [len(SPECIAL) + offset for offset in offsets]
-        pieces, _ = run(Detokenizer(BUILT[name]), ids)
-        assert "".join(pieces) == BUILT[name].decode(ids)
-
-
-def _letters(content: bytes) -> str:
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return "".join(chr(byte if byte in printable else 0x100 + others.index(byte)) for byte in content)
-
-
 def spelt(name: str, *tokens: str) -> list[int]:
     tokenizer = BUILT[name]
     index = {tokenizer.token(i): i for i in range(tokenizer.vocab_size)}
     return [index[token] for token in tokens]
-
-
-def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> list[str]:
-    return run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0]
 
 
 @pytest.mark.parametrize(
@@ -180,6 +160,14 @@ def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> lis
         ("byte-level", ["a", "b", "Ċ", "a"], ["b\nb"], ["a", "", "", "b\na", ""]),
         ("byte-level", ["a", "b", "Ċ"], ["b\nb"], ["a", "", "", "b\n"]),
         ("byte-level", list("abaabab"), ["abab"], ["", "", "", "aba", "", "", "", ""]),
+        # Of two stop strings the one complete first counts, however the text falls into tokens.
+        ("byte-level", ["h", "a", "b", "h", "a"], ["abh", "ab"], ["h", "", "", "", "", ""]),
+        ("byte-level", ["a", "he", "Ġ", "l", "o"], ["he lo", "e"], ["a", "h", "", "", "", ""]),
+        # An incomplete character is no replacement character to stop at.
+        ("llama-2", ["a", "<0xC3>", "<0xA9>", "b"], ["\ufffd"], ["a", "", "", "éb", ""]),
+        ("llama-2", ["a", "<0xC3>", "b"], ["\ufffd"], ["a", "", "", ""]),
+        ("byte-level", ["a", "Ã", "©", "b"], ["\ufffd"], ["a", "", "é", "b", ""]),
+        ("byte-level", ["a", "Ã", "b"], ["\ufffd"], ["a", "", "", ""]),
         # Spelt in byte tokens, it stops at its last byte.
         ("llama-2", ["▁a", "<0x0A>"], ["\n"], ["a", "", ""]),
     ],
@@ -187,29 +175,7 @@ def pieces_of(name: str, tokens: Sequence[str], stop: Sequence[str] = ()) -> lis
 def test_pieces_come_as_soon_as_they_are_final(
     name: str, tokens: list[str], stop: list[str], pieces: list[str]
 ) -> None:
-    assert pieces_of(name, tokens, stop) == pieces
-
-
-@pytest.mark.parametrize(
-    ("name", "tokens", "stop", "text"),
-    [
-        *(("byte-level", ["h", *tokens], ["abh", "ab"], "h") for tokens in (["a", "b", "h", "a"], ["a", "b", "h"])),
-        # Of two stop strings the one complete first counts, however the text falls into tokens.
-        ("byte-level", ["a", "he", "Ġ", "l", "o"], ["he lo", "e"], "ah"),
-        ("byte-level", ["a", "h", "e", "Ġ", "l", "o"], ["he lo", "e"], "ah"),
-        ("byte-level", ["a", "he"], ["he", "e"], "a"),
-        ("t5", ["▁a", "a▁b"], ["a b", " "], "aa"),
-        # An incomplete character is no replacement character to stop at.
-        ("llama-2", ["a", "<0xC3>", "<0xA9>", "b"], ["\ufffd"], "aéb"),
-        ("llama-2", ["a", "<0xC3>", "b"], ["\ufffd"], "a"),
-        ("byte-level", ["a", "Ã", "©", "b"], ["\ufffd"], "aéb"),
-        ("byte-level", ["a", "Ã", "b"], ["\ufffd"], "a"),
-    ],
-)
-def test_text_ends_before_the_stop_string_that_is_complete_first(
-    name: str, tokens: list[str], stop: list[str], text: str
-) -> None:
-    assert "".join(pieces_of(name, tokens, stop)) == text
+    assert run(Detokenizer(BUILT[name], stop), spelt(name, *tokens))[0] == pieces
 
 
 def test_spaces_dropped_at_the_end_are_so_only_there() -> None:
@@ -218,17 +184,14 @@ def test_spaces_dropped_at_the_end_are_so_only_there() -> None:
     assert "".join(pieces) == "a b"
 
 
-def test_without_a_tokenizer_there_is_no_text() -> None:
+def test_without_a_tokenizer_there_is_no_text_and_stop_strings_are_texts() -> None:
     stream = Detokenizer(None, [])
     assert (stream.push(7), stream.finish(), stream.stopped) == ("", "", False)
     with pytest.raises(OptionError, match="no tokenizer"):
         Detokenizer(None, ["a"])
-
-
-@pytest.mark.parametrize("stop", ["word", [""], [3], ["a", None]])
-def test_stop_strings_that_are_none_are_refused(stop: object) -> None:
-    with pytest.raises(OptionError, match="stop"):
-        Detokenizer(BUILT["byte-level"], stop)  # type: ignore[arg-type]
+    for stop in ("word", [""], [3], ["a", None]):
+        with pytest.raises(OptionError, match="stop"):
+            Detokenizer(BUILT["byte-level"], stop)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["byte-level", "llama-2", "t5", "word-level"])

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +48,6 @@ def loaded(directory: Path) -> Tokenizer:
     return tokenizer
 
 
-def rendered(template: str, messages: Sequence[Mapping[str, Any]] = CHAT, **special: str) -> str:
-    return Tokenizer(word_level(), template, special).render_chat(messages)
-
-
 def test_a_bundle_without_a_tokenizer_gives_none(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("x")
     assert Tokenizer.load(tmp_path) is None
@@ -81,18 +76,15 @@ def test_truncation_and_padding_of_the_file_are_off(tmp_path: Path) -> None:
     assert loaded(bundle(tmp_path, backend)).encode("hello world hello") == [1, 4, 5, 4]
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"version": "1.0", "model"', b"\xff\xfe", b'{"model": 3}'])
-def test_a_broken_tokenizer_is_a_bundle_error(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tokenizer.json").write_bytes(content)
-    with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read .*convert the checkpoint again"):
-        Tokenizer.load(tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "3"])
-def test_a_broken_configuration_is_a_bundle_error(tmp_path: Path, content: str) -> None:
-    (bundle(tmp_path) / "tokenizer_config.json").write_text(content)
-    with pytest.raises(BundleError, match=r"tokenizer_config\.json (cannot be read|holds).* convert the"):
-        Tokenizer.load(tmp_path)
+def test_a_broken_file_is_a_bundle_error(tmp_path: Path) -> None:
+    for content in (b"", b"{}", b"[]", b'{"version": "1.0", "model"', b"\xff\xfe", b'{"model": 3}'):
+        (tmp_path / "tokenizer.json").write_bytes(content)
+        with pytest.raises(BundleError, match=r"tokenizer\.json cannot be read .*convert the checkpoint again"):
+            Tokenizer.load(tmp_path)
+    for text in ("{", "[]", "3"):
+        (bundle(tmp_path) / "tokenizer_config.json").write_text(text)
+        with pytest.raises(BundleError, match=r"tokenizer_config\.json (cannot be read|holds).* convert the"):
+            Tokenizer.load(tmp_path)
 
 
 def test_special_tokens_are_strings_or_objects_with_content(tmp_path: Path) -> None:
@@ -100,74 +92,9 @@ def test_special_tokens_are_strings_or_objects_with_content(tmp_path: Path) -> N
     assert loaded(bundle(tmp_path, config=config)).special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
 
 
-TEMPLATES = {
-    "whitespace": "{%- for m in messages %}\n    {{ m['role'] }}\n    {% if true %}\n  x\n{% endif %}\n{% endfor %}\n",
-    "generation prompt": "{% if add_generation_prompt %}<assistant>{% endif %}",
-    "tojson": "{{ messages | tojson }}{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}",
-    "loop controls": "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}{{ m.content }}{% endfor %}",
-    "generation block": "{% for m in messages %}{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}",
-    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
-    "tools": "{% if tools is not none %}T{% endif %}{% if documents %}D{% endif %}{{ bos_token }}{{ unknown }}",
-    "methods": "{{ messages[0].content.split('l')[0].strip() | upper }}{{ messages[-1].get('name', '-') }}",
-}
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_templates_render_as_in_transformers(name: str) -> None:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    messages = [*CHAT, {"role": "assistant", "content": "<b>é</b> & \n more", "name": "it"}]
-    ours = rendered(TEMPLATES[name], messages, bos_token="<s>")
-    theirs, _ = render_jinja_template(
-        [messages], chat_template=TEMPLATES[name], add_generation_prompt=True, bos_token="<s>"
-    )
-    assert ours == theirs[0]
-    assert ours
-
-
-def test_templates_know_the_date() -> None:
-    assert rendered("{{ strftime_now('%Y') }}") in {str(datetime.date.today().year + days) for days in (0, 1)}
-
-
 def test_chat_without_a_template_is_refused() -> None:
     with pytest.raises(PromptError, match="no chat template; pass the prompt as text or token ids"):
         Tokenizer(word_level()).encode_chat(CHAT)
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"),
-    [
-        ("{{ raise_exception('roles must\nalternate') }}", "roles must alternate"),
-        ("{{ messages[0].absent.deeper }}", "absent"),
-        ("{{ messages[0].content + 1 }}", "TypeError"),
-        ("{{ 1 // 0 }}", "ZeroDivisionError"),
-    ],
-)
-def test_a_template_that_refuses_the_messages_is_a_prompt_error(template: str, reason: str) -> None:
-    with pytest.raises(PromptError, match=reason) as caught:
-        rendered(template)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_template_that_is_not_valid_is_a_bundle_error() -> None:
-    with pytest.raises(BundleError, match=r"chat_template\.jinja line 2 is not a valid template"):
-        rendered("x\n{% for %}")
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ raise_exception.__globals__['json'] }}",
-        "{{ '{0.__class__.__mro__}'.format('') }}",
-        "{{ messages.append(1) }}",
-        "{{ messages[0].update({'content': 'x'}) }}",
-        "{% for i in range(10000000) %}x{% endfor %}",
-    ],
-)
-def test_a_template_cannot_leave_its_sandbox(template: str) -> None:
-    with pytest.raises(PromptError):
-        rendered(template)
 
 
 def test_text_the_tokenizer_has_no_token_for_is_a_prompt_error() -> None:
@@ -225,22 +152,16 @@ def test_a_tokenizer_with_the_usual_replacements_is_taken(tmp_path: Path) -> Non
 CATASTROPHE, HOPELESS = tokenizers.Regex("(a+)+$"), "a" * 40 + "!"
 
 
-def test_a_panic_of_the_library_while_encoding_is_the_prompts_error() -> None:
-    backend = word_level()
+def test_a_panic_of_the_library_is_an_error_of_ours() -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, HOPELESS: 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(CATASTROPHE, "isolated")
+    backend.decoder = decoders.Replace(CATASTROPHE, "b")
     tokenizer = Tokenizer(backend)
     with pytest.raises(PromptError, match=r"cannot encode the text .*retry-limit"):
         tokenizer.encode(HOPELESS)
-    assert tokenizer.encode("hello") == [1, 4]
-
-
-def test_a_panic_of_the_library_while_decoding_is_an_error_of_ours() -> None:
-    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "hello": 1, HOPELESS: 2}, unk_token="<unk>"))
-    backend.decoder = decoders.Replace(CATASTROPHE, "b")
-    tokenizer = Tokenizer(backend)
     with pytest.raises(PromptError, match=r"cannot decode the 1 tokens .*retry-limit"):
         tokenizer.decode([2])
-    assert tokenizer.decode([1]) == "hello"
+    assert (tokenizer.encode("hello"), tokenizer.decode([1])) == ([1], "hello")
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit])
