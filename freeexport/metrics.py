@@ -13,6 +13,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,6 +96,13 @@ class Metric:
 
 def bounded(value: float) -> float:
     return min(1.0, max(0.0, value))
+
+
+@lru_cache(maxsize=2)
+def draws(count: int, resamples: int) -> np.ndarray:
+    """Draw how often each of `count` sequences is in each resample of a bootstrap, the same at every call, int64
+    [resamples, count]."""
+    return np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), resamples)
 
 
 def check_name(name: str) -> None:

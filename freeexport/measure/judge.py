@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.quality import draws, percentiles
+from freeexport.measure.quality import RESAMPLES, percentiles
 from freeexport.measure.settings import OUTPUTS, RUN, read_records
+from freeexport.metrics import draws
 from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.page import pairs
 from freeexport.system.progress import progress
@@ -326,7 +327,7 @@ def _pairwise(valid: Sequence[Judgement]) -> dict[str, Any]:
 def _mean(values: np.ndarray) -> dict[str, float | None] | None:
     if not len(values):
         return None
-    low, high = percentiles(draws(len(values)) @ values / len(values))
+    low, high = percentiles(draws(len(values), RESAMPLES) @ values / len(values))
     return {"value": float(values.mean()), "low": low, "high": high}
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.measure.timing import spread
-from freeexport.metrics import Metric, Reference, bounded
+from freeexport.metrics import Metric, Reference, bounded, draws
 
-RESAMPLES, CONFIDENCE, SEED = 1000, 0.95, 0
+RESAMPLES, CONFIDENCE = 1000, 0.95
 # With fewer lines, an interval is too wide, and too uncertain itself, to name a winner.
 FEWEST_LINES = 100
 
@@ -63,7 +63,7 @@ def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, flo
 def interval(metric: Metric, table: np.ndarray, whole: np.ndarray) -> Interval:
     """Compute percentiles of a paired bootstrap of the ratio of two values over the same lines, [n, k] statistics each,
     over those resamples in which the full model does not score 0."""
-    drawn = draws(len(table))
+    drawn = draws(len(table), RESAMPLES)
     pairs = zip(drawn @ table, drawn @ whole, strict=True)
     values = ((bounded(metric.value(ours)), bounded(metric.value(full))) for ours, full in pairs)
     return percentiles([ours / full for ours, full in values if full])
@@ -73,13 +73,8 @@ def speed_interval(ours: np.ndarray, full: np.ndarray) -> Interval:
     """Compute percentiles of a paired bootstrap of full's seconds over ours, a number for each line."""
     if len(ours) < 2:
         return None, None
-    drawn = draws(len(ours))
+    drawn = draws(len(ours), RESAMPLES)
     return percentiles((drawn @ full) / (drawn @ ours))
-
-
-def draws(count: int) -> np.ndarray:
-    """Draw how often each of `count` lines is in each resample, the same for every setting, [RESAMPLES, count]."""
-    return np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), RESAMPLES)
 
 
 def percentiles(values: Sequence[float] | np.ndarray) -> Interval:

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.stats import binom
 
 from freeexport.measure.traces import Traces
-from freeexport.metrics import Metric, Reference, check_name, metric_of, scores
+from freeexport.metrics import Metric, Reference, check_name, draws, metric_of, scores
 from freeexport.system.progress import progress
 from runtime import Session
 from runtime.adaptation.adaptive_threshold import ZETA, Moments, paper_threshold
@@ -300,7 +300,7 @@ def ratio_bound(
     bootstrap of which one more sequence is part: an average one that mode free loses, whose statistics are `lost` [k],
     as what is rare may not have been drawn. 0 where the full model's value is 0.
     """
-    counts = np.random.default_rng(0).multinomial(len(free), np.full(len(free), 1 / len(free)), RESAMPLES)
+    counts = draws(len(free), RESAMPLES)
     ratios = []
     for ours, whole in zip(counts @ free + lost, counts @ full + full.mean(axis=0), strict=True):
         best = value(whole)

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from freeexport.cli import main
 from freeexport.measure import bench as benching
-from freeexport.measure.bench import Run, bench_sheet, facts_lines, narrow, rows_of, verdict
+from freeexport.measure.bench import Run, rows_of, verdict
 from freeexport.measure.plot import bench_speeds
 
 LLAMA = next(case for case in CASES if case.name == "llama-tied")
@@ -160,15 +160,6 @@ def test_a_table_fits_80_columns_and_leaves_out_what_nobody_has(bundle: Bundles,
     assert max(len(line.rstrip()) for line in table) <= 80
     assert "precision" not in table[0]
     assert "precision: fp32" in result.stdout
-
-
-def test_figures_of_an_older_run_are_shown() -> None:
-    older = Path(__file__).parents[3] / "docs" / "benchmarks" / "01-SmolLM2-in-fp32.json"
-    found = json.loads(older.read_text())
-    shown = narrow(bench_sheet(found))
-    assert shown.width <= 80
-    assert len(shown.rows) == len(found["rows"])
-    assert any("GB/s" in line for line in facts_lines(found))
 
 
 def test_bars_carry_values_and_marks_of_the_roofline() -> None:
