@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
-from freeexport.training.exit_modules import own_exit
+from freeexport.training.exit_modules import trained_exit
 from graphs.exit_head import EXIT_MAP, EXIT_NORM
 from graphs.families import describe
 from graphs.shapes import own_shapes
@@ -52,7 +52,7 @@ def with_exit_layers(name: str) -> Case:
 def model_with_exit(directory: Path) -> Any:
     """The Hugging Face model, which tests.reference reads the exit of from its `own_exit`."""
     model, opened = load(directory), open_checkpoint(str(directory))
-    object.__setattr__(model, "own_exit", own_exit(opened, describe(opened.config, opened)))
+    object.__setattr__(model, "own_exit", trained_exit(opened, describe(opened.config, opened))[0])
     return model
 
 

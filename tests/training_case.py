@@ -15,7 +15,7 @@ from checkpoints import CASES, Case
 from freeexport.checkpoints.checkpoint import open_checkpoint
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.training.batches import Collator, described, examples
-from freeexport.training.exit_modules import KnownTokens, known_tokens, own_exit
+from freeexport.training.exit_modules import KnownTokens, trained_exit
 from freeexport.training.frozen import FrozenExit
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import MEASURES, ShallowDeep, SharedHead
@@ -66,7 +66,7 @@ def evaluated(out: Path, options: TrainingOptions) -> dict[str, float]:
     opened = open_checkpoint(str(out))
     description = described(opened, options)
     _, validation, _ = examples(opened, description, options)
-    own, known = own_exit(opened, description), known_tokens(opened, description)
+    own, known = trained_exit(opened, description)
     module = ShallowDeep(reference_model(opened), description, options.exit_layer, "ce", own=own, known=known).eval()
     batch = Collator(opened.generation_config.get("decoder_start_token_id") if module.seq2seq else None)(validation)
     with torch.no_grad():

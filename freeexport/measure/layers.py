@@ -41,11 +41,11 @@ class LayerReader:
 
     def __init__(self, model: Any, checkpoint: Checkpoint, description: Description, exit_layer: int) -> None:
         from freeexport.training.batches import Collator
-        from freeexport.training.exit_modules import known_tokens, own_exit
+        from freeexport.training.exit_modules import trained_exit
         from freeexport.training.shallow_deep import EXIT, ShallowDeep
 
         self._model, self._checkpoint = model, checkpoint
-        own, known = own_exit(checkpoint, description), known_tokens(checkpoint, description)
+        own, known = trained_exit(checkpoint, description)
         # The loss of all layers keeps the states of all.
         module = ShallowDeep(model, description, exit_layer, "weighted-ce", own=own, known=known)
         self._module, self.layers = module.eval().to(model.device), module.layers

@@ -130,31 +130,25 @@ class KnownTokens(nn.Module):
         return torch.cat([logits[:, self.vocabulary], tail], dim=-1)
 
 
-def own_exit(checkpoint: Checkpoint, description: Description) -> Exit | None:
-    """The exit's own norm, and adapter or layers, of a checkpoint, None where it has none."""
+def trained_exit(checkpoint: Checkpoint, description: Description) -> tuple[Exit | None, KnownTokens | None]:
+    """The exit's own norm, and adapter or layers, of a checkpoint, None where it has none; and its vocabulary, None
+    where it knows all tokens."""
     decoder = with_exit(description, checkpoint).decoder
-    if decoder.exit_head is None or decoder.exit_head.norm is description.decoder.head.norm:
-        return None
-    norm = decoder.exit_head.norm
+    own: Exit | None = None
+    known: KnownTokens | None = None
+    if (head := decoder.exit_head) is None:
+        return None, None
+    if head.tokens:
+        known = KnownTokens(head.tokens, description.hidden_size).eval()
+        known.other.weight, known.other.bias = (_parameter(checkpoint.read(name)) for name in (OTHER, OTHER_BIAS))
     if decoder.exit_map is not None:
-        weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(norm.weight)
-        return ExitLayers(decoder.exit_layers, checkpoint.read, *weights, norm.epsilon).eval()
-    adapter = decoder.exit_head.adapter
-    rank = checkpoint.shape(adapter.down.weight)[0] if adapter else 0
-    own = AdaptedExit(checkpoint.read(norm.weight), norm.epsilon, rank)
-    own.load_state_dict({name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()})
-    return own.eval()
-
-
-def known_tokens(checkpoint: Checkpoint, description: Description) -> KnownTokens | None:
-    """The exit vocabulary of a checkpoint, None where its exit knows all tokens."""
-    head = with_exit(description, checkpoint).decoder.exit_head
-    if head is None or not head.tokens:
-        return None
-    known = KnownTokens(head.tokens, description.hidden_size)
-    known.other.weight = _parameter(checkpoint.read(OTHER))
-    known.other.bias = _parameter(checkpoint.read(OTHER_BIAS))
-    return known.eval()
+        weights = checkpoint.read(decoder.exit_map.weight), checkpoint.read(head.norm.weight)
+        own = ExitLayers(decoder.exit_layers, checkpoint.read, *weights, head.norm.epsilon).eval()
+    elif head.norm is not description.decoder.head.norm:
+        rank = checkpoint.shape(head.adapter.down.weight)[0] if head.adapter else 0
+        own = AdaptedExit(checkpoint.read(head.norm.weight), head.norm.epsilon, rank).eval()
+        own.load_state_dict({name: torch.from_numpy(checkpoint.read(PREFIX + name)) for name in own.state_dict()})
+    return own, known
 
 
 def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> None:
@@ -207,7 +201,14 @@ class SelfAttention(nn.Module):
         mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         if one.window is not None:
             mask = mask.triu(1 - one.window)
-        mixed = _mixed(query.to(value.dtype), key, value, mask, one.scale, causal=one.window is None)
+        query, causal = query.to(value.dtype), one.window is None
+        if query.is_cuda:
+            given = None if causal else mask
+            mixed = F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, scale=one.scale)
+        else:
+            # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
+            scores = (query @ key.transpose(-1, -2) * one.scale).masked_fill(~mask, float("-inf"))
+            mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 
@@ -221,17 +222,6 @@ class SelfAttention(nn.Module):
         cosine, sine = (part(angles).tile(2) * rotary.scale for part in (torch.cos, torch.sin))
         low, high = x.float().chunk(2, dim=-1)
         return torch.cat([low, high], -1) * cosine + torch.cat([-high, low], -1) * sine
-
-
-def _mixed(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, scale: float, causal: bool
-) -> torch.Tensor:
-    if query.is_cuda:
-        given = None if causal else mask
-        return F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, scale=scale)
-    # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
-    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    return scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
 
 
 class FeedForward(nn.Module):

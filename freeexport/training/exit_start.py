@@ -13,7 +13,7 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, known_ends
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, KnownTokens, own_exit
+from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, KnownTokens
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
@@ -36,10 +36,8 @@ def first_exit(
     examples: Sequence[Example],
     collate: Collator,
 ) -> Exit:
-    """The exit that training begins with: the checkpoint's own where it has been trained before; else layers like the
-    last ones behind a fitted map, or a norm and a fitted adapter."""
-    if (trained := own_exit(checkpoint, description)) is not None:
-        return trained.train()
+    """The exit that training begins with: layers like the last ones behind a fitted map, or a norm and a fitted
+    adapter."""
     layers, norm = description.decoder.layers, description.decoder.head.norm
     into = len(layers) - options.exit_layers
     whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from freeexport.checkpoints.exit_file import EXIT_FILE, ExitFile, write_exit_fil
 from freeexport.system.machine import BFLOAT16, keep_freed_memory, multiplies_bfloat16
 from freeexport.system.output import naming, output_directory
 from freeexport.training.options import MEASURED, TrainingOptions
-from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, TrainingDirectory, last_checkpoint
+from freeexport.training.run_directory import ELAPSED, METRICS, TENSORBOARD, last_checkpoint, open_run, run_directory
 from runtime.errors import OptionError
 
 if TYPE_CHECKING:
@@ -61,20 +62,22 @@ def train(model: str, out: Path, options: TrainingOptions) -> Trained:
     if not cuda.is_available():
         keep_freed_memory()
     process = PartialState(cpu=not cuda.is_available())
+    directory = run_directory(out)
     with process.main_process_first():
-        directory = TrainingDirectory(out, model, options, process.is_main_process)
+        if process.is_main_process:
+            open_run(out, model, options)
     if options.bf16 and process.is_main_process and not cuda.is_available() and not multiplies_bfloat16():
         names = f"{', '.join(BFLOAT16[:-1])} or {BFLOAT16[-1]}"
         click.echo(f"warning: --bf16 is slow on this processor, which has no {names}; train without it", err=True)
     try:
         return _train(model, out, options, directory, process)
     except BaseException:
-        if process.is_main_process and last_checkpoint(directory.path) is None:
-            directory.remove()  # nothing in it is of use
+        if process.is_main_process and last_checkpoint(directory) is None:
+            shutil.rmtree(directory, ignore_errors=True)  # nothing in it is of use
         raise
 
 
-def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingDirectory, process: Any) -> Trained:
+def _train(model: str, out: Path, options: TrainingOptions, directory: Path, process: Any) -> Trained:
     from freeexport.checkpoints.checkpoint import open_checkpoint
     from freeexport.training.batches import described, examples
     from freeexport.training.exit_start import chosen_tokens
@@ -100,15 +103,15 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
         for line in [*lines, prospect(costs, options.exit_layer, layers)]:
             click.echo(line, err=True)
     with process.main_process_first():
-        cache = directory.path / "states"
+        cache = directory / "states"
         tuning = trainable(model, checkpoint, description, options, training, validation, tokens, cache)
-    with naming(directory.path):
+    with naming(directory):
         written = None
         if options.select_by not in MEASURED:
             written = output_metric(tuning.module.model, checkpoint, validation, options.select_by)
         trained = replace(_run(tuning, options, directory, writer, written, costs), left_out=tuple(left_out))
     if writer:
-        with output_directory(directory.out, EXIT_FILE, options.overwrite) as partial:
+        with output_directory(out, EXIT_FILE, options.overwrite) as partial:
             tuning.write(partial)
             # An exit's own parameters belong to the weights beside them.
             has_parameters = tuning.own is not None or vocabulary is not None
@@ -125,12 +128,14 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: TrainingD
                 tune=options.tune,
             )
             write_exit_file(partial, exit_file)
-            directory.keep_records(partial)
+            shutil.copyfile(directory / METRICS, partial / METRICS)
+            if (directory / TENSORBOARD).is_dir():
+                shutil.copytree(directory / TENSORBOARD, partial / TENSORBOARD)
             # safetensors creates files that their owner alone may read; a link's mode is its base's.
             for path in partial.glob("*.safetensors"):
                 if path.stat().st_nlink == 1:
                     path.chmod((partial / EXIT_FILE).stat().st_mode & 0o777)
-        directory.remove()
+        shutil.rmtree(directory, ignore_errors=True)
     process.wait_for_everyone()
     return replace(trained, out=str(out))
 
@@ -144,13 +149,13 @@ def leave_group() -> bool:
     return bool(process.is_main_process)
 
 
-def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, writer: bool) -> Checkpoint:
+def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -> Checkpoint:
     from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
 
     if options.from_config:
         from freeexport.checkpoints.transformers_model import write_random_weights
 
-        base = directory.path / "base"
+        base = directory / "base"
         if writer and not base.exists():
             write_random_weights(Path(model), base, options.seed)
         return open_checkpoint(str(base))
@@ -169,25 +174,25 @@ def _base(model: str, options: TrainingOptions, directory: TrainingDirectory, wr
 
 
 def _run(
-    tuning: Trainable, options: TrainingOptions, directory: TrainingDirectory, writer: bool, written: Any, costs: Costs
+    tuning: Trainable, options: TrainingOptions, directory: Path, writer: bool, written: Any, costs: Costs
 ) -> Trained:
     from transformers import EarlyStoppingCallback, TrainerCallback
 
     from freeexport.training.report import MetricLog, Watch, verdict
     from freeexport.training.trainer import Clock, ExitTrainer, training_arguments
 
-    checkpoint = last_checkpoint(directory.path) if options.resume else None
+    checkpoint = last_checkpoint(directory) if options.resume else None
     elapsed, after = 0.0, None
     if checkpoint is not None:
         elapsed = float(json.loads((checkpoint / ELAPSED).read_text(encoding="utf-8")))
         after = int(checkpoint.name.rpartition("-")[2])
     clock = Clock(None if options.time_limit is None else 60 * options.time_limit, elapsed)
-    log = MetricLog(directory.path / METRICS, directory.path / TENSORBOARD, after) if writer else None
+    log = MetricLog(directory / METRICS, directory / TENSORBOARD, after) if writer else None
     watch = Watch(clock, log)
     callbacks: list[TrainerCallback] = [watch]
     if options.patience:
         callbacks.append(EarlyStoppingCallback(options.patience))
-    arguments = training_arguments(options, directory.path, tuning.lengths[0], checkpoint is not None)
+    arguments = training_arguments(options, directory, tuning.lengths[0], checkpoint is not None)
     watch.trainer = trainer = ExitTrainer(tuning, arguments, options, clock, callbacks, written)
     try:
         trainer.run(checkpoint)

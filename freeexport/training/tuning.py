@@ -18,7 +18,7 @@ from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from freeexport.checkpoints.tokenizer_files import write_tokenizer
 from freeexport.checkpoints.transformers_model import reference_model
 from freeexport.training.batches import Collator, token_counts
-from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, known_tokens, write_exit
+from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, trained_exit, write_exit
 from freeexport.training.exit_start import begin_other, first_exit, observed
 from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
 from freeexport.training.options import TrainingOptions
@@ -85,16 +85,17 @@ def trainable(
         model.requires_grad_(False)
     if frozen and torch.cuda.is_available():
         torch.nn.Module.cuda(model)
-    own = None
-    if frozen or options.exit_layers:
-        own = first_exit(model, checkpoint, description, options, training, collate).to(model.device)
-    trained = known_tokens(checkpoint, description)
-    known = KnownTokens(tokens, description.hidden_size) if trained is None and tokens is not None else trained
+    own, known = trained_exit(checkpoint, description)
+    if own is None and (frozen or options.exit_layers):
+        own = first_exit(model, checkpoint, description, options, training, collate)
+    begins = known is None
+    if known is None and tokens is not None:
+        known = KnownTokens(tokens, description.hidden_size)
+    for part in filter(None, (own, known)):
+        part.to(model.device).train()
     adapted = _adapted(model, model_name, description, options) if options.tune == "lora" else None
     module = ShallowDeep(model, description, options.exit_layer, options.loss, options.loss_alpha, own=own, known=known)
-    if known is not None:
-        known.to(model.device)
-    if known is not None and trained is None:
+    if known is not None and begins:
         states = observed(module, training, collate, options.bf16)
         begin_other(known, module.head, (module.exit_normed(hidden) for hidden in states))
 

@@ -240,11 +240,11 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         return None
     import torch
 
-    from freeexport.training.exit_modules import known_tokens, own_exit
+    from freeexport.training.exit_modules import trained_exit
     from freeexport.training.shallow_deep import exits_of, shared_head
 
     description = describe(checkpoint.config, checkpoint)
-    own, known = own_exit(checkpoint, description), known_tokens(checkpoint, description)
+    own, known = trained_exit(checkpoint, description)
     head = shared_head(model, description).eval()
 
     @torch.no_grad()

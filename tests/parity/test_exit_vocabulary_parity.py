@@ -21,7 +21,7 @@ from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.measure.sources import open_sources
 from freeexport.system.jsonl import Request
-from freeexport.training.exit_modules import KnownTokens, known_tokens
+from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
@@ -92,13 +92,13 @@ def test_verify_compares_the_confidences(
 def test_verify_refuses_another_class_of_others(
     bundle: Bundles, checkpoint: Directory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(*given: Any) -> KnownTokens | None:
-        known = known_tokens(*given)
+    def other(*given: Any) -> tuple[Exit | None, KnownTokens | None]:
+        own, known = trained_exit(*given)
         assert known is not None
         known.other.bias.data += 0.1
-        return known
+        return own, known
 
-    monkeypatch.setattr("freeexport.training.exit_modules.known_tokens", other)
+    monkeypatch.setattr("freeexport.training.exit_modules.trained_exit", other)
     report = verify(Bundle.open(bundle(LLAMA, EXIT_LAYER)), str(checkpoint(LLAMA)), extent=QUICK)
     assert [check["tensor"] for check in report["checks"] if not check["passed"]] == ["exit confidence"]
 
