@@ -160,7 +160,8 @@ def choose(traces: Traces, rule: Rule, outputs: DecodedOutputs | None = None) ->
     else:
         choice = fitted
         if rule.method == "paper":
-            agreeing, others = (Moments.of(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
+            parts = (_able(traces.confidence[traces.agrees == agrees]) for agrees in (True, False))
+            agreeing, others = map(Moments.of, parts)
             choice = Choice(paper_threshold(agreeing, others, rule.zeta), fitted.mixture)
         if rule.metric is not None and outputs is not None and choice.threshold < NEVER_EXIT:
             kept = outputs.kept(rule.metric, choice.threshold, np.ones(len(outputs), np.bool_))
@@ -174,7 +175,8 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
     """The Beta mixture of greatest likelihood of tokens [n], and the threshold from which P(agree | confidence) is at
     least `target`, in (0, 1). Raises CalibrationError for confidences that are not in [0, 1]."""
     check_confidences(confidence)
-    agreeing, disagreeing, count = confidence[agrees], confidence[~agrees], len(agrees)
+    agreeing, disagreeing = _able(confidence[agrees]), _able(confidence[~agrees])
+    count = len(agreeing) + len(disagreeing)
     if not len(agreeing):
         note = f"none of the {count} tokens agrees: the exit cannot be used"
         return Choice(NEVER_EXIT, None, notes=(note,))
@@ -193,6 +195,13 @@ def fit(confidence: np.ndarray, agrees: np.ndarray, target: float) -> Choice:
     which = "agreeing" if len(agreeing) <= len(disagreeing) else "disagreeing"
     notes = (f"only {few} {which} tokens: their distribution is rough; give more samples",) if few < 30 else ()
     return Choice(threshold_at(mixture, target), mixture, notes=notes)
+
+
+def _able(confidence: np.ndarray) -> np.ndarray:
+    """The confidences above 0: at 0, as where a class of unknown tokens is best, nothing exits at any threshold, and a
+    Beta that must explain it has too much weight near 1. All of them where none is above."""
+    above = confidence[confidence > 0]
+    return above if len(above) else confidence
 
 
 def check_confidences(confidence: np.ndarray) -> None:

@@ -304,8 +304,8 @@ class LabelStatistics:
 def _sums(confidences: Iterable[float]) -> LogSums:
     weight = log = log_rest = 0.0
     for confidence in confidences:
-        # One that is not a number says nothing, and would never be forgotten.
-        if math.isfinite(confidence):
+        # One that is not a number says nothing, and would never be forgotten; at 0 nothing exits at any threshold.
+        if 0 < confidence < math.inf:
             inside = min(max(confidence, EPSILON), 1 - EPSILON)
             weight += 1.0
             log += math.log(inside)

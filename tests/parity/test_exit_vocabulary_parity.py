@@ -20,11 +20,13 @@ from freeexport.commands.inspect import command as inspect
 from freeexport.conversion.convert import convert
 from freeexport.conversion.options import ConvertOptions
 from freeexport.measure.sources import open_sources
+from freeexport.measure.threshold import fit
 from freeexport.system.jsonl import Request
 from freeexport.training.exit_modules import Exit, KnownTokens, trained_exit
 from freeexport.verification.engines import QUICK
 from freeexport.verification.verification import verify
 from runtime import Session
+from runtime.adaptation.adaptive_threshold import _sums
 from runtime.bundle.bundle import Bundle
 from runtime.errors import OptionError
 
@@ -124,3 +126,14 @@ def test_convert_needs_no_option_and_takes_none(bundle: Bundles, checkpoint: Dir
     with pytest.raises(OptionError, match=f"trained with a vocabulary of {len(KNOWN)} tokens; leave the option out"):
         convert(str(checkpoint(LLAMA)), tmp_path / "out", ConvertOptions(exit_vocab=100, data=data))
     assert open_checkpoint(str(checkpoint(LLAMA))).sha256 == Bundle.open(path).manifest.source_sha256
+
+
+def test_tokens_that_cannot_exit_leave_the_threshold_as_it_is() -> None:
+    draw = np.random.default_rng(0)
+    confidence = np.concatenate([draw.beta(5.0, 0.6, 400), draw.beta(1.2, 2.0, 200)])
+    agrees = np.arange(600) < 400
+    alone = fit(confidence, agrees, 0.9)
+    assert 0 < alone.threshold < 1
+    with_others = fit(np.append(confidence, np.zeros(300)), np.append(agrees, np.zeros(300, np.bool_)), 0.9)
+    assert with_others.threshold == alone.threshold
+    assert _sums([0.0, 0.5]) == _sums([0.5])
