@@ -353,7 +353,9 @@ def page(found: Evaluation) -> str:
     from markupsafe import Markup
 
     picture = io.StringIO()
-    quality_speed(found).savefig(picture, format="svg")
+    quality_speed(found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality).savefig(
+        picture, format="svg"
+    )
     svg, processor = picture.getvalue(), found.report["machine"]["processor"]
     caption = (
         "Quality by speed; bars are 95 % intervals of a paired bootstrap over lines, numbers are thresholds. Arrows "
@@ -418,7 +420,7 @@ def write(found: Evaluation) -> None:
     write_whole(out / "evaluation.json", json.dumps(found.report, indent=2) + "\n")
     write_whole(out / "evaluation.csv", as_csv(found.rows))
     write_whole(out / "results.md", as_markdown(found))
-    figure = quality_speed(found)
+    figure = quality_speed(found.rows, found.metrics[0].name, found.metrics[0].label, found.options.quality)
     for name in ("curve.png", "curve.svg"):
         save_figure(figure, out / name)
     write_whole(out / "report.html", page(found))

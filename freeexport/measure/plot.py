@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from freeexport.measure.calibrate import Calibrated
-    from freeexport.measure.evaluate import Evaluation
     from freeexport.measure.quality import Row
 
 # Colour and mark of each method.
@@ -44,22 +43,22 @@ _TOP = 0.999  # agreement beyond this is drawn here
 _EDGES = 41
 
 
-def quality_speed(found: Evaluation) -> Figure:
-    """Draw quality, relative to the full model's by the first metric, over the speed of whole requests."""
-    metric, wanted = found.metrics[0].name, found.options.quality
+def quality_speed(rows: Sequence[Row], metric: str, label: str, wanted: float) -> Figure:
+    """Draw quality, relative to the full model's by the metric of that label, over the speed of whole requests."""
     figure = new_figure(9, 4.5)
     axes = figure.subplots()
-    values = [one for row in found.rows if (one := row["scores"][metric]["relative"]) is not None]
+    values = [one for row in rows if (one := row["scores"][metric]["relative"]) is not None]
     near = [value for value in values if value >= wanted - _FAR]
     floor = min(near) - max(0.01, 0.12 * (max(near) - min(near))) if 0 < len(near) < len(values) else None
-    for number, entry in enumerate(found.entries):
-        for method in entry.methods:
-            some = [row for row in found.rows if (row["bundle"], row["method"]) == (entry.name, method)]
-            label = f"{method}, {entry.name}" if len(found.entries) > 1 else method
-            _quality_curve(axes, sorted(some, key=itemgetter("request_speed")), metric, label, number, floor)
+    bundles = list(dict.fromkeys(row["bundle"] for row in rows))
+    for bundle, method in dict.fromkeys((row["bundle"], row["method"]) for row in rows):
+        some = [row for row in rows if (row["bundle"], row["method"]) == (bundle, method)]
+        name = f"{method}, {bundle}" if len(bundles) > 1 else method
+        number = bundles.index(bundle)
+        _quality_curve(axes, sorted(some, key=itemgetter("request_speed")), metric, name, number, floor)
     axes.axhline(wanted, color=GREY, linewidth=0.8, linestyle="--", label=f"{wanted:.4g}")
     axes.set_xlabel("speed of requests, as a multiple of the full model's")
-    axes.set_ylabel(f"{found.metrics[0].label}, relative to full")
+    axes.set_ylabel(f"{label}, relative to full")
     axes.margins(0.08, 0.12)
     if floor is not None:
         axes.set_ylim(bottom=floor)
