@@ -64,3 +64,8 @@ def shown(value: Any) -> str:
         return f"of type {type(value).__name__}, which cannot be printed"
     text = " ".join(text.split())
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """The message of an error in one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200]

@@ -18,8 +18,7 @@ from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runtime.errors import BundleError, PromptError
-from runtime.text.tokenizer import one_line
+from runtime.errors import BundleError, PromptError, one_line
 
 FILE = "chat_template.jinja"
 # Bytes; the longest published templates have about 30,000.

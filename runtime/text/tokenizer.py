@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import tokenizers
 
-from runtime.errors import BundleError, PromptError
+from runtime.errors import BundleError, PromptError, one_line
 from runtime.json_file import LARGEST_FILE, UnreadableError, read_object, read_text
 from runtime.text.control_tokens import ControlTokens
 
@@ -241,8 +241,3 @@ def _by_the_library(error: BaseException) -> bool:
 
 def _broken(path: Path, error: BaseException) -> BundleError:
     return BundleError(f"{path} cannot be read ({one_line(error)}); convert the checkpoint again")
-
-
-def one_line(error: BaseException) -> str:
-    """The message of an error in one line of at most 200 characters."""
-    return " ".join(str(error).split())[:200]
