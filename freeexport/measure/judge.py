@@ -291,19 +291,23 @@ def summary(judgements: Sequence[Judgement], options: JudgeOptions) -> dict[str,
             if one.asked:
                 groups[one.line, one.of].append(one.verdict)
         same = [a == b for each in groups.values() for a, b in combinations(each, 2)]
-        found = _likert(valid, options.setting) if kind == "likert" else _pairwise(valid)
+        found = _likert(mine, options.setting) if kind == "likert" else _pairwise(valid)
         agreement = float(np.mean(same)) if same else None
         made[kind] = {**found, "agreement": agreement, "without_verdict": len(mine) - len(valid)}
     return made
 
 
-def _likert(valid: Sequence[Judgement], setting: str) -> dict[str, Any]:
+def _likert(judgements: Sequence[Judgement], setting: str) -> dict[str, Any]:
+    """Grades of the lines of which both outputs have one."""
     grades: dict[str, dict[int, list[float]]] = {"full": defaultdict(list), setting: defaultdict(list)}
-    for one in valid:
-        grades[one.of][one.line].append(float(one.verdict or 0))
+    for one in judgements:
+        if one.verdict is not None:
+            grades[one.of][one.line].append(float(one.verdict))
     # Of the same text nothing but the full model's grade was asked for.
-    other = {line: grades[setting].get(line, full) for line, full in grades["full"].items()}
-    ours, full = (np.array([np.mean(each[line]) for line in other]) for each in (other, grades["full"]))
+    asked = {one.line for one in judgements if one.of == setting}
+    other = {line: grades[setting if line in asked else "full"].get(line, []) for line in grades["full"]}
+    both = [line for line, found in other.items() if found]
+    ours, full = (np.array([np.mean(each[line]) for line in both]) for each in (other, grades["full"]))
     return {"full": _mean(full), "other": _mean(ours), "difference": _mean(ours - full)}
 
 

@@ -161,6 +161,13 @@ def test_nonsense_is_asked_again_and_then_counts_as_no_verdict(run: Callable[...
     assert len(server.prompts) == 3 * 7
 
 
+def test_a_line_with_one_grade_is_not_compared(run: Callable[..., Result], server: Server) -> None:
+    server.answer = lambda number, prompt: (200, "?", {}) if "good too" in prompt else honest(number, prompt)
+    likert = found(run("--kind", "likert"))["likert"]
+    assert (likert["full"]["value"], likert["other"]["value"], likert["difference"]["value"]) == (5, 3, -2)
+    assert likert["without_verdict"] == 2
+
+
 @pytest.mark.parametrize(
     ("kind", "answer", "swapped", "verdict"),
     [
