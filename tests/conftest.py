@@ -31,7 +31,7 @@ settings.load_profile("no deadline")
 def conversion_in_this_process() -> Iterator[None]:
     """Verify and time new bundles in the test's process, and time them for a moment instead of 12 seconds.
 
-    Children would import torch and transformers once more for each; test_convert.py has one with a child.
+    Children would import torch and transformers once more for each; test_convert.py and test_costs.py have some.
     """
     from freeexport.commands.convert import verify_command
     from freeexport.measure import costs, sources

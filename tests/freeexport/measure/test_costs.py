@@ -23,12 +23,14 @@ from freeexport.measure.costs import (
     token_bytes,
 )
 from freeexport.measure.traces import ReplaySession
+from freeexport.system.child import ChildError, run_child
 from graphs.families import describe
 from graphs.step_costs import StepCosts, analytic
 from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs, Outside, recordable
 from runtime.kernels import missing
 from runtime.machine.machine import host
+from runtime.result import Stats
 
 BY_NAME = {case.name: case for case in CASES}
 LLAMA = BY_NAME["llama-tied"]
@@ -105,6 +107,27 @@ def test_noise_makes_nothing_negative_nor_a_longer_pass_cheaper() -> None:
     assert min(found.shallow, *asdict(found.outside).values()) >= 0
     seconds = list(found.deep.values())
     assert seconds == sorted(seconds)
+
+
+def test_a_sample_of_a_request_counts_its_steps_and_passes() -> None:
+    stats = Stats(tokens=9, seconds=10.0, prefill_seconds=1.0, shallow_seconds=4.0)
+    for rows, seconds in ((3, 1.0), (3, 1.5), (1, 0.5)):
+        stats.count_pass(rows, seconds)
+    found = Sample.of(True, stats)
+    assert (found.steps, found.passes, found.shallow, found.outside) == (8, 3, 4.0, 2.0)
+    assert found.deep == {3: 1.25, 1: 0.5}
+
+
+def test_a_process_of_its_own_measures_and_says_what_failed(
+    bundle: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("freeexport.measure.costs.run_child", run_child)
+    monkeypatch.setattr("freeexport.measure.costs.measured_costs", None)  # this process measures nothing
+    costs = measured_in_child(bundle(LLAMA, max_pending=4), threads=1, tokens=2, context=1)
+    assert recordable(costs) is costs
+    with pytest.raises(ChildError) as failed:
+        measured_in_child(tmp_path)
+    assert str(failed.value) == f"{tmp_path} is not a bundle: it has no freeexport.json"
 
 
 def test_costs_of_a_session_that_decodes(bundle: Bundles) -> None:

@@ -72,6 +72,10 @@ def test_a_head_costs_in_proportion_to_its_tokens() -> None:
     assert [gain.costs.shallow for gain in found.values()] == [1.25, 1.5, 2.0, 3.0]
     assert (best(found).size, best(found).lost) == (64, 0)
     assert best(found).speedup > found[512].speedup
+    # Where rare tokens exit, the whole vocabulary is best.
+    rare = traces(*[[(100 * line + token, 0.9) for token in range(20)] for line in range(1, 5)])
+    found, _ = gains(rare, costs=Costs(shallow=1.1, shallow_without_head=1.0, deep=COSTS.deep))
+    assert (best(found).size, found[512].lost, found[64].lost) == (512, 0, 1)
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,15 +19,18 @@ from click.testing import CliRunner, Result
 from command_errors import error
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from traces import trace
 
 from freeexport.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from freeexport.checkpoints.examples import Example
+from freeexport.checkpoints.exit_file import EXIT_WEIGHTS, ExitFile, write_exit_file
 from freeexport.cli import main
 from freeexport.measure.layers import NO_EXIT, Curve, LayerReader, LayersOptions, layers_report
 from freeexport.measure.plot import layer_curves
 from freeexport.measure.traces import Traces
 from freeexport.verification.reference import reference_ids
+from graphs.exit_head import ADAPTER_DOWN, ADAPTER_NORM, ADAPTER_UP, EXIT_NORM
 from graphs.families import describe
 from graphs.step_costs import StepCosts
 
@@ -104,6 +108,31 @@ def test_outputs_are_the_models_own_greedy_ones(case: Case, checkpoint: Director
     model.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=9.0, top_k=3)
     again = reader(model, opened).greedy_outputs(examples(), 6, 3, nothing)
     assert [one.target.tolist() for one in again] == [one.target.tolist() for one in outputs]
+
+
+def rms(hidden: np.ndarray) -> np.ndarray:
+    return hidden / np.sqrt(np.square(hidden).mean(-1, keepdims=True) + 1e-5)
+
+
+def test_an_adapter_of_the_exit_is_what_is_worked_out_by_hand(checkpoint: Directory, tmp_path: Path) -> None:
+    directory, random = tmp_path / "own", np.random.default_rng(0)
+    plain = open_checkpoint(str(shutil.copytree(checkpoint(BY_NAME["llama-tied"]), directory)))
+    shapes = {EXIT_NORM: (64,), ADAPTER_NORM: (64,), ADAPTER_DOWN: (4, 64), ADAPTER_UP: (64, 4)}
+    own = {name: random.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    model, given = load(directory), examples()[:1]
+    without, _ = evaluated(model, plain, given)
+    save_file(own, directory / EXIT_WEIGHTS)
+    write_exit_file(directory, ExitFile(2, True, 4, plain.sha256, "ce", "exit"))
+    result, _ = evaluated(model, open_checkpoint(str(directory)), given)
+    assert result[0].token.tolist() == without[0].token.tolist()  # layer 1 is no exit
+    ids = torch.tensor([[*PROMPTS[0], *TARGETS[0][:-1]]])
+    with torch.no_grad():
+        hidden = model(ids, output_hidden_states=True, use_cache=False).hidden_states[2][0, len(PROMPTS[0]) :].numpy()
+    inner = rms(hidden) * own[ADAPTER_NORM] @ own[ADAPTER_DOWN].T
+    hidden = hidden + inner / (1 + np.exp(-inner)) @ own[ADAPTER_UP].T
+    logits = torch.from_numpy(rms(hidden) * own[EXIT_NORM] @ model.lm_head.weight.detach().numpy().T)
+    assert result[1].token.tolist() == logits.argmax(-1).tolist()
+    np.testing.assert_allclose(result[1].confidence, [reference.confidence_of(row) for row in logits], atol=2e-5)
 
 
 LINES = [

@@ -102,6 +102,17 @@ def test_energy_is_that_of_all_rounds_where_all_are_known(entry: Entry) -> None:
     assert (full["joules_per_token"], static["joules_per_token"]) == (0.2, None)
 
 
+def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_nothing(entry: Entry) -> None:
+    other = replace(entry, name="two", settings=(STATIC,))
+    found = {**records(), ("two", "static"): records()["one", "static"]}
+    row = rows_of([entry, other], found, REFERENCES, [metric_of("exact")])[-1]
+    assert (row["bundle"], row["against"], row["scores"]["exact"]["relative"]) == ("two", "one", 0.5)
+    assert row["request_speed"] == pytest.approx(1.1 / 0.3)
+    rows = rows_of([entry], records(), dict.fromkeys((1, 2), Reference(("other",))), [metric_of("exact")])
+    assert [row["scores"]["exact"]["relative"] for row in rows] == [None] * 3
+    assert all(curve["fastest"] is None for curve in curves_of(rows, "exact", 0.99))
+
+
 def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[Record]]]:
     """Free is twice as fast as full and wrong in some lines; static is four times as fast, and wrong in half."""
 

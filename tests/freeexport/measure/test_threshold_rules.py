@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import beta
+from scipy.stats import beta, binom
 from traces import correlated, mixed, trace
 
 from freeexport.measure.threshold import (
     COARSE_THRESHOLDS,
+    THRESHOLDS,
     Choice,
     DecodedOutputs,
     Rule,
@@ -25,7 +26,7 @@ from freeexport.measure.threshold import (
     token_losses,
 )
 from freeexport.measure.traces import Traces
-from runtime.adaptation.adaptive_threshold import Moments, paper_threshold
+from runtime.adaptation.adaptive_threshold import GRID, Moments, paper_threshold
 from runtime.bundle.beta import Beta, BetaMixture
 from runtime.errors import CalibrationError, OptionError
 
@@ -134,16 +135,32 @@ def test_as_many_sequences_are_needed_as_can_pass_without_a_loss(risk: float, de
     assert hoeffding_bentkus(np.zeros(needed - 1), risk) > delta
 
 
+def test_testing_stops_at_the_first_that_fails() -> None:
+    asked: list[float] = []
+
+    def passes(threshold: float) -> bool:
+        asked.append(threshold)
+        return threshold != 0.5
+
+    assert first_failing(passes, (1.0, 0.9, 0.7, 0.5, 0.3)) == 0.7
+    assert asked == [0.9, 0.7, 0.5]
+    for thresholds in (THRESHOLDS, COARSE_THRESHOLDS):  # from never to always
+        assert list(thresholds) == sorted(set(thresholds), reverse=True)
+        assert (thresholds[0], thresholds[-1]) == (1, 0)
+
+
 def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
     """A large set is the population: its mean losses are the true risks, and calibration sets are drawn from it."""
     population = correlated(6000, seed=5)
+    assert _correlation(population) >= 0.3
     losses = np.stack([token_losses(population, threshold) for threshold in STEPS], axis=1)
     true = losses.mean(axis=0)
     assert true[-1] > 2 * RISK > true[1]  # there is something to get wrong
     random = np.random.default_rng(11)
-    broken = naive = exits = 0
+    broken = naive = of_tokens = exits = 0
     for _ in range(SETS):
-        sample = losses[random.integers(0, len(losses), SEQUENCES)]
+        drawn = random.integers(0, len(losses), SEQUENCES)
+        sample, count = losses[drawn], population.length[drawn]
 
         def passes(threshold: float, sample: np.ndarray = sample) -> bool:
             return p_value(sample[:, STEPS.index(threshold)], RISK) <= DELTA
@@ -152,9 +169,24 @@ def test_the_promise_holds_for_tokens_that_depend_on_each_other() -> None:
         broken += true[chosen] > RISK
         exits += chosen > 0
         naive += true[np.flatnonzero(sample.mean(axis=0) <= RISK)[-1]] > RISK
+        # The exact test of tokens in place of sequences: the last threshold before the first that fails.
+        fails = binom.cdf(np.rint(sample.T @ count), count.sum(), RISK) > DELTA
+        of_tokens += true[np.argmax(fails[1:])] > RISK
     assert broken <= DELTA * SETS
     assert exits > 0.9 * SETS  # it is not kept by never exiting
-    assert naive > 2 * DELTA * SETS  # the observed risk alone breaks it
+    # The observed risk alone breaks it, and so do tokens counted as if they were independent.
+    assert naive > 2 * DELTA * SETS
+    assert of_tokens > DELTA * SETS
+
+
+def _correlation(traces: Traces) -> float:
+    """Intra-class correlation of disagreement, by one-way analysis of variance."""
+    groups = np.split(1.0 - traces.agrees, np.cumsum(traces.length)[:-1])
+    sizes, overall = traces.length, np.mean(1.0 - traces.agrees)
+    between = sum(len(group) * (group.mean() - overall) ** 2 for group in groups) / (len(groups) - 1)
+    within = sum(((group - group.mean()) ** 2).sum() for group in groups) / (sizes.sum() - len(groups))
+    size = (sizes.sum() - (sizes**2).sum() / sizes.sum()) / (len(groups) - 1)
+    return float((between - within) / (between + (size - 1) * within))
 
 
 COUNT = 300
@@ -308,3 +340,15 @@ def test_the_papers_rule_is_that_of_its_authors(zeta: float, seed: int) -> None:
     choice = choose(traces, Rule("paper", zeta=zeta))
     assert choice.threshold == pytest.approx(expected)
     assert choice.mixture is not None  # for an adaptive threshold to begin with
+
+
+def test_the_papers_rule_has_a_threshold_for_whatever_it_is_given() -> None:
+    nothing, same, some = Moments(), Moments.of(np.full(50, 0.7)), Moments.of(np.linspace(0.1, 0.9, 30))
+    assert paper_threshold(nothing, nothing) == paper_threshold(same, nothing) == GRID[-1]
+    # Without tokens of a class, both fits are the same.
+    assert paper_threshold(some, nothing) == paper_threshold(nothing, some) == GRID[0]
+    assert paper_threshold(Moments.of(np.array([0.0, 1.0])), some) in GRID
+
+
+def test_every_third_sequence_is_held_out() -> None:
+    assert held_out_of(7).tolist() == [False, False, True, False, False, True, False]

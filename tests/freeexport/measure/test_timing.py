@@ -61,6 +61,10 @@ def test_turns_that_are_done_are_not_repeated() -> None:
     assert not calls  # nothing to measure, nothing to warm up
 
 
+def test_a_setting_without_tokens_has_no_speed() -> None:
+    assert np.isnan(speeds([0], [1], 1, lambda setting, prompt: (0, 0.0))[0, 0])
+
+
 @pytest.mark.parametrize(("cores", "noted"), [(0.0, False), (0.1, False), (1.2, True)])
 def test_a_busy_machine_is_noted(cores: float, noted: bool) -> None:
     assert ("kept 1.2 cores busy" in load_note(cores)) == noted

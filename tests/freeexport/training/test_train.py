@@ -143,11 +143,12 @@ def test_random_weights_from_a_configuration(checkpoint: Directory, words: Path,
     source.mkdir()
     for path in checkpoint(T5).glob("*.json"):
         (source / path.name).write_bytes(path.read_bytes())
-    options = run_options(words, from_config=True, steps=1, evaluate_every=1, dtype="float16", seed=1)
-    for name in ("first", "again"):
-        train(str(source), tmp_path / name, options)
-    first, again = tensors(tmp_path / "first"), tensors(tmp_path / "again")
+    options = run_options(words, from_config=True, steps=1, evaluate_every=1, dtype="float16")
+    for name, seed in (("first", 1), ("again", 1), ("other", 2)):
+        train(str(source), tmp_path / name, replace(options, seed=seed))
+    first, again, other = (tensors(tmp_path / name) for name in ("first", "again", "other"))
     assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert any(not np.array_equal(first[name], other[name]) for name in first)
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         train(str(tmp_path), tmp_path / "none", options)
     assert not (tmp_path / "none.training").exists()
