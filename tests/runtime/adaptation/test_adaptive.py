@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_audits_free_a_threshold_at_which_nothing_would_ever_be_labelled(monkeyp
     stuck = adapting(everything_exits)
     Requests(seed=4, length=5).run(stuck, HARD, 40_000)
     assert stuck.threshold < 0.5
+
+
+def test_audits_are_rare() -> None:
+    threshold, audits, left = adapting(BetaMixture(Beta(4.0, 0.4), Beta(4.0, 0.4), 0.95)), 0, 0
+    for _ in range(400):
+        seen = threshold.begin()
+        audits += seen.leave([0.99] * 5)
+        left += 5
+        threshold.complete(seen)
+    assert audits == pytest.approx(left / adaptive.AUDIT_TOKENS, abs=1)
 
 
 def test_a_request_keeps_the_threshold_of_its_start() -> None:
@@ -387,6 +398,19 @@ def test_leaving_early_with_an_audit_due_leaves_the_slot_sound(
         assert session.generate(PROMPTS[1], **OPTIONS).token_ids == expected
 
 
+def test_many_threads_lose_no_request_and_several_samples_are_one(open_session: Open) -> None:
+    session = open_session(slots=4)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: decoded(session, 3, 3 * number), range(8)))
+    state = session.adaptive_state()
+    assert state["requests"] == 24
+    weight = state["agree"][0] + state["disagree"][0] + sum(row[0] for row in state["unlabelled"])
+    # 29 tokens of each request, fading over 500.
+    assert weight == pytest.approx(29 / (1 - np.exp(-29 / 500)), rel=0.1)
+    session.generate_best(PROMPTS[0], 3, temperature=0.8, seed=3, **OPTIONS)
+    assert session.adaptive_state()["requests"] == 25
+
+
 # The rule of FREE's authors; its fit is tested with those of calibration
 
 
@@ -405,6 +429,9 @@ def teach(adaptive: PaperThreshold, random: np.random.Generator, labels: int = 1
 def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> None:
     random, adaptive = np.random.default_rng(2), PaperThreshold(MANIFEST, None)
     assert adaptive.threshold == FIRST_THRESHOLD
+    early = adaptive.begin()
+    adaptive.complete(adaptive.begin())  # without labels it teaches nothing
+    assert adaptive.state()["refits"] == 0
     seen: list[tuple[float, bool]] = []
     for number in range(MOST_REFITS):
         seen += teach(adaptive, random)
@@ -412,6 +439,7 @@ def test_each_request_refits_to_all_labels_so_far_and_300_times_at_most() -> Non
             classes = [Moments.of(np.array([c for c, agrees in seen if agrees == label])) for label in (True, False)]
             assert adaptive.threshold == paper_threshold(*classes)
     assert GRID[0] < adaptive.threshold < GRID[-1]
+    assert early.threshold == FIRST_THRESHOLD != adaptive.threshold
     last = adaptive.state()
     for _ in range(50):  # all of it wrong, far up
         request = adaptive.begin()
@@ -442,6 +470,13 @@ def test_where_little_agrees_it_exits_all_the_same_and_the_default_rule_does_not
         wrong[type(rule)] = errors / tokens
     assert wrong[AdaptiveThreshold] < 0.01
     assert wrong[PaperThreshold] > 0.4
+
+
+def test_a_larger_zeta_asks_for_more_confidence() -> None:
+    rules = [PaperThreshold(MANIFEST, None, zeta=zeta) for zeta in (0.1, 0.4, 0.8)]
+    for rule in rules:
+        teach(rule, np.random.default_rng(5), labels=400)
+    assert rules[0].threshold <= rules[1].threshold <= rules[2].threshold > rules[0].threshold
 
 
 @pytest.mark.parametrize("confidence", [math.nan, math.inf])

@@ -211,6 +211,12 @@ def test_rollback_keeps_exits_up_to_the_first_unlikely_one(
     assert max(deep.calls[predicted:], default=1) <= max_pending
 
 
+def test_drafts_do_not_go_beyond_the_end_of_a_request() -> None:
+    decoder, shallow, _ = decoder_of([1.0] * 20)
+    list(islice(alone(decoded(decode.rollback, decoder, prompt_of(3), 5, 0.5, 16, 1.0)), 5))
+    assert shallow.calls == [3, 1, 1, 1, 1]  # the prompt, then one step for each of four drafts
+
+
 class Planned(Drafts):
     """The exit's drafts and probes as they are given, over and over."""
 

@@ -18,6 +18,7 @@ from runtime.adaptation.call_costs import CallCosts
 from runtime.decoding import loops as decode
 from runtime.decoding.drafts import (
     GAP,
+    LENGTHS,
     LONGEST,
     PATIENCE,
     PLAIN,
@@ -134,6 +135,13 @@ def test_an_expected_text_is_followed_over_changes_insertions_and_deletions() ->
     # Wrong are the three new tokens, the first one after each change of the length, and what follows the deletion.
     assert right >= len(output) - 7
     assert source.candidates(5) == []
+    # It is found again after a long insertion, and stands still for an output that is another.
+    source, other = Expected(range(100, 200)), Expected([1, 2, 3])
+    for token in [*range(100, 110), *range(1000, 1200), 110, 111]:
+        source.read(token)
+        other.read(token)
+    assert (source.agrees, source.candidates(3)) == (2, [112, 113, 114])
+    assert (other.agrees, other.candidates(4)) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -142,6 +150,8 @@ def test_an_expected_text_is_followed_over_changes_insertions_and_deletions() ->
 def test_what_is_no_list_of_token_ids_is_refused_with_its_value(given: Any) -> None:
     with pytest.raises(OptionError, match=r"draft_source returned .*; return a list of token ids"):
         Own(lambda ids: given, VOCAB).candidates([1], 15)
+    # Of too many those are used that fit a pass.
+    assert Own(lambda ids: [1] * 10_000, VOCAB).candidates([1], 15) == [1] * 15
 
 
 @given(
@@ -175,6 +185,23 @@ def test_drafts_of_every_source_give_the_tokens_of_full_and_leave_only_them_in_t
     assert sum(counts.proposed - counts.accepted for counts in counted.values()) == decoder.stats.rejected
     if limit > 2 and max_pending > 1 and all(right) and all(plan[2] for plan in plans):
         assert counted["own"].accepted == counted["own"].proposed > 0
+
+
+def test_a_draft_is_one_shallow_call_and_one_deep_call() -> None:
+    decoder, shallow, deep = decoder_of([1.0] * LENGTH)
+    prompt, wanted = prompt_of(3), [DEEP_TOKEN + place for place in range(2, 2 + 17)]
+    sources = DraftSources(DEEP_TOKEN + LENGTH, prompt.tolist(), predicted=wanted)
+    loop = alone(decoded(decode.lossless, decoder, prompt, 17, 0.5, 16, Chosen(sources, [(0, False, 7)])))
+    assert [step.id for step in loop] == wanted  # type: ignore[union-attr]
+    assert shallow.calls == deep.calls == [3, 8, 8]
+    assert (shallow.heads[1:], deep.heads[1:]) == ([0, 0], [8, 8])
+    assert (decoder.stats.drafts["predicted"].mean_accepted, decoder.stats.exits) == (7.0, 0)
+
+
+def test_candidates_are_drafted_in_few_numbers() -> None:
+    """Calls for each number of rows are bound once."""
+    drafts = Drafts(CallCosts(), Acceptance())
+    assert {drafts._length("lookup", agrees, n) for n in range(1, 16) for agrees in range(10)} <= {0, *LENGTHS}
 
 
 def test_where_nothing_repeats_few_tokens_have_candidates_and_none_is_missed_for_long() -> None:

@@ -81,6 +81,14 @@ def test_the_bits_of_a_row_depend_neither_on_the_others_nor_on_threads(bits, thr
             assert_same_bits(y, np.stack(alone[start : start + count]))
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_rows_stay_close_to_the_product_in_fp32(bits):
+    rng = np.random.default_rng(bits)
+    case, x = random_case(rng, 96, 576, bits), rng.standard_normal((33, 576)).astype(np.float32)
+    exact = x @ case.values.T
+    assert np.sqrt(np.square(multiply("scalar", x, case) - exact).mean() / np.square(exact).mean()) < 0.01
+
+
 def test_long_prompts_are_split_over_threads_by_rows_and_outputs():
     rng = np.random.default_rng(5)
     case, x = random_case(rng, 90, 320, 8, bias=True), rows(rng, 501, 320)

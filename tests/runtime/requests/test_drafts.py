@@ -57,6 +57,20 @@ def test_drafts_of_each_source_give_the_tokens_of_full(name: str, drafts: str, s
 
 
 @pytest.mark.usefixtures("eager")
+def test_an_encoder_decoder_repeats_its_source(sessions: Sessions) -> None:
+    """Its output becomes its prompt: the n-grams that it repeats stand there alone."""
+    session, source, proposed = sessions(T5), list(PROMPTS[0]), 0
+    options: dict[str, Any] = {"max_new_tokens": 30, "ignore_eos": True}
+    for _ in range(4):
+        full = session.generate(source, mode="full", **options)
+        ours = session.generate(source, mode="lossless", drafts="lookup", **options)
+        assert ours.token_ids == full.token_ids
+        source = [*full.token_ids, *source][:100]
+        proposed += ours.stats.drafts["lookup"].proposed if "lookup" in ours.stats.drafts else 0
+    assert proposed
+
+
+@pytest.mark.usefixtures("eager")
 @both
 def test_drafts_of_several_lengths_share_one_engine_call(
     name: str, bundle: Bundles, monkeypatch: pytest.MonkeyPatch
@@ -135,9 +149,9 @@ def test_processors_biases_and_log_probabilities_are_those_of_full(sessions: Ses
 def test_several_samples_draft_each(sessions: Sessions) -> None:
     session = sessions(LLAMA)
     options: dict[str, Any] = {"temperature": 0.9, "seed": 3, "max_new_tokens": 20, "ignore_eos": True}
-    full = session.generate_best(PROMPTS[0], 3, mode="full", **options)
+    full = session.generate_best(PROMPTS[0], 12, mode="full", **options)
     ours = session.generate_best(
-        PROMPTS[0], 3, mode="lossless", predicted_output=full[1].token_ids, drafts="lookup", **options
+        PROMPTS[0], 12, mode="lossless", predicted_output=full[1].token_ids, drafts="lookup", **options
     )
     assert [one.token_ids for one in ours] == [one.token_ids for one in full]
     assert any(one.stats.drafts for one in ours)

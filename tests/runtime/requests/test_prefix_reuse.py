@@ -134,6 +134,14 @@ def stored(session: Session) -> dict[bytes, Any]:
     return dict(session._model.prefixes._entries)
 
 
+def test_the_deep_cache_of_a_free_request_is_reused_as_far_as_it_was_synced(open_session: Open) -> None:
+    session = open_session()
+    ended = session.generate(SYSTEM, threshold=0.0, max_pending=16, max_new_tokens=16, ignore_eos=True)
+    assert ended.stats.sync_passes == 0  # all that was generated is in the shallow cache alone
+    again = session.generate([*SYSTEM, *ended.token_ids], max_new_tokens=2, threshold=0.0)
+    assert again.stats.cached_tokens == len(SYSTEM) // BLOCK * BLOCK
+
+
 def test_the_last_token_is_read(open_session: Open) -> None:
     session = open_session()
     prompt = SYSTEM[: 2 * BLOCK]
