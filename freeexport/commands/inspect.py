@@ -174,7 +174,7 @@ def _exit(manifest: Manifest, calibration: Calibration | None) -> Rows:
     }
     rows += [(name, f"{1e3 * taken:.2f} ms") for name, taken in seconds.items()]
     if not costs.trusted:
-        rows.append(("measured while busy", f"others kept {costs.busy:.1f} cores busy; calibrate measures again"))
+        rows.append(("measured while busy", f"others kept {costs.busy:.1f} cores busy; convert again when idle"))
     if (host := costs.host) is not None:
         rows.append(("measured on", f"{host.processor}, {host.threads} threads, onnxruntime {host.onnxruntime}"))
     return rows

@@ -62,7 +62,7 @@ def test_calibrated_threshold_and_break_even(tmp_path: Path) -> None:
     assert row(result, "measured on") == "a CPU, 2 threads, onnxruntime 1.32"
     assert row(result, "deep 1") == "20.00 ms"
     result = inspect(write_bundle(tmp_path / "busy", exit_trained=True, costs=replace(COSTS, busy=1.3)))
-    assert row(result, "measured while busy") == "others kept 1.3 cores busy; calibrate measures again"
+    assert row(result, "measured while busy") == "others kept 1.3 cores busy; convert again when idle"
     assert "by times taken on a busy machine" in row(result, "verdict")
 
 
