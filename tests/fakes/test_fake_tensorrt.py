@@ -70,7 +70,7 @@ def test_an_attribute_is_real(name: str, attribute: str) -> None:
 def test_everything_of_the_package_is_real() -> None:
     package = vars(fake_tensorrt.fake_tensorrt(FakeCuda()))
     names = {name for name in package if not name.startswith("_")} - {"runs"}
-    assert len(names) > 10
+    assert {"Builder", "ILogger", "OnnxParser", "Runtime"} <= names
     assert all(hasattr(trt, name) for name in names)
     assert trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED
 
