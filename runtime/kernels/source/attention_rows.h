@@ -8,7 +8,7 @@
 namespace freeexport {
 namespace {
 
-constexpr int kQueries = 16;       // queries whose scores are kept at once
+constexpr int kQueries = 16;  // queries whose scores are kept at once
 
 // A head of a row, and where its share of a piece goes.
 struct Query {
@@ -112,7 +112,7 @@ inline void weigh_rows(const Query* queries, const float* weights, const float* 
 
 template <int Q>
 inline void weigh_size(const Query* queries, const float* weights, const float* values, int64_t size) {
-  constexpr int kRegisters = Vec::kLanes == 16 ? 4 : Q == 1 ? 4 : 2;  // of a tile of values
+  constexpr int kRegisters = Vec::kLanes == 16 || Q == 1 ? 4 : 2;  // of a tile of values
   int64_t from = 0;
   for (; from + kRegisters * Vec::kLanes <= size; from += kRegisters * Vec::kLanes)
     weigh_rows<Q, kRegisters>(queries, weights, values, size, from);
@@ -124,14 +124,10 @@ inline void weigh_size(const Query* queries, const float* weights, const float* 
 // behind the other. `room` lies between those of two rows.
 inline void attend_rows(const Attention& a, const Place* places, int64_t count, int64_t kv_head, int64_t piece,
                         float* rooms, int64_t room) {
-  const int64_t size = a.size, group = a.heads / a.kv_heads, width = a.heads * size;
+  const int64_t size = a.size, group = a.heads / a.kv_heads;
   const int64_t begin = first_position(a, places[0]) + piece * kPieceRows, at = keys_at(a, places[0], kv_head, begin);
-  const auto seen_by = [&](const Place& place) {
-    const int64_t left = place.position + 1 - begin;
-    return left < kPieceRows ? left : kPieceRows;
-  };
   alignas(64) float keys[kTurnedSize * kPieceRows], scores[kQueries * kPieceRows];
-  const int64_t most = seen_by(places[count - 1]);
+  const int64_t most = keys_seen(places[count - 1], begin);
   turn_keys(a.key + at, size, most, keys);
   for (int64_t first = 0; first < count * group; first += kQueries) {
     Query queries[kQueries];
@@ -140,10 +136,9 @@ inline void attend_rows(const Attention& a, const Place* places, int64_t count, 
       const int64_t row = (first + q) / group, within = (first + q) % group, head = kv_head * group + within;
       const Place& place = places[row];
       const int64_t pieces = pieces_of(a, place), padded = padded_pieces(pieces);
-      const float* values = turned(a) ? a.y + place.row * width : a.input + place.row * a.width;
       float *own = rooms + row * room, *largest = own + group * pieces * size + within * padded + piece;
-      queries[q] = {values + head * size, own + (within * pieces + piece) * size, largest, largest + group * padded,
-                    seen_by(place)};
+      queries[q] = {queries_of(a, place) + head * size, own + (within * pieces + piece) * size, largest,
+                    largest + group * padded, keys_seen(place, begin)};
     }
     int64_t q = 0;
     for (; q + kScoreQueries <= here; q += kScoreQueries)

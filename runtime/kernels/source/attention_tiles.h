@@ -47,6 +47,17 @@ __attribute__((noinline)) void norm_and_turn(const Attention& a, const float* no
 // Whether queries are not as they stand in the input. `store_row` then leaves them in y.
 inline bool turned(const Attention& a) { return a.cosine != nullptr || a.query_norm != nullptr; }
 
+// All queries of a row.
+inline const float* queries_of(const Attention& a, const Place& place) {
+  return turned(a) ? a.y + place.row * a.heads * a.size : a.input + place.row * a.width;
+}
+
+// Keys of the piece that begins at a position that a row sees.
+inline int64_t keys_seen(const Place& place, int64_t begin) {
+  const int64_t left = place.position + 1 - begin;
+  return left < kPieceRows ? left : kPieceRows;
+}
+
 // Keys and values of a row to the cache, and its queries to y.
 inline void store_row(const Attention& a, const Place& place) {
   const size_t bytes = static_cast<size_t>(a.size) * sizeof(float);
@@ -203,11 +214,9 @@ inline void attend_heads(const Attention& a, const Place& place, int64_t kv_head
                          const Ahead& ahead, float* room) {
   const int64_t size = a.size, group = a.heads / a.kv_heads, head = kv_head * group + within;
   const int64_t begin = first_position(a, place) + piece * kPieceRows, pieces = pieces_of(a, place);
-  const int64_t left = place.position + 1 - begin, count = left < kPieceRows ? left : kPieceRows;
-  const int64_t at = keys_at(a, place, kv_head, begin);
-  const float* queries = turned(a) ? a.y + place.row * a.heads * size : a.input + place.row * a.width;
+  const int64_t count = keys_seen(place, begin), at = keys_at(a, place, kv_head, begin);
   float scores[Q * kPieceRows];
-  dots<Q>(queries + head * size, a.key + at, a.value + at, size, count, scores);
+  dots<Q>(queries_of(a, place) + head * size, a.key + at, a.value + at, size, count, scores);
   float* outputs = room + (within * pieces + piece) * size;
   const int64_t padded = padded_pieces(pieces);
   float* largest = room + group * pieces * size + within * padded + piece;
