@@ -1,4 +1,4 @@
-"""Bundles for GPUs with rounded weights, on the CPU: they compute what the same weights would, written out."""
+"""Bundles for GPUs with quantized weights, on the CPU: they compute what the same weights would, written out."""
 
 from __future__ import annotations
 

@@ -8,26 +8,13 @@ from pathlib import Path
 import pytest
 from handmade_bundle import write_bundle
 from killed_process import killed_before
+from manifest_case import CALIBRATED
 
 from freeexport.conversion.recalibrate import update_bundle
 from runtime.bundle.bundle import Bundle
-from runtime.bundle.calibration import CALIBRATION_VERSION, Calibration
 from runtime.errors import CalibrationError
 
-CALIBRATION = Calibration(
-    schema_version=CALIBRATION_VERSION,
-    source_sha256="ab" * 32,
-    vocab_size=49152,
-    exit_layer=10,
-    confidence="softmax",
-    method="bmm",
-    threshold=0.75,
-    sequences=100,
-    positions=2000,
-    agreement=0.9,
-    target=0.95,
-    rollback_threshold=2.5,
-)
+CALIBRATION = replace(CALIBRATED, vocab_size=49152, exit_layer=10, threshold=0.75, rollback_threshold=2.5)
 NEWER = replace(CALIBRATION, threshold=0.5, rollback_threshold=1.5)
 CHANGES = {Path: ("replace", "unlink"), os: ("fsync",)}
 
