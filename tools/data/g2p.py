@@ -4,6 +4,8 @@
     python -m tools.data.g2p data/g2p
 
 A line is {"input": "g2p: hello world", "target": "HH AH L OW | W ER L D"}: phonemes between spaces, `|` between words.
+`--spaced` is for language models, whose tokenizers cut words into pieces that hide letters: {"input": "h e l l o | w o
+r l d\n=>", "target": " HH AH L OW | W ER L D"}. SmolLM2 reads a token a letter and writes one or two a phoneme.
 
 - Words are those written with letters and apostrophes alone: no digits, dots or hyphens.
 - A word has one pronunciation, the first that the dictionary lists. `--references` adds them all, word by word, as
@@ -26,6 +28,7 @@ from tools.data.splits import SHARES, DataError, Line, run, shuffled, split_of, 
 
 PREFIX = "g2p: "
 SEPARATOR = "|"
+END = "\n=>"  # of a spaced input
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,13 @@ def phrases(words: Sequence[Word], count: int, shortest: int, longest: int, seed
         yield tuple(next(stream) for _ in range(length))
 
 
-def example(words: Sequence[Word], references: bool = False) -> Line:
+def example(words: Sequence[Word], references: bool = False, spaced: bool = False) -> Line:
+    between = f" {SEPARATOR} "
+    spelled = between.join(" ".join(word.spelling) for word in words) + END
+    target = between.join(word.pronunciations[0] for word in words)
     return Line(
-        PREFIX + " ".join(word.spelling for word in words),
-        f" {SEPARATOR} ".join(word.pronunciations[0] for word in words),
+        spelled if spaced else PREFIX + " ".join(word.spelling for word in words),
+        f" {target}" if spaced else target,
         tuple(word.key for word in words),
         {"references": [list(word.pronunciations) for word in words]} if references else {},
     )
@@ -82,6 +88,7 @@ def build(
     lengths: tuple[int, int],
     seed: int,
     references: bool,
+    spaced: bool = False,
 ) -> dict[str, list[Line]]:
     """The splits, each shuffled, so that the first lines are a fair sample of words and phrases.
 
@@ -94,7 +101,7 @@ def build(
             raise DataError(f"no word falls into split {name}; a dictionary of {len(words)} words is too small")
         chosen: list[tuple[Word, ...]] = [(word,) for word in shuffled(members, seed, lambda word: word.spelling)]
         chosen = [*chosen[: singles[name]], *phrases(members, phrase_counts[name], *lengths, seed)]
-        splits[name] = shuffled([example(item, references) for item in chosen], seed, lambda line: line.input)
+        splits[name] = shuffled([example(item, references, spaced) for item in chosen], seed, lambda line: line.input)
     return splits
 
 
@@ -119,10 +126,11 @@ def dictionary() -> tuple[list[tuple[str, list[str]]], str]:
 @click.option("--shortest", type=click.IntRange(2), default=8, help="Words a phrase.")
 @click.option("--longest", type=click.IntRange(2), default=10, help="Words a phrase.")
 @click.option("--references", is_flag=True, help="Add every listed pronunciation, as the field `references`.")
+@click.option("--spaced", is_flag=True, help="Write the letters of a word between spaces, for language models.")
 @click.option("--seed", default=0, help="Of the order and the phrases; the splits do not depend on it.")
 @click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
 def command(out: Path, words: int | None, held_out_words: int | None, phrases_: int, held_out_phrases: int,
-            shortest: int, longest: int, references: bool, seed: int, overwrite: bool) -> None:
+            shortest: int, longest: int, references: bool, spaced: bool, seed: int, overwrite: bool) -> None:
     # fmt: on
     """Write words and phrases with their phonemes to the directory OUT, in four splits."""
     if shortest > longest:
@@ -137,7 +145,7 @@ def command(out: Path, words: int | None, held_out_words: int | None, phrases_: 
         "seed": seed,
         "phrase_words": [shortest, longest],
     }
-    splits = build(words_of(entries), singles, counts, (shortest, longest), seed, references)
+    splits = build(words_of(entries), singles, counts, (shortest, longest), seed, references, spaced)
     write_data_set(out, splits, about, overwrite)
 
 

@@ -54,6 +54,14 @@ def test_a_phrase_has_a_bar_between_words() -> None:
     assert example((read,)).extra == {}
 
 
+def test_letters_and_phonemes_of_a_spaced_phrase_are_tokens_of_their_own() -> None:
+    """Every letter and phoneme has a space before it, whatever stands before that."""
+    line = example(words_of(ENTRIES)[1:3], references=True, spaced=True)
+    assert (line.input, line.target) == ("t h e | d o g ' s\n=>", " DH AH | D AO G Z")
+    assert line.keys == ("the", "dog")
+    assert line.extra["references"][1] == ["D AO G Z"]
+
+
 def test_phrases_use_every_word_equally_often_and_depend_on_the_seed_alone() -> None:
     made = list(phrases(WORDS[:90], 100, 8, 10, seed=3))
     assert {len(phrase) for phrase in made} == {8, 9, 10}
@@ -89,6 +97,10 @@ def test_the_tool_writes_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     line = json.loads((tmp_path / "set/train.jsonl").read_text().splitlines()[0])
     assert set(line) == {"input", "target"}
     assert json.loads((tmp_path / "set/dataset.json").read_text())["licence"].startswith("BSD")
+    given = ["--words", "0", "--held-out-words", "0", "--phrases", "5", "--held-out-phrases", "2", "--spaced"]
+    result = CliRunner().invoke(g2p.command, [str(tmp_path / "spaced"), *given])
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / "spaced/test.jsonl").read_text().splitlines()[0])["input"].endswith("\n=>")
     result = CliRunner().invoke(g2p.command, [str(tmp_path / "other"), "--shortest", "5", "--longest", "4"])
     assert result.exit_code == 2
     assert "--shortest 5 is more than --longest 4" in result.output
