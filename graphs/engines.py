@@ -13,7 +13,7 @@ from types import MappingProxyType
 import numpy as np
 import onnx_ir as ir
 
-from graphs.description import Description, Encoder, Layer
+from graphs.description import Decoder, Description, Encoder, Layer
 from graphs.dialects.base import Call, Dialect, Packing, in_heads, key_value_outputs, linear, packing
 from graphs.dialects.ort import KernelDialect, OrtDialect
 from graphs.dialects.standard import StandardDialect
@@ -83,8 +83,7 @@ class EngineBuilder:
         dialect = self._dialect(graph, call, rows)
         x = graph.to_compute(rows.packed(graph, hidden))
         x = graph.to_float(linear(graph, x, decoder.exit_map))
-        names = [f"exit.{number}" for number in range(len(decoder.exit_layers))]
-        x = decoder_layers(graph, dialect, x, decoder.exit_layers, names)
+        x = decoder_layers(graph, dialect, x, decoder.exit_layers, exit_names(decoder))
         self._head(graph, dialect, x, None, rows)
 
     def deep(self) -> None:
@@ -116,18 +115,21 @@ class EngineBuilder:
         self._save(graph)
 
     def prologue(self) -> None:
-        """prologue.onnx: `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all layers."""
+        """prologue.onnx: `hidden` [B, E, d] -> `cross.{layer}.key|value` [B, kv_heads, E, head_dim] of all layers, the
+        exit's own among them."""
         graph = self._graph("prologue")
         width = self.description.hidden_size
         hidden = graph.input("hidden", graph.compute, ["B", "E", width])
         call = Call(_size(graph, hidden), hidden)
         x = graph.op("Reshape", [hidden, graph.constant([-1, width])])
-        for number, layer in enumerate(self.description.decoder.layers):
+        decoder = self.description.decoder
+        names = [*range(len(decoder.layers)), *exit_names(decoder)]
+        for name, layer in zip(names, decoder.layers + decoder.exit_layers, strict=True):
             cross = layer.cross
             assert cross is not None
             parts = (linear(graph, x, projection) for projection in (cross.key, cross.value))
             values = [in_heads(graph, part, call, cross.kv_heads, cross.head_dim) for part in parts]
-            key_value_outputs(graph, "cross", number, cross, "E", values)
+            key_value_outputs(graph, "cross", name, cross, "E", values)
         self._save(graph)
 
     def _save(self, graph: Graph) -> None:
@@ -201,6 +203,11 @@ class EngineBuilder:
         shaped = graph.op("Reshape", [hidden, shape])
         graph.output("hidden", shaped, dtype, ["B", rows, width])
         return shaped
+
+
+def exit_names(decoder: Decoder) -> list[str]:
+    """The names of the exit's own layers in caches."""
+    return [f"exit.{number}" for number in range(len(decoder.exit_layers))]
 
 
 def _size(graph: Graph, x: ir.Value) -> ir.Value:

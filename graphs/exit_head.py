@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from graphs.description import MLP, Adapter, Attention, Description, Layer, Linear, Norm
+from graphs.description import MLP, Adapter, Attention, Description, Layer, Linear, Norm, RelativeBias
 from graphs.errors import GraphError
 from graphs.weights import Weights
 
@@ -68,6 +68,8 @@ def _renamed(part: Part, name: str) -> Part:
             changed[field.name] = Linear(f"{place}.weight", value.bias and f"{place}.bias")
         elif isinstance(value, Norm):
             changed[field.name] = replace(value, weight=f"{place}.weight")
+        elif isinstance(value, RelativeBias):
+            changed[field.name] = replace(value, table=f"{place}.weight")
         elif type(value) in (Attention, MLP):
             changed[field.name] = _renamed(value, place)
     return replace(part, **changed)  # type: ignore[arg-type]

@@ -24,10 +24,9 @@ def write_exit(directory: Path, layers: int = OWN_LAYERS) -> None:
     opened = open_checkpoint(str(directory))
     description = describe(opened.config, opened)
     draw, width = np.random.default_rng(0), description.hidden_size
-    last = "model.layers." + str(len(description.decoder.layers) - layers)
-    like = opened.read(f"{last}.mlp.up_proj.weight").std()
+    like = opened.read(description.decoder.layers[-layers].mlp.up.weight).std()
     tensors = {
-        name: (draw.standard_normal(shape) * like).astype(np.float32)
+        name: (draw.standard_normal(shape) * (2.0 if "relative_bias" in name else like)).astype(np.float32)
         if len(shape) > 1
         else (1 + 0.1 * draw.standard_normal(shape)).astype(np.float32)
         for name, shape in own_shapes(description, opened, layers).items()
@@ -56,4 +55,6 @@ def model_with_exit(directory: Path) -> Any:
     return model
 
 
-EXIT_CASES = tuple(map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases")))
+EXIT_CASES = tuple(
+    map(with_exit_layers, ("llama-tied", "qwen3", "mistral-window", "llama-biases", "t5-relu-tied", "umt5"))
+)

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from freeexport.training.exit_modules import Encoded
+
 Mode = Literal["free", "full"]
 
 
@@ -205,8 +207,10 @@ class Run:
         deep = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
         own = getattr(self.model, "own_exit", None)
         if own is not None:  # layers of the exit's own
-            states = self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
-            shallow = self.model.lm_head(own.norm(own(states[self.exit_layer])))
+            out = self.model(**self.inputs, **{name: ids}, use_cache=False, output_hidden_states=True)
+            states = out.decoder_hidden_states if self.inputs else out.hidden_states
+            scale = self.model.config.d_model**-0.5 if getattr(self.model.config, "scale_decoder_outputs", False) else 1
+            shallow = self.model.lm_head(own.norm(own(states[self.exit_layer], self.encoded())) * scale)
         else:
             with cut_after(self.model, self.exit_layer):
                 shallow = self.model(**self.inputs, **{name: ids}, use_cache=False).logits
@@ -214,6 +218,13 @@ class Run:
         if known is not None:
             shallow = known.classes(shallow, self.read[-1])
         return shallow[0, self.start - 1 :].float(), deep[0, self.start - 1 :].float()
+
+    def encoded(self) -> Encoded | None:
+        """What cross-attention of an exit's own layers reads."""
+        if not self.inputs:
+            return None
+        states = self.inputs["encoder_outputs"][0]
+        return Encoded(states, torch.ones(states.shape[:2], dtype=torch.bool))
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def read_exit_weights(
     if exit_file.exit_layers:
         description = describe(config, weights)
         layers = len(description.decoder.layers)
-        if description.encoder is not None or exit_file.exit_layers > layers:
+        if exit_file.exit_layers > layers:
             raise CheckpointError(
                 f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers "
                 "cannot have; train again, or remove it"

@@ -36,11 +36,6 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     layers = len(description.decoder.layers)
     if not 1 <= options.exit_layer < layers:
         raise OptionError(f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: 1 to {layers - 1}")
-    if options.exit_layers and description.encoder is not None:
-        raise OptionError(
-            f"--exit-layers is {options.exit_layers}, which decoder-only models can have; leave it out for "
-            f"{description.family}"
-        )
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
             f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} at most "

@@ -4,7 +4,7 @@ the class of all tokens that the exit does not know."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 
 from freeexport.checkpoints.exit_file import EXIT_WEIGHTS
 from graphs.description import MLP, Activation, Attention, Description, Layer, Linear, Norm
+from graphs.dialects.base import buckets
 from graphs.exit_head import EXIT as PREFIX
 from graphs.exit_head import OTHER, OTHER_BIAS, with_exit
 
@@ -29,6 +30,13 @@ _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+class Encoded(NamedTuple):
+    """An encoder's `states` [B, E, d], valid where `mask` bool [B, E] is true: what cross-attention reads."""
+
+    states: torch.Tensor
+    mask: torch.Tensor
 
 
 class RMSNorm(nn.Module):
@@ -61,8 +69,8 @@ class Adapter(nn.Module):
 
 
 class Exit(nn.Module):
-    """An exit's own parameters, named as in graphs.exit_head without "exit.": `norm(forward(states))` is what the head
-    reads, `states` [..., d] those after the exit layer."""
+    """An exit's own parameters, named as in graphs.exit_head without "exit.": `norm(forward(states, encoded))` is what
+    the head reads, `states` [..., d] those after the exit layer; `encoded` None in a decoder-only model."""
 
     norm: RMSNorm
 
@@ -75,7 +83,7 @@ class AdaptedExit(Exit):
         self.adapter = Adapter(len(norm), rank, epsilon) if rank else None
         self.norm = RMSNorm(norm, epsilon)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
         adapted: torch.Tensor = states.float() if self.adapter is None else self.adapter(states.float())
         return adapted
 
@@ -92,11 +100,13 @@ class ExitLayers(Exit):
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
         self.norm = RMSNorm(norm, epsilon)
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
         """[B, n, d], padded on the right -> float32 [B, n, d]."""
-        x: torch.Tensor = self.map(states.to(self.map.weight.dtype)).float()
+        dtype = self.map.weight.dtype
+        x: torch.Tensor = self.map(states.to(dtype)).float()
+        encoded = encoded and encoded._replace(states=encoded.states.to(dtype))
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, encoded)
         return x
 
 
@@ -163,24 +173,29 @@ def write_exit(own: Exit | None, known: KnownTokens | None, directory: Path) -> 
 
 
 class ExitLayer(nn.Module):
-    """Causal self-attention and MLP, pre-norm, on a residual stream in float32."""
+    """Causal self-attention, cross-attention in an encoder-decoder, and MLP, pre-norm, on a residual stream in
+    float32."""
 
     def __init__(self, layer: Layer, read: Read) -> None:
         super().__init__()
         self.attention_norm = _norm(layer.attention_norm, read)
-        self.attention = SelfAttention(layer.attention, read)
+        self.attention = ExitAttention(layer.attention, read)
+        self.cross_norm = None if layer.cross_norm is None else _norm(layer.cross_norm, read)
+        self.cross = None if layer.cross is None else ExitAttention(layer.cross, read)
         self.mlp_norm = _norm(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]."""
         x = x + self.attention(self.attention_norm(x))
+        if self.cross is not None and self.cross_norm is not None:
+            x = x + self.cross(self.cross_norm(x), encoded)
         mixed: torch.Tensor = x + self.mlp(self.mlp_norm(x))
         return mixed
 
 
-class SelfAttention(nn.Module):
-    """Causal attention, positions from 0."""
+class ExitAttention(nn.Module):
+    """Causal self-attention, positions from 0, or attention over an encoder's states."""
 
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
@@ -189,28 +204,49 @@ class SelfAttention(nn.Module):
         self.value, self.output = _linear(attention.value, read), _linear(attention.output, read)
         self.query_norm = _norm(attention.query_norm, read) if attention.query_norm else nn.Identity()
         self.key_norm = _norm(attention.key_norm, read) if attention.key_norm else nn.Identity()
+        if (bias := attention.relative_bias) is not None:
+            self.relative_bias = nn.Embedding(bias.buckets, attention.heads)
+            self.relative_bias.weight = _parameter(read(bias.table))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]."""
-        one, length = self.described, x.shape[1]
+        one, source = self.described, x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
         query = self._rotated(self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2)))
-        key = self._rotated(self.key_norm(self.key(x).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)))
-        value = self.value(x).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
+        key = self._rotated(self.key_norm(self.key(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)))
+        value = self.value(source).unflatten(-1, (one.kv_heads, -1)).transpose(1, 2)
         key, value = (part.repeat_interleave(one.heads // one.kv_heads, dim=1) for part in (key.to(value.dtype), value))
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-        if one.window is not None:
-            mask = mask.triu(1 - one.window)
-        query, causal = query.to(value.dtype), one.window is None
+        query, causal = query.to(value.dtype), encoded is None and one.window is None and one.relative_bias is None
+        mask, bias = self._seen(x, encoded), self._bias(x)
         if query.is_cuda:
-            given = None if causal else mask
-            mixed = F.scaled_dot_product_attention(query, key, value, given, is_causal=causal, scale=one.scale)
+            given = mask if bias is None else bias.masked_fill(~mask, float("-inf")).to(value.dtype)
+            mixed = F.scaled_dot_product_attention(
+                query, key, value, None if causal else given, is_causal=causal, scale=one.scale
+            )
         else:
             # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
-            scores = (query @ key.transpose(-1, -2) * one.scale).masked_fill(~mask, float("-inf"))
+            scores = query @ key.transpose(-1, -2) * one.scale
+            scores = (scores if bias is None else scores + bias).masked_fill(~mask, float("-inf"))
             mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
+
+    def _seen(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
+        """Which keys each query sees: bool [n, n] or [B, 1, 1, E]."""
+        if encoded is not None:
+            return encoded.mask[:, None, None]
+        seen = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+        return seen if self.described.window is None else seen.triu(1 - self.described.window)
+
+    def _bias(self, x: torch.Tensor) -> torch.Tensor | None:
+        """[heads, n, n]; right where a key is seen."""
+        bias = self.described.relative_bias
+        if bias is None:
+            return None
+        steps = torch.arange(x.shape[1], device=x.device)
+        by_distance = self.relative_bias(torch.from_numpy(buckets(-np.arange(x.shape[1]), bias)).to(x.device))
+        biases: torch.Tensor = by_distance[(steps[:, None] - steps).clamp(min=0)].permute(2, 0, 1)
+        return biases
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """Rotary positions of [B, heads, n, head_dim], in float32."""

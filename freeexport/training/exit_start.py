@@ -57,11 +57,11 @@ def first_exit(
 def observed(
     model: ShallowDeep, examples: Sequence[Example], collate: Collator, bf16: bool, everywhere: bool = False
 ) -> Iterator[dict[int, torch.Tensor]]:
-    """Batches of hidden states by layer, without dropout: of labelled rows, or `everywhere` but at first positions,
-    whose states are of another size."""
+    """Batches of hidden states by layer, without dropout: of labelled rows, as all of an encoder-decoder's are, or
+    `everywhere` but at first positions, whose states are of another size."""
     for start in range(0, len(examples), 16):
         inputs = collate(examples[start : start + 16])
-        if everywhere:
+        if everywhere and not model.seq2seq:
             valid = inputs["attention_mask"] > 0
             valid[:, 0] = False
             inputs["labels"] = torch.where(valid, 0, IGNORED)

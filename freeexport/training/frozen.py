@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,23 +15,33 @@ from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import KnownTokens
+from freeexport.training.exit_modules import Encoded, KnownTokens
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
+from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
 
 BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
 _LOGIT_ROWS = 512  # whose logits are in memory at a time
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
 
 
-def collate_teacher(examples: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+class Taught(NamedTuple):
+    """The teacher's records of one example: of its decoder, and of its encoder where cross-attention reads that."""
+
+    decoder: np.ndarray
+    encoder: np.ndarray | None = None
+
+    @property
+    def positions(self) -> int:
+        """How many records there are."""
+        return sum(len(part) for part in self if part is not None)
+
+
+def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
     """Batch records of `cached_teacher`: `states` float32 [B, n, d] and `labels` int64 [B, n], padded on the right; and
     of the rows with a label, in their order, `best` int64 [R, 32], `chances` float32 [R, 32], `predicted` int64 [R] and
-    `nats` float32 [R]."""
-    whole = np.zeros((len(examples), max(map(len, examples))), examples[0].dtype)
-    whole["labels"] = IGNORED
-    for row, one in zip(whole, examples, strict=True):
-        row[: len(one)] = one
+    `nats` float32 [R]; of an encoder `encoded` float32 [B, E, d] and `attention_mask` bool [B, E]."""
+    whole, valid = _padded([one.decoder for one in examples])
+    whole["labels"][~valid] = IGNORED
     rows = whole[whole["labels"] != IGNORED]
     arrays = {
         "states": whole["states"].astype(np.float32) * whole["scales"][..., None],
@@ -40,7 +51,20 @@ def collate_teacher(examples: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
         "predicted": rows["predicted"].astype(np.int64),
         "nats": np.ascontiguousarray(rows["nats"]),
     }
+    if prompts := [one.encoder for one in examples if one.encoder is not None]:
+        encoded, valid = _padded(prompts)
+        arrays["encoded"] = encoded["states"].astype(np.float32) * encoded["scales"][..., None]
+        arrays["attention_mask"] = valid
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _padded(parts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Records as rows of one length [B, n], and which of them are valid, bool [B, n]."""
+    lengths = np.array([len(part) for part in parts])
+    valid = np.arange(lengths.max()) < lengths[:, None]
+    whole = np.zeros(valid.shape, parts[0].dtype)
+    whole[valid] = np.concatenate(parts)
+    return whole, valid
 
 
 @torch.no_grad()
@@ -51,56 +75,89 @@ def cached_teacher(
     collate: Collator,
     options: TrainingOptions,
     known: KnownTokens | None,
-) -> list[np.ndarray]:
+) -> list[Taught]:
     """Records of the frozen model's outputs at the positions of each example, from the file `path`; where there is none
     they are computed, on the device where the model stands, and written there first.
 
     `states` float16 [d] times `scales` is the state after the exit layer: of all positions for an exit of layers, for
     an adapter of those with a label; `labels` is -100 where nothing is predicted. Where something is: the `best` 32
     tokens, or classes of `known`, with the logarithms of their `chances`, the one `predicted`, and the `nats` of the
-    label.
+    label. Where `model` keeps ENCODER, its states are written, too: to run it in every step would take longer than the
+    rest of the step.
     """
-    ends_path = path.with_suffix(".ends.npy")
-    if ends_path.exists():
-        return np.split(np.asarray(np.load(path, mmap_mode="r")), np.load(ends_path)[:-1])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    everywhere = options.exit_layers > 0
+    ends_path, encoder_path = path.with_suffix(".ends.npy"), path.with_suffix(".encoder.npy")
+    paths = [path, encoder_path] if ENCODER in model.kept else [path]
+    if not ends_path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_teacher(paths, ends_path, model, examples, collate, options, known)
+    ends = np.atleast_2d(np.load(ends_path))
+    parts = [
+        np.split(np.asarray(np.load(file, mmap_mode="r")), places[:-1])
+        for file, places in zip(paths, ends, strict=True)
+    ]
+    return [Taught(*each) for each in zip(*parts, strict=True)]
+
+
+def _write_teacher(
+    paths: Sequence[Path],
+    ends_path: Path,
+    model: ShallowDeep,
+    examples: Sequence[Example],
+    collate: Collator,
+    options: TrainingOptions,
+    known: KnownTokens | None,
+) -> None:
+    everywhere = options.exit_layers > 0 and not model.seq2seq
     labels = [collate([example])["labels"] for example in examples]
-    counts = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
-    ends = np.cumsum(counts)
+    rows = [one.numel() if everywhere else int((one != IGNORED).sum()) for one in labels]
+    counts = np.array([rows, [len(example.prompt) for example in examples]][: len(paths)])
+    ends = counts.cumsum(axis=1)
     vocabulary, width = model.head.weight.shape
     best = min(BEST, vocabulary if known is None else len(known) + 1)
     fields = [("states", np.float16, width), ("scales", np.float32), ("labels", np.int32), ("best", np.int32, best)]
     fields += [("chances", np.float16, best), ("predicted", np.int32), ("nats", np.float32)]
-    records = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(fields), shape=(int(ends[-1]),))
+    records, *encoder = (
+        np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kept), shape=(int(end[-1]),))
+        for path, kept, end in zip(paths, (fields, fields[:2]), ends, strict=False)
+    )
     lengths = token_counts(examples)
     model.eval()
     batches = LengthBatches(lengths, max(4096, max(lengths)), seed=0)
-    with progress(f"teacher of {path.stem}, batches", len(batches)) as advance:
+    with progress(f"teacher of {ends_path.name.partition('.')[0]}, batches", len(batches)) as advance:
         for batch in batches:
             inputs = {key: one.to(model.device) for key, one in collate([examples[i] for i in batch]).items()}
             kept = inputs["attention_mask"] > 0 if everywhere else inputs["labels"] != IGNORED
-            places = np.concatenate([np.arange(ends[i] - counts[i], ends[i]) for i in batch])
+            places, *prompts = (
+                np.concatenate([np.arange(end[i] - count[i], end[i]) for i in batch])
+                for end, count in zip(ends, counts, strict=True)
+            )
             found = inputs["labels"][kept]
             with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
                 hidden = model.hidden_states(**{**inputs, "labels": torch.where(kept, 0, IGNORED)})
-            states = hidden[model.exit_layer].float()
-            scales = states.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-            whole = {"states": states / scales[:, None], "scales": scales, "labels": found}
-            for name, values in whole.items():
-                records[name][places] = values.cpu().numpy()
+            _write_states(records, places, hidden[model.exit_layer])
+            for into, where in zip(encoder, prompts, strict=True):
+                _write_states(into, where, hidden[ENCODER])
+            records["labels"][places] = found.cpu().numpy()
             for piece in (found != IGNORED).nonzero()[:, 0].split(_LOGIT_ROWS):
                 # In float32: the best two of logits in bfloat16 are often equal.
                 chances = model.head(hidden[model.layers][piece].float()).float().log_softmax(-1)
                 top = (chances if known is None else known.folded(chances)).topk(best, dim=-1)
                 nats = -chances.gather(1, found[piece, None])[:, 0]
-                rows = {"best": top.indices, "chances": top.values, "predicted": chances.argmax(-1), "nats": nats}
-                for name, values in rows.items():
-                    records[name][places[piece.cpu().numpy()]] = values.cpu().numpy()
+                values = {"best": top.indices, "chances": top.values, "predicted": chances.argmax(-1), "nats": nats}
+                for name, value in values.items():
+                    records[name][places[piece.cpu().numpy()]] = value.cpu().numpy()
             advance()
-    records.flush()
+    for each in (records, *encoder):
+        each.flush()
     np.save(ends_path, ends)  # last: where it is, the records are complete
-    return np.split(np.asarray(records), ends[:-1])
+
+
+def _write_states(records: np.ndarray, places: np.ndarray, states: torch.Tensor) -> None:
+    """Write states [N, d]: in float16 the largest number of each is 1."""
+    states = states.float()
+    scales = states.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    records["states"][places] = (states / scales[:, None]).cpu().numpy()
+    records["scales"][places] = scales.cpu().numpy()
 
 
 class FrozenExit(nn.Module):
@@ -129,13 +186,16 @@ class FrozenExit(nn.Module):
         chances: torch.Tensor,
         predicted: torch.Tensor,
         nats: torch.Tensor,
+        encoded: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
     ) -> Outputs:
         """Take what `collate_teacher` gives."""
         wanted, known = labels != IGNORED, self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
         assert self.exit is not None
-        student = self.exit.norm(self.exit(states)[wanted]) * self.head.scale  # [R, d]
+        prompts = None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
+        student = self.exit.norm(self.exit(states, prompts)[wanted]) * self.head.scale  # [R, d]
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):
             if not self.training:

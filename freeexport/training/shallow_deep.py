@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from freeexport.checkpoints.exit_file import LossName
 from freeexport.training import losses
-from freeexport.training.exit_modules import Exit, KnownTokens
+from freeexport.training.exit_modules import Encoded, Exit, KnownTokens
 from graphs.description import Description
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Outputs = dict[str, torch.Tensor]
 # Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth.
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
-EXIT = 0  # as a layer's number: behind the exit's own layers
+EXIT, ENCODER = 0, -1  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -76,8 +76,8 @@ class ShallowDeep(nn.Module):
         own: Exit | None = None,
         known: KnownTokens | None = None,
     ) -> None:
-        """`also`: layers that `hidden_states` gives beside those that the loss looks at. `own`: the exit's parameters,
-        whose states it gives as number EXIT. `known`: the tokens that the exit knows, None for all."""
+        """`also`: layers that `hidden_states` gives beside those that the loss looks at, or ENCODER. `own`: the exit's
+        parameters, whose states it gives as number EXIT. `known`: the tokens that the exit knows, None for all."""
         super().__init__()
         self.model = model
         self.exit_layer = exit_layer
@@ -107,18 +107,21 @@ class ShallowDeep(nn.Module):
         return record
 
     def hidden_states(self, labels: torch.Tensor, **batch: torch.Tensor) -> dict[int, torch.Tensor]:
-        """Outputs of the layers in `kept`, before the final norm, at the rows whose label is not -100: [N, d] each."""
+        """Outputs of the layers in `kept`, before the final norm, at the rows whose label is not -100: [N, d] each. For
+        ENCODER those of the encoder, at the valid rows of the prompts."""
         rows = (labels.reshape(-1) != IGNORED).nonzero().squeeze(1)
         self._recording = {}
         try:
-            self._run(**batch)
+            encoded = self._run(**batch)
             recorded = self._recording
         finally:
             self._recording = None
         if self.own is not None:
-            recorded[EXIT] = self.own(recorded[self.exit_layer])
-        kept = (*self.kept, EXIT) if self.own is not None else self.kept
-        return {n: recorded[n].reshape(-1, recorded[n].shape[-1]).index_select(0, rows) for n in kept}
+            recorded[EXIT] = self.own(recorded[self.exit_layer], encoded)
+        found = {n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()}
+        if encoded is not None and ENCODER in self.kept:
+            found[ENCODER] = encoded.states[encoded.mask]
+        return found
 
     def exit_normed(self, hidden: dict[int, torch.Tensor]) -> torch.Tensor:
         """Inputs [N, d] of the exit's head, from what `hidden_states` gives."""
@@ -138,10 +141,10 @@ class ShallowDeep(nn.Module):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         decoder_input_ids: torch.Tensor | None = None,
-    ) -> None:
+    ) -> Encoded | None:
         if not self.seq2seq:
             self.model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-            return
+            return None
         encoded = self.model.encoder(input_ids=input_ids, attention_mask=attention_mask)
         self.model.decoder(
             input_ids=decoder_input_ids,
@@ -149,6 +152,7 @@ class ShallowDeep(nn.Module):
             encoder_attention_mask=attention_mask,
             use_cache=False,
         )
+        return Encoded(encoded[0], attention_mask > 0)
 
     def forward(self, labels: torch.Tensor, **batch: torch.Tensor) -> Outputs:
         hidden = self.hidden_states(labels, **batch)

@@ -22,7 +22,7 @@ from freeexport.training.exit_modules import Exit, ExitLayers, KnownTokens, trai
 from freeexport.training.exit_start import begin_other, first_exit, observed
 from freeexport.training.frozen import FrozenExit, cached_teacher, collate_teacher
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import ShallowDeep
+from freeexport.training.shallow_deep import ENCODER, ShallowDeep
 from graphs.description import Description
 from runtime.errors import OptionError
 
@@ -72,8 +72,8 @@ def trainable(
     full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
     lora: an adapter, written with `model_name` as its base, and the exit's own layers.
     exit: an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d + 210 bytes a
-    position, of all for layers, of the targets for an adapter. Of several processes, the first must be through before
-    the others call this: they find the cache filled.
+    position, of all for layers, and 2 d + 4 one of the encoder, of the targets for an adapter. Of several processes,
+    the first must be through before the others call this: they find the cache filled.
     """
     if checkpoint.adapter is not None and options.tune != "full":
         raise OptionError(
@@ -114,13 +114,14 @@ def trainable(
     if not frozen:
         lengths = token_counts(training), token_counts(validation)
         return Trainable(module, training, validation, lengths, collate, write, own)
-    whole = ShallowDeep(model, description, options.exit_layer, "ce")
+    also = (ENCODER,) if options.exit_layers and description.encoder is not None else ()
+    whole = ShallowDeep(model, description, options.exit_layer, "ce", also=also)
     first, second = (
         cached_teacher(cache / f"{name}.npy", whole, examples, collate, options, known)
         for name, examples in (("training", training), ("validation", validation))
     )
     torch.manual_seed(options.seed)
-    lengths = list(map(len, first)), list(map(len, second))
+    lengths = [one.positions for one in first], [one.positions for one in second]
     return Trainable(FrozenExit(module).cpu(), first, second, lengths, collate_teacher, write, own)
 
 

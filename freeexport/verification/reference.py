@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from freeexport.checkpoints.examples import TARGETS_WANTED, DataError, read_examples
+from freeexport.training.exit_modules import Encoded
 from freeexport.verification.checks import Check, Measure
 from freeexport.verification.engines import (
     Batch,
@@ -60,8 +61,9 @@ QUALITY_COARSE_LEAST = 5e-2
 # Sequences in memory at once, the most tokens of each, and how many lines are read.
 ROWS, LONGEST, LINES = 8, 256, 256
 
-# States [B, n, d] -> logits [B, n, V], and confidences [B, n, 1] where these depend on more than the logits.
-ExitHead = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
+# States [B, n, d], and those of an encoder -> logits [B, n, V], and confidences [B, n, 1] where these depend on more
+# than the logits.
+ExitHead = Callable[[torch.Tensor, Encoded | None], tuple[torch.Tensor, torch.Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,14 @@ class States:
         """Outputs of transformers, as float32."""
         out = forward(model, batch)
         states = out.get("decoder_hidden_states", out.get("hidden_states"))[exit_layer]
-        encoded = out.get("encoder_last_hidden_state")
+        encoded, prompts = out.get("encoder_last_hidden_state"), None
+        if batch.prompts is not None and batch.prompt_lengths is not None:
+            prompts = Encoded(encoded, torch.from_numpy(mask_of(batch.prompt_lengths, batch.prompts.shape[1])) > 0)
         deep = valid_rows(out["logits"].numpy(), batch.lengths)
         del out
         confidence = None
         if exit_head is not None:
-            shallow, confidence = exit_head(states)
+            shallow, confidence = exit_head(states, prompts)
         else:
             stack, name = layer_list(model)
             layers = getattr(stack, name)

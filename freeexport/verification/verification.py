@@ -240,7 +240,7 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
         return None
     import torch
 
-    from freeexport.training.exit_modules import trained_exit
+    from freeexport.training.exit_modules import Encoded, trained_exit
     from freeexport.training.shallow_deep import exits_of, shared_head
 
     description = describe(checkpoint.config, checkpoint)
@@ -248,8 +248,8 @@ def _exit_head(checkpoint: Checkpoint, model: Any, measure: ConfidenceMeasure) -
     head = shared_head(model, description).eval()
 
     @torch.no_grad()
-    def read(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        normed = head.normed(states) if own is None else own.norm(own(states))
+    def read(states: torch.Tensor, encoded: Encoded | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        normed = head.normed(states) if own is None else own.norm(own(states, encoded))
         logits = head.read(normed)
         if known is None:
             return logits, None

@@ -189,7 +189,12 @@ class Manifest:
     @property
     def shallow_caches(self) -> tuple[int | str, ...]:
         """The names that the layers of the shallow engine have in its KV cache."""
-        return (*self.shallow_layers, *(f"exit.{number}" for number in range(self.exit_layers)))
+        return (*self.shallow_layers, *self.exit_names)
+
+    @property
+    def exit_names(self) -> tuple[str, ...]:
+        """The names of the exit's own layers in caches."""
+        return tuple(f"exit.{number}" for number in range(self.exit_layers))
 
     @property
     def float_type(self) -> FloatType:

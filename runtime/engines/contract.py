@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from runtime.bundle.manifest import MANIFEST, Manifest
@@ -40,15 +40,14 @@ def contract(manifest: Manifest, engine: str) -> tuple[Tensors, Tensors]:
     if engine == "encoder":
         return {"input_ids": Tensor(INT64, ("B", "E")), "lengths": lengths}, encoded
     if engine == "prologue":
-        return encoded, layers("cross", range(manifest.layers), "E")
+        return encoded, layers("cross", (*range(manifest.layers), *manifest.exit_names), "E")
     shallow = engine == "shallow"
-    own = manifest.shallow_layers if shallow else manifest.deep_layers
-    caches = manifest.shallow_caches if shallow else own
+    caches: Sequence[int | str] = manifest.shallow_caches if shallow else manifest.deep_layers
     rows = manifest.capacity + manifest.max_pending if manifest.target == "tensorrt" else "cache"
     inputs = {"past_lengths": lengths, "query_lengths": lengths, "head_rows": Tensor(INT64, ("R",))}
     inputs |= layers("past", caches, rows)
     if manifest.encoder_decoder:
-        inputs |= {**layers("cross", own, "E"), "cross_lengths": lengths}
+        inputs |= {**layers("cross", caches, "E"), "cross_lengths": lengths}
     outputs = {
         "token": Tensor(INT64, ("R",)),
         "confidence": Tensor(FLOAT, ("R",)),

@@ -17,7 +17,7 @@ from reference import (
     replay,
 )
 
-from freeexport.verification.engines import EnginePair
+from freeexport.verification.engines import Batch, EnginePair, encode, pad
 from runtime import Session
 from runtime.bundle.bundle import Bundle
 
@@ -32,7 +32,12 @@ each_case = pytest.mark.parametrize("case", EXIT_CASES, ids=lambda case: case.na
 def test_shallow_logits_are_those_of_the_layers_in_torch(case: Case, bundle: Bundles, source_model: Model) -> None:
     opened = Bundle.open(bundle(case, EXIT_LAYER))
     assert opened.manifest.exit_layers == OWN_LAYERS
-    pair, ids = EnginePair(opened, 1, 1), np.array(PROMPTS[2])
+    start, prompt = opened.manifest.decoder_start_token_id, list(PROMPTS[2][:1])
+    ids, prompts = np.array(PROMPTS[2]), list[np.ndarray]()
+    if start is not None:
+        ids, prompt = np.array([start, *PROMPTS[2]]), list(PROMPTS[0])
+        prompts = list(pad([prompt]))
+    pair = EnginePair(opened, 1, 1, encode(opened, Batch(*pad([ids.tolist()]), *prompts), 1)[0])
     # A prompt, three tokens in one call, and single ones.
     found, place = [], 0
     for count in (30, 3, 1, 1, 1):
@@ -41,7 +46,7 @@ def test_shallow_logits_are_those_of_the_layers_in_torch(case: Case, bundle: Bun
         found.append(out["logits"])
         pair.deep(out["hidden"], call)
         place += count
-    wanted = Run(source_model(case), ids[:1].tolist(), EXIT_LAYER).logits(ids[1:place].tolist())[0]
+    wanted = Run(source_model(case), prompt, EXIT_LAYER).logits(ids[1:place].tolist())[0]
     np.testing.assert_allclose(np.concatenate(found), wanted.numpy(), atol=1e-4, rtol=1e-4)
 
 

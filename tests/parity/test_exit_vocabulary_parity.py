@@ -35,6 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 18
 LLAMA, TIED_T5, T5 = map(with_exit_vocabulary, ("llama-tied", "t5-relu-tied", "t5-gated-untied"))
 LAYERS = with_exit_vocabulary("llama-untied-many-eos", layers=True)
+T5_LAYERS = with_exit_vocabulary("t5-relu-tied", layers=True)
 OWN_KERNELS = {"precision": "int8", "kernels": "freeexport"}
 EXACT: tuple[tuple[Case, dict[str, Any]], ...] = (
     (LLAMA, {}),
@@ -42,6 +43,7 @@ EXACT: tuple[tuple[Case, dict[str, Any]], ...] = (
     (TIED_T5, {}),
     (T5, {"dialect": "standard"}),
     (LAYERS, {}),
+    (T5_LAYERS, {}),
 )
 Directory = Callable[[Case], Path]
 

@@ -90,6 +90,7 @@ def test_the_loss_is_of_the_classes_and_reads_no_other_row(
     else:
         head = SharedHead(whole.head.norm, whole.head.linear, 1.0)
         own = torch.nn.Identity()
+        own.forward = lambda states, encoded: states  # type: ignore[method-assign]
         own.norm = torch.nn.Identity()
         module = frozen_exit(own, head, 2, 5, known).train()
         monkeypatch.setattr(head.linear, "forward", None)  # the whole head is not read
@@ -103,6 +104,7 @@ def test_the_loss_is_of_the_classes_and_reads_no_other_row(
 
 
 def test_the_class_of_others_begins_as_what_their_logits_add_up_to() -> None:
+    torch.manual_seed(0)
     head = SharedHead(torch.nn.Identity(), torch.nn.Linear(8, 12, bias=False), 0.5)
     states, known = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0)), KnownTokens(TOKENS, 8)
     begin_other(known, head, iter([states]))
@@ -156,6 +158,9 @@ def test_special_tokens_are_kept_and_the_most_frequent_come_next(checkpoint: Dir
         (LLAMA, {"loss": "kd-dyn"}),
         (LLAMA, {"tune": "lora", "exit_layers": 2, "lora_rank": 4}),
         (LLAMA, {"tune": "exit", "exit_layers": 2}),
+        (T5, {"exit_layers": 2}),
+        (T5, {"tune": "lora", "exit_layers": 1, "lora_rank": 4}),
+        (T5, {"tune": "exit", "exit_layers": 2}),
     ],
     ids=lambda value: getattr(value, "name", None) or "-".join(map(str, value.values())),
 )

@@ -94,8 +94,9 @@ def test_lora_writes_an_adapter_that_reads_as_the_merged_model(
         (T5, {"loss": "ce", "adapter_rank": 0}),
         (LLAMA, {"adapter_rank": 8}),
         (LLAMA, {"exit_layers": 2, "learning_rate": 3e-3}),
+        (T5, {"exit_layers": 2, "learning_rate": 3e-3}),
     ],
-    ids=["t5-norm", "llama-adapter", "llama-layers"],
+    ids=["t5-norm", "llama-adapter", "llama-layers", "t5-layers"],
 )
 def test_an_exit_leaves_the_base_unchanged_to_the_bit(
     checkpoint: Directory, words: Path, case: Case, options: dict[str, Any], run: Runs
@@ -270,7 +271,6 @@ def test_options_that_cannot_be_are_refused(words: Path, change: dict[str, Any],
         (LLAMA, {"exit_layer": 5}, "has 5 layers: 1 to 4"),
         (LLAMA, {"exit_layers": 4}, "at most 3 make sense"),
         (LLAMA, {"exit_vocab": 3}, "3 special ones, which are always kept: choose 4 to 287"),
-        (T5, {"exit_layers": 1}, "decoder-only models can have; leave it out for t5"),
         (LLAMA, {"max_tokens": 3}, "none of the 40 examples fits 3"),
         (LLAMA, {"data": "one.jsonl"}, "one example"),
         (LLAMA, {"validation": "missing.jsonl"}, r"missing\.jsonl does not exist"),
