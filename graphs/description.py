@@ -144,7 +144,8 @@ class ForeignEncoder:
 class Decoder:
     """L causal layers with a head. `embedding` [vocab, d]; `max_positions` None where positions are relative.
     `exit_head` is the shallow decoder's, where it was trained apart; None is `head`. Between the exit layer and it
-    stand `exit_layers`, which read what `exit_map` [d, d] makes of the exit layer's states."""
+    stand `exit_layers`, which read what `exit_map` [d, exit_inputs * d] makes of the exit layer's states: of one input,
+    or of two, where it is joined by the final normed state of the position before."""
 
     embedding: str
     layers: tuple[Layer, ...]
@@ -153,6 +154,7 @@ class Decoder:
     exit_head: Head | None = None
     exit_map: Linear | None = None
     exit_layers: tuple[Layer, ...] = ()
+    exit_inputs: int = 1
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ class EngineOptions:
                 f"an exit with own layers needs dialect ort and target cpu, not {self.dialect} and {self.target}; "
                 "train one without --exit-layers, or convert it for a CPU"
             )
+        if description.decoder.exit_inputs > 1:
+            raise GraphError(
+                "an exit that reads a deep feature cannot be converted yet; train one with --exit-input state"
+            )
         self._check_target(description)
         if self.dialect == "ort" and not self.own_attention(description) and not fits_head_size(description.attention):
             raise GraphError(f"{misfit(description.attention)}; choose --dialect standard")

@@ -16,7 +16,9 @@ EXIT_NORM = "exit.norm.weight"  # [d]
 ADAPTER_NORM = "exit.adapter.norm.weight"  # [d]
 ADAPTER_DOWN = "exit.adapter.down.weight"  # [r, d]
 ADAPTER_UP = "exit.adapter.up.weight"  # [d, r]
-EXIT_MAP = "exit.map.weight"  # [d, d]: what the exit's own layers read is the exit layer's state times this
+# What the exit's own layers read is the exit layer's state times this, [d, d]; or, [d, 2 d], that state and a feature,
+# the final normed state of the position before.
+EXIT_MAP = "exit.map.weight"
 VOCABULARY = "exit.vocabulary"  # [n]: the token ids that the exit knows, ascending
 OTHER, OTHER_BIAS = "exit.other.weight", "exit.other.bias"  # [1, d], [1]: the class of all other tokens
 EXIT_LAYERS = "exit.layers"  # exit.layers.0.attention.query.weight ..., as graphs.description names a layer's parts
@@ -43,7 +45,9 @@ def with_exit(description: Description, weights: Weights) -> Description:
         count = 0
         while f"{EXIT_LAYERS}.{count}.attention_norm.weight" in weights:
             count += 1
-        decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=own_layers(description, count))
+        inputs = weights.shape(EXIT_MAP)[-1] // description.hidden_size
+        layers = own_layers(description, count)
+        decoder = replace(decoder, exit_map=Linear(EXIT_MAP), exit_layers=layers, exit_inputs=inputs)
     return description if decoder is description.decoder else replace(description, decoder=decoder)
 
 

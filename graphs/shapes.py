@@ -12,6 +12,7 @@ from graphs.description import Description, Encoder, Linear, Norm
 from graphs.errors import UnsupportedModelError
 from graphs.exit_head import EXIT_LAYERS, EXIT_MAP, own_layers
 from graphs.weights import Weights
+from runtime.bundle.manifest import ExitInput
 
 Shape = tuple[int, ...]
 MAX_LAYERS = 1024
@@ -140,8 +141,9 @@ def check_checkpoint(config: Mapping[str, Any], description: Description, weight
     check_weights(description, weights, config.get("intermediate_size") or config.get("d_ff"))
 
 
-def own_shapes(description: Description, weights: Weights, count: int) -> dict[str, Shape]:
-    """The tensors of an exit with `count` layers of its own, its norm apart: shapes are those of the last layers."""
+def own_shapes(description: Description, weights: Weights, count: int, reads: ExitInput = "state") -> dict[str, Shape]:
+    """The tensors of an exit with `count` layers of its own, which read this, its norm apart: shapes are those of the
+    last layers."""
     layers = own_layers(description, count)
     if not layers:
         return {}
@@ -149,7 +151,7 @@ def own_shapes(description: Description, weights: Weights, count: int) -> dict[s
     inner = weights.shape(description.decoder.layers[-1].mlp.down.weight)[-1]
     found = dict(_shapes(replace(description, decoder=decoder), weights, inner))
     own = {name: shape for name, shape in found.items() if name.startswith(EXIT_LAYERS)}
-    return {EXIT_MAP: (width, width), **own}
+    return {EXIT_MAP: (width, width if reads == "state" else 2 * width), **own}
 
 
 def _shapes(description: Description, weights: Weights, inner: int | None) -> Iterator[tuple[str, Shape]]:
@@ -157,7 +159,7 @@ def _shapes(description: Description, weights: Weights, inner: int | None) -> It
     yield decoder.embedding, (description.vocab_size, width)
     yield decoder.head.weight, (description.vocab_size, width)
     norms: list[tuple[Norm | None, int]] = [(decoder.head.norm, width)]
-    linears: list[tuple[Linear | None, int, int]] = [(decoder.exit_map, width, width)]
+    linears: list[tuple[Linear | None, int, int]] = [(decoder.exit_map, width, decoder.exit_inputs * width)]
     layers = decoder.layers + decoder.exit_layers
     if decoder.exit_head is not None:
         norms.append((decoder.exit_head.norm, width))

@@ -20,7 +20,7 @@ from graphs.exit_head import (
 from graphs.families import describe
 from graphs.shapes import own_shapes
 from graphs.weights import Weights
-from runtime.bundle.manifest import ExitVocabulary
+from runtime.bundle.manifest import ExitInput, ExitVocabulary
 from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
@@ -35,9 +35,9 @@ EXIT_SCHEMA_VERSION = 1
 @dataclass(frozen=True)
 class ExitFile:
     """`exit_norm`, `adapter_rank` and `exit_layers` (transformer layers) say which parameters the exit has of its own:
-    none (False, 0, 0) where the checkpoint itself was trained. `vocabulary`: the tokens that the exit knows, beside one
-    class for all others; None for all. `base_sha256` is Checkpoint.sha256 of the weights beside the exit's own
-    parameters; without any, of what was trained."""
+    none (False, 0, 0) where the checkpoint itself was trained. `exit_input`: what its layers read. `vocabulary`: the
+    tokens that the exit knows, beside one class for all others; None for all. `base_sha256` is Checkpoint.sha256 of the
+    weights beside the exit's own parameters; without any, of what was trained."""
 
     exit_layer: int
     exit_norm: bool
@@ -47,11 +47,13 @@ class ExitFile:
     tune: Tune
     exit_layers: int = 0
     vocabulary: ExitVocabulary | None = None
+    exit_input: ExitInput = "state"
     schema_version: int = EXIT_SCHEMA_VERSION
 
     def __post_init__(self) -> None:
         right = {
-            "exit_layer": self.exit_layer >= 1,
+            "exit_layer": self.exit_layer >= (1 if self.exit_input == "state" else 0),
+            "exit_input": self.exit_input == "state" or self.exit_layers > 0,
             "adapter_rank": self.adapter_rank >= 0,
             "exit_layers": self.exit_layers >= 0,
             "vocabulary": self.vocabulary is None or self.vocabulary.size >= 2,
@@ -125,7 +127,7 @@ def read_exit_weights(
                 f"{EXIT_FILE} has {exit_file.exit_layers} exit_layers, which this model of {layers} decoder layers "
                 "cannot have; train again, or remove it"
             )
-        shapes |= own_shapes(description, weights, exit_file.exit_layers)
+        shapes |= own_shapes(description, weights, exit_file.exit_layers, exit_file.exit_input)
     for name, shape in shapes.items():
         if (found := file.shapes.get(name)) != shape:
             shown = "missing" if found is None else list(found)

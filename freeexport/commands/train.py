@@ -15,6 +15,7 @@ from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.commands.verb_options import SectionedCommand, section
 from freeexport.training.options import Schedule, TrainingOptions, Tune
 from freeexport.training.train import leave_group, train
+from runtime.bundle.manifest import ExitInput
 
 
 @click.command(cls=SectionedCommand)
@@ -40,6 +41,9 @@ from freeexport.training.train import leave_group, train
               f"[default: {TrainingOptions.lora_rank}; exit: {TrainingOptions.adapter_rank}]")  # fmt: skip
 @click.option("--exit-layers", type=int, default=TrainingOptions.exit_layers,
               help="Transformer layers of the exit's own, before the head; decoder-only.")  # fmt: skip
+@click.option("--exit-input", type=click.Choice(get_args(ExitInput)), default=TrainingOptions.exit_input,
+              help="What these layers read: the exit layer's state, or that and the deep decoder's feature of the "
+              "token before, with --tune exit; --exit-layer may then be 0, the embedding.")  # fmt: skip
 @click.option("--exit-vocab", type=int,
               help="So many tokens are all that the exit knows, beside one class for all others, which never exits: "
               "the most frequent in the targets.  [default: all tokens]")  # fmt: skip

@@ -34,8 +34,13 @@ def described(checkpoint: Checkpoint, options: TrainingOptions) -> Description:
     """Describe the checkpoint. Raises UnsupportedModelError, and OptionError where there is no such exit layer."""
     description = describe(checkpoint.config, checkpoint)
     layers = len(description.decoder.layers)
-    if not 1 <= options.exit_layer < layers:
-        raise OptionError(f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: 1 to {layers - 1}")
+    first = 1 if options.exit_input == "state" else 0
+    if not first <= options.exit_layer < layers:
+        raise OptionError(
+            f"--exit-layer is {options.exit_layer}; the decoder has {layers} layers: {first} to {layers - 1}"
+        )
+    if options.exit_input == "feature" and description.encoder is not None:
+        raise OptionError(f"--exit-input feature is for decoder-only models; leave it out for {description.family}")
     if options.exit_layers > layers - options.exit_layer:
         raise OptionError(
             f"--exit-layers is {options.exit_layers}; after layer {options.exit_layer} of {layers} at most "

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from freeexport.checkpoints.checkpoint import Checkpoint
 
 Read = Callable[[str], np.ndarray]
+KeyValue = tuple[torch.Tensor, torch.Tensor]  # [B, heads, n, head_dim]
 _ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -73,6 +74,7 @@ class Exit(nn.Module):
     the head reads, `states` [..., d] those after the exit layer; `encoded` None in a decoder-only model."""
 
     norm: RMSNorm
+    reads_feature = False  # whether `forward` needs the final normed states, too: `features` [..., d]
 
 
 class AdaptedExit(Exit):
@@ -83,13 +85,28 @@ class AdaptedExit(Exit):
         self.adapter = Adapter(len(norm), rank, epsilon) if rank else None
         self.norm = RMSNorm(norm, epsilon)
 
-    def forward(self, states: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
+    def forward(
+        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         adapted: torch.Tensor = states.float() if self.adapter is None else self.adapter(states.float())
         return adapted
 
 
+class JoinedInputs(Exit):
+    """The states, each beside the feature of the position before; zeros are before the first. [B, n, 2 d]"""
+
+    reads_feature = True
+
+    def forward(
+        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        assert features is not None
+        return torch.cat([states, F.pad(features, (0, 0, 1, 0))[:, :-1].to(states.dtype)], dim=-1)
+
+
 class ExitLayers(Exit):
-    """Transformer layers behind the linear map `weight` [d, d]; `read` gives the layers' weights by name."""
+    """Transformer layers behind the linear map `weight` [d, d], or [d, 2 d] of `JoinedInputs`; `read` gives the layers'
+    weights by name."""
 
     def __init__(
         self, layers: Sequence[Layer], read: Read, weight: np.ndarray, norm: np.ndarray, epsilon: float
@@ -98,16 +115,37 @@ class ExitLayers(Exit):
         self.map = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         self.map.weight = _parameter(weight)
         self.layers = nn.ModuleList(ExitLayer(layer, read) for layer in layers)
-        self.norm = RMSNorm(norm, epsilon)
+        self.norm, self._join = RMSNorm(norm, epsilon), JoinedInputs()
 
-    def forward(self, states: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
+    @property
+    def reads_feature(self) -> bool:  # type: ignore[override]
+        return self.map.in_features > self.map.out_features
+
+    def forward(
+        self, states: torch.Tensor, encoded: Encoded | None = None, features: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[B, n, d], padded on the right -> float32 [B, n, d]."""
-        dtype = self.map.weight.dtype
-        x: torch.Tensor = self.map(states.to(dtype)).float()
+        return self.passes(states, encoded, features, 1)[0]
+
+    def passes(
+        self, states: torch.Tensor, encoded: Encoded | None, features: torch.Tensor | None, count: int
+    ) -> list[torch.Tensor]:
+        """The outputs of the first to the `count`-th token after a sync pass, as if every position were that.
+
+        The first reads the deep decoder's `features`. Each further one reads what the one before gave instead, and
+        attends to that one's keys where it attends to the position before, and so on back to the first.
+        """
+        dtype, found = self.map.weight.dtype, list[torch.Tensor]()
         encoded = encoded and encoded._replace(states=encoded.states.to(dtype))
-        for layer in self.layers:
-            x = layer(x, encoded)
-        return x
+        before: list[list[KeyValue]] = [[] for _ in self.layers]
+        for _ in range(count):
+            x = states if features is None else self._join(states, features=features)
+            x = self.map(x.to(dtype)).float()
+            for layer, passed in zip(self.layers, before, strict=True):
+                x = layer(x, encoded, passed)
+            found.append(x)
+            features = self.norm(x)
+        return found
 
 
 class KnownTokens(nn.Module):
@@ -185,9 +223,9 @@ class ExitLayer(nn.Module):
         self.mlp_norm = _norm(layer.mlp_norm, read)
         self.mlp = FeedForward(layer.mlp, read)
 
-    def forward(self, x: torch.Tensor, encoded: Encoded | None) -> torch.Tensor:
-        """[B, n, d] -> [B, n, d]."""
-        x = x + self.attention(self.attention_norm(x))
+    def forward(self, x: torch.Tensor, encoded: Encoded | None, before: list[KeyValue]) -> torch.Tensor:
+        """[B, n, d] -> [B, n, d]. `before`: see ExitAttention."""
+        x = x + self.attention(self.attention_norm(x), None, before)
         if self.cross is not None and self.cross_norm is not None:
             x = x + self.cross(self.cross_norm(x), encoded)
         mixed: torch.Tensor = x + self.mlp(self.mlp_norm(x))
@@ -195,7 +233,11 @@ class ExitLayer(nn.Module):
 
 
 class ExitAttention(nn.Module):
-    """Causal self-attention, positions from 0, or attention over an encoder's states."""
+    """Causal self-attention, positions from 0, or attention over an encoder's states.
+
+    `before` are keys and values of passes over other inputs of the same positions, which this one adds its own to. Pass
+    number k attends to the first pass, but for the newest k positions: itself, that of pass k - 1 before it, and so on.
+    """
 
     def __init__(self, attention: Attention, read: Read) -> None:
         super().__init__()
@@ -208,8 +250,11 @@ class ExitAttention(nn.Module):
             self.relative_bias = nn.Embedding(bias.buckets, attention.heads)
             self.relative_bias.weight = _parameter(read(bias.table))
 
-    def forward(self, x: torch.Tensor, encoded: Encoded | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, encoded: Encoded | None = None, before: list[KeyValue] | None = None
+    ) -> torch.Tensor:
         """[B, n, d] -> [B, n, d]."""
+        length, before = x.shape[1], [] if before is None else before
         one, source = self.described, x if encoded is None else encoded.states
         # [B, heads, n, head_dim]
         query = self._rotated(self.query_norm(self.query(x).unflatten(-1, (one.heads, -1)).transpose(1, 2)))
@@ -218,16 +263,27 @@ class ExitAttention(nn.Module):
         key, value = (part.repeat_interleave(one.heads // one.kv_heads, dim=1) for part in (key.to(value.dtype), value))
         query, causal = query.to(value.dtype), encoded is None and one.window is None and one.relative_bias is None
         mask, bias = self._seen(x, encoded), self._bias(x)
-        if query.is_cuda:
+        before.append((key, value))
+        key, value = before[0]
+        newest = list(enumerate(before[:0:-1]))[:length]  # by their distance
+        if query.is_cuda and not newest:
             given = mask if bias is None else bias.masked_fill(~mask, float("-inf")).to(value.dtype)
             mixed = F.scaled_dot_product_attention(
                 query, key, value, None if causal else given, is_causal=causal, scale=one.scale
             )
         else:
             # The backward pass of torch's fused attention is four times as slow on a CPU, for sentences.
-            scores = query @ key.transpose(-1, -2) * one.scale
+            scores = query @ key.transpose(-1, -2)
+            for back, (keys, _) in newest:
+                own = (query[:, :, back:] * keys[:, :, : length - back]).sum(-1)
+                scores = scores.diagonal_scatter(own.to(scores.dtype), -back, -2, -1)
+            scores = scores * one.scale
             scores = (scores if bias is None else scores + bias).masked_fill(~mask, float("-inf"))
-            mixed = scores.softmax(-1, dtype=torch.float32).to(value.dtype) @ value
+            shares = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+            mixed = shares @ value
+            for back, (_, values) in newest:
+                share, other = shares.diagonal(-back, -2, -1)[..., None], values - value
+                mixed = mixed + F.pad(share * other[:, :, : length - back], (0, 0, back, 0))
         attended: torch.Tensor = self.output(mixed.transpose(1, 2).flatten(2))
         return attended
 

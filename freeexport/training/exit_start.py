@@ -13,9 +13,9 @@ from freeexport.checkpoints.checkpoint import Checkpoint
 from freeexport.checkpoints.examples import Example, known_ends
 from freeexport.checkpoints.tokenizer_files import load_tokenizer
 from freeexport.training.batches import Collator
-from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, KnownTokens
+from freeexport.training.exit_modules import AdaptedExit, Adapter, Exit, ExitLayers, JoinedInputs, KnownTokens
 from freeexport.training.options import TrainingOptions
-from freeexport.training.shallow_deep import IGNORED, ShallowDeep, SharedHead
+from freeexport.training.shallow_deep import EXIT, IGNORED, ShallowDeep, SharedHead
 from graphs.description import Description
 from graphs.exit_head import VOCABULARY
 from runtime.bundle.manifest import ExitVocabulary
@@ -40,12 +40,13 @@ def first_exit(
     adapter."""
     layers, norm = description.decoder.layers, description.decoder.head.norm
     into = len(layers) - options.exit_layers
-    whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,))
+    joined = JoinedInputs() if options.exit_input == "feature" else None
+    whole = ShallowDeep(model, description, options.exit_layer, "ce", also=(into,), own=joined)
     states = observed(whole, examples, collate, options.bf16, everywhere=options.exit_layers > 0)
-    pairs = ((hidden[options.exit_layer], hidden[into]) for hidden in states)
+    pairs = ((hidden[EXIT if joined else options.exit_layer], hidden[into]) for hidden in states)
     norm_weight = checkpoint.read(norm.weight)
     if options.exit_layers:
-        linear = linear_map(*_joined(pairs, _POSITIONS))
+        linear = linear_map(*_joined(pairs, _POSITIONS), description.hidden_size)
         return ExitLayers(layers[into:], checkpoint.read, linear, norm_weight, norm.epsilon)
     torch.manual_seed(options.seed)
     own = AdaptedExit(norm_weight, norm.epsilon, options.adapter_rank)
@@ -120,10 +121,13 @@ def begin_other(known: KnownTokens, head: SharedHead, normed: Iterable[torch.Ten
     known.other.bias.copy_(torch.from_numpy(y.mean(0) - weight @ x.mean(0)))
 
 
-def linear_map(shallow: np.ndarray, deep: np.ndarray) -> np.ndarray:
-    """[d, d]: the least-squares map from one [N, d] to the other."""
-    square, product = _moments(shallow, deep)
-    solved: np.ndarray = np.linalg.solve(square, product.T).T.astype(np.float32)
+def linear_map(shallow: np.ndarray, deep: np.ndarray, part: int | None = None) -> np.ndarray:
+    """[d, n]: the least-squares map from one [N, n] to the other [N, d]. Each `part` columns of the first, by default
+    all, are of like size."""
+    part = part or shallow.shape[1]
+    sizes = np.repeat([np.sqrt(np.square(one).mean()) for one in np.split(shallow, shallow.shape[1] // part, 1)], part)
+    square, product = _moments(shallow / sizes, deep)
+    solved: np.ndarray = (np.linalg.solve(square, product.T).T / sizes).astype(np.float32)
     return solved
 
 

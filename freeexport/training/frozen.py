@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,13 @@ from freeexport.checkpoints.examples import Example
 from freeexport.system.progress import progress
 from freeexport.training import losses
 from freeexport.training.batches import Collator, LengthBatches, token_counts
-from freeexport.training.exit_modules import Encoded, KnownTokens
+from freeexport.training.exit_modules import Encoded, ExitLayers, KnownTokens
 from freeexport.training.options import TrainingOptions
 from freeexport.training.shallow_deep import ENCODER, IGNORED, Outputs, ShallowDeep, SharedHead, exits_of, measures
 
+# Tokens after a sync pass that an exit with a deep feature is trained as: the first reads the feature, the others what
+# the exit gave at the token before.
+PASSES = 2
 BEST = 32  # tokens of the teacher that are kept, or classes of an exit vocabulary
 _LOGIT_ROWS = 512  # whose logits are in memory at a time
 _OTHERS = 2048  # tokens beside those in question that a step's softmax is estimated from
@@ -37,14 +40,15 @@ class Taught(NamedTuple):
 
 
 def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
-    """Batch records of `cached_teacher`: `states` float32 [B, n, d] and `labels` int64 [B, n], padded on the right; and
-    of the rows with a label, in their order, `best` int64 [R, 32], `chances` float32 [R, 32], `predicted` int64 [R] and
-    `nats` float32 [R]; of an encoder `encoded` float32 [B, E, d] and `attention_mask` bool [B, E]."""
+    """Batch records of `cached_teacher`: `states`, and `features` where there are some, float32 [B, n, d] and `labels`
+    int64 [B, n], padded on the right; and of the rows with a label, in their order, `best` int64 [R, 32], `chances`
+    float32 [R, 32], `predicted` int64 [R] and `nats` float32 [R]; of an encoder `encoded` float32 [B, E, d] and
+    `attention_mask` bool [B, E]."""
     whole, valid = _padded([one.decoder for one in examples])
     whole["labels"][~valid] = IGNORED
     rows = whole[whole["labels"] != IGNORED]
     arrays = {
-        "states": whole["states"].astype(np.float32) * whole["scales"][..., None],
+        "states": _states(whole),
         "labels": whole["labels"].astype(np.int64),
         "best": rows["best"].astype(np.int64),
         "chances": rows["chances"].astype(np.float32),
@@ -53,8 +57,10 @@ def collate_teacher(examples: Sequence[Taught]) -> dict[str, torch.Tensor]:
     }
     if prompts := [one.encoder for one in examples if one.encoder is not None]:
         encoded, valid = _padded(prompts)
-        arrays["encoded"] = encoded["states"].astype(np.float32) * encoded["scales"][..., None]
+        arrays["encoded"] = _states(encoded)
         arrays["attention_mask"] = valid
+    if "features" in (whole.dtype.names or ()):
+        arrays["features"] = _states(whole, "features", "feature_scales")
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
@@ -79,11 +85,11 @@ def cached_teacher(
     """Records of the frozen model's outputs at the positions of each example, from the file `path`; where there is none
     they are computed, on the device where the model stands, and written there first.
 
-    `states` float16 [d] times `scales` is the state after the exit layer: of all positions for an exit of layers, for
-    an adapter of those with a label; `labels` is -100 where nothing is predicted. Where something is: the `best` 32
-    tokens, or classes of `known`, with the logarithms of their `chances`, the one `predicted`, and the `nats` of the
-    label. Where `model` keeps ENCODER, its states are written, too: to run it in every step would take longer than the
-    rest of the step.
+    `states` float16 [d] times `scales` is the state after the exit layer: of all positions for an exit of
+    layers, for an adapter of those with a label; `features`, for an exit that reads them, the final normed state;
+    `labels` is -100 where nothing is predicted. Where something is: the `best` 32 tokens, or classes of `known`, with
+    the logarithms of their `chances`, the one `predicted`, and the `nats` of the label. Where `model` keeps ENCODER,
+    its states are written, too: to run it in every step would take longer than the rest of the step.
     """
     ends_path, encoder_path = path.with_suffix(".ends.npy"), path.with_suffix(".encoder.npy")
     paths = [path, encoder_path] if ENCODER in model.kept else [path]
@@ -114,7 +120,10 @@ def _write_teacher(
     ends = counts.cumsum(axis=1)
     vocabulary, width = model.head.weight.shape
     best = min(BEST, vocabulary if known is None else len(known) + 1)
-    fields = [("states", np.float16, width), ("scales", np.float32), ("labels", np.int32), ("best", np.int32, best)]
+    fields: list[tuple[Any, ...]] = [("states", np.float16, width), ("scales", np.float32)]
+    if options.exit_input == "feature":
+        fields += [("features", np.float16, width), ("feature_scales", np.float32)]
+    fields += [("labels", np.int32), ("best", np.int32, best)]
     fields += [("chances", np.float16, best), ("predicted", np.int32), ("nats", np.float32)]
     records, *encoder = (
         np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(kept), shape=(int(end[-1]),))
@@ -135,6 +144,9 @@ def _write_teacher(
             with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
                 hidden = model.hidden_states(**{**inputs, "labels": torch.where(kept, 0, IGNORED)})
             _write_states(records, places, hidden[model.exit_layer])
+            if options.exit_input == "feature":
+                features = model.head.normed(hidden[model.layers].float())
+                _write_states(records, places, features, "features", "feature_scales")
             for into, where in zip(encoder, prompts, strict=True):
                 _write_states(into, where, hidden[ENCODER])
             records["labels"][places] = found.cpu().numpy()
@@ -152,12 +164,20 @@ def _write_teacher(
     np.save(ends_path, ends)  # last: where it is, the records are complete
 
 
-def _write_states(records: np.ndarray, places: np.ndarray, states: torch.Tensor) -> None:
+def _states(records: np.ndarray, name: str = "states", scale: str = "scales") -> np.ndarray:
+    """What `_write_states` wrote, float32 [..., d]."""
+    states: np.ndarray = records[name].astype(np.float32) * records[scale][..., None]
+    return states
+
+
+def _write_states(
+    records: np.ndarray, places: np.ndarray, states: torch.Tensor, name: str = "states", scale: str = "scales"
+) -> None:
     """Write states [N, d]: in float16 the largest number of each is 1."""
     states = states.float()
     scales = states.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    records["states"][places] = (states / scales[:, None]).cpu().numpy()
-    records["scales"][places] = scales.cpu().numpy()
+    records[name][places] = (states / scales[:, None]).cpu().numpy()
+    records[scale][places] = scales.cpu().numpy()
 
 
 class FrozenExit(nn.Module):
@@ -188,29 +208,47 @@ class FrozenExit(nn.Module):
         nats: torch.Tensor,
         encoded: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
     ) -> Outputs:
-        """Take what `collate_teacher` gives."""
+        """Take what `collate_teacher` gives. An exit that reads features is trained as the first tokens after a sync
+        pass, PASSES of them, and measured as the last of these."""
         wanted, known = labels != IGNORED, self.known
         labels = labels[wanted]
         classes = labels if known is None else known.classes(labels)
         assert self.exit is not None
         prompts = None if encoded is None or attention_mask is None else Encoded(encoded, attention_mask)
-        student = self.exit.norm(self.exit(states, prompts)[wanted]) * self.head.scale  # [R, d]
+        if features is None:
+            passes = [self.exit(states, prompts)]
+        else:
+            assert isinstance(self.exit, ExitLayers)
+            passes = self.exit.passes(states, prompts, features, PASSES)
+        students = [self.exit.norm(one[wanted]) * self.head.scale for one in passes]  # [R, d] each
         # In float32: logits in bfloat16 are off by a twentieth.
         with torch.autocast(states.device.type, enabled=False):
             if not self.training:
-                logits = self.head.linear(student) if known is None else known.logits(student, self._rows)
+                logits = self.head.linear(students[-1]) if known is None else known.logits(students[-1], self._rows)
                 by_layer = {self.exit_layer: losses.cross_entropy(logits, classes), self.layers: nats}
                 return measures(
                     by_layer, labels, exits_of(logits, None if known is None else known.vocabulary), predicted
                 )
-            found, places = self._log_chances(student, torch.cat([classes[:, None], best], dim=1))
-            found = found.gather(1, places)  # [R, 1 + 32]
-            # The deep one is a constant, so that losses compare with other modes.
-            loss = losses.by_depth({self.exit_layer: -found[:, 0], self.layers: nats}).sum()
-            if self.loss_name == "logit-kd":
-                loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
-            return {"loss": loss}
+            total = [self._loss(student, classes, best, chances, nats) for student in students]
+            return {"loss": torch.stack(total).mean()}
+
+    def _loss(
+        self,
+        student: torch.Tensor,
+        classes: torch.Tensor,
+        best: torch.Tensor,
+        chances: torch.Tensor,
+        nats: torch.Tensor,
+    ) -> torch.Tensor:
+        found, places = self._log_chances(student, torch.cat([classes[:, None], best], dim=1))
+        found = found.gather(1, places)  # [R, 1 + 32]
+        # The deep one is a constant, so that losses compare with other modes.
+        loss = losses.by_depth({self.exit_layer: -found[:, 0], self.layers: nats}).sum()
+        if self.loss_name == "logit-kd":
+            loss = loss + self.alpha * losses.best_distillation(chances, found[:, 1:])
+        return loss
 
     def _log_chances(self, student: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logarithms of probabilities [R, n] of n tokens, and where those of `tokens` [R, m] stand among them; classes,

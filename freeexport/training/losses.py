@@ -23,9 +23,10 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def by_depth(losses: Mapping[int, torch.Tensor]) -> torch.Tensor:
-    """The mean of losses by layer, weighted by the layer's number: (S * a + L * b) / (S + L) for two."""
-    total = sum(losses)
-    return torch.stack([loss * (layer / total) for layer, loss in losses.items()]).sum(0)
+    """The mean of losses by layer, weighted by the layer's number: (S * a + L * b) / (S + L) for two. The embedding, 0,
+    counts as the first."""
+    total = sum(max(1, layer) for layer in losses)
+    return torch.stack([loss * (max(1, layer) / total) for layer, loss in losses.items()]).sum(0)
 
 
 def logit_distillation(deep: torch.Tensor, shallow: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from freeexport.checkpoints.exit_file import LossName, Tune
 from freeexport.checkpoints.transformers_model import Dtype
 from freeexport.metrics import check_name
+from runtime.bundle.manifest import ExitInput
 from runtime.errors import OptionError
 
 Schedule = Literal["linear", "cosine", "constant", "hold", "inverse-sqrt"]
@@ -48,6 +49,7 @@ class TrainingOptions:
     adapter_rank: int = 64
     exit_layers: int = 0
     exit_vocab: int | None = None
+    exit_input: ExitInput = "state"
     from_config: bool = False
     steps: int | None = None
     epochs: float | None = None
@@ -69,9 +71,11 @@ class TrainingOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("loss", LossName), ("tune", Tune), ("schedule", Schedule), ("dtype", Dtype)):
+        literals = {"loss": LossName, "tune": Tune, "schedule": Schedule, "dtype": Dtype, "exit_input": ExitInput}
+        for name, known in literals.items():
             if (value := getattr(self, name)) not in get_args(known):
-                raise OptionError(f"--{name} {value!r} is unknown; choose {', '.join(get_args(known))}")
+                flag = name.replace("_", "-")
+                raise OptionError(f"--{flag} {value!r} is unknown; choose {', '.join(get_args(known))}")
         for name in ("lora_rank", "steps", "batch_tokens", "accumulate", "max_tokens", "evaluate_every", "exit_vocab"):
             self._check(name, "at least 1", lambda value: value >= 1)
         for name in ("epochs", "time_limit", "learning_rate"):
@@ -92,6 +96,12 @@ class TrainingOptions:
             f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
             "--loss weighted-ce is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
                 self.loss == "weighted-ce" and (self.exit_layers > 0 or self.exit_vocab is not None)
+            ),
+            f"--exit-input feature is for --tune exit, which leaves the model as it is, not for --tune {self.tune}": (
+                self.exit_input == "feature" and self.tune != "exit"
+            ),
+            "--exit-input feature is read by layers of the exit's own; give --exit-layers 1 or more": (
+                self.exit_input == "feature" and self.exit_layers == 0
             ),
             f"--tune {self.tune} needs trained weights, --from-config has none; use --tune full": (
                 self.from_config and self.tune != "full"

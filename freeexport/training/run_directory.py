@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +66,12 @@ def open_run(out: Path, model: str, options: TrainingOptions) -> None:
             raise OptionError(f"{directory} holds no run to resume; start one without --resume")
         remedy = "its run cannot be resumed; start anew with --overwrite"
         before = read_object(recorded, remedy, OptionError)
-        if changed := sorted(name for name in record if record[name] != before.get(name)):
+        defaults = {field.name: field.default for field in fields(TrainingOptions)}  # of options that came later
+        before = {name: before.get(name, defaults.get(name)) for name in record}
+        if changed := sorted(name for name in record if record[name] != before[name]):
             name = changed[0]
             raise OptionError(
-                f"the run in {directory} had {name} {before.get(name)!r}, not {record[name]!r}; "
+                f"the run in {directory} had {name} {before[name]!r}, not {record[name]!r}; "
                 "resume with the same options, or start anew with --overwrite"
             )
         return

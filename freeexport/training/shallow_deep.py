@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Outputs = dict[str, torch.Tensor]
 # Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth.
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
-EXIT, ENCODER = 0, -1  # as a layer's number: behind the exit's own layers, and behind the encoder
+EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
 
 
@@ -89,7 +89,8 @@ class ShallowDeep(nn.Module):
         self.own, self.known = own, known
         self.kept = tuple(sorted({*losses.kept_layers(loss, exit_layer, self.layers), *also}))
         self._recording: dict[int, torch.Tensor] | None = None
-        for number, layer in enumerate(model.decoder.block if self.seq2seq else model.model.layers, start=1):
+        layers = model.decoder.block if self.seq2seq else model.model.layers
+        for number, layer in enumerate([model.get_input_embeddings(), *layers]):
             if number in self.kept:
                 layer.register_forward_hook(self._recorder(number))
 
@@ -117,7 +118,8 @@ class ShallowDeep(nn.Module):
         finally:
             self._recording = None
         if self.own is not None:
-            recorded[EXIT] = self.own(recorded[self.exit_layer], encoded)
+            features = self.head.normed(recorded[self.layers]) if self.own.reads_feature else None
+            recorded[EXIT] = self.own(recorded[self.exit_layer], encoded, features)
         found = {n: one.reshape(-1, one.shape[-1]).index_select(0, rows) for n, one in recorded.items()}
         if encoded is not None and ENCODER in self.kept:
             found[ENCODER] = encoded.states[encoded.mask]

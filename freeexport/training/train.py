@@ -122,6 +122,7 @@ def _train(model: str, out: Path, options: TrainingOptions, directory: Path, pro
                 exit_norm=tuning.own is not None,
                 adapter_rank=options.adapter_rank if adapted else 0,
                 exit_layers=tuning.exit_layers,
+                exit_input=options.exit_input,
                 vocabulary=vocabulary,
                 base_sha256=beside.sha256,
                 loss=options.loss,
@@ -162,13 +163,13 @@ def _base(model: str, options: TrainingOptions, directory: Path, writer: bool) -
     checkpoint = open_checkpoint(model)
     found = checkpoint.exit
     if found is not None and found.has_parameters:
-        wanted = options.exit_layers, options.exit_layer
+        wanted = options.exit_layers, options.exit_layer, options.exit_input
         adapted = found.exit_norm and not found.exit_layers
         same_tokens = found.vocabulary is None or found.vocabulary.size == options.exit_vocab
-        if adapted or (found.exit_layers, found.exit_layer) != wanted or not same_tokens:
+        if adapted or (found.exit_layers, found.exit_layer, found.exit_input) != wanted or not same_tokens:
             raise CheckpointError(
                 f"{model} has an exit of its own already; give the checkpoint that it was trained on, or go on with "
-                "an exit of layers or a vocabulary: the same --exit-layer and --exit-layers, --exit-vocab"
+                "an exit of layers or a vocabulary: the same --exit-layer, --exit-layers, --exit-input and --exit-vocab"
             )
     return checkpoint
 

@@ -71,9 +71,9 @@ def trainable(
 
     full: every weight, in 16 bytes of memory a parameter and what the batch needs, and the exit's own layers.
     lora: an adapter, written with `model_name` as its base, and the exit's own layers.
-    exit: an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d + 210 bytes a
-    position, of all for layers, and 2 d + 4 one of the encoder, of the targets for an adapter. Of several processes,
-    the first must be through before the others call this: they find the cache filled.
+    exit: an exit on a frozen model, which runs once over the data; the directory `cache` takes 2 d + 210 bytes, with
+    features 4 d + 214, a position, of all for layers, and 2 d + 4 one of the encoder, of the targets for an adapter. Of
+    several processes, the first must be through before the others call this: they find the cache filled.
     """
     if checkpoint.adapter is not None and options.tune != "full":
         raise OptionError(

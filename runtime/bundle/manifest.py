@@ -41,6 +41,8 @@ TensorFormat = Literal["fp32", "fp16", "bf16", "int8", "int8-block", "int4", "fp
 Kernels = Literal["onnxruntime", "freeexport"]
 # The format of a quantized model's head: "int8" is in blocks.
 HeadPrecision = Literal["int8", "int4"]
+# What an exit's own layers read: the exit layer's state, or also the deep decoder's normed state of the token before.
+ExitInput = Literal["state", "feature"]
 
 
 @dataclass(frozen=True)

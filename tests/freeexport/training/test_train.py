@@ -177,7 +177,7 @@ def test_a_model_and_its_exit_are_trained_together_and_further(
         again = open_checkpoint(str(out)).read("exit.norm.weight")
         np.testing.assert_allclose(again, after.read("exit.norm.weight"), atol=1e-6)
     assert (tmp_path / "exit" / "model.safetensors").read_bytes() == (together / "model.safetensors").read_bytes()
-    with pytest.raises(CheckpointError, match="the same --exit-layer and --exit-layers"):
+    with pytest.raises(CheckpointError, match="the same --exit-layer, --exit-layers"):
         train(str(together), tmp_path / "other", replace(options, exit_layers=1))
 
 

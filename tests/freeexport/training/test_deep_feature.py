@@ -1,0 +1,115 @@
+"""`train --exit-input feature`: passes against one token at a time, and the exits that training writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import CASES, Case
+from training_case import LLAMA, T5, Runs, logged, run_options
+
+from freeexport.checkpoints.checkpoint import CheckpointError, open_checkpoint
+from freeexport.training.batches import described
+from freeexport.training.exit_modules import ExitLayers, trained_exit
+from freeexport.training.train import train
+from graphs.families import describe
+from runtime.errors import OptionError
+
+Directory = Callable[[Case], Path]
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "mistral-window"])
+def test_a_pass_is_what_decoding_token_by_token_gives(checkpoint: Directory, name: str) -> None:
+    """The output for a position in pass k is that of reading features up to k positions before, and then its own
+    output of each position."""
+    opened = open_checkpoint(str(checkpoint(next(case for case in CASES if case.name == name))))
+    description = describe(opened.config, opened)
+    decoder, width, length, passes = description.decoder, description.hidden_size, 9, 4
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.randn(width, 2 * width, generator=generator).numpy() / width**0.5
+    own = ExitLayers(decoder.layers[-2:], opened.read, linear, opened.read(decoder.head.norm.weight), 1e-5)
+    states, features = torch.randn(2, 1, length, width, generator=generator)
+    with torch.no_grad():
+        found = own.passes(states, None, features, passes)
+        torch.testing.assert_close(found[0], own(states, None, features))
+        for number in range(passes):
+            for place in range(number, length):
+                read = features.clone()
+                for drafted in range(place - number, place):
+                    read[:, drafted] = own.norm(own(states, None, read)[:, drafted])
+                torch.testing.assert_close(
+                    found[number][:, place], own(states, None, read)[:, place], rtol=1e-4, atol=1e-4
+                )
+
+
+@pytest.mark.parametrize(("exit_layer", "exit_vocab"), [(0, None), (2, 40)])
+def test_an_exit_with_a_feature_learns_and_is_gone_on_with(
+    run: Runs, words: Path, exit_layer: int, exit_vocab: int | None
+) -> None:
+    chosen: dict[str, Any] = {"tune": "exit", "exit_layers": 1, "exit_input": "feature", "exit_layer": exit_layer}
+    made = run(LLAMA, **chosen, exit_vocab=exit_vocab, steps=30, evaluate_every=15, learning_rate=3e-3)
+    assert logged(made.out, "eval_shallow_loss")[-1] < logged(made.out, "eval_shallow_loss")[0]
+    opened = open_checkpoint(str(made.out))
+    assert opened.exit is not None
+    assert (opened.exit.exit_layer, opened.exit.exit_layers, opened.exit.exit_input) == (exit_layer, 1, "feature")
+    description = describe(opened.config, opened)
+    own, known = trained_exit(opened, description)
+    assert isinstance(own, ExitLayers)
+    assert own.reads_feature
+    assert (known is None) == (exit_vocab is None)
+    options = run_options(words, **chosen, exit_vocab=exit_vocab, steps=1, evaluate_every=1)
+    again = train(str(made.out), made.out.parent / f"again-{exit_layer}", options)
+    before, best = again.before["eval_shallow_loss"], made.trained.metrics["eval_shallow_loss"]
+    assert before == pytest.approx(best, rel=1e-3)
+    other = replace(options, exit_input="state", exit_layer=max(1, exit_layer))
+    with pytest.raises(CheckpointError, match="--exit-input"):
+        train(str(made.out), made.out.parent / "other", other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"exit_layers": 0}, "give --exit-layers 1 or more"),
+        ({"tune": "lora"}, "--exit-input feature is for --tune exit"),
+        ({"exit_input": "guess"}, "--exit-input 'guess' is unknown; choose state, feature"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(OptionError, match=reason):
+        run_options(words, **{"tune": "exit", "exit_layers": 1, "exit_input": "feature", **changes})
+
+
+@pytest.mark.parametrize(("case", "layer", "reason"), [(T5, 1, "decoder-only"), (LLAMA, 99, "0 to ")])
+def test_models_that_cannot_have_one_are_refused(
+    checkpoint: Directory, words: Path, case: Case, layer: int, reason: str
+) -> None:
+    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=layer)
+    with pytest.raises(OptionError, match=reason):
+        described(open_checkpoint(str(checkpoint(case))), options)
+
+
+def test_features_are_kept_of_every_position(checkpoint: Directory, words: Path, tmp_path: Path) -> None:
+    """What a batch of cached records holds is what the model gives, the prompt's features too."""
+    from freeexport.checkpoints.transformers_model import reference_model
+    from freeexport.training.batches import Collator, examples
+    from freeexport.training.frozen import cached_teacher, collate_teacher
+    from freeexport.training.shallow_deep import ShallowDeep
+
+    options = run_options(words, tune="exit", exit_layers=1, exit_input="feature", exit_layer=0)
+    opened = open_checkpoint(str(checkpoint(LLAMA)))
+    description = described(opened, options)
+    _, validation, _ = examples(opened, description, options)
+    whole, collate = ShallowDeep(reference_model(opened), description, 0, "ce"), Collator(None)
+    records = cached_teacher(tmp_path / "v.npy", whole, validation, collate, options, None)
+    batch, ids = collate_teacher(records), collate(validation)
+    with torch.no_grad():
+        out = whole.model(ids["input_ids"], attention_mask=ids["attention_mask"], output_hidden_states=True)
+    kept = ids["attention_mask"] > 0
+    for name, number in (("states", 0), ("features", -1)):
+        wanted = out["hidden_states"][number][kept].numpy()
+        np.testing.assert_allclose(batch[name][kept].numpy(), wanted, rtol=2e-3, atol=2e-3 * np.abs(wanted).max())
