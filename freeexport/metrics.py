@@ -12,7 +12,7 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,6 +24,11 @@ NAMES = (
     *("exact", "rouge-1", "rouge-2", "rouge-l", "rouge-lsum", "bleu", "chrf", "wer", "per", "word-acc"),
     *("squad-em", "squad-f1", "case-f1", "punct-f1"),
 )
+
+
+ERROR_RATES = ("wer", "per")
+# Behind the name of another metric: tables show its errors, 1 less the value.
+ERROR = "-error"
 
 
 class MetricError(FreeExportError):
@@ -77,9 +82,19 @@ class Metric:
     signature: str = ""
 
     @property
+    def error(self) -> bool:
+        """Whether tables show 1 less the value: an error rate, or any metric whose name ends in `-error`."""
+        return self.name in ERROR_RATES or self.name.endswith(ERROR)
+
+    @property
+    def shown(self) -> str:
+        """The name in a table."""
+        return self.name.upper() if self.name in ERROR_RATES else self.name
+
+    @property
     def label(self) -> str:
-        """The name in a table: an error rate's says that 1 is best."""
-        return f"1 - {self.name.upper()}" if self.name in ("wer", "per") else self.name
+        """The name of the value, of which 1 is best."""
+        return f"1 - {self.shown}" if self.name in ERROR_RATES else self.name.removesuffix(ERROR)
 
     def table(self, outputs: Sequence[str], references: Sequence[Reference]) -> np.ndarray:
         """Statistics float64 [n, k]. Raises MetricError where the metric does not fit the references."""
@@ -108,7 +123,9 @@ def draws(count: int, resamples: int) -> np.ndarray:
 def check_name(name: str) -> None:
     """Raise OptionError for what cannot be a metric."""
     module, colon, function = name.partition(":")
-    if name in NAMES or (colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+    if name.removesuffix(ERROR) in NAMES or (
+        colon and function.isidentifier() and all(map(str.isidentifier, module.split(".")))
+    ):
         return
     raise OptionError(f"{name!r} is no metric; choose from {', '.join(NAMES)}, or name a function as module:function")
 
@@ -119,6 +136,8 @@ def metric_of(name: str) -> Metric:
     check_name(name)
     if ":" in name:
         return _imported(name)
+    if name.endswith(ERROR):
+        return replace(metric_of(name.removesuffix(ERROR)), name=name)
     if name in _ROUGE:
         return _rouge(name)
     means: dict[str, Statistics] = {

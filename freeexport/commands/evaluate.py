@@ -59,13 +59,14 @@ def command() -> None:
               help=f"Names with commas between, of {', '.join(METHODS)}. static: the shallow decoder alone. free: "
               "exits above thresholds. calm: after any layer, states copied; calm-decay: with falling thresholds; "
               "calm-single: after the bundle's exit layer only. adaptive: above a threshold that is learned while "
-              "decoding.")  # fmt: skip
+              "decoding. lookup: lossless with drafts from the text alone, without the exit.")  # fmt: skip
 @click.option("--threshold", "thresholds", type=float, multiple=True, default=THRESHOLDS,
               help="Run methods free and calm with exits above this confidence, free also at the calibrated one. "
               "May be repeated.")  # fmt: skip
 @click.option("--target-quality", "quality", type=float, default=EvaluateOptions.quality,
               help="The share of the full model's metric that a winner keeps.")  # fmt: skip
-@click.option("--calm-model", metavar="MODEL", help="Method calm: the checkpoint that its bundle came from.")
+@click.option("--calm-model", "calm_models", metavar="MODEL", multiple=True,
+              help="Method calm: the checkpoint its bundle came from; one for each such bundle, in order.")  # fmt: skip
 @click.option("--calm-from", type=click.IntRange(1), default=EvaluateOptions.calm_from,
               help="Method calm: the first layer to exit after.")  # fmt: skip
 @section("Machine")
@@ -81,7 +82,8 @@ def run(bundles: tuple[str, ...], methods: str, as_json: bool, **given: Any) -> 
     """Compare methods of decoding on a task: quality against references, and speed, interleaved line by line.
 
     BUNDLEs may be those of several checkpoints, each with the METHODS that it was trained for. What is relative is so
-    to the full model of the same bundle, or of the first one. OUTPUT gets report.html,
+    to the full model of the same bundle, or where it has none, of the first one; `of first` columns compare all with
+    the first one's. OUTPUT gets report.html,
     results.md, evaluation.json and .csv, curve.png and .svg, and outputs.jsonl.
 
     \b

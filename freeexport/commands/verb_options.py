@@ -23,9 +23,10 @@ CONFIDENCES = (
     "the normalized entropy."
 )
 METRICS = (
-    "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, per, word-acc: 1 minus "
-    "the rate of wrong words, phonemes, or pronunciations of words. squad-em, squad-f1: of answers. case-f1, punct-f1: "
-    "of capitals and punctuation. module:function: a function of output and reference, from 0 to 1."
+    "exact: the same text. rouge-1, rouge-2, rouge-l, rouge-lsum, bleu, chrf: of texts. wer, per: the rate of "
+    "wrong words or phonemes. word-acc: of pronunciations of words. squad-em, squad-f1: of answers. case-f1, punct-f1: "
+    "of capitals and punctuation. module:function: a function of output and reference, from 0 to 1. "
+    "With -error behind a name, as exact-error, tables show 1 minus it."
 )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from freeexport.checkpoints.examples import read_examples
-from freeexport.measure.costs import bandwidth_of, token_bytes
+from freeexport.measure.byte_model import token_bytes
+from freeexport.measure.costs import bandwidth_of
 from freeexport.measure.table import Sheet, environment, plus_minus, sheet
 from freeexport.measure.timing import interleave, load_note, other_load, spread
 from freeexport.measure.traces import THRESHOLD, ReplaySession, exit_trace

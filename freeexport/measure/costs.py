@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +24,6 @@ from freeexport.measure.timing import interleave, other_load
 from freeexport.measure.traces import THRESHOLD, ReplaySession, drawn
 from freeexport.system.child import run_child
 from graphs.step_costs import StepCosts
-from runtime.bundle.bundle import Bundle
 from runtime.bundle.costs import Costs, Outside
 from runtime.bundle.schema import Reader
 from runtime.errors import OptionError
@@ -173,13 +172,6 @@ def measured_steps(manifest: Manifest) -> StepCosts:
     return StepCosts(1e3 * layer, 1e3 * max(0.0, both - own * layer), growth, measured=True)
 
 
-class EngineBytes(NamedTuple):
-    """Bytes of weights that a call reads: for every token, and by the head, where it runs."""
-
-    layers: int
-    head: int
-
-
 def bandwidth_of(threads: int) -> float:
     """Bytes a second that `threads` threads read together, measured in a process of its own."""
     # numpy's matrix library must not add threads of its own.
@@ -200,46 +192,6 @@ def measure_bandwidth(threads: int, size: int = BUFFER, passes: int = PASSES) ->
                 list(pool.map(reader, parts))
                 best = max(best, sum(part.nbytes for part in parts) / (perf_counter() - began))
     return best
-
-
-def engine_bytes(path: Path) -> EngineBytes:
-    """Weights of an engine by who reads them. What depends on the input `head_rows`, or on `exit_lengths` where the
-    exit has layers of its own, is the head. Of a table that rows are gathered from, only a row is read: it counts as
-    nothing."""
-    import onnx_ir as ir
-
-    graph = ir.load(path).graph
-    of_head: set[str | None] = {"head_rows", "exit_lengths"}
-    readers: dict[str, set[bool]] = defaultdict(set)
-    for node in graph:
-        in_head = any(value is not None and value.name in of_head for value in node.inputs)
-        if in_head:
-            of_head.update(value.name for value in node.outputs)
-        for place, value in enumerate(node.inputs):
-            if node.op_type == "PackedRows":
-                one_row = place > 0
-            else:
-                one_row = node.op_type.startswith("Gather") and place != 1
-            if value is not None and value.name and value.name in graph.initializers and not one_row:
-                readers[value.name].add(in_head)
-    # A tensor that layers and head share is read by both.
-    sizes = {
-        name: value.const_value.nbytes for name, value in graph.initializers.items() if value.const_value is not None
-    }
-    return EngineBytes(*(sum(sizes[name] for name, by in readers.items() if head in by) for head in (False, True)))
-
-
-def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float) -> int:
-    """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
-    may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
-    encoder-decoder also those of `encoder_tokens` in cross-attention."""
-    manifest = bundle.manifest
-    shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
-    own = manifest.exit_layers
-    position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
-    read = shallow.layers + len(manifest.shallow_layers) * position
-    read += shallow.head + own * position if exits else 0
-    return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,9 +14,21 @@ import numpy as np
 
 from freeexport import __version__
 from freeexport.checkpoints.examples import DataError, read_examples
+from freeexport.measure.byte_model import CALL_BYTES, calls_of, row_share
 from freeexport.measure.plot import quality_speed
 from freeexport.measure.quality import Row, curves_of, rows_of, verdicts
-from freeexport.measure.settings import CALM, Entry, EvaluateOptions, Key, Method, Record, Records, Setting, entries_of
+from freeexport.measure.settings import (
+    CALM,
+    WITHOUT_EXIT,
+    Entry,
+    EvaluateOptions,
+    Key,
+    Method,
+    Record,
+    Records,
+    Setting,
+    entries_of,
+)
 from freeexport.measure.sources import engines_hash, fitting_prompts, reference_of
 from freeexport.measure.table import Sheet, about, as_csv, environment, markdown, plus_minus, render, sheet
 from freeexport.measure.timing import Energy, OtherLoad, interleave, load_note
@@ -39,7 +51,11 @@ MOST_CUT = 0.1
 # Lines whose outputs the page shows.
 SHOWN = 12
 # Kept of the first round only.
-_OUTPUTS = {"text", "token_ids", "exited", "finish_reason"}
+_OUTPUTS = {"text", "token_ids", "exited", "finish_reason", "calls"}
+_PREDICTED = (
+    "speed a token by the byte model: weights and caches that engine calls read, {} more for each further row, and "
+    "{:g} MB for a call"
+)
 FILES = "report.html, results.md, evaluation.json and .csv, curve.png and .svg"
 
 
@@ -79,12 +95,12 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         metric.table([reference.texts[0] for reference in references.values()], list(references.values()))
     threads = options.threads or usable_cores()
     records = Records(options.output, _run(options, entries, threads), options.overwrite)
-    loss = _measure(entries, requests, options, threads, records)
-    found = records.by_setting()
-    rows = rows_of(entries, found, references, metrics)
+    losses = _measure(entries, requests, options, threads, records)
+    found, made = records.by_setting(), environment()
+    rows = rows_of(entries, found, references, metrics, made["machine"]["features"])
     told = ("source", "precision", "layers", "exit_layer", "threshold", "exit_trained", "kernels")
     report = {
-        **environment(),
+        **made,
         "bundles": {entry.name: {name: getattr(entry.bundle.manifest, name) for name in told} for entry in entries},
         "data": str(options.data),
         "lines": rows[0]["lines"],
@@ -94,9 +110,13 @@ def evaluate(options: EvaluateOptions) -> Evaluation:
         "quality": options.quality,
         "metrics": {metric.name: metric.signature for metric in metrics},
         "verdicts": verdicts(rows, metrics[0], options.quality),
+        # Of the byte model: what a further row of a call costs, as a share of the first.
+        "row_shares": {
+            entry.name: row_share(entry.bundle.manifest.precision, made["machine"]["features"]) for entry in entries
+        },
         "rows": rows,
         "curves": curves_of(rows, metrics[0].name, options.quality),
-        "notes": _notes(entries, loss, rows, found),
+        "notes": _notes(entries, losses, rows, found),
     }
     lines = {request.line_number: request for request in requests}
     return Evaluation(options, entries, metrics, lines, references, found, report)
@@ -111,7 +131,7 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
         "data": sha256_of(options.data),
         "samples": options.samples,
         "max_new_tokens": options.max_new_tokens,
-        "calm": options.calm_from if options.calm_model else None,
+        "calm": options.calm_from if options.calm_models else None,
         "threads": threads,
         "freeexport": __version__,
     }
@@ -119,9 +139,9 @@ def _run(options: EvaluateOptions, entries: Sequence[Entry], threads: int) -> di
 
 def _measure(
     entries: Sequence[Entry], requests: Sequence[Request], options: EvaluateOptions, threads: int, records: Records
-) -> str | None:
+) -> dict[str, str]:
     """Decode what `records` does not have yet: each line in every setting of every bundle, in turn. Returns the loss
-    that the model of CALM was trained with, None where that is not measured."""
+    that the model of each bundle with methods of CALM was trained with, "" where that is not known."""
     energy, load = Energy(), OtherLoad()
     with ExitStack() as stack:
         decoders = [Decoder(entry, options, threads, records) for entry in entries]
@@ -155,7 +175,8 @@ def _measure(
             kept = [{name: run[name] for name in run.keys() - (_OUTPUTS if turn.round else ())} for run in turn.runs]
             busy, named = load.so_far(), keys(turn.round, turn.prompt)
             records.add([Record(*key, **run, busy=busy) for key, run in zip(named, kept, strict=True)])
-        return next((decoder.loss for decoder in decoders if decoder.loss is not None), None)
+        pairs = zip(entries, decoders, strict=True)
+        return {entry.name: decoder.loss for entry, decoder in pairs if decoder.loss is not None}
 
 
 class Decoder:
@@ -170,8 +191,9 @@ class Decoder:
 
             manifest = entry.bundle.manifest
             least = manifest.exit_layer if method == "calm-single" else options.calm_from
-            directory = options.output / f"calm-{least}"
-            self.loss = write_calm(str(options.calm_model), manifest, least, directory)
+            beside = "" if len(options.calm_models) == 1 else f"-{options.calm_models.index(str(entry.calm_model))}"
+            directory = options.output / f"calm-{least}{beside}"
+            self.loss = write_calm(str(entry.calm_model), manifest, least, directory)
             same = [calm for calm in self._calm.values() if calm.least == least]
             self._calm[method] = same[0] if same else Calm(entry.bundle, directory, least, threads)
         adaptive: dict[str, Any] = {}
@@ -183,13 +205,11 @@ class Decoder:
         """Decode, and return the fields of a record that this gives."""
         if setting.method in CALM:
             return self._by_calm(setting, prompt, most)
-        if adaptive := setting.method == "adaptive":  # the session's own threshold
-            asked: dict[str, Any] = {"mode": "free"}
-        else:
-            asked = {
-                "mode": "shallow" if setting.method == "static" else setting.method,
-                "threshold": setting.threshold,
-            }
+        adaptive, lookup = setting.method == "adaptive", setting.method == "lookup"
+        mode = {"adaptive": "free", "static": "shallow", "lookup": "lossless"}.get(setting.method, setting.method)
+        asked: dict[str, Any] = {"mode": mode, "drafts": "lookup" if lookup else None}
+        if not adaptive:  # which has the session's own threshold
+            asked["threshold"] = setting.threshold
         threshold = self.session.threshold if adaptive else None
         result = self.session.generate(prompt, max_new_tokens=most, **asked)
         stats = result.stats
@@ -204,6 +224,7 @@ class Decoder:
             "finish_reason": result.finish_reason,
             "threshold": threshold,
             "adaptive_state": self.session.adaptive_state() if adaptive else None,
+            "calls": calls_of(result, lookup),
         }
 
     def _by_calm(self, setting: Setting, prompt: np.ndarray, most: int) -> dict[str, Any]:
@@ -229,20 +250,20 @@ class Decoder:
 
 def _notes(
     entries: Sequence[Entry],
-    loss: str | None,
+    losses: Mapping[str, str],
     rows: Sequence[Row],
     found: Mapping[tuple[str, str], Mapping[int, Sequence[Record]]],
 ) -> list[str]:
     """Say what figures mean where a method is not run on what it was trained for, and what makes them doubtful."""
     notes = []
-    if loss not in (None, "weighted-ce") and any({"calm", "calm-decay"} & set(entry.methods) for entry in entries):
-        notes.append(
-            f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, not weighted-ce: exits after "
-            "layers that no loss looked at show what such exits give, not what CALM can do"
-        )
     for entry in entries:
-        manifest = entry.bundle.manifest
-        methods = [method for method in entry.methods if method not in ("full", *CALM)]
+        manifest, loss = entry.bundle.manifest, losses.get(entry.name)
+        if loss not in (None, "weighted-ce") and {"calm", "calm-decay"} & set(entry.methods):
+            notes.append(
+                f"calm ran on a checkpoint that was trained with {loss or 'an unknown loss'}, not weighted-ce: exits "
+                "after layers that no loss looked at show what such exits give, not what CALM can do"
+            )
+        methods = [method for method in entry.methods if method not in (*WITHOUT_EXIT, *CALM)]
         if methods and not manifest.exit_trained:
             known = "was not trained" if manifest.exit_trained is False else "does not say whether it was trained"
             notes.append(
@@ -271,11 +292,11 @@ def _notes(
 def settings_sheet(found: Evaluation) -> Sheet:
     """The table of settings; what is the same in each row stands below it."""
 
-    def relative(row: Row, metric: str) -> str:
-        kept, low, high = (row["scores"][metric][name] for name in ("relative", "low", "high"))
-        if kept is None or row["method"] == "full":
-            return ""
-        return plus_minus(100 * kept, *((None, None) if low is None else (100 * low, 100 * high)))
+    def interval(row: Row, name: str) -> str:
+        return f"{plus_minus(row[f'{name}_speed'], row[f'{name}_low'], row[f'{name}_high'], 2)}x"
+
+    def of_first(show: Callable[[Row], str], row: Row) -> str:
+        return "" if row["first_bundle"] is None else show(row["first_bundle"])
 
     columns: dict[str, Callable[[Row], str]] = {
         "bundle": lambda row: row["bundle"],
@@ -283,17 +304,20 @@ def settings_sheet(found: Evaluation) -> Sheet:
         "setting": lambda row: row["setting"].replace(", calibrated", " *"),
     }
     for metric in found.metrics:
-        share = "full" if len(found.metrics) == 1 else metric.label
-        columns[f"{metric.label}#"] = partial(lambda name, row: f"{row['scores'][name]['value']:.4f}", metric.name)
-        columns[f"% of {share}#"] = partial(relative, metric=metric.name)
+        share = "full" if len(found.metrics) == 1 else metric.shown
+        columns[f"{metric.shown}#"] = partial(_value, metric)
+        columns[f"% of {share}#"] = partial(_relative, metric)
+        columns[f"{metric.shown}, % of first#"] = partial(of_first, partial(_relative, metric))
     columns |= {
         "exits#": lambda row: f"{row['exit_rate']:.0%}",
-        "speed#": lambda row: f"{plus_minus(row['request_speed'], row['request_low'], row['request_high'], 2)}x",
+        "speed#": lambda row: interval(row, "request"),
+        "of first#": partial(of_first, lambda row: interval(row, "request")),
         "tokens/s#": lambda row: f"{row['tokens_per_second']:.0f}",
         "spread#": lambda row: "" if row["spread"] is None else f"{row['spread']:.0%}",
         "layers#": lambda row: f"{row['layers']:.2f}",
-        "a token#": lambda row: f"{row['token_speed']:.2f}x",
-        "first#": lambda row: f"{row['first_speed']:.2f}x",
+        "a token#": lambda row: interval(row, "token"),
+        "predicted#": lambda row: "" if row["predicted"] is None else f"{row['predicted']:.2f}x",
+        "first token#": lambda row: f"{row['first_speed']:.2f}x",
         "same#": lambda row: f"{row['same']:.0%}",
         "mJ/token#": lambda row: "" if row["joules_per_token"] is None else f"{1e3 * row['joules_per_token']:.3g}",
     }
@@ -301,10 +325,27 @@ def settings_sheet(found: Evaluation) -> Sheet:
     return sheet(title, columns, found.rows, keep=("setting", "speed", "tokens/s"))
 
 
+def _value(metric: Metric, row: Row) -> str:
+    value: float = row["scores"][metric.name]["value"]
+    return f"{100 * (1 - value):.2f}%" if metric.error else f"{value:.4f}"
+
+
+def _relative(metric: Metric, row: Row) -> str:
+    """A score relative to that of a full model, as percents of its errors where errors are counted; nothing in the row
+    of that model."""
+    score = row["scores"][metric.name]
+    kept, low, high = (score[f"{'error_' if metric.error else ''}{name}"] for name in ("relative", "low", "high"))
+    if kept is None or row.get("method") == "full":
+        return ""
+    return plus_minus(100 * kept, *((None, None) if low is None else (100 * low, 100 * high)))
+
+
 def narrow(shown: Sheet, metrics: Sequence[Metric]) -> Sheet:
     """Leave out what a terminal has no room for, the least important first: the files have every column."""
-    spare = ["mJ/token", "first", "a token", "layers", "spread", "same", "precision", "exits", "tokens/s"]
-    return shown.within([*spare, *(name for one in metrics[:0:-1] for name in (one.label, f"% of {one.label}"))])
+    spare = ["mJ/token", "first token", "layers", "same", "precision", "exits", "tokens/s", "of first"]
+    others = (name for one in metrics[::-1] for name in (f"{one.shown}, % of first", one.shown, f"% of {one.shown}"))
+    kept = (metrics[0].shown, f"% of {metrics[0].shown}")
+    return shown.within([*spare, *(name for name in others if name not in kept), "a token", "predicted", "spread"])
 
 
 def curves_sheet(found: Evaluation) -> Sheet:
@@ -321,11 +362,26 @@ def curves_sheet(found: Evaluation) -> Sheet:
 
 def facts(found: Evaluation) -> list[tuple[str, str]]:
     """Name what the figures depend on and what columns mean."""
-    options = found.options
+    options, rows, first = found.options, found.rows, found.entries[0].name
+    shares = ", ".join(f"{share:.0%}" for share in dict.fromkeys(found.report["row_shares"].values()))
+    spreads = [row["spread"] for row in rows if row["spread"] is not None]
+    errors = [metric for metric in found.metrics if metric.error]
     return [
         *settings_sheet(found).facts,
         ("speed", "of whole requests, as a multiple of full's; ± is half a 95 % interval of a paired bootstrap"),
-        *([("*", "the calibrated threshold")] if any(row["calibrated"] for row in found.rows) else []),
+        *([("of first", f"as a multiple of full in {first}")] if len(found.entries) > 1 else []),
+        *(
+            [("predicted", _PREDICTED.format(shares, CALL_BYTES / 1e6))]
+            if any(row["predicted"] for row in rows)
+            else []
+        ),
+        *(
+            [("spread", f"tokens/s of a setting differed by up to {max(spreads):.0%} between rounds")]
+            if spreads
+            else []
+        ),
+        *[(metric.shown, "errors: less is better, and so it is for the percentage of full's") for metric in errors],
+        *([("*", "the calibrated threshold")] if any(row["calibrated"] for row in rows) else []),
         *about(found.report, found.report["threads"]),
         (
             "decoding",

@@ -29,6 +29,7 @@ _STYLES = {
     "free": (BLUE, "o"),
     "adaptive": (PURPLE, "D"),
     "rollback": ("black", "v"),
+    "lookup": ("#8FBC8F", "p"),
     "lossless": (GREEN, "P"),
 }
 # Lines of one bundle, beside the colour of the method; marks of all but the first are hollow.

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from freeexport.measure.settings import Entry, Record, Setting
+from freeexport.measure.byte_model import ByteModel
+from freeexport.measure.settings import WITHOUT_EXIT, Entry, Record, Setting
 from freeexport.measure.timing import spread
 from freeexport.metrics import Metric, Reference, bounded, draws
 
@@ -23,6 +24,8 @@ FEWEST_LINES = 100
 Row = dict[str, Any]
 Lines = Mapping[int, Sequence[Record]]
 Interval = tuple[float | None, float | None]
+# A bundle and a setting.
+Name = tuple[str, str]
 
 
 def rows_of(
@@ -30,51 +33,83 @@ def rows_of(
     found: Mapping[tuple[str, str], Lines],
     references: Mapping[int, Reference],
     metrics: Sequence[Metric],
+    features: Sequence[str] = (),
 ) -> list[Row]:
     """Compute a row for each setting of each bundle, in order. Raises MetricError where a metric does not fit.
 
     `scores`: by metric, the value, and the value relative to the full model's with its 95 % interval, None where the
-    full model scores 0 or there are too few lines. A bundle without method full is compared with the first one's.
+    full model scores 0 or there are too few lines. A bundle without method full is compared with the first one's, and
+    one with it also, in `first_bundle`, which is None elsewhere. `predicted`: `token_speed` by the byte model, by
+    `bytes_per_token` on a processor with these `features`; both None where calls are not known.
     """
-    rows = []
-    tables: dict[tuple[str, str, str], np.ndarray] = {}
+    tables: dict[Name, dict[str, np.ndarray]] = {}
+    read: dict[Name, float | None] = {}
     for entry in entries:
-        own = any(setting.method == "full" for setting in entry.settings)
-        against = entry.name if own else entries[0].name
+        model: ByteModel | None = None
         for setting in entry.settings:
-            lines, scores = found[entry.name, setting.name], {}
-            outputs, known = [turns[0].text for turns in lines.values()], [references[line] for line in lines]
-            for metric in metrics:
-                table = tables[entry.name, setting.name, metric.name] = metric.table(outputs, known)
-                scores[metric.name] = score(metric, table, tables[against, "full", metric.name])
-            figures = _figures(entry, setting, lines, found[against, "full"])
-            rows.append({"bundle": entry.name, **figures, "against": against, "scores": scores})
+            name = entry.name, setting.name
+            first = [turns[0] for turns in found[name].values()]
+            outputs, known = [one.text for one in first], [references[line] for line in found[name]]
+            tables[name] = {metric.name: metric.table(outputs, known) for metric in metrics}
+            calls = [one.calls for one in first if one.calls is not None]
+            read[name] = None
+            if len(calls) == len(first):
+                model = model or ByteModel(entry.bundle, features)
+                read[name] = model.token(calls)
+
+    def compared(name: Name, whole: Name) -> Row:
+        scores = {
+            metric.name: score(metric, tables[name][metric.name], tables[whole][metric.name]) for metric in metrics
+        }
+        ours, full = read[name], read[whole]
+        predicted = None if name == whole or not ours or not full else full / ours
+        return {**_speeds(found[name], found[whole]), "predicted": predicted, "scores": scores}
+
+    rows, base = [], (entries[0].name, "full")
+    for entry in entries:
+        whole = entry.name, "full"
+        against = whole if whole in found else base
+        for setting in entry.settings:
+            name = entry.name, setting.name
+            row = {"bundle": entry.name, **_figures(entry, setting, found[name], found[against])}
+            row |= {"bytes_per_token": read[name], "against": against[0], **compared(name, against)}
+            rows.append({**row, "first_bundle": None if against == base else compared(name, base)})
     return rows
 
 
 def score(metric: Metric, table: np.ndarray, whole: np.ndarray) -> dict[str, float | None]:
-    """Score statistics [n, k] against the full model's on the same lines."""
+    """Score statistics [n, k] against the full model's on the same lines; where errors are counted, also by errors."""
     value, full = metric.of(table), metric.of(whole)
-    several = bool(full) and table is not whole and len(table) > 1
-    low, high = interval(metric, table, whole) if several else (None, None)
-    return {"value": value, "relative": value / full if full else None, "low": low, "high": high}
+    drawn: list[tuple[float, float]] = []
+    if table is not whole and len(table) > 1:
+        resamples = draws(len(table), RESAMPLES)
+        pairs = zip(resamples @ table, resamples @ whole, strict=True)
+        drawn = [(bounded(metric.value(ours)), bounded(metric.value(theirs))) for ours, theirs in pairs]
+    found = {"value": value, **_ratio_of(value, full, drawn)}
+    if metric.error:
+        errors = _ratio_of(1 - value, 1 - full, [(1 - ours, 1 - theirs) for ours, theirs in drawn])
+        found |= {"error": 1 - value, **{f"error_{name}": one for name, one in errors.items()}}
+    return found
 
 
-def interval(metric: Metric, table: np.ndarray, whole: np.ndarray) -> Interval:
-    """Compute percentiles of a paired bootstrap of the ratio of two values over the same lines, [n, k] statistics each,
-    over those resamples in which the full model does not score 0."""
-    drawn = draws(len(table), RESAMPLES)
-    pairs = zip(drawn @ table, drawn @ whole, strict=True)
-    values = ((bounded(metric.value(ours)), bounded(metric.value(full))) for ours, full in pairs)
-    return percentiles([ours / full for ours, full in values if full])
+def _ratio_of(ours: float, full: float, drawn: Sequence[tuple[float, float]]) -> dict[str, float | None]:
+    """The ratio of two values, and percentiles of that of resampled ones, of those in which full's is not 0."""
+    low, high = percentiles([one / other for one, other in drawn if other]) if full else (None, None)
+    return {"relative": ours / full if full else None, "low": low, "high": high}
 
 
 def speed_interval(ours: np.ndarray, full: np.ndarray) -> Interval:
-    """Compute percentiles of a paired bootstrap of full's seconds over ours, a number for each line."""
+    """Compute percentiles of a paired bootstrap of full's seconds over ours: of [n] seconds, one for each line, or of
+    [n, 2] seconds and tokens, then of seconds a token."""
     if len(ours) < 2:
         return None, None
     drawn = draws(len(ours), RESAMPLES)
-    return percentiles((drawn @ full) / (drawn @ ours))
+    ours, full = drawn @ ours, drawn @ full
+    if ours.ndim == 1:
+        return percentiles(full / ours)
+    some = ours.all(axis=1) & full.all(axis=1)  # resamples without a token say nothing
+    ours, full = ours[some], full[some]
+    return percentiles(full[:, 0] / full[:, 1] * ours[:, 1] / ours[:, 0])
 
 
 def percentiles(values: Sequence[float] | np.ndarray) -> Interval:
@@ -86,27 +121,24 @@ def percentiles(values: Sequence[float] | np.ndarray) -> Interval:
 
 
 def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
-    manifest, full = entry.bundle.manifest, setting.method == "full"
+    manifest = entry.bundle.manifest
     first, others = [turns[0] for turns in lines.values()], [whole[line][0] for line in lines]
     # The first token of a decoder-only model is the prompt's deep prediction: nothing is decided.
     decided = [one.exited[0 if manifest.encoder_decoder else 1 :] for one in first]
     count = max(1, sum(map(len, decided)))
-    # The exit's own layers run in every mode but full; methods of CALM count theirs.
-    early, late = (size + (0 if full else manifest.exit_layers) for size in (manifest.exit_layer, manifest.layers))
+    # The exit's own layers run wherever its head may; methods of CALM count theirs.
+    own = 0 if setting.method in WITHOUT_EXIT else manifest.exit_layers
+    early, late = (size + own for size in (manifest.exit_layer, manifest.layers))
     layers = [
         sum(early if exited else late for exited in flags) if one.layers is None else one.layers
         for one, flags in zip(first, decided, strict=True)
     ]
-    ours, theirs = _medians(lines), _medians({line: whole[line] for line in lines})
-    seconds, decoding, first_token = ours.sum(axis=0).tolist()
-    full_seconds, full_decoding, full_first = theirs.sum(axis=0).tolist()
-    later, full_later = (sum(max(0, one.tokens - 1) for one in each) for each in (first, others))
+    seconds, decoding, _ = _medians(lines).sum(axis=0).tolist()
     rounds = [sum(one.decode_seconds for one in turns) for turns in zip(*lines.values(), strict=False)]
     speeds = [1 / seconds for seconds in rounds] if all(rounds) else []
     every = [one for turns in lines.values() for one in turns]
     joules = [one.joules for one in every if one.joules is not None]
     known = len(joules) == len(every)
-    low, high = (None, None) if full else speed_interval(ours[:, 0], theirs[:, 0])
     return {
         "precision": manifest.precision,
         "setting": setting.name,
@@ -118,14 +150,7 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
         # Of the tokens that could exit, and the layers that such a token took, on average.
         "exit_rate": sum(map(sum, decided)) / count,
         "layers": sum(layers) / count,
-        # Multiples of the full model's: of time per token after the first, to the first token, and of whole requests
-        # with prompt and encoder, whose 95 % interval is over lines.
-        "token_speed": _ratio(full_decoding / max(1, full_later), decoding / max(1, later)),
-        "first_speed": _ratio(full_first, first_token),
-        "request_speed": _ratio(full_seconds, seconds),
-        "request_low": low,
-        "request_high": high,
-        "tokens_per_second": _ratio(later, decoding),
+        "tokens_per_second": _ratio(sum(_later(lines)), decoding),
         "spread": spread(speeds) if len(speeds) > 1 else None,
         "seconds_per_request": seconds / len(first),
         # Lines whose tokens are the full model's, and those that ended at the limit of tokens.
@@ -135,6 +160,32 @@ def _figures(entry: Entry, setting: Setting, lines: Lines, whole: Lines) -> Row:
     }
 
 
+def _speeds(lines: Lines, whole: Lines) -> Row:
+    """Multiples of the full model's speed: of time per token after the first, to the first token, and of whole requests
+    with prompt and encoder; 95 % intervals over lines, None for the full model itself."""
+    itself, whole = lines is whole, {line: whole[line] for line in lines}
+    ours, full = _medians(lines), _medians(whole)
+    tokens, full_tokens = (np.stack([a[:, 1], _later(b)], axis=1) for a, b in ((ours, lines), (full, whole)))
+    (seconds, decoding, first), (full_seconds, full_decoding, full_first) = ours.sum(axis=0), full.sum(axis=0)
+    later, full_later = (max(1.0, one[:, 1].sum()) for one in (tokens, full_tokens))
+    token_low, token_high = (None, None) if itself else speed_interval(tokens, full_tokens)
+    low, high = (None, None) if itself else speed_interval(ours[:, 0], full[:, 0])
+    return {
+        "token_speed": _ratio(full_decoding / full_later, decoding / later),
+        "token_low": token_low,
+        "token_high": token_high,
+        "first_speed": _ratio(full_first, first),
+        "request_speed": _ratio(full_seconds, seconds),
+        "request_low": low,
+        "request_high": high,
+    }
+
+
+def _later(lines: Lines) -> list[int]:
+    """Tokens of each line after the first."""
+    return [max(0, turns[0].tokens - 1) for turns in lines.values()]
+
+
 def _medians(lines: Lines) -> np.ndarray:
     """Seconds of each line's request, of its decoding, and to its first token: medians over rounds, float64 [n, 3]."""
     seconds = [[(one.seconds, one.decode_seconds, one.first_seconds) for one in turns] for turns in lines.values()]
@@ -142,7 +193,7 @@ def _medians(lines: Lines) -> np.ndarray:
 
 
 def _ratio(above: float, below: float) -> float:
-    return above / below if below else 0.0
+    return float(above / below) if below else 0.0
 
 
 def curves_of(rows: Sequence[Row], metric: str, quality: float) -> list[Row]:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from freeexport.measure.byte_model import Calls
 from freeexport.system.jsonl import append_lines, whole_lines
 from freeexport.system.output import write_whole
 from runtime.bundle.beta import NEVER_EXIT
@@ -16,12 +17,18 @@ from runtime.bundle.bundle import Bundle
 from runtime.bundle.manifest import Manifest
 from runtime.errors import OptionError
 
-Method = Literal["full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lossless"]
+# fmt: off
+Method = Literal[
+    "full", "static", "calm", "calm-decay", "calm-single", "free", "adaptive", "rollback", "lookup", "lossless"
+]
+# fmt: on
 METHODS: tuple[Method, ...] = get_args(Method)
 # CALM after any layer from --calm-from on, with a threshold that falls along a sequence, and after the bundle's exit
 # layer alone: that differs from free by its copied states only.
 CALM: tuple[Method, ...] = ("calm", "calm-decay", "calm-single")
 THRESHOLDS = (0.2, 0.4, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+# Methods in which the shallow head never runs, nor layers of the exit's own.
+WITHOUT_EXIT: tuple[Method, ...] = ("full", "lookup")
 RUN, OUTPUTS = "run.json", "outputs.jsonl"
 
 
@@ -75,8 +82,8 @@ def methods_of(text: str) -> tuple[Method, ...]:
 class EvaluateOptions:
     """`bundles`: each with its methods. `metrics`: the first is that of curves. `rounds`: how often everything is
     decoded; the median of a line counts. `quality`: the share of the full model's that a winner must keep. `output`:
-    the directory of results, which another run goes on with. `calm_model`: the checkpoint of the bundle that has
-    methods of CALM, which may exit from layer `calm_from` on."""
+    the directory of results, which another run goes on with. `calm_models`: the checkpoints of the bundles that have
+    methods of CALM, in their order; these may exit from layer `calm_from` on."""
 
     bundles: tuple[tuple[Path, tuple[Method, ...]], ...]
     data: Path
@@ -89,7 +96,7 @@ class EvaluateOptions:
     threads: int | None = None
     quality: float = 0.99
     overwrite: bool = False
-    calm_model: str | None = None
+    calm_models: tuple[str, ...] = ()
     calm_from: int = 1
 
     def __post_init__(self) -> None:
@@ -102,14 +109,11 @@ class EvaluateOptions:
             raise OptionError(
                 "the first bundle has no method full, which others are compared with; add it to --methods"
             )
-        calm = [path for path, methods in self.bundles if set(CALM) & set(methods)]
-        if bool(calm) != (self.calm_model is not None):
+        calm = sum(bool(set(CALM) & set(methods)) for _, methods in self.bundles)
+        if calm != len(self.calm_models):
             raise OptionError(
-                "method calm needs --calm-model, the checkpoint of its bundle, and the option needs the method"
-            )
-        if len(calm) > 1:
-            raise OptionError(
-                f"method calm is for one bundle, not {len(calm)}; give each its methods as BUNDLE=METHODS"
+                f"{len(self.calm_models)} --calm-model for {calm} bundle(s) with a method of CALM; name the checkpoint "
+                "of each, in their order, and give each bundle its methods as BUNDLE=METHODS"
             )
         paths = [path.resolve() for path, _ in self.bundles]
         if len(set(paths)) < len(paths):
@@ -118,11 +122,12 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class Entry:
-    """A bundle, its name in tables, and its settings."""
+    """A bundle, its name in tables, its settings, and for methods of CALM its checkpoint."""
 
     name: str
     bundle: Bundle
     settings: tuple[Setting, ...]
+    calm_model: str | None = None
 
     @property
     def methods(self) -> list[Method]:
@@ -133,10 +138,10 @@ def entries_of(options: EvaluateOptions) -> list[Entry]:
     """Open the bundles, named by the last part of their paths, or by all of it where that is not enough."""
     short = [path.resolve().name for path, _ in options.bundles]
     names = short if len(set(short)) == len(short) else [str(path) for path, _ in options.bundles]
-    entries = []
+    entries, models = [], iter(options.calm_models)
     for name, (path, methods) in zip(names, options.bundles, strict=True):
-        bundle = Bundle.open(path)
-        entries.append(Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest))))
+        bundle, calm = Bundle.open(path), next(models) if set(CALM) & set(methods) else None
+        entries.append(Entry(name, bundle, tuple(settings_of(methods, options.thresholds, bundle.manifest)), calm))
     return entries
 
 
@@ -149,7 +154,7 @@ class Record:
     """One line decoded. `seconds` from the prompt to the last token, `first_seconds` to the first token, and
     `decode_seconds` after it; `layers` of all tokens that could exit, where they are not those of one exit; `threshold`
     that an adaptive session had, and what it had learned then; `joules` where they are known; `busy`: cores that other
-    processes used. Text and tokens are those of round 0."""
+    processes used; `calls` of the engines, not of those of CALM. Text, tokens and calls are those of round 0."""
 
     bundle: str
     setting: str
@@ -168,6 +173,7 @@ class Record:
     layers: int | None = None
     adaptive_state: Mapping[str, Any] | None = None
     first_seconds: float = 0.0
+    calls: Calls | None = None
 
     @property
     def key(self) -> Key:
@@ -233,8 +239,10 @@ def read_records(path: Path) -> Iterator[Record]:
             found = json.loads(line)
             for name in ("token_ids", "exited"):
                 found[name] = tuple(found.get(name, ()))
+            if "calls" in found:
+                found["calls"] = Calls.read(found["calls"])
             yield Record(**found)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise OptionError(
                 f"{path} line {number} is not what evaluate writes; remove it, or use --overwrite"
             ) from None

@@ -48,9 +48,10 @@ def interleave(
 ) -> Iterator[Turn[RunT]]:
     """Decode every prompt in every setting, `rounds` times, and yield each prompt's runs as soon as they are complete.
 
-    The first of the settings rotates from prompt to prompt and from round to round: none always follows the same other.
-    Before, every setting decodes `warm_up` prompts untimed, which binds buffers and faults pages. `done(round, prompt)`
-    names turns of an interrupted run that are not repeated.
+    Their order is drawn for one prompt, the same in every run, and reversed for the next: none always follows the same
+    other, as one that follows a setting of its own bundle finds weights in the cache. Before, every setting decodes
+    `warm_up` prompts untimed, which binds buffers and faults pages. `done(round, prompt)` names turns of an interrupted
+    run that are not repeated.
     """
     turns = list(product(range(rounds), range(len(prompts))))
     left = [turn for turn in turns if not done(*turn)]
@@ -60,8 +61,9 @@ def interleave(
                 decode(setting, prompt)
         for turn, place in left:
             runs: dict[int, RunT] = {}
-            first = (turn + place) % len(settings)
-            for number in (*range(first, len(settings)), *range(first)):
+            pair, second = divmod(turn * len(prompts) + place, 2)
+            order = np.random.default_rng(pair).permutation(len(settings)).tolist()
+            for number in reversed(order) if second else order:
                 runs[number] = decode(settings[number], prompts[place])
                 advance()
             yield Turn(turn, place, [runs[number] for number in range(len(settings))])

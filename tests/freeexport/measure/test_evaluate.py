@@ -92,8 +92,13 @@ def done(tmp_path_factory: pytest.TempPathFactory, path: Path, data: Path) -> Do
 def test_every_method_is_decoded_and_compared(done: Done) -> None:
     content = json.loads((done.out / "evaluation.json").read_text())
     rows = {row["setting"]: row for row in content["rows"]}
-    assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lossless"]
+    assert list(rows) == ["full", "static", "free 0.3", "free 0.7", "lookup", "lossless"]
     full, static, lossless = rows["full"], rows["static"], rows["lossless"]
+    assert rows["lookup"]["same"] == 1
+    assert (rows["lookup"]["exit_rate"], full["predicted"]) == (0, None)
+    assert static["predicted"] > rows["free 0.3"]["predicted"] >= rows["free 0.7"]["predicted"] > 0
+    assert rows["lookup"]["predicted"] > 0.3
+    assert content["row_shares"] == {str(path_name): 0.13 for path_name in content["bundles"]}
     assert full["scores"]["exact"]["value"] == 0.75
     assert full["request_speed"] == full["scores"]["exact"]["relative"] == full["same"] == 1
     assert (full["layers"], static["layers"], static["exit_rate"]) == (CASE.layers, 1, 1)
@@ -103,7 +108,7 @@ def test_every_method_is_decoded_and_compared(done: Done) -> None:
     assert all(row["request_speed"] > 0 and row["first_speed"] > 0 and row["lines"] == 4 for row in rows.values())
     assert all(row["request_low"] <= row["request_speed"] <= row["request_high"] for row in list(rows.values())[1:])
     assert content["metrics"]["chrf"].startswith("nrefs:1|case:mixed")
-    assert len((done.out / OUTPUTS).read_text().splitlines()) == 5 * 4 * 2
+    assert len((done.out / OUTPUTS).read_text().splitlines()) == 6 * 4 * 2
     trained = "was not trained for its exit after layer 1: its figures for static, free, lossless show"
     assert any(trained in note for note in content["notes"])
     assert any("is not calibrated" in note for note in content["notes"])
@@ -134,10 +139,15 @@ def test_the_table_fits_80_columns_and_says_what_is_the_same_in_every_row(done: 
     lines = done.stdout.splitlines()
     table = lines[: lines.index("")]
     assert max(map(len, (line.rstrip() for line in table))) <= 80
-    assert len(table) == 2 + 5  # a title, names, and a line for each setting
+    assert len(table) == 2 + 6  # a title, names, and a line for each setting
     assert table[1].split()[:2] == ["setting", "exact"]
     assert "±" in table[3]
     assert "precision: fp32" in lines
+
+
+def test_the_spread_over_rounds_and_the_byte_model_are_named(done: Done) -> None:
+    assert "spread: tokens/s of a setting differed by up to " in done.stdout
+    assert "predicted: speed a token by the byte model: weights and caches that engine calls read, 13%" in done.stdout
 
 
 def test_bundles_are_interleaved_as_settings_are(
@@ -164,7 +174,7 @@ def test_bundles_are_interleaved_as_settings_are(
     for turn in turns:  # one line in the settings of both bundles before the next line
         assert len({prompt for *_, prompt in turn}) == 1
         assert len({decoder for decoder, *_ in turn}) == 2
-    assert len({turn[0][1] for turn in turns}) == 4  # and another setting first each time
+    assert len({tuple(name for _, name, _ in turn) for turn in turns}) > 2  # in another order each time
 
 
 def test_an_interrupted_run_goes_on_and_decodes_nothing_again(
@@ -231,7 +241,7 @@ def test_an_adaptive_threshold_is_learned_on_and_kept_for_the_next_run(
         (("--metric", "rouge"), "'rouge' is no metric; choose from exact"),
         (("--metric", "no_such_module:f"), "No module named 'no_such_module'"),
         (("--methods", "full,magic"), "'magic' is no method; choose from full"),
-        (("--methods", "full,calm"), "method calm needs --calm-model"),
+        (("--methods", "full,calm"), "0 --calm-model for 1 bundle(s) with a method of CALM"),
         (("--methods", "free"), "the first bundle has no method full"),
         (("--threshold", "1"), "--threshold 1 is out of range"),
         (("--target-quality", "0"), "target quality is 0.0"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from handmade_bundle import write_bundle
 
-from freeexport.measure.quality import FEWEST_LINES, area, curves_of, interval, rows_of, speed_interval, verdicts
+from freeexport.measure.quality import FEWEST_LINES, area, curves_of, rows_of, score, speed_interval, verdicts
 from freeexport.measure.settings import Entry, Record, Setting
 from freeexport.metrics import Reference, metric_of
 from runtime.bundle.bundle import Bundle
@@ -113,6 +113,36 @@ def test_scores_are_relative_to_the_first_full_model_or_where_it_has_none_to_not
     assert all(curve["fastest"] is None for curve in curves_of(rows, "exact", 0.99))
 
 
+def test_errors_are_compared_as_errors() -> None:
+    """Two wrong lines of ten, and three: half as many errors more, an eighth less of what is right."""
+    whole, worse = (np.stack([np.arange(10) >= wrong, np.ones(10)], axis=1).astype(float) for wrong in (2, 3))
+    found = score(metric_of("exact-error"), worse, whole)
+    assert (found["value"], found["relative"]) == (0.7, pytest.approx(7 / 8))
+    assert (found["error"], found["error_relative"]) == (pytest.approx(0.3), pytest.approx(1.5))
+    low, high = found["error_low"], found["error_high"]
+    assert low is not None
+    assert high is not None
+    assert 1 <= low < 1.5 < high
+    assert "error" not in score(metric_of("exact"), worse, whole)
+
+
+def test_bundles_are_compared_with_the_first_ones_full_model_too(entry: Entry) -> None:
+    other = replace(entry, name="two", settings=(FULL, STATIC))
+    found = {**records(), ("two", "static"): records()["one", "static"]}
+    found["two", "full"] = {
+        line: [replace(turn, seconds=2.2, decode_seconds=2.0, text="wrong") for turn in turns]
+        for line, turns in records()["one", "full"].items()
+    }
+    rows = rows_of([entry, other], found, REFERENCES, [metric_of("exact")])
+    assert all(row["first_bundle"] is None for row in rows[:3])
+    full, static = rows[3:]
+    assert (full["against"], full["request_speed"], full["request_low"]) == ("two", 1, None)
+    assert full["first_bundle"]["request_speed"] == full["first_bundle"]["request_high"] == 0.5
+    assert full["first_bundle"]["token_speed"] == 0.5
+    assert full["first_bundle"]["scores"]["exact"]["relative"] == 0
+    assert static["request_speed"] == pytest.approx(2 * static["first_bundle"]["request_speed"])
+
+
 def many(wrong: int, lines: int = 200) -> dict[tuple[str, str], dict[int, list[Record]]]:
     """Free is twice as fast as full and wrong in some lines; static is four times as fast, and wrong in half."""
 
@@ -171,6 +201,9 @@ def test_the_interval_of_a_speed_is_over_lines_and_paired() -> None:
     assert high is not None
     assert 1.8 < low < 1.95 < high < 2.05
     assert speed_interval(full[:1], full[:1]) == (None, None)
+    # Half the seconds for half the tokens is no faster a token.
+    tokens = np.stack([full, 10 * full], axis=1)
+    assert speed_interval(tokens / 2, tokens) == (pytest.approx(1), pytest.approx(1))
 
 
 def test_the_area_is_the_mean_of_the_best_quality_at_each_speed() -> None:
@@ -187,10 +220,11 @@ def test_the_interval_is_paired() -> None:
     random = np.random.default_rng(1)
     whole = np.stack([random.integers(0, 2, 400), np.ones(400)], axis=1).astype(float)
     metric = metric_of("exact")
-    assert interval(metric, whole, whole) == (1, 1)
+    same = score(metric, whole.copy(), whole)
+    assert (same["low"], same["high"]) == (1, 1)
     worse = whole.copy()
     worse[np.flatnonzero(whole[:, 0])[:20], 0] = 0
-    low, high = interval(metric, worse, whole)
+    low, high = (score(metric, worse, whole)[name] for name in ("low", "high"))
     assert low is not None
     assert high is not None
     assert low < 1 - 20 / whole[:, 0].sum() < high < 1

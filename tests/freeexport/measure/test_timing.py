@@ -28,7 +28,9 @@ def test_settings_take_turns_and_none_always_follows_the_same_other() -> None:
     assert order[:3] == [("a", 1), ("b", 1), ("c", 1)]  # warms up
     timed = [name for name, _ in order[3:]]
     blocks = ["".join(timed[start : start + 3]) for start in range(0, len(timed), 3)]
-    assert blocks == ["abc", "bca", "bca", "cab", "cab", "abc"]
+    assert all(sorted(block) == list("abc") for block in blocks)
+    assert len(set(blocks[::2])) > 1
+    assert blocks[1::2] == [block[::-1] for block in blocks[::2]]  # so each is as often before another as behind it
     before = {name: {first for first, second in pairwise(timed) if second == name} for name in "abc"}
     assert all(len(firsts) > 1 for firsts in before.values())
 
@@ -55,7 +57,8 @@ def test_turns_that_are_done_are_not_repeated() -> None:
 
     left = list(interleave("ab", [5, 6], 2, decode, done=lambda turn, prompt: turn == 0, warm_up=0))
     assert [(turn.round, turn.prompt) for turn in left] == [(1, 0), (1, 1)]
-    assert calls == [("b", 5), ("a", 5), ("a", 6), ("b", 6)]
+    assert sorted(calls[:2]) == [("a", 5), ("b", 5)]
+    assert sorted(calls[2:]) == [("a", 6), ("b", 6)]
     calls.clear()
     assert not list(interleave("ab", [5], 1, decode, done=lambda turn, prompt: True))
     assert not calls  # nothing to measure, nothing to warm up

@@ -1,0 +1,157 @@
+"""The byte model: decoding takes as long as the bytes of weights, keys and values that its engine calls read.
+
+It predicts speeds from what was decoded, not from how long that took: a measured speed far below says that something
+else costs time, one above that weights stayed in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from runtime.bundle.bundle import Bundle
+from runtime.result import GenerationResult
+
+# Bytes that could be read in the time that an engine call takes beside reading.
+CALL_BYTES = 1_000_000
+# What a further row of a call costs, as a share of the first one's weights, by the processor's instructions and the
+# precision (docs/precision.md, rows: 8 of them against 1); the last for processors and precisions without a figure.
+_ROW_SHARES = {("amx_int8", "int8"): 0.05, ("amx_int8", "int4"): 0.07, ("avx512_vnni", "int8"): 0.13}
+_ROW_SHARES |= {("avx512_vnni", "int4"): 0.25, ("avx2", "int8"): 0.24, ("avx2", "int4"): 0.13}
+_OTHER_ROW_SHARE = 0.13
+
+
+class EngineBytes(NamedTuple):
+    """Bytes of weights that a call of an engine reads: by its layers for every token, and where they run, by the exit's
+    own layers and the head."""
+
+    layers: int
+    own: int
+    head: int
+
+
+def engine_bytes(path: Path) -> EngineBytes:
+    """Weights of an engine by who reads them. What depends on the input `head_rows` is the head, and what depends on
+    `exit_lengths` alone the exit's own layers. Of a table that rows are gathered from, only a row is read: it counts
+    as nothing."""
+    import onnx_ir as ir
+
+    graph = ir.load(path).graph
+    of_head: set[str | None] = {"head_rows"}
+    of_own: set[str | None] = {"exit_lengths"}
+    readers: dict[str, set[str]] = defaultdict(set)
+    for node in graph:
+        inputs = {value.name for value in node.inputs if value is not None}
+        part = "head" if inputs & of_head else "own" if inputs & of_own else "layers"
+        for depends, of_part in (("head", of_head), ("own", of_own)):
+            if part == depends:
+                of_part.update(value.name for value in node.outputs)
+        for place, value in enumerate(node.inputs):
+            if node.op_type == "PackedRows":
+                one_row = place > 0
+            else:
+                one_row = node.op_type.startswith("Gather") and place != 1
+            if value is not None and value.name and value.name in graph.initializers and not one_row:
+                readers[value.name].add(part)
+    # A tensor that layers and head share is read by both.
+    sizes = {
+        name: value.const_value.nbytes for name, value in graph.initializers.items() if value.const_value is not None
+    }
+    return EngineBytes(
+        *(sum(sizes[name] for name, by in readers.items() if part in by) for part in EngineBytes._fields)
+    )
+
+
+def token_bytes(bundle: Bundle, context: float, encoder_tokens: float, exits: bool, passes: float) -> int:
+    """Bytes that a token touches at `context` valid positions, on average: the shallow layers, their head where tokens
+    may exit, and its share of `passes` deep passes a token with their head; keys and values of these layers, for an
+    encoder-decoder also those of `encoder_tokens` in cross-attention."""
+    manifest = bundle.manifest
+    shallow, deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+    own = manifest.exit_layers
+    position = manifest.kv_bytes_per_token / (manifest.layers + own) * (context + encoder_tokens)
+    read = shallow.layers + len(manifest.shallow_layers) * position
+    read += shallow.own + shallow.head + own * position if exits else 0
+    return round(read + passes * (deep.layers + deep.head + len(manifest.deep_layers) * position))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Engine calls of a request after its prompt of so many tokens: `steps` of the shallow decoder, `heads` of them
+    with its head, `own` whether with the exit's own layers, and `further` rows that they read beyond one each;
+    `passes[k]` of the deep one over k rows. `tokens` were decided by them."""
+
+    prompt: int
+    tokens: int
+    steps: int
+    heads: int
+    own: bool
+    further: int
+    passes: dict[int, int]
+
+    @classmethod
+    def read(cls, found: Mapping[str, Any]) -> Calls:
+        """Read what JSON kept of one."""
+        return cls(**{**found, "passes": {int(rows): count for rows, count in found["passes"].items()}})
+
+
+def calls_of(result: GenerationResult, lookup: bool = False) -> Calls:
+    """The calls of a result by its statistics. `lookup`: it drafted from text alone.
+
+    A row behind the first draft of the exit that was rejected counts as one with the head.
+    """
+    stats = result.stats
+    prompt, tokens, passes = stats.prompt_tokens, stats.candidates, dict(stats.sync_sizes)
+    rows = sum(size * count for size, count in passes.items())
+    if stats.mode in ("free", "shallow"):  # the last tokens may wait for a pass that never comes
+        return Calls(prompt, tokens, tokens, tokens, True, 0, passes)
+    # Drafts from text are read in one call; behind the last token of a request none is.
+    further = min(rows, sum(drafts.proposed for source, drafts in stats.drafts.items() if source != "exit"))
+    steps, heads = rows - further, 0
+    if stats.mode == "rollback":
+        heads = steps
+    elif stats.mode == "lossless":
+        of_exit = stats.drafts.get("exit")
+        rejected = of_exit.proposed - of_exit.accepted if of_exit is not None else 0
+        heads = sum(one is not None for one in result.confidence[stats.predicted :]) + rejected
+    return Calls(prompt, tokens, steps, min(steps, heads), stats.mode != "full" and not lookup, further, passes)
+
+
+class ByteModel:
+    """Bytes that the calls of a bundle's engines read. `features`: the instruction sets of the processor."""
+
+    def __init__(self, bundle: Bundle, features: Sequence[str]) -> None:
+        self._manifest = manifest = bundle.manifest
+        self._shallow, self._deep = (engine_bytes(bundle.engine(name)) for name in ("shallow", "deep"))
+        self._position = manifest.kv_bytes_per_token / (manifest.layers + manifest.exit_layers)
+        self.row_share = row_share(manifest.precision, features)
+
+    def token(self, requests: Iterable[Calls]) -> float:
+        """Bytes of a token, on average."""
+        read, tokens = 0.0, 0
+        for calls in requests:
+            read += self._read(calls)
+            tokens += calls.tokens
+        return read / max(1, tokens)
+
+    def _read(self, calls: Calls) -> float:
+        manifest, shallow, deep, row = self._manifest, self._shallow, self._deep, self.row_share
+        # Half of the tokens are there on average; cross-attention reads as many bytes a position of the prompt.
+        position = self._position * (calls.prompt + calls.tokens / 2)
+        weights, layers = shallow.layers, len(manifest.shallow_layers)
+        if calls.own:
+            weights, layers = weights + shallow.own, layers + manifest.exit_layers
+        read = calls.steps * (weights + layers * position + CALL_BYTES) + calls.further * row * weights
+        read += calls.heads * shallow.head
+        weights, beside = deep.layers + deep.head, len(manifest.deep_layers) * position + CALL_BYTES
+        return read + sum(count * (weights * (1 + row * (k - 1)) + beside) for k, count in calls.passes.items())
+
+
+def row_share(precision: str, features: Sequence[str]) -> float:
+    """The cost of a further row on a processor with these features, as a share of the first."""
+    bits = {"mixed": "int4"}.get(precision, precision)
+    known = (name for name in ("amx_int8", "avx512_vnni", "avx2") if name in features)
+    return _ROW_SHARES.get((next(known, ""), bits), _OTHER_ROW_SHARE)

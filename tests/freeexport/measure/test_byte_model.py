@@ -1,0 +1,164 @@
+"""Bytes that calls read: those of engines, of calls that ran, and the speed that they predict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from checkpoints import CASES, Bundles, Case
+from exit_layer_case import EXIT_CASES, EXIT_LAYER
+
+from freeexport.checkpoints.checkpoint import open_checkpoint
+from freeexport.measure.byte_model import CALL_BYTES, ByteModel, Calls, calls_of, engine_bytes, row_share, token_bytes
+from graphs.families import describe
+from graphs.step_costs import analytic
+from runtime import Session
+from runtime.bundle.bundle import Bundle
+from runtime.decoding.calls import SlotCall
+from runtime.kernels import missing
+
+BY_NAME = {case.name: case for case in CASES}
+OWN = EXIT_CASES[0]
+REPEATED = "one two three one two three one two three"
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "t5-gated-tied"])
+def test_weights_of_engines_are_those_of_their_layers_and_the_head(
+    name: str, bundle: Bundles, checkpoint: Callable[[Case], Path]
+) -> None:
+    opened = open_checkpoint(str(checkpoint(BY_NAME[name])))
+    known = analytic(describe(opened.config, opened), opened)
+    made = Bundle.open(bundle(BY_NAME[name]))
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    layers = known.layer * made.manifest.layers
+    # Norms and tables of relative positions are a little more.
+    assert layers <= shallow.layers + deep.layers <= 1.15 * layers
+    for head in (shallow.head, deep.head):
+        assert known.head <= head <= 1.15 * known.head
+    assert shallow.own == deep.own == 0
+
+
+def test_layers_of_the_exits_own_are_neither_the_models_nor_the_head(bundle: Bundles) -> None:
+    plain, own = (Bundle.open(bundle(case, EXIT_LAYER)) for case in (BY_NAME["llama-tied"], OWN))
+    without, found = (engine_bytes(one.engine("shallow")) for one in (plain, own))
+    assert found.layers == pytest.approx(without.layers, rel=0.01)  # and a constant
+    assert found.head == pytest.approx(without.head, rel=0.02)  # of other norms
+    # Two layers like the one before the exit, and a map.
+    width = own.manifest.hidden_size
+    assert found.own == pytest.approx(2 * without.layers + 4 * width * width, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        ({}, 4),
+        pytest.param(
+            {"precision": "int8", "kernels": "freeexport"},
+            1,
+            marks=pytest.mark.skipif(missing() is not None, reason="the kernels are not built"),
+        ),
+    ],
+)
+def test_an_embedding_that_rows_are_taken_from_is_not_read(options: dict[str, Any], size: int, bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"], **options))
+    embedding = made.manifest.vocab_size * made.manifest.hidden_size * size
+    stored = sum(file.size for name, file in made.manifest.files.items() if name.endswith(".data"))
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    # Tied: it stands once, as the head of both.
+    assert shallow.head >= embedding
+    assert shallow.layers + deep.layers + deep.head == pytest.approx(stored, rel=0.05)
+
+
+def test_bytes_of_a_token(bundle: Bundles) -> None:
+    made = Bundle.open(bundle(BY_NAME["llama-tied"]))
+    manifest = made.manifest
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    full = token_bytes(made, 0, 0, exits=False, passes=1)
+    assert full == shallow.layers + deep.layers + deep.head
+    assert token_bytes(made, 10, 0, False, 1) == full + 10 * manifest.kv_bytes_per_token
+    # Cross-attention reads keys and values of the same size.
+    assert token_bytes(made, 4, 6, False, 1) == token_bytes(made, 10, 0, False, 1)
+    assert token_bytes(made, 0, 0, True, 0) == shallow.layers + shallow.head
+    assert token_bytes(made, 0, 0, True, 0.25) == round(shallow.layers + shallow.head + (deep.layers + deep.head) / 4)
+
+
+@pytest.mark.parametrize("case", [OWN, BY_NAME["t5-relu-tied"]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"mode": "full"},
+        {"mode": "shallow"},
+        {"mode": "free", "threshold": 0.05},
+        {"mode": "rollback", "threshold": 0.05, "rollback_threshold": 3.0},
+        {"mode": "lossless", "threshold": 0.05},
+        {"mode": "lossless", "drafts": "exit", "threshold": 0.02},
+        {"mode": "lossless", "drafts": "lookup"},
+    ],
+    ids=lambda asked: "-".join(map(str, asked.values())),
+)
+def test_calls_are_those_that_ran(
+    case: Case, asked: dict[str, Any], bundle: Bundles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[bool, int, int, bool]] = []
+    run = SlotCall.run
+
+    def noted(call: SlotCall) -> None:
+        ran.append(("input_ids" in call.inputs, call.rows, call.heads, call.exits))
+        run(call)
+
+    monkeypatch.setattr(SlotCall, "run", noted)
+    with Session(bundle(case, EXIT_LAYER), threads=1, slots=1) as session:
+        for _ in range(2):  # what pays is learned in the first
+            ran.clear()
+            result = session.generate(REPEATED, max_new_tokens=40, ignore_eos=True, **asked)
+    lookup = asked.get("drafts") == "lookup"
+    calls = calls_of(result, lookup)
+    steps = [(rows, heads, own) for shallow, rows, heads, own in ran if shallow]
+    assert calls.passes == Counter(rows for shallow, rows, *_ in ran if not shallow)
+    # A draft that ends the request is not read behind its last token.
+    assert calls.steps + calls.further in (sum(rows for rows, *_ in steps), sum(rows for rows, *_ in steps) + 1)
+    assert abs(calls.steps - len(steps)) <= 1
+    rejected = sum(one.proposed - one.accepted for one in result.stats.drafts.values())
+    assert abs(calls.heads - sum(heads for _, heads, _ in steps)) <= rejected
+    assert {calls.own} == {own for *_, own in steps}
+    assert calls.tokens == result.stats.candidates
+    assert calls.prompt == result.stats.prompt_tokens
+    assert Calls.read({**vars(calls), "passes": {str(rows): count for rows, count in calls.passes.items()}}) == calls
+
+
+def test_bytes_and_the_speed_that_they_predict_are_those_worked_out_by_hand(bundle: Bundles) -> None:
+    """Ten tokens after a prompt of five: all of them by the whole model, eight that exit, and drafts from text."""
+    made = Bundle.open(bundle(OWN, EXIT_LAYER))
+    manifest, model = made.manifest, ByteModel(made, ("avx2",))
+    shallow, deep = (engine_bytes(made.engine(engine)) for engine in ("shallow", "deep"))
+    position = manifest.kv_bytes_per_token / (manifest.layers + manifest.exit_layers) * 10
+    late = manifest.layers - EXIT_LAYER
+    one_pass = deep.layers + deep.head + late * position + CALL_BYTES
+    step = shallow.layers + EXIT_LAYER * position + CALL_BYTES
+    own = shallow.own + manifest.exit_layers * position
+    full = Calls(5, 10, 10, 0, False, 0, {1: 10})
+    assert model.token([full]) == pytest.approx(step + one_pass)
+    free = Calls(5, 10, 10, 10, True, 0, {5: 2})
+    row = row_share("fp32", ("avx2",))
+    longer = one_pass + 4 * row * (deep.layers + deep.head)
+    assert model.token([free]) == pytest.approx(step + own + shallow.head + longer / 5)
+    lookup = Calls(5, 10, 2, 0, False, 8, {5: 2})
+    assert model.token([lookup]) == pytest.approx((2 * step + 8 * row * shallow.layers + 2 * longer) / 10)
+    assert model.token([full, free]) == pytest.approx((model.token([full]) + model.token([free])) / 2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "features", "share"),
+    [
+        ("int8", ("avx2", "avx512_vnni", "amx_int8"), 0.05),
+        ("int8", ("avx2",), 0.24),
+        ("mixed", ("avx2", "avx512_vnni"), 0.25),
+        ("fp32", ("avx2", "amx_int8"), 0.13),
+        ("int8", (), 0.13),
+    ],
+)
+def test_what_a_further_row_costs_is_the_processors(precision: str, features: tuple[str, ...], share: float) -> None:
+    assert row_share(precision, features) == share
