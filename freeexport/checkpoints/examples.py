@@ -133,16 +133,30 @@ def split(requests: Sequence[Request], share: float, path: Path) -> tuple[list[R
 def encode(requests: Sequence[Request], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
     """Examples in the order of the file, without those that do not fit, also when cut where `form` says so; and a line
     about those that were cut or left out. Raises DataError where none fits."""
-    examples = []
+    prompts, targets = prompt_ids(requests, form, path), list[list[int]]()
     for start in range(0, len(requests), _CHUNK):
-        chunk = requests[start : start + _CHUNK]
-        prompts = _prompts([request.input for request in chunk], form.tokenizer)
-        targets = _ids(form.tokenizer, [str(request.target) for request in chunk], special=False)
-        for request, prompt, target in zip(chunk, prompts, targets, strict=True):
-            if not prompt:
-                raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
-            ends = np.array([*target, form.eos], np.int32)
-            examples.append(Example(np.array(prompt, np.int32), ends, request.line_number))
+        texts = [str(request.target) for request in requests[start : start + _CHUNK]]
+        targets += _ids(form.tokenizer, texts, special=False)
+    examples = [
+        Example(prompt, np.array([*target, form.eos], np.int32), request.line_number)
+        for request, prompt, target in zip(requests, prompts, targets, strict=True)
+    ]
+    return fitted(examples, form, path)
+
+
+def prompt_ids(requests: Sequence[Request], form: TextFormat, path: Path) -> list[np.ndarray]:
+    """The ids of the inputs, int32 [n] each. Raises DataError for an input without tokens."""
+    prompts = list[list[int]]()
+    for start in range(0, len(requests), _CHUNK):
+        prompts += _prompts([request.input for request in requests[start : start + _CHUNK]], form.tokenizer)
+    for request, prompt in zip(requests, prompts, strict=True):
+        if not prompt:
+            raise DataError(f"{path}, line {request.line_number}: 'input' has no tokens; give it some text")
+    return [np.array(prompt, np.int32) for prompt in prompts]
+
+
+def fitted(examples: list[Example], form: TextFormat, path: Path) -> tuple[list[Example], str | None]:
+    """The examples that fit, cut where `form` says so; and a line about the others. DataError where none fits."""
     total, long = len(examples), sum(not form.fits(example) for example in examples)
     if not long:
         return examples, None

@@ -29,10 +29,10 @@ Item = TypeVar("Item")
 @dataclass(frozen=True)
 class Line:
     """One line of a data set. `keys` must not occur in two splits: a word, a package's family, a normalised input.
-    `extra` are further fields of the line."""
+    `extra` are further fields of the line, which may have no target."""
 
-    input: str
-    target: str
+    input: str | list[dict[str, str]]
+    target: str | None
     keys: tuple[str, ...]
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -81,7 +81,8 @@ def write_data_set(
         for name, examples in splits.items():
             with (directory / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
                 for example in examples:
-                    line = {"input": example.input, "target": example.target, **example.extra}
+                    target = {} if example.target is None else {"target": example.target}
+                    line = {"input": example.input, **target, **example.extra}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
         text = json.dumps({**about, "sizes": sizes, "shares": SHARES}, indent=2, ensure_ascii=False)
         (directory / MARKER).write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,326 @@
+"""Prompts of eight kinds for a chat model, made from package descriptions, FOLDOC and WordNet as Debian has them.
+
+    python -m tools.data.prompts data/prompts
+
+A line is {"input": [{"role": "user", "content": ...}], "kind": "summarize"}, without a target: a model's own answers
+are made by `freeexport train --self-distill`. Every kind has the same number of lines in a split. A source text is in
+one split only: a family of packages, a term of FOLDOC or a noun of WordNet, terms and nouns of one name together.
+"""
+
+from __future__ import annotations
+
+import gzip
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import click
+
+from tools.data.debian import SHOWN
+from tools.data.debian_index import Description, descriptions, families, fetch_index, stanzas
+from tools.data.splits import SHARES, DataError, Line, normalised, run, shuffled, split_of, stable_hash, write_data_set
+
+PACKAGES = ("dict-foldoc", "wordnet-base")
+SHORTEST_TEXT, LONGEST_TEXT = 30, 120  # words
+SELDOM = 2  # occurrences of a noun
+_DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+_SENTENCE = re.compile(r"[A-Z].{40,200}?[.!?](?= |$)")
+_REFERENCE = re.compile(r"(<[^>]*> )?(See|Same as|Do you mean)\b")
+# The classes of nouns (lexicographer files) whose members can be compared.
+_COMPARABLE = {"04", "05", "06", "09", "10", "11", "13", "17", "18", "19", "20", "26", "27", "28"}
+
+Origin = Literal["package", "foldoc", "wordnet"]
+
+EXPLAIN = (
+    "What is {name}?",
+    "Explain {name} in simple terms.",
+    "Explain what {name} means, with an example.",
+    'What does the term "{name}" mean?',
+    "Describe {name} in two or three sentences.",
+    "Tell me about {name}.",
+    "How would you explain {name} to a child?",
+    "Why is {name} important?",
+)
+SUMMARIZE = (
+    "Summarize the following text in one sentence.\n\n{text}",
+    "{text}\n\nSummarize this in one or two sentences.",
+    "Give me the main points of this text:\n\n{text}",
+    "What is the following text about?\n\n{text}",
+    "Write a short title and a summary for this text.\n\n{text}",
+    "TL;DR please:\n\n{text}",
+)
+REWRITE = (
+    "Rewrite this sentence in simpler words: {sentence}",
+    "Make this more formal: {sentence}",
+    "Rephrase the following sentence. {sentence}",
+    "Rewrite this as a question: {sentence}",
+    "Write this sentence in the past tense: {sentence}",
+    "Make this sentence shorter: {sentence}",
+    "Rewrite the following in a friendly tone.\n\n{sentence}",
+    "Correct any mistakes in this sentence and explain them: {lower}",
+)
+CONTINUE = (
+    "Continue this text:\n\n{start}",
+    "Write the next paragraph.\n\n{start}",
+    "Continue this story: {sentence}",
+    "Write a short story about {name}.",
+    "Write a short poem about {name}.",
+    "Write a paragraph about {name}.",
+    "Complete the following text in the same style.\n\n{start}",
+    "Write an email to a friend about {name}.",
+)
+ANSWER = (
+    "{text}\n\nQuestion: According to this text, what is {name}?",
+    "Read the text and answer the question.\n\nText: {text}\n\nQuestion: Who would use {name}, and for what?",
+    "{text}\n\nWhat does this text say about {name}?",
+    "Answer from the text alone.\n\n{text}\n\nWhat is {name} used for?",
+    "Here is a text.\n\n{text}\n\nName one advantage and one limit of {name}.",
+    "{text}\n\nIs {name} easy to understand? Explain why.",
+)
+LIST = (
+    "List five facts about {name}.",
+    "Give me three examples of {name}.",
+    "List the steps to learn about {name}.",
+    "What are the advantages and disadvantages of {name}? Use bullet points.",
+    "List ten words that are related to {name}.",
+    "Name five things that people do with {name}.",
+    "Give me five questions that I could ask about {name}.",
+    "Make a numbered list of reasons to care about {name}.",
+)
+EXTRACT = (
+    "Extract the name, the version, the section and the home page from this record.\n\n{record}",
+    "{record}\n\nWrite the name, version and summary of this package as JSON.",
+    "Which packages does this package depend on? List them.\n\n{record}",
+    "List the technical terms in this text.\n\n{text}",
+    "List all proper names that occur in this text.\n\n{text}",
+    "Make a table of the fields and values in this record.\n\n{record}",
+    "{text}\n\nExtract the most important keywords, separated by commas.",
+)
+COMPARE = (
+    "Compare {name} and {other}.",
+    "What is the difference between {name} and {other}?",
+    "What do {name} and {other} have in common?",
+    "Which is better, {name} or {other}? Explain your choice.",
+    "Compare {name} and {other} in a table.",
+    "How are {name} and {other} related?",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A thing with a name, and what is known of it. Things of one `group` can be compared; `key` decides the split."""
+
+    origin: Origin
+    key: str
+    name: str
+    group: str
+    text: str = ""
+    sentence: str = ""
+    record: str = ""
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """The values of the placeholders that this source has."""
+        words = self.text.split()
+        start = " ".join(words[: max(12, len(words) // 2)])
+        lower = self.sentence.lower().translate(str.maketrans("", "", ",.;:!?"))
+        known = {"name": self.name, "text": self.text, "sentence": self.sentence, "record": self.record}
+        return {name: value for name, value in (known | {"start": start, "lower": lower}).items() if value}
+
+
+# Kinds that go by the name alone; those of packages say nothing.
+_OF_NAMES = ("explain", "list", "compare")
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "explain": EXPLAIN,
+    "summarize": SUMMARIZE,
+    "rewrite": REWRITE,
+    "continue": CONTINUE,
+    "answer": ANSWER,
+    "list": LIST,
+    "extract": EXTRACT,
+    "compare": COMPARE,
+}
+
+
+def packages(english: Mapping[str, Description], records: Sequence[Mapping[str, str]]) -> Iterator[Source]:
+    """The described packages, one a description."""
+    family = families(english, records)
+    by_md5 = {fields["Description-md5"]: fields for fields in records if "Description-md5" in fields}
+    for md5, text in english.items():
+        fields = by_md5.get(md5, {})
+        shown = (f"{name}: {fields[name]}" for name in SHOWN if name in fields and len(fields[name]) < 200)
+        body = " ".join(" ".join(text.paragraphs).split())
+        section = fields.get("Section", "").rpartition("/")[2]
+        yield _source("package", f"package {family[md5]}", text.package, f"section {section}", body, "\n".join(shown))
+
+
+def terms(index: Iterable[str], dictionary: bytes) -> Iterator[Source]:
+    """The terms of FOLDOC, one an entry; entries that only refer to another are left out."""
+    seen = set()
+    for line in index:
+        headword, offset, length = line.rstrip("\n").split("\t")
+        entry = dictionary[_number(offset) :][: _number(length)].decode("utf-8", errors="replace")
+        text = _definition(entry)
+        if headword.startswith("00-database") or len(text.split()) < 8 or _REFERENCE.match(text) or text in seen:
+            continue
+        seen.add(text)
+        subject = re.match(r"<([^>]*)>", text)
+        body = re.sub(r"^<[^>]*>\s*", "", text)
+        written = entry.lstrip().partition("\n")[0].strip()
+        name = written if normalised(written) == normalised(headword) else headword
+        group = f"subject {subject.group(1)}" if subject else ""
+        yield _source("foldoc", f"term {normalised(headword)}", name, group, body)
+
+
+def nouns(data: Iterable[str], counts: Iterable[str]) -> Iterator[Source]:
+    """The nouns of WordNet that its texts have SELDOM times or more, in their first sense, with an example if any."""
+    common = set()
+    for line in counts:
+        sense, number, count = line.split()
+        lemma, _, rest = sense.partition("%")
+        if rest.startswith("1:") and number == "1" and int(count) >= SELDOM:
+            common.add(lemma)
+    for line in data:
+        facts, _, gloss = line.partition("|")
+        fields = facts.split()
+        if line.startswith(" ") or not fields:
+            continue
+        word = fields[4]
+        if word in common and word.islower():
+            common.remove(word)
+            name = word.replace("_", " ")
+            examples = [one for one in re.findall(r'"([^"]+)"', gloss) if len(one.split()) >= 5 and one[-1] not in "?!"]
+            sentence = f"{examples[0][0].upper()}{examples[0][1:].rstrip('.')}." if examples else ""
+            group = f"class {fields[1]}" if fields[1] in _COMPARABLE else ""
+            yield Source("wordnet", f"term {normalised(name)}", name, group, sentence=sentence)
+
+
+def _source(origin: Origin, key: str, name: str, group: str, body: str, record: str = "") -> Source:
+    words = body.split()
+    text = body if SHORTEST_TEXT <= len(words) <= LONGEST_TEXT else ""
+    if len(words) > LONGEST_TEXT:
+        # Whole sentences, as many as fit.
+        cut = " ".join(words[:LONGEST_TEXT])
+        text = cut[: cut.rfind(". ") + 1]
+    sentence = _SENTENCE.search(body)
+    return Source(origin, key, name, group, text, sentence.group() if sentence else "", record)
+
+
+def _number(text: str) -> int:
+    """A number as dictd writes it: digits to the base 64, the highest first."""
+    value = 0
+    for digit in text:
+        value = value * 64 + _DIGITS.index(digit)
+    return value
+
+
+def _definition(entry: str) -> str:
+    """The paragraphs below the headwords on one line, without marks of references, addresses and dates."""
+    body = " ".join(line.strip() for line in entry.splitlines() if line.startswith(" "))
+    body = re.sub(r"\(?\{?\(?(https?|ftp)://[^\s})]*\)*\}?\)?", "", body)
+    body = re.sub(r"[{}]|__|\(\d{4}-\d\d-\d\d\)|\[[^\]]*\]", "", body)
+    return re.sub(r"\s+([.,;:])", r"\1", " ".join(body.split())).replace("..", ".")
+
+
+def prompts(kind: str, sources: Sequence[Source], count: int, seed: int) -> list[Line]:
+    """`count` prompts of a kind, fewer where there are not enough sources; equally often of each origin."""
+    found: list[Line] = []
+    order = shuffled(sources, seed, lambda source: f"{kind}/{source.key}/{source.name}")
+    origins = [origin for origin in get_args(Origin) if origin != "package" or kind not in _OF_NAMES]
+    queues = [iter([source for source in order if source.origin == origin]) for origin in origins]
+    waiting: dict[str, Source] = {}
+    while queues and len(found) < count:
+        for queue in list(queues):
+            line = None
+            for source in queue:
+                other = waiting.pop(source.group, None) if kind == "compare" and source.group else None
+                if kind == "compare" and other is None:
+                    waiting[source.group] = source
+                elif (line := _line(kind, source, other)) is not None:
+                    break
+            if line is None:
+                queues.remove(queue)
+            elif len(found) < count:
+                found.append(line)
+    return found
+
+
+def _line(kind: str, source: Source, other: Source | None) -> Line | None:
+    """The prompt from one of the kind's templates that the source has everything for, None where there is none."""
+    fields = source.fields | ({"other": other.name} if other else {})
+    usable = [text for text in KINDS[kind] if set(re.findall(r"\{(\w+)\}", text)) <= fields.keys()]
+    if not usable:
+        return None
+    content = usable[stable_hash(f"{kind}/{source.key}/{source.name}") % len(usable)].format(**fields)
+    keys = (source.key, *([other.key] if other else []), normalised(content))
+    return Line([{"role": "user", "content": content}], None, keys, {"kind": kind})
+
+
+def fetch_packages(directory: Path) -> None:
+    """Download PACKAGES with apt and unpack them in `directory`. Raises DataError where that fails."""
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=directory) as work:
+            subprocess.run(["apt-get", "-q", "download", *PACKAGES], cwd=work, capture_output=True, check=True)
+            for path in Path(work).glob("*.deb"):
+                subprocess.run(["dpkg-deb", "-x", str(path), str(directory)], capture_output=True, check=True)
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename} is not on this machine; run on Debian") from None
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"{error.cmd[0]} failed ({last}); try: apt-get update") from None
+
+
+# fmt: off
+@click.command(context_settings={"show_default": True})
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--index", type=click.Path(path_type=Path), default=Path("build/debian-index"),
+              help="Where the downloaded index is kept; fetched (about 25 MB) unless it is there.")
+@click.option("--dictionaries", type=click.Path(path_type=Path), default=Path("build/dictionaries"),
+              help="Where FOLDOC and WordNet are kept; fetched (9 MB) unless they are there.")
+@click.option("--train", type=click.IntRange(8), default=6000, help="Lines of train.")
+@click.option("--held-out", type=click.IntRange(8), default=400, help="Lines of each other split.")
+@click.option("--seed", default=0, help="Of the choice and the order; the splits do not depend on it.")
+@click.option("--overwrite", is_flag=True, help="Replace a data set at OUT.")
+def command(out: Path, index: Path, dictionaries: Path, train: int, held_out: int, seed: int, overwrite: bool) -> None:
+    # fmt: on
+    """Write prompts of eight kinds to the directory OUT, in four splits."""
+    if not index.is_dir():
+        click.echo("fetching the package index", err=True)
+        fetch_index(index)
+    dictd, wordnet = dictionaries / "usr/share/dictd", dictionaries / "usr/share/wordnet"
+    if not dictd.is_dir() or not wordnet.is_dir():
+        click.echo(f"fetching {' and '.join(PACKAGES)}", err=True)
+        fetch_packages(dictionaries)
+    with (index / "Translation-en").open(encoding="utf-8", errors="replace") as file:
+        english = descriptions(file)
+    with (index / "Packages").open(encoding="utf-8", errors="replace") as file:
+        records = list(stanzas(file))
+    foldoc = (dictd / "foldoc.index").read_text(encoding="utf-8").splitlines()
+    sources = [
+        *packages(english, records),
+        *terms(foldoc, gzip.decompress((dictd / "foldoc.dict.dz").read_bytes())),
+        *nouns((wordnet / "data.noun").open(encoding="utf-8"), (wordnet / "cntlist.rev").open(encoding="utf-8")),
+    ]
+    splits = {}
+    for name in SHARES:
+        members = [source for source in sources if split_of(source.key) == name]
+        each = (train if name == "train" else held_out) // len(KINDS)
+        lines = [line for kind in KINDS for line in prompts(kind, members, each, seed)]
+        splits[name] = shuffled(lines, seed, lambda line: line.keys[-1])
+    about = {
+        "task": "prompts of eight kinds",
+        "source": "Debian main: index of packages, dict-foldoc (Free On-line Dictionary of Computing, Denis Howe), "
+        "wordnet-base (WordNet 3.0, Princeton University)",
+        "licence": "that of each package's Debian packaging; FOLDOC: GFDL-1.1-or-later; WordNet: WordNet 3.0 licence",
+        "seed": seed,
+    }
+    write_data_set(out, splits, about, overwrite)
+
+
+if __name__ == "__main__":
+    run(command)
