@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Sequence
 
 from runtime.errors import OptionError
-from runtime.text.tokenizer import Tokenizer, is_byte
+from runtime.text.tokenizer import Tokenizer, byte_of
 
 REPLACEMENT = "\ufffd"
+_Utf8Decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer:
@@ -20,6 +22,9 @@ class Detokenizer:
     Withheld until it is certain: an incomplete UTF-8 character, a run of byte tokens (one invalid byte turns all of it
     into U+FFFD), a suffix that may begin a stop string, and all text of a decoder that is neither byte-level nor token
     by token (CTC, BPEDecoder). `tokenizers.decoders.DecodeStream` hands out runs of byte tokens too early.
+
+    A push takes as long after thousands of invalid or withheld bytes as before them. Only where a decoder needs all
+    tokens and there are stop strings is everything decoded again at each.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
@@ -30,6 +35,11 @@ class Detokenizer:
         self._begun = False  # whether there was any text
         self._head: list[int] = []  # ids before there was any
         self._run: list[int] = []  # ids whose text is not final
+        self._characters = _Utf8Decoder("replace")  # of a byte-level decoder: holds the bytes of an incomplete one
+        # Of a run of byte tokens, where there are stop strings: its text so far, and a decoder of its bytes, None once
+        # one is invalid.
+        self._draft = ""
+        self._bytes: codecs.IncrementalDecoder | None = _Utf8Decoder()
 
     def push(self, token_id: int) -> str:
         """Take the next token; return the text that has become final, often ""."""
@@ -40,17 +50,20 @@ class Detokenizer:
             return text
         self._held += text
         # A run of byte tokens that spells a stop string now might not after one more byte, but no more will come.
-        draft = self._run_text(self._tokenizer).rstrip(REPLACEMENT)
+        draft = self._draft if self._tokenizer.anchor else self._run_text(self._tokenizer).rstrip(REPLACEMENT)
         return self._release(draft, final=False) if text or draft else ""
 
     def finish(self) -> str:
         """Return the withheld rest, after the last token; "" in a second call."""
         if self._tokenizer is None or self.stopped:
             return ""
-        self._held += self._settle(self._run_text(self._tokenizer))
+        rest = self._characters.decode(b"", final=True)
+        self._held += rest + self._settle(self._run_text(self._tokenizer))
         return self._release("", final=True)
 
     def _push(self, token_id: int, tokenizer: Tokenizer) -> str:
+        if tokenizer.byte_level:
+            return self._characters.decode(tokenizer.bytes_of(token_id))
         settled = self._begun and not self._run
         if settled and token_id in tokenizer.known_texts:
             return tokenizer.known_texts[token_id]
@@ -58,14 +71,27 @@ class Detokenizer:
         if token is None or token_id in tokenizer.special_ids:
             return ""
         self._run.append(token_id)
-        if tokenizer.anchor is None or ("ByteFallback" in tokenizer.decoder_kinds and is_byte(token)):
+        if tokenizer.anchor is None:
+            return ""
+        if "ByteFallback" in tokenizer.decoder_kinds and (byte := byte_of(token)) is not None:
+            if self._stop:
+                self._add_to_draft(byte, tokenizer)
             return ""
         text = self._run_text(tokenizer)
-        if "ByteLevel" in tokenizer.decoder_kinds and text.endswith(REPLACEMENT):
-            return ""  # perhaps an incomplete character
         if settled:
             tokenizer.known_texts[token_id] = text
         return self._settle(text)
+
+    def _add_to_draft(self, byte: int, tokenizer: Tokenizer) -> None:
+        if self._bytes is None:
+            return
+        try:
+            text = self._bytes.decode(bytes([byte]))
+        except UnicodeDecodeError:
+            self._bytes, self._draft = None, ""
+            return
+        # The first text may lose leading spaces.
+        self._draft = self._draft + text if self._draft or not text else self._run_text(tokenizer)
 
     def _run_text(self, tokenizer: Tokenizer) -> str:
         if not self._run:
@@ -80,7 +106,7 @@ class Detokenizer:
         if not self._begun:
             self._begun = bool(text)
             self._head = [] if text else self._head + self._run
-        self._run = []
+        self._run, self._draft, self._bytes = [], "", _Utf8Decoder()
         return text
 
     def _release(self, draft: str, *, final: bool) -> str:

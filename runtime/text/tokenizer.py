@@ -30,6 +30,12 @@ MOST_STEPS, MOST_GROWTH = 64, 1000
 TOKEN_BY_TOKEN = re.compile(
     r"(ByteLevel )|((Metaspace|WordPiece|Replace|Strip|StripLeft) )*(ByteFallback )?(Fuse )?(StripLeft )*"
 )
+# As ByteFallback reads it, a sign included.
+BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2}|[+][0-9A-Fa-f])>")
+# How byte-level tokenizers spell bytes (GPT-2): printable ones as the character of that number, the others from 256 on.
+_PRINTABLE = (*range(33, 127), *range(161, 173), *range(174, 256))
+_OTHERS = (byte for byte in range(256) if byte not in _PRINTABLE)
+BYTE_LETTERS = {chr(byte): byte for byte in _PRINTABLE} | {chr(256 + n): byte for n, byte in enumerate(_OTHERS)}
 # Texts of more characters are encoded without the interpreter's lock: other threads go on.
 LONG_TEXT = 10_000
 
@@ -51,6 +57,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self.known_texts: dict[int, str] = {}
+        self._known_bytes: dict[int, bytes] = {}
         self.chat_template = chat_template
         self.special_tokens = dict(special_tokens or {})
         added = backend.get_added_tokens_decoder()
@@ -151,6 +158,22 @@ class Tokenizer:
         )
 
     @cached_property
+    def byte_level(self) -> bool:
+        """Whether tokens are bytes, spelt as letters, and text is what all of them together are in UTF-8."""
+        return self.decoder_kinds == ("ByteLevel",)
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """The bytes of a token where `byte_level`; none for an id that `decode` leaves out."""
+        found = self._known_bytes.get(token_id)
+        if found is None:
+            token = "" if token_id in self.special_ids else self.token(token_id) or ""
+            # A token with any other character was added as text.
+            spelt = all(letter in BYTE_LETTERS for letter in token)
+            found = bytes(BYTE_LETTERS[letter] for letter in token) if spelt else token.encode()
+            self._known_bytes[token_id] = found
+        return found
+
+    @cached_property
     def anchor(self) -> tuple[int, int] | None:
         """A token that is text even as the first one, so whatever follows it is decoded as it is in mid-text, and the
         length of its text. None for a decoder whose text is only known at the end."""
@@ -158,7 +181,7 @@ class Tokenizer:
             return None
         for token_id in range(self.vocab_size):
             token = self.token(token_id)
-            if token is not None and token_id not in self.special_ids and not is_byte(token):
+            if token is not None and token_id not in self.special_ids and byte_of(token) is None:
                 text = self.decode([token_id])
                 if text and "\ufffd" not in text:
                     return token_id, len(text)
@@ -175,9 +198,10 @@ class Tokenizer:
         return ChatTemplate(self.chat_template or "")
 
 
-def is_byte(token: str) -> bool:
-    """Return whether a token is a byte, such as <0x0A>."""
-    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+def byte_of(token: str) -> int | None:
+    """The byte that a token such as <0x0A> stands for; None for a token that is text."""
+    found = BYTE_TOKEN.fullmatch(token)
+    return None if found is None else int(found[1], 16)
 
 
 def _read(path: Path, listed: Container[str], limit: int) -> str | None:

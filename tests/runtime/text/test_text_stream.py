@@ -194,6 +194,35 @@ def test_without_a_tokenizer_there_is_no_text_and_stop_strings_are_texts() -> No
             Detokenizer(BUILT["byte-level"], stop)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("byte-level", ["ÿ"]),
+        ("byte-level", ["¬â"]),
+        ("llama-2", ["<0xFF>"]),
+        ("llama-2", ["<0x61>"]),
+        ("llama-2", ["<0x20>"]),
+        ("llama-2", ["<0xE2>", "<0x82>", "<0xAC>"]),
+    ],
+)
+@pytest.mark.parametrize("stop", [[], ["never"]])
+def test_long_runs_of_bytes_are_decoded_once(
+    name: str, tokens: list[str], stop: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = spelt(name, *tokens) * 3000
+    tokenizer, counts = BUILT[name], list[int]()
+    decode, text = tokenizer.decode, tokenizer.decode(ids)
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: counts.append(len(ids)) or decode(ids))
+    assert "".join(run(Detokenizer(tokenizer, stop), ids)[0]) == text
+    assert sum(counts) <= 2 * len(ids)
+
+
+def test_all_bytes_of_byte_level_tokens_are_known() -> None:
+    tokenizer = BUILT["byte-level"]
+    for index in range(tokenizer.vocab_size + 2):
+        assert tokenizer.bytes_of(index).decode(errors="replace") == tokenizer.decode([index])
+
+
 @pytest.mark.parametrize("name", ["byte-level", "llama-2", "t5", "word-level"])
 def test_a_push_decodes_only_the_newest_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = BUILT[name]
