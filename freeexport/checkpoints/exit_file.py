@@ -25,7 +25,8 @@ from runtime.bundle.schema import Reader
 from runtime.errors import BundleError
 from runtime.json_file import read_object
 
-LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd"]
+# "deep-ce" is that of a model without an exit, to compare with.
+LossName = Literal["ce", "kd-dyn", "weighted-ce", "logit-kd", "deep-ce"]
 Tune = Literal["full", "lora", "exit"]
 
 EXIT_FILE, EXIT_WEIGHTS = "exit.json", "exit.safetensors"
@@ -61,6 +62,11 @@ class ExitFile:
         }
         for name in (name for name, holds in right.items() if not holds):
             raise CheckpointError(f"{name} is {str(getattr(self, name))[:80]!r}, which it cannot be")
+
+    @property
+    def trained(self) -> bool:
+        """Whether the exit was."""
+        return self.loss != "deep-ce"
 
     @property
     def has_parameters(self) -> bool:

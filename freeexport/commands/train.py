@@ -31,7 +31,8 @@ from runtime.bundle.manifest import ExitInput
 @click.option("--exit-layer", type=int, required=True, help="Exit after this layer, 1 to L - 1.")
 @click.option("--loss", type=click.Choice(get_args(LossName)), default=TrainingOptions.loss,
               help="ce: cross-entropy of both exits. weighted-ce: of all layers. kd-dyn, logit-kd: ce, and "
-              "distillation of hidden states (FREE's own) or of predictions.")  # fmt: skip
+              "distillation of hidden states (FREE's own) or of predictions. deep-ce: of the last layer alone, a model "
+              "without an exit, to compare with.")  # fmt: skip
 @click.option("--loss-alpha", type=float, default=TrainingOptions.loss_alpha, help="Weight of the distillation.")
 @click.option("--tune", type=click.Choice(get_args(Tune)), default=TrainingOptions.tune,
               help="full: all weights. lora: adapters in the layers. exit: only the exit's own weights.")  # fmt: skip

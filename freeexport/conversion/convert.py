@@ -213,7 +213,7 @@ def _new_manifest(
         copies=tuple(copies),
         quantization=quantization,
         target=engines.target,
-        exit_trained=checkpoint.exit is not None,
+        exit_trained=checkpoint.exit is not None and checkpoint.exit.trained,
         kernels=KERNELS_VERSION if engines.kernels == "freeexport" else None,
         compute=None if engines.target == "cpu" or quantization is None else engines.float_type,
     )

@@ -94,8 +94,8 @@ class TrainingOptions:
             ),
             f"--select-by {self.select_by} measures the whole model, which --tune exit freezes; choose "
             f"{', '.join(MEASURED)}": self.tune == "exit" and self.select_by not in MEASURED,
-            "--loss weighted-ce is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
-                self.loss == "weighted-ce" and (self.exit_layers > 0 or self.exit_vocab is not None)
+            f"--loss {self.loss} is for an exit without --exit-layers and --exit-vocab; choose logit-kd or ce": (
+                self.loss in ("weighted-ce", "deep-ce") and (self.exit_layers > 0 or self.exit_vocab is not None)
             ),
             f"--exit-input feature is for --tune exit, which leaves the model as it is, not for --tune {self.tune}": (
                 self.exit_input == "feature" and self.tune != "exit"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from runtime.bundle.manifest import ConfidenceMeasure
 
 Outputs = dict[str, torch.Tensor]
-# Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth.
+# Columns of the measures of a row; `loss` is the cross-entropies of both exits, by depth, or the deep one's alone.
 MEASURES = ("loss", "shallow_loss", "deep_loss", "shallow_accuracy", "deep_accuracy", "agreement", "confidence")
 EXIT, ENCODER = -1, -2  # as a layer's number: behind the exit's own layers, and behind the encoder
 IGNORED = -100  # the label of a position that predicts nothing
@@ -161,6 +161,8 @@ class ShallowDeep(nn.Module):
         targets = labels[labels != IGNORED]
         if self.loss_name == "weighted-ce" and self.training:
             return {"loss": self._weighted(hidden, targets)}
+        if self.loss_name == "deep-ce" and self.training:
+            return {"loss": losses.cross_entropy(self.head(hidden[self.layers]), targets).sum()}
         states = {number: self.head.normed(hidden[number]) for number in self.kept}
         # With dropout after the norm, what is distilled is the very sample that the head reads.
         shallow = self.read_exit(states[self.exit_layer] if self.own is None else self.exit_normed(hidden))
@@ -171,7 +173,8 @@ class ShallowDeep(nn.Module):
         }
         if not self.training:
             tokens = None if known is None else known.vocabulary
-            return measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1))
+            judged = by_layer[self.layers] if self.loss_name == "deep-ce" else None
+            return measures(by_layer, targets, exits_of(shallow, tokens), deep.argmax(-1), judged)
         loss = losses.by_depth(by_layer).sum()
         if self.loss_name == "logit-kd":
             meant = deep if known is None else known.folded(deep.detach().float())
@@ -217,12 +220,13 @@ def measures(
     targets: torch.Tensor,
     shallow: tuple[torch.Tensor, torch.Tensor],
     deep: torch.Tensor,
+    loss: torch.Tensor | None = None,
 ) -> Outputs:
     """`measures` float32 [N, MEASURES] of rows, from the cross-entropies [N] of the exit layer and the last one, what
-    `exits_of` gives, and the deep prediction [N]."""
+    `exits_of` gives, the deep prediction [N], and the `loss` [N] that a run is judged by, None for that by depth."""
     best, confidence = shallow
     hits = (best == targets, deep == targets, best == deep)
-    columns = (losses.by_depth(by_layer), *by_layer.values(), *hits, confidence)
+    columns = (losses.by_depth(by_layer) if loss is None else loss, *by_layer.values(), *hits, confidence)
     return {"measures": torch.stack([column.float() for column in columns], dim=1)}
 
 

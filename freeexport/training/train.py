@@ -201,5 +201,5 @@ def _run(
         watch.close()
     (best_step, best), before = trainer.best(), trainer.before()
     seconds = round(clock.elapsed, 1)
-    sentences = tuple(verdict(before, best, costs))
+    sentences = tuple(verdict(before, best, costs)) if options.loss != "deep-ce" else ()
     return Trained("", trainer.state.global_step, best_step, seconds, best, before, (), sentences)

@@ -46,7 +46,9 @@ def test_a_decoder_only_models_first_tokens_cannot_exit() -> None:
     assert decided_rows(labels, seq2seq=False).tolist() == [False, True, True, False, True, False]
 
 
-@pytest.mark.parametrize(("case", "loss"), [(T5, "kd-dyn"), (LLAMA, "logit-kd"), (LLAMA, "weighted-ce")])
+@pytest.mark.parametrize(
+    ("case", "loss"), [(T5, "kd-dyn"), (LLAMA, "logit-kd"), (LLAMA, "weighted-ce"), (LLAMA, "deep-ce")]
+)
 def test_every_loss_trains_the_whole_model(checkpoint: Directory, case: Case, loss: LossName, run: Runs) -> None:
     out, result = run(case, loss=loss)
     assert result.steps == len(logged(out)) == 3
@@ -56,6 +58,8 @@ def test_every_loss_trains_the_whole_model(checkpoint: Directory, case: Case, lo
     exit_file = read_exit_file(out)
     assert exit_file is not None
     assert (exit_file.exit_layer, exit_file.loss, exit_file.has_parameters) == (2, loss, False)
+    assert exit_file.trained == bool(result.verdict) == (loss != "deep-ce")
+    assert (result.metrics["eval_loss"] == result.metrics["eval_deep_loss"]) == (loss == "deep-ce")
     assert exit_file.base_sha256 == open_checkpoint(str(checkpoint(case))).sha256
     assert not out.with_name("out.training").exists()
     assert reference_model(open_checkpoint(str(out))).config.vocab_size == 288
@@ -252,7 +256,7 @@ def test_a_metric_that_does_not_fit_the_targets_is_one_line(checkpoint: Director
         ({"lora_rank": 0}, "--lora-rank is 0"),
         ({"exit_layers": -1}, "--exit-layers is -1"),
         ({"exit_layers": 2, "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
-        ({"exit_vocab": 99, "loss": "weighted-ce"}, "--loss weighted-ce is for an exit without"),
+        ({"exit_vocab": 99, "loss": "deep-ce"}, "--loss deep-ce is for an exit without"),
         ({"exit_vocab": 0}, "--exit-vocab is 0"),
         ({"select_by": "beauty"}, "'beauty' is no metric; choose from exact"),
         ({"select_by": "chrf", "tune": "exit"}, "--select-by chrf measures the whole model"),
